@@ -1,0 +1,121 @@
+"""The engine: the training loop, its events, the bus that carries them and the control over a run.
+
+Names are loaded when first used: events, bus and control come without torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offloop.engine.bus import Bus as Bus
+    from offloop.engine.bus import Subscription as Subscription
+    from offloop.engine.bus import SubscriptionStatistics as SubscriptionStatistics
+    from offloop.engine.callback import Callback as Callback
+    from offloop.engine.callback import decides as decides
+    from offloop.engine.callback import in_step as in_step
+    from offloop.engine.config import TrainerConfig as TrainerConfig
+    from offloop.engine.errors import BatchError as BatchError
+    from offloop.engine.errors import BusClosedError as BusClosedError
+    from offloop.engine.errors import ConfigError as ConfigError
+    from offloop.engine.errors import EmptyLoaderError as EmptyLoaderError
+    from offloop.engine.errors import EventError as EventError
+    from offloop.engine.errors import EventLoopStalledError as EventLoopStalledError
+    from offloop.engine.errors import LossError as LossError
+    from offloop.engine.errors import MetricNotFoundError as MetricNotFoundError
+    from offloop.engine.errors import OffloopError as OffloopError
+    from offloop.engine.errors import Preempted as Preempted
+    from offloop.engine.errors import RunEndedError as RunEndedError
+    from offloop.engine.errors import RunNameTakenError as RunNameTakenError
+    from offloop.engine.errors import SubscriberTooSlowError as SubscriberTooSlowError
+    from offloop.engine.errors import TrainerBusyError as TrainerBusyError
+    from offloop.engine.event_log import EventLog as EventLog
+    from offloop.engine.event_log import read_events as read_events
+    from offloop.engine.events import CallbackFailed as CallbackFailed
+    from offloop.engine.events import CheckpointFailed as CheckpointFailed
+    from offloop.engine.events import CheckpointSaved as CheckpointSaved
+    from offloop.engine.events import CommandApplied as CommandApplied
+    from offloop.engine.events import EpochEnd as EpochEnd
+    from offloop.engine.events import EpochStart as EpochStart
+    from offloop.engine.events import Event as Event
+    from offloop.engine.events import EventsDropped as EventsDropped
+    from offloop.engine.events import LearningRateChanged as LearningRateChanged
+    from offloop.engine.events import Metrics as Metrics
+    from offloop.engine.events import Sample as Sample
+    from offloop.engine.events import Settings as Settings
+    from offloop.engine.events import StateChanged as StateChanged
+    from offloop.engine.events import StepEnd as StepEnd
+    from offloop.engine.events import TrainEnd as TrainEnd
+    from offloop.engine.events import TrainStart as TrainStart
+    from offloop.engine.events import UnknownEvent as UnknownEvent
+    from offloop.engine.events import ValidationEnd as ValidationEnd
+    from offloop.engine.events import ValidationStart as ValidationStart
+    from offloop.engine.events import decode as decode
+    from offloop.engine.events import encode as encode
+    from offloop.engine.loop import StepPoint as StepPoint
+    from offloop.engine.observer import CallbackCosts as CallbackCosts
+    from offloop.engine.run import Best as Best
+    from offloop.engine.run import Run as Run
+    from offloop.engine.run import RunResult as RunResult
+    from offloop.engine.trainer import BaseTrainer as BaseTrainer
+    from offloop.engine.trainer import Trainer as Trainer
+
+_MODULES = {
+    "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
+    "callback": ("Callback", "decides", "in_step"),
+    "config": ("TrainerConfig",),
+    "errors": (
+        "BatchError",
+        "BusClosedError",
+        "ConfigError",
+        "EmptyLoaderError",
+        "EventError",
+        "EventLoopStalledError",
+        "LossError",
+        "MetricNotFoundError",
+        "OffloopError",
+        "Preempted",
+        "RunEndedError",
+        "RunNameTakenError",
+        "SubscriberTooSlowError",
+        "TrainerBusyError",
+    ),
+    "event_log": ("EventLog", "read_events"),
+    "events": (
+        "CallbackFailed",
+        "CheckpointFailed",
+        "CheckpointSaved",
+        "CommandApplied",
+        "EpochEnd",
+        "EpochStart",
+        "Event",
+        "EventsDropped",
+        "LearningRateChanged",
+        "Metrics",
+        "Sample",
+        "Settings",
+        "StateChanged",
+        "StepEnd",
+        "TrainEnd",
+        "TrainStart",
+        "UnknownEvent",
+        "ValidationEnd",
+        "ValidationStart",
+        "decode",
+        "encode",
+    ),
+    "loop": ("StepPoint",),
+    "observer": ("CallbackCosts",),
+    "run": ("Best", "Run", "RunResult"),
+    "trainer": ("BaseTrainer", "Trainer"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"offloop.engine.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,315 @@
+"""Callbacks: what reacts to a run, and where each of its methods runs.
+
+    async def on_epoch_end(self, event, run)             observer: on the event loop, beside training
+    def on_epoch_end(self, event, run)                   observer: in a worker thread of this callback
+    @decides                                             decider: the training thread waits for it
+    def / async def on_epoch_end(self, event, run)           in the training thread / on the event loop
+    @in_step(every_n_steps=50)                           step hook: in the training thread, inside the
+    def after_backward(self, point)                          step, with the tensors at hand
+
+The name of the method says what it handles: `EpochEnd` -> `on_epoch_end`; a handler for a base class
+(`on_sample`, `on_event`) gets what no more special handler of the callback takes. Everything that can be
+wrong with a callback is found by `Handlers` before the run starts.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
+
+from offloop.engine.errors import ConfigError
+from offloop.engine.events import (
+    EpochEnd,
+    EpochStart,
+    Event,
+    Sample,
+    TrainStart,
+    ValidationEnd,
+    ValidationStart,
+    known_events,
+)
+
+if TYPE_CHECKING:
+    from offloop.engine.bus import OnFull
+
+F = TypeVar("F", bound=Callable[..., Any])
+OnError = Literal["raise", "isolate"]
+Handler = Callable[..., Any]
+
+BOUNDARY_EVENTS: Final = (TrainStart, EpochStart, ValidationStart, ValidationEnd, EpochEnd)
+"""Events at which the training thread stands at a boundary, so that somebody can decide there."""
+
+POINTS: Final = (
+    "before_batch",
+    "before_forward",
+    "after_backward",
+    "before_optimizer_step",
+    "after_step",
+    "before_validation",
+    "after_validation",
+)
+"""Where step hooks can run, in the order of a step."""
+
+
+class Callback:
+    """Base class of everything that reacts to a run.
+
+    Define methods named like events, see the module's first lines. One instance serves one run at a time.
+
+    A callback may be slow, may lag and may fail without training noticing, unless it decides. Its
+    observers handle one event at a time, in order. A decider may give commands that take effect at the very
+    boundary where it stands (`run.stop_nowait("...")`).
+    """
+
+    on_error: ClassVar[OnError | None] = None
+    """What a failure means: `"isolate"` (reported, training goes on) or `"raise"` (the run ends as failed).
+    None: observers isolate, deciders and step hooks raise."""
+    buffer: ClassVar[int | None] = None
+    """Samples held for the observers of this callback; None for the bus's default, 1 for "latest only"."""
+    on_full: ClassVar["OnFull"] = "drop_oldest"
+    """What happens beyond `buffer`; `"block"` gives the callback the right to slow training down."""
+    needs_run_dir: ClassVar[bool] = False
+    """True if it writes into `run.dir`: the run then has a directory."""
+
+    def reset(self) -> None:
+        """Forget the previous run. Called before each new run, in the thread that starts it."""
+
+    def close(self) -> Awaitable[None] | None:
+        """Give resources back. Always called once, after the last event, however the run ended.
+
+        A plain method runs in the callback's worker thread, an `async def` on the event loop.
+        """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return what its deciders and step hooks need after a resume. In the training thread, at a boundary."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned. In the training thread, before `TrainStart`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Decides:
+    timeout: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _InStep:
+    every_n_steps: int
+
+
+def decides(handler: F | None = None, /, *, timeout: float | None = None) -> Any:
+    """Give a handler the right to make training wait, at a boundary: `@decides` or `@decides(timeout=5)`.
+
+    Legal on `TrainStart`, `EpochStart`, `ValidationStart`, `ValidationEnd` and `EpochEnd`. A plain method
+    runs in the training thread, an `async def` on the event loop while the training thread waits.
+
+    Args:
+        handler: The method.
+        timeout: Seconds to wait for an `async def`, after which training goes on without it. None, the default,
+            waits as long as it takes: with a deadline, results depend on the machine's load.
+    """
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+
+    def mark(handler: F) -> F:
+        if timeout is not None and not inspect.iscoroutinefunction(handler):
+            raise TypeError(
+                f"timeout is for an async def: {handler.__name__} runs in the training thread, "
+                "where nothing can end it"
+            )
+        handler.__offloop_decides__ = _Decides(timeout)  # type: ignore[attr-defined]  # a mark on a function
+        return handler
+
+    return mark if handler is None else mark(handler)
+
+
+def in_step(hook: F | None = None, /, *, every_n_steps: int = 1) -> Any:
+    """Make a plain method a step hook: `@in_step` or `@in_step(every_n_steps=50)`.
+
+    It runs in the training thread and is named after its point: `before_batch`, `before_forward`,
+    `after_backward` (gradients scaled, once per batch), `before_optimizer_step` (unscaled, before clipping),
+    `after_step`, `before_validation`, `after_validation`. It takes one argument, a `StepPoint`.
+
+    Args:
+        hook: The method.
+        every_n_steps: Runs only in steps number n, 2 n, 3 n, ...; the others pay nothing for it.
+            Validation points run at every validation.
+    """
+    if every_n_steps < 1:
+        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+
+    def mark(hook: F) -> F:
+        if inspect.iscoroutinefunction(hook):
+            raise TypeError(
+                f"{hook.__name__} is an async def; a step hook runs inside the step, in the training thread, "
+                "where nothing can be awaited: make it a plain def and publish an event for async code"
+            )
+        if hook.__name__ not in POINTS:
+            raise TypeError(f"a step hook is named after its point: {', '.join(POINTS)}; got {hook.__name__}")
+        hook.__offloop_in_step__ = _InStep(every_n_steps)  # type: ignore[attr-defined]  # a mark on a function
+        return hook
+
+    return mark if hook is None else mark(hook)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decider:
+    """One `@decides` method of one callback."""
+
+    callback: str
+    method: Handler
+    is_async: bool
+    timeout: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepHook:
+    """One `@in_step` method of one callback."""
+
+    callback: str
+    point: str
+    method: Callable[[Any], None]
+    every_n_steps: int
+    on_error: OnError
+
+
+class Handlers:
+    """What one callback handles, and how: its methods, looked up and checked once."""
+
+    def __init__(self, callback: Callback, name: str) -> None:
+        """Look the methods of `callback` up.
+
+        Raises:
+            TypeError: It is no callback.
+            ConfigError: One of its methods can never be called, or its rights contradict each other.
+        """
+        if isinstance(callback, type):
+            raise TypeError(
+                f"callbacks must be instances: write {callback.__name__}() instead of {callback.__name__}"
+            )
+        if not isinstance(callback, Callback):
+            raise TypeError(f"callbacks must be Callback instances, got {type(callback).__name__}")
+        self.callback = callback
+        self.name = name
+        self.observers: dict[str, Handler] = {}
+        self.deciders: dict[str, Decider] = {}
+        self.hooks: list[StepHook] = []
+        self._by_class: dict[type[Event], Handler | None] = {}
+        for attribute in dir(type(callback)):
+            if callable(inspect.getattr_static(type(callback), attribute)) and not attribute.startswith("__"):
+                self._look_at(attribute, getattr(callback, attribute))
+        for attribute, method in vars(callback).items():  # handlers set on the instance
+            if callable(method) and attribute.startswith("on_"):
+                self._look_at(attribute, method)
+        self._check_samples()
+
+    def handler_for(self, event_class: type[Event]) -> Handler | None:
+        """Return the observer for a class of events: the most special one its ancestors name."""
+        try:
+            return self._by_class[event_class]
+        except KeyError:
+            handler = None
+            for ancestor in event_class.__mro__:
+                if issubclass(ancestor, Event):
+                    if ancestor.handler_name in self.deciders:
+                        break  # it is decided about instead
+                    handler = self.observers.get(ancestor.handler_name)
+                    if handler is not None:
+                        break
+            self._by_class[event_class] = handler
+            return handler
+
+    def observed_types(self) -> tuple[type[Event], ...]:
+        """Return the classes its observers subscribe to."""
+        if "on_event" in self.observers:
+            return (Event,)
+        return tuple(each for each in known_events() if each.handler_name in self.observers)
+
+    def is_plain(self, handler: Handler) -> bool:
+        """True if the handler is a plain `def` and so needs the worker thread."""
+        return not inspect.iscoroutinefunction(handler)
+
+    @property
+    def has_plain_observers(self) -> bool:
+        """True if this callback needs a worker thread for its observers."""
+        return any(self.is_plain(handler) for handler in self.observers.values())
+
+    def _look_at(self, attribute: str, method: Handler) -> None:
+        decides_mark: _Decides | None = getattr(method, "__offloop_decides__", None)
+        in_step_mark: _InStep | None = getattr(method, "__offloop_in_step__", None)
+        if in_step_mark is not None:
+            self._expect_arguments(attribute, method, 1, "point")
+            on_error = self.callback.on_error or "raise"
+            self.hooks.append(StepHook(self.name, attribute, method, in_step_mark.every_n_steps, on_error))
+        elif decides_mark is not None:
+            self._check_boundary(attribute)
+            self._expect_arguments(attribute, method, 2, "event, run")
+            is_async = inspect.iscoroutinefunction(method)
+            self.deciders[attribute] = Decider(self.name, method, is_async, decides_mark.timeout)
+        elif attribute.startswith("on_") and attribute != "on_error":
+            self._check_known(attribute)
+            self._expect_arguments(attribute, method, 2, "event, run")
+            self.observers[attribute] = method
+        elif attribute in POINTS:
+            raise ConfigError(
+                f"{self.name}.{attribute} is named like a step hook but is none: put @in_step above it"
+            )
+
+    def _check_known(self, attribute: str) -> None:
+        known = {"on_event", "on_sample"} | {event_class.handler_name for event_class in known_events()}
+        if attribute not in known:
+            near = difflib.get_close_matches(attribute, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"{self.name}.{attribute} handles no event that is known: {hint}")
+
+    def _check_boundary(self, attribute: str) -> None:
+        legal = [event_class.handler_name for event_class in BOUNDARY_EVENTS]
+        if attribute not in legal:
+            raise ConfigError(
+                f"{self.name}.{attribute} cannot decide: training stands at a boundary only at "
+                f"{', '.join(legal)}"
+            )
+
+    def _check_samples(self) -> None:
+        if not self.deciders:
+            return
+        for attribute in self.observers:
+            is_sample = attribute in ("on_sample", "on_event") or any(
+                issubclass(event_class, Sample) and event_class.handler_name == attribute
+                for event_class in known_events()
+            )
+            if is_sample:
+                raise ConfigError(
+                    f"{self.name} decides and observes samples ({attribute}): samples may be dropped, so its "
+                    "decision would depend on the machine's load. Use event.metrics, or an @in_step hook"
+                )
+
+    def _expect_arguments(self, attribute: str, method: Handler, count: int, names: str) -> None:
+        try:
+            inspect.signature(method).bind(*range(count))
+        except TypeError:
+            raise ConfigError(
+                f"{self.name}.{attribute} must take ({names}); its signature is "
+                f"{attribute}{inspect.signature(method)}"
+            ) from None
+        except ValueError:  # pragma: no cover - a builtin without a signature
+            pass
+
+
+def lookup(callbacks: Iterable[Callback]) -> list[Handlers]:
+    """Look all callbacks up, in declared order, and name them: two of a class are `Name` and `Name#2`.
+
+    Raises:
+        TypeError, ConfigError: As `Handlers`; or one instance was given twice.
+    """
+    found: list[Handlers] = []
+    counts: dict[str, int] = {}
+    for callback in callbacks:
+        if any(callback is earlier.callback for earlier in found):
+            raise ConfigError(f"the same {type(callback).__name__} was given twice")
+        class_name = type(callback).__name__
+        counts[class_name] = number = counts.get(class_name, 0) + 1
+        found.append(Handlers(callback, class_name if number == 1 else f"{class_name}#{number}"))
+    return found

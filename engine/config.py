@@ -1,0 +1,242 @@
+"""TrainerConfig: every knob, its unit and its legal range, checked once."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+
+from offloop.engine.errors import ConfigError
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+TRAIN_ARGUMENTS: Final = ("epochs", "max_steps", "max_time", "metrics", "callbacks")
+"""What `train()` takes beside the loaders: what to train on and how long."""
+
+PEER_SPELLINGS: Final = {
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "n_epochs": "epochs",
+    "num_steps": "max_steps",
+    "total_steps": "max_steps",
+    "max_duration": "max_time",
+    "max_grad_norm": "gradient_clip_val",
+    "grad_clip": "gradient_clip_val",
+    "clip_grad_norm": "gradient_clip_val",
+    "gradient_clip": "gradient_clip_val",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "accumulation_steps": "accumulate_grad_batches",
+    "grad_accum_steps": "accumulate_grad_batches",
+    "check_val_every_n_epoch": "val_every_n_epochs",
+    "val_check_interval": "val_every_n_steps",
+    "eval_steps": "val_every_n_steps",
+    "accelerator": "device",
+    "devices": "device",
+    "mixed_precision": "precision",
+    "amp": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "torch_compile": "compile",
+    "loss_fn": "loss",
+    "loss_func": "loss",
+    "criterion": "loss",
+    "lr_scheduler": "scheduler",
+    "optim": "optimizer",
+    "default_root_dir": "run_dir",
+    "output_dir": "run_dir",
+    "log_dir": "run_dir",
+    "metric_for_best_model": "monitor",
+}
+"""How other trainers spell our knobs."""
+
+
+class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How to train. Every field can be given to `Trainer` as a keyword.
+
+    Raises:
+        ConfigError: A value is out of its range; the text names the knob, the value and what is legal.
+    """
+
+    epochs: int | None = None
+    """Default for `train(epochs=...)`: epochs in total."""
+    max_steps: int | None = None
+    """Default for `train(max_steps=...)`: optimizer steps in total."""
+    max_time: float | None = None
+    """Default for `train(max_time=...)`: seconds of training in total."""
+    device: str = "auto"
+    """`"auto"` (CUDA, then Apple's MPS, then CPU) or what `torch.device` takes."""
+    precision: Precision = "32-true"
+    """`"32-true"`, `"bf16-mixed"` (autocast) or `"16-mixed"` (autocast with dynamic loss scaling)."""
+    accumulate_grad_batches: int = 1
+    """Batches in an optimizer step."""
+    gradient_clip_val: float | None = None
+    """Clip gradients before each optimizer step; None for not at all."""
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    """Clip the total norm, or each value."""
+    on_nonfinite: Literal["raise", "warn", "skip_step"] = "raise"
+    """What a loss of NaN or infinity does. `"skip_step"` leaves updates with a non-finite loss or gradient
+    out; it has to read both before each step, so on CUDA it synchronises."""
+    val_every_n_epochs: int | None = None
+    """Validate after every n-th epoch; None means 1, or never where `val_every_n_steps` is given."""
+    val_every_n_steps: int | None = None
+    """Validate after every n-th optimizer step."""
+    limit_train_batches: int | float | None = None
+    """Batches of an epoch: a number of them (int) or a share of the loader's length (float up to 1.0)."""
+    limit_val_batches: int | float | None = None
+    """Batches of a validation, likewise."""
+    scheduler_interval: Literal["epoch", "step"] = "epoch"
+    """Step `Trainer(scheduler=...)` after each epoch or after each optimizer step."""
+    monitor: str | None = None
+    """The metric that says which moment of the run was best; None: `val_loss` where there is a validation,
+    else `train_loss`."""
+    mode: Literal["auto", "min", "max"] = "auto"
+    """Whether less or more of `monitor` is better; `"auto"` knows it from the metric."""
+    seed: int | None = None
+    """Seed for torch's generators, set once before `TrainStart`; None touches no generator."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms for the length of the run. Process-wide."""
+    compile: bool | dict[str, Any] = False
+    """Compile the model in the training thread; a mapping is handed to `torch.compile`."""
+    run_dir: str | None = None
+    """Directory for runs; each run owns `run_dir/<run_id>/`. None: `runs`, and only if a callback writes."""
+    run_name: str | None = None
+    """The run's id; None: time and random letters."""
+    flush_interval: float = 0.05
+    """Seconds between two hand-overs of events to the event loop."""
+    drain_timeout: float = 30.0
+    """Seconds that callbacks have to handle what is left after `TrainEnd`."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "max_steps",
+            "accumulate_grad_batches",
+            "val_every_n_epochs",
+            "val_every_n_steps",
+        ):
+            _check_count(name, getattr(self, name), optional=name != "accumulate_grad_batches")
+        for name in ("max_time", "gradient_clip_val"):
+            _check_positive(name, getattr(self, name))
+        for name in ("flush_interval", "drain_timeout"):
+            _check_positive(name, getattr(self, name), optional=False)
+        for name in ("limit_train_batches", "limit_val_batches"):
+            _check_limit(name, getattr(self, name))
+        _check_choice("precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
+        _check_choice("gradient_clip_algorithm", self.gradient_clip_algorithm, ("norm", "value"))
+        _check_choice("on_nonfinite", self.on_nonfinite, ("raise", "warn", "skip_step"))
+        _check_choice("scheduler_interval", self.scheduler_interval, ("epoch", "step"))
+        _check_choice("mode", self.mode, ("auto", "min", "max"))
+        if not isinstance(self.device, str):
+            raise ConfigError(f'device must be a string like "auto", "cpu" or "cuda:0", got {self.device!r}')
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ConfigError(f"seed must be an int or None, got {self.seed!r}")
+        if not isinstance(self.compile, bool | dict):
+            raise ConfigError(
+                f"compile must be a bool or a dict of torch.compile's arguments, got {self.compile!r}"
+            )
+        for name in ("run_dir", "run_name", "monitor"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} must be a string that is not empty, got {value!r}")
+        if self.run_name is not None and (self.run_name.startswith(".") or set(self.run_name) & set("/\\\0")):
+            raise ConfigError(
+                f"run_name names a directory: no slashes, no leading dot; got {self.run_name!r}"
+            )
+
+    def replace(self, **changes: Any) -> "TrainerConfig":
+        """Return a copy with other values, checked like a new one.
+
+        Raises:
+            ConfigError: An unknown knob (the text names the nearest), or a value out of range.
+        """
+        known = self.__struct_fields__
+        for name in changes:
+            if name not in known:
+                raise unknown_knob(name, known)
+        return TrainerConfig(**{**msgspec.structs.asdict(self), **changes})
+
+    def as_settings(self) -> dict[str, Any]:
+        """Return the knobs as plain values, for events and files."""
+        return {name: _plain(value) for name, value in msgspec.structs.asdict(self).items()}
+
+
+def unknown_knob(name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a knob that `Trainer` does not have, naming the one that was probably meant."""
+    candidates = [*known, "loss", "scheduler", "callbacks"]
+    if name == "resume":
+        return ConfigError("resume belongs to train(): it says what to train, not how")
+    if name in TRAIN_ARGUMENTS:
+        return ConfigError(f"{name} belongs to train(): Trainer says how to train, train() what and how long")
+    meant = PEER_SPELLINGS.get(name)
+    if meant is None:
+        near = difflib.get_close_matches(name, candidates, n=1)
+        meant = near[0] if near else None
+    hint = f"use {meant}" if meant else f"known are {', '.join(sorted(candidates))}"
+    return ConfigError(f"there is no knob {name!r}: {hint}")
+
+
+def misplaced_argument(name: str) -> ConfigError:
+    """Return the error for an argument that `train()` does not take."""
+    meant = PEER_SPELLINGS.get(name, name)
+    if meant in TRAIN_ARGUMENTS:
+        return ConfigError(f"train() takes no {name!r}: use {meant}")
+    if meant in TrainerConfig.__struct_fields__ or meant in ("loss", "scheduler", "optimizer", "model"):
+        return ConfigError(f"{name} says how to train: give it to Trainer({meant}=...), not to train()")
+    near = difflib.get_close_matches(name, TRAIN_ARGUMENTS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(TRAIN_ARGUMENTS)}"
+    return ConfigError(f"train() takes no {name!r}: {hint}")
+
+
+def check_limits(epochs: int | None, max_steps: int | None, max_time: float | None) -> None:
+    """Check the three limits of a run.
+
+    Raises:
+        ConfigError: None of them is given, or one is out of range.
+    """
+    _check_count("epochs", epochs)
+    _check_count("max_steps", max_steps)
+    _check_positive("max_time", max_time)
+    if epochs is None and max_steps is None and max_time is None:
+        raise ConfigError("nothing says when to stop: give epochs, max_steps or max_time")
+
+
+def _check_count(name: str, value: object, *, optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_positive(name: str, value: object, *, optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+
+
+def _check_limit(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return
+    if isinstance(value, float) and 0.0 < value <= 1.0:
+        return
+    raise ConfigError(
+        f"{name} must be a number of batches (int of at least 1) or a share of them "
+        f"(float above 0.0, up to 1.0), got {value!r}"
+    )
+
+
+def _check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)

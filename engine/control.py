@@ -1,0 +1,222 @@
+"""Control: the only code by which wishes cross threads.
+
+    any task, thread, decider, viewer              training thread
+    ──────────────────────────────────             ───────────────
+    give(command) ──append──> commands ──────────> collect() at a batch or step boundary, applies them
+         │                       │
+         │              attention = True           one attribute look per batch; else nothing
+         ▼
+    Future <──────────────────── result ────────── after it was applied
+
+The training thread waits for others in exactly one place, here, for three reasons: it is paused,
+an async decider is at work, or a `block` subscription is full. Whoever it waits for must never wait for
+it in turn, or both would wait for ever; so while it stands there, awaiting a command returns as soon as
+the command is accepted, for everybody (`wait_for`).
+"""
+
+import contextlib
+import contextvars
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Final, Literal, TypeVar
+
+from offloop.engine.errors import RunEndedError
+from offloop.engine.waker import Waker
+
+logger = logging.getLogger("offloop")
+T = TypeVar("T")
+
+WAIT_WARNING: Final = 10.0
+"""Seconds that the training thread waits for a decider or a full subscription before it says for whom, and again."""
+
+CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate", "call"]
+AT_ANY_BATCH: Final = frozenset({"pause", "resume"})
+"""Commands that apply at the next batch; the others wait for the end of the accumulation window."""
+
+actor: contextvars.ContextVar[str] = contextvars.ContextVar("offloop_actor", default="user")
+"""Who acts in this context: the name of the callback whose handler runs, else `user`."""
+deciding: contextvars.ContextVar[object] = contextvars.ContextVar("offloop_deciding", default=None)
+"""The `Control` whose boundary a decider of this context stands at, else None."""
+
+
+class Command:
+    """A wish on its way to the training thread."""
+
+    __slots__ = ("arguments", "by", "from_decider", "future", "id", "name")
+
+    def __init__(
+        self, name: CommandName, id: int, arguments: dict[str, Any], by: str, from_decider: bool
+    ) -> None:
+        self.name = name
+        self.id = id
+        self.arguments = arguments
+        self.by = by
+        self.from_decider = from_decider
+        self.future: Future[Any] = Future()
+
+    def __repr__(self) -> str:
+        return f"<{self.name} #{self.id} by {self.by}>"
+
+
+class Control:
+    """The mailbox of one run."""
+
+    def __init__(self) -> None:
+        # Read by the training thread at every batch without a lock; set by everybody who wants it to look.
+        self.attention = False
+        self.cancelled = False  # set by any thread, once; read by the training thread
+        self.cancel_reason = ""
+        self.changes = 0  # grows with each command and poke, under the condition's lock
+        self.ended = False  # set by the training thread when it applies no more commands
+        self.standing = False  # True while the training thread waits for a decider or a full subscription
+        self._commands: deque[Command] = deque()
+        self._changed = threading.Condition()
+        self._numbers = itertools.count()
+        self._on_cancel: list[Callable[[], None]] = []
+        self._awaiting: set[Waker] = set()  # tasks that await a command; under the condition's lock
+
+    # Anybody's side
+
+    def give(self, name: CommandName, arguments: dict[str, Any], by: str | None = None) -> Future[Any]:
+        """Put a command into the mailbox. Any thread; never waits.
+
+        Returns:
+            Its result, once it was applied. It fails with `RunEndedError` if the run ends first.
+
+        Raises:
+            RunEndedError: The run is over.
+        """
+        command = Command(name, next(self._numbers), arguments, by or actor.get(), deciding.get() is self)
+        with self._changed:
+            if self.ended:
+                raise RunEndedError(f"{name} came too late: the run is over")
+            self._commands.append(command)
+            self.changes += 1
+            self.attention = True
+            self._changed.notify_all()
+        return command.future
+
+    def cancel(self, reason: str) -> None:
+        """Make the training thread leave at its next batch, out of any wait. Any thread, also a signal handler."""
+        if not self.cancelled:
+            self.cancel_reason = reason
+            self.cancelled = True
+        self.poke()
+        for tell in tuple(self._on_cancel):
+            tell()
+
+    def poke(self) -> None:
+        """Make the training thread look up, from a wait too. Any thread.
+
+        Safe in a signal handler of the main thread: the lock is reentrant and never held for long.
+        """
+        self.attention = True
+        with self._changed:
+            self.changes += 1
+            self._changed.notify_all()
+
+    async def wait_for(self, future: Future[T]) -> T | None:
+        """Wait until a command was applied and return its result; None if it is only accepted for now.
+
+        That is so while the training thread stands at a decider or a full `block` subscription: it may be
+        waiting for the very task that waits here. Any event loop. Cancellation: the command stays given.
+
+        Raises:
+            RunEndedError: The run ended before the command could be applied.
+        """
+        with Waker() as waker:
+            with self._changed:
+                self._awaiting.add(waker)
+            try:
+                future.add_done_callback(lambda _: waker.wake())
+                while not future.done() and not self.standing:
+                    await waker.wait()
+            finally:
+                with self._changed:
+                    self._awaiting.discard(waker)
+        return future.result() if future.done() else None
+
+    @contextlib.contextmanager
+    def on_cancel(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Have `tell` called when the run is cancelled, or at once if it is already. It must not block."""
+        self._on_cancel.append(tell)
+        if self.cancelled:
+            tell()
+        try:
+            yield
+        finally:
+            self._on_cancel.remove(tell)
+
+    # Training thread's side
+
+    def collect(self, *, step_boundary: bool, stop_only: bool = False) -> list[Command]:
+        """Take out the commands that can be applied here, in the order in which they apply.
+
+        Deciders' commands come first, in declared order, then outside ones by arrival, `stop` last.
+
+        Args:
+            step_boundary: All commands can be applied here; else only those for any batch.
+            stop_only: In a validation: `stop` can be applied too, the others after it.
+        """
+        with self._changed:
+            applicable = [
+                command
+                for command in self._commands
+                if step_boundary or command.name in AT_ANY_BATCH or (stop_only and command.name == "stop")
+            ]
+            for command in applicable:
+                self._commands.remove(command)
+            # Still true if something waits for another boundary: then each batch looks again.
+            self.attention = bool(self._commands) or self.cancelled
+        return sorted(applicable, key=lambda command: (command.name == "stop", not command.from_decider))
+
+    @property
+    def has_stop(self) -> bool:
+        """True if a stop waits for its boundary: it ends a pause."""
+        with self._changed:
+            return any(command.name == "stop" for command in self._commands)
+
+    def wait_for_change(self, seen: int) -> None:
+        """Wait until `changes` is no longer `seen`: a command or a `poke` has come. For a pause."""
+        with self._changed:
+            while self.changes == seen:
+                self._changed.wait()
+
+    def stand(self, until: Callable[[], bool], waiting_for: str) -> None:
+        """Wait like `wait` for somebody who must not wait for us: awaited commands return on acceptance."""
+        started = warned = time.perf_counter()
+        with self.standing_still(), self._changed:
+            while not until():
+                self._changed.wait(WAIT_WARNING)
+                now = time.perf_counter()
+                if now - warned >= WAIT_WARNING:
+                    warned = now
+                    logger.warning("training has waited %.0f s for %s", now - started, waiting_for)
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Release everybody who awaits a command, now and while this lasts."""
+        with self._changed:
+            self.standing = True
+            for waker in self._awaiting:
+                waker.wake()
+        try:
+            yield
+        finally:
+            self.standing = False
+
+    def end(self) -> None:
+        """Apply no more commands: those still waiting fail with `RunEndedError`."""
+        with self._changed:
+            self.ended = True
+            rest = list(self._commands)
+            self._commands.clear()
+        for command in rest:
+            command.future.set_exception(
+                RunEndedError(f"the run ended before {command.name} could be applied")
+            )

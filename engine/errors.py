@@ -1,0 +1,118 @@
+"""The exceptions of the engine.
+
+Wrong arguments raise the built-in exceptions (`ValueError`, `TypeError`); what follows are states
+that a caller may want to handle. Facts are attributes, so nobody has to match texts.
+
+    OffloopError
+    ├── ConfigError (also ValueError)       a knob or an argument that cannot work
+    ├── EventError (also TypeError)         an event that cannot ride the bus
+    ├── BusClosedError                      publish or subscribe after the end
+    ├── EventLoopStalledError               the event loop took nothing for a million events
+    ├── SubscriberTooSlowError              a subscriber fell 100,000 milestones behind
+    ├── TrainerBusyError                    a second run while one is going on
+    ├── RunEndedError                       a command to a run that is over
+    ├── RunNameTakenError                   the run directory exists already
+    ├── EmptyLoaderError                    a loader that gave no batch
+    ├── BatchError (also TypeError)         a batch that fits no convention
+    ├── LossError (also ValueError)         a loss that is no finite scalar
+    └── MetricNotFoundError (also KeyError) a metric that was never made
+    Preempted (SystemExit, code 75)         SIGTERM, after everything was saved
+"""
+
+from collections.abc import Iterable
+
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later", what schedulers requeue on
+
+
+class OffloopError(Exception):
+    """Base of everything offloop raises for a state that a caller may handle."""
+
+
+class ConfigError(OffloopError, ValueError):
+    """A knob or an argument that cannot work; raised before the run starts."""
+
+
+class EventError(OffloopError, TypeError):
+    """An event that cannot ride the bus: a field holds what is no plain value, or it was published before."""
+
+
+class BusClosedError(OffloopError):
+    """Something was published or subscribed after the bus had ended."""
+
+
+class EventLoopStalledError(OffloopError):
+    """The event loop took no events until a million were waiting; the run ends as failed."""
+
+
+class SubscriberTooSlowError(OffloopError):
+    """A subscriber fell so many milestones behind that keeping them would exhaust the memory.
+
+    Attributes:
+        subscriber: Its name.
+        milestones: How many waited for it.
+    """
+
+    def __init__(self, subscriber: str, milestones: int) -> None:
+        super().__init__(f"subscriber {subscriber!r} is {milestones:,} milestones behind and was closed")
+        self.subscriber = subscriber
+        self.milestones = milestones
+
+
+class TrainerBusyError(OffloopError):
+    """A trainer was asked for a second run while one is going on."""
+
+
+class RunEndedError(OffloopError):
+    """A command reached a run that is over, or that ended before the command could be applied."""
+
+
+class RunNameTakenError(OffloopError):
+    """The directory of the wanted run exists already.
+
+    Attributes:
+        path: That directory.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"a run stands at {path} already: choose another run_name, "
+            "or remove that directory if its run is not needed"
+        )
+        self.path = path
+
+
+class EmptyLoaderError(OffloopError):
+    """A loader gave no batch."""
+
+
+class BatchError(OffloopError, TypeError):
+    """A batch that fits no convention of the default step."""
+
+
+class LossError(OffloopError, ValueError):
+    """A step returned a loss that is not a scalar, has no gradient, or is not finite."""
+
+
+class MetricNotFoundError(OffloopError, KeyError):
+    """A metric was asked for by a name under which nothing was made.
+
+    Attributes:
+        name: The name asked for.
+        known: The names there are.
+    """
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        self.known = tuple(known)
+        listed = ", ".join(self.known) or "none yet"
+        super().__init__(f"no metric {name!r} here; there are: {listed}")
+
+    def __str__(self) -> str:  # KeyError would show the repr of the text
+        return str(self.args[0])
+
+
+class Preempted(SystemExit):
+    """SIGTERM ended the run after its state was saved. Exit code 75 (EX_TEMPFAIL)."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED_EXIT_CODE)

@@ -1,0 +1,472 @@
+"""Events: what a run says about itself, as frozen records of plain values.
+
+An event is a `msgspec.Struct` that crosses threads and wires: it holds numbers, strings and read-only
+mappings of them, never a tensor, a model or an optimizer. Two base classes say how it travels:
+
+    Event            a milestone: few, never dropped
+    └── Sample       one of many (`StepEnd`): may be thinned for a subscriber that lags
+
+Anybody may define more by subclassing either; that they are frozen and their tag come by themselves.
+`encode` and `decode` turn any event into JSON or MessagePack and back, keep events of unknown types,
+and carry NaN and infinities (JSON has no word for them: they travel as strings).
+
+This module imports neither torch nor anything that does I/O.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Final, Literal, NoReturn, TypeVar
+
+import msgspec
+
+from offloop.engine.errors import EventError, MetricNotFoundError
+
+SCHEMA: Final = 1
+"""Version of the events' wire form. Fields are only ever added, with defaults."""
+
+Format = Literal["json", "msgpack"]
+V = TypeVar("V")
+
+_NON_FINITE: Final = {math.inf: "Infinity", -math.inf: "-Infinity"}
+
+
+class _ReadOnlyDict(dict[str, V]):
+    """A dict that cannot be changed: what rides on an event is seen by every thread."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_args: object, **_kwargs: object) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} is read-only; make a dict(...) of it to change it")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise MetricNotFoundError(key, self)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, V]]]:
+        return type(self), (dict(self),)
+
+
+class Metrics(_ReadOnlyDict[float]):
+    """Names and values of metrics, read-only. A missing key raises and lists the keys there are."""
+
+    __slots__ = ()
+
+
+class Settings(_ReadOnlyDict[Any]):
+    """Names and plain values (numbers, strings, booleans, None, lists and mappings of them), read-only."""
+
+    __slots__ = ()
+
+
+NO_METRICS: Final = Metrics()
+NO_SETTINGS: Final = Settings()
+
+_registry: dict[str, "type[Event]"] = {}
+
+
+def handler_name(class_name: str) -> str:
+    """Return the name of the handler for an event class: `EpochEnd` -> `on_epoch_end`."""
+    letters: list[str] = []
+    for index, letter in enumerate(class_name):
+        starts_word = letter.isupper() and index > 0 and not class_name[index - 1].isupper()
+        letters.append(("_" if starts_word else "") + letter.lower())
+    return "on_" + "".join(letters)
+
+
+def _tag(class_name: str) -> str:
+    """Return the tag of the event class that is being defined: its name for offloop's, else `module.Class`."""
+    # msgspec calls this from inside the class statement, so the caller's module is the class's own;
+    # collections.namedtuple finds its module in the same way. (A metaclass could know it without looking,
+    # but costs 0.3 us each time an event is built: only StructMeta itself is called the fast way.)
+    module = sys._getframe(1).f_globals.get("__name__", "")
+    return class_name if module.startswith("offloop.") else f"{module}.{class_name}"
+
+
+class _Codec(msgspec.Struct):
+    """The decoders of one event class, made when first needed."""
+
+    json: "msgspec.json.Decoder[Event]"
+    msgpack: "msgspec.msgpack.Decoder[Event]"
+
+
+_codecs: dict[str, _Codec] = {}
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=_tag):
+    """A milestone: rare, never dropped, and the base class of every event.
+
+    Who publishes leaves `run_id`, `seq` and `time` alone: they are filled in on the way. An event
+    published from anywhere but the training thread gets the position of the training event before it.
+    """
+
+    run_id: str = ""
+    """Identity of the run."""
+    seq: int = -1
+    """Place in the run's one total order, from 0 without gaps; -1 until the bus has taken it out."""
+    time: float = 0.0
+    """Unix time in seconds; it advances with the monotonic clock and never runs backwards."""
+    epoch: int = -1
+    """Index of the epoch it belongs to, from 0; -1 until filled in."""
+    step: int = -1
+    """Optimizer steps done since the start of the run."""
+    batch: int = -1
+    """Batches that the training loader has given since the start of the run."""
+
+    handler_name: ClassVar[str] = "on_event"
+    """Name of its handler on a callback: `EpochEnd` -> `on_epoch_end`."""
+
+    def __init_subclass__(cls, **config: Any) -> None:
+        super().__init_subclass__(**config)
+        cls.handler_name = handler_name(cls.__name__)
+        module = cls.__module__
+        tag = cls.__name__ if module.startswith("offloop.") else f"{module}.{cls.__name__}"
+        _registry[tag] = cls  # defined again, as a notebook cell does, it replaces the earlier class
+        _codecs.pop(tag, None)
+
+
+class Sample(Event, frozen=True, kw_only=True):
+    """One of many: a subscriber that lags may get fewer of them, and is told how many it missed."""
+
+
+class TrainStart(Event, frozen=True, kw_only=True):
+    """The run begins. From the training thread, after set-up and before the first batch."""
+
+    schema: int = SCHEMA
+    """Version of the events that follow."""
+    attempt: int = 0
+    """How many times the run had been started before; a resumed run counts on."""
+    resumed_from: str | None = None
+    """The checkpoint that this attempt continues, as a path."""
+    config: Settings = NO_SETTINGS
+    """Every knob of the run."""
+    device: str = "cpu"
+    """Where the model is."""
+    parameters: int = 0
+    """Number of trainable parameters."""
+    batches_per_epoch: int | None = None
+    """Batches in an epoch after limits; None where the loader has no length."""
+    steps_per_epoch: int | None = None
+    """Optimizer steps in an epoch; None where the loader has no length or the steps are manual."""
+    epochs: int | None = None
+    """Limit: epochs in total."""
+    max_steps: int | None = None
+    """Limit: optimizer steps in total."""
+    max_time: float | None = None
+    """Limit: seconds of training in total."""
+
+
+class EpochStart(Event, frozen=True, kw_only=True):
+    """An epoch begins. From the training thread, before the loader is asked for an iterator."""
+
+
+class StepEnd(Sample, frozen=True, kw_only=True):
+    """An optimizer step is done. From the training thread, one for each step.
+
+    On CUDA it is published when its values have arrived from the device, always before the next
+    milestone; `time` is when the step was launched.
+    """
+
+    loss: float
+    """Mean loss over the batches of the step (of its accumulation window)."""
+    lr: float
+    """Learning rate that the step used: the largest group of the first optimizer."""
+    grad_norm: float | None = None
+    """Total gradient norm before clipping; None where nothing is clipped by norm."""
+    samples: int = 0
+    """Samples in the step."""
+    data_time: float = 0.0
+    """Seconds that the training thread waited for batches."""
+    step_time: float = 0.0
+    """Seconds from having the first batch to here."""
+    skipped: bool = False
+    """True where the update was left out: a loss scaler found infinities, or `on_nonfinite="skip_step"`."""
+    metrics: Metrics = NO_METRICS
+    """What the step logged with `self.log(name, value)`."""
+
+
+class ValidationStart(Event, frozen=True, kw_only=True):
+    """A validation begins. From the training thread, at a step boundary."""
+
+
+class ValidationEnd(Event, frozen=True, kw_only=True):
+    """A validation is complete. From the training thread; a stopped one has no end."""
+
+    metrics: Metrics = NO_METRICS
+    """`val_loss` and the other values made by it."""
+    samples: int = 0
+    """Samples validated."""
+    seconds: float = 0.0
+    """Its duration."""
+
+
+class EpochEnd(Event, frozen=True, kw_only=True):
+    """An epoch is complete, its validation included. From the training thread."""
+
+    metrics: Metrics = NO_METRICS
+    """All that was made since the last `EpochEnd`: `train_loss`, `lr`, `val_loss`, ..."""
+    samples: int = 0
+    """Training samples in the epoch."""
+    seconds: float = 0.0
+    """Duration of the epoch, validations and pauses included."""
+    complete: bool = True
+    """False where `max_steps` or `max_time` ended the epoch before its loader did."""
+
+
+class TrainEnd(Event, frozen=True, kw_only=True):
+    """The last event of a run, always. From the event loop, after accepted checkpoints are durable."""
+
+    status: str
+    """`completed`, `stopped`, `cancelled` or `failed`."""
+    reason: str = ""
+    """Why, in words."""
+    error: str | None = None
+    """The exception of a failed run, as `Type: text`."""
+    metrics: Metrics = NO_METRICS
+    """The latest value of each metric of the run."""
+    seconds: float = 0.0
+    """Duration of this attempt."""
+
+
+class LearningRateChanged(Event, frozen=True, kw_only=True):
+    """A person, a plateau or a schedule that steps once an epoch changed a learning rate.
+
+    From the training thread. A schedule that steps with the optimizer shows in `StepEnd.lr` instead.
+    """
+
+    lr: float
+    """The new value: the largest group of the optimizer."""
+    previous: float
+    """The value before."""
+    source: str
+    """`command` or `schedule`."""
+    optimizer: str = ""
+    """Name of the optimizer where the trainer has several."""
+
+
+class StateChanged(Event, frozen=True, kw_only=True):
+    """The run entered another state. From the training thread."""
+
+    state: str
+    """`running`, `paused` or `stopping`."""
+    reason: str = ""
+    """Why, in words."""
+    by: str = ""
+    """Who caused it: a callback, `user`, a viewer, a signal."""
+
+
+class CommandApplied(Event, frozen=True, kw_only=True):
+    """A command took effect at this position. From the training thread."""
+
+    command: str
+    """`pause`, `resume`, `stop`, `set_lr`, `checkpoint`, `validate` or `call`."""
+    command_id: int
+    """Number of the command within the run, from 0 in the order they were given."""
+    by: str = ""
+    """Who gave it."""
+    arguments: Settings = NO_SETTINGS
+    """What it was given with."""
+    error: str | None = None
+    """Why it could not be done, as `Type: text`."""
+
+
+class CheckpointSaved(Event, frozen=True, kw_only=True):
+    """A checkpoint is durable: it survives a power cut from here on. From the writer's thread."""
+
+    path: str
+    """Its directory."""
+    saved_step: int
+    """The step whose state it holds; `step` may be later."""
+    reason: str = ""
+    """Why it was taken: `interval`, `best`, `final`, `command`, ..."""
+    bytes: int = 0
+    """Size on disk."""
+    seconds: float = 0.0
+    """From snapshot to durable."""
+
+
+class CheckpointFailed(Event, frozen=True, kw_only=True):
+    """A checkpoint could not be written; training goes on. From the writer's thread."""
+
+    saved_step: int
+    """The step whose state it would have held."""
+    error: str
+    """The exception, as `Type: text`."""
+    reason: str = ""
+    """Why it was to be taken."""
+
+
+class CallbackFailed(Event, frozen=True, kw_only=True):
+    """A callback raised and was isolated. From where it ran, at most once a second for each callback."""
+
+    callback: str
+    """Name of the callback."""
+    event: str
+    """Type of the event it was handling, or the method that raised."""
+    error: str
+    """The exception, as `Type: text`."""
+    traceback: str = ""
+    """Its traceback, as Python prints it."""
+    failures: int = 1
+    """How many times it has failed in this run."""
+    disabled: bool = False
+    """True where it failed ten times in a row and gets no more events."""
+
+
+class EventsDropped(Event, frozen=True, kw_only=True):
+    """A subscriber lagged and missed samples. From the event loop, at most once a second for each."""
+
+    subscriber: str
+    """Its name; `bus` where the event loop as a whole had stalled."""
+    count: int
+    """Samples dropped since the last report."""
+    total: int
+    """Samples dropped since the start of the run."""
+    first_step: int = -1
+    """`step` of the oldest sample in this report."""
+    last_step: int = -1
+    """`step` of the newest sample in this report."""
+
+
+class UnknownEvent(Event, frozen=True, kw_only=True, tag_field="", tag=""):
+    """An event of a type that this process does not know, kept as it came and encoded as it came."""
+
+    type: str
+    """The tag it carries."""
+    raw: bytes
+    """The whole encoded event."""
+    format: Format = "json"
+    """How `raw` is encoded."""
+
+
+del _registry["UnknownEvent"]  # it is what an unknown type becomes, not a type on the wire
+
+
+def known_events() -> Iterator[type[Event]]:
+    """Iterate over every event class defined so far, offloop's own and users'."""
+    return iter(tuple(_registry.values()))
+
+
+# Encoding and decoding ---------------------------------------------------------------------------
+
+_json_encode = msgspec.json.Encoder().encode
+_msgpack_encode = msgspec.msgpack.Encoder().encode
+
+
+class _Head(msgspec.Struct):
+    """The fields that are read before the class is known, and the base fields of an unknown event."""
+
+    type: str
+    run_id: str = ""
+    seq: int = -1
+    time: float = 0.0
+    epoch: int = -1
+    step: int = -1
+    batch: int = -1
+
+
+_json_head = msgspec.json.Decoder(_Head, strict=False)
+_msgpack_head = msgspec.msgpack.Decoder(_Head, strict=False)
+
+
+def encode(event: Event, format: Format = "json") -> bytes:
+    """Encode an event. Any thread; does not block.
+
+    Raises:
+        EventError: A field holds something that is no plain value; the text names field and type.
+    """
+    if isinstance(event, UnknownEvent):
+        return event.raw if event.format == format else _transcode(event)
+    try:
+        if format == "msgpack":
+            return _msgpack_encode(event)
+        data = _json_encode(event)
+        # msgspec writes null for NaN and infinities. Looking for "null" in the bytes is far cheaper than
+        # looking at every value; fields at their default, None among them, are not in the bytes at all.
+        if b"null" in data:
+            data = _json_encode(_with_non_finite_as_text(msgspec.to_builtins(event)))
+        return data
+    except TypeError as error:
+        raise _not_plain(event) from error
+
+
+def decode(data: bytes, format: Format = "json") -> Event:
+    """Decode an event: its type first, then the registered class; an unknown one becomes `UnknownEvent`.
+
+    Raises:
+        msgspec.DecodeError: The bytes are no event.
+    """
+    head = (_json_head if format == "json" else _msgpack_head).decode(data)
+    codec = _codec(head.type)
+    if codec is None:
+        position = {name: getattr(head, name) for name in Event.__struct_fields__}
+        return UnknownEvent(type=head.type, raw=data, format=format, **position)
+    return codec.json.decode(data) if format == "json" else codec.msgpack.decode(data)
+
+
+def check(event: Event) -> None:
+    """Raise `EventError` unless every field holds plain values; about a microsecond."""
+    try:
+        _msgpack_encode(event)
+    except TypeError as error:
+        raise _not_plain(event) from error
+
+
+def _codec(tag: str) -> _Codec | None:
+    codec = _codecs.get(tag)
+    if codec is None and tag in _registry:
+        cls = _registry[tag]
+        # strict=False reads "NaN" and "Infinity" where a number is due
+        codec = _codecs[tag] = _Codec(
+            json=msgspec.json.Decoder(cls, strict=False, dec_hook=_decode_mapping),
+            msgpack=msgspec.msgpack.Decoder(cls, strict=False, dec_hook=_decode_mapping),
+        )
+    return codec
+
+
+def _decode_mapping(wanted: type, value: Any) -> Any:
+    if wanted is Metrics:
+        return Metrics({name: float(number) for name, number in value.items()})
+    if wanted is Settings:
+        return Settings(value)
+    raise NotImplementedError(f"cannot decode {wanted}")
+
+
+def _with_non_finite_as_text(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return _NON_FINITE.get(value, "NaN")
+    if isinstance(value, Mapping):
+        return {key: _with_non_finite_as_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_non_finite_as_text(item) for item in value]
+    return value
+
+
+def _transcode(event: UnknownEvent) -> bytes:
+    if event.format == "json":
+        return _msgpack_encode(msgspec.json.decode(event.raw))
+    return _json_encode(_with_non_finite_as_text(msgspec.msgpack.decode(event.raw)))
+
+
+def _not_plain(event: Event) -> EventError:
+    kind = type(event).__name__
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
+        items: Callable[[], Iterator[tuple[str, Any]]] = (
+            (lambda value=value: iter(value.items()))  # type: ignore[misc]  # bound now, called below
+            if isinstance(value, Mapping)
+            else (lambda name=name, value=value: iter([(name, value)]))  # type: ignore[misc]
+        )
+        for key, item in items():
+            try:
+                _msgpack_encode(item)
+            except TypeError:
+                where = name if key == name else f"{name}[{key!r}]"
+                hint = " (for a tensor: value.item())" if type(item).__name__ == "Tensor" else ""
+                return EventError(
+                    f"{kind}.{where} holds a {type(item).__name__}; only plain numbers, strings and "
+                    f"mappings of them ride on events{hint}"
+                )
+    return EventError(f"{kind} holds something that is no plain value")

@@ -1,0 +1,63 @@
+"""Reading and setting learning rates by hand, so that a schedule goes on from there."""
+
+from typing import Any, Final
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+
+_SCHEDULED_KEYS: Final = ("initial_lr", "max_lr", "min_lr")
+"""What torch's schedules keep in a parameter group and compute later rates from."""
+
+
+def largest_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Return the largest learning rate of the optimizer's groups."""
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        lr = groups[0]["lr"]
+        return lr if type(lr) is float else float(lr)  # a tensor (capturable optimizers): host sync
+    return max(float(group["lr"]) for group in groups)
+
+
+def scale_lr(
+    optimizer: torch.optim.Optimizer, lr: float, *, group: int | None, scheduler: LRScheduler | None
+) -> None:
+    """Set a learning rate: of one group, or the largest with all others scaled alike.
+
+    What the schedule computes its later rates from is scaled by the same factor, so that it goes on from
+    here. A rate of 0 cannot be scaled: it is set, and the schedule is left as it is.
+    """
+    groups = optimizer.param_groups
+    chosen = range(len(groups)) if group is None else [group]
+    current = largest_lr(optimizer) if group is None else float(groups[group]["lr"])
+    factor = lr / current if current else None
+    for index in chosen:
+        target = groups[index]
+        new = lr if factor is None or len(groups) == 1 or group is not None else float(target["lr"]) * factor
+        _assign(target, "lr", new)
+        if factor is not None:
+            for key in _SCHEDULED_KEYS:
+                if key in target:
+                    _assign(target, key, float(target[key]) * factor)
+    if scheduler is not None and factor is not None and scheduler.optimizer is optimizer:
+        _scale_schedule(scheduler, chosen, factor)
+
+
+def _scale_schedule(scheduler: Any, groups: range | list[int], factor: float) -> None:
+    if isinstance(scheduler, SequentialLR) or hasattr(scheduler, "_schedulers"):
+        for inner in scheduler._schedulers:
+            _scale_schedule(inner, groups, factor)
+    for name in ("base_lrs", "max_lrs", "min_lrs", "_last_lr"):
+        rates = getattr(scheduler, name, None)
+        if isinstance(rates, list):
+            setattr(
+                scheduler,
+                name,
+                [rate * factor if index in groups else rate for index, rate in enumerate(rates)],
+            )
+
+
+def _assign(group: dict[str, Any], key: str, value: float) -> None:
+    if isinstance(group.get(key), torch.Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value

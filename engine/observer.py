@@ -1,0 +1,348 @@
+"""Observers at work: one task for each callback takes its events and runs its handlers, in order.
+
+    async def handlers    awaited here, on the event loop; how long each holds the loop is measured
+    plain def handlers    a batch of events per hop to one worker thread of the callback
+    async deciders        a mark in the stream brings them here, after all that came before it
+
+Failures are isolated, reported and counted here; nothing a handler does reaches another callback.
+"""
+
+import contextvars
+import functools
+import inspect
+import itertools
+import logging
+import queue
+import threading
+import time
+import traceback
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from offloop.engine.bus import Rendezvous, Subscription
+from offloop.engine.callback import Callback, Handlers
+from offloop.engine.control import actor
+from offloop.engine.events import CallbackFailed, Event
+from offloop.engine.waker import Waker
+
+logger = logging.getLogger("offloop")
+T = TypeVar("T")
+
+EVENTS_AT_ONCE: Final = 1024
+"""Events taken from the buffer in one go; the rest stay where new ones can push them out."""
+MAX_FAILURES_IN_ROW: Final = 10
+"""Failures in a row after which an observer gets no more events."""
+FAILURE_INTERVAL: Final = 1.0
+"""Seconds between two reports of failures of one callback."""
+HOLD_WARNING: Final = 0.05
+"""Seconds for which a handler may hold the event loop before it is named; twice the pace of a smooth page."""
+WARNING_INTERVAL: Final = 10.0
+"""Seconds between two such warnings about one callback."""
+
+
+class CallbackCosts(msgspec.Struct, frozen=True, kw_only=True):
+    """What one callback cost and missed. Times in seconds."""
+
+    events: int = 0
+    """Events handled."""
+    wall: float = 0.0
+    """Time spent in its handlers, awaiting included."""
+    cpu: float = 0.0
+    """CPU time of its handlers, on the event loop or in its worker thread."""
+    held: float = 0.0
+    """Time during which its handlers held the event loop."""
+    longest_hold: float = 0.0
+    """The longest of those times without a pause."""
+    decided: float = 0.0
+    """Time that the training thread spent in or waited for its deciders."""
+    lag: float = 0.0
+    """The longest time an event had waited when its batch was taken."""
+    dropped: int = 0
+    """Samples that it missed."""
+    failures: int = 0
+    """Exceptions that its methods raised."""
+
+
+class Worker:
+    """One thread of one callback, for its plain methods. Made when first needed.
+
+    A daemon: a handler that never returns must not keep the interpreter from leaving. Such a worker is
+    given up (`abandoned`) and reported.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.abandoned = False
+        self._name = name
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waker = Waker()
+        self._thread: threading.Thread | None = None
+        self._context = contextvars.copy_context()
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run a function in the thread and wait for it. Cancellation: gives the thread up, it cannot be ended."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._context.run, args=(self._work,), name=self._name, daemon=True
+            )
+            self._thread.start()
+        outcome: list[T] = []
+        failure: list[BaseException] = []
+
+        def job() -> None:
+            try:
+                outcome.append(function())
+            except BaseException as error:
+                failure.append(error)
+            self._waker.wake()
+
+        self._jobs.put(job)
+        try:
+            while not outcome and not failure:
+                await self._waker.wait()
+        except BaseException:
+            self.abandoned = True
+            raise
+        if failure:
+            raise failure[0]
+        return outcome[0]
+
+    def close(self) -> None:
+        """Let the thread end after its jobs, and wait for it unless it was given up."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            if not self.abandoned:
+                self._thread.join()
+        if not self.abandoned:
+            self._waker.close()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
+class Observer:
+    """One callback at work: handles its events, keeps its costs, holds its failures.
+
+    All methods run on the event loop unless they say otherwise.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        subscription: Subscription[Event] | None,
+        run: Any,
+        publish: Callable[[Event], None],
+        fail: Callable[[Exception], None],
+    ) -> None:
+        """Bind a callback to a run.
+
+        Args:
+            handlers: The callback's methods.
+            subscription: Its events; None for a callback that neither observes nor decides asynchronously.
+            run: Handed to the handlers.
+            publish: For `CallbackFailed`.
+            fail: Ends the run as failed; for `on_error="raise"`.
+        """
+        self.handlers = handlers
+        self.name = handlers.name
+        self.subscription = subscription
+        self.errors: list[str] = []  # what the result will list: `Type: text` each
+        self.decided = 0.0  # written by the training thread
+        self.disabled = False
+        self._run = run
+        self._publish = publish
+        self._fail = fail
+        self._worker = Worker(f"offloop-{self.name}")
+        self._events = self._failures = self._failures_in_row = 0
+        self._wall = self._cpu = self._held = self._longest_hold = 0.0
+        self._reported_at = self._warned_at = -WARNING_INTERVAL
+        self._handling: Event | None = None
+
+    @property
+    def costs(self) -> CallbackCosts:
+        """What the callback has cost so far. Any thread."""
+        statistics = None if self.subscription is None else self.subscription.statistics
+        return CallbackCosts(
+            events=self._events,
+            wall=self._wall,
+            cpu=self._cpu,
+            held=self._held,
+            longest_hold=self._longest_hold,
+            decided=self.decided,
+            lag=0.0 if statistics is None else statistics.lag,
+            dropped=0 if statistics is None else statistics.dropped,
+            failures=self._failures,
+        )
+
+    async def serve(self) -> None:
+        """Handle events until the subscription ends. Cancellation: what is left is not handled."""
+        if self.subscription is None:
+            return
+        actor.set(self.name)
+        while events := await self.subscription.take_batch(EVENTS_AT_ONCE):
+            started = time.perf_counter()
+            for kind, group in itertools.groupby(events, self._where):
+                if kind == "mark":
+                    for mark in group:
+                        await self._arrive(mark)
+                elif kind == "loop":
+                    await self._timed(self._handle_on_loop(list(group)))
+                elif kind == "thread":
+                    job = functools.partial(self._handle_in_thread, list(group))
+                    await self._worker.run(job)
+            self._wall += time.perf_counter() - started
+            if self.disabled:
+                self.subscription.close()
+
+    async def close(self) -> None:
+        """Call the callback's `close`, once, wherever it belongs; failures are reported."""
+        close = self.handlers.callback.close
+        try:
+            if inspect.iscoroutinefunction(close):
+                await self._timed(close())
+            elif type(self.handlers.callback).close is not Callback.close:
+                worker = Worker(f"offloop-{self.name}") if self._worker.abandoned else self._worker
+                try:
+                    result = await worker.run(close)
+                finally:
+                    if worker is not self._worker:
+                        worker.close()
+                if inspect.isawaitable(result):
+                    await result
+        except Exception as error:
+            self.failed("close", error)
+        finally:
+            self._worker.close()
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Take note of a failure: report it at most once a second, or end the run. Any thread."""
+        self._failures += 1
+        self._failures_in_row += 1
+        described = f"{type(error).__name__}: {error}"
+        if len(self.errors) < 100:  # enough to see what is wrong; a handler may fail a million times
+            self.errors.append(f"{what}: {described}")
+        if self.handlers.callback.on_error == "raise":
+            self._fail(error)
+            return
+        if self._failures_in_row >= MAX_FAILURES_IN_ROW and not self.disabled:
+            self.disabled = True
+        elif time.perf_counter() - self._reported_at < FAILURE_INTERVAL:
+            return
+        self._reported_at = time.perf_counter()
+        off = f"; it failed {MAX_FAILURES_IN_ROW} times in a row and is off now" if self.disabled else ""
+        logger.error("callback %s failed in %s%s", self.name, what, off, exc_info=error)
+        if what == CallbackFailed.__name__:
+            return  # an event about it would make it fail again
+        try:
+            self._publish(
+                CallbackFailed(
+                    callback=self.name,
+                    event=what,
+                    error=described,
+                    traceback="".join(traceback.format_exception(error)),
+                    failures=self._failures,
+                    disabled=self.disabled,
+                )
+            )
+        except Exception:  # the bus has ended: the log and the result have it
+            logger.debug("a failure of %s came too late for an event", self.name)
+
+    def _where(self, event: Event | Rendezvous) -> str:
+        if isinstance(event, Rendezvous):
+            return "mark"
+        handler = self.handlers.handler_for(type(event))
+        if handler is None or self.disabled:
+            return "nowhere"
+        return "thread" if self.handlers.is_plain(handler) else "loop"
+
+    async def _arrive(self, mark: Any) -> None:
+        result = mark.arrive()
+        if inspect.isawaitable(result):
+            await self._timed(_as_coroutine(result))
+
+    async def _handle_on_loop(self, events: list[Event]) -> None:
+        handler_for, run = self.handlers.handler_for, self._run
+        event_class, handler = None, None
+        for event in events:
+            if self.disabled:
+                return
+            if type(event) is not event_class:
+                event_class = type(event)
+                handler = handler_for(event_class)
+            self._handling = event
+            self._events += 1
+            try:
+                await handler(event, run)  # type: ignore[misc]  # _where() chose events with a handler
+            except Exception as error:
+                self.failed(event_class.__name__, error)
+            else:
+                self._failures_in_row = 0
+
+    def _handle_in_thread(self, events: list[Event]) -> None:
+        actor.set(self.name)
+        handler_for, run = self.handlers.handler_for, self._run
+        cpu = time.thread_time()
+        for event in events:
+            if self.disabled:
+                break
+            self._events += 1
+            try:
+                handler_for(type(event))(event, run)  # type: ignore[misc]  # _where() chose events with a handler
+            except Exception as error:
+                self.failed(type(event).__name__, error)
+            else:
+                self._failures_in_row = 0
+        self._cpu += time.thread_time() - cpu
+
+    def _timed(self, coroutine: Coroutine[Any, Any, T]) -> Awaitable[T]:
+        return _account(coroutine, self._account)
+
+    def _account(self, wall: float, cpu: float) -> None:
+        self._held += wall
+        self._cpu += cpu
+        if wall > self._longest_hold:
+            self._longest_hold = wall
+        now = time.perf_counter()
+        if wall > HOLD_WARNING and now - self._warned_at > WARNING_INTERVAL:
+            self._warned_at = now
+            what = type(self._handling).__name__ if self._handling is not None else "its work"
+            logger.warning(
+                "callback %s held the event loop for %.0f ms (%.0f ms of them computing) while handling %s: "
+                "await something, or make the handler a plain def, which runs in a thread",
+                self.name,
+                wall * 1e3,
+                cpu * 1e3,
+                what,
+            )
+
+
+@types.coroutine
+def _account(
+    coroutine: Coroutine[Any, Any, T], account: Callable[[float, float], None]
+) -> Generator[Any, Any, T]:
+    """Drive a coroutine and report, for each stretch between two awaits, how long it held the event loop."""
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        try:
+            yielded = coroutine.send(value) if error is None else coroutine.throw(error)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # StopIteration is untyped
+        finally:
+            account(time.perf_counter() - wall, time.thread_time() - cpu)
+        value, error = None, None
+        try:
+            value = yield yielded
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as thrown:
+            error = thrown
+
+
+async def _as_coroutine(awaitable: Awaitable[T]) -> T:
+    return await awaitable

@@ -1,0 +1,82 @@
+"""Precision and gradients: autocast, loss scaling, clipping and rescaling."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from offloop.engine.config import Precision
+
+_AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class MixedPrecision:
+    """Autocast and loss scaling of one run, as its `precision` says. Used by the training thread only."""
+
+    def __init__(self, precision: Precision, device: torch.device) -> None:
+        self.dtype = _AUTOCAST_DTYPES.get(precision)
+        self.device_type = device.type
+        # Only fp16 needs scaling: bf16 has the exponent range of fp32.
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "16-mixed" else None
+        # fp32 has no autocast to enter: one nullcontext serves every step
+        self._nothing = contextlib.nullcontext()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context for a forward pass."""
+        if self.dtype is None:
+            return self._nothing
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute gradients, scaled where the precision needs it."""
+        if self.scaler is None:
+            loss.backward()
+        else:
+            self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients of `optimizer` by the loss scale, once per step."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
+        """Step the optimizer; the scaler leaves the update out where it found infinities.
+
+        Synchronises with the device for an optimizer that is not fused, under "16-mixed" only.
+        """
+        if self.scaler is not None:
+            self.scaler.step(optimizer)
+        elif closure is None:
+            optimizer.step()
+        else:
+            optimizer.step(closure)
+
+    def update(self) -> torch.Tensor | None:
+        """Adapt the loss scale after a step and return it, on the device; None where nothing is scaled."""
+        if self.scaler is None:
+            return None
+        self.scaler.update()
+        # get_scale() would read it back and synchronise; the tensor itself is read late
+        return None if self.scaler._scale is None else self.scaler._scale.clone()
+
+
+def clip(parameters: Iterable[torch.nn.Parameter], limit: float, algorithm: str) -> torch.Tensor | None:
+    """Clip gradients in place and return their total norm before it, on the device (None by value)."""
+    if algorithm == "norm":
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    torch.nn.utils.clip_grad_value_(parameters, limit)
+    return None
+
+
+def rescale(parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
+    """Multiply gradients in place: for an accumulation window whose divisor is known only at its end."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def gradients_are_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """True if no gradient is NaN or infinite. Synchronises with the device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))

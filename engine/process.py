@@ -1,0 +1,109 @@
+"""What a run shares with the whole process: torch's global switches, and the signals.
+
+Several runs may go on in one process, so a switch that would change another run's results is refused, and
+each is put back when the last run that holds it has ended. Signals are taken only where they are ours to
+take, and given back.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Final
+
+import torch
+
+from offloop.engine.errors import ConfigError
+
+logger = logging.getLogger("offloop")
+
+_lock = threading.Lock()
+_running: dict[str, bool] = {}  # run id -> deterministic; under the lock
+_restore: list[Callable[[], None]] = []  # puts the switches back; under the lock
+
+
+def enter_process(run_id: str, *, deterministic: bool, seed: int | None) -> None:
+    """Enter a run and set the switches it asks for. Any thread; `leave_process` undoes it.
+
+    Raises:
+        ConfigError: Another run is going on that would get other results.
+    """
+    with _lock:
+        for other, theirs in _running.items():
+            if theirs != deterministic:
+                raise ConfigError(
+                    f"deterministic={deterministic} contradicts run {other!r}, which is going on with "
+                    f"deterministic={theirs}: it is one switch for the whole process"
+                )
+            if seed is not None:
+                raise ConfigError(
+                    f"seed={seed} would reseed the generators that run {other!r} draws from: leave seed out "
+                    "and give the loader a generator of its own"
+                )
+        if deterministic and not _running:
+            before = torch.are_deterministic_algorithms_enabled()
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            benchmark = torch.backends.cudnn.benchmark
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+
+            def restore() -> None:
+                torch.use_deterministic_algorithms(before, warn_only=warn_only)
+                torch.backends.cudnn.benchmark = benchmark
+
+            _restore.append(restore)
+        _running[run_id] = deterministic
+
+
+def leave_process(run_id: str) -> None:
+    """Leave a run; the last one puts the switches back. Any thread; twice is fine."""
+    with _lock:
+        _running.pop(run_id, None)
+        if not _running:
+            while _restore:
+                _restore.pop()()
+
+
+_HANDLED: Final = (signal.SIGINT, signal.SIGTERM)
+_DEFAULTS: Final[dict[signal.Signals, Any]] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+
+
+@contextlib.contextmanager
+def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: bool) -> Iterator[None]:
+    """Take SIGINT and SIGTERM for the length of the block, where they are ours to take.
+
+    That is in the main thread, for a signal whose handler is still Python's default (or with `force`, any).
+    The third signal gets its default action.
+
+    Args:
+        on_signal: Called in the main thread with the signal and how many have come; must not block.
+        force: Take them from whoever has them, as an application that asks for it wants.
+    """
+    taken: dict[signal.Signals, Any] = {}
+    count = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count > 2:
+            signal.signal(number, _DEFAULTS[signal.Signals(number)])
+            os.kill(os.getpid(), number)
+            return
+        on_signal(signal.Signals(number), count)
+
+    if threading.current_thread() is threading.main_thread():
+        for each in _HANDLED:
+            if force or signal.getsignal(each) == _DEFAULTS[each]:
+                taken[each] = signal.signal(each, handle)
+    try:
+        yield
+    finally:
+        for each, before in taken.items():
+            signal.signal(each, before)

@@ -1,0 +1,70 @@
+"""Readback: the place where the loop's numbers come back from the device to the host.
+
+On CPU a scalar is read where it is. On CUDA reading it would make the host wait for all work queued so
+far, so the scalars of a step are packed into one tensor, copied to pinned memory without blocking, and
+handed on when the copy has arrived: some steps late, in order. `flush` waits; the loop does it before each
+milestone, so that the order of events does not depend on the device.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Deliver = Callable[[list[float]], None]
+
+
+class _Copy(NamedTuple):
+    """Numbers on their way."""
+
+    host: torch.Tensor  # (n,) float64 or float32, pinned
+    arrived: Any  # torch.cuda.Event
+    deliver: Deliver
+
+
+class Readback:
+    """Reads device scalars, in the order in which they were given. Training thread only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_immediate = device.type != "cuda"
+        self._under_way: deque[_Copy] = deque()
+
+    def read(self, scalars: Sequence[torch.Tensor], deliver: Deliver) -> None:
+        """Call `deliver` with the values: at once on CPU, when they have arrived on CUDA (or at `flush`).
+
+        Args:
+            scalars: Tensors of one element each, any dtype; () or (1,).
+            deliver: Gets the values as floats in the same order.
+        """
+        if self.is_immediate:
+            deliver([scalar.item() for scalar in scalars])  # host sync, free on CPU
+            return
+        packed = torch.stack([scalar.detach().reshape(()).to(torch.float32) for scalar in scalars])
+        host = torch.empty(len(scalars), dtype=torch.float32, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._under_way.append(_Copy(host, arrived, deliver))
+        self.poll()
+
+    def put(self, deliver: Callable[[], None]) -> None:
+        """Call `deliver` in its turn: after everything read before it has been delivered."""
+        if self._under_way:
+            last = self._under_way[-1]
+            self._under_way.append(_Copy(torch.empty(0), last.arrived, lambda _: deliver()))
+        else:
+            deliver()
+
+    def poll(self) -> None:
+        """Deliver what has arrived. Does not block."""
+        while self._under_way and self._under_way[0].arrived.query():
+            copy = self._under_way.popleft()
+            copy.deliver(copy.host.tolist())
+
+    def flush(self) -> None:
+        """Deliver everything, waiting for the device where needed (host sync on CUDA)."""
+        while self._under_way:
+            copy = self._under_way.popleft()
+            copy.arrived.synchronize()
+            copy.deliver(copy.host.tolist())

@@ -1,0 +1,288 @@
+"""Run: the handle of a training run, for any task and thread; RunResult: what is left of it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
+from offloop.engine.errors import ConfigError
+from offloop.engine.events import CheckpointSaved, EpochEnd, Event, Metrics
+from offloop.engine.observer import CallbackCosts
+from offloop.engine.waker import result_of
+
+if TYPE_CHECKING:
+    from offloop.engine.session import Session
+
+E = TypeVar("E", bound=Event)
+T = TypeVar("T")
+Status = Literal["completed", "stopped", "cancelled", "failed"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The best moment of a run, as its `monitor` says."""
+
+    monitor: str
+    """The metric that decides."""
+    score: float
+    """Its best value; never NaN."""
+    epoch: int
+    """Where it was reached."""
+    step: int
+    """Where it was reached, in optimizer steps."""
+    path: str | None = None
+    """The checkpoint that holds it; None if none does."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run has come to."""
+
+    run_id: str
+    """Identity of the run."""
+    status: Status
+    """`completed` (a limit was reached), `stopped` (somebody asked), `cancelled` or `failed`."""
+    reason: str
+    """Why, in words."""
+    epochs: int
+    """Epochs done."""
+    steps: int
+    """Optimizer steps done."""
+    metrics: Metrics
+    """The latest value of each metric. A missing key raises and lists the keys."""
+    best: Best | None
+    """The best moment; None if the monitored metric was never made."""
+    history: tuple[EpochEnd, ...]
+    """The end of each epoch, with its metrics."""
+    seconds: float
+    """Duration."""
+    callback_costs: Mapping[str, CallbackCosts]
+    """What each callback cost and missed, by name."""
+    callback_errors: Mapping[str, tuple[str, ...]]
+    """What each callback raised (the first hundred), by name; callbacks without errors are not listed."""
+    dir: Path | None
+    """The run's directory; None if nothing was written."""
+
+
+class Run:
+    """A run, from its start to its result. Usable from any task, thread or event loop.
+
+    Commands come in two forms. `await run.stop()` returns when the command was applied; while the training
+    thread waits for a decider or a full `block` subscription it returns `None` on acceptance, because the
+    training thread may be waiting for the very task that awaits. `run.stop_nowait()` returns a
+    `concurrent.futures.Future` at once. Both raise `RunEndedError` when the run is over. `pause` and
+    `resume` apply at the next batch, all others at the next step boundary.
+    """
+
+    def __init__(self, session: "Session") -> None:
+        self._session = session
+        self._control = session.control
+        self._bus = session.bus
+
+    # What it is
+
+    @property
+    def id(self) -> str:
+        """Identity of the run, the name of its directory."""
+        return self._session.run_id
+
+    @property
+    def dir(self) -> Path:
+        """Its directory.
+
+        Raises:
+            ConfigError: It has none, because nobody said that something is to be written.
+        """
+        if self._session.dir is None:
+            raise ConfigError(
+                "this run has no directory: give Trainer(run_dir=...), or set needs_run_dir = True on the "
+                "callback that writes"
+            )
+        return self._session.dir
+
+    @property
+    def has_dir(self) -> bool:
+        """True if the run has a directory."""
+        return self._session.dir is not None
+
+    @property
+    def state(self) -> str:
+        """`starting`, `running`, `validating`, `paused`, `stopping`, `closing` or the status of the result."""
+        return self._session.state
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch in progress, from 0, as of now."""
+        return self._session.loop.epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as of now."""
+        return self._session.loop.step
+
+    @property
+    def result(self) -> RunResult:
+        """What the run has come to.
+
+        Raises:
+            RuntimeError: It is still going on.
+        """
+        result = self._session.result
+        if result is None:
+            raise RuntimeError(f"run {self.id} is still going on (it is {self.state}): await run.wait()")
+        return result
+
+    async def wait(self) -> RunResult:
+        """Wait for the end, whatever it is, and return the result. Cancellation: the run goes on."""
+        return await result_of(self._session.finished)
+
+    # What it says
+
+    def events(
+        self, *types: type[E], buffer: int = BUFFER, on_full: OnFull = "drop_oldest", name: str = "events"
+    ) -> Subscription[E]:
+        """Subscribe to events, from now on; milestones since the start of the run are replayed.
+
+        The result is an iterator (`async for`) and a context manager; it ends with the run. From a plain thread
+        call its `take()`.
+
+        Args:
+            types: Event classes; none means all.
+            buffer: Samples held for a reader that lags, at least 1.
+            on_full: `"drop_oldest"`, or `"block"`: training waits when the reader lags that far.
+            name: Shown in `subscriptions`.
+        """
+        return self._bus.subscribe(*types, name=name, buffer=buffer, on_full=on_full, replay=True)
+
+    def publish(self, event: Event) -> None:
+        """Publish an event of your own. Any thread; never waits.
+
+        Raises:
+            EventError: It holds more than plain values, or was published before.
+            BusClosedError: The run is over.
+        """
+        self._session.publish(event)
+
+    @property
+    def subscriptions(self) -> tuple[SubscriptionStatistics, ...]:
+        """What each subscriber got and missed, as of now."""
+        return self._bus.subscriptions
+
+    @property
+    def callback_costs(self) -> dict[str, CallbackCosts]:
+        """What each callback has cost so far, by name."""
+        return self._session.callback_costs
+
+    # What it can be told
+
+    def pause_nowait(self, reason: str = "", *, by: str | None = None) -> "Future[None]":
+        """Pause at the next batch, also of a validation; everything stays on the device."""
+        return self._control.give("pause", {"reason": reason}, by)
+
+    def resume_nowait(self, *, by: str | None = None) -> "Future[None]":
+        """Go on after a pause."""
+        return self._control.give("resume", {}, by)
+
+    def stop_nowait(self, reason: str = "asked to stop", *, by: str | None = None) -> "Future[None]":
+        """Stop at the next step boundary, with `status="stopped"`; it ends a pause and a validation."""
+        return self._control.give("stop", {"reason": reason}, by)
+
+    def set_lr_nowait(
+        self, lr: float, group: int | None = None, optimizer: str | None = None, *, by: str | None = None
+    ) -> "Future[None]":
+        """Set a learning rate; a schedule goes on from there, multiplied.
+
+        Args:
+            lr: For the largest group, the others are scaled alike; or for `group` alone. Finite, >= 0.
+            group: Index of one parameter group.
+            optimizer: Its name, where the trainer has several.
+            by: Who asks, for the record.
+
+        Raises:
+            ConfigError: No such value, group or optimizer.
+        """
+        optimizers = self._session.loop.optimizers
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+            raise ConfigError(f"lr must be a finite number of at least 0, got {lr!r}")
+        if optimizer is None and len(optimizers) > 1:
+            raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(optimizers)}")
+        if optimizer is not None and optimizer not in optimizers:
+            raise ConfigError(f"there is no optimizer {optimizer!r}; there are {', '.join(optimizers)}")
+        groups = len(optimizers[optimizer or next(iter(optimizers))].param_groups)
+        if group is not None and not 0 <= group < groups:
+            raise ConfigError(f"group must be from 0 to {groups - 1}, got {group}")
+        arguments = {"lr": float(lr), "group": group, "optimizer": optimizer}
+        return self._control.give("set_lr", arguments, by)
+
+    def validate_nowait(self, *, by: str | None = None) -> "Future[Metrics]":
+        """Validate at the next step boundary; the result is its metrics.
+
+        Raises:
+            ConfigError: The run has no val_loader.
+        """
+        if self._session.loop.val_loader is None:
+            raise ConfigError("there is no val_loader to validate on: give one to train()")
+        return self._control.give("validate", {}, by)
+
+    def checkpoint_nowait(
+        self, reason: str = "command", *, by: str | None = None
+    ) -> "Future[CheckpointSaved]":
+        """Save a checkpoint at the next step boundary; the result is there when it is durable.
+
+        Raises:
+            ConfigError: The run has no directory to save into.
+        """
+        self.dir  # noqa: B018 - raises if there is none
+        return self._control.give("checkpoint", {"reason": reason}, by)
+
+    def call_nowait(self, function: Callable[[Any], T], *, by: str | None = None) -> "Future[T]":
+        """Run `function(trainer)` in the training thread at the next step boundary: the safe way to a live model.
+
+        What it raises goes to the result, not to the run.
+        """
+        if not callable(function):
+            raise TypeError(f"call takes a function of the trainer, got {function!r}")
+        return self._control.give("call", {"function": function}, by)
+
+    async def pause(self, reason: str = "", *, by: str | None = None) -> None:
+        """Pause at the next batch, also of a validation; everything stays on the device."""
+        await self._control.wait_for(self.pause_nowait(reason, by=by))
+
+    async def resume(self, *, by: str | None = None) -> None:
+        """Go on after a pause."""
+        await self._control.wait_for(self.resume_nowait(by=by))
+
+    async def stop(self, reason: str = "asked to stop", *, by: str | None = None) -> None:
+        """Stop at the next step boundary; returns when training has taken note, `wait()` waits for the end."""
+        await self._control.wait_for(self.stop_nowait(reason, by=by))
+
+    async def set_lr(
+        self, lr: float, group: int | None = None, optimizer: str | None = None, *, by: str | None = None
+    ) -> None:
+        """Set a learning rate, see `set_lr_nowait`."""
+        await self._control.wait_for(self.set_lr_nowait(lr, group, optimizer, by=by))
+
+    async def validate(self, *, by: str | None = None) -> Metrics | None:
+        """Validate at the next step boundary and return the metrics."""
+        return await self._control.wait_for(self.validate_nowait(by=by))
+
+    async def checkpoint(self, reason: str = "command", *, by: str | None = None) -> CheckpointSaved | None:
+        """Save a checkpoint at the next step boundary; returns when it is durable."""
+        return await self._control.wait_for(self.checkpoint_nowait(reason, by=by))
+
+    async def call(self, function: Callable[[Any], T], *, by: str | None = None) -> T | None:
+        """Run `function(trainer)` in the training thread at a step boundary and return its result."""
+        return await self._control.wait_for(self.call_nowait(function, by=by))
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """End the run at its next batch, out of any wait, with `status="cancelled"`. Any thread; does not wait.
+
+        Calling it after the end, or twice, is fine.
+        """
+        self._session.cancel(reason)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} {self.state}>"

@@ -1,0 +1,79 @@
+"""The directory of a run: `run_dir/<run_id>/` with `run.json` and what callbacks write beside it."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from offloop.engine.errors import RunNameTakenError
+
+_ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"  # no letters that look like others
+_VERSIONS: Final = ("offloop", "torch", "anyio", "msgspec", "torchmetrics", "numpy")
+
+
+def new_run_id() -> str:
+    """Return an id that sorts by time: `20261122-142501-k3vq`. Draws from the system, never from torch."""
+    letters = "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(4))
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{letters}"
+
+
+def create_run_dir(path: Path, description: dict[str, Any]) -> None:
+    """Make the directory and its `run.json`. Blocks on the file system; not on the event loop.
+
+    Raises:
+        RunNameTakenError: It exists already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        raise RunNameTakenError(str(path)) from None
+    write_run_json(path, description)
+
+
+def write_run_json(path: Path, description: dict[str, Any]) -> None:
+    """Replace `run.json` whole: a reader sees the old or the new one, never half of it."""
+    temporary = path / ".run.json.new"
+    with open(temporary, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(description), indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path / "run.json")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return what is needed to know later where a run came from: versions, command, machine, git commit."""
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": sys.argv,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "versions": versions,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, no repository, or a slow one
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=5, stdin=subprocess.DEVNULL
+    )
+    return done.stdout.strip()

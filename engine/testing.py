@@ -1,0 +1,319 @@
+"""Helpers for tests of code that uses offloop: real runs made small, and callbacks driven without training.
+
+    recorder = Recorder()                                   what does a run say?
+    tiny_trainer().train(tiny_loader(), epochs=2, callbacks=[recorder])
+    assert recorder.names()[:2] == ["TrainStart", "EpochStart"]
+
+    driven = drive(MyCallback(), [StepEnd(loss=1.0, lr=0.1, step=1), EpochEnd(...)])
+    assert driven.result.status == "stopped"                what does a callback do?
+
+    tiny_trainer().train(tiny_loader(), epochs=2, callbacks=[mine, FailingCallback(), SlowCallback(0.1)])
+
+Everything here uses the real bus, the real threads and the real control: nothing is mocked.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+import torch
+
+from offloop.engine.callback import BOUNDARY_EVENTS, Callback
+from offloop.engine.events import CommandApplied, Event, Sample, TrainEnd, TrainStart
+from offloop.engine.loop import Batch, TrainingLoop
+from offloop.engine.run import Run, RunResult
+from offloop.engine.session import Session
+from offloop.engine.trainer import BaseTrainer, Trainer
+
+E = TypeVar("E", bound=Event)
+
+MEASURED_FIELDS = frozenset({"run_id", "seq", "time", "seconds", "data_time", "step_time"})
+"""Fields of events that name or time a run; all others are the same for the same seed and data."""
+
+FOREIGN_EVENTS = frozenset(
+    {"CallbackFailed", "CheckpointFailed", "CheckpointSaved", "EventsDropped", "TrainEnd", "UnknownEvent"}
+)
+"""Events that are not born in the training thread; where they stand depends on scheduling."""
+
+
+class Recorder(Callback):
+    """Keeps every event that it is given, in order; loses none up to a million samples."""
+
+    buffer = 1_000_000
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.run: Run | None = None
+        self.is_closed = False
+
+    def reset(self) -> None:
+        self.events = []
+        self.is_closed = False
+
+    async def on_event(self, event: Event, run: Run) -> None:
+        self.run = run
+        self.events.append(event)
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+    def names(self) -> list[str]:
+        """Return the type names of all events."""
+        return [type(event).__name__ for event in self.events]
+
+    def of(self, event_class: type[E]) -> list[E]:
+        """Return the events of one class and its subclasses."""
+        return [event for event in self.events if isinstance(event, event_class)]
+
+
+def reproducible(events: Iterable[Event]) -> list[tuple[str, dict[str, Any]]]:
+    """Return what is the same for the same seed and data: the training thread's events, without measured fields."""
+    return [
+        (
+            type(event).__name__,
+            {
+                name: value
+                for name, value in msgspec.structs.asdict(event).items()
+                if name not in MEASURED_FIELDS
+            },
+        )
+        for event in events
+        if type(event).__name__ not in FOREIGN_EVENTS
+    ]
+
+
+# A tiny deterministic model, its data and its trainer ----------------------------------------------
+
+
+def tiny_model(
+    *, seed: int = 0, features: int = 8, classes: int = 3, dropout: float = 0.0
+) -> torch.nn.Module:
+    """Return a two-layer classifier, the same for the same seed; draws from no global generator."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(features, 16),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(dropout),
+        torch.nn.Linear(16, classes),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.3, 0.3, generator=generator)
+    return model
+
+
+def tiny_batches(
+    batches: int = 8, *, batch_size: int = 4, seed: int = 0, features: int = 8, classes: int = 3
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return batches of a learnable task, the same for the same seed: inputs (B, features), targets (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(batches * batch_size, features, generator=generator)
+    targets = inputs[:, :classes].argmax(dim=1)
+    return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
+
+
+def tiny_loader(
+    batches: int = 8, *, batch_size: int = 4, seed: int = 0, shuffle: bool = False, workers: int = 0
+) -> "torch.utils.data.DataLoader[Any]":
+    """Return a DataLoader over `tiny_batches`; with `shuffle` it has a generator of its own."""
+    pairs = tiny_batches(batches, batch_size=batch_size, seed=seed)
+    data = torch.utils.data.TensorDataset(
+        torch.cat([inputs for inputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
+    )
+    generator = torch.Generator().manual_seed(seed) if shuffle else None
+    return torch.utils.data.DataLoader(
+        data, batch_size=batch_size, shuffle=shuffle, generator=generator, num_workers=workers
+    )
+
+
+def tiny_trainer(
+    trainer_class: type[Trainer] = Trainer, *, lr: float = 0.05, seed_model: int = 0, **knobs: Any
+) -> Trainer:
+    """Return a trainer for `tiny_model` on the CPU, with cross-entropy and SGD; knobs as for `Trainer`."""
+    model = knobs.pop("model", None) or tiny_model(seed=seed_model)
+    optimizer = knobs.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr)
+    knobs.setdefault("device", "cpu")
+    return trainer_class(model, optimizer, loss=torch.nn.functional.cross_entropy, **knobs)
+
+
+# Driving a callback without training ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Driven:
+    """What came of a scripted run."""
+
+    result: RunResult
+    """As of any run; `stopped` if the callback stopped it."""
+    events: list[Event]
+    """Everything that was said, what the callback caused included."""
+
+    @property
+    def commands(self) -> list[CommandApplied]:
+        """What the callback asked for, in the order in which it took effect."""
+        return [event for event in self.events if isinstance(event, CommandApplied)]
+
+
+def drive(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven:
+    """Run callbacks through scripted events instead of a training, on a real bus and real threads. Blocks.
+
+    `TrainStart` is put before them and `TrainEnd` after them if they are not there. Deciders are asked at
+    their events, and a stop ends the script; step hooks, which need a step's tensors, do not run.
+
+    Args:
+        callbacks: In the order of their decisions.
+        events: With `epoch`, `step` and `batch` where they matter; 0 else.
+        knobs: Of `TrainerConfig`, for example `run_dir`.
+    """
+    recorder = Recorder()
+    trainer = _scripted(events, knobs)
+    result = trainer.train([None], epochs=1, callbacks=[recorder, *callbacks])
+    return Driven(result, recorder.events)
+
+
+async def drive_async(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven:
+    """Like `drive`, beside this event loop."""
+    recorder = Recorder()
+    trainer = _scripted(events, knobs)
+    result = await trainer.train_async([None], epochs=1, callbacks=[recorder, *callbacks])
+    return Driven(result, recorder.events)
+
+
+class _ScriptedTrainer(BaseTrainer):
+    """Says what a script says."""
+
+    script: Sequence[Event] = ()
+
+    def _make_loop(self, session: Session, *rest: Any) -> TrainingLoop:
+        loop = super()._make_loop(session, *rest)
+        loop.__class__ = _ScriptedLoop
+        assert isinstance(loop, _ScriptedLoop)
+        loop.script = self.script
+        return loop
+
+
+class _ScriptedLoop(TrainingLoop):
+    """Publishes events where the loop would train."""
+
+    script: Sequence[Event]
+
+    def run(self) -> None:
+        if not any(isinstance(event, TrainStart) for event in self.script):
+            self.announce(self.train_start())
+        for event in self.script:
+            if self.ending is not None:
+                break
+            if isinstance(event, TrainEnd):
+                continue
+            self.epoch = max(event.epoch, self.epoch)
+            self.step = max(event.step, self.step)
+            self.batch = max(event.batch, self.batch)
+            stamped = type(event)(**{**msgspec.structs.asdict(event), **self.position()})
+            if isinstance(event, BOUNDARY_EVENTS):
+                self.announce(stamped)
+            else:
+                self.publish(stamped)
+                if self.control.attention:
+                    self.look_up()
+
+
+def _scripted(events: Iterable[Event], knobs: dict[str, Any]) -> _ScriptedTrainer:
+    model = tiny_model()
+    trainer = _ScriptedTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu", **knobs)
+    trainer.script = list(events)
+    return trainer
+
+
+# Faults ---------------------------------------------------------------------------------------------
+
+
+class SlowCallback(Callback):
+    """Handles every sample slowly, awaiting as a callback that talks to a server would."""
+
+    def __init__(self, seconds: float) -> None:
+        """Take `seconds` for each sample, awaited."""
+        self.seconds = seconds
+        self.handled = 0
+
+    def reset(self) -> None:
+        self.handled = 0
+
+    async def on_sample(self, event: Sample, run: Run) -> None:
+        await anyio.sleep(self.seconds)
+        self.handled += 1
+
+
+class FailingCallback(Callback):
+    """Raises on events of a class, each time or a number of times."""
+
+    def __init__(
+        self,
+        on: type[Event] = Event,
+        *,
+        times: int | None = None,
+        error: Callable[[], Exception] | None = None,
+    ) -> None:
+        """Fail on `on` and its subclasses.
+
+        Args:
+            on: The class of events.
+            times: How often, None for each time.
+            error: Makes the exception; a RuntimeError else.
+        """
+        self.on = on
+        self.times = times
+        self.error = error or (lambda: RuntimeError("injected"))
+        self.raised = 0
+        self.is_closed = False
+
+    def reset(self) -> None:
+        self.raised = 0
+        self.is_closed = False
+
+    async def on_event(self, event: Event, run: Run) -> None:
+        if isinstance(event, self.on) and (self.times is None or self.raised < self.times):
+            self.raised += 1
+            raise self.error()
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+class HangingCallback(Callback):
+    """Never finishes handling its first event until `release()`; in a thread, or awaiting."""
+
+    def __init__(self, *, in_thread: bool = False) -> None:
+        """Hang on the event loop by awaiting, or in the callback's worker thread."""
+        self._released = threading.Event()
+        self.is_closed = False
+        self.on_train_start = self._hang_in_thread if in_thread else self._hang_awaiting
+
+    def reset(self) -> None:
+        self.is_closed = False
+
+    async def _hang_awaiting(self, event: TrainStart, run: Run) -> None:
+        await anyio.sleep_forever()
+
+    def _hang_in_thread(self, event: TrainStart, run: Run) -> None:
+        self._released.wait()
+
+    def release(self) -> None:
+        """Let the thread go."""
+        self._released.set()
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+class EndlessLoader:
+    """A loader without length that gives the tiny task's batches for ever: for runs that somebody ends."""
+
+    def __init__(self, *, batch_size: int = 4, seed: int = 0) -> None:
+        self._batches = tiny_batches(64, batch_size=batch_size, seed=seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield from self._batches

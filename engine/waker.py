@@ -1,0 +1,68 @@
+"""Wake a task of an event loop from any thread, without ever waiting for that loop.
+
+`anyio.from_thread` and portals wait until the event loop has run the call; a training thread must not.
+A byte in a non-blocking socket pair does the same for one system call, on asyncio, uvloop and trio.
+"""
+
+import socket
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self, TypeVar
+
+import anyio
+
+T = TypeVar("T")
+
+
+class Waker:
+    """One task waits, any thread wakes it. Wakes that come before the wait, or several at once, count as one.
+
+    Belongs to no event loop until somebody waits. Holds two file descriptors until `close`.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def wake(self) -> None:
+        """Wake the waiting task, or the next one that waits. Any thread, also a signal handler; never blocks."""
+        try:
+            self._writer.send(b"\0")
+        except OSError:
+            pass  # full: it is awake already; closed: nobody waits any more
+
+    async def wait(self) -> None:
+        """Wait until woken. One task at a time. Cancellation: safe, no wake is lost."""
+        while True:
+            await anyio.wait_readable(self._reader)
+            try:
+                self._reader.recv(4096)
+                return
+            except BlockingIOError:  # somebody else emptied it; readiness may be spurious
+                continue
+
+    def close(self) -> None:
+        """Give the descriptors back. Nobody may be waiting. Calling it twice is fine."""
+        self._reader.close()
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+async def result_of(future: Future[T]) -> T:
+    """Wait for a future that another thread completes. Any event loop. Cancellation: the future goes on."""
+    with Waker() as waker:
+        future.add_done_callback(lambda _: waker.wake())
+        while not future.done():
+            await waker.wait()
+    return future.result()
