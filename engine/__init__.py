@@ -51,11 +51,11 @@ if TYPE_CHECKING:
     from offloop.engine.events import ValidationStart as ValidationStart
     from offloop.engine.events import decode as decode
     from offloop.engine.events import encode as encode
-    from offloop.engine.loop import StepPoint as StepPoint
     from offloop.engine.observer import CallbackCosts as CallbackCosts
     from offloop.engine.run import Best as Best
     from offloop.engine.run import Run as Run
     from offloop.engine.run import RunResult as RunResult
+    from offloop.engine.step_hooks import StepPoint as StepPoint
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
     from offloop.engine.trainer import Trainer as Trainer
 
@@ -103,9 +103,9 @@ _MODULES = {
         "decode",
         "encode",
     ),
-    "loop": ("StepPoint",),
     "observer": ("CallbackCosts",),
     "run": ("Best", "Run", "RunResult"),
+    "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

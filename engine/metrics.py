@@ -24,7 +24,9 @@ alone is `torchmetrics.classification.BinaryF1Score()`.
 `roc_auc` leaves out classes and labels without a positive or without a negative sample, where
 scikit-learn raises or returns NaN, and is NaN when none is left. **It keeps every output and target
 of the pass on the device**: 1 million samples of 1000 classes take 4 GB.
-`mse` to `r2` compare numbers in float64; see `_numbers`.
+`mse` to `r2` compare outputs and targets of one shape, where (B, 1) and (B,) are the same, and sum
+in float64. `mse`, `rmse` and `mae` are means over all numbers; `r2` is the mean over the D columns
+of (B, D), what is behind the first dimension being flattened.
 
 The task of the other names is read off the first batch of a run, and stays:
 
@@ -144,7 +146,7 @@ class MetricSet:
         self._shapes: tuple[torch.Size, torch.Size] | None = None  # of the last batch
         self._batches = 0
         self._accumulators: dict[str, Metric] = {}
-        self._plan: list[tuple[_Prepare | None, _Problem, list[Metric]]] = []
+        self._plan: list[tuple[_Prepare | None, _Problem, list[Callable[..., None]]]] = []
         with torch.inference_mode(False):  # a tensor made inside could not be added to outside
             for name, own in chosen.items():
                 if own is not None:
@@ -178,13 +180,13 @@ class MetricSet:
             if self._named:
                 self._look_at(outputs, targets)
             self._shapes = shapes
-        for prepare, problem, accumulators in self._plan:
+        for prepare, problem, updates in self._plan:
             if prepare is None:
                 prepared = outputs, targets
             else:
                 prepared = prepare(outputs, targets, problem)
-            for accumulator in accumulators:
-                accumulator.update(*prepared)
+            for update in updates:
+                update(*prepared)
         self._batches += 1
 
     def compute(self) -> dict[str, float]:
@@ -306,12 +308,12 @@ class MetricSet:
                 if key not in self._accumulators:
                     metric = _ACCUMULATORS[key].make(problem, _wide(self._device))
                     self._accumulators[key] = metric.to(self._device)
-        groups: dict[_Prepare | None, list[Metric]] = {}
+        groups: dict[_Prepare | None, list[Callable[..., None]]] = {}
         for key, metric in self._accumulators.items():
             prepare = None if key.startswith(_OWN) else _ACCUMULATORS[key].prepare
-            groups.setdefault(prepare, []).append(metric)
+            groups.setdefault(prepare, []).append(metric.update)
         problem = self._problem or _COMPARISON
-        self._plan = [(prepare, problem, metrics) for prepare, metrics in groups.items()]
+        self._plan = [(prepare, problem, updates) for prepare, updates in groups.items()]
 
 
 def check_metrics(metrics: Metrics) -> None:
@@ -350,9 +352,7 @@ def _chosen(metrics: Metrics) -> dict[str, Metric | None]:
     if isinstance(metrics, str | Metric) or not isinstance(metrics, Sequence | Mapping):
         raise TypeError(f"metrics must be a list of {_WANTED}s, got {metrics!r}; write [...]")
     pairs: Iterator[tuple[str | None, object]] = (
-        iter(metrics.items())
-        if isinstance(metrics, Mapping)
-        else ((None, metric) for metric in metrics)
+        iter(metrics.items()) if isinstance(metrics, Mapping) else ((None, metric) for metric in metrics)
     )
     chosen: dict[str, Metric | None] = {}
     for key, metric in pairs:
@@ -447,9 +447,7 @@ def _direction_of(words: Sequence[str]) -> Literal["min", "max"] | None:
     return "max" if is_larger else None
 
 
-def _problem(
-    names: Sequence[str], outputs: Tensor, targets: Tensor, class_dim: int = 1
-) -> _Problem:
+def _problem(names: Sequence[str], outputs: Tensor, targets: Tensor, class_dim: int = 1) -> _Problem:
     """Apply the module's table of tasks; of two class dimensions that fit take the given one."""
     if not outputs.is_floating_point():
         raise _unfit(names, outputs, targets, "outputs must be floats (logits or probabilities)")
@@ -472,9 +470,7 @@ def _squeezed(shape: torch.Size) -> torch.Size:
     return shape[:1] + shape[2:] if len(shape) > 1 and shape[1] == 1 else shape
 
 
-def _check_values(
-    names: Sequence[str], problem: _Problem, outputs: Tensor, targets: Tensor
-) -> None:
+def _check_values(names: Sequence[str], problem: _Problem, outputs: Tensor, targets: Tensor) -> None:
     """Check the values of the first batch. Blocks until the device has them."""
     if problem.task == "multiclass":
         largest = int(targets.max())  # host-device synchronisation, first batch only
@@ -634,9 +630,7 @@ class _Confusion(_Sums):
 
     def update(self, labels: Tensor, targets: Tensor) -> None:
         """Add classes (N,) int64; a target that is too large leaves the matrix, and raises."""
-        self.pairs.scatter_add_(
-            0, targets.clamp(min=0) * self.classes + labels, (targets >= 0).long()
-        )
+        self.pairs.scatter_add_(0, targets.clamp(min=0) * self.classes + labels, (targets >= 0).long())
 
     def compute(self) -> _States:
         return {"confmat": self.pairs.reshape(self.classes, self.classes)}
@@ -686,8 +680,7 @@ class _YesNoCounts(_Sums):
         # False for NaN, which must not turn logits into probabilities.
         are_probabilities = (self.low >= 0) & (self.high <= 1)
         tp, said, exact = (
-            torch.where(are_probabilities, both[1], both[0])
-            for both in (self.hits, self.said, self.exact)
+            torch.where(are_probabilities, both[1], both[0]) for both in (self.hits, self.said, self.exact)
         )
         fp, fn = said - tp, self.true - tp
         tn = self.total - tp - fp - fn
@@ -770,8 +763,7 @@ class _RocAuc(Metric):
         if not columns or bool(values.isnan().any()):
             return {"area": values.new_tensor(torch.nan)}
         areas = [
-            binary_auroc(_ranks(values[:, c]), truths_NC[:, c].long(), validate_args=False)
-            for c in columns
+            binary_auroc(_ranks(values[:, c]), truths_NC[:, c].long(), validate_args=False) for c in columns
         ]
         return {"area": torch.stack(areas).mean()}
 
@@ -829,8 +821,7 @@ def _finish_r2(states: _States) -> Tensor:
     is_constant = spread <= 1e-13 * squares
     unit = torch.where(is_constant, 1.0, (1e12 / spread).sqrt())
     scaled = {
-        "sum_squared_error": torch.where(is_constant, states["sum_error"] * mean, squares)
-        * unit**2,
+        "sum_squared_error": torch.where(is_constant, states["sum_error"] * mean, squares) * unit**2,
         "sum_error": states["sum_error"] * unit,
         "residual": states["residual"] * unit**2,
         "total": total,
@@ -954,9 +945,7 @@ def _compared(accumulator: str, metric: Callable[..., Metric]) -> dict[_Task, _R
 
 
 def _macro(multiclass: type[Metric], multilabel: type[Metric], **sums: str) -> dict[_Task, _Recipe]:
-    return _counted(
-        partial(multiclass, average="macro"), partial(multilabel, average="macro"), **sums
-    )
+    return _counted(partial(multiclass, average="macro"), partial(multilabel, average="macro"), **sums)
 
 
 _MICRO = partial(MulticlassAccuracy, average="micro")
@@ -1001,9 +990,7 @@ _NAMED: dict[str, _Named] = {
         _compared("squared_errors", partial(MeanSquaredError, squared=False)),
     ),
     "mae": _Named("mean_absolute_error", False, _compared("absolute_errors", MeanAbsoluteError)),
-    "r2": _Named(
-        "r2_score", True, {"regression": _Recipe("r2", lambda states, _: _finish_r2(states))}
-    ),
+    "r2": _Named("r2_score", True, {"regression": _Recipe("r2", lambda states, _: _finish_r2(states))}),
 }
 
 _ALIASES = {name: name for name in _NAMED} | {

@@ -40,11 +40,12 @@ from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Control, actor, deciding
 from offloop.engine.errors import ConfigError, OffloopError, RunEndedError
 from offloop.engine.events import EpochEnd, Event, Metrics, TrainEnd, ValidationEnd
-from offloop.engine.loop import StepPoint, TrainingLoop
+from offloop.engine.loop import TrainingLoop
 from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
 from offloop.engine.run import Best, Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
+from offloop.engine.step_hooks import StepPoint
 from offloop.engine.waker import Waker, result_of
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Session:
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
         self.run = Run(self)
-        self.loop.point = StepPoint(self.loop, trainer, self.run)
+        self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
         self.observers = [self._observe(each) for each in handlers]
         context = contextvars.copy_context()
         self._device_context = _default_device()
@@ -155,7 +156,7 @@ class Session:
             self.bus.prepare(event)
             for name, value in self.loop.position().items():
                 msgspec.structs.force_setattr(event, name, value)
-            self.loop.publish(event)
+            self.loop.reporter.publish(event)
         else:
             self.bus.publish(event)
 
@@ -276,9 +277,8 @@ class Session:
         """What the run is doing, in a word."""
         if self._phase != "running":
             return self._phase
-        if self.loop.state == "running" and self.loop.validating:
-            return "validating"
-        return self.loop.state
+        state = self.loop.boundary.state
+        return "validating" if state == "running" and self.loop.validating else state
 
     @property
     def callback_costs(self) -> dict[str, CallbackCosts]:

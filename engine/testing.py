@@ -215,9 +215,9 @@ class _ScriptedLoop(TrainingLoop):
             if isinstance(event, BOUNDARY_EVENTS):
                 self.announce(stamped)
             else:
-                self.publish(stamped)
+                self.reporter.publish(stamped)
                 if self.control.attention:
-                    self.look_up()
+                    self.boundary.look_up()
 
 
 def _scripted(events: Iterable[Event], knobs: dict[str, Any]) -> _ScriptedTrainer:

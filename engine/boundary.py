@@ -1,0 +1,171 @@
+"""The boundary: where the training thread looks up, obeys commands, and waits while it is paused or held up."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from offloop.engine.control import Command, Control
+from offloop.engine.errors import ConfigError
+from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, Settings, StateChanged
+from offloop.engine.learning_rate import largest_lr, scale_lr
+
+if TYPE_CHECKING:
+    from offloop.engine.loop import TrainingLoop
+
+
+class Boundary:
+    """Applies commands to a training loop. Training thread only."""
+
+    def __init__(
+        self,
+        loop: "TrainingLoop",
+        control: Control,
+        *,
+        is_blocked: Callable[[], bool],
+        save: Callable[[Command], None],
+    ) -> None:
+        """Serve `loop` from the mailbox `control`.
+
+        Args:
+            loop: What commands change.
+            control: Where they come from.
+            is_blocked: True while a subscriber with the right to slow training down is full.
+            save: Takes a checkpoint for a command and completes its future when it is durable.
+        """
+        self.state = "running"  # or paused, stopping; read by anybody
+        self.paused_seconds = 0.0
+        self.obeying_decider = False  # True while a decider's command is applied
+        self._loop = loop
+        self._control = control
+        self._is_blocked = is_blocked
+        self._save = save
+        self._paused_by: Command | None = None
+
+    def look_up(self) -> None:
+        """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full."""
+        loop, control = self._loop, self._control
+        while True:
+            seen = control.changes
+            self._obey()
+            if loop.ending == "cancelled":
+                break
+            if self._paused_by is not None and not control.has_stop:
+                asked = time.perf_counter()
+                control.wait_for_change(seen)
+                self.paused_seconds += time.perf_counter() - asked
+            elif self._is_blocked():
+                control.stand(
+                    lambda: control.cancelled or not self._is_blocked(),
+                    "a subscriber with on_full='block'",
+                )
+            else:
+                break
+        if loop.ending is not None:
+            self._paused_by = None  # a stop ends a pause
+
+    def _obey(self) -> None:
+        """Apply the commands that can be applied here."""
+        loop, control = self._loop, self._control
+        at_step = loop.window.count == 0 and not loop.validating
+        while commands := control.collect(step_boundary=at_step, stop_only=loop.validating):
+            for command in commands:
+                self._apply(command)
+        if control.cancelled and loop.ending != "cancelled":
+            loop.ending, loop.reason = "cancelled", control.cancel_reason
+            self._change_state("stopping", control.cancel_reason, "")
+
+    def _apply(self, command: Command) -> None:
+        """Apply a command, acknowledge it, and give the result to whoever waits for it."""
+        future = command.future
+        if not future.set_running_or_notify_cancel():
+            return  # whoever gave it has taken it back
+        result: Any = None
+        error: Exception | None = None
+        outer, self.obeying_decider = self.obeying_decider, self.obeying_decider or command.from_decider
+        try:
+            result = getattr(self, f"_{command.name}")(command)
+        except Exception as problem:
+            error = problem
+        finally:
+            self.obeying_decider = outer
+        self._loop.reporter.publish(
+            CommandApplied(
+                command=command.name,
+                command_id=command.id,
+                by=command.by,
+                arguments=Settings({name: _plain(value) for name, value in command.arguments.items()}),
+                error=None if error is None else f"{type(error).__name__}: {error}",
+                **self._loop.position(),
+            )
+        )
+        if error is not None:
+            future.set_exception(error)
+            if command.name == "validate" and not isinstance(error, ConfigError):
+                raise error  # the user's own validation failed, as it would have at its usual time
+        elif command.name != "checkpoint":  # that one is completed when the checkpoint is durable
+            future.set_result(result)
+
+    # One method for each command, named after it
+
+    def _pause(self, command: Command) -> None:
+        self._paused_by = command
+        self._change_state("paused", command.arguments["reason"], command.by)
+
+    def _resume(self, command: Command) -> None:
+        if self._paused_by is not None:
+            self._paused_by = None
+            self._change_state("running", "", command.by)
+
+    def _stop(self, command: Command) -> None:
+        loop = self._loop
+        if loop.ending in (None, "limit"):
+            loop.ending, loop.reason = "stopped", command.arguments["reason"]
+            self._change_state("stopping", loop.reason, command.by)
+
+    def _validate(self, command: Command) -> Metrics:
+        made = self._loop.validate()
+        if made is None:
+            raise ConfigError("the validation was stopped before its end")
+        return Metrics(made)
+
+    def _call(self, command: Command) -> Any:
+        return command.arguments["function"](self._loop.program)
+
+    def _checkpoint(self, command: Command) -> None:
+        self._save(command)
+
+    def _set_lr(self, command: Command) -> None:
+        lr, group, name = (command.arguments[key] for key in ("lr", "group", "optimizer"))
+        optimizers = self._loop.optimizers
+        name = name or next(iter(optimizers))
+        previous = largest_lr(optimizers[name])
+        scale_lr(optimizers[name], lr, group=group, scheduler=self._loop.scheduler)
+        self.publish_lr_change(previous, "command", name)
+
+    # Saying so
+
+    def publish_lr_change(self, previous: float, source: str, name: str) -> None:
+        """Publish what a learning rate has become."""
+        loop = self._loop
+        loop.reporter.publish(
+            LearningRateChanged(
+                lr=largest_lr(loop.optimizers[name]),
+                previous=previous,
+                source=source,
+                optimizer=name if len(loop.optimizers) > 1 else "",
+                **loop.position(),
+            )
+        )
+
+    def _change_state(self, state: str, reason: str, by: str) -> None:
+        self.state = state
+        self._loop.reporter.publish(StateChanged(state=state, reason=reason, by=by, **self._loop.position()))
+
+
+def _plain(value: Any) -> Any:
+    """Return what an argument looks like on an event."""
+    return (
+        value
+        if isinstance(value, bool | int | float | str | None)
+        else getattr(value, "__name__", str(value))
+    )

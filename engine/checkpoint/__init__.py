@@ -1,0 +1,100 @@
+"""Checkpoints: copied at a step boundary, written beside the training, whole or not there at all.
+
+`SnapshotArena` copies a state, `CheckpointWriter` takes it to disk through a `CheckpointStore`,
+`CheckpointReader` finds, checks and loads.  Mechanics only: when to save, and what, is policy.
+Listing and verifying need no torch, which is why names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from offloop.engine.checkpoint.errors import (
+        CheckpointCorruptError,
+        CheckpointDeadlineExceeded,
+        CheckpointError,
+        CheckpointIncompatibleError,
+        CheckpointNotFoundError,
+        CheckpointReadError,
+        CheckpointWriteError,
+        DiskFullError,
+        RunLockedError,
+        SnapshotBusyError,
+        SnapshotTornError,
+        UnsafeCheckpointError,
+        UnserializableStateError,
+        WriterDiedError,
+    )
+    from offloop.engine.checkpoint.manifest import CheckpointRequest
+    from offloop.engine.checkpoint.reader import (
+        CheckpointInfo,
+        CheckpointReader,
+        LoadedCheckpoint,
+        list_runs,
+    )
+    from offloop.engine.checkpoint.retention import Retention
+    from offloop.engine.checkpoint.snapshot import Snapshot, SnapshotArena
+    from offloop.engine.checkpoint.store import CheckpointStore, Commit
+    from offloop.engine.checkpoint.writer import CheckpointWriter
+
+_MODULES = {
+    "errors": (
+        "CheckpointCorruptError",
+        "CheckpointDeadlineExceeded",
+        "CheckpointError",
+        "CheckpointIncompatibleError",
+        "CheckpointNotFoundError",
+        "CheckpointReadError",
+        "CheckpointWriteError",
+        "DiskFullError",
+        "RunLockedError",
+        "SnapshotBusyError",
+        "SnapshotTornError",
+        "UnsafeCheckpointError",
+        "UnserializableStateError",
+        "WriterDiedError",
+    ),
+    "manifest": ("CheckpointRequest",),
+    "reader": ("CheckpointInfo", "CheckpointReader", "LoadedCheckpoint", "list_runs"),
+    "retention": ("Retention",),
+    "snapshot": ("Snapshot", "SnapshotArena"),
+    "store": ("CheckpointStore", "Commit"),
+    "writer": ("CheckpointWriter",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "CheckpointCorruptError",
+    "CheckpointDeadlineExceeded",
+    "CheckpointError",
+    "CheckpointIncompatibleError",
+    "CheckpointInfo",
+    "CheckpointNotFoundError",
+    "CheckpointReadError",
+    "CheckpointReader",
+    "CheckpointRequest",
+    "CheckpointStore",
+    "CheckpointWriteError",
+    "CheckpointWriter",
+    "Commit",
+    "DiskFullError",
+    "LoadedCheckpoint",
+    "Retention",
+    "RunLockedError",
+    "Snapshot",
+    "SnapshotArena",
+    "SnapshotBusyError",
+    "SnapshotTornError",
+    "UnsafeCheckpointError",
+    "UnserializableStateError",
+    "WriterDiedError",
+    "list_runs",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

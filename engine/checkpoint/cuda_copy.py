@@ -1,0 +1,141 @@
+"""Copy tensors off a CUDA device while the host goes on and the optimizer waits on the device.
+
+    compute stream  ... step n ──┬── clone the volatile ──┬── forward, backward ──┬── step n+1
+                                 │                        │                       │ wait_event
+    copy stream                  └────────────────────────┴── copies to host ──── event
+
+Two kinds of tensors: those that an optimizer owns change in its `step` and nowhere else, and a
+hook before each step lets the compute stream wait for the copies; the rest (batch norm's
+statistics, averaged weights, random states) may change in the next forward pass, and are cloned
+on the device first, in the order of the compute stream.  The host waits for nothing; the writer
+thread waits for the event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+_untyped_cuda: Any = torch.cuda
+"""torch has no types for what we call here."""
+
+
+def any_on_cuda(tensors: Iterable[torch.Tensor]) -> bool:
+    """Tell whether a device copy is needed."""
+    return any(tensor.is_cuda for tensor in tensors)
+
+
+class PinnedMemory:
+    """Page-lock memory that exists, so that the device can write it by itself.
+
+    Not `pin_memory=True`: torch's host allocator rounds up to a power of two and keeps the
+    block for good; a slot may be many gigabytes.
+    """
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._is_pinned = True
+        code = _untyped_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        torch.cuda.check_error(int(code))
+
+    def release(self) -> None:
+        """Undo it, which must happen before the memory goes. Calling twice is fine."""
+        if self._is_pinned:
+            self._is_pinned = False
+            code = _untyped_cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            torch.cuda.check_error(int(code))
+
+
+class RunningCopy:
+    """Copies on their way to the host."""
+
+    def __init__(self, events: Sequence[torch.cuda.Event], keep: Sequence[torch.Tensor]) -> None:
+        self._events = events
+        # The allocator knows these tensors by the compute stream only: were one freed before the
+        # copy stream has read it, its memory could be given away.
+        self._keep: Sequence[torch.Tensor] = keep
+
+    def wait(self) -> None:
+        """Return when all copies are on the host. Blocks, with the interpreter released."""
+        for event in self._events:
+            event.synchronize()
+        self._keep = ()
+
+
+class CudaCopier:
+    """Start copies, and keep optimizers from overtaking them.
+
+    Thread: the training thread only.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._optimizers = list(optimizers)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._pending: dict[torch.device, torch.cuda.Event] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self.guard())
+            for optimizer in self._optimizers
+        ]
+
+    def guard(self) -> None:
+        """Let work that follows on the current streams wait, on the device, for running copies.
+
+        To be called before anything else than an optimizer's `step` changes its tensors.
+        """
+        for device, event in self._pending.items():
+            torch.cuda.current_stream(device).wait_event(event)
+        self._pending.clear()
+
+    def start(
+        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> RunningCopy:
+        """Start copying and return at once, except for sources on the host: they are copied."""
+        owned = self._owned()
+        by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for target, source in zip(targets, sources, strict=True):
+            if not source.is_cuda:
+                target.copy_(source)
+                continue
+            if source.untyped_storage().data_ptr() not in owned:
+                source = source.clone()
+            to, of = by_device.setdefault(source.device, ([], []))
+            to.append(target)
+            of.append(source)
+        events: list[torch.cuda.Event] = []
+        keep: list[torch.Tensor] = []
+        for device, (to, of) in by_device.items():
+            if device not in self._streams:
+                self._streams[device] = _untyped_cuda.Stream(device)
+            stream = self._streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                torch._foreach_copy_(to, of, non_blocking=True)
+                event = _untyped_cuda.Event()
+                event.record(stream)
+            self._pending[device] = event
+            events.append(event)
+            keep += of
+        return RunningCopy(events, keep)
+
+    def _owned(self) -> set[int]:
+        """Storages that only an optimizer changes: parameters and its state of them."""
+        owned: set[int] = set()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                owned.update(p.untyped_storage().data_ptr() for p in group["params"])
+            for state in optimizer.state.values():
+                owned.update(
+                    value.untyped_storage().data_ptr()
+                    for value in state.values()
+                    if isinstance(value, torch.Tensor) and value.is_cuda
+                )
+        return owned
+
+    def close(self) -> None:
+        """Remove the hooks, after a last wait. Calling twice is fine."""
+        self.guard()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

@@ -1,0 +1,133 @@
+"""The file operations that checkpoints are made of, and nothing else.
+
+Everything that changes the disk goes through one object of this class, for the sake of tests:
+they replace it by one that fails the n-th operation, stops dead at it, or keeps a record from
+which every state that a power cut could leave is built.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from offloop.engine.checkpoint.errors import CheckpointWriteError, DiskFullError
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class FileSystem:
+    """Call the operating system. Every method blocks; every failure is an `OSError`."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create one directory; one that exists is an error."""
+        os.mkdir(path)
+
+    def open_new(self, path: Path) -> int:
+        """Create a file that must not exist yet, for writing."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags, 0o666)
+
+    def write(self, file: int, data: memoryview) -> int:
+        """Write some of `data` and return how much, which may be less than all."""
+        return os.write(file, data)
+
+    def sync(self, file: int) -> None:
+        """Return when the file's content is on the disk."""
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a directory or file a name that is not in use (atomic, not yet durable)."""
+        os.rename(source, target)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Put a file in the place of another (atomic, not yet durable)."""
+        os.replace(source, target)
+
+    def sync_directory(self, path: Path) -> None:
+        """Return when the names in the directory are on the disk."""
+        file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def remove_file(self, path: Path) -> None:
+        os.unlink(path)
+
+    def remove_directory(self, path: Path) -> None:
+        os.rmdir(path)
+
+    def list_directory(self, path: Path) -> list[str]:
+        """Return the names in a directory, sorted; none if it does not exist."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+    def free_bytes(self, path: Path) -> int:
+        """Return what an unprivileged user may still write."""
+        numbers = os.statvfs(path)
+        return numbers.f_bavail * numbers.f_frsize
+
+
+def write_all(filesystem: FileSystem, file: int, data: memoryview) -> None:
+    """Write all of `data`, however little the system takes at a time. Blocks."""
+    while len(data):
+        try:
+            count = filesystem.write(file, data)
+        except InterruptedError:
+            continue
+        if count <= 0:
+            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+        data = data[count:]
+
+
+def write_file(filesystem: FileSystem, path: Path, content: bytes) -> None:
+    """Create a small file and return when its content is on the disk. Blocks."""
+    file = filesystem.open_new(path)
+    try:
+        write_all(filesystem, file, memoryview(content))
+        filesystem.sync(file)
+    finally:
+        filesystem.close(file)
+
+
+def make_directories(filesystem: FileSystem, path: Path) -> None:
+    """Create a directory and its missing parents, each made durable in its parent. Blocks."""
+    if path.is_dir():
+        return
+    make_directories(filesystem, path.parent)
+    try:
+        filesystem.make_directory(path)
+    except FileExistsError:
+        return
+    filesystem.sync_directory(path.parent)
+
+
+def remove_tree(filesystem: FileSystem, path: Path) -> None:
+    """Delete a directory with what is in it; follows no link. Blocks."""
+    for name in filesystem.list_directory(path):
+        inside = path / name
+        if stat.S_ISDIR(os.lstat(inside).st_mode):
+            remove_tree(filesystem, inside)
+        else:
+            filesystem.remove_file(inside)
+    filesystem.remove_directory(path)
+
+
+def write_error(
+    error: OSError, path: Path, *, needed: int, filesystem: FileSystem
+) -> CheckpointWriteError:
+    """Translate what the system said into our own exception."""
+    if error.errno not in NO_ROOM:
+        return CheckpointWriteError(path, error.errno, error.strerror or str(error))
+    try:
+        free = filesystem.free_bytes(path.parent)
+    except OSError:
+        free = 0
+    return DiskFullError(path, error.errno, needed=needed, free=free)

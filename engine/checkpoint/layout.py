@@ -1,0 +1,217 @@
+"""Where each tensor of a state goes: which file, which place, and which share their bytes.
+
+Tensors whose memory overlaps (tied weights, slices, transposes) are kept once.  Of such a group
+the member that covers all others is stored and the others become views of it; where none does,
+the memory they lie in is stored as plain bytes and all of them become views.  Tensors that lie
+side by side in one buffer (flattened RNN weights, FSDP) do not overlap and stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offloop.engine.checkpoint.errors import UnserializableStateError
+from offloop.engine.checkpoint.format import ELEMENT_CODES
+from offloop.engine.checkpoint.manifest import StoredTensor, TensorView
+
+DEFAULT_FILES: Mapping[str, str] = {
+    "model": "model.safetensors",
+    "optimizer": "optimizer.safetensors",
+    "optimizers": "optimizer.safetensors",
+}
+"""The file for each top-level key of the state. Names in ``model.safetensors`` lose the leading
+``model.``, so that other tools find the names they expect; all else goes to ``aux.safetensors``."""
+
+OTHER_FILE = "aux.safetensors"
+
+_FILE_START_ALIGNMENT = 64
+_WIDEST = max(width for _, width in ELEMENT_CODES.values())
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+Signature = tuple[str, int, torch.dtype, torch.Size, tuple[int, ...], torch.device]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One copy to be made at each snapshot: a live tensor, or the memory under it, to a place."""
+
+    source: int
+    """Index into the tensors of the state."""
+    start: int
+    """In the buffer, bytes."""
+    stored: StoredTensor
+    path: str
+    span: tuple[int, int] | None = None
+    """Instead of the tensor itself: first byte and number of bytes of its storage."""
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file's part of the buffer."""
+
+    name: str
+    start: int
+    size: int
+    tensors: tuple[tuple[str, StoredTensor], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The outcome; good for as long as the state's tensors have the same signatures."""
+
+    copies: tuple[Copy, ...]
+    views: dict[str, TensorView]
+    files: tuple[FilePlan, ...]
+    size: int
+    """Of the buffer, in bytes."""
+
+
+def check_tensor(path: str, tensor: torch.Tensor) -> None:
+    """Refuse what has no plain memory to copy.
+
+    Raises:
+        UnserializableStateError: For sparse, quantized, nested, meta and subclassed tensors.
+    """
+    if type(tensor) not in _PLAIN_TYPES:
+        raise UnserializableStateError(path, tensor, "only plain tensors can be saved")
+    if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
+        raise UnserializableStateError(path, tensor, "only dense tensors with data can be saved")
+    if dtype_name(tensor.dtype) not in ELEMENT_CODES:
+        raise UnserializableStateError(path, tensor, f"{tensor.dtype} cannot be saved")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def signature(path: str, tensor: torch.Tensor) -> Signature:
+    """Return all that the layout depends on; cheap, since it is compared at each snapshot."""
+    return (path, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+
+def plan_layout(
+    tensors: Sequence[tuple[str, torch.Tensor]], files: Mapping[str, str] = DEFAULT_FILES
+) -> Layout:
+    """Return where the tensors go; their paths are distinct."""
+    taken: set[tuple[str, str]] = set()
+    drafts: list[tuple[int, str, StoredTensor, tuple[int, int] | None]] = []
+    views: dict[str, TensorView] = {}
+    for group in _overlapping(tensors):
+        base = _covering(group, tensors)
+        if base is None:
+            first, stop = min(e.start for e in group), max(e.stop for e in group)
+            first -= first % _WIDEST
+            owner, base_path = group[0], f"{tensors[group[0].index][0]}#memory"
+            dtype, shape, size = "uint8", [stop - first], stop - first
+            span: tuple[int, int] | None = (first, size)
+        else:
+            owner, base_path, span = base, tensors[base.index][0], None
+            tensor = tensors[base.index][1]
+            dtype, shape = dtype_name(tensor.dtype), list(tensor.shape)
+            first, size = base.start, tensor.numel() * tensor.element_size()
+        file, name = _place(base_path, files, taken)
+        stored = StoredTensor(file, name, dtype, shape, 0, size)
+        drafts.append((owner.index, base_path, stored, span))
+        for extent in group:
+            if base is None or extent is not base:
+                path, tensor = tensors[extent.index]
+                views[path] = TensorView(
+                    base_path,
+                    dtype_name(tensor.dtype),
+                    list(tensor.shape),
+                    list(tensor.stride()),
+                    extent.start - first,
+                )
+    return _arrange(drafts, views)
+
+
+def _arrange(
+    drafts: list[tuple[int, str, StoredTensor, tuple[int, int] | None]],
+    views: dict[str, TensorView],
+) -> Layout:
+    copies: list[Copy] = []
+    plans: list[FilePlan] = []
+    position = 0
+    for file in sorted({stored.file for _, _, stored, _ in drafts}):
+        inside = [draft for draft in drafts if draft[2].file == file]
+        # Wide elements first: then each tensor is aligned although there are no gaps.
+        inside.sort(key=lambda draft: -ELEMENT_CODES[draft[2].dtype][1])
+        position += -position % _FILE_START_ALIGNMENT
+        start, offset = position, 0
+        listed: list[tuple[str, StoredTensor]] = []
+        for source, path, draft, span in inside:
+            stored = StoredTensor(file, draft.name, draft.dtype, draft.shape, offset, draft.bytes)
+            copies.append(Copy(source, start + offset, stored, path, span))
+            listed.append((path, stored))
+            offset += draft.bytes
+        plans.append(FilePlan(file, start, offset, tuple(listed)))
+        position = start + offset
+    return Layout(tuple(copies), views, tuple(plans), position)
+
+
+@dataclass(frozen=True, eq=False)
+class _Extent:
+    """The bytes of its storage that a tensor touches."""
+
+    index: int
+    start: int
+    stop: int
+
+
+def _overlapping(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[list[_Extent]]:
+    """Group tensors that share memory; in the order of their first members."""
+    groups: list[list[_Extent]] = []
+    by_storage: dict[tuple[torch.device, int], list[_Extent]] = {}
+    for index, (_, tensor) in enumerate(tensors):
+        width = tensor.element_size()
+        start = int(tensor.storage_offset()) * width
+        if tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
+            # No memory, or memory that does not hold the values: nothing to share.
+            groups.append([_Extent(index, start, start)])
+            continue
+        reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        key = (tensor.device, tensor.untyped_storage().data_ptr())
+        by_storage.setdefault(key, []).append(_Extent(index, start, start + (reach + 1) * width))
+    for extents in by_storage.values():
+        extents.sort(key=lambda e: (e.start, e.index))
+        stop = -1
+        for extent in extents:
+            if extent.start >= stop:
+                groups.append([])
+            groups[-1].append(extent)
+            stop = max(stop, extent.stop) if len(groups[-1]) > 1 else extent.stop
+    for group in groups:
+        group.sort(key=lambda e: e.index)
+    groups.sort(key=lambda group: group[0].index)
+    return groups
+
+
+def _covering(group: list[_Extent], tensors: Sequence[tuple[str, torch.Tensor]]) -> _Extent | None:
+    """Return the first member whose elements are all of the group's memory, in order."""
+    if len(group) == 1:
+        return group[0]
+    first, stop = min(e.start for e in group), max(e.stop for e in group)
+    if any((e.start - first) % tensors[e.index][1].element_size() for e in group):
+        return None  # a member could not be laid over the stored one: elements must be aligned
+    for extent in group:
+        is_whole = (extent.start, extent.stop) == (first, stop)
+        if is_whole and tensors[extent.index][1].is_contiguous():
+            return extent
+    return None
+
+
+def _place(path: str, files: Mapping[str, str], taken: set[tuple[str, str]]) -> tuple[str, str]:
+    top, _, rest = path.partition(".")
+    file = files.get(top, OTHER_FILE)
+    name = rest if top == "model" and rest else path
+    candidate, number = name, 1
+    # "__metadata__" is the one key in a safetensors header that is no tensor.
+    while (file, candidate) in taken or candidate == "__metadata__":
+        number += 1
+        candidate = f"{name}~{number}"
+    taken.add((file, candidate))
+    return file, candidate

@@ -1,0 +1,131 @@
+"""One writer per run: a lock that the kernel drops when its holder dies, however it dies.
+
+The lock is `flock` on ``LOCK``; the text in the file says who holds it, for people, and decides
+only where the file system has no `flock`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from offloop.engine.checkpoint.errors import RunLockedError
+
+LOCK = "LOCK"
+_UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """Who holds a lock."""
+
+    pid: int
+    host: str
+    boot_id: str
+    """Changes when the machine restarts: a number of an earlier boot is nobody's."""
+    since: float
+    """Unix seconds."""
+
+    def is_gone(self) -> bool:
+        """Tell whether it is certain that this process is no more."""
+        if self.host != socket.gethostname():
+            return False
+        if self.boot_id != _boot_id():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class RunLock:
+    """Hold the right to write to a run, from `__init__` until `release`.
+
+    A run whose holder was killed is free at once. Forked children (loader workers) do not keep
+    the lock when their parent dies.
+
+    Raises:
+        RunLockedError: If another process, or another store in this one, has it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / LOCK
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._lock()
+            self._write_owner()
+        except BaseException:
+            os.close(self._file)
+            raise
+        _held.add(self)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunLockedError(
+                self._path, str(self._read_owner() or "another process")
+            ) from error
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            owner = self._read_owner()
+            if owner is not None and not owner.is_gone():
+                raise RunLockedError(self._path, str(owner)) from error
+
+    def _read_owner(self) -> Owner | None:
+        try:
+            return msgspec.json.decode(os.pread(self._file, 4096, 0), type=Owner)
+        except msgspec.MsgspecError:
+            return None
+
+    def _write_owner(self) -> None:
+        owner = Owner(os.getpid(), socket.gethostname(), _boot_id(), time.time())
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, msgspec.json.encode(owner), 0)
+
+    def release(self) -> None:
+        """Let others write. Calling twice is fine."""
+        if self not in _held:
+            return
+        _held.discard(self)
+        with suppress(OSError):
+            os.ftruncate(self._file, 0)
+        # Explicitly: a forked child may hold a copy of the descriptor.
+        with suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        os.close(self._file)
+
+
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    # The lock belongs to the open file, which fork shares: an orphaned loader worker would keep
+    # a dead run locked. Closing the child's copy leaves the parent's lock alone.
+    for lock in list(_held):
+        os.close(lock._file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,312 @@
+"""Find, check and load checkpoints of a run; takes no lock and changes nothing.
+
+    <run>/checkpoints/step-000001200-a1/   MANIFEST.json  state.json  model.safetensors ...
+    <run>/refs/last  refs/best  refs/tags/<name>          one line each: a checkpoint's name
+
+Checkpoints never change once they have their name, so reading needs no lock.  One may be deleted
+while it is read; that is then reported as missing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from offloop.engine.checkpoint import format as checkpoint_format
+from offloop.engine.checkpoint.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointIncompatibleError,
+    CheckpointNotFoundError,
+    CheckpointReadError,
+    UnsafeCheckpointError,
+)
+from offloop.engine.checkpoint.manifest import (
+    CHECKPOINT_NAME,
+    MANIFEST,
+    STATE,
+    Manifest,
+    ManifestHead,
+    decode_head,
+    decode_manifest,
+)
+from offloop.engine.checkpoint.tree import decode
+
+CHECKPOINTS = "checkpoints"
+REFS = "refs"
+TAGS = "tags"
+
+MAX_JSON_BYTES = 256 << 20
+"""A manifest of 100,000 tensors has about 30 MB; more is an attempt to fill the memory."""
+
+TAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A committed checkpoint: its place and the head of its manifest."""
+
+    path: Path
+    manifest: ManifestHead
+
+    @property
+    def name(self) -> str:
+        """``step-000001200-a1``: steps done, and which attempt of the run did them."""
+        return self.manifest.name
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Known when it was saved."""
+        return {key: float(value) for key, value in self.manifest.metrics.items()}
+
+    @property
+    def bytes(self) -> int:
+        """On disk, without the manifest."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A state that is back in memory, on the CPU, every byte of it checked."""
+
+    info: CheckpointInfo
+    state: object
+    """What `SnapshotArena.take` was given; tensors that shared memory share it again."""
+    extra: object
+    """What the request's `extra` was."""
+    rejected: tuple[CheckpointError, ...] = ()
+    """Newer checkpoints that were passed over, and why."""
+
+
+class CheckpointReader:
+    """Read the checkpoints of the run in `directory`. All methods block, for file reads."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self._checkpoints = self.directory / CHECKPOINTS
+        self._refs = self.directory / REFS
+        # Directories are immutable, so what was read once holds while inode and time are the same.
+        self._known: dict[str, tuple[tuple[int, int], CheckpointInfo]] = {}
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Return all committed checkpoints, oldest first, by the order of their commits.
+
+        Only manifests are read; see `verify` for the rest. Damaged ones are left out.
+        """
+        found = [entry for entry in self._scan() if isinstance(entry, CheckpointInfo)]
+        return sorted(found, key=lambda info: info.manifest.serial)
+
+    def damaged(self) -> list[CheckpointCorruptError]:
+        """Return what is wrong with those whose manifest is not even readable."""
+        return [entry for entry in self._scan() if isinstance(entry, CheckpointCorruptError)]
+
+    def tags(self) -> dict[str, str]:
+        """Return which checkpoint each tag names."""
+        names = {name: self._read_ref(Path(TAGS) / name) for name in self._names(TAGS)}
+        return {tag: name for tag, name in names.items() if name is not None}
+
+    def find(self, which: str | int | Path = "last") -> CheckpointInfo:
+        """Return the checkpoint that is meant.
+
+        Args:
+            which: ``"last"``, ``"best"``, a tag, a step, a checkpoint's name, or a path to one.
+
+        Raises:
+            CheckpointNotFoundError: If there is none of that description.
+        """
+        known = self.checkpoints()
+        chosen: list[CheckpointInfo] = []
+        if isinstance(which, int):
+            chosen = [info for info in known if info.step == which]
+        elif isinstance(which, Path) or os.sep in which:
+            return self._at(Path(which))
+        elif which == "last":
+            chosen = known
+        else:
+            name = self._read_ref(Path("best" if which == "best" else f"{TAGS}/{which}"))
+            chosen = [info for info in known if info.name in (which, name)]
+        if not chosen:
+            raise CheckpointNotFoundError(
+                str(which), self._checkpoints, [info.name for info in known]
+            )
+        return chosen[-1]
+
+    def verify(
+        self, which: str | int | Path | CheckpointInfo, *, level: Literal["quick", "full"] = "full"
+    ) -> None:
+        """Return if the checkpoint is whole: files and lengths, with ``full`` every byte.
+
+        Needs no torch.
+
+        Raises:
+            CheckpointCorruptError: With the file and, where it can be told, the tensor.
+        """
+        info = which if isinstance(which, CheckpointInfo) else self.find(which)
+        for name, record in info.manifest.files.items():
+            checkpoint_format.check_length(info.path, name, record)
+        foreign = set(os.listdir(info.path)) - set(info.manifest.files) - {MANIFEST}
+        # Hidden ones are left there by desktops and by NFS, and harm nobody.
+        if strange := sorted(name for name in foreign if not name.startswith(".")):
+            raise CheckpointCorruptError(info.path, strange[0], "foreign", "not in the manifest")
+        if level == "full":
+            manifest = self._read_manifest(info)
+            self._read_state(info.path, manifest)
+            for name in _tensor_files(manifest):
+                checkpoint_format.check_header(info.path, name, manifest)
+                skip = manifest.files[name].header_bytes
+                checkpoint_format.check_tensors(info.path, name, manifest.tensors, skip)
+
+    def load(
+        self,
+        which: str | int | Path = "last",
+        *,
+        on_corrupt: Literal["fallback", "raise"] = "raise",
+    ) -> LoadedCheckpoint:
+        """Read a checkpoint back, checking every byte.
+
+        With ``fallback`` and ``"last"``, a damaged one is passed over for the next older, and is
+        told of in `rejected`.
+
+        Raises:
+            CheckpointCorruptError: If it, or each of them, is damaged.
+            CheckpointReadError: If the system would not read it.
+            CheckpointIncompatibleError: If it needs a newer offloop; there is no falling back
+                from that, since an older state would be resumed unawares.
+            CheckpointNotFoundError: If there is none.
+        """
+        if on_corrupt == "raise" or which != "last":
+            return self._load(self.find(which), ())
+        rejected: list[CheckpointError] = list(self.damaged())
+        for error in rejected:
+            self._reject(error)
+        for info in reversed(self.checkpoints()):
+            try:
+                return self._load(info, tuple(rejected))
+            except (CheckpointCorruptError, CheckpointReadError) as error:
+                rejected.append(error)
+                self._reject(error)
+        if rejected:
+            raise rejected[-1]
+        raise CheckpointNotFoundError(which, self._checkpoints)
+
+    def _reject(self, error: CheckpointError) -> None:
+        """Is told of a damaged checkpoint; a reader has no right to move it away."""
+
+    def _load(
+        self, info: CheckpointInfo, rejected: tuple[CheckpointError, ...]
+    ) -> LoadedCheckpoint:
+        from offloop.engine.checkpoint.restore import read_tensors  # here, since it imports torch
+
+        manifest = self._read_manifest(info)
+        for name, record in manifest.files.items():
+            checkpoint_format.check_length(info.path, name, record)
+        for name in _tensor_files(manifest):
+            checkpoint_format.check_header(info.path, name, manifest)
+        tree = self._read_state(info.path, manifest)
+        tensors = read_tensors(info.path, manifest)
+        try:
+            state, extra = decode(tree, tensors), decode(manifest.extra, {})
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UnsafeCheckpointError(info.path, STATE, "foreign", str(error)) from error
+        return LoadedCheckpoint(info, state, extra, rejected)
+
+    def _read_state(self, path: Path, manifest: Manifest) -> object:
+        content = checkpoint_format.read_small_file(path / STATE, limit=MAX_JSON_BYTES)
+        record = manifest.files.get(STATE)
+        if record is None or len(content) != record.bytes or zlib.crc32(content) != record.crc32:
+            raise CheckpointCorruptError(path, STATE, "checksum", "its bytes were changed")
+        try:
+            tree: object = msgspec.json.decode(content)
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+            raise UnsafeCheckpointError(path, STATE, "foreign", str(error)) from error
+        return tree
+
+    def _read_manifest(self, info: CheckpointInfo) -> Manifest:
+        content = checkpoint_format.read_small_file(info.path / MANIFEST, limit=MAX_JSON_BYTES)
+        manifest = decode_manifest(content, info.path)
+        missing = _tensor_files(manifest) - set(manifest.files)
+        if manifest.name != info.name or missing:
+            raise CheckpointCorruptError(info.path, MANIFEST, "foreign", "it is of another one")
+        return manifest
+
+    def _scan(self) -> Iterator[CheckpointInfo | CheckpointCorruptError]:
+        for name in self._names_in(self._checkpoints):
+            if not CHECKPOINT_NAME.fullmatch(name):
+                continue
+            path = self._checkpoints / name
+            try:
+                status = os.stat(path / MANIFEST, follow_symlinks=False)
+                mark = (status.st_ino, status.st_mtime_ns)
+                if name not in self._known or self._known[name][0] != mark:
+                    info = self._at(path)
+                    if info.name != name:
+                        yield CheckpointCorruptError(
+                            path, MANIFEST, "foreign", f"it is the one of {info.name!r}"
+                        )
+                        continue
+                    self._known[name] = (mark, info)
+                yield self._known[name][1]
+            except FileNotFoundError:
+                if path.is_dir():  # else: deleted while we were looking
+                    yield CheckpointCorruptError(path, MANIFEST, "missing", "no such file")
+            except CheckpointCorruptError as error:
+                yield error
+            except CheckpointIncompatibleError:
+                raise
+            except OSError as error:
+                raise checkpoint_format.read_error(error, path) from error
+
+    def _at(self, path: Path) -> CheckpointInfo:
+        if not path.is_dir():
+            raise CheckpointNotFoundError(str(path), path.parent)
+        if path.is_symlink() and path.parent == self._checkpoints:
+            raise UnsafeCheckpointError(path, path.name, "foreign", "a link")
+        content = checkpoint_format.read_small_file(path / MANIFEST, limit=MAX_JSON_BYTES)
+        return CheckpointInfo(path, decode_head(content, path))
+
+    def _read_ref(self, ref: Path) -> str | None:
+        if ref.parent.name == TAGS and not TAG_NAME.fullmatch(ref.name):
+            return None
+        try:
+            content = checkpoint_format.read_small_file(self._refs / ref, limit=4096)
+        except CheckpointError:
+            return None  # a ref is a convenience; a damaged one is as good as none
+        name = content.decode("ascii", "replace").strip()
+        return name if CHECKPOINT_NAME.fullmatch(name) else None
+
+    def _names(self, folder: str) -> Sequence[str]:
+        return [name for name in self._names_in(self._refs / folder) if TAG_NAME.fullmatch(name)]
+
+    @staticmethod
+    def _names_in(path: Path) -> Sequence[str]:
+        try:
+            return sorted(os.listdir(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def _tensor_files(manifest: Manifest) -> set[str]:
+    return {stored.file for stored in manifest.tensors.values()} | {
+        name for name, record in manifest.files.items() if record.header_bytes
+    }
+
+
+def list_runs(directory: Path | str) -> list[CheckpointReader]:
+    """Return a reader for each run under `directory` that has checkpoints, by name. Blocks."""
+    runs = Path(directory)
+    return [
+        CheckpointReader(runs / name)
+        for name in CheckpointReader._names_in(runs)
+        if (runs / name / CHECKPOINTS).is_dir()
+    ]

@@ -1,0 +1,116 @@
+"""Tensors from safetensors files: each checked against its checksum before anyone sees it.
+
+Files are read through the safetensors package, with `pread` rather than a memory map: what was
+checked is then what is returned, even if the file changes a moment later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from offloop.engine.checkpoint.errors import (
+    CheckpointCorruptError,
+    CheckpointReadError,
+    UnsafeCheckpointError,
+)
+from offloop.engine.checkpoint.format import ELEMENT_CODES, checksum_error
+from offloop.engine.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, TensorView
+
+
+def read_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Return all tensors by their paths in the state, on the CPU. Blocks.
+
+    Lengths and headers of the files must have been checked before (`format.check_header`).
+
+    Raises:
+        CheckpointCorruptError: At the first tensor that is not what was saved.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted({stored.file for stored in manifest.tensors.values()}):
+        inside = {p: stored for p, stored in manifest.tensors.items() if stored.file == name}
+        try:
+            with safe_open(directory / name, framework="pt", backend="pread") as file:
+                if sorted(file.keys()) != sorted(stored.name for stored in inside.values()):
+                    raise UnsafeCheckpointError(
+                        directory, name, "header", "its tensors are not those of the manifest"
+                    )
+                for path, stored in inside.items():
+                    tensors[path] = _checked(directory, file.get_tensor(stored.name), stored)
+        except SafetensorError as error:
+            raise CheckpointCorruptError(directory, name, "header", str(error)) from error
+        except OSError as error:
+            raise CheckpointReadError(directory / name, error.errno, str(error)) from error
+    return tensors | _views(directory, manifest, tensors)
+
+
+def _checked(directory: Path, raw: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
+    size = raw.numel() * raw.element_size()
+    if size != stored.bytes:
+        raise UnsafeCheckpointError(
+            directory, f"{stored.file}:{stored.name}", "header", "its size is not the manifest's"
+        )
+    if zlib.crc32(_bytes(raw)) != stored.crc32:
+        raise checksum_error(directory, stored)
+    dtype = _dtype(stored.dtype)
+    if not size:
+        return torch.empty(stored.shape, dtype=dtype, device="cpu")
+    return raw.reshape(-1).view(dtype).reshape(stored.shape)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    size = tensor.numel() * tensor.element_size()
+    assert tensor.is_contiguous()
+    if not size:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _dtype(name: str) -> torch.dtype:
+    assert name in ELEMENT_CODES, "check_header lets no other pass"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _views(
+    directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Lay the views over their bases; equal ones become one tensor, as tied weights are."""
+    views: dict[str, torch.Tensor] = {}
+    made: dict[tuple[object, ...], torch.Tensor] = {}
+    for path, stored in manifest.tensors.items():
+        base = tensors[path]
+        made[(path, stored.dtype, *base.shape, None, *base.stride(), 0)] = base
+    for path, view in manifest.views.items():
+        key = (view.base, view.dtype, *view.shape, None, *view.stride, view.offset)
+        if key not in made:
+            made[key] = _lay(directory, path, view, tensors.get(view.base))
+        views[path] = made[key]
+    return views
+
+
+def _lay(directory: Path, path: str, view: TensorView, base: torch.Tensor | None) -> torch.Tensor:
+    width = ELEMENT_CODES[view.dtype][1] if view.dtype in ELEMENT_CODES else 0
+    size = 0 if base is None else base.numel() * base.element_size()
+    reach = sum((n - 1) * step for n, step in zip(view.shape, view.stride, strict=False))
+    if (
+        base is None
+        or not width
+        or len(view.shape) != len(view.stride)
+        or 0 in view.shape
+        or view.offset % width
+        or view.offset + (reach + 1) * width > size
+    ):
+        # set_() would enlarge the storage to what a lying manifest asks for.
+        raise UnsafeCheckpointError(
+            directory, f"{MANIFEST}:{path}", "manifest", f"no such part of {view.base!r}"
+        )
+    empty = torch.empty(0, dtype=_dtype(view.dtype), device="cpu")
+    storage = base.untyped_storage()
+    start = base.storage_offset() * base.element_size() + view.offset
+    return empty.set_(storage, start // width, view.shape, view.stride)

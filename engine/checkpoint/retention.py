@@ -1,0 +1,83 @@
+"""Which checkpoints to keep: a pure function of what there is and what was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import msgspec
+
+from offloop.engine.checkpoint.manifest import ManifestHead
+
+MINIMUM_KEPT = 2
+"""Whatever the policy says: a newest one that turns out to be damaged must have a predecessor."""
+
+
+class Retention(msgspec.Struct, frozen=True, kw_only=True):
+    """What to keep; a checkpoint stays if any of the rules wants it.
+
+    Raises:
+        ValueError: For a number below its least, or `save_top_k` without `monitor`.
+    """
+
+    keep_last: int | None = 2
+    """The newest ones; None keeps all; below 2 has the effect of 2."""
+    save_top_k: int = 0
+    """The best ones by `monitor`."""
+    monitor: str | None = None
+    """Key in the metrics of a checkpoint; also decides what ``best`` is."""
+    mode: Literal["min", "max"] = "min"
+    keep_every_n_steps: int | None = None
+    """Those at multiples of this, for good."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1 or None, got {self.keep_last}")
+        if self.save_top_k < 0:
+            raise ValueError(f"save_top_k must be at least 0, got {self.save_top_k}")
+        if self.save_top_k and self.monitor is None:
+            raise ValueError("save_top_k needs monitor, the metric to judge by")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}")
+        if self.keep_every_n_steps is not None and self.keep_every_n_steps < 1:
+            raise ValueError(
+                f"keep_every_n_steps must be at least 1 or None, got {self.keep_every_n_steps}"
+            )
+
+
+def rank(checkpoints: Sequence[ManifestHead], policy: Retention) -> list[ManifestHead]:
+    """Return those that have the monitored metric, best first.
+
+    NaN is no value. Of equal ones the older comes first: a tie is no improvement.
+    """
+    if policy.monitor is None:
+        return []
+    judged: list[tuple[float, int, ManifestHead]] = []
+    for checkpoint in checkpoints:
+        value = float(checkpoint.metrics.get(policy.monitor, math.nan))
+        if not math.isnan(value):
+            judged.append(
+                (value if policy.mode == "min" else -value, checkpoint.serial, checkpoint)
+            )
+    judged.sort(key=lambda entry: entry[:2])
+    return [checkpoint for _, _, checkpoint in judged]
+
+
+def select_kept(
+    checkpoints: Sequence[ManifestHead], policy: Retention, *, pinned: Collection[str] = ()
+) -> set[str]:
+    """Return the names to keep of `checkpoints`, all of them committed.
+
+    `pinned` holds the names that stay whatever the policy says: tagged, resumed from, best.
+    """
+    if policy.keep_last is None:
+        return {checkpoint.name for checkpoint in checkpoints}
+    by_age = sorted(checkpoints, key=lambda checkpoint: checkpoint.serial)
+    kept = {checkpoint.name for checkpoint in by_age[-max(policy.keep_last, MINIMUM_KEPT) :]}
+    # The best one of all stays even if no top-k was asked for: `best` must lead somewhere.
+    kept |= {checkpoint.name for checkpoint in rank(by_age, policy)[: max(policy.save_top_k, 1)]}
+    every = policy.keep_every_n_steps
+    if every is not None:
+        kept |= {checkpoint.name for checkpoint in by_age if checkpoint.step % every == 0}
+    return kept | (set(pinned) & {checkpoint.name for checkpoint in by_age})

@@ -1,0 +1,314 @@
+"""Copy a training state at a step boundary into warm memory, so that others may write it slowly.
+
+    training thread                             writer thread
+    ───────────────                             ─────────────
+    take_nowait(state)
+      walk the state, numbers and text copied
+      free slot?  ── no ──> SnapshotBusyError
+      one _foreach_copy_ into the slot
+      Snapshot ───────── queue ───────────────> wait_ready()   (CUDA: the copies are done)
+    next step                                   write parts()
+                                                release()      the slot is free again
+
+A slot is one block of memory as large as the state's tensors, reused by each second snapshot:
+fresh memory would cost more than the copy (the system clears each page on first touch).  Inside
+it the tensors lie as they will lie in their files, so that the writer hands plain bytes on.
+
+On CUDA the copies run on a stream of their own into page-locked memory while the host goes on.
+Before the optimizer changes what is being copied, the compute stream waits for them, on the
+device (`cuda_copy.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offloop.engine.checkpoint import cuda_copy
+from offloop.engine.checkpoint.errors import SnapshotBusyError, SnapshotTornError
+from offloop.engine.checkpoint.format import TensorFile
+from offloop.engine.checkpoint.layout import (
+    DEFAULT_FILES,
+    Copy,
+    Layout,
+    Signature,
+    check_tensor,
+    plan_layout,
+    signature,
+)
+from offloop.engine.checkpoint.manifest import TensorView
+from offloop.engine.checkpoint.tree import encode
+
+DEFAULT_SLOTS = 2
+"""One being filled while one is being written. One halves the memory and skips more often."""
+
+_DTYPES = {
+    str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)
+}
+
+
+class _Slot:
+    """A reused block of memory. Touched by one thread at a time: whoever holds the slot."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._pin: cuda_copy.PinnedMemory | None = None
+        self._layout: Layout | None = None
+        self.targets: list[torch.Tensor] = []
+
+    def fit(self, layout: Layout, *, pinned: bool) -> None:
+        """Have room for the layout, all pages present, and a target for each copy."""
+        if layout.size > self._memory.numel() or (pinned and self._pin is None):
+            self.free()
+            # The device is named: a caller may have made another one the default.
+            # Not torch.zeros, which would leave the pages to be made at the first copy.
+            self._memory = torch.empty(layout.size, dtype=torch.uint8, device="cpu").zero_()
+            if pinned and layout.size:
+                self._pin = cuda_copy.PinnedMemory(self._memory)
+        if self._layout is not layout:
+            self._layout = layout
+            self.targets = [self._target(copy) for copy in layout.copies]
+
+    def _target(self, copy: Copy) -> torch.Tensor:
+        stored = copy.stored
+        place = self._memory[copy.start : copy.start + stored.bytes]
+        return place.view(_DTYPES[stored.dtype]).view(stored.shape)
+
+    def bytes(self, start: int, size: int) -> memoryview:
+        """Return part of the memory; valid while the slot is held."""
+        if not size:
+            return memoryview(b"")
+        # Not through numpy, which torch does not need and we need not either.
+        block = (ctypes.c_ubyte * size).from_address(self._memory.data_ptr() + start)
+        return memoryview(block).cast("B")
+
+    def free(self) -> None:
+        """Give the memory back."""
+        if self._pin is not None:
+            self._pin.release()
+            self._pin = None
+        self.targets, self._layout = [], None
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A state as of one moment, until `release`. Made by `SnapshotArena`."""
+
+    tree: object
+    """The state as JSON, with the names of tensors in their places."""
+    layout: Layout
+    seconds: float
+    """How long the training thread was held up."""
+    _arena: SnapshotArena
+    _slot: _Slot
+    _running: cuda_copy.RunningCopy | None
+
+    @property
+    def views(self) -> Mapping[str, TensorView]:
+        """Tensors that share the bytes of others."""
+        return self.layout.views
+
+    def wait_ready(self) -> None:
+        """Return when all bytes are there. Blocks, on CUDA until the copies are done."""
+        if self._running is not None:
+            self._running.wait()
+
+    def parts(self) -> list[TensorFile]:
+        """Return the files to write; their bytes are valid until `release`."""
+        return [
+            TensorFile(plan.name, plan.tensors, self._slot.bytes(plan.start, plan.size))
+            for plan in self.layout.files
+        ]
+
+    def release(self) -> None:
+        """Give the slot back. Any thread; calling twice is fine."""
+        self._arena._release(self)
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class SnapshotArena:
+    """The slots, and the plan of what goes where.
+
+    Thread: `take`, `take_nowait` and `prepare` from one thread at a time, the training thread;
+    `release` from any.
+
+    Args:
+        slots: How many snapshots may exist at a time; memory is that many times the state.
+        files: The file for each top-level key of the state.
+        optimizers: On CUDA, tensors that these own change only in their `step`; every other
+            tensor is cloned on the device at once. Irrelevant on the CPU.
+        check_versions: Compare each tensor's version before and after the copy; finds another
+            thread that changes the state meanwhile. CPU only; costs a microsecond per tensor.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int = DEFAULT_SLOTS,
+        files: Mapping[str, str] = DEFAULT_FILES,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        check_versions: bool = False,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        if bad := [name for name in files.values() if not name.endswith(".safetensors")]:
+            raise ValueError(f"files must end in .safetensors, got {bad[0]!r}")
+        self._files = dict(files)
+        self._check_versions = check_versions
+        self._cuda = cuda_copy.CudaCopier(optimizers)
+        self._slots = [_Slot() for _ in range(slots)]
+        # Guarded by _changed: taken by the training thread, given back by the writer.
+        self._free = list(self._slots)
+        self._held: set[int] = set()
+        self._closed = False
+        self._changed = threading.Condition()
+        # Training thread only.
+        self._signatures: list[Signature] = []
+        self._layout = plan_layout([])
+
+    def prepare(self, state: object) -> None:
+        """Make all free slots ready for states like this one. Blocks.
+
+        Optional: without it the first snapshots are as slow as a fresh allocation is.
+        """
+        _, tensors, layout = self._walk(state)
+        with self._changed:
+            slots, self._free = self._free, []
+        for slot in slots:
+            slot.fit(layout, pinned=cuda_copy.any_on_cuda(tensors))
+        with self._changed:
+            self._free += slots
+            self._changed.notify_all()
+
+    def take_nowait(self, state: object) -> Snapshot:
+        """Copy the state, or say at once that there is no room. Does not wait for the disk.
+
+        Raises:
+            SnapshotBusyError: If all slots are being written.
+            UnserializableStateError: If the state holds what cannot be saved.
+        """
+        return self.take(state, timeout=0.0)
+
+    def take(self, state: object, *, timeout: float | None = None) -> Snapshot:
+        """Copy the state once a slot is free. Blocks for up to `timeout` seconds, None for ever.
+
+        Raises:
+            SnapshotBusyError: If none was free in time, or the arena was closed.
+            UnserializableStateError: If the state holds what cannot be saved.
+        """
+        with self._changed:
+            ready = self._changed.wait_for(lambda: bool(self._free) or self._closed, timeout)
+            if not ready or self._closed:
+                raise SnapshotBusyError(len(self._slots))
+            slot = self._free.pop()
+        try:
+            return self._fill(slot, state)
+        except BaseException:
+            with self._changed:
+                self._free.append(slot)
+                self._changed.notify_all()
+            raise
+
+    def close(self) -> None:
+        """Free the memory of unused slots and refuse further snapshots. Calling twice is fine."""
+        with self._changed:
+            self._closed = True
+            slots, self._free = self._free, []
+            self._changed.notify_all()
+        for slot in slots:
+            slot.free()
+        self._cuda.close()
+
+    def _fill(self, slot: _Slot, state: object) -> Snapshot:
+        started = time.perf_counter()
+        tree, tensors, layout = self._walk(state)
+        on_cuda = cuda_copy.any_on_cuda(tensors)
+        slot.fit(layout, pinned=on_cuda)
+        versions = [_version(tensor) for tensor in tensors] if self._check_versions else []
+        running = None
+        with torch.no_grad():
+            sources = [_source(copy, tensors) for copy in layout.copies]
+            if on_cuda:
+                running = self._cuda.start(slot.targets, sources)
+            elif sources:
+                torch._foreach_copy_(slot.targets, sources)
+        if self._check_versions and not on_cuda:
+            self._compare(versions, tensors)
+        snapshot = Snapshot(tree, layout, time.perf_counter() - started, self, slot, running)
+        with self._changed:
+            self._held.add(id(slot))
+        return snapshot
+
+    def _walk(self, state: object) -> tuple[object, list[torch.Tensor], Layout]:
+        """Copy all but the tensors, list these, and plan anew if they are not the same."""
+        tensors: list[torch.Tensor] = []
+        signatures: list[Signature] = []
+        seen: set[str] = set()
+
+        def name_tensor(path: str, value: object) -> str | None:
+            if not isinstance(value, torch.Tensor):
+                return None
+            name = path[1:] or "tensor"
+            while name in seen:  # keys "a.b" and "a" -> "b" meet here
+                name += "~"
+            seen.add(name)
+            try:
+                signatures.append(signature(name, value))
+            except RuntimeError:  # no memory at all: sparse, nested
+                check_tensor(path, value)
+                raise
+            tensors.append(value)
+            return name
+
+        tree = encode(state, name_tensor)
+        if signatures != self._signatures:
+            named = [(entry[0], tensor) for entry, tensor in zip(signatures, tensors, strict=True)]
+            for name, tensor in named:
+                check_tensor(f".{name}", tensor)
+            self._layout, self._signatures = plan_layout(named, self._files), signatures
+        return tree, tensors, self._layout
+
+    def _compare(self, versions: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        changed = [
+            self._signatures[index][0]
+            for index, tensor in enumerate(tensors)
+            if _version(tensor) != versions[index]
+        ]
+        if changed:
+            raise SnapshotTornError(changed)
+
+    def _release(self, snapshot: Snapshot) -> None:
+        slot = snapshot._slot
+        with self._changed:
+            if id(slot) not in self._held:
+                return
+            self._held.remove(id(slot))
+            if not self._closed:
+                self._free.append(slot)
+            self._changed.notify_all()
+        if self._closed:
+            slot.free()
+
+
+def _source(copy: Copy, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    tensor = tensors[copy.source]
+    if copy.span is None:
+        return tensor
+    first, size = copy.span
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return memory.set_(tensor.untyped_storage(), first, (size,), (1,))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,154 @@
+"""Nested state as JSON and back, with nothing lost on the way.
+
+JSON has no tuples, no integer keys, no NaN and no tensors.  What JSON can say is written as it
+is; the rest becomes an object with the single key ``$``:
+
+    (1, 2)               {"$": ["tuple", [1, 2]]}
+    {0: "a"}             {"$": ["dict", [[0, "a"]]]}        also for a dict with a "$" key
+    Counter(a=1)         {"$": ["Counter", [["a", 1]]]}     MultiStepLR keeps its milestones so
+    float("nan")         {"$": ["float", "NaN"]}
+    2**100               {"$": ["int", "0x10000000000000000000000000"]}
+    a tensor             {"$": ["tensor", "model.0.weight"]}
+
+There is no way to say "call this", so that reading a file that somebody else wrote runs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+
+from offloop.engine.checkpoint.errors import UnserializableStateError
+
+MAX_DEPTH = 64
+"""Containers inside containers; state dicts have about six, a reference cycle has no end."""
+
+_INT_LIMIT = 2**63
+"""Readers of JSON are sure of 64 bits at most; numpy's generators carry 128."""
+
+_MAPPINGS: dict[str, Callable[[dict[object, object]], object]] = {
+    "dict": dict,
+    "OrderedDict": OrderedDict,
+    "Counter": Counter,
+}
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+TensorNamer = Callable[[str, object], str | None]
+"""Given a path and a value, the name under which it is saved, or None if it is no tensor."""
+
+
+def encode(value: object, name_tensor: TensorNamer, path: str = "", depth: int = 0) -> object:
+    """Return a copy of `value` that consists of JSON types only.
+
+    Nothing in the result is shared with `value`, which may change afterwards.
+
+    Raises:
+        UnserializableStateError: With the path of the first value that cannot be saved.
+    """
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if kind is str:
+        return _checked_text(value, path)
+    if kind is int:
+        return _encode_int(value)  # type: ignore[arg-type]  # kind is int
+    if isinstance(value, float):  # numpy.float64 is one and equals its float exactly
+        return _encode_float(float(value))
+    name = name_tensor(path, value)
+    if name is not None:
+        return {"$": ["tensor", name]}
+    if depth >= MAX_DEPTH:
+        raise UnserializableStateError(path, value, f"nested deeper than {MAX_DEPTH} levels")
+    if kind is list or kind is tuple:
+        assert isinstance(value, (list, tuple))
+        items: list[object] = []
+        for index, item in enumerate(value):
+            items.append(encode(item, name_tensor, f"{path}.{index}", depth + 1))
+        return items if kind is list else {"$": ["tuple", items]}
+    if kind in (dict, OrderedDict, Counter):
+        return _encode_mapping(value, name_tensor, path, depth)  # type: ignore[arg-type]  # a dict
+    raise UnserializableStateError(path, value)
+
+
+def _encode_mapping(
+    value: dict[object, object], name_tensor: TensorNamer, path: str, depth: int
+) -> object:
+    kind = type(value).__name__
+    if kind == "dict" and "$" not in value and all(type(key) is str for key in value):
+        return {
+            _checked_text(key, path): encode(item, name_tensor, f"{path}.{key}", depth + 1)
+            for key, item in value.items()
+        }
+    pairs = [
+        [_encode_key(key, path), encode(item, name_tensor, f"{path}.{key}", depth + 1)]
+        for key, item in value.items()
+    ]
+    return {"$": [kind, pairs]}
+
+
+def _encode_key(key: object, path: str) -> object:
+    def no_tensor(path: str, value: object) -> None:
+        return None
+
+    if isinstance(key, (list, dict)):
+        raise UnserializableStateError(path, key)
+    return encode(key, no_tensor, f"{path}.<key>", MAX_DEPTH - 2)
+
+
+def _checked_text(value: object, path: str) -> str:
+    assert isinstance(value, str)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UnserializableStateError(path, value, "not valid Unicode") from error
+    return value
+
+
+def _encode_int(value: int) -> object:
+    return value if -_INT_LIMIT <= value < _INT_LIMIT else {"$": ["int", hex(value)]}
+
+
+def _encode_float(value: float) -> object:
+    if math.isfinite(value):
+        return value
+    if math.isnan(value):
+        return {"$": ["float", "NaN"]}
+    return {"$": ["float", "Infinity" if value > 0 else "-Infinity"]}
+
+
+def decode(node: object, tensors: Mapping[str, object]) -> object:
+    """Return the state that `encode` was given; `tensors` by the names it was told.
+
+    Raises:
+        ValueError: For a node that `encode` does not make, or a tensor that is not there.
+    """
+    if isinstance(node, list):
+        return [decode(item, tensors) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$" not in node:
+        return {key: decode(item, tensors) for key, item in node.items()}
+    match node["$"]:
+        case ["tensor", str(name)] if name in tensors:
+            return tensors[name]
+        case ["tuple", list(items)]:
+            return tuple(decode(item, tensors) for item in items)
+        case ["int", str(digits)]:
+            return int(digits, 16)
+        case ["float", str(word)] if word in _NON_FINITE:
+            return _NON_FINITE[word]
+        case [str(kind), list(pairs)] if kind in _MAPPINGS:
+            return _MAPPINGS[kind](dict(_decode_pair(pair, tensors) for pair in pairs))
+    raise ValueError(f"a node that offloop does not write: {str(node)[:80]}")
+
+
+def _decode_pair(pair: object, tensors: Mapping[str, object]) -> tuple[object, object]:
+    match pair:
+        case [key, value]:
+            decoded = decode(key, {})
+            if isinstance(decoded, (list, dict)):
+                raise ValueError("a dict key that is no plain value")
+            return decoded, decode(value, tensors)
+    raise ValueError("a dict entry that is no pair")

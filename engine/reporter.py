@@ -1,0 +1,251 @@
+"""The reporter: turns what the training thread did into events, in order, without waiting for the device.
+
+A step's numbers may still be on the device when the step is over. Its `StepEnd` is then built when they have
+arrived; what is published meanwhile queues behind it, and a milestone waits for all before it.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from offloop.engine.errors import LossError
+from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, StepEnd
+from offloop.engine.readback import Readback
+
+logger = logging.getLogger("offloop")
+
+Logged = list[tuple[str, "torch.Tensor | float"]]
+
+
+class Means:
+    """Weighted means of named values, on the host."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, name: str, value: float, weight: float) -> None:
+        """Add a value with its weight."""
+        self.sums[name] = self.sums.get(name, 0.0) + value * weight
+        self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def take(self, prefix: str) -> dict[str, float]:
+        """Return the means under prefixed names, and begin anew."""
+        means = {
+            f"{prefix}{name}": total / self.weights[name] if self.weights[name] else math.nan
+            for name, total in self.sums.items()
+        }
+        self.sums.clear()
+        self.weights.clear()
+        return means
+
+
+@dataclasses.dataclass(slots=True)
+class Window:
+    """An accumulation window: the batches of one optimizer step."""
+
+    size: int = 0
+    """Batches it will have; 0 before the first."""
+    count: int = 0
+    """Batches it has."""
+    is_weighted: bool = False
+    """True if its losses carry weights of the user's."""
+    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    """One scalar on the device for each batch, detached."""
+    weights: list[float] = dataclasses.field(default_factory=list)
+    """What each loss counts in means: samples, or the user's weight."""
+    logged: Logged = dataclasses.field(default_factory=list)
+    """What the step logged."""
+    samples: int = 0
+    """Samples in it so far."""
+    data_time: float = 0.0
+    """Seconds that its batches were waited for."""
+    started: float = 0.0
+    """When its first batch had come, on the clock of `time.perf_counter`."""
+
+    def begin(self, size: int, now: float) -> None:
+        """Begin a window of `size` batches."""
+        self.size = size
+        self.started = now
+        self.data_time = 0.0
+
+    def clear(self) -> None:
+        """Forget what it holds, after its step or instead of it."""
+        self.count = self.samples = 0
+        self.is_weighted = False
+        self.losses.clear()
+        self.weights.clear()
+        self.logged.clear()
+
+
+class Reporter:
+    """Publishes the events of the training thread and keeps the means of the epoch. Training thread only."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        emit: Callable[[Event], None],
+        clock_offset: float,
+        on_nonfinite: Literal["raise", "warn", "skip_step"],
+    ) -> None:
+        """Publish through `emit`; event times are `clock_offset` plus `time.perf_counter()`."""
+        self.emit = emit
+        self.clock_offset = clock_offset
+        self.readback = Readback(device)
+        self.train_means = Means()
+        self.val_means = Means()
+        self._on_nonfinite = on_nonfinite
+        self._loss_scale = 0.0
+
+    def publish(self, event: Event) -> None:
+        """Publish an event; everything before it goes first, and a milestone waits for that."""
+        if isinstance(event, Sample):
+            self.readback.put(lambda: self.emit(event))
+        else:
+            self.readback.flush()
+            self.emit(event)
+
+    def publish_late(self, event_class: type[Event], fields: dict[str, Any]) -> None:
+        """Publish an event whose tensors are read when they have arrived."""
+        names = [name for name, value in fields.items() if isinstance(value, torch.Tensor)]
+        if not names:
+            self.publish(event_class(**fields))
+            return
+
+        def deliver(numbers: list[float]) -> None:
+            self.emit(event_class(**{**fields, **dict(zip(names, numbers, strict=True))}))
+
+        self.readback.read([fields[name] for name in names], deliver)
+
+    def add_to_validation(self, name: str, value: "torch.Tensor | float", weight: float) -> None:
+        """Add a value to the means of the validation, now or when it has arrived."""
+        if isinstance(value, torch.Tensor):
+            self.readback.read([value], lambda numbers: self.val_means.add(name, numbers[0], weight))
+        else:
+            self.val_means.add(name, value, weight)
+
+    def step(
+        self,
+        window: Window,
+        *,
+        position: tuple[str, int, int, int],
+        lr: float,
+        norm: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        skipped: bool,
+    ) -> None:
+        """Publish `StepEnd` for the window's step, now or when its values have arrived.
+
+        Args:
+            window: What the step was made of; not cleared here.
+            position: run_id, epoch, step, batch.
+            lr: Learning rate that the step used.
+            norm: Gradient norm, () on the device.
+            scale: Loss scale after the step, () on the device.
+            skipped: True if the update was left out.
+        """
+        now = time.perf_counter()
+        if self.readback.is_immediate and len(window.losses) == 1 and scale is None and not window.logged:
+            self._step_at_once(window, position, lr, norm, skipped, now)
+        else:
+            self._step_late(window, position, lr, norm, scale, skipped, now)
+
+    def _step_at_once(
+        self,
+        window: Window,
+        position: tuple[str, int, int, int],
+        lr: float,
+        norm: torch.Tensor | None,
+        skipped: bool,
+        now: float,
+    ) -> None:
+        """Publish the usual step on a CPU without the detour: this runs in every step."""
+        run_id, epoch, step, batch = position
+        loss = window.losses[0].item()  # host sync, free on CPU
+        if not math.isfinite(loss):
+            self._complain(loss, step)
+        self.train_means.add("loss", loss, window.weights[0])
+        self.emit(
+            StepEnd(
+                run_id=run_id,
+                time=self.clock_offset + now,
+                epoch=epoch,
+                step=step,
+                batch=batch,
+                loss=loss,
+                lr=lr,
+                grad_norm=None if norm is None else norm.item(),  # host sync, free on CPU
+                samples=window.samples,
+                data_time=window.data_time,
+                step_time=now - window.started,
+                skipped=skipped,
+            )
+        )
+
+    def _step_late(
+        self,
+        window: Window,
+        position: tuple[str, int, int, int],
+        lr: float,
+        norm: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        skipped: bool,
+        now: float,
+    ) -> None:
+        """Read the step's values as the device allows, and publish then."""
+        run_id, epoch, step, batch = position
+        losses, weights, logged = list(window.losses), list(window.weights), list(window.logged)
+        samples, data_time, step_time = window.samples, window.data_time, now - window.started
+        on_device = [value for _, value in logged if isinstance(value, torch.Tensor)]
+        extra = [value for value in (norm, scale) if value is not None]
+
+        def deliver(numbers: list[float]) -> None:
+            of_losses, rest = numbers[: len(losses)], iter(numbers[len(losses) :])
+            values: dict[str, list[float]] = {}
+            for name, value in logged:
+                number = next(rest) if isinstance(value, torch.Tensor) else float(value)
+                values.setdefault(name, []).append(number)
+                self.train_means.add(name, number, samples)
+            for loss, weight in zip(of_losses, weights, strict=True):
+                if not math.isfinite(loss):
+                    self._complain(loss, step)
+                self.train_means.add("loss", loss, weight)
+            metrics = {name: sum(several) / len(several) for name, several in values.items()}
+            grad_norm = next(rest) if norm is not None else None
+            scaler_skipped = False
+            if scale is not None:
+                metrics["loss_scale"] = loss_scale = next(rest)
+                scaler_skipped = loss_scale < self._loss_scale  # it found infinities and backed off
+                self._loss_scale = loss_scale
+            self.emit(
+                StepEnd(
+                    run_id=run_id,
+                    time=self.clock_offset + now,
+                    epoch=epoch,
+                    step=step,
+                    batch=batch,
+                    loss=sum(of_losses) / len(of_losses) if of_losses else math.nan,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    samples=samples,
+                    data_time=data_time,
+                    step_time=step_time,
+                    skipped=skipped or scaler_skipped,
+                    metrics=Metrics(metrics) if metrics else NO_METRICS,
+                )
+            )
+
+        self.readback.read([*losses, *on_device, *extra], deliver)
+
+    def _complain(self, loss: float, step: int) -> None:
+        """Say that a loss is not finite, as `on_nonfinite` wants."""
+        where = f"the loss of step {step} is {loss}"
+        if self._on_nonfinite == "raise":
+            raise LossError(f'{where}; on_nonfinite="warn" goes on, "skip_step" leaves such updates out')
+        if self._on_nonfinite == "warn":
+            logger.warning("%s", where)

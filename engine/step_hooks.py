@@ -1,0 +1,105 @@
+"""Step hooks: the table of what runs inside a step, and what such a hook sees."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offloop.engine.callback import StepHook
+from offloop.engine.events import Event
+
+if TYPE_CHECKING:
+    from offloop.engine.loop import TrainingLoop
+
+
+class StepPoint:
+    """What a step hook sees: the live objects of the step it runs in. Valid only during the call."""
+
+    def __init__(self, loop: "TrainingLoop", trainer: Any, run: Any) -> None:
+        self.trainer = trainer
+        """The trainer."""
+        self.run = run
+        """The run, for commands and events."""
+        self.name = ""
+        """Which point this is."""
+        self.batch: Any = None
+        """The batch in work; on the device, except at `before_batch`. None where there is none."""
+        self._loop = loop
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model in training."""
+        return self._loop.program.model
+
+    @property
+    def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        """The optimizers by name; a single one is called `optimizer`."""
+        return self._loop.optimizers
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch, from 0."""
+        return self._loop.epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; at `after_step` the one just made is among them."""
+        return self._loop.step
+
+    @property
+    def loss(self) -> torch.Tensor | None:
+        """The latest batch's loss, () on the device, detached; None before the first of the step."""
+        losses = self._loop.window.losses
+        return losses[-1] if losses else None
+
+    def log(self, name: str, value: "torch.Tensor | float") -> None:
+        """Log a value with the step, as `Trainer.log` does. A tensor stays on the device until read late."""
+        self._loop.log(name, value)
+
+    def publish(self, event_class: type[Event], **values: Any) -> None:
+        """Publish an event whose numbers may still be on the device; they are read late, in order.
+
+        Args:
+            event_class: The class of the event.
+            values: Its fields; tensors of one element become floats.
+        """
+        self._loop.reporter.publish_late(event_class, {**self._loop.position(), **values})
+
+
+class StepHooks:
+    """The step hooks of a run, in declared order. Training thread only."""
+
+    def __init__(self, hooks: Sequence[StepHook], failed: Callable[[StepHook, Exception], None]) -> None:
+        """Keep the hooks; `failed` is told what one raised, and raises if the run is to end."""
+        self.point: StepPoint | None = None  # set by the session, before the thread starts
+        self.active: dict[str, list[StepHook]] = {}  # by point, those that asked for the step in progress
+        self._hooks = hooks
+        self._failed = failed
+
+    def begin_step(self, number: int) -> None:
+        """Choose the hooks that asked for step `number`, counted from 1."""
+        if self._hooks:
+            self.active = {}
+            for hook in self._hooks:
+                if number % hook.every_n_steps == 0:
+                    self.active.setdefault(hook.point, []).append(hook)
+
+    def run(self, point: str, batch: Any = None) -> None:
+        """Run those of the step in progress at `point`."""
+        for hook in self.active.get(point, ()):
+            self._run(hook, batch)
+
+    def run_all(self, point: str) -> None:
+        """Run those of a point outside of steps."""
+        for hook in self._hooks:
+            if hook.point == point:
+                self._run(hook, None)
+
+    def _run(self, hook: StepHook, batch: Any) -> None:
+        assert self.point is not None
+        self.point.name, self.point.batch = hook.point, batch
+        try:
+            with torch.no_grad():
+                hook.method(self.point)
+        except Exception as error:
+            self._failed(hook, error)
