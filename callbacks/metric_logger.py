@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-from pathlib import Path
 from typing import Any, Final
 
 from offloop.engine import Callback, EpochEnd, Run, StepEnd, TrainStart, ValidationEnd
@@ -21,7 +20,8 @@ class MetricLogger(Callback):
     Columns: time (Unix seconds), attempt, epoch, step, batch, then each metric when it first appears. A row of
     a step has `loss`, `lr`, `grad_norm` and what the step logged; rows of validations and epochs have
     their metrics. The last step of each epoch always has a row, so that short runs never look empty. Each
-    row is with the operating system before the next one is written: a killed run loses none.
+    row is with the operating system before the next one is written: a killed run loses none. A resumed attempt
+    goes on in the same file, after cutting what came after the checkpoint that it continues.
 
     Runs in a thread of its own; training never waits for it.
     """
@@ -54,7 +54,8 @@ class MetricLogger(Callback):
 
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         self._attempt = event.attempt
-        self._open(run.dir / FILE_NAME)
+        self._path = run.dir / FILE_NAME
+        self._rewrite(self._rows_until(event.resumed_at) if event.attempt else [])
 
     def on_step_end(self, event: StepEnd, run: Run) -> None:
         if self.every_n_steps is not None:
@@ -101,10 +102,14 @@ class MetricLogger(Callback):
         csv.writer(self._file).writerow([row.get(name, "") for name in self._columns])
         self._file.flush()
 
-    def _open(self, path: Path) -> None:
-        self._path = path
-        self._file = open(path, "a", newline="", encoding="utf-8")
-        csv.writer(self._file).writerow(self._columns)
+    def _rows_until(self, moment: float | None) -> list[list[str]]:
+        """Return what an earlier attempt wrote up to the checkpoint that is continued, and take its columns over."""
+        if moment is None or not self._path.exists():
+            return []
+        with open(self._path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        self._columns = header
+        return [row for row in rows if len(row) == len(header) and float(row[0]) <= moment]
 
     def _add_columns(self, names: list[str]) -> None:
         """Rewrite the file with a wider header: rare, as all columns show within the first epochs."""
@@ -113,10 +118,14 @@ class MetricLogger(Callback):
         with open(self._path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))[1:]
         self._columns += names
+        self._rewrite(rows)
+
+    def _rewrite(self, rows: list[list[str]]) -> None:
+        """Write the file anew with the columns of now, whole or not at all, and go on after its end."""
         temporary = self._path.with_suffix(".csv.new")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(self._columns)
             writer.writerows([*row, *[""] * (len(self._columns) - len(row))] for row in rows)
-        os.replace(temporary, self._path)  # whole or not at all, should we be killed here
+        os.replace(temporary, self._path)
         self._file = open(self._path, "a", newline="", encoding="utf-8")

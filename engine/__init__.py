@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from offloop.engine.callback import Callback as Callback
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
+    from offloop.engine.checkpoint import Retention as Retention
     from offloop.engine.config import TrainerConfig as TrainerConfig
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import EventsDropped as EventsDropped
     from offloop.engine.events import LearningRateChanged as LearningRateChanged
     from offloop.engine.events import Metrics as Metrics
+    from offloop.engine.events import Resumed as Resumed
     from offloop.engine.events import Sample as Sample
     from offloop.engine.events import Settings as Settings
     from offloop.engine.events import StateChanged as StateChanged
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
+    "checkpoint": ("Retention",),
     "config": ("TrainerConfig",),
     "errors": (
         "BatchError",
@@ -91,6 +94,7 @@ _MODULES = {
         "EventsDropped",
         "LearningRateChanged",
         "Metrics",
+        "Resumed",
         "Sample",
         "Settings",
         "StateChanged",

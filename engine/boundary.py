@@ -139,7 +139,8 @@ class Boundary:
         optimizers = self._loop.optimizers
         name = name or next(iter(optimizers))
         previous = largest_lr(optimizers[name])
-        scale_lr(optimizers[name], lr, group=group, scheduler=self._loop.scheduler)
+        schedulers = [schedule.scheduler for schedule in self._loop.schedules]
+        scale_lr(optimizers[name], lr, group=group, schedulers=schedulers)
         self.publish_lr_change(previous, "command", name)
 
     # Saying so

@@ -26,7 +26,7 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
-from typing import Final, Generic, Literal, Self, TypeVar
+from typing import Any, Final, Generic, Literal, Self, TypeVar, overload
 
 import anyio
 import anyio.lowlevel
@@ -267,6 +267,7 @@ class Subscription(Generic[E]):
             self._events.clear()
             self._milestones = 0
             self._closed = True
+            self._bus._took(self)  # nobody may wait for it any more
             logger.error("%s", self._error)
             return
         excess = len(self._events) - self._milestones - self.buffer
@@ -372,9 +373,15 @@ class Bus:
         self._seq = 0
         self._last: Event | None = None  # the last training event: foreign ones get its position
         self._last_time = 0.0
-        self._lock = threading.Lock()  # subscriptions and history; never taken by publishers
+        # Subscriptions and history; never taken by publishers. Reentrant: a signal handler may call `unblock`
+        # while the thread that it interrupts hands over.
+        self._lock = threading.RLock()
         self._subscriptions: list[Subscription[Event]] = []
         self._all_subscriptions: list[Subscription[Event]] = []
+        self._left: list[
+            Subscription[Event]
+        ] = []  # closed by another thread; the drainer wakes their consumers
+        self._final: Event | None = None  # set by `close`, taken by the drainer after everything else
         self._history: deque[Event] = deque(maxlen=MAX_MILESTONES_BEHIND)
         self._blocked: set[Subscription[Event]] = set()
 
@@ -428,8 +435,8 @@ class Bus:
     def _wake_for(self, event: Event) -> None:
         now = event.time
         if self._armed:
+            self._handed_over_at = now  # it was idle, not stalled; before others see that it is armed no more
             self._armed = False
-            self._handed_over_at = now  # it was idle, not stalled
             self._waker.wake()
             return
         if now - self._wake_window >= 1.0:
@@ -475,14 +482,34 @@ class Bus:
 
     # Subscribing: any thread
 
+    @overload
+    def subscribe(
+        self,
+        *,
+        name: str = ...,
+        buffer: int = ...,
+        on_full: OnFull = ...,
+        replay: bool = ...,
+    ) -> Subscription[Event]: ...
+
+    @overload
     def subscribe(
         self,
         *types: type[E],
+        name: str = ...,
+        buffer: int = ...,
+        on_full: OnFull = ...,
+        replay: bool = ...,
+    ) -> Subscription[E]: ...
+
+    def subscribe(
+        self,
+        *types: type[Event],
         name: str = "subscriber",
         buffer: int = BUFFER,
         on_full: OnFull = "drop_oldest",
         replay: bool = False,
-    ) -> Subscription[E]:
+    ) -> Subscription[Any]:
         """Subscribe to events of the given classes and their subclasses; to all without any.
 
         Thread: any. Does not block beyond a hand-over in progress.
@@ -522,11 +549,23 @@ class Bus:
 
     def _unsubscribe(self, subscription: Subscription[E]) -> None:
         with self._lock:
+            subscription._closed = True
             if subscription in self._subscriptions:
                 self._subscriptions.remove(subscription)  # type: ignore[arg-type]  # invariant
                 self._all_subscriptions.remove(subscription)  # type: ignore[arg-type]  # likewise
-        subscription._end()
+                if self._thread in (None, threading.get_ident()):
+                    subscription._end()
+                else:
+                    # A consumer that waits in the drainer's event loop can only be woken from its thread.
+                    self._left.append(subscription)  # type: ignore[arg-type]  # likewise
+                    self._waker.wake()
         self._took(subscription)
+
+    def _wake_left(self) -> None:
+        with self._lock:
+            for subscription in self._left:
+                subscription._end()
+            self._left.clear()
 
     @property
     def subscriptions(self) -> tuple[SubscriptionStatistics, ...]:
@@ -567,7 +606,7 @@ class Bus:
         if subscription in self._blocked and (
             subscription._closed or len(subscription._events) <= subscription.buffer // 2
         ):
-            self._blocked.discard(subscription)  # type: ignore[arg-type]  # invariant
+            self._blocked.discard(subscription)
             self._attention()
 
     # Draining: the event loop
@@ -580,6 +619,8 @@ class Bus:
         self._thread = threading.get_ident()
         try:
             while True:
+                if self._left:
+                    self._wake_left()
                 if self._hand_over():
                     if len(self._queue) >= HAND_OVER_AT_ONCE:
                         await anyio.lowlevel.checkpoint()  # a backlog: no pause, but let others run
@@ -594,9 +635,12 @@ class Bus:
                         break
                 else:
                     self._armed = True
-                    if not self._queue and not self._closing:  # nothing came since: safe to sleep
+                    if not self._queue and not self._closing and not self._left:  # nothing came since: sleep
                         await self._waker.wait()
                     self._armed = False
+            if self._final is not None:
+                self._queue.appendleft(self._final)  # before what another thread may be publishing right now
+                self._hand_over(limit=1)
         finally:
             self._end()
 
@@ -607,8 +651,16 @@ class Bus:
         self._report_drops(self.clock(), last=True)
         self._hand_over()
 
-    def close(self) -> None:
-        """Let the drainer hand over what is there and end. Any thread; twice is fine; does not wait."""
+    def close(self, last: Event | None = None) -> None:
+        """Let the drainer hand over what is there and end. Any thread; twice is fine; does not wait.
+
+        Args:
+            last: Published as the last event of all, whatever other threads are publishing meanwhile, and after
+                the reports of drops.
+        """
+        if last is not None:
+            self.prepare(last)
+            self._final = last
         self._closing = True
         self._waker.wake()
 
@@ -624,14 +676,15 @@ class Bus:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
+    ) -> None:
         self.close()
-        return await self._tasks.__aexit__(exc_type, exc, traceback)
+        # Not told of the body's exception: a task group would wrap it, and the drainer ends by itself.
+        await self._tasks.__aexit__(None, None, None)
 
-    def _hand_over(self) -> int:
+    def _hand_over(self, limit: int | None = None) -> int:
         """Take out what has gathered, number it, and put it into the buffers. Returns how many there were."""
         queue = self._queue
-        count = min(len(queue), HAND_OVER_AT_ONCE)
+        count = min(len(queue), limit or HAND_OVER_AT_ONCE)
         now = self.clock()
         self._handed_over_at = now
         self._stall_logged = False
@@ -690,7 +743,7 @@ class Bus:
                     subscription._put(events, has_milestones=bool(milestones))
 
     def _report_drops(self, now: float, last: bool = False) -> None:
-        reports = [subscription._report(now, last) for subscription in self._subscriptions]
+        reports = [subscription._report(now, last) for subscription in tuple(self._subscriptions)]
         if self._refused_count:
             with self._refused_lock:
                 count, (first, newest) = self._refused_count, self._refused
@@ -712,9 +765,10 @@ class Bus:
     def _end(self) -> None:
         self._ended = True
         with self._lock:
-            for subscription in self._subscriptions:
+            for subscription in self._subscriptions + self._left:
                 subscription._end()
             self._subscriptions.clear()
+            self._left.clear()
             self._blocked.clear()
         self._attention()
         self._waker.close()

@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, overload
 
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import (
@@ -99,7 +99,15 @@ class _InStep:
     every_n_steps: int
 
 
-def decides(handler: F | None = None, /, *, timeout: float | None = None) -> Any:
+@overload
+def decides(handler: F, /) -> F: ...
+
+
+@overload
+def decides(*, timeout: float | None = None) -> Callable[[F], F]: ...
+
+
+def decides(handler: F | None = None, /, *, timeout: float | None = None) -> F | Callable[[F], F]:
     """Give a handler the right to make training wait, at a boundary: `@decides` or `@decides(timeout=5)`.
 
     Legal on `TrainStart`, `EpochStart`, `ValidationStart`, `ValidationEnd` and `EpochEnd`. A plain method
@@ -125,7 +133,15 @@ def decides(handler: F | None = None, /, *, timeout: float | None = None) -> Any
     return mark if handler is None else mark(handler)
 
 
-def in_step(hook: F | None = None, /, *, every_n_steps: int = 1) -> Any:
+@overload
+def in_step(hook: F, /) -> F: ...
+
+
+@overload
+def in_step(*, every_n_steps: int = 1) -> Callable[[F], F]: ...
+
+
+def in_step(hook: F | None = None, /, *, every_n_steps: int = 1) -> F | Callable[[F], F]:
     """Make a plain method a step hook: `@in_step` or `@in_step(every_n_steps=50)`.
 
     It runs in the training thread and is named after its point: `before_batch`, `before_forward`,
@@ -193,6 +209,7 @@ class Handlers:
             raise TypeError(f"callbacks must be Callback instances, got {type(callback).__name__}")
         self.callback = callback
         self.name = name
+        self._check_settings()
         self.observers: dict[str, Handler] = {}
         self.deciders: dict[str, Decider] = {}
         self.hooks: list[StepHook] = []
@@ -227,14 +244,14 @@ class Handlers:
             return (Event,)
         return tuple(each for each in known_events() if each.handler_name in self.observers)
 
+    @property
+    def has_state(self) -> bool:
+        """True if the callback has a state to save."""
+        return type(self.callback).state_dict is not Callback.state_dict
+
     def is_plain(self, handler: Handler) -> bool:
         """True if the handler is a plain `def` and so needs the worker thread."""
         return not inspect.iscoroutinefunction(handler)
-
-    @property
-    def has_plain_observers(self) -> bool:
-        """True if this callback needs a worker thread for its observers."""
-        return any(self.is_plain(handler) for handler in self.observers.values())
 
     def _look_at(self, attribute: str, method: Handler) -> None:
         decides_mark: _Decides | None = getattr(method, "__offloop_decides__", None)
@@ -248,7 +265,7 @@ class Handlers:
             self._expect_arguments(attribute, method, 2, "event, run")
             is_async = inspect.iscoroutinefunction(method)
             self.deciders[attribute] = Decider(self.name, method, is_async, decides_mark.timeout)
-        elif attribute.startswith("on_") and attribute != "on_error":
+        elif attribute.startswith("on_"):
             self._check_known(attribute)
             self._expect_arguments(attribute, method, 2, "event, run")
             self.observers[attribute] = method
@@ -271,6 +288,17 @@ class Handlers:
                 f"{self.name}.{attribute} cannot decide: training stands at a boundary only at "
                 f"{', '.join(legal)}"
             )
+
+    def _check_settings(self) -> None:
+        on_error, buffer, on_full = self.callback.on_error, self.callback.buffer, self.callback.on_full
+        if on_error not in (None, "raise", "isolate"):
+            raise ConfigError(f"{self.name}.on_error must be 'raise', 'isolate' or None, got {on_error!r}")
+        if buffer is not None and (isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1):
+            raise ConfigError(
+                f"{self.name}.buffer must be a whole number of at least 1 or None, got {buffer!r}"
+            )
+        if on_full not in ("drop_oldest", "block"):
+            raise ConfigError(f"{self.name}.on_full must be 'drop_oldest' or 'block', got {on_full!r}")
 
     def _check_samples(self) -> None:
         if not self.deciders:

@@ -11,7 +11,9 @@ from offloop.engine.errors import ConfigError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-TRAIN_ARGUMENTS: Final = ("epochs", "max_steps", "max_time", "metrics", "callbacks")
+_SEEDS: Final = range(-(2**63), 2**64)  # what torch.manual_seed takes
+
+TRAIN_ARGUMENTS: Final = ("epochs", "max_steps", "max_time", "metrics", "callbacks", "resume")
 """What `train()` takes beside the loaders: what to train on and how long."""
 
 PEER_SPELLINGS: Final = {
@@ -34,8 +36,12 @@ PEER_SPELLINGS: Final = {
     "eval_steps": "val_every_n_steps",
     "accelerator": "device",
     "devices": "device",
+    "gpus": "device",
     "mixed_precision": "precision",
     "amp": "precision",
+    "use_amp": "precision",
+    "autocast": "precision",
+    "dtype": "precision",
     "fp16": "precision",
     "bf16": "precision",
     "torch_compile": "compile",
@@ -44,6 +50,10 @@ PEER_SPELLINGS: Final = {
     "criterion": "loss",
     "lr_scheduler": "scheduler",
     "optim": "optimizer",
+    "lr": "optimizer",
+    "learning_rate": "optimizer",
+    "weight_decay": "optimizer",
+    "random_state": "seed",
     "default_root_dir": "run_dir",
     "output_dir": "run_dir",
     "log_dir": "run_dir",
@@ -130,8 +140,10 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         _check_choice("mode", self.mode, ("auto", "min", "max"))
         if not isinstance(self.device, str):
             raise ConfigError(f'device must be a string like "auto", "cpu" or "cuda:0", got {self.device!r}')
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ConfigError(f"seed must be an int or None, got {self.seed!r}")
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed not in _SEEDS
+        ):
+            raise ConfigError(f"seed must be an int from -2**63 to 2**64 - 1, or None, got {self.seed!r}")
         if not isinstance(self.compile, bool | dict):
             raise ConfigError(
                 f"compile must be a bool or a dict of torch.compile's arguments, got {self.compile!r}"
@@ -165,9 +177,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
 def unknown_knob(name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a knob that `Trainer` does not have, naming the one that was probably meant."""
     candidates = [*known, "loss", "scheduler", "callbacks"]
-    if name == "resume":
-        return ConfigError("resume belongs to train(): it says what to train, not how")
-    if name in TRAIN_ARGUMENTS:
+    if name in TRAIN_ARGUMENTS or name in ("train_loader", "val_loader"):
         return ConfigError(f"{name} belongs to train(): Trainer says how to train, train() what and how long")
     meant = PEER_SPELLINGS.get(name)
     if meant is None:
@@ -184,8 +194,14 @@ def misplaced_argument(name: str) -> ConfigError:
         return ConfigError(f"train() takes no {name!r}: use {meant}")
     if meant in TrainerConfig.__struct_fields__ or meant in ("loss", "scheduler", "optimizer", "model"):
         return ConfigError(f"{name} says how to train: give it to Trainer({meant}=...), not to train()")
-    near = difflib.get_close_matches(name, TRAIN_ARGUMENTS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(TRAIN_ARGUMENTS)}"
+    here = ("train_loader", "val_loader", *TRAIN_ARGUMENTS)
+    near = difflib.get_close_matches(name, (*here, *TrainerConfig.__struct_fields__), n=1)
+    if not near:
+        hint = f"it takes {', '.join(here)}"
+    elif near[0] in here:
+        hint = f"did you mean {near[0]}?"
+    else:
+        hint = f"did you mean Trainer({near[0]}=...)?"
     return ConfigError(f"train() takes no {name!r}: {hint}")
 
 

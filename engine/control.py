@@ -91,10 +91,11 @@ class Control:
         Raises:
             RunEndedError: The run is over.
         """
-        command = Command(name, next(self._numbers), arguments, by or actor.get(), deciding.get() is self)
+        by, from_decider = by or actor.get(), deciding.get() is self
         with self._changed:
             if self.ended:
                 raise RunEndedError(f"{name} came too late: the run is over")
+            command = Command(name, next(self._numbers), arguments, by, from_decider)
             self._commands.append(command)
             self.changes += 1
             self.attention = True
@@ -188,7 +189,7 @@ class Control:
                 self._changed.wait()
 
     def stand(self, until: Callable[[], bool], waiting_for: str) -> None:
-        """Wait like `wait` for somebody who must not wait for us: awaited commands return on acceptance."""
+        """Wait for somebody who must not wait for us: awaited commands return on acceptance."""
         started = warned = time.perf_counter()
         with self.standing_still(), self._changed:
             while not until():
@@ -217,6 +218,7 @@ class Control:
             rest = list(self._commands)
             self._commands.clear()
         for command in rest:
-            command.future.set_exception(
-                RunEndedError(f"the run ended before {command.name} could be applied")
-            )
+            if command.future.set_running_or_notify_cancel():  # False: whoever gave it has taken it back
+                command.future.set_exception(
+                    RunEndedError(f"the run ended before {command.name} could be applied")
+                )

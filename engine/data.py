@@ -1,7 +1,8 @@
 """Batches: how big they are, how many there are, and bringing them to the device whole."""
 
+import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Final
 
 import msgspec
@@ -37,7 +38,15 @@ def _to_device(item: Any, device: torch.device, depth: int) -> Any:
         return [_to_device(part, device, deeper) for part in item]
     if isinstance(item, Mapping):
         moved = {key: _to_device(part, device, deeper) for key, part in item.items()}
-        return moved if type(item) is dict else type(item)(moved)  # type: ignore[call-arg]  # a mapping of its kind
+        if type(item) is dict:
+            return moved
+        if isinstance(
+            item, MutableMapping
+        ):  # a copy keeps what its kind holds beside the items: a defaultdict
+            twin = copy.copy(item)
+            twin.update(moved)
+            return twin
+        return type(item)(moved)  # type: ignore[call-arg]  # a mapping of its kind
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         names = [field.name for field in dataclasses.fields(item) if field.init]
         return dataclasses.replace(item, **{n: _to_device(getattr(item, n), device, deeper) for n in names})
@@ -54,9 +63,12 @@ def batch_size(batch: Any) -> int:
 
     1 where there is no tensor with a dimension.
     """
-    first = batch[0] if type(batch) in (tuple, list) and batch else batch  # the usual case, without a search
+    kind = type(batch)
+    first = (
+        batch[0] if (kind is tuple or kind is list) and batch else batch
+    )  # the usual case, without a search
     if isinstance(first, torch.Tensor) and first.dim():
-        return first.shape[0]
+        return len(first)
     tensor = _first_tensor(batch, 0)
     return 1 if tensor is None else tensor.shape[0]
 
@@ -87,7 +99,10 @@ def length_of(loader: Any) -> int | None:
     """Return how many batches a loader says it has, None where it has no length."""
     try:
         return len(loader)
-    except TypeError:  # an iterable without one, or a DataLoader over an IterableDataset
+    except (
+        TypeError,
+        NotImplementedError,
+    ):  # an iterable without one, or a DataLoader over an IterableDataset
         return None
 
 
@@ -106,5 +121,6 @@ def limited_length(loader: Any, limit: int | float | None, knob: str) -> int | N
                 f"{knob}={limit} is a share of the loader's length, but this loader has none: "
                 "give a number of batches"
             )
-        return max(1, int(length * limit)) if length else 0
+        # rounded first: 0.29 of 100 is 28.999999999999996 in floating point
+        return max(1, int(round(length * limit, 6))) if length else 0
     return limit if length is None else min(limit, length)

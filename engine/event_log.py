@@ -6,6 +6,7 @@ types that it does not know.
 """
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import BinaryIO, Final
 import msgspec
 
 from offloop.engine.callback import Callback
-from offloop.engine.events import Event, Sample, decode, encode
+from offloop.engine.events import Event, Sample, TrainStart, decode, encode
 from offloop.engine.run import Run
 
 logger = logging.getLogger("offloop")
@@ -25,7 +26,10 @@ FLUSH_INTERVAL: Final = 1.0
 
 
 class EventLog(Callback):
-    """Writes the events that it receives. On wherever a run has a directory."""
+    """Writes the events that it receives. On wherever a run has a directory.
+
+    A resumed attempt goes on in the same file, after cutting what came after the checkpoint that it continues.
+    """
 
     needs_run_dir = True
 
@@ -38,7 +42,10 @@ class EventLog(Callback):
 
     def on_event(self, event: Event, run: Run) -> None:
         if self._file is None:
-            self._file = open(run.dir / FILE_NAME, "ab")
+            path = run.dir / FILE_NAME
+            if isinstance(event, TrainStart) and event.attempt and path.exists():
+                _cut(path, event.resumed_at)
+            self._file = open(path, "ab")
         self._file.write(encode(event) + b"\n")
         now = time.monotonic()
         if not isinstance(event, Sample) or now - self._flushed_at > FLUSH_INTERVAL:
@@ -48,6 +55,17 @@ class EventLog(Callback):
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _cut(path: Path, until: float | None) -> None:
+    """Leave out of the file all events after a moment, all of them if it is None; whole or not at all."""
+    temporary = path.with_suffix(".jsonl.new")
+    with open(temporary, "wb") as file:
+        if until is not None:
+            file.writelines(encode(event) + b"\n" for event in read_events(path) if event.time <= until)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def read_events(path: "Path | str") -> Iterator[Event]:

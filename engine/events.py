@@ -14,8 +14,9 @@ This module imports neither torch nor anything that does I/O.
 """
 
 import math
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -28,6 +29,9 @@ SCHEMA: Final = 1
 Format = Literal["json", "msgpack"]
 V = TypeVar("V")
 
+_WORD_START: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_NOT_PLAIN: Final = (TypeError, OverflowError, UnicodeEncodeError, RecursionError)
+"""What encoding raises for: another type, an int of more than 64 bits, half a surrogate pair, a cycle."""
 _NON_FINITE: Final = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
@@ -42,9 +46,6 @@ class _ReadOnlyDict(dict[str, V]):
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
 
-    def __missing__(self, key: str) -> NoReturn:
-        raise MetricNotFoundError(key, self)
-
     def __reduce__(self) -> tuple[type, tuple[dict[str, V]]]:
         return type(self), (dict(self),)
 
@@ -53,6 +54,9 @@ class Metrics(_ReadOnlyDict[float]):
     """Names and values of metrics, read-only. A missing key raises and lists the keys there are."""
 
     __slots__ = ()
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise MetricNotFoundError(key, self)
 
 
 class Settings(_ReadOnlyDict[Any]):
@@ -68,12 +72,8 @@ _registry: dict[str, "type[Event]"] = {}
 
 
 def handler_name(class_name: str) -> str:
-    """Return the name of the handler for an event class: `EpochEnd` -> `on_epoch_end`."""
-    letters: list[str] = []
-    for index, letter in enumerate(class_name):
-        starts_word = letter.isupper() and index > 0 and not class_name[index - 1].isupper()
-        letters.append(("_" if starts_word else "") + letter.lower())
-    return "on_" + "".join(letters)
+    """Return the name of the handler for an event class: `EpochEnd` -> `on_epoch_end`, `GPUHot` -> `on_gpu_hot`."""
+    return "on_" + _WORD_START.sub("_", class_name).lower()
 
 
 def _tag(class_name: str) -> str:
@@ -127,6 +127,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
         _codecs.pop(tag, None)
 
 
+_registry[Event.__name__] = Event
+
+
 class Sample(Event, frozen=True, kw_only=True):
     """One of many: a subscriber that lags may get fewer of them, and is told how many it missed."""
 
@@ -140,6 +143,8 @@ class TrainStart(Event, frozen=True, kw_only=True):
     """How many times the run had been started before; a resumed run counts on."""
     resumed_from: str | None = None
     """The checkpoint that this attempt continues, as a path."""
+    resumed_at: float | None = None
+    """When that checkpoint was taken, Unix time in seconds: what loggers wrote after it does not count."""
     config: Settings = NO_SETTINGS
     """Every knob of the run."""
     device: str = "cpu"
@@ -156,6 +161,18 @@ class TrainStart(Event, frozen=True, kw_only=True):
     """Limit: optimizer steps in total."""
     max_time: float | None = None
     """Limit: seconds of training in total."""
+
+
+class Resumed(Event, frozen=True, kw_only=True):
+    """Everything is put back and training goes on. From the training thread, once in a resumed attempt."""
+
+    checkpoint: str
+    """Path of the checkpoint that is continued."""
+    exactness: str
+    """`bitwise`: the same bits as without the interruption; `equivalent`: the same order and arithmetic, but
+    other draws inside loader workers; `approximate`: something could not be put back."""
+    reasons: str = ""
+    """Why it is not bitwise, in words; several are separated by semicolons."""
 
 
 class EpochStart(Event, frozen=True, kw_only=True):
@@ -377,9 +394,9 @@ def encode(event: Event, format: Format = "json") -> bytes:
     Raises:
         EventError: A field holds something that is no plain value; the text names field and type.
     """
-    if isinstance(event, UnknownEvent):
-        return event.raw if event.format == format else _transcode(event)
     try:
+        if isinstance(event, UnknownEvent):
+            return event.raw if event.format == format else _transcode(event)
         if format == "msgpack":
             return _msgpack_encode(event)
         data = _json_encode(event)
@@ -388,8 +405,8 @@ def encode(event: Event, format: Format = "json") -> bytes:
         if b"null" in data:
             data = _json_encode(_with_non_finite_as_text(msgspec.to_builtins(event)))
         return data
-    except TypeError as error:
-        raise _not_plain(event) from error
+    except _NOT_PLAIN as error:
+        raise _not_plain(event, error) from error
 
 
 def decode(data: bytes, format: Format = "json") -> Event:
@@ -410,8 +427,8 @@ def check(event: Event) -> None:
     """Raise `EventError` unless every field holds plain values; about a microsecond."""
     try:
         _msgpack_encode(event)
-    except TypeError as error:
-        raise _not_plain(event) from error
+    except _NOT_PLAIN as error:
+        raise _not_plain(event, error) from error
 
 
 def _codec(tag: str) -> _Codec | None:
@@ -427,6 +444,8 @@ def _codec(tag: str) -> _Codec | None:
 
 
 def _decode_mapping(wanted: type, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected a mapping, got {type(value).__name__}")
     if wanted is Metrics:
         return Metrics({name: float(number) for name, number in value.items()})
     if wanted is Settings:
@@ -450,23 +469,34 @@ def _transcode(event: UnknownEvent) -> bytes:
     return _json_encode(_with_non_finite_as_text(msgspec.msgpack.decode(event.raw)))
 
 
-def _not_plain(event: Event) -> EventError:
-    kind = type(event).__name__
+def _not_plain(event: Event, problem: Exception) -> EventError:
+    """Return the error that names the field, and the place in it, that cannot be encoded."""
     for name in event.__struct_fields__:
-        value = getattr(event, name)
-        items: Callable[[], Iterator[tuple[str, Any]]] = (
-            (lambda value=value: iter(value.items()))  # type: ignore[misc]  # bound now, called below
-            if isinstance(value, Mapping)
-            else (lambda name=name, value=value: iter([(name, value)]))  # type: ignore[misc]
-        )
-        for key, item in items():
-            try:
-                _msgpack_encode(item)
-            except TypeError:
-                where = name if key == name else f"{name}[{key!r}]"
-                hint = " (for a tensor: value.item())" if type(item).__name__ == "Tensor" else ""
-                return EventError(
-                    f"{kind}.{where} holds a {type(item).__name__}; only plain numbers, strings and "
-                    f"mappings of them ride on events{hint}"
-                )
-    return EventError(f"{kind} holds something that is no plain value")
+        where, value = _first_not_plain(name, getattr(event, name)) or ("", None)
+        if where:
+            if not isinstance(problem, TypeError):
+                return EventError(f"{type(event).__name__}.{where} cannot ride on an event: {problem}")
+            hint = " (for a tensor: value.item())" if type(value).__name__ == "Tensor" else ""
+            return EventError(
+                f"{type(event).__name__}.{where} holds a {type(value).__name__}; only plain numbers, strings "
+                f"and mappings of them ride on events{hint}"
+            )
+    return EventError(f"{type(event).__name__} holds something that is no plain value: {problem}")
+
+
+def _first_not_plain(where: str, value: Any) -> tuple[str, Any] | None:
+    try:
+        _msgpack_encode(value)
+    except RecursionError:
+        return where, value  # it holds itself
+    except _NOT_PLAIN:
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = enumerate(value)
+        for key, item in items:
+            if found := _first_not_plain(f"{where}[{key!r}]", item):
+                return found
+        return where, value
+    return None

@@ -1,12 +1,27 @@
 """Reading and setting learning rates by hand, so that a schedule goes on from there."""
 
-from typing import Any, Final
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Final, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 _SCHEDULED_KEYS: Final = ("initial_lr", "max_lr", "min_lr")
 """What torch's schedules keep in a parameter group and compute later rates from."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Schedule:
+    """A torch schedule at work in a run."""
+
+    scheduler: LRScheduler
+    interval: Literal["epoch", "step"]
+    """When it steps: after each epoch, or after each optimizer step."""
+    monitor: str | None = None
+    """For a plateau: the metric that it watches; None for the run's."""
+    after_steps: int = 0
+    """Optimizer steps before it begins: the length of a warm-up in front of it."""
 
 
 def largest_lr(optimizer: torch.optim.Optimizer) -> float:
@@ -19,12 +34,16 @@ def largest_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 def scale_lr(
-    optimizer: torch.optim.Optimizer, lr: float, *, group: int | None, scheduler: LRScheduler | None
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    *,
+    group: int | None,
+    schedulers: Sequence[LRScheduler] = (),
 ) -> None:
     """Set a learning rate: of one group, or the largest with all others scaled alike.
 
-    What the schedule computes its later rates from is scaled by the same factor, so that it goes on from
-    here. A rate of 0 cannot be scaled: it is set, and the schedule is left as it is.
+    What schedules compute their later rates from is scaled by the same factor, so that they go on from
+    here. A rate of 0 cannot be scaled: it is set, and the schedules are left as they are.
     """
     groups = optimizer.param_groups
     chosen = range(len(groups)) if group is None else [group]
@@ -38,8 +57,9 @@ def scale_lr(
             for key in _SCHEDULED_KEYS:
                 if key in target:
                     _assign(target, key, float(target[key]) * factor)
-    if scheduler is not None and factor is not None and scheduler.optimizer is optimizer:
-        _scale_schedule(scheduler, chosen, factor)
+    for scheduler in schedulers:
+        if factor is not None and scheduler.optimizer is optimizer:
+            _scale_schedule(scheduler, chosen, factor)
 
 
 def _scale_schedule(scheduler: Any, groups: range | list[int], factor: float) -> None:
@@ -54,6 +74,9 @@ def _scale_schedule(scheduler: Any, groups: range | list[int], factor: float) ->
                 name,
                 [rate * factor if index in groups else rate for index, rate in enumerate(rates)],
             )
+    # A cosine's floor is one number for all groups: it can only go along with all of them.
+    if hasattr(scheduler, "eta_min") and len(groups) == len(scheduler.optimizer.param_groups):
+        scheduler.eta_min *= factor
 
 
 def _assign(group: dict[str, Any], key: str, value: float) -> None:

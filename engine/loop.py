@@ -12,13 +12,14 @@ epoch live there, so that a user's own epoch (`for batch in self.batches(loader)
 The arithmetic is that of a loop written by hand, bit for bit.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from offloop.engine.boundary import Boundary
 from offloop.engine.callback import StepHook
@@ -36,7 +37,8 @@ from offloop.engine.events import (
     ValidationEnd,
     ValidationStart,
 )
-from offloop.engine.learning_rate import largest_lr
+from offloop.engine.learning_rate import Schedule, largest_lr
+from offloop.engine.loader_position import Exactness, capture_before_epoch
 from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
 from offloop.engine.step_hooks import StepHooks
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 Batch = Any
 StepOutput = torch.Tensor | Mapping[str, Any] | None
 Ending = Literal["stopped", "cancelled", "limit"]
+Phase = Literal["before_epoch", "in_epoch", "after_epoch"]
 
 
 class Program(Protocol):
@@ -69,6 +72,20 @@ class Limits(Protocol):
     max_time: float | None
 
 
+class ResumedState(Protocol):
+    """What a resumed run continues, see `state.py`."""
+
+    path: str
+    taken: float
+    before_epoch: dict[str, Any] | None
+
+    def restore_schedule(self, loop: "TrainingLoop", /) -> None: ...
+    def continue_epoch(
+        self, loader: Iterable[Batch], done: int, /
+    ) -> tuple[Iterator[Batch], Exactness, str]: ...
+    def finish(self, exactness: Exactness, reason: str, position: dict[str, Any], /) -> Event: ...
+
+
 class TrainingLoop:
     """One run's training. All methods run in the training thread."""
 
@@ -80,7 +97,7 @@ class TrainingLoop:
         limits: Limits,
         device: torch.device,
         optimizers: dict[str, torch.optim.Optimizer],
-        scheduler: LRScheduler | None,
+        schedules: Sequence[Schedule],
         train_loader: Iterable[Batch],
         val_loader: Iterable[Batch] | None,
         train_metrics: "MetricSet | None",
@@ -101,7 +118,7 @@ class TrainingLoop:
         self.limits = limits
         self.device = device
         self.optimizers = optimizers
-        self.scheduler = scheduler
+        self.schedules = list(schedules)
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.train_metrics = train_metrics
@@ -112,8 +129,10 @@ class TrainingLoop:
         self.control = control
         self.boundary = Boundary(self, control, is_blocked=is_blocked, save=save)
         self.hooks = StepHooks(hooks, hook_failed)
-        self.reporter = Reporter(device, publish, clock_offset, config.on_nonfinite)
         self.mixed = MixedPrecision(config.precision, device)
+        self.reporter = Reporter(
+            device, publish, clock_offset, config.on_nonfinite, loss_scale=self.mixed.initial_scale
+        )
         self.parameters = list(program.model.parameters())
         self.first_optimizer = next(iter(optimizers.values()))
 
@@ -133,9 +152,18 @@ class TrainingLoop:
         self.latest: dict[str, float] = {}  # the latest value of each metric
 
         # The epoch in progress
+        self.phase: Phase = "before_epoch"
         self.epoch_batches = 0
         self.epoch_samples = 0
+        self.epoch_first_step = 1
         self.epoch_metrics: dict[str, float] = {}  # made since the last EpochEnd
+
+        # Resuming
+        self.attempt = 0
+        self.resumed: ResumedState | None = None  # what is continued; None again when all of it is put back
+        self.seconds_before = 0.0  # trained by earlier attempts
+        self.is_resumable = False  # True where checkpoints may be taken
+        self.before_epoch: dict[str, Any] | None = None  # what decided the order of the epoch
 
         # The validation in progress, or the last one
         self.validating = False
@@ -146,36 +174,49 @@ class TrainingLoop:
         # Manual optimization
         self.stepped: set[str] = set()  # optimizers that this training_step has stepped
         self.manual_norm: torch.Tensor | None = None
+        self.manual_skipped = False
 
     # The story -----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train until a limit, a stop or a cancellation; raise what the user's code raises."""
         self.started = time.perf_counter()
-        self.last_lr = largest_lr(self.first_optimizer)
+        self.last_lr = self.last_lr or largest_lr(self.first_optimizer)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         self.announce(self.train_start())
+        if self.resumed is not None and self.phase != "in_epoch":
+            self.finish_resuming("bitwise", "")
         epochs = self.limits.epochs
-        while self.ending is None and (epochs is None or self.epoch < epochs):
-            self.run_epoch()
+        try:
+            while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
+                self.run_epoch()
+        except BaseException:
+            with contextlib.suppress(Exception):  # what was launched before the failure is said, if it can be
+                self.reporter.readback.flush()
+            raise
         self.reporter.readback.flush()
 
     def run_epoch(self) -> None:
         """Train one epoch, validate if it is time to, and say how it went."""
         started = time.perf_counter()
-        self.epoch_batches = self.epoch_samples = 0
-        if self.train_metrics:
-            self.train_metrics.reset()
-        self.announce(EpochStart(**self.position()))
-        if self.ending:
-            return
+        if self.phase != "in_epoch":  # a resumed epoch has begun already
+            self.epoch_batches = self.epoch_samples = 0
+            self.epoch_first_step = self.step + 1
+            if self.train_metrics:
+                self.train_metrics.reset()
+            self.phase = "in_epoch"
+            self.announce(EpochStart(**self.position()))
+            if self.ending:
+                return
 
         self.program.train_epoch(self.train_loader)
         self.finish_window()
         if self.ending in ("stopped", "cancelled"):
             return  # an unfinished epoch has no end
         if self.epoch_batches == 0:
+            if self.ending == "limit":
+                return  # the time was up before its first batch
             raise EmptyLoaderError(self.describe_empty_loader())
         length = limited_length(self.train_loader, self.config.limit_train_batches, "limit_train_batches")
         complete = self.ending is None or self.epoch_batches == length
@@ -190,8 +231,10 @@ class TrainingLoop:
             if made is None or self.ending == "cancelled":
                 return
         # A decider that stops at ValidationEnd stops a finished epoch: its end is still said.
-        if complete and self.config.scheduler_interval == "epoch":
-            self.step_scheduler()
+        if complete:
+            for schedule in self.schedules:
+                if schedule.interval == "epoch":
+                    self.step_epoch_schedule(schedule)
 
         end = EpochEnd(
             metrics=Metrics(self.epoch_metrics),
@@ -203,8 +246,11 @@ class TrainingLoop:
         self.latest.update(self.epoch_metrics)
         self.epoch_metrics.clear()
         self.history.append(end)
+        self.phase = "after_epoch" if complete else "in_epoch"
         self.announce(end)
-        self.epoch += complete
+        if complete:
+            self.epoch += 1
+            self.phase = "before_epoch"
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Iterate over a loader's batches, on the device, as far as limits and commands allow.
@@ -219,8 +265,9 @@ class TrainingLoop:
             limit = length
         control, hooks, clock = self.control, self.hooks, time.perf_counter
         on_host = self.device.type == "cpu"
-        iterator = iter(loader)
-        given = 0
+        if self.is_time_to_leave():
+            return  # without asking the loader: making an iterator draws a random number and starts workers
+        iterator, given = self.begin_loader(loader)
         while True:
             if control.attention:
                 self.boundary.look_up()
@@ -248,6 +295,33 @@ class TrainingLoop:
         if training:
             self.finish_window()
 
+    def begin_loader(self, loader: Iterable[Batch]) -> tuple[Iterator[Batch], int]:
+        """Return an iterator over the loader's batches, and how many of them a resumed epoch has had."""
+        if self.validating:
+            return iter(loader), 0
+        if self.resumed is not None:
+            iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
+            self.before_epoch = self.resumed.before_epoch
+            self.finish_resuming(exactness, reason)
+            every = self.config.val_every_n_steps
+            if (
+                every is not None
+                and self.step
+                and self.step % every == 0
+                and self.validated_step != self.step
+            ):
+                self.validate()  # it was due when the checkpoint was taken
+            return iterator, self.epoch_batches
+        if self.is_resumable:
+            self.before_epoch = capture_before_epoch(loader)
+        return iter(loader), 0
+
+    def finish_resuming(self, exactness: Exactness, reason: str) -> None:
+        """Put the random states back, the last thing before training goes on, and say how exact it all is."""
+        assert self.resumed is not None
+        self.reporter.publish(self.resumed.finish(exactness, reason, self.position()))
+        self.resumed = None
+
     def begin_window(self, batches_left: int | None, now: float) -> None:
         """Begin an accumulation window, a shorter one where the loader has fewer batches left."""
         size = self.config.accumulate_grad_batches
@@ -263,8 +337,11 @@ class TrainingLoop:
             raise RuntimeError("train_batch() takes the batches of `for batch in self.batches(loader)`")
         if hooks.active:
             hooks.run("before_forward", batch)
-        with self.mixed.autocast():
+        if self.mixed.dtype is None:
             output = self.program.training_step(batch)
+        else:
+            with self.mixed.autocast():
+                output = self.program.training_step(batch)
         loss, outputs, targets, weight = read_output(output, "training_step")
 
         samples = batch_size(batch)
@@ -272,13 +349,13 @@ class TrainingLoop:
         if self.train_metrics and outputs is not None and targets is not None:
             self.train_metrics.update(outputs.detach(), targets)
         if loss is not None:
-            window.losses.append(loss.detach())
+            window.losses.append(loss)
             window.weights.append(samples if weight is None else weight)
         if not self.program.automatic_optimization:
             self.end_manual_batch()
             return
 
-        if not self.loss_checked:
+        if loss is None or not self.loss_checked:
             check_loss(loss)
             self.loss_checked = True
         assert loss is not None
@@ -302,7 +379,10 @@ class TrainingLoop:
             if not window.is_weighted:
                 rescale(self.parameters, window.size / window.count)
             self.optimizer_step(None)
-        window.clear()  # of a cancelled window, or of manual steps that stepped nothing
+        elif window.samples and self.ending != "cancelled":  # batches of manual steps that stepped nothing
+            self.epoch_samples += window.samples
+            self.reporter.add_to_epoch(window)
+        window.clear()
 
     def optimizer_step(self, batch: Batch) -> None:
         """Update the parameters with the gradients of the window."""
@@ -326,9 +406,10 @@ class TrainingLoop:
     ) -> None:
         """Count a step that was made, say so, and do what is due after it."""
         config, window = self.config, self.window
-        if self.scheduler is not None and config.scheduler_interval == "step":
-            self.scheduler.step()
         self.step += 1
+        for schedule in self.schedules:
+            if schedule.interval == "step" and self.step > schedule.after_steps:
+                schedule.scheduler.step()
         self.epoch_samples += window.samples
         if self.hooks.active:
             self.hooks.run("after_step", batch)
@@ -344,7 +425,10 @@ class TrainingLoop:
         )
         window.clear()
         if config.val_every_n_steps is not None and self.step % config.val_every_n_steps == 0:
-            self.validate()
+            if self.control.attention:  # what applies at a step boundary applies before its validation
+                self.boundary.look_up()
+            if self.ending is None:
+                self.validate()
 
     def validate(self) -> dict[str, float] | None:
         """Run a validation at a step boundary; returns what it made, None if it was stopped.
@@ -354,23 +438,30 @@ class TrainingLoop:
         if self.val_loader is None:
             return {}
         started = time.perf_counter()
+        self.validating = True  # from here on only a pause or a stop applies; the rest waits for its end
         self.announce(ValidationStart(**self.position()))
         if self.ending in ("stopped", "cancelled"):
+            self.validating = False
             return None
-        self.hooks.run_all("before_validation")
-        in_training = [module for module in self.program.model.modules() if module.training]
-        self.program.model.eval()
-        self.validating = True
         try:
-            made = self.run_validation(self.val_loader)
+            self.hooks.run_all("before_validation")
+            in_training = [module for module in self.program.model.modules() if module.training]
+            self.program.model.eval()
+            try:
+                self.run_validation(self.val_loader)
+            finally:
+                for module in in_training:
+                    module.training = True
+                self.hooks.run_all("after_validation")  # always: it may put back what was swapped before
         finally:
             self.validating = False
-            for module in in_training:
-                module.training = True
         if self.ending in ("stopped", "cancelled"):
             return None
         self.validated_step = self.step
-        self.hooks.run_all("after_validation")
+        self.reporter.readback.flush()
+        made = self.reporter.val_means.take("val_")
+        if self.val_metrics:
+            made.update(self.val_metrics.compute())
         self.epoch_metrics.update(made)
         self.latest.update(made)
         seconds = time.perf_counter() - started
@@ -379,20 +470,15 @@ class TrainingLoop:
         )
         return made
 
-    def run_validation(self, loader: Iterable[Batch]) -> dict[str, float]:
-        """Run the model, which is in eval mode, over `loader` and return the values made."""
+    def run_validation(self, loader: Iterable[Batch]) -> None:
+        """Run the model, which is in eval mode, over `loader`."""
         self.val_samples = self.val_batches = 0
         if self.val_metrics:
             self.val_metrics.reset()
         with torch.no_grad():
             self.program.validate_epoch(loader)
-        if self.val_batches == 0 and self.ending is None:
+        if self.val_batches == 0 and self.ending not in ("stopped", "cancelled"):
             raise EmptyLoaderError("the val_loader gave no batch")
-        self.reporter.readback.flush()
-        made = self.reporter.val_means.take("val_")
-        if self.val_metrics:
-            made.update(self.val_metrics.compute())
-        return made
 
     def validate_batch(self, batch: Batch) -> None:
         """Run one batch of a validation."""
@@ -421,11 +507,26 @@ class TrainingLoop:
         if self.hooks.active:
             self.hooks.run("before_optimizer_step")
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if config.gradient_clip_val is not None:
-            self.manual_norm = clip(parameters, config.gradient_clip_val, config.gradient_clip_algorithm)
+        limit = config.gradient_clip_val
+
+        def clipping(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def evaluate() -> Any:
+                loss = closure()
+                if limit is not None:
+                    self.manual_norm = clip(parameters, limit, config.gradient_clip_algorithm)
+                return loss
+
+            return evaluate
+
+        if closure is not None:
+            closure = clipping(closure)  # the gradients are made in there
+        elif limit is not None:
+            self.manual_norm = clip(parameters, limit, config.gradient_clip_algorithm)
         self.last_lr = largest_lr(self.first_optimizer)
         if config.on_nonfinite != "skip_step" or gradients_are_finite(parameters):
             self.mixed.step(optimizer, closure)
+        else:
+            self.manual_skipped = True
         optimizer.zero_grad()
         self.stepped.add(name)
 
@@ -434,7 +535,8 @@ class TrainingLoop:
         if self.stepped:
             self.stepped.clear()
             norm, self.manual_norm = self.manual_norm, None
-            self.end_step(None, norm, self.mixed.update(), skipped=False)
+            skipped, self.manual_skipped = self.manual_skipped, False
+            self.end_step(None, norm, self.mixed.update(), skipped)
 
     # Where the run stands ------------------------------------------------------------------------
 
@@ -490,11 +592,14 @@ class TrainingLoop:
             self.reason = f"max_steps={limits.max_steps}"
             return True
         if limits.max_time is not None:
-            seconds = time.perf_counter() - self.started - self.boundary.paused_seconds
-            if seconds >= limits.max_time:
+            if self.seconds() >= limits.max_time:
                 self.reason = f"max_time={limits.max_time}"
                 return True
         return False
+
+    def seconds(self) -> float:
+        """Return how long this run has trained, earlier attempts included and pauses not."""
+        return self.seconds_before + time.perf_counter() - self.started - self.boundary.paused_seconds
 
     def validation_is_due(self) -> bool:
         """True if this epoch ends with a validation that has not been made yet."""
@@ -507,17 +612,21 @@ class TrainingLoop:
             every = 1 if self.config.val_every_n_steps is None else None
         return every is not None and (self.epoch + 1) % every == 0
 
-    def step_scheduler(self) -> None:
+    def step_epoch_schedule(self, schedule: Schedule) -> None:
         """Step a schedule that goes by epochs, and say what it did."""
-        if self.scheduler is None:
-            return
-        previous = largest_lr(self.first_optimizer)
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(Metrics(self.epoch_metrics)[self.monitor])
+        if self.step <= schedule.after_steps:
+            return  # still warming up
+        optimizer, monitor = schedule.scheduler.optimizer, schedule.monitor or self.monitor
+        previous = largest_lr(optimizer)
+        if isinstance(schedule.scheduler, ReduceLROnPlateau):
+            if monitor.startswith("val_") and self.validated_step < self.epoch_first_step:
+                return  # an epoch without a validation: there is nothing new to judge by
+            schedule.scheduler.step(Metrics(self.epoch_metrics)[monitor])
         else:
-            self.scheduler.step()
-        if largest_lr(self.first_optimizer) != previous:
-            self.boundary.publish_lr_change(previous, "schedule", next(iter(self.optimizers)))
+            schedule.scheduler.step()
+        if largest_lr(optimizer) != previous:
+            name = next(name for name, each in self.optimizers.items() if each is optimizer)
+            self.boundary.publish_lr_change(previous, "schedule", name)
 
     def step_is_finite(self) -> bool:
         """True if the window's losses and gradients are finite. Synchronises with the device."""
@@ -530,7 +639,11 @@ class TrainingLoop:
         steps = None
         if length is not None and self.program.automatic_optimization:
             steps = math.ceil(length / self.config.accumulate_grad_batches)
+        resumed = self.resumed
         return TrainStart(
+            attempt=self.attempt,
+            resumed_from=None if resumed is None else resumed.path,
+            resumed_at=None if resumed is None else resumed.taken,
             config=Settings(self.config.as_settings()),
             device=str(self.device),
             parameters=sum(p.numel() for p in self.parameters if p.requires_grad),
@@ -558,7 +671,7 @@ def read_output(
     """Take a step's return value apart: loss, outputs, targets, weight."""
     if output is None or isinstance(output, torch.Tensor):
         return output, None, None, None
-    if not isinstance(output, Mapping):
+    if type(output) is not dict and not isinstance(output, Mapping):  # the second look is slow
         raise LossError(
             f"{method} must return the loss or a mapping with 'loss' and optionally 'outputs', 'targets', "
             f"'weight'; got {type(output).__name__}"

@@ -20,11 +20,14 @@ import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Final, TypeVar
 
+import anyio
+import anyio.lowlevel
 import msgspec
 
 from offloop.engine.bus import Rendezvous, Subscription
 from offloop.engine.callback import Callback, Handlers
 from offloop.engine.control import actor
+from offloop.engine.errors import SubscriberTooSlowError
 from offloop.engine.events import CallbackFailed, Event
 from offloop.engine.waker import Waker
 
@@ -33,6 +36,8 @@ T = TypeVar("T")
 
 EVENTS_AT_ONCE: Final = 1024
 """Events taken from the buffer in one go; the rest stay where new ones can push them out."""
+TURN: Final = 0.01
+"""Seconds after which handlers that never really await let the rest of the event loop run, between two events."""
 MAX_FAILURES_IN_ROW: Final = 10
 """Failures in a row after which an observer gets no more events."""
 FAILURE_INTERVAL: Final = 1.0
@@ -103,7 +108,7 @@ class Worker:
             while not outcome and not failure:
                 await self._waker.wait()
         except BaseException:
-            self.abandoned = True
+            self.abandoned = not outcome and not failure
             raise
         if failure:
             raise failure[0]
@@ -115,8 +120,7 @@ class Worker:
             self._jobs.put(None)
             if not self.abandoned:
                 self._thread.join()
-        if not self.abandoned:
-            self._waker.close()
+        self._waker.close()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -182,7 +186,14 @@ class Observer:
         if self.subscription is None:
             return
         actor.set(self.name)
-        while events := await self.subscription.take_batch(EVENTS_AT_ONCE):
+        try:
+            await self._serve(self.subscription)
+        except SubscriberTooSlowError as error:
+            self.disabled = True
+            self.failed("its events", error)
+
+    async def _serve(self, subscription: Subscription[Event]) -> None:
+        while events := await subscription.take_batch(EVENTS_AT_ONCE):
             started = time.perf_counter()
             for kind, group in itertools.groupby(events, self._where):
                 if kind == "mark":
@@ -194,8 +205,8 @@ class Observer:
                     job = functools.partial(self._handle_in_thread, list(group))
                     await self._worker.run(job)
             self._wall += time.perf_counter() - started
-            if self.disabled:
-                self.subscription.close()
+            if self.disabled and not self.handlers.deciders:  # these still meet the training thread here
+                subscription.close()
 
     async def close(self) -> None:
         """Call the callback's `close`, once, wherever it belongs; failures are reported."""
@@ -221,18 +232,19 @@ class Observer:
         """Take note of a failure: report it at most once a second, or end the run. Any thread."""
         self._failures += 1
         self._failures_in_row += 1
-        described = f"{type(error).__name__}: {error}"
+        described = describe(error)
         if len(self.errors) < 100:  # enough to see what is wrong; a handler may fail a million times
             self.errors.append(f"{what}: {described}")
         if self.handlers.callback.on_error == "raise":
             self._fail(error)
             return
+        off = ""
         if self._failures_in_row >= MAX_FAILURES_IN_ROW and not self.disabled:
             self.disabled = True
+            off = f"; it failed {MAX_FAILURES_IN_ROW} times in a row and is off now"
         elif time.perf_counter() - self._reported_at < FAILURE_INTERVAL:
             return
         self._reported_at = time.perf_counter()
-        off = f"; it failed {MAX_FAILURES_IN_ROW} times in a row and is off now" if self.disabled else ""
         logger.error("callback %s failed in %s%s", self.name, what, off, exc_info=error)
         if what == CallbackFailed.__name__:
             return  # an event about it would make it fail again
@@ -242,7 +254,7 @@ class Observer:
                     callback=self.name,
                     event=what,
                     error=described,
-                    traceback="".join(traceback.format_exception(error)),
+                    traceback=_encodable("".join(traceback.format_exception(error))),
                     failures=self._failures,
                     disabled=self.disabled,
                 )
@@ -266,9 +278,13 @@ class Observer:
     async def _handle_on_loop(self, events: list[Event]) -> None:
         handler_for, run = self.handlers.handler_for, self._run
         event_class, handler = None, None
+        turn = time.perf_counter()
         for event in events:
             if self.disabled:
                 return
+            if time.perf_counter() - turn > TURN:
+                await anyio.lowlevel.checkpoint()
+                turn = time.perf_counter()
             if type(event) is not event_class:
                 event_class = type(event)
                 handler = handler_for(event_class)
@@ -278,6 +294,12 @@ class Observer:
                 await handler(event, run)  # type: ignore[misc]  # _where() chose events with a handler
             except Exception as error:
                 self.failed(event_class.__name__, error)
+            except anyio.get_cancelled_exc_class() as cancelled:
+                if anyio.get_current_task().has_pending_cancellation():
+                    raise
+                stray = RuntimeError("the handler awaited something that was cancelled")
+                stray.__cause__ = cancelled
+                self.failed(event_class.__name__, stray)
             else:
                 self._failures_in_row = 0
 
@@ -290,7 +312,14 @@ class Observer:
                 break
             self._events += 1
             try:
-                handler_for(type(event))(event, run)  # type: ignore[misc]  # _where() chose events with a handler
+                result = handler_for(type(event))(event, run)  # type: ignore[misc]  # _where() chose it
+                if result is not None and inspect.isawaitable(result):
+                    if inspect.iscoroutine(result):
+                        result.close()
+                    raise TypeError(
+                        f"{type(event).handler_name} is a plain def that returned an awaitable, which nobody "
+                        "awaits in its thread: make it an async def"
+                    )
             except Exception as error:
                 self.failed(type(event).__name__, error)
             else:
@@ -342,6 +371,20 @@ def _account(
             raise
         except BaseException as thrown:
             error = thrown
+
+
+def describe(error: BaseException) -> str:
+    """Return `Type: text` of any exception, also of one whose text cannot be made or encoded."""
+    try:
+        text = str(error)
+    except Exception as problem:
+        text = f"<its text raised {type(problem).__name__}>"
+    return _encodable(f"{type(error).__name__}: {text}")
+
+
+def _encodable(text: str) -> str:
+    """Escape lone surrogates (from the names of odd files, say): they cannot ride on an event."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 async def _as_coroutine(awaitable: Awaitable[T]) -> T:

@@ -19,6 +19,7 @@ class MixedPrecision:
         self.device_type = device.type
         # Only fp16 needs scaling: bf16 has the exponent range of fp32.
         self.scaler = torch.amp.GradScaler(device.type) if precision == "16-mixed" else None
+        self.initial_scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         # fp32 has no autocast to enter: one nullcontext serves every step
         self._nothing = contextlib.nullcontext()
 
@@ -46,7 +47,8 @@ class MixedPrecision:
         Synchronises with the device for an optimizer that is not fused, under "16-mixed" only.
         """
         if self.scaler is not None:
-            self.scaler.step(optimizer)
+            # with a closure it raises: it cannot look at gradients that the optimizer computes in its step
+            self.scaler.step(optimizer, **({} if closure is None else {"closure": closure}))
         elif closure is None:
             optimizer.step()
         else:

@@ -18,7 +18,7 @@ Deliver = Callable[[list[float]], None]
 class _Copy(NamedTuple):
     """Numbers on their way."""
 
-    host: torch.Tensor  # (n,) float64 or float32, pinned
+    host: torch.Tensor  # (n,) float64, pinned
     arrived: Any  # torch.cuda.Event
     deliver: Deliver
 
@@ -27,6 +27,7 @@ class Readback:
     """Reads device scalars, in the order in which they were given. Training thread only."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.is_immediate = device.type != "cuda"
         self._under_way: deque[_Copy] = deque()
 
@@ -40,8 +41,14 @@ class Readback:
         if self.is_immediate:
             deliver([scalar.item() for scalar in scalars])  # host sync, free on CPU
             return
-        packed = torch.stack([scalar.detach().reshape(()).to(torch.float32) for scalar in scalars])
-        host = torch.empty(len(scalars), dtype=torch.float32, pin_memory=True)
+        # float64 holds what any dtype holds; a scalar that a step made on the CPU travels along, in its turn
+        packed = torch.stack(
+            [
+                scalar.detach().reshape(()).to(self.device, torch.float64, non_blocking=True)
+                for scalar in scalars
+            ]
+        )
+        host = _pinned(len(scalars))
         host.copy_(packed, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
@@ -68,3 +75,8 @@ class Readback:
             copy = self._under_way.popleft()
             copy.arrived.synchronize()
             copy.deliver(copy.host.tolist())
+
+
+def _pinned(count: int) -> torch.Tensor:
+    """Return memory into which a device copies without making the host wait."""
+    return torch.empty(count, dtype=torch.float64, pin_memory=True)

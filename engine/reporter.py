@@ -8,13 +8,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 
-from offloop.engine.errors import LossError
-from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, StepEnd
+from offloop.engine.errors import EventError, LossError
+from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, StepEnd, check
 from offloop.engine.readback import Readback
 
 logger = logging.getLogger("offloop")
@@ -33,6 +34,14 @@ class Means:
         """Add a value with its weight."""
         self.sums[name] = self.sums.get(name, 0.0) + value * weight
         self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Return sums and weights so far."""
+        return {"sums": dict(self.sums), "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Take back what `state_dict` returned."""
+        self.sums, self.weights = dict(state["sums"]), dict(state["weights"])
 
     def take(self, prefix: str) -> dict[str, float]:
         """Return the means under prefixed names, and begin anew."""
@@ -56,7 +65,7 @@ class Window:
     is_weighted: bool = False
     """True if its losses carry weights of the user's."""
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    """One scalar on the device for each batch, detached."""
+    """One scalar on the device for each batch. Its graph is spent: detaching it would cost more than keeping it."""
     weights: list[float] = dataclasses.field(default_factory=list)
     """What each loss counts in means: samples, or the user's weight."""
     logged: Logged = dataclasses.field(default_factory=list)
@@ -80,7 +89,8 @@ class Window:
         self.is_weighted = False
         self.losses.clear()
         self.weights.clear()
-        self.logged.clear()
+        if self.logged:
+            self.logged.clear()
 
 
 class Reporter:
@@ -92,6 +102,8 @@ class Reporter:
         emit: Callable[[Event], None],
         clock_offset: float,
         on_nonfinite: Literal["raise", "warn", "skip_step"],
+        *,
+        loss_scale: float,
     ) -> None:
         """Publish through `emit`; event times are `clock_offset` plus `time.perf_counter()`."""
         self.emit = emit
@@ -100,7 +112,7 @@ class Reporter:
         self.train_means = Means()
         self.val_means = Means()
         self._on_nonfinite = on_nonfinite
-        self._loss_scale = 0.0
+        self.loss_scale = loss_scale  # after the latest step; it falls where the scaler skipped one
 
     def publish(self, event: Event) -> None:
         """Publish an event; everything before it goes first, and a milestone waits for that."""
@@ -112,15 +124,21 @@ class Reporter:
 
     def publish_late(self, event_class: type[Event], fields: dict[str, Any]) -> None:
         """Publish an event whose tensors are read when they have arrived."""
-        names = [name for name, value in fields.items() if isinstance(value, torch.Tensor)]
-        if not names:
+        scalars = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        for name, value in scalars.items():
+            if value.numel() != 1:
+                raise EventError(
+                    f"{event_class.__name__}.{name} takes one number, got a tensor of shape {tuple(value.shape)}"
+                )
+        check(event_class(**{**fields, **dict.fromkeys(scalars, 0.0)}))  # where it is published, not late
+        if not scalars:
             self.publish(event_class(**fields))
             return
 
         def deliver(numbers: list[float]) -> None:
-            self.emit(event_class(**{**fields, **dict(zip(names, numbers, strict=True))}))
+            self.emit(event_class(**{**fields, **dict(zip(scalars, numbers, strict=True))}))
 
-        self.readback.read([fields[name] for name in names], deliver)
+        self.readback.read(list(scalars.values()), deliver)
 
     def add_to_validation(self, name: str, value: "torch.Tensor | float", weight: float) -> None:
         """Add a value to the means of the validation, now or when it has arrived."""
@@ -128,6 +146,21 @@ class Reporter:
             self.readback.read([value], lambda numbers: self.val_means.add(name, numbers[0], weight))
         else:
             self.val_means.add(name, value, weight)
+
+    def add_to_epoch(self, window: Window) -> None:
+        """Add batches that led to no step to the means of the epoch, now or when they have arrived."""
+        times = Counter(name for name, _ in window.logged)
+        named = [
+            *(("loss", loss, weight) for loss, weight in zip(window.losses, window.weights, strict=True)),
+            *((name, _as_tensor(value), window.samples / times[name]) for name, value in window.logged),
+        ]
+
+        def deliver(numbers: list[float]) -> None:
+            for (name, _, weight), number in zip(named, numbers, strict=True):
+                self.train_means.add(name, number, weight)
+
+        if named:
+            self.readback.read([value for _, value, _ in named], deliver)
 
     def step(
         self,
@@ -210,18 +243,19 @@ class Reporter:
             for name, value in logged:
                 number = next(rest) if isinstance(value, torch.Tensor) else float(value)
                 values.setdefault(name, []).append(number)
-                self.train_means.add(name, number, samples)
             for loss, weight in zip(of_losses, weights, strict=True):
                 if not math.isfinite(loss):
                     self._complain(loss, step)
                 self.train_means.add("loss", loss, weight)
             metrics = {name: sum(several) / len(several) for name, several in values.items()}
+            for name, mean in metrics.items():
+                self.train_means.add(name, mean, samples)
             grad_norm = next(rest) if norm is not None else None
             scaler_skipped = False
             if scale is not None:
                 metrics["loss_scale"] = loss_scale = next(rest)
-                scaler_skipped = loss_scale < self._loss_scale  # it found infinities and backed off
-                self._loss_scale = loss_scale
+                scaler_skipped = loss_scale < self.loss_scale  # it found infinities and backed off
+                self.loss_scale = loss_scale
             self.emit(
                 StepEnd(
                     run_id=run_id,
@@ -249,3 +283,7 @@ class Reporter:
             raise LossError(f'{where}; on_nonfinite="warn" goes on, "skip_step" leaves such updates out')
         if self._on_nonfinite == "warn":
             logger.warning("%s", where)
+
+
+def _as_tensor(value: "torch.Tensor | float") -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)

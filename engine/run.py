@@ -15,6 +15,7 @@ from offloop.engine.waker import result_of
 
 if TYPE_CHECKING:
     from offloop.engine.session import Session
+    from offloop.engine.trainer import BaseTrainer
 
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
@@ -122,6 +123,21 @@ class Run:
     def step(self) -> int:
         """Optimizer steps done, as of now."""
         return self._session.loop.step
+
+    @property
+    def trainer(self) -> "BaseTrainer":
+        """The trainer. Its model and optimizers are live: touch them in the training thread only, that is in a
+        plain decider, a step hook or `call`."""
+        return self._session.trainer
+
+    @property
+    def monitor(self) -> str:
+        """Key of the metric that says which moment of the run is best."""
+        return self._session.monitor
+
+    def direction_of(self, metric: str) -> Literal["min", "max"] | None:
+        """Return whether less or more of a metric is better, None if neither it nor its name says so."""
+        return self._session.direction_of(metric)
 
     @property
     def result(self) -> RunResult:

@@ -17,6 +17,7 @@ thread has stopped and `close()` was called.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import logging
 import math
@@ -31,20 +32,34 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import msgspec
 import torch
 
+from offloop.engine import state as run_state
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, StepHook
 from offloop.engine.config import TrainerConfig
-from offloop.engine.control import Control, actor, deciding
-from offloop.engine.errors import ConfigError, OffloopError, RunEndedError
-from offloop.engine.events import EpochEnd, Event, Metrics, TrainEnd, ValidationEnd
+from offloop.engine.control import Command, Control, actor, deciding
+from offloop.engine.errors import BusClosedError, ConfigError, OffloopError, RunEndedError
+from offloop.engine.events import (
+    CheckpointSaved,
+    EpochEnd,
+    Event,
+    Metrics,
+    Sample,
+    TrainEnd,
+    ValidationEnd,
+    decode,
+    encode,
+)
 from offloop.engine.loop import TrainingLoop
 from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
+from offloop.engine.resume import ResumePlan, read_run_json
 from offloop.engine.run import Best, Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
+from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
 from offloop.engine.waker import Waker, result_of
 
@@ -69,9 +84,10 @@ class Session:
         run_id: str,
         config: TrainerConfig,
         base_dir: Path | None,
+        resume: ResumePlan | None,
         handlers: Sequence[Handlers],
         monitor: str,
-        direction: Literal["min", "max"] | None,
+        direction_of: Callable[[str], Literal["min", "max"] | None],
         make_loop: Callable[["Session"], TrainingLoop],
         claim: Callable[["Session"], None],
         release: Callable[["Session"], None],
@@ -80,8 +96,10 @@ class Session:
         self.run_id = run_id
         self.config = config
         self.dir = None if base_dir is None else base_dir / run_id
+        self.resume = resume
         self.monitor = monitor
-        self.direction = direction
+        self.direction_of = direction_of
+        self.direction = direction_of(monitor) if config.mode == "auto" else config.mode
         self.control = Control()
         self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.control.poke)
         self.result: RunResult | None = None  # written by the supervisor at the end, read by everybody
@@ -96,8 +114,17 @@ class Session:
         self._description: dict[str, Any] = {}
         self._thread_ended = Waker()
         self._loop_thread: threading.Thread | None = None
+        self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
+        self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
+        self.checkpoints: Checkpoints | None = None
+        self.save_at_end = False  # set by the training thread
+        if self.dir is not None:
+            self.loop.is_resumable = True
+            self.checkpoints = Checkpoints(
+                self.dir, run_id=run_id, optimizers=self.loop.optimizers, publish=self._publish_late
+            )
         self.run = Run(self)
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
         self.observers = [self._observe(each) for each in handlers]
@@ -118,36 +145,102 @@ class Session:
                 self._set_up()
                 self._phase = "running"
                 self.loop.run()
+                if self.save_at_end:
+                    self.save("preempt" if self.signal_count else "final")
         except BaseException as error:
             self._fail(error)
         finally:
             self.control.end()
             leave_process(self.run_id)
-            self._thread_ended.wake()
+            if self._loop_is_dead():
+                anyio.run(self._end_alone)  # nobody else is left to do it
+            else:
+                self._thread_ended.wake()
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
         if self.dir is not None:
-            description = {
-                "run_id": self.run_id,
-                "attempt": 0,
-                "created": time.time(),
-                "status": "running",
-                "config": self.config.as_settings(),
-                **describe_environment(),
-            }
-            create_run_dir(self.dir, description)
-            self._description = description
+            self._open_dir(self.dir)
         self.trainer._prepare_model()
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed)
         if not self.trainer.model.training:
             self.trainer.model.train()  # left in eval mode as a whole, as from_pretrained() does
+        if self.resume is not None and self.resume.which is not None:
+            self._load(self.resume.which)
+
+    def _open_dir(self, directory: Path) -> None:
+        """Make the run's directory, or enter that of the run that is continued."""
+        attempt = 0 if self.resume is None else self.resume.attempt
+        description = {
+            "run_id": self.run_id,
+            "attempt": attempt,
+            "created": time.time(),
+            "status": "running",
+            "config": self.config.as_settings(),
+            **describe_environment(),
+        }
+        if self.resume is None:
+            create_run_dir(directory, description)
+        else:
+            assert self.checkpoints is not None
+            self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
+            self.checkpoints.attempt = self.loop.attempt = attempt
+            description["created"] = read_run_json(directory).get("created", description["created"])
+            write_run_json(directory, description)
+        self._description = description
+
+    def _load(self, which: str | int | Path) -> None:
+        """Put back what a checkpoint holds; random states and the loader follow when the loop gets there."""
+        assert self.checkpoints is not None
+        loaded = self.checkpoints.load(which)
+        state: dict[str, Any] = loaded.state  # type: ignore[assignment]  # what capture() returned, from disk
+        reasons = run_state.restore(self.loop, state)
+        for handlers in self._handlers:
+            if handlers.has_state and handlers.name in state["callbacks"]:
+                handlers.callback.load_state_dict(state["callbacks"][handlers.name])
+        if state["best"] is not None:
+            self.best = Best(**state["best"])
+        history = [decode(each.encode()) for each in state["history"]]
+        self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
+        self.loop.resumed = run_state.Continuation(str(loaded.info.path), state, reasons)
+        self.checkpoints.parent = loaded.info.name
+
+    def save(self, reason: str, future: "Future[CheckpointSaved] | None" = None) -> None:
+        """Take a checkpoint of this moment. Training thread, at a step boundary.
+
+        Raises:
+            ConfigError: The run has no directory to save into.
+        """
+        if self.checkpoints is None:
+            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        loop = self.loop
+        loop.reporter.readback.flush()  # host sync: what the epoch has summed up must be here
+        state = run_state.capture(loop, self._handlers)
+        state["best"] = None if self.best is None else dataclasses.asdict(self.best)
+        state["history"] = [encode(event).decode() for event in loop.history]
+        self.checkpoints.save(
+            state,
+            position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
+            metrics={**loop.latest, **loop.epoch_metrics},
+            reason=reason,
+            future=future,
+        )
+
+    def _publish_late(self, event: Event) -> None:
+        """Publish from the writer's thread; after the end the log is all that is left."""
+        try:
+            self.bus.publish(event)
+        except BusClosedError:
+            logger.info("%s came after the end of the run", event)
 
     def emit(self, event: Event) -> None:
         """Publish an event of the training loop, and keep the best moment up to date."""
-        if isinstance(event, ValidationEnd | EpochEnd):
-            self._judge(event)
+        if not isinstance(event, Sample):
+            if isinstance(event, ValidationEnd | EpochEnd):
+                self._judge(event)
+            if self._loop_is_gone():
+                self.cancel("the event loop is gone")
         self.bus.publish_unchecked(event)
 
     def publish(self, event: Event) -> None:
@@ -182,6 +275,8 @@ class Session:
             self._meet(observer, name, lambda: self._decide_on_loop(decider, event, answers), answers)
             if answers and answers[0] is not None:
                 raise answers[0]
+            if not answers and not self.control.cancelled:
+                raise OffloopError(f"{name} cannot be asked any more: the task of its callback has ended")
             return
         if observer.handlers.observers:
             # Its observers share its state: what came before this event is handled first.
@@ -202,9 +297,14 @@ class Session:
         """Wait until an observer has reached this point of its stream and `arrive` has answered."""
         assert observer.subscription is not None
         self.bus.rendezvous(observer.subscription, arrive)
-        self.control.stand(lambda: bool(answers) or self.control.cancelled or self._loop_is_gone(), name)
+        self.control.stand(
+            lambda: (
+                bool(answers) or self.control.cancelled or observer in self._unserved or self._loop_is_gone()
+            ),
+            name,
+        )
         if not answers and self._loop_is_gone():
-            self.control.cancel("the event loop is gone")
+            self.cancel("the event loop is gone")
 
     async def _decide_on_loop(self, decider: Decider, event: Event, answers: list[Exception | None]) -> None:
         """Run an async decider on the event loop, until it answers, its timeout, or a cancellation."""
@@ -240,8 +340,16 @@ class Session:
         self.control.poke()
 
     def _loop_is_gone(self) -> bool:
+        """True if nobody takes this run's events any more."""
+        return self.bus.loop_is_gone or self.bus.has_ended or self._loop_is_dead()
+
+    def _loop_is_dead(self) -> bool:
+        """True if nothing will run on the event loop any more: its thread has ended, or it was closed."""
         thread = self._loop_thread
-        return self.bus.loop_is_gone or self.bus.has_ended or (thread is not None and not thread.is_alive())
+        is_closed = getattr(
+            self._native_loop, "is_closed", None
+        )  # asyncio's; trio always ends its tasks first
+        return (thread is not None and not thread.is_alive()) or (is_closed is not None and bool(is_closed()))
 
     def hook_failed(self, hook: StepHook, error: Exception) -> None:
         """Hold or pass on what a step hook raised. Training thread."""
@@ -250,9 +358,9 @@ class Session:
         observer = next(each for each in self.observers if each.name == hook.callback)
         observer.failed(hook.point, error)
 
-    def save(self, command: Any) -> None:
-        """Take a checkpoint for a command. Training thread."""
-        raise ConfigError("checkpoints are not there yet")
+    def save_for(self, command: Command) -> None:
+        """Take a checkpoint for a command, whose future is completed when it is durable. Training thread."""
+        self.save(command.arguments["reason"], command.future)
 
     def _judge(self, event: ValidationEnd | EpochEnd) -> None:
         """Note the best moment: strictly better only, so ties keep the older; NaN is never best."""
@@ -302,6 +410,9 @@ class Session:
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure and end training. Any thread."""
+        if self._phase == "closing":  # the run has said how it ended: the log and the result have this one
+            logger.error("a callback failed after the end", exc_info=error)
+            return
         if self.failure is None:
             self.failure = error
         self.cancel(f"{type(error).__name__}: {error}")
@@ -322,14 +433,30 @@ class Session:
             self._deciders.setdefault(name, []).append((decider, observer))
         return observer
 
-    def claim(self) -> None:
-        """Take the trainer, the callbacks and the process for this run; raises if somebody has them."""
-        self._claim(self)
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Take the trainer, the callbacks and the process for this run; raises if somebody has them.
+
+        They are given back by the supervisor; here only if it never came to run, because the run was refused
+        or `asyncio.run`'s sweep cancelled the supervisor before its first line.
+        """
         try:
-            enter_process(self.run_id, deterministic=self.config.deterministic, seed=self.config.seed)
-        except BaseException:
-            self._release(self)
-            raise
+            self._claim(self)
+            try:
+                enter_process(self.run_id, deterministic=self.config.deterministic, seed=self.config.seed)
+                try:
+                    yield
+                finally:
+                    if self.result is None:
+                        leave_process(self.run_id)
+            finally:
+                if self.result is None:
+                    self._release(self)
+        finally:
+            if self.result is None:
+                self._phase = "cancelled"
+                self.control.end()
+                self.finished.cancel()
 
     async def run_to_end(self, started: Callable[[Run], None]) -> RunResult:
         """Run in the caller's task: wait for the end; if cancelled, tell the mailbox and re-raise.
@@ -337,15 +464,15 @@ class Session:
         Args:
             started: Called when the run goes on by itself.
         """
-        self.claim()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.supervise)
-            started(self.run)
-            try:
-                await result_of(self.finished)
-            except anyio.get_cancelled_exc_class():
-                self.cancel("the task that awaited it was cancelled")
-                raise
+        with self.claimed():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.supervise)
+                started(self.run)
+                try:
+                    await result_of(self.finished)
+                except anyio.get_cancelled_exc_class():
+                    self.cancel("the task that awaited it was cancelled")
+                    raise
         return self.outcome()
 
     @contextlib.asynccontextmanager
@@ -354,29 +481,35 @@ class Session:
 
         An exception in the body stops the run, a failing run cancels the body; neither is wrapped in a group.
         """
-        self.claim()
-        in_body: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            with anyio.CancelScope() as body:
-                tasks.start_soon(self.supervise, body.cancel)
-                try:
+        in_body: BaseException | None = None
+        with self.claimed():
+            async with anyio.create_task_group() as tasks:
+                with anyio.CancelScope() as body:
+                    tasks.start_soon(self.supervise, body.cancel)
                     try:
-                        yield self.run
-                    except Exception as error:
-                        in_body = error
-                        with contextlib.suppress(RunEndedError):
-                            reason = f"{type(error).__name__} beside the run"
-                            self.control.give("stop", {"reason": reason}, by="user")
-                    await result_of(self.finished)
-                except BaseException:
-                    if not body.cancel_called:
-                        self.cancel("the task beside it was cancelled")
-                    raise
-        if self.failure is not None and in_body is not None and in_body is not self.failure:
+                        try:
+                            yield self.run
+                        except (anyio.get_cancelled_exc_class(), GeneratorExit):
+                            raise
+                        except BaseException as error:
+                            in_body = error
+                            with contextlib.suppress(RunEndedError):
+                                reason = f"{type(error).__name__} beside the run"
+                                self.control.give("stop", {"reason": reason}, by="user")
+                        await result_of(self.finished)
+                    except BaseException:
+                        if not body.cancel_called:
+                            self.cancel("the task beside it was cancelled")
+                        raise
+        if in_body is None or in_body is self.failure:
+            self.outcome()
+        elif self.failure is None:
             raise in_body
-        self.outcome()
-        if in_body is not None:
-            raise in_body
+        elif isinstance(in_body, RunEndedError | BusClosedError):
+            self.outcome()  # the body only ran into the run's failure
+        else:
+            both = [in_body, self.failure]
+            raise BaseExceptionGroup("the run failed, and so did the code beside it", both)
 
     async def supervise(self, on_failure: Callable[[], None] | None = None) -> None:
         """Host the run on this event loop, from the thread's start to the result. Shielded; never raises.
@@ -387,6 +520,7 @@ class Session:
         swept = False
         with anyio.CancelScope(shield=True):
             self._loop_thread = threading.current_thread()
+            self._native_loop = anyio.lowlevel.current_token().native_token
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self.bus.drain)
@@ -396,13 +530,18 @@ class Session:
                         tasks.start_soon(self._serve, observer, scope, event)
                     self.thread.start()
                     swept = await self._thread_is_over()
+                    if not swept:
+                        await self._hear_out()
                     if self.failure is not None and on_failure is not None:
                         on_failure()
+                    await self._finish_checkpoints()
                     self._end_bus()
                     if not swept:
                         await self._drain(scopes, served)
                     for scope in scopes:
                         scope.cancel()
+            except GeneratorExit:  # the event loop was closed under us: the training thread does the rest
+                raise
             except BaseException as error:
                 # A cancellation that pierced the shield while draining (asyncio.run's sweep), or a defect of ours
                 swept = True
@@ -414,9 +553,13 @@ class Session:
             await self._finish()
 
     async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
-        with scope:
-            await observer.serve()
-        served.set()
+        try:
+            with scope:
+                await observer.serve()
+        finally:
+            served.set()
+            self._unserved.add(observer)
+            self.control.poke()  # the training thread may be waiting for it
 
     async def _thread_is_over(self) -> bool:
         """Wait for the training thread through all cancellations; True if there was one."""
@@ -445,10 +588,9 @@ class Session:
     def _end_bus(self) -> None:
         """Publish `TrainEnd` after everything else, and close the bus behind it."""
         self._phase = "closing"
-        self.bus.settle()
         status, reason = self._status()
         error = self.failure
-        self.bus.publish(
+        self.bus.close(
             TrainEnd(
                 status=status,
                 reason=reason,
@@ -457,24 +599,39 @@ class Session:
                 seconds=time.perf_counter() - self._started,
             )
         )
-        self.bus.close()
+
+    async def _hear_out(self) -> None:
+        """Let observers whose failure fails the run handle all before `TrainEnd`, which says how it ended."""
+        deadline = time.perf_counter() + self.config.drain_timeout
+        for observer in self.observers:
+            subscription = observer.subscription
+            if (
+                observer.handlers.callback.on_error == "raise"
+                and subscription
+                and observer not in self._unserved
+            ):
+                caught_up = anyio.Event()
+                self.bus.rendezvous(subscription, caught_up.set)
+                await self._came(caught_up, deadline)
 
     async def _drain(self, scopes: Sequence[anyio.CancelScope], served: Sequence[anyio.Event]) -> None:
         """Let the callbacks handle what is left; cancel and report who misses the deadline."""
         deadline = time.perf_counter() + self.config.drain_timeout
         for observer, scope, event in zip(self.observers, scopes, served, strict=True):
-            while not event.is_set():
-                # short looks, so that a second signal is not kept waiting by a callback that hangs
-                left = deadline - time.perf_counter()
-                if self.signal_count > 1 or left <= 0:
-                    scope.cancel()
-                    late = TimeoutError(
-                        f"still busy {self.config.drain_timeout:g} s after the end: cancelled"
-                    )
-                    observer.failed("drain", late)
-                    break
-                with anyio.move_on_after(min(left, 0.5)):
-                    await event.wait()
+            if not await self._came(event, deadline):
+                scope.cancel()
+                late = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
+                observer.failed("drain", late)
+
+    async def _came(self, event: anyio.Event, deadline: float) -> bool:
+        """Wait for an event; False if it had not come by the deadline, or a second signal came first."""
+        while not event.is_set():
+            left = deadline - time.perf_counter()
+            if self.signal_count > 1 or left <= 0:
+                return False
+            with anyio.move_on_after(min(left, 0.5)):  # short looks: who signals twice is not kept waiting
+                await event.wait()
+        return True
 
     async def _close(self) -> None:
         """Call `close()` of each callback, always; a close that hangs is given up and reported."""
@@ -489,6 +646,16 @@ class Session:
                     )
             except anyio.get_cancelled_exc_class():
                 continue  # the sweep again: go on with the next one
+
+    async def _end_alone(self) -> None:
+        """Close the callbacks and write the result from the training thread, on an event loop of its own."""
+        for observer in self.observers:
+            if observer.subscription is not None:
+                observer.subscription._wake_consumer = None  # its task is dead and cannot be woken
+        with contextlib.suppress(RuntimeError):  # nor can a reader of `run.events()` on that event loop
+            self.bus._end()
+        await self._close()
+        await self._finish()
 
     def _abandon_thread(self) -> None:
         """Make sure that the thread knows, if this coroutine is torn down without having waited for it."""
@@ -526,7 +693,7 @@ class Session:
             write = functools.partial(write_run_json, self.dir, self._description | ending)
             worker = Worker("offloop-run-json")
             # The run has its result; a directory that is gone by now, or a sweep, is no reason to lose it.
-            with contextlib.suppress(OSError, anyio.get_cancelled_exc_class()):
+            with contextlib.suppress(OSError, RuntimeError, anyio.get_cancelled_exc_class()):
                 await worker.run(write)
             worker.close()
         self._phase = status
@@ -534,13 +701,26 @@ class Session:
         self._release(self)
         self.finished.set_result(self.result)
 
+    async def _finish_checkpoints(self) -> None:
+        """Wait until accepted checkpoints are durable, and give the directory back. In haste: 2 s for them."""
+        if self.checkpoints is None:
+            return
+        worker = Worker("offloop-finish-checkpoints")
+        timeout = IMPATIENT_CLOSE if self.signal_count > 1 else None
+        with contextlib.suppress(anyio.get_cancelled_exc_class()):  # the sweep: the writer goes on by itself
+            await worker.run(functools.partial(self.checkpoints.close, timeout))
+        worker.close()
+        if self.best is not None:
+            self.best = dataclasses.replace(self.best, path=self.checkpoints.saved.get(self.best.step))
+
     def outcome(self) -> RunResult:
         """Return the result, or raise what the run failed with, once, with a note on where it was."""
         assert self.result is not None
         if self.failure is not None:
-            self.failure.add_note(
-                f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
-            )
+            note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
+            if self.checkpoints is not None and self.checkpoints.last is not None:
+                note += f", last checkpoint {self.checkpoints.last}"
+            self.failure.add_note(note)
             raise self.failure
         return self.result
 

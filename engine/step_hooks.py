@@ -50,7 +50,7 @@ class StepPoint:
     def loss(self) -> torch.Tensor | None:
         """The latest batch's loss, () on the device, detached; None before the first of the step."""
         losses = self._loop.window.losses
-        return losses[-1] if losses else None
+        return losses[-1].detach() if losses else None
 
     def log(self, name: str, value: "torch.Tensor | float") -> None:
         """Log a value with the step, as `Trainer.log` does. A tensor stays on the device until read late."""

@@ -7,19 +7,20 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 import torch
 import torchmetrics
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.callback import Callback, lookup
+from offloop.engine.checkpoint import Retention
 from offloop.engine.config import TrainerConfig, check_limits, misplaced_argument
 from offloop.engine.control import Control
-from offloop.engine.data import length_of
+from offloop.engine.data import length_of, limited_length, to_device
 from offloop.engine.errors import (
     BatchError,
     ConfigError,
@@ -29,10 +30,12 @@ from offloop.engine.errors import (
 )
 from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics
+from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metrics import MetricSet, check_metrics, metric_direction
 from offloop.engine.observer import Worker
 from offloop.engine.process import handled_signals
+from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
 from offloop.engine.run_dir import new_run_id
 from offloop.engine.session import Session
@@ -85,13 +88,17 @@ class BaseTrainer:
         Raises:
             ConfigError: A knob is unknown (the text names the nearest) or out of range, or the optimizer
                 holds parameters that are not the model's.
-            TypeError: Model, optimizer or scheduler is not what its name says.
+            TypeError: Model, optimizer, loss or scheduler is not what its name says.
         """
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config must be a TrainerConfig, got {type(config).__name__}")
         self.config = (config or TrainerConfig()).replace(**overrides)
+        _expect_instance(model, "model")
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _expect_instance(loss, "loss")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function of outputs and targets, got {type(loss).__name__}")
         self.model = model
         self.optimizers = _named_optimizers(optimizer)
         self.loss = loss
@@ -181,6 +188,46 @@ class BaseTrainer:
             raise ConfigError(f"there is no optimizer {name!r}; there are {', '.join(self.optimizers)}")
         loop.manual_step(name, closure)
 
+    def attach_scheduler(
+        self,
+        scheduler: LRScheduler,
+        *,
+        interval: Literal["epoch", "step"] = "epoch",
+        monitor: str | None = None,
+        after_steps: int = 0,
+    ) -> None:
+        """Let a schedule step with the run that is going on, until its end. In the training thread.
+
+        A resumed run puts the schedule's state back here: attach schedules in the same order each time,
+        in a decider of `TrainStart`.
+
+        Args:
+            scheduler: Made for one of the trainer's optimizers.
+            interval: Step after each epoch, or after each optimizer step.
+            monitor: What a plateau watches; None for the run's `monitor`.
+            after_steps: Optimizer steps before it begins.
+        """
+        loop = self._in_run("attach_scheduler")
+        if scheduler.optimizer not in self.optimizers.values():
+            raise ConfigError("the scheduler belongs to another optimizer than the trainer's")
+        loop.schedules.append(Schedule(scheduler, interval, monitor, after_steps))
+        if loop.resumed is not None:
+            loop.resumed.restore_schedule(loop)
+
+    def keep_checkpoints(self, retention: Retention, *, save_at_end: bool) -> None:
+        """Say which checkpoints the run that is going on keeps. In the training thread, before the first one.
+
+        Args:
+            retention: What is kept when a new one is durable.
+            save_at_end: Take one when training ends, however it ends but by a failure.
+        """
+        self._in_run("keep_checkpoints")
+        session = self._session
+        if session is None or session.checkpoints is None:
+            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        session.checkpoints.retention = retention
+        session.save_at_end = save_at_end
+
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, where there is one; else see `optimizers`."""
@@ -210,6 +257,7 @@ class BaseTrainer:
         max_time: float | None = None,
         metrics: MetricSpec = (),
         callbacks: Sequence[Callback] = (),
+        resume: Resume = None,
         **misplaced: Any,
     ) -> RunResult:
         """Train and return the result. Blocks this thread; the model trains in a thread of its own.
@@ -226,6 +274,8 @@ class BaseTrainer:
             max_time: Limit: seconds of training, pauses not counted.
             metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances, for training and validation.
             callbacks: More of them, after the trainer's.
+            resume: Continue a run: `"auto"` (if there is one), `"must"`, `"last"`, `"best"`, a tag, a step, or
+                a path to a checkpoint or a run. None or `"never"`: a new run.
             misplaced: None are legal; the error says where a knob belongs.
 
         Raises:
@@ -235,7 +285,7 @@ class BaseTrainer:
             Exception: What a step, a loader or a decider raised, as it was, with a note on where.
         """
         session = self._prepare(
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, misplaced
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, misplaced
         )
         if _inside_event_loop():
             return self._train_in_helper_thread(session)
@@ -251,6 +301,7 @@ class BaseTrainer:
         max_time: float | None = None,
         metrics: MetricSpec = (),
         callbacks: Sequence[Callback] = (),
+        resume: Resume = None,
         handle_signals: bool = False,
         task_status: anyio.abc.TaskStatus[Run] = anyio.TASK_STATUS_IGNORED,
         **misplaced: Any,
@@ -262,13 +313,13 @@ class BaseTrainer:
         Cancellation: the run ends at its next batch, callbacks drain and close, then it is re-raised.
 
         Args:
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks: As for `train`.
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume: As for `train`.
             handle_signals: Take SIGINT and SIGTERM for the length of the run, in the main thread.
             task_status: Given by `task_group.start`, which returns the `Run`.
             misplaced: None are legal.
         """
         session = self._prepare(
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, misplaced
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, misplaced
         )
         if not handle_signals:
             return await session.run_to_end(task_status.started)
@@ -288,6 +339,7 @@ class BaseTrainer:
         max_time: float | None = None,
         metrics: MetricSpec = (),
         callbacks: Sequence[Callback] = (),
+        resume: Resume = None,
         **misplaced: Any,
     ) -> AbstractAsyncContextManager[Run]:
         """Return the run as an async context manager: `async with trainer.start(...) as run:`.
@@ -296,7 +348,7 @@ class BaseTrainer:
         cancels the block and raises its exception. Arguments as for `train`, checked at once.
         """
         session = self._prepare(
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, misplaced
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, misplaced
         )
         return session.run_beside()
 
@@ -327,41 +379,45 @@ class BaseTrainer:
         max_time: float | None,
         metrics: MetricSpec,
         callbacks: Sequence[Callback],
+        resume: Resume,
         misplaced: Mapping[str, Any],
     ) -> Session:
         """Check everything that can be checked before a run, and make its session."""
         for name in misplaced:
             raise misplaced_argument(name)
-        if self._session is not None:
-            raise TrainerBusyError(_busy(self._session))
+        self._check_free()
         config = self.config
         if epochs is None and max_steps is None and max_time is None:
             epochs, max_steps, max_time = config.epochs, config.max_steps, config.max_time
         check_limits(epochs, max_steps, max_time)
         _check_loader(train_loader, "train_loader")
+        limited_length(train_loader, config.limit_train_batches, "limit_train_batches")
         if val_loader is not None:
             _check_loader(val_loader, "val_loader")
+            limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
         check_metrics(metrics)
         self._check_optimization()
-        monitor, direction = _monitor(config, metrics, val_loader)
+        monitor = _monitor(config, metrics, val_loader)
 
         given = [*self.callbacks, *callbacks]
         base_dir = None
         if config.run_dir is not None or any(getattr(each, "needs_run_dir", False) for each in given):
             base_dir = Path(config.run_dir or DEFAULT_RUN_DIR)
-            if not any(isinstance(each, EventLog) for each in given):
-                given.insert(0, EventLog())
+        plan = plan_resume(resume, Path(config.run_dir or DEFAULT_RUN_DIR), config.run_name)
+        if plan is not None:
+            base_dir = plan.directory.parent
+        if base_dir is not None and not any(isinstance(each, EventLog) for each in given):
+            given.insert(0, EventLog())
         handlers = lookup(given)
-        run_id = config.run_name or new_run_id()
+        run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
         limits = _Limits(epochs, max_steps, max_time)
 
         def make_loop(session: Session) -> TrainingLoop:
             return self._make_loop(session, limits, train_loader, val_loader, metrics, handlers)
 
         def claim(session: Session) -> None:
-            with self._lock:
-                if self._session is not None:
-                    raise TrainerBusyError(_busy(self._session))
+            with self._lock, _owners_lock:
+                self._check_free()
                 for each in given:
                     owner = _owners.get(id(each))
                     if owner is not None:
@@ -372,11 +428,15 @@ class BaseTrainer:
                 self._session, self._loop, self.last_run = session, session.loop, session.run
                 for each in given:
                     _owners[id(each)] = run_id
-            for each in given:
-                each.reset()
+            try:
+                for each in given:
+                    each.reset()
+            except BaseException:
+                release(session)
+                raise
 
         def release(session: Session) -> None:
-            with self._lock:
+            with self._lock, _owners_lock:
                 self._session = self._loop = None
                 for each in given:
                     _owners.pop(id(each), None)
@@ -386,9 +446,10 @@ class BaseTrainer:
             run_id=run_id,
             config=config,
             base_dir=base_dir,
+            resume=plan,
             handlers=handlers,
             monitor=monitor,
-            direction=direction,
+            direction_of=functools.partial(metric_direction, metrics=metrics),
             make_loop=make_loop,
             claim=claim,
             release=release,
@@ -409,7 +470,7 @@ class BaseTrainer:
             limits=limits,
             device=self.device,
             optimizers=self.optimizers,
-            scheduler=self.scheduler,
+            schedules=self._schedules(),
             train_loader=train_loader,
             val_loader=val_loader,
             train_metrics=MetricSet(metrics, prefix="train_", device=self.device) if metrics else None,
@@ -423,18 +484,25 @@ class BaseTrainer:
             is_blocked=lambda: session.bus.blocked and not session.bus.loop_is_gone,
             hooks=[hook for each in handlers for hook in each.hooks],
             hook_failed=session.hook_failed,
-            save=session.save,
+            save=session.save_for,
         )
+
+    def _schedules(self) -> list[Schedule]:
+        if self.scheduler is None:
+            return []
+        return [Schedule(self.scheduler, self.config.scheduler_interval)]
 
     def _prepare_model(self) -> None:
         """Bring model and optimizer states to the device, and compile. In the training thread."""
         self.model.to(self.device)
+        if isinstance(self.loss, torch.nn.Module):
+            self.loss.to(self.device)  # class weights live in it
         for optimizer in self.optimizers.values():
             for state in optimizer.state.values():
                 for name, value in state.items():
                     # a step counter may live on the CPU while its parameters are elsewhere
-                    if isinstance(value, torch.Tensor) and value.dim():
-                        state[name] = value.to(self.device)
+                    if not isinstance(value, torch.Tensor) or value.dim():
+                        state[name] = to_device(value, self.device)
         if self.config.compile and not self._is_compiled:
             options = self.config.compile if isinstance(self.config.compile, dict) else {}
             self.model.compile(**options)
@@ -446,15 +514,14 @@ class BaseTrainer:
         with self._lock:
             if self._session is not None:
                 raise TrainerBusyError(f"{_busy(self._session)}; await run.validate() asks it to validate")
-            if self._loop is not None:
-                raise TrainerBusyError("this trainer is evaluating already")
+            self._check_free()
             loop = self._loop = TrainingLoop(
                 self,
                 config=self.config,
                 limits=_Limits(1, None, None),
                 device=self.device,
                 optimizers=self.optimizers,
-                scheduler=None,
+                schedules=(),
                 train_loader=(),
                 val_loader=loader,
                 train_metrics=None,
@@ -528,12 +595,17 @@ class BaseTrainer:
                     "after the optimizer was made, or is a part of it missing from `model`?"
                 )
         if self.scheduler is not None:
+            _expect_instance(self.scheduler, "scheduler", "optimizer, ...")
             if not isinstance(self.scheduler, LRScheduler):
                 raise TypeError(
                     f"scheduler must be a torch.optim.lr_scheduler, got {type(self.scheduler).__name__}"
                 )
             if self.scheduler.optimizer not in self.optimizers.values():
                 raise ConfigError("the scheduler belongs to another optimizer than the one given")
+            if isinstance(self.scheduler, ReduceLROnPlateau) and self.config.scheduler_interval == "step":
+                raise ConfigError(
+                    'ReduceLROnPlateau looks at a metric of an epoch: leave scheduler_interval at "epoch"'
+                )
 
     def _check_optimization(self) -> None:
         if self.automatic_optimization:
@@ -547,11 +619,22 @@ class BaseTrainer:
                     "LBFGS evaluates the loss several times in a step: use automatic_optimization = False and "
                     "self.optimizer_step(closure=...)"
                 )
+        elif type(self).training_step in (BaseTrainer.training_step, Trainer.training_step):
+            raise ConfigError(
+                "automatic_optimization = False leaves the steps to you: define training_step(self, batch) "
+                "with self.backward(loss) and self.optimizer_step()"
+            )
         elif self.config.accumulate_grad_batches > 1:
             raise ConfigError(
                 f"accumulate_grad_batches={self.config.accumulate_grad_batches} needs automatic_optimization: "
                 "in a manual step, call self.optimizer_step() every so many batches"
             )
+
+    def _check_free(self) -> None:
+        if self._session is not None:
+            raise TrainerBusyError(_busy(self._session))
+        if self._loop is not None:
+            raise TrainerBusyError("this trainer is evaluating: one thing at a time, or make another Trainer")
 
     def _in_run(self, what: str) -> TrainingLoop:
         if self._loop is None:
@@ -598,8 +681,9 @@ class Trainer(BaseTrainer):
         return self.training_step(batch)
 
 
-# Callbacks at work, by identity: one instance serves one run at a time. Under the trainer's lock.
+# Callbacks at work, by identity: one instance serves one run at a time, whichever trainer's. Under the lock.
 _owners: dict[int, str] = {}
+_owners_lock = threading.Lock()
 
 
 def _inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
@@ -655,6 +739,13 @@ def _describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _expect_instance(value: object, name: str, arguments: str = "...") -> None:
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be an instance: write {value.__name__}({arguments}) instead of {value.__name__}"
+        )
+
+
 def _named_optimizers(
     optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
 ) -> dict[str, torch.optim.Optimizer]:
@@ -662,8 +753,7 @@ def _named_optimizers(
     if not named:
         raise ConfigError("optimizer is an empty mapping: give at least one")
     for name, each in named.items():
-        if isinstance(each, type):
-            raise TypeError(f"optimizer must be an instance: {each.__name__}(model.parameters(), lr=...)")
+        _expect_instance(each, "optimizer", "model.parameters(), lr=...")
         if not isinstance(each, torch.optim.Optimizer):
             raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(each).__name__}")
     return named
@@ -680,10 +770,15 @@ def _resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device={name!r} is none that torch knows: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r}, but torch sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device={name!r}, but torch sees no MPS device here")
     return device
 
 
 def _check_loader(loader: Any, name: str) -> None:
+    _expect_instance(loader, name)
     if isinstance(loader, str | bytes) or not hasattr(loader, "__iter__"):
         indexable = " (a Dataset? wrap it in a DataLoader)" if hasattr(loader, "__getitem__") else ""
         raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
@@ -691,17 +786,25 @@ def _check_loader(loader: Any, name: str) -> None:
         raise EmptyLoaderError(f"{name} is empty: it has no batch")
 
 
-def _monitor(config: TrainerConfig, metrics: MetricSpec, val_loader: object) -> tuple[str, Any]:
-    """Return the key that says what is best, and its direction."""
+def _monitor(config: TrainerConfig, metrics: MetricSpec, val_loader: object) -> str:
+    """Return the key that says what is best; whether less or more of it is better must be known."""
     monitor = config.monitor or ("train_loss" if val_loader is None else "val_loss")
     if monitor.startswith("val_") and val_loader is None:
         raise ConfigError(f"monitor={monitor!r} needs a validation: give train() a val_loader")
     if not monitor.startswith(("train_", "val_")):
         raise ConfigError(f"monitor must begin with train_ or val_, like val_loss; got {monitor!r}")
-    direction = metric_direction(monitor, metrics) if config.mode == "auto" else config.mode
-    if direction is None:
-        raise ConfigError(f'monitor={monitor!r}: is less or more of it better? Give mode="min" or mode="max"')
-    return monitor, direction
+    if config.mode == "auto" and metric_direction(monitor, metrics) is None:
+        raise ConfigError(
+            f"monitor={monitor!r} is no metric that is known: {_known_keys(metrics, val_loader)} will be made. "
+            'If a step logs it, say whether less or more of it is better: mode="min" or mode="max"'
+        )
+    return monitor
+
+
+def _known_keys(metrics: MetricSpec, val_loader: object) -> str:
+    names = ("loss", *MetricSet(metrics, prefix="", device=torch.device("cpu")).names)
+    prefixes = ("train_",) if val_loader is None else ("train_", "val_")
+    return ", ".join(prefix + name for prefix in prefixes for name in names)
 
 
 def _busy(session: Session) -> str:

@@ -14,23 +14,38 @@ import anyio
 T = TypeVar("T")
 
 
+class _Socket(socket.socket):
+    """A socket that is closed with the last reference to it, without a warning."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Waker:
     """One task waits, any thread wakes it. Wakes that come before the wait, or several at once, count as one.
 
-    Belongs to no event loop until somebody waits. Holds two file descriptors until `close`.
+    Belongs to no event loop until somebody waits. Holds two file descriptors until `close`, or
+    until it is garbage.
     """
 
     def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
+        reader, writer = socket.socketpair()
+        self._reader = _Socket(fileno=reader.detach())
+        self._writer: _Socket | None = _Socket(fileno=writer.detach())  # read by every thread that wakes
         self._reader.setblocking(False)
         self._writer.setblocking(False)
 
     def wake(self) -> None:
         """Wake the waiting task, or the next one that waits. Any thread, also a signal handler; never blocks."""
+        # A reference of our own: close() in another thread cannot close the descriptor while we send, so the
+        # byte never goes to a stranger's that got the same number.
+        writer = self._writer
+        if writer is None:
+            return  # closed: nobody waits any more
         try:
-            self._writer.send(b"\0")
+            writer.send(b"\0")
         except OSError:
-            pass  # full: it is awake already; closed: nobody waits any more
+            pass  # full: it is awake already; broken: closed meanwhile
 
     async def wait(self) -> None:
         """Wait until woken. One task at a time. Cancellation: safe, no wake is lost."""
@@ -44,8 +59,8 @@ class Waker:
 
     def close(self) -> None:
         """Give the descriptors back. Nobody may be waiting. Calling it twice is fine."""
+        self._writer = None
         self._reader.close()
-        self._writer.close()
 
     def __enter__(self) -> Self:
         return self

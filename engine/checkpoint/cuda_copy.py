@@ -13,12 +13,15 @@ thread waits for the event.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-_untyped_cuda: Any = torch.cuda
+logger = logging.getLogger(__name__)
+
+_cuda: Any = torch.cuda
 """torch has no types for what we call here."""
 
 
@@ -36,16 +39,17 @@ class PinnedMemory:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
-        self._is_pinned = True
-        code = _untyped_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-        torch.cuda.check_error(int(code))
+        code = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        self._is_pinned = code == 0
+        if code:
+            # Still correct: the copies then hold the host until they are done.
+            logger.warning("cannot page-lock %d bytes (CUDA error %d)", memory.numel(), code)
 
     def release(self) -> None:
         """Undo it, which must happen before the memory goes. Calling twice is fine."""
         if self._is_pinned:
             self._is_pinned = False
-            code = _untyped_cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-            torch.cuda.check_error(int(code))
+            _cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
 
 
 class RunningCopy:
@@ -107,12 +111,12 @@ class CudaCopier:
         keep: list[torch.Tensor] = []
         for device, (to, of) in by_device.items():
             if device not in self._streams:
-                self._streams[device] = _untyped_cuda.Stream(device)
+                self._streams[device] = _cuda.Stream(device)
             stream = self._streams[device]
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 torch._foreach_copy_(to, of, non_blocking=True)
-                event = _untyped_cuda.Event()
+                event = _cuda.Event()
                 event.record(stream)
             self._pending[device] = event
             events.append(event)

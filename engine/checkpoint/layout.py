@@ -15,6 +15,7 @@ import torch
 
 from offloop.engine.checkpoint.errors import UnserializableStateError
 from offloop.engine.checkpoint.format import ELEMENT_CODES
+from offloop.engine.checkpoint.host_copy import SPLIT_BYTES
 from offloop.engine.checkpoint.manifest import StoredTensor, TensorView
 
 DEFAULT_FILES: Mapping[str, str] = {
@@ -63,6 +64,8 @@ class Layout:
     """The outcome; good for as long as the state's tensors have the same signatures."""
 
     copies: tuple[Copy, ...]
+    small: int
+    """How many of them, from the first, are too small to be split over threads."""
     views: dict[str, TensorView]
     files: tuple[FilePlan, ...]
     size: int
@@ -150,7 +153,9 @@ def _arrange(
             offset += draft.bytes
         plans.append(FilePlan(file, start, offset, tuple(listed)))
         position = start + offset
-    return Layout(tuple(copies), views, tuple(plans), position)
+    copies.sort(key=lambda copy: copy.stored.bytes >= SPLIT_BYTES)
+    small = sum(copy.stored.bytes < SPLIT_BYTES for copy in copies)
+    return Layout(tuple(copies), small, views, tuple(plans), position)
 
 
 @dataclass(frozen=True, eq=False)

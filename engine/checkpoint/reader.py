@@ -155,7 +155,7 @@ class CheckpointReader:
         info = which if isinstance(which, CheckpointInfo) else self.find(which)
         for name, record in info.manifest.files.items():
             checkpoint_format.check_length(info.path, name, record)
-        foreign = set(os.listdir(info.path)) - set(info.manifest.files) - {MANIFEST}
+        foreign = set(self._names_in(info.path)) - set(info.manifest.files) - {MANIFEST}
         # Hidden ones are left there by desktops and by NFS, and harm nobody.
         if strange := sorted(name for name in foreign if not name.startswith(".")):
             raise CheckpointCorruptError(info.path, strange[0], "foreign", "not in the manifest")
@@ -294,6 +294,8 @@ class CheckpointReader:
             return sorted(os.listdir(path))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise checkpoint_format.read_error(error, path) from error
 
 
 def _tensor_files(manifest: Manifest) -> set[str]:

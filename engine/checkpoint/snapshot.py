@@ -5,7 +5,7 @@
     take_nowait(state)
       walk the state, numbers and text copied
       free slot?  ── no ──> SnapshotBusyError
-      one _foreach_copy_ into the slot
+      one copy into the slot
       Snapshot ───────── queue ───────────────> wait_ready()   (CUDA: the copies are done)
     next step                                   write parts()
                                                 release()      the slot is free again
@@ -32,6 +32,7 @@ import torch
 from offloop.engine.checkpoint import cuda_copy
 from offloop.engine.checkpoint.errors import SnapshotBusyError, SnapshotTornError
 from offloop.engine.checkpoint.format import TensorFile
+from offloop.engine.checkpoint.host_copy import copy_tensors
 from offloop.engine.checkpoint.layout import (
     DEFAULT_FILES,
     Copy,
@@ -170,7 +171,7 @@ class SnapshotArena:
         self._slots = [_Slot() for _ in range(slots)]
         # Guarded by _changed: taken by the training thread, given back by the writer.
         self._free = list(self._slots)
-        self._held: set[int] = set()
+        self._held: dict[_Slot, Snapshot] = {}
         self._closed = False
         self._changed = threading.Condition()
         # Training thread only.
@@ -220,6 +221,14 @@ class SnapshotArena:
                 self._changed.notify_all()
             raise
 
+    def guard(self) -> None:
+        """Let the device finish reading before what follows changes the state; the host goes on.
+
+        Needed before anything but an optimizer's `step` changes what the optimizers own, such as
+        `load_state_dict`. Does nothing on the CPU. Training thread only.
+        """
+        self._cuda.guard()
+
     def close(self) -> None:
         """Free the memory of unused slots and refuse further snapshots. Calling twice is fine."""
         with self._changed:
@@ -241,13 +250,13 @@ class SnapshotArena:
             sources = [_source(copy, tensors) for copy in layout.copies]
             if on_cuda:
                 running = self._cuda.start(slot.targets, sources)
-            elif sources:
-                torch._foreach_copy_(slot.targets, sources)
+            else:
+                copy_tensors(slot.targets, sources, layout.small)
         if self._check_versions and not on_cuda:
             self._compare(versions, tensors)
         snapshot = Snapshot(tree, layout, time.perf_counter() - started, self, slot, running)
         with self._changed:
-            self._held.add(id(slot))
+            self._held[slot] = snapshot
         return snapshot
 
     def _walk(self, state: object) -> tuple[object, list[torch.Tensor], Layout]:
@@ -265,7 +274,7 @@ class SnapshotArena:
             seen.add(name)
             try:
                 signatures.append(signature(name, value))
-            except RuntimeError:  # no memory at all: sparse, nested
+            except Exception:  # sparse, nested, uninitialized: each fails in its own way
                 check_tensor(path, value)
                 raise
             tensors.append(value)
@@ -291,9 +300,9 @@ class SnapshotArena:
     def _release(self, snapshot: Snapshot) -> None:
         slot = snapshot._slot
         with self._changed:
-            if id(slot) not in self._held:
+            if self._held.get(slot) is not snapshot:
                 return
-            self._held.remove(id(slot))
+            del self._held[slot]
             if not self._closed:
                 self._free.append(slot)
             self._changed.notify_all()

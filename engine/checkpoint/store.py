@@ -122,6 +122,7 @@ class CheckpointStore(CheckpointReader):
         self._pins: set[str] = set()
         self._numbers = itertools.count()
         self._has_leftovers = False
+        self._is_closed = False
         self._mutex = threading.RLock()
         with self._translated(self.directory):
             for path in (self._checkpoints, self._refs / TAGS):
@@ -152,13 +153,14 @@ class CheckpointStore(CheckpointReader):
     def close(self) -> None:
         """Give the lock back. Calling twice is fine."""
         with self._mutex:
+            self._is_closed = True
             self._lock.release()
 
     def commit(self, snapshot: Snapshotted, request: CheckpointRequest) -> Commit:
         """Make a checkpoint of the snapshot and return once it is durable.
 
-        The snapshot is not released. After an error nothing new is visible, and the same snapshot
-        may be committed again, to new files.
+        The snapshot is not released. After an error nothing new is visible (unless the system
+        refuses even to take a name back), and the snapshot may be committed again, to new files.
 
         Raises:
             DiskFullError: If there is no room; found out beforehand where possible.
@@ -168,7 +170,7 @@ class CheckpointStore(CheckpointReader):
         """
         for tag in request.tags:
             _check_tag(tag)
-        with self._mutex:
+        with self._writing():
             if self._has_leftovers:
                 self.sweep()
             started = time.monotonic()
@@ -216,7 +218,7 @@ class CheckpointStore(CheckpointReader):
             CheckpointWriteError: If it cannot be written down.
         """
         _check_tag(tag)
-        with self._mutex:
+        with self._writing():
             info = self.find(which)
             present = self.tags().get(tag)
             if present not in (None, info.name) and not move:
@@ -229,7 +231,7 @@ class CheckpointStore(CheckpointReader):
         """Remove a tag; one that is not there is fine."""
         _check_tag(tag)
         path = self._refs / TAGS / tag
-        with self._mutex, self._translated(path), suppress(FileNotFoundError):
+        with self._writing(), self._translated(path), suppress(FileNotFoundError):
             self._filesystem.remove_file(path)
             self._filesystem.sync_directory(path.parent)
 
@@ -245,7 +247,7 @@ class CheckpointStore(CheckpointReader):
 
     def quarantine(self, path: Path) -> Path:
         """Move a damaged checkpoint out of the way, for people to look at; return where to."""
-        with self._mutex, self._translated(path):
+        with self._writing(), self._translated(path):
             for number in itertools.count(1):
                 target = path.with_name(f"{_BAD}{path.name}" + (f"-{number}" if number > 1 else ""))
                 if not os.path.lexists(target):
@@ -256,7 +258,7 @@ class CheckpointStore(CheckpointReader):
 
     def sweep(self) -> None:
         """Delete what interrupted saves and deletions left; what resists stays for next time."""
-        with self._mutex:
+        with self._writing():
             self._has_leftovers = False
             if any(name.startswith(_TRASH) for name in self._names_in(self._checkpoints)):
                 # Or a power cut could bring an old name back over half of its files.
@@ -376,6 +378,8 @@ class CheckpointStore(CheckpointReader):
         self._filesystem.sync_directory(path.parent)
 
     def _retain(self, parent: str | None, deleted: list[str]) -> None:
+        if self._retention.keep_last is None:
+            return
         whole = [info for info in self.checkpoints() if self._looks_whole(info)]
         best = self._read_ref(Path("best"))
         pinned = {*self._pins, *self.tags().values(), *filter(None, (parent, best))}
@@ -415,6 +419,14 @@ class CheckpointStore(CheckpointReader):
             self._has_leftovers = True
             return [error]
         return []
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Let one thread at a time change things, and none after `close`."""
+        with self._mutex:
+            if self._is_closed:
+                raise CheckpointError(f"the store of {self.directory} is closed")
+            yield
 
     @contextmanager
     def _translated(self, path: Path) -> Iterator[None]:

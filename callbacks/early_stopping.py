@@ -1,0 +1,127 @@
+"""EarlyStopping: end a run that no longer gets better."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from offloop.callbacks.monitor import Mode, Monitor
+from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, ValidationEnd, decides
+
+
+class EarlyStopping(Callback):
+    """Stops a run when its metric has not improved for `patience` checks in a row.
+
+    A check is each validation for a `val_` metric, each epoch for a `train_` metric. It is a decider: the
+    same data and seed stop at the same step, whatever observers do. NaN never improves; 0.0 is a value; the
+    best moves only beyond `min_delta`.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        *,
+        mode: Mode = "auto",
+        min_delta: float = 0.0,
+        patience: int = 3,
+        check_finite: bool = True,
+        stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None,
+        restore_best: bool = False,
+    ) -> None:
+        """Choose what to watch and for how long.
+
+        Args:
+            monitor: Key of a metric.
+            mode: Whether less or more of it is better; `"auto"` knows from the metric, then from its name.
+            min_delta: What counts as an improvement: more than this, absolute, >= 0.
+            patience: Checks without improvement after which the run stops, at least 1: with 3, it stops at
+                the third miss in a row.
+            check_finite: Stop at once when the metric is NaN or infinite.
+            stopping_threshold: Stop at once when the metric is better than this.
+            divergence_threshold: Stop at once when the metric is worse than this.
+            restore_best: Put the weights (and buffers) of the best check back when the run stops here or
+                reaches its last epoch. Keeps one copy of them on the device.
+
+        Raises:
+            ConfigError: A value is out of its range.
+        """
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ConfigError(f"patience must be a whole number of at least 1, got {patience!r}")
+        self.monitor = Monitor(monitor, mode, min_delta)
+        self.patience = patience
+        self.check_finite = check_finite
+        self.stopping_threshold = stopping_threshold
+        self.divergence_threshold = divergence_threshold
+        self.restore_best = restore_best
+        self.reset()
+
+    def reset(self) -> None:
+        self.monitor.best = None
+        self.misses = 0
+        self.best_step = 0
+        self._best_weights: dict[str, Any] | None = None
+        self._epochs: int | None = None
+
+    @decides
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        self.monitor.begin(run)
+        self._epochs = event.epochs
+
+    @decides
+    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self._check(event, run)
+
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self._check(event, run)
+        is_last = not event.complete or event.epoch + 1 == self._epochs
+        if is_last and self._best_weights is not None:
+            self._restore(run)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"monitor": self.monitor.state_dict(), "misses": self.misses, "best_step": self.best_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.monitor.load_state_dict(state["monitor"])
+        self.misses, self.best_step = state["misses"], state["best_step"]
+
+    def _check(self, event: ValidationEnd | EpochEnd, run: Run) -> None:
+        if not self.monitor.reads(event):
+            return
+        value = event.metrics[self.monitor.key]  # raises and lists the keys there are
+        if self.monitor.improves(value):
+            self.misses = 0
+            self.best_step = event.step
+            if self.restore_best:
+                weights = run.trainer.model.state_dict()
+                self._best_weights = {
+                    name: each.detach().clone() if isinstance(each, torch.Tensor) else each
+                    for name, each in weights.items()
+                }
+        else:
+            self.misses += 1
+        reason = self._reason(value)
+        if reason:
+            if self._best_weights is not None:
+                self._restore(run)
+            run.stop_nowait(reason)
+
+    def _reason(self, value: float) -> str:
+        """Return why to stop, empty to go on."""
+        key = self.monitor.key
+        if not math.isfinite(value) and self.check_finite:
+            return f"{key} is {value}"
+        if self.stopping_threshold is not None and self.monitor.is_beyond(value, self.stopping_threshold):
+            return f"{key} is {value:.6g}, beyond stopping_threshold={self.stopping_threshold:g}"
+        if self.divergence_threshold is not None and self.monitor.is_beyond(self.divergence_threshold, value):
+            return f"{key} is {value:.6g}, worse than divergence_threshold={self.divergence_threshold:g}"
+        if self.misses >= self.patience:
+            best = "never finite" if self.monitor.best is None else f"best {self.monitor.best:.6g}"
+            return f"{key} did not improve in {self.misses} checks ({best} at step {self.best_step})"
+        return ""
+
+    def _restore(self, run: Run) -> None:
+        assert self._best_weights is not None
+        run.trainer.model.load_state_dict(self._best_weights)

@@ -1,0 +1,182 @@
+"""LearningRateScheduler: torch's own schedules by name, with warm-up in front of any of them."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Final, Literal, NamedTuple
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+from offloop.callbacks.monitor import Mode, Monitor
+from offloop.engine import Callback, ConfigError, Run, TrainStart, decides
+
+Interval = Literal["epoch", "step"]
+
+
+class _Named(NamedTuple):
+    """A schedule by name."""
+
+    make: Callable[..., LRScheduler]
+    interval: Interval
+    length: str | None
+    """The argument that takes the number of steps (or epochs) of the run, if it has one."""
+
+
+SCHEDULES: Final = {
+    "reduce_on_plateau": _Named(ReduceLROnPlateau, "epoch", None),
+    "cosine": _Named(CosineAnnealingLR, "step", "T_max"),
+    "step": _Named(StepLR, "epoch", None),
+    "one_cycle": _Named(OneCycleLR, "step", "total_steps"),
+    "linear": _Named(LinearLR, "step", "total_iters"),
+    "exponential": _Named(ExponentialLR, "epoch", None),
+    "polynomial": _Named(PolynomialLR, "step", "total_iters"),
+}
+"""Names, torch's class, when it steps by default, and what takes the length of the run."""
+
+DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "linear": {"start_factor": 1.0, "end_factor": 0.0},  # torch's own defaults are those of a warm-up
+}
+WARMUP_START: Final = 0.01
+"""A warm-up begins at this share of the learning rate: 0 would make the first step a waste."""
+
+
+class LearningRateScheduler(Callback):
+    """Attaches a torch schedule to the run's optimizer. It steps in the training thread, inside the loop.
+
+    By name, by class, or as an instance:
+
+        LearningRateScheduler("cosine", warmup=500)
+        LearningRateScheduler("reduce_on_plateau", monitor="val_loss", factor=0.1, patience=5)
+        LearningRateScheduler(torch.optim.lr_scheduler.MultiStepLR, milestones=[30, 80])
+
+    Named schedules that need the length of the run (`cosine`, `one_cycle`, `linear`, `polynomial`) read it
+    from the run's limits. A plateau looks at the end of epochs and keeps torch's own rule: it fires when more
+    than `patience` of them were no better. `run.set_lr` scales what the schedule goes on from.
+    Changes by an epoch's schedule or a plateau are published as `LearningRateChanged`; a schedule that steps
+    with the optimizer shows in `StepEnd.lr`.
+    """
+
+    def __init__(
+        self,
+        scheduler: str | type[LRScheduler] | LRScheduler = "cosine",
+        *,
+        interval: Interval | None = None,
+        monitor: str | None = None,
+        mode: Mode = "auto",
+        warmup: int = 0,
+        optimizer: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Choose a schedule.
+
+        Args:
+            scheduler: A name, a class, or an instance made for the run's optimizer.
+            interval: Step after each `"epoch"` or each optimizer `"step"`; the names have their own default,
+                a class or an instance steps each epoch.
+            monitor: For a plateau: the metric it watches, `"val_loss"` by default.
+            mode: For a plateau: whether less or more of it is better.
+            warmup: Optimizer steps over which the rate first rises linearly, before the schedule begins.
+            optimizer: Its name, where the trainer has several.
+            arguments: Handed to the torch class.
+
+        Raises:
+            ConfigError: An unknown name or argument; the text lists what is legal.
+        """
+        if isinstance(scheduler, str) and scheduler not in SCHEDULES:
+            raise ConfigError(f"there is no schedule {scheduler!r}; there are {', '.join(SCHEDULES)}")
+        if interval not in (None, "epoch", "step"):
+            raise ConfigError(f"interval must be 'epoch' or 'step', got {interval!r}")
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise ConfigError(f"warmup must be a whole number of steps, at least 0; got {warmup!r}")
+        if isinstance(scheduler, LRScheduler) and (arguments or warmup):
+            raise ConfigError("an instance is complete: give its arguments and warm-up when it is made")
+        named = SCHEDULES[scheduler] if isinstance(scheduler, str) else None
+        self.scheduler = scheduler
+        self.interval: Interval = interval or (named.interval if named else "epoch")
+        self.warmup = warmup
+        self.optimizer = optimizer
+        self.arguments = {**DEFAULTS.get(scheduler if isinstance(scheduler, str) else "", {}), **arguments}
+        if named is not None:
+            make = named.make
+        elif isinstance(scheduler, type) and issubclass(scheduler, LRScheduler):
+            make = scheduler
+        elif isinstance(scheduler, LRScheduler):
+            make = type(scheduler)
+        else:
+            raise ConfigError(
+                f"scheduler must be a name, a torch scheduler class or an instance, got {scheduler!r}"
+            )
+        self._make: Callable[..., LRScheduler] = make
+        self._length_argument = named.length if named else None
+        self._is_plateau = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
+        if monitor is not None and not self._is_plateau:
+            raise ConfigError(f"monitor={monitor!r} is for reduce_on_plateau: other schedules watch nothing")
+        self.monitor = Monitor(monitor or "val_loss", mode) if self._is_plateau else None
+        if not isinstance(scheduler, LRScheduler):
+            _check_arguments(make, self.arguments)
+
+    @decides
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        trainer = run.trainer
+        optimizer = self._chosen(trainer.optimizers)
+        if self.monitor is not None:
+            self.monitor.begin(run)
+        if isinstance(self.scheduler, LRScheduler):
+            schedule = self.scheduler
+        else:
+            schedule = self._make(optimizer, **self._arguments_for(event, optimizer, run))
+        if self.warmup:
+            rise = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=self.warmup)
+            trainer.attach_scheduler(rise, interval="step")
+        key = None if self.monitor is None else self.monitor.key
+        trainer.attach_scheduler(schedule, interval=self.interval, monitor=key, after_steps=self.warmup)
+
+    def _chosen(self, optimizers: dict[str, Optimizer]) -> Optimizer:
+        if self.optimizer is None:
+            return next(iter(optimizers.values()))
+        if self.optimizer not in optimizers:
+            raise ConfigError(f"there is no optimizer {self.optimizer!r}; there are {', '.join(optimizers)}")
+        return optimizers[self.optimizer]
+
+    def _arguments_for(self, event: TrainStart, optimizer: Optimizer, run: Run) -> dict[str, Any]:
+        arguments = dict(self.arguments)
+        if self._length_argument is not None and self._length_argument not in arguments:
+            arguments[self._length_argument] = self._length(event)
+        if self._make is OneCycleLR:
+            arguments.setdefault("max_lr", [float(group["lr"]) for group in optimizer.param_groups])
+        if self.monitor is not None:
+            arguments.setdefault("mode", run.direction_of(self.monitor.key))
+        return arguments
+
+    def _length(self, event: TrainStart) -> int:
+        """Return how many times the schedule will step."""
+        if self.interval == "epoch":
+            if event.epochs is not None:
+                return event.epochs
+        else:
+            totals = [event.max_steps]
+            if event.epochs is not None and event.steps_per_epoch is not None:
+                totals.append(event.epochs * event.steps_per_epoch)
+            known = [total for total in totals if total is not None]
+            if known:
+                return max(1, min(known) - self.warmup)
+        raise ConfigError(
+            f"{self.scheduler!r} must know how long the run is, but its limits do not say how many "
+            f"{self.interval}s it has: give {self._length_argument}="
+        )
+
+
+def _check_arguments(make: Callable[..., LRScheduler], arguments: dict[str, Any]) -> None:
+    legal = [name for name in inspect.signature(make).parameters if name != "optimizer"]
+    for name in arguments:
+        if name not in legal:
+            raise ConfigError(f"{make.__name__} takes no {name!r}; legal are {', '.join(legal)}")

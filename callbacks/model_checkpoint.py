@@ -1,0 +1,151 @@
+"""ModelCheckpoint: when to save, which checkpoints to keep, which is best."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from offloop.callbacks.monitor import Mode, Monitor
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    EpochEnd,
+    Retention,
+    Run,
+    StepPoint,
+    TrainStart,
+    ValidationEnd,
+    decides,
+    in_step,
+)
+
+
+class ModelCheckpoint(Callback):
+    """Saves checkpoints of the whole run, from which it can be continued bit for bit.
+
+    Training waits for one copy in memory; writing goes on beside it. A checkpoint counts when it is
+    durable (`CheckpointSaved`), and older ones are removed only after that. The choice of the best is a
+    decider, so it does not depend on how fast the disk is; if saving it fails, the best on disk stays the previous
+    one.
+    """
+
+    needs_run_dir = True
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        *,
+        mode: Mode = "auto",
+        save_best_only: bool = False,
+        save_top_k: int = 1,
+        save_last: bool = True,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        every_seconds: float | None = None,
+        keep_last: int | None = 2,
+        keep_every_n_steps: int | None = None,
+    ) -> None:
+        """Choose when to save and what to keep.
+
+        Args:
+            monitor: Key of the metric that says which is best; None for `val_loss`, or `train_loss` in a run
+                without a validation.
+            mode: Whether less or more of it is better.
+            save_best_only: Save when the metric has improved, and at the end (`save_last`); nothing else.
+            save_top_k: How many of the best are kept, at least 1.
+            save_last: Save when training ends: at a limit, a stop, a signal or a cancellation.
+            every_n_epochs: Save after every n-th epoch; 1 if nothing else says when.
+            every_n_steps: Save after every n-th optimizer step.
+            every_seconds: Save when this long has passed since the last save; which step that is depends on
+                the machine.
+            keep_last: The newest ones that are kept, at least 2; None keeps all.
+            keep_every_n_steps: Those at multiples of this are kept for good.
+
+        Raises:
+            ConfigError: A value is out of its range, or `save_best_only` comes with a cadence.
+        """
+        for name, value in (
+            ("save_top_k", save_top_k),
+            ("every_n_epochs", every_n_epochs),
+            ("every_n_steps", every_n_steps),
+            ("keep_last", keep_last),
+            ("keep_every_n_steps", keep_every_n_steps),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if every_seconds is not None and not every_seconds > 0:
+            raise ConfigError(f"every_seconds must be above 0, got {every_seconds!r}")
+        has_cadence = not (every_n_epochs is None and every_n_steps is None and every_seconds is None)
+        if save_best_only and has_cadence:
+            raise ConfigError("save_best_only saves when the metric improves: leave every_... out")
+        self.mode: Mode = mode
+        self.monitor = None if monitor is None else Monitor(monitor, mode)
+        self.save_best_only = save_best_only
+        self.save_top_k = save_top_k
+        self.save_last = save_last
+        self.every_n_epochs = every_n_epochs if has_cadence or save_best_only else 1
+        self.every_n_steps = every_n_steps
+        self.every_seconds = every_seconds
+        self.keep_last = keep_last
+        self.keep_every_n_steps = keep_every_n_steps
+        self._watched = self.monitor
+        self._saved_at = 0.0
+
+    def reset(self) -> None:
+        self._watched = self.monitor
+        if self._watched is not None:
+            self._watched.best = None
+
+    @decides
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        if self._watched is None:
+            self._watched = Monitor(run.monitor, self.mode)
+        self._watched.begin(run)
+        self._saved_at = time.monotonic()
+        retention = Retention(
+            keep_last=self.keep_last,
+            save_top_k=self.save_top_k,
+            monitor=self._watched.key,
+            mode=self._watched.direction,
+            keep_every_n_steps=self.keep_every_n_steps,
+        )
+        run.trainer.keep_checkpoints(retention, save_at_end=self.save_last)
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        due = self.every_n_steps is not None and point.step % self.every_n_steps == 0
+        if self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds:
+            due = True
+        if due:
+            self._save(point.run, "interval")
+
+    @decides
+    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self._judge(event, run)
+
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        saved = self._judge(event, run)
+        if not saved and self.every_n_epochs is not None and (event.epoch + 1) % self.every_n_epochs == 0:
+            self._save(run, "interval")
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {} if self._watched is None else {"monitor": self._watched.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "monitor" in state:
+            if self._watched is None:
+                self._watched = Monitor(state["monitor"]["key"], self.mode)
+            self._watched.load_state_dict(state["monitor"])
+
+    def _judge(self, event: ValidationEnd | EpochEnd, run: Run) -> bool:
+        """Save if the metric has improved; True if it was."""
+        watched = self._watched
+        assert watched is not None
+        if not watched.reads(event) or not watched.improves(event.metrics[watched.key]):
+            return False
+        self._save(run, "best")
+        return True
+
+    def _save(self, run: Run, reason: str) -> None:
+        self._saved_at = time.monotonic()
+        run.checkpoint_nowait(reason)

@@ -1,0 +1,85 @@
+"""Monitor: one metric, watched for improvement. The one meaning of "better" for all callbacks.
+
+NaN and infinities never improve; 0.0 is a value; the best moves only when it is beaten by more than
+`min_delta`; ties keep the older.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from offloop.engine import ConfigError, EpochEnd, Run, ValidationEnd
+
+Mode = Literal["auto", "min", "max"]
+
+
+class Monitor:
+    """A metric by key, whether less or more of it is better, and the best value so far."""
+
+    def __init__(self, key: str, mode: Mode = "auto", min_delta: float = 0.0) -> None:
+        """Watch `key`, like `"val_loss"`.
+
+        Raises:
+            ConfigError: The key is of no training or validation, or `min_delta` is negative.
+        """
+        if not isinstance(key, str) or not key.startswith(("train_", "val_")):
+            raise ConfigError(f'monitor must begin with train_ or val_, like "val_loss"; got {key!r}')
+        if mode not in ("auto", "min", "max"):
+            raise ConfigError(f"mode must be 'auto', 'min' or 'max', got {mode!r}")
+        if (
+            isinstance(min_delta, bool)
+            or not isinstance(min_delta, int | float)
+            or not 0 <= min_delta < math.inf
+        ):
+            raise ConfigError(f"min_delta must be a number of at least 0, got {min_delta!r}")
+        self.key = key
+        self.min_delta = float(min_delta)
+        self.best: float | None = None
+        self._mode = mode
+        self._direction: Literal["min", "max"] | None = None if mode == "auto" else mode
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """Whether less or more is better; known from `begin` on."""
+        assert self._direction is not None
+        return self._direction
+
+    def begin(self, run: Run) -> None:
+        """Find out what better means in this run.
+
+        Raises:
+            ConfigError: `mode="auto"`, and neither the metric nor its name says what better means.
+        """
+        if self._mode == "auto":
+            self._direction = run.direction_of(self.key)
+            if self._direction is None:
+                raise ConfigError(
+                    f'monitor={self.key!r}: is less or more of it better? Give mode="min" or mode="max"'
+                )
+
+    def reads(self, event: ValidationEnd | EpochEnd) -> bool:
+        """True if the metric is made at such an event: `val_...` at validations, else at the end of epochs."""
+        return isinstance(event, ValidationEnd) is self.key.startswith("val_")
+
+    def is_beyond(self, value: float, threshold: float) -> bool:
+        """True if `value` is better than `threshold`."""
+        return value < threshold if self._direction == "min" else value > threshold
+
+    def improves(self, value: float) -> bool:
+        """Take note of a value; True if it beats the best by more than `min_delta`."""
+        if not math.isfinite(value):
+            return False
+        if self.best is not None:
+            needed = self.best - self.min_delta if self._direction == "min" else self.best + self.min_delta
+            if not self.is_beyond(value, needed):
+                return False
+        self.best = value
+        return True
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the best value so far."""
+        return {"key": self.key, "best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned; a best of another metric is not taken over."""
+        self.best = state["best"] if state["key"] == self.key else None

@@ -1,0 +1,165 @@
+"""`offloop demo`: train a small GPT to write Python, and show what the run leaves behind.
+
+This is also the first example: it uses public names of offloop only, and `run_demo` reads from top to
+bottom like a training script of your own. The model and its text are plain PyTorch, in `char_gpt.py`.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from textwrap import indent
+from typing import Final
+
+import torch
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from offloop.callbacks import MetricLogger, ProgressBar
+from offloop.cli.char_gpt import CharGPT, Windows, char_loss, load_text, sample
+from offloop.engine import Callback, Run, RunResult, Trainer, ValidationEnd
+
+# Found by trying some, so that two CPU cores get below 1.8 nats per character within about a minute.
+BATCH_SIZE: Final = 32
+LEARNING_RATE: Final = 6e-3
+WARMUP_STEPS: Final = 50
+VALIDATION_WINDOWS: Final = 512  # 32,768 characters, spread evenly over all validation files
+VALIDATE_EVERY_N_STEPS: Final = 100
+
+
+class ValidationLosses(Callback):
+    """Keep the loss of each validation. An observer: it runs beside training, which never waits for it."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    async def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self.losses.append(event.metrics["val_loss"])
+
+
+def warmup_then_cosine(step: int, *, steps: int) -> float:
+    """Return the share of the full learning rate for a step: up in a line, down in half a cosine to 5 %."""
+    warmup_steps = min(WARMUP_STEPS, 1 + steps // 10)
+    warmup = min(1.0, (step + 1) / warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    return warmup * (0.05 + 0.95 * cosine)
+
+
+def run_demo(*, steps: int, seed: int, device: str, run_dir: Path, quiet: bool) -> RunResult:
+    """Train the demo's model and print what came of it. Blocks until the run is over.
+
+    Args:
+        steps: Optimizer steps, at least 1.
+        seed: For the first weights and the order of the batches.
+        device: What `Trainer(device=...)` takes.
+        run_dir: The run's directory is made in this one.
+        quiet: Print a single line, at the end.
+    """
+    console = Console(quiet=quiet, highlight=False)
+
+    train_text, val_text = load_text()
+    torch.manual_seed(seed)
+    model = CharGPT()
+    length = model.context
+    train_set = Windows(train_text, length=length, stride=length)
+    val_set = Windows(val_text, length=length, stride=len(val_text) // VALIDATION_WINDOWS)
+    train_loader = DataLoader(train_set, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
+    val_loader = DataLoader(val_set, batch_size=4 * BATCH_SIZE)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = LambdaLR(optimizer, partial(warmup_then_cosine, steps=steps))
+    trainer = Trainer(
+        model=model,
+        optimizer=optimizer,
+        loss=char_loss,
+        scheduler=scheduler,
+        scheduler_interval="step",
+        gradient_clip_val=1.0,
+        val_every_n_steps=min(VALIDATE_EVERY_N_STEPS, steps),
+        seed=seed,
+        device=device,
+        run_dir=str(run_dir),
+    )
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"Training a GPT of {parameters:,} parameters to write Python, on {len(train_text):,} "
+        f"characters of the standard library. Device: {trainer.device}."
+    )
+    loss_before = trainer.evaluate(val_loader)["val_loss"]
+    validations = ValidationLosses()
+    callbacks = [validations, MetricLogger()] + ([] if quiet else [ProgressBar()])
+    try:
+        result = trainer.train(train_loader, val_loader, max_steps=steps, callbacks=callbacks)
+    except KeyboardInterrupt:  # the run has ended in order, and its files are complete
+        if trainer.last_run is not None:
+            files = f"Interrupted. The run's files are in {trainer.last_run.dir}"
+            console.print(f"\n{files}", soft_wrap=True)
+        raise
+
+    if quiet:
+        print(one_line(result))
+        return result
+    print_sample(console, model, seed)
+    print_summary(console, result, [loss_before, *validations.losses])
+    print_callback_costs(console, result)
+    return result
+
+
+# Afterwards --------------------------------------------------------------------------------------
+
+
+def one_line(result: RunResult) -> str:
+    """Return the summary of `--quiet`."""
+    return (
+        f"{result.status}: {result.steps} steps in {result.seconds:.1f} s, "
+        f"val_loss {result.metrics['val_loss']:.3f}, files in {result.dir}"
+    )
+
+
+def print_sample(console: Console, model: CharGPT, seed: int) -> None:
+    """Let the model write some Python."""
+    code = sample(model, "\ndef ", length=400, seed=seed)
+    code = indent(code[: code.rfind("\n")], "    ")  # the last line is cut off anywhere: without it
+    console.print("\n[bold]What it writes now[/bold]")
+    console.print(Syntax("", "python", theme="ansi_dark").highlight(code), soft_wrap=True, end="")
+
+
+def print_summary(console: Console, result: RunResult, val_losses: list[float]) -> None:
+    """Say how the run went, how the validation loss fell, and which files there are."""
+    console.print(f"\n[bold]Run {result.run_id}: {result.status}[/bold] ({result.reason})")
+    table = Table.grid(padding=(0, 2))
+    rate = result.steps / result.seconds
+    table.add_row("  steps", f"{result.steps} in {result.seconds:.1f} s, {rate:.1f} steps/s")
+    first, last = val_losses[0], val_losses[-1]
+    table.add_row("  val_loss", " → ".join(f"{loss:.2f}" for loss in val_losses))
+    table.add_row("", f"nats per character, {first - last:.2f} less than before training")
+    if result.best is not None:
+        table.add_row("  best", f"{result.best.score:.3f} at step {result.best.step}")
+    console.print(table)
+    if result.dir is not None:
+        console.print(f"  files in {result.dir}", soft_wrap=True)
+        for path in sorted(path for path in result.dir.rglob("*") if path.is_file()):
+            size = path.stat().st_size / 1000
+            console.print(f"    {path.relative_to(result.dir)!s:<16} {size:8.1f} kB")
+
+
+def print_callback_costs(console: Console, result: RunResult) -> None:
+    """Show what each callback cost: "non-blocking" is a figure, not a claim."""
+    console.print("\n[bold]What each callback cost[/bold], beside the training thread")
+    table = Table("  callback", box=None, padding=(0, 2, 0, 0))
+    for column in ("events", "dropped", "CPU", "of run", "held event loop", "lag"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, cost in result.callback_costs.items():
+        table.add_row(
+            f"  {name}",
+            f"{cost.events}",
+            f"{cost.dropped}",
+            f"{cost.cpu:.3f} s",
+            f"{cost.cpu / result.seconds:.2%}",
+            f"{cost.held:.3f} s",
+            f"{cost.lag:.3f} s",
+        )
+    console.print(table)

@@ -1,0 +1,50 @@
+"""The state of every random generator that a training draws from."""
+
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def capture_random_state() -> dict[str, Any]:
+    """Return the states of torch's, Python's and, if it is loaded, NumPy's global generators.
+
+    Plain values and CPU tensors, fit for a checkpoint. On CUDA it waits for the device.
+    """
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = list(torch.cuda.get_rng_state_all())
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+        words = torch.from_numpy(keys.astype("int64"))  # 624 of them: a tensor is copied faster than a list
+        state["numpy"] = [name, words, int(position), int(has_gauss), float(cached)]
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> list[str]:
+    """Put generators back; returns what could not be, in words."""
+    missed = []
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state:
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if devices == len(state["cuda"]):
+            torch.cuda.set_rng_state_all(state["cuda"])
+        else:
+            missed.append(f"random states of {len(state['cuda'])} CUDA devices, but there are {devices}")
+    if "numpy" in state:
+        numpy = sys.modules.get("numpy")
+        if numpy is None:
+            missed.append("NumPy's random state: NumPy is not loaded")
+        else:
+            name, keys, position, has_gauss, cached = state["numpy"]
+            numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
+    return missed

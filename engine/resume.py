@@ -1,0 +1,103 @@
+"""Which run a `resume=` means, and from which of its checkpoints it goes on."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from offloop.engine.checkpoint import CheckpointNotFoundError, CheckpointReader
+from offloop.engine.errors import ConfigError
+
+Resume = str | int | Path | None
+
+RUN_JSON = "run.json"
+
+
+class ResumePlan(NamedTuple):
+    """The run that a new attempt continues."""
+
+    directory: Path
+    """Of the run; its name is the run's id."""
+    which: str | int | Path | None
+    """The checkpoint, as `CheckpointReader.find` takes it; None to begin the run afresh under its name."""
+    attempt: int
+    """Number of the new attempt."""
+
+
+def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumePlan | None:
+    """Return what to continue, None for a new run. Blocks on the file system, shortly: only names are read.
+
+    Args:
+        resume: `"auto"` (continue if there is something), `"must"` (or raise), `"last"`, `"best"`, a tag, a step, a
+            path to a checkpoint or a run; None or `"never"` for a new run.
+        base_dir: Where runs are.
+        run_name: The run's id, if it has a name.
+
+    Raises:
+        ConfigError: `resume` is none of these.
+        CheckpointNotFoundError: There is nothing that it could mean.
+    """
+    if resume is None or resume == "never":
+        return None
+    if isinstance(resume, bool) or not isinstance(resume, str | int | Path) or resume == "":
+        raise ConfigError(
+            f"resume must be 'auto', 'must', 'never', 'last', 'best', a tag, a step or a path; got {resume!r}"
+        )
+    if isinstance(resume, Path) or (isinstance(resume, str) and ("/" in resume or "\\" in resume)):
+        return _from_path(Path(resume))
+    which: str | int = "last" if resume in ("auto", "must") else resume
+    if run_name is not None:
+        directory = base_dir / run_name
+        if not directory.is_dir():
+            if resume == "auto":
+                return None
+            raise CheckpointNotFoundError(str(which), directory)
+        if not CheckpointReader(directory).checkpoints():
+            if resume != "auto":
+                raise CheckpointNotFoundError(str(which), directory)
+            return ResumePlan(directory, None, _attempts(directory))
+        return ResumePlan(directory, which, _attempts(directory))
+    unfinished_only = resume in ("auto", "must")
+    for directory in _newest_first(base_dir):
+        if unfinished_only and _status(directory) == "completed":
+            continue
+        if CheckpointReader(directory).checkpoints():
+            return ResumePlan(directory, which, _attempts(directory))
+    if resume == "auto":
+        return None
+    raise CheckpointNotFoundError(str(which), base_dir)
+
+
+def _from_path(path: Path) -> ResumePlan:
+    if (path / RUN_JSON).is_file():
+        return ResumePlan(path, "last", _attempts(path))
+    directory = path.parent.parent  # run / checkpoints / step-...
+    if not path.is_dir() or not directory.is_dir():
+        raise CheckpointNotFoundError(str(path), directory)
+    return ResumePlan(directory, path, _attempts(directory))
+
+
+def _newest_first(base_dir: Path) -> list[Path]:
+    if not base_dir.is_dir():
+        return []
+    runs = [path for path in base_dir.iterdir() if (path / RUN_JSON).is_file()]
+    return sorted(runs, key=lambda path: (path / RUN_JSON).stat().st_mtime, reverse=True)
+
+
+def read_run_json(directory: Path) -> dict[str, Any]:
+    """Return what `run.json` says, empty where there is none that can be read."""
+    try:
+        found = msgspec.json.decode((directory / RUN_JSON).read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _status(directory: Path) -> object:
+    return read_run_json(directory).get("status")
+
+
+def _attempts(directory: Path) -> int:
+    """Return how many attempts there were."""
+    attempt = read_run_json(directory).get("attempt", -1)
+    return int(attempt) + 1 if isinstance(attempt, int) else 0

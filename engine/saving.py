@@ -1,0 +1,195 @@
+"""Saving: the checkpoints of one run, from the boundary where they are taken to the word that they are durable.
+
+    training thread                       writer's thread
+    ───────────────                       ───────────────
+    save(state) ── one copy ── snapshot ─────────> commit: files, manifest, fsync, rename, fsync
+    goes on                                        CheckpointSaved, the waiting future, retention
+
+Training waits for the copy and, for saves that must not be left out, for a free slot to copy into.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from offloop.engine.checkpoint import (
+    CheckpointError,
+    CheckpointRequest,
+    CheckpointStore,
+    CheckpointWriter,
+    Commit,
+    LoadedCheckpoint,
+    Retention,
+    SnapshotArena,
+    SnapshotBusyError,
+)
+from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
+
+logger = logging.getLogger("offloop")
+
+Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
+
+
+class Checkpoints:
+    """The checkpoints that a run takes. Opens its store, lock and thread when the first one is taken.
+
+    `save` belongs to the training thread; everything that blocks says so.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        run_id: str,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        publish: Callable[[Event], None],
+    ) -> None:
+        """Keep the checkpoints of the run in `directory`.
+
+        Args:
+            directory: The run's.
+            run_id: Written into manifests.
+            optimizers: Their `step` is what changes the tensors that they own.
+            publish: For `CheckpointSaved` and `CheckpointFailed`; called in the writer's thread.
+        """
+        self.retention = Retention()  # set before the first save
+        self.parent: str | None = None  # the checkpoint that this attempt continues
+        self.attempt = 0
+        self.saved: dict[int, str] = {}  # step -> path of what is durable and not deleted; writer's thread
+        self.last: str | None = None  # path of the newest; written by the writer's thread, read by anybody
+        self._directory = directory
+        self._run_id = run_id
+        self._optimizers = optimizers
+        self._publish = publish
+        self._arena: SnapshotArena | None = None
+        self._store: CheckpointStore | None = None
+        self._writer: CheckpointWriter | None = None
+        self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        position: Mapping[str, int],
+        metrics: Mapping[str, float],
+        reason: str,
+        tags: tuple[str, ...] = (),
+        future: "Future[CheckpointSaved] | None" = None,
+    ) -> None:
+        """Copy the state and hand it to the writer. Training thread, at a step boundary.
+
+        Waits for a free slot, except for `reason="interval"`, which is left out if there is none: it
+        then fails with `SnapshotBusyError`, as the next one will come.
+
+        Args:
+            state: What a resumed run needs, see `state.py`.
+            position: epoch, step, batch.
+            metrics: The latest values, which retention judges by.
+            reason: Why it is taken.
+            tags: Names under which it is pinned.
+            future: Completed when it is durable or has failed.
+        """
+        request = CheckpointRequest(
+            step=position["step"],
+            epoch=position["epoch"],
+            batch=position["batch"],
+            attempt=self.attempt,
+            run_id=self._run_id,
+            reason=reason if reason in get_args(Reason) else "manual",  # type: ignore[arg-type]  # just checked
+            parent=self.parent,
+            metrics=dict(metrics),
+            tags=tags,
+        )
+        if future is not None:
+            self._waiting[id(request)] = [future]
+        try:
+            writer, arena = self.open()
+            snapshot = arena.take_nowait(state) if reason == "interval" else arena.take(state)
+            try:
+                writer.submit_nowait(snapshot, request)
+            except BaseException:
+                snapshot.release()
+                raise
+        except CheckpointError as error:
+            self._failed(request, error)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Return when everything taken is durable or has failed. Blocks.
+
+        Raises:
+            CheckpointDeadlineExceeded: If `timeout` seconds were not enough.
+        """
+        if self._writer is not None:
+            self._writer.flush(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish, end the thread, give memory and lock back. Blocks; twice is fine."""
+        if self._writer is not None:
+            try:
+                self._writer.close(timeout)
+            except CheckpointError as error:
+                logger.error("checkpoints were not finished: %s", error)
+        if self._arena is not None:
+            self._arena.close()
+        if self._store is not None:
+            self._store.close()
+
+    def load(self, which: str | int | Path) -> LoadedCheckpoint:
+        """Read a checkpoint back, every byte checked; of `"last"`, a damaged one gives way to the one before.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged.
+        """
+        self.open()
+        assert self._store is not None
+        loaded = self._store.load(which, on_corrupt="fallback")
+        for error in loaded.rejected:
+            logger.warning("a checkpoint was passed over: %s", error)
+        return loaded
+
+    def open(self) -> tuple[CheckpointWriter, SnapshotArena]:
+        """Open store, lock and thread if they are not.
+
+        Raises:
+            RunLockedError: Another run has this directory.
+        """
+        if self._writer is None or self._arena is None:
+            self._store = CheckpointStore(self._directory, retention=self.retention)
+            self._arena = SnapshotArena(optimizers=self._optimizers.values())
+            self._writer = CheckpointWriter(self._store, on_saved=self._saved, on_failed=self._failed)
+        return self._writer, self._arena
+
+    def _saved(self, request: CheckpointRequest, commit: Commit) -> None:
+        """Say that a checkpoint is durable. Writer's thread."""
+        path = str(commit.info.path)
+        self.saved[request.step] = self.last = path
+        gone = set(commit.deleted)
+        self.saved = {step: kept for step, kept in self.saved.items() if Path(kept).name not in gone}
+        event = CheckpointSaved(
+            path=path,
+            saved_step=request.step,
+            reason=request.reason,
+            bytes=commit.info.bytes,
+            seconds=commit.seconds,
+        )
+        for problem in commit.problems:
+            logger.warning("after checkpoint %s: %s", path, problem)
+        self._publish(event)
+        for future in self._waiting.pop(id(request), ()):
+            future.set_result(event)
+
+    def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
+        """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""
+        if not isinstance(error, SnapshotBusyError):
+            logger.error("the checkpoint of step %d was not saved: %s", request.step, error)
+        self._publish(
+            CheckpointFailed(
+                saved_step=request.step, reason=request.reason, error=f"{type(error).__name__}: {error}"
+            )
+        )
+        for future in self._waiting.pop(id(request), ()):
+            future.set_exception(error)

@@ -1,0 +1,172 @@
+"""State: everything that a resumed run needs, taken at a step boundary and put back before the first event.
+
+    model, optimizers, schedulers, loss scaler      tensors and plain values, as torch gives them
+    position, means, metric accumulators            where the run stands, and what the epoch has summed up
+    loader, random                                  the order of the epoch, and every generator
+    callbacks                                       what deciders and step hooks remember
+
+Random states are put back last, after the loader has begun its epoch: beginning it draws from them.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offloop.engine.callback import Handlers
+from offloop.engine.events import Resumed
+from offloop.engine.loader_position import Exactness, capture_in_epoch, continue_epoch
+from offloop.engine.random_state import capture_random_state, restore_random_state
+
+if TYPE_CHECKING:
+    from offloop.engine.loop import TrainingLoop
+
+COUNTERS = (
+    "epoch",
+    "step",
+    "batch",
+    "epoch_batches",
+    "epoch_samples",
+    "epoch_first_step",
+    "validated_step",
+    "last_lr",
+)
+
+
+def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any]:
+    """Return the state of a run as of this boundary. Training thread; tensors are live, not copied."""
+    state: dict[str, Any] = {
+        "model": dict(loop.program.model.state_dict()),
+        "optimizers": {name: each.state_dict() for name, each in loop.optimizers.items()},
+        "schedulers": [each.scheduler.state_dict() for each in loop.schedules],
+        "position": {name: getattr(loop, name) for name in COUNTERS},
+        "phase": loop.phase,
+        "taken": loop.reporter.clock_offset + time.perf_counter(),
+        "seconds": loop.seconds(),
+        "means": loop.reporter.train_means.state_dict(),
+        "epoch_metrics": dict(loop.epoch_metrics),
+        "latest": dict(loop.latest),
+        "loss_scale": loop.reporter.loss_scale,
+        "random": capture_random_state(),
+        "environment": environment(loop),
+        "callbacks": {each.name: dict(each.callback.state_dict()) for each in handlers if each.has_state},
+    }
+    if loop.mixed.scaler is not None:
+        state["scaler"] = loop.mixed.scaler.state_dict()
+    if loop.train_metrics:
+        state["metrics"] = loop.train_metrics.state_dict()
+    if loop.before_epoch is not None:
+        state["loader"] = {"before": loop.before_epoch, "now": capture_in_epoch(loop.train_loader)}
+    return state
+
+
+def restore(loop: "TrainingLoop", state: Mapping[str, Any]) -> list[str]:
+    """Put a state back, all but callbacks, loader and random states. Training thread, before the first event.
+
+    Returns:
+        What could not be put back exactly, in words.
+
+    Raises:
+        RuntimeError, ValueError: The state is of another model or optimizer; torch's text says what differs.
+    """
+    loop.program.model.load_state_dict(state["model"])
+    for name, optimizer in loop.optimizers.items():
+        _load_optimizer(optimizer, state["optimizers"][name])
+    for schedule, saved in zip(loop.schedules, state["schedulers"], strict=False):
+        schedule.scheduler.load_state_dict(saved)
+    if loop.mixed.scaler is not None and "scaler" in state:
+        loop.mixed.scaler.load_state_dict(state["scaler"])
+    for name in COUNTERS:
+        setattr(loop, name, state["position"][name])
+    loop.phase = state["phase"]
+    if loop.phase == "after_epoch":
+        loop.epoch += 1
+        loop.phase = "before_epoch"
+    loop.seconds_before = state["seconds"]
+    loop.reporter.train_means.load_state_dict(state["means"])
+    loop.reporter.loss_scale = state["loss_scale"]
+    loop.epoch_metrics = dict(state["epoch_metrics"])
+    loop.latest = dict(state["latest"])
+    if loop.train_metrics and "metrics" in state:
+        loop.train_metrics.load_state_dict(state["metrics"])
+    here = environment(loop)
+    return [
+        f"{name} was {saved}, now it is {here.get(name)}"
+        for name, saved in state["environment"].items()
+        if here.get(name) != saved
+    ]
+
+
+def environment(loop: "TrainingLoop") -> dict[str, Any]:
+    """Return what decides about bits beside the state: if it differs, a resumed run is not bitwise."""
+    device = loop.device
+    return {
+        "torch": str(torch.__version__),  # a str subclass, which a checkpoint would refuse
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "precision": loop.config.precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load an optimizer's state with its exact dtypes: torch casts it to those of the parameters."""
+    optimizer.load_state_dict(dict(saved))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved["state"].items():
+        live = optimizer.state[parameters[int(index)]]
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and live[name].dtype != value.dtype:
+                live[name] = value.to(live[name].device).clone()
+
+
+class Continuation:
+    """A loaded checkpoint on its way back into a run: what is left to do after `restore`."""
+
+    def __init__(self, path: str, state: Mapping[str, Any], reasons: list[str]) -> None:
+        """Keep what the loop needs when it comes to its schedules and its loader.
+
+        Args:
+            path: Of the checkpoint.
+            state: What `capture` returned, from disk.
+            reasons: Why the run is not bitwise already, from `restore`.
+        """
+        self.path = path
+        self.taken: float = state["taken"]
+        self._state = state
+        self._reasons = reasons
+        loader = state.get("loader")
+        self.before_epoch: dict[str, Any] | None = None if loader is None else loader["before"]
+        self._now: Mapping[str, Any] = {} if loader is None else loader["now"]
+
+    def restore_schedule(self, loop: "TrainingLoop") -> None:
+        """Put back the state of the schedule attached last, and the rates that making it has changed."""
+        index = len(loop.schedules) - 1
+        saved = self._state["schedulers"]
+        if index < len(saved):
+            loop.schedules[index].scheduler.load_state_dict(saved[index])
+        else:
+            self._reasons.append(f"schedule {index} is new")
+        for name, optimizer in loop.optimizers.items():
+            groups = self._state["optimizers"][name]["param_groups"]
+            for group, kept in zip(optimizer.param_groups, groups, strict=True):
+                group.update({key: value for key, value in kept.items() if key != "params"})
+
+    def continue_epoch(self, loader: Iterable[Any], done: int) -> tuple[Iterator[Any], Exactness, str]:
+        """Return an iterator over the rest of the epoch, and how exact it is."""
+        if self.before_epoch is None:
+            return (
+                iter(loader),
+                "bitwise" if not done else "approximate",
+                "" if not done else "no loader state",
+            )
+        return continue_epoch(loader, done, self.before_epoch, self._now)
+
+    def finish(self, exactness: Exactness, reason: str, position: dict[str, Any]) -> Resumed:
+        """Put the random states back and return what to say. The last thing before training goes on."""
+        missed = restore_random_state(self._state["random"])
+        reasons = [*self._reasons, *missed, *([reason] if reason else [])]
+        if (missed or self._reasons) and exactness == "bitwise":
+            exactness = "approximate"
+        return Resumed(checkpoint=self.path, exactness=exactness, reasons="; ".join(reasons), **position)
