@@ -42,7 +42,8 @@ class EarlyStopping(Callback):
             stopping_threshold: Stop at once when the metric is better than this.
             divergence_threshold: Stop at once when the metric is worse than this.
             restore_best: Put the weights (and buffers) of the best check back when the run stops here or
-                reaches its last epoch. Keeps one copy of them on the device.
+                reaches `epochs` or `max_steps`, or `max_time` in the middle of an epoch. Keeps one copy of them
+                on the device, and one in each checkpoint.
 
         Raises:
             ConfigError: A value is out of its range.
@@ -63,11 +64,12 @@ class EarlyStopping(Callback):
         self.best_step = 0
         self._best_weights: dict[str, Any] | None = None
         self._epochs: int | None = None
+        self._max_steps: int | None = None
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         self.monitor.begin(run)
-        self._epochs = event.epochs
+        self._epochs, self._max_steps = event.epochs, event.max_steps
 
     @decides
     def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
@@ -76,21 +78,30 @@ class EarlyStopping(Callback):
     @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
         self._check(event, run)
-        is_last = not event.complete or event.epoch + 1 == self._epochs
+        is_last = not event.complete or event.epoch + 1 == self._epochs or event.step == self._max_steps
         if is_last and self._best_weights is not None:
             self._restore(run)
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {"monitor": self.monitor.state_dict(), "misses": self.misses, "best_step": self.best_step}
+        return {
+            "monitor": self.monitor.state_dict(),
+            "misses": self.misses,
+            "best_step": self.best_step,
+            "best_weights": self._best_weights,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["monitor"]["key"] != self.monitor.key:
+            return  # it counted misses of another metric
         self.monitor.load_state_dict(state["monitor"])
         self.misses, self.best_step = state["misses"], state["best_step"]
+        if self.restore_best:
+            self._best_weights = state["best_weights"]
 
     def _check(self, event: ValidationEnd | EpochEnd, run: Run) -> None:
-        if not self.monitor.reads(event):
+        value = self.monitor.value_at(event)  # if it is missing, raises and lists the keys there are
+        if value is None:
             return
-        value = event.metrics[self.monitor.key]  # raises and lists the keys there are
         if self.monitor.improves(value):
             self.misses = 0
             self.best_step = event.step
@@ -111,10 +122,12 @@ class EarlyStopping(Callback):
     def _reason(self, value: float) -> str:
         """Return why to stop, empty to go on."""
         key = self.monitor.key
-        if not math.isfinite(value) and self.check_finite:
+        is_finite = math.isfinite(value)
+        if not is_finite and self.check_finite:
             return f"{key} is {value}"
-        if self.stopping_threshold is not None and self.monitor.is_beyond(value, self.stopping_threshold):
-            return f"{key} is {value:.6g}, beyond stopping_threshold={self.stopping_threshold:g}"
+        goal = self.stopping_threshold
+        if is_finite and goal is not None and self.monitor.is_beyond(value, goal):
+            return f"{key} is {value:.6g}, beyond stopping_threshold={goal:g}"
         if self.divergence_threshold is not None and self.monitor.is_beyond(self.divergence_threshold, value):
             return f"{key} is {value:.6g}, worse than divergence_threshold={self.divergence_threshold:g}"
         if self.misses >= self.patience:

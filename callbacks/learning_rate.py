@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from offloop.callbacks.monitor import Mode, Monitor
-from offloop.engine import Callback, ConfigError, Run, TrainStart, decides
+from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, decides
 
 Interval = Literal["epoch", "step"]
 
@@ -82,8 +82,9 @@ class LearningRateScheduler(Callback):
             scheduler: A name, a class, or an instance made for the run's optimizer.
             interval: Step after each `"epoch"` or each optimizer `"step"`; the names have their own default,
                 a class or an instance steps each epoch.
-            monitor: For a plateau: the metric it watches, `"val_loss"` by default.
-            mode: For a plateau: whether less or more of it is better.
+            monitor: For a plateau: the metric it watches; None for the run's, which is `val_loss`, or `train_loss`
+                in a run without a validation, unless the trainer says otherwise.
+            mode: For a plateau: whether less or more of it is better. An instance has its own.
             warmup: Optimizer steps over which the rate first rises linearly, before the schedule begins.
             optimizer: Its name, where the trainer has several.
             arguments: Handed to the torch class.
@@ -120,16 +121,26 @@ class LearningRateScheduler(Callback):
         self._is_plateau = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
         if monitor is not None and not self._is_plateau:
             raise ConfigError(f"monitor={monitor!r} is for reduce_on_plateau: other schedules watch nothing")
-        self.monitor = Monitor(monitor or "val_loss", mode) if self._is_plateau else None
+        if isinstance(scheduler, ReduceLROnPlateau):
+            mode = scheduler.mode
+        self.monitor = Monitor(monitor, mode) if monitor is not None else None
+        self.mode: Mode = mode
+        self._watched: Monitor | None = None  # of a plateau
         if not isinstance(scheduler, LRScheduler):
-            _check_arguments(make, self.arguments)
+            filled_in = {"optimizer", "max_lr" if make is OneCycleLR else "", self._length_argument}
+            _check_arguments(make, self.arguments, filled_in)
+
+    def reset(self) -> None:
+        self._watched = None
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         trainer = run.trainer
         optimizer = self._chosen(trainer.optimizers)
-        if self.monitor is not None:
-            self.monitor.begin(run)
+        if self._is_plateau:
+            own_mode = run.trainer.config.mode if self.mode == "auto" else self.mode
+            self._watched = self.monitor or Monitor(run.monitor, own_mode)
+            self._watched.begin(run)
         if isinstance(self.scheduler, LRScheduler):
             schedule = self.scheduler
         else:
@@ -137,8 +148,13 @@ class LearningRateScheduler(Callback):
         if self.warmup:
             rise = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=self.warmup)
             trainer.attach_scheduler(rise, interval="step")
-        key = None if self.monitor is None else self.monitor.key
+        key = None if self._watched is None else self._watched.key
         trainer.attach_scheduler(schedule, interval=self.interval, monitor=key, after_steps=self.warmup)
+
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        if self._watched is not None:
+            self._watched.value_at(event)  # raises where the metric was due and is not there
 
     def _chosen(self, optimizers: dict[str, Optimizer]) -> Optimizer:
         if self.optimizer is None:
@@ -153,8 +169,8 @@ class LearningRateScheduler(Callback):
             arguments[self._length_argument] = self._length(event)
         if self._make is OneCycleLR:
             arguments.setdefault("max_lr", [float(group["lr"]) for group in optimizer.param_groups])
-        if self.monitor is not None:
-            arguments.setdefault("mode", run.direction_of(self.monitor.key))
+        if self._watched is not None:
+            arguments["mode"] = self._watched.direction
         return arguments
 
     def _length(self, event: TrainStart) -> int:
@@ -175,8 +191,16 @@ class LearningRateScheduler(Callback):
         )
 
 
-def _check_arguments(make: Callable[..., LRScheduler], arguments: dict[str, Any]) -> None:
-    legal = [name for name in inspect.signature(make).parameters if name != "optimizer"]
+def _check_arguments(
+    make: Callable[..., LRScheduler], arguments: dict[str, Any], filled_in: set[str | None]
+) -> None:
+    parameters = inspect.signature(make).parameters
+    legal = [name for name in parameters if name != "optimizer"]
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     for name in arguments:
-        if name not in legal:
+        if name not in legal and not takes_any:
             raise ConfigError(f"{make.__name__} takes no {name!r}; legal are {', '.join(legal)}")
+    for name, each in parameters.items():
+        needed = each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        if needed and name not in filled_in and name not in arguments:
+            raise ConfigError(f"{make.__name__} needs {name}=...; legal are {', '.join(legal)}")

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from offloop.callbacks.monitor import Mode, Monitor
 from offloop.engine import (
     Callback,
+    CheckpointSaved,
     ConfigError,
     EpochEnd,
     Retention,
@@ -24,8 +26,8 @@ class ModelCheckpoint(Callback):
 
     Training waits for one copy in memory; writing goes on beside it. A checkpoint counts when it is
     durable (`CheckpointSaved`), and older ones are removed only after that. The choice of the best is a
-    decider, so it does not depend on how fast the disk is; if saving it fails, the best on disk stays the previous
-    one.
+    decider, so it does not depend on how fast the disk is. If saving it fails, the previous best counts again:
+    on disk at once, and for what is saved next as soon as the failure is known.
     """
 
     needs_run_dir = True
@@ -87,19 +89,28 @@ class ModelCheckpoint(Callback):
         self.every_seconds = every_seconds
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
-        self._watched = self.monitor
-        self._saved_at = 0.0
+        self.reset()
 
     def reset(self) -> None:
-        self._watched = self.monitor
+        self._watched = self.monitor  # or the run's own
         if self._watched is not None:
             self._watched.best = None
+        self._best_on_disk: float | None = None
+        self._pending: list[tuple[float, Future[CheckpointSaved]]] = []  # bests that are being written
+        self._saved_at = 0.0
+        self._best_step = -1  # where the latest best was saved
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
-        if self._watched is None:
-            self._watched = Monitor(run.monitor, self.mode)
+        if self.monitor is None:
+            mode = run.trainer.config.mode if self.mode == "auto" else self.mode
+            best = None if self._watched is None else self._watched.state_dict()
+            self._watched = Monitor(run.monitor, mode)
+            if best is not None:
+                self._watched.load_state_dict(best)
+        assert self._watched is not None
         self._watched.begin(run)
+        self._best_on_disk = self._watched.best
         self._saved_at = time.monotonic()
         retention = Retention(
             keep_last=self.keep_last,
@@ -124,8 +135,9 @@ class ModelCheckpoint(Callback):
 
     @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-        saved = self._judge(event, run)
-        if not saved and self.every_n_epochs is not None and (event.epoch + 1) % self.every_n_epochs == 0:
+        self._judge(event, run)
+        due = self.every_n_epochs is not None and (event.epoch + 1) % self.every_n_epochs == 0
+        if due and event.step != self._best_step:  # its validation's best is the same state
             self._save(run, "interval")
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -137,15 +149,31 @@ class ModelCheckpoint(Callback):
                 self._watched = Monitor(state["monitor"]["key"], self.mode)
             self._watched.load_state_dict(state["monitor"])
 
-    def _judge(self, event: ValidationEnd | EpochEnd, run: Run) -> bool:
-        """Save if the metric has improved; True if it was."""
+    def _judge(self, event: ValidationEnd | EpochEnd, run: Run) -> None:
+        """Save if the metric has improved."""
         watched = self._watched
         assert watched is not None
-        if not watched.reads(event) or not watched.improves(event.metrics[watched.key]):
-            return False
-        self._save(run, "best")
-        return True
+        self._settle(watched)
+        if self.monitor is None and watched.key not in event.metrics:
+            return  # nobody asked for this metric, so a run may do without it
+        value = watched.value_at(event)
+        if value is not None and watched.improves(value):
+            self._pending.append((value, self._save(run, "best")))
+            self._best_step = event.step
 
-    def _save(self, run: Run, reason: str) -> None:
+    def _settle(self, watched: Monitor) -> None:
+        """Take note of what became of earlier bests; one that was not written is no best."""
+        done = [(value, future) for value, future in self._pending if future.done()]
+        self._pending = [(value, future) for value, future in self._pending if not future.done()]
+        failed = False
+        for value, future in done:
+            if future.cancelled() or future.exception() is not None:
+                failed = True
+            else:
+                self._best_on_disk = value
+        if failed:
+            watched.best = self._pending[-1][0] if self._pending else self._best_on_disk
+
+    def _save(self, run: Run, reason: str) -> "Future[CheckpointSaved]":
         self._saved_at = time.monotonic()
-        run.checkpoint_nowait(reason)
+        return run.checkpoint_nowait(reason)

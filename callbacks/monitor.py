@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from offloop.engine import ConfigError, EpochEnd, Run, ValidationEnd
+from offloop.engine import ConfigError, EpochEnd, Run, TrainerConfig, ValidationEnd
 
 Mode = Literal["auto", "min", "max"]
 
@@ -36,6 +36,8 @@ class Monitor:
         self.min_delta = float(min_delta)
         self.best: float | None = None
         self._mode = mode
+        self._config: TrainerConfig | None = None  # of the run; says when validations are due
+        self._judged_epoch = -1
         self._direction: Literal["min", "max"] | None = None if mode == "auto" else mode
 
     @property
@@ -50,6 +52,8 @@ class Monitor:
         Raises:
             ConfigError: `mode="auto"`, and neither the metric nor its name says what better means.
         """
+        self._config = run.trainer.config
+        self._judged_epoch = -1
         if self._mode == "auto":
             self._direction = run.direction_of(self.key)
             if self._direction is None:
@@ -57,9 +61,33 @@ class Monitor:
                     f'monitor={self.key!r}: is less or more of it better? Give mode="min" or mode="max"'
                 )
 
-    def reads(self, event: ValidationEnd | EpochEnd) -> bool:
-        """True if the metric is made at such an event: `val_...` at validations, else at the end of epochs."""
-        return isinstance(event, ValidationEnd) is self.key.startswith("val_")
+    def value_at(self, event: ValidationEnd | EpochEnd) -> float | None:
+        """Return the metric where it is made: `val_...` at validations, else at the end of epochs; None elsewhere.
+
+        Raises:
+            MetricNotFoundError: It was due and was not made; the text lists what was.
+        """
+        if isinstance(event, ValidationEnd) is self.key.startswith("val_"):
+            self._judged_epoch = event.epoch
+            return event.metrics[self.key]
+        if (
+            isinstance(event, EpochEnd)
+            and self._judged_epoch != event.epoch
+            and self._validation_was_due(event)
+        ):
+            event.metrics[
+                self.key
+            ]  # a run without a val_loader, say: raising beats watching nothing for ever
+        return None
+
+    def _validation_was_due(self, event: EpochEnd) -> bool:
+        """True if the epoch should have ended with a validation."""
+        if self._config is None:
+            return False
+        every = self._config.val_every_n_epochs
+        if every is None and self._config.val_every_n_steps is None:
+            every = 1
+        return every is not None and (event.epoch + 1) % every == 0
 
     def is_beyond(self, value: float, threshold: float) -> bool:
         """True if `value` is better than `threshold`."""

@@ -99,11 +99,8 @@ def length_of(loader: Any) -> int | None:
     """Return how many batches a loader says it has, None where it has no length."""
     try:
         return len(loader)
-    except (
-        TypeError,
-        NotImplementedError,
-    ):  # an iterable without one, or a DataLoader over an IterableDataset
-        return None
+    except (TypeError, NotImplementedError):
+        return None  # an iterable without one, or a DataLoader over an IterableDataset
 
 
 def limited_length(loader: Any, limit: int | float | None, knob: str) -> int | None:

@@ -41,6 +41,8 @@ class EventLog(Callback):
         self._file = None
 
     def on_event(self, event: Event, run: Run) -> None:
+        if not run.has_dir:
+            return  # the run was refused its directory: only TrainEnd comes, and belongs nowhere
         if self._file is None:
             path = run.dir / FILE_NAME
             if isinstance(event, TrainStart) and event.attempt and path.exists():
@@ -83,7 +85,7 @@ def read_events(path: "Path | str") -> Iterator[Event]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                event = decode(line)
+                event = decode(line.rstrip(b"\n"))  # an unknown one keeps these bytes
             except msgspec.DecodeError:
                 if line.endswith(b"\n"):
                     logger.warning("%s:%d is no event and was left out", path, number)

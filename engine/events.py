@@ -95,8 +95,12 @@ class _Codec(msgspec.Struct):
 _codecs: dict[str, _Codec] = {}
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", tag=_tag):
+class Event(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type", tag=_tag
+):
     """A milestone: rare, never dropped, and the base class of every event.
+
+    Events are not tracked by the garbage collector: plain values form no cycles, and a fast loop makes many.
 
     Who publishes leaves `run_id`, `seq` and `time` alone: they are filled in on the way. An event
     published from anywhere but the training thread gets the position of the training event before it.

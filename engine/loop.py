@@ -267,11 +267,12 @@ class TrainingLoop:
         on_host = self.device.type == "cpu"
         if self.is_time_to_leave():
             return  # without asking the loader: making an iterator draws a random number and starts workers
+        may_end = self.limits.max_steps is not None or self.limits.max_time is not None
         iterator, given = self.begin_loader(loader)
         while True:
             if control.attention:
                 self.boundary.look_up()
-            if self.is_time_to_leave() or given == limit:
+            if ((may_end or self.ending is not None) and self.is_time_to_leave()) or given == limit:
                 break
             asked = clock()
             try:
@@ -365,7 +366,10 @@ class TrainingLoop:
             else:
                 loss = loss * weight  # the sum of the weights is known only at the end: rescaled there
                 window.is_weighted = True
-        self.mixed.backward(loss)
+        if self.mixed.scaler is None:
+            loss.backward()
+        else:
+            self.mixed.backward(loss)
         if hooks.active:
             hooks.run("after_backward", batch)
         window.count += 1
@@ -386,10 +390,13 @@ class TrainingLoop:
 
     def optimizer_step(self, batch: Batch) -> None:
         """Update the parameters with the gradients of the window."""
+        # Calls that would do nothing are left out here and in train_batch: this runs in every step.
         config, window, optimizer = self.config, self.window, self.first_optimizer
         if window.is_weighted:
             rescale(self.parameters, 1.0 / (sum(window.weights) or 1.0))
-        self.mixed.unscale(optimizer)
+        mixed = self.mixed
+        if mixed.scaler is not None:
+            mixed.unscale(optimizer)
         if self.hooks.active:
             self.hooks.run("before_optimizer_step", batch)
         norm = None
@@ -398,8 +405,11 @@ class TrainingLoop:
         skipped = config.on_nonfinite == "skip_step" and not self.step_is_finite()
         self.last_lr = largest_lr(optimizer)
         if not skipped:
-            self.mixed.step(optimizer)
-        self.end_step(batch, norm, self.mixed.update(), skipped)
+            if mixed.scaler is None:
+                optimizer.step()
+            else:
+                mixed.step(optimizer)
+        self.end_step(batch, norm, None if mixed.scaler is None else mixed.update(), skipped)
 
     def end_step(
         self, batch: Batch, norm: torch.Tensor | None, scale: torch.Tensor | None, skipped: bool

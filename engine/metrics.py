@@ -1,6 +1,6 @@
 """Named metrics over one whole pass of a data set, added up and computed by torchmetrics.
 
-What a name means: the scikit-learn call it equals, on the concatenated data set, with `zero_division=0`
+A name means the scikit-learn call it equals, on the concatenated data set, with `zero_division=0`
 (aliases in brackets; scikit-learn's function names are aliases, too).
 
     accuracy (acc)           accuracy_score; with several labels per sample, all must be right
@@ -26,19 +26,19 @@ The task of the other names is read off the first batch of a run, and stays:
 tokens) count as samples. Negative class indices are not counted, like the -100 of `cross_entropy`.
 Outputs are probabilities if all outputs *of the pass* lie in [0, 1], else logits. One batch cannot tell:
 a new network's first logits often lie in there, and those of a zero-initialised head always do.
-Legend: B = batch, C = classes, L = labels, N = samples (B times positions), D = numbers per sample.
+(B = batch, C = classes, L = labels, N = samples or positions in a batch, D = numbers per sample.)
 """
 
 import copy
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torchmetrics.classification as tmc
 from torch import Tensor
-from torchmetrics import MaxMetric, Metric, MetricCollection
+from torchmetrics import MaxMetric, Metric
 from torchmetrics.functional.classification import multilabel_auroc
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 from torchmetrics.utilities.compute import normalize_logits_if_needed
@@ -74,48 +74,53 @@ class MetricSet:
         self._chosen = _chosen(metrics)
         self.names = tuple(self._chosen)
         self._kinds = [f"{name}: {type(metric).__name__}" for name, metric in self._chosen.items()]
-        self._prefix = prefix
-        self._device = device
-        self._batches = 0
-        self._named = [name for name, metric in self._chosen.items() if metric is None]
-        self._problem: _Problem | None = None  # read off the first batch, which makes the parts:
-        self._parts: dict[str, Metric | MetricCollection] = {}  # users' by name, ours by what they are fed
+        self._prefix, self._device, self._batches = prefix, device, 0
+        self._shapes: tuple[torch.Size, torch.Size] | None = None  # of the last batch
+        self._problem: _Problem | None = None  # read off the first batch, which makes the counters
+        # What it is fed (see _view), the metric that is updated, and by name those that compute from its sums.
+        self._counters: list[tuple[str, Metric, dict[str, Metric]]] = []
 
     @torch.inference_mode(False)  # here and below: sums made in inference mode could not grow outside
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add one batch; one without samples is ignored. Nothing of the autograd graph is kept.
 
-        Raises:
-            ValueError: The first batch fits no task, or a later one does not fit the first one's.
+        Raises ValueError if the first batch fits no task, or a later one does not fit the first one's.
         """
         if outputs.numel() == 0:
             return
         outputs, targets = outputs.detach(), targets.detach()
-        problem = _problem(self._named, outputs, targets, self._problem)
-        if self._problem is None:
-            self._build(problem)
-        for key, metric in self._parts.items():
-            metric.update(*_fed(key, outputs, targets, problem))
+        if self._problem is None or self._shapes != (outputs.shape, targets.shape):
+            named = [name for name, own in self._chosen.items() if own is None]
+            problem = _problem(named, outputs, targets, self._problem)
+            if self._problem is None:
+                self._build(problem)
+            self._problem, self._shapes = problem, (outputs.shape, targets.shape)
+        fed: dict[str, tuple[Tensor, ...]] = {}
+        for view, metric, _ in self._counters:
+            if view not in fed:
+                fed[view] = _view(view, outputs, targets, self._problem)
+            metric.update(*fed[view])
         self._batches += 1
 
     def compute(self) -> dict[str, float]:
         """Return the metrics of the pass so far, by prefixed key; empty if there was no batch.
 
         Blocks until the device has caught up: here, and only here, metrics are read back. A user's metric that
-        gives a mapping has a key for each entry, `<prefix><name>_<entry>`. Under torch.distributed torchmetrics
-        adds up the ranks: each must call this, with a batch at least.
-
-        Raises:
-            ValueError: A user's metric gives something else than single numbers.
+        gives a mapping has a key for each entry, `<prefix><name>_<entry>`; one that gives no single numbers raises
+        ValueError. Under torch.distributed each rank must call this, after a batch at least.
         """
         if self._batches == 0:
             return {}
-        results: dict[str, Any] = {part: metric.compute() for part, metric in self._parts.items()}
-        if "how far outside" in results:
-            are_probabilities = bool(results.pop("how far outside") <= 0)  # host-device synchronisation
-            del results["above 0" if are_probabilities else "above 0.5"]
-        for part in [key for key in results if key not in self.names]:
-            results.update(results.pop(part))
+        results: dict[str, Any] = {}
+        wrong = ""
+        for view, counter, users in reversed(self._counters):  # the reading of the outputs is found out first
+            for name, metric in users.items() if view != wrong else ():
+                for state in counter.metric_state:
+                    setattr(metric, state, getattr(counter, state))
+                metric._computed, metric._update_count = None, counter._update_count
+                results[name] = metric.compute()
+            if view == "how far outside":
+                wrong = "above 0" if bool(results[""] <= 0) else "above 0.5"  # host-device synchronisation
         values = dict(pair for name in self.names for pair in _flat(name, results[name]))
         return {f"{self._prefix}{key}": float(value) for key, value in values.items()}  # synchronisation
 
@@ -123,7 +128,7 @@ class MetricSet:
     def reset(self) -> None:
         """Forget the sums, keep the task. Call it before each pass; twice is fine."""
         self._batches = 0
-        for metric in self._parts.values():
+        for _, metric, _ in self._counters:
             metric.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,61 +137,59 @@ class MetricSet:
             "metrics": self._kinds,
             "batches": self._batches,
             "problem": self._problem and tuple(self._problem),
-            "parts": {key: metric.state_dict() for key, metric in self._parts.items()},
+            "sums": [metric.state_dict() for _, metric, _ in self._counters],
         }
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`: all that follows is bit for bit what it would have been.
 
-        Raises:
-            ValueError: The state was made by other metrics; nothing has been changed then.
+        Raises ValueError, and changes nothing, if the state was made by other metrics.
         """
         if state["metrics"] != self._kinds:
             raise ValueError(f"the saved metrics are {state['metrics']}, those to resume are {self._kinds}")
-        self._problem, self._parts, self._batches = None, {}, state["batches"]
-        if state["problem"] is not None:
-            self._build(_Problem(*state["problem"]))
-        for key, metric in self._parts.items():
-            metric.load_state_dict(copy.deepcopy(state["parts"][key]))  # else it adds to the caller's tensors
+        self._problem = state["problem"] and _Problem(*state["problem"])
+        self._shapes, self._batches = None, state["batches"]
+        self._counters = []
+        if self._problem is not None:
+            self._build(self._problem)
+        for (_, metric, _), sums in zip(self._counters, state["sums"], strict=True):
+            metric.load_state_dict(copy.deepcopy(sums))  # else it adds to the caller's tensors
             metric.to(self._device)
-            for member in _members(metric):
+            for member in (module for module in metric.modules() if isinstance(module, Metric)):
                 member._update_count = self._batches  # not in its state; at 0 `compute` warns
 
     def _build(self, problem: _Problem) -> None:
-        self._problem = problem
-        self._parts = {name: own.clone() for name, own in self._chosen.items() if own is not None}
-        fed: dict[str, dict[str, Metric]] = {}
-        both = ["classes"] if problem.task == "multiclass" else ["above 0", "above 0.5"]
-        for name in self._named:
-            for view in both if _NAMED[name].view == "labels" else [_NAMED[name].view]:
-                fed.setdefault(view, {})[name] = _NAMED[name].make(problem)
-        for view, metrics in fed.items():
-            groups: dict[tuple[str, ...], list[str]] = {}  # of the same states, which are added up once
-            for name, metric in metrics.items():
-                groups.setdefault(tuple(metric.metric_state), []).append(name)
-            self._parts[view] = MetricCollection(dict(metrics), compute_groups=list(groups.values()))
-            if view == "numbers":
-                self._parts[view].set_dtype(_wide(self._device))
-        if "above 0" in fed:
-            self._parts["how far outside"] = MaxMetric(nan_strategy="disable")
-        for part in self._parts.values():
-            part.reset()  # a user may have used a metric before
-            part.to(self._device)
-            for member in _members(part):
-                member.persistent(True)
+        readings = ["classes"] if problem.task == "multiclass" else ["above 0", "above 0.5"]
+        for name, own in self._chosen.items():
+            if own is not None:
+                self._add("as given", name, own.clone())
+                continue
+            view = _NAMED[name].view
+            for reading in readings if view == "labels" else [view]:
+                self._add(reading, name, _NAMED[name].make(problem))
+        if any(view == "above 0" for view, _, _ in self._counters):
+            self._add("how far outside", "", MaxMetric(nan_strategy="disable"))
 
-
-def _members(metric: Metric | MetricCollection) -> Iterator[Metric]:
-    return (module for module in metric.modules() if isinstance(module, Metric))
+    def _add(self, view: str, name: str, metric: Metric) -> None:
+        metric.reset()  # a user may have used it before
+        metric.to(self._device)
+        if view == "numbers":
+            metric.set_dtype(_wide(self._device))
+        for member in (module for module in metric.modules() if isinstance(module, Metric)):
+            member.persistent(True)
+        for fed, counter, users in self._counters:
+            if fed == view != "as given" and counter.metric_state.keys() == metric.metric_state.keys():
+                users[name] = metric
+                return
+        self._counters.append((view, metric, {name: metric}))
 
 
 def check_metrics(metrics: Metrics) -> None:
     """Raise where `metrics` cannot be used, before a run starts. Touches no device.
 
-    Raises:
-        ValueError: An unknown name, a key that is reserved or given twice, a metric that gives one value per class.
-        TypeError: Something that is neither a name nor a `torchmetrics.Metric` instance.
+    ValueError: an unknown name, a key that is reserved or given twice, a metric that gives one value per class.
+    TypeError: something that is neither a name nor a `torchmetrics.Metric` instance.
     """
     _chosen(metrics)
 
@@ -220,12 +223,12 @@ def _chosen(metrics: Metrics) -> dict[str, Metric | None]:
     """Return key -> the user's metric, or None for one of our names, in the order given."""
     if isinstance(metrics, str | Metric) or not isinstance(metrics, Sequence | Mapping):
         raise TypeError(f"metrics must be a list of names and torchmetrics.Metrics, got {metrics!r}")
-    legal = Metric if isinstance(metrics, Mapping) else Metric | str
+    is_mapping = isinstance(metrics, Mapping)
+    pairs = metrics.items() if isinstance(metrics, Mapping) else [(_key(item), item) for item in metrics]
     chosen: dict[str, Metric | None] = {}
-    for item in metrics:
-        key, metric = (item, metrics[item]) if isinstance(metrics, Mapping) else (_key(item), item)
-        if not isinstance(metric, legal):
-            wanted = "an instance of torchmetrics.Metric" + " or a name" * (legal is not Metric)
+    for key, metric in pairs:
+        if not isinstance(metric, Metric if is_mapping else Metric | str):
+            wanted = "an instance of torchmetrics.Metric" + " or a name" * (not is_mapping)
             raise TypeError(f"a metric must be {wanted}, got {metric!r}")
         if not isinstance(key, str) or not key or key == "loss":  # the loop makes train_loss
             raise ValueError(f"a metric cannot be called {key!r}; the key is a text, not 'loss'")
@@ -247,7 +250,7 @@ def _key(metric: object) -> str:
     near = "".join(f"did you mean {n!r}? " for n in difflib.get_close_matches(spelled, _ALIASES, n=1))
     known = ", ".join(map(repr, _NAMED))
     raise ValueError(
-        f"metric {metric!r} is unknown; {near}The names are {known}; or pass a torchmetrics.Metric"
+        f"metric {metric!r} is unknown; {near}the names are {known}; or pass a torchmetrics.Metric"
     )
 
 
@@ -296,24 +299,21 @@ def _problem(names: Sequence[str], outputs: Tensor, targets: Tensor, first: _Pro
     return problem
 
 
-def _fed(part: str, outputs: Tensor, targets: Tensor, problem: _Problem) -> tuple[Tensor, ...]:
-    """Return what a part is fed of a batch. Must not wait for the device."""
-    if part == "classes":  # (N,) int64
+def _view(view: str, outputs: Tensor, targets: Tensor, problem: _Problem) -> tuple[Tensor, ...]:
+    """Return what metrics are fed of a batch. Must not wait for the device."""
+    if view == "classes":  # (N,) int64
         return outputs.argmax(problem.class_dim).reshape(-1), targets.reshape(-1).long()
-    if part in ("above 0", "above 0.5"):  # what logits or probabilities say: (N,) or (N, L) int64
-        said = _rows(outputs, problem) > float(part[6:])
+    if view in ("above 0", "above 0.5"):  # what logits or probabilities say: (N,) or (N, L) int64
+        said = _rows(outputs, problem) > float(view[6:])
         return said.squeeze(1).long(), _rows(targets, problem).squeeze(1).long()
-    if part == "how far outside":  # of [0, 1]; more than 0 if they are
+    if view == "how far outside":  # of [0, 1]; more than 0 if they are
         return (torch.maximum(-outputs, outputs - 1).nan_to_num(nan=-1.0),)
-    if part == "numbers":  # (B, D) float64
+    if view == "numbers":  # (B, D) float64
         rows = (values.reshape(len(values), -1) for values in (outputs, targets))
         return tuple(values.to(_wide(values.device)).contiguous() for values in rows)
-    if part == "scores":  # (N, C or L), with truths 1, 0 or -1 (not counted); copies, for they are kept
-        if problem.task == "multiclass":
-            classes = targets.reshape(-1, 1)
-            truths = (classes == torch.arange(problem.size, device=targets.device)).to(torch.int8)
-            return _rows(outputs, problem).clone(), truths.masked_fill(classes < 0, -1)
-        return _rows(outputs, problem).clone(), _rows(targets, problem).to(torch.int8, copy=True)
+    if view == "scores":  # (N, C) with classes (N,), or (N, L) with truths; copies, for they are kept
+        truths = targets.reshape(-1) if problem.task == "multiclass" else _rows(targets, problem)
+        return _rows(outputs, problem).clone(), truths.clone()
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs, targets  # users'
 
 
@@ -330,18 +330,23 @@ def _wide(device: torch.device) -> torch.dtype:
 class _OnDevice(tmc.MulticlassStatScores):
     """Counts without `torch.bincount`, which makes the host wait for CUDA; `compute` is torchmetrics'."""
 
+    tp: Tensor
+    fp: Tensor
+    fn: Tensor
+
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add classes (N,) int64; negative targets do not count."""
-        counts = (target >= 0).long()
+        hits = preds == target
+        misses = (hits ^ (target >= 0)).long()
         target = target.clamp(min=0)
-        zeros = counts.new_zeros(self.num_classes or 1)
-        tp = zeros.scatter_add(0, target, counts * (preds == target))
-        fp = zeros.scatter_add(0, preds, counts) - tp
-        fn = zeros.scatter_add(0, target, counts) - tp
-        self._update_state(tp, fp, counts.sum() - tp - fp - fn, fn)
+        self.tp.scatter_add_(0, target, hits.long())
+        self.fp.scatter_add_(0, preds, misses)
+        self.fn.scatter_add_(0, target, misses)  # no name here is made from true negatives
 
 
 class _ExactMatch(tmc.MultilabelExactMatch):
+    correct: Tensor
+
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add labels (N, L) without `torch.tensor(N, device=...)`, which makes the host wait for CUDA."""
         self.correct += (preds == target).all(1).sum()
@@ -357,40 +362,37 @@ class _R2(R2Score):
 class _RocAuc(tmc.MultilabelAUROC):
     """Leaves out columns of one kind, and decides about logits by the pass, not batch by batch."""
 
-    def __init__(self, problem: _Problem) -> None:
-        super().__init__(problem.size, validate_args=False)
-        self.is_multiclass = problem.task == "multiclass"
-
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Keep scores and truths (N, C or L), which must be copies."""
+        """Keep scores with classes or truths, which must be copies."""
         self.preds.append(preds)
         self.target.append(target)
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics itself differs from its base
         """Return the mean area. Blocks."""
-        scores, truths = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        truths, scores = dim_zero_cat(self.target), dim_zero_cat(self.preds)
         scores = scores.to(_wide(scores.device))
-        if self.is_multiclass:
+        if truths.ndim == 1:  # classes
+            scores, classes = scores[truths >= 0], truths[truths >= 0]
             scores = normalize_logits_if_needed(scores, "softmax")
+            truths = classes.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
         has_both = (truths == 1).any(0) & (truths == 0).any(0)
         if not bool(has_both.any()) or bool(scores.isnan().any()):
             return scores.new_tensor(torch.nan)
         scores, truths = scores[:, has_both], truths[:, has_both].long()
-        return multilabel_auroc(scores, truths, scores.shape[1], ignore_index=-1, validate_args=False)
+        return multilabel_auroc(scores, truths, scores.shape[1], validate_args=False)
 
 
-def _count(kind: str) -> Callable[[_Problem], Metric]:
-    by_class, by_label = getattr(tmc, f"Multiclass{kind}"), getattr(tmc, f"Multilabel{kind}")
+def _count(kind: str, by_label: type[Metric], average: str = "macro") -> Callable[[_Problem], Metric]:
+    by_class = getattr(tmc, f"Multiclass{kind}")
     on_device = type(by_class.__name__, (_OnDevice, by_class), {})
-    return lambda p: (by_label if p.task == "multilabel" else on_device)(p.size, validate_args=False)
 
+    def make(problem: _Problem) -> Metric:
+        kind = by_label if problem.task == "multilabel" else on_device
+        metric: Metric = cast(Any, kind)(problem.size, validate_args=False)
+        metric.average = average  # only now, so that "micro" counts by class, too, and shares the counts
+        return metric
 
-def _accuracy(problem: _Problem) -> Metric:
-    if problem.task == "multilabel":
-        return _ExactMatch(problem.size, validate_args=False)
-    metric = _count("Accuracy")(problem)
-    metric.average = "micro"  # only now, so that it counts by class and shares its counts with the others
-    return metric
+    return make
 
 
 class _Named(NamedTuple):
@@ -401,11 +403,13 @@ class _Named(NamedTuple):
 
 
 _NAMED = {
-    "accuracy": _Named("acc accuracy_score", "max", "labels", _accuracy),
-    "precision": _Named("precision_score", "max", "labels", _count("Precision")),
-    "recall": _Named("recall_score", "max", "labels", _count("Recall")),
-    "f1_score": _Named("f1 f1_macro", "max", "labels", _count("F1Score")),
-    "roc_auc": _Named("auroc auc roc_auc_score", "max", "scores", _RocAuc),
+    "accuracy": _Named("acc accuracy_score", "max", "labels", _count("Accuracy", _ExactMatch, "micro")),
+    "precision": _Named("precision_score", "max", "labels", _count("Precision", tmc.MultilabelPrecision)),
+    "recall": _Named("recall_score", "max", "labels", _count("Recall", tmc.MultilabelRecall)),
+    "f1_score": _Named("f1 f1_macro", "max", "labels", _count("F1Score", tmc.MultilabelF1Score)),
+    "roc_auc": _Named(
+        "auroc auc roc_auc_score", "max", "scores", lambda p: _RocAuc(p.size, validate_args=False)
+    ),
     "mse": _Named("mean_squared_error", "min", "numbers", lambda _: MeanSquaredError()),
     "rmse": _Named("root_mean_squared_error", "min", "numbers", lambda _: MeanSquaredError(squared=False)),
     "mae": _Named("mean_absolute_error", "min", "numbers", lambda _: MeanAbsoluteError()),

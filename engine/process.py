@@ -32,6 +32,8 @@ def enter_process(run_id: str, *, deterministic: bool, seed: int | None) -> None
         ConfigError: Another run is going on that would get other results.
     """
     with _lock:
+        if run_id in _running:
+            raise ConfigError(f"run {run_id!r} is going on in this process already: choose another run_name")
         for other, theirs in _running.items():
             if theirs != deterministic:
                 raise ConfigError(
@@ -47,6 +49,7 @@ def enter_process(run_id: str, *, deterministic: bool, seed: int | None) -> None
             before = torch.are_deterministic_algorithms_enabled()
             warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
             benchmark = torch.backends.cudnn.benchmark
+            workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
@@ -54,6 +57,8 @@ def enter_process(run_id: str, *, deterministic: bool, seed: int | None) -> None
             def restore() -> None:
                 torch.use_deterministic_algorithms(before, warn_only=warn_only)
                 torch.backends.cudnn.benchmark = benchmark
+                if workspace is None:
+                    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
             _restore.append(restore)
         _running[run_id] = deterministic
@@ -80,7 +85,7 @@ def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: 
     """Take SIGINT and SIGTERM for the length of the block, where they are ours to take.
 
     That is in the main thread, for a signal whose handler is still Python's default (or with `force`, any).
-    The third signal gets its default action.
+    The third signal ends the process at once.
 
     Args:
         on_signal: Called in the main thread with the signal and how many have come; must not block.
@@ -93,7 +98,8 @@ def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: 
         nonlocal count
         count += 1
         if count > 2:
-            signal.signal(number, _DEFAULTS[signal.Signals(number)])
+            # The system's default, not Python's: a KeyboardInterrupt would wait for a step that never returns.
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         on_signal(signal.Signals(number), count)

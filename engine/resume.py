@@ -56,12 +56,15 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
             if resume != "auto":
                 raise CheckpointNotFoundError(str(which), directory)
             return ResumePlan(directory, None, _attempts(directory))
+        CheckpointReader(directory).find(which)  # raises if there is none of that description
         return ResumePlan(directory, which, _attempts(directory))
     unfinished_only = resume in ("auto", "must")
     for directory in _newest_first(base_dir):
         if unfinished_only and _status(directory) == "completed":
             continue
-        if CheckpointReader(directory).checkpoints():
+        reader = CheckpointReader(directory)
+        if reader.checkpoints():
+            reader.find(which)
             return ResumePlan(directory, which, _attempts(directory))
     if resume == "auto":
         return None

@@ -41,7 +41,13 @@ from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
-from offloop.engine.errors import BusClosedError, ConfigError, OffloopError, RunEndedError
+from offloop.engine.errors import (
+    BusClosedError,
+    ConfigError,
+    OffloopError,
+    RunEndedError,
+    RunNameTakenError,
+)
 from offloop.engine.events import (
     CheckpointSaved,
     EpochEnd,
@@ -160,7 +166,11 @@ class Session:
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
         if self.dir is not None:
-            self._open_dir(self.dir)
+            try:
+                self._open_dir(self.dir)
+            except BaseException:
+                self.dir = None  # it is another run's: what callbacks still write must not go there
+                raise
         self.trainer._prepare_model()
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed)
@@ -237,7 +247,7 @@ class Session:
     def emit(self, event: Event) -> None:
         """Publish an event of the training loop, and keep the best moment up to date."""
         if not isinstance(event, Sample):
-            if isinstance(event, ValidationEnd | EpochEnd):
+            if isinstance(event, (ValidationEnd, EpochEnd)):
                 self._judge(event)
             if self._loop_is_gone():
                 self.cancel("the event loop is gone")
@@ -406,6 +416,7 @@ class Session:
             with contextlib.suppress(OffloopError):
                 self.control.give("stop", {"reason": name}, by="signal")
         else:
+            logger.warning("%s: leaving in haste; a third time ends the process at once", name)
             self.cancel(f"{name}, twice")
 
     def _fail(self, error: BaseException) -> None:
@@ -441,6 +452,8 @@ class Session:
         or `asyncio.run`'s sweep cancelled the supervisor before its first line.
         """
         try:
+            if self.dir is not None and self.resume is None and self.dir.exists():
+                raise RunNameTakenError(str(self.dir))
             self._claim(self)
             try:
                 enter_process(self.run_id, deterministic=self.config.deterministic, seed=self.config.seed)
@@ -652,6 +665,7 @@ class Session:
         for observer in self.observers:
             if observer.subscription is not None:
                 observer.subscription._wake_consumer = None  # its task is dead and cannot be woken
+        await self._finish_checkpoints()
         with contextlib.suppress(RuntimeError):  # nor can a reader of `run.events()` on that event loop
             self.bus._end()
         await self._close()

@@ -72,7 +72,7 @@ def restore(loop: "TrainingLoop", state: Mapping[str, Any]) -> list[str]:
     """
     loop.program.model.load_state_dict(state["model"])
     for name, optimizer in loop.optimizers.items():
-        _load_optimizer(optimizer, state["optimizers"][name])
+        load_optimizer(optimizer, state["optimizers"][name])
     for schedule, saved in zip(loop.schedules, state["schedulers"], strict=False):
         schedule.scheduler.load_state_dict(saved)
     if loop.mixed.scaler is not None and "scaler" in state:
@@ -110,7 +110,7 @@ def environment(loop: "TrainingLoop") -> dict[str, Any]:
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Load an optimizer's state with its exact dtypes: torch casts it to those of the parameters."""
     optimizer.load_state_dict(dict(saved))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

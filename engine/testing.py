@@ -13,6 +13,7 @@ Everything here uses the real bus, the real threads and the real control: nothin
 """
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,7 +23,15 @@ import msgspec
 import torch
 
 from offloop.engine.callback import BOUNDARY_EVENTS, Callback
-from offloop.engine.events import CommandApplied, Event, Sample, TrainEnd, TrainStart
+from offloop.engine.events import (
+    CommandApplied,
+    EpochEnd,
+    Event,
+    Sample,
+    TrainEnd,
+    TrainStart,
+    ValidationEnd,
+)
 from offloop.engine.loop import Batch, TrainingLoop
 from offloop.engine.run import Run, RunResult
 from offloop.engine.session import Session
@@ -160,8 +169,9 @@ class Driven:
 def drive(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven:
     """Run callbacks through scripted events instead of a training, on a real bus and real threads. Blocks.
 
-    `TrainStart` is put before them and `TrainEnd` after them if they are not there. Deciders are asked at
-    their events, and a stop ends the script; step hooks, which need a step's tensors, do not run.
+    `TrainStart` is put before them and `TrainEnd` after them if they are not there. The next event comes when
+    all callbacks have handled the one before. Deciders are asked at their events, commands take effect
+    at once, and a stop ends the script; step hooks, which need a step's tensors, do not run.
 
     Args:
         callbacks: In the order of their decisions.
@@ -192,13 +202,15 @@ class _ScriptedTrainer(BaseTrainer):
         loop.__class__ = _ScriptedLoop
         assert isinstance(loop, _ScriptedLoop)
         loop.script = self.script
+        loop.session = session
         return loop
 
 
 class _ScriptedLoop(TrainingLoop):
-    """Publishes events where the loop would train."""
+    """Publishes events where the loop would train, and waits after each until all callbacks have handled it."""
 
     script: Sequence[Event]
+    session: Session
 
     def run(self) -> None:
         if not any(isinstance(event, TrainStart) for event in self.script):
@@ -212,12 +224,29 @@ class _ScriptedLoop(TrainingLoop):
             self.step = max(event.step, self.step)
             self.batch = max(event.batch, self.batch)
             stamped = type(event)(**{**msgspec.structs.asdict(event), **self.position()})
+            if isinstance(event, ValidationEnd | EpochEnd):
+                self.latest.update(event.metrics)
+            if isinstance(stamped, EpochEnd):
+                self.history.append(stamped)
             if isinstance(event, BOUNDARY_EVENTS):
                 self.announce(stamped)
             else:
                 self.reporter.publish(stamped)
-                if self.control.attention:
-                    self.boundary.look_up()
+            self._let_callbacks_handle_it()
+        if self.history:
+            self.epoch = max(self.epoch, self.history[-1].epoch + 1)
+
+    def _let_callbacks_handle_it(self) -> None:
+        """Wait for the observers, so that what they ask for takes effect here, each time the script is driven."""
+        session = self.session
+        for observer in session.observers:
+            if observer.subscription is not None:
+                handled: list[Exception | None] = []
+                session._meet(
+                    observer, observer.name, functools.partial(session._answer, handled, None), handled
+                )
+        if self.control.attention:
+            self.boundary.look_up()
 
 
 def _scripted(events: Iterable[Event], knobs: dict[str, Any]) -> _ScriptedTrainer:

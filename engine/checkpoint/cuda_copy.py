@@ -79,8 +79,7 @@ class CudaCopier:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pending: dict[torch.device, torch.cuda.Event] = {}
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self.guard())
-            for optimizer in self._optimizers
+            optimizer.register_step_pre_hook(lambda *_: self.guard()) for optimizer in self._optimizers
         ]
 
     def guard(self) -> None:
@@ -92,9 +91,7 @@ class CudaCopier:
             torch.cuda.current_stream(device).wait_event(event)
         self._pending.clear()
 
-    def start(
-        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-    ) -> RunningCopy:
+    def start(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> RunningCopy:
         """Start copying and return at once, except for sources on the host: they are copied."""
         owned = self._owned()
         by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}

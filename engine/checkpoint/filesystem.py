@@ -120,9 +120,7 @@ def remove_tree(filesystem: FileSystem, path: Path) -> None:
     filesystem.remove_directory(path)
 
 
-def write_error(
-    error: OSError, path: Path, *, needed: int, filesystem: FileSystem
-) -> CheckpointWriteError:
+def write_error(error: OSError, path: Path, *, needed: int, filesystem: FileSystem) -> CheckpointWriteError:
     """Translate what the system said into our own exception."""
     if error.errno not in NO_ROOM:
         return CheckpointWriteError(path, error.errno, error.strerror or str(error))

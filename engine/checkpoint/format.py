@@ -175,9 +175,7 @@ def open_plain_file(path: Path) -> tuple[int, int]:
         # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as error:
-        raise CheckpointCorruptError(
-            path.parent, path.name, "missing", "there is no such file"
-        ) from error
+        raise CheckpointCorruptError(path.parent, path.name, "missing", "there is no such file") from error
     except OSError as error:
         if path.is_symlink():
             raise UnsafeCheckpointError(path.parent, path.name, "foreign", "a link") from error
@@ -211,9 +209,7 @@ def _read_exactly(file: int, size: int, path: Path) -> bytes:
     except OSError as error:
         raise read_error(error, path) from error
     if size:
-        raise CheckpointCorruptError(
-            path.parent, path.name, "truncated", f"ends {size:,} bytes too early"
-        )
+        raise CheckpointCorruptError(path.parent, path.name, "truncated", f"ends {size:,} bytes too early")
     return b"".join(parts)
 
 
@@ -253,9 +249,7 @@ def check_header(directory: Path, name: str, manifest: Manifest) -> None:
                 directory, f"{name}:{tensor.name}", "manifest", "type, shape and place disagree"
             )
         position += tensor.bytes
-    if not 8 <= record.header_bytes <= MAX_HEADER_BYTES or (
-        record.header_bytes + position != record.bytes
-    ):
+    if not 8 <= record.header_bytes <= MAX_HEADER_BYTES or (record.header_bytes + position != record.bytes):
         raise UnsafeCheckpointError(directory, name, "header", "the sizes do not add up")
     file, _ = open_plain_file(directory / name)
     try:
@@ -281,9 +275,7 @@ def iterate_file(path: Path, start: int, size: int) -> Iterator[bytes]:
         os.close(file)
 
 
-def check_tensors(
-    directory: Path, name: str, tensors: Mapping[str, StoredTensor], skip: int
-) -> None:
+def check_tensors(directory: Path, name: str, tensors: Mapping[str, StoredTensor], skip: int) -> None:
     """Compare every tensor of a file with its checksum, without torch. Blocks, reads everything.
 
     Raises:

@@ -76,9 +76,7 @@ class RunLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunLockedError(
-                self._path, str(self._read_owner() or "another process")
-            ) from error
+            raise RunLockedError(self._path, str(self._read_owner() or "another process")) from error
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise

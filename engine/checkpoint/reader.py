@@ -13,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -137,9 +138,7 @@ class CheckpointReader:
             name = self._read_ref(Path("best" if which == "best" else f"{TAGS}/{which}"))
             chosen = [info for info in known if info.name in (which, name)]
         if not chosen:
-            raise CheckpointNotFoundError(
-                str(which), self._checkpoints, [info.name for info in known]
-            )
+            raise CheckpointNotFoundError(str(which), self._checkpoints, [info.name for info in known])
         return chosen[-1]
 
     def verify(
@@ -203,9 +202,7 @@ class CheckpointReader:
     def _reject(self, error: CheckpointError) -> None:
         """Is told of a damaged checkpoint; a reader has no right to move it away."""
 
-    def _load(
-        self, info: CheckpointInfo, rejected: tuple[CheckpointError, ...]
-    ) -> LoadedCheckpoint:
+    def _load(self, info: CheckpointInfo, rejected: tuple[CheckpointError, ...]) -> LoadedCheckpoint:
         from offloop.engine.checkpoint.restore import read_tensors  # here, since it imports torch
 
         manifest = self._read_manifest(info)
@@ -266,6 +263,12 @@ class CheckpointReader:
                 raise
             except OSError as error:
                 raise checkpoint_format.read_error(error, path) from error
+
+    def _remember(self, info: CheckpointInfo) -> None:
+        """Spare the reading of a manifest that was just written: it can have many megabytes."""
+        with suppress(OSError):
+            status = os.stat(info.path / MANIFEST, follow_symlinks=False)
+            self._known[info.name] = ((status.st_ino, status.st_mtime_ns), info)
 
     def _at(self, path: Path) -> CheckpointInfo:
         if not path.is_dir():

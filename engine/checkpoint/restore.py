@@ -77,9 +77,7 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _views(
-    directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _views(directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Lay the views over their bases; equal ones become one tensor, as tied weights are."""
     views: dict[str, torch.Tensor] = {}
     made: dict[tuple[object, ...], torch.Tensor] = {}

@@ -41,9 +41,7 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}")
         if self.keep_every_n_steps is not None and self.keep_every_n_steps < 1:
-            raise ValueError(
-                f"keep_every_n_steps must be at least 1 or None, got {self.keep_every_n_steps}"
-            )
+            raise ValueError(f"keep_every_n_steps must be at least 1 or None, got {self.keep_every_n_steps}")
 
 
 def rank(checkpoints: Sequence[ManifestHead], policy: Retention) -> list[ManifestHead]:
@@ -57,9 +55,7 @@ def rank(checkpoints: Sequence[ManifestHead], policy: Retention) -> list[Manifes
     for checkpoint in checkpoints:
         value = float(checkpoint.metrics.get(policy.monitor, math.nan))
         if not math.isnan(value):
-            judged.append(
-                (value if policy.mode == "min" else -value, checkpoint.serial, checkpoint)
-            )
+            judged.append((value if policy.mode == "min" else -value, checkpoint.serial, checkpoint))
     judged.sort(key=lambda entry: entry[:2])
     return [checkpoint for _, _, checkpoint in judged]
 

@@ -48,9 +48,7 @@ from offloop.engine.checkpoint.tree import encode
 DEFAULT_SLOTS = 2
 """One being filled while one is being written. One halves the memory and skips more often."""
 
-_DTYPES = {
-    str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)
-}
+_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 
 class _Slot:

@@ -189,13 +189,14 @@ class CheckpointStore(CheckpointReader):
                     self._filesystem.rename(temporary, final)
                     self._filesystem.sync_directory(self._checkpoints)
                 except OSError as error:
-                    raise write_error(
-                        error, temporary, needed=needed, filesystem=self._filesystem
-                    ) from error
+                    raise write_error(error, temporary, needed=needed, filesystem=self._filesystem) from error
             except BaseException:
                 self._discard(temporary, final)
                 raise
             seconds = time.monotonic() - started
+            head = msgspec.convert(manifest, ManifestHead, from_attributes=True)
+            info = CheckpointInfo(final, head)
+            self._remember(info)
             deleted: list[str] = []
             problems = self._follow(
                 [
@@ -205,8 +206,6 @@ class CheckpointStore(CheckpointReader):
                 ],
                 if_failed=manifest.name,
             )
-            head = msgspec.convert(manifest, ManifestHead, from_attributes=True)
-            info = CheckpointInfo(final, head)
             return Commit(info, seconds, tuple(deleted), tuple(problems))
 
     def tag(self, tag: str, which: str | int = "last", *, move: bool = False) -> CheckpointInfo:
@@ -318,9 +317,7 @@ class CheckpointStore(CheckpointReader):
             files[part.name] = written.record
             tensors |= written.tensors
         write_file(filesystem, directory / STATE, state)
-        manifest = msgspec.structs.replace(
-            manifest, files=files, tensors=tensors, views=dict(views)
-        )
+        manifest = msgspec.structs.replace(manifest, files=files, tensors=tensors, views=dict(views))
         write_file(filesystem, directory / MANIFEST, encode_manifest(manifest))
         filesystem.sync_directory(directory)
         return manifest

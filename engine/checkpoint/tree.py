@@ -71,9 +71,7 @@ def encode(value: object, name_tensor: TensorNamer, path: str = "", depth: int =
     raise UnserializableStateError(path, value)
 
 
-def _encode_mapping(
-    value: dict[object, object], name_tensor: TensorNamer, path: str, depth: int
-) -> object:
+def _encode_mapping(value: dict[object, object], name_tensor: TensorNamer, path: str, depth: int) -> object:
     kind = type(value).__name__
     if kind == "dict" and "$" not in value and all(type(key) is str for key in value):
         return {

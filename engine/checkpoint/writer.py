@@ -105,9 +105,7 @@ class CheckpointWriter:
             WriterDiedError: If the thread died on it.
         """
         with self._changed:
-            is_done = self._changed.wait_for(
-                lambda: not self._pending or self._death is not None, timeout
-            )
+            is_done = self._changed.wait_for(lambda: not self._pending or self._death is not None, timeout)
             if self._death is not None:
                 raise WriterDiedError("the checkpoint writer died") from self._death
             if not is_done:

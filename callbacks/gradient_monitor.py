@@ -1,0 +1,262 @@
+"""GradientMonitor: how large the gradients are, how many of them are unusable, and how far a step moves the weights.
+
+Everything is computed on the device and read late, so that the monitor never makes the host wait for it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+
+from offloop.engine import Callback, ConfigError, Event, Metrics, Sample, Settings, StepPoint, in_step
+
+CHUNK: Final = 1 << 22
+"""Elements that are looked at in one go: small gradients are gathered, so that a hundred biases cost one kernel
+launch and not a hundred; the copy that this needs stays below 16 MB (float32)."""
+
+
+class GradientStatistics(Sample, frozen=True, kw_only=True):
+    """The gradients of one step and what it did to the weights. From the training thread, before its `StepEnd`.
+
+    Gradients are those of the whole accumulation window, unscaled and before clipping.
+    """
+
+    norm: float
+    """Total L2 norm; NaN or infinite where a gradient is."""
+    zero_share: float
+    """Share of the gradients' elements that are exactly zero, 0 to 1."""
+    infinite_share: float
+    """Share that is infinite, 0 to 1."""
+    nan_share: float
+    """Share that is NaN, 0 to 1."""
+    update_ratio: float | None = None
+    """Norm of the weights' change over the norm of the weights before it, about 0.001 in healthy runs; infinite
+    where the weights were all zero, None where it is not measured."""
+    norms: Metrics = Metrics()
+    """L2 norm of each parameter's gradient, by the parameter's name."""
+    update_ratios: Metrics = Metrics()
+    """The ratio for each parameter alone, by its name."""
+
+
+class GradientMonitor(Callback):
+    """Publishes `GradientStatistics` for every n-th step; the steps between cost nothing.
+
+    It changes no number of the run, and its own failure does not end it.
+    """
+
+    on_error = "isolate"
+
+    def __init__(self, *, every_n_steps: int = 50, per_layer: bool = True, update_ratio: bool = True) -> None:
+        """Choose the cadence and what is measured.
+
+        Args:
+            every_n_steps: Steps number n, 2 n, 3 n, ... are measured, at least 1.
+            per_layer: Give norm and ratio of each parameter too.
+            update_ratio: Compare the weights before and after the step. Keeps a copy of the trained parameters on
+                the device for the length of a measured optimizer step.
+
+        Raises:
+            ConfigError: `every_n_steps` is out of its range.
+        """
+        self.every_n_steps = checked_cadence(every_n_steps)
+        self.per_layer = per_layer
+        self.update_ratio = update_ratio
+        set_cadence(self, every_n_steps)
+        self.reset()
+
+    def reset(self) -> None:
+        self._parts: list[
+            _Part
+        ] = []  # of the step in progress: several only where it steps several optimizers
+
+    def close(self) -> None:
+        self._parts.clear()
+
+    @in_step
+    def before_optimizer_step(self, point: StepPoint) -> None:
+        self._parts = [
+            part for part in self._parts if part.step == point.step
+        ]  # a cancelled step leaves its own
+        known = {name for part in self._parts for name in part.names}
+        found = [
+            (name, parameter)
+            for name, parameter in point.model.named_parameters()
+            if parameter.grad is not None and name not in known
+        ]
+        if found:
+            self._parts.append(self._measure(point.step, found))
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        parts, self._parts = self._parts, []
+        if not parts:
+            return
+        names = [name for part in parts for name in part.names]
+        norms = [norm for part in parts for norm in part.norms]
+        counts = torch.stack([part.counts for part in parts]).sum(0) / sum(part.elements for part in parts)
+        zero_share, infinite_share, nan_share = counts.unbind()
+        values: dict[str, Any] = {
+            "norm": norm_of(norms),
+            "zero_share": zero_share,
+            "infinite_share": infinite_share,
+            "nan_share": nan_share,
+        }
+        if self.per_layer:
+            values["norms"] = dict(zip(names, norms, strict=True))
+        if self.update_ratio:
+            values |= self._updates(parts, names)
+        publish_late(point, GradientStatistics, **values)
+
+    def _measure(self, step: int, found: Sequence[tuple[str, torch.nn.Parameter]]) -> "_Part":
+        """Look at the gradients; if the ratio is wanted, keep what the weights were."""
+        gradients = [_plain(parameter.grad) for _, parameter in found if parameter.grad is not None]
+        parameters = [_plain(parameter) for _, parameter in found]
+        return _Part(
+            step,
+            [name for name, _ in found],
+            norms_of(gradients),
+            count_special(gradients),
+            sum(gradient.numel() for gradient in gradients),
+            parameters,
+            list(torch._foreach_neg(parameters)) if self.update_ratio else [],
+        )
+
+    def _updates(self, parts: Sequence["_Part"], names: Sequence[str]) -> dict[str, Any]:
+        moved: list[torch.Tensor] = []
+        before: list[torch.Tensor] = []
+        for part in parts:
+            before += norms_of(part.negated)
+            torch._foreach_add_(part.negated, part.parameters)  # after - before, in the copy's own memory
+            moved += norms_of(part.negated)
+        values: dict[str, Any] = {"update_ratio": _ratio(norm_of(moved), norm_of(before))}
+        if self.per_layer:
+            ratios = _ratio(torch.stack(moved), torch.stack(before)).unbind()
+            values["update_ratios"] = dict(zip(names, ratios, strict=True))
+        return values
+
+
+class _Part(NamedTuple):
+    """What was measured before one optimizer stepped; P = parameters with a gradient."""
+
+    step: int
+    names: list[str]
+    norms: list[torch.Tensor]  # P of ()
+    counts: torch.Tensor  # (3,): zeros, infinities, NaNs
+    elements: int
+    parameters: list[torch.Tensor]  # P, the live weights
+    negated: list[torch.Tensor]  # P, minus the weights before the step; empty where no ratio is wanted
+
+
+def norms_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the L2 norm of each tensor, () float32 or wider: the square of a half-precision one may not fit."""
+    is_wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return list(torch._foreach_norm(list(tensors), 2, None if is_wide else torch.float32))
+
+
+def norm_of(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the norm of everything whose norms are given, ()."""
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return total
+
+
+def count_special(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Count elements that are zero, infinite, and NaN: (3,) float64 (float32 where a device has no other)."""
+    counts = []
+    for chunk in chunks(tensors):
+        dtype = torch.float32 if chunk.device.type == "mps" else torch.float64
+        zeros = chunk.numel() - torch.count_nonzero(chunk)
+        infinities, nans = torch.count_nonzero(chunk.isinf()), torch.count_nonzero(chunk.isnan())
+        counts.append(torch.stack([zeros, infinities, nans]).to(dtype))
+    return torch.stack(counts).sum(0)
+
+
+def chunks(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """Yield the elements of tensors, flat: small ones of one dtype together, large ones alone and not copied."""
+    gathered: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() >= CHUNK:
+            yield tensor.reshape(-1)
+            continue
+        group = gathered.setdefault(tensor.dtype, [])
+        if sum(each.numel() for each in group) + tensor.numel() > CHUNK:
+            yield torch.cat(group)
+            group.clear()
+        group.append(tensor.reshape(-1))
+    for group in gathered.values():
+        yield torch.cat(group)
+
+
+def _ratio(moved: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Divide; what did not move has a ratio of 0, also from zero."""
+    return torch.where(moved == 0, torch.zeros_like(moved), moved / before)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that every function here takes: dense and real."""
+    tensor = tensor.detach()
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()  # waits for a CUDA device: their number is known only there
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+# What the monitors of a step share -----------------------------------------------------------------
+
+
+def checked_cadence(every_n_steps: int) -> int:
+    """Return `every_n_steps`; raise `ConfigError` unless it is a whole number of at least 1."""
+    if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+        raise ConfigError(f"every_n_steps must be a whole number of at least 1, got {every_n_steps!r}")
+    return every_n_steps
+
+
+def set_cadence(callback: Callback, every_n_steps: int) -> None:
+    """Give every step hook of one instance a cadence of its own: a mark above a method is for the whole class."""
+    for name in dir(type(callback)):
+        method = getattr(callback, name, None)
+        if hasattr(method, "__offloop_in_step__"):
+            vars(callback)[name] = _at_cadence(cast("Callable[[StepPoint], None]", method), every_n_steps)
+
+
+def _at_cadence(hook: Callable[[StepPoint], None], every_n_steps: int) -> Any:
+    @in_step(every_n_steps=every_n_steps)
+    @functools.wraps(hook)
+    def run(point: StepPoint) -> None:
+        hook(point)
+
+    return run
+
+
+def publish_late(point: StepPoint, event_class: type[Event], **values: Any) -> None:
+    """Publish an event with tensors in it, which are read when they have arrived from the device.
+
+    Args:
+        point: Where we are.
+        event_class: The class of the event.
+        values: Its fields: plain values, tensors of one element (floats), tensors of shape (n,) (tuples of
+            floats), and mappings of either to names (`Metrics` and `Settings`).
+    """
+    scalars: dict[str, torch.Tensor] = {}
+
+    def take(value: Any) -> Any:
+        """Return a function that gives the value back when all numbers are there."""
+        if isinstance(value, torch.Tensor):
+            names = [f"number_{len(scalars) + index}" for index in range(value.numel())]
+            scalars.update(zip(names, value.detach().reshape(-1).unbind(), strict=True))
+            if value.dim() == 0:
+                return lambda numbers: numbers[names[0]]
+            return lambda numbers: tuple(numbers[name] for name in names)
+        if isinstance(value, Mapping):
+            items = {name: take(item) for name, item in value.items()}
+            kind = Settings if any(item.dim() for item in value.values()) else Metrics
+            return lambda numbers: kind({name: item(numbers) for name, item in items.items()})
+        return lambda numbers: value
+
+    fields = {name: take(value) for name, value in values.items()}
+
+    def build(**numbers: Any) -> Event:
+        position = {name: value for name, value in numbers.items() if name not in scalars}
+        return event_class(**position, **{name: field(numbers) for name, field in fields.items()})
+
+    # StepPoint.publish calls what it is given with the position and the numbers: a function does as well
+    point.publish(cast("type[Event]", build), **scalars)

@@ -1,0 +1,215 @@
+"""WeightAverage: an average of the weights beside the weights in training, and validations that use it."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from offloop.engine import Callback, ConfigError, Run, StepPoint, TrainEnd, TrainStart, decides, in_step
+
+Kind = Literal["ema", "swa"]
+
+
+class WeightAverage(Callback):
+    """Averages the weights after optimizer steps: exponentially (EMA) or equally (SWA).
+
+        WeightAverage(decay=0.999)                              EMA, after every step
+        WeightAverage("swa", start_epoch=75)                    SWA, at the end of each epoch from the 76th on
+
+    Training goes on with its own weights and does not notice. Validations run with the average from its first
+    update on, so `val_...` metrics, and whatever is decided by them, are the average's; the weights are
+    swapped back bit for bit, also after a validation that was stopped or failed. The average is in every
+    checkpoint, beside the weights: a resumed run has the same one, bit for bit. It costs one copy of the
+    model on its device.
+
+    It draws no random numbers and, on CUDA, does not synchronise.
+    """
+
+    def __init__(
+        self,
+        kind: Kind = "ema",
+        *,
+        decay: float | None = None,
+        every_n_steps: int | None = None,
+        start_step: int = 0,
+        start_epoch: int = 0,
+        use_buffers: bool = True,
+        validate: bool = True,
+        apply_at_end: bool = False,
+    ) -> None:
+        """Choose what is averaged, and when.
+
+        Args:
+            kind: `"ema"`: the average moves towards the weights by `1 - decay`; `"swa"`: the equal mean of all that
+                were looked at.
+            decay: For EMA: above 0 and below 1, 0.999 by default.
+            every_n_steps: Optimizer steps between two looks; None: each for EMA, the last of each epoch for SWA.
+            start_step: Optimizer steps before the first look.
+            start_epoch: Epochs before the first look.
+            use_buffers: Average floating-point buffers too, such as the statistics of batch normalisation.
+                False: validations use the model's own. Counters and masks are taken over as they are.
+            validate: Run validations with the average.
+            apply_at_end: Put the average into the model when the run was completed or stopped, after its last
+                checkpoint, which keeps the weights in training.
+
+        Raises:
+            ConfigError: A value is out of its range.
+        """
+        if kind not in ("ema", "swa"):
+            raise ConfigError(f"kind must be 'ema' or 'swa', got {kind!r}")
+        if kind == "swa" and decay is not None:
+            raise ConfigError("decay is for EMA: SWA takes the equal mean")
+        decay = 0.999 if decay is None else decay
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1:
+            raise ConfigError(f"decay must be above 0 and below 1, got {decay!r}")
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("start_step", start_step, 0),
+            ("start_epoch", start_epoch, 0),
+        ):
+            if value is None and name == "every_n_steps":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        self.kind = kind
+        self.decay = float(decay)
+        self.every_n_steps = every_n_steps
+        self.start_step = start_step
+        self.start_epoch = start_epoch
+        self.use_buffers = use_buffers
+        self.validate = validate
+        self.apply_at_end = apply_at_end
+        self.reset()
+
+    def reset(self) -> None:
+        self._average: _Average | None = None
+        self._model: torch.nn.Module | None = None  # the one in training
+        self._every = 1
+        self._is_swapped = False
+        self._loaded: Mapping[str, Any] | None = None  # the state of a resumed run, until there is a model
+
+    @property
+    def averaged_model(self) -> torch.nn.Module:
+        """The averaged model, a copy of the one in training. During a run, in the training thread only.
+
+        Raises:
+            RuntimeError: No run has started yet.
+        """
+        if self._average is None:
+            raise RuntimeError("there is no average before a run has started")
+        module = self._average.module
+        assert isinstance(module, torch.nn.Module)
+        return module
+
+    @property
+    def updates(self) -> int:
+        """How many looks at the weights the average is made of."""
+        return 0 if self._average is None else self._average.updates
+
+    @decides
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        if self.every_n_steps is not None:
+            self._every = self.every_n_steps
+        elif self.kind == "swa":
+            if event.steps_per_epoch is None:
+                raise ConfigError("an epoch of unknown length has no known last step: give every_n_steps=")
+            self._every = event.steps_per_epoch
+        average = get_swa_multi_avg_fn() if self.kind == "swa" else get_ema_multi_avg_fn(self.decay)
+        self._model = run.trainer.model
+        self._average = _Average(self._model, multi_avg_fn=average, use_buffers=self.use_buffers)
+        self._average.requires_grad_(False)
+        if self._loaded is not None:
+            self._average.load_state_dict(self._loaded)
+            self._loaded = None
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step % self._every == 0 and point.step > self.start_step and point.epoch >= self.start_epoch:
+            assert self._average is not None
+            self._average.update_parameters(point.model)
+
+    @in_step
+    def before_validation(self, point: StepPoint) -> None:
+        if self.validate and self.updates and not self._is_swapped:
+            self._swap()
+
+    @in_step
+    def after_validation(self, point: StepPoint) -> None:
+        if self._is_swapped:
+            self._swap()
+
+    def on_train_end(self, event: TrainEnd, run: Run) -> None:  # the training thread has ended before it
+        if self.apply_at_end and self.updates and event.status in ("completed", "stopped"):
+            assert self._average is not None and self._model is not None
+            with torch.no_grad():
+                for live, averaged in self._pairs():
+                    live.copy_(averaged)
+
+    def close(self) -> None:
+        if self._is_swapped:  # a hook before or after a validation failed, and ours was not run
+            self._swap()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {} if self._average is None else {"average": dict(self._average.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._loaded = state.get("average")
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the contents of the model and its average, one tensor at a time: twice changes no bit."""
+        for live, averaged in self._pairs():
+            kept = live.clone()
+            live.copy_(averaged)
+            averaged.copy_(kept)
+        self._is_swapped = not self._is_swapped
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the tensors of the model beside their averages."""
+        assert self._average is not None and self._model is not None
+        return zip(
+            _tensors(self._model, self.use_buffers),
+            _tensors(self.averaged_model, self.use_buffers),
+            strict=True,
+        )
+
+
+class _Average(AveragedModel):
+    """torch's averaged model with an update that never waits for the device.
+
+    torch moves its count to the device and back in every update; here it stays on the host. The arithmetic is
+    torch's, but for integer and boolean buffers: the mean of a counter or a mask means nothing, they are copied.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.n_averaged = torch.tensor(0, dtype=torch.long, device="cpu")
+
+    @property
+    def updates(self) -> int:
+        return int(self.n_averaged)
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Any], list[Any]]] = {}
+        is_first = self.updates == 0
+        module = self.module
+        assert isinstance(module, torch.nn.Module)
+        for averaged, live in zip(_tensors(module, True), _tensors(model, True), strict=True):
+            is_left_out = not self.use_buffers and not isinstance(live, torch.nn.Parameter)
+            if is_first or is_left_out or not (live.is_floating_point() or live.is_complex()):
+                averaged.copy_(live)
+            else:
+                mine, theirs = groups.setdefault((averaged.device, averaged.dtype), ([], []))
+                mine.append(averaged.detach())
+                theirs.append(live.detach())
+        assert self.multi_avg_fn is not None
+        for mine, theirs in groups.values():
+            self.multi_avg_fn(mine, theirs, self.n_averaged)
+        self.n_averaged += 1
+
+
+def _tensors(model: torch.nn.Module, with_buffers: bool) -> Iterator[torch.Tensor]:
+    return itertools.chain(model.parameters(), model.buffers() if with_buffers else ())

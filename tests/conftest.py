@@ -1,0 +1,125 @@
+"""What all tests share: the event loops they run on, and the checks that nothing blocks and nothing is left."""
+
+import functools
+import gc
+import inspect
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+import anyio
+import anyio.lowlevel
+import pytest
+import torch
+
+BACKENDS: Final[list[Any]] = [
+    # asyncio's debug mode refuses calls from other threads and says which callback held the event loop
+    pytest.param(("asyncio", {"debug": True, "use_uvloop": False}), id="asyncio"),
+    pytest.param(("trio", {}), id="trio"),
+]
+UVLOOP: Final[Any] = pytest.param(
+    ("asyncio", {"use_uvloop": True}),
+    id="uvloop",
+    marks=pytest.mark.skipif(sys.platform == "win32", reason="uvloop is not for Windows"),
+)
+LONGEST_HOLD: Final = 2.0
+"""Seconds for which a test may hold asyncio's event loop; generous, for a machine that is busy with other work."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine they wait for each other
+    config.addinivalue_line("markers", "uvloop: an anyio test that runs on uvloop too")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests marked with `anyio` on asyncio and on trio, and on uvloop if they are marked so."""
+    if "anyio_backend" in metafunc.fixturenames:
+        on_uvloop = metafunc.definition.get_closest_marker("uvloop") is not None
+        backends = [*BACKENDS, UVLOOP] if on_uvloop else BACKENDS
+        metafunc.parametrize("anyio_backend", backends, scope="module", indirect=True)
+
+
+@pytest.fixture(scope="module")
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Where a test marked with `anyio` runs: a backend and its options."""
+    return request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Have async tests looked at from inside: their event loop is gone when fixtures end."""
+    if inspect.iscoroutinefunction(pyfuncitem.obj):
+        pyfuncitem.obj = _without_leftover_tasks(pyfuncitem.obj)
+
+
+def _without_leftover_tasks(test: Any) -> Any:
+    @functools.wraps(test)
+    async def checked(**arguments: Any) -> None:
+        before = {task.id for task in anyio.get_running_tasks()}
+        await test(**arguments)
+        for _ in range(3):  # a task that has just been told to end needs its turn
+            await anyio.lowlevel.checkpoint()
+        left = [task.name for task in anyio.get_running_tasks() if task.id not in before]
+        assert not left, "the test left tasks"
+
+    return checked
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a thread of offloop's or an open socket."""
+    threads = set(threading.enumerate())
+    sockets = _open_sockets()
+    yield
+    left = [thread for thread in set(threading.enumerate()) - threads if thread.name.startswith("offloop")]
+    for thread in left:
+        thread.join(5.0)  # one that was told to end may still be on its way
+    assert not [thread.name for thread in left if thread.is_alive()], "the test left threads"
+    if _open_sockets() - sockets:
+        gc.collect()  # what is garbage is not left open: a failed test's frames hold a lot
+        assert not _open_sockets() - sockets, "the test left sockets open"
+
+
+def _open_sockets() -> set[str]:
+    """Return the sockets of this process; none where there is no /proc."""
+    try:
+        numbers = os.listdir("/proc/self/fd")
+    except FileNotFoundError:
+        return set()
+    targets = set()
+    for number in numbers:
+        try:
+            targets.add(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:  # the directory's own descriptor
+            continue
+    return {target for target in targets if target.startswith("socket:")}
+
+
+class _SlowCallbacks(logging.Handler):
+    """Keeps asyncio's records "Executing ... took ... seconds"."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg == "Executing %s took %.3f seconds" and isinstance(record.args, tuple):
+            seconds = record.args[1]
+            if isinstance(seconds, float) and seconds > LONGEST_HOLD:
+                self.found.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def nothing_holds_the_event_loop() -> Iterator[None]:
+    """Fail a test that blocks asyncio's event loop."""
+    handler = _SlowCallbacks()
+    asyncio_logger = logging.getLogger("asyncio")
+    asyncio_logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        asyncio_logger.removeHandler(handler)
+    assert not handler.found

@@ -1,0 +1,407 @@
+"""A resumed run goes on bit for bit: cut at every step, killed at random, resumed again and again."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from offloop.callbacks import EarlyStopping, LearningRateScheduler, MetricLogger, ModelCheckpoint
+from offloop.engine import (
+    Callback,
+    CheckpointFailed,
+    CheckpointSaved,
+    ConfigError,
+    Event,
+    Metrics,
+    Resumed,
+    RunResult,
+    StepEnd,
+    StepPoint,
+    Trainer,
+    TrainStart,
+    decides,
+    in_step,
+    read_events,
+)
+from offloop.engine.checkpoint import (
+    CheckpointNotFoundError,
+    CheckpointReader,
+    CheckpointStore,
+    RunLockedError,
+)
+from offloop.engine.resume import plan_resume
+from offloop.engine.state import load_optimizer
+from offloop.engine.testing import (
+    EndlessLoader,
+    Recorder,
+    reproducible,
+    tiny_loader,
+    tiny_trainer,
+)
+
+STEPS = 15  # three epochs of nine batches, two to a step
+
+
+class Cut(Callback):
+    """Saves and stops at one step, as somebody who has to go would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step == self.step:
+            point.run.checkpoint_nowait("manual")
+            point.run.stop_nowait("cut")
+
+
+class Counter(Callback):
+    """A step hook with a state of its own."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def reset(self) -> None:
+        self.seen = 0
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        self.seen += 1
+        point.log("seen", float(self.seen))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+def a_run(
+    directory: Path,
+    name: str,
+    *callbacks: Callback,
+    resume: str | int | None = None,
+    workers: int = 0,
+    epochs: int = 3,
+    **knobs: Any,
+) -> tuple[RunResult, list[Event], dict[str, torch.Tensor]]:
+    """A run with everything that has a state: dropout, batch norm, AdamW, schedule, accumulation, metrics."""
+    torch.manual_seed(7)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 3)
+    )
+    trainer = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.02),
+        loss=torch.nn.functional.cross_entropy,
+        device="cpu",
+        run_dir=str(directory),
+        run_name=name,
+        accumulate_grad_batches=2,
+        **knobs,
+    )
+    loader = DataLoader(tiny_loader(9).dataset, batch_size=4, shuffle=True, num_workers=workers)
+    recorder = Recorder()
+    torch.manual_seed(999 if resume == "must" else 11)  # a run that goes on must not need the seed
+    result = trainer.train(
+        loader,
+        tiny_loader(3, seed=4),
+        epochs=epochs,
+        metrics=["accuracy"],
+        callbacks=[
+            recorder,
+            LearningRateScheduler("one_cycle", max_lr=0.05),
+            EarlyStopping(patience=50),
+            Counter(),
+            *callbacks,
+        ],
+        resume=resume,
+    )
+    return result, recorder.events, {name: each.clone() for name, each in model.state_dict().items()}
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def assert_same_rest(whole: list[Event], rest: list[Event]) -> None:
+    """The events after the cut are those of the uninterrupted run."""
+    of_rest = [each for each in reproducible(rest) if each[0] not in ("TrainStart", "Resumed")]
+    assert of_rest
+    assert reproducible(whole)[-len(of_rest) :] == of_rest
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return a_run(tmp_path_factory.mktemp("whole"), "whole")
+
+
+@pytest.mark.parametrize("cut", range(1, STEPS + 1))
+def test_run_cut_at_any_step_goes_on_bit_for_bit(cut: int, tmp_path: Path, uninterrupted: Any) -> None:
+    result, events, weights = uninterrupted
+    stopped, _, _ = a_run(tmp_path, "cut", Cut(cut))
+    assert (stopped.status, stopped.steps) == ("stopped", cut)
+    resumed, rest, resumed_weights = a_run(tmp_path, "cut", Cut(-1), resume="must")
+    assert_same_weights(weights, resumed_weights)
+    assert_same_rest(events, rest)
+    assert resumed.metrics == result.metrics
+    assert [end.metrics for end in resumed.history] == [end.metrics for end in result.history]
+    assert [event.exactness for event in rest if isinstance(event, Resumed)] == ["bitwise"]
+    (start,) = [event for event in rest if isinstance(event, TrainStart)]
+    assert (start.attempt, start.step) == (1, cut)
+
+
+@pytest.mark.parametrize("cut", [3, 5, 8])
+def test_run_with_loader_workers_goes_on_in_the_same_order(
+    cut: int, tmp_path: Path, uninterrupted: Any
+) -> None:
+    _, events, weights = uninterrupted
+    a_run(tmp_path, "cut", Cut(cut), workers=2)
+    _, rest, resumed_weights = a_run(tmp_path, "cut", Cut(-1), resume="must", workers=2)
+    assert_same_weights(weights, resumed_weights)
+    assert_same_rest(events, rest)
+    (resumed,) = [event for event in rest if isinstance(event, Resumed)]
+    assert resumed.exactness == "equivalent"
+    assert "worker" in resumed.reasons
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_checkpoints_at_validations_between_steps_go_on_bit_for_bit(every: int, tmp_path: Path) -> None:
+    whole, events, weights = a_run(tmp_path, "whole", val_every_n_steps=every)
+    for cut in range(1, 8):
+        a_run(tmp_path, f"cut{cut}", Cut(cut), val_every_n_steps=every)
+        result, rest, resumed_weights = a_run(
+            tmp_path, f"cut{cut}", Cut(-1), resume="must", val_every_n_steps=every
+        )
+        assert_same_weights(weights, resumed_weights)
+        assert_same_rest(events, rest)
+        assert result.metrics == whole.metrics
+
+
+def test_resume_of_a_resume_of_a_resume(tmp_path: Path, uninterrupted: Any) -> None:
+    result, events, weights = uninterrupted
+    a_run(tmp_path, "run", Cut(2))
+    for cut in (4, 7, 9, 13):
+        a_run(tmp_path, "run", Cut(cut), resume="must")
+    resumed, rest, resumed_weights = a_run(tmp_path, "run", Cut(-1), resume="must")
+    assert_same_weights(weights, resumed_weights)
+    assert_same_rest(events, rest)
+    assert resumed.metrics == result.metrics
+    (start,) = [event for event in rest if isinstance(event, TrainStart)]
+    assert start.attempt == 5
+
+
+def test_files_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    a_run(tmp_path, "whole", MetricLogger(every_n_steps=1))
+    a_run(tmp_path, "cut", MetricLogger(every_n_steps=1), ModelCheckpoint(every_n_steps=6, keep_last=None))
+    # The run is complete, and goes on from a checkpoint in its middle: what came after that is cut
+    a_run(tmp_path, "cut", MetricLogger(every_n_steps=1), ModelCheckpoint(every_n_steps=6), resume=6)
+    ours = {"Resumed", "CommandApplied", "TrainStart"}
+
+    def said(name: str) -> list[Any]:
+        return [each for each in reproducible(read_events(tmp_path / name)) if each[0] not in ours]
+
+    def rows(name: str) -> list[str]:
+        lines = (tmp_path / name / "metrics.csv").read_text().splitlines()
+        return [",".join(line.split(",")[2:]) for line in lines]  # without time and attempt
+
+    assert said("cut") == said("whole")
+    assert rows("cut") == rows("whole")
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads(1)
+    from test_resume import a_run
+    from offloop.callbacks import ModelCheckpoint
+    from offloop.engine import Callback, in_step
+
+    class Kill(Callback):
+        @in_step
+        def after_step(self, point):
+            if point.step == {kill}:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    a_run(Path({directory!r}), "killed", Kill(), ModelCheckpoint(every_n_steps=1), resume="auto")
+    """
+
+
+@pytest.mark.slow
+def test_killed_run_loses_nothing_but_its_last_steps(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole, _, weights = a_run(tmp_path, "whole", ModelCheckpoint(every_n_steps=1))
+        for kill in (4, 11):
+            code = textwrap.dedent(KILLED).format(
+                tests=str(Path(__file__).parent), kill=kill, directory=str(tmp_path)
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                timeout=100,
+            )
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert CheckpointReader(tmp_path / "killed").damaged() == []
+        result, _, resumed = a_run(tmp_path, "killed", ModelCheckpoint(every_n_steps=1), resume="must")
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_weights(weights, resumed)
+    assert result.metrics == whole.metrics
+    assert (result.steps, result.status) == (STEPS, "completed")
+
+
+@pytest.mark.anyio
+async def test_checkpoint_command_returns_when_it_is_durable(tmp_path: Path) -> None:
+    trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
+    with anyio.fail_after(60):
+        async with trainer.start(EndlessLoader(), max_time=1e6) as run:
+            saved = await run.checkpoint()
+            assert isinstance(saved, CheckpointSaved)
+            assert CheckpointReader(tmp_path / "run").find("last").path == Path(saved.path)
+            await run.stop()
+
+
+def test_failed_checkpoint_does_not_end_training(tmp_path: Path) -> None:
+    class Hopeless(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"model": object()}
+
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 2:
+                self.future = point.run.checkpoint_nowait()
+
+    recorder, hopeless = Recorder(), Hopeless()
+    result = tiny_trainer(run_dir=str(tmp_path)).train(
+        tiny_loader(), epochs=1, callbacks=[recorder, hopeless]
+    )
+    assert result.status == "completed"
+    (failed,) = recorder.of(CheckpointFailed)
+    assert "callbacks.Hopeless.model" in failed.error
+    assert "UnserializableStateError" in str(type(hopeless.future.exception()))
+
+
+def test_directory_of_a_run_that_is_going_on_is_locked(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    class Second(Callback):
+        @decides
+        def on_epoch_end(self, event: Any, run: Any) -> None:
+            with pytest.raises(RunLockedError):
+                CheckpointStore(tmp_path / "run")
+            refused.append(run.id)
+
+    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(
+        tiny_loader(), epochs=1, callbacks=[ModelCheckpoint(every_n_steps=2), Second()]
+    )
+    assert refused == ["run"]
+    CheckpointStore(tmp_path / "run").close()  # free again
+
+
+def test_state_of_another_machine_is_no_longer_called_bitwise(tmp_path: Path) -> None:
+    a_run(tmp_path, "cut", Cut(4))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        _, rest, _ = a_run(tmp_path, "cut", resume="must")
+    finally:
+        torch.set_num_threads(threads)
+    (resumed,) = [event for event in rest if isinstance(event, Resumed)]
+    assert resumed.exactness == "approximate"
+    assert f"threads was {threads}, now it is {threads + 1}" in resumed.reasons
+
+
+def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    a_run(tmp_path, "cut", Cut(4))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        tiny_trainer(run_dir=str(tmp_path), run_name="cut").train(tiny_loader(), epochs=3, resume="must")
+
+
+def test_optimizer_state_keeps_its_dtype() -> None:
+    """torch casts it to the parameters' dtype: fp32 moments of bf16 weights would lose bits."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter])
+    moments = torch.tensor([1.0001, 2.0002, 3.0003])
+    saved = {
+        "state": {0: {"step": torch.tensor(4.0), "exp_avg": moments, "exp_avg_sq": moments * 2}},
+        "param_groups": optimizer.state_dict()["param_groups"],
+    }
+    load_optimizer(optimizer, saved)
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].dtype == torch.float32
+    assert torch.equal(state["exp_avg"], moments)
+    assert torch.equal(state["exp_avg_sq"], moments * 2)
+    assert state["step"] == 4
+
+
+def test_resume_finds_the_run_that_is_meant(tmp_path: Path) -> None:
+    assert plan_resume(None, tmp_path, None) is None
+    assert plan_resume("never", tmp_path, "x") is None
+    assert plan_resume("auto", tmp_path, None) is None
+    assert plan_resume("auto", tmp_path, "x") is None
+    for wanted in ("must", "last", "best", "v1"):
+        with pytest.raises(CheckpointNotFoundError):
+            plan_resume(wanted, tmp_path, "x")
+        with pytest.raises(CheckpointNotFoundError):
+            plan_resume(wanted, tmp_path, None)
+    for wrong in ("", True, 1.5):
+        with pytest.raises(ConfigError, match="resume must be"):
+            plan_resume(wrong, tmp_path, None)  # type: ignore[arg-type]  # what a user may try
+
+    a_run(tmp_path, "cut", Cut(4))
+    a_run(tmp_path, "complete", ModelCheckpoint())
+    plan = plan_resume("auto", tmp_path, None)
+    assert plan is not None
+    assert plan.directory.name == "cut", "the newest unfinished one, not the newest"
+    assert (plan.which, plan.attempt) == ("last", 1)
+    (checkpoint,) = CheckpointReader(tmp_path / "cut").checkpoints()
+    by_path = plan_resume(str(checkpoint.path), tmp_path / "elsewhere", None)
+    assert by_path is not None
+    assert (by_path.directory, by_path.which) == (tmp_path / "cut", checkpoint.path)
+    whole_run = plan_resume(tmp_path / "cut", tmp_path / "elsewhere", None)
+    assert whole_run is not None
+    assert (whole_run.directory, whole_run.which) == (tmp_path / "cut", "last")
+
+
+def test_run_without_a_checkpoint_begins_afresh_under_its_name(tmp_path: Path) -> None:
+    a_run(tmp_path, "run", epochs=1)
+    result, events, _ = a_run(tmp_path, "run", epochs=1, resume="auto")
+    assert result.steps == 5
+    (start,) = [event for event in events if isinstance(event, TrainStart)]
+    assert (start.attempt, start.step) == (1, 0)
+    steps = [event for event in read_events(tmp_path / "run") if isinstance(event, StepEnd)]
+    assert len(steps) == 5, "what the first attempt wrote is cut"
+
+
+def test_checkpoint_without_a_directory_is_an_error_that_says_how() -> None:
+    class Save(Callback):
+        @decides
+        def on_train_start(self, event: TrainStart, run: Any) -> None:
+            with pytest.raises(ConfigError, match="run_dir"):
+                run.checkpoint_nowait()
+
+    tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[Save()])
+
+
+def test_best_on_disk_is_the_best_of_the_result(tmp_path: Path) -> None:
+    result, _, _ = a_run(tmp_path, "run", ModelCheckpoint(save_best_only=True))
+    assert result.best is not None
+    best = CheckpointReader(tmp_path / "run").find("best")
+    assert result.best.path == str(best.path)
+    assert best.metrics["val_loss"] == result.best.score
+    assert isinstance(result.metrics, Metrics)
