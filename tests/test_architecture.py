@@ -1,0 +1,247 @@
+"""Who may import whom, read from the sources; and that every public name is there, once, with a docstring."""
+
+import ast
+import functools
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+
+import offloop.engine
+
+ROOT: Final = Path(__file__).parent.parent
+FOLDERS: Final = [name for name in ("engine", "callbacks", "cli", "dashboard") if (ROOT / name).is_dir()]
+
+WITHOUT_TORCH: Final = ("events", "errors", "config", "callback", "waker", "bus", "control", "observer")
+"""Modules of the engine that work, and load, without torch."""
+SHARED: Final = ("errors", "config", "events", "callback", "control")
+"""What the training loop shares with the event loop's side; everything else it uses is its own."""
+ABOVE_THE_LOOP: Final = ("bus", "observer", "run", "session", "trainer", "event_log", "testing", "process")
+"""Modules that the training loop and what it uses never know of."""
+
+
+class Import(NamedTuple):
+    """One imported module or name."""
+
+    module: str
+    name: str | None
+    """What is taken from the module, None for `import module`."""
+    for_types_only: bool
+    """True under `if TYPE_CHECKING:`."""
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("offloop", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+SOURCES: Final = {
+    module_name(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+@functools.cache
+def imports_of(module: str) -> list[Import]:
+    """Return all imports of a module, those inside functions too."""
+    found: list[Import] = []
+
+    def look(node: ast.AST, for_types_only: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, None, for_types_only) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            found.extend(Import(source, alias.name, for_types_only) for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for each in node.body:
+                look(each, True)
+            for each in node.orelse:
+                look(each, for_types_only)
+        else:
+            for child in ast.iter_child_nodes(node):
+                look(child, for_types_only)
+
+    look(ast.parse(SOURCES[module].read_text(encoding="utf-8")), False)
+    return found
+
+
+def modules_known_to(module: str) -> set[str]:
+    """Return the modules of offloop that a module imports, for whatever purpose."""
+    known: set[str] = set()
+    for each in imports_of(module):
+        if each.package == "offloop":
+            inner = f"{each.module}.{each.name}"
+            known.add(inner if inner in SOURCES else each.module)
+    return known
+
+
+def in_folder(*folders: str) -> list[str]:
+    return [module for module in SOURCES if module.split(".")[1] in folders]
+
+
+def training_threads_modules() -> set[str]:
+    """Return loop.py and every module of the engine that it uses and does not share."""
+    shared = {f"offloop.engine.{name}" for name in SHARED}
+    reached, waiting = set[str](), ["offloop.engine.loop"]
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            waiting.extend(modules_known_to(module) - shared)
+    return reached
+
+
+# Who may import whom -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_are_absolute_and_under_the_one_true_name(module: str) -> None:
+    for each in imports_of(module):
+        assert not each.module.startswith("."), each
+        assert each.package not in FOLDERS, f"{each}: import offloop.{each.module}"
+
+
+@pytest.mark.parametrize("module", in_folder("engine"))
+def test_engine_knows_nobody_above_it(module: str) -> None:
+    above = ("offloop.callbacks", "offloop.cli", "offloop.dashboard")
+    assert not [known for known in modules_known_to(module) if known.startswith(above)]
+
+
+@pytest.mark.parametrize("module", in_folder("callbacks", "cli", "dashboard"))
+def test_the_engine_is_used_through_its_public_names(module: str) -> None:
+    for each in imports_of(module):
+        if each.module.startswith("offloop.engine"):
+            assert each.module in ("offloop.engine", "offloop.engine.testing"), each
+            assert each.module == "offloop.engine.testing" or each.name in offloop.engine.__all__, each
+
+
+@pytest.mark.parametrize("module", in_folder("cli"))
+def test_the_command_line_uses_callbacks_through_their_public_names(module: str) -> None:
+    for each in imports_of(module):
+        assert not each.module.startswith("offloop.callbacks."), each
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_what_needs_no_torch_imports_none(name: str) -> None:
+    """Nor a module that does."""
+    for each in imports_of(f"offloop.engine.{name}"):
+        assert each.package not in ("torch", "torchmetrics", "numpy"), each
+    allowed = {"offloop.engine", *(f"offloop.engine.{each}" for each in WITHOUT_TORCH)}
+    assert modules_known_to(f"offloop.engine.{name}") <= allowed
+
+
+def test_events_errors_and_config_know_nobody() -> None:
+    for name in ("events", "errors", "config"):
+        assert modules_known_to(f"offloop.engine.{name}") <= {"offloop.engine.errors"}
+
+
+def test_training_loop_knows_nothing_of_the_event_loop() -> None:
+    modules = training_threads_modules()
+    assert {"offloop.engine.loop", "offloop.engine.data", "offloop.engine.metrics"} <= modules
+    above = {f"offloop.engine.{name}" for name in ABOVE_THE_LOOP}
+    for module in modules:
+        assert not modules_known_to(module) & above, module
+        assert "anyio" not in {each.package for each in imports_of(module)}, module
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("offloop.engine.checkpoint")])
+def test_checkpoint_mechanics_know_nothing_of_the_rest(module: str) -> None:
+    assert not [
+        known for known in modules_known_to(module) if not known.startswith("offloop.engine.checkpoint")
+    ]
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_only_the_dashboards_server_and_client_know_one_kind_of_event_loop(module: str) -> None:
+    packages = {each.package for each in imports_of(module)}
+    assert "trio" not in packages and "uvloop" not in packages
+    if module not in ("offloop.dashboard.server", "offloop.dashboard.client"):
+        assert not packages & {"asyncio", "websockets"}
+
+
+def test_events_bus_and_control_load_without_torch() -> None:
+    script = (
+        "import sys\n"
+        f"for name in {WITHOUT_TORCH!r}:\n"
+        "    __import__(f'offloop.engine.{name}')\n"
+        "from offloop.engine import Bus, Callback, Event, StepEnd, TrainerConfig, decode\n"
+        "loaded = {'torch', 'torchmetrics', 'numpy', 'rich', 'websockets'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {sorted(loaded)}' if loaded else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_file_is_named_like_a_standard_module(module: str) -> None:
+    assert module.rpartition(".")[2] not in sys.stdlib_module_names
+
+
+# Public names --------------------------------------------------------------------------------------
+
+
+def test_public_names_of_the_engine_are_sorted_and_stand_once() -> None:
+    names = [name for names in offloop.engine._MODULES.values() for name in names]
+    assert sorted(set(names)) == sorted(names) == offloop.engine.__all__
+    for module, of_module in offloop.engine._MODULES.items():
+        assert list(of_module) == sorted(of_module), module
+    assert list(offloop.engine._MODULES) == sorted(offloop.engine._MODULES)
+
+
+def test_type_checkers_see_the_names_that_the_interpreter_loads() -> None:
+    declared = [each for each in imports_of("offloop.engine") if each.for_types_only]
+    loaded = {
+        (f"offloop.engine.{module}", name)
+        for module, names in offloop.engine._MODULES.items()
+        for name in names
+    }
+    assert len(declared) == len(set(declared))
+    assert {(each.module, each.name) for each in declared} == loaded
+
+
+@pytest.mark.parametrize("name", offloop.engine.__all__)
+def test_public_name_of_the_engine_loads_and_says_what_it_is(name: str) -> None:
+    value = getattr(offloop.engine, name)
+    assert getattr(importlib.import_module(f"offloop.engine.{offloop.engine._HOME[name]}"), name) is value
+    assert own_docstring(value), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", offloop.engine.__all__)
+def test_public_methods_say_what_they_do(name: str) -> None:
+    value = getattr(offloop.engine, name)
+    if not inspect.isclass(value):
+        return
+    missing = [
+        attribute
+        for attribute, member in vars(value).items()
+        if not attribute.startswith(("_", "on_"))  # a handler does what its callback's class says
+        and (inspect.isfunction(member) or isinstance(member, property | classmethod | staticmethod))
+        and not inspect.getdoc(getattr(value, attribute))
+    ]
+    assert not missing
+
+
+def test_unknown_name_of_the_engine_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        offloop.engine.Trainr  # noqa: B018 - the look-up is the test
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "engine"])
+def test_public_names_of_the_other_folders_are_sorted_and_documented(folder: str) -> None:
+    module = importlib.import_module(f"offloop.{folder}")
+    names: list[str] = getattr(module, "__all__", [])
+    assert names == sorted(set(names))
+    for name in names:
+        assert own_docstring(getattr(module, name)), name
+
+
+def own_docstring(value: Any) -> str | None:
+    """Return the docstring of a class or function, not one that it inherits."""
+    return value.__doc__ if inspect.isclass(value) or inspect.isfunction(value) else "a value"
