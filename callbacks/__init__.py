@@ -1,9 +1,42 @@
 """Callbacks: what most runs want beside the training itself, built on the engine's public names."""
 
+from offloop.callbacks.alerts import Above, Alert, Alerts, Below, Failed, NonFinite, Rule, Spike, Stalled
 from offloop.callbacks.early_stopping import EarlyStopping
+from offloop.callbacks.gradient_monitor import GradientMonitor, GradientStatistics
+from offloop.callbacks.layer_statistics import LayersMeasured, LayerStatistics
+from offloop.callbacks.learning_curves import LearningCurves
 from offloop.callbacks.learning_rate import LearningRateScheduler
 from offloop.callbacks.metric_logger import MetricLogger
 from offloop.callbacks.model_checkpoint import ModelCheckpoint
+from offloop.callbacks.profiler import Profiler, ProfileWritten
 from offloop.callbacks.progress_bar import ProgressBar
+from offloop.callbacks.resource_monitor import GpuUsage, ResourceMonitor, ResourceUsage
+from offloop.callbacks.weight_average import WeightAverage
 
-__all__ = ["EarlyStopping", "LearningRateScheduler", "MetricLogger", "ModelCheckpoint", "ProgressBar"]
+__all__ = [
+    "Above",
+    "Alert",
+    "Alerts",
+    "Below",
+    "EarlyStopping",
+    "Failed",
+    "GpuUsage",
+    "GradientMonitor",
+    "GradientStatistics",
+    "LayerStatistics",
+    "LayersMeasured",
+    "LearningCurves",
+    "LearningRateScheduler",
+    "MetricLogger",
+    "ModelCheckpoint",
+    "NonFinite",
+    "ProfileWritten",
+    "Profiler",
+    "ProgressBar",
+    "ResourceMonitor",
+    "ResourceUsage",
+    "Rule",
+    "Spike",
+    "Stalled",
+    "WeightAverage",
+]

@@ -222,7 +222,8 @@ class Alerts(Callback):
 
     def reset(self) -> None:
         self._broken: set[int] = set()  # places of the rules that are broken right now
-        self._published: list[Alert] = []  # those of ours on their way to `on_alert`
+        # Ours on their way to `on_alert`, by id; added by the event loop and the watchdog, taken out by the loop.
+        self._published: dict[int, Alert] = {}
         self._watchdog = None
         for rule in self.rules:
             rule.reset()
@@ -252,8 +253,7 @@ class Alerts(Callback):
                 await self._alert(rule, message, None, run)
 
     async def on_alert(self, event: Alert, run: Run) -> None:
-        if any(event is each for each in self._published):  # and not somebody else's
-            self._published = [each for each in self._published if each is not event]
+        if self._published.pop(id(event), None) is not None:  # else it is another instance's
             await self._tell(event)
 
     def close(self) -> None:
@@ -286,11 +286,11 @@ class Alerts(Callback):
     def _publish(self, alert: Alert, run: Run) -> bool:
         """Publish it, which brings it to `on_alert`; False if the run is over. Any thread."""
         logger.warning("alert in run %s: %s", run.id, alert.message)
-        self._published.append(alert)
+        self._published[id(alert)] = alert
         try:
             run.publish(alert)
         except BusClosedError:
-            self._published.remove(alert)
+            del self._published[id(alert)]
             return False
         return True
 

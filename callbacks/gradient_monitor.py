@@ -3,13 +3,12 @@
 Everything is computed on the device and read late, so that the monitor never makes the host wait for it.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from offloop.engine import Callback, ConfigError, Event, Metrics, Sample, Settings, StepPoint, in_step
+from offloop.engine import Callback, ConfigError, Metrics, Sample, StepPoint, in_step
 
 CHUNK: Final = 1 << 22
 """Elements that are looked at in one go: small gradients are gathered, so that a hundred biases cost one kernel
@@ -62,7 +61,6 @@ class GradientMonitor(Callback):
         self.every_n_steps = checked_cadence(every_n_steps)
         self.per_layer = per_layer
         self.update_ratio = update_ratio
-        set_cadence(self, every_n_steps)
         self.reset()
 
     def reset(self) -> None:
@@ -73,7 +71,7 @@ class GradientMonitor(Callback):
     def close(self) -> None:
         self._parts.clear()
 
-    @in_step
+    @in_step(every_n_steps="every_n_steps")
     def before_optimizer_step(self, point: StepPoint) -> None:
         self._parts = [
             part for part in self._parts if part.step == point.step
@@ -87,7 +85,7 @@ class GradientMonitor(Callback):
         if found:
             self._parts.append(self._measure(point.step, found))
 
-    @in_step
+    @in_step(every_n_steps="every_n_steps")
     def after_step(self, point: StepPoint) -> None:
         parts, self._parts = self._parts, []
         if not parts:
@@ -106,7 +104,7 @@ class GradientMonitor(Callback):
             values["norms"] = dict(zip(names, norms, strict=True))
         if self.update_ratio:
             values |= self._updates(parts, names)
-        publish_late(point, GradientStatistics, **values)
+        point.publish(GradientStatistics, **values)
 
     def _measure(self, step: int, found: Sequence[tuple[str, torch.nn.Parameter]]) -> "_Part":
         """Look at the gradients; if the ratio is wanted, keep what the weights were."""
@@ -200,63 +198,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-# What the monitors of a step share -----------------------------------------------------------------
-
-
 def checked_cadence(every_n_steps: int) -> int:
     """Return `every_n_steps`; raise `ConfigError` unless it is a whole number of at least 1."""
     if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
         raise ConfigError(f"every_n_steps must be a whole number of at least 1, got {every_n_steps!r}")
     return every_n_steps
-
-
-def set_cadence(callback: Callback, every_n_steps: int) -> None:
-    """Give every step hook of one instance a cadence of its own: a mark above a method is for the whole class."""
-    for name in dir(type(callback)):
-        method = getattr(callback, name, None)
-        if hasattr(method, "__offloop_in_step__"):
-            vars(callback)[name] = _at_cadence(cast("Callable[[StepPoint], None]", method), every_n_steps)
-
-
-def _at_cadence(hook: Callable[[StepPoint], None], every_n_steps: int) -> Any:
-    @in_step(every_n_steps=every_n_steps)
-    @functools.wraps(hook)
-    def run(point: StepPoint) -> None:
-        hook(point)
-
-    return run
-
-
-def publish_late(point: StepPoint, event_class: type[Event], **values: Any) -> None:
-    """Publish an event with tensors in it, which are read when they have arrived from the device.
-
-    Args:
-        point: Where we are.
-        event_class: The class of the event.
-        values: Its fields: plain values, tensors of one element (floats), tensors of shape (n,) (tuples of
-            floats), and mappings of either to names (`Metrics` and `Settings`).
-    """
-    scalars: dict[str, torch.Tensor] = {}
-
-    def take(value: Any) -> Any:
-        """Return a function that gives the value back when all numbers are there."""
-        if isinstance(value, torch.Tensor):
-            names = [f"number_{len(scalars) + index}" for index in range(value.numel())]
-            scalars.update(zip(names, value.detach().reshape(-1).unbind(), strict=True))
-            if value.dim() == 0:
-                return lambda numbers: numbers[names[0]]
-            return lambda numbers: tuple(numbers[name] for name in names)
-        if isinstance(value, Mapping):
-            items = {name: take(item) for name, item in value.items()}
-            kind = Settings if any(item.dim() for item in value.values()) else Metrics
-            return lambda numbers: kind({name: item(numbers) for name, item in items.items()})
-        return lambda numbers: value
-
-    fields = {name: take(value) for name, value in values.items()}
-
-    def build(**numbers: Any) -> Event:
-        position = {name: value for name, value in numbers.items() if name not in scalars}
-        return event_class(**position, **{name: field(numbers) for name, field in fields.items()})
-
-    # StepPoint.publish calls what it is given with the position and the numbers: a function does as well
-    point.publish(cast("type[Event]", build), **scalars)

@@ -1,56 +1,60 @@
 """Profiler: a trace of a few steps for Perfetto, and a table that says in words where a step's time goes.
 
-The boundaries of the table are the points at which step hooks run. The clock is the host's: on CUDA, a phase lasts as
-long as the host takes to queue its work, and the trace shows what the device did meanwhile.
+The boundaries of the table are the points at which step hooks run, and the model's own calls:
 
-    after_step      before_batch     before_forward                after_backward     after_step
-        │ data, other    │ host to device  │ forward │ backward            │ optimizer      │
+    after_step     before_batch    before_forward    (model returns)    before_optimizer_step     after_step
+        │ data, idle     │ host to device  │ forward         │ backward           │ optimizer         │
+
+The clock is the host's. On CUDA a phase lasts as long as the host takes to queue its work, or to wait for the device;
+the trace shows what the device did meanwhile, and the table says how much of the time it did nothing.
 """
 
+import contextlib
+import gzip
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+import msgspec
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from offloop.engine import (
     BusClosedError,
     Callback,
+    CallbackCosts,
     ConfigError,
-    EpochEnd,
     Event,
     Metrics,
     Run,
     StepEnd,
     StepPoint,
-    decides,
     in_step,
 )
 
 logger = logging.getLogger("offloop")
 
 PHASES: Final = {
-    "data": "waiting for the next batch from the loader",
-    "host_to_device": "copying the batch to the device",
-    "forward": "forward pass and loss",
-    "backward": "backward pass",
-    "optimizer": "clipping, optimizer step, learning-rate schedule",
+    "data": "waiting for batches from the loader",
+    "host_to_device": "moving the batch to the device",
+    "forward": "forward pass",
+    "backward": "loss and backward pass",
+    "optimizer": "unscaling, clipping, optimizer step, schedule",
     "callbacks": "waiting for deciders of callbacks",
-    "idle": "between steps: zero_grad, reports, commands, validation, pauses",
+    "idle": "the rest between two batches: zero_grad, reports, commands, validation, pauses",
 }
 """The rows of the table, in the order of a step."""
 
 TRACE_NAME: Final = "trace.json.gz"
 TABLE_NAME: Final = "profile.txt"
+DEVICE_WORK: Final = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+"""Categories of a trace's events in which a GPU is at work."""
 
 
 class ProfileWritten(Event, frozen=True, kw_only=True):
-    """A profile is on disk. From a thread of the profiler's."""
+    """A profile is on disk. From the profiler's own thread; not published where the run has ended before."""
 
     trace: str
     """Path of the trace, for https://ui.perfetto.dev or chrome://tracing."""
@@ -58,22 +62,23 @@ class ProfileWritten(Event, frozen=True, kw_only=True):
     """Path of the table."""
     steps: int
     """Steps that were measured."""
-    step_seconds: float
-    """Mean duration of a step, from its end to the end of the one before."""
     seconds: Metrics = Metrics()
     """Mean seconds of a step in each phase: `data`, `host_to_device`, `forward`, `backward`, `optimizer`, `callbacks`,
-    `idle`. They add up to `step_seconds`."""
+    `idle`. They add up to the step, from the end of the one before it to its own."""
+    device_idle_percent: float | None = None
+    """Share of the time in which a CUDA device did nothing; None for other devices."""
 
 
 class Profiler(Callback):
-    """Profiles some steps of a run with `torch.profiler`: a trace and a table in the run's directory.
+    """Profiles some steps of a run with `torch.profiler`: `trace.json.gz` and `profile.txt` in the run's directory.
 
-    The run is slower while it warms up and measures, and stands still for as long as torch takes to collect what it
-    recorded (about 0.1 s for each 10,000 operators), once. The files are written by a thread of the profiler's; torch
-    may hold the interpreter meanwhile. Before and after, a step costs a few microseconds more.
+    The steps that it warms up and measures are slower, and training stands still once, after them, while torch
+    collects what was recorded. The files are written by a thread of the profiler's, beside training; torch may keep
+    the interpreter to itself for a part of that, about as long as the trace is large. All other steps cost a few
+    microseconds more.
 
-    It profiles once, in the training thread, and ends there too, however the run ends: a run that ends early
-    leaves what was recorded so far. One profiler can be on in a process.
+    It profiles once in a run. A run that ends early leaves a profile of the steps measured so far, and in no case is
+    torch's profiler left on. Only one can be on in a process.
     """
 
     on_error = "isolate"
@@ -92,17 +97,17 @@ class Profiler(Callback):
         """Choose the steps and what is recorded.
 
         Args:
-            wait: Steps that go by first: the first ones compile kernels and fill caches, >= 0.
-            warmup: Steps with the profiler on whose record is thrown away, because its own start distorts them, >= 0.
+            wait: Steps that go by before: the first ones choose kernels and fill caches, >= 0.
+            warmup: Steps with the profiler on whose record is thrown away: its start distorts them, at least 1.
             active: Steps that are measured, at least 1.
-            record_shapes: Record the shapes of each operator's inputs.
-            profile_memory: Record each allocation.
-            with_stack: Record the Python stack of each operator: slow.
+            record_shapes: Record the shapes of operators' inputs.
+            profile_memory: Record allocations.
+            with_stack: Record the Python stack of operators: slow.
 
         Raises:
             ConfigError: A number of steps is out of its range.
         """
-        for name, value, least in (("wait", wait, 0), ("warmup", warmup, 0), ("active", active, 1)):
+        for name, value, least in (("wait", wait, 0), ("warmup", warmup, 1), ("active", active, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
         self.wait = wait
@@ -116,46 +121,267 @@ class Profiler(Callback):
         self.reset()
 
     def reset(self) -> None:
-        self._steps = 0  # seen so far in this attempt; training thread
-        self._recording: _Recording | None = None  # written by the training thread
-        self._end_of_thread = threading.local()
-        self._writer: threading.Thread | None = None
+        self._steps = 0  # that this run has made; training thread
+        self._recording: _Recording | None = None  # written once by the training thread, read by all
+        self._at_thread_end = threading.local()
+        self._writer: threading.Thread | None = None  # written by the event loop, read by close() afterwards
+        self._error: Exception | None = None  # written by the writer before it ends, read after join
 
-    # The training thread
+    # In the training thread
 
     @in_step
     def before_batch(self, point: StepPoint) -> None:
-        if self._steps == self.wait and self._recording is None:
-            self._recording = _Recording(point, self.warmup, self.active, self._options)
-            # Nobody calls a callback in the training thread when a run is stopped, and only this thread can
-            # switch its profiler off: what is local to a thread is let go of in that thread, as its last act.
-            self._end_of_thread.guard = _Guard(self._recording.stop)
-        self._enter("host_to_device")
+        recording = self._recording
+        if recording is not None:
+            recording.enter("host_to_device")
+        elif self._steps >= self.wait:
+            self._recording = recording = _Recording(point, self.warmup, self.active, self._options)
+            # torch's profiler can be switched off only in the thread that switched it on, and nobody calls a
+            # callback there when the run is stopped, cancelled or fails. What is local to a thread is let go of
+            # in that thread, as the last thing it does.
+            self._at_thread_end.guard = _Guard(recording.stop)
+            recording.start()
 
     @in_step
     def before_forward(self, point: StepPoint) -> None:
-        self._enter("forward")
-        recording = self._recording
-        if recording is not None and recording.is_on:
-            recording.watch_forward(point.model)
+        if self._recording is not None:
+            self._recording.enter("forward")
 
     @in_step
     def after_backward(self, point: StepPoint) -> None:
-        self._enter("idle")  # to the next batch of the window, or to the optimizer
+        if self._recording is not None:
+            self._recording.enter("between")
 
     @in_step
     def before_optimizer_step(self, point: StepPoint) -> None:
-        self._enter("optimizer")
+        if self._recording is not None:
+            self._recording.enter("optimizer", so_far="optimizer")
 
     @in_step
     def after_step(self, point: StepPoint) -> None:
         self._steps += 1
-        recording = self._recording
-        if recording is not None and recording.is_on:
-            recording.end_step(point.step)
-            if not recording.is_on:
-                self._start_writing(point.run)
+        if self._recording is not None:
+            self._recording.end_step(point.step)
 
-    @decides
-    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-        """Nothing to decide: see `_enter`. A run may have its last step here."""
+    # On the event loop
+
+    async def on_step_end(self, event: StepEnd, run: Run) -> None:
+        """Take note of how long a measured step waited for data; after the last one, have the files written."""
+        recording = self._recording
+        if recording is None or self._writer is not None or event.step not in recording.steps:
+            return
+        recording.data_times[event.step] = event.data_time
+        if recording.is_complete and event.step == recording.steps[-1]:
+            self._writer = threading.Thread(
+                target=self._write, args=(recording, run), name="offloop-profiler"
+            )
+            self._writer.start()
+
+    # In threads of its own
+
+    def close(self) -> None:
+        """Wait for the files; write them here if the run ended early. Raises what that failed with."""
+        recording = self._recording
+        if self._writer is not None:
+            self._writer.join()
+        elif recording is not None and recording.steps:
+            self._write(recording, recording.run)
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, recording: "_Recording", run: Run) -> None:
+        try:
+            written = recording.write(run.dir)
+            logger.info("profile of %d steps: %s and %s", written.steps, written.table, written.trace)
+            with contextlib.suppress(BusClosedError):  # the run is over; the files are there
+                run.publish(written)
+        except Exception as error:
+            self._error = error
+
+
+class _Recording:
+    """One use of torch's profiler. All methods but `write` run in the training thread."""
+
+    def __init__(self, point: StepPoint, warmup: int, active: int, options: Mapping[str, Any]) -> None:
+        self.run: Run = point.run
+        self.steps: list[int] = []  # measured ones, by number; appended before their StepEnd is published
+        self.data_times: dict[int, float] = {}  # by step; written by the event loop
+        self.is_complete = False  # written by the training thread
+        self._is_on = False
+        self._model = point.model
+        self._is_compiled = bool(point.trainer.config.compile)
+        self._is_cuda = point.trainer.device.type == "cuda"
+        self._warmup, self._active = warmup, active
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._is_cuda else [])
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=warmup, active=active, repeat=1),
+            **options,
+        )
+        self._hooks: list[Any] = []
+        self._made = 0
+        self._range: Any = None
+        self._phase = ""
+        self._since = 0.0
+        self._spans: dict[str, float] = {}
+        self._decided = self._decided_at_end = 0.0
+
+    def start(self) -> None:
+        """Switch the profiler on, in front of a batch."""
+        self._profile.start()
+        self._is_on = True
+        if not self._is_compiled:  # hooks would have it compiled again: its forward pass then is all the step
+            self._hooks = [
+                self._model.register_forward_pre_hook(lambda *_: self._enter_if("backward", "forward")),
+                self._model.register_forward_hook(lambda *_: self._enter_if("forward", "backward")),
+            ]
+        self.enter("host_to_device")
+
+    def enter(self, phase: str, *, so_far: str | None = None) -> None:
+        """A phase begins, and the one in progress ends: it counts as `so_far`, else as what it began as."""
+        if not self._is_on:
+            return
+        self._leave(so_far)
+        self._begin(phase)
+
+    def end_step(self, step: int) -> None:
+        """A step is over; after the last one the profiler is off."""
+        if not self._is_on:
+            return
+        self._leave()
+        self._made += 1
+        if self._made > self._warmup:
+            self.steps.append(step)
+        if self._made == self._warmup:
+            self._spans.clear()  # what was measured so far was warming up
+            self._decided = _decided(self.run.callback_costs)
+        elif self._made == self._warmup + self._active:
+            self.stop()
+            self.is_complete = True
+            return
+        self._profile.step()
+        self._begin("between")
+
+    def stop(self) -> None:
+        """Switch the profiler off, and take the hooks away. Twice is fine."""
+        if not self._is_on:
+            return
+        self._is_on = False
+        while self._hooks:
+            self._hooks.pop().remove()
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+        self._decided_at_end = _decided(self.run.callback_costs)
+        self._profile.stop()
+
+    def write(self, folder: Path) -> ProfileWritten:
+        """Write trace and table, after `stop`. Any thread; blocks."""
+        trace, table = folder / TRACE_NAME, folder / TABLE_NAME
+        self._profile.export_chrome_trace(str(trace))
+        seconds = self._seconds()
+        idle = device_idle_percent(read_trace(trace)) if self._is_cuda else None
+        table.write_text(describe(seconds, self.steps, idle), encoding="utf-8")
+        return ProfileWritten(
+            trace=str(trace),
+            table=str(table),
+            steps=len(self.steps),
+            seconds=Metrics(seconds),
+            device_idle_percent=idle,
+        )
+
+    def _seconds(self) -> dict[str, float]:
+        """Return the mean seconds of each phase of a step."""
+        known = [self.data_times[step] for step in self.steps if step in self.data_times]
+        waited = sum(known) / len(known) if known else 0.0
+        mean = {phase: total / len(self.steps) for phase, total in self._spans.items()}
+        between = mean.pop("between", 0.0)
+        decided = min((self._decided_at_end - self._decided) / len(self.steps), between)
+        waited = min(waited, between - decided)
+        mean |= {"data": waited, "callbacks": decided, "idle": between - decided - waited}
+        return {phase: mean.get(phase, 0.0) for phase in PHASES}
+
+    def _enter_if(self, phase: str, following: str) -> None:
+        if self._phase == phase:
+            self.enter(following)
+
+    def _begin(self, phase: str) -> None:
+        self._phase = phase
+        self._range = record_function(f"offloop: {phase}")
+        self._range.__enter__()
+        self._since = time.perf_counter()
+
+    def _leave(self, so_far: str | None = None) -> None:
+        if self._range is not None:
+            now = time.perf_counter()
+            phase = so_far or self._phase
+            self._spans[phase] = self._spans.get(phase, 0.0) + now - self._since
+            self._range.__exit__(None, None, None)
+            self._range = None
+
+
+class _Guard:
+    """Calls a function when it is let go of."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def __del__(self) -> None:
+        self._function()
+
+
+def _decided(costs: Mapping[str, CallbackCosts]) -> float:
+    return sum(each.decided for each in costs.values())
+
+
+def describe(seconds: Mapping[str, float], steps: list[int], device_idle_percent: float | None = None) -> str:
+    """Return the table, in words."""
+    total = sum(seconds.values())
+    lines = [
+        f"Where a step's time goes: mean of {len(steps)} steps ({steps[0]} to {steps[-1]}), "
+        f"{1e3 * total:.2f} ms each, on the host's clock",
+        "",
+    ]
+    for phase, words in PHASES.items():
+        share = 100 * seconds[phase] / total if total else 0.0
+        lines.append(f"{1e3 * seconds[phase]:10.2f} ms {share:5.1f} %  {phase:<15} {words}")
+    longest = max(PHASES, key=lambda phase: seconds[phase])
+    lines += ["", f"Most of it is {longest}: {PHASES[longest]}."]
+    if device_idle_percent is not None:
+        lines.append(f"The device did nothing for {device_idle_percent:.0f} % of the time.")
+    return "\n".join(lines) + "\n"
+
+
+class TraceEvent(msgspec.Struct):
+    """What is read of an event in a trace: times in microseconds."""
+
+    name: str = ""
+    cat: str = ""
+    ts: float = 0.0
+    dur: float = 0.0
+
+
+class _Trace(msgspec.Struct):
+    traceEvents: list[TraceEvent]
+
+
+def read_trace(path: Path) -> list[TraceEvent]:
+    """Return the events of a trace file."""
+    with gzip.open(path) as file:
+        return msgspec.json.decode(file.read(), type=_Trace, strict=False).traceEvents
+
+
+def device_idle_percent(events: Iterable[TraceEvent]) -> float:
+    """Return the share of the measured steps in which no kernel and no copy ran on a GPU."""
+    events = list(events)
+    steps = [event for event in events if event.name.startswith("ProfilerStep") and event.dur > 0]
+    if not steps:
+        return 100.0
+    start, end = min(step.ts for step in steps), max(step.ts + step.dur for step in steps)
+    busy, reached = 0.0, start
+    for event in sorted((each for each in events if each.cat in DEVICE_WORK), key=lambda each: each.ts):
+        until = min(event.ts + event.dur, end)
+        if until > reached:
+            busy += until - max(event.ts, reached)
+            reached = until
+    return 100.0 * (1.0 - busy / (end - start))

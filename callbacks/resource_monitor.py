@@ -44,7 +44,7 @@ FIRST_AFTER: Final = 0.5
 """Seconds to the first sample at most, so that a short run has one."""
 BEAT: Final = 0.1
 """Seconds between two timers: a hold-up longer than this is always seen, a shorter one by chance. A beat costs about
-50 us, so both timers together take 0.1 % of a core."""
+100 us, so both timers together take 0.2 % of a core."""
 STEPS_HELD: Final = 100_000
 """StepEnd events held from one sample to the next; above, the oldest are not looked at."""
 
@@ -117,7 +117,7 @@ class ResourceUsage(Sample, frozen=True, kw_only=True):
 class ResourceMonitor(Callback):
     """Publishes `ResourceUsage` at a cadence. Training never waits for it, the event loop only for a timer.
 
-    Costs about 0.2 % of one core at the default cadence, see `ResourceUsage.own_cpu_percent`. Where there is no
+    Costs about 0.3 % of one core at the default cadence, see `ResourceUsage.own_cpu_percent`. Where there is no
     NVIDIA GPU, nothing is said about one.
     """
 

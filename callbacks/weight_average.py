@@ -179,8 +179,9 @@ class WeightAverage(Callback):
 class _Average(AveragedModel):
     """torch's averaged model with an update that never waits for the device.
 
-    torch moves its count to the device and back in every update; here it stays on the host. The arithmetic is
-    torch's, but for integer and boolean buffers: the mean of a counter or a mask means nothing, they are copied.
+    torch moves its count to the device in every update; here it stays on the host. The arithmetic is torch's, but
+    for integer and boolean buffers, which are copied: the mean of a counter or a mask means nothing, and torch's
+    SWA of several tensors raises for them.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

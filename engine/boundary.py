@@ -60,16 +60,18 @@ class Boundary:
                 )
             else:
                 break
-        if loop.ending is not None:
-            self._paused_by = None  # a stop ends a pause
 
     def _obey(self) -> None:
         """Apply the commands that can be applied here."""
         loop, control = self._loop, self._control
         at_step = loop.window.count == 0 and not loop.validating
         while commands := control.collect(step_boundary=at_step, stop_only=loop.validating):
-            for command in commands:
-                self._apply(command)
+            for place, command in enumerate(commands):
+                try:
+                    self._apply(command)
+                except BaseException:
+                    control.put_back(commands[place + 1 :])  # whoever gave them hears that the run has ended
+                    raise
         if control.cancelled and loop.ending != "cancelled":
             loop.ending, loop.reason = "cancelled", control.cancel_reason
             self._change_state("stopping", control.cancel_reason, "")
@@ -120,6 +122,7 @@ class Boundary:
         loop = self._loop
         if loop.ending in (None, "limit"):
             loop.ending, loop.reason = "stopped", command.arguments["reason"]
+            self._paused_by = None  # it ends a pause
             self._change_state("stopping", loop.reason, command.by)
 
     def _validate(self, command: Command) -> Metrics:

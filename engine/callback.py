@@ -96,7 +96,7 @@ class _Decides:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _InStep:
-    every_n_steps: int
+    every_n_steps: int | str
 
 
 @overload
@@ -138,10 +138,10 @@ def in_step(hook: F, /) -> F: ...
 
 
 @overload
-def in_step(*, every_n_steps: int = 1) -> Callable[[F], F]: ...
+def in_step(*, every_n_steps: int | str = 1) -> Callable[[F], F]: ...
 
 
-def in_step(hook: F | None = None, /, *, every_n_steps: int = 1) -> F | Callable[[F], F]:
+def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Callable[[F], F]:
     """Make a plain method a step hook: `@in_step` or `@in_step(every_n_steps=50)`.
 
     It runs in the training thread and is named after its point: `before_batch`, `before_forward`,
@@ -151,9 +151,10 @@ def in_step(hook: F | None = None, /, *, every_n_steps: int = 1) -> F | Callable
     Args:
         hook: The method.
         every_n_steps: Runs only in steps number n, 2 n, 3 n, ...; the others pay nothing for it.
-            Validation points run at every validation.
+            Validation points run at every validation. The name of an attribute of the callback gives each instance
+            a cadence of its own: it is read when a run is set up.
     """
-    if every_n_steps < 1:
+    if not isinstance(every_n_steps, str) and every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
 
     def mark(hook: F) -> F:
@@ -259,7 +260,8 @@ class Handlers:
         if in_step_mark is not None:
             self._expect_arguments(attribute, method, 1, "point")
             on_error = self.callback.on_error or "raise"
-            self.hooks.append(StepHook(self.name, attribute, method, in_step_mark.every_n_steps, on_error))
+            every = self._cadence(attribute, in_step_mark.every_n_steps)
+            self.hooks.append(StepHook(self.name, attribute, method, every, on_error))
         elif decides_mark is not None:
             self._check_boundary(attribute)
             self._expect_arguments(attribute, method, 2, "event, run")
@@ -273,6 +275,17 @@ class Handlers:
             raise ConfigError(
                 f"{self.name}.{attribute} is named like a step hook but is none: put @in_step above it"
             )
+
+    def _cadence(self, attribute: str, every_n_steps: int | str) -> int:
+        if isinstance(every_n_steps, int):
+            return every_n_steps
+        value = getattr(self.callback, every_n_steps, None)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{self.name}.{every_n_steps}, the cadence of {attribute}, must be a whole number of at least 1, "
+                f"got {value!r}"
+            )
+        return value
 
     def _check_known(self, attribute: str) -> None:
         known = {"on_event", "on_sample"} | {event_class.handler_name for event_class in known_events()}

@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, Literal, TypeVar
 
@@ -175,6 +175,11 @@ class Control:
             # Still true if something waits for another boundary: then each batch looks again.
             self.attention = bool(self._commands) or self.cancelled
         return sorted(applicable, key=lambda command: (command.name == "stop", not command.from_decider))
+
+    def put_back(self, commands: Sequence[Command]) -> None:
+        """Put back what was collected and could not be applied."""
+        with self._changed:
+            self._commands.extendleft(reversed(commands))
 
     @property
     def has_stop(self) -> bool:

@@ -133,7 +133,12 @@ class TrainingLoop:
         self.reporter = Reporter(
             device, publish, clock_offset, config.on_nonfinite, loss_scale=self.mixed.initial_scale
         )
-        self.parameters = list(program.model.parameters())
+        # In the model's order, as `clip_grad_norm_(model.parameters())` sees them; those that no optimizer owns
+        # are left out, because nobody zeroes their gradients.
+        owned = {
+            id(p) for each in optimizers.values() for group in each.param_groups for p in group["params"]
+        }
+        self.parameters = [each for each in program.model.parameters() if id(each) in owned]
         self.first_optimizer = next(iter(optimizers.values()))
 
         # Position: counts of finished things, on every event
@@ -570,6 +575,8 @@ class TrainingLoop:
 
     def log(self, name: str, value: "torch.Tensor | float") -> None:
         """Log a value with the step or the validation in progress."""
+        if name == "loss":
+            raise ValueError("log('loss') would mix with the step's own loss: log it under another name")
         if isinstance(value, torch.Tensor):
             if value.numel() != 1:
                 raise ValueError(
@@ -656,7 +663,7 @@ class TrainingLoop:
             resumed_at=None if resumed is None else resumed.taken,
             config=Settings(self.config.as_settings()),
             device=str(self.device),
-            parameters=sum(p.numel() for p in self.parameters if p.requires_grad),
+            parameters=sum(p.numel() for p in self.program.model.parameters() if p.requires_grad),
             batches_per_epoch=length,
             steps_per_epoch=steps,
             epochs=self.limits.epochs,

@@ -207,16 +207,13 @@ def metric_direction(key: str, metrics: Metrics = ()) -> Literal["min", "max"] |
     for word in (name.lower(), *reversed(re.split(r"[^a-z0-9]+", name.lower()))):
         if word in _ALIASES:
             return _NAMED[_ALIASES[word]].direction
-        if word in _SMALLER or word.endswith(("loss", "error")):
+        if re.fullmatch(r".*(loss|error)|err|mape|perplexity|ppl|nll|wer|cer|fid|hamming|brier|ece", word):
             return "min"
-        if word in _LARGER:
+        if re.fullmatch(
+            r"top\d|sensitivity|specificity|fbeta|auprc|map|m?iou|jaccard|dice|kappa|mcc|bleu|psnr", word
+        ):
             return "max"
     return None
-
-
-_SMALLER = "err mape perplexity ppl nll wer cer fid hamming brier ece".split()
-_LARGER = """top1 top5 sensitivity specificity fbeta auprc map iou miou jaccard dice kappa mcc corrcoef bleu
-    rouge psnr ssim ndcg mrr""".split()
 
 
 def _chosen(metrics: Metrics) -> dict[str, Metric | None]:
@@ -387,8 +384,8 @@ def _count(kind: str, by_label: type[Metric], average: str = "macro") -> Callabl
     on_device = type(by_class.__name__, (_OnDevice, by_class), {})
 
     def make(problem: _Problem) -> Metric:
-        kind = by_label if problem.task == "multilabel" else on_device
-        metric: Metric = cast(Any, kind)(problem.size, validate_args=False)
+        chosen = by_label if problem.task == "multilabel" else on_device
+        metric: Metric = cast(Any, chosen)(problem.size, validate_args=False)
         metric.average = average  # only now, so that "micro" counts by class, too, and shares the counts
         return metric
 

@@ -31,24 +31,23 @@ class Readback:
         self.is_immediate = device.type != "cuda"
         self._under_way: deque[_Copy] = deque()
 
-    def read(self, scalars: Sequence[torch.Tensor], deliver: Deliver) -> None:
-        """Call `deliver` with the values: at once on CPU, when they have arrived on CUDA (or at `flush`).
+    def read(self, tensors: Sequence[torch.Tensor], deliver: Deliver) -> None:
+        """Call `deliver` with the numbers: at once on CPU, when they have arrived on CUDA (or at `flush`).
 
         Args:
-            scalars: Tensors of one element each, any dtype; () or (1,).
-            deliver: Gets the values as floats in the same order.
+            tensors: Of any shape and dtype, most of them of one element.
+            deliver: Gets their elements as floats, one tensor after the other.
         """
         if self.is_immediate:
-            deliver([scalar.item() for scalar in scalars])  # host sync, free on CPU
+            deliver([number for tensor in tensors for number in _numbers(tensor)])
             return
-        # float64 holds what any dtype holds; a scalar that a step made on the CPU travels along, in its turn
-        packed = torch.stack(
-            [
-                scalar.detach().reshape(()).to(self.device, torch.float64, non_blocking=True)
-                for scalar in scalars
-            ]
-        )
-        host = _pinned(len(scalars))
+        # float64 holds what any dtype holds; a scalar that a step made on the CPU travels along, in its turn.
+        # Tensors of one dtype are packed first and converted together: one kernel in place of hundreds.
+        flat = [tensor.detach().reshape(-1).to(self.device, non_blocking=True) for tensor in tensors]
+        if len({tensor.dtype for tensor in flat}) > 1:
+            flat = [tensor.to(torch.float64) for tensor in flat]
+        packed = torch.cat(flat).to(torch.float64)
+        host = _pinned(packed.numel())
         host.copy_(packed, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
@@ -75,6 +74,11 @@ class Readback:
             copy = self._under_way.popleft()
             copy.arrived.synchronize()
             copy.deliver(copy.host.tolist())
+
+
+def _numbers(tensor: torch.Tensor) -> list[float]:
+    """Return the elements of a tensor (host sync, free on CPU)."""
+    return [tensor.item()] if tensor.numel() == 1 else tensor.reshape(-1).tolist()
 
 
 def _pinned(count: int) -> torch.Tensor:

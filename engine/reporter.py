@@ -5,17 +5,18 @@ arrived; what is published meanwhile queues behind it, and a milestone waits for
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 
 from offloop.engine.errors import EventError, LossError
-from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, StepEnd, check
+from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, StepEnd, check
 from offloop.engine.readback import Readback
 
 logger = logging.getLogger("offloop")
@@ -124,21 +125,18 @@ class Reporter:
 
     def publish_late(self, event_class: type[Event], fields: dict[str, Any]) -> None:
         """Publish an event whose tensors are read when they have arrived."""
-        scalars = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
-        for name, value in scalars.items():
-            if value.numel() != 1:
-                raise EventError(
-                    f"{event_class.__name__}.{name} takes one number, got a tensor of shape {tuple(value.shape)}"
-                )
-        check(event_class(**{**fields, **dict.fromkeys(scalars, 0.0)}))  # where it is published, not late
-        if not scalars:
-            self.publish(event_class(**fields))
-            return
+        tensors: list[torch.Tensor] = []
+        builders = {name: _late(value, tensors) for name, value in fields.items()}
 
-        def deliver(numbers: list[float]) -> None:
-            self.emit(event_class(**{**fields, **dict(zip(scalars, numbers, strict=True))}))
+        def build(numbers: Iterable[float]) -> Event:
+            rest = iter(numbers)  # the builders take theirs in the order in which they gave their tensors
+            return event_class(**{name: builder(rest) for name, builder in builders.items()})
 
-        self.readback.read(list(scalars.values()), deliver)
+        check(build(itertools.repeat(0.0)))  # where it is published, not late
+        if tensors:
+            self.readback.read(tensors, lambda numbers: self.emit(build(numbers)))
+        else:
+            self.publish(build(()))
 
     def add_to_validation(self, name: str, value: "torch.Tensor | float", weight: float) -> None:
         """Add a value to the means of the validation, now or when it has arrived."""
@@ -200,9 +198,8 @@ class Reporter:
         """Publish the usual step on a CPU without the detour: this runs in every step."""
         run_id, epoch, step, batch = position
         loss = window.losses[0].item()  # host sync, free on CPU
-        if not math.isfinite(loss):
-            self._complain(loss, step)
-        self.train_means.add("loss", loss, window.weights[0])
+        if math.isfinite(loss) or self._complain(loss, step):
+            self.train_means.add("loss", loss, window.weights[0])
         self.emit(
             StepEnd(
                 run_id=run_id,
@@ -244,9 +241,8 @@ class Reporter:
                 number = next(rest) if isinstance(value, torch.Tensor) else float(value)
                 values.setdefault(name, []).append(number)
             for loss, weight in zip(of_losses, weights, strict=True):
-                if not math.isfinite(loss):
-                    self._complain(loss, step)
-                self.train_means.add("loss", loss, weight)
+                if math.isfinite(loss) or self._complain(loss, step):
+                    self.train_means.add("loss", loss, weight)
             metrics = {name: sum(several) / len(several) for name, several in values.items()}
             for name, mean in metrics.items():
                 self.train_means.add(name, mean, samples)
@@ -276,13 +272,34 @@ class Reporter:
 
         self.readback.read([*losses, *on_device, *extra], deliver)
 
-    def _complain(self, loss: float, step: int) -> None:
-        """Say that a loss is not finite, as `on_nonfinite` wants."""
+    def _complain(self, loss: float, step: int) -> bool:
+        """Say that a loss is not finite, as `on_nonfinite` wants; True if it counts in the epoch's mean."""
         where = f"the loss of step {step} is {loss}"
         if self._on_nonfinite == "raise":
             raise LossError(f'{where}; on_nonfinite="warn" goes on, "skip_step" leaves such updates out')
         if self._on_nonfinite == "warn":
             logger.warning("%s", where)
+        return self._on_nonfinite != "skip_step"
+
+
+def _late(value: Any, tensors: list[torch.Tensor]) -> Callable[[Iterator[float]], Any]:
+    """Append the tensors in a field's value to `tensors`; return what makes the value of their numbers."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        count = value.numel()
+        if value.dim() == 0 or count == 1:
+            return next
+        if value.dim() > 1:
+            raise EventError(
+                f"an event takes tensors of one dimension, got one of shape {tuple(value.shape)}"
+            )
+        return lambda numbers: tuple(itertools.islice(numbers, count))
+    if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
+        items = {name: _late(item, tensors) for name, item in value.items()}
+        is_flat = all(builder is next for builder in items.values())
+        kind = Metrics if is_flat else Settings
+        return lambda numbers: kind({name: builder(numbers) for name, builder in items.items()})
+    return lambda numbers: value
 
 
 def _as_tensor(value: "torch.Tensor | float") -> torch.Tensor:

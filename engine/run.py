@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.errors import ConfigError
@@ -157,9 +157,19 @@ class Run:
 
     # What it says
 
+    @overload
+    def events(
+        self, *, buffer: int = BUFFER, on_full: OnFull = "drop_oldest", name: str = "events"
+    ) -> Subscription[Event]: ...
+
+    @overload
     def events(
         self, *types: type[E], buffer: int = BUFFER, on_full: OnFull = "drop_oldest", name: str = "events"
-    ) -> Subscription[E]:
+    ) -> Subscription[E]: ...
+
+    def events(
+        self, *types: type[Any], buffer: int = BUFFER, on_full: OnFull = "drop_oldest", name: str = "events"
+    ) -> Subscription[Any]:
         """Subscribe to events, from now on; milestones since the start of the run are replayed.
 
         The result is an iterator (`async for`) and a context manager; it ends with the run. From a plain thread
@@ -212,7 +222,7 @@ class Run:
         """Set a learning rate; a schedule goes on from there, multiplied.
 
         Args:
-            lr: For the largest group, the others are scaled alike; or for `group` alone. Finite, >= 0.
+            lr: For the largest group, the others are scaled alike; or for `group` alone. Finite, above 0.
             group: Index of one parameter group.
             optimizer: Its name, where the trainer has several.
             by: Who asks, for the record.
@@ -221,8 +231,8 @@ class Run:
             ConfigError: No such value, group or optimizer.
         """
         optimizers = self._session.loop.optimizers
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
-            raise ConfigError(f"lr must be a finite number of at least 0, got {lr!r}")
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+            raise ConfigError(f"lr must be a finite number above 0, got {lr!r}")
         if optimizer is None and len(optimizers) > 1:
             raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(optimizers)}")
         if optimizer is not None and optimizer not in optimizers:

@@ -56,7 +56,7 @@ class Checkpoints:
             optimizers: Their `step` is what changes the tensors that they own.
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in the writer's thread.
         """
-        self.retention = Retention()  # set before the first save
+        self._retention = Retention()
         self.parent: str | None = None  # the checkpoint that this attempt continues
         self.attempt = 0
         self.saved: dict[int, str] = {}  # step -> path of what is durable and not deleted; writer's thread
@@ -69,6 +69,12 @@ class Checkpoints:
         self._store: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
         self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
+
+    def keep(self, retention: Retention) -> None:
+        """Say what is kept when a new checkpoint is durable. Training thread, before the first save."""
+        self._retention = retention
+        if self._store is not None:
+            self._store.retention = retention
 
     def save(
         self,
@@ -158,7 +164,7 @@ class Checkpoints:
             RunLockedError: Another run has this directory.
         """
         if self._writer is None or self._arena is None:
-            self._store = CheckpointStore(self._directory, retention=self.retention)
+            self._store = CheckpointStore(self._directory, retention=self._retention)
             self._arena = SnapshotArena(optimizers=self._optimizers.values())
             self._writer = CheckpointWriter(self._store, on_saved=self._saved, on_failed=self._failed)
         return self._writer, self._arena

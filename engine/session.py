@@ -232,10 +232,20 @@ class Session:
         self.checkpoints.save(
             state,
             position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
-            metrics={**loop.latest, **loop.epoch_metrics},
+            metrics=self._metrics_of_now(),
             reason=reason,
             future=future,
         )
+
+    def _metrics_of_now(self) -> dict[str, float]:
+        """Return the metrics that were made at this very step: only they may say which checkpoint is best."""
+        loop = self.loop
+        made: dict[str, float] = {}
+        for name, value in {**loop.latest, **loop.epoch_metrics}.items():
+            is_fresh = loop.validated_step == loop.step if name.startswith("val_") else loop.phase == "after_epoch"
+            if is_fresh:
+                made[name] = value
+        return made
 
     def _publish_late(self, event: Event) -> None:
         """Publish from the writer's thread; after the end the log is all that is left."""
@@ -334,6 +344,13 @@ class Session:
                                 await decider.method(event, self.run)
                         except Exception as problem:
                             error = problem
+                        except anyio.get_cancelled_exc_class() as stray:
+                            if tasks.cancel_scope.cancel_called or patience.cancel_called:
+                                raise
+                            if anyio.get_current_task().has_pending_cancellation():
+                                raise
+                            error = RuntimeError("the decider awaited something that was cancelled")
+                            error.__cause__ = stray
                     if patience.cancelled_caught:
                         logger.warning(
                             "decider %s.%s took longer than its %.1f s: training goes on without it",

@@ -61,7 +61,8 @@ class StepPoint:
 
         Args:
             event_class: The class of the event.
-            values: Its fields; tensors of one element become floats.
+            values: Its fields. A tensor of one element becomes a float, one of shape (n,) a tuple of floats; a
+                mapping of names to tensors becomes `Metrics`, or `Settings` where one of them has several elements.
         """
         self._loop.reporter.publish_late(event_class, {**self._loop.position(), **values})
 

@@ -102,10 +102,10 @@ def tiny_model(
 ) -> torch.nn.Module:
     """Return a two-layer classifier, the same for the same seed; draws from no global generator."""
     model = torch.nn.Sequential(
-        torch.nn.Linear(features, 16),
+        torch.nn.utils.skip_init(torch.nn.Linear, features, 16),  # else it draws its first weights
         torch.nn.ReLU(),
         torch.nn.Dropout(dropout),
-        torch.nn.Linear(16, classes),
+        torch.nn.utils.skip_init(torch.nn.Linear, 16, classes),
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -225,7 +225,7 @@ class BaseTrainer:
         session = self._session
         if session is None or session.checkpoints is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
-        session.checkpoints.retention = retention
+        session.checkpoints.keep(retention)
         session.save_at_end = save_at_end
 
     @property
@@ -387,8 +387,9 @@ class BaseTrainer:
             raise misplaced_argument(name)
         self._check_free()
         config = self.config
-        if epochs is None and max_steps is None and max_time is None:
-            epochs, max_steps, max_time = config.epochs, config.max_steps, config.max_time
+        epochs = config.epochs if epochs is None else epochs
+        max_steps = config.max_steps if max_steps is None else max_steps
+        max_time = config.max_time if max_time is None else max_time
         check_limits(epochs, max_steps, max_time)
         _check_loader(train_loader, "train_loader")
         limited_length(train_loader, config.limit_train_batches, "limit_train_batches")

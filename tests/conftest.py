@@ -30,7 +30,8 @@ LONGEST_HOLD: Final = 2.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine they wait for each other
+    # Tiny tensors gain nothing from more threads, and on a busy machine these wait for each other.
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "uvloop: an anyio test that runs on uvloop too")
 
 

@@ -116,7 +116,7 @@ class CheckpointStore(CheckpointReader):
         engine_version: str = "",
     ) -> None:
         super().__init__(directory)
-        self._retention = retention or Retention()
+        self.retention = retention or Retention()
         self._filesystem = filesystem or FileSystem()
         self._engine_version = engine_version
         self._pins: set[str] = set()
@@ -355,7 +355,7 @@ class CheckpointStore(CheckpointReader):
         known = self.checkpoints()
         if known:
             self._set_ref(self._refs / "last", known[-1].name)
-        ranked = rank([info.manifest for info in known], self._retention)
+        ranked = rank([info.manifest for info in known], self.retention)
         if ranked:
             self._set_ref(self._refs / "best", ranked[0].name)
 
@@ -375,12 +375,12 @@ class CheckpointStore(CheckpointReader):
         self._filesystem.sync_directory(path.parent)
 
     def _retain(self, parent: str | None, deleted: list[str]) -> None:
-        if self._retention.keep_last is None:
+        if self.retention.keep_last is None:
             return
         whole = [info for info in self.checkpoints() if self._looks_whole(info)]
         best = self._read_ref(Path("best"))
         pinned = {*self._pins, *self.tags().values(), *filter(None, (parent, best))}
-        kept = select_kept([info.manifest for info in whole], self._retention, pinned=pinned)
+        kept = select_kept([info.manifest for info in whole], self.retention, pinned=pinned)
         failures: list[OSError] = []
         for info in whole:
             if info.name not in kept:

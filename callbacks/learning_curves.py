@@ -1,0 +1,260 @@
+"""LearningCurves: a picture of a run's curves, drawn at the end and whenever somebody asks."""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    EpochEnd,
+    Event,
+    Run,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+    ValidationEnd,
+    read_events,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_POINTS: Final = 1000
+"""Points of a curve: more than the pixels it is drawn on."""
+MARKED_POINTS: Final = 60
+"""Points of a curve up to which each has a dot."""
+FORMATS: Final = (".png", ".svg", ".pdf")
+
+_TRAIN, _VAL, _FAINT = "#2563eb", "#ea580c", "#93b4f4"  # blue and orange differ for colour-blind eyes too
+_PANEL = (5.2, 3.1)  # inches
+_drawing = threading.Lock()  # matplotlib's font cache and parsers are not safe from several threads
+
+
+class Curve:
+    """A series of points in bounded memory: beyond `max_points` each two neighbours become their mean."""
+
+    def __init__(self, max_points: int = MAX_POINTS) -> None:
+        self.steps: list[float] = []
+        self.values: list[float] = []
+        self._max_points = max_points
+        self._stride = 1  # values in a point
+        self._open: list[tuple[float, float]] = []  # those of the point that is not complete yet
+
+    def add(self, step: int, value: float) -> None:
+        """Add a value. NaN stays visible: its point is a gap."""
+        self._open.append((step, value))
+        if len(self._open) < self._stride:
+            return
+        self._append(self._open)
+        self._open = []
+        if len(self.steps) >= self._max_points:
+            pairs = list(zip(self.steps, self.values, strict=True))
+            self.steps, self.values = [], []
+            for index in range(0, len(pairs) - 1, 2):
+                self._append(pairs[index : index + 2])
+            self._stride *= 2
+
+    def points(self) -> tuple[list[float], list[float]]:
+        """Return steps and values, the latest incomplete point included."""
+        if not self._open:
+            return list(self.steps), list(self.values)
+        step, value = _mean(self._open)
+        return [*self.steps, step], [*self.values, value]
+
+    def _append(self, points: Sequence[tuple[float, float]]) -> None:
+        step, value = _mean(points)
+        self.steps.append(step)
+        self.values.append(value)
+
+
+class LearningCurves(Callback):
+    """Draws loss, metrics and learning rate over steps into the run's directory, without a display.
+
+    One panel for each metric, training and validation together. A resumed attempt goes on with the curves of
+    the attempts before it. `draw` makes the picture at any other moment, from any thread; `read` brings back
+    the curves of a run that is over. Runs in a thread of its own; training never waits for it.
+
+    Needs matplotlib: `pip install 'offloop[plot]'`.
+    """
+
+    needs_run_dir = True
+
+    def __init__(
+        self, *, metrics: Sequence[str] | None = None, file: str = "curves.png", max_points: int = MAX_POINTS
+    ) -> None:
+        """Choose what to draw and where.
+
+        Args:
+            metrics: Names without `train_` and `val_`, like `"loss"`, `"accuracy"`, `"lr"`; None for all.
+            file: Name of the picture in the run's directory; its ending says the format: .png, .svg or .pdf.
+            max_points: Points kept of each curve, at least 16; what is beyond is averaged.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        if isinstance(metrics, str):
+            raise TypeError(f"metrics must be a list of names, got the string {metrics!r}")
+        if Path(file).suffix not in FORMATS or Path(file).name != file:
+            raise ConfigError(f"file must be a name that ends in {', '.join(FORMATS)}; got {file!r}")
+        if isinstance(max_points, bool) or not isinstance(max_points, int) or max_points < 16:
+            raise ConfigError(f"max_points must be a whole number of at least 16, got {max_points!r}")
+        _expect_matplotlib()
+        self.metrics = None if metrics is None else tuple(metrics)
+        self.file = file
+        self.max_points = max_points
+        # Guarded by the lock: written by the callback's thread, read by whoever draws.
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        with self._lock:
+            self._curves: dict[str, Curve] = {}  # by key: "loss" of steps, train_..., val_..., "lr"
+            self._title = ""
+            self._dir: Path | None = None
+
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        with self._lock:
+            self._title, self._dir = run.id, run.dir
+        if event.attempt and event.resumed_at is not None:
+            with contextlib.suppress(FileNotFoundError):
+                until = event.resumed_at
+                self._note_all(each for each in read_events(run.dir) if each.time <= until)
+
+    def on_step_end(self, event: StepEnd, run: Run) -> None:
+        self._note(event)
+
+    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self._note(event)
+
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self._note(event)
+
+    def on_train_end(self, event: TrainEnd, run: Run) -> None:
+        with self._lock:
+            self._title = f"{run.id}: {event.status}"
+            is_empty = not self._curves
+        if not is_empty:
+            self.draw()
+
+    @classmethod
+    def read(cls, run_dir: "Path | str", **options: Any) -> "LearningCurves":
+        """Return the curves of a run from its `events.jsonl`, to `draw` them. Blocks on the file system."""
+        curves = cls(**options)
+        curves._title, curves._dir = Path(run_dir).name, Path(run_dir)
+        curves._note_all(read_events(run_dir))
+        return curves
+
+    def draw(self, path: "Path | str | None" = None) -> Path:
+        """Draw what there is so far and return where it is. Any thread; blocks for a tenth of a second or more.
+
+        The file is replaced as a whole: who looks at it meanwhile sees the old picture.
+
+        Args:
+            path: The file, its ending says the format; None for the one in the run's directory.
+
+        Raises:
+            RuntimeError: Nothing has been said yet.
+        """
+        with self._lock:
+            if path is None:
+                if self._dir is None:
+                    raise RuntimeError("there is no run to draw: give path=, or draw during or after a run")
+                path = self._dir / self.file
+            curves = {key: curve.points() for key, curve in self._curves.items()}
+            title = self._title
+        path = Path(path)
+        if path.suffix not in FORMATS:
+            raise ConfigError(f"path must end in {', '.join(FORMATS)}; got {str(path)!r}")
+        if not curves:
+            raise RuntimeError("there is nothing to draw yet: no step has been made")
+        temporary = path.with_name(f".{path.stem}-{threading.get_ident()}{path.suffix}")
+        try:
+            with _drawing:
+                _figure(curves, title).savefig(temporary, dpi=110)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def _note_all(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._note(event)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, StepEnd):
+            values = {"loss": event.loss, "lr": event.lr, **event.metrics}
+        elif isinstance(event, ValidationEnd):
+            values = dict(event.metrics)
+        elif isinstance(event, EpochEnd):
+            values = {key: value for key, value in event.metrics.items() if key.startswith("train_")}
+        else:
+            return
+        with self._lock:
+            for key, value in values.items():
+                if self.metrics is None or _name(key) in self.metrics:
+                    self._curves.setdefault(key, Curve(self.max_points)).add(event.step, value)
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return sum(step for step, _ in points) / len(points), sum(value for _, value in points) / len(points)
+
+
+def _name(key: str) -> str:
+    """Return what a curve is of: `loss` for `loss`, `train_loss` and `val_loss`."""
+    return re.sub("^(train|val)_", "", key)
+
+
+def _expect_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            "LearningCurves draws with matplotlib, which is not installed: pip install 'offloop[plot]'",
+            name="matplotlib",
+        )
+
+
+Points = tuple[list[float], list[float]]
+
+
+def _figure(curves: dict[str, Points], title: str) -> "Figure":
+    """Draw a panel for each metric: loss first, learning rate last."""
+    _expect_matplotlib()
+    # Not through pyplot, which keeps every figure in a global table and may open windows.
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(_name(key) for key in curves))
+    names.sort(key=lambda name: (name == "lr") - (name == "loss"))
+    columns = min(len(names), 2)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows + 0.35), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    for place, name in enumerate(names, 1):
+        _draw_panel(figure.add_subplot(rows, columns, place), name, curves)
+    return figure
+
+
+def _draw_panel(panel: "Axes", name: str, curves: dict[str, Points]) -> None:
+    panel.set_title(name, fontsize=10, loc="left", parse_math=False)
+    panel.grid(True, color="#e5e7eb", linewidth=0.8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_axisbelow(True)
+    panel.tick_params(labelsize=8)
+    panel.set_xlabel("step", fontsize=8)
+    of_steps, of_epochs, of_validations = (curves.get(prefix + name) for prefix in ("", "train_", "val_"))
+    if of_steps is not None:
+        is_alone = of_epochs is None and of_validations is None
+        label = name if is_alone else "steps"
+        panel.plot(*of_steps, color=_TRAIN if is_alone else _FAINT, linewidth=1.0, label=label)
+    for points, color, label in ((of_epochs, _TRAIN, "train"), (of_validations, _VAL, "validation")):
+        if points is not None:
+            marker = "o" if len(points[0]) <= MARKED_POINTS else ""  # more would be a thick line
+            panel.plot(*points, color=color, linewidth=1.6, marker=marker, markersize=2.5, label=label)
+    if of_epochs is not None or of_validations is not None:
+        panel.legend(fontsize=8, frameon=False)

@@ -1,0 +1,400 @@
+"""callbacks/learning_rate.py: the same rates, bit for bit, as torch's schedulers stepped by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+from offloop.callbacks import LearningRateScheduler, ModelCheckpoint
+from offloop.callbacks.learning_rate import SCHEDULES
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    EpochEnd,
+    EpochStart,
+    LearningRateChanged,
+    MetricNotFoundError,
+    Run,
+    StepEnd,
+    StepPoint,
+    Trainer,
+    TrainerConfig,
+    decides,
+    in_step,
+)
+from offloop.engine.testing import (
+    FailingCallback,
+    Recorder,
+    SlowCallback,
+    tiny_batches,
+    tiny_model,
+    tiny_trainer,
+)
+
+LR, EPOCHS, BATCHES = 0.1, 4, 3
+STEPS = EPOCHS * BATCHES
+Make = Callable[[torch.optim.Optimizer, int], LRScheduler]
+
+BY_STEP: dict[str, tuple[dict[str, Any], Make]] = {
+    "cosine": ({}, lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps)),
+    "one_cycle": ({}, lambda optimizer, steps: OneCycleLR(optimizer, max_lr=LR, total_steps=steps)),
+    "linear": ({}, lambda optimizer, steps: LinearLR(optimizer, 1.0, 0.0, total_iters=steps)),
+    "polynomial": (
+        {"power": 2.0},
+        lambda optimizer, steps: PolynomialLR(optimizer, total_iters=steps, power=2.0),
+    ),
+}
+BY_EPOCH: dict[str, tuple[dict[str, Any], Make]] = {
+    "step": ({"step_size": 2, "gamma": 0.5}, lambda optimizer, _: StepLR(optimizer, step_size=2, gamma=0.5)),
+    "exponential": ({"gamma": 0.9}, lambda optimizer, _: ExponentialLR(optimizer, gamma=0.9)),
+}
+
+
+def by_hand(make: Make, interval: str, warmup: int) -> list[float]:
+    """Return the rate of each step, with torch's schedulers alone."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    schedule = make(optimizer, STEPS - warmup)
+    rise = LinearLR(optimizer, start_factor=0.01, total_iters=warmup) if warmup else None
+    rates = []
+    for step in range(1, STEPS + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if rise is not None:
+            rise.step()
+        if interval == "step" and step > warmup:
+            schedule.step()
+        if interval == "epoch" and step % BATCHES == 0 and step > warmup:
+            schedule.step()
+    return rates
+
+
+def train(*callbacks: Callback, val: Any = None, lr: float = LR, **limits: Any) -> Recorder:
+    recorder = Recorder()
+    knobs = limits.pop("knobs", {})
+    tiny_trainer(lr=lr, **knobs).train(
+        tiny_batches(BATCHES), val, callbacks=[recorder, *callbacks], **(limits or {"epochs": EPOCHS})
+    )
+    return recorder
+
+
+def rates_of(recorder: Recorder) -> list[float]:
+    return [event.lr for event in recorder.of(StepEnd)]
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("name", [*BY_STEP, *BY_EPOCH])
+def test_rates_are_torchs_bit_for_bit(name: str, warmup: int) -> None:
+    arguments, make = (BY_STEP | BY_EPOCH)[name]
+    recorder = train(LearningRateScheduler(name, warmup=warmup, **arguments))
+    expected = by_hand(make, "step" if name in BY_STEP else "epoch", warmup)
+    assert rates_of(recorder) == expected
+    assert len(set(expected)) > 1
+
+
+def test_every_name_has_a_test() -> None:
+    assert {*BY_STEP, *BY_EPOCH, "reduce_on_plateau"} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", [*BY_STEP, *BY_EPOCH])
+def test_only_what_steps_by_epoch_is_announced(name: str) -> None:
+    arguments, make = (BY_STEP | BY_EPOCH)[name]
+    recorder = train(LearningRateScheduler(name, **arguments))
+    announced = [(event.previous, event.lr) for event in recorder.of(LearningRateChanged)]
+    if name in BY_STEP:
+        assert announced == []
+    else:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+        schedule, last = make(optimizer, STEPS), [LR]
+        for _ in range(EPOCHS):
+            optimizer.step()
+            schedule.step()
+            last.append(optimizer.param_groups[0]["lr"])
+        assert announced == [
+            (before, after) for before, after in zip(last, last[1:], strict=False) if before != after
+        ]
+        assert announced
+        assert all(event.source == "schedule" for event in recorder.of(LearningRateChanged))
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [({"epochs": EPOCHS}, STEPS), ({"max_steps": 7}, 7), ({"epochs": EPOCHS, "max_steps": 8}, 8)],
+)
+def test_length_is_that_of_the_run(limits: dict[str, int], steps: int) -> None:
+    recorder = train(LearningRateScheduler("linear"), **limits)
+    assert rates_of(recorder) == pytest.approx([LR * (1 - step / steps) for step in range(steps)])
+
+
+def test_accumulation_makes_fewer_steps() -> None:
+    recorder = train(LearningRateScheduler("linear"), knobs={"accumulate_grad_batches": 2})
+    steps = EPOCHS * 2  # three batches are two steps
+    assert rates_of(recorder) == pytest.approx([LR * (1 - step / steps) for step in range(steps)])
+
+
+def test_interval_can_be_chosen() -> None:
+    recorder = train(LearningRateScheduler("linear", interval="epoch"))
+    per_epoch = [LR * (1 - epoch / EPOCHS) for epoch in range(EPOCHS)]
+    assert rates_of(recorder) == pytest.approx([rate for rate in per_epoch for _ in range(BATCHES)])
+
+
+def test_warmup_rises_to_the_rate_that_was_given() -> None:
+    rates = rates_of(train(LearningRateScheduler("step", step_size=99, warmup=4)))
+    assert rates[0] == pytest.approx(0.01 * LR)
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4:] == pytest.approx([LR] * (STEPS - 4))
+
+
+def test_length_that_nobody_knows_is_an_error_that_names_the_argument() -> None:
+    with pytest.raises(ConfigError, match=r"'cosine' must know how long the run is.*give T_max="):
+        train(LearningRateScheduler("cosine"), max_time=60.0)
+
+
+def test_length_can_be_given() -> None:
+    recorder = train(LearningRateScheduler("linear", total_iters=3))
+    assert rates_of(recorder)[3:] == pytest.approx([0.0] * (STEPS - 3), abs=1e-12)
+
+
+def test_class_with_arguments() -> None:
+    recorder = train(LearningRateScheduler(MultiStepLR, milestones=[1, 3], gamma=0.1))
+    expected = [LR, LR * 0.1, LR * 0.1, LR * 0.1 * 0.1]
+    assert rates_of(recorder)[::BATCHES] == pytest.approx(expected)
+
+
+def test_instance() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    recorder = Recorder()
+    callbacks = [recorder, LearningRateScheduler(ExponentialLR(optimizer, gamma=0.5), interval="step")]
+    tiny_trainer(model=model, optimizer=optimizer).train(tiny_batches(3), epochs=1, callbacks=callbacks)
+    assert rates_of(recorder) == [LR, LR * 0.5, LR * 0.5 * 0.5]
+
+
+def test_beside_slow_and_failing_observers_the_rates_are_the_same() -> None:
+    alone = train(LearningRateScheduler("cosine"))
+    beside = train(LearningRateScheduler("cosine"), SlowCallback(0.001), FailingCallback(EpochEnd))
+    assert rates_of(alone) == rates_of(beside)
+
+
+# A person and a schedule ---------------------------------------------------------------------------
+
+
+class SetAt(Callback):
+    """Sets the rate at the start of an epoch."""
+
+    def __init__(self, epoch: int, lr: float) -> None:
+        self.epoch, self.lr = epoch, lr
+
+    @decides
+    def on_epoch_start(self, event: EpochStart, run: Run) -> None:
+        if event.epoch == self.epoch:
+            run.set_lr_nowait(self.lr)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "polynomial", "one_cycle", "step", "exponential"])
+def test_schedule_goes_on_multiplied_from_where_it_was_set(name: str) -> None:
+    arguments, _ = (BY_STEP | BY_EPOCH)[name]
+    alone = rates_of(train(LearningRateScheduler(name, **arguments)))
+    recorder = train(LearningRateScheduler(name, **arguments), SetAt(2, 2 * alone[2 * BATCHES]))
+    half = 2 * BATCHES
+    assert rates_of(recorder)[:half] == alone[:half]
+    assert rates_of(recorder)[half:] == pytest.approx([2 * rate for rate in alone[half:]])
+    (by_command,) = [event for event in recorder.of(LearningRateChanged) if event.source == "command"]
+    assert by_command.lr == 2 * alone[half]
+
+
+# The plateau ---------------------------------------------------------------------------------------
+
+
+class Scripted(Trainer):
+    """Validates with losses from a list, one for each epoch."""
+
+    losses: list[float]
+
+    def validation_step(self, batch: Any) -> torch.Tensor:
+        return torch.tensor(self.losses[self.epoch])
+
+
+def train_plateau(
+    losses: list[float], scheduler: LearningRateScheduler, *others: Callback, **knobs: Any
+) -> Recorder:
+    recorder = Recorder()
+    trainer = tiny_trainer(Scripted, lr=LR, on_nonfinite="warn", **knobs)
+    assert isinstance(trainer, Scripted)
+    trainer.losses = losses
+    trainer.train(
+        tiny_batches(1), tiny_batches(1), epochs=len(losses), callbacks=[recorder, scheduler, *others]
+    )
+    return recorder
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("mode", "patience", "losses", "reduced_after"),
+    [
+        pytest.param("min", 2, [1, 1, 1, 1, 1, 1, 1], [4, 7], id="flat-fires-beyond-patience"),
+        pytest.param("min", 0, [1, 2, 3], [2, 3], id="no-patience"),
+        pytest.param("min", 1, [3, 2, 1, 0.5, 0.4], [], id="improving"),
+        pytest.param("min", 1, [NAN, NAN, 1, 0.5], [2], id="nan-first-is-a-miss"),
+        pytest.param("min", 1, [1, NAN, 0.5, NAN, NAN, 0.1], [5], id="nan-in-the-middle"),
+        pytest.param("min", 1, [0.0, 0.0, 0.0, -1.0], [3], id="zero"),
+        pytest.param("min", 1, [1, 1, 0.5, 0.5, 0.5], [5], id="recovery-counts-anew"),
+        pytest.param("max", 1, [1, 2, 3, 3, 3], [5], id="max"),
+    ],
+)
+def test_plateau_keeps_torchs_rule(
+    mode: Any, patience: int, losses: list[float], reduced_after: list[int]
+) -> None:
+    scheduler = LearningRateScheduler(
+        "reduce_on_plateau", monitor="val_loss", mode=mode, patience=patience, factor=0.5
+    )
+    recorder = train_plateau([float(loss) for loss in losses], scheduler)
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    torchs = ReduceLROnPlateau(optimizer, mode=mode, patience=patience, factor=0.5)
+    expected = []
+    for loss in losses:
+        expected.append(optimizer.param_groups[0]["lr"])
+        torchs.step(loss)
+    assert rates_of(recorder) == expected
+    changed = recorder.of(LearningRateChanged)
+    assert [event.epoch + 1 for event in changed] == reduced_after
+    assert all((event.source, event.lr) == ("schedule", event.previous * 0.5) for event in changed)
+
+
+def test_plateau_watches_what_the_run_watches() -> None:
+    recorder = train(LearningRateScheduler("reduce_on_plateau", patience=0, threshold=10.0))
+    assert len(recorder.of(LearningRateChanged)) == EPOCHS  # by train_loss, which no value of it satisfies
+
+
+def test_plateau_takes_the_trainers_direction() -> None:
+    scheduler = LearningRateScheduler("reduce_on_plateau", patience=0, factor=0.5)
+    recorder = train_plateau([1.0, 2.0, 3.0], scheduler, monitor="val_loss", mode="max")
+    assert recorder.of(LearningRateChanged) == []
+
+
+def test_plateau_instance_keeps_its_own_direction() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    plateau = ReduceLROnPlateau(optimizer, mode="max", patience=0, factor=0.5)
+    scheduler = LearningRateScheduler(plateau, monitor="val_loss")
+    recorder = train_plateau([1.0, 2.0, 1.0], scheduler, model=model, optimizer=optimizer)
+    assert [event.epoch for event in recorder.of(LearningRateChanged)] == [2]
+
+
+def test_plateau_without_the_validation_that_it_watches_fails_and_lists_the_keys() -> None:
+    with pytest.raises(MetricNotFoundError, match=r"val_loss.*train_loss"):
+        train(LearningRateScheduler("reduce_on_plateau", monitor="val_loss"))
+
+
+def test_plateau_of_a_metric_without_a_direction_asks_for_it() -> None:
+    with pytest.raises(ConfigError, match="is less or more of it better"):
+        train_plateau([1.0], LearningRateScheduler("reduce_on_plateau", monitor="val_blub"))
+
+
+# Arguments -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("cosin",), "there is no schedule 'cosin'; there are reduce_on_plateau, cosine, step"),
+        (("cosine", {"eta_mni": 0.0}), "CosineAnnealingLR takes no 'eta_mni'; legal are T_max, eta_min"),
+        (
+            ("reduce_on_plateau", {"paitence": 3}),
+            "ReduceLROnPlateau takes no 'paitence'; legal are mode, factor",
+        ),
+        (("step",), "StepLR needs step_size=.*; legal are step_size, gamma"),
+        (("exponential",), "ExponentialLR needs gamma="),
+        ((MultiStepLR,), "MultiStepLR needs milestones="),
+        (("cosine", {"interval": "batch"}), "interval must be 'epoch' or 'step', got 'batch'"),
+        (("cosine", {"warmup": -1}), "warmup must be a whole number of steps"),
+        (("cosine", {"warmup": 1.5}), "warmup must be a whole number of steps"),
+        (("cosine", {"monitor": "val_loss"}), "is for reduce_on_plateau"),
+        (("reduce_on_plateau", {"monitor": "loss"}), "monitor must begin with train_ or val_"),
+        ((3,), "scheduler must be a name, a torch scheduler class or an instance, got 3"),
+        ((torch.nn.Linear,), "scheduler must be a name, a torch scheduler class or an instance"),
+    ],
+)
+def test_wrong_argument_is_refused_at_once(arguments: Any, text: str) -> None:
+    scheduler, options = arguments if len(arguments) == 2 else (*arguments, {})
+    with pytest.raises(ConfigError, match=text):
+        LearningRateScheduler(scheduler, **options)
+
+
+def test_class_that_takes_anything_is_given_anything() -> None:
+    seen = {}
+
+    class Loose(StepLR):
+        def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+            seen.update(options)
+            super().__init__(optimizer, step_size=1)
+
+    train(LearningRateScheduler(Loose, anything=1))
+    assert seen == {"anything": 1}
+
+
+def test_instance_takes_no_arguments() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    with pytest.raises(ConfigError, match="an instance is complete"):
+        LearningRateScheduler(StepLR(optimizer, 1), gamma=0.5)
+
+
+def test_unknown_optimizer_is_named() -> None:
+    with pytest.raises(ConfigError, match="there is no optimizer 'judge'; there are optimizer"):
+        train(LearningRateScheduler("cosine", optimizer="judge"))
+
+
+# Resuming ------------------------------------------------------------------------------------------
+
+
+class StopAfter(Callback):
+    """Interrupts a run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step == self.step:
+            point.run.stop_nowait("interrupted")
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("name", [*BY_STEP, *BY_EPOCH, "reduce_on_plateau"])
+def test_resumed_run_has_the_same_rates(tmp_path: Path, name: str, warmup: int, step: int) -> None:
+    arguments, _ = (BY_STEP | BY_EPOCH | {"reduce_on_plateau": ({"patience": 0, "threshold": 9.0}, None)})[
+        name
+    ]  # type: ignore[dict-item]
+
+    def run(run_name: str, *more: Callback, resume: Any = None) -> list[float]:
+        recorder = Recorder()
+        scheduler = LearningRateScheduler(name, warmup=warmup, **arguments)
+        config = TrainerConfig(run_dir=str(tmp_path), run_name=run_name)
+        tiny_trainer(lr=LR, config=config).train(
+            tiny_batches(BATCHES),
+            epochs=EPOCHS,
+            callbacks=[recorder, scheduler, ModelCheckpoint(save_best_only=True), *more],
+            resume=resume,
+        )
+        return rates_of(recorder)
+
+    whole = run("whole")
+    first = run("parts", StopAfter(step))
+    assert first == whole[:step]
+    assert run("parts", resume="auto") == whole[step:]

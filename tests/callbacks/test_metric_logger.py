@@ -1,0 +1,177 @@
+"""callbacks/metric_logger.py: which rows, which columns, and that no row is ever lost."""
+
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offloop.callbacks import MetricLogger
+from offloop.engine import EpochEnd, Event, Metrics, StepEnd, TrainStart, ValidationEnd
+from offloop.engine.testing import drive, tiny_loader, tiny_trainer
+
+Row = dict[str, str]
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Read the file as anybody would."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log(tmp_path: Path, logger: MetricLogger, events: list[Event]) -> list[Row]:
+    result = drive(logger, events=events, run_dir=str(tmp_path), run_name="run").result
+    assert result.callback_errors == {}
+    return rows_of(tmp_path / "run" / "metrics.csv")
+
+
+def steps(count: int, **values: Any) -> list[Event]:
+    return [StepEnd(loss=1 / step, lr=0.1, step=step, batch=step, **values) for step in range(1, count + 1)]
+
+
+def test_every_n_steps_and_the_last_step_of_the_epoch(tmp_path: Path) -> None:
+    events = [*steps(7), EpochEnd(step=7, batch=7, metrics=Metrics(train_loss=0.25, lr=0.1))]
+    rows = log(tmp_path, MetricLogger(every_n_steps=3), events)
+    assert [(row["step"], row["loss"], row["train_loss"]) for row in rows] == [
+        ("3", str(1 / 3), ""),
+        ("6", str(1 / 6), ""),
+        ("7", str(1 / 7), ""),
+        ("7", "", "0.25"),
+    ]
+    assert list(rows[0]) == ["time", "attempt", "epoch", "step", "batch", "loss", "lr", "train_loss"]
+    assert {row["attempt"] for row in rows} == {"0"}
+
+
+def test_step_that_has_a_row_gets_no_second_one_at_the_end_of_the_epoch(tmp_path: Path) -> None:
+    rows = log(tmp_path, MetricLogger(every_n_steps=2), [*steps(2), EpochEnd(step=2, batch=2)])
+    assert [row["loss"] for row in rows] == ["0.5", ""]
+
+
+def test_by_time_short_runs_never_look_empty(tmp_path: Path) -> None:
+    """An hour between rows, and still the first step, the last of the epoch and the epoch have theirs."""
+    rows = log(tmp_path, MetricLogger(every_seconds=3600.0), [*steps(50), EpochEnd(step=50, batch=50)])
+    assert [row["step"] for row in rows] == ["1", "50", "50"]
+
+
+def test_by_time_every_step_has_a_row_where_steps_are_slower_than_the_cadence(tmp_path: Path) -> None:
+    rows = log(tmp_path, MetricLogger(every_seconds=1e-9), steps(20))
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 21)]
+
+
+def test_columns_that_appear_later_widen_the_rows_before(tmp_path: Path) -> None:
+    events = [
+        *steps(1),
+        StepEnd(loss=0.5, lr=0.1, step=2, batch=2, grad_norm=3.0),
+        ValidationEnd(step=2, batch=2, metrics=Metrics(val_loss=0.75)),
+        StepEnd(loss=0.25, lr=0.1, step=3, batch=3, metrics=Metrics(**{"mine, with a comma": 7.0})),
+    ]
+    rows = log(tmp_path, MetricLogger(every_n_steps=1), events)
+    assert [{key: value for key, value in row.items() if key not in ("time", "attempt")} for row in rows] == [
+        {"epoch": "0", "step": step, "batch": step, "loss": loss, "lr": lr, "grad_norm": norm,
+         "val_loss": val_loss, "mine, with a comma": mine}
+        for step, loss, lr, norm, val_loss, mine in [
+            ("1", "1.0", "0.1", "", "", ""),
+            ("2", "0.5", "0.1", "3.0", "", ""),
+            ("2", "", "", "", "0.75", ""),
+            ("3", "0.25", "0.1", "", "", "7.0"),
+        ]
+    ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "run").glob("metrics*")] == ["metrics.csv"]
+
+
+def test_non_finite_values_are_read_back_as_such(tmp_path: Path) -> None:
+    events: list[Event] = [
+        StepEnd(loss=float("nan"), lr=0.1, step=1),
+        StepEnd(loss=float("inf"), lr=0.1, step=2),
+    ]
+    rows = log(tmp_path, MetricLogger(every_n_steps=1), events)
+    assert [str(float(row["loss"])) for row in rows] == ["nan", "inf"]
+
+
+def test_attempt_stands_in_every_row(tmp_path: Path) -> None:
+    rows = log(tmp_path, MetricLogger(every_n_steps=1), [TrainStart(attempt=3), *steps(2)])
+    assert [row["attempt"] for row in rows] == ["3", "3"]
+
+
+def test_real_run_logs_what_the_result_has(tmp_path: Path) -> None:
+    trainer = tiny_trainer(run_dir=str(tmp_path), gradient_clip_val=1.0)
+    result = trainer.train(
+        tiny_loader(4),
+        tiny_loader(2),
+        epochs=3,
+        metrics=["accuracy"],
+        callbacks=[MetricLogger(every_n_steps=2)],
+    )
+    assert result.dir is not None
+    rows = rows_of(result.dir / "metrics.csv")
+    assert len(rows) == 3 * (2 + 1 + 1)
+    epochs = [row for row in rows if row["train_loss"]]
+    assert [float(row["val_loss"]) for row in epochs] == [end.metrics["val_loss"] for end in result.history]
+    assert float(epochs[-1]["val_accuracy"]) == result.metrics["val_accuracy"]
+    assert all(float(row["grad_norm"]) > 0 for row in rows if row["loss"])
+    times = [float(row["time"]) for row in rows]
+    assert times == sorted(times)
+    assert result.callback_errors == {}
+
+
+def test_second_run_of_the_same_logger_starts_afresh(tmp_path: Path) -> None:
+    logger = MetricLogger(every_n_steps=1)
+    trainer = tiny_trainer(run_dir=str(tmp_path), callbacks=[logger])
+    first, second = (trainer.train(tiny_loader(2), epochs=1).dir for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert [row["step"] for row in rows_of(first / "metrics.csv")] == ["1", "2", "2"]
+    assert [row["step"] for row in rows_of(second / "metrics.csv")] == ["1", "2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"every_seconds": 1.0, "every_n_steps": 1}, "not both"),
+        ({"every_seconds": 0.0}, "every_seconds must be above 0, got 0.0"),
+        ({"every_seconds": float("nan")}, "every_seconds must be above 0, got nan"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+    ],
+)
+def test_cadence_that_cannot_be_is_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        MetricLogger(**arguments)
+
+
+SCRIPT = """
+import sys
+from offloop.callbacks import MetricLogger
+from offloop.engine import Callback
+from offloop.engine.testing import tiny_loader, tiny_trainer
+
+class Logger(MetricLogger):
+    def on_epoch_end(self, event, run):
+        super().on_epoch_end(event, run)
+        print(event.epoch, flush=True)
+
+tiny_trainer(run_dir=sys.argv[1], run_name="run").train(
+    tiny_loader(3), epochs=10**9, callbacks=[Logger(every_n_steps=1)]
+)
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_keeps_every_row(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        try:
+            logged = [int(child.stdout.readline()) for _ in range(100)]
+        finally:
+            child.send_signal(signal.SIGKILL)
+    rows = rows_of(tmp_path / "run" / "metrics.csv")
+    ends = [int(row["epoch"]) for row in rows if row["train_loss"]]
+    assert ends[: len(logged)] == logged
+    losses = [int(row["step"]) for row in rows if row["loss"]]
+    assert losses[:300] == list(range(1, 301))

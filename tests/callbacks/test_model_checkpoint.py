@@ -1,0 +1,456 @@
+"""callbacks/model_checkpoint.py: what is saved when, what stays on disk, and which is best. Real files."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from offloop.callbacks import ModelCheckpoint
+from offloop.engine import (
+    Callback,
+    CheckpointFailed,
+    CheckpointSaved,
+    ConfigError,
+    EpochEnd,
+    MetricNotFoundError,
+    Run,
+    RunResult,
+    StepPoint,
+    Trainer,
+    ValidationStart,
+    decides,
+    in_step,
+)
+from offloop.engine.checkpoint.filesystem import FileSystem
+from offloop.engine.testing import FailingCallback, Recorder, SlowCallback, tiny_batches, tiny_trainer
+
+BATCHES = 2  # steps of an epoch
+
+
+class Scripted(Trainer):
+    """Validates with losses from a list, one for each validation."""
+
+    losses: list[float]
+
+    def validation_step(self, batch: Any) -> torch.Tensor:
+        return torch.tensor(self.losses.pop(0))
+
+
+class WaitForDisk(Callback):
+    """Lets training go on only when every save so far has ended, which makes the order of disk and training certain.
+
+    Without it a run of microsecond steps leaves out what cadence wants while the disk is busy.
+    """
+
+    @in_step
+    def before_batch(self, point: StepPoint) -> None:
+        self._wait(point.run)
+
+    @decides
+    def on_validation_start(self, event: ValidationStart, run: Run) -> None:
+        self._wait(run)
+
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self._wait(run)
+
+    def _wait(self, run: Run) -> None:
+        checkpoints = run._session.checkpoints
+        assert checkpoints is not None
+        checkpoints.flush()
+
+
+def trainer_for(tmp_path: Path, losses: list[float], **knobs: Any) -> Trainer:
+    trainer = tiny_trainer(Scripted, run_dir=str(tmp_path), run_name="run", **knobs)
+    assert isinstance(trainer, Scripted)
+    trainer.losses = list(losses)
+    return trainer
+
+
+def train(
+    tmp_path: Path, losses: list[float], *callbacks: Callback, resume: Any = None, **arguments: Any
+) -> tuple[RunResult, Recorder]:
+    """Train an epoch for each loss, or as the limits say; nothing is left out because the disk is busy."""
+    recorder = Recorder()
+    knobs = arguments.pop("knobs", {})
+    arguments.setdefault("epochs", len(losses))
+    result = trainer_for(tmp_path, losses, **knobs).train(
+        tiny_batches(BATCHES),
+        tiny_batches(1) if losses else None,
+        callbacks=[recorder, WaitForDisk(), *callbacks],
+        resume=resume,
+        **arguments,
+    )
+    return result, recorder
+
+
+def on_disk(tmp_path: Path) -> list[str]:
+    """Return the checkpoints in the run's directory, by name; nothing else may be there."""
+    return sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def steps_on_disk(tmp_path: Path) -> list[int]:
+    return [int(name.split("-")[1]) for name in on_disk(tmp_path)]
+
+
+def ref(tmp_path: Path, name: str) -> str:
+    return (tmp_path / "run" / "refs" / name).read_text().strip()
+
+
+def saved(recorder: Recorder) -> list[tuple[int, str]]:
+    return [(event.saved_step, event.reason) for event in recorder.of(CheckpointSaved)]
+
+
+# When ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        pytest.param({}, [(2, "best"), (4, "interval"), (6, "best")], id="each-epoch"),
+        pytest.param({"every_n_epochs": 2}, [(2, "best"), (4, "interval"), (6, "best")], id="every-2-epochs"),
+        pytest.param({"every_n_epochs": 3}, [(2, "best"), (6, "best")], id="every-3-epochs"),
+        pytest.param(
+            {"every_n_steps": 3},
+            [(2, "best"), (3, "interval"), (6, "interval"), (6, "best")],
+            id="every-3-steps",
+        ),
+        pytest.param({"save_best_only": True}, [(2, "best"), (6, "best")], id="best-only"),
+    ],
+)
+def test_when_it_saves(tmp_path: Path, arguments: dict[str, Any], expected: list[tuple[int, str]]) -> None:
+    checkpoint = ModelCheckpoint("val_loss", save_last=False, keep_last=None, **arguments)
+    result, recorder = train(tmp_path, [3.0, 4.0, 2.0], checkpoint)
+    assert saved(recorder) == expected
+    assert steps_on_disk(tmp_path) == [step for step, _ in expected]
+    assert result.best is not None and result.best.path is not None
+    assert (result.best.step, Path(result.best.path).name) == (6, ref(tmp_path, "best"))
+
+
+def test_training_metric_is_judged_and_saved_once_an_epoch(tmp_path: Path) -> None:
+    _, recorder = train(tmp_path, [], ModelCheckpoint(save_last=False), epochs=3)
+    assert [step for step, _ in saved(recorder)] == [2, 4, 6]
+
+
+class Clock(Callback):
+    """A clock on which each step takes four seconds."""
+
+    seconds = 0.0
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        self.seconds = 4.0 * point.step
+
+
+def test_every_seconds_counts_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    fake = SimpleNamespace(monotonic=lambda: clock.seconds)
+    monkeypatch.setattr("offloop.callbacks.model_checkpoint.time", fake)
+    checkpoint = ModelCheckpoint("val_loss", every_seconds=10.0, save_last=False)
+    _, recorder = train(tmp_path, [1.0, 2.0, 3.0, 4.0], clock, checkpoint)
+    assert saved(recorder) == [(2, "best"), (5, "interval"), (8, "interval")]
+
+
+def _stop(run: Run) -> None:
+    run.stop_nowait("enough")
+
+
+def _cancel(run: Run) -> None:
+    run.cancel()
+
+
+class At(Callback):
+    """Does something after a step."""
+
+    def __init__(self, step: int, act: Callable[[Run], object]) -> None:
+        self.step, self.act = step, act
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step == self.step:
+            self.act(point.run)
+
+
+@pytest.mark.parametrize("save_last", [True, False])
+@pytest.mark.parametrize(
+    ("limits", "act", "status", "step"),
+    [
+        pytest.param({"max_steps": 3}, None, "completed", 3, id="limit"),
+        pytest.param({"epochs": 5}, _stop, "stopped", 3, id="stop"),
+        pytest.param({"epochs": 5}, _cancel, "cancelled", 3, id="cancel"),
+    ],
+)
+def test_save_last(
+    tmp_path: Path, limits: dict[str, int], act: Any, status: str, step: int, save_last: bool
+) -> None:
+    checkpoint = ModelCheckpoint("train_loss", save_best_only=True, save_last=save_last)
+    others = [] if act is None else [At(step, act)]
+    result, recorder = train(tmp_path, [], checkpoint, *others, **({"epochs": None} | limits))
+    assert (result.status, result.steps) == (status, step)
+    assert ((step, "final") in saved(recorder)) == save_last
+    if save_last:
+        assert ref(tmp_path, "last") == on_disk(tmp_path)[-1]
+
+
+def test_save_last_after_a_failure_would_save_a_broken_state(tmp_path: Path) -> None:
+    def fail(run: Run) -> None:
+        raise RuntimeError("broken")
+
+    checkpoint = ModelCheckpoint("train_loss", every_n_steps=2)
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        train(tmp_path, [], checkpoint, At(3, fail), epochs=3)
+    assert steps_on_disk(tmp_path)[-1] == 2
+    assert "last checkpoint" in caught.value.__notes__[-1]
+
+
+# What stays ----------------------------------------------------------------------------------------
+
+
+LOSSES = [5.0, 3.0, 4.0, 2.0, 6.0, 7.0]  # of steps 2, 4, ..., 12; best at 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stays", "best", "last"),
+    [
+        pytest.param({}, [8, 10, 12], 8, 12, id="default"),
+        pytest.param({"keep_last": 3}, [8, 10, 12], 8, 12, id="keep-3"),
+        pytest.param({"keep_last": 4}, [6, 8, 10, 12], 8, 12, id="keep-4"),
+        pytest.param({"keep_last": None}, [2, 4, 6, 8, 10, 12], 8, 12, id="keep-all"),
+        pytest.param({"save_top_k": 2}, [4, 8, 10, 12], 8, 12, id="top-2"),
+        pytest.param({"save_top_k": 3}, [4, 6, 8, 10, 12], 8, 12, id="top-3"),
+        pytest.param({"mode": "max"}, [10, 12], 12, 12, id="max"),
+        pytest.param({"keep_every_n_steps": 6}, [6, 8, 10, 12], 8, 12, id="every-6th-for-good"),
+        pytest.param({"save_best_only": True}, [4, 8], 8, 8, id="best-only"),
+        pytest.param({"save_best_only": True, "save_top_k": 3}, [2, 4, 8], 8, 8, id="best-only-top-3"),
+        pytest.param({"every_n_epochs": 3}, [8, 12], 8, 12, id="every-3-epochs"),
+    ],
+)
+def test_what_stays_on_disk(
+    tmp_path: Path, arguments: dict[str, Any], stays: list[int], best: int, last: int
+) -> None:
+    result, _ = train(tmp_path, LOSSES, ModelCheckpoint("val_loss", save_last=False, **arguments))
+    assert on_disk(tmp_path) == [f"step-{step:09d}-a0" for step in stays]
+    assert (ref(tmp_path, "best"), ref(tmp_path, "last")) == (f"step-{best:09d}-a0", f"step-{last:09d}-a0")
+    if arguments.get("mode") != "max":  # that one watches something else than the run does
+        assert result.best is not None
+        assert result.best.path == str(tmp_path / "run" / "checkpoints" / ref(tmp_path, "best"))
+
+
+def test_default_keeps_the_best_of_long_ago(tmp_path: Path) -> None:
+    """The best is saved once: a second copy of its step would be the one that result.best.path names and loses."""
+    result, _ = train(tmp_path, [1.0, 2.0, 2.0, 2.0, 2.0], ModelCheckpoint())
+    assert result.best is not None and result.best.path is not None
+    assert Path(result.best.path).name == ref(tmp_path, "best") == "step-000000002-a0"
+    assert Path(result.best.path).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("losses", "bests"),
+    [
+        pytest.param([2.0, 2.0, 2.0], [2], id="ties-keep-the-older"),
+        pytest.param([float("nan"), 3.0, 2.0], [4, 6], id="nan-first"),
+        pytest.param([3.0, float("nan"), 4.0, 2.0], [2, 8], id="nan-in-the-middle"),
+        pytest.param([1.0, 0.0, 0.5], [2, 4], id="zero"),
+        pytest.param([-1.0, -2.0, -1.5], [2, 4], id="negative"),
+        pytest.param([3.0, 2.0, 2.0, 2.0], [2, 4], id="improving-then-flat"),
+        pytest.param([float("nan"), float("nan")], [], id="only-nan"),
+    ],
+)
+def test_which_is_best(tmp_path: Path, losses: list[float], bests: list[int]) -> None:
+    checkpoint = ModelCheckpoint("val_loss", save_best_only=True, save_last=False)
+    result, recorder = train(tmp_path, losses, checkpoint, knobs={"on_nonfinite": "warn"})
+    assert saved(recorder) == [(step, "best") for step in bests]
+    assert (result.best.path if result.best else None) == (
+        str(tmp_path / "run" / "checkpoints" / ref(tmp_path, "best")) if bests else None
+    )
+
+
+@pytest.mark.anyio
+async def test_choice_is_the_same_beside_slow_and_failing_observers(tmp_path: Path) -> None:
+    recorder = Recorder()
+    others = [SlowCallback(0.001), FailingCallback(CheckpointSaved)]
+    trainer = trainer_for(tmp_path, LOSSES)
+    with anyio.fail_after(60):
+        await trainer.train_async(
+            tiny_batches(BATCHES),
+            tiny_batches(1),
+            epochs=len(LOSSES),
+            callbacks=[recorder, WaitForDisk(), *others, ModelCheckpoint("val_loss", save_last=False)],
+        )
+    assert saved(recorder) == [
+        (2, "best"),
+        (4, "best"),
+        (6, "interval"),
+        (8, "best"),
+        (10, "interval"),
+        (12, "interval"),
+    ]
+    assert steps_on_disk(tmp_path) == [8, 10, 12]
+
+
+# Failures ------------------------------------------------------------------------------------------
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, *steps: int, error: int = errno.ENOSPC) -> None:
+    """Make the disk refuse the checkpoints of some steps."""
+    make_directory = FileSystem.make_directory
+
+    def refusing(self: FileSystem, path: Path) -> None:
+        if any(f"step-{step:09d}" in path.name for step in steps):
+            raise OSError(error, "injected")
+        make_directory(self, path)
+
+    monkeypatch.setattr(FileSystem, "make_directory", refusing)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_failed_best_falls_back_to_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    refuse(monkeypatch, 4, error=error)
+    checkpoint = ModelCheckpoint("val_loss", save_best_only=True, save_last=False)
+    result, recorder = train(tmp_path, [5.0, 1.0, 6.0], checkpoint)
+    assert result.status == "completed" and result.steps == 6
+    assert [(event.saved_step, event.reason) for event in recorder.of(CheckpointFailed)] == [(4, "best")]
+    assert on_disk(tmp_path) == [ref(tmp_path, "best")] == ["step-000000002-a0"]
+    assert result.best is not None
+    assert (result.best.score, result.best.path) == (1.0, None)  # it was reached, and nothing holds it
+
+
+def test_after_a_failed_best_the_next_one_is_measured_by_what_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, 4)
+    checkpoint = ModelCheckpoint("val_loss", save_best_only=True, save_last=False)
+    _, recorder = train(tmp_path, [5.0, 1.0, 6.0, 3.0, 4.0], checkpoint)
+    assert saved(recorder) == [(2, "best"), (8, "best")]
+    assert ref(tmp_path, "best") == "step-000000008-a0"
+
+
+def test_failed_first_best_leaves_the_choice_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, 2)
+    checkpoint = ModelCheckpoint("val_loss", save_best_only=True, save_last=False)
+    _, recorder = train(tmp_path, [1.0, 5.0, 6.0], checkpoint)
+    assert saved(recorder) == [(4, "best")]
+
+
+def test_disk_that_refuses_everything_does_not_touch_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = train(tmp_path / "fine", [], ModelCheckpoint(), epochs=3)
+    refuse(monkeypatch, *range(10))
+    result, recorder = train(tmp_path / "full", [], ModelCheckpoint(), epochs=3)
+    assert result.status == "completed"
+    assert [event.metrics for event in result.history] == [event.metrics for event in whole.history]
+    assert saved(recorder) == [] and len(recorder.of(CheckpointFailed)) == 4
+    assert on_disk(tmp_path / "full") == []
+
+
+# Missing metrics, arguments ------------------------------------------------------------------------
+
+
+def test_missing_metric_lists_the_keys(tmp_path: Path) -> None:
+    with pytest.raises(MetricNotFoundError, match=r"val_accuracy.*val_loss"):
+        train(tmp_path, [1.0, 2.0], ModelCheckpoint("val_accuracy"))
+
+
+def test_validation_that_never_comes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MetricNotFoundError, match=r"val_loss.*train_loss"):
+        train(tmp_path, [], ModelCheckpoint("val_loss"), epochs=2)
+
+
+class WithoutLoss(Trainer):
+    """Steps by hand and says no loss."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any) -> None:
+        inputs, _ = batch
+        self.backward(self.model(inputs).sum())
+        self.optimizer_step()
+
+
+def test_run_without_the_default_metric_is_saved_all_the_same(tmp_path: Path) -> None:
+    trainer = tiny_trainer(WithoutLoss, run_dir=str(tmp_path), run_name="run")
+    result = trainer.train(tiny_batches(BATCHES), epochs=2, callbacks=[ModelCheckpoint(save_last=False)])
+    assert (result.status, result.best) == ("completed", None)
+    assert steps_on_disk(tmp_path) == [2, 4]
+
+
+def test_metric_and_direction_of_the_trainer_are_taken_over(tmp_path: Path) -> None:
+    knobs = {"monitor": "val_loss", "mode": "max"}
+    _, recorder = train(
+        tmp_path, [1.0, 2.0, 1.5], ModelCheckpoint(save_best_only=True, save_last=False), knobs=knobs
+    )
+    assert saved(recorder) == [(2, "best"), (4, "best")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"save_top_k": 0}, "save_top_k must be a whole number of at least 1, got 0"),
+        ({"keep_last": 0}, "keep_last must be"),
+        ({"every_n_steps": 1.5}, "every_n_steps must be"),
+        ({"every_n_epochs": True}, "every_n_epochs must be"),
+        ({"keep_every_n_steps": -1}, "keep_every_n_steps must be"),
+        ({"every_seconds": 0}, "every_seconds must be above 0"),
+        ({"save_best_only": True, "every_n_epochs": 1}, "save_best_only saves when the metric improves"),
+        ({"monitor": "loss"}, "monitor must begin with train_ or val_"),
+        ({"monitor": "val_loss", "mode": "up"}, "mode must be"),
+    ],
+)
+def test_wrong_argument_is_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        ModelCheckpoint(**arguments)
+
+
+# Resuming ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted_after", [1, 2, 3, 4])
+def test_resumed_run_knows_the_best_so_far(tmp_path: Path, interrupted_after: int) -> None:
+    def policy() -> ModelCheckpoint:
+        return ModelCheckpoint("val_loss", save_best_only=True)
+
+    whole, expected = train(tmp_path / "whole", LOSSES, policy())
+    stop = At(interrupted_after * BATCHES + 1, _stop)
+    train(tmp_path, LOSSES[:interrupted_after], policy(), stop, epochs=len(LOSSES))
+    result, recorder = train(
+        tmp_path, LOSSES[interrupted_after:], policy(), resume="auto", epochs=len(LOSSES)
+    )
+    later = [entry for entry in saved(expected) if entry[0] > interrupted_after * BATCHES]
+    assert saved(recorder) == later
+    assert result.best is not None and whole.best is not None
+    assert (result.best.score, result.best.step) == (whole.best.score, whole.best.step)
+
+
+def test_resumed_run_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    def policy() -> ModelCheckpoint:
+        return ModelCheckpoint("val_loss", save_top_k=2, save_last=False)
+
+    train(tmp_path, LOSSES[:3], policy(), At(7, _stop), epochs=len(LOSSES))
+    train(tmp_path, LOSSES[3:], policy(), resume="auto", epochs=len(LOSSES))
+    assert on_disk(tmp_path) == [f"step-{step:09d}-a{int(step > 6)}" for step in (4, 6, 8, 10, 12)]
+    assert ref(tmp_path, "best") == "step-000000008-a1"
+
+
+def test_new_run_forgets_the_best_of_the_one_before(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint("val_loss", save_best_only=True, save_last=False)
+    train(tmp_path / "first", [1.0], checkpoint)
+    _, recorder = train(tmp_path / "second", [2.0], checkpoint)
+    assert saved(recorder) == [(2, "best")]
+
+
+def test_checkpoint_between_validations_does_not_pass_for_the_earlier_best(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint("val_loss", every_n_steps=1, save_top_k=2, save_last=False)
+    train(tmp_path, [1.0, 3.0, 2.0, 4.0], checkpoint)
+    assert sorted(set(steps_on_disk(tmp_path))) == [
+        2,
+        7,
+        8,
+    ]  # not 3, which has step 2's val_loss and other weights

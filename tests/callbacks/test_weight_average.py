@@ -1,0 +1,375 @@
+"""callbacks/weight_average.py: the average is torch's, validations use it, and training never notices."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from offloop.callbacks import ModelCheckpoint
+from offloop.callbacks.weight_average import WeightAverage
+from offloop.engine import Callback, ConfigError, Run, StepPoint, Trainer, ValidationEnd, decides, in_step
+from offloop.engine.testing import FailingCallback, SlowCallback, tiny_batches, tiny_trainer
+
+BATCHES = 4
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def with_buffers(seed: int = 0) -> torch.nn.Module:
+    """Return a model with batch normalisation, the same for the same seed."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=generator)
+    return model
+
+
+def state_of(model: torch.nn.Module) -> State:
+    return {name: each.detach().clone() for name, each in model.state_dict().items()}
+
+
+def is_equal(state: State, other: State) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+class Snapshots(Callback):
+    """Keeps the weights after each step, outside of validations."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, State] = {}
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        self.after[point.step] = state_of(point.model)
+
+
+class Watching(Trainer):
+    """Keeps the weights that each validation sees."""
+
+    seen: list[State]
+
+    def validation_step(self, batch: Any) -> Any:
+        if self.step in (self.fail_at, -self.fail_at):
+            raise RuntimeError("the validation broke")
+        self.seen.append(state_of(self.model))
+        return super().validation_step(batch)
+
+    fail_at = 0
+
+
+def make(model: torch.nn.Module | None = None, **knobs: Any) -> Watching:
+    trainer = tiny_trainer(Watching, model=model or with_buffers(), lr=0.1, **knobs)
+    assert isinstance(trainer, Watching)
+    trainer.seen = []
+    return trainer
+
+
+def train(*callbacks: Callback, trainer: Watching | None = None, **limits: Any) -> Watching:
+    trainer = trainer or make()
+    val = limits.pop("val", tiny_batches(1, seed=1))
+    trainer.train(tiny_batches(BATCHES), val, callbacks=callbacks, **(limits or {"epochs": 3}))
+    return trainer
+
+
+def swa_of_floats(mine: Any, theirs: Any, count: Any) -> None:
+    """Average as torch does, where it does: its update raises for integer buffers."""
+    if mine[0].is_floating_point():
+        get_swa_multi_avg_fn()(mine, theirs, count)
+
+
+def average_by_hand(kind: str, decay: float, states: list[State], use_buffers: bool) -> State:
+    """Return what torch's AveragedModel makes of these states."""
+    live = with_buffers()
+    function = get_ema_multi_avg_fn(decay) if kind == "ema" else swa_of_floats
+    averaged = AveragedModel(live, multi_avg_fn=function, use_buffers=use_buffers)  # type: ignore[no-untyped-call]
+    for state in states:
+        live.load_state_dict(state)
+        averaged.update_parameters(live)
+    return state_of(averaged.module)
+
+
+def floats_of(state: State) -> State:
+    return {name: each for name, each in state.items() if each.is_floating_point()}
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        pytest.param({"decay": 0.9}, range(1, 13), id="ema"),
+        pytest.param({"decay": 0.5, "every_n_steps": 3}, [3, 6, 9, 12], id="ema-every-3"),
+        pytest.param({"decay": 0.9, "start_step": 5}, range(6, 13), id="ema-from-step"),
+        pytest.param({"kind": "swa"}, [4, 8, 12], id="swa-each-epoch"),
+        pytest.param({"kind": "swa", "start_epoch": 1}, [8, 12], id="swa-from-epoch"),
+        pytest.param({"kind": "swa", "every_n_steps": 2, "start_step": 4}, [6, 8, 10, 12], id="swa-every-2"),
+    ],
+)
+def test_average_is_torchs_bit_for_bit(arguments: dict[str, Any], steps: Any, use_buffers: bool) -> None:
+    snapshots, average = Snapshots(), WeightAverage(**arguments, use_buffers=use_buffers)
+    train(snapshots, average)
+    states = [snapshots.after[step] for step in steps]
+    expected = average_by_hand(average.kind, average.decay, states, use_buffers)
+    mine = state_of(average.averaged_model)
+    assert average.updates == len(states)
+    assert is_equal(floats_of(mine), floats_of(expected))
+    assert not is_equal(floats_of(mine), floats_of(states[-1]))
+
+
+def test_counters_are_taken_over_not_averaged() -> None:
+    average = WeightAverage(decay=0.9)
+    train(average)
+    assert average.averaged_model.state_dict()["1.num_batches_tracked"] == 3 * BATCHES
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_validation_runs_with_the_average_and_training_does_not(use_buffers: bool) -> None:
+    snapshots, average = Snapshots(), WeightAverage(decay=0.7, use_buffers=use_buffers)
+    trainer = train(snapshots, average)
+    alone = Snapshots()
+    without = train(alone)
+    assert [is_equal(snapshots.after[step], alone.after[step]) for step in alone.after] == [True] * 12
+    assert is_equal(state_of(trainer.model), state_of(without.model))
+    for epoch, seen in enumerate(trainer.seen, 1):
+        states = [alone.after[step] for step in range(1, epoch * BATCHES + 1)]
+        expected = average_by_hand("ema", 0.7, states, use_buffers)
+        if not use_buffers:  # the model's own
+            expected |= {name: states[-1][name] for name in expected if "running" in name}
+        assert is_equal(floats_of(seen), floats_of(expected))
+        assert not is_equal(floats_of(seen), floats_of(states[-1]))
+
+
+def test_validate_false_leaves_validations_alone() -> None:
+    snapshots = Snapshots()
+    trainer = train(snapshots, WeightAverage(decay=0.7, validate=False))
+    assert is_equal(trainer.seen[-1], snapshots.after[12])
+
+
+def test_validation_before_the_first_update_sees_the_weights_in_training() -> None:
+    snapshots = Snapshots()
+    trainer = train(snapshots, WeightAverage(decay=0.7, start_epoch=1))
+    assert is_equal(trainer.seen[0], snapshots.after[4])
+    assert not is_equal(trainer.seen[1], snapshots.after[8])
+
+
+class StopInValidation(Callback):
+    """Stops the run from inside a validation."""
+
+    @in_step
+    def before_validation(self, point: StepPoint) -> None:
+        point.run.stop_nowait("in the middle of it")
+
+
+class FailHook(Callback):
+    """Fails at a validation's hook, after those of the callbacks before it."""
+
+    def __init__(self, point: str) -> None:
+        self.point = point
+
+    @in_step
+    def before_validation(self, point: StepPoint) -> None:
+        if self.point == point.name:
+            raise RuntimeError("the hook broke")
+
+    @in_step
+    def after_validation(self, point: StepPoint) -> None:
+        if self.point == point.name:
+            raise RuntimeError("the hook broke")
+
+
+def test_stopped_validation_gives_the_weights_back() -> None:
+    snapshots = Snapshots()
+    trainer = train(snapshots, WeightAverage(decay=0.5), StopInValidation())
+    assert trainer.last_run is not None and trainer.last_run.result.status == "stopped"
+    assert (trainer.seen, list(snapshots.after)) == ([], [1, 2, 3, 4])
+    assert is_equal(state_of(trainer.model), snapshots.after[4])
+
+
+def test_failed_validation_gives_the_weights_back() -> None:
+    snapshots, trainer = Snapshots(), make()
+    trainer.fail_at = 4
+    with pytest.raises(RuntimeError, match="the validation broke"):
+        train(snapshots, WeightAverage(decay=0.5), trainer=trainer)
+    assert is_equal(state_of(trainer.model), snapshots.after[4])
+
+
+@pytest.mark.parametrize("point", ["before_validation", "after_validation"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_another_hook_that_fails_does_not_keep_the_weights(point: str, is_first: bool) -> None:
+    snapshots, trainer = Snapshots(), make()
+    pair: list[Callback] = [WeightAverage(decay=0.5), FailHook(point)]
+    with pytest.raises(RuntimeError, match="the hook broke"):
+        train(snapshots, *(pair[::-1] if is_first else pair), trainer=trainer)
+    assert is_equal(state_of(trainer.model), snapshots.after[4])
+
+
+def test_frozen_parts_stay_and_the_average_asks_for_no_gradients() -> None:
+    model = with_buffers()
+    model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]  # a Sequential
+    before = state_of(model)
+    average = WeightAverage(decay=0.5)
+    train(average, trainer=make(model))
+    assert torch.equal(average.averaged_model.state_dict()["0.weight"], before["0.weight"])
+    assert not any(each.requires_grad for each in average.averaged_model.parameters())
+
+
+# The end -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["completed", "stopped", "failed"])
+def test_apply_at_end(status: str) -> None:
+    snapshots, average, trainer = Snapshots(), WeightAverage(decay=0.5, apply_at_end=True), make()
+    others: list[Callback] = [StopInValidation()] if status == "stopped" else []
+    if status == "failed":
+        trainer.fail_at = 4
+        with pytest.raises(RuntimeError):
+            train(snapshots, average, trainer=trainer)
+    else:
+        train(snapshots, average, *others, trainer=trainer)
+    last = snapshots.after[max(snapshots.after)]
+    expected = last if status == "failed" else state_of(average.averaged_model)
+    assert is_equal(floats_of(state_of(trainer.model)), floats_of(expected))
+    assert is_equal(last, expected) == (status == "failed")
+
+
+def test_without_apply_at_end_the_weights_in_training_stay() -> None:
+    snapshots = Snapshots()
+    trainer = train(snapshots, WeightAverage(decay=0.5))
+    assert is_equal(state_of(trainer.model), snapshots.after[12])
+
+
+# Resuming ------------------------------------------------------------------------------------------
+
+
+class StopAfter(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step == self.step:
+            point.run.stop_nowait("interrupted")
+
+
+class Scores(Callback):
+    """Keeps what validations made."""
+
+    def __init__(self) -> None:
+        self.made: list[float] = []
+
+    @decides
+    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self.made.append(event.metrics["val_loss"])
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 9])
+@pytest.mark.parametrize(
+    "arguments", [{"decay": 0.9, "apply_at_end": True}, {"kind": "swa"}, {"decay": 0.5, "use_buffers": False}]
+)
+def test_resumed_run_has_the_same_average_bit_for_bit(
+    tmp_path: Path, arguments: dict[str, Any], step: int
+) -> None:
+    def run(name: str, *more: Callback, resume: Any = None) -> tuple[State, State, list[float]]:
+        average, scores = WeightAverage(**arguments), Scores()
+        trainer = make(run_dir=str(tmp_path), run_name=name)
+        train(
+            average,
+            scores,
+            ModelCheckpoint(save_best_only=True),
+            *more,
+            trainer=trainer,
+            epochs=3,
+            resume=resume,
+        )
+        return state_of(average.averaged_model), state_of(trainer.model), scores.made
+
+    whole, weights, scores = run("whole")
+    _, _, before = run("parts", StopAfter(step))
+    resumed, resumed_weights, after = run("parts", resume="auto")
+    assert is_equal(resumed, whole)
+    assert is_equal(resumed_weights, weights)
+    assert before + after == scores
+
+
+def test_average_is_the_same_beside_slow_and_failing_observers() -> None:
+    alone, beside = WeightAverage(decay=0.9), WeightAverage(decay=0.9)
+    train(alone)
+    train(SlowCallback(0.001), beside, FailingCallback())
+    assert is_equal(state_of(alone.averaged_model), state_of(beside.averaged_model))
+
+
+def test_next_run_begins_a_new_average() -> None:
+    average = WeightAverage(decay=0.9)
+    trainer = train(average, epochs=1)
+    before = copy.deepcopy(average.averaged_model)
+    train(average, trainer=trainer, epochs=1)
+    assert average.updates == BATCHES
+    assert not is_equal(state_of(before), state_of(average.averaged_model))
+
+
+# Arguments -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"kind": "mean"}, "kind must be 'ema' or 'swa', got 'mean'"),
+        ({"decay": 1.0}, "decay must be above 0 and below 1, got 1.0"),
+        ({"decay": 0}, "decay must be above 0"),
+        ({"decay": "0.9"}, "decay must be above 0"),
+        ({"kind": "swa", "decay": 0.9}, "decay is for EMA"),
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1"),
+        ({"start_step": -1}, "start_step must be a whole number of at least 0"),
+        ({"start_epoch": 0.75}, "start_epoch must be a whole number of at least 0"),
+        ({"start_epoch": None}, "start_epoch must be a whole number of at least 0"),
+    ],
+)
+def test_wrong_argument_is_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        WeightAverage(**arguments)
+
+
+def test_swa_needs_to_know_the_length_of_an_epoch() -> None:
+    with pytest.raises(ConfigError, match="give every_n_steps="):
+        make().train(iter(tiny_batches(2)), epochs=1, callbacks=[WeightAverage("swa")])
+
+
+def test_there_is_no_average_before_a_run() -> None:
+    with pytest.raises(RuntimeError, match="before a run has started"):
+        WeightAverage().averaged_model  # noqa: B018 - it raises
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_update_does_not_synchronise_the_device(kind: Any) -> None:
+    average = WeightAverage(kind, every_n_steps=1)
+
+    class Strict(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step > 2:
+                torch.cuda.set_sync_debug_mode("error")
+
+    class Relaxed(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer = make(device="cuda")
+    try:
+        train(Strict(), average, Relaxed(), trainer=trainer, max_steps=6, val=None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert average.updates == 6

@@ -1,0 +1,201 @@
+"""engine/config.py: every knob is checked once, and what cannot work says why."""
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offloop.engine import ConfigError, TrainerConfig
+from offloop.engine.config import PEER_SPELLINGS, TRAIN_ARGUMENTS, check_limits, misplaced_argument
+from offloop.engine.events import Settings, TrainStart, decode, encode
+
+KNOBS = TrainerConfig.__struct_fields__
+
+BAD_VALUES: list[tuple[str, Any, str]] = [
+    *(
+        (name, value, "must be a whole number of at least 1")
+        for name in (
+            "epochs",
+            "max_steps",
+            "accumulate_grad_batches",
+            "val_every_n_epochs",
+            "val_every_n_steps",
+        )
+        for value in (0, -1, 1.5, True, "2")
+    ),
+    ("accumulate_grad_batches", None, "must be a whole number of at least 1"),
+    *(
+        (name, value, "must be a number above 0")
+        for name in ("max_time", "gradient_clip_val", "flush_interval", "drain_timeout")
+        for value in (0, -0.1, math.nan, math.inf, True, "1")
+    ),
+    ("flush_interval", None, "must be a number above 0"),
+    ("drain_timeout", None, "must be a number above 0"),
+    *(
+        (name, value, "must be a number of batches (int of at least 1) or a share of them")
+        for name in ("limit_train_batches", "limit_val_batches")
+        for value in (0, -1, 0.0, 1.5, math.nan, True, "10%")
+    ),
+    ("precision", "bf16", "must be one of '32-true', 'bf16-mixed', '16-mixed'"),
+    ("precision", 16, "must be one of '32-true', 'bf16-mixed', '16-mixed'"),
+    ("gradient_clip_algorithm", "l2", "must be one of 'norm', 'value'"),
+    ("on_nonfinite", "ignore", "must be one of 'raise', 'warn', 'skip_step'"),
+    ("scheduler_interval", "batch", "must be one of 'epoch', 'step'"),
+    ("mode", "maximum", "must be one of 'auto', 'min', 'max'"),
+    ("mode", ["min"], "must be one of 'auto', 'min', 'max'"),
+    ("device", 0, 'must be a string like "auto", "cpu" or "cuda:0"'),
+    ("seed", 1.0, "must be an int from -2**63 to 2**64 - 1, or None"),
+    ("seed", True, "must be an int from -2**63 to 2**64 - 1, or None"),
+    ("seed", 2**64, "must be an int from -2**63 to 2**64 - 1, or None"),
+    ("compile", "inductor", "must be a bool or a dict of torch.compile's arguments"),
+    ("monitor", "", "must be a string that is not empty"),
+    ("run_dir", 3, "must be a string that is not empty"),
+    ("run_name", "a/b", "names a directory: no slashes, no leading dot"),
+    ("run_name", "..", "names a directory: no slashes, no leading dot"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "legal"), BAD_VALUES)
+def test_a_bad_value_is_refused_with_knob_value_and_what_is_legal(name: str, value: Any, legal: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainerConfig(**{name: value})
+    text = str(caught.value)
+    assert text.startswith(f"{name} {legal}")
+    assert repr(value) in text
+
+
+GOOD_VALUES: list[tuple[str, Any]] = [
+    ("epochs", 1),
+    ("max_time", 1),
+    ("limit_train_batches", 1),
+    ("limit_val_batches", 1.0),
+    ("seed", -(2**63)),
+    ("seed", 2**64 - 1),
+    ("compile", {"backend": "eager"}),
+    ("run_name", "mine v1.2"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), GOOD_VALUES)
+def test_the_ends_of_a_range_are_legal(name: str, value: Any) -> None:
+    assert getattr(TrainerConfig(**{name: value}), name) == value
+
+
+anything = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(["bf16-mixed", "norm", "warn", "step", "min", "auto"]),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@given(name=st.sampled_from(KNOBS), value=anything)
+def test_any_value_is_taken_as_it_is_or_refused_by_the_name_of_its_knob(name: str, value: Any) -> None:
+    try:
+        config = TrainerConfig(**{name: value})
+    except ConfigError as error:
+        assert str(error).startswith(name)
+    else:
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("acumulate_grad_batches", "accumulate_grad_batches"),
+        ("gradient_clip_value", "gradient_clip_val"),
+        ("devise", "device"),
+        ("max_grad_norm", "gradient_clip_val"),
+        ("max_epochs", "epochs"),
+        ("gradient_accumulation_steps", "accumulate_grad_batches"),
+        ("lr_scheduler", "scheduler"),
+        ("criterion", "loss"),
+        ("callback", "callbacks"),
+        ("learning_rate", "optimizer"),
+    ],
+)
+def test_an_unknown_knob_is_refused_with_the_one_that_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainerConfig().replace(**{name: 1})
+    assert str(caught.value) == f"there is no knob {name!r}: use {meant}"
+
+
+def test_a_knob_like_no_other_is_refused_with_all_there_are() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainerConfig().replace(zzz=1)
+    assert all(name in str(caught.value) for name in KNOBS)
+
+
+@pytest.mark.parametrize("name", ["metrics", "train_loader", "val_loader", "resume"])
+def test_what_belongs_to_train_says_so(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} belongs to train\(\)"):
+        TrainerConfig().replace(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("precision", "precision says how to train: give it to Trainer(precision=...), not to train()"),
+        ("max_grad_norm", "max_grad_norm says how to train: give it to Trainer(gradient_clip_val=...), not"),
+        ("loss_fn", "loss_fn says how to train: give it to Trainer(loss=...), not to train()"),
+        ("max_epochs", "train() takes no 'max_epochs': use epochs"),
+        ("metric", "train() takes no 'metric': did you mean metrics?"),
+        ("val_dataloader", "train() takes no 'val_dataloader': did you mean val_loader?"),
+        ("precission", "train() takes no 'precission': did you mean Trainer(precision=...)?"),
+        ("zzz", "train() takes no 'zzz': it takes train_loader, val_loader, epochs"),
+    ],
+)
+def test_a_knob_given_to_train_is_sent_where_it_belongs(name: str, text: str) -> None:
+    assert str(misplaced_argument(name)).startswith(text)
+
+
+def test_every_spelling_of_a_peer_leads_to_something_that_exists() -> None:
+    known = {*KNOBS, *TRAIN_ARGUMENTS, "loss", "scheduler", "optimizer"}
+    assert set(PEER_SPELLINGS.values()) <= known
+    assert not set(PEER_SPELLINGS) & known
+
+
+def test_replace_checks_like_a_new_one_and_leaves_the_first_alone() -> None:
+    config = TrainerConfig(seed=1)
+    assert config.replace(gradient_clip_val=0.5) == TrainerConfig(seed=1, gradient_clip_val=0.5)
+    assert config == TrainerConfig(seed=1)
+    with pytest.raises(ConfigError, match="gradient_clip_val must be a number above 0, got -1"):
+        config.replace(gradient_clip_val=-1)
+
+
+def test_settings_ride_on_an_event() -> None:
+    config = TrainerConfig(compile={"backend": print, "options": {"level": (1, 2)}}, limit_train_batches=0.5)
+    settings = Settings(config.as_settings())
+    assert set(settings) == set(KNOBS)
+    event = decode(encode(TrainStart(config=settings)))
+    assert isinstance(event, TrainStart)
+    assert event.config["compile"] == {"backend": repr(print), "options": {"level": [1, 2]}}
+    assert event.config["limit_train_batches"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ((None, None, None), "nothing says when to stop: give epochs, max_steps or max_time"),
+        ((0, None, None), "epochs must be a whole number of at least 1, got 0"),
+        ((None, 1.5, None), "max_steps must be a whole number of at least 1, got 1.5"),
+        ((None, None, math.inf), "max_time must be a number above 0, got inf"),
+    ],
+)
+def test_limits_are_checked(limits: tuple[Any, Any, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_limits(*limits)
+    assert str(caught.value) == text
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        TrainerConfig().seed = 1  # type: ignore[misc]  # that is the test
+    assert msgspec.structs.asdict(TrainerConfig(epochs=2))["epochs"] == 2

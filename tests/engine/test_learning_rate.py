@@ -1,0 +1,110 @@
+"""engine/learning_rate.py: rates set by hand, and schedules that go on from there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    SequentialLR,
+    StepLR,
+)
+
+from offloop.engine.learning_rate import largest_lr, scale_lr
+
+STEPS = 20
+SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
+    "lambda": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
+    "step": lambda o: StepLR(o, step_size=4, gamma=0.5),
+    "multistep": lambda o: MultiStepLR(o, milestones=[3, 12], gamma=0.1),
+    "linear": lambda o: LinearLR(o, start_factor=0.1, total_iters=15),
+    "exponential": lambda o: ExponentialLR(o, gamma=0.9),
+    "polynomial": lambda o: PolynomialLR(o, total_iters=15, power=2.0),
+    "cosine": lambda o: CosineAnnealingLR(o, T_max=STEPS),
+    "cosine to a floor": lambda o: CosineAnnealingLR(o, T_max=STEPS, eta_min=0.01),
+    "warm restarts": lambda o: CosineAnnealingWarmRestarts(o, T_0=5, eta_min=0.01),
+    "cyclic": lambda o: CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3, cycle_momentum=False),
+    "one cycle": lambda o: OneCycleLR(o, max_lr=0.3, total_steps=STEPS + 1, cycle_momentum=False),
+    "sequential": lambda o: SequentialLR(
+        o, [LinearLR(o, start_factor=0.1, total_iters=4), CosineAnnealingLR(o, T_max=16)], milestones=[4]
+    ),
+    "chained": lambda o: ChainedScheduler([ExponentialLR(o, gamma=0.9), StepLR(o, step_size=6)]),
+}
+
+
+def two_groups(*lrs: float) -> Optimizer:
+    return SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs])
+
+
+def rates(make: Callable[[Optimizer], LRScheduler], factor: float | None, group: int | None) -> Any:
+    """Return the rates of both groups at each step; in the middle they are multiplied by `factor`."""
+    optimizer = two_groups(0.1, 0.05)
+    scheduler = make(optimizer)
+    seen = []
+    for step in range(STEPS):
+        if step == STEPS // 2 and factor is not None:
+            current = largest_lr(optimizer) if group is None else optimizer.param_groups[group]["lr"]
+            scale_lr(optimizer, current * factor, group=group, schedulers=[scheduler])
+        optimizer.step()
+        scheduler.step()
+        seen.append([each["lr"] for each in optimizer.param_groups])
+    return torch.tensor(seen, dtype=torch.float64)  # (STEPS, 2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_goes_on_multiplied(name: str) -> None:
+    plain, scaled = (rates(SCHEDULES[name], factor, None) for factor in (None, 0.25))
+    half = STEPS // 2
+    torch.testing.assert_close(scaled[:half], plain[:half])
+    torch.testing.assert_close(scaled[half:], plain[half:] * 0.25)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if "floor" not in name and "warm" not in name])
+def test_one_group_goes_on_multiplied_and_the_other_as_it_was(name: str) -> None:
+    plain, scaled = (rates(SCHEDULES[name], factor, 1) for factor in (None, 3.0))
+    half = STEPS // 2
+    torch.testing.assert_close(scaled[:, 0], plain[:, 0])
+    torch.testing.assert_close(scaled[half:, 1], plain[half:, 1] * 3.0)
+
+
+def test_the_largest_group_is_set_and_the_others_are_scaled_alike() -> None:
+    optimizer = two_groups(0.1, 0.4, 0.2)
+    assert largest_lr(optimizer) == 0.4
+    scale_lr(optimizer, 0.2, group=None)
+    torch.testing.assert_close([each["lr"] for each in optimizer.param_groups], [0.05, 0.2, 0.1])
+
+
+def test_a_rate_of_zero_is_replaced() -> None:
+    optimizer = two_groups(0.0, 0.0)
+    scale_lr(optimizer, 0.3, group=None)
+    assert [each["lr"] for each in optimizer.param_groups] == [0.3, 0.3]
+
+
+def test_a_rate_in_a_tensor_is_set_in_place() -> None:
+    """Capturable optimizers read their rate from that very tensor."""
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    scale_lr(optimizer, 0.05, group=None)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert largest_lr(optimizer) == pytest.approx(0.05)
+
+
+def test_the_schedule_of_another_optimizer_stays() -> None:
+    optimizer, other = two_groups(0.1), two_groups(0.1)
+    scheduler = LambdaLR(other, lambda step: 1.0)
+    scale_lr(optimizer, 0.05, group=None, schedulers=[scheduler])
+    other.step()
+    scheduler.step()
+    assert other.param_groups[0]["lr"] == 0.1

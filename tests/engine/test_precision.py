@@ -1,0 +1,100 @@
+"""engine/precision.py: autocast, loss scaling, clipping and rescaling."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
+
+CPU = torch.device("cpu")
+
+
+def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.zeros(2)) for _ in gradients]
+    for parameter, gradient in zip(made, gradients, strict=True):
+        parameter.grad = None if gradient is None else torch.tensor(gradient)
+    return made
+
+
+def gradients(made: list[nn.Parameter]) -> list[Any]:
+    return [None if each.grad is None else each.grad.tolist() for each in made]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)],
+)
+def test_a_forward_pass_computes_in_the_precision(precision: Any, dtype: torch.dtype) -> None:
+    with MixedPrecision(precision, CPU).autocast():
+        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
+    assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+
+
+def test_only_fp16_is_scaled() -> None:
+    for precision, scale in (("32-true", None), ("bf16-mixed", None), ("16-mixed", 2.0**16)):
+        mixed = MixedPrecision(precision, CPU)  # type: ignore[arg-type]  # of the three
+        parameter = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        mixed.backward((parameter * 2).sum())
+        assert parameter.grad is not None and parameter.grad.item() == 2.0 * (scale or 1.0)
+        mixed.unscale(optimizer)
+        assert parameter.grad.item() == 2.0
+        mixed.step(optimizer)
+        assert parameter.item() == -1.0
+        after = mixed.update()
+        assert (None if after is None else after.item()) == scale
+
+
+def test_the_scale_that_is_returned_stays_as_it_was() -> None:
+    mixed = MixedPrecision("16-mixed", CPU)
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scales: list[Tensor] = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        mixed.backward((parameter * math.inf).sum())
+        mixed.unscale(optimizer)
+        mixed.step(optimizer)
+        scale = mixed.update()
+        assert scale is not None
+        scales.append(scale)
+    assert [scale.item() for scale in scales] == [2.0**15, 2.0**14]
+    assert mixed.initial_scale == 2.0**16
+    assert parameter.item() == 1.0
+
+
+def test_clipping_by_norm_returns_the_norm_before() -> None:
+    made = parameters([3.0, 0.0], [0.0, 4.0], None)
+    norm = clip(made, 1.0, "norm")
+    assert norm is not None and norm.item() == 5.0
+    torch.testing.assert_close(gradients(made)[:2], [[0.6, 0.0], [0.0, 0.8]])
+
+
+def test_clipping_by_value_clips_each() -> None:
+    made = parameters([3.0, -0.5], None)
+    assert clip(made, 1.0, "value") is None
+    assert gradients(made) == [[1.0, -0.5], None]
+
+
+def test_rescaling_multiplies_what_there_is() -> None:
+    made = parameters([3.0, -0.5], None, [1.0, 0.0])
+    rescale(made, 2.0)
+    assert gradients(made) == [[6.0, -1.0], None, [2.0, 0.0]]
+    rescale(parameters(None), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([[1.0, 2.0], None], True),
+        ([[1.0, math.nan], [1.0, 1.0]], False),
+        ([[1.0, 1.0], [-math.inf, 1.0]], False),
+        ([None], True),
+        ([], True),
+    ],
+)
+def test_gradients_are_finite_if_each_is(values: list[Any], finite: bool) -> None:
+    assert gradients_are_finite(parameters(*values)) is finite
