@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import anyio
 import msgspec
-import psutil  # type: ignore[import-untyped]  # its types are a package of their own
+import psutil
 import torch
 
 from offloop.engine import (

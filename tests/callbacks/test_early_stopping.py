@@ -37,7 +37,7 @@ def validations(values: list[float], key: str = "val_loss") -> list[Event]:
     """Return an epoch for each value, with a step in it."""
     script: list[Event] = []
     for epoch, value in enumerate(values):
-        position = {"epoch": epoch, "step": epoch + 1, "batch": epoch + 1}
+        position: dict[str, Any] = {"epoch": epoch, "step": epoch + 1, "batch": epoch + 1}
         script.append(EpochStart(epoch=epoch, step=epoch, batch=epoch))
         script.append(StepEnd(loss=1.0, lr=0.1, **position))
         script.append(ValidationEnd(metrics=Metrics({key: value}), **position))

@@ -380,7 +380,7 @@ class StopAfter(Callback):
 def test_resumed_run_has_the_same_rates(tmp_path: Path, name: str, warmup: int, step: int) -> None:
     arguments, _ = (BY_STEP | BY_EPOCH | {"reduce_on_plateau": ({"patience": 0, "threshold": 9.0}, None)})[
         name
-    ]  # type: ignore[dict-item]
+    ]
 
     def run(run_name: str, *more: Callback, resume: Any = None) -> list[float]:
         recorder = Recorder()

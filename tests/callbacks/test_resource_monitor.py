@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import anyio
-import psutil  # type: ignore[import-untyped]  # its types are a package of their own
+import psutil
 import pytest
 import torch
 

@@ -93,7 +93,7 @@ def average_by_hand(kind: str, decay: float, states: list[State], use_buffers: b
     """Return what torch's AveragedModel makes of these states."""
     live = with_buffers()
     function = get_ema_multi_avg_fn(decay) if kind == "ema" else swa_of_floats
-    averaged = AveragedModel(live, multi_avg_fn=function, use_buffers=use_buffers)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(live, multi_avg_fn=function, use_buffers=use_buffers)
     for state in states:
         live.load_state_dict(state)
         averaged.update_parameters(live)
@@ -216,7 +216,7 @@ def test_another_hook_that_fails_does_not_keep_the_weights(point: str, is_first:
 
 def test_frozen_parts_stay_and_the_average_asks_for_no_gradients() -> None:
     model = with_buffers()
-    model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]  # a Sequential
+    model[0].weight.requires_grad_(False)  # type: ignore[index]  # a Sequential
     before = state_of(model)
     average = WeightAverage(decay=0.5)
     train(average, trainer=make(model))
