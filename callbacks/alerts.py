@@ -354,7 +354,7 @@ class _Watchdog:
     def _look(self) -> None:
         state, now = self._run.state, self._clock()
         seen = (self._run.step, state)
-        if seen != self._seen or state == "paused":
+        if seen != self._seen:  # so a pause ends with a fresh start
             self._seen, self._since = seen, now
             self._told.clear()
         for rule in self._rules:

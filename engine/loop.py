@@ -459,10 +459,10 @@ class TrainingLoop:
             self.validating = False
             return None
         try:
-            self.hooks.run_all("before_validation")
             in_training = [module for module in self.program.model.modules() if module.training]
-            self.program.model.eval()
             try:
+                self.hooks.run_all("before_validation")
+                self.program.model.eval()
                 self.run_validation(self.val_loader)
             finally:
                 for module in in_training:

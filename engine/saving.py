@@ -85,7 +85,7 @@ class Checkpoints:
         reason: str,
         tags: tuple[str, ...] = (),
         future: "Future[CheckpointSaved] | None" = None,
-    ) -> None:
+    ) -> bool:
         """Copy the state and hand it to the writer. Training thread, at a step boundary.
 
         Waits for a free slot, except for `reason="interval"`, which is left out if there is none: it
@@ -98,6 +98,9 @@ class Checkpoints:
             reason: Why it is taken.
             tags: Names under which it is pinned.
             future: Completed when it is durable or has failed.
+
+        Returns:
+            True if the writer has it; it may still fail.
         """
         request = CheckpointRequest(
             step=position["step"],
@@ -122,6 +125,8 @@ class Checkpoints:
                 raise
         except CheckpointError as error:
             self._failed(request, error)
+            return False
+        return True
 
     def flush(self, timeout: float | None = None) -> None:
         """Return when everything taken is durable or has failed. Blocks.

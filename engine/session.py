@@ -39,6 +39,7 @@ import torch
 from offloop.engine import state as run_state
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, StepHook
+from offloop.engine.checkpoint import CheckpointError
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
 from offloop.engine.errors import (
@@ -126,6 +127,7 @@ class Session:
         self.loop = make_loop(self)
         self.checkpoints: Checkpoints | None = None
         self.save_at_end = False  # set by the training thread
+        self._saved_moment = (-1, False)  # of the last checkpoint, by the training thread
         if self.dir is not None:
             self.loop.is_resumable = True
             self.checkpoints = Checkpoints(
@@ -151,7 +153,7 @@ class Session:
                 self._set_up()
                 self._phase = "running"
                 self.loop.run()
-                if self.save_at_end:
+                if self.save_at_end and not self._is_saved():
                     self.save("preempt" if self.signal_count else "final")
         except BaseException as error:
             self._fail(error)
@@ -229,7 +231,7 @@ class Session:
         state = run_state.capture(loop, self._handlers)
         state["best"] = None if self.best is None else dataclasses.asdict(self.best)
         state["history"] = [encode(event).decode() for event in loop.history]
-        self.checkpoints.save(
+        is_accepted = self.checkpoints.save(
             state,
             position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
             metrics=self._metrics_of_now(),
@@ -237,12 +239,31 @@ class Session:
             future=future,
         )
 
+        if is_accepted:
+            self._saved_moment = self._moment()
+
+    def _is_saved(self) -> bool:
+        """True if this very moment is on disk already; waits for the writer to know."""
+        if self.checkpoints is None or self._saved_moment != self._moment():
+            return False
+        try:
+            self.checkpoints.flush(IMPATIENT_CLOSE if self.control.cancelled else None)
+        except CheckpointError:
+            return True  # it is on its way still, or nothing can be written any more
+        return self.loop.step in self.checkpoints.saved
+
+    def _moment(self) -> tuple[int, bool]:
+        """Return what tells this moment's state from another's; the end of an epoch is the start of the next."""
+        return self.loop.step, self.loop.phase == "in_epoch"
+
     def _metrics_of_now(self) -> dict[str, float]:
         """Return the metrics that were made at this very step: only they may say which checkpoint is best."""
         loop = self.loop
         made: dict[str, float] = {}
         for name, value in {**loop.latest, **loop.epoch_metrics}.items():
-            is_fresh = loop.validated_step == loop.step if name.startswith("val_") else loop.phase == "after_epoch"
+            is_fresh = (
+                loop.validated_step == loop.step if name.startswith("val_") else loop.phase == "after_epoch"
+            )
             if is_fresh:
                 made[name] = value
         return made

@@ -73,6 +73,8 @@ def restore(loop: "TrainingLoop", state: Mapping[str, Any]) -> list[str]:
     loop.program.model.load_state_dict(state["model"])
     for name, optimizer in loop.optimizers.items():
         load_optimizer(optimizer, state["optimizers"][name])
+        # torch's own mark; without it, a schedule that steps before this process has stepped the optimizer warns
+        optimizer._opt_called = bool(state["position"]["step"])  # type: ignore[attr-defined]
     for schedule, saved in zip(loop.schedules, state["schedulers"], strict=False):
         schedule.scheduler.load_state_dict(saved)
     if loop.mixed.scaler is not None and "scaler" in state:

@@ -1,5 +1,6 @@
 """callbacks/learning_rate.py: the same rates, bit for bit, as torch's schedulers stepped by hand."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,7 @@ def test_only_what_steps_by_epoch_is_announced(name: str) -> None:
             optimizer.step()
             schedule.step()
             last.append(optimizer.param_groups[0]["lr"])
-        assert announced == [
-            (before, after) for before, after in zip(last, last[1:], strict=False) if before != after
-        ]
+        assert announced == [(before, after) for before, after in itertools.pairwise(last) if before != after]
         assert announced
         assert all(event.source == "schedule" for event in recorder.of(LearningRateChanged))
 

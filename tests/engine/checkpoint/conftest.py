@@ -20,8 +20,6 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     left = [
-        thread.name
-        for thread in set(threading.enumerate()) - before
-        if thread.name.startswith("offloop")
+        thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("offloop")
     ]
     assert not left

@@ -131,16 +131,12 @@ class PowerCut:
                 self.pending.append(PendingWrite(self._files[done.number], done.data))
             case "sync":
                 inode = self._files[done.number]
-                for change in self._take(
-                    lambda c: isinstance(c, PendingWrite) and c.inode is inode
-                ):
+                for change in self._take(lambda c: isinstance(c, PendingWrite) and c.inode is inode):
                     assert isinstance(change, PendingWrite)
                     inode.content += change.data
             case "syncdir":
                 directory = self._find(done.path)
-                for change in self._take(
-                    lambda c: isinstance(c, PendingName) and c.directory is directory
-                ):
+                for change in self._take(lambda c: isinstance(c, PendingName) and c.directory is directory):
                     assert isinstance(change, PendingName)
                     change.apply(directory.entries)
             case _:

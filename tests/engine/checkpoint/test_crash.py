@@ -202,9 +202,7 @@ def test_kill_at_random_times_never_goes_back(tmp_path: Path) -> None:
     """25 real processes that do nothing but save are killed; each start finds the last one."""
     source = random.Random(0)
     directory = tmp_path / "run"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     code = textwrap.dedent(SAVER)
     # One process imports torch and forks the savers: 25 imports would take a minute.
     nursery = subprocess.Popen(

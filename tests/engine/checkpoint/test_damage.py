@@ -321,9 +321,7 @@ def test_what_the_system_refuses_to_read_is_not_called_damaged(
         assert paths[1].is_dir()
 
 
-def test_a_newer_format_is_neither_loaded_nor_called_damaged(
-    run_directory: Path, checkpoint: Path
-) -> None:
+def test_a_newer_format_is_neither_loaded_nor_called_damaged(run_directory: Path, checkpoint: Path) -> None:
     in_manifest("min_reader", value=99)(checkpoint)
     with CheckpointStore(run_directory.parent / "other"):
         pass

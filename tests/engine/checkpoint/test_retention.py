@@ -81,9 +81,7 @@ def test_multiples_and_pinned_ones_are_kept() -> None:
     keep_last=st.one_of(st.none(), st.integers(1, 5)),
     save_top_k=st.integers(0, 4),
 )
-def test_never_fewer_than_two(
-    losses: list[float | None], keep_last: int | None, save_top_k: int
-) -> None:
+def test_never_fewer_than_two(losses: list[float | None], keep_last: int | None, save_top_k: int) -> None:
     checkpoints = [saved(n, loss=loss) for n, loss in enumerate(losses)]
     policy = Retention(keep_last=keep_last, save_top_k=save_top_k, monitor="loss")
     chosen = kept(checkpoints, policy)

@@ -192,9 +192,7 @@ def test_structure_may_change_between_snapshots(run_directory: Path) -> None:
                 store.commit(snapshot, CheckpointRequest(step=step))
             loaded = store.load().state
             assert isinstance(loaded, dict) and loaded["n"] == step
-            assert [int(t.sum()) for t in loaded["model"].values()] == [
-                step * i for i in range(step % 5)
-            ]
+            assert [int(t.sum()) for t in loaded["model"].values()] == [step * i for i in range(step % 5)]
 
 
 def test_memory_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:

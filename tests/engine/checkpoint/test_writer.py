@@ -114,9 +114,7 @@ def test_the_queue_is_bounded(run_directory: Path) -> None:
         filesystem.gate.set()
         writer.close(30)
     with pytest.raises(ValueError, match="queue_size"):
-        CheckpointWriter(
-            store, on_saved=recorder.on_saved, on_failed=recorder.on_failed, queue_size=0
-        )
+        CheckpointWriter(store, on_saved=recorder.on_saved, on_failed=recorder.on_failed, queue_size=0)
 
 
 def test_failures_are_reported_and_the_next_save_works(run_directory: Path) -> None:
