@@ -104,6 +104,7 @@ class TrainingLoop:
         val_metrics: "MetricSet | None",
         monitor: str,
         publish: Callable[[Event], None],
+        publish_step: Callable[[Event], None],
         decide: Callable[[Event], None],
         clock_offset: float,
         run_id: str,
@@ -124,6 +125,7 @@ class TrainingLoop:
         self.train_metrics = train_metrics
         self.val_metrics = val_metrics
         self.monitor = monitor
+        self.publish_step = publish_step  # the short way for the one event of every step
         self.decide = decide
         self.run_id = run_id
         self.control = control
@@ -440,10 +442,14 @@ class TrainingLoop:
         )
         window.clear()
         if config.val_every_n_steps is not None and self.step % config.val_every_n_steps == 0:
-            if self.control.attention:  # what applies at a step boundary applies before its validation
-                self.boundary.look_up()
-            if self.ending is None:
-                self.validate()
+            self.validate_after_step()
+
+    def validate_after_step(self) -> None:
+        """Run the validation that is due after a step; what applies at a step boundary applies before it."""
+        if self.control.attention:
+            self.boundary.look_up()
+        if self.ending is None:
+            self.validate()
 
     def validate(self) -> dict[str, float] | None:
         """Run a validation at a step boundary; returns what it made, None if it was stopped.

@@ -198,7 +198,7 @@ class Reporter:
         """Publish the usual step on a CPU without the detour: this runs in every step."""
         run_id, epoch, step, batch = position
         loss = window.losses[0].item()  # host sync, free on CPU
-        if math.isfinite(loss) or self._complain(loss, step):
+        if math.isfinite(loss) or self.complain(loss, step):
             self.train_means.add("loss", loss, window.weights[0])
         self.emit(
             StepEnd(
@@ -241,7 +241,7 @@ class Reporter:
                 number = next(rest) if isinstance(value, torch.Tensor) else float(value)
                 values.setdefault(name, []).append(number)
             for loss, weight in zip(of_losses, weights, strict=True):
-                if math.isfinite(loss) or self._complain(loss, step):
+                if math.isfinite(loss) or self.complain(loss, step):
                     self.train_means.add("loss", loss, weight)
             metrics = {name: sum(several) / len(several) for name, several in values.items()}
             for name, mean in metrics.items():
@@ -272,7 +272,7 @@ class Reporter:
 
         self.readback.read([*losses, *on_device, *extra], deliver)
 
-    def _complain(self, loss: float, step: int) -> bool:
+    def complain(self, loss: float, step: int) -> bool:
         """Say that a loss is not finite, as `on_nonfinite` wants; True if it counts in the epoch's mean."""
         where = f"the loss of step {step} is {loss}"
         if self._on_nonfinite == "raise":

@@ -77,6 +77,11 @@ class StepHooks:
         self._hooks = hooks
         self._failed = failed
 
+    @property
+    def any(self) -> bool:
+        """True if there are hooks at points inside steps."""
+        return any(not hook.point.endswith("_validation") for hook in self._hooks)
+
     def begin_step(self, number: int) -> None:
         """Choose the hooks that asked for step `number`, counted from 1."""
         if self._hooks:

@@ -34,6 +34,7 @@ from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metrics import MetricSet, check_metrics, metric_direction
 from offloop.engine.observer import Worker
+from offloop.engine.plain_epoch import is_plain, train_plain_epoch
 from offloop.engine.process import handled_signals
 from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
@@ -129,7 +130,12 @@ class BaseTrainer:
         raise NotImplementedError(f"{type(self).__name__} must define validation_step(self, batch)")
 
     def train_epoch(self, loader: Iterable[Batch]) -> None:
-        """Train one epoch: what an own version must do is just this."""
+        """Train one epoch: an own version must do no more than `for batch in self.batches(loader): ...` here."""
+        loop, own = self._in_run("train_epoch"), type(self)
+        is_default = own.batches is BaseTrainer.batches and own.train_batch is BaseTrainer.train_batch
+        if is_default and is_plain(loop):
+            train_plain_epoch(loop, loader)  # the same, in one frame
+            return
         for batch in self.batches(loader):
             self.train_batch(batch)
 
@@ -478,6 +484,7 @@ class BaseTrainer:
             val_metrics=MetricSet(metrics, prefix="val_", device=self.device) if metrics else None,
             monitor=session.monitor,
             publish=session.emit,
+            publish_step=session.bus.publish_unchecked,
             decide=session.decide,
             clock_offset=session.bus.clock_offset,
             run_id=session.run_id,
@@ -529,6 +536,7 @@ class BaseTrainer:
                 val_metrics=MetricSet(metrics, prefix="val_", device=self.device) if metrics else None,
                 monitor="val_loss",
                 publish=lambda event: None,
+                publish_step=lambda event: None,
                 decide=lambda event: None,
                 clock_offset=0.0,
                 run_id="",

@@ -1,0 +1,141 @@
+"""The usual epoch, written out in one frame: the same steps as `batches` and `train_batch`, without the calls.
+
+Beside half a millisecond of torch, the code and the objects of everything else are cold in the processor's
+caches, so a call that costs 0.1 us by itself costs about one; the dozen calls of a step in `loop.py` add 5 % to
+a step of 0.5 ms, this adds 1 to 2 (`benchmarks/step_overhead.py`). It serves where nothing special was asked
+for (`is_plain`). A test holds that both ways give the same weights, events and random states, bit for bit.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from offloop.engine.data import batch_size, limited_length
+from offloop.engine.events import StepEnd
+from offloop.engine.learning_rate import largest_lr
+from offloop.engine.precision import clip
+
+if TYPE_CHECKING:
+    from offloop.engine.loop import TrainingLoop
+
+_DONE: Final = object()
+
+
+def is_plain(loop: "TrainingLoop") -> bool:
+    """True where a step is forward, backward, update on the CPU, and nobody looks into it."""
+    config = loop.config
+    return (
+        loop.program.automatic_optimization
+        and config.accumulate_grad_batches == 1
+        and config.on_nonfinite != "skip_step"
+        and loop.mixed.dtype is None
+        and loop.device.type == "cpu"
+        and not loop.hooks.any
+    )
+
+
+def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
+    """Train one epoch. Training thread; only where `is_plain`."""
+    from offloop.engine.loop import check_loss, read_output  # here, since loop.py is what calls us
+
+    config, control, reporter, window = loop.config, loop.control, loop.reporter, loop.window
+    training_step, train_metrics, schedules = loop.program.training_step, loop.train_metrics, loop.schedules
+    optimizer, run_id, publish_step = loop.first_optimizer, loop.run_id, loop.publish_step
+    group = optimizer.param_groups[0]
+    clip_limit, validate_every = config.gradient_clip_val, config.val_every_n_steps
+    offset, clock, isfinite, tensor_class = (
+        reporter.clock_offset,
+        time.perf_counter,
+        math.isfinite,
+        torch.Tensor,
+    )
+    means = reporter.train_means
+    limit = config.limit_train_batches
+    if isinstance(limit, float):
+        limit = limited_length(loader, limit, "limit_train_batches")
+    may_end = loop.limits.max_steps is not None or loop.limits.max_time is not None
+    if loop.is_time_to_leave():
+        return  # without asking the loader: making an iterator draws a random number and starts workers
+    iterator, given = loop.begin_loader(loader)
+    while True:
+        if control.attention:
+            loop.boundary.look_up()
+        if ((may_end or loop.ending is not None) and loop.is_time_to_leave()) or given == limit:
+            break
+        asked = clock()
+        batch = next(iterator, _DONE)
+        if batch is _DONE:
+            break
+        got = clock()
+        given += 1
+        loop.batch += 1
+        loop.epoch_batches += 1
+
+        # Forward, backward, update
+        output = training_step(batch)
+        if type(output) is dict:
+            loss, weight = output["loss"] if "loss" in output else None, output.get("weight")
+        elif isinstance(output, tensor_class):
+            loss, weight = output, None
+        else:
+            loss, _, _, weight = read_output(output, "training_step")
+        if loss is None or not loop.loss_checked:
+            check_loss(loss)
+            loop.loss_checked = True
+        if train_metrics is not None and type(output) is dict and output.get("targets") is not None:
+            train_metrics.update(output["outputs"].detach(), output["targets"])
+        loss.backward()
+        norm = None
+        if clip_limit is not None:
+            norm = clip(loop.parameters, clip_limit, config.gradient_clip_algorithm)
+        lr = group["lr"]
+        if type(lr) is not float or len(optimizer.param_groups) > 1:
+            lr = largest_lr(optimizer)
+        optimizer.step()
+        loop.step = step = loop.step + 1
+        for schedule in schedules:
+            if schedule.interval == "step" and step > schedule.after_steps:
+                schedule.scheduler.step()
+        optimizer.zero_grad()
+
+        # Say so
+        first = batch[0] if type(batch) in (tuple, list) and batch else None
+        samples = len(first) if isinstance(first, tensor_class) and first.dim() else batch_size(batch)
+        loop.last_lr = lr
+        loop.epoch_samples += samples
+        if window.logged:
+            window.begin(1, got)
+            window.losses.append(loss)
+            window.weights.append(samples if weight is None else float(weight))
+            window.samples, window.data_time = samples, got - asked
+            position = (run_id, loop.epoch, step, loop.batch)
+            reporter.step(window, position=position, lr=lr, norm=norm, scale=None, skipped=False)
+            window.clear()
+        else:
+            value = loss.item()  # host sync, free on CPU
+            if isfinite(value) or reporter.complain(value, step):
+                counted = samples if weight is None else float(weight)
+                sums, weights = means.sums, means.weights
+                sums["loss"] = sums.get("loss", 0.0) + value * counted
+                weights["loss"] = weights.get("loss", 0.0) + counted
+            now = clock()
+            publish_step(
+                StepEnd(
+                    run_id=run_id,
+                    time=offset + now,
+                    epoch=loop.epoch,
+                    step=step,
+                    batch=loop.batch,
+                    loss=value,
+                    lr=lr,
+                    grad_norm=None if norm is None else norm.item(),  # host sync, free on CPU
+                    samples=samples,
+                    data_time=got - asked,
+                    step_time=now - got,
+                )
+            )
+        if validate_every is not None and step % validate_every == 0:
+            loop.validate_after_step()

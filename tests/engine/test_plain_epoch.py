@@ -1,0 +1,142 @@
+"""The usual epoch in one frame does what the loop does call by call: weights, events, random states, bit for bit."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from offloop.engine import Callback, StepPoint, Trainer, decides, in_step
+from offloop.engine import plain_epoch as plain
+from offloop.engine.testing import Recorder, reproducible, tiny_batches, tiny_loader, tiny_model, tiny_trainer
+
+
+class LookIn(Callback):
+    """A step hook that does nothing, but has the loop go call by call."""
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        pass
+
+
+class Logs(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        output = super().training_step(batch)
+        if self.step % 3 == 1:
+            self.log("third", 1.5)
+            self.log("size", batch[0].abs().sum())
+        return output
+
+
+class Weighs(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        output = super().training_step(batch)
+        assert isinstance(output, dict)
+        return {**output, "weight": 1 + self.step % 4}
+
+
+class Bare(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        inputs, targets = batch
+        return torch.nn.functional.cross_entropy(self.model(inputs), targets)
+
+
+class StopAt(Callback):
+    @decides
+    def on_validation_end(self, event: Any, run: Any) -> None:
+        if event.step >= 9:
+            run.stop_nowait("enough")
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "own step": {"trainer_class": Bare},
+    "logs": {"trainer_class": Logs},
+    "weights": {"trainer_class": Weighs},
+    "clipped by norm": {"knobs": {"gradient_clip_val": 0.05}},
+    "clipped by value": {"knobs": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
+    "metrics": {"run": {"metrics": ["accuracy", "f1_score"]}},
+    "validation by steps": {"knobs": {"val_every_n_steps": 3}},
+    "stopped in between": {"knobs": {"val_every_n_steps": 3}, "callbacks": [StopAt]},
+    "max_steps in mid-epoch": {"run": {"max_steps": 11, "epochs": 5}},
+    "limited": {"knobs": {"limit_train_batches": 5, "limit_val_batches": 1}},
+    "a share": {"knobs": {"limit_train_batches": 0.5}},
+    "schedule by steps": {"schedule": "step"},
+    "schedule by epochs": {"schedule": "epoch"},
+    "nan": {"knobs": {"on_nonfinite": "warn"}, "lr": 1e30},
+    "a list": {"loader": tiny_batches(7)},
+    "uneven batches": {"loader": [*tiny_batches(5, batch_size=4), *tiny_batches(2, batch_size=3)]},
+}
+
+
+def a_run(case: dict[str, Any], *callbacks: Callback) -> tuple[Any, list[Any], Any, torch.Tensor]:
+    torch.manual_seed(5)
+    model = tiny_model(dropout=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=case.get("lr", 0.01))
+    knobs = dict(case.get("knobs", {}))
+    if "schedule" in case:
+        knobs |= {"scheduler": schedule(optimizer), "scheduler_interval": case["schedule"]}
+    trainer = tiny_trainer(case.get("trainer_class", Trainer), model=model, optimizer=optimizer, **knobs)
+    recorder = Recorder()
+    loader: Iterable[Any] = case.get("loader") or tiny_loader(8, shuffle=True)
+    more = [make() for make in case.get("callbacks", [])]
+    run = {"epochs": 2, **case.get("run", {})}
+    result = trainer.train(loader, tiny_loader(2, seed=3), callbacks=[recorder, *more, *callbacks], **run)
+    weights = {name: each.clone() for name, each in model.state_dict().items()}
+    return result, reproducible(recorder.events), weights, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_frame_does_what_the_calls_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    original = plain.is_plain
+
+    def watched(loop: Any) -> bool:
+        taken.append(original(loop))
+        return taken[-1]
+
+    monkeypatch.setattr("offloop.engine.trainer.is_plain", watched)
+    result, events, weights, random_state = a_run(CASES[name])
+    assert set(taken) == {True}, "this case is meant to be plain"
+    taken.clear()
+    expected, expected_events, expected_weights, expected_random_state = a_run(CASES[name], LookIn())
+    assert set(taken) == {False}
+    assert repr(events) == repr(expected_events)  # repr, because NaN is not equal to itself
+    assert repr(result.metrics) == repr(expected.metrics)
+    assert (result.status, result.reason, result.steps) == (expected.status, expected.reason, expected.steps)
+    for each, weight in expected_weights.items():
+        assert torch.equal(weights[each].nan_to_num(), weight.nan_to_num()), each
+    assert torch.equal(random_state, expected_random_state)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"accumulate_grad_batches": 2}, {"on_nonfinite": "skip_step"}, {"precision": "bf16-mixed"}],
+    ids=lambda knobs: next(iter(knobs)),
+)
+def test_what_is_not_usual_goes_call_by_call(knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(loop: Any, loader: Any) -> None:
+        raise AssertionError("the plain epoch does not know this knob")
+
+    monkeypatch.setattr("offloop.engine.trainer.train_plain_epoch", never)
+    assert tiny_trainer(**knobs).train(tiny_loader(), epochs=1).status == "completed"
+    with pytest.raises(AssertionError, match="does not know"):
+        tiny_trainer().train(tiny_loader(), epochs=1)
+
+
+def test_own_train_batch_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Trainer):
+        calls = 0
+
+        def train_batch(self, batch: Any) -> None:
+            self.calls += 1
+            super().train_batch(batch)
+
+    trainer = tiny_trainer(Own)
+    trainer.train(tiny_loader(6), epochs=1)
+    assert isinstance(trainer, Own)
+    assert trainer.calls == 6
