@@ -215,6 +215,7 @@ class Handlers:
         self.deciders: dict[str, Decider] = {}
         self.hooks: list[StepHook] = []
         self._by_class: dict[type[Event], Handler | None] = {}
+        self._places: dict[type[Event], Literal["loop", "thread", "nowhere"]] = {}
         for attribute in dir(type(callback)):
             if callable(inspect.getattr_static(type(callback), attribute)) and not attribute.startswith("__"):
                 self._look_at(attribute, getattr(callback, attribute))
@@ -250,9 +251,19 @@ class Handlers:
         """True if the callback has a state to save."""
         return type(self.callback).state_dict is not Callback.state_dict
 
-    def is_plain(self, handler: Handler) -> bool:
-        """True if the handler is a plain `def` and so needs the worker thread."""
-        return not inspect.iscoroutinefunction(handler)
+    def place_of(self, event_class: type[Event]) -> Literal["loop", "thread", "nowhere"]:
+        """Return where events of a class are handled: `async def` on the event loop, `def` in a thread."""
+        try:
+            return self._places[event_class]
+        except KeyError:
+            handler = self.handler_for(event_class)
+            place: Literal["loop", "thread", "nowhere"]
+            if handler is None:
+                place = "nowhere"
+            else:
+                place = "loop" if inspect.iscoroutinefunction(handler) else "thread"
+            self._places[event_class] = place
+            return place
 
     def _look_at(self, attribute: str, method: Handler) -> None:
         decides_mark: _Decides | None = getattr(method, "__offloop_decides__", None)

@@ -263,12 +263,10 @@ class Observer:
             logger.debug("a failure of %s came too late for an event", self.name)
 
     def _where(self, event: Event | Rendezvous) -> str:
-        if isinstance(event, Rendezvous):
+        event_class = type(event)
+        if event_class is Rendezvous:
             return "mark"
-        handler = self.handlers.handler_for(type(event))
-        if handler is None or self.disabled:
-            return "nowhere"
-        return "thread" if self.handlers.is_plain(handler) else "loop"
+        return "nowhere" if self.disabled else self.handlers.place_of(event_class)
 
     async def _arrive(self, mark: Any) -> None:
         result = mark.arrive()

@@ -85,6 +85,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         if loss is None or not loop.loss_checked:
             check_loss(loss)
             loop.loss_checked = True
+        assert loss is not None
         if train_metrics is not None and type(output) is dict and output.get("targets") is not None:
             train_metrics.update(output["outputs"].detach(), output["targets"])
         loss.backward()

@@ -78,8 +78,9 @@ def test_methods_are_found_by_name_and_kind() -> None:
     callback = Mixed()
     found = handlers_of(callback)
     assert set(found.observers) == {"on_train_end", "on_finding"}
-    assert found.is_plain(found.observers["on_finding"])
-    assert not found.is_plain(found.observers["on_train_end"])
+    assert found.place_of(Finding) == "thread"
+    assert found.place_of(TrainEnd) == "loop"
+    assert found.place_of(EpochEnd) == "nowhere", "it is decided about instead"
     plain, asynchronous = found.deciders["on_epoch_end"], found.deciders["on_validation_end"]
     assert (plain.callback, plain.is_async, plain.timeout) == ("Mixed", False, None)
     assert (asynchronous.is_async, asynchronous.timeout) == (True, 5.0)
