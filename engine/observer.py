@@ -263,10 +263,9 @@ class Observer:
             logger.debug("a failure of %s came too late for an event", self.name)
 
     def _where(self, event: Event | Rendezvous) -> str:
-        event_class = type(event)
-        if event_class is Rendezvous:
+        if isinstance(event, Rendezvous):
             return "mark"
-        return "nowhere" if self.disabled else self.handlers.place_of(event_class)
+        return "nowhere" if self.disabled else self.handlers.place_of(type(event))
 
     async def _arrive(self, mark: Any) -> None:
         result = mark.arrive()

@@ -71,7 +71,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             break
         got = clock()
         given += 1
-        loop.batch += 1
+        loop.batch = number = loop.batch + 1
         loop.epoch_batches += 1
 
         # Forward, backward, update
@@ -103,8 +103,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         optimizer.zero_grad()
 
         # Say so
-        first = batch[0] if type(batch) in (tuple, list) and batch else None
-        samples = len(first) if isinstance(first, tensor_class) and first.dim() else batch_size(batch)
+        samples = batch_size(batch)
         loop.last_lr = lr
         loop.epoch_samples += samples
         if window.logged:
@@ -112,7 +111,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             window.losses.append(loss)
             window.weights.append(samples if weight is None else float(weight))
             window.samples, window.data_time = samples, got - asked
-            position = (run_id, loop.epoch, step, loop.batch)
+            position = (run_id, loop.epoch, step, number)
             reporter.step(window, position=position, lr=lr, norm=norm, scale=None, skipped=False)
             window.clear()
         else:
@@ -129,7 +128,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
                     time=offset + now,
                     epoch=loop.epoch,
                     step=step,
-                    batch=loop.batch,
+                    batch=number,
                     loss=value,
                     lr=lr,
                     grad_norm=None if norm is None else norm.item(),  # host sync, free on CPU

@@ -137,7 +137,7 @@ def test_handlers_may_be_inherited_overridden_and_set_on_the_instance() -> None:
     found = handlers_of(child)
     assert set(found.deciders) == {"on_epoch_end"}
     assert set(found.observers) == {"on_epoch_start", "on_train_start"}
-    assert not found.is_plain(found.observers["on_train_start"])
+    assert found.place_of(TrainStart) == "loop"
 
 
 def test_looking_up_runs_no_property() -> None:
