@@ -39,7 +39,7 @@ from offloop.engine.events import (
 )
 
 FIXTURES = Path(__file__).parent / "fixtures"
-OWN_EVENTS = [each for each in known_events() if each.__module__.startswith("offloop.")]
+OWN_EVENTS = [each for each in known_events() if each.__module__.startswith("offloop.engine.")]
 
 formats = pytest.mark.parametrize("format", get_args(Format))
 
