@@ -87,6 +87,8 @@ class ModelCheckpoint(Callback):
         self.every_n_epochs = every_n_epochs if has_cadence or save_best_only else 1
         self.every_n_steps = every_n_steps
         self.every_seconds = every_seconds
+        # None: a run without such a cadence has no step hook of ours, and pays nothing for it
+        self.look_every_n_steps = every_n_steps if every_seconds is None else 1
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.reset()
@@ -121,7 +123,7 @@ class ModelCheckpoint(Callback):
         )
         run.trainer.keep_checkpoints(retention, save_at_end=self.save_last)
 
-    @in_step
+    @in_step(every_n_steps="look_every_n_steps")
     def after_step(self, point: StepPoint) -> None:
         due = self.every_n_steps is not None and point.step % self.every_n_steps == 0
         if self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds:

@@ -152,7 +152,7 @@ def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Ca
         hook: The method.
         every_n_steps: Runs only in steps number n, 2 n, 3 n, ...; the others pay nothing for it.
             Validation points run at every validation. The name of an attribute of the callback gives each instance
-            a cadence of its own: it is read when a run is set up.
+            a cadence of its own, None for no such hook: it is read when a run is set up.
     """
     if not isinstance(every_n_steps, str) and every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
@@ -272,7 +272,8 @@ class Handlers:
             self._expect_arguments(attribute, method, 1, "point")
             on_error = self.callback.on_error or "raise"
             every = self._cadence(attribute, in_step_mark.every_n_steps)
-            self.hooks.append(StepHook(self.name, attribute, method, every, on_error))
+            if every is not None:
+                self.hooks.append(StepHook(self.name, attribute, method, every, on_error))
         elif decides_mark is not None:
             self._check_boundary(attribute)
             self._expect_arguments(attribute, method, 2, "event, run")
@@ -287,10 +288,12 @@ class Handlers:
                 f"{self.name}.{attribute} is named like a step hook but is none: put @in_step above it"
             )
 
-    def _cadence(self, attribute: str, every_n_steps: int | str) -> int:
+    def _cadence(self, attribute: str, every_n_steps: int | str) -> int | None:
         if isinstance(every_n_steps, int):
             return every_n_steps
-        value = getattr(self.callback, every_n_steps, None)
+        value = getattr(self.callback, every_n_steps, 0)
+        if value is None:
+            return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
                 f"{self.name}.{every_n_steps}, the cadence of {attribute}, must be a whole number of at least 1, "

@@ -343,3 +343,17 @@ def test_boundary_events_can_all_be_decided_about() -> None:
     ):
         assert set(handlers_of(with_method(name, decides(decide))).deciders) == {name}
     assert TrainStart.handler_name == "on_train_start"
+
+
+def test_cadence_of_none_is_no_hook() -> None:
+    class Looks(Callback):
+        def __init__(self, every: int | None) -> None:
+            self.every = every
+
+        @in_step(every_n_steps="every")
+        def after_step(self, point: Any) -> None: ...
+
+    assert handlers_of(Looks(None)).hooks == []
+    assert [hook.every_n_steps for hook in handlers_of(Looks(7)).hooks] == [7]
+    with pytest.raises(ConfigError, match="every, the cadence of after_step"):
+        handlers_of(Looks(0))
