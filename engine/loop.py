@@ -345,11 +345,8 @@ class TrainingLoop:
             raise RuntimeError("train_batch() takes the batches of `for batch in self.batches(loader)`")
         if hooks.active:
             hooks.run("before_forward", batch)
-        if self.mixed.dtype is None:
+        with self.mixed.autocast():
             output = self.program.training_step(batch)
-        else:
-            with self.mixed.autocast():
-                output = self.program.training_step(batch)
         loss, outputs, targets, weight = read_output(output, "training_step")
 
         samples = batch_size(batch)
@@ -373,10 +370,7 @@ class TrainingLoop:
             else:
                 loss = loss * weight  # the sum of the weights is known only at the end: rescaled there
                 window.is_weighted = True
-        if self.mixed.scaler is None:
-            loss.backward()
-        else:
-            self.mixed.backward(loss)
+        self.mixed.backward(loss)
         if hooks.active:
             hooks.run("after_backward", batch)
         window.count += 1
@@ -397,13 +391,10 @@ class TrainingLoop:
 
     def optimizer_step(self, batch: Batch) -> None:
         """Update the parameters with the gradients of the window."""
-        # Calls that would do nothing are left out here and in train_batch: this runs in every step.
         config, window, optimizer = self.config, self.window, self.first_optimizer
         if window.is_weighted:
             rescale(self.parameters, 1.0 / (sum(window.weights) or 1.0))
-        mixed = self.mixed
-        if mixed.scaler is not None:
-            mixed.unscale(optimizer)
+        self.mixed.unscale(optimizer)
         if self.hooks.active:
             self.hooks.run("before_optimizer_step", batch)
         norm = None
@@ -412,11 +403,8 @@ class TrainingLoop:
         skipped = config.on_nonfinite == "skip_step" and not self.step_is_finite()
         self.last_lr = largest_lr(optimizer)
         if not skipped:
-            if mixed.scaler is None:
-                optimizer.step()
-            else:
-                mixed.step(optimizer)
-        self.end_step(batch, norm, None if mixed.scaler is None else mixed.update(), skipped)
+            self.mixed.step(optimizer)
+        self.end_step(batch, norm, self.mixed.update(), skipped)
 
     def end_step(
         self, batch: Batch, norm: torch.Tensor | None, scale: torch.Tensor | None, skipped: bool

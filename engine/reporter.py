@@ -181,53 +181,6 @@ class Reporter:
             skipped: True if the update was left out.
         """
         now = time.perf_counter()
-        if self.readback.is_immediate and len(window.losses) == 1 and scale is None and not window.logged:
-            self._step_at_once(window, position, lr, norm, skipped, now)
-        else:
-            self._step_late(window, position, lr, norm, scale, skipped, now)
-
-    def _step_at_once(
-        self,
-        window: Window,
-        position: tuple[str, int, int, int],
-        lr: float,
-        norm: torch.Tensor | None,
-        skipped: bool,
-        now: float,
-    ) -> None:
-        """Publish the usual step on a CPU without the detour: this runs in every step."""
-        run_id, epoch, step, batch = position
-        loss = window.losses[0].item()  # host sync, free on CPU
-        if math.isfinite(loss) or self.complain(loss, step):
-            self.train_means.add("loss", loss, window.weights[0])
-        self.emit(
-            StepEnd(
-                run_id=run_id,
-                time=self.clock_offset + now,
-                epoch=epoch,
-                step=step,
-                batch=batch,
-                loss=loss,
-                lr=lr,
-                grad_norm=None if norm is None else norm.item(),  # host sync, free on CPU
-                samples=window.samples,
-                data_time=window.data_time,
-                step_time=now - window.started,
-                skipped=skipped,
-            )
-        )
-
-    def _step_late(
-        self,
-        window: Window,
-        position: tuple[str, int, int, int],
-        lr: float,
-        norm: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        skipped: bool,
-        now: float,
-    ) -> None:
-        """Read the step's values as the device allows, and publish then."""
         run_id, epoch, step, batch = position
         losses, weights, logged = list(window.losses), list(window.weights), list(window.logged)
         samples, data_time, step_time = window.samples, window.data_time, now - window.started
