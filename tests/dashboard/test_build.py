@@ -1,6 +1,7 @@
 """The build of the live page, run for real in copies of the checkout."""
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,11 @@ from offloop.dashboard.page import Page
 
 ROOT: Final = Path(__file__).parents[2]
 BUILD_PAGE: Final = Path("dashboard", "web", "build_page.py")
-FILES: Final = {"index.html", "page.js", "page.css", "THIRD_PARTY.txt", "build.json"}
+POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+FILES: Final = {"index.html", "page.js", "page.css", "icon.svg", "THIRD_PARTY.txt", "build.json"}
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / BUILD_PAGE).exists(), reason="the page's sources are not here"),
@@ -147,6 +153,57 @@ def test_licence_of_what_is_bundled_is_in_the_page(built: Path) -> None:
     assert set(package["dependencies"]) == {"esbuild", "uplot"}
     assert f"uplot {package['dependencies']['uplot']}\n" in notice
     assert "Leon Sorokin" in notice and "Permission is hereby granted" in notice
+
+
+@needs_node
+def test_built_page_runs_in_a_browser_under_the_strictest_policy(built: Path, chromium: str) -> None:
+    """And below a path of its own: it was not built for the root of a server."""
+    from playwright.sync_api import sync_playwright  # where there is none, the fixture has skipped the test
+
+    page = Page.load(static_of(built))
+    assert page is not None
+    told: list[str] = []
+    with serving(page, "/below") as address, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium)
+        tab = browser.new_page()
+        tab.on("pageerror", lambda error: told.append(str(error)))
+        tab.on("console", lambda message: told.append(message.text))
+        tab.goto(address)
+        title = tab.title()
+        style = tab.evaluate("() => getComputedStyle(document.body).fontFamily")
+        browser.close()
+    assert "offloop" in title
+    assert "sans-serif" in style
+    assert [text for text in told if "WebSocket" not in text] == []  # there is nobody to connect to
+
+
+@contextlib.contextmanager
+def serving(page: Page, prefix: str) -> Iterator[str]:
+    """Serve the page, and nothing else, below a path; yield its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asset = page.assets.get(self.path.removeprefix(prefix))
+            self.send_response(404 if asset is None else 200)
+            self.send_header("Content-Security-Policy", POLICY)
+            if asset is not None:
+                self.send_header("Content-Type", asset.content_type)
+                self.send_header("Content-Encoding", "gzip")
+                self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(b"" if asset is None else asset.gzipped)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}{prefix}/"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 # When it is built ----------------------------------------------------------------------------------
