@@ -83,6 +83,7 @@ class _Session:
         self.viewer = viewer
         self.link = link
         self.close: tuple[int, str] | None = None  # set to have it closed after what waits was sent
+        self.may_finish = False  # before it is closed, it gets its curves to their end
         self.next_frame = 0.0
         self.allowance = float(COMMANDS_PER_SECOND)
         self.allowance_at = time.monotonic()
@@ -141,6 +142,8 @@ class Hub:
         self._changed: set[str] = set()  # keys of runs whose status is to be sent at the next beat
         self._commands: OrderedDict[str, _Given] = OrderedDict()
         self._somebody = anyio.Event()  # set while there are viewers
+        self._nobody = anyio.Event()  # set while there are none
+        self._nobody.set()
 
     @property
     def viewers(self) -> int:
@@ -268,6 +271,7 @@ class Hub:
             return
         self._sessions.append(session)
         self._somebody.set()
+        self._nobody = anyio.Event()
         try:
             self._greet(session, hi)
             async with anyio.create_task_group() as tasks:
@@ -278,6 +282,7 @@ class Hub:
             self._sessions.remove(session)
             if not self._sessions:
                 self._somebody = anyio.Event()
+                self._nobody.set()
             for live in self.runs.values():
                 self._changed.add(live.key)  # one viewer less
         if session.close is not None:
@@ -333,13 +338,13 @@ class Hub:
                 if not await self._send(session, text, text=True):
                     scope.cancel()
                     return
-            if session.close is not None:
+            now = time.monotonic()
+            if session.close is not None and not (session.may_finish and viewer.is_behind):
                 scope.cancel()
                 return
             timeout = None
             if viewer.has_chart:
-                now = time.monotonic()
-                if viewer.is_urgent or now >= session.next_frame:
+                if viewer.is_urgent or session.may_finish or now >= session.next_frame:
                     assert viewer.live is not None
                     chart = viewer.next_chart(self._frames[viewer.live.key])
                     if chart is not None:
@@ -500,10 +505,15 @@ class Hub:
 
     # The end
 
+    async def wait_for_nobody(self) -> None:
+        """Wait until the last viewer has gone."""
+        await self._nobody.wait()
+
     def say_goodbye(self, code: int, reason: str) -> None:
-        """Have all viewers told, and closed after what waits for them."""
+        """Have all viewers told, and closed when they have what waits for them; `wait_for_nobody` waits."""
         for session in list(self._sessions):
             self._put_quietly(session, Bye(reason=reason))
+            session.may_finish = session.viewer.visible
             session.end(code, reason)
 
     def _put_quietly(self, session: _Session, message: FromServer) -> None:

@@ -126,9 +126,7 @@ class Viewer:
         self.credit = True
         self.waiting_since: float | None = None  # monotonic time of the chart frame that was not drawn yet
         self._texts: deque[bytes] = deque()
-        self._backlog: deque[bytes] = (
-            deque()
-        )  # milestones that it gets when it comes: bounded by what is kept
+        self._texts_allowed = MAX_WAITING_TEXTS
         self._slots: dict[str, bytes] = {}  # what replaces its older self: status, latest, runs
         self._series_sent = 0
         self._cursor = 0  # row up to which the curves that it shows are sent
@@ -272,7 +270,13 @@ class Viewer:
         """True if there is credit for a chart frame and something to put into it."""
         if not self.credit or self.live is None:
             return False
-        return bool(self.is_urgent or (self._shown and self._cursor < self.live.history.axis.rows))
+        return self.is_urgent or self.is_behind
+
+    @property
+    def is_behind(self) -> bool:
+        """True if the curves that it shows go on beyond what it has."""
+        live = self.live
+        return live is not None and bool(self._shown) and self._cursor < live.history.axis.rows
 
     @property
     def is_urgent(self) -> bool:
