@@ -100,6 +100,7 @@ class Stage:
         self.bus = Bus(run_id="run", flush_interval=1e-4)
         self.seq = 0
         self.step = 0
+        self.links: list[MemoryLink] = []
         self.hub.runs[self.live.key] = self.live
         self.hub._frames[self.live.key] = hub_module.Frames()
 
@@ -122,6 +123,7 @@ class Stage:
     def join(self, page: PageModel, *, room: float = math.inf, role: Any = "control") -> MemoryLink:
         """Connect a viewer."""
         link = MemoryLink(room)
+        self.links.append(link)
         link.say(page.hi())
         self.tasks.start_soon(lambda: self.hub.serve(link, role=role, address="127.0.0.1"))
         return link
@@ -146,8 +148,13 @@ async def read(link: MemoryLink, page: PageModel, *, draws: bool = True) -> None
 def run_async(test: Callable[[Stage], Any], **options: Any) -> None:
     async def main() -> None:
         async with anyio.create_task_group() as tasks:
-            await test(Stage(tasks, **options))
-            tasks.cancel_scope.cancel()
+            stage = Stage(tasks, **options)
+            try:
+                await test(stage)
+            finally:
+                for link in stage.links:
+                    link.drop()
+                tasks.cancel_scope.cancel()
 
     anyio.run(main)
 
@@ -505,6 +512,7 @@ def test_nonsense_closes_its_own_connection_only(message: Any, why: str) -> None
 def test_who_does_not_say_hi_is_not_let_in(first: Any) -> None:
     async def play(stage: Stage) -> None:
         link = MemoryLink()
+        stage.links.append(link)
         link.say(first)
         stage.tasks.start_soon(lambda: stage.hub.serve(link, role="control", address="x"))
         await settle()
