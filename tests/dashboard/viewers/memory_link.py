@@ -143,7 +143,8 @@ class PageModel:
                 self.latest = message
             case Ack():
                 self.acks.setdefault(message.id, []).append(message.state)
-                self.pending.pop(message.id, None)
+                if message.state != "accepted":
+                    self.pending.pop(message.id, None)
             case Bye():
                 self.bye = message.reason
             case Runs():
