@@ -1,3 +1,5 @@
 """The live page: what a run shows in a browser, and how it is steered from there."""
 
-__all__: list[str] = []
+from offloop.dashboard.callback import Dashboard
+
+__all__ = ["Dashboard"]

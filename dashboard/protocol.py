@@ -89,7 +89,7 @@ class FromViewer(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_f
     """Base of what a viewer can send."""
 
 
-class Hi(FromViewer, kw_only=True, tag="hi"):
+class Hi(FromViewer, frozen=True, kw_only=True, tag="hi"):
     """First message of a viewer, within five seconds."""
 
     protocol: int
@@ -102,13 +102,13 @@ class Hi(FromViewer, kw_only=True, tag="hi"):
     """`seq` of the last milestone that the viewer has of `run`; -1 for none. Counts only with `server`."""
 
 
-class Watch(FromViewer, kw_only=True, tag="watch"):
+class Watch(FromViewer, frozen=True, kw_only=True, tag="watch"):
     """Watch another run: everything starts again with `run`. Curves must be shown anew."""
 
     run: str
 
 
-class Show(FromViewer, kw_only=True, tag="show"):
+class Show(FromViewer, frozen=True, kw_only=True, tag="show"):
     """The curves that are on the screen now, by id; the others are no longer sent.
 
     Curves that were not shown before come in a snapshot first.
@@ -119,11 +119,11 @@ class Show(FromViewer, kw_only=True, tag="show"):
     """Points of each curve that a snapshot may hold: twice the width of the panel in pixels."""
 
 
-class Drawn(FromViewer, kw_only=True, tag="drawn"):
+class Drawn(FromViewer, frozen=True, kw_only=True, tag="drawn"):
     """The last chart frame is on the screen: credit for the next one."""
 
 
-class RangeQuery(FromViewer, kw_only=True, tag="range"):
+class RangeQuery(FromViewer, frozen=True, kw_only=True, tag="range"):
     """Ask for a part of curves at a finer resolution, or for all points of it. Answered by chart frames."""
 
     query: int
@@ -138,7 +138,7 @@ class RangeQuery(FromViewer, kw_only=True, tag="range"):
     """Points of each curve; 0 for all there are."""
 
 
-class CommandRequest(FromViewer, kw_only=True, tag="command"):
+class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
     """Ask the run for something."""
 
     id: str
@@ -156,13 +156,13 @@ class CommandRequest(FromViewer, kw_only=True, tag="command"):
     """Seconds after which it is taken back if it could not be applied."""
 
 
-class Visibility(FromViewer, kw_only=True, tag="visible"):
+class Visibility(FromViewer, frozen=True, kw_only=True, tag="visible"):
     """Whether the page can be seen. A hidden page draws nothing and is not taken for slow."""
 
     visible: bool
 
 
-class Ping(FromViewer, kw_only=True, tag="ping"):
+class Ping(FromViewer, frozen=True, kw_only=True, tag="ping"):
     """Heartbeat of a viewer; answered by `pong` at once."""
 
     sent: float
@@ -191,7 +191,7 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time in seconds."""
 
 
-class Hello(FromServer, kw_only=True, tag="hello"):
+class Hello(FromServer, frozen=True, kw_only=True, tag="hello"):
     """The server's answer to `hi`."""
 
     protocol: int = 1
@@ -209,13 +209,13 @@ class Hello(FromServer, kw_only=True, tag="hello"):
     """Seconds between two chart frames, at least."""
 
 
-class Runs(FromServer, kw_only=True, tag="runs"):
+class Runs(FromServer, frozen=True, kw_only=True, tag="runs"):
     """The list of runs has changed. A viewer of a run that has ended may `watch` a newer one."""
 
     runs: list[RunSummary]
 
 
-class RunInfo(FromServer, kw_only=True, tag="run"):
+class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     """Everything that is fixed about the run that is watched. What follows is about this run."""
 
     key: str
@@ -268,14 +268,14 @@ class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether less or more is better; None if nobody knows."""
 
 
-class Series(FromServer, kw_only=True, tag="series"):
+class Series(FromServer, frozen=True, kw_only=True, tag="series"):
     """Curves that are new since the last such message; the first one has all."""
 
     run: str
     series: list[SeriesInfo]
 
 
-class Latest(FromServer, kw_only=True, tag="latest"):
+class Latest(FromServer, frozen=True, kw_only=True, tag="latest"):
     """Where every curve is, shown or not; at most once a second."""
 
     run: str
@@ -283,7 +283,7 @@ class Latest(FromServer, kw_only=True, tag="latest"):
     """By id, as text: last value (may be `"NaN"`, ...), least and its step, greatest and its step; None: no finite."""
 
 
-class Status(FromServer, kw_only=True, tag="status"):
+class Status(FromServer, frozen=True, kw_only=True, tag="status"):
     """Where the run is. Sent whole whenever something changed, at most ten times a second."""
 
     run: str
@@ -330,21 +330,21 @@ class Status(FromServer, kw_only=True, tag="status"):
     viewers: int = 0
 
 
-class Milestone(FromServer, kw_only=True, tag="milestone"):
+class Milestone(FromServer, frozen=True, kw_only=True, tag="milestone"):
     """An event of the run that is no sample, whole, as it stands in `events.jsonl`."""
 
     run: str
     event: msgspec.Raw
 
 
-class MilestonesMissed(FromServer, kw_only=True, tag="missed"):
+class MilestonesMissed(FromServer, frozen=True, kw_only=True, tag="missed"):
     """There were more milestones than are kept: these are not sent."""
 
     run: str
     count: int
 
 
-class Ack(FromServer, kw_only=True, tag="ack"):
+class Ack(FromServer, frozen=True, kw_only=True, tag="ack"):
     """What has become of a command. `accepted` is followed by one of the others."""
 
     id: str
@@ -356,7 +356,7 @@ class Ack(FromServer, kw_only=True, tag="ack"):
     """Why it was rejected or has expired, or what has come of it."""
 
 
-class Pong(FromServer, kw_only=True, tag="pong"):
+class Pong(FromServer, frozen=True, kw_only=True, tag="pong"):
     """Answer to `ping`."""
 
     sent: float
@@ -364,7 +364,7 @@ class Pong(FromServer, kw_only=True, tag="pong"):
     """The server's clock, Unix time in seconds."""
 
 
-class Bye(FromServer, kw_only=True, tag="bye"):
+class Bye(FromServer, frozen=True, kw_only=True, tag="bye"):
     """The server is about to close the connection, or has been told to."""
 
     reason: str
@@ -503,8 +503,8 @@ def decode_chart(data: bytes) -> ChartFrame:
 
 # Text messages -----------------------------------------------------------------------------------
 
-_decode_viewer = msgspec.json.Decoder(ViewerMessage).decode
-_decode_server = msgspec.json.Decoder(ServerMessage).decode
+_viewer_messages: msgspec.json.Decoder[ViewerMessage] = msgspec.json.Decoder(ViewerMessage)
+_server_messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -519,7 +519,7 @@ def decode_viewer_message(text: str | bytes) -> ViewerMessage:
         ProtocolError: It is no message of this protocol.
     """
     try:
-        return _decode_viewer(text)
+        return _viewer_messages.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ProtocolError(str(error)) from None
 
@@ -530,7 +530,7 @@ def decode_server_message(text: str | bytes) -> ServerMessage:
     Raises:
         msgspec.DecodeError: It is no message of this protocol.
     """
-    return _decode_server(text)
+    return _server_messages.decode(text)
 
 
 def encode_message(message: FromServer | FromViewer) -> bytes:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -113,6 +115,32 @@ class Run:
     def state(self) -> str:
         """`starting`, `running`, `validating`, `paused`, `stopping`, `closing` or the status of the result."""
         return self._session.state
+
+    @property
+    def is_saving(self) -> bool:
+        """True while a checkpoint is taken or written."""
+        checkpoints = self._session.checkpoints
+        return checkpoints is not None and checkpoints.in_flight
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the run fails with; None while nothing has gone wrong."""
+        return self._session.failure
+
+    def stack(self) -> str:
+        """Return where the training thread is now, as Python prints a stack; empty when it has ended. Any thread."""
+        frame = sys._current_frames().get(self._session.thread.ident or 0)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Commands that cannot be given to this run at all, and why: `{"validate": "there is no val_loader"}`."""
+        refused = {}
+        if self._session.loop.val_loader is None:
+            refused["validate"] = "there is no val_loader to validate on"
+        if not self.has_dir:
+            refused["checkpoint"] = "the run has no directory to save into"
+        return refused
 
     @property
     def epoch(self) -> int:

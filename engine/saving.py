@@ -69,6 +69,7 @@ class Checkpoints:
         self._store: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
         self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
+        self._in_flight: set[int] = set()  # ids of requests; put in by one thread, taken out by another
 
     def keep(self, retention: Retention) -> None:
         """Say what is kept when a new checkpoint is durable. Training thread, before the first save."""
@@ -115,6 +116,7 @@ class Checkpoints:
         )
         if future is not None:
             self._waiting[id(request)] = [future]
+        self._in_flight.add(id(request))
         try:
             writer, arena = self.open()
             snapshot = arena.take_nowait(state) if reason == "interval" else arena.take(state)
@@ -127,6 +129,11 @@ class Checkpoints:
             self._failed(request, error)
             return False
         return True
+
+    @property
+    def in_flight(self) -> bool:
+        """True while a checkpoint is taken or written. Any thread."""
+        return bool(self._in_flight)
 
     def flush(self, timeout: float | None = None) -> None:
         """Return when everything taken is durable or has failed. Blocks.
@@ -176,6 +183,7 @@ class Checkpoints:
 
     def _saved(self, request: CheckpointRequest, commit: Commit) -> None:
         """Say that a checkpoint is durable. Writer's thread."""
+        self._in_flight.discard(id(request))
         path = str(commit.info.path)
         self.saved[request.step] = self.last = path
         gone = set(commit.deleted)
@@ -195,6 +203,7 @@ class Checkpoints:
 
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
         """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""
+        self._in_flight.discard(id(request))
         if not isinstance(error, SnapshotBusyError):
             logger.error("the checkpoint of step %d was not saved: %s", request.step, error)
         self._publish(

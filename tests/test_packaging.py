@@ -1,5 +1,7 @@
 """What is installed is what stands in the folders."""
 
+import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -59,13 +61,50 @@ def test_no_removed_module_waits_in_build() -> None:
     assert stale == [], "remove them with: make clean"
 
 
+def test_the_page_is_packed_and_built_by_the_backend() -> None:
+    """What the build does is shown in tests/dashboard/test_build.py."""
+    build_system = PYPROJECT["build-system"]
+    (folder,) = build_system["backend-path"]
+    assert (ROOT / folder / f"{build_system['build-backend']}.py").is_file()
+    assert SETUPTOOLS["package-data"]["offloop.dashboard"] == ["static/*"]
+
+
+def test_packages_of_the_page_are_pinned_exactly() -> None:
+    web = ROOT / "dashboard" / "web"
+    package = json.loads((web / "package.json").read_bytes())
+    wanted = package["dependencies"] | package["devDependencies"]
+    assert [name for name, version in wanted.items() if not re.fullmatch(r"\d+\.\d+\.\d+", version)] == []
+    locked = json.loads((web / "package-lock.json").read_bytes())["packages"]
+    for name, version in wanted.items():
+        assert locked[f"node_modules/{name}"]["version"] == version
+    for name, entry in locked.items():
+        if name:  # "" is the page itself
+            assert entry["resolved"].startswith("https://registry.npmjs.org/"), name
+            assert entry["integrity"].startswith("sha512-"), name
+
+
+def test_sources_of_the_page_are_the_same_bytes_on_every_system() -> None:
+    """Windows' line ends would make a page that is current look outdated."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(
+        ["git", "check-attr", "eol", "dashboard/web/src/page.ts", "dashboard/web/package.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == ["lf", "lf"]
+
+
 def test_no_build_leftover_is_tracked() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     ).stdout.splitlines()
-    leftovers = ("build", "dist", "runs", ".venv", "__pycache__")
+    leftovers = ("build", "dist", "runs", ".venv", "__pycache__", "static", "node_modules")
     assert [name for name in listed if set(leftovers) & set(Path(name).parts)] == []
     assert [name for name in listed if ".egg-info/" in name or name.endswith(".pyc")] == []
 

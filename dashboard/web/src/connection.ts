@@ -244,7 +244,7 @@ export class Connection {
     if (this.#wasStable()) this.#attempts = 0;
     this.#drop(null);
     if (this.#closed) return;
-    if (code === CLOSE_PROTOCOL) {
+    if (code === CLOSE_PROTOCOL && !wasOpen) {
       this.#change({ phase: "refused", since: this.#clock.now(), reason });
     } else if (code === CLOSE_UNAUTHORISED || code === CLOSE_FULL) {
       const phase = code === CLOSE_FULL ? "full" : "unauthorised";

@@ -224,7 +224,7 @@ export class Header {
     const epochs = run?.epochs ?? null;
     const epoch = status === null ? null : Math.min(status.epoch + 1, epochs ?? Infinity);
     figures.epoch.set(format.count(epoch), epochs === null ? "" : ` / ${format.count(epochs)}`);
-    figures.left.set(format.duration(status?.time_left), status ? ` ${format.duration(status.seconds)} gone` : "");
+    figures.left.set(format.duration(status?.time_left), status ? ` ${format.duration(status.seconds)} elapsed` : "");
     figures.loss.set(format.number(loss), "", loss !== null && !Number.isFinite(loss) ? "bad" : "");
     figures.lr.set(format.rate(status?.lr));
     figures.steps.set(format.perSecond(status?.steps_per_second ?? 0));

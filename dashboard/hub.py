@@ -1,0 +1,535 @@
+"""Hub: all runs of a process on one side, all viewers on the other. Lives on the dashboard's own event loop.
+
+    training thread ── bus ──> subscription ──> follow ──> LiveRun ──> Viewer ──> link ──> browser
+                       Run <── thread-safe commands ──────── serve <──────────────┘
+
+A run's events are taken from its bounded buffer; nothing here can make a run wait. A viewer that does not
+keep up gets fewer and larger frames, and is cut off before it costs the others anything.
+"""
+
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final, Protocol
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import msgspec
+
+from offloop.dashboard.live_run import LiveRun, for_role
+from offloop.dashboard.protocol import (
+    CLOSE_PROTOCOL,
+    CLOSE_SLOW,
+    Ack,
+    Bye,
+    CommandRequest,
+    Drawn,
+    FromServer,
+    Hello,
+    Hi,
+    Milestone,
+    Ping,
+    Pong,
+    ProtocolError,
+    RangeQuery,
+    Role,
+    Runs,
+    Show,
+    Visibility,
+    Watch,
+    decode_viewer_message,
+    encode_message,
+)
+from offloop.dashboard.viewer import Frames, Viewer, ViewerTooSlowError
+from offloop.engine import Event, OffloopError, Subscription
+
+FRAME_INTERVAL: Final = 0.1
+"""Seconds between two chart frames: 20 a second cost a page a third of a core and training 7 %, 10 half of that."""
+SLOW_INTERVAL: Final = 1.0
+"""Seconds between two looks at what changes without an event: clocks, stalls, slow viewers."""
+HI_TIMEOUT: Final = 5.0
+"""Seconds for a viewer's first message."""
+SEND_TIMEOUT: Final = 10.0
+"""Seconds for one message to leave; a viewer that takes longer has stopped reading."""
+DRAW_TIMEOUT: Final = 30.0
+"""Seconds for a visible page to draw a frame."""
+COMMANDS_PER_SECOND: Final = 10
+COMMANDS_REMEMBERED: Final = 1_000
+ENDED_RUNS_KEPT: Final = 3
+"""Runs that are over and can still be looked at, beside those that go on."""
+EVENTS_AT_ONCE: Final = 4_096
+
+
+class Link(Protocol):
+    """A connection to one viewer, whatever carries it."""
+
+    async def receive(self) -> str | bytes | None:
+        """Wait for the next message; None when the connection is over."""
+
+    async def send(self, data: bytes, *, text: bool) -> bool:
+        """Send a message, waiting until there is room for it; False when the connection is over."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close it; does nothing if it is over."""
+
+
+class _Session:
+    """A viewer and its link."""
+
+    def __init__(self, viewer: Viewer, link: Link) -> None:
+        self.viewer = viewer
+        self.link = link
+        self.close: tuple[int, str] | None = None  # set to have it closed after what waits was sent
+        self.may_finish = False  # before it is closed, it gets its curves to their end
+        self.next_frame = 0.0
+        self.allowance = float(COMMANDS_PER_SECOND)
+        self.allowance_at = time.monotonic()
+        self._wake = anyio.Event()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def wait(self, at_most: float | None) -> None:
+        with anyio.move_on_after(at_most):
+            await self._wake.wait()
+        self._wake = anyio.Event()
+
+    def end(self, code: int, reason: str) -> None:
+        """Have it closed, after what waits for it."""
+        if self.close is None:
+            self.close = (code, reason)
+        self.wake()
+
+
+class _Given:
+    """A command that a viewer has given."""
+
+    def __init__(self, request: CommandRequest, session: _Session) -> None:
+        self.request = request
+        self.session = session  # where the answer goes: the last connection that sent it
+        self.future: Future[Any] | None = None
+        self.deadline = time.monotonic() + request.ttl
+        self.ack: Ack = Ack(id=request.id, name=request.name, state="accepted")
+
+
+class Hub:
+    """Brings runs and viewers together. All methods belong to its event loop."""
+
+    def __init__(
+        self,
+        *,
+        post: Callable[[Callable[[], None]], None],
+        page: str | None = None,
+        frame_interval: float = FRAME_INTERVAL,
+    ) -> None:
+        """Make a hub without runs and viewers.
+
+        Args:
+            post: Has a function called on the hub's event loop. Any thread; never waits.
+            page: Hash of the page that is served.
+            frame_interval: Seconds between two chart frames of a viewer, at least.
+        """
+        self.id = secrets.token_hex(8)
+        self.runs: dict[str, LiveRun] = {}  # by key, oldest first
+        self.page = page
+        self._post = post
+        self._frame_interval = frame_interval
+        self._sessions: list[_Session] = []
+        self._frames: dict[str, Frames] = {}
+        self._changed: set[str] = set()  # keys of runs whose status is to be sent at the next beat
+        self._commands: OrderedDict[str, _Given] = OrderedDict()
+        self._somebody = anyio.Event()  # set while there are viewers
+        self._nobody = anyio.Event()  # set while there are none
+        self._nobody.set()
+
+    @property
+    def viewers(self) -> int:
+        """Connections that have said hi."""
+        return len(self._sessions)
+
+    # Runs
+
+    async def follow(self, live: LiveRun, subscription: Subscription[Event]) -> None:
+        """Take a run's events until it ends."""
+        self.runs[live.key] = live
+        self._frames[live.key] = Frames()
+        self._forget_old_runs()
+        self._tell_runs()
+        for session in self._sessions:
+            if session.viewer.live is None:
+                self._watch(session, live)
+        with subscription:
+            while events := await subscription.take_batch(EVENTS_AT_ONCE):
+                before = live.milestones_seen
+                has_milestone = live.take_in(events)
+                self._hand_on(live, live.milestones_seen - before)
+                if has_milestone:
+                    self._send_status(live)
+                else:
+                    self._changed.add(live.key)
+                await anyio.lowlevel.checkpoint()
+        if live.end is None:
+            live.fall_silent()
+        self._send_status(live)
+        self._tell_runs()
+
+    def _hand_on(self, live: LiveRun, new_milestones: int) -> None:
+        """Tell the viewers of a run what is new."""
+        sessions = [session for session in self._sessions if session.viewer.live is live]
+        if not sessions:
+            return
+        messages: list[tuple[bytes | None, bytes | None]] = []  # for the control role, for who only reads
+        kept = min(new_milestones, len(live.milestones))
+        for _, event in list(live.milestones)[len(live.milestones) - kept :]:
+            messages.append((_milestone(live, event, True), _milestone(live, event, False)))
+        for session in sessions:
+            try:
+                session.viewer.announce_series()
+                for for_control, for_reader in messages:
+                    message = for_control if session.viewer.is_control else for_reader
+                    if message is not None:
+                        session.viewer.put_encoded(message)
+            except ViewerTooSlowError as error:
+                session.end(CLOSE_SLOW, str(error))
+            session.wake()
+
+    def _send_status(self, live: LiveRun, *, with_latest: bool = False) -> None:
+        self._changed.discard(live.key)
+        sessions = [session for session in self._sessions if session.viewer.live is live]
+        if not sessions:
+            return
+        encoded: dict[bool, bytes] = {}
+        latest = encode_message(live.latest()) if with_latest else None
+        for session in sessions:
+            is_control = session.viewer.is_control
+            if is_control not in encoded:
+                status = live.status(viewers=self.viewers, is_control=is_control)
+                encoded[is_control] = encode_message(status)
+            session.viewer.put_latest("status", encoded[is_control])
+            if latest is not None:
+                session.viewer.put_latest("latest", latest)
+            session.wake()
+
+    def _tell_runs(self) -> None:
+        message = encode_message(Runs(runs=[live.summary for live in self.runs.values()]))
+        for session in self._sessions:
+            session.viewer.put_latest("runs", message)
+            session.wake()
+
+    def _forget_old_runs(self) -> None:
+        ended = [live for live in self.runs.values() if live.is_over]
+        for live in ended[: max(0, len(ended) - ENDED_RUNS_KEPT)]:
+            del self.runs[live.key], self._frames[live.key]
+            newest = next(reversed(self.runs.values()))
+            for session in self._sessions:
+                if session.viewer.live is live:
+                    self._watch(session, newest)
+
+    # The beat
+
+    async def beat(self) -> None:
+        """Send what is paced, for as long as there are viewers. Runs until it is cancelled."""
+        slow_at = 0.0
+        while True:
+            await self._somebody.wait()
+            now = time.monotonic()
+            is_slow_beat = now - slow_at >= SLOW_INTERVAL
+            if is_slow_beat:
+                slow_at = now
+                self._look_at_slow_viewers(now)
+                self._expire_commands(now)
+            for key, live in self.runs.items():
+                if is_slow_beat or key in self._changed:
+                    self._send_status(live, with_latest=is_slow_beat)
+            await anyio.sleep(self._frame_interval)
+
+    def _look_at_slow_viewers(self, now: float) -> None:
+        for session in self._sessions:
+            viewer = session.viewer
+            if viewer.visible and viewer.waiting_since is not None:
+                if now - viewer.waiting_since > DRAW_TIMEOUT:
+                    session.end(CLOSE_SLOW, f"no frame was drawn in {DRAW_TIMEOUT:g} s")
+
+    # Viewers
+
+    async def serve(self, link: Link, *, role: Role, address: str) -> None:
+        """Serve one viewer until its connection ends."""
+        session = _Session(Viewer(role, address), link)
+        try:
+            with anyio.fail_after(HI_TIMEOUT):
+                hi = await self._hi(link)
+        except TimeoutError:
+            await link.close(CLOSE_PROTOCOL, f"no hi within {HI_TIMEOUT:g} s")
+            return
+        except ProtocolError as error:
+            await link.close(CLOSE_PROTOCOL, _short(str(error)))
+            return
+        if hi is None:
+            return
+        self._sessions.append(session)
+        self._somebody.set()
+        self._nobody = anyio.Event()
+        try:
+            self._greet(session, hi)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._write, session, tasks.cancel_scope)
+                await self._read(session)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._sessions.remove(session)
+            if not self._sessions:
+                self._somebody = anyio.Event()
+                self._nobody.set()
+            for live in self.runs.values():
+                self._changed.add(live.key)  # one viewer less
+        if session.close is not None:
+            await link.close(*session.close)
+
+    async def _hi(self, link: Link) -> Hi | None:
+        message = await link.receive()
+        if message is None:
+            return None
+        hi = decode_viewer_message(message)
+        if not isinstance(hi, Hi):
+            raise ProtocolError("the first message must be hi")
+        if hi.protocol != 1:
+            raise ProtocolError(f"this server speaks protocol 1, got {hi.protocol}")
+        return hi
+
+    def _greet(self, session: _Session, hi: Hi) -> None:
+        live = self.runs.get(hi.run or "") or next(reversed(self.runs.values()), None)
+        session.viewer.put(
+            Hello(
+                server=self.id,
+                page=self.page,
+                role=session.viewer.role,
+                runs=[each.summary for each in self.runs.values()],
+                run=None if live is None else live.key,
+                time=time.time(),
+                frame_interval=self._frame_interval,
+            )
+        )
+        if live is not None:
+            knows_it = hi.server == self.id and hi.run == live.key
+            self._watch(session, live, after=hi.after if knows_it else -1)
+        for each in self.runs.values():
+            self._changed.add(each.key)  # one viewer more
+        session.wake()
+
+    def _watch(self, session: _Session, live: LiveRun, *, after: int = -1) -> None:
+        try:
+            session.viewer.watch(live, after=after)
+        except ViewerTooSlowError as error:
+            session.end(CLOSE_SLOW, str(error))
+            return
+        status = live.status(viewers=self.viewers, is_control=session.viewer.is_control)
+        session.viewer.put_latest("status", encode_message(status))
+        session.viewer.put_latest("latest", encode_message(live.latest()))
+        session.wake()
+
+    async def _write(self, session: _Session, scope: anyio.CancelScope) -> None:
+        """Send what there is for a viewer, as it comes and at its pace."""
+        viewer = session.viewer
+        while True:
+            while (text := viewer.next_text()) is not None:
+                if not await self._send(session, text, text=True):
+                    scope.cancel()
+                    return
+            now = time.monotonic()
+            if session.close is not None and not (session.may_finish and viewer.is_behind):
+                scope.cancel()
+                return
+            timeout = None
+            if viewer.has_chart:
+                if viewer.is_urgent or session.may_finish or now >= session.next_frame:
+                    assert viewer.live is not None
+                    chart = viewer.next_chart(self._frames[viewer.live.key])
+                    if chart is not None:
+                        viewer.waiting_since = now
+                        session.next_frame = now + self._frame_interval
+                        if not await self._send(session, chart, text=False):
+                            scope.cancel()
+                            return
+                    continue
+                timeout = session.next_frame - now
+            await session.wait(timeout)
+
+    async def _send(self, session: _Session, data: bytes, *, text: bool) -> bool:
+        try:
+            with anyio.fail_after(SEND_TIMEOUT):
+                return await session.link.send(data, text=text)
+        except TimeoutError:
+            session.end(CLOSE_SLOW, f"a message did not leave within {SEND_TIMEOUT:g} s")
+            return False
+
+    async def _read(self, session: _Session) -> None:
+        while (message := await session.link.receive()) is not None:
+            try:
+                self._obey(session, message)
+            except ProtocolError as error:
+                session.end(CLOSE_PROTOCOL, _short(str(error)))
+                return
+            except ViewerTooSlowError as error:
+                session.end(CLOSE_SLOW, str(error))
+                return
+
+    def _obey(self, session: _Session, data: str | bytes) -> None:
+        viewer = session.viewer
+        message = decode_viewer_message(data)
+        match message:
+            case Drawn():
+                viewer.drawn()
+            case Ping():
+                viewer.put(Pong(sent=message.sent, time=time.time()))
+            case Show():
+                viewer.show(message)
+            case RangeQuery():
+                viewer.ask(message)
+            case CommandRequest():
+                self._command(session, message)
+            case Visibility():
+                viewer.visible = message.visible
+                if viewer.waiting_since is not None:
+                    viewer.waiting_since = time.monotonic()  # it has had no time to draw
+            case Watch():
+                if message.run not in self.runs:
+                    raise ProtocolError(f"there is no run {message.run!r}")
+                self._watch(session, self.runs[message.run])
+            case Hi():
+                raise ProtocolError("hi was said before")
+        session.wake()
+
+    # Commands
+
+    def _command(self, session: _Session, request: CommandRequest) -> None:
+        known = self._commands.get(request.id)
+        if known is not None:  # sent again after a reconnect: once is enough
+            known.session = session
+            session.viewer.put(known.ack)
+            return
+        given = _Given(request, session)
+        why = self._why_not(session, request)
+        if why is not None:
+            self._answer(given, state="rejected", why=why)
+            return
+        self._commands[request.id] = given
+        while len(self._commands) > COMMANDS_REMEMBERED:
+            self._commands.popitem(last=False)
+        try:
+            given.future = self._give(request, f"viewer {session.viewer.address}")
+        except (OffloopError, ValueError) as error:
+            self._answer(given, state="rejected", why=str(error))
+            return
+        self._answer(given, state="accepted")
+        given.future.add_done_callback(lambda _: self._post(lambda: self._done(given)))
+
+    def _why_not(self, session: _Session, request: CommandRequest) -> str | None:
+        """Return why a command is refused before the run sees it, None if it is not."""
+        if not session.viewer.is_control:
+            return "this address may only read"
+        if not 0 < len(request.id) <= 64:
+            return "a command's id has 1 to 64 characters"
+        now = time.monotonic()
+        session.allowance += (now - session.allowance_at) * COMMANDS_PER_SECOND
+        session.allowance = min(session.allowance, float(COMMANDS_PER_SECOND))
+        session.allowance_at = now
+        if session.allowance < 1:
+            return f"more than {COMMANDS_PER_SECOND} commands a second"
+        session.allowance -= 1
+        live = self.runs.get(request.run)
+        if live is None:
+            return f"there is no run {request.run!r}"
+        if live.is_over:
+            return "the run is over"
+        if request.name == "set_lr" and request.lr is None:
+            return "set_lr needs lr"
+        if not 0 < request.ttl <= 3600:
+            return f"ttl must be above 0 and at most 3600 seconds, got {request.ttl}"
+        return live.run.refused.get(request.name)
+
+    def _give(self, request: CommandRequest, by: str) -> Future[Any]:
+        run = self.runs[request.run].run
+        match request.name:
+            case "pause":
+                return run.pause_nowait("asked on the live page", by=by)
+            case "resume":
+                return run.resume_nowait(by=by)
+            case "checkpoint":
+                return run.checkpoint_nowait(by=by)
+            case "validate":
+                return run.validate_nowait(by=by)
+            case "set_lr":
+                assert request.lr is not None
+                return run.set_lr_nowait(request.lr, optimizer=request.optimizer, by=by)
+            case "stop":
+                if request.checkpoint and "checkpoint" not in run.refused:
+                    run.checkpoint_nowait(by=by)  # at the same boundary: stop comes last there
+                return run.stop_nowait("stopped on the live page", by=by)
+
+    def _done(self, given: _Given) -> None:
+        """Say what has become of a command. Called when its future is done."""
+        future, request = given.future, given.request
+        assert future is not None
+        if future.cancelled() or given.ack.state != "accepted":
+            return
+        error = future.exception()
+        if error is not None:
+            self._answer(given, state="rejected", why=f"{type(error).__name__}: {error}")
+            return
+        live, result = self.runs.get(request.run), future.result()
+        why = ""
+        if request.name == "checkpoint" and result is not None:
+            why = f"saved in {result.path}"
+        elif request.name == "set_lr":
+            why = f"learning rate {request.lr:g}"
+        self._answer(given, state="applied", step=None if live is None else live.run.step, why=why)
+
+    def _expire_commands(self, now: float) -> None:
+        for given in list(self._commands.values()):
+            if given.ack.state == "accepted" and now > given.deadline:
+                if given.future is not None and given.future.cancel():
+                    why = f"not applied within {given.request.ttl:g} s: taken back"
+                    self._answer(given, state="expired", why=why)
+
+    def _answer(self, given: _Given, **outcome: Any) -> None:
+        given.ack = Ack(id=given.request.id, name=given.request.name, **outcome)
+        if given.session in self._sessions:
+            try:
+                given.session.viewer.put(given.ack)
+            except ViewerTooSlowError as error:
+                given.session.end(CLOSE_SLOW, str(error))
+            given.session.wake()
+
+    # The end
+
+    async def wait_for_nobody(self) -> None:
+        """Wait until the last viewer has gone."""
+        await self._nobody.wait()
+
+    def say_goodbye(self, code: int, reason: str) -> None:
+        """Have all viewers told, and closed when they have what waits for them; `wait_for_nobody` waits."""
+        for session in list(self._sessions):
+            self._put_quietly(session, Bye(reason=reason))
+            session.may_finish = session.viewer.visible
+            session.end(code, reason)
+
+    def _put_quietly(self, session: _Session, message: FromServer) -> None:
+        try:
+            session.viewer.put(message)
+        except ViewerTooSlowError:
+            pass  # it is being closed anyway
+
+
+def _milestone(live: LiveRun, event: Event, is_control: bool) -> bytes | None:
+    encoded = for_role(event, is_control)
+    if encoded is None:
+        return None
+    return encode_message(Milestone(run=live.key, event=msgspec.Raw(encoded)))
+
+
+def _short(reason: str) -> str:
+    """Cut a reason to what fits into a close frame: 123 bytes."""
+    return reason.encode()[:120].decode(errors="ignore")

@@ -1,0 +1,435 @@
+"""LiveRun: what a viewer can know about one run. Takes its events in, keeps its curves, status and milestones.
+
+Lives in the dashboard's thread, with everything that it is made of; only `Run`'s thread-safe side is touched.
+"""
+
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from offloop.dashboard.history import HISTORY_BYTES, History
+from offloop.dashboard.protocol import (
+    Latest,
+    RunInfo,
+    RunSummary,
+    SeriesInfo,
+    Status,
+    number,
+)
+from offloop.engine import (
+    CallbackFailed,
+    CommandApplied,
+    EpochEnd,
+    EpochStart,
+    Event,
+    Run,
+    Sample,
+    StateChanged,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+    ValidationEnd,
+    encode,
+)
+
+MILESTONES_KEPT: Final = 2_000
+"""Milestones that a viewer can still get."""
+MAX_CURVES: Final = 2_000
+"""Curves of one run; metrics beyond are not drawn."""
+WINDOW: Final = 5.0
+"""Seconds over which speed and shares are measured."""
+STALL: Final = 10.0
+"""Seconds without a step after which a run may be stalled ..."""
+STALL_STEPS: Final = 20
+"""... if that is also this many times as long as a step usually takes."""
+FINAL_STATES: Final = frozenset({"completed", "stopped", "cancelled", "failed"})
+
+_SECRET: Final = re.compile(r"passw|secret|token|api_?key|credential|private|auth", re.IGNORECASE)
+_SPLITS: Final = {"train_": "train", "val_": "val"}
+_BASE_FIELDS: Final = frozenset(Event.__struct_fields__)
+
+
+class _Moment(msgspec.Struct, frozen=True):
+    """Sums up to a moment, for differences over the window."""
+
+    time: float
+    step: int
+    samples: int
+    data: float
+    compute: float
+    decided: float
+
+
+class LiveRun:
+    """One run, as viewers see it."""
+
+    def __init__(self, run: Run, start: TrainStart, *, history_bytes: int = HISTORY_BYTES) -> None:
+        """Keep what `run` says. `start` is its first event."""
+        self.run = run
+        self.key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
+        self.started = start.time
+        self.history = History(history_bytes)
+        self.series: list[SeriesInfo] = []  # its index is the curve's number in the history
+        self.milestones: deque[tuple[int, Event]] = deque(maxlen=MILESTONES_KEPT)  # with their seq
+        self.milestones_seen = 0
+        self.end: TrainEnd | None = None
+        self._is_silent = False
+        self._start = start
+        self._ids: dict[str, int] = {}
+        self._epoch = 0
+        self._epoch_batch = 0  # batches that had been given when the epoch began
+        self._last_step: StepEnd | None = None
+        self._state_by = self._state_reason = ""
+        self._samples = 0
+        self._data = self._compute = 0.0
+        self._dropped = 0
+        self._resumed_progress = 0.0
+        self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
+        self.info = self._describe()
+
+    # What is fixed
+
+    def _describe(self) -> RunInfo:
+        start, run = self._start, self.run
+        optimizers = list(run.trainer.optimizers)
+        return RunInfo(
+            key=self.key,
+            name=run.id,
+            attempt=start.attempt,
+            host=platform.node(),
+            pid=os.getpid(),
+            command=list(sys.argv),
+            commit=_commit_of(run.dir) if run.has_dir else None,
+            directory=str(run.dir) if run.has_dir else None,
+            started=start.time,
+            device=start.device,
+            parameters=start.parameters,
+            epochs=start.epochs,
+            max_steps=start.max_steps,
+            max_time=start.max_time,
+            steps_per_epoch=start.steps_per_epoch,
+            batches_per_epoch=start.batches_per_epoch,
+            optimizers=optimizers if len(optimizers) > 1 else [],
+            monitor=run.monitor,
+            config=masked(start.config),
+            refused=run.refused,
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """True when no more events will come."""
+        return self.end is not None or self._is_silent
+
+    def fall_silent(self) -> None:
+        """Note that the events have ended without a word: the history's own buffer was given up."""
+        self._is_silent = True
+
+    @property
+    def summary(self) -> RunSummary:
+        """The run in a list."""
+        return RunSummary(key=self.key, name=self.run.id, state=self.state, started=self.started)
+
+    @property
+    def state(self) -> str:
+        """What the run is doing, in one of the protocol's words."""
+        if self.end is not None:
+            return self.end.status
+        state = self.run.state
+        if state in FINAL_STATES:
+            return "closing"  # its last events are on their way
+        return "waiting" if state == "running" and self._last_step is None else state
+
+    # Taking events in
+
+    def take_in(self, events: Sequence[Event]) -> bool:
+        """Take what has come, in order. True if a milestone was among it, which viewers hear of at once."""
+        has_milestone = False
+        for event in events:
+            if isinstance(event, StepEnd):
+                self._step_end(event)
+                continue
+            if isinstance(event, Sample):
+                self._sample(event)
+                continue
+            has_milestone = True
+            self.milestones.append((event.seq, event))
+            self.milestones_seen += 1
+            if isinstance(event, EpochStart):
+                self._epoch, self._epoch_batch = event.epoch, event.batch
+            elif isinstance(event, ValidationEnd | EpochEnd):
+                self._metrics(event)
+            elif isinstance(event, StateChanged):
+                self._state_by, self._state_reason = event.by, event.reason
+            elif isinstance(event, TrainEnd):
+                self.end = event
+        self.history.check_size()
+        self._note_moment()
+        return has_milestone
+
+    def _step_end(self, event: StepEnd) -> None:
+        last = self._last_step
+        if last is not None and event.step > last.step + 1:
+            missed = event.step - last.step - 1
+            self._dropped += missed
+            self.history.add_gap(last.step, event.step, missed)
+        self._last_step = event
+        self._samples += event.samples
+        self._data += event.data_time
+        self._compute += event.step_time
+        row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
+        step = event.step
+        self._point("loss", row, event.loss, step)
+        self._point("lr", row, event.lr, step)
+        if event.grad_norm is not None:
+            self._point("grad_norm", row, event.grad_norm, step)
+        for key, value in event.metrics.items():
+            self._point(key, row, value, step)
+
+    def _metrics(self, event: ValidationEnd | EpochEnd) -> None:
+        row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
+        for key, value in event.metrics.items():
+            known = self._ids.get(key)
+            if known is not None and key == "lr":
+                continue  # each step has it
+            if known is not None and isinstance(event, EpochEnd) and key.startswith("val_"):
+                continue  # the validation has said it
+            self._point(key, row, value, event.step)
+
+    def _sample(self, event: Sample) -> None:
+        """Draw every number of a sample that is no step: those of monitors, and users' own."""
+        row: int | None = None
+        prefix = event.handler_name.removeprefix("on_")
+        kind = getattr(event, "kind", "")
+        if isinstance(kind, str) and kind:
+            prefix = f"{prefix}/{kind}"
+        for key, value in numbers_of(event, prefix):
+            if row is None:
+                row = self.history.axis.append(
+                    max(event.step, 0), max(event.time, self._axis_time()), self._epoch_of(event)
+                )
+            self._point(key, row, value, max(event.step, 0))
+
+    def _axis_time(self) -> float:
+        last = self.history.axis.last("time")
+        return last if last == last else 0.0
+
+    def _point(self, key: str, row: int, value: float, step: int) -> None:
+        curve = self._ids.get(key)
+        if curve is None:
+            if len(self._ids) >= MAX_CURVES:
+                return
+            curve = self._ids[key] = self.history.add_curve()
+            self.series.append(describe_series(curve, key, self.run))
+        self.history.curves[curve].append(row, float(value), step)
+
+    def _epoch_of(self, event: Event) -> float:
+        """Return epochs done with a fraction; never less than before."""
+        per_epoch = self._start.batches_per_epoch
+        epoch = float(max(event.epoch, 0))
+        if per_epoch and event.epoch == self._epoch:
+            epoch += min(1.0, max(0, event.batch - self._epoch_batch) / per_epoch)
+        last = self.history.axis.last("epoch")
+        return epoch if last != last else max(epoch, last)
+
+    # Where it is
+
+    def _note_moment(self) -> None:
+        now, moments = time.time(), self._moments
+        step = 0 if self._last_step is None else self._last_step.step
+        if now - moments[-1].time < 0.2 and len(moments) > 1:
+            return
+        decided = sum(cost.decided for cost in self.run.callback_costs.values())
+        moments.append(_Moment(now, step, self._samples, self._data, self._compute, decided))
+        while len(moments) > 2 and now - moments[1].time >= WINDOW:
+            moments.popleft()
+
+    def status(self, *, viewers: int, is_control: bool) -> Status:
+        """Return where the run is now."""
+        now = time.time()
+        state, last = self.state, self._last_step
+        ended = self.end is not None
+        since = self._moments[0]
+        upto = self._moments[-1]
+        seconds = max(upto.time - since.time, 1e-9)
+        steps_per_second = (upto.step - since.step) / seconds if upto.time > since.time else 0.0
+        elapsed = self.end.seconds if self.end is not None else max(0.0, now - self.started)
+        progress, time_left = self._progress(elapsed)
+        stalled = None if ended else self._stalled(state, now, steps_per_second)
+        quiet = ended or stalled is not None or state == "paused"
+        failure = self.run.failure if self.end is not None and self.end.status == "failed" else None
+        return Status(
+            run=self.key,
+            state=state,  # type: ignore[arg-type]  # `state` has checked the word
+            by=self._state_by if is_control and state in ("paused", "stopping", "stopped") else "",
+            reason=self.end.reason if self.end is not None else self._state_reason,
+            error=self.end.error if self.end is not None else None,
+            traceback=_traceback_of(failure) if is_control and failure is not None else None,
+            epoch=self._epoch,
+            step=last.step if last is not None else max(self._start.step, 0),
+            progress=progress,
+            seconds=elapsed,
+            time_left=None if ended else time_left,
+            steps_per_second=0.0 if quiet else steps_per_second,
+            samples_per_second=0.0 if quiet else (upto.samples - since.samples) / seconds,
+            lr=None if last is None else last.lr,
+            loss=None if last is None else number(last.loss),
+            data_share=min(1.0, (upto.data - since.data) / seconds),
+            compute_share=min(1.0, (upto.compute - since.compute) / seconds),
+            callback_share=min(1.0, (upto.decided - since.decided) / seconds),
+            validating=state == "validating",
+            saving=self.run.is_saving,
+            stalled=stalled,
+            waiting_for=place_of(self.run.stack()) if stalled is not None and is_control else "",
+            dropped=self._dropped,
+            trimmed=self.history.trimmed,
+            viewers=viewers,
+        )
+
+    def _progress(self, elapsed: float) -> tuple[float | None, float | None]:
+        """Return the share that is done and the seconds that are left, by the limit that ends the run first."""
+        start, last = self._start, self._last_step
+        step = last.step if last is not None else max(start.step, 0)
+        shares: list[tuple[float, float]] = []  # done now, done when this attempt began
+        if start.max_steps:
+            shares.append((step / start.max_steps, max(start.step, 0) / start.max_steps))
+        if start.epochs:
+            reached = self.history.axis.last("epoch")
+            begun = max(start.epoch, 0) / start.epochs
+            shares.append((reached / start.epochs if reached == reached else begun, begun))
+        if start.max_time:
+            shares.append((elapsed / start.max_time, 0.0))
+        if not shares:
+            return None, None
+        done, begun = max(shares)
+        done = 1.0 if self.end is not None and self.end.status == "completed" else min(done, 1.0)
+        if done <= begun or last is None:
+            return done, None
+        return done, elapsed * (1.0 - done) / (done - begun)
+
+    def _stalled(self, state: str, now: float, steps_per_second: float) -> float | None:
+        if state not in ("running", "waiting", "stopping"):
+            return None
+        # Validations and pauses are no stall, and what came last may have been the end of one.
+        heard = max((event.time for _, event in list(self.milestones)[-1:]), default=self.started)
+        if self._last_step is not None:
+            heard = max(heard, self._last_step.time)
+        quiet = now - heard
+        usual = self._last_step.step_time + self._last_step.data_time if self._last_step is not None else 0.0
+        return quiet if quiet > max(STALL, STALL_STEPS * usual) else None
+
+    def latest(self) -> Latest:
+        """Return where every curve is."""
+        values: dict[str, tuple[Any, float | None, int, float | None, int]] = {}
+        for curve_id, curve in enumerate(self.history.curves):
+            least, greatest = curve.least or (None, 0), curve.greatest or (None, 0)
+            values[str(curve_id)] = (number(curve.last), *least, *greatest)
+        return Latest(run=self.key, values=values)
+
+
+# What it looks at -------------------------------------------------------------------------------
+
+
+def describe_series(curve: int, key: str, run: Run) -> SeriesInfo:
+    """Return how a metric is drawn: `val_loss` in the panel `loss`, `layer/0/mean` in the group `layer`."""
+    panel, label = key, key
+    for prefix, split in _SPLITS.items():
+        if key.startswith(prefix):
+            panel, label = key.removeprefix(prefix), split
+    if panel == key:
+        parent, _, leaf = key.rpartition("/")
+        if key.count("/") > 1:  # many of a kind, one for each layer, stand in one panel
+            panel, label = parent, leaf
+        else:
+            label = "step"
+    return SeriesInfo(
+        id=curve,
+        key=key,
+        panel=panel,
+        group=panel.partition("/")[0] if "/" in panel else "",
+        label=label,
+        better=run.direction_of(key),
+    )
+
+
+def numbers_of(event: Event, prefix: str) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of an event with their names, also those in mappings and tuples of structs."""
+    for name in event.__struct_fields__:
+        if name not in _BASE_FIELDS:
+            yield from _numbers(f"{prefix}/{name}", getattr(event, name))
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield name, float(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(item, int | float) and not isinstance(item, bool):
+                yield f"{name}/{key}", float(item)
+    elif isinstance(value, tuple):
+        for place, item in enumerate(value):
+            if isinstance(item, msgspec.Struct):
+                for field in item.__struct_fields__:
+                    yield from _numbers(f"{name}/{place}/{field}", getattr(item, field))
+
+
+def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without what its names say is secret."""
+    return {key: "(masked)" if _SECRET.search(key) else _masked(value) for key, value in settings.items()}
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return masked(value)
+    if isinstance(value, list | tuple):
+        return [_masked(item) for item in value]
+    return number(value) if isinstance(value, float) else value
+
+
+def for_role(event: Event, is_control: bool) -> bytes | None:
+    """Return an event as JSON; who only reads gets no traceback, no names, and no commands."""
+    if not is_control:
+        if isinstance(event, CommandApplied):
+            return None
+        if isinstance(event, CallbackFailed):
+            event = msgspec.structs.replace(event, traceback="")
+        elif isinstance(event, StateChanged):
+            event = msgspec.structs.replace(event, by="")
+    if isinstance(event, TrainStart):
+        event = msgspec.structs.replace(event, config=type(event.config)(masked(event.config)))
+    return encode(event)
+
+
+def place_of(stack: str) -> str:
+    """Return the innermost line of a printed stack that is neither torch's nor offloop's, as `file:line, in name`."""
+    places = re.findall(r'File "(.*)", line (\d+), in (.*)', stack)
+    for file, line, name in reversed(places):
+        if not re.search(r"[\\/](torch|offloop|engine|threading\.py)\b", file):
+            return f"{Path(file).name}:{line}, in {name}"
+    if not places:
+        return ""
+    file, line, name = places[-1]
+    return f"{Path(file).name}:{line}, in {name}"
+
+
+def _commit_of(directory: Path) -> str | None:
+    try:
+        git = msgspec.json.decode((directory / "run.json").read_bytes()).get("git") or {}
+    except (OSError, msgspec.DecodeError, AttributeError):
+        return None
+    commit = git.get("commit")
+    return f"{commit}{' with changes' if git.get('dirty') else ''}" if isinstance(commit, str) else None
+
+
+def _traceback_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
