@@ -51,7 +51,7 @@ export function judgeLr(
   // A hair's breadth of room: 0.001 / 0.0001 is a little more than 10.
   const far = Math.max(ratio, 1 / ratio) > LR_ASK_BEYOND * (1 + 1e-9);
   const times = ratio >= 1 ? `${format.number(ratio, 3)} times` : `1/${format.number(1 / ratio, 3)} of`;
-  return { lr, question: far ? `That is ${times} the present ${format.rate(present)}.` : null };
+  return { lr, question: far ? `That is ${times} the present ${format.compact(present)}.` : null };
 }
 
 /** A command in a line: what was asked for and what has become of it. */
@@ -59,7 +59,7 @@ export function tellCommand(command: Command): { text: string; tone: "busy" | "g
   const { request, state, step, why } = command;
   const name =
     request.name === "set_lr"
-      ? `Learning rate ${format.rate(request.lr)}${request.optimizer ? ` for ${request.optimizer}` : ""}`
+      ? `Learning rate ${format.compact(request.lr)}${request.optimizer ? ` for ${request.optimizer}` : ""}`
       : request.name === "stop" && request.checkpoint === false
         ? "Stop without a checkpoint"
         : COMMAND_LABELS[request.name];

@@ -97,12 +97,13 @@ const JITTER = 0.3;
 /** Between two looks for a free place or a valid cookie. */
 export const REFUSED_RETRY = 5_000;
 const PING_EVERY = HEARTBEAT * 1_000;
+const FIRST_PING = 500;
 /** After a ping without any answer for this long, the server is gone: 12 s after it was last asked. */
 const PONG_WITHIN = 7_000;
 /** A connection that lasts this long is a good one. */
 const STABLE_AFTER = 3_000;
 /** Sockets that are opened one after the other to a server that answers the question for its status. */
-const ATTEMPTS_AT_ONCE = 4;
+const SOCKETS_AT_ONCE = 4;
 /** A socket that neither opens nor greets is given up. */
 const GREET_WITHIN = 8_000;
 
@@ -114,7 +115,10 @@ export class Connection {
   #retry: number | null = null;
   #heartbeat: number | null = null;
   #deadline: number | null = null;
-  #attempts = 0;
+  /** Looks for a server in a row that found none: the pauses between them grow. */
+  #looks = 0;
+  /** Sockets opened in a row that did not last. */
+  #sockets = 0;
   #probing = false;
   #visible = true;
   #closed = false;
@@ -158,7 +162,7 @@ export class Connection {
     if (this.#link.phase === "open") {
       this.#ping();
     } else if (this.#socket === null && !this.#probing) {
-      this.#attempts = 0;
+      this.#looks = this.#sockets = 0;
       this.#clearRetry();
       void this.#look();
     }
@@ -173,6 +177,7 @@ export class Connection {
   #connect(): void {
     const socket = this.#options.open();
     this.#socket = socket;
+    this.#sockets += 1;
     socket.binaryType = "arraybuffer";
     this.#deadline = this.#clock.setTimeout(() => this.#lose(socket, "no answer"), GREET_WITHIN);
     socket.onopen = () => {
@@ -207,7 +212,8 @@ export class Connection {
     this.#clearDeadline();
     this.#change({ phase: "open", since: this.#clock.now(), reason: "" });
     if (!this.#visible) this.send({ type: "visible", visible: false });
-    this.#ping();
+    // Not at once: the first messages keep the page busy, and that is no latency.
+    this.#heartbeat = this.#clock.setTimeout(() => this.#ping(), FIRST_PING);
   }
 
   #ping(): void {
@@ -229,7 +235,7 @@ export class Connection {
   /** Give a silent socket up. It may take its time to close, and nobody waits for it. */
   #lose(socket: Socket, reason: string): void {
     if (socket !== this.#socket) return;
-    if (this.#wasStable()) this.#attempts = 0;
+    if (this.#wasStable()) this.#sockets = 0;
     this.#drop(undefined);
     this.#lost(reason);
   }
@@ -241,7 +247,7 @@ export class Connection {
 
   #ended(code: number, reason: string): void {
     const wasOpen = this.#link.phase === "open";
-    if (this.#wasStable()) this.#attempts = 0;
+    if (this.#wasStable()) this.#sockets = 0;
     this.#drop(null);
     if (this.#closed) return;
     if (code === CLOSE_PROTOCOL && !wasOpen) {
@@ -269,25 +275,26 @@ export class Connection {
   async #look(): Promise<void> {
     if (this.#probing || this.#closed) return;
     this.#probing = true;
-    this.#attempts += 1;
     const answer = await this.#options.probe();
     this.#probing = false;
     if (this.#closed || this.#socket !== null) return;
     if (answer === "free") {
-      const often = this.#attempts > ATTEMPTS_AT_ONCE;
+      this.#looks = 0;
+      const often = this.#sockets >= SOCKETS_AT_ONCE;
       if (often && this.#link.phase !== "blocked") this.#change({ phase: "blocked", since: this.#clock.now() });
       if (often) this.#again(LONGEST_RETRY, () => this.#connect());
       else this.#connect();
       return;
     }
-    if (answer === "gone" && this.#link.phase !== "gone") this.#attempts = 1;
+    this.#looks += 1;
+    this.#sockets = 0;
     if (answer !== this.#link.phase) this.#change({ phase: answer, since: this.#clock.now() });
     this.#again(answer === "gone" ? this.#pause() : REFUSED_RETRY);
   }
 
   #pause(): number {
     if (this.#options.loopback && this.#visible) return LOOPBACK_RETRY;
-    const grown = Math.min(FIRST_RETRY * GROWTH ** (this.#attempts - 1), LONGEST_RETRY);
+    const grown = Math.min(FIRST_RETRY * GROWTH ** (this.#looks - 1), LONGEST_RETRY);
     return grown * (1 - JITTER + 2 * JITTER * this.#clock.random());
   }
 

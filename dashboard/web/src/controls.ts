@@ -50,7 +50,10 @@ class Control {
     const picture = icon(ICONS[iconOf(name)]);
     this.#icon.replaceWith(picture);
     this.#icon = picture;
-    setText(this.#label, COMMAND_LABELS[name] + (name === "stop" || name === "set_lr" ? "…" : ""));
+    const label = COMMAND_LABELS[name] + (name === "stop" || name === "set_lr" ? "…" : "");
+    const short = name === "set_lr" ? h("span", { class: "short", "aria-hidden": "true" }, "LR…") : null;
+    replaceChildren(this.#label, h("span", { class: "long" }, label), short);
+    setAttribute(this.element, "aria-label", name === "set_lr" ? label : null);
   }
 
   update(model: Model, link: Link): void {
@@ -259,7 +262,7 @@ class LrDialog {
   update(model: Model): void {
     if (this.element.open && model.run === null) this.element.close();
     this.#present = model.status?.lr ?? null;
-    setText(this.#now, `Now ${format.rate(this.#present)}. A schedule goes on from the new value.`);
+    setText(this.#now, `Now ${format.compact(this.#present)}. A schedule goes on from the new value.`);
   }
 
   #times(factor: number): void {
@@ -287,7 +290,7 @@ class LrDialog {
     if (judged.question !== null && this.#asked !== this.#input.value) {
       this.#asked = this.#input.value;
       setText(this.#problem, `${judged.question} Set it anyway?`);
-      setText(this.#set.querySelector(".label") ?? this.#set, `Yes, set ${format.rate(judged.lr)}`);
+      setText(this.#set.querySelector(".label") ?? this.#set, `Yes, set ${format.compact(judged.lr)}`);
       this.#set.classList.toggle("danger", true);
       this.#set.focus();
       return;

@@ -43,12 +43,13 @@ export function number(value: number | null | undefined, digits = 4): string {
   return text.replace(/^-/, "−").replace("e-", "e−");
 }
 
-/** A learning rate as people write it: `0.001`, `3e−5`, `0.00096`. */
-export function rate(value: number | null | undefined): string {
+/** A value as people write it, in running text: `0.001`, `3e−5`, `2.71`. */
+export function compact(value: number | null | undefined): string {
   if (value === null || value === undefined) return NONE;
+  if (!Number.isFinite(value)) return number(value);
   const rounded = Number(value.toPrecision(4));
   const text = rounded !== 0 && Math.abs(rounded) < 1e-3 ? rounded.toExponential() : String(rounded);
-  return text.replace("e-", "e−");
+  return text.replace(/^-/, "−").replace("e-", "e−").replace("e+", "e");
 }
 
 /** Something per second: three digits, more where it is large. */

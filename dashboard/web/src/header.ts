@@ -94,7 +94,9 @@ export class Header {
   readonly #detail = h("span", { class: "state-detail" });
   readonly #aside = h("span", { class: "chip", hidden: true });
   readonly #readOnly = h("span", { class: "chip", hidden: true }, icon(ICONS.eye), "read-only");
-  readonly #link = h("span", { class: "link" });
+  readonly #linkWord = h("span", { class: "link-word" });
+  readonly #latency = h("span", { class: "latency" });
+  readonly #link = h("span", { class: "link" }, this.#linkWord, this.#latency);
   readonly #viewers = h("span", { class: "viewers" });
   readonly #bell: HTMLButtonElement;
   readonly #theme: HTMLButtonElement;
@@ -212,7 +214,10 @@ export class Header {
   #updateLink(link: Link): void {
     const open = link.phase === "open";
     const latency = link.latency === null ? "" : ` ${link.latency < 1 ? "<1" : Math.round(link.latency)} ms`;
-    setText(this.#link, open ? `connected${latency}` : link.phase === "connecting" ? "connecting" : "not connected");
+    const word = open ? "connected" : link.phase === "connecting" ? "connecting" : "not connected";
+    setText(this.#linkWord, word);
+    setText(this.#latency, open ? latency : "");
+    setAttribute(this.#link, "title", open ? `${word}${latency && `, a message and its answer take${latency}`}` : word);
     setAttribute(this.#link, "data-tone", open ? "live" : "off");
   }
 
@@ -226,7 +231,7 @@ export class Header {
     figures.epoch.set(format.count(epoch), epochs === null ? "" : ` / ${format.count(epochs)}`);
     figures.left.set(format.duration(status?.time_left), status ? ` ${format.duration(status.seconds)} elapsed` : "");
     figures.loss.set(format.number(loss), "", loss !== null && !Number.isFinite(loss) ? "bad" : "");
-    figures.lr.set(format.rate(status?.lr));
+    figures.lr.set(format.compact(status?.lr));
     figures.steps.set(format.perSecond(status?.steps_per_second ?? 0));
     figures.samples.set(format.perSecond(status?.samples_per_second ?? 0));
     this.#shares.update(status);

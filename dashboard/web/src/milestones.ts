@@ -1,6 +1,6 @@
 // Events of a run in words: what the log says about each, and which of them mark the curves. No DOM.
 
-import { bytes, count, duration, number, rate } from "./format";
+import { bytes, compact, count, duration } from "./format";
 import type { RunEvent, WireNumber } from "./protocol";
 
 export type EventKind = "alert" | "command" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other";
@@ -59,8 +59,8 @@ const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string 
     kind: "lr",
     text:
       `Learning rate${event.optimizer ? ` of ${words(event.optimizer)}` : ""} ` +
-      `${rate(numeric(event.previous))} → ${rate(numeric(event.lr))}`,
-    by: words(event.source),
+      `${compact(numeric(event.previous))} → ${compact(numeric(event.lr))}`,
+    by: event.source === "command" ? "" : words(event.source), // the command itself stands there with its giver
   }),
   StateChanged: (event) => ({ kind: "state", text: `Now ${words(event.state)}${because(event.reason)}` }),
   CommandApplied: (event) => ({
@@ -135,7 +135,7 @@ function command(event: RunEvent): string {
 function metrics(values: unknown): string {
   if (typeof values !== "object" || values === null) return "";
   const entries = Object.entries(values as Record<string, WireNumber>);
-  const told = entries.slice(0, METRICS_TOLD).map(([name, value]) => `${name} ${number(Number(value))}`);
+  const told = entries.slice(0, METRICS_TOLD).map(([name, value]) => `${name} ${compact(Number(value))}`);
   if (entries.length > METRICS_TOLD) told.push(`${entries.length - METRICS_TOLD} more`);
   return told.length > 0 ? `: ${told.join(", ")}` : "";
 }
@@ -154,7 +154,7 @@ function words(value: unknown, otherwise = ""): string {
 
 function plain(value: unknown): string {
   if (typeof value === "string") return value;
-  if (typeof value === "number") return Number.isInteger(value) ? count(value) : number(value);
+  if (typeof value === "number") return Number.isInteger(value) ? count(value) : compact(value);
   return JSON.stringify(value);
 }
 
