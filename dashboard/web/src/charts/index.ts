@@ -381,9 +381,9 @@ export class Charts {
   #draw(): void {
     this.#frame = null;
     this.#scene = null;
-    for (const panel of this.#panels.values()) {
-      if (panel.visible) panel.draw();
-    }
+    const visible = [...this.#panels.values()].filter((panel) => panel.visible);
+    for (const panel of visible) panel.draw();
+    for (const panel of visible) panel.showCursor();
     this.#refreshTables();
     this.#askForDetail();
     for (; this.#credits > 0; this.#credits--) this.#host.drawn();

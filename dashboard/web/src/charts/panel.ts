@@ -79,6 +79,8 @@ interface LegendItem {
 const FONT_SIZE = 11;
 /** Points so far apart are drawn with dots, in CSS pixels. */
 const DOT_SPACING = 9;
+/** How far a dashed line may go up and down, in widths of the plot. */
+const MAX_DASHED_CLIMB = 4;
 
 let panels = 0;
 
@@ -203,6 +205,10 @@ export class Panel {
     setIcon(this.maximiseButton, maximised ? "restore" : "maximise", `${maximised ? "Restore" : "Maximise"} ${this.name}`);
   }
 
+  /**
+   * Draw the curves. The caller lets `showCursor` follow once all panels are drawn: it changes the document, and
+   * text on a canvas after that makes the browser lay the page out again.
+   */
   draw(): void {
     const chart = this.#chart;
     if (!chart) return;
@@ -211,7 +217,6 @@ export class Panel {
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 90)));
     this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 42)));
     chart.batch(() => chart.redraw(false, true));
-    this.showCursor();
   }
 
   /** Show the cursor where it is, and the values there; or the last ones. */
@@ -221,7 +226,7 @@ export class Panel {
     const cursor = scene.cursor;
     if (chart) {
       const unit = cursor === null ? NaN : scene.x.toUnit(cursor);
-      const width = chart.over.clientWidth;
+      const { width } = plotSize(chart);
       const left = unit >= 0 && unit <= 1 ? unit * width : -10;
       if (Math.abs((chart.cursor.left ?? -10) - left) > 0.5) {
         this.#moving = true;
@@ -371,15 +376,17 @@ export class Panel {
     const at = (x: number): number => bbox.left + Math.max(-1, Math.min(2, scene.x.toUnit(x))) * bbox.width;
     ctx.save();
     clip(ctx, bbox);
-    ctx.font = `${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
-    ctx.textBaseline = "top";
     const shade = (from: number, to: number, name: string): void => {
       const width = Math.max(to - from, ratio);
       if (to < bbox.left || from > bbox.left + bbox.width) return;
       ctx.fillStyle = scene.theme.shade;
       ctx.fillRect(from, bbox.top, width, bbox.height);
       const start = Math.max(from, bbox.left) + 4 * ratio;
-      if (ctx.measureText(name).width < Math.min(to, bbox.left + bbox.width) - start) {
+      const room = Math.min(to, bbox.left + bbox.width) - start;
+      if (room < 40 * ratio) return;
+      ctx.font = `${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
+      ctx.textBaseline = "top";
+      if (ctx.measureText(name).width < room) {
         ctx.fillStyle = scene.theme.faint;
         ctx.fillText(name, start, bbox.top + 3 * ratio);
       }
@@ -422,9 +429,10 @@ export class Panel {
         ctx.stroke();
         ctx.globalAlpha = 1;
       }
-      ctx.setLineDash(dash(slot).map((length) => length * ratio));
       ctx.beginPath();
-      const lonely = trace(ctx, curve, this.#values(curve, scene), range, breaks, view);
+      const { lonely, climb } = trace(ctx, curve, this.#values(curve, scene), range, breaks, view);
+      // Along a line that goes up and down like mad nobody sees dashes, and they take long to draw.
+      if (climb < MAX_DASHED_CLIMB * bbox.width) ctx.setLineDash(dash(slot).map((length) => length * ratio));
       ctx.stroke();
       ctx.setLineDash([]);
       const few = (range[1] - range[0]) * DOT_SPACING * ratio < bbox.width;
@@ -559,7 +567,7 @@ export class Panel {
     // Where we have put it, or where a redraw found it again
     if (this.#moving || !chart.cursor.event) return;
     const left = chart.cursor.left ?? -10;
-    const x = left < 0 ? null : this.#host.scene().x.fromUnit(left / chart.over.clientWidth);
+    const x = left < 0 ? null : this.#host.scene().x.fromUnit(left / plotSize(chart).width);
     chart.cursor.event = null as unknown as MouseEvent;
     this.#host.moveCursor(x, false);
   }
@@ -568,7 +576,7 @@ export class Panel {
     const { left, width } = chart.select;
     if (width < 4) return;
     const { x } = this.#host.scene();
-    const total = chart.over.clientWidth;
+    const total = plotSize(chart).width;
     chart.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
     this.#host.zoom(x.fromUnit(left / total), x.fromUnit((left + width) / total));
   }
@@ -708,7 +716,7 @@ export class Panel {
       chart.over.append(made);
       this.#dots.push(made);
     }
-    const { clientWidth: width, clientHeight: height } = shown.length > 0 ? chart.over : { clientWidth: 0, clientHeight: 0 };
+    const { width, height } = plotSize(chart);
     this.#dots.forEach((made, position) => {
       const one = shown[position];
       const curve = one && this.#host.curve(one.info.id);
@@ -743,6 +751,11 @@ export function assignSlots(curves: PanelCurve[]): void {
 function lineWidth(ratio: number): number {
   // One device pixel where there is one to a CSS pixel: rasterisers have a fast way for exactly that.
   return Math.max(1, Math.floor(ratio));
+}
+
+/** Size of the part with the curves, in CSS pixels; known without asking the browser to lay anything out. */
+function plotSize({ bbox }: uPlot): { width: number; height: number } {
+  return { width: bbox.width / devicePixelRatio, height: bbox.height / devicePixelRatio };
 }
 
 function axisWidth(labels: string[] | null): number {

@@ -35,8 +35,16 @@ export function visible(curve: Curve, { column, x, origin }: Pick<View, "column"
   return [Math.max(first - 1, 0), Math.min(end + 1, curve.length)];
 }
 
+/** What was drawn. */
+export interface Traced {
+  /** Points without a line at either side, as x, y, x, y, ... */
+  lonely: number[];
+  /** How far the pen went up and down, in device pixels. */
+  climb: number;
+}
+
 /**
- * Draw `values` over the points of `curve` from index `from` to before `to`; returns lonely points, as x, y, ...
+ * Draw `values` over the points of `curve` from index `from` to before `to`.
  *
  * Within one pixel's column only the first, least, greatest and last point are drawn: the picture is the same.
  * A line ends at each of `breaks`, at a value that a logarithmic axis has no place for, and a point without
@@ -49,7 +57,7 @@ export function trace(
   [from, to]: readonly [number, number],
   breaks: Float64Array,
   { box, x, y, column, origin }: View,
-): number[] {
+): Traced {
   const steps = curve.step;
   const places = curve[column];
   const lonely: number[] = [];
@@ -68,9 +76,11 @@ export function trace(
   let [least, greatest, lastX, lastY] = [0, 0, 0, 0]; // what it holds beside its first point,
   let held = 0; // and how many points that is
   let leastFirst = true;
+  let climb = 0;
 
   const flush = (): void => {
     if (held > 1) {
+      climb += greatest - least;
       if (leastFirst) {
         pen.lineTo(lastX, least);
         pen.lineTo(lastX, greatest);
@@ -108,6 +118,7 @@ export function trace(
     if (!drawing) {
       pen.moveTo(atX, atY);
       [drawing, alone, startX, startY, pixel] = [true, true, atX, atY, Math.floor(atX)];
+      lastY = atY;
       continue;
     }
     alone = false;
@@ -115,6 +126,8 @@ export function trace(
     if (now !== pixel) {
       flush();
       pen.lineTo(atX, atY);
+      climb += Math.abs(atY - lastY);
+      lastY = atY;
       pixel = now;
       continue;
     }
@@ -125,7 +138,7 @@ export function trace(
     [lastX, lastY] = [atX, atY];
   }
   finish();
-  return lonely;
+  return { lonely, climb };
 }
 
 /** Least and greatest of `values` that are in view, beside what is there already; only those above 0 if `positive`. */
