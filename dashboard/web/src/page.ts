@@ -1,6 +1,553 @@
-import uPlot from "uplot";
+// The live page: the connection's messages go into the model, and the parts of the page show the model.
 
-const charts = document.querySelector("#charts");
-if (charts instanceof HTMLElement) {
-  new uPlot({ width: 600, height: 300, title: "loss", series: [{}, { label: "loss", stroke: "teal" }] }, [[], []], charts);
+import { Charts } from "./charts";
+import { Config } from "./config";
+import { Connection, isLoopback, openSocket, probeStatus, type Link } from "./connection";
+import { Controls, type Order } from "./controls";
+import { h, icon, ICONS, replaceChildren, setText, show } from "./dom";
+import { Events } from "./events";
+import { Favicon } from "./favicon";
+import * as format from "./format";
+import { Header } from "./header";
+import { Keys } from "./keys";
+import { markOf, tell } from "./milestones";
+import { hasEnded, newerRun, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
+import { Notifier } from "./notify";
+import { decodeChart, type CommandRequest, type RunEvent, type ServerMessage } from "./protocol";
+import { describe, title, type Action, type Notice, type Seen } from "./states";
+import { View, type Axis, type Tab } from "./view";
+
+/** How long a run that has ended stays before a newer one takes its place, milliseconds. */
+const FOLLOW_AFTER = 4_000;
+/** What counts time up on the page is drawn this often, milliseconds. */
+const TICK = 500;
+/** Title and icon change at most this often, milliseconds. */
+const TITLE_EVERY = 1_000;
+const COMMAND_TTL = 60;
+const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
+const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config: "Configuration" };
+
+class Page {
+  #model = NOTHING;
+  #link: Link;
+  readonly #view = new View(location.hash, storage());
+  readonly #connection: Connection;
+  readonly #notifier = new Notifier();
+  readonly #favicon = new Favicon();
+  readonly #header: Header;
+  readonly #controls: Controls;
+  readonly #events: Events;
+  readonly #config = new Config();
+  readonly #charts: Charts;
+  readonly #keys: Keys;
+  readonly #notices = h("div", { class: "notices" });
+  readonly #stageTitle = h("h2");
+  readonly #stageText = h("p");
+  readonly #stage = h("section", { class: "stage", hidden: true }, this.#stageTitle, this.#stageText);
+  readonly #tabs = new Map<Tab, { tab: HTMLButtonElement; panel: HTMLElement }>();
+  readonly #chartsRoot = h("div", { class: "charts" });
+  /** Read out by screen readers: states and acks at the next pause, alerts at once. */
+  readonly #polite = h("div", { class: "sr-only", role: "status", "aria-live": "polite" });
+  readonly #assertive = h("div", { class: "sr-only", role: "alert" });
+
+  /** Hash of this page, out of its own address. */
+  readonly #page = /\/static\/([^/]+)\/[^/]*$/.exec(new URL(import.meta.url).pathname)?.[1] ?? null;
+  /** Whether the page changes to a newer run by itself once this one is over. */
+  #follows = true;
+  /** Since when the newer run could be shown. */
+  #newerSince: number | null = null;
+  readonly #closed = new Set<string>();
+  #shownNotices = "";
+  #announced = "";
+  #frameSince: number | null = null;
+  #drawing = false;
+  #titleAt = -Infinity;
+  #endTold: string | null = null;
+
+  constructor() {
+    this.#connection = new Connection({
+      open: () => openSocket(document.baseURI),
+      probe: () => probeStatus(document.baseURI),
+      clock: {
+        now: () => performance.now(),
+        random: () => Math.random(),
+        setTimeout: (callback, ms) => window.setTimeout(callback, ms),
+        clearTimeout: (timer) => window.clearTimeout(timer),
+      },
+      loopback: isLoopback(location.hostname),
+      greeting: () => this.#greeting(),
+      onText: (message) => this.#received(message),
+      onChart: (data) => this.#chart(data),
+      onLink: (link) => this.#linked(link),
+    });
+    this.#link = this.#connection.link;
+    this.#header = new Header({
+      watch: (run) => this.#pick(run),
+      setTheme: (theme) => this.#view.set({ theme }),
+      setNotify: (on) => void this.#setNotify(on),
+      showKeys: () => this.#keys.toggle(),
+    });
+    this.#controls = new Controls({ give: (order) => this.#give(order), announce: (text) => this.#announce(text) });
+    this.#events = new Events((step) => {
+      this.#view.set({ tab: "metrics" });
+      this.#charts.goTo(step);
+    });
+    this.#keys = this.#makeKeys();
+    this.#build();
+    this.#charts = new Charts(this.#chartsRoot, {
+      send: (message) => this.#connection.send(message),
+      drawn: () => this.#drawn(),
+      view: this.#view,
+      announce: (text) => this.#announce(text),
+    });
+  }
+
+  start(): void {
+    this.#view.subscribe(() => this.#viewed());
+    this.#viewed();
+    this.#header.setNotify(this.#notifier.on);
+    window.addEventListener("hashchange", () => this.#view.setHash(location.hash));
+    window.addEventListener("online", () => this.#connection.wake());
+    document.addEventListener("visibilitychange", () => {
+      this.#connection.setVisible(document.visibilityState === "visible");
+      this.#changed();
+    });
+    this.#connection.setVisible(document.visibilityState === "visible");
+    this.#connection.start();
+    window.setInterval(() => this.#tick(), TICK);
+    this.#changed();
+  }
+
+  // Layout
+
+  #build(): void {
+    const list = h("div", { class: "tabs", role: "tablist", "aria-label": "Views" });
+    const panels: Record<Tab, HTMLElement> = {
+      metrics: this.#chartsRoot,
+      events: this.#events.element,
+      config: this.#config.element,
+    };
+    for (const name of Object.keys(TABS) as Tab[]) {
+      const tab = h(
+        "button",
+        {
+          ...{ type: "button", role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}` },
+          onclick: () => this.#view.set({ tab: name }),
+        },
+        TABS[name],
+      );
+      const panel = h(
+        "section",
+        { class: "panel", role: "tabpanel", id: `panel-${name}`, "aria-labelledby": `tab-${name}` },
+        panels[name],
+      );
+      list.append(tab);
+      this.#tabs.set(name, { tab, panel });
+    }
+    list.addEventListener("keydown", (event) => this.#tabKey(event));
+    document.body.append(
+      h("a", { class: "skip", href: "#main", onclick: (event: Event) => this.#skip(event) }, "Skip to the content"),
+      this.#header.element,
+      h("div", { class: "bar" }, list, this.#controls.acks, this.#controls.element),
+      h(
+        "main",
+        { id: "main", tabindex: -1 },
+        this.#notices,
+        this.#stage,
+        ...[...this.#tabs.values()].map(({ panel }) => panel),
+      ),
+      this.#polite,
+      this.#assertive,
+      ...this.#controls.dialogs,
+      this.#keys.dialog,
+    );
+  }
+
+  /** The address after `#` is the view's, so a link within the page must not change it. */
+  #skip(event: Event): void {
+    event.preventDefault();
+    document.querySelector<HTMLElement>("#main")?.focus();
+  }
+
+  #tabKey(event: KeyboardEvent): void {
+    const names = [...this.#tabs.keys()];
+    const turn = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (turn === undefined) return;
+    event.preventDefault();
+    const next = names[(names.indexOf(this.#view.get().tab) + turn + names.length) % names.length] as Tab;
+    this.#view.set({ tab: next });
+    this.#tabs.get(next)?.tab.focus();
+  }
+
+  #makeKeys(): Keys {
+    const view = this.#view;
+    const smooth = (by: number): void => {
+      view.set({ smoothing: Math.min(Math.max(Math.round((view.get().smoothing + by) * 100) / 100, 0), 0.99) });
+      this.#announce(`Smoothing ${view.get().smoothing}`);
+    };
+    const axis = (): void => {
+      const next = AXES[(AXES.indexOf(view.get().axis) + 1) % AXES.length] as Axis;
+      view.set({ axis: next, zoom: null });
+      this.#announce(`x axis: ${next}`);
+    };
+    return new Keys(
+      [
+        { keys: ["1"], does: "Metrics", run: () => view.set({ tab: "metrics" }) },
+        { keys: ["2"], does: "Events", run: () => view.set({ tab: "events" }) },
+        { keys: ["3"], does: "Configuration", run: () => view.set({ tab: "config" }) },
+        { keys: ["/"], does: "Search", run: () => this.#focusSearch() },
+        { keys: ["x"], does: "Next x axis: step, epoch, time, time of day", run: axis },
+        { keys: ["l"], does: "Logarithmic y axis", run: () => view.set({ logY: !view.get().logY }) },
+        { keys: ["["], does: "Smooth less", run: () => smooth(-0.1) },
+        { keys: ["]"], does: "Smooth more", run: () => smooth(0.1) },
+        { keys: ["0"], does: "Show the whole run", run: () => view.set({ zoom: null, follow: false }) },
+        { keys: ["t"], does: "Dark, light or the system's theme", run: () => this.#nextTheme() },
+      ],
+      [{ keys: ["ArrowLeft", "ArrowRight"], does: "Move along a chart that has the focus, or between tabs" }],
+    );
+  }
+
+  #nextTheme(): void {
+    const next = { auto: "dark", dark: "light", light: "auto" } as const;
+    this.#view.set({ theme: next[this.#view.get().theme] });
+    this.#announce(`Theme: ${this.#view.get().theme}`);
+  }
+
+  #focusSearch(): void {
+    const { tab } = this.#view.get();
+    if (tab === "events") this.#events.search.focus();
+    else if (tab === "config") this.#config.search.focus();
+    else this.#chartsRoot.querySelector<HTMLInputElement>("input[type=search]")?.focus();
+  }
+
+  /** The view has changed: what of it is the page's own. */
+  #viewed(): void {
+    const { tab: current, theme } = this.#view.get();
+    const hash = this.#view.hash();
+    if (hash !== location.hash) history.replaceState(null, "", hash === "" ? location.pathname + location.search : hash);
+    if (theme === "auto") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = theme;
+    this.#header.setTheme(theme);
+    for (const [name, { tab }] of this.#tabs) {
+      tab.setAttribute("aria-selected", String(name === current));
+      tab.tabIndex = name === current ? 0 : -1;
+    }
+    this.#events.setActive(current === "events");
+    this.#changed();
+  }
+
+  // Messages
+
+  #greeting(): { run: string | null; server: string | null; after: number } {
+    const { hello, run, last } = this.#model;
+    // Who follows and has seen the end asks for the newest run, whatever it is.
+    const key = run === null || (this.#follows && hasEnded(stateOf(this.#model))) ? null : run.key;
+    return { run: key, server: hello?.server ?? null, after: key === null ? -1 : last };
+  }
+
+  #received(message: ServerMessage): void {
+    const before = this.#model;
+    this.#happened(message);
+    switch (message.type) {
+      case "hello":
+        this.#newerSince = null;
+        if (message.run === null) {
+          const newest = newestRun(message.runs);
+          if (newest !== null) this.#connection.send({ type: "watch", run: newest.key });
+          this.#charts.reset(null);
+        }
+        for (const request of before.hello?.server === message.server ? unanswered(this.#model) : []) {
+          this.#connection.send(request);
+        }
+        break;
+      case "run":
+        this.#charts.reset(message);
+        // Marks of milestones that are known from before and do not come again
+        for (const event of this.#model.milestones) this.#mark(event);
+        break;
+      case "series":
+        if (message.run === this.#model.run?.key) this.#charts.addSeries(message.series);
+        break;
+      case "latest":
+        if (message.run === this.#model.run?.key) this.#charts.applyLatest(message);
+        break;
+      case "status":
+        if (message.run === this.#model.run?.key) this.#charts.applyStatus(message);
+        break;
+      case "milestone":
+        if (this.#model.milestones !== before.milestones) this.#milestone(message.event);
+        break;
+      default:
+    }
+  }
+
+  #milestone(event: RunEvent): void {
+    this.#mark(event);
+    const name = this.#model.run?.name ?? "The run";
+    const isNews = (event.time ?? 0) > (this.#model.hello?.time ?? Infinity) - 1;
+    if (event.type === "Alert" && isNews) {
+      const { text } = tell(event);
+      setText(this.#assertive, `Alert: ${text}`);
+      this.#notifier.notify(`${name}: alert`, text);
+    }
+  }
+
+  #mark(event: RunEvent): void {
+    const mark = markOf(event);
+    if (mark !== null) this.#charts.addMark(mark);
+  }
+
+  #chart(data: ArrayBuffer): void {
+    const frame = decodeChart(data);
+    if (frame.header.run !== this.#model.run?.key) {
+      this.#connection.send({ type: "drawn" }); // of the run that was watched before: the credit goes back
+      return;
+    }
+    this.#frameSince ??= performance.now();
+    this.#charts.applyChart(frame);
+  }
+
+  #drawn(): void {
+    this.#frameSince = null;
+    this.#connection.send({ type: "drawn" });
+  }
+
+  #linked(link: Link): void {
+    const wasOpen = this.#link.phase === "open";
+    this.#link = link;
+    if (wasOpen !== (link.phase === "open")) {
+      this.#frameSince = null;
+      this.#charts.setConnected(link.phase === "open");
+    }
+    this.#changed();
+  }
+
+  #happened(happening: Happening): void {
+    this.#model = reduce(this.#model, happening, performance.now());
+    this.#changed();
+  }
+
+  // What the viewer does
+
+  #give(order: Order): void {
+    if (this.#model.run === null) return;
+    const request: CommandRequest = {
+      ...{ type: "command", id: commandId(), run: this.#model.run.key, ttl: COMMAND_TTL },
+      ...order,
+    };
+    this.#happened({ type: "given", request, at: performance.now() });
+    this.#connection.send(request);
+  }
+
+  #pick(run: string): void {
+    this.#follows = newestRun(this.#model.runs)?.key === run;
+    this.#newerSince = null;
+    this.#connection.send({ type: "watch", run });
+  }
+
+  async #setNotify(on: boolean): Promise<void> {
+    const text = await this.#notifier.set(on);
+    this.#header.setNotify(this.#notifier.on);
+    this.#announce(text);
+    this.#flash(text);
+  }
+
+  #act(action: Action["id"]): void {
+    const newer = newerRun(this.#model);
+    if (action === "reload") location.reload();
+    if (action === "show-newer" && newer) this.#pick(newer.key);
+    if (action === "stay") this.#follows = false;
+    this.#changed();
+  }
+
+  // Showing it
+
+  /** Show what has changed with the next frame; a hidden page has none and keeps to its title. */
+  #changed(): void {
+    if (document.visibilityState === "hidden") {
+      this.#draw();
+    } else if (!this.#drawing) {
+      this.#drawing = true;
+      requestAnimationFrame(() => {
+        this.#drawing = false;
+        this.#draw();
+      });
+    }
+  }
+
+  #tick(): void {
+    this.#follow();
+    this.#changed();
+  }
+
+  /** Change to a newer run once the one that is watched is over and could be seen to be. */
+  #follow(): void {
+    const newer = newerRun(this.#model);
+    if (newer === null || !this.#changesBySelf()) {
+      this.#newerSince = null;
+      return;
+    }
+    this.#newerSince ??= performance.now();
+    if (performance.now() - this.#newerSince >= FOLLOW_AFTER) this.#pick(newer.key);
+  }
+
+  /** A failure stays on the screen until somebody has seen it. */
+  #changesBySelf(): boolean {
+    const state = stateOf(this.#model);
+    return this.#follows && this.#link.phase === "open" && hasEnded(state) && state !== "failed";
+  }
+
+  #seen(): Seen {
+    const now = performance.now();
+    const run = newerRun(this.#model);
+    const bySelf = this.#changesBySelf();
+    const left = FOLLOW_AFTER - (now - (this.#newerSince ?? now));
+    return {
+      ...{ model: this.#model, link: this.#link, now, page: this.#page },
+      time: Date.now() / 1000,
+      behind: this.#frameSince === null || document.hidden ? 0 : now - this.#frameSince,
+      newer: run === null ? null : { run, seconds: bySelf ? Math.max(0, left / 1000) : null },
+    };
+  }
+
+  #draw(): void {
+    const seen = this.#seen();
+    const described = describe(seen);
+    const { model } = seen;
+    this.#title(seen, described);
+    this.#tellEnd();
+    if (document.visibilityState === "hidden") return;
+    this.#header.update(model, described, this.#link);
+    this.#controls.update(model, this.#link, seen.now);
+    this.#events.update(model);
+    this.#config.update(model.run);
+    this.#drawNotices(described.notices.filter(({ id }) => !this.#closed.has(id)));
+    const { tab } = this.#view.get();
+    const staged = described.stage !== null && (model.run === null || tab === "metrics");
+    setText(this.#stageTitle, described.stage?.title ?? "");
+    setText(this.#stageText, described.stage?.text ?? "");
+    show(this.#stage, staged);
+    for (const [name, { tab: button, panel }] of this.#tabs) {
+      show(panel, name === tab && !staged);
+      if (name === "events") {
+        const alerts = model.milestones.length;
+        setText(button, alerts === 0 ? TABS.events : `${TABS.events} ${format.count(alerts)}`);
+      }
+    }
+    document.body.toggleAttribute("data-stale", this.#link.phase !== "open" && model.run !== null);
+    const said = `${described.word}${described.detail && described.tone === "bad" ? `: ${described.detail}` : ""}`;
+    if (described.word !== this.#announced) {
+      this.#announced = described.word;
+      this.#announce(said);
+    }
+  }
+
+  #title(seen: Seen, described: ReturnType<typeof describe>): void {
+    if (seen.now - this.#titleAt < TITLE_EVERY && document.title !== "offloop" && described.word === this.#announced) return;
+    this.#titleAt = seen.now;
+    const text = title(seen, described);
+    if (document.title !== text) document.title = text;
+    this.#favicon.update(described.sign, seen.model.losses, seen.model.status?.progress ?? null);
+  }
+
+  #tellEnd(): void {
+    const { run, status } = this.#model;
+    if (run === null || status === null || status.run !== run.key) return;
+    const ended = hasEnded(status.state);
+    // A run that was over when the page came to it is no news.
+    if (this.#endTold === null || !this.#endTold.startsWith(`${run.key} `)) {
+      this.#endTold = `${run.key} ${ended ? "over" : "going"}`;
+    } else if (ended && this.#endTold.endsWith(" going")) {
+      this.#endTold = `${run.key} over`;
+      this.#notifier.notify(`${run.name}: ${status.state}`, status.error ?? status.reason);
+    }
+  }
+
+  #drawNotices(notices: Notice[]): void {
+    const wanted = JSON.stringify(notices);
+    if (wanted === this.#shownNotices) return;
+    this.#shownNotices = wanted;
+    const before = new Map([...this.#notices.children].map((item) => [(item as HTMLElement).dataset.id, item as HTMLElement]));
+    const items = notices.map((notice) => {
+      const known = before.get(notice.id);
+      if (known !== undefined && known.dataset.actions === notice.actions.map(({ label }) => label).join()) {
+        setText(known.querySelector(".notice-title") ?? known, notice.title);
+        setText(known.querySelector(".notice-text") ?? known, notice.text);
+        return known;
+      }
+      return this.#notice(notice);
+    });
+    for (const item of [...this.#notices.children]) if (!items.includes(item as HTMLElement)) item.remove();
+    items.forEach((item, index) => {
+      if (this.#notices.children[index] !== item) this.#notices.insertBefore(item, this.#notices.children[index] ?? null);
+    });
+  }
+
+  #notice(notice: Notice): HTMLElement {
+    const close = h(
+      "button",
+      {
+        ...{ type: "button", class: "icon-button", "aria-label": `Close: ${notice.title}` },
+        onclick: () => {
+          this.#closed.add(notice.id);
+          this.#changed();
+        },
+      },
+      icon(ICONS.close),
+    );
+    return h(
+      "div",
+      {
+        ...{ class: "notice", "data-tone": notice.tone, "data-id": notice.id },
+        "data-actions": notice.actions.map(({ label }) => label).join(),
+      },
+      h("i", { class: "dot", "aria-hidden": "true" }),
+      h(
+        "div",
+        { class: "notice-body" },
+        h("strong", { class: "notice-title" }, notice.title),
+        " ",
+        h("span", { class: "notice-text" }, notice.text),
+        notice.details
+          ? h(
+              "details",
+              { class: "traceback" },
+              h("summary", {}, notice.details.summary),
+              h("pre", { tabindex: 0, "aria-label": notice.details.summary }, notice.details.text),
+            )
+          : null,
+      ),
+      ...notice.actions.map(({ id, label }) =>
+        h("button", { type: "button", class: "button small", onclick: () => this.#act(id) }, label),
+      ),
+      notice.closable ? close : null,
+    );
+  }
+
+  /** Say something to screen readers when they have time. */
+  #announce(text: string): void {
+    setText(this.#polite, text);
+  }
+
+  /** Show a line for a moment. */
+  #flash(text: string): void {
+    const line = h("p", { class: "flash" }, text);
+    document.body.append(line);
+    window.setTimeout(() => line.remove(), 5_000);
+  }
 }
+
+function commandId(): string {
+  // randomUUID is only there over https and on localhost; getRandomValues is everywhere
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function storage(): globalThis.Storage | null {
+  try {
+    return localStorage;
+  } catch {
+    return null;
+  }
+}
+
+new Page().start();

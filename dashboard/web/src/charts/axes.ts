@@ -1,0 +1,260 @@
+// The numbers along the axes: where a value lies, where the ticks are, how a value is written. Nothing here
+// knows a browser.
+//
+// uPlot draws with scales from 0 to 1, and a `Scale` maps values to them: so linear and logarithmic axes and
+// values from 1e-300 to 1e300 are one case, and a switch to a logarithm needs no new plot.
+
+import type { Axis } from "../view";
+
+/** Maps values to 0..1 between `min` and `max`, on a linear or logarithmic axis. */
+export class Scale {
+  readonly #from: number;
+  readonly #span: number;
+
+  /** `min < max`, both finite; both above 0 if `log`. */
+  constructor(
+    readonly min: number,
+    readonly max: number,
+    readonly log = false,
+  ) {
+    this.#from = log ? Math.log10(min) : min;
+    // Halves first: the difference of two very large numbers would be infinite.
+    this.#span = log ? Math.log10(max) - this.#from : 2 * (max / 2 - min / 2);
+  }
+
+  /** 0 at `min`, 1 at `max`; NaN where a logarithmic axis has no place for it. */
+  toUnit(value: number): number {
+    if (!this.log) return (value - this.#from) / this.#span;
+    return value > 0 ? (Math.log10(value) - this.#from) / this.#span : NaN;
+  }
+
+  fromUnit(unit: number): number {
+    const value = this.#from + unit * this.#span;
+    return this.log ? 10 ** value : value;
+  }
+}
+
+/** A scale that shows all values from `low` to `high` with some air; also for one value, or none (infinite). */
+export function fitScale(low: number, high: number, log: boolean): Scale {
+  if (log) {
+    if (!(low > 0) || !(high >= low)) return new Scale(0.1, 10, true);
+    const [from, to] = [Math.log10(low), Math.log10(high)];
+    const air = to - from < 1e-9 ? 0.5 : 0.05 * (to - from);
+    return new Scale(Math.max(10 ** (from - air), Number.MIN_VALUE), Math.min(10 ** (to + air), Number.MAX_VALUE), true);
+  }
+  if (!(high >= low)) return new Scale(0, 1);
+  // Equal, or so close that a double has no ticks between them
+  if (high - low <= 1e-12 * Math.max(Math.abs(low), Math.abs(high))) {
+    const air = low === 0 ? 1 : Math.abs(low) * 0.1;
+    return new Scale(low - air, high + air);
+  }
+  const limit = Number.MAX_VALUE / 4;
+  const step = niceStep(high / 8 - low / 8);
+  // To whole ticks, so that the axis rests while values move a little; with air where a value is at the edge.
+  let min = Math.floor(low / step) * step;
+  let max = Math.ceil(high / step) * step;
+  if (low - min < 0.02 * (max - min) && low !== 0) min -= step / 2;
+  if (max - high < 0.02 * (max - min) && high !== 0) max += step / 2;
+  return new Scale(Math.max(min, -limit), Math.min(max, limit));
+}
+
+/** The smallest of 1, 2 and 5 times a power of ten that is at least `least`. */
+export function niceStep(least: number): number {
+  if (!(least > 0)) return 1;
+  const exponent = Math.floor(Math.log10(least));
+  for (const digit of [1, 2, 5]) {
+    const step = times10(digit, exponent);
+    if (step >= least * (1 - 1e-9)) return step;
+  }
+  return times10(1, exponent + 1);
+}
+
+/** `number * 10**exponent`, the double nearest to the decimal where the two-step product would miss it. */
+function times10(number: number, exponent: number): number {
+  if (exponent < -300) return number * 10 ** exponent;
+  return exponent < 0 ? number / 10 ** -exponent : number * 10 ** exponent;
+}
+
+export interface Ticks {
+  values: number[];
+  labels: string[];
+}
+
+const SECONDS = [
+  ...[1, 2, 5, 10, 15, 30],
+  ...[1, 2, 5, 10, 15, 30].map((minutes) => 60 * minutes),
+  ...[1, 2, 3, 6, 12].map((hours) => 3_600 * hours),
+  ...[1, 2, 7, 14, 28].map((days) => 86_400 * days),
+];
+
+/** Ticks of the x axis, at most about `count` of them. */
+export function xTicks(axis: Axis, scale: Scale, count: number): Ticks {
+  if (scale.log) return yTicks(scale, count);
+  if (axis === "wall") return wallTicks(scale, count);
+  if (axis === "time") return durationTicks(scale, count);
+  const step = niceStep((scale.max - scale.min) / Math.max(count, 1));
+  // There is no half optimizer step
+  const values = multiples(scale, axis === "step" ? Math.max(step, 1) : step);
+  return { values, labels: formatTicks(values) };
+}
+
+/** Ticks of an axis of plain numbers. */
+export function yTicks(scale: Scale, count: number): Ticks {
+  const values = scale.log ? logTicks(scale, count) : multiples(scale, niceStep(scale.max / count - scale.min / count));
+  return { values, labels: formatTicks(values) };
+}
+
+/** All multiples of `step` on a scale. */
+function multiples(scale: Scale, step: number): number[] {
+  const first = Math.ceil(scale.min / step - 1e-9);
+  const last = Math.floor(scale.max / step + 1e-9);
+  const exponent = Math.floor(Math.log10(step) + 1e-9);
+  const digit = Math.round(step / 10 ** exponent);
+  const whole = digit === 1 || digit === 2 || digit === 5;
+  const values: number[] = [];
+  for (let index = first; index <= last && values.length < 100; index++) {
+    values.push(whole ? times10(index * digit, exponent) : index * step);
+  }
+  return values.map((value) => value + 0); // -0 reads as 0
+}
+
+function logTicks(scale: Scale, count: number): number[] {
+  const [from, to] = [Math.log10(scale.min), Math.log10(scale.max)];
+  if (to - from < 0.8) {
+    // Less than a decade: its powers of ten would leave the axis empty.
+    return multiples(scale, niceStep((scale.max - scale.min) / count)).filter((value) => value > 0);
+  }
+  const decades = Math.ceil((to - from) / count);
+  const digits = decades > 1 || to - from > count / 2 ? [1] : to - from > count / 3 ? [1, 3] : [1, 2, 5];
+  const values: number[] = [];
+  for (let exponent = Math.floor(from); exponent <= to + 1e-9; exponent++) {
+    if (exponent % decades !== 0) continue;
+    for (const digit of digits) {
+      const value = times10(digit, exponent);
+      if (value >= scale.min * (1 - 1e-9) && value <= scale.max * (1 + 1e-9)) values.push(value);
+    }
+  }
+  return values;
+}
+
+function secondStep(span: number, count: number): number {
+  const least = span / Math.max(count, 1);
+  if (least < 1) return niceStep(least);
+  return SECONDS.find((step) => step >= least) ?? niceStep(least / 86_400) * 86_400;
+}
+
+function durationTicks(scale: Scale, count: number): Ticks {
+  const step = secondStep(scale.max - scale.min, count);
+  const values = multiples(scale, step);
+  return { values, labels: values.map((value) => (step < 1 ? `${formatTick(value, step)}s` : formatDuration(value))) };
+}
+
+function wallTicks(scale: Scale, count: number): Ticks {
+  const step = secondStep(scale.max - scale.min, count);
+  // Whole hours and days are those of the viewer's clock.
+  const offset = -60 * new Date(1_000 * scale.min).getTimezoneOffset();
+  const local = multiples(new Scale(scale.min + offset, scale.max + offset), step);
+  const values = local.map((value) => value - offset);
+  return { values, labels: values.map((value) => formatWallTick(value, step)) };
+}
+
+function formatWallTick(value: number, step: number): string {
+  const date = new Date(1_000 * value);
+  const midnight = date.getHours() === 0 && date.getMinutes() === 0 && date.getSeconds() === 0;
+  if (step >= 86_400 || (midnight && step >= 60)) return formatDay(date);
+  const clock = `${two(date.getHours())}:${two(date.getMinutes())}`;
+  if (step >= 60) return clock;
+  const seconds = step >= 1 ? two(date.getSeconds()) : (date.getSeconds() + (value % 1)).toFixed(decimals(step));
+  return `${clock}:${seconds}`;
+}
+
+const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+
+function formatDay(date: Date): string {
+  return `${date.getDate()} ${MONTHS[date.getMonth()] ?? ""}`;
+}
+
+function two(number: number): string {
+  return String(number).padStart(2, "0");
+}
+
+/** Seconds as one reads them: `45s`, `1m 30s`, `2h`, `3d 4h`. */
+export function formatDuration(seconds: number): string {
+  const sign = seconds < 0 ? "−" : "";
+  let rest = Math.round(Math.abs(seconds));
+  const parts: string[] = [];
+  for (const [unit, length] of [["d", 86_400], ["h", 3_600], ["m", 60], ["s", 1]] as const) {
+    const number = Math.floor(rest / length);
+    rest -= number * length;
+    if (number > 0 && parts.length < 2) parts.push(`${number}${unit}`);
+  }
+  return parts.length === 0 ? "0s" : sign + parts.join(" ");
+}
+
+/** Labels for neighbouring ticks: as few digits as tell them apart. */
+export function formatTicks(values: number[]): string[] {
+  let step = Infinity;
+  for (let index = 1; index < values.length; index++) {
+    step = Math.min(step, Math.abs((values[index] as number) - (values[index - 1] as number)));
+  }
+  if (!Number.isFinite(step)) return values.map((value) => formatValue(value));
+  const even = values.length < 3 || Math.abs((values[2] as number) - 2 * (values[1] as number) + (values[0] as number)) < step / 2;
+  return values.map((value) => formatTick(value, even ? step : Math.abs(value)));
+}
+
+/** Digits after the point that show a step of this size. */
+function decimals(step: number): number {
+  const exponent = Math.floor(Math.log10(step) + 1e-9);
+  const second = Math.abs(step / 10 ** exponent - Math.round(step / 10 ** exponent)) > 1e-6 ? 1 : 0;
+  return Math.max(0, Math.min(20, second - exponent));
+}
+
+function formatTick(value: number, step: number): string {
+  if (value === 0 || Math.abs(value) < step / 1e6) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e15 || size < 1e-4) {
+    const digits = Math.floor(Math.log10(size) + 1e-9) - Math.floor(Math.log10(step) + 1e-9);
+    return exponential(value, Math.max(0, Math.min(digits, 6)));
+  }
+  for (const [suffix, unit] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]] as const) {
+    if (size >= (unit === 1e3 ? 1e4 : unit)) {
+      return minus((value / unit).toFixed(decimals(step / unit))) + suffix;
+    }
+  }
+  return minus(value.toFixed(decimals(step)));
+}
+
+function exponential(value: number, digits: number): string {
+  return minus(value.toExponential(digits).replace("e+", "e"));
+}
+
+/** A minus sign as wide as a digit, where people read; never in files. */
+function minus(text: string): string {
+  return text.replaceAll("-", "−");
+}
+
+/** A value to read: four significant digits, all of them in a whole number. */
+export function formatValue(value: number): string {
+  if (Number.isNaN(value)) return "NaN";
+  if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
+  const size = Math.abs(value);
+  if (value === 0) return "0";
+  if (Number.isInteger(value) && size < 1e7) return minus(grouped(value));
+  if (size >= 1e7 || size < 1e-3) return exponential(value, 3);
+  if (size >= 1e4) return minus(grouped(Math.round(value)));
+  return minus(value.toPrecision(4));
+}
+
+/** 1234567 as 1,234,567. */
+function grouped(value: number): string {
+  return String(value).replace(/\B(?=(\d{3})+$)/g, ",");
+}
+
+/** A place on the x axis, to read. */
+export function formatX(axis: Axis, value: number): string {
+  if (axis === "step") return `step ${grouped(Math.round(value))}`;
+  if (axis === "epoch") return `epoch ${minus(value.toFixed(2))}`;
+  if (axis === "time") return Math.abs(value) < 60 ? `${minus(value.toFixed(1))}s` : formatDuration(value);
+  const date = new Date(1_000 * value);
+  return `${formatDay(date)} ${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
+}

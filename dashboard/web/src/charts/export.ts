@@ -1,0 +1,133 @@
+// Panels as files: all points as CSV, what is seen as PNG.
+
+import type { Gap, SeriesInfo } from "../protocol";
+import type { Answer, Part, Ranges } from "./ranges";
+import type { PanelCurve } from "./panel";
+import { dash, hue, type Theme } from "./theme";
+
+/** Steps that are asked for at a time: the browser never holds more of a long run. */
+export const CSV_STEPS = 20_000;
+
+/**
+ * Fetch all points of some curves, piece by piece, and write them as CSV.
+ *
+ * Columns are step, epoch, time (Unix time in seconds), the curves, and `note`. One row for each place at which
+ * a curve has a point. Where samples were dropped there is a row that says so.
+ *
+ * Rejects with NoAnswer when the connection goes.
+ */
+export async function readCsv(
+  ranges: Ranges,
+  series: readonly SeriesInfo[],
+  lastStep: number,
+  progress: (share: number) => void = () => {},
+): Promise<Blob> {
+  const pieces: BlobPart[] = [`${csvLine(["step", "epoch", "time", ...series.map(({ key }) => key), "note"])}`];
+  const told = new Set<number>();
+  const ids = series.map(({ id }) => id);
+  // The first question begins before all steps and the last one ends after them: whatever there is is asked for.
+  const questions = Math.max(1, Math.ceil((lastStep + 1) / CSV_STEPS));
+  for (let index = 0; index < questions; index++) {
+    const start = index === 0 ? -1e15 : index * CSV_STEPS;
+    const end = index === questions - 1 ? 1e15 : (index + 1) * CSV_STEPS - 0.5;
+    const answer = await ranges.ask({ series: ids, start, end, axis: "step", points: 0 });
+    pieces.push(csvRows(answer, ids, told));
+    progress((index + 1) / questions);
+  }
+  return new Blob(pieces, { type: "text/csv;charset=utf-8" });
+}
+
+/** The rows of an answer; gaps that begin at a step in `told` have been told. */
+export function csvRows(answer: Answer, ids: readonly number[], told: Set<number> = new Set()): string {
+  interface Line {
+    step: number;
+    time: number;
+    cells: string[];
+  }
+  const lines: Line[] = [];
+  const byPlace = new Map<string, Line[]>();
+  ids.forEach((id, position) => {
+    const part = answer.parts.get(id);
+    if (!part) return;
+    for (let index = 0; index < part.step.length; index++) {
+      const [step, epoch, time] = [part.step[index], part.epoch[index], part.time[index]] as [number, number, number];
+      const place = `${step} ${epoch} ${time}`;
+      // Two points of a curve at one place are two rows.
+      let line = byPlace.get(place)?.find(({ cells }) => cells[3 + position] === "");
+      if (!line) {
+        line = { step, time, cells: [String(step), String(epoch), String(time), ...ids.map(() => ""), ""] };
+        lines.push(line);
+        byPlace.set(place, [...(byPlace.get(place) ?? []), line]);
+      }
+      line.cells[3 + position] = csvValue(part, index);
+    }
+  });
+  for (const gap of answer.gaps) {
+    if (told.has(gap[0])) continue;
+    told.add(gap[0]);
+    lines.push({ step: gap[0] + 0.5, time: Infinity, cells: ["", "", "", ...ids.map(() => ""), gapNote(gap)] });
+  }
+  lines.sort((one, other) => one.step - other.step || one.time - other.time);
+  return lines.map(({ cells }) => csvLine(cells)).join("");
+}
+
+function gapNote([after, before, count]: Gap): string {
+  return `gap: ${count} samples dropped after step ${after} and before step ${before}`;
+}
+
+/** A value as other programs read it. Which kind of not finite it was, its mark says. */
+function csvValue(part: Part, index: number): string {
+  const value = part.value[index] as number;
+  if (!Number.isNaN(value)) return Number.isFinite(value) ? String(value) : value > 0 ? "inf" : "-inf";
+  const step = part.step[index] as number;
+  const kind = part.marks.find(([start, end]) => step >= start && step <= end)?.[2] ?? "nan";
+  return kind === "mixed" ? "nan" : kind;
+}
+
+/**
+ * One line of CSV (RFC 4180).
+ *
+ * Spreadsheets take text that starts with = + - @ for a formula: it gets an apostrophe in front, numbers do not.
+ */
+export function csvLine(cells: readonly string[]): string {
+  const written = cells.map((cell) => {
+    const safe = /^[=+\-@\t\r]/.test(cell) && !isNumber(cell) ? `'${cell}` : cell;
+    return /[",\r\n]/.test(safe) || safe !== cell ? `"${safe.replaceAll('"', '""')}"` : safe;
+  });
+  return `${written.join(",")}\r\n`;
+}
+
+function isNumber(cell: string): boolean {
+  return cell === "-inf" || (cell.trim() === cell && Number.isFinite(Number(cell)));
+}
+
+/** Draw a panel's picture with its name and legend above it. */
+export function readPng(canvas: HTMLCanvasElement, name: string, curves: readonly PanelCurve[], theme: Theme): Promise<Blob | null> {
+  const ratio = devicePixelRatio;
+  const head = 46 * ratio;
+  const picture = document.createElement("canvas");
+  picture.width = canvas.width;
+  picture.height = canvas.height + head;
+  const ctx = picture.getContext("2d");
+  if (!ctx) return Promise.resolve(null);
+  ctx.fillStyle = theme.background;
+  ctx.fillRect(0, 0, picture.width, picture.height);
+  ctx.fillStyle = theme.text;
+  ctx.font = `600 ${13 * ratio}px ${theme.font}`;
+  ctx.fillText(name, 10 * ratio, 20 * ratio, picture.width - 20 * ratio);
+  ctx.font = `${11 * ratio}px ${theme.font}`;
+  ctx.lineWidth = 1.5 * ratio;
+  let x = 10 * ratio;
+  for (const { info, slot } of curves) {
+    ctx.strokeStyle = theme.hues[hue(slot)] as string;
+    ctx.setLineDash(dash(slot).map((length) => length * ratio));
+    ctx.beginPath();
+    ctx.moveTo(x, 35 * ratio);
+    ctx.lineTo(x + 18 * ratio, 35 * ratio);
+    ctx.stroke();
+    ctx.fillText(info.label, x + 23 * ratio, 39 * ratio);
+    x += 38 * ratio + ctx.measureText(info.label).width;
+  }
+  ctx.drawImage(canvas, 0, head);
+  return new Promise((resolve) => picture.toBlob(resolve, "image/png"));
+}

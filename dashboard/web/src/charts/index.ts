@@ -1,0 +1,680 @@
+// The charts of the page: panels in groups, one bar above them, and what passes between them and the server.
+//
+//     chart frames ──> SeriesStore ──┐
+//     status, marks, view ───────────┴─> one animation frame ─> every visible panel is drawn ─> drawn()
+//
+// A panel that is not on the screen holds no canvas, and its curves are not sent.
+
+import { h } from "../dom";
+import type { ChartFrame, Latest, RangeQuery, RunInfo, SeriesInfo, Show, Status } from "../protocol";
+import { MAX_SERIES_SHOWN } from "../protocol";
+import type { Axis, View, ViewState } from "../view";
+import { Scale } from "./axes";
+import { fileName, save } from "./dom";
+import { readCsv, readPng } from "./export";
+import { type ChartEvent, Panel, type PanelHost, type Scene } from "./panel";
+import { type Answer, NoAnswer, Ranges } from "./ranges";
+import { type Column, Curve, SeriesStore } from "./series_store";
+import { showTable } from "./table";
+import { readTheme, type Theme, watchTheme } from "./theme";
+import { Toolbar } from "./toolbar";
+import { listenToTouch } from "./touch";
+
+export interface ChartsHost {
+  send(message: Show | RangeQuery): void;
+  /** Credit for the next chart frame: one call for each that was applied, after it is on the screen. */
+  drawn(): void;
+  view: View;
+  announce(text: string): void;
+}
+
+/** A panel that has left the screen keeps its curves coming for so long, in milliseconds: it may come back. */
+const LINGER = 1_500;
+/** Panels so near to the screen count as visible. */
+const MARGIN = "160px";
+/** How long a zoom must rest before finer points are asked for, in milliseconds. */
+const ZOOM_REST = 120;
+/** Milliseconds between two questions for the same moving window. */
+const ZOOM_AGAIN = 5_000;
+/** Points before a zoom that are kept with it, so that smoothing begins where it did. */
+const WARM_UP = 1_500;
+/** Events of a kind that are drawn; older ones are let go. */
+const MAX_EVENTS = 1_000;
+const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
+
+interface Group {
+  section: HTMLElement;
+  grid: HTMLElement;
+  fold: HTMLButtonElement;
+  panels: Panel[];
+}
+
+/** Finer points of a curve, for a zoom. */
+interface Detail {
+  curve: Curve;
+  /** What they were asked for. */
+  from: number;
+  to: number;
+}
+
+export class Charts {
+  readonly #root: HTMLElement;
+  readonly #host: ChartsHost;
+  readonly #toolbar: Toolbar;
+  readonly #body = h("div", { class: "charts-body" });
+  readonly #empty = h("p", { class: "charts-empty" }, "No metrics yet.");
+  readonly #ranges: Ranges;
+  readonly #observer: IntersectionObserver;
+  readonly #stop: (() => void)[] = [];
+
+  #store = new SeriesStore();
+  #run: RunInfo | null = null;
+  #series = new Map<number, SeriesInfo>();
+  #panels = new Map<string, Panel>();
+  #byFigure = new Map<Element, Panel>();
+  #groups = new Map<string, Group>();
+  #tables = new Map<Panel, HTMLElement>();
+  #latest: Latest["values"] = {};
+  #status: Status | null = null;
+  #events: ChartEvent[] = [];
+  #details = new Map<number, Detail>();
+  #connected = true;
+
+  #theme: Theme;
+  #cursor: number | null = null;
+  #pinned = false;
+  #scene: Scene | null = null;
+
+  #frame: number | null = null;
+  #credits = 0;
+  #shown: number[] = [];
+  #leaving = new Map<Panel, ReturnType<typeof setTimeout>>();
+  #asked = { key: "", at: -Infinity };
+  #asking = false;
+  #zoomTimer: ReturnType<typeof setTimeout> | null = null;
+  #tableTime = 0;
+
+  constructor(root: HTMLElement, host: ChartsHost) {
+    this.#root = root;
+    this.#host = host;
+    this.#ranges = new Ranges((query) => host.send(query));
+    this.#toolbar = new Toolbar({
+      view: host.view,
+      setAxis: (axis) => this.#setAxis(axis),
+      setFollow: (follow) => this.#setFollow(follow),
+    });
+    root.classList.add("charts");
+    root.append(this.#toolbar.root, this.#empty, this.#body);
+    this.#theme = readTheme(root);
+    this.#observer = new IntersectionObserver((entries) => this.#intersected(entries), { rootMargin: MARGIN });
+    this.#stop.push(
+      host.view.subscribe((state, previous) => this.#viewChanged(state, previous)),
+      watchTheme(() => {
+        this.#theme = readTheme(root);
+        this.#redraw();
+      }),
+    );
+    const keys = (event: KeyboardEvent): void => {
+      if (event.key === "Escape" && !event.defaultPrevented) host.view.set({ panel: null });
+    };
+    root.addEventListener("keydown", keys);
+    this.#stop.push(() => root.removeEventListener("keydown", keys));
+  }
+
+  // What comes from the server ------------------------------------------------------------------------
+
+  /** Another run, or the same one after a new connection: all curves start anew; zoom and switches stay. */
+  reset(run: RunInfo | null): void {
+    const same = run !== null && run.key === this.#run?.key;
+    this.#run = run;
+    this.#ranges.abandon("the connection was lost");
+    this.#store = new SeriesStore();
+    this.#details.clear();
+    this.#asked = { key: "", at: -Infinity };
+    this.#shown = [];
+    this.#latest = {};
+    this.#status = null;
+    if (same) {
+      // The panels stay where they are: the page does not jump. Ids may be others; `addSeries` will say.
+      this.#series.clear();
+    } else {
+      this.#events = [];
+      this.#cursor = null;
+      for (const panel of this.#panels.values()) this.#removePanel(panel);
+      for (const { section } of this.#groups.values()) section.remove();
+      this.#groups.clear();
+      this.#series.clear();
+    }
+    this.#showEmpty();
+    this.#redraw();
+  }
+
+  addSeries(series: SeriesInfo[]): void {
+    for (const info of series) {
+      if (this.#series.has(info.id)) continue;
+      this.#series.set(info.id, info);
+      const panel = this.#panels.get(info.panel) ?? this.#addPanel(info.panel, info.group);
+      const known = panel.curves.find((curve) => curve.info.key === info.key);
+      if (known) known.info = info;
+      else panel.addCurve(info);
+    }
+    this.#filter();
+    this.#showEmpty();
+    this.#subscribe();
+    this.#redraw();
+  }
+
+  applyChart(frame: ChartFrame): void {
+    // Credit is owed for every frame, also for one that belongs to a run that is no longer shown.
+    this.#credits++;
+    if (this.#run === null || frame.header.run === this.#run.key) {
+      if (frame.header.kind === "range") {
+        this.#ranges.take(frame);
+      } else {
+        this.#store.apply(frame);
+        this.#extendDetails(frame);
+      }
+    }
+    this.#redraw();
+  }
+
+  applyLatest(latest: Latest): void {
+    Object.assign(this.#latest, latest.values);
+    this.#redraw();
+  }
+
+  applyStatus(status: Status): void {
+    const before = this.#status;
+    this.#status = status;
+    if (status.trimmed !== before?.trimmed || status.dropped !== before?.dropped) {
+      const notes = [
+        ...(status.dropped > 0 ? [`${status.dropped.toLocaleString("en")} samples were dropped: shaded stretches are gaps.`] : []),
+        ...(status.trimmed !== null ? [`Before step ${status.trimmed.toLocaleString("en")} only least and greatest values are left.`] : []),
+      ];
+      this.#toolbar.setNote(notes.join(" "));
+      this.#redraw();
+    }
+  }
+
+  addMark(mark: ChartEvent): void {
+    this.#events.push(mark);
+    if (this.#events.length > 4 * MAX_EVENTS) {
+      const kinds = new Map<string, number>();
+      this.#events = this.#events
+        .reverse()
+        .filter(({ kind }) => {
+          kinds.set(kind, (kinds.get(kind) ?? 0) + 1);
+          return (kinds.get(kind) as number) <= MAX_EVENTS / 2;
+        })
+        .reverse();
+    }
+    this.#redraw();
+  }
+
+  setConnected(connected: boolean): void {
+    this.#connected = connected;
+    if (!connected) this.#ranges.abandon("the connection was lost");
+    for (const panel of this.#panels.values()) panel.csvButton.disabled = !connected;
+  }
+
+  /** Put the cursor of all panels at a step, into view. */
+  goTo(step: number): void {
+    const scene = this.#getScene();
+    const x = scene.placeOf(step);
+    if (x === null) return;
+    const zoom = this.#host.view.get().zoom;
+    if (zoom && (x < scene.x.min || x > scene.x.max)) {
+      const half = (scene.x.max - scene.x.min) / 2;
+      this.#host.view.set({ zoom: { min: x - half, max: x + half }, follow: false });
+    }
+    this.#moveCursor(x, true);
+  }
+
+  destroy(): void {
+    if (this.#frame !== null) cancelAnimationFrame(this.#frame);
+    if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer);
+    for (const timer of this.#leaving.values()) clearTimeout(timer);
+    this.#ranges.abandon("the charts are gone");
+    for (const stop of this.#stop) stop();
+    this.#observer.disconnect();
+    for (const panel of this.#panels.values()) panel.destroy();
+    this.#root.replaceChildren();
+  }
+
+  // Panels --------------------------------------------------------------------------------------------
+
+  #addPanel(name: string, group: string): Panel {
+    const panel = new Panel(name, group, this.#panelHost());
+    this.#panels.set(name, panel);
+    this.#byFigure.set(panel.figure, panel);
+    panel.csvButton.disabled = !this.#connected;
+    panel.setMaximised(this.#host.view.get().panel === name);
+    listenToTouch(panel, this.#panelHost());
+    const into = this.#groups.get(group) ?? this.#addGroup(group);
+    into.panels.push(panel);
+    into.grid.append(panel.figure);
+    this.#observer.observe(panel.figure);
+    return panel;
+  }
+
+  #removePanel(panel: Panel): void {
+    this.#observer.unobserve(panel.figure);
+    clearTimeout(this.#leaving.get(panel));
+    this.#leaving.delete(panel);
+    this.#tables.delete(panel);
+    this.#panels.delete(panel.name);
+    this.#byFigure.delete(panel.figure);
+    panel.destroy();
+  }
+
+  #addGroup(name: string): Group {
+    const grid = h("div", { class: "charts-grid" });
+    const onclick = (): void => {
+      const { folded } = this.#host.view.get();
+      this.#host.view.set({ folded: folded.includes(name) ? folded.filter((one) => one !== name) : [...folded, name] });
+    };
+    const fold = h("button", { type: "button", class: "charts-fold", "aria-expanded": "true", onclick }, name || "Metrics");
+    const section = h("section", { class: "charts-group" }, h("h2", { class: "charts-heading" }, fold), grid);
+    const group = { section, grid, fold, panels: [] };
+    this.#groups.set(name, group);
+    this.#body.append(section);
+    return group;
+  }
+
+  #panelHost(): PanelHost {
+    return {
+      scene: () => this.#getScene(),
+      curve: (id) => this.#curve(id),
+      latest: (id) => this.#latest[String(id)] ?? null,
+      moveCursor: (x, pinned) => this.#moveCursor(x, pinned),
+      zoom: (min, max) => this.#zoom(min, max),
+      resetZoom: () => this.#host.view.set({ zoom: null, follow: false }),
+      toggleCurve: (key) => {
+        const { hidden } = this.#host.view.get();
+        this.#host.view.set({ hidden: hidden.includes(key) ? hidden.filter((one) => one !== key) : [...hidden, key] });
+      },
+      toggleMaximised: (panel) => {
+        this.#host.view.set({ panel: this.#host.view.get().panel === panel.name ? null : panel.name });
+        panel.maximiseButton.focus();
+      },
+      toggleTable: (panel) => this.#toggleTable(panel),
+      savePicture: (panel) => void this.#savePicture(panel),
+      saveCsv: (panel) => void this.#saveCsv(panel),
+      announce: (text) => this.#host.announce(text),
+      resized: () => this.#redraw(),
+    };
+  }
+
+  #showEmpty(): void {
+    this.#empty.hidden = this.#panels.size > 0;
+  }
+
+  /** Show what the search finds, or the one panel that is maximised. */
+  #filter(): void {
+    const { search, panel: maximised, folded } = this.#host.view.get();
+    const words = search.toLowerCase().split(/\s+/).filter(Boolean);
+    const one = maximised !== null && this.#panels.has(maximised);
+    this.#root.classList.toggle("one-panel", one);
+    let found = 0;
+    for (const [name, group] of this.#groups) {
+      let any = false;
+      for (const panel of group.panels) {
+        const text = [panel.name, ...panel.curves.map(({ info }) => info.key)].join("\n").toLowerCase();
+        const matches = words.every((word) => text.includes(word));
+        found += Number(matches);
+        const shown = one ? panel.name === maximised : matches;
+        panel.figure.hidden = !shown;
+        panel.setMaximised(panel.name === maximised);
+        any ||= shown;
+      }
+      group.section.hidden = !any;
+      const open = one || words.length > 0 || !folded.includes(name);
+      group.grid.hidden = !open;
+      group.fold.setAttribute("aria-expanded", String(open));
+    }
+    this.#toolbar.setCount(found, this.#panels.size);
+  }
+
+  #intersected(entries: IntersectionObserverEntry[]): void {
+    for (const { target, isIntersecting } of entries) {
+      const panel = this.#byFigure.get(target);
+      if (!panel) continue;
+      clearTimeout(this.#leaving.get(panel));
+      this.#leaving.delete(panel);
+      if (isIntersecting) {
+        panel.setVisible(true);
+      } else if (panel.visible) {
+        const leave = (): void => {
+          this.#leaving.delete(panel);
+          panel.setVisible(false);
+          this.#subscribe();
+        };
+        this.#leaving.set(panel, setTimeout(leave, LINGER));
+      }
+    }
+    this.#subscribe();
+    this.#redraw();
+  }
+
+  /** Tell the server which curves are on the screen, if they are others than before. */
+  #subscribe(): void {
+    const visible = [...this.#panels.values()].filter((panel) => panel.visible);
+    const wanted = visible.flatMap((panel) => panel.curves.map(({ info }) => info.id)).filter((id) => this.#series.has(id));
+    const series = wanted.slice(0, MAX_SERIES_SHOWN).sort((one, other) => one - other);
+    if (this.#run === null || series.join() === this.#shown.join()) return;
+    this.#shown = series;
+    this.#host.send({ type: "show", series, points: this.#points(visible) });
+  }
+
+  /** Twice the width of the widest panel: one least and one greatest point for each pixel. */
+  #points(visible: Panel[]): number {
+    return Math.max(400, Math.min(4_000, 2 * Math.ceil(Math.max(0, ...visible.map((panel) => panel.width)))));
+  }
+
+  // Drawing -------------------------------------------------------------------------------------------
+
+  #redraw(): void {
+    this.#scene = null;
+    this.#frame ??= requestAnimationFrame(() => this.#draw());
+  }
+
+  #draw(): void {
+    this.#frame = null;
+    this.#scene = null;
+    const visible = [...this.#panels.values()].filter((panel) => panel.visible);
+    for (const panel of visible) panel.draw();
+    for (const panel of visible) panel.showCursor();
+    this.#refreshTables();
+    this.#askForDetail();
+    for (; this.#credits > 0; this.#credits--) this.#host.drawn();
+  }
+
+  #getScene(): Scene {
+    return (this.#scene ??= this.#makeScene());
+  }
+
+  #makeScene(): Scene {
+    const { axis, logX, logY, smoothing, hidden } = this.#host.view.get();
+    const column = COLUMNS[axis];
+    const origin = axis === "time" ? this.#start() : 0;
+    const scene: Scene = {
+      axis,
+      column,
+      origin,
+      x: this.#xScale(axis, logX && axis !== "wall"),
+      logY,
+      smoothing,
+      hidden: new Set(hidden),
+      gaps: this.#store.gaps,
+      trimmed: this.#store.trimmed ?? this.#status?.trimmed ?? null,
+      events: [],
+      theme: this.#theme,
+      cursor: this.#cursor,
+      placeOf: (step) => this.#placeOf(step, column, origin),
+    };
+    scene.events = this.#events.flatMap((event) => {
+      // An event knows its time itself; where its epoch is, the curves know.
+      const x = column === "step" ? event.step : column === "time" ? event.time - origin : scene.placeOf(event.step);
+      return x === null ? [] : [{ ...event, x }];
+    });
+    return scene;
+  }
+
+  /** Unix time at which the run started. */
+  #start(): number {
+    if (this.#run?.started) return this.#run.started;
+    let start = Infinity;
+    for (const curve of this.#store.curves.values()) if (curve.length > 0) start = Math.min(start, curve.time[0] as number);
+    return Number.isFinite(start) ? start : 0;
+  }
+
+  /** First and last place on the x axis that any curve has. */
+  #reach(axis: Axis, positive: boolean): [number, number] | null {
+    const column = COLUMNS[axis];
+    const origin = axis === "time" ? this.#start() : 0;
+    let [min, max] = [Infinity, -Infinity];
+    for (const curve of this.#store.curves.values()) {
+      const first = positive ? curve.search(column, origin + Number.MIN_VALUE) : 0;
+      const skipped = positive && first < curve.length && (curve[column][first] as number) - origin <= 0 ? 1 : 0;
+      if (first + skipped >= curve.length) continue;
+      min = Math.min(min, (curve[column][first + skipped] as number) - origin);
+      max = Math.max(max, (curve[column][curve.length - 1] as number) - origin);
+    }
+    return min <= max ? [min, max] : null;
+  }
+
+  #xScale(axis: Axis, log: boolean): Scale {
+    const { zoom, follow } = this.#host.view.get();
+    const reach = this.#reach(axis, log);
+    if (zoom && (!log || zoom.max > 0)) {
+      const width = zoom.max - zoom.min;
+      const [min, max] = follow && reach ? [reach[1] - width, reach[1]] : [zoom.min, zoom.max];
+      return new Scale(log && !(min > 0) ? Math.min(reach?.[0] ?? 1, max / 10) : min, max, log);
+    }
+    if (!reach) return axis === "wall" ? new Scale(this.#start(), this.#start() + 60) : new Scale(log ? 1 : 0, 10, log);
+    const [min, max] = reach;
+    if (min < max) return new Scale(min, max, log);
+    // One point: in the middle
+    if (log) return new Scale(min / 10, max * 10, true);
+    const air = axis === "epoch" ? 0.5 : axis === "step" ? Math.max(1, 0.1 * Math.abs(min)) : 30;
+    return new Scale(min - air, max + air);
+  }
+
+  /** Where a step lies on the axis, by the curve that is known best; between two points in proportion. */
+  #placeOf(step: number, column: Column, origin: number): number | null {
+    if (column === "step") return step;
+    return this.#translate(step, "step", column, origin);
+  }
+
+  #translate(value: number, from: Column, to: Column, origin = 0): number | null {
+    let longest: Curve | null = null;
+    for (const curve of this.#store.curves.values()) if (curve.length > (longest?.length ?? 0)) longest = curve;
+    if (!longest) return null;
+    const after = Math.min(longest.search(from, value), longest.length - 1);
+    const before = Math.max(after - 1, 0);
+    const [x0, x1] = [longest[from][before] as number, longest[from][after] as number];
+    const [y0, y1] = [longest[to][before] as number, longest[to][after] as number];
+    const share = x1 > x0 ? Math.max(0, Math.min(1, (value - x0) / (x1 - x0))) : 1;
+    return y0 + share * (y1 - y0) - origin;
+  }
+
+  // The view ------------------------------------------------------------------------------------------
+
+  #viewChanged(state: ViewState, previous: ViewState): void {
+    this.#toolbar.show(state);
+    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded) this.#filter();
+    if (state.zoom !== previous.zoom && state.zoom === null) this.#details.clear();
+    if (state.axis !== previous.axis) this.#cursor = null;
+    this.#redraw();
+  }
+
+  /** Show another x axis; a zoom stays where it is in the run. */
+  #setAxis(axis: Axis): void {
+    const { axis: before, zoom } = this.#host.view.get();
+    if (axis === before) return;
+    const move = (value: number): number | null => {
+      const place = this.#translate(value + (before === "time" ? this.#start() : 0), COLUMNS[before], COLUMNS[axis]);
+      return place === null ? null : place - (axis === "time" ? this.#start() : 0);
+    };
+    const [min, max] = zoom ? [move(zoom.min), move(zoom.max)] : [null, null];
+    this.#host.view.set({ axis, zoom: min !== null && max !== null && min < max ? { min, max } : null });
+  }
+
+  #setFollow(follow: boolean): void {
+    const { zoom, axis } = this.#host.view.get();
+    const reach = this.#reach(axis, false);
+    // Without a zoom there is nothing to move along: then the last quarter of what there is
+    if (follow && !zoom && reach && reach[0] < reach[1]) {
+      this.#host.view.set({ follow, zoom: { min: reach[1] - (reach[1] - reach[0]) / 4, max: reach[1] } });
+    } else {
+      const { x } = this.#getScene();
+      // Where it is when it stops, it stays.
+      this.#host.view.set(follow || !zoom ? { follow } : { follow, zoom: { min: x.min, max: x.max } });
+    }
+  }
+
+  #zoom(min: number, max: number): void {
+    const { axis, logX } = this.#host.view.get();
+    const log = logX && axis !== "wall";
+    const reach = this.#reach(axis, log);
+    if (!reach) return;
+    [min, max] = [Math.max(min, reach[0]), Math.min(max, reach[1])];
+    if (min <= reach[0] && max >= reach[1]) return this.#host.view.set({ zoom: null, follow: false });
+    // Not into what a double cannot tell apart
+    const least = Math.max(axis === "step" ? 1 : 1e-6, 1e-12 * Math.abs(max));
+    if (max - min < least) return;
+    this.#host.view.set({ zoom: { min, max }, follow: false });
+  }
+
+  #moveCursor(x: number | null, pinned: boolean): void {
+    // The mouse that leaves does not take a cursor away that was put there
+    if (x === null && !pinned && this.#pinned) return;
+    this.#pinned = pinned && x !== null;
+    if (x === this.#cursor) return;
+    this.#cursor = x;
+    if (this.#scene) this.#scene.cursor = x;
+    for (const panel of this.#panels.values()) if (panel.visible) panel.showCursor();
+  }
+
+  // Zoom ----------------------------------------------------------------------------------------------
+
+  #curve(id: number): Curve | null {
+    return this.#details.get(id)?.curve ?? this.#store.curves.get(id) ?? null;
+  }
+
+  /** If what is zoomed to holds reduced points, ask for finer ones. */
+  #askForDetail(): void {
+    const { zoom, axis, follow } = this.#host.view.get();
+    if (!zoom || !this.#connected || this.#asking) return;
+    const { x, origin, column } = this.#getScene();
+    const [from, to] = [x.min + origin, x.max + origin];
+    const visible = [...this.#panels.values()].filter((panel) => panel.visible && !panel.figure.hidden);
+    const ids = visible
+      .flatMap((panel) => panel.curves.map(({ info }) => info.id))
+      .filter((id) => this.#shown.includes(id) && this.#isCoarse(id, column, from));
+    // A window that moves is asked for now and then, one that rests once.
+    const key = follow ? `${column} ${to - from}` : `${column} ${from} ${to} ${ids.join()}`;
+    const now = performance.now();
+    if (ids.length === 0 || (key === this.#asked.key && !(follow && now - this.#asked.at > ZOOM_AGAIN))) return;
+    if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer);
+    this.#zoomTimer = setTimeout(() => {
+      this.#zoomTimer = null;
+      this.#asked = { key, at: performance.now() };
+      void this.#fetchDetail(ids, column, from, to, this.#points(visible));
+    }, ZOOM_REST);
+  }
+
+  #isCoarse(id: number, column: Column, from: number): boolean {
+    const curve = this.#curve(id);
+    if (!curve || curve.length === 0) return false;
+    const first = curve.search(column, from);
+    return first < curve.length && curve.reducedTo >= (curve.step[first] as number);
+  }
+
+  async #fetchDetail(ids: number[], column: Column, from: number, to: number, points: number): Promise<void> {
+    this.#asking = true;
+    try {
+      const answer = await this.#ranges.ask({ series: ids, start: from, end: to, axis: column, points });
+      if (this.#host.view.get().zoom === null) return;
+      for (const id of ids) this.#showDetail(id, answer, column, from, to);
+      this.#store.addGaps(answer.gaps);
+    } catch (error) {
+      if (!(error instanceof NoAnswer)) throw error;
+    } finally {
+      this.#asking = false;
+      this.#redraw();
+    }
+  }
+
+  /** Put finer points in the place of those that a curve has there. */
+  #showDetail(id: number, answer: Answer, column: Column, from: number, to: number): void {
+    const [curve, part] = [this.#store.curves.get(id), answer.parts.get(id)];
+    if (!curve || !part) return;
+    const fine = new Curve();
+    const first = curve.search(column, from);
+    fine.copy(curve, first - WARM_UP, first);
+    for (let index = 0; index < part.step.length; index++) {
+      fine.push(part.step[index] as number, part.time[index] as number, part.epoch[index] as number, part.value[index] as number);
+    }
+    const last = fine.last?.step ?? -Infinity;
+    let next = curve.search("step", last);
+    while (next < curve.length && (curve.step[next] as number) <= last) next++;
+    fine.copy(curve, next);
+    fine.addMarks(curve.marks);
+    [fine.least, fine.greatest] = [curve.least, curve.greatest];
+    fine.reducedTo = part.reduced ? last : -Infinity;
+    this.#details.set(id, { curve: fine, from, to });
+  }
+
+  /** New points belong to a curve's finer copy, too. */
+  #extendDetails(frame: ChartFrame): void {
+    for (const { id, marks } of frame.header.series) {
+      const detail = this.#details.get(id);
+      const curve = this.#store.curves.get(id);
+      if (!detail || !curve) continue;
+      if (frame.header.kind === "snapshot") {
+        this.#details.delete(id);
+        this.#asked.key = "";
+        continue;
+      }
+      const last = detail.curve.last?.step ?? -Infinity;
+      let next = curve.search("step", last);
+      while (next < curve.length && (curve.step[next] as number) <= last) next++;
+      detail.curve.copy(curve, next);
+      detail.curve.addMarks(marks);
+      [detail.curve.least, detail.curve.greatest] = [curve.least, curve.greatest];
+    }
+  }
+
+  // Tables and files ----------------------------------------------------------------------------------
+
+  #toggleTable(panel: Panel): void {
+    const open = this.#tables.get(panel);
+    panel.tableButton.setAttribute("aria-expanded", String(!open));
+    if (open) {
+      this.#tables.delete(panel);
+      open.remove();
+      return;
+    }
+    const table = showTable(panel, this.#panelHost());
+    this.#tables.set(panel, table);
+    panel.figure.append(table);
+  }
+
+  /** Once a second, and not while somebody reads: what is focused or under the mouse stays as it is. */
+  #refreshTables(): void {
+    if (this.#tables.size === 0 || performance.now() - this.#tableTime < 1_000) return;
+    this.#tableTime = performance.now();
+    for (const [panel, table] of this.#tables) {
+      if (!panel.visible || table.matches(":hover, :focus-within")) continue;
+      const fresh = showTable(panel, this.#panelHost());
+      fresh.scrollTop = table.scrollTop;
+      table.replaceWith(fresh);
+      this.#tables.set(panel, fresh);
+    }
+  }
+
+  async #savePicture(panel: Panel): Promise<void> {
+    const blob = panel.canvas && (await readPng(panel.canvas, panel.name, panel.shown(this.#getScene()), this.#theme));
+    if (blob) save(blob, `${fileName(this.#run?.name ?? "", panel.name)}.png`);
+  }
+
+  async #saveCsv(panel: Panel): Promise<void> {
+    const series = panel.curves.map(({ info }) => info);
+    const name = `${fileName(this.#run?.name ?? "", panel.name)}.csv`;
+    const steps = series.map(({ id }) => this.#store.curves.get(id)?.last?.step ?? 0);
+    const lastStep = Math.max(this.#status?.step ?? 0, ...steps);
+    panel.csvButton.disabled = true;
+    panel.csvButton.classList.add("busy");
+    try {
+      save(await readCsv(this.#ranges, series, lastStep), name);
+      this.#host.announce(`Saved ${name}.`);
+    } catch (error) {
+      if (!(error instanceof NoAnswer)) throw error;
+      this.#host.announce(`${name} was not saved: ${error.message}.`);
+    } finally {
+      panel.csvButton.disabled = !this.#connected;
+      panel.csvButton.classList.remove("busy");
+    }
+  }
+}

@@ -1,0 +1,807 @@
+// One panel: a figure with a name, a legend that shows values, and a plot.
+//
+// uPlot gives the plot its canvas, axes, cursor and selection. Its scales run from 0 to 1 and it holds no data:
+// curves are drawn from the store's columns as they are, each with points of its own (uPlot wants all curves
+// of a plot over one column of x), and an axis can turn logarithmic without a new plot.
+
+import uPlot from "uplot";
+
+import type { Gap, Latest, SeriesInfo } from "../protocol";
+import { toNumber } from "../protocol";
+import type { Axis } from "../view";
+import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
+import { h, setText } from "../dom";
+import { iconButton, setIcon, swatch } from "./dom";
+import type { Column, Curve, Point } from "./series_store";
+import { Smoothed } from "./smoothing";
+import { dash, hue, type Theme } from "./theme";
+import { type Box, extent, trace, visible } from "./trace";
+
+export interface ChartEvent {
+  step: number;
+  time: number;
+  kind: "alert" | "checkpoint" | "lr" | "validation";
+  text: string;
+}
+
+/** Everything that all panels draw alike. */
+export interface Scene {
+  axis: Axis;
+  column: Column;
+  /** What is subtracted from the column: the start of the run where x is the time since then. */
+  origin: number;
+  x: Scale;
+  logY: boolean;
+  smoothing: number;
+  hidden: ReadonlySet<string>;
+  gaps: readonly Gap[];
+  trimmed: number | null;
+  events: readonly (ChartEvent & { x: number })[];
+  theme: Theme;
+  /** Where the cursor is, in units of x; null if nowhere. */
+  cursor: number | null;
+  /** Where a step lies on the x axis; null if nobody knows. */
+  placeOf(step: number): number | null;
+}
+
+/** What a panel asks of the page it is on. */
+export interface PanelHost {
+  scene(): Scene;
+  /** The curve as it is to be drawn now. */
+  curve(id: number): Curve | null;
+  latest(id: number): Latest["values"][string] | null;
+  moveCursor(x: number | null, pinned: boolean): void;
+  zoom(min: number, max: number): void;
+  resetZoom(): void;
+  toggleCurve(key: string): void;
+  toggleMaximised(panel: Panel): void;
+  toggleTable(panel: Panel): void;
+  savePicture(panel: Panel): void;
+  saveCsv(panel: Panel): void;
+  announce(text: string): void;
+  /** A panel has got another size and must be drawn again. */
+  resized(panel: Panel): void;
+}
+
+/** A curve of a panel. */
+export interface PanelCurve {
+  info: SeriesInfo;
+  /** Which colour and dash. */
+  slot: number;
+}
+
+interface LegendItem {
+  button: HTMLButtonElement;
+  value: HTMLElement;
+  best: HTMLElement;
+}
+
+const FONT_SIZE = 11;
+/** Points so far apart are drawn with dots, in CSS pixels. */
+const DOT_SPACING = 9;
+/** How far a dashed line may go up and down, in widths of the plot. */
+const MAX_DASHED_CLIMB = 4;
+
+let panels = 0;
+
+export class Panel {
+  readonly figure: HTMLElement;
+  readonly plot: HTMLElement;
+  readonly curves: PanelCurve[] = [];
+  readonly maximiseButton: HTMLButtonElement;
+  readonly tableButton: HTMLButtonElement;
+  readonly csvButton: HTMLButtonElement;
+  /** Whether it is on the screen, or nearly. */
+  visible = false;
+
+  readonly #host: PanelHost;
+  readonly #place: HTMLElement;
+  readonly #legend: HTMLElement;
+  readonly #summary: HTMLElement;
+  readonly #items = new Map<string, LegendItem>();
+  readonly #smoothed = new WeakMap<Curve, Smoothed>();
+  readonly #resize: ResizeObserver;
+  #dots: HTMLElement[] = [];
+  #chart: uPlot | null = null;
+  #y = new Scale(0, 1);
+  #xTicks: Ticks = { values: [], labels: [] };
+  #yTicks: Ticks = { values: [], labels: [] };
+  #summarised = 0;
+  #moving = false;
+
+  constructor(
+    readonly name: string,
+    readonly group: string,
+    host: PanelHost,
+  ) {
+    this.#host = host;
+    const id = `chart-${++panels}`;
+    const title = h("h3", { id: `${id}-title`, class: "chart-title", title: name }, name);
+    this.#place = h("span", { class: "chart-place", "aria-hidden": "true" });
+    this.maximiseButton = iconButton("maximise", `Maximise ${name}`, () => host.toggleMaximised(this));
+    this.tableButton = iconButton("table", `Table of ${name}`, () => host.toggleTable(this));
+    this.tableButton.setAttribute("aria-expanded", "false");
+    this.csvButton = iconButton("download", `Save ${name} as CSV`, () => host.saveCsv(this));
+    const picture = iconButton("picture", `Save ${name} as PNG`, () => host.savePicture(this));
+    const buttons = h("div", { class: "chart-buttons" }, this.tableButton, picture, this.csvButton, this.maximiseButton);
+    this.#legend = h("div", { class: "chart-legend", role: "group", "aria-label": `Curves of ${name}` });
+    this.#summary = h("p", { id: `${id}-summary`, class: "sr-only" }, "No values yet.");
+    this.plot = h("div", {
+      class: "chart-plot",
+      tabindex: "0",
+      role: "slider",
+      "aria-label": `${name}: cursor. Arrow keys move it, Enter reads it out, plus and minus zoom, 0 shows all.`,
+      "aria-valuemin": "0",
+      "aria-valuemax": "0",
+      "aria-valuenow": "0",
+      "aria-valuetext": "no cursor",
+    });
+    this.figure = h(
+      "figure",
+      { class: "chart", "aria-labelledby": `${id}-title`, "aria-describedby": `${id}-summary` },
+      h("div", { class: "chart-head" }, title, this.#place, buttons),
+      this.#legend,
+      this.plot,
+      this.#summary,
+    );
+    this.plot.addEventListener("keydown", (event) => this.#key(event));
+    this.plot.addEventListener("blur", () => host.moveCursor(null, true));
+    this.#resize = new ResizeObserver(() => {
+      if (this.#fit()) host.resized(this);
+    });
+  }
+
+  addCurve(info: SeriesInfo): void {
+    this.curves.push({ info, slot: 0 });
+    const value = h("span", { class: "curve-value" });
+    const best = h("span", { class: "curve-best" });
+    const title = `${info.key}: click to hide or show`;
+    const onclick = (): void => this.#host.toggleCurve(info.key);
+    const label = h("span", { class: "curve-label" }, info.label);
+    const button = h("button", { type: "button", class: "curve", "aria-pressed": "true", title, onclick }, label, value, best);
+    this.#items.set(info.key, { button, value, best });
+    this.#legend.append(button);
+    // What the title says already, the legend need not.
+    this.#legend.classList.toggle("only", this.curves.length === 1 && info.label === this.name);
+    assignSlots(this.curves);
+    for (const { info: { key }, slot } of this.curves) {
+      const item = this.#items.get(key)?.button;
+      item?.querySelector(".swatch")?.remove();
+      item?.prepend(swatch(hue(slot), dash(slot)));
+    }
+  }
+
+  /** The part of its curves that is switched on. */
+  shown(scene: Scene): PanelCurve[] {
+    return this.curves.filter(({ info }) => !scene.hidden.has(info.key));
+  }
+
+  /** Width of the plot in CSS pixels, as far as it is known. */
+  get width(): number {
+    return this.#chart?.width ?? this.plot.clientWidth;
+  }
+
+  get canvas(): HTMLCanvasElement | null {
+    return this.#chart?.ctx.canvas ?? null;
+  }
+
+  /** Begin or end to hold a canvas. */
+  setVisible(shown: boolean): void {
+    if (shown === this.visible) return;
+    this.visible = shown;
+    if (shown) {
+      this.#create();
+      this.#resize.observe(this.plot);
+    } else {
+      this.#resize.disconnect();
+      this.#chart?.destroy();
+      this.#chart = null;
+      this.#dots = [];
+    }
+  }
+
+  setMaximised(maximised: boolean): void {
+    this.figure.classList.toggle("maximised", maximised);
+    setIcon(this.maximiseButton, maximised ? "restore" : "maximise", `${maximised ? "Restore" : "Maximise"} ${this.name}`);
+  }
+
+  /**
+   * Draw the curves. The caller lets `showCursor` follow once all panels are drawn: it changes the document, and
+   * text on a canvas after that makes the browser lay the page out again.
+   */
+  draw(): void {
+    const chart = this.#chart;
+    if (!chart) return;
+    const scene = this.#host.scene();
+    this.#y = this.#fitY(scene);
+    this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 90)));
+    this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 42)));
+    chart.batch(() => chart.redraw(false, true));
+  }
+
+  /** Show the cursor where it is, and the values there; or the last ones. */
+  showCursor(): void {
+    const scene = this.#host.scene();
+    const chart = this.#chart;
+    const cursor = scene.cursor;
+    if (chart) {
+      const unit = cursor === null ? NaN : scene.x.toUnit(cursor);
+      const { width } = plotSize(chart);
+      const left = unit >= 0 && unit <= 1 ? unit * width : -10;
+      if (Math.abs((chart.cursor.left ?? -10) - left) > 0.5) {
+        this.#moving = true;
+        chart.setCursor({ left, top: left < 0 ? -10 : 0 }, false);
+        this.#moving = false;
+      }
+    }
+    this.#showValues(scene);
+    this.#showDots(scene);
+    const now = performance.now();
+    if (now - this.#summarised > 2_000) {
+      this.#summarised = now;
+      setText(this.#summary, this.summary());
+    }
+  }
+
+  /** Last value, best value and trend of each curve, as a sentence. */
+  summary(): string {
+    const scene = this.#host.scene();
+    const parts = this.shown(scene).map(({ info }) => {
+      const curve = this.#host.curve(info.id);
+      const last = curve?.last;
+      if (!curve || !last) return `${info.label}: no values yet`;
+      const best = bestOf(curve, info);
+      const bestText = best ? `, best ${formatValue(best.value)} at step ${best.step}` : "";
+      const marks = curve.marks.reduce((total, mark) => total + mark[3], 0);
+      const notFinite = marks > 0 ? `, ${marks} values not finite` : "";
+      return `${info.label}: last ${formatValue(last.value)} at step ${last.step}${bestText}, ${trend(curve)}${notFinite}`;
+    });
+    return parts.length > 0 ? `${parts.join("; ")}.` : "All curves are hidden.";
+  }
+
+  /** What the cursor shows, as a sentence. */
+  readOut(): string {
+    const scene = this.#host.scene();
+    if (scene.cursor === null) return this.summary();
+    const values = this.shown(scene).map(({ info }) => `${info.label} ${this.#valueAt(info, scene, scene.cursor as number) || "none"}`);
+    return [formatX(scene.axis, scene.cursor), ...values, ...this.#eventsAt(scene)].join(", ");
+  }
+
+  /** From a place on the screen (clientX) to x; null without a plot. */
+  xAt(clientX: number): number | null {
+    if (!this.#chart) return null;
+    const { left, width } = this.#chart.over.getBoundingClientRect();
+    return this.#host.scene().x.fromUnit(Math.max(0, Math.min(1, (clientX - left) / width)));
+  }
+
+  destroy(): void {
+    this.setVisible(false);
+    this.figure.remove();
+  }
+
+  // The plot ----------------------------------------------------------------------------------------
+
+  #create(): void {
+    const axis = (ticks: () => Ticks, toUnit: (value: number) => number): uPlot.Axis => ({
+      stroke: () => this.#host.scene().theme.faint,
+      font: `${FONT_SIZE}px ${this.#host.scene().theme.font}`,
+      ticks: { show: false },
+      incrs: [1],
+      space: 1,
+      splits: () => ticks().values.map(toUnit),
+      values: () => ticks().labels,
+      filter: (_, splits) => splits,
+      grid: { stroke: () => this.#host.scene().theme.grid, width: 1 },
+    });
+    const chart = new uPlot(
+      {
+        width: Math.max(this.plot.clientWidth, 60),
+        height: Math.max(this.plot.clientHeight, 60),
+        padding: [8, 16, 0, 0],
+        legend: { show: false },
+        scales: { x: { time: false, range: [0, 1] }, y: { auto: false, range: [0, 1] } },
+        series: [{}],
+        axes: [
+          { ...axis(() => this.#xTicks, (value) => this.#host.scene().x.toUnit(value)), size: 22, gap: 5 },
+          {
+            ...axis(() => this.#yTicks, (value) => this.#y.toUnit(value)),
+            scale: "y",
+            side: 3,
+            gap: 6,
+            size: (_, labels) => axisWidth(labels),
+          },
+        ],
+        cursor: {
+          y: false,
+          points: { show: false },
+          drag: { x: true, y: false, setScale: false, dist: 4 },
+          bind: {
+            dblclick: () => () => {
+              this.#host.resetZoom();
+              return null;
+            },
+          },
+        },
+        hooks: {
+          drawClear: [(plot) => this.#paintBelow(plot)],
+          draw: [(plot) => this.#paint(plot)],
+          setCursor: [(plot) => this.#cursorMoved(plot)],
+          setSelect: [(plot) => this.#selected(plot)],
+        },
+      },
+      [[0]],
+      this.plot,
+    );
+    this.#chart = chart;
+  }
+
+  #fit(): boolean {
+    const chart = this.#chart;
+    const { clientWidth: width, clientHeight: height } = this.plot;
+    if (!chart || width < 1 || height < 1 || (chart.width === width && chart.height === height)) return false;
+    chart.setSize({ width, height });
+    return true;
+  }
+
+  #fitY(scene: Scene): Scale {
+    let range: [number, number] = [Infinity, -Infinity];
+    for (const { info } of this.shown(scene)) {
+      const curve = this.#host.curve(info.id);
+      if (!curve) continue;
+      const [outerFrom, outerTo] = visible(curve, scene);
+      const places = curve[scene.column];
+      const from = (places[outerFrom] as number) - scene.origin < scene.x.min ? outerFrom + 1 : outerFrom;
+      const to = (places[outerTo - 1] as number) - scene.origin > scene.x.max ? outerTo - 1 : outerTo;
+      // Between two points: the line that crosses the view counts.
+      const inner: [number, number] = from < to ? [from, to] : [outerFrom, outerTo];
+      range = extent(curve.value, inner, scene.logY, range);
+    }
+    return fitScale(range[0], range[1], scene.logY);
+  }
+
+  #values(curve: Curve, scene: Scene): Float64Array {
+    if (scene.smoothing === 0) return curve.value;
+    let smoothed = this.#smoothed.get(curve);
+    if (smoothed?.weight !== scene.smoothing) {
+      smoothed = new Smoothed(scene.smoothing);
+      this.#smoothed.set(curve, smoothed);
+    }
+    return smoothed.update(curve.value, curve.length, curve.generation);
+  }
+
+  #paintBelow(chart: uPlot): void {
+    const { ctx, bbox } = chart;
+    const scene = this.#host.scene();
+    const ratio = devicePixelRatio;
+    const at = (x: number): number => bbox.left + Math.max(-1, Math.min(2, scene.x.toUnit(x))) * bbox.width;
+    ctx.save();
+    clip(ctx, bbox);
+    const shade = (from: number, to: number, name: string): void => {
+      const width = Math.max(to - from, ratio);
+      if (to < bbox.left || from > bbox.left + bbox.width) return;
+      ctx.fillStyle = scene.theme.shade;
+      ctx.fillRect(from, bbox.top, width, bbox.height);
+      const start = Math.max(from, bbox.left) + 4 * ratio;
+      const room = Math.min(to, bbox.left + bbox.width) - start;
+      if (room < 40 * ratio) return;
+      ctx.font = `${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
+      ctx.textBaseline = "top";
+      if (ctx.measureText(name).width < room) {
+        ctx.fillStyle = scene.theme.faint;
+        ctx.fillText(name, start, bbox.top + 3 * ratio);
+      }
+    };
+    for (const [after, before, count] of scene.gaps) {
+      const [from, to] = [scene.placeOf(after), scene.placeOf(before)];
+      if (from !== null && to !== null) shade(at(from), at(to), `${count} dropped`);
+    }
+    const trimmed = scene.trimmed === null ? null : scene.placeOf(scene.trimmed);
+    if (trimmed !== null && trimmed > scene.x.min) shade(bbox.left, at(trimmed), "least and greatest only");
+    ctx.restore();
+  }
+
+  #paint(chart: uPlot): void {
+    const { ctx, bbox } = chart;
+    const scene = this.#host.scene();
+    const { theme } = scene;
+    const ratio = devicePixelRatio;
+    const view = { ...scene, box: bbox, y: this.#y };
+    ctx.save();
+    clip(ctx, bbox);
+    ctx.lineJoin = "bevel"; // a mitre at a spike would stick out beyond its value
+    ctx.lineWidth = lineWidth(ratio);
+    this.#paintEvents(ctx, bbox, scene);
+    let drawn = false;
+    // The first curve of a panel is drawn last, over the others.
+    const curves = this.shown(scene).sort((one, other) => other.slot - one.slot);
+    for (const { info, slot } of curves) {
+      const curve = this.#host.curve(info.id);
+      if (!curve || (curve.length === 0 && curve.marks.length === 0)) continue;
+      drawn = true;
+      const range = visible(curve, scene);
+      const breaks = curve.breaks(scene.gaps);
+      const colour = theme.hues[hue(slot)] as string;
+      ctx.strokeStyle = ctx.fillStyle = colour;
+      if (scene.smoothing > 0) {
+        ctx.globalAlpha = 0.25;
+        ctx.beginPath();
+        trace(ctx, curve, curve.value, range, breaks, view);
+        ctx.stroke();
+        ctx.globalAlpha = 1;
+      }
+      ctx.beginPath();
+      const { lonely, climb } = trace(ctx, curve, this.#values(curve, scene), range, breaks, view);
+      // Along a line that goes up and down like mad nobody sees dashes, and they take long to draw.
+      if (climb < MAX_DASHED_CLIMB * bbox.width) ctx.setLineDash(dash(slot).map((length) => length * ratio));
+      ctx.stroke();
+      ctx.setLineDash([]);
+      const few = (range[1] - range[0]) * DOT_SPACING * ratio < bbox.width;
+      if (few) this.#paintDots(ctx, curve, this.#values(curve, scene), range, view, ratio);
+      else for (let index = 0; index < lonely.length; index += 2) dot(ctx, lonely[index] as number, lonely[index + 1] as number, 1.5 * ratio);
+    }
+    // At the edge of the plot these stand out of it.
+    ctx.restore();
+    ctx.save();
+    ctx.lineWidth = lineWidth(ratio);
+    for (const { info, slot } of curves) {
+      const curve = this.#host.curve(info.id);
+      if (!curve) continue;
+      this.#paintBest(ctx, curve, info, theme.hues[hue(slot)] as string, view, ratio);
+      this.#paintMarks(ctx, curve, bbox, scene, ratio);
+    }
+    if (!drawn) {
+      ctx.font = `${FONT_SIZE * ratio}px ${theme.font}`;
+      ctx.fillStyle = theme.faint;
+      ctx.textAlign = "center";
+      ctx.textBaseline = "middle";
+      const text = curves.length === 0 ? "all curves are hidden" : "no values yet";
+      ctx.fillText(text, bbox.left + bbox.width / 2, bbox.top + bbox.height / 2);
+    }
+    ctx.restore();
+  }
+
+  #paintDots(
+    ...[ctx, curve, values, range, view, ratio]: [
+      CanvasRenderingContext2D,
+      Curve,
+      Float64Array,
+      readonly [number, number],
+      Scene & { box: Box; y: Scale },
+      number,
+    ]
+  ): void {
+    for (let index = range[0]; index < range[1]; index++) {
+      const x = view.x.toUnit((curve[view.column][index] as number) - view.origin);
+      const y = view.y.toUnit(values[index] as number);
+      if (x >= 0 && x <= 1 && y >= 0 && y <= 1) dot(ctx, ...pixel(view.box, x, y), 2 * ratio);
+    }
+  }
+
+  #paintBest(
+    ...[ctx, curve, info, colour, view, ratio]: [
+      CanvasRenderingContext2D,
+      Curve,
+      SeriesInfo,
+      string,
+      Scene & { box: Box; y: Scale },
+      number,
+    ]
+  ): void {
+    const best = bestOf(curve, info);
+    if (!best) return;
+    const x = view.x.toUnit(best[view.column] - view.origin);
+    const y = view.y.toUnit(best.value);
+    if (!(x >= 0 && x <= 1 && y >= 0 && y <= 1)) return;
+    ctx.beginPath();
+    ctx.arc(...pixel(view.box, x, y), 4 * ratio, 0, 2 * Math.PI);
+    ctx.fillStyle = view.theme.background;
+    ctx.strokeStyle = colour;
+    ctx.lineWidth = 1.5 * ratio;
+    ctx.fill();
+    ctx.stroke();
+    ctx.fillStyle = colour;
+    dot(ctx, ...pixel(view.box, x, y), 1.5 * ratio);
+    ctx.lineWidth = lineWidth(ratio);
+  }
+
+  /** What is not finite: a bar at the edge with a sign; above for plus infinity, below for the others. */
+  #paintMarks(ctx: CanvasRenderingContext2D, curve: Curve, bbox: Box, scene: Scene, ratio: number): void {
+    ctx.strokeStyle = ctx.fillStyle = scene.theme.alert;
+    const size = 3.5 * ratio;
+    for (const [start, end, kind] of curve.marks) {
+      const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
+      if (first === null || last === null || last < scene.x.min || first > scene.x.max) continue;
+      const from = bbox.left + Math.max(0, scene.x.toUnit(first)) * bbox.width;
+      const to = bbox.left + Math.min(1, scene.x.toUnit(last)) * bbox.width;
+      const above = kind === "inf";
+      const edge = above ? bbox.top : bbox.top + bbox.height;
+      const inward = above ? 1 : -1;
+      ctx.fillRect(from - ratio / 2, edge, Math.max(to - from, ratio), 3 * ratio * inward);
+      const [x, y] = [(from + to) / 2, edge + inward * (size + 4 * ratio)];
+      ctx.beginPath();
+      if (kind === "nan" || kind === "mixed") {
+        ctx.lineWidth = 1.5 * ratio;
+        ctx.moveTo(x - size, y - size);
+        ctx.lineTo(x + size, y + size);
+        ctx.moveTo(x - size, y + size);
+        ctx.lineTo(x + size, y - size);
+        ctx.stroke();
+      } else {
+        ctx.moveTo(x, y - inward * size);
+        ctx.lineTo(x - size, y + inward * size);
+        ctx.lineTo(x + size, y + inward * size);
+        ctx.fill();
+      }
+    }
+    ctx.lineWidth = lineWidth(ratio);
+  }
+
+  /** Alerts are lines through all panels; of what happens all the time there is a tick at the foot. */
+  #paintEvents(ctx: CanvasRenderingContext2D, bbox: Box, scene: Scene): void {
+    const ratio = devicePixelRatio;
+    const bottom = bbox.top + bbox.height;
+    for (const event of scene.events) {
+      const unit = scene.x.toUnit(event.x);
+      if (!(unit >= 0 && unit <= 1)) continue;
+      const x = Math.round(bbox.left + unit * bbox.width) + 0.5;
+      const alert = event.kind === "alert";
+      ctx.strokeStyle = ctx.fillStyle = alert ? scene.theme.alert : scene.theme.event;
+      ctx.beginPath();
+      ctx.setLineDash(alert ? [4 * ratio, 3 * ratio] : []);
+      ctx.moveTo(x, alert ? bbox.top : bottom - (event.kind === "lr" ? 9 : 5) * ratio);
+      ctx.lineTo(x, bottom);
+      ctx.stroke();
+      if (!alert) continue;
+      ctx.beginPath(); // a flag, so that an alert is not told by its colour alone
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x + 7 * ratio, bbox.top + 3.5 * ratio);
+      ctx.lineTo(x, bbox.top + 7 * ratio);
+      ctx.fill();
+    }
+    ctx.setLineDash([]);
+  }
+
+  // The cursor ----------------------------------------------------------------------------------------
+
+  #cursorMoved(chart: uPlot): void {
+    // Where we have put it, or where a redraw found it again
+    if (this.#moving || !chart.cursor.event) return;
+    const left = chart.cursor.left ?? -10;
+    const x = left < 0 ? null : this.#host.scene().x.fromUnit(left / plotSize(chart).width);
+    chart.cursor.event = null as unknown as MouseEvent;
+    this.#host.moveCursor(x, false);
+  }
+
+  #selected(chart: uPlot): void {
+    const { left, width } = chart.select;
+    if (width < 4) return;
+    const { x } = this.#host.scene();
+    const total = plotSize(chart).width;
+    chart.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    this.#host.zoom(x.fromUnit(left / total), x.fromUnit((left + width) / total));
+  }
+
+  /** The curve whose points the arrow keys go along: the one with the most. */
+  #longest(scene: Scene): Curve | null {
+    let longest: Curve | null = null;
+    for (const { info } of this.shown(scene)) {
+      const curve = this.#host.curve(info.id);
+      if (curve && curve.length > (longest?.length ?? 0)) longest = curve;
+    }
+    return longest;
+  }
+
+  #key(event: KeyboardEvent): void {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const scene = this.#host.scene();
+    const curve = this.#longest(scene);
+    const { min, max } = scene.x;
+    const centre = scene.cursor ?? (min + max) / 2;
+    const move = (by: number): void => {
+      if (!curve) return;
+      const places = curve[scene.column];
+      const [first, last] = [curve.search(scene.column, min + scene.origin), curve.search(scene.column, max + scene.origin)];
+      const here = scene.cursor === null ? (by < 0 ? last : first - 1) : curve.nearest(scene.column, scene.cursor + scene.origin);
+      const index = Math.max(first, Math.min(here + by, Math.min(last, curve.length - 1)));
+      this.#host.moveCursor((places[index] as number) - scene.origin, true);
+      this.#describeCursor();
+    };
+    const page = curve ? Math.max(1, Math.round(curve.length / 20)) : 1;
+    const scale = (factor: number): void => {
+      this.#host.zoom(centre - (centre - min) * factor, centre + (max - centre) * factor);
+    };
+    const keys: Record<string, () => void> = {
+      ArrowLeft: () => move(event.shiftKey ? -10 : -1),
+      ArrowRight: () => move(event.shiftKey ? 10 : 1),
+      PageUp: () => move(page),
+      PageDown: () => move(-page),
+      Home: () => move(-Infinity),
+      End: () => move(Infinity),
+      Enter: () => this.#host.announce(this.readOut()),
+      " ": () => this.#host.announce(this.readOut()),
+      "+": () => scale(0.5),
+      "-": () => scale(2),
+      "0": () => this.#host.resetZoom(),
+      Escape: () => this.#host.moveCursor(null, true),
+    };
+    const action = keys[event.key];
+    if (!action || (event.key === "Escape" && scene.cursor === null)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    action();
+  }
+
+  #describeCursor(): void {
+    const { x, cursor } = this.#host.scene();
+    if (cursor === null) return;
+    this.plot.setAttribute("aria-valuemin", String(x.min));
+    this.plot.setAttribute("aria-valuemax", String(x.max));
+    this.plot.setAttribute("aria-valuenow", String(cursor));
+    this.plot.setAttribute("aria-valuetext", this.readOut());
+  }
+
+  #showValues(scene: Scene): void {
+    const place = scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
+    setText(this.#place, place);
+    for (const { info } of this.curves) {
+      const item = this.#items.get(info.key);
+      if (!item) continue;
+      const hidden = scene.hidden.has(info.key);
+      if (item.button.getAttribute("aria-pressed") !== String(!hidden)) item.button.setAttribute("aria-pressed", String(!hidden));
+      setText(item.value, scene.cursor === null ? this.#lastText(info) : this.#valueAt(info, scene, scene.cursor));
+      const best = this.#bestValue(info);
+      setText(item.best, best === null || scene.cursor !== null ? "" : `best ${formatValue(best)}`);
+    }
+  }
+
+  /** The last value, also of a curve whose points are not here. */
+  #lastText(info: SeriesInfo): string {
+    const latest = this.#host.latest(info.id)?.[0] ?? null;
+    const curve = this.#host.curve(info.id);
+    if (!curve || !this.visible) return latest === null ? "" : formatValue(toNumber(latest));
+    const mark = curve.marks.at(-1);
+    const last = curve.last;
+    if (mark && (last === null || mark[1] > last.step)) return markText(mark[2]);
+    return last ? formatValue(last.value) : "";
+  }
+
+  #bestValue(info: SeriesInfo): number | null {
+    if (info.better === null) return null;
+    const curve = this.#host.curve(info.id);
+    const latest = this.#host.latest(info.id);
+    const known = [curve ? bestOf(curve, info)?.value : null, latest?.[info.better === "min" ? 1 : 3]];
+    const values = known.filter((value) => typeof value === "number");
+    return values.length > 0 ? (info.better === "min" ? Math.min : Math.max)(...values) : null;
+  }
+
+  #valueAt(info: SeriesInfo, scene: Scene, x: number): string {
+    const curve = this.#host.curve(info.id);
+    if (!curve) return "";
+    const index = curve.nearest(scene.column, x + scene.origin);
+    const mark = curve.marks.find(([start, end]) => {
+      const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
+      if (first === null || last === null) return false;
+      if (x >= first && x <= last) return true;
+      const distance = Math.min(Math.abs(x - first), Math.abs(x - last));
+      return index < 0 || distance < Math.abs((curve[scene.column][index] as number) - scene.origin - x);
+    });
+    if (mark) return markText(mark[2]);
+    if (index < 0) return "";
+    const raw = curve.value[index] as number;
+    if (scene.smoothing === 0) return formatValue(raw);
+    return `${formatValue(this.#values(curve, scene)[index] as number)} (${formatValue(raw)})`;
+  }
+
+  /** Texts of the events under the cursor, and of a gap. */
+  #eventsAt(scene: Scene): string[] {
+    const { cursor } = scene;
+    if (cursor === null) return [];
+    const unit = scene.x.toUnit(cursor);
+    const reach = 5 / Math.max(this.width, 1);
+    const events = scene.events.filter((event) => Math.abs(scene.x.toUnit(event.x) - unit) < reach);
+    const gap = scene.gaps.find(([after, before]) => {
+      const [from, to] = [scene.placeOf(after), scene.placeOf(before)];
+      return from !== null && to !== null && cursor > from && cursor < to;
+    });
+    return [...(gap ? [`${gap[2]} dropped`] : []), ...events.slice(-2).map((event) => event.text)];
+  }
+
+  /** Dots on the curves at the cursor. */
+  #showDots(scene: Scene): void {
+    const chart = this.#chart;
+    if (!chart) return;
+    const shown = scene.cursor === null ? [] : this.shown(scene);
+    while (this.#dots.length < shown.length) {
+      const made = h("div", { class: "chart-dot" });
+      chart.over.append(made);
+      this.#dots.push(made);
+    }
+    const { width, height } = plotSize(chart);
+    this.#dots.forEach((made, position) => {
+      const one = shown[position];
+      const curve = one && this.#host.curve(one.info.id);
+      const index = curve ? curve.nearest(scene.column, (scene.cursor as number) + scene.origin) : -1;
+      const x = curve && index >= 0 ? scene.x.toUnit((curve[scene.column][index] as number) - scene.origin) : NaN;
+      const y = curve && index >= 0 ? this.#y.toUnit(this.#values(curve, scene)[index] as number) : NaN;
+      const inside = x >= 0 && x <= 1 && y >= 0 && y <= 1;
+      made.hidden = !inside;
+      if (!inside) return;
+      made.className = `chart-dot fill-${hue((one as PanelCurve).slot) + 1}`;
+      made.style.transform = `translate(${x * width}px, ${(1 - y) * height}px)`;
+    });
+  }
+}
+
+/** Give each curve a look of its own; those that are in many panels look the same in all of them. */
+export function assignSlots(curves: PanelCurve[]): void {
+  const labels = curves.map(({ info }) => info.label);
+  const main = ["step", "train"].find((label) => labels.includes(label));
+  const used = new Set<number>();
+  const take = (curve: PanelCurve, wanted: number): void => {
+    curve.slot = wanted;
+    while (used.has(curve.slot)) curve.slot++;
+    used.add(curve.slot);
+  };
+  const fixed: Record<string, number> = { val: 1, ...(main === undefined ? {} : { [main]: 0 }) };
+  const [known, others] = [curves.filter(({ info }) => info.label in fixed), curves.filter(({ info }) => !(info.label in fixed))];
+  for (const curve of known) take(curve, fixed[curve.info.label] as number);
+  for (const curve of others) take(curve, 0);
+}
+
+function lineWidth(ratio: number): number {
+  // One device pixel where there is one to a CSS pixel: rasterisers have a fast way for exactly that.
+  return Math.max(1, Math.floor(ratio));
+}
+
+/** Size of the part with the curves, in CSS pixels; known without asking the browser to lay anything out. */
+function plotSize({ bbox }: uPlot): { width: number; height: number } {
+  return { width: bbox.width / devicePixelRatio, height: bbox.height / devicePixelRatio };
+}
+
+function axisWidth(labels: string[] | null): number {
+  const longest = Math.max(0, ...(labels ?? []).map((label) => label.length));
+  // In coarse steps, so that a plot does not move when a label gets one digit more
+  return Math.max(44, 8 * Math.ceil((6.5 * longest + 14) / 8));
+}
+
+function clip(ctx: CanvasRenderingContext2D, { left, top, width, height }: Box): void {
+  ctx.beginPath();
+  ctx.rect(left, top - 1, width, height + 2);
+  ctx.clip();
+}
+
+function pixel({ left, top, width, height }: Box, x: number, y: number): [number, number] {
+  return [left + x * width, top + (1 - y) * height];
+}
+
+function dot(ctx: CanvasRenderingContext2D, x: number, y: number, radius: number): void {
+  ctx.beginPath();
+  ctx.arc(x, y, radius, 0, 2 * Math.PI);
+  ctx.fill();
+}
+
+function bestOf(curve: Curve, info: SeriesInfo): Point | null {
+  if (info.better === null || curve.length < 2) return null;
+  return info.better === "min" ? curve.least : curve.greatest;
+}
+
+function markText(kind: "nan" | "inf" | "-inf" | "mixed"): string {
+  return { nan: "NaN", inf: "∞", "-inf": "−∞", mixed: "not finite" }[kind];
+}
+
+/** Whether the last tenth of a curve is above or below the tenth before, by more than it spreads. */
+export function trend(curve: Curve): string {
+  const size = Math.floor(curve.length / 10);
+  if (size < 2) return "too short for a trend";
+  const mean = (from: number): number => {
+    let sum = 0;
+    for (let index = from; index < from + size; index++) sum += (curve.value[index] as number) / size;
+    return sum;
+  };
+  const [before, now] = [mean(curve.length - 2 * size), mean(curve.length - size)];
+  let spread = 0;
+  for (let index = curve.length - size; index < curve.length; index++) spread += Math.abs((curve.value[index] as number) - now) / size;
+  if (Math.abs(now - before) <= Math.max(spread / Math.sqrt(size), 1e-9 * Math.abs(now))) return "level";
+  return now < before ? "falling" : "rising";
+}
+

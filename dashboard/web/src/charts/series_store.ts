@@ -1,0 +1,291 @@
+// The curves as the page holds them: what chart frames bring, put together, and kept small.
+//
+// A curve holds finite points only; where it was not finite stands in its `marks`. Beyond `MAX_CURVE_POINTS` it
+// is thinned: steps are divided into buckets of 2**level, and of each bucket the least and the greatest point
+// stay. Buckets start at multiples of their length and those of the next level are two of this one's. So a
+// point that stays is where it was, a spike stays at every level, and thinning twice gives what thinning once
+// would have given.
+
+import type { ChartFrame, Gap, NonFinite } from "../protocol";
+
+/** Points of a curve that the page holds at most. */
+export const MAX_CURVE_POINTS = 8_000;
+/** Stretches without a finite value that a curve remembers one by one. */
+export const MAX_MARKS = 400;
+
+export type Column = "step" | "time" | "epoch";
+
+export interface Point {
+  step: number;
+  /** Unix time in seconds. */
+  time: number;
+  epoch: number;
+  value: number;
+}
+
+/** One curve. Its columns are longer than it: only the first `length` entries count. */
+export class Curve {
+  length = 0;
+  step = new Float64Array(64);
+  time = new Float64Array(64);
+  epoch = new Float64Array(64);
+  value = new Float64Array(64);
+  /** Ordered by step. */
+  marks: NonFinite[] = [];
+  /** Up to this step, neighbouring points may have been merged into the least and greatest of them. */
+  reducedTo = -Infinity;
+  least: Point | null = null;
+  greatest: Point | null = null;
+  /** Changes when points other than new ones at the end have come, gone or moved to another index. */
+  generation = 0;
+
+  /** Buckets are 2**level steps long. */
+  #level = 0;
+  #breaks: { gaps: readonly Gap[]; marks: readonly NonFinite[]; spans: Float64Array } | null = null;
+
+  constructor(readonly limit = MAX_CURVE_POINTS) {}
+
+  /** Last point, or null. */
+  get last(): Point | null {
+    return this.length === 0 ? null : this.at(this.length - 1);
+  }
+
+  at(index: number): Point {
+    return {
+      step: this.step[index] as number,
+      time: this.time[index] as number,
+      epoch: this.epoch[index] as number,
+      value: this.value[index] as number,
+    };
+  }
+
+  /** Add a point; what is not finite is left out. */
+  push(step: number, time: number, epoch: number, value: number): void {
+    if (!Number.isFinite(value)) return;
+    if (this.length === this.step.length) this.#grow();
+    let index = this.length++;
+    if (index > 0 && step < (this.step[index - 1] as number)) index = this.#insert(index, step);
+    this.step[index] = step;
+    this.time[index] = time;
+    this.epoch[index] = epoch;
+    this.value[index] = value;
+    if (this.least === null || value < this.least.value) this.least = { step, time, epoch, value };
+    if (this.greatest === null || value > this.greatest.value) this.greatest = { step, time, epoch, value };
+    if (this.length > this.limit) this.#thin();
+  }
+
+  addMarks(marks: readonly NonFinite[]): void {
+    if (marks.length === 0) return;
+    const all = this.marks.map((mark): NonFinite => [...mark]);
+    for (const mark of marks) {
+      const last = all.at(-1);
+      // A stretch that goes on in the next frame
+      if (last && last[2] === mark[2] && mark[0] >= last[1] && !this.#hasPoint(last[1], mark[0])) {
+        last[1] = Math.max(last[1], mark[1]);
+        last[3] += mark[3];
+      } else {
+        all.push([...mark]);
+      }
+    }
+    all.sort((one, other) => one[0] - other[0]);
+    this.marks = all.length > MAX_MARKS ? mergeMarks(all, MAX_MARKS / 2) : all;
+  }
+
+  /** Take over the points of `other` from index `from` to before `to`. */
+  copy(other: Curve, from = 0, to = other.length): void {
+    for (let index = Math.max(from, 0); index < Math.min(to, other.length); index++) {
+      const { step, time, epoch, value } = other;
+      this.push(step[index] as number, time[index] as number, epoch[index] as number, value[index] as number);
+    }
+  }
+
+  /** Index of the first point whose `column` is at least `value`; `length` if none is. */
+  search(column: Column, value: number): number {
+    const values = this[column];
+    let [low, high] = [0, this.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if ((values[middle] as number) < value) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  }
+
+  /** Index of the point whose `column` is nearest to `value`; -1 without points. */
+  nearest(column: Column, value: number): number {
+    const after = this.search(column, value);
+    if (after === 0) return this.length > 0 ? 0 : -1;
+    if (after === this.length) return after - 1;
+    const values = this[column];
+    return value - (values[after - 1] as number) <= (values[after] as number) - value ? after - 1 : after;
+  }
+
+  /**
+   * Stretches of steps that no line may cross, as start, end, start, end, ...: ordered, not overlapping.
+   *
+   * A line from step a to a later step b crosses one if it ends after a and starts before b.
+   */
+  breaks(gaps: readonly Gap[]): Float64Array {
+    if (this.#breaks?.gaps !== gaps || this.#breaks.marks !== this.marks) {
+      const spans = [...gaps.map(([after, before]) => [after, before]), ...this.marks.map(([start, end]) => [start, end])];
+      spans.sort((one, other) => (one[0] as number) - (other[0] as number));
+      const merged: number[] = [];
+      for (const [start, end] of spans as [number, number][]) {
+        const last = merged.length - 1;
+        if (last > 0 && start < (merged[last] as number)) merged[last] = Math.max(merged[last] as number, end);
+        else merged.push(start, end);
+      }
+      this.#breaks = { gaps, marks: this.marks, spans: Float64Array.from(merged) };
+    }
+    return this.#breaks.spans;
+  }
+
+  #hasPoint(start: number, end: number): boolean {
+    const index = this.search("step", start);
+    return index < this.length && (this.step[index] as number) <= end;
+  }
+
+  #columns(): Float64Array[] {
+    return [this.step, this.time, this.epoch, this.value];
+  }
+
+  #grow(): void {
+    const capacity = Math.min(2 * this.step.length, Math.max(this.limit + 1, this.step.length + 1));
+    [this.step, this.time, this.epoch, this.value] = this.#columns().map((column) => {
+      const longer = new Float64Array(capacity);
+      longer.set(column);
+      return longer;
+    }) as [Float64Array<ArrayBuffer>, Float64Array<ArrayBuffer>, Float64Array<ArrayBuffer>, Float64Array<ArrayBuffer>];
+  }
+
+  /** Make room for a point that comes late; returns its index. `last` is that of the free place at the end. */
+  #insert(last: number, step: number): number {
+    let index = last;
+    while (index > 0 && (this.step[index - 1] as number) > step) index--;
+    for (const column of this.#columns()) column.copyWithin(index + 1, index, last);
+    this.generation++;
+    return index;
+  }
+
+  #thin(): void {
+    let kept = extremes(this.step, this.value, this.length, this.#level);
+    // Down to half, so that it is rare; each level at least keeps what the next one needs.
+    while (kept.length > this.limit / 2 && this.#level < 60) {
+      this.#level++;
+      kept = extremes(this.step, this.value, this.length, this.#level);
+    }
+    this.reducedTo = Math.max(this.reducedTo, this.step[this.length - 1] as number);
+    for (const column of this.#columns()) {
+      for (let index = 0; index < kept.length; index++) column[index] = column[kept[index] as number] as number;
+    }
+    this.length = kept.length;
+    this.generation++;
+  }
+}
+
+/**
+ * Indices of the first point, the last one, and of each bucket of 2**level steps the least and the greatest (of
+ * equal ones the first).
+ */
+export function extremes(step: Float64Array, value: Float64Array, length: number, level: number): number[] {
+  const kept: number[] = [];
+  const size = 2 ** level;
+  let index = 0;
+  while (index < length) {
+    const bucket = Math.floor((step[index] as number) / size);
+    const first = index;
+    let [least, greatest] = [index, index];
+    for (index++; index < length && Math.floor((step[index] as number) / size) === bucket; index++) {
+      if ((value[index] as number) < (value[least] as number)) least = index;
+      if ((value[index] as number) > (value[greatest] as number)) greatest = index;
+    }
+    const wanted = [least, greatest];
+    if (first === 0) wanted.push(0);
+    if (index === length) wanted.push(length - 1);
+    wanted.sort((one, other) => one - other);
+    for (const one of wanted) if (one !== kept.at(-1)) kept.push(one);
+  }
+  return kept;
+}
+
+/** Merge neighbouring stretches until at most `limit` are left; counts add up. */
+export function mergeMarks(marks: readonly NonFinite[], limit: number): NonFinite[] {
+  let merged = [...marks];
+  for (let size = 1; merged.length > limit; size *= 2) {
+    const next: NonFinite[] = [];
+    for (const mark of merged) {
+      const last = next.at(-1);
+      if (last && Math.floor(last[0] / size) === Math.floor(mark[0] / size)) {
+        const kind = last[2] === mark[2] ? last[2] : "mixed";
+        next[next.length - 1] = [last[0], Math.max(last[1], mark[1]), kind, last[3] + mark[3]];
+      } else {
+        next.push(mark);
+      }
+    }
+    merged = next;
+  }
+  return merged;
+}
+
+/** All curves of a run. */
+export class SeriesStore {
+  readonly curves = new Map<number, Curve>();
+  /** Where samples of the run were dropped, ordered; another array when one has come. */
+  gaps: readonly Gap[] = [];
+  /** Step before which only least and greatest values are left; null if nothing was trimmed. */
+  trimmed: number | null = null;
+
+  /** Curves of the snapshot that goes on in the next frame; null: none does. */
+  #open: Set<number> | null = null;
+
+  /** Take a snapshot or a delta. */
+  apply(frame: ChartFrame): void {
+    const { header } = frame;
+    const snapshot = header.kind === "snapshot";
+    const begun = (snapshot && this.#open) || new Set<number>();
+    header.series.forEach((column, position) => {
+      let curve = this.curves.get(column.id);
+      if (!curve || (snapshot && !begun.has(column.id))) {
+        curve = new Curve();
+        this.curves.set(column.id, curve);
+      }
+      begun.add(column.id);
+      appendColumn(curve, frame, position);
+    });
+    if (snapshot) this.#open = header.more ? begun : null;
+    this.addGaps(header.gaps);
+    if (header.trimmed !== null) this.trimmed = Math.max(header.trimmed, this.trimmed ?? -Infinity);
+  }
+
+  /** Several frames, and several answers, may tell of the same gap; the last has grown the most. */
+  addGaps(gaps: readonly Gap[]): void {
+    this.gaps = withGaps(this.gaps, gaps);
+  }
+}
+
+/** Append what a chart frame has of the curve at `position` in its header. */
+export function appendColumn(curve: Curve, frame: ChartFrame, position: number): void {
+  const column = frame.header.series[position];
+  const [values, rows] = [frame.values[position], frame.indices[position]];
+  if (!column || !values || !rows) return;
+  for (let index = 0; index < column.points; index++) {
+    const row = rows[index] as number;
+    curve.push(frame.step[row] as number, frame.time[row] as number, frame.epoch[row] as number, values[index] as number);
+  }
+  curve.addMarks(column.marks);
+  if (column.reduced && column.points > 0) {
+    curve.reducedTo = Math.max(curve.reducedTo, frame.step[rows[column.points - 1] as number] as number);
+  }
+}
+
+export function withGaps(known: readonly Gap[], gaps: readonly Gap[]): readonly Gap[] {
+  const byStart = new Map(known.map((gap) => [gap[0], gap]));
+  let changed = false;
+  for (const gap of gaps) {
+    const old = byStart.get(gap[0]);
+    if (old && old[1] >= gap[1]) continue;
+    byStart.set(gap[0], gap);
+    changed = true;
+  }
+  return changed ? [...byStart.values()].sort((one, other) => one[0] - other[0]) : known;
+}

@@ -1,0 +1,55 @@
+// The shown part of a panel's curves as a table, for those who would rather read than look.
+
+import { formatValue, formatX } from "./axes";
+import { h } from "../dom";
+import type { Panel, PanelHost } from "./panel";
+import type { Curve } from "./series_store";
+
+/** More rows than this nobody reads: then every n-th of a stretch is shown, and the caption says so. */
+export const MAX_ROWS = 200;
+
+export interface Row {
+  x: number;
+  /** One for each curve; null where it has no point. */
+  values: (number | null)[];
+}
+
+/** Rows of several curves between two places of a column, at most `limit` of them, the newest always. */
+export function tableRows(
+  curves: readonly Curve[],
+  ...[column, from, to, limit]: [column: "step" | "time" | "epoch", from: number, to: number, limit: number]
+): { rows: Row[]; all: number } {
+  const byPlace = new Map<number, Row>();
+  curves.forEach((curve, position) => {
+    const places = curve[column];
+    for (let index = curve.search(column, from); index < curve.length && (places[index] as number) <= to; index++) {
+      const x = places[index] as number;
+      let row = byPlace.get(x);
+      if (!row) byPlace.set(x, (row = { x, values: curves.map(() => null) }));
+      row.values[position] = curve.value[index] as number;
+    }
+  });
+  const rows = [...byPlace.values()].sort((one, other) => one.x - other.x);
+  const every = Math.ceil(rows.length / limit);
+  return { rows: rows.filter((_, index) => (rows.length - 1 - index) % every === 0), all: rows.length };
+}
+
+export function showTable(panel: Panel, host: PanelHost): HTMLElement {
+  const scene = host.scene();
+  const shown = panel.shown(scene).map(({ info }) => ({ info, curve: host.curve(info.id) }));
+  const present = shown.filter((one): one is { info: (typeof one)["info"]; curve: Curve } => one.curve !== null);
+  const { origin, column, x } = scene;
+  const curves = present.map(({ curve }) => curve);
+  const { rows, all } = tableRows(curves, column, x.min + origin, x.max + origin, MAX_ROWS);
+  const note = rows.length < all ? `${rows.length} of ${all} shown rows; the CSV file has every point.` : `${all} rows.`;
+  const head = h("tr", {}, h("th", { scope: "col" }, scene.axis === "wall" ? "clock" : scene.axis));
+  for (const { info } of present) head.append(h("th", { scope: "col" }, info.label));
+  const body = h("tbody");
+  for (const row of rows.reverse()) {
+    const place = h("th", { scope: "row" }, formatX(scene.axis, row.x - origin).replace(/^(step|epoch) /, ""));
+    const cells = row.values.map((value) => h("td", {}, value === null ? "" : formatValue(value)));
+    body.append(h("tr", {}, place, ...cells));
+  }
+  const table = h("table", {}, h("caption", {}, `${panel.name}, newest first. ${note}`), h("thead", {}, head), body);
+  return h("div", { class: "chart-table", tabindex: "0", role: "region", "aria-label": `Values of ${panel.name}` }, table);
+}

@@ -1,0 +1,59 @@
+// Colours and dashes of the charts. Colours are CSS custom properties of the charts' root (charts.css), so that
+// dark, light and forced colours are the style sheet's business; a canvas has to be told.
+
+/** Hues after which they repeat, with another dash: the palette of Okabe and Ito without its yellow. */
+export const HUES = 7;
+const DASHES: readonly (readonly number[])[] = [[], [7, 3], [2, 2.5], [9, 3, 2, 3], [14, 4]];
+
+export interface Theme {
+  hues: string[];
+  background: string;
+  text: string;
+  faint: string;
+  grid: string;
+  alert: string;
+  event: string;
+  shade: string;
+  font: string;
+}
+
+export function readTheme(root: HTMLElement): Theme {
+  const style = getComputedStyle(root);
+  const colour = (name: string): string => style.getPropertyValue(`--chart-${name}`).trim();
+  return {
+    hues: Array.from({ length: HUES }, (_, index) => colour(String(index + 1))),
+    background: colour("background"),
+    text: colour("text"),
+    faint: colour("faint"),
+    grid: colour("grid"),
+    alert: colour("alert"),
+    event: colour("event"),
+    shade: colour("shade"),
+    font: style.fontFamily,
+  };
+}
+
+/** How the n-th curve of a panel is dashed: each has a dash of its own among those of the first colours. */
+export function dash(slot: number): readonly number[] {
+  return DASHES[(slot + Math.floor(slot / HUES)) % DASHES.length] as readonly number[];
+}
+
+export function hue(slot: number): number {
+  return slot % HUES;
+}
+
+/** Call `changed` when colours may be others: the system's scheme or contrast, or the page's own switch. */
+export function watchTheme(changed: () => void): () => void {
+  const stop = new AbortController();
+  for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)", "(prefers-contrast: more)"]) {
+    matchMedia(query).addEventListener("change", changed, { signal: stop.signal });
+  }
+  const observer = new MutationObserver(changed);
+  for (const element of [document.documentElement, document.body]) {
+    observer.observe(element, { attributes: true, attributeFilter: ["class", "data-theme", "style"] });
+  }
+  return () => {
+    stop.abort();
+    observer.disconnect();
+  };
+}

@@ -1,0 +1,108 @@
+// The bar above the charts: search, x axis, logarithms, smoothing, following, and what all charts should say.
+
+import type { Axis, View, ViewState } from "../view";
+import { h, setText } from "../dom";
+
+const AXES: readonly [Axis, string, string][] = [
+  ["step", "Step", "Optimizer steps"],
+  ["epoch", "Epoch", "Epochs done"],
+  ["time", "Time", "Time since the start"],
+  ["wall", "Clock", "Time of day"],
+];
+
+/** The slider goes from 0 to 100; most of it is where it matters, near 1. */
+export function smoothingOf(position: number): number {
+  return position <= 0 ? 0 : Math.min(0.999, Math.round(1_000 * (1 - 10 ** (-3 * (position / 100)))) / 1_000);
+}
+
+export function positionOf(smoothing: number): number {
+  return smoothing <= 0 ? 0 : Math.round((-100 / 3) * Math.log10(1 - smoothing));
+}
+
+export interface ToolbarHost {
+  view: View;
+  setAxis(axis: Axis): void;
+  setFollow(follow: boolean): void;
+}
+
+export class Toolbar {
+  readonly root: HTMLElement;
+  readonly #search: HTMLInputElement;
+  readonly #count: HTMLElement;
+  readonly #axes: Map<Axis, HTMLButtonElement>;
+  readonly #logX: HTMLButtonElement;
+  readonly #logY: HTMLButtonElement;
+  readonly #follow: HTMLButtonElement;
+  readonly #reset: HTMLButtonElement;
+  readonly #slider: HTMLInputElement;
+  readonly #amount: HTMLElement;
+  readonly #note: HTMLElement;
+
+  constructor(host: ToolbarHost) {
+    const { view } = host;
+    this.#search = h("input", {
+      type: "search",
+      class: "charts-search",
+      placeholder: "Search metrics",
+      "aria-label": "Search metrics",
+      autocomplete: "off",
+      spellcheck: "false",
+    });
+    this.#search.addEventListener("input", () => view.set({ search: this.#search.value }));
+    this.#count = h("span", { class: "charts-count" });
+    this.#axes = new Map(AXES.map(([axis, name, title]) => [axis, toggle(name, title, () => host.setAxis(axis))]));
+    this.#logX = toggle("log x", "Logarithmic x axis", () => view.set({ logX: !view.get().logX }));
+    this.#logY = toggle("log y", "Logarithmic y axis", () => view.set({ logY: !view.get().logY }));
+    this.#follow = toggle("Follow", "Keep the newest steps in view", () => host.setFollow(!view.get().follow));
+    this.#reset = h("button", { type: "button", class: "charts-button", title: "Show all steps (double-click a chart)" }, "Reset zoom");
+    this.#reset.addEventListener("click", () => view.set({ zoom: null, follow: false }));
+    this.#slider = h("input", { type: "range", min: "0", max: "100", step: "1", class: "charts-slider" });
+    this.#slider.addEventListener("input", () => view.set({ smoothing: smoothingOf(Number(this.#slider.value)) }));
+    this.#amount = h("output", { class: "charts-amount" });
+    this.#note = h("p", { class: "charts-note", role: "note" });
+    this.root = h(
+      "div",
+      { class: "charts-toolbar", role: "group", "aria-label": "Charts" },
+      h("div", { class: "charts-find" }, this.#search, this.#count),
+      h("div", { class: "charts-segments", role: "group", "aria-label": "X axis" }, ...this.#axes.values()),
+      h("div", { class: "charts-segments", role: "group", "aria-label": "Logarithmic axes" }, this.#logX, this.#logY),
+      h("div", { class: "charts-tail" }, this.#follow, this.#reset),
+      h("label", { class: "charts-smoothing" }, "Smoothing", this.#slider, this.#amount),
+      this.#note,
+    );
+    this.show(view.get());
+  }
+
+  show(state: ViewState): void {
+    if (this.#search.value !== state.search) this.#search.value = state.search;
+    for (const [axis, button] of this.#axes) press(button, axis === state.axis);
+    press(this.#logX, state.logX && state.axis !== "wall");
+    this.#logX.disabled = state.axis === "wall";
+    press(this.#logY, state.logY);
+    press(this.#follow, state.follow);
+    this.#reset.disabled = state.zoom === null;
+    const position = positionOf(state.smoothing);
+    if (smoothingOf(Number(this.#slider.value)) !== state.smoothing) this.#slider.value = String(position);
+    setText(this.#amount, state.smoothing === 0 ? "off" : state.smoothing.toFixed(state.smoothing > 0.99 ? 3 : 2));
+    this.#slider.setAttribute("aria-valuetext", this.#amount.textContent ?? "");
+  }
+
+  /** How many of all panels a search has found. */
+  setCount(found: number, all: number): void {
+    setText(this.#count, found === all ? "" : `${found} of ${all}`);
+  }
+
+  /** What is missing from the charts; empty for nothing. */
+  setNote(text: string): void {
+    setText(this.#note, text);
+    this.#note.hidden = text === "";
+  }
+}
+
+function toggle(name: string, title: string, pressed: () => void): HTMLButtonElement {
+  return h("button", { type: "button", class: "charts-button", title, "aria-pressed": "false", onclick: pressed }, name);
+}
+
+function press(button: HTMLButtonElement, pressed: boolean): void {
+  button.setAttribute("aria-pressed", String(pressed));
+}

@@ -1,0 +1,93 @@
+// Building the page from text that nobody has to trust: every string becomes a text node, none becomes HTML.
+
+type Child = Node | string | null | undefined | false;
+type Attributes = Record<string, string | number | boolean | null | undefined | ((event: never) => void)>;
+
+/**
+ * Make an element. `class` and other attributes go by their HTML names; null and false leave one out, true
+ * writes it empty; a function is a listener: `{ onclick: () => ... }`.
+ */
+export function h<K extends keyof HTMLElementTagNameMap>(
+  tag: K,
+  attributes: Attributes = {},
+  ...children: Child[]
+): HTMLElementTagNameMap[K] {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name.slice(2), value as EventListener);
+    else setAttribute(element, name, value);
+  }
+  element.append(...present(children));
+  return element;
+}
+
+function present(children: Child[]): (Node | string)[] {
+  return children.filter((child): child is Node | string => child !== null && child !== undefined && child !== false);
+}
+
+export function setAttribute(element: Element, name: string, value: string | number | boolean | null | undefined): void {
+  if (value === null || value === undefined || value === false) {
+    if (element.hasAttribute(name)) element.removeAttribute(name);
+  } else {
+    const text = value === true ? "" : String(value);
+    if (element.getAttribute(name) !== text) element.setAttribute(name, text);
+  }
+}
+
+/** Set a text, touching the page only where it differs: selections and screen readers stay undisturbed. */
+export function setText(element: Element, text: string): void {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+export function show(element: HTMLElement, visible: boolean): void {
+  if (element.hidden === visible) element.hidden = !visible;
+}
+
+export function replaceChildren(element: Element, ...children: Child[]): void {
+  element.replaceChildren(...present(children));
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** A picture of 16 by 16 drawn with one path in the colour of the text; a screen reader passes it by. */
+export function icon(path: string): SVGSVGElement {
+  const svg = document.createElementNS(SVG, "svg");
+  for (const [name, value] of Object.entries({ viewBox: "0 0 16 16", "aria-hidden": "true", class: "icon" })) {
+    svg.setAttribute(name, value);
+  }
+  const shape = document.createElementNS(SVG, "path");
+  shape.setAttribute("d", path);
+  svg.append(shape);
+  return svg;
+}
+
+/** Drawn with strokes. */
+export const ICONS = {
+  pause: "M5.5 3.5v9M10.5 3.5v9",
+  resume: "M5 3.2v9.6l7.6-4.8z",
+  stop: "M4 4h8v8H4z",
+  checkpoint: "M3 3h8.2L13 4.8V13H3zM5.5 3v3.5h4.5V3M5.5 13V9.5h5V13",
+  validate: "M3 8.5l3.2 3.2L13 4.8",
+  lr: "M2.5 4h6M12 4h1.5M2.5 8h1.5M7.5 8h6M2.5 12h7M13 12h.5M10.2 2.5v3M5.8 6.5v3M11.2 10.5v3",
+  bell: "M4 11.5c1-1 1-2 1-4a3 3 0 0 1 6 0c0 2 0 3 1 4zM6.8 13.5h2.4",
+  sun: "M8 5a3 3 0 1 1 0 6a3 3 0 1 1 0-6M8 1.2v1.4M8 13.4v1.4M1.2 8h1.4M13.4 8h1.4M3.2 3.2l1 1M11.8 11.8l1 1M12.8 3.2l-1 1M4.2 11.8l-1 1",
+  moon: "M12.8 9.8A5.3 5.3 0 0 1 6.2 3.2a5.3 5.3 0 1 0 6.6 6.6z",
+  auto: "M8 2.5a5.5 5.5 0 1 1 0 11a5.5 5.5 0 1 1 0-11M8 2.5v11M9.5 3v10M11 3.6v8.8M12.3 4.8v6.4",
+  keys: "M6 6.2a2 2 0 1 1 2.8 1.9c-.6.3-.8.7-.8 1.4M8 12v.3",
+  close: "M4 4l8 8M12 4l-8 8",
+  eye: "M1.8 8S4 4 8 4s6.2 4 6.2 4S12 12 8 12S1.8 8 1.8 8M8 6.4a1.6 1.6 0 1 1 0 3.2a1.6 1.6 0 1 1 0-3.2",
+  go: "M3 8h9M8.5 4.5L12 8l-3.5 3.5",
+} as const;
+
+/** A button with a picture and a word. */
+export function button(
+  label: string,
+  options: { icon?: keyof typeof ICONS; class?: string; title?: string; onclick: () => void },
+): HTMLButtonElement {
+  return h(
+    "button",
+    { type: "button", class: options.class ?? "button", title: options.title, onclick: options.onclick },
+    options.icon ? icon(ICONS[options.icon]) : null,
+    h("span", { class: "label" }, label),
+  );
+}

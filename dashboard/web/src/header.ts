@@ -1,0 +1,242 @@
+// The head of the page: which run this is, where it is, and what it waits for.
+
+import { h, icon, ICONS, replaceChildren, setAttribute, setText, show } from "./dom";
+import type { Link } from "./connection";
+import * as format from "./format";
+import type { Model } from "./model";
+import { toNumber, type RunInfo, type RunSummary, type Status } from "./protocol";
+import type { Described } from "./states";
+import type { Theme } from "./view";
+
+export interface HeaderHost {
+  watch(run: string): void;
+  setTheme(theme: Theme): void;
+  setNotify(on: boolean): void;
+  showKeys(): void;
+}
+
+const THEMES: Record<Theme, { next: Theme; icon: keyof typeof ICONS; label: string }> = {
+  auto: { next: "dark", icon: "auto", label: "Theme: as the system" },
+  dark: { next: "light", icon: "moon", label: "Theme: dark" },
+  light: { next: "auto", icon: "sun", label: "Theme: light" },
+};
+
+/** Shares of the time in which a run is said to wait for something. */
+const MOSTLY = 0.5;
+
+class Figure {
+  readonly element: HTMLElement;
+  readonly #value = h("span", { class: "value" }, format.NONE);
+  readonly #more = h("span", { class: "more" });
+
+  constructor(label: string, name: string) {
+    this.element = h(
+      "div",
+      { class: `figure figure-${name}` },
+      h("dt", {}, label),
+      h("dd", {}, this.#value, this.#more),
+    );
+  }
+
+  set(value: string, more = "", tone = ""): void {
+    setText(this.#value, value);
+    setText(this.#more, more);
+    setAttribute(this.element, "data-tone", tone || null);
+  }
+}
+
+class Shares {
+  readonly element: HTMLElement;
+  readonly #bar = h("div", { class: "shares-bar", "aria-hidden": "true" });
+  readonly #parts: { name: string; segment: HTMLElement; value: HTMLElement }[];
+  readonly #says = h("dt", {}, "Time goes to");
+
+  constructor() {
+    this.#parts = ["data", "compute", "callbacks"].map((name) => ({
+      name,
+      segment: h("span", { class: `share share-${name}` }),
+      value: h("span", { class: "share-value" }, format.NONE),
+    }));
+    this.#bar.append(...this.#parts.map(({ segment }) => segment));
+    const legend = this.#parts.map(({ name, value }) =>
+      h("span", { class: "share-legend" }, h("i", { class: `share-${name}`, "aria-hidden": "true" }), `${name} `, value),
+    );
+    this.element = h(
+      "div",
+      { class: "figure shares" },
+      this.#says,
+      h("dd", {}, this.#bar, h("span", { class: "share-legends" }, ...legend)),
+    );
+  }
+
+  update(status: Status | null): void {
+    const shares = [status?.data_share ?? 0, status?.compute_share ?? 0, status?.callback_share ?? 0];
+    this.#parts.forEach(({ segment, value }, index) => {
+      const share = shares[index] ?? 0;
+      segment.style.width = `${(Math.min(share, 1) * 100).toFixed(1)}%`;
+      setText(value, status === null ? format.NONE : format.percent(share));
+    });
+    const [data = 0, , callbacks = 0] = shares;
+    const waits = data > MOSTLY ? "Waits for data" : callbacks > MOSTLY ? "Waits for callbacks" : "Time goes to";
+    setText(this.#says, waits);
+    setAttribute(this.element, "data-tone", waits === "Time goes to" ? null : "warn");
+  }
+}
+
+export class Header {
+  readonly element: HTMLElement;
+  readonly #host: HeaderHost;
+  readonly #name = h("h1", { class: "run-name" }, "offloop");
+  readonly #pick = h("select", { class: "run-pick", "aria-label": "Run", onchange: () => this.#host.watch(this.#pick.value) });
+  readonly #about = h("p", { class: "about" });
+  readonly #word = h("span", { class: "word" });
+  readonly #pill = h("span", { class: "pill" }, h("i", { class: "dot", "aria-hidden": "true" }), this.#word);
+  readonly #detail = h("span", { class: "state-detail" });
+  readonly #aside = h("span", { class: "chip", hidden: true });
+  readonly #readOnly = h("span", { class: "chip", hidden: true }, icon(ICONS.eye), "read-only");
+  readonly #linkWord = h("span", { class: "link-word" });
+  readonly #latency = h("span", { class: "latency" });
+  readonly #link = h("span", { class: "link" }, this.#linkWord, this.#latency);
+  readonly #viewers = h("span", { class: "viewers" });
+  readonly #bell: HTMLButtonElement;
+  readonly #theme: HTMLButtonElement;
+  readonly #progress = h("progress", { class: "progress", max: 1, "aria-label": "Share of the run that is done", hidden: true });
+  readonly #figures = {
+    step: new Figure("Step", "step"),
+    epoch: new Figure("Epoch", "epoch"),
+    left: new Figure("Time left", "left"),
+    loss: new Figure("Loss", "loss"),
+    lr: new Figure("Learning rate", "lr"),
+    steps: new Figure("Steps/s", "steps"),
+    samples: new Figure("Samples/s", "samples"),
+  };
+  readonly #shares = new Shares();
+  #runs: readonly RunSummary[] = [];
+  #run: RunInfo | null = null;
+
+  constructor(host: HeaderHost) {
+    this.#host = host;
+    this.#bell = h(
+      "button",
+      { type: "button", class: "icon-button", onclick: () => host.setNotify(this.#bell.getAttribute("aria-pressed") !== "true") },
+      icon(ICONS.bell),
+    );
+    this.#theme = h("button", { type: "button", class: "icon-button", onclick: () => host.setTheme(this.#nextTheme) });
+    const keys = h(
+      "button",
+      { type: "button", class: "icon-button keys-button", "aria-label": "Keys", title: "Keys (?)", onclick: () => host.showKeys() },
+      icon(ICONS.keys),
+    );
+    this.setTheme("auto");
+    this.setNotify(false);
+    this.element = h(
+      "header",
+      { class: "head" },
+      h(
+        "div",
+        { class: "head-top" },
+        h("div", { class: "identity" }, this.#name, this.#pick),
+        h("div", { class: "state" }, this.#pill, this.#aside, this.#readOnly, this.#detail),
+        h("div", { class: "meta" }, this.#link, this.#viewers, this.#bell, this.#theme, keys),
+      ),
+      this.#about,
+      h("dl", { class: "figures" }, ...Object.values(this.#figures).map(({ element }) => element), this.#shares.element),
+      this.#progress,
+    );
+    show(this.#pick, false);
+  }
+
+  #nextTheme: Theme = "dark";
+
+  setTheme(theme: Theme): void {
+    const { next, icon: name, label } = THEMES[theme];
+    this.#nextTheme = next;
+    replaceChildren(this.#theme, icon(ICONS[name]));
+    setAttribute(this.#theme, "aria-label", label);
+    setAttribute(this.#theme, "title", `${label} (t)`);
+  }
+
+  setNotify(on: boolean): void {
+    const label = on ? "Notifies you at the end and at alerts" : "Notify me at the end and at alerts";
+    setAttribute(this.#bell, "aria-pressed", String(on));
+    setAttribute(this.#bell, "aria-label", "Notify me at the end and at alerts");
+    setAttribute(this.#bell, "title", label);
+  }
+
+  update(model: Model, described: Described, link: Link): void {
+    const { run, status } = model;
+    this.#updateRun(run, model.runs);
+    setText(this.#word, described.word);
+    setAttribute(this.#pill, "data-tone", described.tone);
+    setText(this.#detail, described.detail);
+    setAttribute(this.#detail, "title", described.detail || null);
+    setText(this.#aside, described.aside);
+    show(this.#aside, described.aside !== "");
+    show(this.#readOnly, model.hello?.role === "read_only");
+    this.#updateLink(link);
+    setText(this.#viewers, status && link.phase === "open" ? `${status.viewers} viewer${status.viewers === 1 ? "" : "s"}` : "");
+    this.#updateFigures(run, status);
+  }
+
+  #updateRun(run: RunInfo | null, runs: readonly RunSummary[]): void {
+    if (run === this.#run && runs === this.#runs) return;
+    this.#run = run;
+    this.#runs = runs;
+    const several = runs.length > 1 && run !== null;
+    setText(this.#name, run === null ? "offloop" : run.name + (run.attempt > 0 ? ` #${run.attempt}` : ""));
+    this.#name.classList.toggle("sr-only", several);
+    show(this.#pick, several);
+    const newestFirst = [...runs].sort((a, b) => b.started - a.started);
+    replaceChildren(
+      this.#pick,
+      ...newestFirst.map(({ key, state, started }) =>
+        h("option", { value: key, selected: key === run?.key }, `${key} · ${state} · ${format.clock(started)}`),
+      ),
+    );
+    const facts: [string, string][] =
+      run === null
+        ? []
+        : [
+            ["host", run.host],
+            ["commit", run.commit?.slice(0, 10) ?? ""],
+            ["device", run.device],
+            ["parameters", run.parameters > 0 ? `${format.shortCount(run.parameters)} parameters` : ""],
+            ["command", run.command.join(" ")],
+          ];
+    replaceChildren(
+      this.#about,
+      ...facts
+        .filter(([, value]) => value !== "")
+        .map(([name, value]) => h("span", { class: `fact fact-${name}`, title: `${name}: ${value}` }, value)),
+    );
+  }
+
+  #updateLink(link: Link): void {
+    const open = link.phase === "open";
+    const latency = link.latency === null ? "" : ` ${link.latency < 1 ? "<1" : Math.round(link.latency)} ms`;
+    const word = open ? "connected" : link.phase === "connecting" ? "connecting" : "not connected";
+    setText(this.#linkWord, word);
+    setText(this.#latency, open ? latency : "");
+    setAttribute(this.#link, "title", open ? `${word}${latency && `, a message and its answer take${latency}`}` : word);
+    setAttribute(this.#link, "data-tone", open ? "live" : "off");
+  }
+
+  #updateFigures(run: RunInfo | null, status: Status | null): void {
+    const figures = this.#figures;
+    const limit = run?.max_steps ?? (run?.epochs && run.steps_per_epoch ? run.epochs * run.steps_per_epoch : null);
+    const loss = toNumber(status?.loss ?? null);
+    figures.step.set(format.count(status?.step), limit === null ? "" : ` / ${format.count(limit)}`);
+    const epochs = run?.epochs ?? null;
+    const epoch = status === null ? null : Math.min(status.epoch + 1, epochs ?? Infinity);
+    figures.epoch.set(format.count(epoch), epochs === null ? "" : ` / ${format.count(epochs)}`);
+    figures.left.set(format.duration(status?.time_left), status ? ` ${format.duration(status.seconds)} elapsed` : "");
+    figures.loss.set(format.number(loss), "", loss !== null && !Number.isFinite(loss) ? "bad" : "");
+    figures.lr.set(format.compact(status?.lr));
+    figures.steps.set(format.perSecond(status?.steps_per_second ?? 0));
+    figures.samples.set(format.perSecond(status?.samples_per_second ?? 0));
+    this.#shares.update(status);
+    const progress = status?.progress ?? null;
+    show(this.#progress, progress !== null);
+    if (progress !== null) this.#progress.value = progress;
+  }
+}

@@ -1,0 +1,163 @@
+// Events of a run in words: what the log says about each, and which of them mark the curves. No DOM.
+
+import { bytes, compact, count, duration } from "./format";
+import type { RunEvent, WireNumber } from "./protocol";
+
+export type EventKind = "alert" | "command" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other";
+export type Tone = "plain" | "good" | "warn" | "bad";
+
+export interface Told {
+  kind: EventKind;
+  tone: Tone;
+  /** What happened, in a sentence. */
+  text: string;
+  /** Who caused it; empty where nobody is known. */
+  by: string;
+}
+
+/** A line through all charts. */
+export interface Mark {
+  step: number;
+  time: number;
+  kind: "alert" | "checkpoint" | "lr" | "validation";
+  text: string;
+}
+
+const BASE_FIELDS = new Set(["type", "run_id", "seq", "time", "epoch", "step", "batch"]);
+const METRICS_TOLD = 4;
+
+const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string }> = {
+  TrainStart: (event) => ({
+    kind: "state",
+    text: event.resumed_from
+      ? `Training goes on from ${words(event.resumed_from)}, attempt ${words(event.attempt)}`
+      : `Training begins on ${words(event.device, "cpu")}`,
+  }),
+  Resumed: (event) => ({
+    kind: "state",
+    tone: event.exactness === "bitwise" ? "good" : "plain",
+    text: `Continued ${words(event.exactness)} from ${words(event.checkpoint)}${because(event.reasons)}`,
+  }),
+  EpochStart: (event) => ({ kind: "epoch", text: `Epoch ${(event.epoch ?? 0) + 1} begins` }),
+  EpochEnd: (event) => ({
+    kind: "epoch",
+    text:
+      `Epoch ${(event.epoch ?? 0) + 1} ends${event.complete === false ? " early" : ""}` +
+      `${inSeconds(event.seconds)}${metrics(event.metrics)}`,
+  }),
+  ValidationStart: () => ({ kind: "validation", text: "Validation begins" }),
+  ValidationEnd: (event) => ({
+    kind: "validation",
+    text: `Validated${inSeconds(event.seconds)}${metrics(event.metrics)}`,
+  }),
+  TrainEnd: (event) => ({
+    kind: "state",
+    tone: event.status === "failed" ? "bad" : event.status === "completed" ? "good" : "plain",
+    text: `Training ${words(event.status)}${inSeconds(event.seconds, " after ")}${because(event.error ?? event.reason)}`,
+  }),
+  LearningRateChanged: (event) => ({
+    kind: "lr",
+    text:
+      `Learning rate${event.optimizer ? ` of ${words(event.optimizer)}` : ""} ` +
+      `${compact(numeric(event.previous))} → ${compact(numeric(event.lr))}`,
+    by: event.source === "command" ? "" : words(event.source), // the command itself stands there with its giver
+  }),
+  StateChanged: (event) => ({ kind: "state", text: `Now ${words(event.state)}${because(event.reason)}` }),
+  CommandApplied: (event) => ({
+    kind: "command",
+    tone: event.error ? "bad" : "plain",
+    text: event.error
+      ? `Command ${command(event)} failed: ${words(event.error)}`
+      : `Command ${command(event)} took effect`,
+  }),
+  CheckpointSaved: (event) => ({
+    kind: "checkpoint",
+    text:
+      `Checkpoint of step ${count(numeric(event.saved_step))} saved` +
+      `${event.reason ? ` (${words(event.reason)})` : ""}` +
+      `${typeof event.bytes === "number" ? `, ${bytes(event.bytes)}` : ""}${inSeconds(event.seconds)}`,
+  }),
+  CheckpointFailed: (event) => ({
+    kind: "checkpoint",
+    tone: "bad",
+    text: `Checkpoint of step ${count(numeric(event.saved_step))} could not be written: ${words(event.error)}`,
+  }),
+  CallbackFailed: (event) => ({
+    kind: "alert",
+    tone: "bad",
+    text:
+      `${words(event.callback)} failed on ${words(event.event)}: ${words(event.error)}` +
+      `${event.disabled === true ? "; it gets no more events" : ""}`,
+  }),
+  EventsDropped: (event) => ({
+    kind: "other",
+    tone: "warn",
+    text: `${words(event.subscriber)} lagged and missed ${count(numeric(event.count))} samples`,
+  }),
+  Alert: (event) => ({ kind: "alert", tone: "bad", text: words(event.message, words(event.rule)), by: words(event.rule) }),
+  ProfileWritten: (event) => ({ kind: "other", text: `Profile of ${words(event.steps)} steps written to ${words(event.trace)}` }),
+};
+
+/** Tell an event, also of a type that this page has never heard of. */
+export function tell(event: RunEvent): Told {
+  const known = Object.hasOwn(KNOWN, event.type) ? KNOWN[event.type] : undefined;
+  const told = known?.(event) ?? { text: unknown(event) };
+  return { kind: "other", tone: "plain", by: words(event.by), ...told };
+}
+
+/** The line that an event draws through the charts, if it draws one. */
+export function markOf(event: RunEvent): Mark | null {
+  const { kind, text } = tell(event);
+  const saved = numeric(event.saved_step);
+  const at = { step: saved ?? event.step ?? -1, time: event.time ?? 0, text };
+  if (at.step < 0) return null;
+  if (event.type === "Alert" || event.type === "CallbackFailed") return { ...at, kind: "alert" };
+  if (event.type === "ValidationEnd") return { ...at, kind: "validation" };
+  if (event.type === "CheckpointSaved" || event.type === "LearningRateChanged") {
+    return { ...at, kind: kind === "lr" ? "lr" : "checkpoint" };
+  }
+  return null;
+}
+
+function unknown(event: RunEvent): string {
+  const fields = Object.entries(event).filter(([name]) => !BASE_FIELDS.has(name));
+  const told = fields.slice(0, METRICS_TOLD).map(([name, value]) => `${name} ${plain(value)}`);
+  return [event.type, ...told].join(" · ");
+}
+
+function command(event: RunEvent): string {
+  const given = Object.entries((event.arguments ?? {}) as Record<string, unknown>)
+    .filter(([, value]) => value !== null && value !== "")
+    .map(([name, value]) => `${name} ${plain(value)}`);
+  return [words(event.command), ...given].join(", ");
+}
+
+function metrics(values: unknown): string {
+  if (typeof values !== "object" || values === null) return "";
+  const entries = Object.entries(values as Record<string, WireNumber>);
+  const told = entries.slice(0, METRICS_TOLD).map(([name, value]) => `${name} ${compact(Number(value))}`);
+  if (entries.length > METRICS_TOLD) told.push(`${entries.length - METRICS_TOLD} more`);
+  return told.length > 0 ? `: ${told.join(", ")}` : "";
+}
+
+function inSeconds(value: unknown, word = " in "): string {
+  return typeof value === "number" ? `${word}${duration(value)}` : "";
+}
+
+function because(reason: unknown): string {
+  return reason ? `: ${words(reason)}` : "";
+}
+
+function words(value: unknown, otherwise = ""): string {
+  return value === undefined || value === null || value === "" ? otherwise : plain(value);
+}
+
+function plain(value: unknown): string {
+  if (typeof value === "string") return value;
+  if (typeof value === "number") return Number.isInteger(value) ? count(value) : compact(value);
+  return JSON.stringify(value);
+}
+
+function numeric(value: unknown): number | null {
+  return typeof value === "number" ? value : null;
+}

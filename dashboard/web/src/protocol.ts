@@ -1,0 +1,348 @@
+// Protocol `offloop.v1` as TypeScript sees it: the types of dashboard/protocol.py, and its chart frames taken
+// apart. That file is the contract and explains it; names, defaults and bytes here follow it.
+
+export const SUBPROTOCOL = "offloop.v1";
+export const PROTOCOL_VERSION = 1;
+/** Curves that one viewer can have on its screen at a time. */
+export const MAX_SERIES_SHOWN = 200;
+/** Seconds between two pings. */
+export const HEARTBEAT = 5;
+
+export const CLOSE_GOING = 1001;
+export const CLOSE_FULL = 1013;
+export const CLOSE_UNAUTHORISED = 4001;
+export const CLOSE_PROTOCOL = 4002;
+export const CLOSE_SLOW = 4008;
+
+/** JSON has no word for what is not finite. */
+export type WireNumber = number | "NaN" | "Infinity" | "-Infinity";
+
+export type Role = "control" | "read_only";
+export type RunState =
+  | "starting"
+  | "waiting"
+  | "running"
+  | "validating"
+  | "paused"
+  | "stopping"
+  | "closing"
+  | "completed"
+  | "stopped"
+  | "cancelled"
+  | "failed";
+export type CommandName = "pause" | "resume" | "stop" | "set_lr" | "checkpoint" | "validate";
+
+// Viewer to server
+
+export interface Hi {
+  type: "hi";
+  protocol: number;
+  run: string | null;
+  server: string | null;
+  after: number;
+}
+
+export interface Watch {
+  type: "watch";
+  run: string;
+}
+
+export interface Show {
+  type: "show";
+  series: number[];
+  points?: number;
+}
+
+export interface Drawn {
+  type: "drawn";
+}
+
+export interface RangeQuery {
+  type: "range";
+  query: number;
+  series: number[];
+  start: number;
+  end: number;
+  axis?: "step" | "time" | "epoch";
+  points?: number;
+}
+
+export interface CommandRequest {
+  type: "command";
+  id: string;
+  name: CommandName;
+  run: string;
+  lr?: number;
+  optimizer?: string;
+  checkpoint?: boolean;
+  ttl?: number;
+}
+
+export interface Visibility {
+  type: "visible";
+  visible: boolean;
+}
+
+export interface Ping {
+  type: "ping";
+  sent: number;
+}
+
+export type ViewerMessage = Hi | Watch | Show | Drawn | RangeQuery | CommandRequest | Visibility | Ping;
+
+// Server to viewer, text
+
+export interface RunSummary {
+  key: string;
+  name: string;
+  state: string;
+  started: number;
+}
+
+export interface Hello {
+  type: "hello";
+  protocol: number;
+  server: string;
+  page: string | null;
+  role: Role;
+  runs: RunSummary[];
+  run: string | null;
+  time: number;
+  frame_interval: number;
+}
+
+export interface Runs {
+  type: "runs";
+  runs: RunSummary[];
+}
+
+export interface RunInfo {
+  type: "run";
+  key: string;
+  name: string;
+  attempt: number;
+  host: string;
+  pid: number;
+  command: string[];
+  commit: string | null;
+  directory: string | null;
+  started: number;
+  device: string;
+  parameters: number;
+  epochs: number | null;
+  max_steps: number | null;
+  max_time: number | null;
+  steps_per_epoch: number | null;
+  batches_per_epoch: number | null;
+  optimizers: string[];
+  monitor: string;
+  config: Record<string, unknown>;
+  refused: Partial<Record<CommandName, string>>;
+}
+
+export interface SeriesInfo {
+  id: number;
+  key: string;
+  panel: string;
+  group: string;
+  label: string;
+  better: "min" | "max" | null;
+}
+
+export interface Series {
+  type: "series";
+  run: string;
+  series: SeriesInfo[];
+}
+
+/** Last value, least and its step, greatest and its step. */
+export type LatestValue = [WireNumber | null, number | null, number, number | null, number];
+
+export interface Latest {
+  type: "latest";
+  run: string;
+  values: Record<string, LatestValue>;
+}
+
+export interface Status {
+  type: "status";
+  run: string;
+  state: RunState;
+  by: string;
+  reason: string;
+  error: string | null;
+  traceback: string | null;
+  epoch: number;
+  step: number;
+  progress: number | null;
+  seconds: number;
+  time_left: number | null;
+  steps_per_second: number;
+  samples_per_second: number;
+  lr: number | null;
+  loss: WireNumber | null;
+  data_share: number;
+  compute_share: number;
+  callback_share: number;
+  validating: boolean;
+  saving: boolean;
+  stalled: number | null;
+  waiting_for: string;
+  dropped: number;
+  trimmed: number | null;
+  viewers: number;
+}
+
+/** An event of the run as it stands in `events.jsonl`; fields that have their default are left out. */
+export interface RunEvent {
+  type: string;
+  seq?: number;
+  time?: number;
+  epoch?: number;
+  step?: number;
+  [field: string]: unknown;
+}
+
+export interface Milestone {
+  type: "milestone";
+  run: string;
+  event: RunEvent;
+}
+
+export interface MilestonesMissed {
+  type: "missed";
+  run: string;
+  count: number;
+}
+
+export interface Ack {
+  type: "ack";
+  id: string;
+  name: CommandName;
+  state: "accepted" | "applied" | "rejected" | "expired";
+  step: number | null;
+  why: string;
+}
+
+export interface Pong {
+  type: "pong";
+  sent: number;
+  time: number;
+}
+
+export interface Bye {
+  type: "bye";
+  reason: string;
+}
+
+export type ServerMessage =
+  | Hello
+  | Runs
+  | RunInfo
+  | Series
+  | Latest
+  | Status
+  | Milestone
+  | MilestonesMissed
+  | Ack
+  | Pong
+  | Bye;
+
+const SERVER_MESSAGES: Record<ServerMessage["type"], true> = {
+  ...{ hello: true, runs: true, run: true, series: true, latest: true, status: true },
+  ...{ milestone: true, missed: true, ack: true, pong: true, bye: true },
+};
+
+/** Read a text message; null for one of a kind that this page does not know. Throws on what is no message. */
+export function decodeText(text: string): ServerMessage | null {
+  const message: unknown = JSON.parse(text);
+  if (typeof message !== "object" || message === null || !("type" in message)) {
+    throw new Error(`no message of ${SUBPROTOCOL}: ${text.slice(0, 80)}`);
+  }
+  return Object.hasOwn(SERVER_MESSAGES, String(message.type)) ? (message as ServerMessage) : null;
+}
+
+/** What a wire number means; null stays null. */
+export function toNumber(value: WireNumber): number;
+export function toNumber(value: WireNumber | null): number | null;
+export function toNumber(value: WireNumber | null): number | null {
+  return value === null ? null : Number(value); // Number("NaN"), Number("-Infinity") are what they say
+}
+
+// Server to viewer, chart frames
+
+/** First step, last step, kind and count of a stretch without a finite value. */
+export type NonFinite = [number, number, "nan" | "inf" | "-inf" | "mixed", number];
+/** Last step before and first step after a stretch of dropped samples, and how many are missing. */
+export type Gap = [number, number, number];
+
+export interface ChartColumn {
+  id: number;
+  points: number;
+  dense: boolean;
+  reduced: boolean;
+  marks: NonFinite[];
+}
+
+export interface ChartHeader {
+  type: "chart";
+  run: string;
+  kind: "snapshot" | "delta" | "range";
+  query: number | null;
+  more: boolean;
+  rows: number;
+  series: ChartColumn[];
+  gaps: Gap[];
+  trimmed: number | null;
+}
+
+export interface ChartFrame {
+  header: ChartHeader;
+  /** Axis columns, `rows` long. `time` is Unix time in seconds, `epoch` counts epochs done with a fraction. */
+  step: Float64Array;
+  time: Float64Array;
+  epoch: Float64Array;
+  /** Of each curve in `header.series`: its values, NaN where it is not finite, */
+  values: Float64Array[];
+  /** and in which row each of them is. */
+  indices: Uint32Array[];
+}
+
+/**
+ * Take a chart frame apart without copying it: the columns are views into `data`.
+ *
+ * Typed arrays have the byte order of the machine; every machine that browsers run on is little-endian, as
+ * the frames are. Throws an Error where the bytes are no chart frame.
+ */
+export function decodeChart(data: ArrayBuffer): ChartFrame {
+  if (data.byteLength < 4) throw new Error(`a chart frame has at least 4 bytes, got ${data.byteLength}`);
+  const length = new DataView(data).getUint32(0, true);
+  if (4 + length > data.byteLength) throw new Error(`the header of a chart frame is cut off: ${length} bytes`);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))) as ChartHeader;
+  if (header.type !== "chart") throw new Error(`not a chart frame: ${String(header.type)}`);
+  let offset = 4 + length;
+  const sparse = header.series.filter((column) => !column.dense);
+  const floats = 3 * header.rows + sum(header.series);
+  if (data.byteLength !== offset + 8 * floats + 4 * sum(sparse)) {
+    throw new Error(`the chart frame has ${data.byteLength} bytes, its header speaks of another length`);
+  }
+  const column = (count: number): Float64Array => {
+    const values = new Float64Array(data, offset, count);
+    offset += 8 * count;
+    return values;
+  };
+  const [step, time, epoch] = [column(header.rows), column(header.rows), column(header.rows)];
+  const values = header.series.map(({ points }) => column(points));
+  const everyRow = Uint32Array.from({ length: header.rows }, (_, row) => row);
+  const indices = header.series.map(({ dense, points }) => {
+    if (dense) return everyRow;
+    const rows = new Uint32Array(data, offset, points);
+    offset += 4 * points;
+    return rows;
+  });
+  return { header, step, time, epoch, values, indices };
+}
+
+function sum(columns: ChartColumn[]): number {
+  return columns.reduce((total, { points }) => total + points, 0);
+}

@@ -1,0 +1,291 @@
+// Which state the page is in, in words: the pill in the header, what stands in the way of seeing the run, and the
+// notices above it. A pure function, so that each state can be looked at by itself.
+
+import type { Link } from "./connection";
+import * as format from "./format";
+import { hasEnded, stateOf, type Model } from "./model";
+import { toNumber, type RunSummary } from "./protocol";
+
+export type Tone = "off" | "busy" | "live" | "good" | "warn" | "bad";
+
+/** What the page's icon shows. */
+export type Sign = "none" | "live" | "paused" | "good" | "stopped" | "bad" | "warn";
+
+export interface Action {
+  id: "reload" | "show-newer" | "stay";
+  label: string;
+}
+
+export interface Notice {
+  /** Same id, same notice: one that was closed stays closed while its id stays. */
+  id: string;
+  tone: Tone;
+  title: string;
+  text: string;
+  /** Text to be shown as it is, folded. */
+  details: { summary: string; text: string } | null;
+  actions: Action[];
+  closable: boolean;
+}
+
+export interface Described {
+  /** State in one or two words. */
+  word: string;
+  tone: Tone;
+  sign: Sign;
+  /** Who, why or on what. */
+  detail: string;
+  /** A further thing that goes on: a checkpoint is written. */
+  aside: string;
+  /** What to show where there is no run to show. */
+  stage: { title: string; text: string } | null;
+  notices: Notice[];
+}
+
+export interface Seen {
+  model: Model;
+  link: Link;
+  /** The page's clock, milliseconds, as in `link`. */
+  now: number;
+  /** Unix time of `now` in seconds. */
+  time: number;
+  /** Hash of this page; null where it is not known. */
+  page: string | null;
+  /** Milliseconds that the page has been drawing a chart frame for. */
+  behind: number;
+  /** A newer run, and seconds until the page changes to it; null for when asked. */
+  newer: { run: RunSummary; seconds: number | null } | null;
+}
+
+/** Unanswered for longer than this, milliseconds, the page says that it lags. */
+const LAGGING_AFTER = 2_500;
+
+interface Words {
+  word: string;
+  tone: Tone;
+  sign: Sign;
+  detail?: string;
+}
+
+export function describe(seen: Seen): Described {
+  const { model, link } = seen;
+  const words = pill(seen);
+  const status = link.phase === "open" ? model.status : null;
+  return {
+    ...words,
+    detail: words.detail ?? "",
+    aside: status?.saving && !hasEnded(status.state) ? "writing a checkpoint" : "",
+    stage: stage(seen),
+    notices: notices(seen),
+  };
+}
+
+function pill(seen: Seen): Words {
+  const { model, link } = seen;
+  const ended = hasEnded(stateOf(model));
+  if (ended && link.phase !== "unauthorised" && link.phase !== "refused") return runWords(model);
+  switch (link.phase) {
+    case "connecting":
+      return { word: "connecting", tone: "busy", sign: "none" };
+    case "reconnecting":
+      return { word: "reconnecting", tone: "warn", sign: "warn", detail: lastHeard(seen) };
+    case "gone":
+      return { word: "server gone", tone: "off", sign: "warn", detail: lastHeard(seen) };
+    case "unauthorised":
+      return { word: "not authorised", tone: "bad", sign: "bad" };
+    case "full":
+      return { word: "too many viewers", tone: "warn", sign: "warn" };
+    case "blocked":
+      return { word: "connection blocked", tone: "bad", sign: "warn" };
+    case "refused":
+      return { word: "protocol differs", tone: "bad", sign: "warn", detail: link.reason };
+    case "open":
+  }
+  if (model.run === null) return { word: "no run yet", tone: "off", sign: "none" };
+  const unanswered = link.waiting === null ? 0 : seen.now - link.waiting;
+  const lag = Math.max(unanswered, seen.behind, link.latency ?? 0);
+  if (lag > LAGGING_AFTER) {
+    const whose = seen.behind === lag ? "this page draws too slowly" : "the server answers late";
+    return { word: "lagging", tone: "warn", sign: "warn", detail: `${format.seconds(lag / 1000)} behind: ${whose}` };
+  }
+  return runWords(model);
+}
+
+function runWords(model: Model): Words {
+  const status = model.status;
+  const cause = [status?.by ? `by ${status.by}` : "", status?.reason ?? ""].filter(Boolean).join(": ");
+  switch (stateOf(model)) {
+    case "starting":
+      return { word: "starting", tone: "busy", sign: "none" };
+    case "waiting":
+      return { word: "waiting for the first step", tone: "busy", sign: "none", detail: stalledOn(model) };
+    case "paused":
+      return { word: "paused", tone: "warn", sign: "paused", detail: cause };
+    case "stopping":
+      return { word: "stopping", tone: "warn", sign: "stopped", detail: cause };
+    case "closing":
+      return { word: "finishing", tone: "busy", sign: "live", detail: "last checkpoints and callbacks" };
+    case "completed":
+      return { word: "completed", tone: "good", sign: "good", detail: status?.reason };
+    case "stopped":
+      return { word: "stopped", tone: "off", sign: "stopped", detail: cause };
+    case "cancelled":
+      return { word: "cancelled", tone: "off", sign: "stopped", detail: cause };
+    case "failed":
+      return { word: "failed", tone: "bad", sign: "bad", detail: status?.error ?? status?.reason };
+    case "validating":
+    case "running":
+      if (status !== null && status.stalled !== null) {
+        return { word: "stalled", tone: "bad", sign: "warn", detail: stalledOn(model) };
+      }
+      return status?.state === "validating" || status?.validating
+        ? { word: "validating", tone: "live", sign: "live" }
+        : { word: "live", tone: "live", sign: "live" };
+    default:
+      return { word: stateOf(model) ?? "starting", tone: "busy", sign: "none" };
+  }
+}
+
+function stalledOn(model: Model): string {
+  const { stalled = null, waiting_for = "" } = model.status ?? {};
+  if (stalled === null) return "";
+  return `no step for ${format.seconds(stalled)}${waiting_for ? `, in ${waiting_for}` : ""}`;
+}
+
+function lastHeard({ link, now, time }: Seen): string {
+  return link.heard === null ? "" : `last heard at ${format.clock(time - (now - link.heard) / 1000)}`;
+}
+
+function stage(seen: Seen): Described["stage"] {
+  const { model, link } = seen;
+  if (model.run !== null) {
+    const state = stateOf(model);
+    if (model.curves > 0 || (state !== "starting" && state !== "waiting")) return null;
+    return state === "starting"
+      ? { title: "The run is starting", text: "Its callbacks are being set up." }
+      : { title: "Waiting for the first step", text: stalledOn(model) || "Curves appear with it." };
+  }
+  switch (link.phase) {
+    case "connecting":
+      return { title: "Connecting", text: "" };
+    case "open":
+      return { title: "No run yet", text: "The server is there. A run that begins in its process appears here by itself." };
+    default:
+      return { title: capital(pill(seen).word), text: explain(seen) };
+  }
+}
+
+/** Why there is no connection, and what happens next or is to be done. */
+function explain({ link }: Seen): string {
+  switch (link.phase) {
+    case "reconnecting":
+      return "The connection was lost; looking for the server.";
+    case "gone":
+      return "Nobody answers at this address. The page keeps looking, and shows the next run here by itself.";
+    case "unauthorised":
+      return "The server does not know this browser. Open the address with the token that the run has printed.";
+    case "full":
+      return "The server lets no more viewers in. The page takes the next place that becomes free.";
+    case "blocked":
+      return "The server answers, but websockets to it do not get through. A proxy in between has to let them.";
+    case "refused":
+      return "The server speaks another version of the protocol. Reload the page; if that changes nothing, build it anew.";
+    default:
+      return "";
+  }
+}
+
+function notices(seen: Seen): Notice[] {
+  const { model, link, page, newer } = seen;
+  const status = model.status;
+  const shown: Notice[] = [];
+  const add = (notice: Pick<Notice, "id" | "tone" | "title" | "text"> & Partial<Notice>): void => {
+    shown.push({ details: null, actions: [], closable: false, ...notice });
+  };
+  if (model.run === null) return shown; // the stage says it
+
+  const run = model.run.key;
+  const ended = hasEnded(stateOf(model));
+  if (newer !== null) {
+    add({
+      id: `newer ${newer.run.key}`,
+      tone: "busy",
+      title: `Run ${newer.run.name} has begun.`,
+      text: newer.seconds === null ? "" : `Showing it in ${Math.ceil(newer.seconds)} s.`,
+      actions: [
+        { id: "show-newer", label: newer.seconds === null ? "Show it" : "Show it now" },
+        ...(newer.seconds === null ? [] : [{ id: "stay", label: "Stay here" } as const]),
+      ],
+      closable: newer.seconds === null,
+    });
+  }
+  if (link.phase === "gone" && ended) {
+    const text = "This page keeps what it holds. The next run at this address appears by itself.";
+    add({ id: `over ${run}`, tone: "off", title: "The server has gone with its run.", text, closable: true });
+  } else if (link.phase !== "open" && link.phase !== "connecting") {
+    const tone = link.phase === "reconnecting" || link.phase === "gone" || link.phase === "full" ? "warn" : "bad";
+    const kept = link.phase === "reconnecting" ? "" : " What is below is as it was.";
+    add({ id: link.phase, tone, title: `${capital(pill(seen).word)}.`, text: `${explain(seen)}${kept}` });
+  }
+  if (link.phase === "open" && page !== null && model.hello?.page && model.hello.page !== page) {
+    add({
+      id: `older ${model.hello.page}`,
+      tone: "warn",
+      title: "This page is older than its server.",
+      text: "",
+      actions: [{ id: "reload", label: "Reload" }],
+      closable: true,
+    });
+  }
+  if (status?.state === "failed") {
+    const readOnly = model.hello?.role === "read_only";
+    add({
+      id: `failed ${run}`,
+      tone: "bad",
+      title: "The run has failed.",
+      text: `${status.error ?? status.reason}${readOnly ? " The traceback is for viewers with the control role." : ""}`,
+      details: status.traceback ? { summary: "Traceback", text: status.traceback } : null,
+    });
+  }
+  if (status?.stalled != null && !ended && link.phase === "open") {
+    const text = status.waiting_for ? `Training is in ${status.waiting_for}.` : "";
+    add({ id: "stalled", tone: "bad", title: `No step for ${format.seconds(status.stalled)}.`, text });
+  }
+  if (status && status.dropped > 0) {
+    add({
+      id: `dropped ${run}`,
+      tone: "warn",
+      title: `${format.count(status.dropped)} samples were dropped.`,
+      text: "The page's history could not keep up with training. Curves have a gap there; the run itself missed nothing.",
+      closable: true,
+    });
+  }
+  if (status?.trimmed != null) {
+    add({
+      id: `trimmed ${run}`,
+      tone: "off",
+      title: "The history is trimmed.",
+      text: `Before step ${format.count(status.trimmed)} only least and greatest values are left; events.jsonl has all.`,
+      closable: true,
+    });
+  }
+  return shown;
+}
+
+const SYMBOLS: Record<Sign, string> = {
+  ...{ none: "…", live: "▶", paused: "⏸", good: "✓", stopped: "■", bad: "✕", warn: "!" },
+};
+
+/** Title of the window: state, loss, run. */
+export function title(seen: Seen, described: Described): string {
+  const { run, status } = seen.model;
+  if (run === null) return `${capital(described.word)} · offloop`;
+  const loss = toNumber(status?.loss ?? null);
+  const parts = [loss === null ? described.word : format.number(loss), run.name];
+  const state = described.sign === "live" || loss === null ? "" : ` · ${described.word}`;
+  return `${SYMBOLS[described.sign]} ${parts.join(" · ")}${state}`;
+}
+
+function capital(text: string): string {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}

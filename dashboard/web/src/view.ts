@@ -1,0 +1,190 @@
+// What the viewer has chosen to see. It lives in the address after `#`, so that a link shows the same view, and
+// in localStorage, so that the next visit starts where the last one ended. Nothing in it changes the run.
+
+export type Axis = "step" | "epoch" | "time" | "wall";
+export type Tab = "metrics" | "events" | "config";
+export type Theme = "auto" | "light" | "dark";
+
+export interface ViewState {
+  tab: Tab;
+  /** Words that a panel or curve must contain to be shown. */
+  search: string;
+  /** The x axis: optimizer steps, epochs, seconds since the start, or time of day. */
+  axis: Axis;
+  logX: boolean;
+  logY: boolean;
+  /** Weight of the past in the exponential moving average: 0 (off) to 0.999. */
+  smoothing: number;
+  /** Part of the x axis that is shown, in its own units; null for all of it. */
+  zoom: { min: number; max: number } | null;
+  /** Whether a zoomed view moves along with the newest point. */
+  follow: boolean;
+  /** The one panel that fills the page. */
+  panel: string | null;
+  /** Keys of curves that are switched off. */
+  hidden: string[];
+  /** Names of groups of panels that are folded. */
+  folded: string[];
+  theme: Theme;
+}
+
+export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
+  tab: "metrics",
+  search: "",
+  axis: "step",
+  logX: false,
+  logY: false,
+  smoothing: 0,
+  zoom: null,
+  follow: false,
+  panel: null,
+  hidden: [],
+  folded: [],
+  theme: "auto",
+});
+
+const VERSION = "1";
+/** Grows when the meaning of a field changes: a view of another version is not read. */
+const STORAGE_KEY = `offloop.view.${VERSION}`;
+const TABS: readonly Tab[] = ["metrics", "events", "config"];
+const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
+const THEMES: readonly Theme[] = ["auto", "light", "dark"];
+
+/** Write a view as a URL hash, without what is as usual; the theme is the viewer's own and stays out. */
+export function encodeView(state: ViewState): string {
+  const fields = new URLSearchParams();
+  if (state.tab !== DEFAULT_VIEW.tab) fields.set("tab", state.tab);
+  if (state.search !== "") fields.set("search", state.search);
+  if (state.axis !== DEFAULT_VIEW.axis) fields.set("x", state.axis);
+  if (state.logX) fields.set("logx", "1");
+  if (state.logY) fields.set("logy", "1");
+  if (state.smoothing > 0) fields.set("smooth", String(state.smoothing));
+  if (state.zoom !== null) fields.set("zoom", `${state.zoom.min},${state.zoom.max}`);
+  if (state.follow) fields.set("follow", "1");
+  if (state.panel !== null) fields.set("panel", state.panel);
+  for (const key of state.hidden) fields.append("hide", key);
+  for (const name of state.folded) fields.append("fold", name);
+  const text = fields.toString();
+  return text === "" ? "" : `#v=${VERSION}&${text}`;
+}
+
+/** Read a URL hash; fields that are missing or make no sense are as usual. null: there is no view in it. */
+export function decodeView(hash: string): ViewState | null {
+  const fields = new URLSearchParams(hash.replace(/^#/, ""));
+  if (fields.get("v") !== VERSION) return null;
+  const zoom = (fields.get("zoom") ?? "").split(",").map(Number);
+  return sane({
+    tab: fields.get("tab"),
+    search: fields.get("search"),
+    axis: fields.get("x"),
+    logX: fields.get("logx") === "1",
+    logY: fields.get("logy") === "1",
+    smoothing: Number(fields.get("smooth") ?? 0),
+    zoom: zoom.length === 2 ? { min: zoom[0], max: zoom[1] } : null,
+    follow: fields.get("follow") === "1",
+    panel: fields.get("panel"),
+    hidden: fields.getAll("hide"),
+    folded: fields.getAll("fold"),
+    theme: null,
+  });
+}
+
+/** Make a view of whatever was stored or typed. */
+export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState {
+  const strings = (value: unknown): string[] =>
+    Array.isArray(value) ? [...new Set(value.filter((item) => typeof item === "string"))] : [];
+  const zoom = raw.zoom as ViewState["zoom"] | undefined;
+  const smoothing = Number(raw.smoothing);
+  return {
+    tab: oneOf(TABS, raw.tab),
+    search: typeof raw.search === "string" ? raw.search : "",
+    axis: oneOf(AXES, raw.axis),
+    logX: raw.logX === true,
+    logY: raw.logY === true,
+    smoothing: smoothing >= 0 ? Math.min(smoothing, 0.999) : 0,
+    zoom:
+      zoom && Number.isFinite(zoom.min) && Number.isFinite(zoom.max) && zoom.min < zoom.max
+        ? { min: zoom.min, max: zoom.max }
+        : null,
+    follow: raw.follow === true,
+    panel: typeof raw.panel === "string" ? raw.panel : null,
+    hidden: strings(raw.hidden),
+    folded: strings(raw.folded),
+    theme: oneOf(THEMES, raw.theme),
+  };
+}
+
+function oneOf<T extends string>(choices: readonly T[], value: unknown): T {
+  return choices.find((choice) => choice === value) ?? (choices[0] as T);
+}
+
+/** Where the view is kept between visits; `localStorage` where the browser grants it. */
+export interface Storage {
+  getItem(key: string): string | null;
+  setItem(key: string, value: string): void;
+}
+
+type Listener = (state: ViewState, previous: ViewState) => void;
+
+/** The view: who changes it says so, and everybody who shows it hears of it. */
+export class View {
+  #state: ViewState;
+  readonly #listeners = new Set<Listener>();
+  readonly #storage: Storage | null;
+
+  constructor(hash = "", storage: Storage | null = null) {
+    this.#storage = storage;
+    const remembered = this.#read();
+    const linked = decodeView(hash);
+    this.#state = linked ? { ...linked, theme: remembered.theme } : remembered;
+  }
+
+  get(): ViewState {
+    return this.#state;
+  }
+
+  /** Change some of it; listeners are called if that makes a difference. */
+  set(patch: Partial<ViewState>): void {
+    const previous = this.#state;
+    const next = sane({ ...previous, ...patch });
+    if (JSON.stringify(next) === JSON.stringify(previous)) return;
+    this.#state = next;
+    this.#write();
+    for (const listener of [...this.#listeners]) listener(next, previous);
+  }
+
+  /** Take over a hash that was typed or came with the back button. */
+  setHash(hash: string): void {
+    const linked = decodeView(hash) ?? sane({});
+    this.set({ ...linked, theme: this.#state.theme });
+  }
+
+  hash(): string {
+    return encodeView(this.#state);
+  }
+
+  /** Call `listener` after each change; returns what ends that. */
+  subscribe(listener: Listener): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
+  #read(): ViewState {
+    try {
+      const stored: unknown = JSON.parse(this.#storage?.getItem(STORAGE_KEY) ?? "{}");
+      return sane(typeof stored === "object" && stored !== null ? stored : {});
+    } catch {
+      return sane({}); // damaged, or the browser keeps storage from us: as usual then
+    }
+  }
+
+  #write(): void {
+    try {
+      // Neither the zoom nor the search: they belong to this run, and a next one would seem empty.
+      const kept = { ...this.#state, zoom: null, follow: false, search: "", panel: null };
+      this.#storage?.setItem(STORAGE_KEY, JSON.stringify(kept));
+    } catch {
+      // Full or forbidden: the view is not remembered, nothing else.
+    }
+  }
+}
