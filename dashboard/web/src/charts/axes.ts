@@ -191,15 +191,28 @@ export function formatDuration(seconds: number): string {
   return parts.length === 0 ? "0s" : sign + parts.join(" ");
 }
 
-/** Labels for neighbouring ticks: as few digits as tell them apart. */
+/** Labels for neighbouring ticks: as few digits as tell them apart, all written alike. */
 export function formatTicks(values: number[]): string[] {
-  let step = Infinity;
-  for (let index = 1; index < values.length; index++) {
-    step = Math.min(step, Math.abs((values[index] as number) - (values[index - 1] as number)));
+  if (values.length < 2) return values.map((value) => formatValue(value));
+  let [step, size] = [Infinity, 0];
+  for (let index = 0; index < values.length; index++) {
+    const value = values[index] as number;
+    size = Math.max(size, Math.abs(value));
+    if (index > 0) step = Math.min(step, Math.abs(value - (values[index - 1] as number)));
   }
-  if (!Number.isFinite(step)) return values.map((value) => formatValue(value));
-  const even = values.length < 3 || Math.abs((values[2] as number) - 2 * (values[1] as number) + (values[0] as number)) < step / 2;
-  return values.map((value) => formatTick(value, even ? step : Math.abs(value)));
+  // Ticks of a logarithmic axis: each has its own step.
+  const even = size < 100 * step;
+  const small = even ? size < 1e-3 : values.some((value) => Math.abs(value) < 1e-3);
+  return values.map((value) => {
+    const own = even ? step : 10 ** Math.floor(Math.log10(Math.abs(value)) + 1e-9);
+    return small && Math.abs(value) < 0.1 && value !== 0 ? exponential(value, digitsOf(value, own)) : formatTick(value, own);
+  });
+}
+
+/** Digits behind the first one that a value needs to show steps of this size. */
+function digitsOf(value: number, step: number): number {
+  const digits = Math.floor(Math.log10(Math.abs(value)) + 1e-9) - Math.floor(Math.log10(step) + 1e-9);
+  return Math.max(0, Math.min(digits, 6));
 }
 
 /** Digits after the point that show a step of this size. */
@@ -212,10 +225,7 @@ function decimals(step: number): number {
 function formatTick(value: number, step: number): string {
   if (value === 0 || Math.abs(value) < step / 1e6) return "0";
   const size = Math.abs(value);
-  if (size >= 1e15 || size < 1e-4) {
-    const digits = Math.floor(Math.log10(size) + 1e-9) - Math.floor(Math.log10(step) + 1e-9);
-    return exponential(value, Math.max(0, Math.min(digits, 6)));
-  }
+  if (size >= 1e15 || size < 1e-4) return exponential(value, digitsOf(value, step));
   for (const [suffix, unit] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]] as const) {
     if (size >= (unit === 1e3 ? 1e4 : unit)) {
       return minus((value / unit).toFixed(decimals(step / unit))) + suffix;
