@@ -214,7 +214,7 @@ export class Panel {
     if (!chart) return;
     const scene = this.#host.scene();
     this.#y = this.#fitY(scene);
-    this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 90)));
+    this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
     this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 42)));
     chart.batch(() => chart.redraw(false, true));
   }
@@ -683,7 +683,7 @@ export class Panel {
   #valueAt(info: SeriesInfo, scene: Scene, x: number): [string, string] {
     const curve = this.#host.curve(info.id);
     if (!curve) return ["", ""];
-    const index = curve.nearest(scene.column, x + scene.origin);
+    const index = indexAt(curve, scene, x);
     const mark = curve.marks.find(([start, end]) => {
       const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
       if (first === null || last === null) return false;
@@ -725,7 +725,7 @@ export class Panel {
     this.#dots.forEach((made, position) => {
       const one = shown[position];
       const curve = one && this.#host.curve(one.info.id);
-      const index = curve ? curve.nearest(scene.column, (scene.cursor as number) + scene.origin) : -1;
+      const index = curve ? indexAt(curve, scene, scene.cursor as number) : -1;
       const x = curve && index >= 0 ? scene.x.toUnit((curve[scene.column][index] as number) - scene.origin) : NaN;
       const y = curve && index >= 0 ? this.#y.toUnit(this.#values(curve, scene)[index] as number) : NaN;
       const inside = x >= 0 && x <= 1 && y >= 0 && y <= 1;
@@ -788,6 +788,13 @@ function dot(ctx: CanvasRenderingContext2D, x: number, y: number, radius: number
 function bestOf(curve: Curve, info: SeriesInfo): Point | null {
   if (info.better === null || curve.length < 2) return null;
   return info.better === "min" ? curve.least : curve.greatest;
+}
+
+/** Index of the point that a cursor at x means: the nearest, but none before the curve has begun; -1 for none. */
+function indexAt(curve: Curve, { column, origin, x: { min, max } }: Scene, x: number): number {
+  const index = curve.nearest(column, x + origin);
+  if (index !== 0) return index;
+  return (curve[column][0] as number) - origin - x > 0.02 * (max - min) ? -1 : 0;
 }
 
 function markText(kind: "nan" | "inf" | "-inf" | "mixed"): string {
