@@ -70,8 +70,8 @@ export function tellCommand(command: Command): { text: string; tone: "busy" | "g
       return { text: `${name}: sent`, tone: "busy" };
     case "accepted":
       return { text: `${name}: accepted, waiting for the run`, tone: "busy" };
-    case "applied": // for a learning rate the reason only repeats it
-      return { text: `${name}: applied${at}${request.name === "set_lr" ? "" : because}`, tone: "good" };
+    case "applied": // what has come of it stands in the log
+      return { text: `${name}: applied${at}`, tone: "good" };
     case "rejected":
       return { text: `${name}: rejected${because}`, tone: "bad" };
     case "expired":

@@ -14,8 +14,9 @@ export interface ControlsHost {
   announce(text: string): void;
 }
 
-/** What became of a command stays in sight for this long, milliseconds. */
-const TOLD_FOR = 12_000;
+/** What became of a command stays in sight for this long, milliseconds; longer where it went wrong. */
+const TOLD_FOR = 5_000;
+const TOLD_FOR_BAD = 15_000;
 /** Lines about commands at a time. */
 const TOLD_AT_ONCE = 3;
 
@@ -123,7 +124,7 @@ export class Controls {
 
   #refused(reason: string): void {
     this.#refusedText = reason;
-    this.#refusedUntil = performance.now() + TOLD_FOR / 2;
+    this.#refusedUntil = performance.now() + TOLD_FOR;
     this.#told = "?";
     this.#host.announce(reason);
     this.#tell(this.#model?.commands ?? [], performance.now());
@@ -132,7 +133,7 @@ export class Controls {
   #tell(commands: readonly Command[], now: number): void {
     const fresh = commands.filter((command) => {
       const { tone } = tellCommand(command);
-      return tone === "busy" || now - command.at < TOLD_FOR;
+      return tone === "busy" || now - command.at < (tone === "bad" ? TOLD_FOR_BAD : TOLD_FOR);
     });
     const lines = fresh.slice(-TOLD_AT_ONCE).map(tellCommand) as { text: string; tone: string }[];
     if (now < this.#refusedUntil) lines.push({ text: this.#refusedText, tone: "off" });

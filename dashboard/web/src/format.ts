@@ -63,6 +63,7 @@ export function duration(seconds: number | null | undefined): string {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return NONE;
   const whole = Math.round(seconds);
   const pad = (value: number): string => String(Math.floor(value)).padStart(2, "0");
+  if (seconds > 0 && seconds < 0.05) return "<0.1 s";
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
   if (whole < 60) return `${whole} s`;
   if (whole < 3_600) return `${Math.floor(whole / 60)} m ${pad(whole % 60)} s`;

@@ -3,7 +3,7 @@
 import { h, icon, ICONS, replaceChildren, setAttribute, setText, show } from "./dom";
 import type { Link } from "./connection";
 import * as format from "./format";
-import type { Model } from "./model";
+import { hasEnded, type Model } from "./model";
 import { toNumber, type RunInfo, type RunSummary, type Status } from "./protocol";
 import type { Described } from "./states";
 import type { Theme } from "./view";
@@ -26,16 +26,22 @@ const MOSTLY = 0.5;
 
 class Figure {
   readonly element: HTMLElement;
+  readonly #label: HTMLElement;
   readonly #value = h("span", { class: "value" }, format.NONE);
   readonly #more = h("span", { class: "more" });
 
   constructor(label: string, name: string) {
+    this.#label = h("dt", {}, label);
     this.element = h(
       "div",
       { class: `figure figure-${name}` },
-      h("dt", {}, label),
+      this.#label,
       h("dd", {}, this.#value, this.#more),
     );
+  }
+
+  label(text: string): void {
+    setText(this.#label, text);
   }
 
   set(value: string, more = "", tone = ""): void {
@@ -118,13 +124,13 @@ export class Header {
     this.#host = host;
     this.#bell = h(
       "button",
-      { type: "button", class: "icon-button", onclick: () => host.setNotify(this.#bell.getAttribute("aria-pressed") !== "true") },
+      { type: "button", class: "quiet-button", onclick: () => host.setNotify(this.#bell.getAttribute("aria-pressed") !== "true") },
       icon(ICONS.bell),
     );
-    this.#theme = h("button", { type: "button", class: "icon-button", onclick: () => host.setTheme(this.#nextTheme) });
+    this.#theme = h("button", { type: "button", class: "quiet-button", onclick: () => host.setTheme(this.#nextTheme) });
     const keys = h(
       "button",
-      { type: "button", class: "icon-button keys-button", "aria-label": "Keys", title: "Keys (?)", onclick: () => host.showKeys() },
+      { type: "button", class: "quiet-button keys-button", "aria-label": "Keys", title: "Keys (?)", onclick: () => host.showKeys() },
       icon(ICONS.keys),
     );
     this.setTheme("auto");
@@ -229,7 +235,10 @@ export class Header {
     const epochs = run?.epochs ?? null;
     const epoch = status === null ? null : Math.min(status.epoch + 1, epochs ?? Infinity);
     figures.epoch.set(format.count(epoch), epochs === null ? "" : ` / ${format.count(epochs)}`);
-    figures.left.set(format.duration(status?.time_left), status ? ` ${format.duration(status.seconds)} elapsed` : "");
+    const ended = hasEnded(status?.state);
+    figures.left.label(ended ? "Took" : "Time left");
+    if (ended) figures.left.set(format.duration(status?.seconds));
+    else figures.left.set(format.duration(status?.time_left), status ? ` ${format.duration(status.seconds)} elapsed` : "");
     figures.loss.set(format.number(loss), "", loss !== null && !Number.isFinite(loss) ? "bad" : "");
     figures.lr.set(format.compact(status?.lr));
     figures.steps.set(format.perSecond(status?.steps_per_second ?? 0));
@@ -238,5 +247,7 @@ export class Header {
     const progress = status?.progress ?? null;
     show(this.#progress, progress !== null);
     if (progress !== null) this.#progress.value = progress;
+    const tones: Record<string, string> = { completed: "good", failed: "bad", stopped: "off", cancelled: "off" };
+    setAttribute(this.#progress, "data-tone", tones[status?.state ?? ""]);
   }
 }

@@ -129,7 +129,7 @@ function command(event: RunEvent): string {
   const given = Object.entries((event.arguments ?? {}) as Record<string, unknown>)
     .filter(([, value]) => value !== null && value !== "")
     .map(([name, value]) => `${name} ${plain(value)}`);
-  return [words(event.command), ...given].join(", ");
+  return words(event.command) + (given.length > 0 ? ` (${given.join(", ")})` : "");
 }
 
 function metrics(values: unknown): string {

@@ -430,11 +430,12 @@ class Page {
     for (const [name, { tab: button, panel }] of this.#tabs) {
       show(panel, name === tab && !staged);
       if (name === "events") {
-        const alerts = model.milestones.length;
-        setText(button, alerts === 0 ? TABS.events : `${TABS.events} ${format.count(alerts)}`);
+        const events = model.milestones.length;
+        setText(button, events === 0 ? TABS.events : `${TABS.events} ${format.count(events)}`);
       }
     }
-    document.body.toggleAttribute("data-stale", this.#link.phase !== "open" && model.run !== null);
+    document.body.toggleAttribute("data-empty", model.run === null);
+    document.body.toggleAttribute("data-stale", this.#link.phase !== "open" && !hasEnded(stateOf(model)));
     const said = `${described.word}${described.detail && described.tone === "bad" ? `: ${described.detail}` : ""}`;
     if (described.word !== this.#announced) {
       this.#announced = described.word;
@@ -487,7 +488,7 @@ class Page {
     const close = h(
       "button",
       {
-        ...{ type: "button", class: "icon-button", "aria-label": `Close: ${notice.title}` },
+        ...{ type: "button", class: "quiet-button", "aria-label": `Close: ${notice.title}` },
         onclick: () => {
           this.#closed.add(notice.id);
           this.#changed();

@@ -18,8 +18,7 @@ export class Scale {
     readonly log = false,
   ) {
     this.#from = log ? Math.log10(min) : min;
-    // Halves first: the difference of two very large numbers would be infinite.
-    this.#span = log ? Math.log10(max) - this.#from : 2 * (max / 2 - min / 2);
+    this.#span = (log ? Math.log10(max) : max) - this.#from;
   }
 
   /** 0 at `min`, 1 at `max`; NaN where a logarithmic axis has no place for it. */
@@ -48,7 +47,7 @@ export function fitScale(low: number, high: number, log: boolean): Scale {
     const air = low === 0 ? 1 : Math.abs(low) * 0.1;
     return new Scale(low - air, high + air);
   }
-  const limit = Number.MAX_VALUE / 4;
+  const limit = Number.MAX_VALUE / 4; // else the difference of two of them would be infinite
   const step = niceStep(high / 8 - low / 8);
   // To whole ticks, so that the axis rests while values move a little; with air where a value is at the edge.
   let min = Math.floor(low / step) * step;
@@ -101,7 +100,7 @@ export function xTicks(axis: Axis, scale: Scale, count: number): Ticks {
 /** Ticks of an axis of plain numbers. */
 export function yTicks(scale: Scale, count: number): Ticks {
   const values = scale.log ? logTicks(scale, count) : multiples(scale, niceStep(scale.max / count - scale.min / count));
-  return { values, labels: formatTicks(values) };
+  return { values, labels: formatTicks(values, scale.log) };
 }
 
 /** All multiples of `step` on a scale. */
@@ -110,7 +109,7 @@ function multiples(scale: Scale, step: number): number[] {
   const last = Math.floor(scale.max / step + 1e-9);
   const exponent = Math.floor(Math.log10(step) + 1e-9);
   const digit = Math.round(step / 10 ** exponent);
-  const whole = digit === 1 || digit === 2 || digit === 5;
+  const whole = Math.abs(step / 10 ** exponent - digit) < 1e-9;
   const values: number[] = [];
   for (let index = first; index <= last && values.length < 100; index++) {
     values.push(whole ? times10(index * digit, exponent) : index * step);
@@ -191,15 +190,28 @@ export function formatDuration(seconds: number): string {
   return parts.length === 0 ? "0s" : sign + parts.join(" ");
 }
 
-/** Labels for neighbouring ticks: as few digits as tell them apart. */
-export function formatTicks(values: number[]): string[] {
-  let step = Infinity;
-  for (let index = 1; index < values.length; index++) {
-    step = Math.min(step, Math.abs((values[index] as number) - (values[index - 1] as number)));
+/** Labels for neighbouring ticks: as few digits as tell them apart, all written alike. */
+export function formatTicks(values: number[], log = false): string[] {
+  if (values.length < 2) return values.map((value) => formatTick(value, 10 ** Math.floor(Math.log10(Math.abs(value) || 1)) / 1_000));
+  let [step, size] = [Infinity, 0];
+  for (let index = 0; index < values.length; index++) {
+    const value = values[index] as number;
+    size = Math.max(size, Math.abs(value));
+    if (index > 0) step = Math.min(step, Math.abs(value - (values[index - 1] as number)));
   }
-  if (!Number.isFinite(step)) return values.map((value) => formatValue(value));
-  const even = values.length < 3 || Math.abs((values[2] as number) - 2 * (values[1] as number) + (values[0] as number)) < step / 2;
-  return values.map((value) => formatTick(value, even ? step : Math.abs(value)));
+  // Ticks of a logarithmic axis have a step each, unless it shows less than a decade.
+  const even = !log || size < 10 * (values[0] as number);
+  const small = even ? size < 1e-3 : values.some((value) => Math.abs(value) < 1e-3);
+  return values.map((value) => {
+    const own = even ? step : 10 ** Math.floor(Math.log10(Math.abs(value)) + 1e-9);
+    return small && Math.abs(value) < 0.1 && value !== 0 ? exponential(value, digitsOf(value, own)) : formatTick(value, own);
+  });
+}
+
+/** Digits behind the first one that a value needs to show steps of this size. */
+function digitsOf(value: number, step: number): number {
+  const digits = Math.floor(Math.log10(Math.abs(value)) + 1e-9) - Math.floor(Math.log10(step) + 1e-9);
+  return Math.max(0, Math.min(digits, 6));
 }
 
 /** Digits after the point that show a step of this size. */
@@ -212,10 +224,7 @@ function decimals(step: number): number {
 function formatTick(value: number, step: number): string {
   if (value === 0 || Math.abs(value) < step / 1e6) return "0";
   const size = Math.abs(value);
-  if (size >= 1e15 || size < 1e-4) {
-    const digits = Math.floor(Math.log10(size) + 1e-9) - Math.floor(Math.log10(step) + 1e-9);
-    return exponential(value, Math.max(0, Math.min(digits, 6)));
-  }
+  if (size >= 1e15 || size < 1e-4) return exponential(value, digitsOf(value, step));
   for (const [suffix, unit] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]] as const) {
     if (size >= (unit === 1e3 ? 1e4 : unit)) {
       return minus((value / unit).toFixed(decimals(step / unit))) + suffix;

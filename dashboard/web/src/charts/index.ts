@@ -91,7 +91,7 @@ export class Charts {
   #leaving = new Map<Panel, ReturnType<typeof setTimeout>>();
   #asked = { key: "", at: -Infinity };
   #asking = false;
-  #zoomTimer: ReturnType<typeof setTimeout> | null = null;
+  #zoomTimer: { key: string; timer: ReturnType<typeof setTimeout> } | null = null;
   #tableTime = 0;
 
   constructor(root: HTMLElement, host: ChartsHost) {
@@ -232,7 +232,7 @@ export class Charts {
 
   destroy(): void {
     if (this.#frame !== null) cancelAnimationFrame(this.#frame);
-    if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer);
+    if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer.timer);
     for (const timer of this.#leaving.values()) clearTimeout(timer);
     this.#ranges.abandon("the charts are gone");
     for (const stop of this.#stop) stop();
@@ -556,12 +556,15 @@ export class Charts {
     const key = follow ? `${column} ${to - from}` : `${column} ${from} ${to} ${ids.join()}`;
     const now = performance.now();
     if (ids.length === 0 || (key === this.#asked.key && !(follow && now - this.#asked.at > ZOOM_AGAIN))) return;
-    if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer);
-    this.#zoomTimer = setTimeout(() => {
+    // While fingers or the wheel still move the zoom, the wait begins anew with each change.
+    if (this.#zoomTimer?.key === key) return;
+    if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer.timer);
+    const ask = (): void => {
       this.#zoomTimer = null;
       this.#asked = { key, at: performance.now() };
       void this.#fetchDetail(ids, column, from, to, this.#points(visible));
-    }, ZOOM_REST);
+    };
+    this.#zoomTimer = { key, timer: setTimeout(ask, ZOOM_REST) };
   }
 
   #isCoarse(id: number, column: Column, from: number): boolean {
@@ -602,6 +605,7 @@ export class Charts {
     fine.copy(curve, next);
     fine.addMarks(curve.marks);
     [fine.least, fine.greatest] = [curve.least, curve.greatest];
+    fine.cadence = curve.cadence;
     fine.reducedTo = part.reduced ? last : -Infinity;
     this.#details.set(id, { curve: fine, from, to });
   }

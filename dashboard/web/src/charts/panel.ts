@@ -214,7 +214,7 @@ export class Panel {
     if (!chart) return;
     const scene = this.#host.scene();
     this.#y = this.#fitY(scene);
-    this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 90)));
+    this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
     this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 42)));
     chart.batch(() => chart.redraw(false, true));
   }
@@ -263,7 +263,10 @@ export class Panel {
   readOut(): string {
     const scene = this.#host.scene();
     if (scene.cursor === null) return this.summary();
-    const values = this.shown(scene).map(({ info }) => `${info.label} ${this.#valueAt(info, scene, scene.cursor as number) || "none"}`);
+    const values = this.shown(scene).map(({ info }) => {
+      const [value, raw] = this.#valueAt(info, scene, scene.cursor as number);
+      return raw === "" ? `${info.label} ${value || "none"}` : `${info.label} ${value}, raw ${raw}`;
+    });
     return [formatX(scene.axis, scene.cursor), ...values, ...this.#eventsAt(scene)].join(", ");
   }
 
@@ -366,7 +369,7 @@ export class Panel {
       smoothed = new Smoothed(scene.smoothing);
       this.#smoothed.set(curve, smoothed);
     }
-    return smoothed.update(curve.value, curve.length, curve.generation);
+    return smoothed.update(curve);
   }
 
   #paintBelow(chart: uPlot): void {
@@ -648,9 +651,11 @@ export class Panel {
       if (!item) continue;
       const hidden = scene.hidden.has(info.key);
       if (item.button.getAttribute("aria-pressed") !== String(!hidden)) item.button.setAttribute("aria-pressed", String(!hidden));
-      setText(item.value, scene.cursor === null ? this.#lastText(info) : this.#valueAt(info, scene, scene.cursor));
+      const [value, beside] = scene.cursor === null ? [this.#lastText(info), ""] : this.#valueAt(info, scene, scene.cursor);
+      setText(item.value, value);
       const best = this.#bestValue(info);
-      setText(item.best, best === null || scene.cursor !== null ? "" : `best ${formatValue(best)}`);
+      // Always something of about the same width: what is under the mouse must not move.
+      setText(item.best, beside !== "" ? `raw ${beside}` : best === null ? "" : `best ${formatValue(best)}`);
     }
   }
 
@@ -674,10 +679,11 @@ export class Panel {
     return values.length > 0 ? (info.better === "min" ? Math.min : Math.max)(...values) : null;
   }
 
-  #valueAt(info: SeriesInfo, scene: Scene, x: number): string {
+  /** The value of a curve at x, as it is drawn; and its raw one, where that is another. */
+  #valueAt(info: SeriesInfo, scene: Scene, x: number): [string, string] {
     const curve = this.#host.curve(info.id);
-    if (!curve) return "";
-    const index = curve.nearest(scene.column, x + scene.origin);
+    if (!curve) return ["", ""];
+    const index = indexAt(curve, scene, x);
     const mark = curve.marks.find(([start, end]) => {
       const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
       if (first === null || last === null) return false;
@@ -685,11 +691,10 @@ export class Panel {
       const distance = Math.min(Math.abs(x - first), Math.abs(x - last));
       return index < 0 || distance < Math.abs((curve[scene.column][index] as number) - scene.origin - x);
     });
-    if (mark) return markText(mark[2]);
-    if (index < 0) return "";
-    const raw = curve.value[index] as number;
-    if (scene.smoothing === 0) return formatValue(raw);
-    return `${formatValue(this.#values(curve, scene)[index] as number)} (${formatValue(raw)})`;
+    if (mark) return [markText(mark[2]), ""];
+    if (index < 0) return ["", ""];
+    const raw = formatValue(curve.value[index] as number);
+    return scene.smoothing === 0 ? [raw, ""] : [formatValue(this.#values(curve, scene)[index] as number), raw];
   }
 
   /** Texts of the events under the cursor, and of a gap. */
@@ -720,7 +725,7 @@ export class Panel {
     this.#dots.forEach((made, position) => {
       const one = shown[position];
       const curve = one && this.#host.curve(one.info.id);
-      const index = curve ? curve.nearest(scene.column, (scene.cursor as number) + scene.origin) : -1;
+      const index = curve ? indexAt(curve, scene, scene.cursor as number) : -1;
       const x = curve && index >= 0 ? scene.x.toUnit((curve[scene.column][index] as number) - scene.origin) : NaN;
       const y = curve && index >= 0 ? this.#y.toUnit(this.#values(curve, scene)[index] as number) : NaN;
       const inside = x >= 0 && x <= 1 && y >= 0 && y <= 1;
@@ -783,6 +788,13 @@ function dot(ctx: CanvasRenderingContext2D, x: number, y: number, radius: number
 function bestOf(curve: Curve, info: SeriesInfo): Point | null {
   if (info.better === null || curve.length < 2) return null;
   return info.better === "min" ? curve.least : curve.greatest;
+}
+
+/** Index of the point that a cursor at x means: the nearest, but none before the curve has begun; -1 for none. */
+function indexAt(curve: Curve, { column, origin, x: { min, max } }: Scene, x: number): number {
+  const index = curve.nearest(column, x + origin);
+  if (index !== 0) return index;
+  return (curve[column][0] as number) - origin - x > 0.02 * (max - min) ? -1 : 0;
 }
 
 function markText(kind: "nan" | "inf" | "-inf" | "mixed"): string {

@@ -36,6 +36,8 @@ export class Curve {
   reducedTo = -Infinity;
   least: Point | null = null;
   greatest: Point | null = null;
+  /** The smallest distance between the steps of two neighbours so far. */
+  cadence = Infinity;
   /** Changes when points other than new ones at the end have come, gone or moved to another index. */
   generation = 0;
 
@@ -64,7 +66,11 @@ export class Curve {
     if (!Number.isFinite(value)) return;
     if (this.length === this.step.length) this.#grow();
     let index = this.length++;
-    if (index > 0 && step < (this.step[index - 1] as number)) index = this.#insert(index, step);
+    if (index > 0) {
+      const distance = step - (this.step[index - 1] as number);
+      if (distance < 0) index = this.#insert(index, step);
+      else if (distance > 0 && distance < this.cadence) this.cadence = distance;
+    }
     this.step[index] = step;
     this.time[index] = time;
     this.epoch[index] = epoch;

@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { Smoothed } from "../../src/charts/smoothing";
+import { Smoothed, type SmoothedColumn } from "../../src/charts/smoothing";
 
 /** What TensorBoard's scalar charts compute, from all points at once: a weighted mean with falling weights. */
 function reference(values: number[], weight: number): number[] {
@@ -15,36 +15,51 @@ function reference(values: number[], weight: number): number[] {
   });
 }
 
+function curve(values: number[], length = values.length, rest: Partial<SmoothedColumn> = {}): SmoothedColumn {
+  const step = Float64Array.from(values.keys());
+  return { length, step, value: Float64Array.from(values), reducedTo: -Infinity, cadence: 1, generation: 0, ...rest };
+}
+
 const VALUES = Array.from({ length: 300 }, (_, index) => Math.sin(index / 7) + (index % 5) / 3 + 2);
 
 test.each([0.1, 0.6, 0.9, 0.99, 0.999])("the debiased average with weight %f", (weight) => {
-  const smoothed = new Smoothed(weight).update(Float64Array.from(VALUES), VALUES.length, 0);
+  const smoothed = new Smoothed(weight).update(curve(VALUES));
   reference(VALUES, weight).forEach((value, index) => expect(smoothed[index]).toBeCloseTo(value, 9));
 });
 
 test("starts at the first value, not at zero", () => {
-  expect(new Smoothed(0.999).update(Float64Array.from([5, 6]), 2, 0)[0]).toBe(5);
+  expect(new Smoothed(0.999).update(curve([5, 6]))[0]).toBe(5);
 });
 
 test("leaves a constant as it is, to the last bit", () => {
-  const smoothed = new Smoothed(0.9).update(new Float64Array(1_000).fill(0.1), 1_000, 0);
+  const smoothed = new Smoothed(0.9).update(curve(new Array<number>(1_000).fill(0.1)));
   expect(new Set(smoothed)).toEqual(new Set([0.1]));
 });
 
 test("a weight of 0 is the curve itself", () => {
-  expect([...new Smoothed(0).update(Float64Array.from([3, 1, 2]), 3, 0)]).toEqual([3, 1, 2]);
+  expect([...new Smoothed(0).update(curve([3, 1, 2]))]).toEqual([3, 1, 2]);
 });
 
 test("goes on from where it was, as if all points had been there at once", () => {
   const [all, some] = [new Smoothed(0.9), new Smoothed(0.9)];
-  const values = Float64Array.from(VALUES);
-  const whole = Array.from(all.update(values, 300, 0));
-  for (const count of [0, 1, 2, 100, 101, 300]) some.update(values, count, 0);
-  expect(Array.from(some.update(values, 300, 0))).toEqual(whole);
+  const whole = Array.from(all.update(curve(VALUES)));
+  for (const count of [0, 1, 2, 100, 101, 300]) some.update(curve(VALUES, count));
+  expect(Array.from(some.update(curve(VALUES)))).toEqual(whole);
 });
 
 test("begins anew when earlier points have changed", () => {
   const smoothed = new Smoothed(0.5);
-  smoothed.update(Float64Array.from([100, 100]), 2, 0);
-  expect(smoothed.update(Float64Array.from([1, 3]), 2, 1)[1]).toBeCloseTo(reference([1, 3], 0.5)[1] as number, 12);
+  smoothed.update(curve([100, 100]));
+  expect(smoothed.update(curve([1, 3], 2, { generation: 1 }))[1]).toBeCloseTo(reference([1, 3], 0.5)[1] as number, 12);
+});
+
+test("merged points count as many as they stand for: a thinned ramp is averaged as the whole one", () => {
+  const step = Float64Array.from({ length: 200 }, (_, index) => 10 * Math.floor(index / 2) + (index % 2 === 0 ? 0 : 9));
+  const thinned = { length: 200, step, value: step, reducedTo: 999, cadence: 1, generation: 0 };
+  const whole = curve(Array.from({ length: 1_000 }, (_, index) => index));
+  const last = (smoothed: Float64Array, length: number): number => smoothed[length - 1] as number;
+  const expected = last(new Smoothed(0.99).update(whole), 1_000);
+  expect(Math.abs(last(new Smoothed(0.99).update(thinned), 200) - expected)).toBeLessThan(10);
+  // Point by point the average would look five times as far back.
+  expect(Math.abs(last(new Smoothed(0.99).update({ ...thinned, reducedTo: -1 }), 200) - expected)).toBeGreaterThan(100);
 });

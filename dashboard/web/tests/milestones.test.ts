@@ -1,0 +1,56 @@
+import { expect, test } from "vitest";
+import { markOf, tell } from "../src/milestones";
+import type { RunEvent } from "../src/protocol";
+
+const EVENTS: [RunEvent, string, string, string][] = [
+  [{ type: "TrainStart", device: "cuda:0" }, "state", "Training begins on cuda:0", ""],
+  [
+    { type: "ValidationEnd", metrics: { val_loss: 0.25, val_acc: "NaN" }, seconds: 2 },
+    ...(["validation", "Validated in 2.0 s: val_loss 0.25, val_acc NaN", ""] as const),
+  ],
+  [
+    { type: "EpochEnd", epoch: 1, metrics: { a: 1, b: 2, c: 3, d: 4, e: 5 }, complete: false },
+    ...(["epoch", "Epoch 2 ends early: a 1, b 2, c 3, d 4, 1 more", ""] as const),
+  ],
+  [
+    { type: "LearningRateChanged", lr: 0.00001, previous: 0.1, source: "schedule" },
+    ...(["lr", "Learning rate 0.1 → 1e−5", "schedule"] as const),
+  ],
+  [
+    { type: "CommandApplied", command: "set_lr", by: "viewer 10.0.0.7", arguments: { lr: 0.1, group: null } },
+    ...(["command", "Command set_lr (lr 0.1) took effect", "viewer 10.0.0.7"] as const),
+  ],
+  [
+    { type: "CommandApplied", command: "validate", error: "ConfigError: no" },
+    ...(["command", "Command validate failed: ConfigError: no", ""] as const),
+  ],
+  [
+    { type: "CheckpointSaved", path: "/r/c", saved_step: 1234, reason: "best", bytes: 2_500_000, seconds: 0.01 },
+    ...(["checkpoint", "Checkpoint of step 1\u202f234 saved (best), 2.5 MB in <0.1 s", ""] as const),
+  ],
+  [{ type: "StateChanged", state: "paused", by: "user", reason: "lunch" }, "state", "Now paused: lunch", "user"],
+  [{ type: "TrainEnd", status: "failed", error: "ValueError: no", seconds: 75 }, "state", "Training failed after 1 m 15 s: ValueError: no", ""],
+  [{ type: "Alert", rule: "NotFinite()", message: "loss is NaN" }, "alert", "loss is NaN", "NotFinite()"],
+  [{ type: "mine.Shuffled", seed: 7, path: "x", run_id: "r", seq: 3 }, "other", "mine.Shuffled · seed 7 · path x", ""],
+];
+
+test.each(EVENTS)("%j", (event, kind, text, by) => {
+  expect(tell(event)).toMatchObject({ kind, text, by });
+});
+
+test.each(["TrainStart", "EpochEnd", "LearningRateChanged", "CommandApplied", "CheckpointSaved", "Alert", "toString"])(
+  "%s without any of its fields is still told",
+  (type) => {
+    expect(tell({ type }).text).not.toMatch(/undefined|\[object|NaN/);
+  },
+);
+
+test("alerts, checkpoints, learning rates and validations mark the curves, at the step they are about", () => {
+  const at = { time: 9, step: 20 };
+  expect(markOf({ type: "Alert", message: "loss is NaN", ...at })).toEqual({ kind: "alert", text: "loss is NaN", ...at });
+  expect(markOf({ type: "CheckpointSaved", saved_step: 15, ...at })).toMatchObject({ kind: "checkpoint", step: 15 });
+  expect(markOf({ type: "LearningRateChanged", ...at })?.kind).toBe("lr");
+  expect(markOf({ type: "ValidationEnd", ...at })?.kind).toBe("validation");
+  expect(markOf({ type: "EpochEnd", ...at })).toBeNull();
+  expect(markOf({ type: "Alert", message: "before it began" })).toBeNull();
+});

@@ -1,0 +1,87 @@
+import { describe, expect, test, vi } from "vitest";
+import { DEFAULT_VIEW, View, decodeView, encodeView, sane, type ViewState } from "../src/view";
+
+class Memory {
+  readonly items = new Map<string, string>();
+  getItem(key: string): string | null {
+    return this.items.get(key) ?? null;
+  }
+  setItem(key: string, value: string): void {
+    this.items.set(key, value);
+  }
+}
+
+const EVERYTHING: ViewState = {
+  ...{ tab: "events", search: "loss & <b>", axis: "wall", logX: true, logY: true, smoothing: 0.95 },
+  ...{ zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"] },
+  theme: "auto",
+};
+
+describe("the address", () => {
+  test("carries a whole view", () => {
+    expect(decodeView(encodeView(EVERYTHING))).toEqual(EVERYTHING);
+  });
+
+  test("is empty for the usual view", () => {
+    expect(encodeView(DEFAULT_VIEW)).toBe("");
+  });
+
+  test.each(["", "#main", "#v=2&tab=events", "#tab=events"])("%j is no view", (hash) => {
+    expect(decodeView(hash)).toBeNull();
+  });
+
+  test("what makes no sense in it is as usual", () => {
+    expect(decodeView("#v=1&tab=x&x=y&smooth=-3&zoom=5,1&zoom2=1&logx=yes")).toEqual(DEFAULT_VIEW);
+    expect(decodeView("#v=1&zoom=1,NaN&smooth=7")).toEqual({ ...DEFAULT_VIEW, smoothing: 0.999 });
+  });
+});
+
+test("a stored view of any shape becomes a view", () => {
+  expect(sane({ hidden: "loss", zoom: 3, panel: 7, logY: "true", search: null })).toEqual(DEFAULT_VIEW);
+});
+
+describe("a view", () => {
+  test("tells of changes, and only of changes", () => {
+    const view = new View();
+    const heard = vi.fn();
+    const leave = view.subscribe(heard);
+    view.set({ logY: false });
+    expect(heard).not.toHaveBeenCalled();
+    view.set({ logY: true });
+    expect(heard).toHaveBeenCalledWith({ ...DEFAULT_VIEW, logY: true }, DEFAULT_VIEW);
+    leave();
+    view.set({ logY: false });
+    expect(heard).toHaveBeenCalledTimes(1);
+  });
+
+  test("is remembered, without what belongs to one run", () => {
+    const storage = new Memory();
+    new View("", storage).set({ ...EVERYTHING, theme: "dark" });
+    const again = new View("", storage).get();
+    expect(again).toEqual({
+      ...EVERYTHING,
+      ...{ theme: "dark", zoom: null, follow: false, search: "", panel: null },
+    });
+  });
+
+  test("of a link counts more than the remembered one, but for the theme", () => {
+    const storage = new Memory();
+    new View("", storage).set({ axis: "time", theme: "light" });
+    expect(new View("#v=1&logy=1", storage).get()).toEqual({ ...DEFAULT_VIEW, logY: true, theme: "light" });
+  });
+
+  test("is as usual where storage is damaged or forbidden", () => {
+    const forbidden = {
+      getItem: () => {
+        throw new Error("denied");
+      },
+      setItem: () => {
+        throw new Error("denied");
+      },
+    };
+    const view = new View("", forbidden);
+    view.set({ logX: true });
+    expect(view.get()).toEqual({ ...DEFAULT_VIEW, logX: true });
+    expect(new View("", { ...forbidden, getItem: () => "{" }).get()).toEqual(DEFAULT_VIEW);
+  });
+});
