@@ -24,8 +24,8 @@ import torch
 from offloop.dashboard import Dashboard, callback, live_run
 from offloop.engine import Callback, EventsDropped, Metrics, Run, Sample, Trainer
 
-for package in ("playwright", "axe_playwright_python"):
-    pytest.importorskip(package, reason="tests in a browser need offloop[browser]")
+pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
+pytest.importorskip("axe_playwright_python", reason="tests in a browser need offloop[browser]")
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
