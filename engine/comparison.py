@@ -12,6 +12,7 @@ from offloop.engine.weights import Source, Weights, read_weights
 
 COMPARED_OF_RUN: Final = ("config", "versions", "git", "command", "init_from")
 """What of `run.json` says how a model was made; run id, host and times always differ."""
+NAMES_OF_RUN: Final = ("config.run_name", "config.run_dir")
 
 Kind = Literal["values", "shape", "dtype", "only_in_a", "only_in_b"]
 
@@ -133,7 +134,7 @@ def _settings(weights: Weights) -> dict[str, Any]:
 
     for name in COMPARED_OF_RUN:
         walk(name, weights.description.get(name))
-    return flat
+    return {name: value for name, value in flat.items() if name not in NAMES_OF_RUN}
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

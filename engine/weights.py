@@ -473,8 +473,7 @@ def plan_init(init_from: Source | None, strict: bool, *, will_resume: bool) -> I
         return None
     if isinstance(init_from, torch.nn.Module):
         raise ConfigError("init_from takes weights, not a model: give other_model.state_dict()")
-    known = (str, Path, Mapping, CheckpointInfo, ModelVersion)
-    if not isinstance(init_from, known) or not init_from:
+    if not isinstance(init_from, str | Path | Mapping | CheckpointInfo | ModelVersion) or not init_from:
         raise ConfigError(
             "init_from must be a path, a registered model like 'name@alias' or 'name:3', or a state dict; got "
             f"{init_from!r}"
@@ -484,7 +483,8 @@ def plan_init(init_from: Source | None, strict: bool, *, will_resume: bool) -> I
         return None
     if isinstance(init_from, Mapping):
         return InitialWeights(_state_dict_in(init_from, None, "init_from"), strict)
-    return InitialWeights(locate(init_from) if isinstance(init_from, str | Path) else init_from, strict)
+    place = locate(init_from) if isinstance(init_from, str | Path) else init_from
+    return InitialWeights(place, strict)
 
 
 # Out -----------------------------------------------------------------------------------------------

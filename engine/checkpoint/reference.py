@@ -12,7 +12,7 @@ from pathlib import Path
 
 from offloop.engine.checkpoint.errors import CheckpointNotFoundError
 from offloop.engine.checkpoint.manifest import MANIFEST
-from offloop.engine.checkpoint.reader import CHECKPOINTS, CheckpointInfo, CheckpointReader
+from offloop.engine.checkpoint.reader import CHECKPOINTS, CheckpointInfo, CheckpointReader, list_runs
 
 
 def split_reference(reference: str) -> tuple[str, str | int | None]:
@@ -43,5 +43,7 @@ def find_checkpoint(reference: str | Path) -> CheckpointInfo:
     if which is None and (path / MANIFEST).is_file():
         return CheckpointReader(path.parent.parent).find(path)
     if not (path / CHECKPOINTS).is_dir():
-        raise CheckpointNotFoundError(str(reference), path if path.is_dir() else path.parent)
+        searched = path if path.is_dir() else path.parent
+        runs = [reader.directory.name for reader in list_runs(searched)]
+        raise CheckpointNotFoundError(str(reference), searched, runs)
     return CheckpointReader(path).find("last" if which is None else which)
