@@ -61,7 +61,8 @@ def register(
 ) -> None:
     """Make weights the next version of a model.
 
-    They are copied: what they came from may be deleted. The same weights become no second version: the one that there is gets the alias.
+    They are copied: what they came from may be deleted. The same weights become no second version: the one that
+    there is gets the alias.
     """
     found = ModelRegistry(registry)
     with failing():

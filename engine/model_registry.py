@@ -134,6 +134,7 @@ class ModelRegistry:
     ) -> None:
         self.directory = Path(directory)
         self._filesystem = filesystem or FileSystem()
+        self._attempts = itertools.count()  # no temporary name is used twice
 
     # Reading
 
@@ -327,7 +328,7 @@ class ModelRegistry:
     def _commit(self, directory: Path, manifest: Manifest, snapshot: "Snapshot") -> bool:
         """Write a version, down to the disk; False if its number has been taken by a writer without locks."""
         filesystem = self._filesystem
-        temporary = directory / f"{_TEMPORARY}{manifest.serial}-{os.getpid()}"
+        temporary = directory / f"{_TEMPORARY}{manifest.serial}-{os.getpid()}-{next(self._attempts)}"
         final = directory / f"v{manifest.serial:06d}"
         state, parts = msgspec.json.encode(snapshot.tree), snapshot.parts()
         needed = len(state) + sum(len(part.payload) for part in parts)
@@ -358,7 +359,7 @@ class ModelRegistry:
         if self._read_alias(name, alias) == number:
             return
         path = self.directory / name / _ALIASES / alias
-        temporary = path.with_name(f"{_TEMPORARY}{alias}-{os.getpid()}")
+        temporary = path.with_name(f"{_TEMPORARY}{alias}-{os.getpid()}-{next(self._attempts)}")
         try:
             write_file(self._filesystem, temporary, f"{number}\n".encode())
             self._filesystem.replace(temporary, path)
@@ -377,9 +378,10 @@ class ModelRegistry:
             lock = _wait_for_lock(directory)
             try:
                 self._sweep(directory)
-                # A predecessor that died between rename and fsync left a version that we see and a power cut
-                # could take: what builds on it must not outlive it.
-                self._filesystem.sync_directory(directory)
+                # A predecessor that died between a name and its fsync left what we see and a power cut could
+                # take: what builds on it must not outlive it.
+                for path in (directory.parent, directory):
+                    self._filesystem.sync_directory(path)
                 yield
             finally:
                 lock.release()

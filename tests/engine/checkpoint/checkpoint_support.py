@@ -30,6 +30,12 @@ def small_state(step: int) -> dict[str, object]:
     }
 
 
+def small_weights(value: float) -> dict[str, torch.Tensor]:
+    """Return a state dict whose every element is `value`; with a tied weight."""
+    weight = torch.full((3, 4), float(value))
+    return {"weight": weight, "tied": weight, "count": torch.tensor(int(value))}
+
+
 def step_of(state: object) -> int:
     """Return the step that a small state belongs to, after checking that all of it does."""
     assert isinstance(state, dict)
