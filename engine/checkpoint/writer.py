@@ -76,6 +76,7 @@ class CheckpointWriter:
         self._jobs: queue.SimpleQueue[_Job | _Call | None] = queue.SimpleQueue()
         # Guarded by _changed: raised by submit, lowered by the writer thread.
         self._pending = 0
+        self._calls = 0  # those among them that hold no snapshot, which the bound is about
         self._is_closed = False
         self._death: BaseException | None = None
         self._changed = threading.Condition()
@@ -84,7 +85,7 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> int:
-        """Snapshots handed over and not yet done with."""
+        """Snapshots and calls handed over and not yet done with."""
         return self._pending
 
     def submit_nowait(self, snapshot: Snapshot, request: CheckpointRequest) -> None:
@@ -97,7 +98,7 @@ class CheckpointWriter:
         with self._changed:
             if self._death is not None or self._is_closed:
                 raise WriterDiedError("the checkpoint writer has ended") from self._death
-            if self._pending >= self._queue_size:
+            if self._pending - self._calls >= self._queue_size:
                 raise SnapshotBusyError(self._queue_size)
             self._pending += 1
             self._jobs.put(_Job(snapshot, request))
@@ -116,6 +117,7 @@ class CheckpointWriter:
             if self._death is not None or self._is_closed:
                 raise WriterDiedError("the checkpoint writer has ended") from self._death
             self._pending += 1
+            self._calls += 1
             self._jobs.put(_Call(function))
 
     def flush(self, timeout: float | None = None) -> None:
@@ -162,6 +164,7 @@ class CheckpointWriter:
                         job.snapshot.release()
                     with self._changed:
                         self._pending -= 1
+                        self._calls -= isinstance(job, _Call)
                         self._changed.notify_all()
         except BaseException as error:
             logger.exception("the checkpoint writer died")

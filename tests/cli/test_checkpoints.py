@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from offloop.callbacks import ModelCheckpoint
 from offloop.cli.main import app

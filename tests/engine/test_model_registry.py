@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import torch
 from checkpoint_support import FailingFileSystem, VolatileFileSystem, small_weights
-from power_cut import PowerCut, RecordingFileSystem, read_tree, seen_by_readers, write_tree
+from power_cut import Done, Files, PowerCut, RecordingFileSystem, read_tree, seen_by_readers, write_tree
 
 from offloop.callbacks import ModelCheckpoint
 from offloop.engine import ConfigError, ModelNotFoundError, ModelRegistry, WeightsError, load_model
@@ -334,33 +334,51 @@ def test_failure_of_any_operation_is_typed_and_harms_nothing(tmp_path: Path, cod
     pytest.fail("never got through")
 
 
+Seen = tuple[dict[int, float], int | None]
+"""What each version holds, and which one the alias names."""
+
+
+def after_power_cuts(
+    base: Path, before: Files, log: list[Done], scratch: Path
+) -> Iterator[tuple[bool, Seen]]:
+    """Yield what may be found: 60 random losses after each operation, and whether it was the last one."""
+    cut, source, known = PowerCut(base, before), random.Random(0), dict[object, Seen]()
+    for index in range(len(log) + 1):
+        for files in [cut.random_tree(source) for _ in range(60)]:
+            key = seen_by_readers(files)
+            if key not in known:
+                write_tree(files, scratch)
+                registry = ModelRegistry(scratch)
+                known[key] = (contents(registry), registry.aliases("model").get("champion"))
+                shutil.rmtree(scratch)
+            yield index == len(log), known[key]
+        if index < len(log):
+            cut.run(log[index])
+
+
 def test_registered_version_survives_a_power_cut(tmp_path: Path) -> None:
-    """Also the very first one, whose directories are new; 60 random losses after each operation."""
+    """Also the very first one, whose directories are new."""
     base = tmp_path / "models"
+    base.mkdir()
     for value in (1, 2):
-        base.mkdir(exist_ok=True)
-        before = read_tree(base)
-        filesystem = RecordingFileSystem()
+        before, filesystem = read_tree(base), RecordingFileSystem()
         ModelRegistry(base, filesystem=filesystem).register(small_weights(value), "model", alias="champion")
         old = {number: float(number) for number in range(1, value)}
         new = old | {value: float(value)}
-        cut, source, seen = PowerCut(base, before), random.Random(0), dict[object, object]()
-        for index in range(len(filesystem.log) + 1):
-            for files in [cut.random_tree(source) for _ in range(60)]:
-                key = seen_by_readers(files)
-                if key not in seen:
-                    write_tree(files, tmp_path / "after")
-                    registry = ModelRegistry(tmp_path / "after")
-                    champion = registry.aliases("model").get("champion")
-                    seen[key] = (contents(registry), champion)
-                    shutil.rmtree(tmp_path / "after")
-                found, champion = seen[key]  # type: ignore[misc]  # as just put there
-                assert found in (old, new)
-                assert champion is None or champion in found
-                if index == len(filesystem.log):
-                    assert (found, champion) == (new, value), "durable when it says so"
-            if index < len(filesystem.log):
-                cut.run(filesystem.log[index])
+        outcomes = []
+        for is_done, (found, champion) in after_power_cuts(base, before, filesystem.log, tmp_path / "after"):
+            assert found in (old, new)
+            assert champion is None or champion in found
+            assert not is_done or (found, champion) == (new, value), "durable when it says so"
+            outcomes.append(found)
+        assert old in outcomes and new in outcomes
+        for forgotten in ("sync", "syncdir"):  # the model notices
+            careless = [done for done in filesystem.log if done.operation != forgotten]
+            with pytest.raises((AssertionError, CheckpointCorruptError)):
+                for is_done, (found, _) in after_power_cuts(
+                    base, before, careless, tmp_path / f"{forgotten}-{value}"
+                ):
+                    assert not is_done or found == new
 
 
 # At once -------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_folder_of_hugging_face_is_read_whole_or_in_shards(tmp_path: Path) -> No
     whole.mkdir()
     shards.mkdir()
     save_file(expected, whole / "model.safetensors")
-    index = {}
+    index: dict[str, str] = {}
     for number, part in enumerate((names[:1], names[1:])):
         file = f"model-{number}.safetensors"
         save_file({name: expected[name] for name in part}, shards / file)
