@@ -42,7 +42,7 @@ SOURCE_HELP = (
     "A run (runs/first, runs/first@best, runs/first@TAG, runs/first:STEP), a checkpoint's directory, a "
     "registered model (name, name:3, name@alias), or a file (.safetensors, .pt, .pth)."
 )
-Where = Annotated[Path, typer.Argument(help="A directory of runs, a run, or a checkpoint.")]
+Where = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a directory of runs.")]
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def failing() -> Iterator[None]:
 
 @app.command("list")
 def list_checkpoints(
-    where: Where = Path("runs"),
+    where: Annotated[Path, typer.Argument(help="A run, or a directory of runs.")] = Path("runs"),
     metric: Annotated[
         str | None, typer.Option(help="The metric to show; else val_loss, or the first there is.")
     ] = None,

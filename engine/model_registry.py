@@ -303,6 +303,7 @@ class ModelRegistry:
         arena = SnapshotArena(slots=1)
         try:
             with arena.take({"model": weights.tensors}) as snapshot:
+                snapshot.wait_ready()
                 for number in itertools.count(1 + max(self._numbers(name), default=0)):
                     manifest = Manifest(
                         name=f"step-{step:09d}-a{attempt}",

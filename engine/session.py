@@ -174,6 +174,9 @@ class Session:
             if self.initial_weights is not None:  # first: what does not fit leaves no directory behind
                 weights = self.initial_weights.load_into(self.trainer.model)
                 self.loop.init_from = weights.origin
+                self.initial_weights = (
+                    None  # a state dict may be large, and the session is kept for its result
+                )
             if self.dir is not None:
                 self._open_dir(self.dir)
         except BaseException:

@@ -208,6 +208,8 @@ def read_weights(
             weights = _read_own(place)
     else:
         raise TypeError(f"weights come from a name, a path or a state dict, got {type(source).__name__}")
+    if key is not None and weights.info is not None:
+        raise WeightsError(f"{weights.origin} has no entries to choose from: leave key={key!r} out")
     if prefix:
         chosen = {
             name[len(prefix) :]: each for name, each in weights.tensors.items() if name.startswith(prefix)
@@ -241,9 +243,9 @@ def _read_file(path: Path, key: str | None) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned: the tensors are views of the mapped file, which somebody may change or shorten.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}
+        # Not a memory map: somebody may change or shorten the file later.
+        with safe_open(path, framework="pt", backend="pread") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
@@ -524,8 +526,11 @@ def export_model(
     weights = read_weights(source, key=key, registry=registry)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         if target.suffix == ".safetensors":
             save_file(_separate(weights), temporary, _metadata(weights))
+            os.chmod(temporary, mode)  # safetensors leaves it readable by nobody else
         else:
             torch.save(weights.tensors, temporary)
         with open(temporary, "rb") as file:

@@ -15,10 +15,11 @@ from offloop.engine import (
     ConfigError,
     RunEndedError,
     StepPoint,
+    TrainStart,
     in_step,
     load_model,
 )
-from offloop.engine.checkpoint import CheckpointError, CheckpointReader
+from offloop.engine.checkpoint import CheckpointError, CheckpointNotFoundError, CheckpointReader
 from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_trainer
 
 LONG = 30
@@ -159,7 +160,12 @@ def test_tag_of_a_checkpoint_that_cannot_be_written_fails_and_the_next_one_is_ta
 
 def test_run_goes_on_from_its_tag(tmp_path: Path) -> None:
     tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(6), epochs=1, callbacks=[TagAt(2)])
-    result = tiny_trainer(run_dir=str(tmp_path), run_name="run").train(
-        tiny_loader(6), max_steps=4, resume="v2"
-    )
-    assert result.steps == 4
+    for resume, steps in (("v2", 4), (f"{tmp_path}/run@v2", 5), (f"{tmp_path}/run:2", 6)):
+        recorder = Recorder()
+        trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
+        result = trainer.train(tiny_loader(6), max_steps=steps, resume=resume, callbacks=[recorder])
+        assert result.steps == steps
+        (start,) = recorder.of(TrainStart)
+        assert start.resumed_from == str(CheckpointReader(tmp_path / "run").find("v2").path)
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint 'v3'"):
+        trainer.train(tiny_loader(6), max_steps=9, resume=f"{tmp_path}/run@v3")

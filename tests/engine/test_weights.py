@@ -259,6 +259,12 @@ def test_of_several_state_dicts_one_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="several state dicts, 'model', 'ema': say which"):
         load_model(path)
     assert same(load_model(path, key="ema"), average)
+    for plain in (
+        export_model(model, tmp_path / "x.safetensors"),
+        ModelRegistry(tmp_path).register(model, "m"),
+    ):
+        with pytest.raises(WeightsError, match="no entries to choose from: leave key='ema' out"):
+            load_model(plain, key="ema")
     with pytest.raises(WeightsError, match="no entry 'emma': it is a mapping of 'model', 'ema'"):
         load_model(path, key="emma")
 
@@ -385,6 +391,8 @@ def test_export_is_read_by_safetensors_and_loads_strictly_with_tied_weights(tmp_
         metadata = file.metadata()
     assert metadata["format"] == "pt" and metadata["offloop.origin"].startswith("tied:1 (sha256:")
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # as readable as any file of this user
 
 
 def test_export_of_odd_tensors_keeps_their_values(tmp_path: Path) -> None:
