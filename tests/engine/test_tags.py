@@ -44,6 +44,20 @@ class TagAt(Callback):
             self.futures.append(point.run.tag_nowait(name, move=self.move))
 
 
+def test_tag_names_the_weights_of_its_step_and_outlives_retention(tmp_path: Path) -> None:
+    tagger = TagAt(2, 5)
+    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(
+        tiny_loader(12), epochs=1, callbacks=[tagger, ModelCheckpoint(every_n_steps=1, keep_last=2)]
+    )
+    reader = CheckpointReader(tmp_path / "run")
+    assert {tag: reader.find(tag).step for tag in reader.tags()} == {"v2": 2, "v5": 5}
+    for step in (2, 5):
+        weights = load_model(f"{tmp_path}/run@v{step}")
+        assert torch.equal(next(iter(weights.values())), tagger.weights[step])
+    steps = [info.step for info in reader.checkpoints()]
+    assert 1 not in steps and 3 not in steps and steps[-1] == 12
+
+
 @pytest.mark.anyio
 async def test_tag_takes_a_checkpoint_of_this_step_and_keeps_it(tmp_path: Path) -> None:
     with anyio.fail_after(LONG):
@@ -59,20 +73,6 @@ async def test_tag_takes_a_checkpoint_of_this_step_and_keeps_it(tmp_path: Path) 
     assert (info.step, info.manifest.reason) == (saved.saved_step, "manual")
     first = next(iter(trainer.model.state_dict().items()))
     assert torch.equal(load_model(f"{run.dir}@v1")[first[0]], first[1])
-
-
-def test_tag_names_the_weights_of_its_step_and_outlives_retention(tmp_path: Path) -> None:
-    tagger = TagAt(2, 5)
-    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(
-        tiny_loader(12), epochs=1, callbacks=[tagger, ModelCheckpoint(every_n_steps=1, keep_last=2)]
-    )
-    reader = CheckpointReader(tmp_path / "run")
-    assert {tag: reader.find(tag).step for tag in reader.tags()} == {"v2": 2, "v5": 5}
-    for step in (2, 5):
-        weights = load_model(f"{tmp_path}/run@v{step}")
-        assert torch.equal(next(iter(weights.values())), tagger.weights[step])
-    steps = [info.step for info in reader.checkpoints()]
-    assert 1 not in steps and 3 not in steps and steps[-1] == 12
 
 
 def test_checkpoint_just_taken_gets_the_tag_and_no_second_one_is_made(tmp_path: Path) -> None:
