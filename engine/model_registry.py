@@ -151,10 +151,11 @@ class ModelRegistry:
         numbers = self._numbers(name)
         if not numbers:
             raise ModelNotFoundError(name, str(self.directory), self.models())
+        aliases = self.aliases(name)
         versions: list[ModelVersion] = []
         for number in numbers:
             with suppress(CheckpointCorruptError):
-                versions.append(self._read(name, number))
+                versions.append(self._read(name, number, aliases))
         return versions
 
     def damaged(self, name: str) -> list[CheckpointCorruptError]:
@@ -246,12 +247,8 @@ class ModelRegistry:
         weights = read_weights(source, registry=self.directory)
         identity = content_identity(weights.tensors)
         with self._writing(name):
-            known = (
-                {version.identity: version.number for version in self.versions(name)}
-                if self._numbers(name)
-                else {}
-            )
-            number = known.get(identity)
+            there = self.versions(name) if self._numbers(name) else []
+            number = next((version.number for version in there if version.identity == identity), None)
             if number is None:
                 number = self._add(name, weights, identity, notes)
             if alias is not None:
@@ -381,7 +378,7 @@ class ModelRegistry:
                 self._sweep(directory)
                 # A predecessor that died between a name and its fsync left what we see and a power cut could
                 # take: what builds on it must not outlive it.
-                for path in (directory.parent, directory):
+                for path in (directory.parent, directory, directory / _ALIASES):
                     self._filesystem.sync_directory(path)
                 yield
             finally:
@@ -415,7 +412,7 @@ class ModelRegistry:
         except NotADirectoryError:
             return []
 
-    def _read(self, name: str, number: int) -> ModelVersion:
+    def _read(self, name: str, number: int, known_aliases: Mapping[str, int] | None = None) -> ModelVersion:
         path = self.directory / name / f"v{number:06d}"
         info = CheckpointReader(path.parent.parent).find(path)
         try:
@@ -430,7 +427,8 @@ class ModelRegistry:
                 "notes": str(notes),
                 "run": dict(run),
             } if model == name and info.manifest.serial == number:
-                aliases = tuple(alias for alias, named in self.aliases(name).items() if named == number)
+                known = self.aliases(name) if known_aliases is None else known_aliases
+                aliases = tuple(alias for alias, named in known.items() if named == number)
                 return ModelVersion(name, number, identity, info, source, notes, run, aliases)
         raise CheckpointCorruptError(
             path, "MANIFEST.json", "foreign", f"it is not the one of {name}:{number}"

@@ -504,7 +504,7 @@ def export_model(
 
     Every name of the state dict is in the file: tied tensors are written once for each name, so that the file
     loads strictly anywhere. The metadata of a safetensors file say `format: pt`, which Hugging Face's readers
-    ask for, and where the weights are from.
+    ask for, and which run, step and registered version the weights are from.
 
     Args:
         source: As for `load_model`.
@@ -567,7 +567,10 @@ def _separate(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 def _metadata(weights: Weights) -> dict[str, str]:
-    known = {"format": "pt", "offloop.origin": weights.origin}
+    """Return where weights are from, without the paths of this machine: files are given away."""
+    known = {"format": "pt"}
+    if weights.version is not None:
+        known |= {"offloop.model": str(weights.version), "offloop.identity": weights.version.identity}
     if weights.info is not None:
         manifest = weights.info.manifest
         known |= {"offloop.run_id": manifest.run_id, "offloop.step": str(manifest.step)}

@@ -281,6 +281,19 @@ def test_command_in_a_pipe_is_not_folded_and_passes_its_exit_code_on(here: Path)
     assert verified.returncode == 1 and "damaged  runs/" in verified.stdout
 
 
+@pytest.mark.slow
+def test_looking_at_what_there_is_does_without_torch(here: Path) -> None:
+    script = (
+        "import sys\n"
+        "from offloop.cli.main import app\n"
+        "for command in (['checkpoints', 'list'], ['checkpoints', 'verify'], ['models', 'list']):\n"
+        "    app(command, standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_figures_for_people() -> None:
     assert [size(count) for count in (0, 999, 1500, 999_960, 12_345_678, 5 * 10**15)] == [
         "0 B",

@@ -381,6 +381,24 @@ def test_registered_version_survives_a_power_cut(tmp_path: Path) -> None:
                     assert not is_done or found == new
 
 
+def test_what_a_predecessor_left_is_durable_once_a_retry_has_returned(tmp_path: Path) -> None:
+    """It was killed before its last fsyncs: the version and the alias are seen, and nobody writes them again."""
+    base = tmp_path / "models"
+    base.mkdir()
+    before, filesystem = read_tree(base), RecordingFileSystem()
+    registry = ModelRegistry(base, filesystem=filesystem)
+    registry.register(small_weights(1), "model", alias="champion")
+    lasting = (base, base / "model", base / "model" / "aliases")
+    killed = [done for done in filesystem.log if done.operation != "syncdir" or done.path not in lasting]
+    assert len(killed) < len(filesystem.log)
+    filesystem.log.clear()
+    registry.register(small_weights(1), "model", alias="champion")
+    assert not [done for done in filesystem.log if done.operation != "syncdir"]
+    log = [*killed, *filesystem.log]
+    outcomes = [seen for is_done, seen in after_power_cuts(base, before, log, tmp_path / "after") if is_done]
+    assert outcomes and all(seen == ({1: 1.0}, 1) for seen in outcomes)
+
+
 # At once -------------------------------------------------------------------------------------------
 
 
