@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 from safetensors import safe_open
@@ -461,6 +462,20 @@ def test_run_begins_from_another_runs_weights_and_says_so(first_run: Path, tmp_p
     assert recorder.run.result.history[0].metrics["train_loss"] == expected
     assert start_of(recorder).init_from == str(source)
     assert read_run_json(tmp_path / "first")["init_from"] == str(source)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("way", ["start", "train_async"])
+async def test_async_run_begins_from_weights_too(way: str, first_run: Path) -> None:
+    recorder = Recorder()
+    arguments: dict[str, Any] = {"epochs": 1, "init_from": first_run, "callbacks": [recorder]}
+    with anyio.fail_after(30):
+        if way == "start":
+            async with tiny_trainer().start(tiny_loader(2), **arguments) as run:
+                await run.wait()
+        else:
+            await tiny_trainer().train_async(tiny_loader(2), **arguments)
+    assert start_of(recorder).init_from == str(CheckpointReader(first_run).find("last").path)
 
 
 def test_alias_means_the_version_that_it_named_at_the_start(

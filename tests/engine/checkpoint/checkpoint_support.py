@@ -42,19 +42,20 @@ def step_of(state: object) -> int:
     step = state["step"]
     assert isinstance(step, int)
     expected = small_state(step)
-    _assert_same(state, expected)
+    assert_same(state, expected)
     assert state["model"]["weight"] is state["model"]["tied"]
     return step
 
 
-def _assert_same(a: object, b: object) -> None:
+def assert_same(a: object, b: object) -> None:
+    """Compare two states, types and order of keys included."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
     elif isinstance(a, dict) and isinstance(b, dict):
         assert list(a) == list(b)
         for key in a:
-            _assert_same(a[key], b[key])
+            assert_same(a[key], b[key])
     else:
         assert a == b
 
