@@ -79,8 +79,8 @@ interface LegendItem {
 const FONT_SIZE = 11;
 /** Points so far apart are drawn with dots, in CSS pixels. */
 const DOT_SPACING = 9;
-/** How far a dashed line may go up and down, in widths of the plot. */
-const MAX_DASHED_CLIMB = 4;
+/** How far a line may go up and down, in widths of the plot, to be drawn wider and dashed. */
+const MAX_CALM_CLIMB = 4;
 
 let panels = 0;
 
@@ -160,15 +160,17 @@ export class Panel {
     const label = h("span", { class: "curve-label" }, info.label);
     const button = h("button", { type: "button", class: "curve", "aria-pressed": "true", title, onclick }, label, value, best);
     this.#items.set(info.key, { button, value, best });
-    this.#legend.append(button);
-    // What the title says already, the legend need not.
-    this.#legend.classList.toggle("only", this.curves.length === 1 && info.label === this.name);
     assignSlots(this.curves);
-    for (const { info: { key }, slot } of this.curves) {
+    for (const { info: { key }, slot } of [...this.curves].sort((one, other) => one.slot - other.slot)) {
       const item = this.#items.get(key)?.button;
-      item?.querySelector(".swatch")?.remove();
-      item?.prepend(swatch(hue(slot), dash(slot)));
+      if (!item) continue;
+      item.querySelector(".swatch")?.remove();
+      item.prepend(swatch(hue(slot), dash(slot)));
+      this.#legend.append(item);
     }
+    // What the title says already, the legend need not.
+    this.#legend.classList.toggle("only", this.curves.length === 1 && !["train", "val"].includes(info.label));
+    this.#legend.classList.toggle("several", this.curves.length > 2);
   }
 
   /** The part of its curves that is switched on. */
@@ -215,7 +217,7 @@ export class Panel {
     const scene = this.#host.scene();
     this.#y = this.#fitY(scene);
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
-    this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 42)));
+    this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 36)));
     chart.batch(() => chart.redraw(false, true));
   }
 
@@ -415,8 +417,9 @@ export class Panel {
     ctx.lineWidth = lineWidth(ratio);
     this.#paintEvents(ctx, bbox, scene);
     let drawn = false;
-    // The first curve of a panel is drawn last, over the others.
-    const curves = this.shown(scene).sort((one, other) => other.slot - one.slot);
+    // Those with few points are drawn last, over the thicket of the others.
+    const length = ({ info }: PanelCurve): number => this.#host.curve(info.id)?.length ?? 0;
+    const curves = this.shown(scene).sort((one, other) => length(other) - length(one));
     for (const { info, slot } of curves) {
       const curve = this.#host.curve(info.id);
       if (!curve || (curve.length === 0 && curve.marks.length === 0)) continue;
@@ -434,9 +437,13 @@ export class Panel {
       }
       ctx.beginPath();
       const { lonely, climb } = trace(ctx, curve, this.#values(curve, scene), range, breaks, view);
-      // Along a line that goes up and down like mad nobody sees dashes, and they take long to draw.
-      if (climb < MAX_DASHED_CLIMB * bbox.width) ctx.setLineDash(dash(slot).map((length) => length * ratio));
+      // In a line that goes up and down like mad nobody sees dashes, and both they and width take long to draw.
+      if (climb < MAX_CALM_CLIMB * bbox.width) {
+        ctx.setLineDash(dash(slot).map((length) => length * ratio));
+        ctx.lineWidth = 1.5 * ratio;
+      }
       ctx.stroke();
+      ctx.lineWidth = lineWidth(ratio);
       ctx.setLineDash([]);
       const few = (range[1] - range[0]) * DOT_SPACING * ratio < bbox.width;
       if (few) this.#paintDots(ctx, curve, this.#values(curve, scene), range, view, ratio);
