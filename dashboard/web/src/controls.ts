@@ -52,9 +52,8 @@ class Control {
     this.#icon.replaceWith(picture);
     this.#icon = picture;
     const label = COMMAND_LABELS[name] + (name === "stop" || name === "set_lr" ? "…" : "");
-    const short = name === "set_lr" ? h("span", { class: "short", "aria-hidden": "true" }, "LR…") : null;
+    const short = name === "set_lr" ? h("span", { class: "short" }, "LR…") : null;
     replaceChildren(this.#label, h("span", { class: "long" }, label), short);
-    setAttribute(this.element, "aria-label", name === "set_lr" ? label : null);
   }
 
   update(model: Model, link: Link): void {

@@ -24,6 +24,8 @@ const TICK = 500;
 /** Title and icon change at most this often, milliseconds. */
 const TITLE_EVERY = 1_000;
 const COMMAND_TTL = 60;
+/** Smoothing that the keys step through. */
+const SMOOTHINGS = [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999];
 const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
 const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config: "Configuration" };
 
@@ -62,6 +64,8 @@ class Page {
   #frameSince: number | null = null;
   #drawing = false;
   #titleAt = -Infinity;
+  /** The server's time when the page came: what happened before is no news. */
+  #newsSince: number | null = null;
   #endTold: string | null = null;
 
   constructor() {
@@ -148,7 +152,7 @@ class Page {
     document.body.append(
       h("a", { class: "skip", href: "#main", onclick: (event: Event) => this.#skip(event) }, "Skip to the content"),
       this.#header.element,
-      h("div", { class: "bar" }, list, this.#controls.acks, this.#controls.element),
+      h("section", { class: "bar", "aria-label": "Views and control" }, list, this.#controls.acks, this.#controls.element),
       h(
         "main",
         { id: "main", tabindex: -1 },
@@ -181,8 +185,10 @@ class Page {
 
   #makeKeys(): Keys {
     const view = this.#view;
-    const smooth = (by: number): void => {
-      view.set({ smoothing: Math.min(Math.max(Math.round((view.get().smoothing + by) * 100) / 100, 0), 0.99) });
+    const smooth = (more: boolean): void => {
+      const now = view.get().smoothing;
+      const next = more ? SMOOTHINGS.find((step) => step > now) : [...SMOOTHINGS].reverse().find((step) => step < now);
+      view.set({ smoothing: next ?? now });
       this.#announce(`Smoothing ${view.get().smoothing}`);
     };
     const axis = (): void => {
@@ -198,8 +204,8 @@ class Page {
         { keys: ["/"], does: "Search", run: () => this.#focusSearch() },
         { keys: ["x"], does: "Next x axis: step, epoch, time, time of day", run: axis },
         { keys: ["l"], does: "Logarithmic y axis", run: () => view.set({ logY: !view.get().logY }) },
-        { keys: ["["], does: "Smooth less", run: () => smooth(-0.1) },
-        { keys: ["]"], does: "Smooth more", run: () => smooth(0.1) },
+        { keys: ["["], does: "Smooth less", run: () => smooth(false) },
+        { keys: ["]"], does: "Smooth more", run: () => smooth(true) },
         { keys: ["0"], does: "Show the whole run", run: () => view.set({ zoom: null, follow: false }) },
         { keys: ["t"], does: "Dark, light or the system's theme", run: () => this.#nextTheme() },
       ],
@@ -251,11 +257,8 @@ class Page {
     switch (message.type) {
       case "hello":
         this.#newerSince = null;
-        if (message.run === null) {
-          const newest = newestRun(message.runs);
-          if (newest !== null) this.#connection.send({ type: "watch", run: newest.key });
-          this.#charts.reset(null);
-        }
+        this.#newsSince ??= message.time;
+        if (message.run === null) this.#charts.reset(null);
         for (const request of before.hello?.server === message.server ? unanswered(this.#model) : []) {
           this.#connection.send(request);
         }
@@ -284,8 +287,7 @@ class Page {
   #milestone(event: RunEvent): void {
     this.#mark(event);
     const name = this.#model.run?.name ?? "The run";
-    const isNews = (event.time ?? 0) > (this.#model.hello?.time ?? Infinity) - 1;
-    if (event.type === "Alert" && isNews) {
+    if (event.type === "Alert" && (event.time ?? 0) > (this.#newsSince ?? Infinity)) {
       const { text } = tell(event);
       setText(this.#assertive, `Alert: ${text}`);
       this.#notifier.notify(`${name}: alert`, text);
@@ -323,8 +325,9 @@ class Page {
   }
 
   #happened(happening: Happening): void {
-    this.#model = reduce(this.#model, happening, performance.now());
-    this.#changed();
+    const before = this.#model;
+    this.#model = reduce(before, happening, performance.now());
+    if (this.#model !== before) this.#changed();
   }
 
   // What the viewer does

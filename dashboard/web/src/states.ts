@@ -60,6 +60,9 @@ export interface Seen {
 /** Unanswered for longer than this, milliseconds, the page says that it lags. */
 const LAGGING_AFTER = 2_500;
 
+/** A connection that is lost for shorter, milliseconds, is told by the pill alone. */
+const PATIENCE = 1_500;
+
 interface Words {
   word: string;
   tone: Tone;
@@ -222,6 +225,8 @@ function notices(seen: Seen): Notice[] {
   if (link.phase === "gone" && ended) {
     const text = "This page keeps what it holds. The next run at this address appears by itself.";
     add({ id: `over ${run}`, tone: "off", title: "The server has gone with its run.", text, closable: true });
+  } else if (link.phase === "reconnecting" && (ended || seen.now - link.since < PATIENCE)) {
+    // Most often it is back before anybody could read this.
   } else if (link.phase !== "open" && link.phase !== "connecting") {
     const tone = link.phase === "reconnecting" || link.phase === "gone" || link.phase === "full" ? "warn" : "bad";
     const kept = link.phase === "reconnecting" ? "" : " What is below is as it was.";

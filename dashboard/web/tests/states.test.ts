@@ -66,6 +66,13 @@ group("the connection", () => {
     expect(described.notices.map(({ title }) => title)).toEqual(["The server has gone with its run."]);
   });
 
+  test("lost for a moment is told by the pill alone", () => {
+    expect(notices({ link: { phase: "reconnecting", since: 0 }, now: 1_000 })).toEqual([]);
+    expect(notices({ link: { phase: "reconnecting", since: 0 }, now: 2_000 })).toEqual(["Reconnecting."]);
+    const over = withStatus({ state: "stopped" });
+    expect(notices({ model: over, link: { phase: "reconnecting", since: 0 }, now: 9_000 })).toEqual([]);
+  });
+
   test("when it was lost stands there", () => {
     expect(describe(seen({ link: { phase: "gone", heard: 0 } })).detail).toMatch(/^last heard at \d/);
   });
