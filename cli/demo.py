@@ -4,7 +4,9 @@ This is also the first example: it uses public names of offloop only, and `run_d
 bottom like a training script of your own. The model and its text are plain PyTorch, in `char_gpt.py`.
 """
 
+import contextlib
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from textwrap import indent
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from offloop.callbacks import MetricLogger, ProgressBar
 from offloop.cli.char_gpt import CharGPT, Windows, char_loss, load_text, sample
+from offloop.dashboard import Dashboard
 from offloop.engine import Callback, Run, RunResult, Trainer, ValidationEnd
 
 # Found by trying some, so that two CPU cores get below 1.8 nats per character within about a minute.
@@ -47,8 +50,10 @@ def warmup_then_cosine(step: int, *, steps: int) -> float:
     return warmup * (0.05 + 0.95 * cosine)
 
 
-def run_demo(*, steps: int, seed: int, device: str, run_dir: Path, quiet: bool) -> RunResult:
-    """Train the demo's model and print what came of it. Blocks until the run is over.
+def run_demo(
+    *, steps: int, seed: int, device: str, run_dir: Path, quiet: bool, with_dashboard: bool
+) -> RunResult:
+    """Train the demo's model and print what came of it. Blocks until the run is over, and the page closed.
 
     Args:
         steps: Optimizer steps, at least 1.
@@ -56,6 +61,7 @@ def run_demo(*, steps: int, seed: int, device: str, run_dir: Path, quiet: bool) 
         device: What `Trainer(device=...)` takes.
         run_dir: The run's directory is made in this one.
         quiet: Print a single line, at the end.
+        with_dashboard: Serve the live page; on a terminal it stays open until Ctrl-C.
     """
     console = Console(quiet=quiet, highlight=False)
 
@@ -90,21 +96,29 @@ def run_demo(*, steps: int, seed: int, device: str, run_dir: Path, quiet: bool) 
     )
     loss_before = trainer.evaluate(val_loader)["val_loss"]
     validations = ValidationLosses()
-    callbacks = [validations, MetricLogger()] + ([] if quiet else [ProgressBar()])
-    try:
-        result = trainer.train(train_loader, val_loader, max_steps=steps, callbacks=callbacks)
-    except KeyboardInterrupt:  # the run has ended in order, and its files are complete
-        if trainer.last_run is not None:
-            files = f"Interrupted. The run's files are in {trainer.last_run.dir}"
-            console.print(f"\n{files}", soft_wrap=True)
-        raise
+    callbacks: list[Callback] = [validations, MetricLogger()]
+    if not quiet:
+        callbacks.append(ProgressBar())
+    dashboard = Dashboard(quiet=quiet) if with_dashboard else None
+    with dashboard or contextlib.nullcontext():  # open from here on, also after the run
+        if dashboard is not None:
+            callbacks.append(dashboard)
+        try:
+            result = trainer.train(train_loader, val_loader, max_steps=steps, callbacks=callbacks)
+        except KeyboardInterrupt:  # the run has ended in order, and its files are complete
+            if trainer.last_run is not None:
+                files = f"Interrupted. The run's files are in {trainer.last_run.dir}"
+                console.print(f"\n{files}", soft_wrap=True)
+            raise
 
-    if quiet:
-        print(one_line(result))
-        return result
-    print_sample(console, model, seed)
-    print_summary(console, result, [loss_before, *validations.losses])
-    print_callback_costs(console, result)
+        if quiet:
+            print(one_line(result))
+            return result
+        print_sample(console, model, seed)
+        print_summary(console, result, [loss_before, *validations.losses])
+        print_callback_costs(console, result)
+        if dashboard is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            dashboard.wait_for_interrupt()
     return result
 
 

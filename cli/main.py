@@ -49,6 +49,9 @@ def demo(
         "runs"
     ),
     quiet: Annotated[bool, typer.Option("--quiet", help="Print one line, at the end.")] = False,
+    dashboard: Annotated[
+        bool, typer.Option(help="Serve the live page; on a terminal, until Ctrl-C after the run.")
+    ] = True,
 ) -> None:
     """Train a small GPT to write Python: one to two minutes on two CPU cores.
 
@@ -66,7 +69,9 @@ def demo(
     from offloop.cli.demo import run_demo
 
     try:
-        run_demo(steps=steps, seed=seed, device=device, run_dir=run_dir, quiet=quiet)
+        run_demo(
+            steps=steps, seed=seed, device=device, run_dir=run_dir, quiet=quiet, with_dashboard=dashboard
+        )
     except (ConfigError, FileNotFoundError) as error:  # no such device; no standard library to read
         fail(str(error))
 

@@ -17,6 +17,7 @@ installs without them. Times of files do not count, contents do.
 The environment variable OFFLOOP_PAGE=skip leaves the page as it is, or missing.
 """
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -231,8 +232,8 @@ def replace_static(static: Path, old: Path) -> None:
         try:
             static.rename(STATIC)
             break
-        except OSError:
-            if not STATIC.exists():  # not another build's page in the way: a real failure
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another build's page is in the way
                 raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import importlib.util
 import json
 import os
 import shutil
@@ -183,7 +184,7 @@ def serving(page: Page, prefix: str) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asset = page.assets.get(self.path.removeprefix(prefix))
+            asset = page.assets.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
             self.send_response(404 if asset is None else 200)
             self.send_header("Content-Security-Policy", POLICY)
             if asset is not None:
@@ -280,6 +281,30 @@ def test_two_builds_at_once_leave_one_whole_page(checkout: Path) -> None:
     assert [build.wait(100) for build in builds] == [0, 0]
     assert {path.name for path in (checkout / "dashboard").iterdir()} == {"static", "web"}
     assert not wants_to_build(checkout)
+
+
+def test_page_that_another_build_puts_there_first_is_replaced(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("build_page", checkout / BUILD_PAGE)
+    assert spec is not None and spec.loader is not None
+    build_page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_page)
+    rename, others = Path.rename, iter(["first", "second"])
+
+    def rename_after_others(path: Path, target: Path) -> Path:
+        if target == static_of(checkout) and (other := next(others, None)):
+            target.mkdir()
+            (target / other).touch()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_after_others)
+    new = checkout / "new"
+    new.mkdir()
+    (new / "ours").touch()
+    build_page.replace_static(new, checkout / "old")
+    assert list(contents(static_of(checkout))) == ["ours"]
+    assert not (checkout / "old").exists() and not new.exists()
 
 
 @needs_node

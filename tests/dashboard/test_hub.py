@@ -1,0 +1,569 @@
+"""dashboard/hub.py and viewer.py: after any schedule a viewer has the server's state, each command applied once."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from memory_link import MemoryLink, PageModel
+
+from offloop.dashboard.hub import Hub
+from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.protocol import (
+    CLOSE_PROTOCOL,
+    CLOSE_SLOW,
+    CommandRequest,
+    Hi,
+    Ping,
+    RangeQuery,
+    Show,
+    Watch,
+)
+from offloop.dashboard.viewer import MAX_WAITING_TEXTS, Frames
+from offloop.engine import (
+    Bus,
+    CallbackFailed,
+    CommandApplied,
+    ConfigError,
+    EpochEnd,
+    EpochStart,
+    Metrics,
+    RunEndedError,
+    StateChanged,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+    ValidationEnd,
+)
+
+
+class FakeRun:
+    """What a hub needs of a run, driven by hand: commands are futures that the test completes."""
+
+    def __init__(self, id: str = "run") -> None:
+        self.id = id
+        self.state = "running"
+        self.step = 0
+        self.has_dir = False
+        self.is_saving = False
+        self.failure: BaseException | None = None
+        self.monitor = "val_loss"
+        self.trainer = SimpleNamespace(optimizers={"default": None})
+        self.callback_costs: dict[str, Any] = {}
+        self.refused = {"checkpoint": "the run has no directory to save into"}
+        self.given: list[tuple[str, Future[Any]]] = []
+
+    def direction_of(self, key: str) -> str | None:
+        return "min" if "loss" in key else None
+
+    def stack(self) -> str:
+        return 'File "/home/me/train.py", line 7, in slow_loader'
+
+    def _give(self, name: str) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.given.append((name, future))
+        return future
+
+    def pause_nowait(self, reason: str = "", *, by: str) -> "Future[Any]":
+        return self._give(f"pause by {by}")
+
+    def resume_nowait(self, *, by: str) -> "Future[Any]":
+        return self._give(f"resume by {by}")
+
+    def stop_nowait(self, reason: str, *, by: str) -> "Future[Any]":
+        return self._give(f"stop by {by}")
+
+    def set_lr_nowait(self, lr: float, *, optimizer: str | None, by: str) -> "Future[Any]":
+        if not 0 < lr < math.inf:
+            raise ConfigError(f"lr must be a finite number above 0, got {lr!r}")
+        return self._give(f"set_lr {lr} by {by}")
+
+    def validate_nowait(self, *, by: str) -> "Future[Any]":
+        raise RunEndedError("validate came too late: the run is over")
+
+
+class Stage:
+    """A hub with one run that is driven by hand, and the time that its events carry."""
+
+    def __init__(self, tasks: anyio.abc.TaskGroup, *, frame_interval: float = 1e-6) -> None:
+        self.tasks = tasks
+        self.hub = Hub(post=lambda function: function(), page="page", frame_interval=frame_interval)
+        self.run = FakeRun()
+        self.live = LiveRun(self.run, TrainStart(run_id="run", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+        self.bus = Bus(run_id="run", flush_interval=1e-4)
+        self.seq = 0
+        self.step = 0
+        self.links: list[MemoryLink] = []
+        self.hub.runs[self.live.key] = self.live
+        self.hub._frames[self.live.key] = Frames()
+
+    def tell(self, event: Any) -> None:
+        """Have the run say something."""
+        for name, value in (("seq", self.seq), ("time", 1.0 + self.seq), ("step", self.step), ("epoch", 0)):
+            msgspec.structs.force_setattr(event, name, value)
+        self.seq += 1
+        before = self.live.milestones_seen
+        self.live.take_in([event])
+        self.hub._hand_on(self.live, self.live.milestones_seen - before)
+
+    def steps(self, count: int, **values: float) -> None:
+        """Have the run do steps that log some values."""
+        for _ in range(count):
+            self.step += 1
+            self.run.step = self.step
+            self.tell(StepEnd(loss=1 / self.step, lr=0.1, metrics=Metrics(values)))
+
+    def join(self, page: PageModel, *, room: float = math.inf, role: Any = "control") -> MemoryLink:
+        """Connect a viewer."""
+        link = MemoryLink(room)
+        self.links.append(link)
+        link.say(page.hi())
+        self.tasks.start_soon(lambda: self.hub.serve(link, role=role, address="127.0.0.1"))
+        return link
+
+
+async def settle() -> None:
+    """Let every task do what it can. (`wait_all_tasks_blocked` takes a tenth of a second where timers run.)"""
+    for _ in range(20):
+        await anyio.lowlevel.checkpoint()
+
+
+async def read(link: MemoryLink, page: PageModel, *, draws: bool = True) -> None:
+    """Take everything that comes, giving credit for charts, until nothing more does."""
+    while True:
+        await settle()
+        taken = link.take()
+        if taken is None:
+            return
+        page.take(*taken)
+        if page.owes_drawn and draws:
+            link.say(page.drawn())
+
+
+def run_async(test: Callable[[Stage], Any], **options: Any) -> None:
+    async def main() -> None:
+        async with anyio.create_task_group() as tasks:
+            stage = Stage(tasks, **options)
+            try:
+                await test(stage)
+            finally:
+                for link in stage.links:
+                    link.drop()
+                tasks.cancel_scope.cancel()
+
+    anyio.run(main)
+
+
+def points_of(stage: Stage, curve: int) -> dict[float, float]:
+    """Return all points of a curve as the server has them."""
+    axis, ((_, indices, values, _),) = stage.live.history.columns(
+        [curve], 0, stage.live.history.axis.rows, None
+    )
+    return dict(zip(axis["time"][indices].tolist(), values.tolist(), strict=True))
+
+
+def assert_equal_state(stage: Stage, page: PageModel) -> None:
+    """Fail unless a page knows exactly what the server knows."""
+    assert [event["seq"] for event in page.milestones] == [seq for seq, _ in stage.live.milestones]
+    assert page.series == {each.id: each.key for each in stage.live.series}
+    assert set(page.points) == set(page.shown)
+    for curve in page.shown:
+        expected = points_of(stage, curve)
+        assert page.points[curve].keys() == expected.keys()
+        assert str(page.points[curve]) == str(expected)  # as text: NaN is NaN
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("steps"), st.integers(1, 40)),
+    st.tuples(st.just("steps_with_metric"), st.integers(0, 3)),
+    st.tuples(st.just("milestone"), st.integers(0, 4)),
+    st.tuples(st.just("nan"), st.just(0)),
+    st.tuples(st.just("read"), st.integers(1, 5)),
+    st.tuples(st.just("draw"), st.just(0)),
+    st.tuples(st.just("show"), st.integers(0, 7)),
+    st.tuples(st.just("drop"), st.just(0)),
+    st.tuples(st.just("command"), st.just(0)),
+    st.tuples(st.just("apply"), st.just(0)),
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schedule=st.lists(ACTIONS, max_size=40), room=st.sampled_from([1, 2, 50]))
+def test_after_any_schedule_a_viewer_has_the_servers_state(
+    schedule: list[tuple[str, int]], room: int
+) -> None:
+    """Drops, reconnects, slow readers, hidden curves and commands that are sent again."""
+
+    async def play(stage: Stage) -> None:
+        page = PageModel()
+        link = stage.join(page, room=room)
+        commands: list[str] = []
+
+        async def rejoin() -> MemoryLink:
+            link = stage.join(page, room=room)
+            shown, page.shown = page.shown, []
+            await read_some(link, 10_000, lambda: bool(page.series) or not stage.live.series)
+            wanted = [curve for curve in shown if curve in page.series]
+            if wanted:
+                link.say(page.show(wanted))
+            for request in page.pending.values():
+                link.say(request)  # no last word came before the connection was lost
+            return link
+
+        async def read_some(
+            link: MemoryLink, count: int, is_enough: Callable[[], bool] = lambda: False
+        ) -> None:
+            for _ in range(count):
+                await settle()
+                taken = link.take()
+                if taken is None or is_enough():
+                    if taken is not None:
+                        page.take(*taken)
+                    return
+                page.take(*taken)
+
+        for action, argument in schedule:
+            match action:
+                case "steps":
+                    stage.steps(argument)
+                case "steps_with_metric":
+                    stage.steps(2, **{f"metric_{argument}": 0.5})
+                case "milestone":
+                    for _ in range(argument):
+                        stage.tell(EpochStart())
+                case "nan":
+                    stage.step += 1
+                    stage.tell(StepEnd(loss=math.nan, lr=0.1))
+                case "read":
+                    await read_some(link, argument)
+                case "draw" if page.owes_drawn:
+                    link.say(page.drawn())
+                case "show":
+                    await settle()
+                    link.say(page.show([curve for curve in page.series if (argument >> curve % 3) & 1]))
+                case "drop":
+                    link.drop()
+                    await settle()
+                    link = await rejoin()
+                case "command":
+                    request = CommandRequest(id=f"c{len(commands)}", name="pause", run="run")
+                    commands.append(request.id)
+                    page.pending[request.id] = request
+                    link.say(request)
+                case "apply" if stage.run.given:
+                    future = stage.run.given[-1][1]
+                    if not future.done():
+                        future.set_result(None)
+        await settle()
+        if page.owes_drawn:
+            link.say(page.drawn())
+        await read(link, page)
+        if link.closed is not None:  # it was too slow: it comes back at once
+            assert link.closed[0] == CLOSE_SLOW
+            link = await rejoin()
+            await read(link, page)
+        for _, future in stage.run.given:
+            if not future.done():
+                future.set_result(None)
+        await read(link, page)
+        assert not page.pending, "every command comes to an end"
+        link.say(page.show(sorted(page.series)))
+        await read(link, page)
+        assert_equal_state(stage, page)
+        assert len(stage.run.given) == len(commands), "each command is applied once"
+        assert set(page.acks) == set(commands)
+
+    run_async(play)
+
+
+def with_page(test: Callable[..., Any]) -> Callable[[], None]:
+    """Run a test with a stage, a page that has joined it, and the link between them."""
+
+    def wrapped() -> None:
+        async def play(stage: Stage) -> None:
+            page = PageModel()
+            link = stage.join(page)
+            await read(link, page)
+            await test(stage, page, link)
+
+        run_async(play)
+
+    wrapped.__name__ = test.__name__
+    wrapped.__doc__ = test.__doc__
+    return wrapped
+
+
+@with_page
+async def test_a_viewer_hears_at_once_what_the_run_is(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    assert page.hello is not None and page.hello.role == "control" and page.hello.page == "page"
+    assert page.run is not None and page.run.key == "run" and page.run.refused == stage.run.refused
+    assert page.status is not None and page.status.state == "waiting"
+
+
+@with_page
+async def test_one_chart_frame_at_a_time(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    stage.steps(1)
+    await read(link, page)
+    link.say(page.show([0, 1]))
+    await read(link, page, draws=False)
+    for _ in range(5):
+        stage.steps(100)
+        await read(link, page, draws=False)
+    assert len(page.points[0]) == 1  # what came meanwhile waits in the history, not in a queue
+    link.say(page.drawn())
+    await read(link, page)
+    assert len(page.points[0]) == 501
+
+
+@with_page
+async def test_milestones_need_no_credit(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    stage.steps(1)
+    await read(link, page)
+    link.say(page.show([0]))
+    await read(link, page, draws=False)
+    stage.tell(TrainEnd(status="failed", error="ValueError: no"))
+    stage.hub._send_status(stage.live)
+    await read(link, page, draws=False)
+    assert page.milestones[-1]["type"] == "TrainEnd"
+    assert page.status is not None and page.status.state == "failed" and page.status.error == "ValueError: no"
+
+
+@with_page
+async def test_train_and_validation_of_a_metric_share_a_panel(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    stage.steps(1, accuracy=0.5)
+    stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.4, val_accuracy=0.6)))
+    stage.tell(EpochEnd(metrics=Metrics(train_loss=0.5, val_loss=0.4, val_accuracy=0.6, lr=0.1)))
+    panels = {each.key: (each.panel, each.label) for each in stage.live.series}
+    assert panels == {
+        "loss": ("loss", "step"),
+        "lr": ("lr", "step"),
+        "accuracy": ("accuracy", "step"),
+        "val_loss": ("loss", "val"),
+        "val_accuracy": ("accuracy", "val"),
+        "train_loss": ("loss", "train"),
+    }
+    assert [curve.points for curve in stage.live.history.curves] == [1] * 6  # nothing is drawn twice
+
+
+@with_page
+async def test_missing_steps_are_a_gap(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    stage.steps(3)
+    stage.step += 10
+    stage.steps(3)
+    (gap,) = stage.live.history.gaps
+    assert (gap.after, gap.before, gap.count) == (3, 14, 10)
+    await read(link, page)
+    link.say(RangeQuery(query=7, series=[0], start=0, end=100))
+    await read(link, page)
+    assert page.ranges[0].header.gaps == [gap]
+    assert stage.live.status(viewers=1, is_control=True).dropped == 10
+
+
+@with_page
+async def test_all_points_of_a_stretch_come_in_parts(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    stage.steps(20_000)
+    await read(link, page)
+    link.say(RangeQuery(query=1, series=[0, 1], start=5, end=19_995, points=0))
+    await read(link, page)
+    assert [frame.header.more for frame in page.ranges] == [True] * (len(page.ranges) - 1) + [False]
+    assert len(page.ranges) > 1
+    steps = [step for frame in page.ranges for step in frame.step.tolist()]
+    assert steps == list(range(5, 19_996))
+
+
+@with_page
+async def test_an_answer_in_parts_does_not_hold_up_what_is_new(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    stage.steps(30_000)
+    await read(link, page)
+    link.say(page.show([0]))
+    await read(link, page)
+    link.say(RangeQuery(query=1, series=[0, 1], start=0, end=30_000, points=0))
+    await settle()
+    stage.steps(1)
+    kinds: list[str] = []
+    while (taken := link.take()) is not None:
+        page.take(*taken)
+        if not taken[1]:
+            kinds.append("range" if len(page.ranges) > kinds.count("range") else "delta")
+        if page.owes_drawn:
+            link.say(page.drawn())
+        await settle()
+    assert "delta" in kinds[:3]
+
+
+@with_page
+async def test_who_only_reads_gives_no_commands_and_sees_no_names(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    reader = PageModel()
+    reading = stage.join(reader, role="read_only")
+    stage.tell(CommandApplied(command="pause", command_id=0, by="ada"))
+    stage.tell(StateChanged(state="paused", by="ada"))
+    stage.tell(CallbackFailed(callback="Mine", event="EpochEnd", error="ValueError", traceback="secret"))
+    await read(reading, reader)
+    reading.say(CommandRequest(id="r1", name="pause", run="run"))
+    await read(reading, reader)
+    assert reader.acks == {"r1": ["rejected"]} and stage.run.given == []
+    assert [event["type"] for event in reader.milestones] == ["StateChanged", "CallbackFailed"]
+    assert "ada" not in str(reader.milestones) and "secret" not in str(reader.milestones)
+    await read(link, page)
+    assert "ada" in str(page.milestones) and "secret" in str(page.milestones)
+
+
+@with_page
+async def test_commands_are_acknowledged_with_what_came_of_them(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    def ask(id: str, name: Any, **more: Any) -> None:
+        link.say(CommandRequest(id=id, name=name, run="run", **more))
+
+    ask("a", "pause")
+    ask("b", "checkpoint")  # refused for this run
+    ask("c", "set_lr")  # without lr
+    ask("d", "set_lr", lr=-1.0)
+    ask("e", "validate")  # the run has just ended
+    ask("f", "set_lr", lr=0.5)
+    await settle()
+    (_, paused), (name, lr_set) = stage.run.given
+    assert name == "set_lr 0.5 by viewer 127.0.0.1"
+    stage.run.step = 17
+    paused.set_result(None)
+    lr_set.set_exception(RunEndedError("the run ended before set_lr could be applied"))
+    await read(link, page)
+    assert page.acks == {
+        "a": ["accepted", "applied"],
+        "b": ["rejected"],
+        "c": ["rejected"],
+        "d": ["rejected"],
+        "e": ["rejected"],
+        "f": ["accepted", "rejected"],
+    }
+
+
+@with_page
+async def test_a_flood_of_commands_is_refused(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    for number in range(30):
+        link.say(CommandRequest(id=f"c{number}", name="pause", run="run"))
+    await read(link, page)
+    assert 10 <= len(stage.run.given) <= 12
+    assert page.acks["c29"] == ["rejected"]
+
+
+@with_page
+async def test_a_command_that_cannot_be_applied_in_time_is_taken_back(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    link.say(CommandRequest(id="a", name="pause", run="run", ttl=0.001))
+    await settle()
+    stage.hub._expire_commands(math.inf)
+    await read(link, page)
+    assert page.acks["a"] == ["accepted", "expired"]
+    assert stage.run.given[0][1].cancelled()
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        pytest.param("nonsense", "malformed", id="no-json"),
+        pytest.param(b"\x00\xff", "", id="binary"),
+        pytest.param('{"type":"fly"}', "fly", id="unknown-kind"),
+        pytest.param('{"type":"drawn","more":1}', "more", id="unknown-field"),
+        pytest.param('{"type":"show","series":["0"]}', "series", id="wrong-type"),
+        pytest.param(Show(series=[99]), "no curve 99", id="no-such-curve"),
+        pytest.param(Show(series=[-1]), "no curve -1", id="negative-curve"),
+        pytest.param(Show(series=[], points=10**9), "points", id="too-many-points"),
+        pytest.param(RangeQuery(query=1, series=[0], start=2, end=1), "start", id="backwards"),
+        pytest.param(RangeQuery(query=1, series=[0], start=0, end=1, points=1), "points", id="one-point"),
+        pytest.param(Watch(run="nobody"), "no run", id="no-such-run"),
+        pytest.param(Hi(protocol=1), "before", id="hi-twice"),
+    ],
+)
+def test_nonsense_closes_its_own_connection_only(message: Any, why: str) -> None:
+    async def play(stage: Stage) -> None:
+        stage.steps(1)
+        page, other = PageModel(), PageModel()
+        link, other_link = stage.join(page), stage.join(other)
+        await read(link, page)
+        link.say(message)
+        await settle()
+        assert link.closed is not None
+        assert link.closed[0] == CLOSE_PROTOCOL and why in link.closed[1]
+        stage.tell(EpochStart())
+        await read(other_link, other)
+        assert other.milestones[-1]["type"] == "EpochStart" and other_link.closed is None
+
+    run_async(play)
+
+
+@pytest.mark.parametrize("first", ["nonsense", Ping(sent=1.0), Hi(protocol=2)])
+def test_who_does_not_say_hi_is_not_let_in(first: Any) -> None:
+    async def play(stage: Stage) -> None:
+        link = MemoryLink()
+        stage.links.append(link)
+        link.say(first)
+        stage.tasks.start_soon(lambda: stage.hub.serve(link, role="control", address="x"))
+        await settle()
+        assert link.closed is not None and link.closed[0] == CLOSE_PROTOCOL
+        assert stage.hub.viewers == 0
+
+    run_async(play)
+
+
+def test_a_viewer_that_reads_nothing_is_cut_off_and_costs_the_others_nothing() -> None:
+    async def play(stage: Stage) -> None:
+        stuck, page = PageModel(), PageModel()
+        stuck_link, link = stage.join(stuck, room=1), stage.join(page)
+        await settle()
+        for _ in range(2 * MAX_WAITING_TEXTS):
+            stage.tell(EpochStart())
+            await read(link, page)
+        assert len(page.milestones) == 2 * MAX_WAITING_TEXTS
+        assert len(stuck_link.sent) == 1  # the rest was never more than the bound, and is gone with it
+        (session,) = [each for each in stage.hub._sessions if each.link is stuck_link]
+        assert session.close is not None and session.close[0] == CLOSE_SLOW
+        assert len(session.viewer._texts) <= MAX_WAITING_TEXTS + 8
+
+    run_async(play)
+
+
+def test_viewers_that_show_the_same_share_one_encoding() -> None:
+    async def play(stage: Stage) -> None:
+        stage.steps(1)
+        pages = [PageModel() for _ in range(3)]
+        links = [stage.join(page) for page in pages]
+        for page, link in zip(pages, links, strict=True):
+            await read(link, page)
+            link.say(page.show([0, 1] if page is not pages[2] else [0]))
+            await read(link, page)
+        stage.steps(5)
+        await settle()
+        first, second, third = ([data for data, text in link.sent if not text] for link in links)
+        assert first[0] is second[0]
+        assert first[0] != third[0]
+
+    run_async(play)
+
+
+def test_the_stalled_and_the_unknown_are_said() -> None:
+    async def play(stage: Stage) -> None:
+        stage.steps(2)
+        status = stage.live.status(viewers=0, is_control=True)
+        assert status.stalled is not None  # these steps were long ago
+        assert status.waiting_for == "train.py:7, in slow_loader"
+        assert stage.live.status(viewers=0, is_control=False).waiting_for == ""
+
+    run_async(play)

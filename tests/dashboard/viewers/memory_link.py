@@ -1,0 +1,178 @@
+"""A viewer without a browser and a link without a socket: what a page holds after any schedule of messages."""
+
+import math
+from collections import deque
+from typing import Any
+
+import anyio
+import msgspec
+
+from offloop.dashboard.protocol import (
+    Ack,
+    Bye,
+    ChartFrame,
+    CommandRequest,
+    Drawn,
+    FromViewer,
+    Hello,
+    Hi,
+    Latest,
+    Milestone,
+    MilestonesMissed,
+    RunInfo,
+    Runs,
+    Series,
+    Show,
+    Status,
+    decode_chart,
+    decode_server_message,
+    encode_message,
+)
+
+
+class MemoryLink:
+    """Both ends of a connection in memory. What is sent waits until the viewer takes it, `room` messages at most."""
+
+    def __init__(self, room: float = math.inf) -> None:
+        self.sent: deque[tuple[bytes, bool]] = deque()
+        self.closed: tuple[int, str] | None = None
+        self._room = room
+        self._taken = anyio.Event()
+        self._to_server, self._from_viewer = anyio.create_memory_object_stream[str | bytes](math.inf)
+
+    # The server's end: a Link
+
+    async def receive(self) -> str | bytes | None:
+        try:
+            return await self._from_viewer.receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError):
+            return None
+
+    async def send(self, data: bytes, *, text: bool) -> bool:
+        while len(self.sent) >= self._room:
+            self._taken = anyio.Event()
+            await self._taken.wait()
+        self.sent.append((data, text))
+        return True
+
+    async def close(self, code: int, reason: str) -> None:
+        self.closed = (code, reason)
+        self._to_server.close()
+        self._from_viewer.close()
+
+    # The viewer's end
+
+    def say(self, message: FromViewer | str | bytes) -> None:
+        """Send a message to the server."""
+        data = message if isinstance(message, str | bytes) else encode_message(message)
+        self._to_server.send_nowait(data)
+
+    def take(self) -> tuple[bytes, bool] | None:
+        """Take the oldest message that has come, None if there is none."""
+        if not self.sent:
+            return None
+        self._taken.set()
+        return self.sent.popleft()
+
+    def drop(self) -> None:
+        """Lose the connection: what is on its way is lost with it."""
+        self._to_server.close()
+        self._from_viewer.close()
+        self.sent.clear()
+
+
+class PageModel:
+    """What a page knows, built from nothing but messages, the way docs/dashboard.md says."""
+
+    def __init__(self) -> None:
+        self.hello: Hello | None = None
+        self.run: RunInfo | None = None
+        self.series: dict[int, str] = {}
+        self.shown: list[int] = []
+        self.points: dict[int, dict[float, float]] = {}  # of each curve: value by time, which is unique
+        self.milestones: list[dict[str, Any]] = []
+        self.missed = 0
+        self.status: Status | None = None
+        self.latest: Latest | None = None
+        self.acks: dict[str, list[str]] = {}
+        self.pending: dict[str, CommandRequest] = {}
+        self.bye: str | None = None
+        self.runs: list[str] = []
+        self.owes_drawn = 0
+        self.ranges: list[ChartFrame] = []
+
+    def hi(self) -> Hi:
+        """Return the first message of a connection."""
+        after = self.milestones[-1]["seq"] if self.milestones else -1
+        server = None if self.hello is None else self.hello.server
+        self.owes_drawn = 0
+        self.points.clear()
+        self.series.clear()
+        run = None if self.run is None else self.run.key
+        return Hi(protocol=1, run=run, server=server, after=after)
+
+    def take(self, data: bytes, text: bool) -> None:
+        """Take a message in."""
+        if not text:
+            self._chart(decode_chart(data))
+            return
+        message = decode_server_message(data)
+        match message:
+            case Hello():
+                if self.hello is not None and self.hello.server != message.server:
+                    self.milestones.clear()
+                self.hello = message
+            case RunInfo():
+                if self.run is not None and self.run.key != message.key:
+                    self.milestones.clear()
+                self.run = message
+            case Series():
+                for each in message.series:
+                    self.series[each.id] = each.key
+            case Milestone():
+                event = msgspec.json.decode(message.event)
+                assert not self.milestones or event["seq"] > self.milestones[-1]["seq"], (
+                    "out of order, or twice"
+                )
+                self.milestones.append(event)
+            case MilestonesMissed():
+                self.missed += message.count
+            case Status():
+                self.status = message
+            case Latest():
+                self.latest = message
+            case Ack():
+                self.acks.setdefault(message.id, []).append(message.state)
+                if message.state != "accepted":
+                    self.pending.pop(message.id, None)
+            case Bye():
+                self.bye = message.reason
+            case Runs():
+                self.runs = [run.key for run in message.runs]
+
+    def _chart(self, frame: ChartFrame) -> None:
+        self.owes_drawn += 1
+        assert self.owes_drawn == 1, "a chart frame came without credit"
+        if frame.header.kind == "range":
+            self.ranges.append(frame)
+            return
+        for column, values, indices in zip(frame.header.series, frame.values, frame.indices, strict=True):
+            points = self.points.setdefault(column.id, {})
+            if frame.header.kind == "snapshot":
+                points.clear()
+            for row, value in zip(indices.tolist(), values.tolist(), strict=True):
+                time = float(frame.time[row])
+                assert time not in points, "a point came twice"
+                points[time] = value
+
+    def show(self, series: list[int], points: int = 4_000) -> Show:
+        """Change what is on the screen."""
+        self.shown = series
+        for gone in set(self.points) - set(series):
+            del self.points[gone]
+        return Show(series=series, points=points)
+
+    def drawn(self) -> Drawn:
+        """Give credit for the next chart frame."""
+        self.owes_drawn = 0
+        return Drawn()
