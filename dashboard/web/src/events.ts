@@ -2,7 +2,7 @@
 
 import { h, replaceChildren, setText, show } from "./dom";
 import * as format from "./format";
-import { tell, type EventKind, type Told } from "./milestones";
+import { tell, wholeOf, type EventKind, type Told } from "./milestones";
 import type { Model } from "./model";
 import type { RunEvent } from "./protocol";
 
@@ -166,7 +166,7 @@ export class Events {
     const raw = h("pre", { class: "raw" });
     const details = h(
       "details",
-      { class: "what", ontoggle: () => setText(raw, details.open ? JSON.stringify(event, null, 2) : "") },
+      { class: "what", ontoggle: () => setText(raw, details.open ? wholeOf(event) : "") },
       h("summary", {}, h("span", { class: "text" }, told.text), told.by ? h("span", { class: "by" }, told.by) : null),
       raw,
     );

@@ -230,7 +230,8 @@ function notices(seen: Seen): Notice[] {
   } else if (link.phase !== "open" && link.phase !== "connecting") {
     const tone = link.phase === "reconnecting" || link.phase === "gone" || link.phase === "full" ? "warn" : "bad";
     const kept = link.phase === "reconnecting" ? "" : " What is below is as it was.";
-    add({ id: link.phase, tone, title: `${capital(pill(seen).word)}.`, text: `${explain(seen)}${kept}` });
+    const said = link.phase === "gone" && model.bye ? `It said: ${model.bye}. ` : "";
+    add({ id: link.phase, tone, title: `${capital(pill(seen).word)}.`, text: `${said}${explain(seen)}${kept}` });
   }
   if (link.phase === "open" && page !== null && model.hello?.page && model.hello.page !== page) {
     add({

@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { markOf, tell } from "../src/milestones";
+import { markOf, tell, wholeOf } from "../src/milestones";
 import type { RunEvent } from "../src/protocol";
 
 const EVENTS: [RunEvent, string, string, string][] = [
@@ -53,4 +53,12 @@ test("alerts, checkpoints, learning rates and validations mark the curves, at th
   expect(markOf({ type: "ValidationEnd", ...at })?.kind).toBe("validation");
   expect(markOf({ type: "EpochEnd", ...at })).toBeNull();
   expect(markOf({ type: "Alert", message: "before it began" })).toBeNull();
+});
+
+test("the whole of an event keeps the lines of a traceback", () => {
+  const event = { type: "CallbackFailed", error: "ValueError: no", traceback: "Traceback:\n  in f\n", failures: 2 };
+  expect(wholeOf(event).split("\n")).toEqual([
+    ...["type: CallbackFailed", "error: ValueError: no", "traceback:", "  Traceback:", "    in f", "failures: 2"],
+  ]);
+  expect(wholeOf({ type: "X", metrics: { loss: "NaN" } })).toBe('type: X\nmetrics:\n  {\n    "loss": "NaN"\n  }');
 });

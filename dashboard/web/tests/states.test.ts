@@ -73,6 +73,12 @@ group("the connection", () => {
     expect(notices({ model: over, link: { phase: "reconnecting", since: 0 }, now: 9_000 })).toEqual([]);
   });
 
+  test("what a server has said before it went is told", () => {
+    const model = watching({ type: "bye", reason: "the server was interrupted" });
+    const [notice] = describe(seen({ model, link: { phase: "gone" } })).notices;
+    expect(notice?.text).toMatch(/^It said: the server was interrupted\. Nobody answers/);
+  });
+
   test("when it was lost stands there", () => {
     expect(describe(seen({ link: { phase: "gone", heard: 0 } })).detail).toMatch(/^last heard at \d/);
   });
