@@ -38,8 +38,10 @@ const ZOOM_REST = 120;
 const ZOOM_AGAIN = 5_000;
 /** Points before a zoom that are kept with it, so that smoothing begins where it did. */
 const WARM_UP = 1_500;
-/** Events of a kind that are drawn; older ones are let go. */
-const MAX_EVENTS = 1_000;
+/** Events of a kind that are kept; older ones are let go. */
+const MAX_EVENTS = 500;
+/** Curves that are kept though their panels are not on the screen. */
+const MAX_UNSEEN = 200;
 const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
 
 interface Group {
@@ -52,7 +54,8 @@ interface Group {
 /** Finer points of a curve, for a zoom. */
 interface Detail {
   curve: Curve;
-  /** What they were asked for. */
+  column: Column;
+  /** The part of the column that they were asked for; Infinity where it went to the newest point. */
   from: number;
   to: number;
 }
@@ -83,6 +86,8 @@ export class Charts {
   #theme: Theme;
   #cursor: number | null = null;
   #pinned = false;
+  /** Where the mouse is, from 0 to 1 along the x axis; null if the cursor is not its. */
+  #mouse: number | null = null;
   #scene: Scene | null = null;
 
   #frame: number | null = null;
@@ -128,18 +133,20 @@ export class Charts {
     const same = run !== null && run.key === this.#run?.key;
     this.#run = run;
     this.#ranges.abandon("the connection was lost");
-    this.#store = new SeriesStore();
-    this.#details.clear();
     this.#asked = { key: "", at: -Infinity };
     this.#shown = [];
-    this.#latest = {};
-    this.#status = null;
     if (same) {
-      // The panels stay where they are: the page does not jump. Ids may be others; `addSeries` will say.
+      // Curves and panels stay until their snapshots come: the page does not flicker.
+      this.#store.interrupted();
       this.#series.clear();
     } else {
+      this.#store = new SeriesStore();
+      this.#details.clear();
+      this.#latest = {};
+      this.#status = null;
       this.#events = [];
       this.#cursor = null;
+      this.#toolbar.setNote("");
       for (const panel of this.#panels.values()) this.#removePanel(panel);
       for (const { section } of this.#groups.values()) section.remove();
       this.#groups.clear();
@@ -155,6 +162,9 @@ export class Charts {
       this.#series.set(info.id, info);
       const panel = this.#panels.get(info.panel) ?? this.#addPanel(info.panel, info.group);
       const known = panel.curves.find((curve) => curve.info.key === info.key);
+      if (known && known.info.id !== info.id) {
+        for (const id of [known.info.id, info.id]) this.#forget(id);
+      }
       if (known) known.info = info;
       else panel.addCurve(info);
     }
@@ -178,6 +188,11 @@ export class Charts {
     this.#redraw();
   }
 
+  #forget(id: number): void {
+    this.#store.curves.delete(id);
+    this.#details.delete(id);
+  }
+
   applyLatest(latest: Latest): void {
     Object.assign(this.#latest, latest.values);
     this.#redraw();
@@ -197,17 +212,12 @@ export class Charts {
   }
 
   addMark(mark: ChartEvent): void {
+    // After a new connection events may come again.
+    const known = ({ step, kind, text }: ChartEvent): boolean => step === mark.step && kind === mark.kind && text === mark.text;
+    if (this.#events.some(known)) return;
     this.#events.push(mark);
-    if (this.#events.length > 4 * MAX_EVENTS) {
-      const kinds = new Map<string, number>();
-      this.#events = this.#events
-        .reverse()
-        .filter(({ kind }) => {
-          kinds.set(kind, (kinds.get(kind) ?? 0) + 1);
-          return (kinds.get(kind) as number) <= MAX_EVENTS / 2;
-        })
-        .reverse();
-    }
+    const alike = this.#events.filter(({ kind }) => kind === mark.kind);
+    if (alike.length > MAX_EVENTS) this.#events.splice(this.#events.indexOf(alike[0] as ChartEvent), 1);
     this.#redraw();
   }
 
@@ -363,6 +373,9 @@ export class Charts {
     const series = wanted.slice(0, MAX_SERIES_SHOWN).sort((one, other) => one - other);
     if (this.#run === null || series.join() === this.#shown.join()) return;
     this.#shown = series;
+    // A snapshot will bring them back.
+    const unseen = [...this.#store.curves.keys()].filter((id) => !series.includes(id));
+    for (const id of unseen.slice(0, Math.max(0, unseen.length - MAX_UNSEEN))) this.#forget(id);
     this.#host.send({ type: "show", series, points: this.#points(visible) });
   }
 
@@ -397,11 +410,14 @@ export class Charts {
     const { axis, logX, logY, smoothing, hidden } = this.#host.view.get();
     const column = COLUMNS[axis];
     const origin = axis === "time" ? this.#start() : 0;
+    const x = this.#xScale(axis, logX && axis !== "wall");
+    // The cursor of a mouse stays under the mouse, that of a key at its step.
+    if (this.#cursor !== null && this.#mouse !== null) this.#cursor = x.fromUnit(this.#mouse);
     const scene: Scene = {
       axis,
       column,
       origin,
-      x: this.#xScale(axis, logX && axis !== "wall"),
+      x,
       logY,
       smoothing,
       hidden: new Set(hidden),
@@ -484,7 +500,7 @@ export class Charts {
     this.#toolbar.show(state);
     if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded) this.#filter();
     if (state.zoom !== previous.zoom && state.zoom === null) this.#details.clear();
-    if (state.axis !== previous.axis) this.#cursor = null;
+    if (state.axis !== previous.axis) this.#cursor = this.#mouse = null;
     this.#redraw();
   }
 
@@ -530,6 +546,7 @@ export class Charts {
     // The mouse that leaves does not take a cursor away that was put there
     if (x === null && !pinned && this.#pinned) return;
     this.#pinned = pinned && x !== null;
+    this.#mouse = pinned || x === null ? null : this.#getScene().x.toUnit(x);
     if (x === this.#cursor) return;
     this.#cursor = x;
     if (this.#scene) this.#scene.cursor = x;
@@ -539,7 +556,12 @@ export class Charts {
   // Zoom ----------------------------------------------------------------------------------------------
 
   #curve(id: number): Curve | null {
-    return this.#details.get(id)?.curve ?? this.#store.curves.get(id) ?? null;
+    const detail = this.#details.get(id);
+    if (detail && this.#scene) {
+      const { column, x, origin } = this.#scene;
+      if (detail.column === column && x.min + origin >= detail.from && x.max + origin <= detail.to) return detail.curve;
+    }
+    return this.#store.curves.get(id) ?? null;
   }
 
   /** If what is zoomed to holds reduced points, ask for finer ones. */
@@ -596,7 +618,9 @@ export class Charts {
     const fine = new Curve();
     const first = curve.search(column, from);
     fine.copy(curve, first - WARM_UP, first);
-    for (let index = 0; index < part.step.length; index++) {
+    // The answer begins with the neighbour before the zoom, which may be there already.
+    const begin = (part.step[0] as number) <= (fine.last?.step ?? -Infinity) ? 1 : 0;
+    for (let index = begin; index < part.step.length; index++) {
       fine.push(part.step[index] as number, part.time[index] as number, part.epoch[index] as number, part.value[index] as number);
     }
     const last = fine.last?.step ?? -Infinity;
@@ -604,10 +628,11 @@ export class Charts {
     while (next < curve.length && (curve.step[next] as number) <= last) next++;
     fine.copy(curve, next);
     fine.addMarks(curve.marks);
+    const newest = next >= curve.length;
     [fine.least, fine.greatest] = [curve.least, curve.greatest];
     fine.cadence = curve.cadence;
     fine.reducedTo = part.reduced ? last : -Infinity;
-    this.#details.set(id, { curve: fine, from, to });
+    this.#details.set(id, { curve: fine, column, from, to: newest ? Infinity : to });
   }
 
   /** New points belong to a curve's finer copy, too. */

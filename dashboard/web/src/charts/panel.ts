@@ -106,6 +106,8 @@ export class Panel {
   #y = new Scale(0, 1);
   #xTicks: Ticks = { values: [], labels: [] };
   #yTicks: Ticks = { values: [], labels: [] };
+  /** Points in view that a logarithmic axis has no place for. */
+  #belowZero = 0;
   #summarised = 0;
   #moving = false;
 
@@ -350,6 +352,7 @@ export class Panel {
 
   #fitY(scene: Scene): Scale {
     let range: [number, number] = [Infinity, -Infinity];
+    this.#belowZero = 0;
     for (const { info } of this.shown(scene)) {
       const curve = this.#host.curve(info.id);
       if (!curve) continue;
@@ -360,6 +363,8 @@ export class Panel {
       // Between two points: the line that crosses the view counts.
       const inner: [number, number] = from < to ? [from, to] : [outerFrom, outerTo];
       range = extent(curve.value, inner, scene.logY, range);
+      if (!scene.logY || !(curve.least && curve.least.value <= 0)) continue;
+      for (let index = inner[0]; index < inner[1]; index++) this.#belowZero += Number((curve.value[index] as number) <= 0);
     }
     return fitScale(range[0], range[1], scene.logY);
   }
@@ -459,13 +464,14 @@ export class Panel {
       this.#paintBest(ctx, curve, info, theme.hues[hue(slot)] as string, view, ratio);
       this.#paintMarks(ctx, curve, bbox, scene, ratio);
     }
-    if (!drawn) {
+    const text = curves.length === 0 ? "all curves are hidden" : !drawn ? "no values yet" : "";
+    if (text !== "" || this.#belowZero > 0) {
       ctx.font = `${FONT_SIZE * ratio}px ${theme.font}`;
       ctx.fillStyle = theme.faint;
       ctx.textAlign = "center";
       ctx.textBaseline = "middle";
-      const text = curves.length === 0 ? "all curves are hidden" : "no values yet";
-      ctx.fillText(text, bbox.left + bbox.width / 2, bbox.top + bbox.height / 2);
+      if (text !== "") ctx.fillText(text, bbox.left + bbox.width / 2, bbox.top + bbox.height / 2);
+      else ctx.fillText(`${this.#belowZero} of 0 or less not shown`, bbox.left + bbox.width / 2, bbox.top + bbox.height - 10 * ratio);
     }
     ctx.restore();
   }
@@ -518,6 +524,7 @@ export class Panel {
   #paintMarks(ctx: CanvasRenderingContext2D, curve: Curve, bbox: Box, scene: Scene, ratio: number): void {
     ctx.strokeStyle = ctx.fillStyle = scene.theme.alert;
     const size = 3.5 * ratio;
+    let signed = -Infinity;
     for (const [start, end, kind] of curve.marks) {
       const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
       if (first === null || last === null || last < scene.x.min || first > scene.x.max) continue;
@@ -528,6 +535,8 @@ export class Panel {
       const inward = above ? 1 : -1;
       ctx.fillRect(from - ratio / 2, edge, Math.max(to - from, ratio), 3 * ratio * inward);
       const [x, y] = [(from + to) / 2, edge + inward * (size + 4 * ratio)];
+      if (x - signed < 3 * size) continue; // one sign for those that are closer than it is wide
+      signed = x;
       ctx.beginPath();
       if (kind === "nan" || kind === "mixed") {
         ctx.lineWidth = 1.5 * ratio;
@@ -550,15 +559,18 @@ export class Panel {
   #paintEvents(ctx: CanvasRenderingContext2D, bbox: Box, scene: Scene): void {
     const ratio = devicePixelRatio;
     const bottom = bbox.top + bbox.height;
-    for (const event of scene.events) {
-      const unit = scene.x.toUnit(event.x);
+    const drawn = new Set<string>(); // one line for all that are in the same pixel
+    for (const { kind, x: place } of scene.events) {
+      const unit = scene.x.toUnit(place);
       if (!(unit >= 0 && unit <= 1)) continue;
       const x = Math.round(bbox.left + unit * bbox.width) + 0.5;
-      const alert = event.kind === "alert";
+      const alert = kind === "alert";
+      if (drawn.has(`${kind} ${x}`)) continue;
+      drawn.add(`${kind} ${x}`);
       ctx.strokeStyle = ctx.fillStyle = alert ? scene.theme.alert : scene.theme.event;
       ctx.beginPath();
       ctx.setLineDash(alert ? [4 * ratio, 3 * ratio] : []);
-      ctx.moveTo(x, alert ? bbox.top : bottom - (event.kind === "lr" ? 9 : 5) * ratio);
+      ctx.moveTo(x, alert ? bbox.top : bottom - (kind === "lr" ? 9 : 5) * ratio);
       ctx.lineTo(x, bottom);
       ctx.stroke();
       if (!alert) continue;
