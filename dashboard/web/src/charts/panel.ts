@@ -15,7 +15,7 @@ import { iconButton, setIcon, swatch } from "./dom";
 import type { Column, Curve, Point } from "./series_store";
 import { Smoothed } from "./smoothing";
 import { dash, hue, type Theme } from "./theme";
-import { type Box, extent, trace, visible } from "./trace";
+import { type Box, edges, extent, inside, trace, visible } from "./trace";
 
 export interface ChartEvent {
   step: number;
@@ -356,13 +356,10 @@ export class Panel {
     for (const { info } of this.shown(scene)) {
       const curve = this.#host.curve(info.id);
       if (!curve) continue;
-      const [outerFrom, outerTo] = visible(curve, scene);
-      const places = curve[scene.column];
-      const from = (places[outerFrom] as number) - scene.origin < scene.x.min ? outerFrom + 1 : outerFrom;
-      const to = (places[outerTo - 1] as number) - scene.origin > scene.x.max ? outerTo - 1 : outerTo;
-      // Between two points: the line that crosses the view counts.
-      const inner: [number, number] = from < to ? [from, to] : [outerFrom, outerTo];
+      const inner = inside(curve, scene);
       range = extent(curve.value, inner, scene.logY, range);
+      // Where a line enters and leaves the view
+      for (const edge of edges(curve, scene)) range = extent(Float64Array.of(edge), [0, 1], scene.logY, range);
       if (!scene.logY || !(curve.least && curve.least.value <= 0)) continue;
       for (let index = inner[0]; index < inner[1]; index++) this.#belowZero += Number((curve.value[index] as number) <= 0);
     }

@@ -14,24 +14,31 @@ export interface Row {
   values: (number | null)[];
 }
 
-/** Rows of several curves between two places of a column, at most `limit` of them, the newest always. */
+/**
+ * Rows of several curves between two places of a column, about `limit` of them: the newest, all those at which
+ * a curve with few points has one, and of the others every n-th.
+ */
 export function tableRows(
   curves: readonly Curve[],
   ...[column, from, to, limit]: [column: "step" | "time" | "epoch", from: number, to: number, limit: number]
 ): { rows: Row[]; all: number } {
   const byPlace = new Map<number, Row>();
+  const wanted = new Set<Row>();
   curves.forEach((curve, position) => {
     const places = curve[column];
-    for (let index = curve.search(column, from); index < curve.length && (places[index] as number) <= to; index++) {
+    const first = curve.search(column, from);
+    const few = curve.search(column, to) - first <= limit / 4;
+    for (let index = first; index < curve.length && (places[index] as number) <= to; index++) {
       const x = places[index] as number;
       let row = byPlace.get(x);
       if (!row) byPlace.set(x, (row = { x, values: curves.map(() => null) }));
       row.values[position] = curve.value[index] as number;
+      if (few) wanted.add(row);
     }
   });
   const rows = [...byPlace.values()].sort((one, other) => one.x - other.x);
   const every = Math.ceil(rows.length / limit);
-  return { rows: rows.filter((_, index) => (rows.length - 1 - index) % every === 0), all: rows.length };
+  return { rows: rows.filter((row, index) => (rows.length - 1 - index) % every === 0 || wanted.has(row)), all: rows.length };
 }
 
 export function showTable(panel: Panel, host: PanelHost): HTMLElement {

@@ -61,3 +61,9 @@ test("a long table shows every n-th row, and the newest", () => {
   expect(rows.length).toBeLessThanOrEqual(200);
   expect(rows.at(-1)).toEqual({ x: 999, values: [999] });
 });
+
+test("a long table leaves no point of a curve out that has few", () => {
+  const train = curve(Array.from({ length: 1_000 }, (_, index) => index));
+  const { rows } = tableRows([train, curve([1, 2, 3], 333)], "step", 0, 1e9, 200);
+  expect(rows.filter(({ values }) => values[1] !== null).map(({ x }) => x)).toEqual([0, 333, 666]);
+});
