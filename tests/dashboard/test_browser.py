@@ -1,0 +1,713 @@
+"""The live page in a real browser, over a real socket, with a real run behind it.
+
+Screenshots of the page's states go to the directory that OFFLOOP_SCREENSHOTS names, for people to look at.
+"""
+
+import contextlib
+import csv
+import math
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+
+from offloop.dashboard import Dashboard, callback, live_run
+from offloop.engine import Callback, EventsDropped, Metrics, Run, Sample, Trainer
+
+pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
+pytest.importorskip("axe_playwright_python", reason="tests in a browser need offloop[browser]")
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+PATIENCE: Final = 30_000
+"""Milliseconds for something to appear; a busy machine is slow, a broken page slower still."""
+QUIET: Final = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+OpenPage = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[OpenPage]:
+    """Open addresses in tabs of their own; fails if a page breaks a policy or throws."""
+    expect.set_options(timeout=PATIENCE)
+    problems: list[str] = []
+    contexts = []
+
+    def open_page(url: str, **options: Any) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "console",
+            lambda message: problems.append(message.text) if "Content Security" in message.text else None,
+        )
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+class Puppet(Trainer):
+    """A trainer whose every step is given by the test, from another thread."""
+
+    def __init__(self, callbacks: list[Any], **knobs: Any) -> None:
+        model = torch.nn.Linear(1, 1)
+        super().__init__(model, torch.optim.SGD(model.parameters(), lr=0.1), callbacks=callbacks, **knobs)
+        self.steps: queue.SimpleQueue[dict[str, float] | Exception] = queue.SimpleQueue()
+        self.is_free = False  # True: the steps need nobody any more
+        self.before_validation_ends = threading.Event()
+        self.before_epoch_ends = threading.Event()
+        self.before_validation_ends.set()
+        self.before_epoch_ends.set()
+
+    def _loss(self, value: float) -> torch.Tensor:
+        loss: torch.Tensor = self.model(torch.zeros(1, 1)).sum() * 0 + value
+        return loss
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        values = {"loss": 0.0} if self.is_free else self.steps.get()
+        if isinstance(values, Exception):
+            raise values
+        for name, value in values.items():
+            if name != "loss":
+                self.log(name, value)
+        return self._loss(values.get("loss", 1.0))
+
+    def validation_step(self, batch: Any) -> torch.Tensor:
+        self.before_validation_ends.wait()
+        return self._loss(0.25)
+
+    def train_epoch(self, loader: Any) -> None:
+        for batch in self.batches(loader):
+            self.train_batch(batch)
+        self.before_epoch_ends.wait()
+
+
+class Batches(torch.utils.data.IterableDataset[torch.Tensor]):
+    """Endless, so that the test says when the run ends."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield torch.zeros(1, 1)
+
+
+class Drops(Callback):
+    """Tells when somebody has missed samples."""
+
+    def __init__(self) -> None:
+        self.seen = threading.Event()
+
+    async def on_events_dropped(self, event: EventsDropped, run: Run) -> None:
+        self.seen.set()
+
+
+class Training:
+    """A run in a thread, with the live page open."""
+
+    def __init__(self, directory: Path | None = None, *, max_steps: int = 10**9, **options: Any) -> None:
+        self.dashboard = Dashboard(port=0, quiet=True, **options)
+        knobs = {"run_dir": str(directory)} if directory is not None else {}
+        self.drops = Drops()
+        self.trainer = Puppet([self.dashboard, self.drops], **knobs)
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._train, args=(max_steps,))
+
+    def _train(self, max_steps: int) -> None:
+        try:
+            self.trainer.train(Batches(), [torch.zeros(1, 1)], max_steps=max_steps)
+        except Exception as error:
+            self.error = error
+
+    def __enter__(self) -> "Training":
+        self.dashboard.__enter__()
+        return self
+
+    def begin(self) -> "Training":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.free()
+        if self._thread.ident is not None:
+            with contextlib.suppress(Exception):
+                self.run.stop_nowait("the test is over")
+            self._thread.join()
+        self.dashboard.__exit__(None, None, None)
+
+    def free(self) -> None:
+        """Let everything go on that waits for the test."""
+        self.trainer.is_free = True
+        self.trainer.before_validation_ends.set()
+        self.trainer.before_epoch_ends.set()
+        self.trainer.steps.put({})
+
+    @property
+    def run(self) -> Run:
+        run = self.trainer.last_run
+        assert run is not None
+        return run
+
+    @property
+    def server(self) -> Any:
+        return self.dashboard._server
+
+    def step(self, **values: float) -> None:
+        """Have the run do a step."""
+        self.trainer.steps.put(values)
+
+    def wait_for_end(self) -> None:
+        self._thread.join()
+
+
+@pytest.fixture
+def training() -> Iterator[Callable[..., Training]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(Training(*arguments, **options))
+
+
+@pytest.fixture
+def started(training: Callable[..., Training], open_page: OpenPage, tmp_path: Path) -> tuple[Training, Page]:
+    """A run that has done ten steps, and its page."""
+    run = training(tmp_path).begin()
+    for number in range(1, 11):
+        run.step(loss=1 / number)
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("live")
+    expect(figure(page, "Step")).to_contain_text("10")
+    return run, page
+
+
+def word(page: Page) -> Locator:
+    """What the page calls the state of the run."""
+    return page.locator(".pill .word")
+
+
+def figure(page: Page, name: str) -> Locator:
+    return page.locator(".figure", has=page.locator("dt", has_text=re.compile(f"^{name}$")))
+
+
+def chart(page: Page, name: str) -> Locator:
+    return page.get_by_role("figure", name=name, exact=True)
+
+
+def button(page: Page, name: str) -> Locator:
+    return page.get_by_role("group", name="Control of the run").get_by_role("button", name=name)
+
+
+def acks(page: Page) -> Locator:
+    return page.get_by_role("list", name="Commands")
+
+
+def table_of(page: Page, name: str) -> dict[str, list[str]]:
+    """Return what the table of a chart shows: x -> values, as text."""
+    chart(page, name).get_by_role("button", name=re.compile("table", re.IGNORECASE)).click()
+    table = chart(page, name).get_by_role("table")
+    expect(table).to_be_visible()
+    rows: list[list[str]] = table.locator("tbody tr").evaluate_all(
+        "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    return {x: values for x, *values in rows}
+
+
+def shot(page: Page, name: str) -> None:
+    """Take a picture of a state; something must be on it."""
+    directory = os.environ.get("OFFLOOP_SCREENSHOTS")
+    path = None if directory is None else Path(directory) / f"{name}.png"
+    assert len(page.screenshot(path=path)) > 5_000
+
+
+# Charts --------------------------------------------------------------------------------------------
+
+
+def test_charts_show_the_true_values(started: tuple[Training, Page]) -> None:
+    _, page = started
+    shown = table_of(page, "loss")
+    assert [float(shown[str(step)][0]) for step in range(1, 11)] == pytest.approx(
+        [1 / step for step in range(1, 11)], rel=1e-3
+    )
+
+
+def test_train_and_validation_stand_in_one_panel(started: tuple[Training, Page]) -> None:
+    run, page = started
+    button(page, "Validate").click()
+    run.step(loss=0.5)
+    expect(chart(page, "loss").get_by_role("button", name=re.compile("val"))).to_contain_text("0.25")
+    assert "0.2500" in table_of(page, "loss")["11"]
+
+
+def test_the_file_has_every_point_and_names_that_are_no_formulas(started: tuple[Training, Page]) -> None:
+    run, page = started
+    for number in range(3_000):
+        run.step(loss=number / 7, **{"=1+1": number})
+    expect(figure(page, "Step")).to_contain_text(re.compile("3.?010"))
+    with page.expect_download() as download:
+        chart(page, "loss").get_by_role("button", name=re.compile("csv", re.IGNORECASE)).click()
+    lines = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    values = {float(line["step"]): float(line["loss"]) for line in lines if line.get("loss")}
+    assert len(values) == 3_010
+    for number in (0, 1, 1_500, 2_999):
+        assert values[number + 11] == pytest.approx(number / 7, rel=1e-6)  # the loss is float32
+    with page.expect_download() as download:
+        chart(page, "=1+1").get_by_role("button", name=re.compile("csv", re.IGNORECASE)).click()
+    assert "'=1+1" in Path(download.value.path()).read_text().splitlines()[0]
+
+
+def test_a_zoom_stays_while_the_run_goes_on(started: tuple[Training, Page]) -> None:
+    run, page = started
+    plot = chart(page, "loss").locator("canvas").first
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
+    page.wait_for_function("() => location.hash.includes('zoom=')")
+    zoomed = page.evaluate("() => location.hash")
+    for _ in range(50):
+        run.step(loss=0.1)
+    expect(figure(page, "Step")).to_contain_text("60")
+    assert page.evaluate("() => location.hash") == zoomed
+    page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_function("() => !location.hash.includes('zoom=')")
+
+
+def test_the_address_shows_the_same_view_again(started: tuple[Training, Page], open_page: OpenPage) -> None:
+    run, page = started
+    page.get_by_role("button", name="Epoch", exact=True).click()
+    page.get_by_role("button", name="log y").click()
+    page.wait_for_function("() => location.hash.includes('x=epoch')")
+    link = f"{run.dashboard.url}{page.evaluate('() => location.hash')}"
+    other = open_page(link)
+    expect(other.get_by_role("button", name="Epoch", exact=True)).to_have_attribute("aria-pressed", "true")
+    expect(other.get_by_role("button", name="log y")).to_have_attribute("aria-pressed", "true")
+
+
+def test_what_is_not_finite_is_marked(started: tuple[Training, Page]) -> None:
+    run, page = started
+    for value in (1.0, math.nan, math.inf, 2.0):
+        run.step(loss=0.5, odd=value)
+    expect(chart(page, "odd")).to_be_visible()
+    expect(chart(page, "odd")).to_contain_text(re.compile("not finite|NaN", re.IGNORECASE))
+    shot(page, "not-finite")
+
+
+def test_a_metric_that_is_named_like_markup_is_text(started: tuple[Training, Page]) -> None:
+    run, page = started
+    name = "<img src=x onerror=document.title='broken'>"
+    run.step(loss=0.5, **{name: 1.0})
+    expect(page.get_by_role("heading", name=name)).to_be_visible()
+    assert page.locator("img").count() == 0
+    assert "broken" not in page.title()
+
+
+def test_search_leaves_the_panels_that_are_meant(started: tuple[Training, Page]) -> None:
+    _, page = started
+    page.get_by_label("Search metrics").fill("lr")
+    expect(chart(page, "lr")).to_be_visible()
+    expect(chart(page, "loss")).to_be_hidden()
+
+
+# Control -------------------------------------------------------------------------------------------
+
+
+def test_pause_and_resume_take_effect_and_are_acknowledged(started: tuple[Training, Page]) -> None:
+    run, page = started
+    button(page, "Pause").click()
+    run.step(loss=0.5)
+    expect(word(page)).to_have_text("paused")
+    expect(acks(page)).to_contain_text(re.compile("at step 11"))
+    assert run.run.state == "paused"
+    expect(page.locator(".state-detail")).to_contain_text("viewer 127.0.0.1")
+    shot(page, "paused")
+    button(page, "Resume").click()
+    expect(word(page)).to_have_text("live")
+    assert run.run.state == "running"
+
+
+def test_the_learning_rate_is_set_and_a_great_leap_asks_twice(started: tuple[Training, Page]) -> None:
+    run, page = started
+    button(page, "Learning rate").click()
+    dialog = page.get_by_role("dialog", name="Learning rate")
+    dialog.get_by_label("New value").fill("-1")
+    expect(dialog.get_by_role("alert")).not_to_be_empty()
+    dialog.get_by_label("New value").fill("5")
+    dialog.get_by_role("button", name="Set").click()
+    expect(dialog).to_be_visible()  # fifty times as much: it asks
+    shot(page, "learning-rate")
+    dialog.get_by_label("New value").fill("0.05")
+    dialog.get_by_role("button", name="Set").click()
+    expect(dialog).to_be_hidden()
+    run.step(loss=0.5)
+    expect(acks(page)).to_contain_text("at step 11")
+    run.step(loss=0.5)
+    expect(figure(page, "Learning rate")).to_contain_text("0.05")
+    assert next(iter(run.trainer.optimizers.values())).param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_a_checkpoint_is_saved(started: tuple[Training, Page]) -> None:
+    run, page = started
+    button(page, "Checkpoint").click()
+    run.step(loss=0.5)
+    expect(acks(page)).to_contain_text("at step 11")
+    assert list((run.run.dir / "checkpoints").iterdir())
+
+
+def test_stop_asks_first_and_saves_a_checkpoint(started: tuple[Training, Page]) -> None:
+    run, page = started
+    button(page, "Stop").click()
+    dialog = page.get_by_role("dialog")
+    shot(page, "stop-asks")
+    dialog.get_by_role("button", name="Keep training").click()
+    expect(dialog).to_be_hidden()
+    run.step(loss=0.5)
+    expect(figure(page, "Step")).to_contain_text("11")
+    button(page, "Stop").click()
+    dialog.get_by_role("button", name="Stop training").click()
+    run.trainer.before_epoch_ends.clear()
+    run.step(loss=0.5)
+    expect(word(page)).to_have_text("stopping")
+    shot(page, "stopping")
+    run.free()
+    run.wait_for_end()
+    expect(word(page)).to_have_text("stopped")
+    shot(page, "stopped")
+    assert run.run.result.status == "stopped"
+    assert list((run.run.dir / "checkpoints").iterdir())
+
+
+def test_a_button_that_may_not_be_used_says_why(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training().begin()
+    run.step(loss=1.0)
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("live")
+    expect(button(page, "Checkpoint")).to_have_attribute("aria-disabled", "true")
+    expect(button(page, "Checkpoint")).to_have_attribute("title", re.compile("no directory"))
+
+
+def test_who_only_reads_sees_everything_and_can_do_nothing(
+    started: tuple[Training, Page], open_page: OpenPage
+) -> None:
+    run, _ = started
+    page = open_page(run.dashboard.read_only_url)
+    expect(page.get_by_text("read-only")).to_be_visible()
+    expect(chart(page, "loss")).to_be_visible()
+    assert len(table_of(page, "loss")) == 10
+    for name in ("Pause", "Checkpoint", "Validate", "Learning rate", "Stop"):
+        expect(button(page, name)).to_have_attribute("aria-disabled", "true")
+    shot(page, "read-only")
+
+
+# States --------------------------------------------------------------------------------------------
+
+
+def test_from_no_run_to_completed(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    run = training(tmp_path, max_steps=5)
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("no run yet")
+    shot(page, "no-run-yet")
+    run.begin()
+    expect(word(page)).to_have_text("waiting for the first step")
+    shot(page, "waiting")
+    run.step(loss=1.0)
+    expect(word(page)).to_have_text("live")
+    shot(page, "live")
+    for _ in range(4):
+        run.step(loss=0.5)
+    expect(word(page)).to_have_text("completed")
+    assert "completed" in page.title()
+    shot(page, "completed")
+
+
+def test_validating(started: tuple[Training, Page]) -> None:
+    run, page = started
+    run.trainer.before_validation_ends.clear()
+    button(page, "Validate").click()
+    run.step(loss=0.5)
+    expect(word(page)).to_have_text("validating")
+    shot(page, "validating")
+    run.trainer.before_validation_ends.set()
+    expect(word(page)).to_have_text("live")
+
+
+def test_writing_a_checkpoint(started: tuple[Training, Page], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, page = started
+    gate, fsync = threading.Event(), os.fsync
+
+    def slow_disk(descriptor: int) -> None:
+        gate.wait()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow_disk)
+    try:
+        button(page, "Checkpoint").click()
+        run.step(loss=0.5)
+        expect(page.get_by_text("writing a checkpoint")).to_be_visible()
+        shot(page, "writing-a-checkpoint")
+    finally:
+        gate.set()
+    expect(page.get_by_text("writing a checkpoint")).to_be_hidden()
+
+
+def test_failed_shows_the_traceback_to_the_control_role_only(
+    started: tuple[Training, Page], open_page: OpenPage
+) -> None:
+    run, page = started
+    reader = open_page(run.dashboard.read_only_url)
+    expect(word(reader)).to_have_text("live")
+    run.trainer.steps.put(ValueError("the data set is cursed"))
+    run.wait_for_end()
+    expect(word(page)).to_have_text("failed")
+    expect(page.get_by_text("the data set is cursed").first).to_be_visible()
+    page.get_by_text("Traceback", exact=True).click()
+    expect(page.locator("pre", has_text="in training_step")).to_be_visible()
+    shot(page, "failed")
+    expect(word(reader)).to_have_text("failed")
+    assert reader.locator("pre", has_text="in training_step").count() == 0
+    assert isinstance(run.error, ValueError)
+
+
+def test_stalled_says_where_training_hangs(
+    started: tuple[Training, Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, page = started
+    monkeypatch.setattr(live_run, "STALL", 0.01)
+    monkeypatch.setattr(live_run, "STALL_STEPS", 0)
+    expect(word(page)).to_have_text("stalled")
+    expect(page.get_by_text("test_browser.py").first).to_be_visible()
+    shot(page, "stalled")
+    monkeypatch.undo()
+    run.step(loss=0.5)
+    expect(word(page)).to_have_text("live")
+
+
+def test_lagging_and_the_server_that_answers_again(started: tuple[Training, Page]) -> None:
+    run, page = started
+    gate = threading.Event()
+    run.server._post(gate.wait)  # whatever holds the server's event loop
+    try:
+        expect(word(page)).to_have_text("lagging")
+        shot(page, "lagging")
+    finally:
+        gate.set()
+    expect(word(page)).to_have_text("live")
+
+
+def test_samples_that_were_dropped_are_a_gap(
+    training: Callable[..., Training], open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callback, "SAMPLES_HELD", 10)
+    run = training().begin()
+    run.step(loss=1.0)
+    page = open_page(run.dashboard.url)
+    expect(figure(page, "Step")).to_contain_text("1")
+    expect(word(page)).to_have_text("live")
+    gate = threading.Event()
+    run.server._post(gate.wait)
+    for _ in range(200):
+        run.step(loss=0.5)
+    run.drops.seen.wait()
+    gate.set()
+    expect(page.get_by_text("samples were dropped.")).to_be_visible()
+    shot(page, "samples-dropped")
+
+
+class Wide(Sample, frozen=True, kw_only=True):
+    values: Metrics
+
+
+def test_a_trimmed_history_is_said(training: Callable[..., Training], open_page: OpenPage) -> None:
+    run = training(history_bytes=1_000_000).begin()
+    run.step(loss=1.0)
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("live")
+    for number in range(6_000):
+        run.run.publish(Wide(values=Metrics({f"m{place}": float(number) for place in range(20)})))
+    expect(page.get_by_text("The history is trimmed.")).to_be_visible()
+    shot(page, "history-trimmed")
+
+
+def test_not_authorised_too_many_viewers_and_an_older_page(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training(max_viewers=1).begin()
+    run.step(loss=1.0)
+    stranger = open_page(run.dashboard.url.partition("?")[0])
+    expect(word(stranger)).to_have_text("not authorised")
+    shot(stranger, "not-authorised")
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("live")
+    crowd = open_page(run.dashboard.url)
+    expect(word(crowd)).to_have_text("too many viewers")
+    shot(crowd, "too-many-viewers")
+    page.close()
+    expect(word(crowd)).to_have_text("live")  # it takes the free place by itself
+    run.server.hub.page = "another"
+    crowd.reload()
+    expect(crowd.get_by_text("This page is older than its server.")).to_be_visible()
+    shot(crowd, "page-older-than-server")
+
+
+def test_a_page_that_was_not_built_says_how_to_get_it(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training()
+    run.server.page = None
+    page = open_page(run.dashboard.url)
+    expect(page.get_by_text("make page")).to_be_visible()
+    shot(page, "page-not-built")
+
+
+# The server goes and comes back ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(port: int, run_name: str, directory: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """Have a process train without end and show it; it is killed like by the kernel."""
+    script = Path(__file__).parent / "viewers" / "serve_a_run.py"
+    command = [sys.executable, str(script), str(port), run_name, str(directory)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_tab_left_open_finds_the_next_run_after_a_kill(open_page: OpenPage, tmp_path: Path) -> None:
+    port = free_port()
+    with serving(port, "first", tmp_path) as (_, url):
+        page = open_page(url)
+        expect(word(page)).to_have_text("live")
+        expect(chart(page, "loss")).to_be_visible()
+    expect(word(page)).to_have_text(re.compile("reconnecting|server gone"))
+    shot(page, "reconnecting")
+    expect(word(page)).to_have_text("server gone")
+    expect(chart(page, "loss")).to_be_visible()  # it keeps what it holds
+    shot(page, "server-gone")
+    with serving(port, "second", tmp_path):
+        expect(page.get_by_role("heading", name="second")).to_be_visible()
+        expect(word(page)).to_have_text("live")
+        expect(chart(page, "loss")).to_be_visible()
+
+
+# How it looks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 768, 1920])
+def test_it_fits_every_width_and_nothing_serious_hinders_anybody(
+    training: Callable[..., Training], open_page: OpenPage, width: int, scheme: str
+) -> None:
+    run = training().begin()
+    for number in range(1, 30):
+        run.step(loss=1 / number, accuracy=1 - 1 / number)
+    page = open_page(
+        run.dashboard.url,
+        viewport={"width": width, "height": 900},
+        color_scheme=scheme,
+        has_touch=width == 320,
+        bypass_csp=True,  # axe brings a script along; every other test has the policy
+    )
+    expect(word(page)).to_have_text("live")
+    expect(chart(page, "accuracy")).to_be_visible()
+    for tab in ("Events", "Configuration", "Metrics"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), f"{tab} is too wide"
+        found = Axe().run(page)
+        serious = [each for each in found.response["violations"] if each["impact"] in ("serious", "critical")]
+        assert not serious, found.generate_report()
+    shot(page, f"{scheme}-{width}")
+
+
+def test_a_chart_is_read_out_by_keys(started: tuple[Training, Page]) -> None:
+    _, page = started
+    cursor = chart(page, "loss").get_by_role("slider")
+    cursor.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    expect(cursor).to_have_attribute("aria-valuetext", re.compile("step"))
+
+
+def test_question_mark_lists_the_keys(started: tuple[Training, Page]) -> None:
+    _, page = started
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    shot(page, "keys")
+
+
+def test_events_and_configuration_are_there_and_secrets_are_not(started: tuple[Training, Page]) -> None:
+    run, page = started
+    button(page, "Pause").click()
+    run.step(loss=0.5)
+    expect(word(page)).to_have_text("paused")
+    page.get_by_role("tab", name="Events").click()
+    log = page.get_by_role("tabpanel", name="Events")
+    expect(log).to_contain_text("pause")
+    expect(log).to_contain_text("viewer 127.0.0.1")
+    shot(page, "events")
+    page.get_by_role("tab", name="Configuration").click()
+    expect(page.get_by_role("tabpanel", name="Configuration")).to_contain_text("gradient_clip_val")
+    shot(page, "configuration")
+
+
+def test_nothing_is_asked_of_anybody_but_its_server(
+    training: Callable[..., Training], browser: Browser
+) -> None:
+    run = training().begin()
+    run.step(loss=1.0)
+    asked: list[str] = []
+    with contextlib.closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(run.dashboard.url)
+        expect(word(page)).to_have_text("live")
+    own = run.dashboard.url.partition("?")[0]
+    assert asked and not [url for url in asked if not url.startswith((own, "blob:"))]

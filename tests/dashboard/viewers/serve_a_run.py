@@ -1,0 +1,13 @@
+"""Train without end and show it: PORT RUN_NAME RUN_DIR. Prints the page's address."""
+
+import sys
+
+from offloop.dashboard import Dashboard
+from offloop.engine.testing import EndlessLoader, tiny_trainer
+
+port, run_name, run_dir = sys.argv[1:]
+dashboard = Dashboard(port=int(port), token="0123456789abcdef", quiet=True)
+with dashboard:
+    print(dashboard.url, flush=True)
+    trainer = tiny_trainer(callbacks=[dashboard], run_name=run_name, run_dir=run_dir)
+    trainer.train(EndlessLoader(), max_steps=10**9)
