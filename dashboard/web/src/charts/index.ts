@@ -93,6 +93,8 @@ export class Charts {
   #frame: number | null = null;
   #credits = 0;
   #shown: number[] = [];
+  /** Points of each curve that were asked for. */
+  #shownPoints = 0;
   #leaving = new Map<Panel, ReturnType<typeof setTimeout>>();
   #asked = { key: "", at: -Infinity };
   #asking = false;
@@ -223,7 +225,10 @@ export class Charts {
 
   setConnected(connected: boolean): void {
     this.#connected = connected;
-    if (!connected) this.#ranges.abandon("the connection was lost");
+    if (!connected) {
+      this.#ranges.abandon("the connection was lost");
+      this.#credits = 0; // what is owed is owed to the server that is gone
+    }
     for (const panel of this.#panels.values()) panel.csvButton.disabled = !connected;
   }
 
@@ -311,7 +316,10 @@ export class Charts {
       savePicture: (panel) => void this.#savePicture(panel),
       saveCsv: (panel) => void this.#saveCsv(panel),
       announce: (text) => this.#host.announce(text),
-      resized: () => this.#redraw(),
+      resized: () => {
+        this.#subscribe();
+        this.#redraw();
+      },
     };
   }
 
@@ -371,12 +379,17 @@ export class Charts {
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
     const wanted = visible.flatMap((panel) => panel.curves.map(({ info }) => info.id)).filter((id) => this.#series.has(id));
     const series = wanted.slice(0, MAX_SERIES_SHOWN).sort((one, other) => one - other);
-    if (this.#run === null || series.join() === this.#shown.join()) return;
+    const points = this.#points(visible);
+    // Curves of a panel that has grown, as when it is maximised, come anew with as many points as it can show.
+    const grown = points > 1.5 * this.#shownPoints && series.some((id) => (this.#store.curves.get(id)?.reducedTo ?? -1) >= 0);
+    if (this.#run === null || (series.join() === this.#shown.join() && !grown)) return;
+    if (grown && this.#shown.length > 0) this.#host.send({ type: "show", series: [] });
     this.#shown = series;
+    this.#shownPoints = points;
     // A snapshot will bring them back.
     const unseen = [...this.#store.curves.keys()].filter((id) => !series.includes(id));
     for (const id of unseen.slice(0, Math.max(0, unseen.length - MAX_UNSEEN))) this.#forget(id);
-    this.#host.send({ type: "show", series, points: this.#points(visible) });
+    this.#host.send({ type: "show", series, points });
   }
 
   /** Twice the width of the widest panel: one least and one greatest point for each pixel. */
@@ -408,6 +421,8 @@ export class Charts {
 
   #makeScene(): Scene {
     const { axis, logX, logY, smoothing, hidden } = this.#host.view.get();
+    // A root that was not in the document yet had no colours.
+    if (this.#theme.text === "") this.#theme = readTheme(this.#root);
     const column = COLUMNS[axis];
     const origin = axis === "time" ? this.#start() : 0;
     const x = this.#xScale(axis, logX && axis !== "wall");

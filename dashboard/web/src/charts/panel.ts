@@ -358,6 +358,7 @@ export class Panel {
       if (!curve) continue;
       const inner = inside(curve, scene);
       range = extent(curve.value, inner, scene.logY, range);
+      if (scene.smoothing > 0) range = extent(this.#values(curve, scene), inner, scene.logY, range);
       // Where a line enters and leaves the view
       for (const edge of edges(curve, scene)) range = extent(Float64Array.of(edge), [0, 1], scene.logY, range);
       if (!scene.logY || !(curve.least && curve.least.value <= 0)) continue;
@@ -403,7 +404,7 @@ export class Panel {
       if (from !== null && to !== null) shade(at(from), at(to), `${count} dropped`);
     }
     const trimmed = scene.trimmed === null ? null : scene.placeOf(scene.trimmed);
-    if (trimmed !== null && trimmed > scene.x.min) shade(bbox.left, at(trimmed), "least and greatest only");
+    if (trimmed !== null && trimmed > scene.x.min) shade(bbox.left, at(trimmed), "only least, greatest");
     ctx.restore();
   }
 

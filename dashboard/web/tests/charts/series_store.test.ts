@@ -156,7 +156,7 @@ describe("breaks", () => {
 });
 
 describe("thinning", () => {
-  test.each([1, 2, 3, 4, 5])("a long curve stays small, keeps every spike and moves no point (seed %i)", (seed) => {
+  test.each([1, 2, 3])("a long curve stays small, keeps every spike and moves no point (seed %i)", (seed) => {
     const next = random(seed);
     const curve = new Curve();
     const sent = new Map<number, number>();
