@@ -6,43 +6,17 @@
 
 import uPlot from "uplot";
 
-import type { Gap, Latest, SeriesInfo } from "../protocol";
-import { toNumber } from "../protocol";
-import type { Axis } from "../view";
-import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { h, setText } from "../dom";
+import type { Latest, SeriesInfo } from "../protocol";
+import { toNumber } from "../protocol";
+import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { iconButton, setIcon, swatch } from "./dom";
-import type { Column, Curve, Point } from "./series_store";
+import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintText } from "./paint";
+import type { Scene } from "./scene";
+import type { Curve, Point } from "./series_store";
 import { Smoothed } from "./smoothing";
-import { dash, hue, type Theme } from "./theme";
-import { type Box, edges, extent, inside, trace, visible } from "./trace";
-
-export interface ChartEvent {
-  step: number;
-  time: number;
-  kind: "alert" | "checkpoint" | "lr" | "validation";
-  text: string;
-}
-
-/** Everything that all panels draw alike. */
-export interface Scene {
-  axis: Axis;
-  column: Column;
-  /** What is subtracted from the column: the start of the run where x is the time since then. */
-  origin: number;
-  x: Scale;
-  logY: boolean;
-  smoothing: number;
-  hidden: ReadonlySet<string>;
-  gaps: readonly Gap[];
-  trimmed: number | null;
-  events: readonly (ChartEvent & { x: number })[];
-  theme: Theme;
-  /** Where the cursor is, in units of x; null if nowhere. */
-  cursor: number | null;
-  /** Where a step lies on the x axis; null if nobody knows. */
-  placeOf(step: number): number | null;
-}
+import { dash, hue } from "./theme";
+import { edges, extent, inside } from "./trace";
 
 /** What a panel asks of the page it is on. */
 export interface PanelHost {
@@ -75,12 +49,6 @@ interface LegendItem {
   value: HTMLElement;
   best: HTMLElement;
 }
-
-const FONT_SIZE = 11;
-/** Points so far apart are drawn with dots, in CSS pixels. */
-const DOT_SPACING = 9;
-/** How far a line may go up and down, in widths of the plot, to be drawn wider and dashed. */
-const MAX_CALM_CLIMB = 4;
 
 let panels = 0;
 
@@ -330,7 +298,7 @@ export class Panel {
           },
         },
         hooks: {
-          drawClear: [(plot) => this.#paintBelow(plot)],
+          drawClear: [(plot) => paintBackground(this.#brush(plot))],
           draw: [(plot) => this.#paint(plot)],
           setCursor: [(plot) => this.#cursorMoved(plot)],
           setSelect: [(plot) => this.#selected(plot)],
@@ -377,208 +345,23 @@ export class Panel {
     return smoothed.update(curve);
   }
 
-  #paintBelow(chart: uPlot): void {
-    const { ctx, bbox } = chart;
-    const scene = this.#host.scene();
-    const ratio = devicePixelRatio;
-    const at = (x: number): number => bbox.left + Math.max(-1, Math.min(2, scene.x.toUnit(x))) * bbox.width;
-    ctx.save();
-    clip(ctx, bbox);
-    const shade = (from: number, to: number, name: string): void => {
-      const width = Math.max(to - from, ratio);
-      if (to < bbox.left || from > bbox.left + bbox.width) return;
-      ctx.fillStyle = scene.theme.shade;
-      ctx.fillRect(from, bbox.top, width, bbox.height);
-      const start = Math.max(from, bbox.left) + 4 * ratio;
-      const room = Math.min(to, bbox.left + bbox.width) - start;
-      if (room < 40 * ratio) return;
-      ctx.font = `${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
-      ctx.textBaseline = "top";
-      if (ctx.measureText(name).width < room) {
-        ctx.fillStyle = scene.theme.faint;
-        ctx.fillText(name, start, bbox.top + 3 * ratio);
-      }
-    };
-    for (const [after, before, count] of scene.gaps) {
-      const [from, to] = [scene.placeOf(after), scene.placeOf(before)];
-      if (from !== null && to !== null) shade(at(from), at(to), `${count} dropped`);
-    }
-    const trimmed = scene.trimmed === null ? null : scene.placeOf(scene.trimmed);
-    if (trimmed !== null && trimmed > scene.x.min) shade(bbox.left, at(trimmed), "only least, greatest");
-    ctx.restore();
+  #brush({ ctx, bbox }: uPlot): Brush {
+    return { ctx, box: bbox, ratio: devicePixelRatio, scene: this.#host.scene(), y: this.#y };
   }
 
   #paint(chart: uPlot): void {
-    const { ctx, bbox } = chart;
-    const scene = this.#host.scene();
-    const { theme } = scene;
-    const ratio = devicePixelRatio;
-    const view = { ...scene, box: bbox, y: this.#y };
-    ctx.save();
-    clip(ctx, bbox);
-    ctx.lineJoin = "bevel"; // a mitre at a spike would stick out beyond its value
-    ctx.lineWidth = lineWidth(ratio);
-    this.#paintEvents(ctx, bbox, scene);
-    let drawn = false;
-    // Those with few points are drawn last, over the thicket of the others.
-    const length = ({ info }: PanelCurve): number => this.#host.curve(info.id)?.length ?? 0;
-    const curves = this.shown(scene).sort((one, other) => length(other) - length(one));
-    for (const { info, slot } of curves) {
+    const brush = this.#brush(chart);
+    const { scene } = brush;
+    const shown = this.shown(scene);
+    const lines = shown.flatMap(({ info, slot }): Line[] => {
       const curve = this.#host.curve(info.id);
-      if (!curve || (curve.length === 0 && curve.marks.length === 0)) continue;
-      drawn = true;
-      const range = visible(curve, scene);
-      const breaks = curve.breaks(scene.gaps);
-      const colour = theme.hues[hue(slot)] as string;
-      ctx.strokeStyle = ctx.fillStyle = colour;
-      if (scene.smoothing > 0) {
-        ctx.globalAlpha = 0.25;
-        ctx.beginPath();
-        trace(ctx, curve, curve.value, range, breaks, view);
-        ctx.stroke();
-        ctx.globalAlpha = 1;
-      }
-      ctx.beginPath();
-      const { lonely, climb } = trace(ctx, curve, this.#values(curve, scene), range, breaks, view);
-      // In a line that goes up and down like mad nobody sees dashes, and both they and width take long to draw.
-      if (climb < MAX_CALM_CLIMB * bbox.width) {
-        ctx.setLineDash(dash(slot).map((length) => length * ratio));
-        ctx.lineWidth = 1.5 * ratio;
-      }
-      ctx.stroke();
-      ctx.lineWidth = lineWidth(ratio);
-      ctx.setLineDash([]);
-      const few = (range[1] - range[0]) * DOT_SPACING * ratio < bbox.width;
-      if (few) this.#paintDots(ctx, curve, this.#values(curve, scene), range, view, ratio);
-      else for (let index = 0; index < lonely.length; index += 2) dot(ctx, lonely[index] as number, lonely[index + 1] as number, 1.5 * ratio);
-    }
-    // At the edge of the plot these stand out of it.
-    ctx.restore();
-    ctx.save();
-    ctx.lineWidth = lineWidth(ratio);
-    for (const { info, slot } of curves) {
-      const curve = this.#host.curve(info.id);
-      if (!curve) continue;
-      this.#paintBest(ctx, curve, info, theme.hues[hue(slot)] as string, view, ratio);
-      this.#paintMarks(ctx, curve, bbox, scene, ratio);
-    }
-    const text = curves.length === 0 ? "all curves are hidden" : !drawn ? "no values yet" : "";
-    if (text !== "" || this.#belowZero > 0) {
-      ctx.font = `${FONT_SIZE * ratio}px ${theme.font}`;
-      ctx.fillStyle = theme.faint;
-      ctx.textAlign = "center";
-      ctx.textBaseline = "middle";
-      if (text !== "") ctx.fillText(text, bbox.left + bbox.width / 2, bbox.top + bbox.height / 2);
-      else ctx.fillText(`${this.#belowZero} of 0 or less not shown`, bbox.left + bbox.width / 2, bbox.top + bbox.height - 10 * ratio);
-    }
-    ctx.restore();
-  }
-
-  #paintDots(
-    ...[ctx, curve, values, range, view, ratio]: [
-      CanvasRenderingContext2D,
-      Curve,
-      Float64Array,
-      readonly [number, number],
-      Scene & { box: Box; y: Scale },
-      number,
-    ]
-  ): void {
-    for (let index = range[0]; index < range[1]; index++) {
-      const x = view.x.toUnit((curve[view.column][index] as number) - view.origin);
-      const y = view.y.toUnit(values[index] as number);
-      if (x >= 0 && x <= 1 && y >= 0 && y <= 1) dot(ctx, ...pixel(view.box, x, y), 2 * ratio);
-    }
-  }
-
-  #paintBest(
-    ...[ctx, curve, info, colour, view, ratio]: [
-      CanvasRenderingContext2D,
-      Curve,
-      SeriesInfo,
-      string,
-      Scene & { box: Box; y: Scale },
-      number,
-    ]
-  ): void {
-    const best = bestOf(curve, info);
-    if (!best) return;
-    const x = view.x.toUnit(best[view.column] - view.origin);
-    const y = view.y.toUnit(best.value);
-    if (!(x >= 0 && x <= 1 && y >= 0 && y <= 1)) return;
-    ctx.beginPath();
-    ctx.arc(...pixel(view.box, x, y), 4 * ratio, 0, 2 * Math.PI);
-    ctx.fillStyle = view.theme.background;
-    ctx.strokeStyle = colour;
-    ctx.lineWidth = 1.5 * ratio;
-    ctx.fill();
-    ctx.stroke();
-    ctx.fillStyle = colour;
-    dot(ctx, ...pixel(view.box, x, y), 1.5 * ratio);
-    ctx.lineWidth = lineWidth(ratio);
-  }
-
-  /** What is not finite: a bar at the edge with a sign; above for plus infinity, below for the others. */
-  #paintMarks(ctx: CanvasRenderingContext2D, curve: Curve, bbox: Box, scene: Scene, ratio: number): void {
-    ctx.strokeStyle = ctx.fillStyle = scene.theme.alert;
-    const size = 3.5 * ratio;
-    let signed = -Infinity;
-    for (const [start, end, kind] of curve.marks) {
-      const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
-      if (first === null || last === null || last < scene.x.min || first > scene.x.max) continue;
-      const from = bbox.left + Math.max(0, scene.x.toUnit(first)) * bbox.width;
-      const to = bbox.left + Math.min(1, scene.x.toUnit(last)) * bbox.width;
-      const above = kind === "inf";
-      const edge = above ? bbox.top : bbox.top + bbox.height;
-      const inward = above ? 1 : -1;
-      ctx.fillRect(from - ratio / 2, edge, Math.max(to - from, ratio), 3 * ratio * inward);
-      const [x, y] = [(from + to) / 2, edge + inward * (size + 4 * ratio)];
-      if (x - signed < 3 * size) continue; // one sign for those that are closer than it is wide
-      signed = x;
-      ctx.beginPath();
-      if (kind === "nan" || kind === "mixed") {
-        ctx.lineWidth = 1.5 * ratio;
-        ctx.moveTo(x - size, y - size);
-        ctx.lineTo(x + size, y + size);
-        ctx.moveTo(x - size, y + size);
-        ctx.lineTo(x + size, y - size);
-        ctx.stroke();
-      } else {
-        ctx.moveTo(x, y - inward * size);
-        ctx.lineTo(x - size, y + inward * size);
-        ctx.lineTo(x + size, y + inward * size);
-        ctx.fill();
-      }
-    }
-    ctx.lineWidth = lineWidth(ratio);
-  }
-
-  /** Alerts are lines through all panels; of what happens all the time there is a tick at the foot. */
-  #paintEvents(ctx: CanvasRenderingContext2D, bbox: Box, scene: Scene): void {
-    const ratio = devicePixelRatio;
-    const bottom = bbox.top + bbox.height;
-    const drawn = new Set<string>(); // one line for all that are in the same pixel
-    for (const { kind, x: place } of scene.events) {
-      const unit = scene.x.toUnit(place);
-      if (!(unit >= 0 && unit <= 1)) continue;
-      const x = Math.round(bbox.left + unit * bbox.width) + 0.5;
-      const alert = kind === "alert";
-      if (drawn.has(`${kind} ${x}`)) continue;
-      drawn.add(`${kind} ${x}`);
-      ctx.strokeStyle = ctx.fillStyle = alert ? scene.theme.alert : scene.theme.event;
-      ctx.beginPath();
-      ctx.setLineDash(alert ? [4 * ratio, 3 * ratio] : []);
-      ctx.moveTo(x, alert ? bbox.top : bottom - (kind === "lr" ? 9 : 5) * ratio);
-      ctx.lineTo(x, bottom);
-      ctx.stroke();
-      if (!alert) continue;
-      ctx.beginPath(); // a flag, so that an alert is not told by its colour alone
-      ctx.moveTo(x, bbox.top);
-      ctx.lineTo(x + 7 * ratio, bbox.top + 3.5 * ratio);
-      ctx.lineTo(x, bbox.top + 7 * ratio);
-      ctx.fill();
-    }
-    ctx.setLineDash([]);
+      if (!curve || (curve.length === 0 && curve.marks.length === 0)) return [];
+      const [colour, values] = [scene.theme.hues[hue(slot)] as string, this.#values(curve, scene)];
+      return [{ curve, values, colour, dash: dash(slot), best: bestOf(curve, info) }];
+    });
+    paintLines(brush, lines);
+    if (lines.length === 0) paintText(brush, shown.length === 0 ? "all curves are hidden" : "no values yet", "middle");
+    else if (this.#belowZero > 0) paintText(brush, `${this.#belowZero} of 0 or less not shown`, "foot");
   }
 
   // The cursor ----------------------------------------------------------------------------------------
@@ -770,11 +553,6 @@ export function assignSlots(curves: PanelCurve[]): void {
   for (const curve of others) take(curve, 0);
 }
 
-function lineWidth(ratio: number): number {
-  // One device pixel where there is one to a CSS pixel: rasterisers have a fast way for exactly that.
-  return Math.max(1, Math.floor(ratio));
-}
-
 /** Size of the part with the curves, in CSS pixels; known without asking the browser to lay anything out. */
 function plotSize({ bbox }: uPlot): { width: number; height: number } {
   return { width: bbox.width / devicePixelRatio, height: bbox.height / devicePixelRatio };
@@ -784,22 +562,6 @@ function axisWidth(labels: string[] | null): number {
   const longest = Math.max(0, ...(labels ?? []).map((label) => label.length));
   // In coarse steps, so that a plot does not move when a label gets one digit more
   return Math.max(44, 8 * Math.ceil((6.5 * longest + 14) / 8));
-}
-
-function clip(ctx: CanvasRenderingContext2D, { left, top, width, height }: Box): void {
-  ctx.beginPath();
-  ctx.rect(left, top - 1, width, height + 2);
-  ctx.clip();
-}
-
-function pixel({ left, top, width, height }: Box, x: number, y: number): [number, number] {
-  return [left + x * width, top + (1 - y) * height];
-}
-
-function dot(ctx: CanvasRenderingContext2D, x: number, y: number, radius: number): void {
-  ctx.beginPath();
-  ctx.arc(x, y, radius, 0, 2 * Math.PI);
-  ctx.fill();
 }
 
 function bestOf(curve: Curve, info: SeriesInfo): Point | null {

@@ -3,7 +3,7 @@
 import { formatValue, formatX } from "./axes";
 import { h } from "../dom";
 import type { Panel, PanelHost } from "./panel";
-import type { Curve } from "./series_store";
+import type { Column, Curve } from "./series_store";
 
 /** More rows than this nobody reads: then every n-th of a stretch is shown, and the caption says so. */
 export const MAX_ROWS = 200;
@@ -20,7 +20,7 @@ export interface Row {
  */
 export function tableRows(
   curves: readonly Curve[],
-  ...[column, from, to, limit]: [column: "step" | "time" | "epoch", from: number, to: number, limit: number]
+  { column, from, to, limit }: { column: Column; from: number; to: number; limit: number },
 ): { rows: Row[]; all: number } {
   const byPlace = new Map<number, Row>();
   const wanted = new Set<Row>();
@@ -47,7 +47,7 @@ export function showTable(panel: Panel, host: PanelHost): HTMLElement {
   const present = shown.filter((one): one is { info: (typeof one)["info"]; curve: Curve } => one.curve !== null);
   const { origin, column, x } = scene;
   const curves = present.map(({ curve }) => curve);
-  const { rows, all } = tableRows(curves, column, x.min + origin, x.max + origin, MAX_ROWS);
+  const { rows, all } = tableRows(curves, { column, from: x.min + origin, to: x.max + origin, limit: MAX_ROWS });
   const note = rows.length < all ? `${rows.length} of ${all} shown rows; the CSV file has every point.` : `${all} rows.`;
   const head = h("tr", {}, h("th", { scope: "col" }, scene.axis === "wall" ? "clock" : scene.axis));
   for (const { info } of present) head.append(h("th", { scope: "col" }, info.label));
