@@ -35,6 +35,7 @@ export class Events {
   readonly #note = h("p", { class: "empty" });
   readonly #more: HTMLButtonElement;
   readonly #off = new Set<EventKind>();
+  readonly #items = new WeakMap<Row, HTMLElement>();
   #rows: Row[] = [];
   #shown: Row[] = [];
   #limit = ROWS_AT_A_TIME;
@@ -45,7 +46,7 @@ export class Events {
   constructor(goTo: (step: number) => void) {
     this.#goTo = goTo;
     this.search = h("input", {
-      ...{ class: "input search", type: "search", placeholder: "Filter events", "aria-label": "Filter events" },
+      class: "input search", type: "search", placeholder: "Filter events", "aria-label": "Filter events",
       oninput: () => this.#filter(),
     });
     this.#more = h(
@@ -118,7 +119,7 @@ export class Events {
 
   #chip(kind: EventKind): HTMLElement {
     return h("button", {
-      ...{ type: "button", class: "filter-chip", "data-kind": kind },
+      type: "button", class: "filter-chip", "data-kind": kind,
       onclick: () => {
         if (!this.#off.delete(kind)) this.#off.add(kind);
         this.#filter();
@@ -128,16 +129,16 @@ export class Events {
 
   #draw(): void {
     const newest = this.#shown.slice(-this.#limit).reverse();
-    const had = new Map([...this.#list.children].map((item) => [item as HTMLElement, true]));
+    const old = new Set<Element>(this.#list.children);
     const items = newest.map((row) => this.#item(row));
     // Only what differs is touched, so that a row that is unfolded or selected stays as it is.
     let place: ChildNode | null = this.#list.firstChild;
     for (const item of items) {
       if (item === place) place = place.nextSibling;
       else this.#list.insertBefore(item, place);
-      had.delete(item);
+      old.delete(item);
     }
-    for (const item of had.keys()) item.remove();
+    for (const item of old) item.remove();
     show(this.#more, this.#shown.length > newest.length);
     const hidden = this.#rows.length - this.#shown.length;
     const notes = [
@@ -148,8 +149,6 @@ export class Events {
     setText(this.#note, notes.filter(Boolean).join(" "));
     show(this.#note, this.#note.textContent !== "");
   }
-
-  readonly #items = new WeakMap<Row, HTMLElement>();
 
   #item(row: Row): HTMLElement {
     let item = this.#items.get(row);
@@ -175,7 +174,7 @@ export class Events {
         ? h("span", { class: "step" })
         : h(
             "button",
-            { ...{ type: "button", class: "step", title: "Show it in the charts" }, onclick: () => this.#goTo(step) },
+            { type: "button", class: "step", title: "Show it in the charts", onclick: () => this.#goTo(step) },
             h("span", { class: "sr-only" }, "step "),
             format.count(step),
           );

@@ -135,7 +135,7 @@ class Page {
       const tab = h(
         "button",
         {
-          ...{ type: "button", role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}` },
+          type: "button", role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}`,
           onclick: () => this.#view.set({ tab: name }),
         },
         TABS[name],
@@ -335,7 +335,7 @@ class Page {
   #give(order: Order): void {
     if (this.#model.run === null) return;
     const request: CommandRequest = {
-      ...{ type: "command", id: commandId(), run: this.#model.run.key, ttl: COMMAND_TTL },
+      type: "command", id: commandId(), run: this.#model.run.key, ttl: COMMAND_TTL,
       ...order,
     };
     this.#happened({ type: "given", request, at: performance.now() });
@@ -406,7 +406,7 @@ class Page {
     const bySelf = this.#changesBySelf();
     const left = FOLLOW_AFTER - (now - (this.#newerSince ?? now));
     return {
-      ...{ model: this.#model, link: this.#link, now, page: this.#page },
+      model: this.#model, link: this.#link, now, page: this.#page,
       time: Date.now() / 1000,
       behind: this.#frameSince === null || document.hidden ? 0 : now - this.#frameSince,
       newer: run === null ? null : { run, seconds: bySelf ? Math.max(0, left / 1000) : null },
@@ -491,7 +491,7 @@ class Page {
     const close = h(
       "button",
       {
-        ...{ type: "button", class: "quiet-button", "aria-label": `Close: ${notice.title}` },
+        type: "button", class: "quiet-button", "aria-label": `Close: ${notice.title}`,
         onclick: () => {
           this.#closed.add(notice.id);
           this.#changed();
@@ -502,7 +502,7 @@ class Page {
     return h(
       "div",
       {
-        ...{ class: "notice", "data-tone": notice.tone, "data-id": notice.id },
+        class: "notice", "data-tone": notice.tone, "data-id": notice.id,
         "data-actions": notice.actions.map(({ label }) => label).join(),
       },
       h("i", { class: "dot", "aria-hidden": "true" }),
@@ -546,7 +546,7 @@ function commandId(): string {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-function storage(): globalThis.Storage | null {
+function storage(): Storage | null {
   try {
     return localStorage;
   } catch {

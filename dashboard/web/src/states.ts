@@ -279,7 +279,7 @@ function notices(seen: Seen): Notice[] {
 }
 
 const SYMBOLS: Record<Sign, string> = {
-  ...{ none: "…", live: "▶", paused: "⏸", good: "✓", stopped: "■", bad: "✕", warn: "!" },
+  none: "…", live: "▶", paused: "⏸", good: "✓", stopped: "■", bad: "✕", warn: "!",
 };
 
 /** Title of the window: state, loss, run. */

@@ -7,7 +7,7 @@ import { after, hello, link, run, status, summary, watching } from "./messages";
 
 function seen(fields: Partial<Omit<Seen, "link">> & { link?: Partial<Link> } = {}): Seen {
   return {
-    ...{ model: watching(), now: 1_000, time: 5_000, page: "p1", behind: 0, newer: null },
+    model: watching(), now: 1_000, time: 5_000, page: "p1", behind: 0, newer: null,
     ...fields,
     link: link(fields.link),
   };
