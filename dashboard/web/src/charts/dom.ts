@@ -50,5 +50,9 @@ export function save(blob: Blob, name: string): void {
 
 /** A name for a file, of whatever a run or a metric is called. */
 export function fileName(...parts: string[]): string {
-  return parts.filter(Boolean).join("-").replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 120);
+  return parts
+    .filter(Boolean)
+    .join("-")
+    .replace(/[^\p{L}\p{N}._-]+/gu, "_")
+    .slice(0, 120);
 }

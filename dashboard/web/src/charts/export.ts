@@ -109,7 +109,12 @@ function isNumber(cell: string): boolean {
 }
 
 /** Draw a panel's picture with its name and legend above it. */
-export function readPng(canvas: HTMLCanvasElement, name: string, curves: readonly PanelCurve[], theme: Theme): Promise<Blob | null> {
+export function readPng(
+  canvas: HTMLCanvasElement,
+  name: string,
+  curves: readonly PanelCurve[],
+  theme: Theme,
+): Promise<Blob | null> {
   const ratio = devicePixelRatio;
   const head = 46 * ratio;
   const picture = document.createElement("canvas");

@@ -206,8 +206,12 @@ export class Charts {
     this.#status = status;
     if (status.trimmed !== before?.trimmed || status.dropped !== before?.dropped) {
       const notes = [
-        ...(status.dropped > 0 ? [`${status.dropped.toLocaleString("en")} samples were dropped: shaded stretches are gaps.`] : []),
-        ...(status.trimmed !== null ? [`Before step ${status.trimmed.toLocaleString("en")} only least and greatest values are left.`] : []),
+        ...(status.dropped > 0
+          ? [`${status.dropped.toLocaleString("en")} samples were dropped: shaded stretches are gaps.`]
+          : []),
+        ...(status.trimmed !== null
+          ? [`Before step ${status.trimmed.toLocaleString("en")} only least and greatest values are left.`]
+          : []),
       ];
       this.#toolbar.setNote(notes.join(" "));
       this.#redraw();
@@ -216,7 +220,8 @@ export class Charts {
 
   addMark(mark: ChartEvent): void {
     // After a new connection events may come again.
-    const known = ({ step, kind, text }: ChartEvent): boolean => step === mark.step && kind === mark.kind && text === mark.text;
+    const known = ({ step, kind, text }: ChartEvent): boolean =>
+      step === mark.step && kind === mark.kind && text === mark.text;
     if (this.#events.some(known)) return;
     this.#events.push(mark);
     const alike = this.#events.filter(({ kind }) => kind === mark.kind);
@@ -289,7 +294,11 @@ export class Charts {
       const { folded } = this.#host.view.get();
       this.#host.view.set({ folded: folded.includes(name) ? folded.filter((one) => one !== name) : [...folded, name] });
     };
-    const fold = h("button", { type: "button", class: "charts-fold", "aria-expanded": "true", onclick }, name || "Metrics");
+    const fold = h(
+      "button",
+      { type: "button", class: "charts-fold", "aria-expanded": "true", onclick },
+      name || "Metrics",
+    );
     const section = h("section", { class: "charts-group" }, h("h2", { class: "charts-heading" }, fold), grid);
     const group = { section, grid, fold, panels: [] };
     this.#groups.set(name, group);
@@ -378,11 +387,14 @@ export class Charts {
   /** Tell the server which curves are on the screen, if they are others than before. */
   #subscribe(): void {
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
-    const wanted = visible.flatMap((panel) => panel.curves.map(({ info }) => info.id)).filter((id) => this.#series.has(id));
+    const wanted = visible
+      .flatMap((panel) => panel.curves.map(({ info }) => info.id))
+      .filter((id) => this.#series.has(id));
     const series = wanted.slice(0, MAX_SERIES_SHOWN).sort((one, other) => one - other);
     const points = this.#points(visible);
     // Curves of a panel that has grown, as when it is maximised, come anew with as many points as it can show.
-    const grown = points > 1.5 * this.#shownPoints && series.some((id) => (this.#store.curves.get(id)?.reducedTo ?? -1) >= 0);
+    const grown =
+      points > 1.5 * this.#shownPoints && series.some((id) => (this.#store.curves.get(id)?.reducedTo ?? -1) >= 0);
     if (this.#run === null || (series.join() === this.#shown.join() && !grown)) return;
     if (grown && this.#shown.length > 0) this.#host.send({ type: "show", series: [] });
     this.#shown = series;
@@ -456,7 +468,8 @@ export class Charts {
   #start(): number {
     if (this.#run?.started) return this.#run.started;
     let start = Infinity;
-    for (const curve of this.#store.curves.values()) if (curve.length > 0) start = Math.min(start, curve.time[0] as number);
+    for (const curve of this.#store.curves.values())
+      if (curve.length > 0) start = Math.min(start, curve.time[0] as number);
     return Number.isFinite(start) ? start : 0;
   }
 
@@ -514,7 +527,8 @@ export class Charts {
 
   #viewChanged(state: ViewState, previous: ViewState): void {
     this.#toolbar.show(state);
-    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded) this.#filter();
+    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded)
+      this.#filter();
     if (state.zoom !== previous.zoom && state.zoom === null) this.#details.clear();
     if (state.axis !== previous.axis) this.#cursor = this.#mouse = null;
     this.#redraw();
@@ -637,7 +651,12 @@ export class Charts {
     // The answer begins with the neighbour before the zoom, which may be there already.
     const begin = (part.step[0] as number) <= (fine.last?.step ?? -Infinity) ? 1 : 0;
     for (let index = begin; index < part.step.length; index++) {
-      fine.push(part.step[index] as number, part.time[index] as number, part.epoch[index] as number, part.value[index] as number);
+      fine.push(
+        part.step[index] as number,
+        part.time[index] as number,
+        part.epoch[index] as number,
+        part.value[index] as number,
+      );
     }
     const last = fine.last?.step ?? -Infinity;
     let next = curve.search("step", last);

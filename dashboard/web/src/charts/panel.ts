@@ -93,7 +93,14 @@ export class Panel {
     this.tableButton.setAttribute("aria-expanded", "false");
     this.csvButton = iconButton("download", `Save ${name} as CSV`, () => host.saveCsv(this));
     const picture = iconButton("picture", `Save ${name} as PNG`, () => host.savePicture(this));
-    const buttons = h("div", { class: "chart-buttons" }, this.tableButton, picture, this.csvButton, this.maximiseButton);
+    const buttons = h(
+      "div",
+      { class: "chart-buttons" },
+      this.tableButton,
+      picture,
+      this.csvButton,
+      this.maximiseButton,
+    );
     this.#legend = h("div", { class: "chart-legend", role: "group", "aria-label": `Curves of ${name}` });
     this.#summary = h("p", { id: `${id}-summary`, class: "sr-only" }, "No values yet.");
     this.plot = h("div", {
@@ -128,10 +135,19 @@ export class Panel {
     const title = `${info.key}: click to hide or show`;
     const onclick = (): void => this.#host.toggleCurve(info.key);
     const label = h("span", { class: "curve-label" }, info.label);
-    const button = h("button", { type: "button", class: "curve", "aria-pressed": "true", title, onclick }, label, value, best);
+    const button = h(
+      "button",
+      { type: "button", class: "curve", "aria-pressed": "true", title, onclick },
+      label,
+      value,
+      best,
+    );
     this.#items.set(info.key, { button, value, best });
     assignSlots(this.curves);
-    for (const { info: { key }, slot } of [...this.curves].sort((one, other) => one.slot - other.slot)) {
+    for (const {
+      info: { key },
+      slot,
+    } of [...this.curves].sort((one, other) => one.slot - other.slot)) {
       const item = this.#items.get(key)?.button;
       if (!item) continue;
       item.querySelector(".swatch")?.remove();
@@ -174,7 +190,11 @@ export class Panel {
 
   setMaximised(maximised: boolean): void {
     this.figure.classList.toggle("maximised", maximised);
-    setIcon(this.maximiseButton, maximised ? "restore" : "maximise", `${maximised ? "Restore" : "Maximise"} ${this.name}`);
+    setIcon(
+      this.maximiseButton,
+      maximised ? "restore" : "maximise",
+      `${maximised ? "Restore" : "Maximise"} ${this.name}`,
+    );
   }
 
   /**
@@ -277,9 +297,19 @@ export class Panel {
         scales: { x: { time: false, range: [0, 1] }, y: { auto: false, range: [0, 1] } },
         series: [{}],
         axes: [
-          { ...axis(() => this.#xTicks, (value) => this.#host.scene().x.toUnit(value)), size: 22, gap: 5 },
           {
-            ...axis(() => this.#yTicks, (value) => this.#y.toUnit(value)),
+            ...axis(
+              () => this.#xTicks,
+              (value) => this.#host.scene().x.toUnit(value),
+            ),
+            size: 22,
+            gap: 5,
+          },
+          {
+            ...axis(
+              () => this.#yTicks,
+              (value) => this.#y.toUnit(value),
+            ),
             scale: "y",
             side: 3,
             gap: 6,
@@ -330,7 +360,8 @@ export class Panel {
       // Where a line enters and leaves the view
       for (const edge of edges(curve, scene)) range = extent(Float64Array.of(edge), [0, 1], scene.logY, range);
       if (!scene.logY || !(curve.least && curve.least.value <= 0)) continue;
-      for (let index = inner[0]; index < inner[1]; index++) this.#belowZero += Number((curve.value[index] as number) <= 0);
+      for (let index = inner[0]; index < inner[1]; index++)
+        this.#belowZero += Number((curve.value[index] as number) <= 0);
     }
     return fitScale(range[0], range[1], scene.logY);
   }
@@ -403,8 +434,12 @@ export class Panel {
     const move = (by: number): void => {
       if (!curve) return;
       const places = curve[scene.column];
-      const [first, last] = [curve.search(scene.column, min + scene.origin), curve.search(scene.column, max + scene.origin)];
-      const here = scene.cursor === null ? (by < 0 ? last : first - 1) : curve.nearest(scene.column, scene.cursor + scene.origin);
+      const [first, last] = [
+        curve.search(scene.column, min + scene.origin),
+        curve.search(scene.column, max + scene.origin),
+      ];
+      const here =
+        scene.cursor === null ? (by < 0 ? last : first - 1) : curve.nearest(scene.column, scene.cursor + scene.origin);
       const index = Math.max(first, Math.min(here + by, Math.min(last, curve.length - 1)));
       this.#host.moveCursor((places[index] as number) - scene.origin, true);
       this.#describeCursor();
@@ -444,14 +479,17 @@ export class Panel {
   }
 
   #showValues(scene: Scene): void {
-    const place = scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
+    const place =
+      scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
     setText(this.#place, place);
     for (const { info } of this.curves) {
       const item = this.#items.get(info.key);
       if (!item) continue;
       const hidden = scene.hidden.has(info.key);
-      if (item.button.getAttribute("aria-pressed") !== String(!hidden)) item.button.setAttribute("aria-pressed", String(!hidden));
-      const [value, beside] = scene.cursor === null ? [this.#lastText(info), ""] : this.#valueAt(info, scene, scene.cursor);
+      if (item.button.getAttribute("aria-pressed") !== String(!hidden))
+        item.button.setAttribute("aria-pressed", String(!hidden));
+      const [value, beside] =
+        scene.cursor === null ? [this.#lastText(info), ""] : this.#valueAt(info, scene, scene.cursor);
       setText(item.value, value);
       const best = this.#bestValue(info);
       // Always something of about the same width: what is under the mouse must not move.
@@ -548,7 +586,10 @@ export function assignSlots(curves: PanelCurve[]): void {
     used.add(curve.slot);
   };
   const fixed: Record<string, number> = { val: 1, ...(main === undefined ? {} : { [main]: 0 }) };
-  const [known, others] = [curves.filter(({ info }) => info.label in fixed), curves.filter(({ info }) => !(info.label in fixed))];
+  const [known, others] = [
+    curves.filter(({ info }) => info.label in fixed),
+    curves.filter(({ info }) => !(info.label in fixed)),
+  ];
   for (const curve of known) take(curve, fixed[curve.info.label] as number);
   for (const curve of others) take(curve, 0);
 }
@@ -591,8 +632,8 @@ export function trend(curve: Curve): string {
   };
   const [before, now] = [mean(curve.length - 2 * size), mean(curve.length - size)];
   let spread = 0;
-  for (let index = curve.length - size; index < curve.length; index++) spread += Math.abs((curve.value[index] as number) - now) / size;
+  for (let index = curve.length - size; index < curve.length; index++)
+    spread += Math.abs((curve.value[index] as number) - now) / size;
   if (Math.abs(now - before) <= Math.max(spread / Math.sqrt(size), 1e-9 * Math.abs(now))) return "level";
   return now < before ? "falling" : "rising";
 }
-

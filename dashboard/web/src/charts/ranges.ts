@@ -53,7 +53,8 @@ export class Ranges {
     const { answer } = waiting;
     header.series.forEach((column, position) => {
       let part = answer.parts.get(column.id);
-      if (!part) answer.parts.set(column.id, (part = { step: [], time: [], epoch: [], value: [], marks: [], reduced: false }));
+      if (!part)
+        answer.parts.set(column.id, (part = { step: [], time: [], epoch: [], value: [], marks: [], reduced: false }));
       const [values, rows] = [frame.values[position] ?? [], frame.indices[position] ?? []];
       for (let index = 0; index < column.points; index++) {
         const row = rows[index] as number;

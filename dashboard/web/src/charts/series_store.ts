@@ -118,7 +118,10 @@ export class Curve {
    */
   breaks(gaps: readonly Gap[]): Float64Array {
     if (this.#breaks?.gaps !== gaps || this.#breaks.marks !== this.marks) {
-      const spans = [...gaps.map(([after, before]) => [after, before]), ...this.marks.map(([start, end]) => [start, end])];
+      const spans = [
+        ...gaps.map(([after, before]) => [after, before]),
+        ...this.marks.map(([start, end]) => [start, end]),
+      ];
       spans.sort((one, other) => (one[0] as number) - (other[0] as number));
       const merged: number[] = [];
       for (const [start, end] of spans as [number, number][]) {
@@ -241,7 +244,12 @@ export function appendColumn(curve: Curve, frame: ChartFrame, position: number):
   if (!column || !values || !rows) return;
   for (let index = 0; index < column.points; index++) {
     const row = rows[index] as number;
-    curve.push(frame.step[row] as number, frame.time[row] as number, frame.epoch[row] as number, values[index] as number);
+    curve.push(
+      frame.step[row] as number,
+      frame.time[row] as number,
+      frame.epoch[row] as number,
+      values[index] as number,
+    );
   }
   curve.addMarks(column.marks);
   if (column.reduced && column.points > 0) {

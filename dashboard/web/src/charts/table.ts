@@ -38,7 +38,10 @@ export function tableRows(
   });
   const rows = [...byPlace.values()].sort((one, other) => one.x - other.x);
   const every = Math.ceil(rows.length / limit);
-  return { rows: rows.filter((row, index) => (rows.length - 1 - index) % every === 0 || wanted.has(row)), all: rows.length };
+  return {
+    rows: rows.filter((row, index) => (rows.length - 1 - index) % every === 0 || wanted.has(row)),
+    all: rows.length,
+  };
 }
 
 export function showTable(panel: Panel, host: PanelHost): HTMLElement {
@@ -48,7 +51,8 @@ export function showTable(panel: Panel, host: PanelHost): HTMLElement {
   const { origin, column, x } = scene;
   const curves = present.map(({ curve }) => curve);
   const { rows, all } = tableRows(curves, { column, from: x.min + origin, to: x.max + origin, limit: MAX_ROWS });
-  const note = rows.length < all ? `${rows.length} of ${all} shown rows; the CSV file has every point.` : `${all} rows.`;
+  const note =
+    rows.length < all ? `${rows.length} of ${all} shown rows; the CSV file has every point.` : `${all} rows.`;
   const head = h("tr", {}, h("th", { scope: "col" }, scene.axis === "wall" ? "clock" : scene.axis));
   for (const { info } of present) head.append(h("th", { scope: "col" }, info.label));
   const body = h("tbody");
@@ -58,5 +62,9 @@ export function showTable(panel: Panel, host: PanelHost): HTMLElement {
     body.append(h("tr", {}, place, ...cells));
   }
   const table = h("table", {}, h("caption", {}, `${panel.name}, newest first. ${note}`), h("thead", {}, head), body);
-  return h("div", { class: "chart-table", tabindex: "0", role: "region", "aria-label": `Values of ${panel.name}` }, table);
+  return h(
+    "div",
+    { class: "chart-table", tabindex: "0", role: "region", "aria-label": `Values of ${panel.name}` },
+    table,
+  );
 }

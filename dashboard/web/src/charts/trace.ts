@@ -50,7 +50,10 @@ export function edges(curve: Curve, view: Pick<View, "column" | "x" | "origin">)
   const [first, end] = inside(curve, view);
   const places = curve[view.column];
   const values: number[] = [];
-  for (const [index, edge] of [[first, view.x.min], [end, view.x.max]] as const) {
+  for (const [index, edge] of [
+    [first, view.x.min],
+    [end, view.x.max],
+  ] as const) {
     if (index < 1 || index >= curve.length) continue;
     const [before, after] = [(places[index - 1] as number) - view.origin, (places[index] as number) - view.origin];
     const [from, to] = [curve.value[index - 1] as number, curve.value[index] as number];
