@@ -43,6 +43,8 @@ const WARM_UP = 1_500;
 const MAX_EVENTS = 500;
 /** Curves that are kept though their panels are not on the screen. */
 const MAX_UNSEEN = 200;
+/** Milliseconds between two updates of the values beside the curves' names: text costs more than lines. */
+const VALUES_INTERVAL = 300;
 const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
 
 interface Group {
@@ -101,6 +103,8 @@ export class Charts {
   #asking = false;
   #zoomTimer: { key: string; timer: ReturnType<typeof setTimeout> } | null = null;
   #tableTime = 0;
+  #valuesShown = -Infinity;
+  #valuesTimer: ReturnType<typeof setTimeout> | null = null;
 
   constructor(root: HTMLElement, host: ChartsHost) {
     this.#root = root;
@@ -254,6 +258,7 @@ export class Charts {
   destroy(): void {
     if (this.#frame !== null) cancelAnimationFrame(this.#frame);
     if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer.timer);
+    if (this.#valuesTimer !== null) clearTimeout(this.#valuesTimer);
     for (const timer of this.#leaving.values()) clearTimeout(timer);
     this.#ranges.abandon("the charts are gone");
     for (const stop of this.#stop) stop();
@@ -422,10 +427,25 @@ export class Charts {
     this.#scene = null;
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
     for (const panel of visible) panel.draw();
-    for (const panel of visible) panel.showCursor();
+    this.#showValues();
     this.#refreshTables();
     this.#askForDetail();
     for (; this.#credits > 0; this.#credits--) this.#host.drawn();
+  }
+
+  /** Write the values into the legends: at once under a cursor, else as often as one can read them. */
+  #showValues(): void {
+    const now = performance.now();
+    const wait = this.#cursor === null ? this.#valuesShown + VALUES_INTERVAL - now : 0;
+    if (wait > 0) {
+      this.#valuesTimer ??= setTimeout(() => {
+        this.#valuesTimer = null;
+        this.#showValues();
+      }, wait);
+      return;
+    }
+    this.#valuesShown = now;
+    for (const panel of this.#panels.values()) if (panel.visible) panel.showCursor();
   }
 
   #getScene(): Scene {
@@ -527,8 +547,10 @@ export class Charts {
 
   #viewChanged(state: ViewState, previous: ViewState): void {
     this.#toolbar.show(state);
-    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded)
+    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded) {
       this.#filter();
+    }
+    this.#valuesShown = -Infinity;
     if (state.zoom !== previous.zoom && state.zoom === null) this.#details.clear();
     if (state.axis !== previous.axis) this.#cursor = this.#mouse = null;
     this.#redraw();
@@ -579,6 +601,7 @@ export class Charts {
     this.#mouse = pinned || x === null ? null : this.#getScene().x.toUnit(x);
     if (x === this.#cursor) return;
     this.#cursor = x;
+    this.#valuesShown = -Infinity;
     if (this.#scene) this.#scene.cursor = x;
     for (const panel of this.#panels.values()) if (panel.visible) panel.showCursor();
   }

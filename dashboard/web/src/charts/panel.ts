@@ -144,11 +144,8 @@ export class Panel {
     );
     this.#items.set(info.key, { button, value, best });
     assignSlots(this.curves);
-    for (const {
-      info: { key },
-      slot,
-    } of [...this.curves].sort((one, other) => one.slot - other.slot)) {
-      const item = this.#items.get(key)?.button;
+    for (const { info: one, slot } of [...this.curves].sort((left, right) => left.slot - right.slot)) {
+      const item = this.#items.get(one.key)?.button;
       if (!item) continue;
       item.querySelector(".swatch")?.remove();
       item.prepend(swatch(hue(slot), dash(slot)));
@@ -189,6 +186,7 @@ export class Panel {
   }
 
   setMaximised(maximised: boolean): void {
+    if (this.figure.classList.contains("maximised") === maximised) return;
     this.figure.classList.toggle("maximised", maximised);
     setIcon(
       this.maximiseButton,
