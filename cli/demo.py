@@ -99,7 +99,7 @@ def run_demo(
     callbacks: list[Callback] = [validations, MetricLogger()]
     if not quiet:
         callbacks.append(ProgressBar())
-    dashboard = Dashboard(quiet=quiet) if with_dashboard else None
+    dashboard = Dashboard() if with_dashboard and not quiet else None
     with dashboard or contextlib.nullcontext():  # open from here on, also after the run
         if dashboard is not None:
             callbacks.append(dashboard)

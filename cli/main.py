@@ -2,10 +2,12 @@
 
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from offloop.cli import checkpoints, models
+from offloop.cli.output import fail
 from offloop.engine import ConfigError
 
 app = typer.Typer(
@@ -16,12 +18,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help and one-line errors
     pretty_exceptions_enable=False,  # a plain traceback: short, and the same as from a script
 )
-
-
-def fail(message: str) -> NoReturn:
-    """Say what is wrong in one line and leave with 2, the code for wrong usage."""
-    typer.echo(f"offloop: {message}", err=True)
-    raise typer.Exit(2)
+app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(models.app, name="models")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
     from offloop.engine.checkpoint import Retention as Retention
+    from offloop.engine.comparison import ModelComparison as ModelComparison
+    from offloop.engine.comparison import TensorDifference as TensorDifference
+    from offloop.engine.comparison import compare_models as compare_models
     from offloop.engine.config import TrainerConfig as TrainerConfig
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
@@ -23,12 +26,15 @@ if TYPE_CHECKING:
     from offloop.engine.errors import EventLoopStalledError as EventLoopStalledError
     from offloop.engine.errors import LossError as LossError
     from offloop.engine.errors import MetricNotFoundError as MetricNotFoundError
+    from offloop.engine.errors import ModelNotFoundError as ModelNotFoundError
     from offloop.engine.errors import OffloopError as OffloopError
     from offloop.engine.errors import Preempted as Preempted
     from offloop.engine.errors import RunEndedError as RunEndedError
     from offloop.engine.errors import RunNameTakenError as RunNameTakenError
     from offloop.engine.errors import SubscriberTooSlowError as SubscriberTooSlowError
     from offloop.engine.errors import TrainerBusyError as TrainerBusyError
+    from offloop.engine.errors import WeightsError as WeightsError
+    from offloop.engine.errors import WeightsMismatchError as WeightsMismatchError
     from offloop.engine.event_log import EventLog as EventLog
     from offloop.engine.event_log import read_events as read_events
     from offloop.engine.events import CallbackFailed as CallbackFailed
@@ -53,6 +59,8 @@ if TYPE_CHECKING:
     from offloop.engine.events import ValidationStart as ValidationStart
     from offloop.engine.events import decode as decode
     from offloop.engine.events import encode as encode
+    from offloop.engine.model_registry import ModelRegistry as ModelRegistry
+    from offloop.engine.model_registry import ModelVersion as ModelVersion
     from offloop.engine.observer import CallbackCosts as CallbackCosts
     from offloop.engine.run import Best as Best
     from offloop.engine.run import Run as Run
@@ -60,11 +68,14 @@ if TYPE_CHECKING:
     from offloop.engine.step_hooks import StepPoint as StepPoint
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
     from offloop.engine.trainer import Trainer as Trainer
+    from offloop.engine.weights import export_model as export_model
+    from offloop.engine.weights import load_model as load_model
 
 _MODULES = {
     "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("Retention",),
+    "comparison": ("ModelComparison", "TensorDifference", "compare_models"),
     "config": ("TrainerConfig",),
     "errors": (
         "BatchError",
@@ -75,12 +86,15 @@ _MODULES = {
         "EventLoopStalledError",
         "LossError",
         "MetricNotFoundError",
+        "ModelNotFoundError",
         "OffloopError",
         "Preempted",
         "RunEndedError",
         "RunNameTakenError",
         "SubscriberTooSlowError",
         "TrainerBusyError",
+        "WeightsError",
+        "WeightsMismatchError",
     ),
     "event_log": ("EventLog", "read_events"),
     "events": (
@@ -107,10 +121,12 @@ _MODULES = {
         "decode",
         "encode",
     ),
+    "model_registry": ("ModelRegistry", "ModelVersion"),
     "observer": ("CallbackCosts",),
     "run": ("Best", "Run", "RunResult"),
     "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),
+    "weights": ("export_model", "load_model"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

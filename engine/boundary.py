@@ -30,7 +30,7 @@ class Boundary:
             loop: What commands change.
             control: Where they come from.
             is_blocked: True while a subscriber with the right to slow training down is full.
-            save: Takes a checkpoint for a command and completes its future when it is durable.
+            save: Takes a checkpoint for a command, or tags one, and completes its future when that is durable.
         """
         self.state = "running"  # or paused, stopping; read by anybody
         self.paused_seconds = 0.0
@@ -104,7 +104,7 @@ class Boundary:
             future.set_exception(error)
             if command.name == "validate" and not isinstance(error, ConfigError):
                 raise error  # the user's own validation failed, as it would have at its usual time
-        elif command.name != "checkpoint":  # that one is completed when the checkpoint is durable
+        elif command.name not in ("checkpoint", "tag"):  # these are completed when they are durable
             future.set_result(result)
 
     # One method for each command, named after it
@@ -135,6 +135,9 @@ class Boundary:
         return command.arguments["function"](self._loop.program)
 
     def _checkpoint(self, command: Command) -> None:
+        self._save(command)
+
+    def _tag(self, command: Command) -> None:
         self._save(command)
 
     def _set_lr(self, command: Command) -> None:

@@ -13,7 +13,16 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 _SEEDS: Final = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
-TRAIN_ARGUMENTS: Final = ("epochs", "max_steps", "max_time", "metrics", "callbacks", "resume")
+TRAIN_ARGUMENTS: Final = (
+    "epochs",
+    "max_steps",
+    "max_time",
+    "metrics",
+    "callbacks",
+    "resume",
+    "init_from",
+    "init_strict",
+)
 """What `train()` takes beside the loaders: what to train on and how long."""
 
 PEER_SPELLINGS: Final = {
@@ -58,6 +67,11 @@ PEER_SPELLINGS: Final = {
     "output_dir": "run_dir",
     "log_dir": "run_dir",
     "metric_for_best_model": "monitor",
+    "init_weights": "init_from",
+    "initial_weights": "init_from",
+    "load_from": "init_from",
+    "pretrained": "init_from",
+    "strict": "init_strict",
 }
 """How other trainers spell our knobs."""
 

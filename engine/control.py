@@ -34,7 +34,7 @@ T = TypeVar("T")
 WAIT_WARNING: Final = 10.0
 """Seconds that the training thread waits for a decider or a full subscription before it says for whom, and again."""
 
-CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate", "call"]
+CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "tag", "validate", "call"]
 AT_ANY_BATCH: Final = frozenset({"pause", "resume"})
 """Commands that apply at the next batch; the others wait for the end of the accumulation window."""
 

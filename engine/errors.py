@@ -15,11 +15,14 @@ that a caller may want to handle. Facts are attributes, so nobody has to match t
     ├── EmptyLoaderError                    a loader that gave no batch
     ├── BatchError (also TypeError)         a batch that fits no convention
     ├── LossError (also ValueError)         a loss that is no finite scalar
-    └── MetricNotFoundError (also KeyError) a metric that was never made
+    ├── MetricNotFoundError (also KeyError) a metric that was never made
+    ├── ModelNotFoundError                  no registered model of that name, version or alias
+    └── WeightsError                        weights that cannot be read, or written elsewhere
+        └── WeightsMismatchError            weights of another model
     Preempted (SystemExit, code 75)         SIGTERM, after everything was saved
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later", what schedulers requeue on
 
@@ -109,6 +112,50 @@ class MetricNotFoundError(OffloopError, KeyError):
 
     def __str__(self) -> str:  # KeyError would show the repr of the text
         return str(self.args[0])
+
+
+class ModelNotFoundError(OffloopError):
+    """No registered model, version or alias of that name.
+
+    Attributes:
+        wanted: What was asked for.
+        directory: The registry's.
+        known: What there is instead.
+    """
+
+    def __init__(self, wanted: str, directory: str, known: Iterable[str], hint: str = "") -> None:
+        self.wanted = wanted
+        self.directory = directory
+        self.known = tuple(known)
+        there = ", ".join(self.known) or "nothing"
+        super().__init__(f"no model {wanted!r} in {directory}; there is: {there}{hint}")
+
+
+class WeightsError(OffloopError):
+    """A file that is not plain weights, or weights that a file cannot hold."""
+
+
+class WeightsMismatchError(WeightsError):
+    """Weights that are not those of the model; the model is unchanged.
+
+    Attributes:
+        missing: Names that the model has and the weights have not.
+        unexpected: Names that the weights have and the model has not.
+        mismatched: Names of different shapes, with the shape of the weights and that of the model.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        missing: Iterable[str],
+        unexpected: Iterable[str],
+        mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = dict(mismatched)
+        super().__init__(text)
 
 
 class Preempted(SystemExit):

@@ -149,6 +149,8 @@ class TrainStart(Event, frozen=True, kw_only=True):
     """The checkpoint that this attempt continues, as a path."""
     resumed_at: float | None = None
     """When that checkpoint was taken, Unix time in seconds: what loggers wrote after it does not count."""
+    init_from: str | None = None
+    """What the weights were initialized from; None if the model was taken as it was."""
     config: Settings = NO_SETTINGS
     """Every knob of the run."""
     device: str = "cpu"

@@ -167,6 +167,7 @@ class TrainingLoop:
 
         # Resuming
         self.attempt = 0
+        self.init_from: str | None = None  # where the first weights are from, in words
         self.resumed: ResumedState | None = None  # what is continued; None again when all of it is put back
         self.seconds_before = 0.0  # trained by earlier attempts
         self.is_resumable = False  # True where checkpoints may be taken
@@ -655,6 +656,7 @@ class TrainingLoop:
             attempt=self.attempt,
             resumed_from=None if resumed is None else resumed.path,
             resumed_at=None if resumed is None else resumed.taken,
+            init_from=self.init_from,
             config=Settings(self.config.as_settings()),
             device=str(self.device),
             parameters=sum(p.numel() for p in self.program.model.parameters() if p.requires_grad),

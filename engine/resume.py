@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from offloop.engine.checkpoint import CheckpointNotFoundError, CheckpointReader
+from offloop.engine.checkpoint import CheckpointNotFoundError, CheckpointReader, find_checkpoint
 from offloop.engine.errors import ConfigError
 
 Resume = str | int | Path | None
@@ -74,6 +74,8 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
 def _from_path(path: Path) -> ResumePlan:
     if (path / RUN_JSON).is_file():
         return ResumePlan(path, "last", _attempts(path))
+    if not path.exists():
+        path = find_checkpoint(path).path  # runs/first@best, runs/first:1200
     directory = path.parent.parent  # run / checkpoints / step-...
     if not path.is_dir() or not directory.is_dir():
         raise CheckpointNotFoundError(str(path), directory)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
+from offloop.engine.checkpoint.store import check_tag
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import CheckpointSaved, EpochEnd, Event, Metrics
 from offloop.engine.observer import CallbackCosts
@@ -292,6 +293,28 @@ class Run:
         self.dir  # noqa: B018 - raises if there is none
         return self._control.give("checkpoint", {"reason": reason}, by)
 
+    def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> "Future[CheckpointSaved]":
+        """Give the state of the next step boundary a name, by which it is found and which keeps it from being deleted.
+
+        If a checkpoint of that very step has been taken, it gets the tag; else one is taken. The result says
+        which, and is there when both are durable. It fails with `ValueError` if the tag is on another checkpoint
+        of this run.
+
+        Args:
+            tag: Letters, digits, `.`, `_` and `-`, at most 64; not `last`, `best`, `auto`, `must` or `never`.
+            move: Take the tag off the checkpoint that has it; that one may then be deleted.
+            by: Who asks, for the record.
+
+        Raises:
+            ConfigError: The run has no directory to save into, or this is no name for a tag.
+        """
+        self.dir  # noqa: B018 - raises if there is none
+        try:
+            check_tag(tag)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return self._control.give("tag", {"tag": tag, "move": move}, by)
+
     def call_nowait(self, function: Callable[[Any], T], *, by: str | None = None) -> "Future[T]":
         """Run `function(trainer)` in the training thread at the next step boundary: the safe way to a live model.
 
@@ -326,6 +349,10 @@ class Run:
     async def checkpoint(self, reason: str = "command", *, by: str | None = None) -> CheckpointSaved | None:
         """Save a checkpoint at the next step boundary; returns when it is durable."""
         return await self._control.wait_for(self.checkpoint_nowait(reason, by=by))
+
+    async def tag(self, tag: str, *, move: bool = False, by: str | None = None) -> CheckpointSaved | None:
+        """Tag the checkpoint of the next step boundary, see `tag_nowait`; returns when both are durable."""
+        return await self._control.wait_for(self.tag_nowait(tag, move=move, by=by))
 
     async def call(self, function: Callable[[Any], T], *, by: str | None = None) -> T | None:
         """Run `function(trainer)` in the training thread at a step boundary and return its result."""

@@ -20,6 +20,7 @@ from offloop.engine.checkpoint import (
     CheckpointError,
     CheckpointRequest,
     CheckpointStore,
+    CheckpointWriteError,
     CheckpointWriter,
     Commit,
     LoadedCheckpoint,
@@ -61,6 +62,10 @@ class Checkpoints:
         self.attempt = 0
         self.saved: dict[int, str] = {}  # step -> path of what is durable and not deleted; writer's thread
         self.last: str | None = None  # path of the newest; written by the writer's thread, read by anybody
+        self.failed_step: int | None = (
+            None  # of the last one that was not written; writer's thread, or training's
+        )
+        self._newest: CheckpointSaved | None = None  # what was said about it; writer's thread
         self._directory = directory
         self._run_id = run_id
         self._optimizers = optimizers
@@ -135,6 +140,41 @@ class Checkpoints:
         """True while a checkpoint is taken or written. Any thread."""
         return bool(self._in_flight)
 
+    def tag(self, tag: str, *, step: int, move: bool, future: "Future[CheckpointSaved]") -> None:
+        """Have the newest checkpoint, which is of `step`, tagged once it is durable. Any thread; does not wait.
+
+        Args:
+            tag: The name, which keeps it from being deleted.
+            step: Steps done at its boundary.
+            move: Whether to take the tag off another checkpoint.
+            future: Completed when the tag is durable or has failed.
+        """
+
+        def set_tag(death: CheckpointError | None) -> None:
+            saved = self._newest
+            try:
+                if death is not None:
+                    raise death
+                if saved is None or saved.saved_step != step:
+                    raise CheckpointWriteError(
+                        self._directory,
+                        None,
+                        f"the checkpoint of step {step} to be tagged {tag!r} was not saved",
+                    )
+                assert self._store is not None
+                self._store.tag(tag, Path(saved.path).name, move=move)
+            except Exception as error:
+                logger.error("the checkpoint of step %d was not tagged %r: %s", step, tag, error)
+                future.set_exception(error)
+            else:
+                future.set_result(saved)
+
+        try:
+            writer, _ = self.open()
+            writer.call_nowait(set_tag)
+        except CheckpointError as error:
+            future.set_exception(error)
+
     def flush(self, timeout: float | None = None) -> None:
         """Return when everything taken is durable or has failed. Blocks.
 
@@ -195,6 +235,7 @@ class Checkpoints:
             bytes=commit.info.bytes,
             seconds=commit.seconds,
         )
+        self._newest = event
         for problem in commit.problems:
             logger.warning("after checkpoint %s: %s", path, problem)
         self._publish(event)
@@ -204,6 +245,7 @@ class Checkpoints:
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
         """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""
         self._in_flight.discard(id(request))
+        self.failed_step = request.step
         if not isinstance(error, SnapshotBusyError):
             logger.error("the checkpoint of step %d was not saved: %s", request.step, error)
         self._publish(

@@ -69,6 +69,7 @@ from offloop.engine.run_dir import create_run_dir, describe_environment, write_r
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
 from offloop.engine.waker import Waker, result_of
+from offloop.engine.weights import InitialWeights
 
 if TYPE_CHECKING:
     from offloop.engine.trainer import BaseTrainer
@@ -92,6 +93,7 @@ class Session:
         config: TrainerConfig,
         base_dir: Path | None,
         resume: ResumePlan | None,
+        initial_weights: InitialWeights | None,
         handlers: Sequence[Handlers],
         monitor: str,
         direction_of: Callable[[str], Literal["min", "max"] | None],
@@ -104,6 +106,7 @@ class Session:
         self.config = config
         self.dir = None if base_dir is None else base_dir / run_id
         self.resume = resume
+        self.initial_weights = initial_weights
         self.monitor = monitor
         self.direction_of = direction_of
         self.direction = direction_of(monitor) if config.mode == "auto" else config.mode
@@ -167,12 +170,20 @@ class Session:
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
-        if self.dir is not None:
-            try:
+        try:
+            if self.initial_weights is not None:  # first: what does not fit leaves no directory behind
+                weights = self.initial_weights.load_into(self.trainer.model)
+                self.loop.init_from = weights.origin
+                self.initial_weights = (
+                    None  # a state dict may be large, and the session is kept for its result
+                )
+            if self.dir is not None:
                 self._open_dir(self.dir)
-            except BaseException:
-                self.dir = None  # it is another run's: what callbacks still write must not go there
-                raise
+        except BaseException:
+            self.dir = (
+                None  # it was not made, or is another run's: what callbacks still write must not go there
+            )
+            raise
         self.trainer._prepare_model()
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed)
@@ -190,6 +201,7 @@ class Session:
             "created": time.time(),
             "status": "running",
             "config": self.config.as_settings(),
+            "init_from": self.loop.init_from,
             **describe_environment(),
         }
         if self.resume is None:
@@ -198,7 +210,9 @@ class Session:
             assert self.checkpoints is not None
             self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
             self.checkpoints.attempt = self.loop.attempt = attempt
-            description["created"] = read_run_json(directory).get("created", description["created"])
+            before = read_run_json(directory)
+            description["created"] = before.get("created", description["created"])
+            description["init_from"] = self.loop.init_from or before.get("init_from")
             write_run_json(directory, description)
         self._description = description
 
@@ -407,8 +421,17 @@ class Session:
         observer.failed(hook.point, error)
 
     def save_for(self, command: Command) -> None:
-        """Take a checkpoint for a command, whose future is completed when it is durable. Training thread."""
-        self.save(command.arguments["reason"], command.future)
+        """Do for a command what its future is completed for once it is durable. Training thread."""
+        if command.name == "checkpoint":
+            self.save(command.arguments["reason"], command.future)
+            return
+        if self.checkpoints is None:
+            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        is_taken = self._saved_moment == self._moment() and self.checkpoints.failed_step != self.loop.step
+        if not is_taken:  # else the checkpoint just taken is of this very state
+            self.save("manual")
+        tag, move = command.arguments["tag"], command.arguments["move"]
+        self.checkpoints.tag(tag, step=self.loop.step, move=move, future=command.future)
 
     def _judge(self, event: ValidationEnd | EpochEnd) -> None:
         """Note the best moment: strictly better only, so ties keep the older; NaN is never best."""

@@ -40,6 +40,7 @@ from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
 from offloop.engine.run_dir import new_run_id
 from offloop.engine.session import Session
+from offloop.engine.weights import Source, plan_init
 
 Loss = Callable[[Any, Any], torch.Tensor]
 MetricSpec = Sequence[str | torchmetrics.Metric] | Mapping[str, torchmetrics.Metric]
@@ -264,6 +265,8 @@ class BaseTrainer:
         metrics: MetricSpec = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
+        init_from: Source | None = None,
+        init_strict: bool = True,
         **misplaced: Any,
     ) -> RunResult:
         """Train and return the result. Blocks this thread; the model trains in a thread of its own.
@@ -282,16 +285,30 @@ class BaseTrainer:
             callbacks: More of them, after the trainer's.
             resume: Continue a run: `"auto"` (if there is one), `"must"`, `"last"`, `"best"`, a tag, a step, or
                 a path to a checkpoint or a run. None or `"never"`: a new run.
+            init_from: Weights to begin from, as `load_model` takes them: another run, a checkpoint, a registered
+                model, a file, a state dict. Not used when a run is resumed.
+            init_strict: False: load the weights that fit and log what does not.
             misplaced: None are legal; the error says where a knob belongs.
 
         Raises:
             ConfigError: An argument cannot work; nothing has started then.
+            WeightsError, ModelNotFoundError, CheckpointError: `init_from` or `resume` cannot be read or does not
+                fit; nothing has been written then.
             TrainerBusyError: This trainer has a run going on.
             KeyboardInterrupt, Preempted: After a run that SIGINT or SIGTERM stopped.
             Exception: What a step, a loader or a decider raised, as it was, with a note on where.
         """
         session = self._prepare(
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, misplaced
+            train_loader,
+            val_loader,
+            epochs,
+            max_steps,
+            max_time,
+            metrics,
+            callbacks,
+            resume,
+            (init_from, init_strict),
+            misplaced,
         )
         if _inside_event_loop():
             return self._train_in_helper_thread(session)
@@ -308,6 +325,8 @@ class BaseTrainer:
         metrics: MetricSpec = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
+        init_from: Source | None = None,
+        init_strict: bool = True,
         handle_signals: bool = False,
         task_status: anyio.abc.TaskStatus[Run] = anyio.TASK_STATUS_IGNORED,
         **misplaced: Any,
@@ -319,13 +338,23 @@ class BaseTrainer:
         Cancellation: the run ends at its next batch, callbacks drain and close, then it is re-raised.
 
         Args:
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume: As for `train`.
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, init_from, init_strict:
+                As for `train`.
             handle_signals: Take SIGINT and SIGTERM for the length of the run, in the main thread.
             task_status: Given by `task_group.start`, which returns the `Run`.
             misplaced: None are legal.
         """
         session = self._prepare(
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, misplaced
+            train_loader,
+            val_loader,
+            epochs,
+            max_steps,
+            max_time,
+            metrics,
+            callbacks,
+            resume,
+            (init_from, init_strict),
+            misplaced,
         )
         if not handle_signals:
             return await session.run_to_end(task_status.started)
@@ -346,6 +375,8 @@ class BaseTrainer:
         metrics: MetricSpec = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
+        init_from: Source | None = None,
+        init_strict: bool = True,
         **misplaced: Any,
     ) -> AbstractAsyncContextManager[Run]:
         """Return the run as an async context manager: `async with trainer.start(...) as run:`.
@@ -354,7 +385,16 @@ class BaseTrainer:
         cancels the block and raises its exception. Arguments as for `train`, checked at once.
         """
         session = self._prepare(
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, misplaced
+            train_loader,
+            val_loader,
+            epochs,
+            max_steps,
+            max_time,
+            metrics,
+            callbacks,
+            resume,
+            (init_from, init_strict),
+            misplaced,
         )
         return session.run_beside()
 
@@ -386,6 +426,7 @@ class BaseTrainer:
         metrics: MetricSpec,
         callbacks: Sequence[Callback],
         resume: Resume,
+        init: tuple[Source | None, bool],
         misplaced: Mapping[str, Any],
     ) -> Session:
         """Check everything that can be checked before a run, and make its session."""
@@ -411,6 +452,8 @@ class BaseTrainer:
         if config.run_dir is not None or any(getattr(each, "needs_run_dir", False) for each in given):
             base_dir = Path(config.run_dir or DEFAULT_RUN_DIR)
         plan = plan_resume(resume, Path(config.run_dir or DEFAULT_RUN_DIR), config.run_name)
+        will_resume = plan is not None and plan.which is not None
+        initial_weights = plan_init(*init, will_resume=will_resume)
         if plan is not None:
             base_dir = plan.directory.parent
         if base_dir is not None and not any(isinstance(each, EventLog) for each in given):
@@ -454,6 +497,7 @@ class BaseTrainer:
             config=config,
             base_dir=base_dir,
             resume=plan,
+            initial_weights=initial_weights,
             handlers=handlers,
             monitor=monitor,
             direction_of=functools.partial(metric_direction, metrics=metrics),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         LoadedCheckpoint,
         list_runs,
     )
+    from offloop.engine.checkpoint.reference import find_checkpoint
     from offloop.engine.checkpoint.retention import Retention
     from offloop.engine.checkpoint.snapshot import Snapshot, SnapshotArena
     from offloop.engine.checkpoint.store import CheckpointStore, Commit
@@ -58,6 +59,7 @@ _MODULES = {
     ),
     "manifest": ("CheckpointRequest",),
     "reader": ("CheckpointInfo", "CheckpointReader", "LoadedCheckpoint", "list_runs"),
+    "reference": ("find_checkpoint",),
     "retention": ("Retention",),
     "snapshot": ("Snapshot", "SnapshotArena"),
     "store": ("CheckpointStore", "Commit"),
@@ -90,6 +92,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnserializableStateError",
     "WriterDiedError",
+    "find_checkpoint",
     "list_runs",
 ]
 

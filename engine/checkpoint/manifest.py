@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -125,6 +126,11 @@ class Manifest(ManifestHead, frozen=True, kw_only=True):
 
     tensors: dict[str, StoredTensor] = {}
     views: dict[str, TensorView] = {}
+
+    def tensors_under(self, paths: Collection[str]) -> dict[str, StoredTensor]:
+        """Return the stored tensors that the tensors at these paths of the state are made of."""
+        bases = {self.views[path].base if path in self.views else path for path in paths}
+        return {path: stored for path, stored in self.tensors.items() if path in bases}
 
 
 HeadT = TypeVar("HeadT", bound=ManifestHead)

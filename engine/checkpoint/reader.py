@@ -38,7 +38,7 @@ from offloop.engine.checkpoint.manifest import (
     decode_head,
     decode_manifest,
 )
-from offloop.engine.checkpoint.tree import decode
+from offloop.engine.checkpoint.tree import decode, tensor_names
 
 CHECKPOINTS = "checkpoints"
 REFS = "refs"
@@ -138,7 +138,8 @@ class CheckpointReader:
             name = self._read_ref(Path("best" if which == "best" else f"{TAGS}/{which}"))
             chosen = [info for info in known if info.name in (which, name)]
         if not chosen:
-            raise CheckpointNotFoundError(str(which), self._checkpoints, [info.name for info in known])
+            there = [*self.tags(), *(info.name for info in known)]
+            raise CheckpointNotFoundError(str(which), self._checkpoints, there)
         return chosen[-1]
 
     def verify(
@@ -198,6 +199,31 @@ class CheckpointReader:
         if rejected:
             raise rejected[-1]
         raise CheckpointNotFoundError(which, self._checkpoints)
+
+    def load_part(self, which: str | int | Path | CheckpointInfo, part: str) -> object:
+        """Read one top-level entry of a state, such as ``model``, checking every byte of it and no others.
+
+        Raises:
+            CheckpointCorruptError: If it is damaged.
+            CheckpointReadError: If the system would not read it.
+            CheckpointNotFoundError: If there is no such checkpoint, or no such part in it.
+        """
+        from offloop.engine.checkpoint.restore import read_tensors  # here, since it imports torch
+
+        info = which if isinstance(which, CheckpointInfo) else self.find(which)
+        manifest = self._read_manifest(info)
+        tree = self._read_state(info.path, manifest)
+        if not isinstance(tree, dict) or part not in tree:
+            raise CheckpointNotFoundError(part, info.path, sorted(tree) if isinstance(tree, dict) else ())
+        try:
+            wanted = tensor_names(tree[part])
+            files = {stored.file for stored in manifest.tensors_under(wanted).values()}
+            for name in sorted(files):
+                checkpoint_format.check_length(info.path, name, manifest.files[name])
+                checkpoint_format.check_header(info.path, name, manifest)
+            return decode(tree[part], read_tensors(info.path, manifest, only=wanted))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UnsafeCheckpointError(info.path, STATE, "foreign", str(error)) from error
 
     def _reject(self, error: CheckpointError) -> None:
         """Is told of a damaged checkpoint; a reader has no right to move it away."""

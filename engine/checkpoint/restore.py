@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -22,16 +23,25 @@ from offloop.engine.checkpoint.format import ELEMENT_CODES, checksum_error
 from offloop.engine.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, TensorView
 
 
-def read_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+def read_tensors(
+    directory: Path, manifest: Manifest, *, only: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
     """Return all tensors by their paths in the state, on the CPU. Blocks.
 
     Lengths and headers of the files must have been checked before (`format.check_header`).
+
+    Args:
+        directory: Of the checkpoint.
+        manifest: Its own.
+        only: Paths of those that are wanted; the bytes of others are not read. None for all.
 
     Raises:
         CheckpointCorruptError: At the first tensor that is not what was saved.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name in sorted({stored.file for stored in manifest.tensors.values()}):
+    stored_tensors = manifest.tensors if only is None else manifest.tensors_under(only)
+    views = {path: view for path, view in manifest.views.items() if only is None or path in only}
+    for name in sorted({stored.file for stored in stored_tensors.values()}):
         inside = {p: stored for p, stored in manifest.tensors.items() if stored.file == name}
         try:
             with safe_open(directory / name, framework="pt", backend="pread") as file:
@@ -40,12 +50,14 @@ def read_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]
                         directory, name, "header", "its tensors are not those of the manifest"
                     )
                 for path, stored in inside.items():
+                    if path not in stored_tensors:
+                        continue
                     tensors[path] = _checked(directory, file.get_tensor(stored.name), stored)
         except SafetensorError as error:
             raise CheckpointCorruptError(directory, name, "header", str(error)) from error
         except OSError as error:
             raise CheckpointReadError(directory / name, error.errno, str(error)) from error
-    return tensors | _views(directory, manifest, tensors)
+    return tensors | _views(directory, stored_tensors, views, tensors)
 
 
 def _checked(directory: Path, raw: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
@@ -54,7 +66,7 @@ def _checked(directory: Path, raw: torch.Tensor, stored: StoredTensor) -> torch.
         raise UnsafeCheckpointError(
             directory, f"{stored.file}:{stored.name}", "header", "its size is not the manifest's"
         )
-    if zlib.crc32(_bytes(raw)) != stored.crc32:
+    if zlib.crc32(tensor_bytes(raw)) != stored.crc32:
         raise checksum_error(directory, stored)
     dtype = _dtype(stored.dtype)
     if not size:
@@ -62,7 +74,8 @@ def _checked(directory: Path, raw: torch.Tensor, stored: StoredTensor) -> torch.
     return raw.reshape(-1).view(dtype).reshape(stored.shape)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU, without a copy; valid as long as the tensor is."""
     size = tensor.numel() * tensor.element_size()
     assert tensor.is_contiguous()
     if not size:
@@ -77,14 +90,19 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _views(directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _views(
+    directory: Path,
+    stored_tensors: Mapping[str, StoredTensor],
+    wanted: Mapping[str, TensorView],
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
     """Lay the views over their bases; equal ones become one tensor, as tied weights are."""
     views: dict[str, torch.Tensor] = {}
     made: dict[tuple[object, ...], torch.Tensor] = {}
-    for path, stored in manifest.tensors.items():
+    for path, stored in stored_tensors.items():
         base = tensors[path]
         made[(path, stored.dtype, *base.shape, None, *base.stride(), 0)] = base
-    for path, view in manifest.views.items():
+    for path, view in wanted.items():
         key = (view.base, view.dtype, *view.shape, None, *view.stride, view.offset)
         if key not in made:
             made[key] = _lay(directory, path, view, tensors.get(view.base))

@@ -169,7 +169,7 @@ class CheckpointStore(CheckpointReader):
             ValueError: For a tag that is no proper name.
         """
         for tag in request.tags:
-            _check_tag(tag)
+            check_tag(tag)
         with self._writing():
             if self._has_leftovers:
                 self.sweep()
@@ -185,7 +185,9 @@ class CheckpointStore(CheckpointReader):
                     parts = snapshot.parts()
                     needed = len(state) + sum(len(part.payload) for part in parts)
                     self._check_room(needed)
-                    manifest = self._write(temporary, manifest, parts, state, snapshot.views)
+                    manifest = write_checkpoint(
+                        self._filesystem, temporary, manifest, parts, state, snapshot.views
+                    )
                     self._filesystem.rename(temporary, final)
                     self._filesystem.sync_directory(self._checkpoints)
                 except OSError as error:
@@ -216,7 +218,7 @@ class CheckpointStore(CheckpointReader):
             CheckpointNotFoundError: If there is no such checkpoint.
             CheckpointWriteError: If it cannot be written down.
         """
-        _check_tag(tag)
+        check_tag(tag)
         with self._writing():
             info = self.find(which)
             present = self.tags().get(tag)
@@ -228,7 +230,7 @@ class CheckpointStore(CheckpointReader):
 
     def untag(self, tag: str) -> None:
         """Remove a tag; one that is not there is fine."""
-        _check_tag(tag)
+        check_tag(tag)
         path = self._refs / TAGS / tag
         with self._writing(), self._translated(path), suppress(FileNotFoundError):
             self._filesystem.remove_file(path)
@@ -298,29 +300,6 @@ class CheckpointStore(CheckpointReader):
             extra=encode(request.extra, _no_tensor),
             files={},
         )
-
-    def _write(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        parts: Sequence[TensorFile],
-        state: bytes,
-        views: Mapping[str, TensorView],
-    ) -> Manifest:
-        """Put everything into a new directory, down to the disk."""
-        filesystem = self._filesystem
-        filesystem.make_directory(directory)
-        files = {STATE: FileRecord(len(state), zlib.crc32(state))}
-        tensors: dict[str, StoredTensor] = {}
-        for part in parts:
-            written = write_tensor_file(filesystem, directory, part)
-            files[part.name] = written.record
-            tensors |= written.tensors
-        write_file(filesystem, directory / STATE, state)
-        manifest = msgspec.structs.replace(manifest, files=files, tensors=tensors, views=dict(views))
-        write_file(filesystem, directory / MANIFEST, encode_manifest(manifest))
-        filesystem.sync_directory(directory)
-        return manifest
 
     def _check_room(self, needed: int) -> None:
         needed = int(needed * FREE_SPACE_MARGIN)
@@ -433,7 +412,35 @@ class CheckpointStore(CheckpointReader):
             raise write_error(error, path, needed=0, filesystem=self._filesystem) from error
 
 
-def _check_tag(tag: str) -> None:
+def write_checkpoint(
+    filesystem: FileSystem,
+    directory: Path,
+    manifest: Manifest,
+    parts: Sequence[TensorFile],
+    state: bytes,
+    views: Mapping[str, TensorView],
+) -> Manifest:
+    """Put everything into a new directory, down to the disk; return the manifest with all checksums. Blocks."""
+    filesystem.make_directory(directory)
+    files = {STATE: FileRecord(len(state), zlib.crc32(state))}
+    tensors: dict[str, StoredTensor] = {}
+    for part in parts:
+        written = write_tensor_file(filesystem, directory, part)
+        files[part.name] = written.record
+        tensors |= written.tensors
+    write_file(filesystem, directory / STATE, state)
+    manifest = msgspec.structs.replace(manifest, files=files, tensors=tensors, views=dict(views))
+    write_file(filesystem, directory / MANIFEST, encode_manifest(manifest))
+    filesystem.sync_directory(directory)
+    return manifest
+
+
+def check_tag(tag: str) -> None:
+    """Refuse what cannot be the name of a tag.
+
+    Raises:
+        ValueError: It is too long, has other characters, or has a meaning of its own.
+    """
     if not TAG_NAME.fullmatch(tag) or tag in RESERVED_TAGS:
         raise ValueError(
             f"tag must be letters, digits, '.', '_' and '-', at most 64 of them, and none of "

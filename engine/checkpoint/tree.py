@@ -150,3 +150,20 @@ def _decode_pair(pair: object, tensors: Mapping[str, object]) -> tuple[object, o
                 raise ValueError("a dict key that is no plain value")
             return decoded, decode(value, tensors)
     raise ValueError("a dict entry that is no pair")
+
+
+def tensor_names(node: object) -> set[str]:
+    """Return the names of all tensors in a part of a tree."""
+    if isinstance(node, dict):
+        match node:
+            case {"$": ["tensor", str(name)]}:
+                return {name}
+        children = list(node.values())
+    elif isinstance(node, list):
+        children = node
+    else:
+        return set()
+    names: set[str] = set()
+    for child in children:
+        names |= tensor_names(child)
+    return names

@@ -44,6 +44,11 @@ class _Job:
     request: CheckpointRequest
 
 
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[[WriterDiedError | None], None]
+
+
 class CheckpointWriter:
     """Commit snapshots in the background, in order.
 
@@ -68,9 +73,10 @@ class CheckpointWriter:
         self._on_saved = on_saved
         self._on_failed = on_failed
         self._queue_size = queue_size
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | _Call | None] = queue.SimpleQueue()
         # Guarded by _changed: raised by submit, lowered by the writer thread.
         self._pending = 0
+        self._calls = 0  # those among them that hold no snapshot, which the bound is about
         self._is_closed = False
         self._death: BaseException | None = None
         self._changed = threading.Condition()
@@ -79,7 +85,7 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> int:
-        """Snapshots handed over and not yet done with."""
+        """Snapshots and calls handed over and not yet done with."""
         return self._pending
 
     def submit_nowait(self, snapshot: Snapshot, request: CheckpointRequest) -> None:
@@ -92,10 +98,27 @@ class CheckpointWriter:
         with self._changed:
             if self._death is not None or self._is_closed:
                 raise WriterDiedError("the checkpoint writer has ended") from self._death
-            if self._pending >= self._queue_size:
+            if self._pending - self._calls >= self._queue_size:
                 raise SnapshotBusyError(self._queue_size)
             self._pending += 1
             self._jobs.put(_Job(snapshot, request))
+
+    def call_nowait(self, function: Callable[[WriterDiedError | None], None]) -> None:
+        """Have a function called in the writer thread, after everything that was submitted before. Never blocks.
+
+        Args:
+            function: Called once, with None; or with the error if the thread died before its turn came. It must
+                not raise.
+
+        Raises:
+            WriterDiedError: If the thread is gone or was closed; the function is not called then.
+        """
+        with self._changed:
+            if self._death is not None or self._is_closed:
+                raise WriterDiedError("the checkpoint writer has ended") from self._death
+            self._pending += 1
+            self._calls += 1
+            self._jobs.put(_Call(function))
 
     def flush(self, timeout: float | None = None) -> None:
         """Return when all that was submitted is durable or has failed. Blocks.
@@ -132,17 +155,22 @@ class CheckpointWriter:
         try:
             while (job := self._next()) is not None:
                 try:
-                    self._save(job)
+                    if isinstance(job, _Call):
+                        self._call(job, None)
+                    else:
+                        self._save(job)
                 finally:
-                    job.snapshot.release()
+                    if isinstance(job, _Job):
+                        job.snapshot.release()
                     with self._changed:
                         self._pending -= 1
+                        self._calls -= isinstance(job, _Call)
                         self._changed.notify_all()
         except BaseException as error:
             logger.exception("the checkpoint writer died")
             self._bury(error)
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> _Job | _Call | None:
         while True:
             try:
                 return self._jobs.get(timeout=IDLE_CHECK)
@@ -155,6 +183,12 @@ class CheckpointWriter:
         with self._changed:
             self._is_closed = self._is_closed or not self._pending
             return self._is_closed and not self._pending
+
+    def _call(self, call: _Call, death: WriterDiedError | None) -> None:
+        try:
+            call.function(death)
+        except Exception:
+            logger.exception("a function in the checkpoint writer failed")
 
     def _save(self, job: _Job) -> None:
         try:
@@ -190,7 +224,9 @@ class CheckpointWriter:
                 job = self._jobs.get_nowait()
             except queue.Empty:
                 break
-            if job is not None:
+            if isinstance(job, _Call):
+                self._call(job, WriterDiedError("the checkpoint writer died"))
+            elif job is not None:
                 self._tell_failed(job.request, WriterDiedError("the checkpoint writer died"))
                 job.snapshot.release()
         with self._changed:

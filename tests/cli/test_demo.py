@@ -1,10 +1,12 @@
 """`offloop demo`, run as the command that it is."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,6 +127,42 @@ def test_interrupted_demo_ends_in_order_and_says_where_its_files_are(tmp_path: P
     assert end.status == "stopped"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_the_page_stays_open_until_it_is_interrupted(tmp_path: Path) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    command = [*COMMAND, "demo", "--steps", "3", "--device", "cpu", "--run-dir", str(tmp_path)]
+    process = subprocess.Popen(command, env=environment(), stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    seen = b""
+    try:
+        while b"press Ctrl-C" not in seen:
+            seen += os.read(master, 65536)
+        address = re.search(rb"Live page: (http://127.0.0.1:\d+/)\?token=", seen)
+        assert address is not None, seen
+        with urllib.request.urlopen(address[1].decode()) as response:
+            assert b"offloop" in response.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("finished")
+def test_the_page_has_its_address_printed_or_is_left_out(
+    finished: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    assert "Live page: http://127.0.0.1:" in finished.stderr
+    done = offloop("demo", "--no-dashboard", "--steps", "1", "--device", "cpu", "--run-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Live page" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,7 +191,7 @@ def test_unknown_device_gives_one_clear_line(tmp_path: Path) -> None:
 def test_help_names_every_option_and_does_not_wait_for_torch() -> None:
     done = offloop("demo", "--help")
     assert done.returncode == 0
-    for option in ("--steps", "--seed", "--device", "--run-dir", "--quiet"):
+    for option in ("--steps", "--seed", "--device", "--run-dir", "--quiet", "--no-dashboard"):
         assert option in done.stdout
     code = "import sys, offloop.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0

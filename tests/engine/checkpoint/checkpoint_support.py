@@ -30,25 +30,32 @@ def small_state(step: int) -> dict[str, object]:
     }
 
 
+def small_weights(value: float) -> dict[str, torch.Tensor]:
+    """Return a state dict whose every element is `value`; with a tied weight."""
+    weight = torch.full((3, 4), float(value))
+    return {"weight": weight, "tied": weight, "count": torch.tensor(int(value))}
+
+
 def step_of(state: object) -> int:
     """Return the step that a small state belongs to, after checking that all of it does."""
     assert isinstance(state, dict)
     step = state["step"]
     assert isinstance(step, int)
     expected = small_state(step)
-    _assert_same(state, expected)
+    assert_same(state, expected)
     assert state["model"]["weight"] is state["model"]["tied"]
     return step
 
 
-def _assert_same(a: object, b: object) -> None:
+def assert_same(a: object, b: object) -> None:
+    """Compare two states, types and order of keys included."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
     elif isinstance(a, dict) and isinstance(b, dict):
         assert list(a) == list(b)
         for key in a:
-            _assert_same(a[key], b[key])
+            assert_same(a[key], b[key])
     else:
         assert a == b
 

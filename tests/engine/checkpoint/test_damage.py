@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from checkpoint_support import save, step_of
+from checkpoint_support import assert_same, save, small_state, step_of
 
 from offloop.engine.checkpoint import (
     CheckpointCorruptError,
@@ -61,6 +61,47 @@ def test_five_thousand_flipped_bits_are_all_noticed(checkpoint: Path) -> None:
         assert caught.value.path == checkpoint
         flip(file, position, bit)
     assert step_of(CheckpointReader(checkpoint.parents[1]).load().state) == 1
+
+
+def test_flipped_bits_in_a_part_that_is_read_alone_are_noticed_and_others_do_no_harm(
+    checkpoint: Path,
+) -> None:
+    source = random.Random(0)
+    expected = small_state(1)["model"]
+    files = sorted(checkpoint.iterdir())
+    outcomes: dict[str, set[bool]] = {file.name: set() for file in files}
+    for _ in range(1_000):
+        file = source.choice(files)
+        position, bit = source.randrange(file.stat().st_size), source.randrange(8)
+        flip(file, position, bit)
+        try:
+            found = CheckpointReader(checkpoint.parents[1]).load_part(checkpoint, "model")
+        except CheckpointCorruptError as error:
+            assert error.item.split(":")[0] == file.name
+            outcomes[file.name].add(False)
+        else:
+            assert_same(found, expected)
+            outcomes[file.name].add(True)
+        flip(file, position, bit)
+    assert outcomes == {
+        "MANIFEST.json": {False},
+        "aux.safetensors": {True},
+        "model.safetensors": {False},
+        "optimizer.safetensors": {True},
+        "state.json": {False},
+    }
+
+
+def test_part_that_is_not_there_is_named_with_those_that_are(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint 'models'.*there is: model, optimizer"):
+        CheckpointReader(checkpoint.parents[1]).load_part("last", "models")
+
+
+@pytest.mark.parametrize("tree", [[], "text", {"model": {"$": ["tensor", "elsewhere"]}}, {"model": {"$": 3}}])
+def test_hostile_tree_of_a_part_is_unsafe_or_not_there(checkpoint: Path, tree: object) -> None:
+    put_state(checkpoint, msgspec.json.encode(tree))
+    with pytest.raises((UnsafeCheckpointError, CheckpointNotFoundError)):
+        CheckpointReader(checkpoint.parents[1]).load_part(checkpoint, "model")
 
 
 def test_the_damaged_tensor_is_named(checkpoint: Path) -> None:

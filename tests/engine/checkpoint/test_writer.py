@@ -117,6 +117,34 @@ def test_the_queue_is_bounded(run_directory: Path) -> None:
         CheckpointWriter(store, on_saved=recorder.on_saved, on_failed=recorder.on_failed, queue_size=0)
 
 
+def test_calls_come_in_their_turn_and_take_no_snapshots_place(
+    run_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filesystem, recorder, said = GatedFileSystem(), Recorder(), list[object]()
+
+    def fail(death: WriterDiedError | None) -> None:
+        raise RuntimeError("a call that fails")
+
+    with CheckpointStore(run_directory, filesystem=filesystem) as store:
+        writer = CheckpointWriter(
+            store, on_saved=recorder.on_saved, on_failed=recorder.on_failed, queue_size=2
+        )
+        arena = SnapshotArena()
+        writer.submit_nowait(arena.take(small_state(1)), CheckpointRequest(step=1))
+        for _ in range(10):
+            writer.call_nowait(lambda death: said.append((death, list(recorder.saved))))
+        writer.call_nowait(fail)
+        writer.submit_nowait(arena.take(small_state(2)), CheckpointRequest(step=2))
+        writer.call_nowait(lambda death: said.append((death, list(recorder.saved))))
+        assert not said
+        filesystem.gate.set()
+        writer.close(30)
+        with pytest.raises(WriterDiedError):
+            writer.call_nowait(fail)
+    assert said == [(None, [1])] * 10 + [(None, [1, 2])]
+    assert "a function in the checkpoint writer failed" in caplog.messages
+
+
 def test_failures_are_reported_and_the_next_save_works(run_directory: Path) -> None:
     filesystem = FailingFileSystem(1 << 60, errno.ENOSPC)
     recorder, arena = Recorder(), SnapshotArena(slots=1)
@@ -175,6 +203,8 @@ def test_a_writer_that_dies_says_so_and_frees_its_slots(
     recorder, arena = Recorder(), SnapshotArena(slots=3)
     start = threading.Event()
 
+    told: list[WriterDiedError | None] = []
+
     def die(*_: object) -> None:
         start.wait(30)
         raise SystemExit
@@ -184,6 +214,7 @@ def test_a_writer_that_dies_says_so_and_frees_its_slots(
         writer = CheckpointWriter(store, on_saved=recorder.on_saved, on_failed=recorder.on_failed)
         for step in (1, 2, 3):
             writer.submit_nowait(arena.take(small_state(step)), CheckpointRequest(step=step))
+        writer.call_nowait(told.append)
         start.set()
         with pytest.raises(WriterDiedError) as caught:
             writer.flush(30)
@@ -196,6 +227,7 @@ def test_a_writer_that_dies_says_so_and_frees_its_slots(
     writer._thread.join(30)
     assert [step for step, _ in recorder.failed] == [1, 2, 3]
     assert all(isinstance(error, WriterDiedError) for _, error in recorder.failed)
+    assert [type(death) for death in told] == [WriterDiedError]
 
 
 class SluggishFileSystem(VolatileFileSystem):

@@ -1,0 +1,312 @@
+"""`offloop checkpoints`: list, verify, tag, export and compare what runs have saved."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from offloop.cli.output import (
+    age,
+    fail,
+    number,
+    plain_table,
+    print_json,
+    print_table,
+    print_text,
+    share,
+    size,
+)
+from offloop.engine import OffloopError
+from offloop.engine.checkpoint import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointInfo,
+    CheckpointReader,
+    CheckpointStore,
+    find_checkpoint,
+    list_runs,
+)
+
+app = typer.Typer(
+    help="List, verify, tag, export and compare checkpoints.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
+Registry = Annotated[Path, typer.Option(help="The directory of registered models.")]
+SOURCE_HELP = (
+    "A run (runs/first, runs/first@best, runs/first@TAG, runs/first:STEP), a checkpoint's directory, a "
+    "registered model (name, name:3, name@alias), or a file (.safetensors, .pt, .pth)."
+)
+Where = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a directory of runs.")]
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Turn what offloop raises into one line and exit code 2."""
+    try:
+        yield
+    except (OffloopError, CheckpointError, OSError) as error:
+        fail(str(error))
+
+
+@app.command("list")
+def list_checkpoints(
+    where: Annotated[Path, typer.Argument(help="A run, or a directory of runs.")] = Path("runs"),
+    metric: Annotated[
+        str | None, typer.Option(help="The metric to show; else val_loss, or the first there is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the checkpoints of one run or of all, oldest first."""
+    with failing():
+        readers = [reader for reader in _readers(where) if reader.checkpoints() or reader.damaged()]
+        damaged = [error for reader in readers for error in reader.damaged()]
+        if as_json:
+            print_json(
+                {
+                    "checkpoints": [
+                        _plain(reader, each) for reader in readers for each in reader.checkpoints()
+                    ],
+                    "damaged": [{"path": str(error.path), "error": str(error)} for error in damaged],
+                }
+            )
+            return
+        for place, reader in enumerate(readers):
+            print_text(f"{'' if place == 0 else chr(10)}{reader.directory}")
+            _print_run(reader, metric)
+    if not readers:
+        print_text(f"no checkpoints in {where}")
+    for error in damaged:
+        typer.echo(f"damaged: {error}", err=True)
+
+
+@app.command()
+def verify(where: Where = Path("runs")) -> None:
+    """Compare every byte with its checksum.
+
+    Exit code: 0 if all are whole, 1 if one is damaged, 2 if there is nothing to verify or it cannot be read.
+    """
+    whole = damaged = 0
+    with failing():
+        for reader, info in _everything(where):
+            try:
+                if isinstance(info, CheckpointCorruptError):
+                    raise info
+                reader.verify(info)
+            except CheckpointCorruptError as error:
+                damaged += 1
+                print_text(f"damaged  {error}")
+            else:
+                whole += 1
+                print_text(f"ok       {info.path}  ({size(info.bytes)})")
+    if not whole + damaged:
+        fail(f"no checkpoints in {where}")
+    print_text(f"{_counted(whole + damaged, 'checkpoint')}, {damaged or 'none'} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tag(
+    checkpoint: Annotated[
+        str, typer.Argument(help="runs/first, runs/first@best, runs/first:STEP, or a checkpoint's directory.")
+    ],
+    name: Annotated[str, typer.Argument(help="Letters, digits, '.', '_' and '-'.")],
+    move: Annotated[bool, typer.Option("--move", help="Take it off the checkpoint that has it.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the tag instead.")] = False,
+) -> None:
+    """Name a checkpoint, which also keeps it from being deleted.
+
+    A run that is going on tags its checkpoints itself: await run.tag(NAME).
+    """
+    with failing():
+        info = find_checkpoint(checkpoint)
+        run = info.path.parent.parent
+        holder = CheckpointReader(run).tags().get(name)
+        if remove and holder is None:
+            fail(f"{run} has no tag {name!r}")
+        if not remove and holder not in (None, info.name) and not move:
+            fail(f"tag {name!r} is on {holder}; --move moves it")
+        try:
+            with CheckpointStore(run) as store:
+                if remove:
+                    store.untag(name)
+                else:
+                    store.tag(name, info.name, move=True)
+        except ValueError as error:  # no proper name
+            fail(str(error))
+    print_text(f"{run}: {name} is removed" if remove else f"{run}: {name} is {info.name}")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    file: Annotated[Path, typer.Argument(help="Ends in .safetensors, or in .pt or .pth for torch.load.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    registry: Registry = Path("models"),
+) -> None:
+    """Write weights as a plain file for other tools.
+
+    Every name of the state dict is in it; tied tensors are there once for each name.
+    """
+    from offloop.engine import export_model
+
+    if file.exists() and not force:
+        fail(f"{file} exists; --force replaces it")
+    with failing():
+        export_model(source, file, registry=registry, overwrite=force)
+    print_text(f"{file}: {size(file.stat().st_size)}")
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    b: Annotated[str, typer.Argument(help="Likewise.")],
+    limit: Annotated[int, typer.Option(help="Show so many tensors, those that differ most first.")] = 20,
+    registry: Registry = Path("models"),
+    as_json: Json = False,
+) -> None:
+    """Compare two models and how they were made.
+
+    Shows which tensors differ and by how much: elements that differ, the largest difference, and the norm of the
+    difference in relation to the first. Then metrics and settings of the runs that differ.
+
+    Exit code: 0 if all tensors are equal, 1 if not, 2 if they cannot be compared.
+    """
+    import msgspec
+
+    from offloop.engine import compare_models
+
+    with failing():
+        found = compare_models(a, b, registry=registry)
+    if as_json:
+        print_json({"equal": found.is_equal, **msgspec.to_builtins(found)})
+        raise typer.Exit(0 if found.is_equal else 1)
+    print_text(f"a  {found.a}\nb  {found.b}\n")
+    if found.is_equal:
+        print_text(f"All {_counted(found.same, 'tensor')} are equal.")
+    else:
+        print_text(f"{_counted(len(found.tensors), 'tensor')} differ, {found.same} are equal.")
+        table = plain_table(
+            "TENSOR", "TYPE", "CHANGED", "MAX ABS", "RELATIVE", right=("CHANGED", "MAX ABS", "RELATIVE")
+        )
+        order = sorted(
+            found.tensors, key=lambda each: (each.kind in ("values", "dtype"), -_or_inf(each.relative))
+        )
+        for each in order[: max(limit, 0)]:
+            if each.kind == "values" and each.elements:
+                kind = str(each.a)
+            elif each.kind.startswith("only"):
+                kind = f"{each.a or each.b} only in {each.kind[-1]}"
+            else:
+                kind = f"{each.a} | {each.b}"
+            figures = ("-", "-", "-")
+            if each.elements:
+                figures = (share(each.changed, each.elements), number(each.max_abs), number(each.relative))
+            table.add_row(each.name, kind, *figures)
+        print_table(table)
+        if len(order) > limit:
+            print_text(f"... and {len(order) - limit} more: --limit {len(order)}")
+    for title, differing in (("metrics", found.metrics), ("settings", found.settings)):
+        if differing:
+            table = plain_table(title.upper(), "a", "b")
+            for name, (in_a, in_b) in differing.items():
+                table.add_row(name, _short(in_a), _short(in_b))
+            print_text("")
+            print_table(table)
+    raise typer.Exit(0 if found.is_equal else 1)
+
+
+def _readers(where: Path) -> list[CheckpointReader]:
+    """Return the runs at a place: one, or those in a directory."""
+    if not where.is_dir():
+        fail(f"there is no directory {where}")
+    if (where / "checkpoints").is_dir():
+        return [CheckpointReader(where)]
+    return list_runs(where)
+
+
+def _everything(where: Path) -> Iterator[tuple[CheckpointReader, CheckpointInfo | CheckpointCorruptError]]:
+    """Return all checkpoints at a place, also those whose manifest cannot be read."""
+    if not where.is_dir() or (where / "MANIFEST.json").exists():
+        try:
+            info: CheckpointInfo | CheckpointCorruptError = find_checkpoint(where)
+        except CheckpointCorruptError as error:
+            info = error
+        yield CheckpointReader(where.parent.parent), info
+        return
+    for reader in _readers(where):
+        yield from ((reader, each) for each in reader.checkpoints())
+        yield from ((reader, error) for error in reader.damaged())
+
+
+def _names_of(reader: CheckpointReader, info: CheckpointInfo) -> list[str]:
+    """Return the tags of a checkpoint, and whether it is the last or the best of its run."""
+    names = [name for name in ("best", "last") if _is(reader, info, name)]
+    return [*names, *(tag for tag, name in reader.tags().items() if name == info.name)]
+
+
+def _is(reader: CheckpointReader, info: CheckpointInfo, which: str) -> bool:
+    try:
+        return reader.find(which).name == info.name
+    except CheckpointError:
+        return False
+
+
+def _print_run(reader: CheckpointReader, metric: str | None) -> None:
+    known = reader.checkpoints()
+    keys = [key for info in known for key in info.metrics]
+    shown = metric or ("val_loss" if "val_loss" in keys or not keys else keys[0])
+    right = ("STEP", "EPOCH", shown, "SIZE", "SAVED")
+    table = plain_table("CHECKPOINT", "STEP", "EPOCH", shown, "SIZE", "SAVED", "NAMES", right=right)
+    now = time.time()
+    for info in known:
+        table.add_row(
+            info.name,
+            str(info.step),
+            str(info.manifest.epoch),
+            number(info.metrics.get(shown)),
+            size(info.bytes),
+            age(now - info.manifest.created),
+            ", ".join(_names_of(reader, info)),
+        )
+    print_table(table)
+
+
+def _plain(reader: CheckpointReader, info: CheckpointInfo) -> dict[str, Any]:
+    manifest = info.manifest
+    names = _names_of(reader, info)
+    return {
+        "run": str(reader.directory),
+        "run_id": manifest.run_id,
+        "path": str(info.path),
+        "name": info.name,
+        "step": info.step,
+        "epoch": manifest.epoch,
+        "batch": manifest.batch,
+        "attempt": manifest.attempt,
+        "reason": manifest.reason,
+        "metrics": info.metrics,
+        "bytes": info.bytes,
+        "created": manifest.created,
+        "is_best": "best" in names,
+        "is_last": "last" in names,
+        "tags": [name for name in names if name not in ("best", "last")],
+    }
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _or_inf(value: float) -> float:
+    return float("inf") if value != value else value
+
+
+def _short(value: object) -> str:
+    return number(value) if isinstance(value, float) else "-" if value is None else str(value)

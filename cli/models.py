@@ -1,0 +1,173 @@
+"""`offloop models`: the registry of numbered model versions."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from offloop.cli.checkpoints import SOURCE_HELP, Json, Registry, failing
+from offloop.cli.output import age, fail, number, plain_table, print_json, print_table, print_text, size
+from offloop.engine import ModelRegistry, ModelVersion
+from offloop.engine.checkpoint import CheckpointCorruptError
+
+app = typer.Typer(
+    help="Numbered versions of models, and aliases for them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command("list")
+def list_models(
+    name: Annotated[str | None, typer.Argument(help="A model, to list its versions.")] = None,
+    registry: Registry = Path("models"),
+    as_json: Json = False,
+) -> None:
+    """List models, or the versions of one, oldest first."""
+    found = ModelRegistry(registry)
+    with failing():
+        names = found.models() if name is None else [name]
+        versions = {each: found.versions(each) for each in names}
+        damaged = [error for each in names for error in found.damaged(each)]
+        if as_json:
+            print_json([_plain(version) for each in names for version in versions[each]])
+        elif name is not None:
+            _print_versions(versions[name])
+        elif not names:
+            print_text(f"no models in {registry}")
+        else:
+            table = plain_table(
+                "MODEL", "VERSIONS", "REGISTERED", "ALIASES", right=("VERSIONS", "REGISTERED")
+            )
+            now = time.time()
+            for each in names:
+                aliases = ", ".join(f"{alias}={version}" for alias, version in found.aliases(each).items())
+                newest = versions[each][-1:]
+                when = age(now - newest[0].created) if newest else "-"
+                table.add_row(each, str(len(versions[each])), when, aliases)
+            print_table(table)
+    for error in damaged:
+        typer.echo(f"damaged: {error}", err=True)
+
+
+@app.command()
+def register(
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    name: Annotated[str, typer.Argument(help="The model; need not exist.")],
+    alias: Annotated[str | None, typer.Option(help="Name this version, as champion.")] = None,
+    notes: Annotated[str, typer.Option(help="Kept with the version.")] = "",
+    registry: Registry = Path("models"),
+) -> None:
+    """Make weights the next version of a model.
+
+    They are copied: what they came from may be deleted. The same weights become no second version: the one that
+    there is gets the alias.
+    """
+    found = ModelRegistry(registry)
+    with failing():
+        version = found.register(source, name, alias=alias, notes=notes)
+    named = f", {', '.join(version.aliases)}" if version.aliases else ""
+    print_text(f"{version}{named}  {version.identity}")
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="The model.")],
+    alias: Annotated[str, typer.Argument(help="Such as champion.")],
+    version: Annotated[str | None, typer.Argument(help="Its number, or another alias.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias instead.")] = False,
+    registry: Registry = Path("models"),
+) -> None:
+    """Let an alias name a version, or remove it."""
+    found = ModelRegistry(registry)
+    if remove is (version is not None):
+        fail("give either a version or --remove")
+    with failing():
+        if version is None:
+            if alias not in found.aliases(name):
+                fail(f"{name} has no alias {alias!r}")
+            found.unalias(name, alias)
+            print_text(f"{name}@{alias} is removed")
+        else:
+            named = found.alias(name, alias, int(version) if version.isdecimal() else version)
+            print_text(f"{name}@{alias} is {named}")
+
+
+@app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(help="A model; else all.")] = None,
+    registry: Registry = Path("models"),
+) -> None:
+    """Compare every byte with its checksum and identity.
+
+    Exit code: 0 if all are whole, 1 if one is damaged, 2 if there is nothing to verify or it cannot be read.
+    """
+    found = ModelRegistry(registry)
+    damaged = 0
+    with failing():
+        names = found.models() if name is None else [name]
+        if not names:
+            fail(f"no models in {registry}")
+        for each in names:
+            versions = found.versions(each)
+            errors = found.damaged(each)
+            for version in versions:
+                try:
+                    found.verify(version)
+                except CheckpointCorruptError as error:
+                    errors.append(error)
+                else:
+                    print_text(f"ok       {version}  ({size(version.info.bytes)})")
+            for each_error in errors:
+                print_text(f"damaged  {each_error}")
+            damaged += len(errors)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _print_versions(versions: list[ModelVersion]) -> None:
+    keys = [key for version in versions for key in version.metrics]
+    shown = "val_loss" if "val_loss" in keys or not keys else keys[0]
+    table = plain_table(
+        "VERSION",
+        "RUN",
+        "STEP",
+        shown,
+        "SIZE",
+        "REGISTERED",
+        "ALIASES",
+        "NOTES",
+        right=("VERSION", "STEP", shown, "SIZE", "REGISTERED"),
+    )
+    now = time.time()
+    for version in versions:
+        table.add_row(
+            str(version.number),
+            version.run_id or version.source,
+            str(version.step) if version.run_id else "-",
+            number(version.metrics.get(shown)),
+            size(version.info.bytes),
+            age(now - version.created),
+            ", ".join(version.aliases),
+            version.notes,
+        )
+    print_table(table)
+
+
+def _plain(version: ModelVersion) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.number,
+        "aliases": list(version.aliases),
+        "identity": version.identity,
+        "path": str(version.path),
+        "source": version.source,
+        "run_id": version.run_id,
+        "step": version.step,
+        "metrics": version.metrics,
+        "bytes": version.info.bytes,
+        "created": version.created,
+        "notes": version.notes,
+        "run": dict(version.run),
+    }
