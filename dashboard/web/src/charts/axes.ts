@@ -58,6 +58,8 @@ export function fitScale(low: number, high: number, log: boolean): Scale {
   let max = Math.ceil(high / step) * step;
   if (low - min < 0.02 * (max - min) && low !== 0) min -= step / 2;
   if (max - high < 0.02 * (max - min) && high !== 0) max += step / 2;
+  // An axis of values that cannot be negative does not look as if they could.
+  if (low >= 0) min = Math.max(min, 0);
   return new Scale(Math.max(min, -limit), Math.min(max, limit));
 }
 
