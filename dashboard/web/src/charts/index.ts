@@ -159,7 +159,7 @@ export class Charts {
       this.#groups.clear();
       this.#series.clear();
     }
-    this.#showEmpty();
+    this.#filter();
     this.#redraw();
   }
 
@@ -176,7 +176,6 @@ export class Charts {
       else panel.addCurve(info);
     }
     this.#filter();
-    this.#showEmpty();
     this.#subscribe();
     this.#redraw();
   }
@@ -338,10 +337,6 @@ export class Charts {
     };
   }
 
-  #showEmpty(): void {
-    this.#empty.hidden = this.#panels.size > 0;
-  }
-
   /** Show what the search finds, or the one panel that is maximised. */
   #filter(): void {
     const { search, panel: maximised, folded } = this.#host.view.get();
@@ -366,6 +361,8 @@ export class Charts {
       group.fold.setAttribute("aria-expanded", String(open));
     }
     this.#toolbar.setCount(found, this.#panels.size);
+    this.#empty.textContent = this.#panels.size === 0 ? "No metrics yet." : "No metric has these words in its name.";
+    this.#empty.hidden = found > 0 || one;
   }
 
   #intersected(entries: IntersectionObserverEntry[]): void {
@@ -426,11 +423,15 @@ export class Charts {
     this.#frame = null;
     this.#scene = null;
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
-    for (const panel of visible) panel.draw();
-    this.#showValues();
-    this.#refreshTables();
-    this.#askForDetail();
-    for (; this.#credits > 0; this.#credits--) this.#host.drawn();
+    try {
+      for (const panel of visible) panel.draw();
+      this.#showValues();
+      this.#refreshTables();
+      this.#askForDetail();
+    } finally {
+      // Also after a mistake of ours: else no frame would come any more.
+      for (; this.#credits > 0; this.#credits--) this.#host.drawn();
+    }
   }
 
   /** Write the values into the legends: at once under a cursor, else as often as one can read them. */
