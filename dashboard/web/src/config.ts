@@ -34,7 +34,7 @@ export class Config {
 
   constructor() {
     this.search = h("input", {
-      ...{ class: "input search", type: "search", placeholder: "Filter settings", "aria-label": "Filter settings" },
+      class: "input search", type: "search", placeholder: "Filter settings", "aria-label": "Filter settings",
       oninput: () => this.#draw(),
     });
     this.element = h(

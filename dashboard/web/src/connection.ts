@@ -127,7 +127,7 @@ export class Connection {
     this.#options = options;
     this.#clock = options.clock;
     this.#link = {
-      ...{ phase: "connecting", since: this.#clock.now(), reason: "", heard: null, latency: null, waiting: null },
+      phase: "connecting", since: this.#clock.now(), reason: "", heard: null, latency: null, waiting: null,
     };
   }
 

@@ -52,9 +52,8 @@ class Control {
     this.#icon.replaceWith(picture);
     this.#icon = picture;
     const label = COMMAND_LABELS[name] + (name === "stop" || name === "set_lr" ? "…" : "");
-    const short = name === "set_lr" ? h("span", { class: "short", "aria-hidden": "true" }, "LR…") : null;
+    const short = name === "set_lr" ? h("span", { class: "short" }, "LR…") : null;
     replaceChildren(this.#label, h("span", { class: "long" }, label), short);
-    setAttribute(this.element, "aria-label", name === "set_lr" ? label : null);
   }
 
   update(model: Model, link: Link): void {
@@ -73,7 +72,7 @@ function iconOf(name: CommandName): keyof typeof ICONS {
 
 export class Controls {
   readonly element: HTMLElement;
-  /** Where acks are shown; a live region. */
+  /** What has become of the last commands. */
   readonly acks = h("ul", { class: "acks", "aria-label": "Commands" });
   readonly dialogs: HTMLDialogElement[];
   readonly #host: ControlsHost;
@@ -82,8 +81,10 @@ export class Controls {
   readonly #stop: StopDialog;
   readonly #lr: LrDialog;
   #model: Model | null = null;
+  #now = 0;
+  #refused: { reason: string; until: number } | null = null;
   #told = "";
-  #spoken = new Map<string, string>();
+  readonly #spoken = new Map<string, string>();
 
   constructor(host: ControlsHost) {
     this.#host = host;
@@ -91,7 +92,7 @@ export class Controls {
     this.#lr = new LrDialog((order) => host.give(order));
     this.dialogs = [this.#stop.element, this.#lr.element];
     const press = (name: CommandName): void => this.#press(name);
-    const refused = (reason: string): void => this.#refused(reason);
+    const refused = (reason: string): void => this.#refuse(reason);
     const control = (name: CommandName): Control => new Control(name, press, refused);
     this.#pauseOrResume = control("pause");
     this.#controls = [this.#pauseOrResume, control("checkpoint"), control("validate"), control("set_lr"), control("stop")];
@@ -104,13 +105,13 @@ export class Controls {
 
   update(model: Model, link: Link, now: number): void {
     this.#model = model;
-    const isPaused = stateOf(model) === "paused";
-    const waits = pending(model, isPaused ? "resume" : "pause");
-    this.#pauseOrResume.rename(isPaused || (waits === undefined && pending(model, "resume")) ? "resume" : "pause");
+    this.#now = now;
+    const resumes = stateOf(model) === "paused" || pending(model, "resume") !== undefined;
+    this.#pauseOrResume.rename(resumes ? "resume" : "pause");
     for (const control of this.#controls) control.update(model, link);
     this.#stop.update(model);
     this.#lr.update(model);
-    this.#tell(model.commands, now);
+    this.#tell(model.commands);
   }
 
   #press(name: CommandName): void {
@@ -119,24 +120,19 @@ export class Controls {
     else this.#host.give({ name });
   }
 
-  #refusedUntil = 0;
-  #refusedText = "";
-
-  #refused(reason: string): void {
-    this.#refusedText = reason;
-    this.#refusedUntil = performance.now() + TOLD_FOR;
-    this.#told = "?";
+  #refuse(reason: string): void {
+    this.#refused = { reason, until: this.#now + TOLD_FOR };
     this.#host.announce(reason);
-    this.#tell(this.#model?.commands ?? [], performance.now());
+    this.#tell(this.#model?.commands ?? []);
   }
 
-  #tell(commands: readonly Command[], now: number): void {
+  #tell(commands: readonly Command[]): void {
     const fresh = commands.filter((command) => {
       const { tone } = tellCommand(command);
-      return tone === "busy" || now - command.at < (tone === "bad" ? TOLD_FOR_BAD : TOLD_FOR);
+      return tone === "busy" || this.#now - command.at < (tone === "bad" ? TOLD_FOR_BAD : TOLD_FOR);
     });
     const lines = fresh.slice(-TOLD_AT_ONCE).map(tellCommand) as { text: string; tone: string }[];
-    if (now < this.#refusedUntil) lines.push({ text: this.#refusedText, tone: "off" });
+    if (this.#refused && this.#now < this.#refused.until) lines.push({ text: this.#refused.reason, tone: "off" });
     const told = JSON.stringify(lines);
     for (const command of fresh) {
       if (this.#spoken.get(command.request.id) === command.state) continue;
@@ -212,7 +208,7 @@ class LrDialog {
   readonly element: HTMLDialogElement;
   readonly #now = h("p", { class: "lr-now" });
   readonly #input = h("input", {
-    ...{ id: "lr-input", class: "input", type: "text", inputmode: "decimal", autocomplete: "off", spellcheck: "false" },
+    id: "lr-input", class: "input", type: "text", inputmode: "decimal", autocomplete: "off", spellcheck: "false",
     "aria-describedby": "lr-problem",
   });
   readonly #optimizer = h("select", { class: "input", "aria-label": "Optimizer" });

@@ -1,8 +1,8 @@
 // The log of the run: its milestones, the newest first, with who caused them.
 
-import { h, replaceChildren, setText, show } from "./dom";
+import { h, setAttribute, setText, show } from "./dom";
 import * as format from "./format";
-import { tell, type EventKind, type Told } from "./milestones";
+import { tell, wholeOf, type EventKind, type Told } from "./milestones";
 import type { Model } from "./model";
 import type { RunEvent } from "./protocol";
 
@@ -24,17 +24,21 @@ interface Row {
   told: Told;
   /** What the filter looks through. */
   text: string;
+  /** Made when it is first seen. */
+  item: HTMLElement | null;
 }
 
 export class Events {
   readonly element: HTMLElement;
   readonly search: HTMLInputElement;
   readonly #goTo: (step: number) => void;
-  readonly #chips = h("div", { class: "chips", role: "group", "aria-label": "Kinds of events" });
+  readonly #chips: Map<EventKind, HTMLElement>;
   readonly #list = h("ol", { class: "log", reversed: true, "aria-label": "Events, the newest first" });
   readonly #note = h("p", { class: "empty" });
   readonly #more: HTMLButtonElement;
   readonly #off = new Set<EventKind>();
+  /** What was made of an event once, so that a row stays the same row. */
+  readonly #known = new WeakMap<RunEvent, Row>();
   #rows: Row[] = [];
   #shown: Row[] = [];
   #limit = ROWS_AT_A_TIME;
@@ -45,9 +49,16 @@ export class Events {
   constructor(goTo: (step: number) => void) {
     this.#goTo = goTo;
     this.search = h("input", {
-      ...{ class: "input search", type: "search", placeholder: "Filter events", "aria-label": "Filter events" },
+      class: "input search",
+      type: "search",
+      placeholder: "Filter events",
+      "aria-label": "Filter events",
       oninput: () => this.#filter(),
     });
+    const kinds = Object.keys(KINDS) as EventKind[];
+    const chip = (kind: EventKind): HTMLElement =>
+      h("button", { type: "button", class: "filter-chip", onclick: () => this.#toggle(kind) });
+    this.#chips = new Map(kinds.map((kind) => [kind, chip(kind)]));
     this.#more = h(
       "button",
       {
@@ -63,7 +74,12 @@ export class Events {
     this.element = h(
       "div",
       { class: "events" },
-      h("div", { class: "toolbar" }, this.search, this.#chips),
+      h(
+        "div",
+        { class: "toolbar" },
+        this.search,
+        h("div", { class: "chips", role: "group", "aria-label": "Kinds of events" }, ...this.#chips.values()),
+      ),
       this.#list,
       this.#more,
       this.#note,
@@ -78,13 +94,10 @@ export class Events {
 
   update(model: Model): void {
     if (model.milestones === this.#milestones && model.missed === this.#missed) return;
-    const previous = this.#milestones;
     this.#milestones = model.milestones;
     this.#missed = model.missed;
-    const goesOn = previous.length > 0 && previous.length <= model.milestones.length && previous[0] === model.milestones[0];
-    if (goesOn) this.#rows.push(...model.milestones.slice(previous.length).map(row));
-    else this.#rows = model.milestones.map(row);
-    if (!goesOn) this.#limit = ROWS_AT_A_TIME;
+    this.#rows = model.milestones.map((event) => this.#row(event));
+    if (this.#rows.length <= ROWS_AT_A_TIME) this.#limit = ROWS_AT_A_TIME;
     if (this.#active) this.#filter();
   }
 
@@ -97,47 +110,30 @@ export class Events {
   }
 
   #drawChips(found: Row[]): void {
-    const counts = new Map<EventKind, number>();
-    for (const { told } of this.#rows) counts.set(told.kind, 0);
-    for (const { told } of found) counts.set(told.kind, (counts.get(told.kind) ?? 0) + 1);
-    const kinds = (Object.keys(KINDS) as EventKind[]).filter((kind) => counts.has(kind));
-    const chips = new Map([...this.#chips.children].map((chip) => [(chip as HTMLElement).dataset.kind, chip]));
-    for (const kind of kinds) {
-      const text = `${KINDS[kind]} ${counts.get(kind) ?? 0}`;
-      const chip = chips.get(kind) ?? this.#chip(kind);
-      setText(chip, text);
-      chip.setAttribute("aria-pressed", String(!this.#off.has(kind)));
-      if (!chips.has(kind)) {
-        const after = kinds.slice(kinds.indexOf(kind) + 1).find((other) => chips.has(other));
-        this.#chips.insertBefore(chip, (after && chips.get(after)) ?? null);
-        chips.set(kind, chip);
-      }
+    for (const [kind, chip] of this.#chips) {
+      show(chip, this.#rows.some(({ told }) => told.kind === kind));
+      setText(chip, `${KINDS[kind]} ${found.filter(({ told }) => told.kind === kind).length}`);
+      setAttribute(chip, "aria-pressed", String(!this.#off.has(kind)));
     }
-    for (const [kind, chip] of chips) if (!kinds.includes(kind as EventKind)) chip.remove();
   }
 
-  #chip(kind: EventKind): HTMLElement {
-    return h("button", {
-      ...{ type: "button", class: "filter-chip", "data-kind": kind },
-      onclick: () => {
-        if (!this.#off.delete(kind)) this.#off.add(kind);
-        this.#filter();
-      },
-    });
+  #toggle(kind: EventKind): void {
+    if (!this.#off.delete(kind)) this.#off.add(kind);
+    this.#filter();
   }
 
   #draw(): void {
     const newest = this.#shown.slice(-this.#limit).reverse();
-    const had = new Map([...this.#list.children].map((item) => [item as HTMLElement, true]));
-    const items = newest.map((row) => this.#item(row));
+    const old = new Set<Element>(this.#list.children);
+    const items = newest.map((row) => (row.item ??= this.#build(row)));
     // Only what differs is touched, so that a row that is unfolded or selected stays as it is.
     let place: ChildNode | null = this.#list.firstChild;
     for (const item of items) {
       if (item === place) place = place.nextSibling;
       else this.#list.insertBefore(item, place);
-      had.delete(item);
+      old.delete(item);
     }
-    for (const item of had.keys()) item.remove();
+    for (const item of old) item.remove();
     show(this.#more, this.#shown.length > newest.length);
     const hidden = this.#rows.length - this.#shown.length;
     const notes = [
@@ -149,15 +145,15 @@ export class Events {
     show(this.#note, this.#note.textContent !== "");
   }
 
-  readonly #items = new WeakMap<Row, HTMLElement>();
-
-  #item(row: Row): HTMLElement {
-    let item = this.#items.get(row);
-    if (item === undefined) {
-      item = this.#build(row);
-      this.#items.set(row, item);
+  #row(event: RunEvent): Row {
+    let row = this.#known.get(event);
+    if (row === undefined) {
+      const told = tell(event);
+      const text = `${event.type} ${told.kind} ${told.text} ${told.by}`.toLowerCase();
+      row = { event, told, text, item: null };
+      this.#known.set(event, row);
     }
-    return item;
+    return row;
   }
 
   #build({ event, told }: Row): HTMLElement {
@@ -166,7 +162,7 @@ export class Events {
     const raw = h("pre", { class: "raw" });
     const details = h(
       "details",
-      { class: "what", ontoggle: () => setText(raw, details.open ? JSON.stringify(event, null, 2) : "") },
+      { class: "what", ontoggle: () => setText(raw, details.open ? wholeOf(event) : "") },
       h("summary", {}, h("span", { class: "text" }, told.text), told.by ? h("span", { class: "by" }, told.by) : null),
       raw,
     );
@@ -175,7 +171,7 @@ export class Events {
         ? h("span", { class: "step" })
         : h(
             "button",
-            { ...{ type: "button", class: "step", title: "Show it in the charts" }, onclick: () => this.#goTo(step) },
+            { type: "button", class: "step", title: "Show it in the charts", onclick: () => this.#goTo(step) },
             h("span", { class: "sr-only" }, "step "),
             format.count(step),
           );
@@ -188,9 +184,4 @@ export class Events {
       details,
     );
   }
-}
-
-function row(event: RunEvent): Row {
-  const told = tell(event);
-  return { event, told, text: `${event.type} ${told.kind} ${told.text} ${told.by}`.toLowerCase() };
 }

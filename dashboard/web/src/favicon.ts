@@ -5,7 +5,7 @@ import type { Sign } from "./states";
 
 const SIZE = 32;
 const COLOURS: Record<Sign, string> = {
-  ...{ none: "#71717a", live: "#2563eb", paused: "#b45309", good: "#15803d", stopped: "#52525b", bad: "#dc2626", warn: "#b45309" },
+  none: "#71717a", live: "#2563eb", paused: "#b45309", good: "#15803d", stopped: "#52525b", bad: "#dc2626", warn: "#b45309",
 };
 
 export class Favicon {

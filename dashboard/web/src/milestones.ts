@@ -105,6 +105,16 @@ export function tell(event: RunEvent): Told {
   return { kind: "other", tone: "plain", by: words(event.by), ...told };
 }
 
+/** All that an event carries, for reading: a field a line, texts of several lines as they are. */
+export function wholeOf(event: RunEvent): string {
+  return Object.entries(event)
+    .map(([name, value]) => {
+      const text = typeof value === "string" ? value : JSON.stringify(value, null, 2);
+      return text.includes("\n") ? `${name}:\n${text.trimEnd().replace(/^/gm, "  ")}` : `${name}: ${text}`;
+    })
+    .join("\n");
+}
+
 /** The line that an event draws through the charts, if it draws one. */
 export function markOf(event: RunEvent): Mark | null {
   const { kind, text } = tell(event);

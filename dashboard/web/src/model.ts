@@ -81,7 +81,7 @@ export const NOTHING: Model = {
 
 /** Everything that is about one run. */
 const NO_RUN = {
-  ...{ run: null, status: null, curves: 0, milestones: [], missed: 0, last: -1, losses: [], lossStep: -1 },
+  run: null, status: null, curves: 0, milestones: [], missed: 0, last: -1, losses: [], lossStep: -1,
 } satisfies Partial<Model>;
 
 /** A command goes out; `at` is the page's clock in milliseconds. */
@@ -109,7 +109,10 @@ export function reduce(model: Model, message: Happening, now = 0): Model {
     case "series":
       return message.run === model.run?.key ? { ...model, curves: model.curves + message.series.length } : model;
     case "missed":
-      return message.run === model.run?.key ? { ...model, missed: model.missed + message.count } : model;
+      // All that the server keeps no longer; some of them may have come before the connection was lost.
+      return message.run === model.run?.key
+        ? { ...model, missed: Math.max(model.missed, message.count - model.milestones.length) }
+        : model;
     case "given": {
       const command: Command = { request: message.request, state: "sent", step: null, why: "", at: message.at };
       return { ...model, commands: [...model.commands, command].slice(-COMMANDS_KEPT) };

@@ -4,7 +4,7 @@ import { Charts } from "./charts";
 import { Config } from "./config";
 import { Connection, isLoopback, openSocket, probeStatus, type Link } from "./connection";
 import { Controls, type Order } from "./controls";
-import { h, icon, ICONS, replaceChildren, setText, show } from "./dom";
+import { h, setText, show } from "./dom";
 import { Events } from "./events";
 import { Favicon } from "./favicon";
 import * as format from "./format";
@@ -12,9 +12,10 @@ import { Header } from "./header";
 import { Keys } from "./keys";
 import { markOf, tell } from "./milestones";
 import { hasEnded, newerRun, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
+import { Notices } from "./notices";
 import { Notifier } from "./notify";
 import { decodeChart, type CommandRequest, type RunEvent, type ServerMessage } from "./protocol";
-import { describe, title, type Action, type Notice, type Seen } from "./states";
+import { describe, title, type Action, type Seen } from "./states";
 import { View, type Axis, type Tab } from "./view";
 
 /** How long a run that has ended stays before a newer one takes its place, milliseconds. */
@@ -24,6 +25,8 @@ const TICK = 500;
 /** Title and icon change at most this often, milliseconds. */
 const TITLE_EVERY = 1_000;
 const COMMAND_TTL = 60;
+/** Smoothing that the keys step through. */
+const SMOOTHINGS = [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999];
 const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
 const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config: "Configuration" };
 
@@ -40,7 +43,7 @@ class Page {
   readonly #config = new Config();
   readonly #charts: Charts;
   readonly #keys: Keys;
-  readonly #notices = h("div", { class: "notices" });
+  readonly #notices = new Notices((action) => this.#act(action));
   readonly #stageTitle = h("h2");
   readonly #stageText = h("p");
   readonly #stage = h("section", { class: "stage", hidden: true }, this.#stageTitle, this.#stageText);
@@ -56,13 +59,17 @@ class Page {
   #follows = true;
   /** Since when the newer run could be shown. */
   #newerSince: number | null = null;
-  readonly #closed = new Set<string>();
-  #shownNotices = "";
   #announced = "";
+  /** Since when a chart frame waits to be drawn. */
   #frameSince: number | null = null;
+  /** A drawing of the page is due with the next frame of the browser. */
   #drawing = false;
-  #titleAt = -Infinity;
-  #endTold: string | null = null;
+  /** When title and icon were last changed, and for which state. */
+  #titled = { at: 0, word: "" };
+  /** The server's time when the page came: what happened before is no news. */
+  #newsSince: number | null = null;
+  /** The run that the page has seen going on: its end is news, that of one which was over before is not. */
+  #going: string | null = null;
 
   constructor() {
     this.#connection = new Connection({
@@ -112,8 +119,8 @@ class Page {
       this.#connection.setVisible(document.visibilityState === "visible");
       this.#changed();
     });
-    this.#connection.setVisible(document.visibilityState === "visible");
     this.#connection.start();
+    this.#connection.setVisible(document.visibilityState === "visible");
     window.setInterval(() => this.#tick(), TICK);
     this.#changed();
   }
@@ -131,7 +138,10 @@ class Page {
       const tab = h(
         "button",
         {
-          ...{ type: "button", role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}` },
+          type: "button",
+          role: "tab",
+          id: `tab-${name}`,
+          "aria-controls": `panel-${name}`,
           onclick: () => this.#view.set({ tab: name }),
         },
         TABS[name],
@@ -148,11 +158,11 @@ class Page {
     document.body.append(
       h("a", { class: "skip", href: "#main", onclick: (event: Event) => this.#skip(event) }, "Skip to the content"),
       this.#header.element,
-      h("div", { class: "bar" }, list, this.#controls.acks, this.#controls.element),
+      h("section", { class: "bar", "aria-label": "Views and control" }, list, this.#controls.acks, this.#controls.element),
       h(
         "main",
         { id: "main", tabindex: -1 },
-        this.#notices,
+        this.#notices.element,
         this.#stage,
         ...[...this.#tabs.values()].map(({ panel }) => panel),
       ),
@@ -181,8 +191,10 @@ class Page {
 
   #makeKeys(): Keys {
     const view = this.#view;
-    const smooth = (by: number): void => {
-      view.set({ smoothing: Math.min(Math.max(Math.round((view.get().smoothing + by) * 100) / 100, 0), 0.99) });
+    const smooth = (more: boolean): void => {
+      const now = view.get().smoothing;
+      const next = more ? SMOOTHINGS.find((step) => step > now) : [...SMOOTHINGS].reverse().find((step) => step < now);
+      view.set({ smoothing: next ?? now });
       this.#announce(`Smoothing ${view.get().smoothing}`);
     };
     const axis = (): void => {
@@ -198,8 +210,8 @@ class Page {
         { keys: ["/"], does: "Search", run: () => this.#focusSearch() },
         { keys: ["x"], does: "Next x axis: step, epoch, time, time of day", run: axis },
         { keys: ["l"], does: "Logarithmic y axis", run: () => view.set({ logY: !view.get().logY }) },
-        { keys: ["["], does: "Smooth less", run: () => smooth(-0.1) },
-        { keys: ["]"], does: "Smooth more", run: () => smooth(0.1) },
+        { keys: ["["], does: "Smooth less", run: () => smooth(false) },
+        { keys: ["]"], does: "Smooth more", run: () => smooth(true) },
         { keys: ["0"], does: "Show the whole run", run: () => view.set({ zoom: null, follow: false }) },
         { keys: ["t"], does: "Dark, light or the system's theme", run: () => this.#nextTheme() },
       ],
@@ -251,11 +263,8 @@ class Page {
     switch (message.type) {
       case "hello":
         this.#newerSince = null;
-        if (message.run === null) {
-          const newest = newestRun(message.runs);
-          if (newest !== null) this.#connection.send({ type: "watch", run: newest.key });
-          this.#charts.reset(null);
-        }
+        this.#newsSince ??= message.time;
+        if (message.run === null) this.#charts.reset(null);
         for (const request of before.hello?.server === message.server ? unanswered(this.#model) : []) {
           this.#connection.send(request);
         }
@@ -284,8 +293,7 @@ class Page {
   #milestone(event: RunEvent): void {
     this.#mark(event);
     const name = this.#model.run?.name ?? "The run";
-    const isNews = (event.time ?? 0) > (this.#model.hello?.time ?? Infinity) - 1;
-    if (event.type === "Alert" && isNews) {
+    if (event.type === "Alert" && (event.time ?? 0) > (this.#newsSince ?? Infinity)) {
       const { text } = tell(event);
       setText(this.#assertive, `Alert: ${text}`);
       this.#notifier.notify(`${name}: alert`, text);
@@ -323,18 +331,17 @@ class Page {
   }
 
   #happened(happening: Happening): void {
-    this.#model = reduce(this.#model, happening, performance.now());
-    this.#changed();
+    const before = this.#model;
+    this.#model = reduce(before, happening, performance.now());
+    if (this.#model !== before) this.#changed();
   }
 
   // What the viewer does
 
   #give(order: Order): void {
     if (this.#model.run === null) return;
-    const request: CommandRequest = {
-      ...{ type: "command", id: commandId(), run: this.#model.run.key, ttl: COMMAND_TTL },
-      ...order,
-    };
+    const { key } = this.#model.run;
+    const request: CommandRequest = { type: "command", id: commandId(), run: key, ttl: COMMAND_TTL, ...order };
     this.#happened({ type: "given", request, at: performance.now() });
     this.#connection.send(request);
   }
@@ -403,7 +410,10 @@ class Page {
     const bySelf = this.#changesBySelf();
     const left = FOLLOW_AFTER - (now - (this.#newerSince ?? now));
     return {
-      ...{ model: this.#model, link: this.#link, now, page: this.#page },
+      model: this.#model,
+      link: this.#link,
+      page: this.#page,
+      now,
       time: Date.now() / 1000,
       behind: this.#frameSince === null || document.hidden ? 0 : now - this.#frameSince,
       newer: run === null ? null : { run, seconds: bySelf ? Math.max(0, left / 1000) : null },
@@ -421,7 +431,7 @@ class Page {
     this.#controls.update(model, this.#link, seen.now);
     this.#events.update(model);
     this.#config.update(model.run);
-    this.#drawNotices(described.notices.filter(({ id }) => !this.#closed.has(id)));
+    this.#notices.update(described.notices);
     const { tab } = this.#view.get();
     const staged = described.stage !== null && (model.run === null || tab === "metrics");
     setText(this.#stageTitle, described.stage?.title ?? "");
@@ -444,8 +454,9 @@ class Page {
   }
 
   #title(seen: Seen, described: ReturnType<typeof describe>): void {
-    if (seen.now - this.#titleAt < TITLE_EVERY && document.title !== "offloop" && described.word === this.#announced) return;
-    this.#titleAt = seen.now;
+    const { at, word } = this.#titled;
+    if (described.word === word && seen.now - at < TITLE_EVERY) return;
+    this.#titled = { at: seen.now, word: described.word };
     const text = title(seen, described);
     if (document.title !== text) document.title = text;
     this.#favicon.update(described.sign, seen.model.losses, seen.model.status?.progress ?? null);
@@ -454,75 +465,12 @@ class Page {
   #tellEnd(): void {
     const { run, status } = this.#model;
     if (run === null || status === null || status.run !== run.key) return;
-    const ended = hasEnded(status.state);
-    // A run that was over when the page came to it is no news.
-    if (this.#endTold === null || !this.#endTold.startsWith(`${run.key} `)) {
-      this.#endTold = `${run.key} ${ended ? "over" : "going"}`;
-    } else if (ended && this.#endTold.endsWith(" going")) {
-      this.#endTold = `${run.key} over`;
+    if (!hasEnded(status.state)) {
+      this.#going = run.key;
+    } else if (this.#going === run.key) {
+      this.#going = null;
       this.#notifier.notify(`${run.name}: ${status.state}`, status.error ?? status.reason);
     }
-  }
-
-  #drawNotices(notices: Notice[]): void {
-    const wanted = JSON.stringify(notices);
-    if (wanted === this.#shownNotices) return;
-    this.#shownNotices = wanted;
-    const before = new Map([...this.#notices.children].map((item) => [(item as HTMLElement).dataset.id, item as HTMLElement]));
-    const items = notices.map((notice) => {
-      const known = before.get(notice.id);
-      if (known !== undefined && known.dataset.actions === notice.actions.map(({ label }) => label).join()) {
-        setText(known.querySelector(".notice-title") ?? known, notice.title);
-        setText(known.querySelector(".notice-text") ?? known, notice.text);
-        return known;
-      }
-      return this.#notice(notice);
-    });
-    for (const item of [...this.#notices.children]) if (!items.includes(item as HTMLElement)) item.remove();
-    items.forEach((item, index) => {
-      if (this.#notices.children[index] !== item) this.#notices.insertBefore(item, this.#notices.children[index] ?? null);
-    });
-  }
-
-  #notice(notice: Notice): HTMLElement {
-    const close = h(
-      "button",
-      {
-        ...{ type: "button", class: "quiet-button", "aria-label": `Close: ${notice.title}` },
-        onclick: () => {
-          this.#closed.add(notice.id);
-          this.#changed();
-        },
-      },
-      icon(ICONS.close),
-    );
-    return h(
-      "div",
-      {
-        ...{ class: "notice", "data-tone": notice.tone, "data-id": notice.id },
-        "data-actions": notice.actions.map(({ label }) => label).join(),
-      },
-      h("i", { class: "dot", "aria-hidden": "true" }),
-      h(
-        "div",
-        { class: "notice-body" },
-        h("strong", { class: "notice-title" }, notice.title),
-        " ",
-        h("span", { class: "notice-text" }, notice.text),
-        notice.details
-          ? h(
-              "details",
-              { class: "traceback" },
-              h("summary", {}, notice.details.summary),
-              h("pre", { tabindex: 0, "aria-label": notice.details.summary }, notice.details.text),
-            )
-          : null,
-      ),
-      ...notice.actions.map(({ id, label }) =>
-        h("button", { type: "button", class: "button small", onclick: () => this.#act(id) }, label),
-      ),
-      notice.closable ? close : null,
-    );
   }
 
   /** Say something to screen readers when they have time. */
@@ -543,7 +491,7 @@ function commandId(): string {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-function storage(): globalThis.Storage | null {
+function storage(): Storage | null {
   try {
     return localStorage;
   } catch {

@@ -8,7 +8,6 @@ export const MAX_SERIES_SHOWN = 200;
 /** Seconds between two pings. */
 export const HEARTBEAT = 5;
 
-export const CLOSE_GOING = 1001;
 export const CLOSE_FULL = 1013;
 export const CLOSE_UNAUTHORISED = 4001;
 export const CLOSE_PROTOCOL = 4002;
@@ -249,8 +248,8 @@ export type ServerMessage =
   | Bye;
 
 const SERVER_MESSAGES: Record<ServerMessage["type"], true> = {
-  ...{ hello: true, runs: true, run: true, series: true, latest: true, status: true },
-  ...{ milestone: true, missed: true, ack: true, pong: true, bye: true },
+  hello: true, runs: true, run: true, series: true, latest: true, status: true,
+  milestone: true, missed: true, ack: true, pong: true, bye: true,
 };
 
 /** Read a text message; null for one of a kind that this page does not know. Throws on what is no message. */

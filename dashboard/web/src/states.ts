@@ -60,6 +60,9 @@ export interface Seen {
 /** Unanswered for longer than this, milliseconds, the page says that it lags. */
 const LAGGING_AFTER = 2_500;
 
+/** A connection that is lost for shorter, milliseconds, is told by the pill alone. */
+const PATIENCE = 1_500;
+
 interface Words {
   word: string;
   tone: Tone;
@@ -222,10 +225,13 @@ function notices(seen: Seen): Notice[] {
   if (link.phase === "gone" && ended) {
     const text = "This page keeps what it holds. The next run at this address appears by itself.";
     add({ id: `over ${run}`, tone: "off", title: "The server has gone with its run.", text, closable: true });
+  } else if (link.phase === "reconnecting" && (ended || seen.now - link.since < PATIENCE)) {
+    // Most often it is back before anybody could read this.
   } else if (link.phase !== "open" && link.phase !== "connecting") {
     const tone = link.phase === "reconnecting" || link.phase === "gone" || link.phase === "full" ? "warn" : "bad";
     const kept = link.phase === "reconnecting" ? "" : " What is below is as it was.";
-    add({ id: link.phase, tone, title: `${capital(pill(seen).word)}.`, text: `${explain(seen)}${kept}` });
+    const said = link.phase === "gone" && model.bye ? `It said: ${model.bye}. ` : "";
+    add({ id: link.phase, tone, title: `${capital(pill(seen).word)}.`, text: `${said}${explain(seen)}${kept}` });
   }
   if (link.phase === "open" && page !== null && model.hello?.page && model.hello.page !== page) {
     add({
@@ -273,7 +279,7 @@ function notices(seen: Seen): Notice[] {
 }
 
 const SYMBOLS: Record<Sign, string> = {
-  ...{ none: "…", live: "▶", paused: "⏸", good: "✓", stopped: "■", bad: "✕", warn: "!" },
+  none: "…", live: "▶", paused: "⏸", good: "✓", stopped: "■", bad: "✕", warn: "!",
 };
 
 /** Title of the window: state, loss, run. */

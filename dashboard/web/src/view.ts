@@ -119,7 +119,7 @@ function oneOf<T extends string>(choices: readonly T[], value: unknown): T {
 }
 
 /** Where the view is kept between visits; `localStorage` where the browser grants it. */
-export interface Storage {
+export interface ViewStorage {
   getItem(key: string): string | null;
   setItem(key: string, value: string): void;
 }
@@ -130,9 +130,9 @@ type Listener = (state: ViewState, previous: ViewState) => void;
 export class View {
   #state: ViewState;
   readonly #listeners = new Set<Listener>();
-  readonly #storage: Storage | null;
+  readonly #storage: ViewStorage | null;
 
-  constructor(hash = "", storage: Storage | null = null) {
+  constructor(hash = "", storage: ViewStorage | null = null) {
     this.#storage = storage;
     const remembered = this.#read();
     const linked = decodeView(hash);

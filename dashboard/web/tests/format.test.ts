@@ -49,6 +49,6 @@ test("counts, sizes and shares", () => {
   expect([999, 1_000, 204_812_331, 5e15].map(format.bytes)).toEqual(["999 B", "1.0 KB", "205 MB", "5000 TB"]);
   expect([0, 0.001, 0.5, 1.2, -1].map(format.percent)).toEqual(["0 %", "<1 %", "50 %", "100 %", "0 %"]);
   expect([0, 0.5, 16.41, 250.4, 4_201].map(format.perSecond).map((text) => text.replace("\u202f", " "))).toEqual([
-    ...["–", "0.500", "16.4", "250", "4 201"],
+    "–", "0.500", "16.4", "250", "4 201",
   ]);
 });

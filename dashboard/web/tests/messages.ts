@@ -6,8 +6,8 @@ import { NOTHING, reduce, type Happening, type Model } from "../src/model";
 
 export function hello(fields: Partial<Hello> = {}): Hello {
   return {
-    ...{ type: "hello", protocol: 1, server: "s1", page: "p1", role: "control", runs: [summary()], run: "a" },
-    ...{ time: 1_000, frame_interval: 0.1 },
+    type: "hello", protocol: 1, server: "s1", page: "p1", role: "control", runs: [summary()], run: "a",
+    time: 1_000, frame_interval: 0.1,
     ...fields,
   } as Hello;
 }
@@ -18,19 +18,19 @@ export function summary(fields: Partial<RunSummary> = {}): RunSummary {
 
 export function run(fields: Partial<RunInfo> = {}): RunInfo {
   return {
-    ...{ type: "run", key: "a", name: "a", attempt: 0, host: "h", pid: 1, command: [], commit: null, directory: null },
-    ...{ started: 100, device: "cpu", parameters: 1, epochs: 3, max_steps: null, max_time: null },
-    ...{ steps_per_epoch: 10, batches_per_epoch: 10, optimizers: [], monitor: "val_loss", config: {}, refused: {} },
+    type: "run", key: "a", name: "a", attempt: 0, host: "h", pid: 1, command: [], commit: null, directory: null,
+    started: 100, device: "cpu", parameters: 1, epochs: 3, max_steps: null, max_time: null,
+    steps_per_epoch: 10, batches_per_epoch: 10, optimizers: [], monitor: "val_loss", config: {}, refused: {},
     ...fields,
   } as RunInfo;
 }
 
 export function status(fields: Partial<Status> = {}): Status {
   return {
-    ...{ type: "status", run: "a", state: "running", by: "", reason: "", error: null, traceback: null, epoch: 0 },
-    ...{ step: 5, progress: 0.1, seconds: 3, time_left: 30, steps_per_second: 2, samples_per_second: 8, lr: 0.1 },
-    ...{ loss: 0.5, data_share: 0.1, compute_share: 0.8, callback_share: 0, validating: false, saving: false },
-    ...{ stalled: null, waiting_for: "", dropped: 0, trimmed: null, viewers: 1 },
+    type: "status", run: "a", state: "running", by: "", reason: "", error: null, traceback: null, epoch: 0,
+    step: 5, progress: 0.1, seconds: 3, time_left: 30, steps_per_second: 2, samples_per_second: 8, lr: 0.1,
+    loss: 0.5, data_share: 0.1, compute_share: 0.8, callback_share: 0, validating: false, saving: false,
+    stalled: null, waiting_for: "", dropped: 0, trimmed: null, viewers: 1,
     ...fields,
   } as Status;
 }

@@ -1,32 +1,32 @@
 import { expect, test } from "vitest";
-import { markOf, tell } from "../src/milestones";
+import { markOf, tell, wholeOf } from "../src/milestones";
 import type { RunEvent } from "../src/protocol";
 
 const EVENTS: [RunEvent, string, string, string][] = [
   [{ type: "TrainStart", device: "cuda:0" }, "state", "Training begins on cuda:0", ""],
   [
     { type: "ValidationEnd", metrics: { val_loss: 0.25, val_acc: "NaN" }, seconds: 2 },
-    ...(["validation", "Validated in 2.0 s: val_loss 0.25, val_acc NaN", ""] as const),
+    "validation", "Validated in 2.0 s: val_loss 0.25, val_acc NaN", "",
   ],
   [
     { type: "EpochEnd", epoch: 1, metrics: { a: 1, b: 2, c: 3, d: 4, e: 5 }, complete: false },
-    ...(["epoch", "Epoch 2 ends early: a 1, b 2, c 3, d 4, 1 more", ""] as const),
+    "epoch", "Epoch 2 ends early: a 1, b 2, c 3, d 4, 1 more", "",
   ],
   [
     { type: "LearningRateChanged", lr: 0.00001, previous: 0.1, source: "schedule" },
-    ...(["lr", "Learning rate 0.1 → 1e−5", "schedule"] as const),
+    "lr", "Learning rate 0.1 → 1e−5", "schedule",
   ],
   [
     { type: "CommandApplied", command: "set_lr", by: "viewer 10.0.0.7", arguments: { lr: 0.1, group: null } },
-    ...(["command", "Command set_lr (lr 0.1) took effect", "viewer 10.0.0.7"] as const),
+    "command", "Command set_lr (lr 0.1) took effect", "viewer 10.0.0.7",
   ],
   [
     { type: "CommandApplied", command: "validate", error: "ConfigError: no" },
-    ...(["command", "Command validate failed: ConfigError: no", ""] as const),
+    "command", "Command validate failed: ConfigError: no", "",
   ],
   [
     { type: "CheckpointSaved", path: "/r/c", saved_step: 1234, reason: "best", bytes: 2_500_000, seconds: 0.01 },
-    ...(["checkpoint", "Checkpoint of step 1\u202f234 saved (best), 2.5 MB in <0.1 s", ""] as const),
+    "checkpoint", "Checkpoint of step 1\u202f234 saved (best), 2.5 MB in <0.1 s", "",
   ],
   [{ type: "StateChanged", state: "paused", by: "user", reason: "lunch" }, "state", "Now paused: lunch", "user"],
   [{ type: "TrainEnd", status: "failed", error: "ValueError: no", seconds: 75 }, "state", "Training failed after 1 m 15 s: ValueError: no", ""],
@@ -53,4 +53,12 @@ test("alerts, checkpoints, learning rates and validations mark the curves, at th
   expect(markOf({ type: "ValidationEnd", ...at })?.kind).toBe("validation");
   expect(markOf({ type: "EpochEnd", ...at })).toBeNull();
   expect(markOf({ type: "Alert", message: "before it began" })).toBeNull();
+});
+
+test("the whole of an event keeps the lines of a traceback", () => {
+  const event = { type: "CallbackFailed", error: "ValueError: no", traceback: "Traceback:\n  in f\n", failures: 2 };
+  expect(wholeOf(event).split("\n")).toEqual([
+    "type: CallbackFailed", "error: ValueError: no", "traceback:", "  Traceback:", "    in f", "failures: 2",
+  ]);
+  expect(wholeOf({ type: "X", metrics: { loss: "NaN" } })).toBe('type: X\nmetrics:\n  {\n    "loss": "NaN"\n  }');
 });

@@ -63,6 +63,11 @@ test("a run of very many milestones keeps the newest and counts the rest", () =>
   expect([model.milestones.length, model.milestones[0]?.seq, model.missed]).toEqual([MILESTONES_KEPT, 3, 5]);
 });
 
+test("milestones that the server keeps no longer are not missed where the page has them", () => {
+  const model = watching(milestone(0), milestone(1), { type: "missed", run: "a", count: 5 });
+  expect(model.missed).toBe(3);
+});
+
 describe("a command", () => {
   test("goes from sent over accepted to applied", () => {
     const states = [given("1"), ack("1", "accepted"), ack("1", "applied", { step: 7 })].map((_, index, all) =>

@@ -17,7 +17,7 @@ describe("a chart frame", () => {
   test("is taken apart as the server has put it together", () => {
     const frame = decodeChart(bytes(FRAME));
     expect(frame.header).toEqual({
-      ...{ type: "chart", run: "r", kind: "delta", query: null, more: false, rows: 3, trimmed: 1 },
+      type: "chart", run: "r", kind: "delta", query: null, more: false, rows: 3, trimmed: 1,
       series: [
         { id: 4, points: 3, dense: true, reduced: false, marks: [[2, 2, "nan", 1]] },
         { id: 9, points: 1, dense: false, reduced: true, marks: [] },
@@ -49,6 +49,6 @@ test("a text message of a kind that is not known is left alone, what is no messa
 
 test("numbers that JSON has no word for come back", () => {
   expect([toNumber("NaN"), toNumber("Infinity"), toNumber("-Infinity"), toNumber(0.5), toNumber(null)]).toEqual([
-    ...[NaN, Infinity, -Infinity, 0.5, null],
+    NaN, Infinity, -Infinity, 0.5, null,
   ]);
 });

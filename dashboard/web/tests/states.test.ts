@@ -7,7 +7,7 @@ import { after, hello, link, run, status, summary, watching } from "./messages";
 
 function seen(fields: Partial<Omit<Seen, "link">> & { link?: Partial<Link> } = {}): Seen {
   return {
-    ...{ model: watching(), now: 1_000, time: 5_000, page: "p1", behind: 0, newer: null },
+    model: watching(), now: 1_000, time: 5_000, page: "p1", behind: 0, newer: null,
     ...fields,
     link: link(fields.link),
   };
@@ -64,6 +64,19 @@ group("the connection", () => {
     const described = describe(seen({ model: withStatus({ state: "completed" }), link: { phase: "gone" } }));
     expect(described.word).toBe("completed");
     expect(described.notices.map(({ title }) => title)).toEqual(["The server has gone with its run."]);
+  });
+
+  test("lost for a moment is told by the pill alone", () => {
+    expect(notices({ link: { phase: "reconnecting", since: 0 }, now: 1_000 })).toEqual([]);
+    expect(notices({ link: { phase: "reconnecting", since: 0 }, now: 2_000 })).toEqual(["Reconnecting."]);
+    const over = withStatus({ state: "stopped" });
+    expect(notices({ model: over, link: { phase: "reconnecting", since: 0 }, now: 9_000 })).toEqual([]);
+  });
+
+  test("what a server has said before it went is told", () => {
+    const model = watching({ type: "bye", reason: "the server was interrupted" });
+    const [notice] = describe(seen({ model, link: { phase: "gone" } })).notices;
+    expect(notice?.text).toMatch(/^It said: the server was interrupted\. Nobody answers/);
   });
 
   test("when it was lost stands there", () => {

@@ -12,8 +12,8 @@ class Memory {
 }
 
 const EVERYTHING: ViewState = {
-  ...{ tab: "events", search: "loss & <b>", axis: "wall", logX: true, logY: true, smoothing: 0.95 },
-  ...{ zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"] },
+  tab: "events", search: "loss & <b>", axis: "wall", logX: true, logY: true, smoothing: 0.95,
+  zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"],
   theme: "auto",
 };
 
@@ -60,7 +60,7 @@ describe("a view", () => {
     const again = new View("", storage).get();
     expect(again).toEqual({
       ...EVERYTHING,
-      ...{ theme: "dark", zoom: null, follow: false, search: "", panel: null },
+      theme: "dark", zoom: null, follow: false, search: "", panel: null,
     });
   });
 

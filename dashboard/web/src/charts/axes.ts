@@ -39,7 +39,11 @@ export function fitScale(low: number, high: number, log: boolean): Scale {
     if (!(low > 0) || !(high >= low)) return new Scale(0.1, 10, true);
     const [from, to] = [Math.log10(low), Math.log10(high)];
     const air = to - from < 1e-9 ? 0.5 : 0.05 * (to - from);
-    return new Scale(Math.max(10 ** (from - air), Number.MIN_VALUE), Math.min(10 ** (to + air), Number.MAX_VALUE), true);
+    return new Scale(
+      Math.max(10 ** (from - air), Number.MIN_VALUE),
+      Math.min(10 ** (to + air), Number.MAX_VALUE),
+      true,
+    );
   }
   if (!(high >= low)) return new Scale(0, 1);
   // Equal, or so close that a double has no ticks between them
@@ -54,6 +58,8 @@ export function fitScale(low: number, high: number, log: boolean): Scale {
   let max = Math.ceil(high / step) * step;
   if (low - min < 0.02 * (max - min) && low !== 0) min -= step / 2;
   if (max - high < 0.02 * (max - min) && high !== 0) max += step / 2;
+  // An axis of values that cannot be negative does not look as if they could.
+  if (low >= 0) min = Math.max(min, 0);
   return new Scale(Math.max(min, -limit), Math.min(max, limit));
 }
 
@@ -182,7 +188,12 @@ export function formatDuration(seconds: number): string {
   const sign = seconds < 0 ? "−" : "";
   let rest = Math.round(Math.abs(seconds));
   const parts: string[] = [];
-  for (const [unit, length] of [["d", 86_400], ["h", 3_600], ["m", 60], ["s", 1]] as const) {
+  for (const [unit, length] of [
+    ["d", 86_400],
+    ["h", 3_600],
+    ["m", 60],
+    ["s", 1],
+  ] as const) {
     const number = Math.floor(rest / length);
     rest -= number * length;
     if (number > 0 && parts.length < 2) parts.push(`${number}${unit}`);
@@ -192,7 +203,9 @@ export function formatDuration(seconds: number): string {
 
 /** Labels for neighbouring ticks: as few digits as tell them apart, all written alike. */
 export function formatTicks(values: number[], log = false): string[] {
-  if (values.length < 2) return values.map((value) => formatTick(value, 10 ** Math.floor(Math.log10(Math.abs(value) || 1)) / 1_000));
+  if (values.length < 2) {
+    return values.map((value) => formatTick(value, 10 ** (Math.floor(Math.log10(Math.abs(value) || 1)) - 1)));
+  }
   let [step, size] = [Infinity, 0];
   for (let index = 0; index < values.length; index++) {
     const value = values[index] as number;
@@ -204,7 +217,9 @@ export function formatTicks(values: number[], log = false): string[] {
   const small = even ? size < 1e-3 : values.some((value) => Math.abs(value) < 1e-3);
   return values.map((value) => {
     const own = even ? step : 10 ** Math.floor(Math.log10(Math.abs(value)) + 1e-9);
-    return small && Math.abs(value) < 0.1 && value !== 0 ? exponential(value, digitsOf(value, own)) : formatTick(value, own);
+    return small && Math.abs(value) < 0.1 && value !== 0
+      ? exponential(value, digitsOf(value, own))
+      : formatTick(value, own);
   });
 }
 
@@ -225,7 +240,12 @@ function formatTick(value: number, step: number): string {
   if (value === 0 || Math.abs(value) < step / 1e6) return "0";
   const size = Math.abs(value);
   if (size >= 1e15 || size < 1e-4) return exponential(value, digitsOf(value, step));
-  for (const [suffix, unit] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]] as const) {
+  for (const [suffix, unit] of [
+    ["T", 1e12],
+    ["G", 1e9],
+    ["M", 1e6],
+    ["k", 1e3],
+  ] as const) {
     if (size >= (unit === 1e3 ? 1e4 : unit)) {
       return minus((value / unit).toFixed(decimals(step / unit))) + suffix;
     }

@@ -1,6 +1,6 @@
 // Small parts of the charts, beside the page's own (../dom.ts).
 
-import { h } from "../dom";
+import { h, icon } from "../dom";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -21,18 +21,14 @@ const ICONS = {
 
 export type Icon = keyof typeof ICONS;
 
-function icon(name: Icon): SVGElement {
-  return shape("svg", { viewBox: "0 0 16 16", "aria-hidden": "true", class: "icon" }, shape("path", { d: ICONS[name] }));
-}
-
 /** A button that shows a picture and is called `label`. */
 export function iconButton(name: Icon, label: string, pressed: () => void): HTMLButtonElement {
   const attributes = { type: "button", class: "icon-button", "aria-label": label, title: label, onclick: pressed };
-  return h("button", attributes, icon(name));
+  return h("button", attributes, icon(ICONS[name]));
 }
 
 export function setIcon(button: HTMLButtonElement, name: Icon, label: string): void {
-  button.replaceChildren(icon(name));
+  button.replaceChildren(icon(ICONS[name]));
   button.setAttribute("aria-label", label);
   button.title = label;
 }
@@ -54,5 +50,9 @@ export function save(blob: Blob, name: string): void {
 
 /** A name for a file, of whatever a run or a metric is called. */
 export function fileName(...parts: string[]): string {
-  return parts.filter(Boolean).join("-").replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 120);
+  return parts
+    .filter(Boolean)
+    .join("-")
+    .replace(/[^\p{L}\p{N}._-]+/gu, "_")
+    .slice(0, 120);
 }

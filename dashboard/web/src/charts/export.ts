@@ -1,8 +1,9 @@
 // Panels as files: all points as CSV, what is seen as PNG.
 
-import type { Gap, SeriesInfo } from "../protocol";
-import type { Answer, Part, Ranges } from "./ranges";
+import { type Gap, MAX_SERIES_SHOWN, type SeriesInfo } from "../protocol";
 import type { PanelCurve } from "./panel";
+import type { Answer, Part, Ranges } from "./ranges";
+import { withStretches } from "./series_store";
 import { dash, hue, type Theme } from "./theme";
 
 /** Steps that are asked for at a time: the browser never holds more of a long run. */
@@ -30,8 +31,14 @@ export async function readCsv(
   for (let index = 0; index < questions; index++) {
     const start = index === 0 ? -1e15 : index * CSV_STEPS;
     const end = index === questions - 1 ? 1e15 : (index + 1) * CSV_STEPS - 0.5;
-    const answer = await ranges.ask({ series: ids, start, end, axis: "step", points: 0 });
-    pieces.push(csvRows(answer, ids, told));
+    const whole: Answer = { parts: new Map(), gaps: [] };
+    for (let first = 0; first < ids.length; first += MAX_SERIES_SHOWN) {
+      const some = ids.slice(first, first + MAX_SERIES_SHOWN);
+      const { parts, gaps } = await ranges.ask({ series: some, start, end, axis: "step", points: 0 });
+      for (const [id, part] of parts) whole.parts.set(id, part);
+      whole.gaps = withStretches(whole.gaps, gaps);
+    }
+    pieces.push(csvRows(whole, ids, told));
     progress((index + 1) / questions);
   }
   return new Blob(pieces, { type: "text/csv;charset=utf-8" });
@@ -102,7 +109,12 @@ function isNumber(cell: string): boolean {
 }
 
 /** Draw a panel's picture with its name and legend above it. */
-export function readPng(canvas: HTMLCanvasElement, name: string, curves: readonly PanelCurve[], theme: Theme): Promise<Blob | null> {
+export function readPng(
+  canvas: HTMLCanvasElement,
+  name: string,
+  curves: readonly PanelCurve[],
+  theme: Theme,
+): Promise<Blob | null> {
   const ratio = devicePixelRatio;
   const head = 46 * ratio;
   const picture = document.createElement("canvas");

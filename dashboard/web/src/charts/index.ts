@@ -12,8 +12,9 @@ import type { Axis, View, ViewState } from "../view";
 import { Scale } from "./axes";
 import { fileName, save } from "./dom";
 import { readCsv, readPng } from "./export";
-import { type ChartEvent, Panel, type PanelHost, type Scene } from "./panel";
+import { Panel, type PanelHost } from "./panel";
 import { type Answer, NoAnswer, Ranges } from "./ranges";
+import type { ChartEvent, Scene } from "./scene";
 import { type Column, Curve, SeriesStore } from "./series_store";
 import { showTable } from "./table";
 import { readTheme, type Theme, watchTheme } from "./theme";
@@ -38,8 +39,12 @@ const ZOOM_REST = 120;
 const ZOOM_AGAIN = 5_000;
 /** Points before a zoom that are kept with it, so that smoothing begins where it did. */
 const WARM_UP = 1_500;
-/** Events of a kind that are drawn; older ones are let go. */
-const MAX_EVENTS = 1_000;
+/** Events of a kind that are kept; older ones are let go. */
+const MAX_EVENTS = 500;
+/** Curves that are kept though their panels are not on the screen. */
+const MAX_UNSEEN = 200;
+/** Milliseconds between two updates of the values beside the curves' names: text costs more than lines. */
+const VALUES_INTERVAL = 300;
 const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
 
 interface Group {
@@ -52,7 +57,8 @@ interface Group {
 /** Finer points of a curve, for a zoom. */
 interface Detail {
   curve: Curve;
-  /** What they were asked for. */
+  column: Column;
+  /** The part of the column that they were asked for; Infinity where it went to the newest point. */
   from: number;
   to: number;
 }
@@ -83,16 +89,22 @@ export class Charts {
   #theme: Theme;
   #cursor: number | null = null;
   #pinned = false;
+  /** Where the mouse is, from 0 to 1 along the x axis; null if the cursor is not its. */
+  #mouse: number | null = null;
   #scene: Scene | null = null;
 
   #frame: number | null = null;
   #credits = 0;
   #shown: number[] = [];
+  /** Points of each curve that were asked for. */
+  #shownPoints = 0;
   #leaving = new Map<Panel, ReturnType<typeof setTimeout>>();
   #asked = { key: "", at: -Infinity };
   #asking = false;
   #zoomTimer: { key: string; timer: ReturnType<typeof setTimeout> } | null = null;
   #tableTime = 0;
+  #valuesShown = -Infinity;
+  #valuesTimer: ReturnType<typeof setTimeout> | null = null;
 
   constructor(root: HTMLElement, host: ChartsHost) {
     this.#root = root;
@@ -128,24 +140,26 @@ export class Charts {
     const same = run !== null && run.key === this.#run?.key;
     this.#run = run;
     this.#ranges.abandon("the connection was lost");
-    this.#store = new SeriesStore();
-    this.#details.clear();
     this.#asked = { key: "", at: -Infinity };
     this.#shown = [];
-    this.#latest = {};
-    this.#status = null;
     if (same) {
-      // The panels stay where they are: the page does not jump. Ids may be others; `addSeries` will say.
+      // Curves and panels stay until their snapshots come: the page does not flicker.
+      this.#store.interrupted();
       this.#series.clear();
     } else {
+      this.#store = new SeriesStore();
+      this.#details.clear();
+      this.#latest = {};
+      this.#status = null;
       this.#events = [];
       this.#cursor = null;
+      this.#toolbar.setNote("");
       for (const panel of this.#panels.values()) this.#removePanel(panel);
       for (const { section } of this.#groups.values()) section.remove();
       this.#groups.clear();
       this.#series.clear();
     }
-    this.#showEmpty();
+    this.#filter();
     this.#redraw();
   }
 
@@ -155,11 +169,13 @@ export class Charts {
       this.#series.set(info.id, info);
       const panel = this.#panels.get(info.panel) ?? this.#addPanel(info.panel, info.group);
       const known = panel.curves.find((curve) => curve.info.key === info.key);
+      if (known && known.info.id !== info.id) {
+        for (const id of [known.info.id, info.id]) this.#forget(id);
+      }
       if (known) known.info = info;
       else panel.addCurve(info);
     }
     this.#filter();
-    this.#showEmpty();
     this.#subscribe();
     this.#redraw();
   }
@@ -178,6 +194,11 @@ export class Charts {
     this.#redraw();
   }
 
+  #forget(id: number): void {
+    this.#store.curves.delete(id);
+    this.#details.delete(id);
+  }
+
   applyLatest(latest: Latest): void {
     Object.assign(this.#latest, latest.values);
     this.#redraw();
@@ -188,8 +209,12 @@ export class Charts {
     this.#status = status;
     if (status.trimmed !== before?.trimmed || status.dropped !== before?.dropped) {
       const notes = [
-        ...(status.dropped > 0 ? [`${status.dropped.toLocaleString("en")} samples were dropped: shaded stretches are gaps.`] : []),
-        ...(status.trimmed !== null ? [`Before step ${status.trimmed.toLocaleString("en")} only least and greatest values are left.`] : []),
+        ...(status.dropped > 0
+          ? [`${status.dropped.toLocaleString("en")} samples were dropped: shaded stretches are gaps.`]
+          : []),
+        ...(status.trimmed !== null
+          ? [`Before step ${status.trimmed.toLocaleString("en")} only least and greatest values are left.`]
+          : []),
       ];
       this.#toolbar.setNote(notes.join(" "));
       this.#redraw();
@@ -197,23 +222,22 @@ export class Charts {
   }
 
   addMark(mark: ChartEvent): void {
+    // After a new connection events may come again.
+    const known = ({ step, kind, text }: ChartEvent): boolean =>
+      step === mark.step && kind === mark.kind && text === mark.text;
+    if (this.#events.some(known)) return;
     this.#events.push(mark);
-    if (this.#events.length > 4 * MAX_EVENTS) {
-      const kinds = new Map<string, number>();
-      this.#events = this.#events
-        .reverse()
-        .filter(({ kind }) => {
-          kinds.set(kind, (kinds.get(kind) ?? 0) + 1);
-          return (kinds.get(kind) as number) <= MAX_EVENTS / 2;
-        })
-        .reverse();
-    }
+    const alike = this.#events.filter(({ kind }) => kind === mark.kind);
+    if (alike.length > MAX_EVENTS) this.#events.splice(this.#events.indexOf(alike[0] as ChartEvent), 1);
     this.#redraw();
   }
 
   setConnected(connected: boolean): void {
     this.#connected = connected;
-    if (!connected) this.#ranges.abandon("the connection was lost");
+    if (!connected) {
+      this.#ranges.abandon("the connection was lost");
+      this.#credits = 0; // what is owed is owed to the server that is gone
+    }
     for (const panel of this.#panels.values()) panel.csvButton.disabled = !connected;
   }
 
@@ -233,6 +257,7 @@ export class Charts {
   destroy(): void {
     if (this.#frame !== null) cancelAnimationFrame(this.#frame);
     if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer.timer);
+    if (this.#valuesTimer !== null) clearTimeout(this.#valuesTimer);
     for (const timer of this.#leaving.values()) clearTimeout(timer);
     this.#ranges.abandon("the charts are gone");
     for (const stop of this.#stop) stop();
@@ -273,7 +298,11 @@ export class Charts {
       const { folded } = this.#host.view.get();
       this.#host.view.set({ folded: folded.includes(name) ? folded.filter((one) => one !== name) : [...folded, name] });
     };
-    const fold = h("button", { type: "button", class: "charts-fold", "aria-expanded": "true", onclick }, name || "Metrics");
+    const fold = h(
+      "button",
+      { type: "button", class: "charts-fold", "aria-expanded": "true", onclick },
+      name || "Metrics",
+    );
     const section = h("section", { class: "charts-group" }, h("h2", { class: "charts-heading" }, fold), grid);
     const group = { section, grid, fold, panels: [] };
     this.#groups.set(name, group);
@@ -301,12 +330,11 @@ export class Charts {
       savePicture: (panel) => void this.#savePicture(panel),
       saveCsv: (panel) => void this.#saveCsv(panel),
       announce: (text) => this.#host.announce(text),
-      resized: () => this.#redraw(),
+      resized: () => {
+        this.#subscribe();
+        this.#redraw();
+      },
     };
-  }
-
-  #showEmpty(): void {
-    this.#empty.hidden = this.#panels.size > 0;
   }
 
   /** Show what the search finds, or the one panel that is maximised. */
@@ -333,6 +361,8 @@ export class Charts {
       group.fold.setAttribute("aria-expanded", String(open));
     }
     this.#toolbar.setCount(found, this.#panels.size);
+    this.#empty.textContent = this.#panels.size === 0 ? "No metrics yet." : "No metric has these words in its name.";
+    this.#empty.hidden = found > 0 || one;
   }
 
   #intersected(entries: IntersectionObserverEntry[]): void {
@@ -359,11 +389,22 @@ export class Charts {
   /** Tell the server which curves are on the screen, if they are others than before. */
   #subscribe(): void {
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
-    const wanted = visible.flatMap((panel) => panel.curves.map(({ info }) => info.id)).filter((id) => this.#series.has(id));
+    const wanted = visible
+      .flatMap((panel) => panel.curves.map(({ info }) => info.id))
+      .filter((id) => this.#series.has(id));
     const series = wanted.slice(0, MAX_SERIES_SHOWN).sort((one, other) => one - other);
-    if (this.#run === null || series.join() === this.#shown.join()) return;
+    const points = this.#points(visible);
+    // Curves of a panel that has grown, as when it is maximised, come anew with as many points as it can show.
+    const grown =
+      points > 1.5 * this.#shownPoints && series.some((id) => (this.#store.curves.get(id)?.reducedTo ?? -1) >= 0);
+    if (this.#run === null || (series.join() === this.#shown.join() && !grown)) return;
+    if (grown && this.#shown.length > 0) this.#host.send({ type: "show", series: [] });
     this.#shown = series;
-    this.#host.send({ type: "show", series, points: this.#points(visible) });
+    this.#shownPoints = points;
+    // A snapshot will bring them back.
+    const unseen = [...this.#store.curves.keys()].filter((id) => !series.includes(id));
+    for (const id of unseen.slice(0, Math.max(0, unseen.length - MAX_UNSEEN))) this.#forget(id);
+    this.#host.send({ type: "show", series, points });
   }
 
   /** Twice the width of the widest panel: one least and one greatest point for each pixel. */
@@ -382,11 +423,30 @@ export class Charts {
     this.#frame = null;
     this.#scene = null;
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
-    for (const panel of visible) panel.draw();
-    for (const panel of visible) panel.showCursor();
-    this.#refreshTables();
-    this.#askForDetail();
-    for (; this.#credits > 0; this.#credits--) this.#host.drawn();
+    try {
+      for (const panel of visible) panel.draw();
+      this.#showValues();
+      this.#refreshTables();
+      this.#askForDetail();
+    } finally {
+      // Also after a mistake of ours: else no frame would come any more.
+      for (; this.#credits > 0; this.#credits--) this.#host.drawn();
+    }
+  }
+
+  /** Write the values into the legends: at once under a cursor, else as often as one can read them. */
+  #showValues(): void {
+    const now = performance.now();
+    const wait = this.#cursor === null ? this.#valuesShown + VALUES_INTERVAL - now : 0;
+    if (wait > 0) {
+      this.#valuesTimer ??= setTimeout(() => {
+        this.#valuesTimer = null;
+        this.#showValues();
+      }, wait);
+      return;
+    }
+    this.#valuesShown = now;
+    for (const panel of this.#panels.values()) if (panel.visible) panel.showCursor();
   }
 
   #getScene(): Scene {
@@ -395,13 +455,18 @@ export class Charts {
 
   #makeScene(): Scene {
     const { axis, logX, logY, smoothing, hidden } = this.#host.view.get();
+    // A root that was not in the document yet had no colours.
+    if (this.#theme.text === "") this.#theme = readTheme(this.#root);
     const column = COLUMNS[axis];
     const origin = axis === "time" ? this.#start() : 0;
+    const x = this.#xScale(axis, logX && axis !== "wall");
+    // The cursor of a mouse stays under the mouse, that of a key at its step.
+    if (this.#cursor !== null && this.#mouse !== null) this.#cursor = x.fromUnit(this.#mouse);
     const scene: Scene = {
       axis,
       column,
       origin,
-      x: this.#xScale(axis, logX && axis !== "wall"),
+      x,
       logY,
       smoothing,
       hidden: new Set(hidden),
@@ -424,7 +489,8 @@ export class Charts {
   #start(): number {
     if (this.#run?.started) return this.#run.started;
     let start = Infinity;
-    for (const curve of this.#store.curves.values()) if (curve.length > 0) start = Math.min(start, curve.time[0] as number);
+    for (const curve of this.#store.curves.values())
+      if (curve.length > 0) start = Math.min(start, curve.time[0] as number);
     return Number.isFinite(start) ? start : 0;
   }
 
@@ -482,9 +548,12 @@ export class Charts {
 
   #viewChanged(state: ViewState, previous: ViewState): void {
     this.#toolbar.show(state);
-    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded) this.#filter();
+    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded) {
+      this.#filter();
+    }
+    this.#valuesShown = -Infinity;
     if (state.zoom !== previous.zoom && state.zoom === null) this.#details.clear();
-    if (state.axis !== previous.axis) this.#cursor = null;
+    if (state.axis !== previous.axis) this.#cursor = this.#mouse = null;
     this.#redraw();
   }
 
@@ -530,8 +599,10 @@ export class Charts {
     // The mouse that leaves does not take a cursor away that was put there
     if (x === null && !pinned && this.#pinned) return;
     this.#pinned = pinned && x !== null;
+    this.#mouse = pinned || x === null ? null : this.#getScene().x.toUnit(x);
     if (x === this.#cursor) return;
     this.#cursor = x;
+    this.#valuesShown = -Infinity;
     if (this.#scene) this.#scene.cursor = x;
     for (const panel of this.#panels.values()) if (panel.visible) panel.showCursor();
   }
@@ -539,7 +610,12 @@ export class Charts {
   // Zoom ----------------------------------------------------------------------------------------------
 
   #curve(id: number): Curve | null {
-    return this.#details.get(id)?.curve ?? this.#store.curves.get(id) ?? null;
+    const detail = this.#details.get(id);
+    if (detail && this.#scene) {
+      const { column, x, origin } = this.#scene;
+      if (detail.column === column && x.min + origin >= detail.from && x.max + origin <= detail.to) return detail.curve;
+    }
+    return this.#store.curves.get(id) ?? null;
   }
 
   /** If what is zoomed to holds reduced points, ask for finer ones. */
@@ -596,18 +672,26 @@ export class Charts {
     const fine = new Curve();
     const first = curve.search(column, from);
     fine.copy(curve, first - WARM_UP, first);
-    for (let index = 0; index < part.step.length; index++) {
-      fine.push(part.step[index] as number, part.time[index] as number, part.epoch[index] as number, part.value[index] as number);
+    // The answer begins with the neighbour before the zoom, which may be there already.
+    const begin = (part.step[0] as number) <= (fine.last?.step ?? -Infinity) ? 1 : 0;
+    for (let index = begin; index < part.step.length; index++) {
+      fine.push(
+        part.step[index] as number,
+        part.time[index] as number,
+        part.epoch[index] as number,
+        part.value[index] as number,
+      );
     }
     const last = fine.last?.step ?? -Infinity;
     let next = curve.search("step", last);
     while (next < curve.length && (curve.step[next] as number) <= last) next++;
     fine.copy(curve, next);
     fine.addMarks(curve.marks);
+    const newest = next >= curve.length;
     [fine.least, fine.greatest] = [curve.least, curve.greatest];
     fine.cadence = curve.cadence;
     fine.reducedTo = part.reduced ? last : -Infinity;
-    this.#details.set(id, { curve: fine, from, to });
+    this.#details.set(id, { curve: fine, column, from, to: newest ? Infinity : to });
   }
 
   /** New points belong to a curve's finer copy, too. */

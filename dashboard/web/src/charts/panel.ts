@@ -6,43 +6,17 @@
 
 import uPlot from "uplot";
 
-import type { Gap, Latest, SeriesInfo } from "../protocol";
-import { toNumber } from "../protocol";
-import type { Axis } from "../view";
-import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { h, setText } from "../dom";
+import type { Latest, SeriesInfo } from "../protocol";
+import { toNumber } from "../protocol";
+import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { iconButton, setIcon, swatch } from "./dom";
-import type { Column, Curve, Point } from "./series_store";
+import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintText } from "./paint";
+import type { Scene } from "./scene";
+import type { Curve, Point } from "./series_store";
 import { Smoothed } from "./smoothing";
-import { dash, hue, type Theme } from "./theme";
-import { type Box, extent, trace, visible } from "./trace";
-
-export interface ChartEvent {
-  step: number;
-  time: number;
-  kind: "alert" | "checkpoint" | "lr" | "validation";
-  text: string;
-}
-
-/** Everything that all panels draw alike. */
-export interface Scene {
-  axis: Axis;
-  column: Column;
-  /** What is subtracted from the column: the start of the run where x is the time since then. */
-  origin: number;
-  x: Scale;
-  logY: boolean;
-  smoothing: number;
-  hidden: ReadonlySet<string>;
-  gaps: readonly Gap[];
-  trimmed: number | null;
-  events: readonly (ChartEvent & { x: number })[];
-  theme: Theme;
-  /** Where the cursor is, in units of x; null if nowhere. */
-  cursor: number | null;
-  /** Where a step lies on the x axis; null if nobody knows. */
-  placeOf(step: number): number | null;
-}
+import { dash, hue } from "./theme";
+import { edges, extent, inside } from "./trace";
 
 /** What a panel asks of the page it is on. */
 export interface PanelHost {
@@ -76,12 +50,6 @@ interface LegendItem {
   best: HTMLElement;
 }
 
-const FONT_SIZE = 11;
-/** Points so far apart are drawn with dots, in CSS pixels. */
-const DOT_SPACING = 9;
-/** How far a dashed line may go up and down, in widths of the plot. */
-const MAX_DASHED_CLIMB = 4;
-
 let panels = 0;
 
 export class Panel {
@@ -106,6 +74,8 @@ export class Panel {
   #y = new Scale(0, 1);
   #xTicks: Ticks = { values: [], labels: [] };
   #yTicks: Ticks = { values: [], labels: [] };
+  /** Points in view that a logarithmic axis has no place for. */
+  #belowZero = 0;
   #summarised = 0;
   #moving = false;
 
@@ -123,7 +93,14 @@ export class Panel {
     this.tableButton.setAttribute("aria-expanded", "false");
     this.csvButton = iconButton("download", `Save ${name} as CSV`, () => host.saveCsv(this));
     const picture = iconButton("picture", `Save ${name} as PNG`, () => host.savePicture(this));
-    const buttons = h("div", { class: "chart-buttons" }, this.tableButton, picture, this.csvButton, this.maximiseButton);
+    const buttons = h(
+      "div",
+      { class: "chart-buttons" },
+      this.tableButton,
+      picture,
+      this.csvButton,
+      this.maximiseButton,
+    );
     this.#legend = h("div", { class: "chart-legend", role: "group", "aria-label": `Curves of ${name}` });
     this.#summary = h("p", { id: `${id}-summary`, class: "sr-only" }, "No values yet.");
     this.plot = h("div", {
@@ -158,17 +135,25 @@ export class Panel {
     const title = `${info.key}: click to hide or show`;
     const onclick = (): void => this.#host.toggleCurve(info.key);
     const label = h("span", { class: "curve-label" }, info.label);
-    const button = h("button", { type: "button", class: "curve", "aria-pressed": "true", title, onclick }, label, value, best);
+    const button = h(
+      "button",
+      { type: "button", class: "curve", "aria-pressed": "true", title, onclick },
+      label,
+      value,
+      best,
+    );
     this.#items.set(info.key, { button, value, best });
-    this.#legend.append(button);
-    // What the title says already, the legend need not.
-    this.#legend.classList.toggle("only", this.curves.length === 1 && info.label === this.name);
     assignSlots(this.curves);
-    for (const { info: { key }, slot } of this.curves) {
-      const item = this.#items.get(key)?.button;
-      item?.querySelector(".swatch")?.remove();
-      item?.prepend(swatch(hue(slot), dash(slot)));
+    for (const { info: one, slot } of [...this.curves].sort((left, right) => left.slot - right.slot)) {
+      const item = this.#items.get(one.key)?.button;
+      if (!item) continue;
+      item.querySelector(".swatch")?.remove();
+      item.prepend(swatch(hue(slot), dash(slot)));
+      this.#legend.append(item);
     }
+    // What the title says already, the legend need not.
+    this.#legend.classList.toggle("only", this.curves.length === 1 && !["train", "val"].includes(info.label));
+    this.#legend.classList.toggle("several", this.curves.length > 2);
   }
 
   /** The part of its curves that is switched on. */
@@ -201,8 +186,13 @@ export class Panel {
   }
 
   setMaximised(maximised: boolean): void {
+    if (this.figure.classList.contains("maximised") === maximised) return;
     this.figure.classList.toggle("maximised", maximised);
-    setIcon(this.maximiseButton, maximised ? "restore" : "maximise", `${maximised ? "Restore" : "Maximise"} ${this.name}`);
+    setIcon(
+      this.maximiseButton,
+      maximised ? "restore" : "maximise",
+      `${maximised ? "Restore" : "Maximise"} ${this.name}`,
+    );
   }
 
   /**
@@ -215,7 +205,7 @@ export class Panel {
     const scene = this.#host.scene();
     this.#y = this.#fitY(scene);
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
-    this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 42)));
+    this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 36)));
     chart.batch(() => chart.redraw(false, true));
   }
 
@@ -305,9 +295,19 @@ export class Panel {
         scales: { x: { time: false, range: [0, 1] }, y: { auto: false, range: [0, 1] } },
         series: [{}],
         axes: [
-          { ...axis(() => this.#xTicks, (value) => this.#host.scene().x.toUnit(value)), size: 22, gap: 5 },
           {
-            ...axis(() => this.#yTicks, (value) => this.#y.toUnit(value)),
+            ...axis(
+              () => this.#xTicks,
+              (value) => this.#host.scene().x.toUnit(value),
+            ),
+            size: 22,
+            gap: 5,
+          },
+          {
+            ...axis(
+              () => this.#yTicks,
+              (value) => this.#y.toUnit(value),
+            ),
             scale: "y",
             side: 3,
             gap: 6,
@@ -326,7 +326,7 @@ export class Panel {
           },
         },
         hooks: {
-          drawClear: [(plot) => this.#paintBelow(plot)],
+          drawClear: [(plot) => paintBackground(this.#brush(plot))],
           draw: [(plot) => this.#paint(plot)],
           setCursor: [(plot) => this.#cursorMoved(plot)],
           setSelect: [(plot) => this.#selected(plot)],
@@ -348,16 +348,18 @@ export class Panel {
 
   #fitY(scene: Scene): Scale {
     let range: [number, number] = [Infinity, -Infinity];
+    this.#belowZero = 0;
     for (const { info } of this.shown(scene)) {
       const curve = this.#host.curve(info.id);
       if (!curve) continue;
-      const [outerFrom, outerTo] = visible(curve, scene);
-      const places = curve[scene.column];
-      const from = (places[outerFrom] as number) - scene.origin < scene.x.min ? outerFrom + 1 : outerFrom;
-      const to = (places[outerTo - 1] as number) - scene.origin > scene.x.max ? outerTo - 1 : outerTo;
-      // Between two points: the line that crosses the view counts.
-      const inner: [number, number] = from < to ? [from, to] : [outerFrom, outerTo];
+      const inner = inside(curve, scene);
       range = extent(curve.value, inner, scene.logY, range);
+      if (scene.smoothing > 0) range = extent(this.#values(curve, scene), inner, scene.logY, range);
+      // Where a line enters and leaves the view
+      for (const edge of edges(curve, scene)) range = extent(Float64Array.of(edge), [0, 1], scene.logY, range);
+      if (!scene.logY || !(curve.least && curve.least.value <= 0)) continue;
+      for (let index = inner[0]; index < inner[1]; index++)
+        this.#belowZero += Number((curve.value[index] as number) <= 0);
     }
     return fitScale(range[0], range[1], scene.logY);
   }
@@ -372,196 +374,23 @@ export class Panel {
     return smoothed.update(curve);
   }
 
-  #paintBelow(chart: uPlot): void {
-    const { ctx, bbox } = chart;
-    const scene = this.#host.scene();
-    const ratio = devicePixelRatio;
-    const at = (x: number): number => bbox.left + Math.max(-1, Math.min(2, scene.x.toUnit(x))) * bbox.width;
-    ctx.save();
-    clip(ctx, bbox);
-    const shade = (from: number, to: number, name: string): void => {
-      const width = Math.max(to - from, ratio);
-      if (to < bbox.left || from > bbox.left + bbox.width) return;
-      ctx.fillStyle = scene.theme.shade;
-      ctx.fillRect(from, bbox.top, width, bbox.height);
-      const start = Math.max(from, bbox.left) + 4 * ratio;
-      const room = Math.min(to, bbox.left + bbox.width) - start;
-      if (room < 40 * ratio) return;
-      ctx.font = `${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
-      ctx.textBaseline = "top";
-      if (ctx.measureText(name).width < room) {
-        ctx.fillStyle = scene.theme.faint;
-        ctx.fillText(name, start, bbox.top + 3 * ratio);
-      }
-    };
-    for (const [after, before, count] of scene.gaps) {
-      const [from, to] = [scene.placeOf(after), scene.placeOf(before)];
-      if (from !== null && to !== null) shade(at(from), at(to), `${count} dropped`);
-    }
-    const trimmed = scene.trimmed === null ? null : scene.placeOf(scene.trimmed);
-    if (trimmed !== null && trimmed > scene.x.min) shade(bbox.left, at(trimmed), "least and greatest only");
-    ctx.restore();
+  #brush({ ctx, bbox }: uPlot): Brush {
+    return { ctx, box: bbox, ratio: devicePixelRatio, scene: this.#host.scene(), y: this.#y };
   }
 
   #paint(chart: uPlot): void {
-    const { ctx, bbox } = chart;
-    const scene = this.#host.scene();
-    const { theme } = scene;
-    const ratio = devicePixelRatio;
-    const view = { ...scene, box: bbox, y: this.#y };
-    ctx.save();
-    clip(ctx, bbox);
-    ctx.lineJoin = "bevel"; // a mitre at a spike would stick out beyond its value
-    ctx.lineWidth = lineWidth(ratio);
-    this.#paintEvents(ctx, bbox, scene);
-    let drawn = false;
-    // The first curve of a panel is drawn last, over the others.
-    const curves = this.shown(scene).sort((one, other) => other.slot - one.slot);
-    for (const { info, slot } of curves) {
+    const brush = this.#brush(chart);
+    const { scene } = brush;
+    const shown = this.shown(scene);
+    const lines = shown.flatMap(({ info, slot }): Line[] => {
       const curve = this.#host.curve(info.id);
-      if (!curve || (curve.length === 0 && curve.marks.length === 0)) continue;
-      drawn = true;
-      const range = visible(curve, scene);
-      const breaks = curve.breaks(scene.gaps);
-      const colour = theme.hues[hue(slot)] as string;
-      ctx.strokeStyle = ctx.fillStyle = colour;
-      if (scene.smoothing > 0) {
-        ctx.globalAlpha = 0.25;
-        ctx.beginPath();
-        trace(ctx, curve, curve.value, range, breaks, view);
-        ctx.stroke();
-        ctx.globalAlpha = 1;
-      }
-      ctx.beginPath();
-      const { lonely, climb } = trace(ctx, curve, this.#values(curve, scene), range, breaks, view);
-      // Along a line that goes up and down like mad nobody sees dashes, and they take long to draw.
-      if (climb < MAX_DASHED_CLIMB * bbox.width) ctx.setLineDash(dash(slot).map((length) => length * ratio));
-      ctx.stroke();
-      ctx.setLineDash([]);
-      const few = (range[1] - range[0]) * DOT_SPACING * ratio < bbox.width;
-      if (few) this.#paintDots(ctx, curve, this.#values(curve, scene), range, view, ratio);
-      else for (let index = 0; index < lonely.length; index += 2) dot(ctx, lonely[index] as number, lonely[index + 1] as number, 1.5 * ratio);
-    }
-    // At the edge of the plot these stand out of it.
-    ctx.restore();
-    ctx.save();
-    ctx.lineWidth = lineWidth(ratio);
-    for (const { info, slot } of curves) {
-      const curve = this.#host.curve(info.id);
-      if (!curve) continue;
-      this.#paintBest(ctx, curve, info, theme.hues[hue(slot)] as string, view, ratio);
-      this.#paintMarks(ctx, curve, bbox, scene, ratio);
-    }
-    if (!drawn) {
-      ctx.font = `${FONT_SIZE * ratio}px ${theme.font}`;
-      ctx.fillStyle = theme.faint;
-      ctx.textAlign = "center";
-      ctx.textBaseline = "middle";
-      const text = curves.length === 0 ? "all curves are hidden" : "no values yet";
-      ctx.fillText(text, bbox.left + bbox.width / 2, bbox.top + bbox.height / 2);
-    }
-    ctx.restore();
-  }
-
-  #paintDots(
-    ...[ctx, curve, values, range, view, ratio]: [
-      CanvasRenderingContext2D,
-      Curve,
-      Float64Array,
-      readonly [number, number],
-      Scene & { box: Box; y: Scale },
-      number,
-    ]
-  ): void {
-    for (let index = range[0]; index < range[1]; index++) {
-      const x = view.x.toUnit((curve[view.column][index] as number) - view.origin);
-      const y = view.y.toUnit(values[index] as number);
-      if (x >= 0 && x <= 1 && y >= 0 && y <= 1) dot(ctx, ...pixel(view.box, x, y), 2 * ratio);
-    }
-  }
-
-  #paintBest(
-    ...[ctx, curve, info, colour, view, ratio]: [
-      CanvasRenderingContext2D,
-      Curve,
-      SeriesInfo,
-      string,
-      Scene & { box: Box; y: Scale },
-      number,
-    ]
-  ): void {
-    const best = bestOf(curve, info);
-    if (!best) return;
-    const x = view.x.toUnit(best[view.column] - view.origin);
-    const y = view.y.toUnit(best.value);
-    if (!(x >= 0 && x <= 1 && y >= 0 && y <= 1)) return;
-    ctx.beginPath();
-    ctx.arc(...pixel(view.box, x, y), 4 * ratio, 0, 2 * Math.PI);
-    ctx.fillStyle = view.theme.background;
-    ctx.strokeStyle = colour;
-    ctx.lineWidth = 1.5 * ratio;
-    ctx.fill();
-    ctx.stroke();
-    ctx.fillStyle = colour;
-    dot(ctx, ...pixel(view.box, x, y), 1.5 * ratio);
-    ctx.lineWidth = lineWidth(ratio);
-  }
-
-  /** What is not finite: a bar at the edge with a sign; above for plus infinity, below for the others. */
-  #paintMarks(ctx: CanvasRenderingContext2D, curve: Curve, bbox: Box, scene: Scene, ratio: number): void {
-    ctx.strokeStyle = ctx.fillStyle = scene.theme.alert;
-    const size = 3.5 * ratio;
-    for (const [start, end, kind] of curve.marks) {
-      const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
-      if (first === null || last === null || last < scene.x.min || first > scene.x.max) continue;
-      const from = bbox.left + Math.max(0, scene.x.toUnit(first)) * bbox.width;
-      const to = bbox.left + Math.min(1, scene.x.toUnit(last)) * bbox.width;
-      const above = kind === "inf";
-      const edge = above ? bbox.top : bbox.top + bbox.height;
-      const inward = above ? 1 : -1;
-      ctx.fillRect(from - ratio / 2, edge, Math.max(to - from, ratio), 3 * ratio * inward);
-      const [x, y] = [(from + to) / 2, edge + inward * (size + 4 * ratio)];
-      ctx.beginPath();
-      if (kind === "nan" || kind === "mixed") {
-        ctx.lineWidth = 1.5 * ratio;
-        ctx.moveTo(x - size, y - size);
-        ctx.lineTo(x + size, y + size);
-        ctx.moveTo(x - size, y + size);
-        ctx.lineTo(x + size, y - size);
-        ctx.stroke();
-      } else {
-        ctx.moveTo(x, y - inward * size);
-        ctx.lineTo(x - size, y + inward * size);
-        ctx.lineTo(x + size, y + inward * size);
-        ctx.fill();
-      }
-    }
-    ctx.lineWidth = lineWidth(ratio);
-  }
-
-  /** Alerts are lines through all panels; of what happens all the time there is a tick at the foot. */
-  #paintEvents(ctx: CanvasRenderingContext2D, bbox: Box, scene: Scene): void {
-    const ratio = devicePixelRatio;
-    const bottom = bbox.top + bbox.height;
-    for (const event of scene.events) {
-      const unit = scene.x.toUnit(event.x);
-      if (!(unit >= 0 && unit <= 1)) continue;
-      const x = Math.round(bbox.left + unit * bbox.width) + 0.5;
-      const alert = event.kind === "alert";
-      ctx.strokeStyle = ctx.fillStyle = alert ? scene.theme.alert : scene.theme.event;
-      ctx.beginPath();
-      ctx.setLineDash(alert ? [4 * ratio, 3 * ratio] : []);
-      ctx.moveTo(x, alert ? bbox.top : bottom - (event.kind === "lr" ? 9 : 5) * ratio);
-      ctx.lineTo(x, bottom);
-      ctx.stroke();
-      if (!alert) continue;
-      ctx.beginPath(); // a flag, so that an alert is not told by its colour alone
-      ctx.moveTo(x, bbox.top);
-      ctx.lineTo(x + 7 * ratio, bbox.top + 3.5 * ratio);
-      ctx.lineTo(x, bbox.top + 7 * ratio);
-      ctx.fill();
-    }
-    ctx.setLineDash([]);
+      if (!curve || (curve.length === 0 && curve.marks.length === 0)) return [];
+      const [colour, values] = [scene.theme.hues[hue(slot)] as string, this.#values(curve, scene)];
+      return [{ curve, values, colour, dash: dash(slot), best: bestOf(curve, info) }];
+    });
+    paintLines(brush, lines);
+    if (lines.length === 0) paintText(brush, shown.length === 0 ? "all curves are hidden" : "no values yet", "middle");
+    else if (this.#belowZero > 0) paintText(brush, `${this.#belowZero} of 0 or less not shown`, "foot");
   }
 
   // The cursor ----------------------------------------------------------------------------------------
@@ -603,8 +432,12 @@ export class Panel {
     const move = (by: number): void => {
       if (!curve) return;
       const places = curve[scene.column];
-      const [first, last] = [curve.search(scene.column, min + scene.origin), curve.search(scene.column, max + scene.origin)];
-      const here = scene.cursor === null ? (by < 0 ? last : first - 1) : curve.nearest(scene.column, scene.cursor + scene.origin);
+      const [first, last] = [
+        curve.search(scene.column, min + scene.origin),
+        curve.search(scene.column, max + scene.origin),
+      ];
+      const here =
+        scene.cursor === null ? (by < 0 ? last : first - 1) : curve.nearest(scene.column, scene.cursor + scene.origin);
       const index = Math.max(first, Math.min(here + by, Math.min(last, curve.length - 1)));
       this.#host.moveCursor((places[index] as number) - scene.origin, true);
       this.#describeCursor();
@@ -644,14 +477,17 @@ export class Panel {
   }
 
   #showValues(scene: Scene): void {
-    const place = scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
+    const place =
+      scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
     setText(this.#place, place);
     for (const { info } of this.curves) {
       const item = this.#items.get(info.key);
       if (!item) continue;
       const hidden = scene.hidden.has(info.key);
-      if (item.button.getAttribute("aria-pressed") !== String(!hidden)) item.button.setAttribute("aria-pressed", String(!hidden));
-      const [value, beside] = scene.cursor === null ? [this.#lastText(info), ""] : this.#valueAt(info, scene, scene.cursor);
+      if (item.button.getAttribute("aria-pressed") !== String(!hidden))
+        item.button.setAttribute("aria-pressed", String(!hidden));
+      const [value, beside] =
+        scene.cursor === null ? [this.#lastText(info), ""] : this.#valueAt(info, scene, scene.cursor);
       setText(item.value, value);
       const best = this.#bestValue(info);
       // Always something of about the same width: what is under the mouse must not move.
@@ -748,14 +584,12 @@ export function assignSlots(curves: PanelCurve[]): void {
     used.add(curve.slot);
   };
   const fixed: Record<string, number> = { val: 1, ...(main === undefined ? {} : { [main]: 0 }) };
-  const [known, others] = [curves.filter(({ info }) => info.label in fixed), curves.filter(({ info }) => !(info.label in fixed))];
+  const [known, others] = [
+    curves.filter(({ info }) => info.label in fixed),
+    curves.filter(({ info }) => !(info.label in fixed)),
+  ];
   for (const curve of known) take(curve, fixed[curve.info.label] as number);
   for (const curve of others) take(curve, 0);
-}
-
-function lineWidth(ratio: number): number {
-  // One device pixel where there is one to a CSS pixel: rasterisers have a fast way for exactly that.
-  return Math.max(1, Math.floor(ratio));
 }
 
 /** Size of the part with the curves, in CSS pixels; known without asking the browser to lay anything out. */
@@ -767,22 +601,6 @@ function axisWidth(labels: string[] | null): number {
   const longest = Math.max(0, ...(labels ?? []).map((label) => label.length));
   // In coarse steps, so that a plot does not move when a label gets one digit more
   return Math.max(44, 8 * Math.ceil((6.5 * longest + 14) / 8));
-}
-
-function clip(ctx: CanvasRenderingContext2D, { left, top, width, height }: Box): void {
-  ctx.beginPath();
-  ctx.rect(left, top - 1, width, height + 2);
-  ctx.clip();
-}
-
-function pixel({ left, top, width, height }: Box, x: number, y: number): [number, number] {
-  return [left + x * width, top + (1 - y) * height];
-}
-
-function dot(ctx: CanvasRenderingContext2D, x: number, y: number, radius: number): void {
-  ctx.beginPath();
-  ctx.arc(x, y, radius, 0, 2 * Math.PI);
-  ctx.fill();
 }
 
 function bestOf(curve: Curve, info: SeriesInfo): Point | null {
@@ -812,8 +630,8 @@ export function trend(curve: Curve): string {
   };
   const [before, now] = [mean(curve.length - 2 * size), mean(curve.length - size)];
   let spread = 0;
-  for (let index = curve.length - size; index < curve.length; index++) spread += Math.abs((curve.value[index] as number) - now) / size;
+  for (let index = curve.length - size; index < curve.length; index++)
+    spread += Math.abs((curve.value[index] as number) - now) / size;
   if (Math.abs(now - before) <= Math.max(spread / Math.sqrt(size), 1e-9 * Math.abs(now))) return "level";
   return now < before ? "falling" : "rising";
 }
-

@@ -1,7 +1,7 @@
 // Questions to the server for parts of curves, and their answers put together from several chart frames.
 
 import type { ChartFrame, Gap, NonFinite, RangeQuery } from "../protocol";
-import { withGaps } from "./series_store";
+import { withStretches } from "./series_store";
 
 /** All that an answer has of one curve; NaN where it was not finite. */
 export interface Part {
@@ -9,7 +9,7 @@ export interface Part {
   time: number[];
   epoch: number[];
   value: number[];
-  marks: NonFinite[];
+  marks: readonly NonFinite[];
   reduced: boolean;
 }
 
@@ -53,7 +53,8 @@ export class Ranges {
     const { answer } = waiting;
     header.series.forEach((column, position) => {
       let part = answer.parts.get(column.id);
-      if (!part) answer.parts.set(column.id, (part = { step: [], time: [], epoch: [], value: [], marks: [], reduced: false }));
+      if (!part)
+        answer.parts.set(column.id, (part = { step: [], time: [], epoch: [], value: [], marks: [], reduced: false }));
       const [values, rows] = [frame.values[position] ?? [], frame.indices[position] ?? []];
       for (let index = 0; index < column.points; index++) {
         const row = rows[index] as number;
@@ -62,10 +63,10 @@ export class Ranges {
         part.epoch.push(frame.epoch[row] as number);
         part.value.push(values[index] as number);
       }
-      part.marks.push(...column.marks);
+      part.marks = withStretches(part.marks, column.marks);
       part.reduced ||= column.reduced;
     });
-    answer.gaps = withGaps(answer.gaps, header.gaps);
+    answer.gaps = withStretches(answer.gaps, header.gaps);
     if (header.more) return;
     this.#waiting.delete(header.query as number);
     waiting.resolve(answer);

@@ -10,8 +10,6 @@ import type { ChartFrame, Gap, NonFinite } from "../protocol";
 
 /** Points of a curve that the page holds at most. */
 export const MAX_CURVE_POINTS = 8_000;
-/** Stretches without a finite value that a curve remembers one by one. */
-export const MAX_MARKS = 400;
 
 export type Column = "step" | "time" | "epoch";
 
@@ -30,8 +28,8 @@ export class Curve {
   time = new Float64Array(64);
   epoch = new Float64Array(64);
   value = new Float64Array(64);
-  /** Ordered by step. */
-  marks: NonFinite[] = [];
+  /** Stretches without a finite value, ordered; another array when one has come or grown. */
+  marks: readonly NonFinite[] = [];
   /** Up to this step, neighbouring points may have been merged into the least and greatest of them. */
   reducedTo = -Infinity;
   least: Point | null = null;
@@ -81,20 +79,7 @@ export class Curve {
   }
 
   addMarks(marks: readonly NonFinite[]): void {
-    if (marks.length === 0) return;
-    const all = this.marks.map((mark): NonFinite => [...mark]);
-    for (const mark of marks) {
-      const last = all.at(-1);
-      // A stretch that goes on in the next frame
-      if (last && last[2] === mark[2] && mark[0] >= last[1] && !this.#hasPoint(last[1], mark[0])) {
-        last[1] = Math.max(last[1], mark[1]);
-        last[3] += mark[3];
-      } else {
-        all.push([...mark]);
-      }
-    }
-    all.sort((one, other) => one[0] - other[0]);
-    this.marks = all.length > MAX_MARKS ? mergeMarks(all, MAX_MARKS / 2) : all;
+    this.marks = withStretches(this.marks, marks);
   }
 
   /** Take over the points of `other` from index `from` to before `to`. */
@@ -133,7 +118,10 @@ export class Curve {
    */
   breaks(gaps: readonly Gap[]): Float64Array {
     if (this.#breaks?.gaps !== gaps || this.#breaks.marks !== this.marks) {
-      const spans = [...gaps.map(([after, before]) => [after, before]), ...this.marks.map(([start, end]) => [start, end])];
+      const spans = [
+        ...gaps.map(([after, before]) => [after, before]),
+        ...this.marks.map(([start, end]) => [start, end]),
+      ];
       spans.sort((one, other) => (one[0] as number) - (other[0] as number));
       const merged: number[] = [];
       for (const [start, end] of spans as [number, number][]) {
@@ -144,11 +132,6 @@ export class Curve {
       this.#breaks = { gaps, marks: this.marks, spans: Float64Array.from(merged) };
     }
     return this.#breaks.spans;
-  }
-
-  #hasPoint(start: number, end: number): boolean {
-    const index = this.search("step", start);
-    return index < this.length && (this.step[index] as number) <= end;
   }
 
   #columns(): Float64Array[] {
@@ -214,25 +197,6 @@ export function extremes(step: Float64Array, value: Float64Array, length: number
   return kept;
 }
 
-/** Merge neighbouring stretches until at most `limit` are left; counts add up. */
-export function mergeMarks(marks: readonly NonFinite[], limit: number): NonFinite[] {
-  let merged = [...marks];
-  for (let size = 1; merged.length > limit; size *= 2) {
-    const next: NonFinite[] = [];
-    for (const mark of merged) {
-      const last = next.at(-1);
-      if (last && Math.floor(last[0] / size) === Math.floor(mark[0] / size)) {
-        const kind = last[2] === mark[2] ? last[2] : "mixed";
-        next[next.length - 1] = [last[0], Math.max(last[1], mark[1]), kind, last[3] + mark[3]];
-      } else {
-        next.push(mark);
-      }
-    }
-    merged = next;
-  }
-  return merged;
-}
-
 /** All curves of a run. */
 export class SeriesStore {
   readonly curves = new Map<number, Curve>();
@@ -263,9 +227,13 @@ export class SeriesStore {
     if (header.trimmed !== null) this.trimmed = Math.max(header.trimmed, this.trimmed ?? -Infinity);
   }
 
-  /** Several frames, and several answers, may tell of the same gap; the last has grown the most. */
   addGaps(gaps: readonly Gap[]): void {
-    this.gaps = withGaps(this.gaps, gaps);
+    this.gaps = withStretches(this.gaps, gaps);
+  }
+
+  /** The connection was lost: a snapshot that was under way begins anew. Curves stay until theirs has come. */
+  interrupted(): void {
+    this.#open = null;
   }
 }
 
@@ -276,7 +244,12 @@ export function appendColumn(curve: Curve, frame: ChartFrame, position: number):
   if (!column || !values || !rows) return;
   for (let index = 0; index < column.points; index++) {
     const row = rows[index] as number;
-    curve.push(frame.step[row] as number, frame.time[row] as number, frame.epoch[row] as number, values[index] as number);
+    curve.push(
+      frame.step[row] as number,
+      frame.time[row] as number,
+      frame.epoch[row] as number,
+      values[index] as number,
+    );
   }
   curve.addMarks(column.marks);
   if (column.reduced && column.points > 0) {
@@ -284,13 +257,18 @@ export function appendColumn(curve: Curve, frame: ChartFrame, position: number):
   }
 }
 
-export function withGaps(known: readonly Gap[], gaps: readonly Gap[]): readonly Gap[] {
-  const byStart = new Map(known.map((gap) => [gap[0], gap]));
+/**
+ * Put stretches together. One that goes on comes again, whole, with the next frame: it begins where it began,
+ * and the one that reaches furthest counts.
+ */
+export function withStretches<T extends Gap | NonFinite>(known: readonly T[], stretches: readonly T[]): readonly T[] {
+  if (stretches.length === 0) return known;
+  const byStart = new Map(known.map((one) => [one[0], one]));
   let changed = false;
-  for (const gap of gaps) {
-    const old = byStart.get(gap[0]);
-    if (old && old[1] >= gap[1]) continue;
-    byStart.set(gap[0], gap);
+  for (const one of stretches) {
+    const old = byStart.get(one[0]);
+    if (old && old[1] >= one[1]) continue;
+    byStart.set(one[0], one);
     changed = true;
   }
   return changed ? [...byStart.values()].sort((one, other) => one[0] - other[0]) : known;

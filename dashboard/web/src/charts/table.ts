@@ -3,7 +3,7 @@
 import { formatValue, formatX } from "./axes";
 import { h } from "../dom";
 import type { Panel, PanelHost } from "./panel";
-import type { Curve } from "./series_store";
+import type { Column, Curve } from "./series_store";
 
 /** More rows than this nobody reads: then every n-th of a stretch is shown, and the caption says so. */
 export const MAX_ROWS = 200;
@@ -14,24 +14,34 @@ export interface Row {
   values: (number | null)[];
 }
 
-/** Rows of several curves between two places of a column, at most `limit` of them, the newest always. */
+/**
+ * Rows of several curves between two places of a column, about `limit` of them: the newest, all those at which
+ * a curve with few points has one, and of the others every n-th.
+ */
 export function tableRows(
   curves: readonly Curve[],
-  ...[column, from, to, limit]: [column: "step" | "time" | "epoch", from: number, to: number, limit: number]
+  { column, from, to, limit }: { column: Column; from: number; to: number; limit: number },
 ): { rows: Row[]; all: number } {
   const byPlace = new Map<number, Row>();
+  const wanted = new Set<Row>();
   curves.forEach((curve, position) => {
     const places = curve[column];
-    for (let index = curve.search(column, from); index < curve.length && (places[index] as number) <= to; index++) {
+    const first = curve.search(column, from);
+    const few = curve.search(column, to) - first <= limit / 4;
+    for (let index = first; index < curve.length && (places[index] as number) <= to; index++) {
       const x = places[index] as number;
       let row = byPlace.get(x);
       if (!row) byPlace.set(x, (row = { x, values: curves.map(() => null) }));
       row.values[position] = curve.value[index] as number;
+      if (few) wanted.add(row);
     }
   });
   const rows = [...byPlace.values()].sort((one, other) => one.x - other.x);
   const every = Math.ceil(rows.length / limit);
-  return { rows: rows.filter((_, index) => (rows.length - 1 - index) % every === 0), all: rows.length };
+  return {
+    rows: rows.filter((row, index) => (rows.length - 1 - index) % every === 0 || wanted.has(row)),
+    all: rows.length,
+  };
 }
 
 export function showTable(panel: Panel, host: PanelHost): HTMLElement {
@@ -40,8 +50,9 @@ export function showTable(panel: Panel, host: PanelHost): HTMLElement {
   const present = shown.filter((one): one is { info: (typeof one)["info"]; curve: Curve } => one.curve !== null);
   const { origin, column, x } = scene;
   const curves = present.map(({ curve }) => curve);
-  const { rows, all } = tableRows(curves, column, x.min + origin, x.max + origin, MAX_ROWS);
-  const note = rows.length < all ? `${rows.length} of ${all} shown rows; the CSV file has every point.` : `${all} rows.`;
+  const { rows, all } = tableRows(curves, { column, from: x.min + origin, to: x.max + origin, limit: MAX_ROWS });
+  const note =
+    rows.length < all ? `${rows.length} of ${all} shown rows; the CSV file has every point.` : `${all} rows.`;
   const head = h("tr", {}, h("th", { scope: "col" }, scene.axis === "wall" ? "clock" : scene.axis));
   for (const { info } of present) head.append(h("th", { scope: "col" }, info.label));
   const body = h("tbody");
@@ -51,5 +62,9 @@ export function showTable(panel: Panel, host: PanelHost): HTMLElement {
     body.append(h("tr", {}, place, ...cells));
   }
   const table = h("table", {}, h("caption", {}, `${panel.name}, newest first. ${note}`), h("thead", {}, head), body);
-  return h("div", { class: "chart-table", tabindex: "0", role: "region", "aria-label": `Values of ${panel.name}` }, table);
+  return h(
+    "div",
+    { class: "chart-table", tabindex: "0", role: "region", "aria-label": `Values of ${panel.name}` },
+    table,
+  );
 }

@@ -54,7 +54,11 @@ export class Toolbar {
     this.#logX = toggle("log x", "Logarithmic x axis", () => view.set({ logX: !view.get().logX }));
     this.#logY = toggle("log y", "Logarithmic y axis", () => view.set({ logY: !view.get().logY }));
     this.#follow = toggle("Follow", "Keep the newest steps in view", () => host.setFollow(!view.get().follow));
-    this.#reset = h("button", { type: "button", class: "charts-button", title: "Show all steps (double-click a chart)" }, "Reset zoom");
+    this.#reset = h(
+      "button",
+      { type: "button", class: "charts-button", title: "Show all steps (double-click a chart)" },
+      "Reset zoom",
+    );
     this.#reset.addEventListener("click", () => view.set({ zoom: null, follow: false }));
     this.#slider = h("input", { type: "range", min: "0", max: "100", step: "1", class: "charts-slider" });
     this.#slider.addEventListener("input", () => view.set({ smoothing: smoothingOf(Number(this.#slider.value)) }));
@@ -100,7 +104,11 @@ export class Toolbar {
 }
 
 function toggle(name: string, title: string, pressed: () => void): HTMLButtonElement {
-  return h("button", { type: "button", class: "charts-button", title, "aria-pressed": "false", onclick: pressed }, name);
+  return h(
+    "button",
+    { type: "button", class: "charts-button", title, "aria-pressed": "false", onclick: pressed },
+    name,
+  );
 }
 
 function press(button: HTMLButtonElement, pressed: boolean): void {

@@ -35,6 +35,33 @@ export function visible(curve: Curve, { column, x, origin }: Pick<View, "column"
   return [Math.max(first - 1, 0), Math.min(end + 1, curve.length)];
 }
 
+/** Indices of the first point in view and the one after the last. */
+export function inside(curve: Curve, view: Pick<View, "column" | "x" | "origin">): [number, number] {
+  const [from, to] = visible(curve, view);
+  const isIn = (index: number): boolean => {
+    const place = (curve[view.column][index] as number) - view.origin;
+    return place >= view.x.min && place <= view.x.max;
+  };
+  return [from < to && !isIn(from) ? from + 1 : from, to > from && !isIn(to - 1) ? to - 1 : to];
+}
+
+/** Values that a line between two points has where it crosses the left and the right edge of the view. */
+export function edges(curve: Curve, view: Pick<View, "column" | "x" | "origin">): number[] {
+  const [first, end] = inside(curve, view);
+  const places = curve[view.column];
+  const values: number[] = [];
+  for (const [index, edge] of [
+    [first, view.x.min],
+    [end, view.x.max],
+  ] as const) {
+    if (index < 1 || index >= curve.length) continue;
+    const [before, after] = [(places[index - 1] as number) - view.origin, (places[index] as number) - view.origin];
+    const [from, to] = [curve.value[index - 1] as number, curve.value[index] as number];
+    values.push(after > before ? from + ((to - from) * (edge - before)) / (after - before) : to);
+  }
+  return values;
+}
+
 /** What was drawn. */
 export interface Traced {
   /** Points without a line at either side, as x, y, x, y, ... */

@@ -48,6 +48,8 @@ describe("the y axis", () => {
 
   test("begins at zero where values do", () => {
     expect(fitScale(0, 0.97, false).min).toBe(0);
+    expect(fitScale(0.0003, 0.8, false).min).toBe(0);
+    expect(fitScale(-0.0003, 0.8, false).min).toBeLessThan(0);
   });
 
   test("has no place for zero and less on a logarithmic axis", () => {

@@ -50,14 +50,20 @@ test("the trend is told in a word", () => {
 });
 
 test("a table has a row for each place and a cell for each curve", () => {
-  const { rows, all } = tableRows([curve([1, 2, 3, 4]), curve([10, 20], 2)], "step", 1, 3, 100);
+  const { rows, all } = tableRows([curve([1, 2, 3, 4]), curve([10, 20], 2)], { column: "step", from: 1, to: 3, limit: 100 });
   expect(rows).toEqual([{ x: 1, values: [2, null] }, { x: 2, values: [3, 20] }, { x: 3, values: [4, null] }]);
   expect(all).toBe(3);
 });
 
 test("a long table shows every n-th row, and the newest", () => {
-  const { rows, all } = tableRows([curve(Array.from({ length: 1_000 }, (_, index) => index))], "step", 0, 1e9, 200);
+  const { rows, all } = tableRows([curve(Array.from({ length: 1_000 }, (_, index) => index))], { column: "step", from: 0, to: 1e9, limit: 200 });
   expect(all).toBe(1_000);
   expect(rows.length).toBeLessThanOrEqual(200);
   expect(rows.at(-1)).toEqual({ x: 999, values: [999] });
+});
+
+test("a long table leaves no point of a curve out that has few", () => {
+  const train = curve(Array.from({ length: 1_000 }, (_, index) => index));
+  const { rows } = tableRows([train, curve([1, 2, 3], 333)], { column: "step", from: 0, to: 1e9, limit: 200 });
+  expect(rows.filter(({ values }) => values[1] !== null).map(({ x }) => x)).toEqual([0, 333, 666]);
 });

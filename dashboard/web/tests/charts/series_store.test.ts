@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 
-import { Curve, extremes, MAX_CURVE_POINTS, MAX_MARKS, mergeMarks, SeriesStore } from "../../src/charts/series_store";
+import { Curve, extremes, MAX_CURVE_POINTS, SeriesStore } from "../../src/charts/series_store";
 import type { ChartFrame, ChartHeader, Gap, NonFinite } from "../../src/protocol";
 
 /** A reproducible source of numbers from 0 to 1 (mulberry32). */
@@ -92,6 +92,15 @@ describe("chart frames", () => {
     expect(store.gaps).toBe(gaps);
   });
 
+  test("a snapshot that a lost connection cut off begins anew, and the old curve is there until then", () => {
+    const store = new SeriesStore();
+    store.apply(frame("snapshot", [1, 2], [{ id: 1, values: [1, 2] }], { more: true }));
+    store.interrupted();
+    expect(points(store.curves.get(1))).toEqual([[1, 1], [2, 2]]);
+    store.apply(frame("snapshot", [1, 2], [{ id: 1, values: [1, 2] }]));
+    expect(points(store.curves.get(1))).toEqual([[1, 1], [2, 2]]);
+  });
+
   test("what was trimmed stays trimmed", () => {
     const store = new SeriesStore();
     store.apply(frame("snapshot", [], [], { trimmed: 500 }));
@@ -115,33 +124,15 @@ describe("what is not finite", () => {
     expect(store.curves.get(1)?.marks).toEqual([[2, 2, "inf", 1]]);
   });
 
-  test("a stretch goes on over frames, but not over a point or another kind", () => {
+  test("a stretch that goes on comes again with the next frame, and is one", () => {
     const curve = new Curve();
     curve.addMarks([[2, 3, "nan", 2]]);
-    curve.addMarks([[4, 6, "nan", 3]]);
-    expect(curve.marks).toEqual([[2, 6, "nan", 5]]);
-    curve.push(7, 0, 0, 1);
-    curve.addMarks([[8, 8, "nan", 1], [9, 9, "inf", 1]]);
-    expect(curve.marks).toEqual([[2, 6, "nan", 5], [8, 8, "nan", 1], [9, 9, "inf", 1]]);
-  });
-
-  test("a frame's marks are not changed by those of the next", () => {
-    const curve = new Curve();
-    const mark: NonFinite = [2, 3, "nan", 2];
-    curve.addMarks([mark]);
-    curve.addMarks([[4, 6, "nan", 3]]);
-    expect(mark).toEqual([2, 3, "nan", 2]);
-  });
-
-  test("marks stay few, and their counts add up", () => {
-    const curve = new Curve();
-    for (let step = 0; step < 10_000; step += 2) {
-      curve.push(step, 0, 0, 1);
-      curve.addMarks([[step + 1, step + 1, step % 4 === 0 ? "nan" : "inf", 1]]);
-    }
-    expect(curve.marks.length).toBeLessThanOrEqual(MAX_MARKS);
-    expect(curve.marks.reduce((total, mark) => total + mark[3], 0)).toBe(5_000);
-    expect(mergeMarks([[1, 1, "nan", 1], [2, 2, "nan", 1], [3, 3, "inf", 1]], 1)).toEqual([[1, 3, "mixed", 3]]);
+    curve.addMarks([[2, 6, "nan", 5]]);
+    curve.addMarks([[2, 3, "nan", 2], [8, 8, "inf", 1]]);
+    expect(curve.marks).toEqual([[2, 6, "nan", 5], [8, 8, "inf", 1]]);
+    const { marks } = curve;
+    curve.addMarks([[8, 8, "inf", 1]]);
+    expect(curve.marks).toBe(marks);
   });
 });
 
@@ -165,7 +156,7 @@ describe("breaks", () => {
 });
 
 describe("thinning", () => {
-  test.each([1, 2, 3, 4, 5])("a long curve stays small, keeps every spike and moves no point (seed %i)", (seed) => {
+  test.each([1, 2, 3])("a long curve stays small, keeps every spike and moves no point (seed %i)", (seed) => {
     const next = random(seed);
     const curve = new Curve();
     const sent = new Map<number, number>();

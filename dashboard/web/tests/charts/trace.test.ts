@@ -2,7 +2,7 @@ import { describe, expect, test } from "vitest";
 
 import { Scale } from "../../src/charts/axes";
 import { Curve } from "../../src/charts/series_store";
-import { extent, trace, type View, visible } from "../../src/charts/trace";
+import { edges, extent, inside, trace, type View, visible } from "../../src/charts/trace";
 
 const BOX = { left: 0, top: 0, width: 100, height: 100 };
 const NOTHING = new Float64Array(0);
@@ -90,6 +90,16 @@ test("one point at either side of the view is drawn, for the line that leaves it
   expect(visible(drawn, view({ x: new Scale(-50, 500) }))).toEqual([0, 11]);
   expect(visible(drawn, view({ x: new Scale(200, 300) }))).toEqual([10, 11]);
   expect(visible(curve([]), view())).toEqual([0, 0]);
+});
+
+test("what is in view, and where the line crosses its edges", () => {
+  const drawn = curve([[0, 0], [10, 100], [20, 0], [30, 50]]);
+  const seen = view({ x: new Scale(5, 25) });
+  expect(inside(drawn, seen)).toEqual([1, 3]);
+  expect(edges(drawn, seen)).toEqual([50, 25]);
+  expect(edges(drawn, view({ x: new Scale(2, 4) }))).toEqual([20, 40]);
+  expect(edges(drawn, view({ x: new Scale(-5, 50) }))).toEqual([]);
+  expect(edges(curve([]), view())).toEqual([]);
 });
 
 test("very large values are drawn towards where they are, within what a canvas can hold", () => {

@@ -1,0 +1,232 @@
+// Curves, marks, gaps and events on a panel's canvas. All positions are in device pixels.
+
+import type { Scale } from "./axes";
+import type { Scene } from "./scene";
+import type { Curve, Point } from "./series_store";
+import { type Box, trace, type View, visible } from "./trace";
+
+/** What is painted with, and where. */
+export interface Brush {
+  ctx: CanvasRenderingContext2D;
+  box: Box;
+  /** Device pixels of a CSS pixel. */
+  ratio: number;
+  scene: Scene;
+  y: Scale;
+}
+
+/** A curve as it is to be drawn. */
+export interface Line {
+  curve: Curve;
+  /** What is drawn at its points: their values, or the average of these. */
+  values: Float64Array;
+  colour: string;
+  dash: readonly number[];
+  best: Point | null;
+}
+
+/** Of text on a canvas, in CSS pixels. */
+export const FONT_SIZE = 11;
+/** Points so far apart are drawn with dots, in CSS pixels. */
+const DOT_SPACING = 9;
+/** How far a line may go up and down, in widths of the plot, to be drawn wider and dashed. */
+const MAX_CALM_CLIMB = 4;
+/** How faint raw values are behind their average. */
+const RAW_ALPHA = 0.25;
+
+/** What lies behind the grid: stretches without samples, and where history was trimmed. */
+export function paintBackground(brush: Brush): void {
+  const { ctx, box, scene } = brush;
+  const at = (x: number): number => box.left + Math.max(-1, Math.min(2, scene.x.toUnit(x))) * box.width;
+  ctx.save();
+  clip(brush);
+  for (const [after, before, count] of scene.gaps) {
+    const [from, to] = [scene.placeOf(after), scene.placeOf(before)];
+    if (from !== null && to !== null) shade(brush, at(from), at(to), `${count} dropped`);
+  }
+  const trimmed = scene.trimmed === null ? null : scene.placeOf(scene.trimmed);
+  if (trimmed !== null && trimmed > scene.x.min) shade(brush, box.left, at(trimmed), "only least, greatest");
+  ctx.restore();
+}
+
+/** Shade a stretch, with its name where there is room. */
+function shade({ ctx, box, ratio, scene }: Brush, from: number, to: number, name: string): void {
+  const right = box.left + box.width;
+  if (to < box.left || from > right) return;
+  ctx.fillStyle = scene.theme.shade;
+  ctx.fillRect(from, box.top, Math.max(to - from, ratio), box.height);
+  const start = Math.max(from, box.left) + 4 * ratio;
+  const room = Math.min(to, right) - start;
+  if (room < 40 * ratio) return;
+  ctx.font = `${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
+  ctx.textBaseline = "top";
+  if (ctx.measureText(name).width > room) return;
+  ctx.fillStyle = scene.theme.faint;
+  ctx.fillText(name, start, box.top + 3 * ratio);
+}
+
+/** Events, then the lines, and on top what stands out of the plot at its edges: best values and marks. */
+export function paintLines(brush: Brush, lines: readonly Line[]): void {
+  const { ctx } = brush;
+  ctx.save();
+  clip(brush);
+  ctx.lineJoin = "bevel"; // a mitre at a spike would stick out beyond its value
+  ctx.lineWidth = thin(brush.ratio);
+  paintEvents(brush);
+  // Those with few points are drawn last, over the thicket of the others.
+  const ordered = [...lines].sort((one, other) => other.curve.length - one.curve.length);
+  for (const line of ordered) paintLine(brush, line);
+  ctx.restore();
+  ctx.save();
+  for (const line of ordered) {
+    paintBest(brush, line);
+    paintMarks(brush, line.curve);
+  }
+  ctx.restore();
+}
+
+function paintLine({ ctx, box, ratio, scene, y }: Brush, { curve, values, colour, dash }: Line): void {
+  const view: View = { box, x: scene.x, y, column: scene.column, origin: scene.origin };
+  const range = visible(curve, scene);
+  const breaks = curve.breaks(scene.gaps);
+  ctx.strokeStyle = ctx.fillStyle = colour;
+  if (values !== curve.value) {
+    ctx.globalAlpha = RAW_ALPHA;
+    ctx.beginPath();
+    trace(ctx, curve, curve.value, range, breaks, view);
+    ctx.stroke();
+    ctx.globalAlpha = 1;
+  }
+  ctx.beginPath();
+  const { lonely, climb } = trace(ctx, curve, values, range, breaks, view);
+  // In a line that goes up and down like mad nobody sees dashes, and both they and width take long to draw.
+  if (climb < MAX_CALM_CLIMB * box.width) {
+    ctx.setLineDash(dash.map((length) => length * ratio));
+    ctx.lineWidth = 1.5 * ratio;
+  }
+  ctx.stroke();
+  ctx.lineWidth = thin(ratio);
+  ctx.setLineDash([]);
+  if ((range[1] - range[0]) * DOT_SPACING * ratio < box.width) {
+    for (let index = range[0]; index < range[1]; index++) {
+      const at = place(view, (curve[view.column][index] as number) - view.origin, values[index] as number);
+      if (at) dot(ctx, at, 2 * ratio);
+    }
+  } else {
+    for (let index = 0; index < lonely.length; index += 2) {
+      dot(ctx, [lonely[index] as number, lonely[index + 1] as number], 1.5 * ratio);
+    }
+  }
+}
+
+/** The best value: a ring around it. */
+function paintBest({ ctx, box, ratio, scene, y }: Brush, { best, colour }: Line): void {
+  const at = best && place({ box, x: scene.x, y }, best[scene.column] - scene.origin, best.value);
+  if (!at) return;
+  ctx.beginPath();
+  ctx.arc(...at, 4 * ratio, 0, 2 * Math.PI);
+  ctx.fillStyle = scene.theme.background;
+  ctx.strokeStyle = colour;
+  ctx.lineWidth = 1.5 * ratio;
+  ctx.fill();
+  ctx.stroke();
+  ctx.fillStyle = colour;
+  dot(ctx, at, 1.5 * ratio);
+}
+
+/** What is not finite: a bar at the edge with a sign; above for plus infinity, below for the others. */
+function paintMarks({ ctx, box, ratio, scene }: Brush, curve: Curve): void {
+  ctx.strokeStyle = ctx.fillStyle = scene.theme.alert;
+  ctx.lineWidth = 1.5 * ratio;
+  const size = 3.5 * ratio;
+  let signed = -Infinity;
+  for (const [start, end, kind] of curve.marks) {
+    const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
+    if (first === null || last === null || last < scene.x.min || first > scene.x.max) continue;
+    const from = box.left + Math.max(0, scene.x.toUnit(first)) * box.width;
+    const to = box.left + Math.min(1, scene.x.toUnit(last)) * box.width;
+    const above = kind === "inf";
+    const edge = above ? box.top : box.top + box.height;
+    const inward = above ? 1 : -1;
+    ctx.fillRect(from - ratio / 2, edge, Math.max(to - from, ratio), 3 * ratio * inward);
+    const [x, y] = [(from + to) / 2, edge + inward * (size + 4 * ratio)];
+    if (x - signed < 3 * size) continue; // one sign for those that are closer than it is wide
+    signed = x;
+    ctx.beginPath();
+    if (kind === "nan" || kind === "mixed") {
+      ctx.moveTo(x - size, y - size);
+      ctx.lineTo(x + size, y + size);
+      ctx.moveTo(x - size, y + size);
+      ctx.lineTo(x + size, y - size);
+      ctx.stroke();
+    } else {
+      ctx.moveTo(x, y - inward * size);
+      ctx.lineTo(x - size, y + inward * size);
+      ctx.lineTo(x + size, y + inward * size);
+      ctx.fill();
+    }
+  }
+}
+
+/** Alerts are lines through all panels; of what happens all the time there is a tick at the foot. */
+function paintEvents({ ctx, box, ratio, scene }: Brush): void {
+  const bottom = box.top + box.height;
+  const drawn = new Set<string>(); // one line for all that are in the same pixel
+  for (const { kind, x: at } of scene.events) {
+    const unit = scene.x.toUnit(at);
+    if (!(unit >= 0 && unit <= 1)) continue;
+    const x = Math.round(box.left + unit * box.width) + 0.5;
+    const alert = kind === "alert";
+    if (drawn.has(`${kind} ${x}`)) continue;
+    drawn.add(`${kind} ${x}`);
+    ctx.strokeStyle = ctx.fillStyle = alert ? scene.theme.alert : scene.theme.event;
+    ctx.beginPath();
+    ctx.setLineDash(alert ? [4 * ratio, 3 * ratio] : []);
+    ctx.moveTo(x, alert ? box.top : bottom - (kind === "lr" ? 9 : 5) * ratio);
+    ctx.lineTo(x, bottom);
+    ctx.stroke();
+    if (!alert) continue;
+    ctx.beginPath(); // a flag, so that an alert is not told by its colour alone
+    ctx.moveTo(x, box.top);
+    ctx.lineTo(x + 7 * ratio, box.top + 3.5 * ratio);
+    ctx.lineTo(x, box.top + 7 * ratio);
+    ctx.fill();
+  }
+  ctx.setLineDash([]);
+}
+
+/** Write something into the middle of the plot, or at its foot. */
+export function paintText({ ctx, box, ratio, scene }: Brush, text: string, where: "middle" | "foot"): void {
+  ctx.save();
+  ctx.font = `${FONT_SIZE * ratio}px ${scene.theme.font}`;
+  ctx.fillStyle = scene.theme.faint;
+  ctx.textAlign = "center";
+  ctx.textBaseline = "middle";
+  const y = where === "middle" ? box.top + box.height / 2 : box.top + box.height - 10 * ratio;
+  ctx.fillText(text, box.left + box.width / 2, y);
+  ctx.restore();
+}
+
+/** One device pixel where there is one to a CSS pixel: rasterisers have a fast way for exactly that. */
+function thin(ratio: number): number {
+  return Math.max(1, Math.floor(ratio));
+}
+
+function clip({ ctx, box: { left, top, width, height } }: Brush): void {
+  ctx.beginPath();
+  ctx.rect(left, top - 1, width, height + 2);
+  ctx.clip();
+}
+
+/** Where a point is on the canvas; null if it is not in view. */
+function place({ box, x, y }: Pick<View, "box" | "x" | "y">, atX: number, atY: number): [number, number] | null {
+  const [right, up] = [x.toUnit(atX), y.toUnit(atY)];
+  if (!(right >= 0 && right <= 1 && up >= 0 && up <= 1)) return null;
+  return [box.left + right * box.width, box.top + (1 - up) * box.height];
+}
+
+function dot(ctx: CanvasRenderingContext2D, [x, y]: [number, number], radius: number): void {
+  ctx.beginPath();
+  ctx.arc(x, y, radius, 0, 2 * Math.PI);
+  ctx.fill();
+}
