@@ -24,20 +24,21 @@ class CheckpointName:
         self.pattern = pattern
         self.metrics: list[str] = []
         try:
-            for _, key, format_spec, conversion in string.Formatter().parse(pattern):
-                if key is None:
-                    continue
-                if key not in POSITION and not (key.startswith(("train_", "val_")) and key.isidentifier()):
-                    raise ConfigError(f"filename has {{{key}}}, which no checkpoint has; there are {legal}")
-                if conversion is not None:
-                    raise ConfigError(f"filename has a conversion, {{{key}!{conversion}}}: leave it out")
-                format(0 if key in POSITION else 0.5, format_spec or "")
-                if key not in POSITION:
-                    self.metrics.append(key)
+            fields = [field for field in string.Formatter().parse(pattern) if field[1] is not None]
         except ValueError as error:
-            raise ConfigError(
-                f"filename {pattern!r} cannot be formatted: {error}; it may have {legal}"
-            ) from None
+            raise ConfigError(f"filename {pattern!r} is no pattern: {error}; it may have {legal}") from None
+        for _, key, format_spec, conversion in fields:
+            assert key is not None
+            if key not in POSITION and not (key.startswith(("train_", "val_")) and key.isidentifier()):
+                raise ConfigError(f"filename has {{{key}}}, which no checkpoint has; there are {legal}")
+            if conversion is not None:
+                raise ConfigError(f"filename has a conversion, {{{key}!{conversion}}}: leave it out")
+            try:
+                format(0 if key in POSITION else 0.5, format_spec or "")
+            except ValueError as error:
+                raise ConfigError(f"filename cannot format {{{key}:{format_spec}}}: {error}") from None
+            if key not in POSITION:
+                self.metrics.append(key)
         example = self.format({key: 0 for key in POSITION}, dict.fromkeys(self.metrics, 0.5))
         if set(example) & set("/\\\0") or example.startswith(".") or len(example.encode()) > 200:
             raise ConfigError(

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import pyte
 import pytest
@@ -418,9 +418,14 @@ def test_without_a_file_it_draws_on_a_stream_of_its_own(
     terminal: Terminal, at_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.file)
-    opened = []
+    opened: list[TextIO | None] = []
     open_own = progress_bar._own_stderr
-    monkeypatch.setattr(progress_bar, "_own_stderr", lambda: opened.append(open_own()) or opened[-1])
+
+    def spy() -> TextIO | None:
+        opened.append(open_own())
+        return opened[-1]
+
+    monkeypatch.setattr(progress_bar, "_own_stderr", spy)
     tiny_trainer().train(tiny_loader(3), epochs=1, callbacks=[ProgressBar()])
     assert sys.stderr is terminal.file
     assert not terminal.file.closed
