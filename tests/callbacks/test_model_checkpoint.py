@@ -557,7 +557,7 @@ def test_directory_that_refuses_copies_does_not_touch_the_run(
         ({"save_dir": "d", "filename": "{epoch!r}"}, "leave it out"),
         ({"save_dir": "d", "filename": "{epoch"}, "is no pattern: expected"),
         ({"save_dir": "d", "filename": "{val_loss:.3x}"}, r"cannot format \{val_loss:.3x\}: Unknown"),
-        ({"save_dir": "d", "filename": "{epoch:.3f"}, "cannot be formatted: "),
+        ({"save_dir": "d", "filename": "{epoch:.3s}"}, r"cannot format \{epoch:.3s\}"),
         ({"save_dir": "d", "filename": "a/{epoch}"}, "name of one directory"),
         ({"save_dir": "d", "filename": ".{epoch}"}, "name of one directory"),
         ({"save_dir": "d", "filename": "x" * 201}, "name of one directory"),
