@@ -56,7 +56,7 @@ LONGEST_PAUSE: Final = 60.0
 PATIENCE: Final = 30.0
 """Seconds without an answer after which somebody is told; clients of tracking servers try for minutes."""
 TIMEOUT: Final = 10.0
-"""Seconds to wait at the end for what was not sent yet: a tenth of a minute for a server that is slow, not dead."""
+"""Seconds to wait at the end for what was not sent yet: enough for a server that is slow, not dead."""
 
 
 def expect_package(module: str, extra: str) -> ModuleType:
