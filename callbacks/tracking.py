@@ -55,8 +55,9 @@ LONGEST_PAUSE: Final = 60.0
 """Seconds before a failed go is tried again; doubled each time up to the longest."""
 PATIENCE: Final = 30.0
 """Seconds without an answer after which somebody is told; clients of tracking servers try for minutes."""
-TIMEOUT: Final = 10.0
-"""Seconds to wait at the end for what was not sent yet: enough for a server that is slow, not dead."""
+TIMEOUT: Final = 20.0
+"""Seconds to wait at the end for what was not sent yet: for a server that is slow, not dead; less than a run's
+`drain_timeout`, after which nobody would hear what was lost."""
 
 
 def expect_package(module: str, extra: str) -> ModuleType:
