@@ -87,7 +87,7 @@ class MLflowLogger(TrackingLogger):
     def reset(self) -> None:
         super().reset()
         self._client: MlflowClient | None = None  # of the sending thread
-        self._has_parameters = False
+        self._is_made_here = False  # the MLflow run; else an earlier attempt has made it
 
     def connect(self) -> None:
         from mlflow.entities import Param, RunTag
@@ -102,14 +102,13 @@ class MLflowLogger(TrackingLogger):
                 tags=tags,
                 start_time=round(1000 * self.start.time),
             )
+            self._is_made_here = True
             self.remember(run.info.run_id)
-            self._has_parameters = False
         else:
             client.update_run(self.tracking_id, status="RUNNING")
-            self._has_parameters = True
         assert self.tracking_id is not None
         client.log_batch(self.tracking_id, tags=[RunTag("offloop.attempt", str(self.start.attempt))])
-        if not self._has_parameters:
+        if self._is_made_here:
             params = [Param(name, str(value)[:6000]) for name, value in self.parameters.items()]
             for start in range(0, len(params), MAX_PARAMS):
                 client.log_batch(self.tracking_id, params=params[start : start + MAX_PARAMS])

@@ -46,7 +46,7 @@ LogModel = bool | Literal["all"]
 
 MAX_WAITING: Final = 10_000
 """Entries that wait for an unreachable server: three hours at the default cadence, a few megabytes."""
-MAX_AT_ONCE: Final = 100
+MAX_AT_ONCE: Final = 200
 """Entries handed over in one go."""
 SEND_INTERVAL: Final = 1.0
 """Seconds between two goes: a request a second costs next to nothing, and a chart looks live."""
@@ -229,7 +229,10 @@ class Sender:
     def _take(self) -> list[Entry]:
         """Wait for entries of one kind; none means that it is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closing, SEND_INTERVAL)
+            # At a pace, unless so much has gathered that one go is not enough
+            self._changed.wait_for(
+                lambda: self._is_closing or len(self._waiting) >= MAX_AT_ONCE, SEND_INTERVAL
+            )
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             batch: list[Entry] = []
             while self._waiting and not self._is_given_up and len(batch) < MAX_AT_ONCE:
@@ -404,10 +407,11 @@ class TrackingLogger(ValueLogger):
         if self._sender is None:
             return
         self._sender.close(self.timeout)
-        if self._sender.lost:
+        lost, sent = self._sender.lost, self._sender.sent
+        if lost:
             raise ConnectionError(
-                f"{self.server} did not get {self._sender.lost} of {self._sender.lost + self._sender.sent} points, "
-                f"alerts and checkpoints ({self._sender.problem}); the run's own files have them all"
+                f"{self.server} did not get {lost} of {lost + sent} points, alerts and checkpoints "
+                f"({self._sender.problem or 'they came faster than it took them'}); the run's own files have them all"
             )
         self._tell_once()
 
@@ -419,9 +423,12 @@ class TrackingLogger(ValueLogger):
         """Raise what is the matter with the server, the first time: it becomes a `CallbackFailed` and a log record."""
         if self._sender is not None and self._sender.problem is not None and not self._is_told:
             self._is_told = True
-            what = (
-                "nothing more is logged there" if self._sender.is_given_up else "what is not sent yet waits"
-            )
+            if self._sender.is_given_up:
+                what = "nothing more is logged there"
+            elif self._sender.lost:
+                what = "what it refuses is left out"
+            else:
+                what = "what is not sent yet waits"
             raise ConnectionError(f"{self.server}: {self._sender.problem}; training goes on, {what}")
 
     def _id_file(self, run_dir: Path) -> Path:

@@ -150,7 +150,7 @@ class WandbLogger(TrackingLogger):
             "silent": True,
             "init_timeout": INIT_TIMEOUT,
             "login_timeout": 1.0,  # a question on the terminal that nobody sees is no way to begin
-            "finish_timeout": self.timeout,
+            "finish_timeout": self.timeout / 2,  # so that it gives up by itself before it is given up
             **self.settings,
         }
         run: wandb.Run = self._wandb.init(

@@ -297,6 +297,38 @@ def test_resumed_run_continues_the_same_mlflow_run(store: str, tmp_path: Path) -
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
+@pytest.mark.slow
+def test_hyperparameters_are_there_although_the_connection_broke_when_they_were_sent(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.001)
+    failures = [OSError("broken"), OSError("broken")]
+    log_batch = MlflowClient.log_batch
+    works = threading.Event()
+
+    def fails_twice(self: Any, *arguments: Any, **named: Any) -> None:
+        if failures:
+            raise failures.pop()
+        log_batch(self, *arguments, **named)
+        works.set()
+
+    class Wait(Callback):
+        """The end would give up at the next failure."""
+
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            assert works.wait(60)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fails_twice)
+    flow = MLflowLogger("broken", tracking_uri=store, hyperparameters={"width": 16}, timeout=60)
+    drive(flow, Wait(), events=[EpochEnd(metrics=Metrics(train_loss=1.0))])
+    client = client_of(store)
+    run = client.get_run(flow.tracking_id)
+    assert run.data.params["width"] == "16"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
 def test_names_that_mlflow_refuses_are_mended(store: str) -> None:
     flow = MLflowLogger("names", tracking_uri=store, timeout=60)
     events = [StepEnd(loss=1.0, lr=0.1, step=1, metrics=Metrics(**{"a, b(c)=d": 2.0}))]
@@ -441,11 +473,11 @@ def test_server_that_comes_back_gets_everything_in_order() -> None:
 def test_what_a_server_will_never_take_is_left_out_and_counted() -> None:
     server = Server(None, ValueError("too long\nand a second line"))
     sender = server.sender()
-    for step in range(150):
+    for step in range(250):
         sender.put(point(step))
     sender.close(30)
-    assert sender.lost > 0 and sender.sent + sender.lost == 150
-    assert server.got == list(range(sender.lost, 150))
+    assert sender.lost > 0 and sender.sent + sender.lost == 250
+    assert server.got == list(range(sender.lost, 250))
     assert (server.calls[-1], sender.problem) == ("finish", "ValueError: too long")
 
 
