@@ -14,6 +14,7 @@ given up if it cannot be done with the rest in time. It is a daemon, so it keeps
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import logging
 import threading
@@ -217,7 +218,7 @@ class Sender:
     def _work(self) -> None:
         if self._again(self._connect):
             while batch := self._take():
-                if self._again(lambda batch=batch: self._send(batch)):  # type: ignore[misc]  # mypy sees no default
+                if self._again(functools.partial(self._send, batch)):
                     self._count(sent=len(batch))
                 elif not self._is_given_up:
                     self._count(lost=len(batch))
