@@ -493,7 +493,8 @@ class _Notebook(_Live):
             file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_terminal=True, force_jupyter=False,
             color_system="truecolor",
         )  # fmt: skip
-        console.print(Text(bar.line()) if is_over else bar.block(NOTEBOOK_WIDTH))
+        over = Text("\n".join(_wrapped(bar.line().split("  "), NOTEBOOK_WIDTH)))
+        console.print(over if is_over else bar.block(NOTEBOOK_WIDTH))
         pre = '<pre style="white-space:pre;line-height:normal;font-family:monospace">{code}</pre>'
         return {
             "text/html": console.export_html(inline_styles=True, code_format=pre, clear=False),

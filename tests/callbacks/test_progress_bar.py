@@ -483,7 +483,8 @@ def test_notebook_has_one_output_that_is_updated(tmp_path: Path) -> None:
     assert len({each["transient"]["display_id"] for each in pictures}) == 1
     assert "━" in pictures[0]["data"]["text/plain"]
     last = pictures[-1]["data"]
-    assert re.search(r"epoch 5/5  step 1000/1000  loss \S+  val_loss .*completed in", last["text/plain"])
+    said = re.sub(r"\s*\n", "  ", last["text/plain"])  # on a slow machine it has a speed, and a second line
+    assert re.search(r"epoch 5/5  step 1000/1000  loss \S+  val_loss .*  completed in", said)
     assert last["text/html"].startswith("<pre") and "completed" in last["text/html"]
 
 
