@@ -7,10 +7,13 @@ from offloop.callbacks.layer_statistics import LayersMeasured, LayerStatistics
 from offloop.callbacks.learning_curves import LearningCurves
 from offloop.callbacks.learning_rate import LearningRateScheduler
 from offloop.callbacks.metric_logger import MetricLogger
+from offloop.callbacks.mlflow_logger import MLflowLogger
 from offloop.callbacks.model_checkpoint import ModelCheckpoint
 from offloop.callbacks.profiler import Profiler, ProfileWritten
 from offloop.callbacks.progress_bar import ProgressBar
 from offloop.callbacks.resource_monitor import GpuUsage, ResourceMonitor, ResourceUsage
+from offloop.callbacks.tensorboard_logger import TensorBoardLogger
+from offloop.callbacks.wandb_logger import WandbLogger
 from offloop.callbacks.weight_average import WeightAverage
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "LayersMeasured",
     "LearningCurves",
     "LearningRateScheduler",
+    "MLflowLogger",
     "MetricLogger",
     "ModelCheckpoint",
     "NonFinite",
@@ -38,5 +42,7 @@ __all__ = [
     "Rule",
     "Spike",
     "Stalled",
+    "TensorBoardLogger",
+    "WandbLogger",
     "WeightAverage",
 ]

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
+from offloop.callbacks.checkpoint_name import CheckpointName
 from offloop.callbacks.monitor import Mode, Monitor
 from offloop.engine import (
     Callback,
@@ -19,6 +21,8 @@ from offloop.engine import (
     decides,
     in_step,
 )
+
+DEFAULT_FILENAME: Final = "epoch={epoch}-step={step}"
 
 
 class ModelCheckpoint(Callback):
@@ -45,6 +49,8 @@ class ModelCheckpoint(Callback):
         every_seconds: float | None = None,
         keep_last: int | None = 2,
         keep_every_n_steps: int | None = None,
+        save_dir: "str | Path | None" = None,
+        filename: str | None = None,
     ) -> None:
         """Choose when to save and what to keep.
 
@@ -61,9 +67,15 @@ class ModelCheckpoint(Callback):
                 the machine.
             keep_last: The newest ones that are kept, at least 2; None keeps all.
             keep_every_n_steps: Those at multiples of this are kept for good.
+            save_dir: A directory in which each checkpoint that is kept stands too, under a name of yours: as hard
+                links on the same disk, else as copies. Runs may share it.
+            filename: The names there, in Python's format language, of `epoch`, `step`, `batch`, `attempt` and metrics:
+                `"epoch={epoch}-val_loss={val_loss:.3f}"`. A metric that was not made at the very step of the
+                checkpoint is `nan`. None for `"epoch={epoch}-step={step}"`.
 
         Raises:
-            ConfigError: A value is out of its range, or `save_best_only` comes with a cadence.
+            ConfigError: A value is out of its range, `save_best_only` comes with a cadence, or `filename` has a key
+                that no checkpoint has.
         """
         for name, value in (
             ("save_top_k", save_top_k),
@@ -79,6 +91,13 @@ class ModelCheckpoint(Callback):
         has_cadence = not (every_n_epochs is None and every_n_steps is None and every_seconds is None)
         if save_best_only and has_cadence:
             raise ConfigError("save_best_only saves when the metric improves: leave every_... out")
+        if filename is not None and save_dir is None:
+            raise ConfigError(
+                "filename is for copies in a directory of yours: give save_dir too. The run's own checkpoints are "
+                "<run_dir>/<run_id>/checkpoints/step-..."
+            )
+        self.save_dir = None if save_dir is None else Path(save_dir)
+        self._name = CheckpointName(DEFAULT_FILENAME if filename is None else filename)
         self.mode: Mode = mode
         self.monitor = None if monitor is None else Monitor(monitor, mode)
         self.save_best_only = save_best_only
@@ -121,7 +140,9 @@ class ModelCheckpoint(Callback):
             mode=self._watched.direction,
             keep_every_n_steps=self.keep_every_n_steps,
         )
-        run.trainer.keep_checkpoints(retention, save_at_end=self.save_last)
+        run.trainer.keep_checkpoints(
+            retention, save_at_end=self.save_last, save_dir=self.save_dir, name_of=self._name.of
+        )
 
     @in_step(every_n_steps="look_every_n_steps")
     def after_step(self, point: StepPoint) -> None:
@@ -133,10 +154,12 @@ class ModelCheckpoint(Callback):
 
     @decides
     def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self._name.check(event)
         self._judge(event, run)
 
     @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self._name.check(event)
         self._judge(event, run)
         due = self.every_n_epochs is not None and (event.epoch + 1) % self.every_n_epochs == 0
         if due and event.step != self._best_step:  # its validation's best is the same state

@@ -1,14 +1,25 @@
-"""ProgressBar: how far a run is, on a terminal; a plain line now and then elsewhere."""
+"""ProgressBar: how far a run is, live on a terminal or in a notebook; a plain line now and then elsewhere.
+
+All bars of a process that are drawn on the same terminal share one block of lines, which one thread redraws.
+The block is written in one go, and then the cursor is put back to the empty line above it: what anybody prints
+in between lands there, and the next redraw begins below it. So nobody's output has to be captured, which matters
+because a worker process that is forked while somebody draws would inherit a captured stream with its lock held.
+"""
 
 import contextlib
+import contextvars
+import functools
 import io
 import os
 import sys
+import threading
 import time
-from typing import Final, TextIO
+from collections.abc import Iterable
+from typing import Any, Final, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
 from rich.text import Text
 
 from offloop.engine import (
@@ -26,17 +37,29 @@ from offloop.engine import (
 
 REDRAW_INTERVAL: Final = 0.1
 """Seconds between two redraws at least: ten a second look smooth."""
+NOTEBOOK_INTERVAL: Final = 0.5
+"""The same in a notebook, where each redraw is a message to a browser."""
 REDRAW_SHARE: Final = 100
 """A redraw's CPU time is waited for this many times before the next one: at most 1 % of the interpreter."""
+UNCHANGED_INTERVAL: Final = 1.0
+"""Seconds after which a block that has not changed is drawn again, below what was printed since."""
 LINE_INTERVAL: Final = 10.0
 """Seconds between two plain lines where there is no terminal."""
+NOTEBOOK_WIDTH: Final = 100
+"""Columns in a notebook, which does not say how wide it is."""
+
+_STATUS_STYLES: Final = {"completed": "green", "failed": "red"}
 
 
 class ProgressBar(Callback):
-    """Shows epoch, step, loss, learning rate, speed and time left, drawn from the newest step only.
+    """Shows how far a run and its epoch are, loss, metrics, learning rate, speed and time left.
 
-    Training never waits for it, and neither stdout nor stderr is redirected: it draws through a stream of
-    its own, because a worker process forked in the middle of a redraw would otherwise inherit a held lock.
+    On a terminal and in a notebook, two bars: the run with the time left, the epoch (or the validation that is going
+    on) with the speed; below them the values. It fits any width; several runs of a process share the terminal. When
+    a run ends, one line of it stays. Where there is neither, it prints a plain line every ten seconds.
+
+    Training never waits for it. The values are those of the newest step only, and a redraw takes at most 1 % of the
+    interpreter. Neither stdout nor stderr is redirected; what is printed meanwhile appears above the bars.
     """
 
     buffer = 1  # the newest step is all it needs
@@ -46,7 +69,7 @@ class ProgressBar(Callback):
 
         Args:
             metrics: Further metrics by key, like `"val_accuracy"`, as they become known.
-            file: Where to draw; standard error by default.
+            file: Where to draw; standard error by default, or the cell of a notebook.
         """
         if isinstance(metrics, str):
             raise TypeError(f"metrics must be a list of names, got the string {metrics!r}")
@@ -55,35 +78,25 @@ class ProgressBar(Callback):
         self.reset()
 
     def reset(self) -> None:
-        self._file: TextIO | None = None
-        self._progress: Progress | None = None
+        # Written by the callback's thread, read by the one that draws
+        self._display: _Display | None = None
+        self._run: Run | None = None
         self._start: TrainStart | None = None
         self._values: dict[str, float] = {}
         self._doing = ""
-        self._drawn_at = -LINE_INTERVAL
-        self._pause = REDRAW_INTERVAL
-        self._speed = 0.0
+        self._validation: ValidationStart | None = None  # the one that is going on
+        self._speed = 0.0  # steps per second
+        self._samples = 0.0  # in a step
         self._speed_from: tuple[int, float] | None = None
         self._epoch = self._step = 0
+        self._took: float | None = None  # seconds, when it is over
+        self._began = time.monotonic()
 
     def on_train_start(self, event: TrainStart, run: Run) -> None:
-        self._start = event
-        self._file = self._given_file or _own_stderr()
-        console = Console(file=self._file)
-        if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                _StatusColumn(self),
-                console=console,
-                auto_refresh=False,  # no thread that draws behind our back
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._task = self._progress.add_task("", total=self._total_steps())
-            self._progress.start()
-        else:
-            self._drawn_at = time.monotonic()  # the first line after an interval, or at the first milestone
+        self._start, self._run = event, run
+        self._epoch, self._step = event.epoch, event.step
+        self._began = time.monotonic()
+        self._display = _join(self, self._given_file)
 
     def on_epoch_start(self, event: EpochStart, run: Run) -> None:
         self._epoch = event.epoch
@@ -91,57 +104,114 @@ class ProgressBar(Callback):
     def on_step_end(self, event: StepEnd, run: Run) -> None:
         self._step, self._epoch = event.step, event.epoch
         self._values.update(loss=event.loss, lr=event.lr)
+        self._samples = 0.9 * self._samples + 0.1 * event.samples if self._samples else event.samples
         self._measure_speed(event)
-        self._draw()
+        self._changed()
 
     def on_validation_start(self, event: ValidationStart, run: Run) -> None:
-        self._doing = "validating"
-        self._draw()
+        self._doing, self._validation = "validating", event
+        self._changed()
 
     def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
-        self._doing = ""
+        self._doing, self._validation = "", None
         self._values.update(event.metrics)
         self._speed_from = None  # a validation is no slow step
-        self._draw()
+        self._changed()
 
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self._step = event.step
         self._values.update(event.metrics)
-        self._draw()
+        self._changed()
 
     def on_state_changed(self, event: StateChanged, run: Run) -> None:
         self._doing = "" if event.state == "running" else event.state
         self._speed_from = None
-        self._draw(now=True)
+        self._changed(now=True)
 
     def on_train_end(self, event: TrainEnd, run: Run) -> None:
-        self._doing = event.status
+        self._step = max(self._step, event.step)
+        self._doing, self._validation, self._took = event.status, None, event.seconds
         self._values.update(event.metrics)
-        self._draw(now=True)
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        if self._file not in (None, self._given_file, sys.stderr):
-            with contextlib.suppress(OSError):
-                self._file.close()
+        if self._display is not None:
+            _leave(self, self._display)
+            self._display = None
 
     def status(self) -> str:
         """Return the values as one line."""
-        start = self._start
         parts = []
-        if start is not None:
+        if self._start is not None:
             total = self._total_steps()
             parts.append(f"step {self._step}" + (f"/{total}" if total else ""))
-        shown = dict.fromkeys(("loss", "val_loss", *self.metrics, "lr"))
-        parts += [f"{name} {self._values[name]:.4g}" for name in shown if name in self._values]
+        parts += self._shown_values()
         if self._speed:
-            parts.append(f"{self._speed:.3g} steps/s")
+            parts += [f"{self._speed:.3g} steps/s", *self._samples_per_second()]
             left = self._seconds_left()
             if left is not None and not self._doing:
                 parts.append(f"{_duration(left)} left")
         if self._doing:
-            parts.append(self._doing)
+            parts.append(self._doing if self._took is None else f"{self._doing} in {_duration(self._took)}")
         return "  ".join(parts)
+
+    def line(self) -> str:
+        """Return all that there is to say as one line."""
+        return f"{self._describe_epoch()}  {self.status()}"
+
+    def block(self, width: int, *, with_name: bool = False) -> RenderableType:
+        """Return what is drawn on a terminal: two bars and the values, in `width` columns.
+
+        Args:
+            width: At least 20.
+            with_name: Begin with the id of the run.
+        """
+        if self._run is not None and self._took is None:
+            self._step, self._epoch = self._run.step, self._run.epoch  # as of now: events may be behind
+        grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        is_wide = width >= 60  # then the bars do not move when a text grows
+        grid.add_column(no_wrap=True, min_width=16 if is_wide else None)
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True, justify="right", min_width=12 if is_wide else None)
+        done, total = self._run_progress()
+        left = self._seconds_left()
+        waits = self._doing and self._doing != "validating"
+        state = self._doing if waits else "" if left is None else f"{_duration(left)} left"
+        grid.add_row(self._describe_epoch(), Bar(total, done or 0, pulse=total is None), state)
+        grid.add_row(*self._second_row())
+        values = _wrapped([*self._shown_values(), *self._samples_per_second()], width)
+        parts: list[RenderableType] = [
+            grid,
+            *(Text(each, no_wrap=True, overflow="ellipsis") for each in values),
+        ]
+        if with_name and self._run is not None:
+            parts.insert(0, Text(self._run.id, style="bold", no_wrap=True, overflow="ellipsis"))
+        return Group(*parts)
+
+    def _second_row(self) -> tuple[str, Bar, str]:
+        validation, run = self._validation, self._run
+        if validation is not None and run is not None:
+            done, total = run.validation_batch, validation.batches
+            return (
+                f"validation {done}" + (f"/{total}" if total else ""),
+                Bar(total, done, pulse=not total),
+                "",
+            )
+        in_epoch, of_epoch = self._step, None
+        if self._start is not None and (of_epoch := self._start.steps_per_epoch):
+            in_epoch = min(max(0, self._step - self._epoch * of_epoch), of_epoch)
+        speed = f"{self._speed:.3g} steps/s" if self._speed else ""
+        return (
+            f"step {in_epoch}" + (f"/{of_epoch}" if of_epoch else ""),
+            Bar(of_epoch, in_epoch, pulse=not of_epoch),
+            speed,
+        )
+
+    def _shown_values(self) -> list[str]:
+        names = dict.fromkeys(("loss", "val_loss", *self.metrics, "lr"))
+        return [f"{name} {self._values[name]:.4g}" for name in names if name in self._values]
+
+    def _samples_per_second(self) -> list[str]:
+        return [f"{self._speed * self._samples:.3g} samples/s"] if self._speed and self._samples else []
 
     def _total_steps(self) -> int | None:
         start = self._start
@@ -153,13 +223,28 @@ class ProgressBar(Callback):
         totals = [total for total in (start.max_steps, by_epochs) if total is not None]
         return min(totals, default=None)
 
+    def _run_progress(self) -> tuple[float | None, float | None]:
+        """Return how much of the run is done and how much there is: in steps, epochs or seconds."""
+        total = self._total_steps()
+        if total is not None or self._start is None:
+            return self._step, total
+        if self._start.epochs is not None:
+            return self._epoch, self._start.epochs
+        return time.monotonic() - self._began, self._start.max_time
+
     def _seconds_left(self) -> float | None:
         total = self._total_steps()
-        return None if total is None else max(0, total - self._step) / self._speed
+        lefts = []
+        if total is not None and self._speed:
+            lefts.append(max(0, total - self._step) / self._speed)
+        if self._start is not None and self._start.max_time is not None:
+            lefts.append(max(0.0, self._start.max_time - (time.monotonic() - self._began)))
+        return min(lefts, default=None)
 
     def _describe_epoch(self) -> str:
         epochs = None if self._start is None else self._start.epochs
-        return f"epoch {self._epoch + 1}" + (f"/{epochs}" if epochs else "")
+        number = self._epoch + 1 if epochs is None else min(self._epoch + 1, epochs)
+        return f"epoch {number}" + (f"/{epochs}" if epochs else "")
 
     def _measure_speed(self, event: StepEnd) -> None:
         if self._speed_from is None:
@@ -171,30 +256,271 @@ class ProgressBar(Callback):
             self._speed = speed if not self._speed else 0.7 * self._speed + 0.3 * speed
             self._speed_from = event.step, event.time
 
-    def _draw(self, now: bool = False) -> None:
-        interval = self._pause if self._progress is not None else LINE_INTERVAL
-        if not now and time.monotonic() - self._drawn_at < interval:
-            return
-        cpu = time.thread_time()
-        if self._progress is not None:
-            self._progress.update(self._task, completed=self._step, description=self._describe_epoch())
-            self._progress.refresh()
-        elif self._file is not None:
-            self._file.write(f"{self._describe_epoch()}  {self.status()}\n")
-            self._file.flush()
-        self._pause = max(REDRAW_INTERVAL, REDRAW_SHARE * (time.thread_time() - cpu))
-        self._drawn_at = time.monotonic()
+    def _changed(self, now: bool = False) -> None:
+        if self._display is not None:
+            self._display.changed(self, now)
 
 
-class _StatusColumn(ProgressColumn):
-    """The values beside the bar."""
+# Where bars are drawn ------------------------------------------------------------------------------
 
-    def __init__(self, bar: ProgressBar) -> None:
+_lock = threading.Lock()  # guards _displays, and which bars each of them has
+_displays: "dict[object, _Display]" = {}
+
+
+def _join(bar: ProgressBar, file: TextIO | None) -> "_Display":
+    """Return the display for a file, with a bar on it."""
+    key: object = "notebook" if file is None and _in_notebook() else "stderr" if file is None else id(file)
+    with _lock:
+        display = _displays.get(key)
+        if display is None:
+            display = _displays[key] = _open(key, file)
+        display.bars.append(bar)
+        display.added(bar)
+        return display
+
+
+def _leave(bar: ProgressBar, display: "_Display") -> None:
+    with _lock:
+        display.bars.remove(bar)
+        is_last = not display.bars
+        if is_last:
+            for key in [key for key, each in _displays.items() if each is display]:
+                del _displays[key]
+    display.removed(bar)
+    if is_last:
+        display.close()
+
+
+def _open(key: object, file: TextIO | None) -> "_Display":
+    if key == "notebook":
+        return _Notebook()
+    own = _own_stderr() if file is None else None
+    stream = own or file or sys.stderr
+    console = Console(file=stream, force_jupyter=False)
+    with contextlib.suppress(ValueError):  # a file that is closed has no terminal
+        if stream.isatty() and not console.is_dumb_terminal and not console.legacy_windows:
+            return _Terminal(console, own)
+    return _Lines(stream, own)
+
+
+def _after_fork() -> None:
+    """Forget in a forked process what belongs to threads that it does not have."""
+    global _lock
+    _lock = threading.Lock()
+    _displays.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Display:
+    """Something that several bars are drawn on. Any thread."""
+
+    def __init__(self) -> None:
+        self.bars: list[ProgressBar] = []
+
+    def added(self, bar: ProgressBar) -> None:
+        """Take note of a new bar."""
+
+    def removed(self, bar: ProgressBar) -> None:
+        """Leave a bar's last line behind."""
+
+    def changed(self, bar: ProgressBar, now: bool) -> None:
+        """Take note that a bar has something new to say, at once if `now`."""
+
+    def close(self) -> None:
+        """Give everything back; there are no bars any more."""
+
+
+class _Lines(_Display):
+    """Plain lines, written by the threads of the bars."""
+
+    def __init__(self, file: TextIO, own: TextIO | None) -> None:
         super().__init__()
-        self._bar = bar
+        self._file, self._own = file, own
+        self._written_at: dict[int, float] = {}  # by id of the bar
 
-    def render(self, task: Task) -> Text:
-        return Text(self._bar.status(), no_wrap=True, overflow="ellipsis")
+    def added(self, bar: ProgressBar) -> None:
+        self._written_at[id(bar)] = time.monotonic()  # the first line after an interval
+
+    def changed(self, bar: ProgressBar, now: bool) -> None:
+        if now or time.monotonic() - self._written_at[id(bar)] >= LINE_INTERVAL:
+            self._written_at[id(bar)] = time.monotonic()
+            self._write(bar, len(self.bars) > 1)
+
+    def removed(self, bar: ProgressBar) -> None:
+        del self._written_at[id(bar)]
+        self._write(bar, bool(self.bars))
+
+    def close(self) -> None:
+        _close(self._own)
+
+    def _write(self, bar: ProgressBar, with_name: bool) -> None:
+        name = f"{bar._run.id}  " if with_name and bar._run is not None else ""
+        with contextlib.suppress(ValueError, OSError):  # whoever reads has gone away
+            self._file.write(f"{name}{bar.line()}\n")  # in one piece: lines of several runs do not mix
+            self._file.flush()
+
+
+class _Live(_Display):
+    """A display that a thread redraws at a pace, as long as it has bars."""
+
+    def __init__(self, interval: float) -> None:
+        super().__init__()
+        self._interval = interval
+        self._drawing = threading.Lock()
+        self._wake = threading.Event()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._draw_on, name="offloop-progress", daemon=True)
+
+    def added(self, bar: ProgressBar) -> None:
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def changed(self, bar: ProgressBar, now: bool) -> None:
+        if now:
+            self._wake.set()
+
+    def removed(self, bar: ProgressBar) -> None:
+        with self._drawing, contextlib.suppress(ValueError, OSError):
+            self.leave(bar)
+            self.draw()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._wake.set()
+        self._thread.join()
+
+    def draw(self) -> None:
+        """Draw all bars; under the lock."""
+
+    def leave(self, bar: ProgressBar) -> None:
+        """Write what is to stay of a bar; under the lock."""
+
+    def _draw_on(self) -> None:
+        pause = 0.0
+        while not self._wake.wait(pause) or not self._is_closed:
+            self._wake.clear()
+            cpu = time.thread_time()
+            try:
+                with self._drawing:
+                    self.draw()
+            except (ValueError, OSError):  # whoever watched has gone away
+                return
+            pause = max(self._interval, REDRAW_SHARE * (time.thread_time() - cpu))
+            if self._is_closed:
+                return
+
+
+class _Terminal(_Live):
+    """One block of lines below an empty one, where the cursor waits."""
+
+    def __init__(self, console: Console, own: TextIO | None) -> None:
+        super().__init__(REDRAW_INTERVAL)
+        self._console, self._own = console, own
+        self._drawn, self._drawn_at = "", 0.0
+
+    def draw(self) -> None:
+        with _lock:
+            bars = list(self.bars)
+        size = _size_of(self._console)
+        self._console.size = size
+        several = len(bars) > 1
+        blocks = [bar.block(size[0], with_name=several) for bar in bars]
+        lines = self._render(*blocks).splitlines()
+        if len(lines) > size[1] - 2:
+            lines = [*lines[: max(1, size[1] - 3)], f"... {len(bars)} runs"]
+        # Clear what is below the cursor, leave its line empty, draw, and go back to it
+        drawn = "".join(
+            ["\r\x1b[J", *(f"\n{line}" for line in lines), f"\x1b[{len(lines)}A\r" if lines else ""]
+        )
+        now = time.monotonic()
+        if drawn != self._drawn or now - self._drawn_at > UNCHANGED_INTERVAL:
+            self._drawn, self._drawn_at = drawn, now
+            self._write(drawn)
+
+    def leave(self, bar: ProgressBar) -> None:
+        name = f"{bar._run.id}  " if self.bars and bar._run is not None else ""
+        text = Text("\n".join(_wrapped(f"{name}{bar.line()}".split("  "), _size_of(self._console)[0])))
+        text.highlight_words([bar._doing], _STATUS_STYLES.get(bar._doing, "yellow"))
+        self._write("\r\x1b[J" + self._render(text))
+        self._drawn = ""
+
+    def close(self) -> None:
+        super().close()
+        _close(self._own)
+
+    def _render(self, *parts: RenderableType) -> str:
+        with self._console.capture() as captured:
+            for part in parts:
+                self._console.print(part)
+        return captured.get()
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
+
+
+class _Notebook(_Live):
+    """An output for each bar, in the cell that started its run."""
+
+    def __init__(self) -> None:
+        super().__init__(NOTEBOOK_INTERVAL)
+        self._outputs: dict[int, tuple[contextvars.Context, Any]] = {}  # by id of the bar
+
+    def added(self, bar: ProgressBar) -> None:
+        from IPython.display import display
+
+        context = contextvars.copy_context()  # it says which cell
+        handle = context.run(display, self._picture(bar), raw=True, display_id=True)
+        self._outputs[id(bar)] = context, handle
+        super().added(bar)
+
+    def draw(self) -> None:
+        with _lock:
+            bars = list(self.bars)
+        for bar in bars:
+            context, handle = self._outputs[id(bar)]
+            context.run(functools.partial(handle.update, self._picture(bar), raw=True))
+
+    def leave(self, bar: ProgressBar) -> None:
+        context, handle = self._outputs.pop(id(bar))
+        context.run(functools.partial(handle.update, self._picture(bar, is_over=True), raw=True))
+
+    def _picture(self, bar: ProgressBar, *, is_over: bool = False) -> dict[str, str]:
+        console = Console(
+            file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_terminal=True, force_jupyter=False,
+            color_system="truecolor",
+        )  # fmt: skip
+        over = Text("\n".join(_wrapped(bar.line().split("  "), NOTEBOOK_WIDTH)))
+        console.print(over if is_over else bar.block(NOTEBOOK_WIDTH))
+        pre = '<pre style="white-space:pre;line-height:normal;font-family:monospace">{code}</pre>'
+        return {
+            "text/html": console.export_html(inline_styles=True, code_format=pre, clear=False),
+            "text/plain": console.export_text(),
+        }
+
+
+def _wrapped(items: Iterable[str], width: int) -> list[str]:
+    """Lay items out in lines of at most `width` columns, none of them broken."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + 2 + len(item) <= width:
+            lines[-1] += f"  {item}"
+        else:
+            lines.append(item)
+    return lines
+
+
+def _size_of(console: Console) -> tuple[int, int]:
+    """Return columns and lines of the terminal that is drawn on; `COLUMNS` has the last word, as everywhere."""
+    try:
+        columns, lines = os.get_terminal_size(console.file.fileno())
+    except (OSError, ValueError):
+        columns, lines = 80, 24
+    columns = int(os.environ["COLUMNS"]) if os.environ.get("COLUMNS", "").isdigit() else columns or 80
+    return max(20, columns), lines or 24
 
 
 def _duration(seconds: float) -> str:
@@ -204,9 +530,19 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _own_stderr() -> TextIO:
-    """Return a stream to standard error that shares no lock with `sys.stderr`."""
+def _in_notebook() -> bool:
+    return Console(file=io.StringIO()).is_jupyter
+
+
+def _own_stderr() -> TextIO | None:
+    """Return a stream to standard error that shares no lock with `sys.stderr`; None if it is captured, or none."""
     try:
         return open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="replace")
-    except (AttributeError, OSError, io.UnsupportedOperation):  # captured, or none at all
-        return sys.stderr
+    except (AttributeError, OSError, io.UnsupportedOperation):
+        return None
+
+
+def _close(own: TextIO | None) -> None:
+    if own is not None:
+        with contextlib.suppress(OSError):
+            own.close()

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from offloop.engine.callback import Callback as Callback
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
+    from offloop.engine.checkpoint import CheckpointInfo as CheckpointInfo
+    from offloop.engine.checkpoint import CheckpointNotFoundError as CheckpointNotFoundError
+    from offloop.engine.checkpoint import CheckpointReader as CheckpointReader
     from offloop.engine.checkpoint import Retention as Retention
     from offloop.engine.comparison import ModelComparison as ModelComparison
     from offloop.engine.comparison import TensorDifference as TensorDifference
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
-    "checkpoint": ("Retention",),
+    "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),
     "comparison": ("ModelComparison", "TensorDifference", "compare_models"),
     "config": ("TrainerConfig",),
     "errors": (

@@ -213,6 +213,9 @@ class StepEnd(Sample, frozen=True, kw_only=True):
 class ValidationStart(Event, frozen=True, kw_only=True):
     """A validation begins. From the training thread, at a step boundary."""
 
+    batches: int | None = None
+    """Batches in it after limits; None where the loader has no length."""
+
 
 class ValidationEnd(Event, frozen=True, kw_only=True):
     """A validation is complete. From the training thread; a stopped one has no end."""

@@ -448,8 +448,10 @@ class TrainingLoop:
         if self.val_loader is None:
             return {}
         started = time.perf_counter()
+        self.val_batches = 0
         self.validating = True  # from here on only a pause or a stop applies; the rest waits for its end
-        self.announce(ValidationStart(**self.position()))
+        batches = limited_length(self.val_loader, self.config.limit_val_batches, "limit_val_batches")
+        self.announce(ValidationStart(batches=batches, **self.position()))
         if self.ending in ("stopped", "cancelled"):
             self.validating = False
             return None

@@ -154,6 +154,11 @@ class Run:
         return self._session.loop.step
 
     @property
+    def validation_batch(self) -> int:
+        """Batches that the validation in progress has been given, or that the last one was, as of now."""
+        return self._session.loop.val_batches
+
+    @property
     def trainer(self) -> "BaseTrainer":
         """The trainer. Its model and optimizers are live: touch them in the training thread only, that is in a
         plain decider, a step hook or `call`."""

@@ -24,6 +24,7 @@ from offloop.engine.checkpoint import (
     CheckpointWriter,
     Commit,
     LoadedCheckpoint,
+    NamedCopies,
     Retention,
     SnapshotArena,
     SnapshotBusyError,
@@ -58,6 +59,7 @@ class Checkpoints:
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in the writer's thread.
         """
         self._retention = Retention()
+        self._copies: NamedCopies | None = None  # of the writer's thread
         self.parent: str | None = None  # the checkpoint that this attempt continues
         self.attempt = 0
         self.saved: dict[int, str] = {}  # step -> path of what is durable and not deleted; writer's thread
@@ -76,9 +78,14 @@ class Checkpoints:
         self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
         self._in_flight: set[int] = set()  # ids of requests; put in by one thread, taken out by another
 
-    def keep(self, retention: Retention) -> None:
-        """Say what is kept when a new checkpoint is durable. Training thread, before the first save."""
-        self._retention = retention
+    def keep(self, retention: Retention, copies: NamedCopies | None = None) -> None:
+        """Say what is kept when a new checkpoint is durable. Training thread, before the first save.
+
+        Args:
+            retention: What stays.
+            copies: Of what stays, elsewhere; made in the writer's thread.
+        """
+        self._retention, self._copies = retention, copies
         if self._store is not None:
             self._store.retention = retention
 
@@ -241,6 +248,11 @@ class Checkpoints:
         self._publish(event)
         for future in self._waiting.pop(id(request), ()):
             future.set_result(event)
+        if self._copies is not None:
+            try:
+                self._copies.follow(commit.info, commit.deleted)
+            except OSError as error:
+                logger.error("checkpoint %s was not copied to %s: %s", path, self._copies.directory, error)
 
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
         """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""

@@ -16,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.callback import Callback, lookup
-from offloop.engine.checkpoint import Retention
+from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, Retention
 from offloop.engine.config import TrainerConfig, check_limits, misplaced_argument
 from offloop.engine.control import Control
 from offloop.engine.data import length_of, limited_length, to_device
@@ -220,18 +220,28 @@ class BaseTrainer:
         if loop.resumed is not None:
             loop.resumed.restore_schedule(loop)
 
-    def keep_checkpoints(self, retention: Retention, *, save_at_end: bool) -> None:
+    def keep_checkpoints(
+        self,
+        retention: Retention,
+        *,
+        save_at_end: bool,
+        save_dir: Path | None = None,
+        name_of: Callable[[CheckpointInfo], str] = lambda info: info.name,
+    ) -> None:
         """Say which checkpoints the run that is going on keeps. In the training thread, before the first one.
 
         Args:
             retention: What is kept when a new one is durable.
             save_at_end: Take one when training ends, however it ends but by a failure.
+            save_dir: A directory for copies of them; hard links on the same disk.
+            name_of: Gives a copy its name; called in the writer's thread.
         """
         self._in_run("keep_checkpoints")
         session = self._session
         if session is None or session.checkpoints is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
-        session.checkpoints.keep(retention)
+        copies = None if save_dir is None else NamedCopies(save_dir, session.run_id, name_of)
+        session.checkpoints.keep(retention, copies)
         session.save_at_end = save_at_end
 
     @property

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         WriterDiedError,
     )
     from offloop.engine.checkpoint.manifest import CheckpointRequest
+    from offloop.engine.checkpoint.named_copies import NamedCopies
     from offloop.engine.checkpoint.reader import (
         CheckpointInfo,
         CheckpointReader,
@@ -58,6 +59,7 @@ _MODULES = {
         "WriterDiedError",
     ),
     "manifest": ("CheckpointRequest",),
+    "named_copies": ("NamedCopies",),
     "reader": ("CheckpointInfo", "CheckpointReader", "LoadedCheckpoint", "list_runs"),
     "reference": ("find_checkpoint",),
     "retention": ("Retention",),
@@ -83,6 +85,7 @@ __all__ = [
     "Commit",
     "DiskFullError",
     "LoadedCheckpoint",
+    "NamedCopies",
     "Retention",
     "RunLockedError",
     "Snapshot",

@@ -64,6 +64,7 @@ class CheckpointInfo:
 
     @property
     def step(self) -> int:
+        """Optimizer steps that were done."""
         return self.manifest.step
 
     @property

@@ -1,16 +1,18 @@
 """callbacks/metric_logger.py: which rows, which columns, and that no row is ever lost."""
 
 import csv
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from offloop.callbacks import MetricLogger
-from offloop.engine import EpochEnd, Event, Metrics, StepEnd, TrainStart, ValidationEnd
+from offloop.engine import ConfigError, EpochEnd, Event, Metrics, StepEnd, TrainStart, ValidationEnd
 from offloop.engine.testing import drive, tiny_loader, tiny_trainer
 
 Row = dict[str, str]
@@ -79,7 +81,10 @@ def test_columns_that_appear_later_widen_the_rows_before(tmp_path: Path) -> None
             ("3", "0.25", "0.1", "", "", "7.0"),
         ]
     ]  # fmt: skip
-    assert [path.name for path in (tmp_path / "run").glob("metrics*")] == ["metrics.csv"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("metrics*")) == [
+        "metrics.csv",
+        "metrics.jsonl",
+    ]
 
 
 def test_non_finite_values_are_read_back_as_such(tmp_path: Path) -> None:
@@ -89,6 +94,60 @@ def test_non_finite_values_are_read_back_as_such(tmp_path: Path) -> None:
     ]
     rows = log(tmp_path, MetricLogger(every_n_steps=1), events)
     assert [str(float(row["loss"])) for row in rows] == ["nan", "inf"]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_hold_the_same_rows_without_holes(tmp_path: Path) -> None:
+    events = [
+        *steps(1),
+        StepEnd(loss=float("nan"), lr=0.1, step=2, batch=2, grad_norm=float("-inf")),
+        ValidationEnd(step=2, batch=2, metrics=Metrics(val_loss=0.75, **{"a name": float("inf")})),
+    ]
+    log(tmp_path, MetricLogger(every_n_steps=1), events)
+    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert all(line.pop("time") > 0 for line in lines)
+    position = {"attempt": 0, "epoch": 0}
+    assert lines == [
+        {**position, "step": 1, "batch": 1, "loss": 1.0, "lr": 0.1},
+        {**position, "step": 2, "batch": 2, "loss": "NaN", "lr": 0.1, "grad_norm": "-Infinity"},
+        {**position, "step": 2, "batch": 2, "val_loss": 0.75, "a name": "Infinity"},
+    ]
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_one_file_is_enough_if_only_one_is_asked_for(tmp_path: Path, format: Any) -> None:
+    logger = MetricLogger(every_n_steps=1, formats=[format])
+    assert drive(logger, events=steps(2), run_dir=str(tmp_path), run_name="run").result.callback_errors == {}
+    assert [path.name for path in (tmp_path / "run").glob("metrics*")] == [f"metrics.{format}"]
+
+
+@pytest.mark.parametrize("formats", ["csv", [], ["xml"]])
+def test_formats_that_cannot_be_are_refused(formats: Any) -> None:
+    with pytest.raises(ConfigError, match="formats must be a list of some of csv, jsonl"):
+        MetricLogger(formats=formats)
+
+
+def test_resumed_attempt_cuts_rows_after_the_checkpoint_and_a_row_that_is_half_there(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    header = "time,attempt,epoch,step,batch,loss"
+    (run_dir / "metrics.csv").write_text(f"{header}\n10.0,0,0,1,1,0.5\n11.0,0,0,2,2,0.25\n10.0,0,0,3,3,0.1")
+    (run_dir / "metrics.jsonl").write_text(
+        '{"time":10.0,"step":1}\n{"time":11.0,"step":2}\n{"time":10.0,"step":3'
+    )
+    logger = MetricLogger(every_n_steps=1)
+    run: Any = SimpleNamespace(dir=run_dir)
+    logger.on_train_start(TrainStart(attempt=1, resumed_at=10.5), run)
+    logger.on_step_end(StepEnd(loss=0.125, lr=0.1, step=2, batch=2, time=12.0), run)
+    logger.close()
+    assert [(row["step"], row["loss"], row["attempt"]) for row in rows_of(run_dir / "metrics.csv")] == [
+        ("1", "0.5", "0"),
+        ("2", "0.125", "1"),
+    ]
+    assert [line["step"] for line in lines_of(run_dir / "metrics.jsonl")] == [1, 2]
 
 
 def test_attempt_stands_in_every_row(tmp_path: Path) -> None:
@@ -175,3 +234,8 @@ def test_killed_run_keeps_every_row(tmp_path: Path) -> None:
     assert ends[: len(logged)] == logged
     losses = [int(row["step"]) for row in rows if row["loss"]]
     assert losses[:300] == list(range(1, 301))
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert text.endswith("\n")  # each line is there whole or not at all
+    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert [line["epoch"] for line in lines if "train_loss" in line][: len(logged)] == logged
+    assert [line["step"] for line in lines if "loss" in line][:300] == list(range(1, 301))

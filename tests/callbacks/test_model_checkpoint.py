@@ -1,6 +1,8 @@
 """callbacks/model_checkpoint.py: what is saved when, what stays on disk, and which is best. Real files."""
 
 import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
     Callback,
     CheckpointFailed,
+    CheckpointReader,
     CheckpointSaved,
     ConfigError,
     EpochEnd,
@@ -454,3 +457,118 @@ def test_checkpoint_between_validations_does_not_pass_for_the_earlier_best(tmp_p
         7,
         8,
     ]  # not 3, which has step 2's val_loss and other weights
+
+
+# Copies under names of one's own ---------------------------------------------------------------------
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_copies_have_the_names_that_were_asked_for_and_go_with_their_checkpoints(tmp_path: Path) -> None:
+    named = tmp_path / "models"
+    checkpoint = ModelCheckpoint(
+        "val_loss", save_last=False, save_dir=named, filename="epoch={epoch}-val_loss={val_loss:.1f}"
+    )
+    result, _ = train(tmp_path, LOSSES, checkpoint)
+    assert steps_on_disk(tmp_path) == [8, 10, 12]
+    assert names_in(named) == ["epoch=3-val_loss=2.0", "epoch=4-val_loss=6.0", "epoch=5-val_loss=7.0"]
+    original = tmp_path / "run" / "checkpoints" / "step-000000008-a0"
+    copy = named / "epoch=3-val_loss=2.0"
+    assert names_in(copy) == names_in(original)
+    assert all((copy / name).samefile(original / name) for name in names_in(copy))  # they take no space
+    reader = CheckpointReader(named)
+    assert reader.find(copy).step == 8
+    reader.verify(reader.find(copy), level="full")
+    assert result.best is not None and result.best.path == str(original)
+
+
+def test_copies_on_another_disk_are_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_link(source: object, target: object) -> None:
+        raise OSError(errno.EXDEV, "injected")
+
+    monkeypatch.setattr(os, "link", refuse_link)
+    train(tmp_path, [1.0], ModelCheckpoint(save_last=False, save_dir=tmp_path / "models"))
+    (copy,) = (tmp_path / "models").iterdir()
+    assert copy.name == "epoch=0-step=2"
+    reader = CheckpointReader(tmp_path / "models")
+    reader.verify(reader.find(copy), level="full")
+    (original,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert not (copy / "MANIFEST.json").samefile(original / "MANIFEST.json")
+
+
+def test_runs_may_share_a_directory_and_leave_alone_what_is_not_theirs(tmp_path: Path) -> None:
+    named = tmp_path / "models"
+    (named / "mine").mkdir(parents=True)
+    (named / "best").write_text("mine too")
+    for number in (1, 2):
+        checkpoint = ModelCheckpoint(save_best_only=True, save_last=False, save_dir=named, filename="best")
+        train(tmp_path / str(number), [3.0, 2.0], checkpoint)
+    assert len(names_in(named)) == 2 + 4
+    assert (named / "best").read_text() == "mine too" and (named / "mine").is_dir()
+    found = [CheckpointReader(named).find(path) for path in sorted(named.glob("best-*"))]
+    assert sorted(info.step for info in found) == [2, 2, 4, 4]  # two valid ones of a run always stay
+
+
+def test_resumed_run_takes_its_copies_over(tmp_path: Path) -> None:
+    def checkpoint() -> ModelCheckpoint:
+        return ModelCheckpoint("val_loss", save_last=False, save_dir=tmp_path / "models", filename="{step}")
+
+    train(tmp_path, [3.0, 4.0, 5.0], checkpoint())
+    assert names_in(tmp_path / "models") == ["2", "4", "6"]
+    train(tmp_path, [2.0, 1.0], checkpoint(), resume="last", epochs=5)
+    assert sorted(map(int, names_in(tmp_path / "models"))) == steps_on_disk(tmp_path)
+
+
+def test_metric_of_another_moment_is_no_part_of_a_name(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(
+        "val_loss", every_n_steps=3, save_dir=tmp_path / "models", filename="{step}-{val_loss:.1f}"
+    )
+    train(tmp_path, [1.0, 2.0], checkpoint)
+    assert names_in(tmp_path / "models") == ["2-1.0", "3-nan", "4-2.0"]
+
+
+def test_directory_that_refuses_copies_does_not_touch_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse_link(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, "injected")
+
+    monkeypatch.setattr(os, "link", refuse_link)
+    monkeypatch.setattr(shutil, "copyfile", refuse_link)
+    result, recorder = train(tmp_path, [1.0], ModelCheckpoint(save_last=False, save_dir=tmp_path / "models"))
+    assert (result.status, saved(recorder)) == ("completed", [(2, "best")])
+    assert names_in(tmp_path / "models") == []
+    assert "was not copied to" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"filename": "x"}, "give save_dir too"),
+        ({"save_dir": "d", "filename": ""}, "must be a pattern like 'epoch="),
+        (
+            {"save_dir": "d", "filename": "{epoc}"},
+            r"\{epoc\}, which no checkpoint has; there are \{epoch\}, \{step\}",
+        ),
+        ({"save_dir": "d", "filename": "{}"}, "which no checkpoint has"),
+        ({"save_dir": "d", "filename": "{val_loss.real}"}, "which no checkpoint has"),
+        ({"save_dir": "d", "filename": "{epoch!r}"}, "leave it out"),
+        ({"save_dir": "d", "filename": "{epoch"}, "is no pattern: expected"),
+        ({"save_dir": "d", "filename": "{val_loss:.3x}"}, r"cannot format \{val_loss:.3x\}: Unknown"),
+        ({"save_dir": "d", "filename": "{epoch:.3s}"}, r"cannot format \{epoch:.3s\}"),
+        ({"save_dir": "d", "filename": "a/{epoch}"}, "name of one directory"),
+        ({"save_dir": "d", "filename": ".{epoch}"}, "name of one directory"),
+        ({"save_dir": "d", "filename": "x" * 201}, "name of one directory"),
+    ],
+)
+def test_names_that_cannot_be_are_refused_early(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        ModelCheckpoint(**arguments)
+
+
+def test_metric_that_nobody_makes_is_an_error_that_lists_those_there_are(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(save_dir=tmp_path / "models", filename="{val_accurac:.2f}")
+    with pytest.raises(MetricNotFoundError, match=r"val_accurac.*val_loss"):
+        train(tmp_path, [1.0], checkpoint)

@@ -1,18 +1,25 @@
 """callbacks/progress_bar.py: on a pseudo-terminal, without one, and beside forked workers."""
 
+import concurrent.futures
 import io
+import json
 import logging
 import os
 import pty
 import re
+import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
+import pyte
 import pytest
 import torch
+from rich.console import Console
 
 from offloop.callbacks import ProgressBar, progress_bar
 from offloop.engine import (
@@ -25,6 +32,7 @@ from offloop.engine import (
     StateChanged,
     StepEnd,
     StepPoint,
+    TrainEnd,
     TrainStart,
     ValidationEnd,
     ValidationStart,
@@ -71,7 +79,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw at every event, however long the last drawing took."""
-    for name in ("REDRAW_INTERVAL", "REDRAW_SHARE", "LINE_INTERVAL"):
+    for name in ("REDRAW_INTERVAL", "REDRAW_SHARE", "UNCHANGED_INTERVAL", "LINE_INTERVAL"):
         monkeypatch.setattr(progress_bar, name, 0.0)
 
 
@@ -109,13 +117,13 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         "epoch 2/3  step 5/12  loss 1e-09  lr 0.1  validating",
         "epoch 2/3  step 5/12  loss 1e-09  val_loss 0.5  lr 0.1",
         "epoch 2/3  step 5/12  loss 1e-09  val_loss 0.5  lr 0.1",
-        "epoch 2/3  step 5/12  loss 1e-09  val_loss 0.5  lr 0.1  completed",
+        "epoch 2/3  step 5/12  loss 1e-09  val_loss 0.5  lr 0.1  completed in 0:00",
     ]
 
 
 def test_plain_lines_are_few_and_the_end_is_always_said() -> None:
     said = lines(*[StepEnd(loss=1.0, lr=0.1, step=step) for step in range(1, 13)])
-    assert said == ["epoch 1/3  step 12/12  loss 1  lr 0.1  completed"]
+    assert said == ["epoch 1/3  step 12/12  loss 1  lr 0.1  completed in 0:00"]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -139,7 +147,13 @@ def test_pause_is_shown_and_over_after_it() -> None:
         StateChanged(state="running", step=1),
         StateChanged(state="stopping", step=1),
     )
-    assert [line.split("  ")[4:] for line in said] == [[], ["paused"], [], ["stopping"], ["completed"]]
+    assert [line.split("  ")[4:] for line in said] == [
+        [],
+        ["paused"],
+        [],
+        ["stopping"],
+        ["completed in 0:00"],
+    ]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -176,6 +190,14 @@ def test_speed_and_time_left_come_from_the_events_times() -> None:
     bar.close()
 
 
+def screen_of(written: str, columns: int = 200, lines: int = 50) -> list[str]:
+    """What a terminal shows after all that was written; empty lines left out."""
+    screen = pyte.Screen(columns, lines)
+    screen.set_mode(pyte.modes.LNM)  # a terminal driver adds the carriage returns
+    pyte.Stream(screen).feed(written)
+    return [line.rstrip() for line in screen.display if line.strip()]
+
+
 def test_bar_is_drawn_on_a_terminal_and_streams_are_left_alone(terminal: Terminal, at_once: None) -> None:
     streams: list[tuple[object, object]] = []
 
@@ -191,16 +213,19 @@ def test_bar_is_drawn_on_a_terminal_and_streams_are_left_alone(terminal: Termina
     assert result.callback_errors == {}
     assert not terminal.file.closed  # it is not ours to close
     written = terminal.close()
-    shown = text(written)
-    assert "━" in shown
-    assert "epoch 2/2" in shown
-    assert re.search(r"step 10/10  loss \S+  val_loss \S+  lr 0.05 .*completed", shown)
-    assert "\x1b[?25l" in written  # the cursor was hidden ...
-    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")  # ... and is back
+    assert "━" in written
+    (line,) = screen_of(written)  # the bars are gone
+    assert re.fullmatch(r"epoch 2/2  step 10/10  loss \S+  val_loss \S+  lr 0.05 .*completed in 0:00", line)
     assert set(streams) == {before}
 
 
-def test_bar_leaves_the_cursor_visible_when_the_run_fails(terminal: Terminal) -> None:
+def test_killed_run_leaves_a_usable_terminal(terminal: Terminal, at_once: None) -> None:
+    """At every moment: the cursor is never hidden, no mode is set that would have to be reset."""
+    tiny_trainer().train(tiny_loader(5), epochs=2, callbacks=[ProgressBar(file=terminal.file)])
+    assert "\x1b[?" not in terminal.close()
+
+
+def test_failed_run_says_so_in_its_last_line(terminal: Terminal) -> None:
     class Fails(Callback):
         @in_step
         def after_step(self, point: StepPoint) -> None:
@@ -208,32 +233,259 @@ def test_bar_leaves_the_cursor_visible_when_the_run_fails(terminal: Terminal) ->
 
     with pytest.raises(RuntimeError, match="injected"):
         tiny_trainer().train(tiny_loader(5), epochs=2, callbacks=[ProgressBar(file=terminal.file), Fails()])
+    (line,) = screen_of(terminal.close())
+    assert line.endswith("failed in 0:00")
+
+
+def test_what_is_printed_meanwhile_stands_above_the_bars(terminal: Terminal, at_once: None) -> None:
+    class Print(Callback):
+        async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            print(f"epoch {event.epoch} is over", file=terminal.file, flush=True)
+
+    bar = ProgressBar(file=terminal.file)
+    tiny_trainer().train(tiny_loader(50), epochs=6, callbacks=[bar, Print()])
+    *printed, last = screen_of(terminal.close())
+    assert printed == [f"epoch {epoch} is over" for epoch in range(6)]
+    assert "completed" in last
+
+
+def fake_run(name: str, **values: Any) -> Any:
+    return SimpleNamespace(id=name, **{"step": 0, "epoch": 0, "validation_batch": 0, **values})
+
+
+def filled(bar: ProgressBar, run: Any) -> ProgressBar:
+    """A bar in the middle of the third of five epochs of 200 steps, 40 steps/s."""
+    bar.on_train_start(TrainStart(epochs=5, steps_per_epoch=200), run)
+    bar.on_validation_end(
+        ValidationEnd(metrics=Metrics(val_loss=0.4321, val_accuracy=0.87654, val_f1_score=0.8)), run
+    )
+    for step in (400, 440, 500):
+        bar.on_step_end(StepEnd(loss=0.25, lr=3e-4, step=step, epoch=2, time=step / 40, samples=32), run)
+    run.step, run.epoch = 500, 2
+    return bar
+
+
+def drawn(bar: ProgressBar, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as captured:
+        console.print(bar.block(width))
+    lines = captured.get().splitlines()
+    assert all(len(line) <= width for line in lines)
+    return [re.sub(" *[━╸╺]+ *", " ~ ", line).strip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("width", "values"),
+    [
+        (
+            120,
+            [
+                "loss 0.25  val_loss 0.4321  val_accuracy 0.8765  val_f1_score 0.8  lr 0.0003  1.28e+03 samples/s"
+            ],
+        ),
+        (
+            80,
+            [
+                "loss 0.25  val_loss 0.4321  val_accuracy 0.8765  val_f1_score 0.8  lr 0.0003",
+                "1.28e+03 samples/s",
+            ],
+        ),
+        (
+            40,
+            [
+                "loss 0.25  val_loss 0.4321",
+                "val_accuracy 0.8765  val_f1_score 0.8",
+                "lr 0.0003  1.28e+03 samples/s",
+            ],
+        ),
+    ],
+)
+def test_bars_and_values_fit_any_width(width: int, values: list[str]) -> None:
+    run = fake_run("run")
+    bar = filled(ProgressBar(metrics=["val_accuracy", "val_f1_score"], file=io.StringIO()), run)
+    assert drawn(bar, width) == ["epoch 3/5 ~ 0:12 left", "step 100/200 ~ 40 steps/s", *values]
+    bar.on_validation_start(ValidationStart(step=500, epoch=2, batches=9), run)
+    run.validation_batch = 4
+    assert drawn(bar, width)[:2] == ["epoch 3/5 ~ 0:12 left", "validation 4/9 ~"]
+    bar.on_state_changed(StateChanged(state="paused"), run)
+    assert drawn(bar, width)[0] == "epoch 3/5 ~ paused"
+    bar.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "first", "second"),
+    [
+        (TrainStart(max_steps=50), "epoch 1 ~", "step 7 ~"),
+        (TrainStart(epochs=3), "epoch 1/3", "step 7 ~"),
+        (TrainStart(max_time=3600.0), "epoch 1 1:00:00 left", "step 7 ~"),
+    ],
+)
+def test_bars_of_runs_whose_length_is_not_known(start: TrainStart, first: str, second: str) -> None:
+    bar = ProgressBar(file=io.StringIO())
+    bar.on_train_start(start, fake_run("run", step=7))
+    assert [" ".join(line.split()) for line in drawn(bar, 80)[:2]] == [first, second]
+    bar.close()
+
+
+def test_runs_of_a_process_share_the_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_bar, "REDRAW_INTERVAL", 3600.0)  # draws when told to
+    read: list[list[str]] = []
+    one, two = (ProgressBar(file=terminal.file) for _ in range(2))
+    for bar, name in ((one, "run-one"), (two, "run-two")):
+        filled(bar, fake_run(name))
+    display = one._display
+    assert isinstance(display, progress_bar._Terminal) and two._display is display
+    written = io.StringIO()
+    monkeypatch.setattr(display, "_write", written.write)
+    with display._drawing:
+        display._drawn = ""
+        display.draw()
+    read.append(screen_of(written.getvalue()))
+    one.on_train_end(TrainEnd(status="completed", step=1000, seconds=61.0), one._run)  # type: ignore[arg-type]
+    one.close()
+    read.append(screen_of(written.getvalue()))
+    two.on_train_end(TrainEnd(status="stopped", step=1000, seconds=3.0), two._run)  # type: ignore[arg-type]
+    two.close()
+    read.append(screen_of(written.getvalue()))
+    assert [re.sub(" *[━╸╺]+ *", " ~ ", line) for line in read[0]] == [
+        *("run-one", "epoch 3/5 ~ 0:12 left", "step 100/200 ~ 40 steps/s"),
+        "loss 0.25  val_loss 0.4321  lr 0.0003  1.28e+03 samples/s",
+        *("run-two", "epoch 3/5 ~ 0:12 left", "step 100/200 ~ 40 steps/s"),
+        "loss 0.25  val_loss 0.4321  lr 0.0003  1.28e+03 samples/s",
+    ]
+    assert read[1][0].startswith("run-one  epoch 3/5  step 1000/1000")
+    assert read[1][0].endswith("completed in 1:01")
+    assert len(read[1]) == 1 + 3  # the other one's bars, which need no name now
+    assert len(read[2]) == 2 and read[2][1].endswith("stopped in 0:03")
+    assert progress_bar._displays == {}
+
+
+@pytest.mark.slow
+def test_real_runs_in_threads_leave_one_line_each(terminal: Terminal, at_once: None) -> None:
+    together = threading.Barrier(3)
+
+    class Meet(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step in (1, 10):
+                together.wait()
+
+    def train(name: str) -> None:
+        callbacks = [ProgressBar(file=terminal.file), Meet()]
+        tiny_trainer(run_name=name).train(tiny_loader(10), epochs=2, callbacks=callbacks)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        list(threads.map(train, ["one", "two", "three"]))
+    lines = screen_of(terminal.close())
+    assert len(lines) == 3
+    assert all("step 20/20" in line and line.endswith("completed in 0:00") for line in lines)
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_no_color_is_obeyed(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, no_color: bool) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    tiny_trainer().train(tiny_loader(5), epochs=2, callbacks=[ProgressBar(file=terminal.file)])
+    colours = [
+        each for each in re.findall(r"\x1b\[([0-9;]*)m", terminal.close()) if each not in ("0", "1", "")
+    ]
+    assert bool(colours) is not no_color
+
+
+def test_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    tiny_trainer().train(tiny_loader(5), epochs=2, callbacks=[ProgressBar(file=terminal.file)])
     written = terminal.close()
-    assert "failed" in text(written)
-    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
+    assert "\x1b" not in written
+    assert written.count("\n") == 1
+
+
+def test_reader_that_goes_away_is_no_failure(at_once: None) -> None:
+    file = io.StringIO()
+
+    class HangUp(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            file.close()
+
+    result = tiny_trainer().train(tiny_loader(5), epochs=2, callbacks=[ProgressBar(file=file), HangUp()])
+    assert result.callback_errors == {}
 
 
 def test_without_a_file_it_draws_on_a_stream_of_its_own(
     terminal: Terminal, at_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.file)
-    bar, own = ProgressBar(), []
+    opened: list[TextIO | None] = []
+    open_own = progress_bar._own_stderr
 
-    class Look(Callback):
-        async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-            own.append(bar._file)
+    def spy() -> TextIO | None:
+        opened.append(open_own())
+        return opened[-1]
 
-        @in_step
-        def after_step(self, point: StepPoint) -> None:
-            pass
-
-    tiny_trainer().train(tiny_loader(3), epochs=1, callbacks=[bar, Look()])
+    monkeypatch.setattr(progress_bar, "_own_stderr", spy)
+    tiny_trainer().train(tiny_loader(3), epochs=1, callbacks=[ProgressBar()])
     assert sys.stderr is terminal.file
     assert not terminal.file.closed
-    assert bar._file is not None
-    assert bar._file is not terminal.file
-    assert bar._file.closed
+    (stream,) = opened
+    assert stream is not None and stream.closed
     assert "completed" in text(terminal.close())
+
+
+NOTEBOOK = """
+from offloop.callbacks import ProgressBar, progress_bar
+from offloop.engine.testing import tiny_loader, tiny_trainer
+progress_bar.NOTEBOOK_INTERVAL = 0.01
+result = tiny_trainer().train(tiny_loader(200), tiny_loader(2), epochs=5, callbacks=[ProgressBar()])
+assert result.callback_errors == {}, result.callback_errors
+"""
+
+IN_KERNEL = """
+import json, sys
+from jupyter_client import KernelManager
+
+manager = KernelManager(kernel_name="python3")
+manager.start_kernel()
+client = manager.blocking_client()
+client.start_channels()
+client.wait_for_ready(timeout=60)
+messages = []
+client.execute_interactive(sys.argv[1], output_hook=messages.append, timeout=60)
+client.stop_channels()
+manager.shutdown_kernel(now=True)
+json.dump([{"type": each["msg_type"], "content": each["content"]} for each in messages], sys.stdout)
+"""
+
+
+@pytest.mark.slow
+def test_notebook_has_one_output_that_is_updated(tmp_path: Path) -> None:
+    """In a real kernel, asked over its real protocol, as a browser does."""
+    home = {
+        name: str(tmp_path) for name in ("HOME", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", IN_KERNEL, NOTEBOOK],
+        cwd=tmp_path,
+        env={**os.environ, **home, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    messages = json.loads(done.stdout)
+    assert [each["content"] for each in messages if each["type"] in ("error", "stream")] == []
+    first, *updates = [each for each in messages if each["type"].endswith("display_data")]
+    assert first["type"] == "display_data"
+    assert {each["type"] for each in updates} == {"update_display_data"}
+    pictures = [each["content"] for each in (first, *updates)]
+    assert len({each["transient"]["display_id"] for each in pictures}) == 1
+    assert "━" in pictures[0]["data"]["text/plain"]
+    last = pictures[-1]["data"]
+    said = re.sub(r"\s*\n", "  ", last["text/plain"])  # on a slow machine it has a speed, and a second line
+    assert re.search(r"epoch 5/5  step 1000/1000  loss \S+  val_loss .*  completed in", said)
+    assert last["text/html"].startswith("<pre") and "completed" in last["text/html"]
 
 
 class Chatty(torch.utils.data.Dataset[Any]):
@@ -255,31 +507,6 @@ class Chatty(torch.utils.data.Dataset[Any]):
         return self.batches[index]
 
 
-class NeverResting(Callback):
-    """Keeps drawing at full speed, so that each fork falls into the middle of a redraw."""
-
-    def __init__(self, bar: ProgressBar) -> None:
-        self.bar = bar
-        self.draws = 0
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    async def on_epoch_start(self, event: EpochStart, run: Run) -> None:
-        if self._thread is None and self.bar._progress is not None:
-            self._thread = threading.Thread(target=self._draw)
-            self._thread.start()
-
-    def _draw(self) -> None:
-        while not self._stop.is_set():
-            self.bar._draw(now=True)
-            self.draws += 1
-
-    async def close(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12+
 def test_forked_workers_that_print_log_and_warn_never_hang_while_the_bar_draws(
@@ -288,15 +515,12 @@ def test_forked_workers_that_print_log_and_warn_never_hang_while_the_bar_draws(
     loader = torch.utils.data.DataLoader(
         Chatty(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=30
     )
-    bar = ProgressBar(file=terminal.file)
-    never_resting = NeverResting(bar)
-    result = tiny_trainer().train(loader, epochs=40, callbacks=[never_resting, bar])
+    bar = ProgressBar(file=terminal.file)  # it draws without a pause, so that each fork falls into a redraw
+    result = tiny_trainer().train(loader, epochs=40, callbacks=[bar])
     assert result.status == "completed"
     assert result.steps == 160
-    assert never_resting.draws > 100
-    out = capfd.readouterr().out
-    assert out.count("sample 3") == 40
-    assert "━" in text(terminal.close())
+    assert capfd.readouterr().out.count("sample 3") == 40
+    assert terminal.close().count("\x1b[J") > 100
 
 
 def test_reset_forgets_the_run_before() -> None:
@@ -305,4 +529,4 @@ def test_reset_forgets_the_run_before() -> None:
     first = drive(bar, events=[START, StepEnd(loss=1.0, lr=0.1, step=9)])
     second = drive(bar, events=[TrainStart(epochs=1)])
     assert first.result.callback_errors == second.result.callback_errors == {}
-    assert file.getvalue().splitlines()[-1] == "epoch 1/1  step 0  completed"
+    assert file.getvalue().splitlines()[-1] == "epoch 1/1  step 0  completed in 0:00"

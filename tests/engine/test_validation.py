@@ -178,3 +178,19 @@ def test_a_plateau_is_asked_where_its_metric_was_made() -> None:
     assert plateau_lrs() == [1.0, 1.0, 0.5, 0.25, 0.125]
     assert plateau_lrs(val_every_n_epochs=2) == [1.0, 1.0, 1.0, 1.0, 0.5]
     assert plateau_lrs(monitor="train_loss", val_every_n_epochs=2) == [1.0, 1.0, 0.5, 0.25, 0.125]
+
+
+def test_length_of_a_validation_is_known_before_it_and_its_position_during_it() -> None:
+    positions: list[int] = []
+
+    class Look(Trainer):
+        def validation_step(self, batch: Any) -> Any:
+            assert self.last_run is not None
+            positions.append(self.last_run.validation_batch)
+            return super().validation_step(batch)
+
+    recorder = Recorder()
+    trainer = tiny_trainer(Look, limit_val_batches=3)
+    trainer.train(tiny_batches(2), tiny_batches(5), epochs=2, callbacks=[recorder])
+    assert [event.batches for event in recorder.of(ValidationStart)] == [3, 3]
+    assert positions == [1, 2, 3, 1, 2, 3]

@@ -1,0 +1,158 @@
+"""MLflowLogger: a run at an MLflow tracking server, or in its database or folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from offloop.callbacks.alerts import Alert
+from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
+from offloop.engine import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+MAX_METRICS: Final = 1000
+MAX_PARAMS: Final = 100
+"""What the REST API takes in one request (MLflow's documentation of `runs/log-batch`)."""
+STATUSES: Final = {
+    "completed": "FINISHED",
+    "stopped": "FINISHED",
+    "cancelled": "KILLED",
+    "failed": "FAILED",
+}
+
+
+class MLflowLogger(TrackingLogger):
+    """Logs a run to MLflow: hyperparameters, metrics over steps, alerts, checkpoints if asked for, and the status.
+
+    Metrics have the names that they have everywhere. Alerts are tags, `alert.<step>`. A resumed attempt
+    continues the same MLflow run, whose id is kept in the run's directory; what the earlier attempt had logged past
+    the checkpoint stays there, because MLflow forgets nothing, and the hyperparameters stay those of the first.
+
+    Training never waits for the server, nor does the end of the run for longer than `timeout`: points wait in memory
+    (10,000 of them) and are sent once a second in one request; what could not be sent is counted in `lost`. How long
+    one request may take is MLflow's own setting (`MLFLOW_HTTP_REQUEST_TIMEOUT`, `MLFLOW_HTTP_REQUEST_MAX_RETRIES`).
+
+    Needs MLflow: `pip install 'offloop[mlflow]'`, its small client, or `pip install mlflow`.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str = "Default",
+        *,
+        tracking_uri: str | None = None,
+        run_name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        log_model: LogModel = False,
+        every_seconds: float | None = None,
+        every_n_steps: int | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        """Choose the experiment and what to log.
+
+        Args:
+            experiment_name: Made if it is not there.
+            tracking_uri: Of the server (`http://...`), database (`sqlite:///mlflow.db`) or folder; None for
+                `MLFLOW_TRACKING_URI`, or what `mlflow.set_tracking_uri` was given.
+            run_name: Shown by MLflow; None for the run's id.
+            tags: Of the MLflow run.
+            hyperparameters: Further ones beside the knobs, the model and the optimizer: plain values by name.
+            log_model: Upload checkpoints as artifacts: True the best one at the end, "all" each when it is saved.
+            every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
+            every_n_steps: Steps between two steps with points, at least 1.
+            timeout: Seconds to wait at the end for what was not sent yet; the run's `drain_timeout` bounds it too.
+
+        Raises:
+            ModuleNotFoundError: MLflow is not installed.
+        """
+        expect_package("mlflow", "mlflow")
+        import mlflow.tracking
+
+        if not isinstance(experiment_name, str) or not experiment_name:
+            raise ConfigError(f"experiment_name must be a name, got {experiment_name!r}")
+        self.experiment_name = experiment_name
+        self.tracking_uri = tracking_uri or mlflow.get_tracking_uri()
+        self.server = f"MLflow at {self.tracking_uri}"
+        self.run_name = run_name
+        self.tags = dict(tags or {})
+        super().__init__(
+            hyperparameters=hyperparameters,
+            log_model=log_model,
+            every_seconds=every_seconds,
+            every_n_steps=every_n_steps,
+            timeout=timeout,
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self._client: MlflowClient | None = None  # of the sending thread
+        self._is_made_here = False  # the MLflow run; else an earlier attempt has made it
+
+    def connect(self) -> None:
+        from mlflow.entities import Param, RunTag
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=self.tracking_uri)
+        if self.tracking_id is None:
+            tags = {"offloop.run_id": self.run_id, **self.tags}
+            run = client.create_run(
+                self._experiment(client),
+                run_name=self.run_name or self.run_id,
+                tags=tags,
+                start_time=round(1000 * self.start.time),
+            )
+            self._is_made_here = True
+            self.remember(run.info.run_id)
+        else:
+            client.update_run(self.tracking_id, status="RUNNING")
+        assert self.tracking_id is not None
+        client.log_batch(self.tracking_id, tags=[RunTag("offloop.attempt", str(self.start.attempt))])
+        if self._is_made_here:
+            params = [Param(name, str(value)[:6000]) for name, value in self.parameters.items()]
+            for start in range(0, len(params), MAX_PARAMS):
+                client.log_batch(self.tracking_id, params=params[start : start + MAX_PARAMS])
+        self._client = client
+
+    def send(self, entries: Sequence[Entry]) -> None:
+        from mlflow.entities import Metric
+
+        client, run_id = self._client, self.tracking_id
+        assert client is not None and run_id is not None
+        metrics = [
+            Metric(_legal(name), value, round(1000 * entry.time), entry.step)
+            for entry in entries
+            if isinstance(entry, Point)
+            for name, value in entry.values.items()
+        ]
+        for start in range(0, len(metrics), MAX_METRICS):
+            client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+        for entry in entries:
+            if isinstance(entry, Alert):
+                client.set_tag(run_id, f"alert.{entry.step}", f"{entry.rule}: {entry.message}"[:5000])
+            elif isinstance(entry, Model):
+                client.log_artifacts(run_id, os.fspath(entry.path), f"checkpoints/{entry.path.name}")
+                if entry.is_best:
+                    client.set_tag(run_id, "best_checkpoint", f"checkpoints/{entry.path.name}")
+
+    def finish(self) -> None:
+        assert self._client is not None and self.tracking_id is not None
+        self._client.set_tag(self.tracking_id, "offloop.reason", self.reason[:5000] or self.status)
+        self._client.set_terminated(self.tracking_id, STATUSES[self.status])
+
+    def is_hopeless(self, error: Exception) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        if isinstance(error, MlflowException):  # also what it makes of a connection that fails: a 500
+            status = error.get_http_status_code()  # type: ignore[no-untyped-call]  # it has no types
+            return 400 <= status < 500 and status not in (408, 429)
+        return super().is_hopeless(error)
+
+    def _experiment(self, client: "MlflowClient") -> str:
+        found = client.get_experiment_by_name(self.experiment_name)
+        return client.create_experiment(self.experiment_name) if found is None else found.experiment_id
+
+
+def _legal(name: str) -> str:
+    """Return a metric's name with what MLflow refuses replaced: it takes letters, digits and `_-. :/`."""
+    return "".join(each if each.isalnum() or each in "_-. :/" else "_" for each in name)

@@ -1,0 +1,165 @@
+"""TensorBoardLogger: the numbers of a run as TensorBoard's event files."""
+
+import importlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from offloop.callbacks.alerts import Alert
+from offloop.callbacks.tracking import (
+    check_hyperparameters,
+    expect_package,
+    hyperparameters_of,
+    values_to_plot,
+)
+from offloop.callbacks.value_logger import ValueLogger
+from offloop.engine import EpochEnd, Run, StepEnd, TrainEnd, TrainStart, ValidationEnd
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FLUSH_INTERVAL: Final = 1.0
+"""Seconds after which what was written is in the file at the latest."""
+
+
+class TensorBoardLogger(ValueLogger):
+    """Writes scalars, hyperparameters and alerts for TensorBoard: `tensorboard --logdir runs`.
+
+    Scalars have the names that they have everywhere, over optimizer steps: `loss`, `lr`, `grad_norm` and what
+    steps log; `val_...` of validations; `train_...` of epochs; `epoch`. The hyperparameters and how the run ended
+    are in TensorBoard's HPARAMS tab, alerts are texts. A resumed attempt goes on in the same directory; points
+    from after its checkpoint are cut out of the files, and a TensorBoard that is open drops them.
+
+    The files are in the run's directory, so the run's name in TensorBoard is its id. At most a second of points is
+    lost when the process is killed. Runs in a thread of its own; training never waits for it.
+
+    Needs tensorboard: `pip install 'offloop[tensorboard]'`.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_dir: "str | Path | None" = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        every_seconds: float | None = None,
+        every_n_steps: int | None = None,
+    ) -> None:
+        """Choose where to write, and how often for steps.
+
+        Args:
+            log_dir: Each run gets a directory in this one, named by its id; None for the run's own.
+            hyperparameters: Further ones beside the knobs, the model and the optimizer: plain values by name.
+            every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
+            every_n_steps: Steps between two steps with points, at least 1.
+
+        Raises:
+            ModuleNotFoundError: tensorboard is not installed.
+        """
+        expect_package("tensorboard", "tensorboard")
+        # Here and not when the run has started: it takes a second, in which training would wait for the interpreter.
+        self._writer_class: type[SummaryWriter] = importlib.import_module(
+            "torch.utils.tensorboard"
+        ).SummaryWriter
+        self.hyperparameters = check_hyperparameters(hyperparameters)
+        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.needs_run_dir = log_dir is None  # type: ignore[misc]  # of this instance
+        super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps)
+
+    def reset(self) -> None:
+        super().reset()
+        self._writer: SummaryWriter | None = None
+        self._flushed_at = 0.0
+        self._status = "cancelled"
+
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        directory = run.dir if self.log_dir is None else self.log_dir / run.id
+        if event.attempt:
+            cut_event_files(directory, event.resumed_at)
+        self._writer = self._writer_class(
+            str(directory),
+            purge_step=event.step + 1 if event.attempt else None,
+            filename_suffix=f".{event.attempt}",
+        )
+        self._add_session_start(event, hyperparameters_of(event, run, self.hyperparameters))
+
+    def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
+        assert self._writer is not None
+        for name, value in values_to_plot(event, values).items():
+            self._writer.add_scalar(name, value, event.step, walltime=event.time)
+        if not isinstance(event, StepEnd) or event.time - self._flushed_at > FLUSH_INTERVAL:
+            self._writer.flush()
+            self._flushed_at = event.time
+
+    def on_alert(self, event: Alert, run: Run) -> None:
+        assert self._writer is not None
+        self._writer.add_text("alerts", f"{event.rule}: {event.message}", event.step, walltime=event.time)
+        self._writer.flush()
+
+    def on_train_end(self, event: TrainEnd, run: Run) -> None:
+        self._status = event.status
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self.write_latest_step()
+            self._add_session_end()
+        finally:
+            self._writer.close()
+
+    def _add_session_start(self, event: TrainStart, hyperparameters: Mapping[str, Any]) -> None:
+        from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+        info = plugin_data_pb2.SessionStartInfo(start_time_secs=event.time)
+        for name, value in hyperparameters.items():
+            if isinstance(value, bool):
+                info.hparams[name].bool_value = value
+            elif isinstance(value, str):
+                info.hparams[name].string_value = value
+            else:
+                info.hparams[name].number_value = value
+        self._add_session(metadata.SESSION_START_INFO_TAG, session_start_info=info)
+
+    def _add_session_end(self) -> None:
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+        ended_well = self._status in ("completed", "stopped")
+        status = api_pb2.STATUS_SUCCESS if ended_well else api_pb2.STATUS_FAILURE
+        info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+        self._add_session(metadata.SESSION_END_INFO_TAG, session_end_info=info)
+
+    def _add_session(self, tag: str, **info: Any) -> None:
+        """Write what the HPARAMS tab shows of a run."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+        assert self._writer is not None and self._writer.file_writer is not None
+        content = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **info)
+        value = Summary.Value(
+            tag=tag, metadata=metadata.create_summary_metadata(content), tensor=metadata.NULL_TENSOR
+        )
+        self._writer.file_writer.add_summary(Summary(value=[value]))
+        self._writer.flush()
+
+
+def cut_event_files(directory: Path, moment: float | None) -> None:
+    """Leave out of TensorBoard's files all that came after a moment, all if it is None; each whole or not at all."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        records = [] if moment is None else list(RawEventFileLoader(str(path)).Load())
+        # The first one is the file's version; it was written when the file was made.
+        kept = [each for each in records if Event.FromString(each).wall_time <= moment]
+        if not kept:
+            path.unlink()
+        elif len(kept) < len(records):
+            temporary = path.with_name(f".{path.name}.new")
+            with open(temporary, "wb") as file:
+                writer = RecordWriter(file)
+                for each in kept:
+                    writer.write(each)
+                writer.flush()
+            temporary.replace(path)

@@ -1,0 +1,74 @@
+"""ValueLogger: which numbers of a run are written down, and when. The base of every logger here.
+
+Steps have their numbers written at a cadence, and the last step before each validation and each end of an
+epoch always, so that short runs never look empty. Validations and epochs have theirs each time.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from offloop.engine import Callback, EpochEnd, Run, StepEnd, ValidationEnd
+
+EVERY_SECONDS: Final = 1.0
+"""Default cadence: a point a second makes 36,000 in ten hours, and a short run shows its every epoch."""
+
+
+class ValueLogger(Callback):
+    """Calls `write` with the values that are to be written down, in a thread of the callback's own."""
+
+    def __init__(self, *, every_seconds: float | None = None, every_n_steps: int | None = None) -> None:
+        """Choose the cadence of steps: by time (a second by default), or by steps.
+
+        Args:
+            every_seconds: Seconds between two steps that are written down, above 0. Which these are depends on
+                the machine.
+            every_n_steps: Steps between two of them, at least 1: the same ones on every machine.
+        """
+        if every_seconds is not None and every_n_steps is not None:
+            raise ValueError("give every_seconds or every_n_steps, not both")
+        if every_seconds is not None and not every_seconds > 0:
+            raise ValueError(f"every_seconds must be above 0, got {every_seconds}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.every_seconds = EVERY_SECONDS if every_seconds is None else every_seconds
+        self.reset()
+
+    def reset(self) -> None:
+        self._written_at = 0.0
+        self._unwritten: StepEnd | None = None  # the latest step, if it was not written down yet
+
+    def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
+        """Write the values of a step, a validation or an epoch down. For subclasses."""
+        raise NotImplementedError
+
+    def on_step_end(self, event: StepEnd, run: Run) -> None:
+        if self.every_n_steps is not None:
+            due = event.step % self.every_n_steps == 0
+        else:
+            due = event.time - self._written_at >= self.every_seconds
+        if due:
+            self._write_step(event)
+        else:
+            self._unwritten = event
+
+    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self.write_latest_step()
+        self.write(event, event.metrics)
+
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self.write_latest_step()
+        self.write(event, event.metrics)
+
+    def write_latest_step(self) -> None:
+        """Write the newest step down, if it was not."""
+        if self._unwritten is not None:
+            self._write_step(self._unwritten)
+
+    def _write_step(self, event: StepEnd) -> None:
+        self._written_at = event.time
+        self._unwritten = None
+        values = {"loss": event.loss, "lr": event.lr}
+        if event.grad_norm is not None:
+            values["grad_norm"] = event.grad_norm
+        self.write(event, {**values, **event.metrics})

@@ -1,0 +1,197 @@
+"""WandbLogger: a run at Weights & Biases."""
+
+import http.client
+import importlib
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from offloop.callbacks.alerts import Alert
+from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
+from offloop.engine import ConfigError
+
+if TYPE_CHECKING:
+    import wandb
+
+logger = logging.getLogger("offloop")
+
+Mode = Literal["online", "offline", "disabled"]
+
+PROBE_TIMEOUT = 10.0
+INIT_TIMEOUT: Final = 60.0
+"""Seconds for W&B to answer at all, and to open the run, before it is logged to disk instead."""
+OURS: Final = ("project", "name", "mode", "config", "dir", "id", "resume", "reinit", "settings")
+"""Arguments of `wandb.init` that are set here."""
+
+
+class WandbLogger(TrackingLogger):
+    """Logs a run to Weights & Biases: hyperparameters, metrics, alerts, checkpoints if asked for, and the status.
+
+    Charts are drawn over `step`, the optimizer steps done. A resumed attempt continues the same W&B run, whose id is
+    kept in the run's directory; what the earlier attempt had logged past the checkpoint stays there, told apart by
+    `attempt`.
+
+    Training never waits for W&B, nor does the end of the run for longer than `timeout`. If it does not answer when
+    the run begins, the run is logged offline, into `wandb/` in the run's directory, and the log says how to upload it:
+    `wandb sync`. If it falls silent later, W&B's own process keeps everything on disk likewise. What could not be
+    handed to that process is counted in `lost`. Neither stdout nor stderr is captured, unless
+    `settings={"console": "auto"}` says so.
+
+    Needs wandb: `pip install 'offloop[wandb]'`, and once `wandb login`.
+    """
+
+    server = "Weights & Biases"
+
+    def __init__(
+        self,
+        project: str | None = None,
+        *,
+        name: str | None = None,
+        mode: Mode | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        log_model: LogModel = False,
+        every_seconds: float | None = None,
+        every_n_steps: int | None = None,
+        timeout: float = TIMEOUT,
+        settings: Mapping[str, Any] | None = None,
+        **init: Any,
+    ) -> None:
+        """Choose the project and what to log.
+
+        Args:
+            project: None for `WANDB_PROJECT`, or W&B's own choice.
+            name: Shown by W&B; None for the run's id.
+            mode: `"online"`, `"offline"` (upload later with `wandb sync`) or `"disabled"`; None for `WANDB_MODE`, or
+                online.
+            hyperparameters: Further ones beside the knobs, the model and the optimizer: plain values by name.
+            log_model: Upload checkpoints as artifacts: True the best one at the end, "all" each when it is saved.
+            every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
+            every_n_steps: Steps between two steps with points, at least 1.
+            timeout: Seconds to wait at the end for what was not sent yet; the run's `drain_timeout` bounds it too.
+            settings: Fields of `wandb.Settings`.
+            init: Further arguments of `wandb.init`: `entity`, `group`, `tags`, `notes`, `job_type`, ...
+
+        Raises:
+            ModuleNotFoundError: wandb is not installed.
+            ConfigError: Nobody is logged in, and the mode is online.
+        """
+        self._wandb = expect_package("wandb", "wandb")
+        self.mode = mode or os.environ.get("WANDB_MODE") or "online"
+        if self.mode not in ("online", "offline", "disabled"):
+            raise ConfigError(f"mode must be 'online', 'offline' or 'disabled', got {self.mode!r}")
+        if given := sorted(set(init) & set(OURS)):
+            raise ConfigError(f"{given[0]} cannot be given to WandbLogger: it is set by the run")
+        self.settings = dict(settings or {})
+        is_known = (
+            self.mode != "online" or "base_url" in self.settings or bool(os.environ.get("WANDB_API_KEY"))
+        )
+        if not is_known and not self._wandb.login(prompt=False, verify=False):
+            raise ConfigError("nobody is logged in to W&B: run `wandb login`, or give mode='offline'")
+        self.project = project
+        self.name = name
+        self.init = init
+        super().__init__(
+            hyperparameters=hyperparameters,
+            log_model=log_model,
+            every_seconds=every_seconds,
+            every_n_steps=every_n_steps,
+            timeout=timeout,
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self.url: str | None = None
+        """Where to look at the run; None offline."""
+        self._run: wandb.Run | None = None  # of the sending thread
+
+    def connect(self) -> None:
+        wandb = self._wandb
+        if self.tracking_id is None:
+            self.remember(importlib.import_module("wandb.sdk.lib.runid").generate_id())
+        mode, why = self.mode, ""
+        if mode == "online":
+            mode, why = self._probe()
+        try:
+            self._run = self._open(mode)
+        except wandb.errors.CommError as error:  # it has fallen silent since; its id is in use until the end
+            why = str(error).splitlines()[0]
+            self.remember(importlib.import_module("wandb.sdk.lib.runid").generate_id())
+            self._run = self._open("offline")
+        if why:
+            logger.warning(
+                "W&B does not answer (%s): the run is logged offline; later: wandb sync %s",
+                why,
+                Path(self._run.dir).parent,
+            )
+        self.url = None if self._run.offline else self._run.url
+        if self.url:
+            logger.info("W&B: %s", self.url)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def _probe(self) -> tuple[str, str]:
+        """Ask the server for anything at all; offline, and why, if it says nothing."""
+        url = self.settings.get("base_url") or self._wandb.setup().settings.base_url
+        try:
+            urllib.request.urlopen(url, timeout=PROBE_TIMEOUT).close()
+        except urllib.error.HTTPError as error:
+            error.close()  # which is an answer
+        except (OSError, http.client.HTTPException) as error:
+            return "offline", str(error)
+        return "online", ""
+
+    def _open(self, mode: str) -> "wandb.Run":
+        settings = {
+            "console": "off",  # a worker forked while output is captured could inherit a held lock
+            "silent": True,
+            "init_timeout": INIT_TIMEOUT,
+            "login_timeout": 1.0,  # a question on the terminal that nobody sees is no way to begin
+            "finish_timeout": self.timeout / 2,  # so that it gives up by itself before it is given up
+            **self.settings,
+        }
+        run: wandb.Run = self._wandb.init(
+            project=self.project,
+            name=self.name or self.run_id,
+            id=self.tracking_id,
+            resume="allow" if self.start.attempt and mode == "online" else None,
+            mode=mode,
+            dir=None if self.run_dir is None else str(self.run_dir),
+            config={**self.parameters, "run_id": self.run_id},
+            reinit="create_new",  # several runs in a process do not disturb each other, nor one of the user's
+            settings=self._wandb.Settings(**settings),
+            **self.init,
+        )
+        return run
+
+    def send(self, entries: Sequence[Entry]) -> None:
+        run = self._run
+        assert run is not None
+        for entry in entries:
+            if isinstance(entry, Point):
+                run.log(
+                    {
+                        **entry.values,
+                        "epoch": entry.epoch,
+                        "step": entry.step,
+                        "attempt": self.start.attempt,
+                        "time": entry.time,
+                    }
+                )
+            elif isinstance(entry, Alert):
+                run.alert(title=entry.rule, text=entry.message)
+            elif isinstance(entry, Model):
+                artifact = self._wandb.Artifact(
+                    f"checkpoint-{run.id}", type="model", metadata={"step": entry.step}
+                )
+                artifact.add_dir(os.fspath(entry.path))
+                aliases = ["latest", f"step-{entry.step}", *(["best"] if entry.is_best else [])]
+                run.log_artifact(artifact, aliases=aliases)
+
+    def finish(self) -> None:
+        assert self._run is not None
+        self._run.summary.update({"status": self.status, "reason": self.reason})
+        self._run.finish(exit_code=0 if self.status in ("completed", "stopped") else 1)
