@@ -234,6 +234,8 @@ class EpochEnd(Event, frozen=True, kw_only=True):
     """Duration of the epoch, validations and pauses included."""
     complete: bool = True
     """False where `max_steps` or `max_time` ended the epoch before its loader did."""
+    final: bool = False
+    """True where a limit of the run is reached: nothing is trained after it."""
 
 
 class TrainEnd(Event, frozen=True, kw_only=True):

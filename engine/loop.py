@@ -164,6 +164,7 @@ class TrainingLoop:
         self.epoch_samples = 0
         self.epoch_first_step = 1
         self.epoch_metrics: dict[str, float] = {}  # made since the last EpochEnd
+        self.may_end_between = True  # False from an EpochEnd on: it has said whether the run goes on
 
         # Resuming
         self.attempt = 0
@@ -227,6 +228,9 @@ class TrainingLoop:
             raise EmptyLoaderError(self.describe_empty_loader())
         length = limited_length(self.train_loader, self.config.limit_train_batches, "limit_train_batches")
         complete = self.ending is None or self.epoch_batches == length
+        is_last = self.epoch + 1 == self.limits.epochs
+        if not is_last:
+            self.is_time_to_leave()  # a limit that is reached here ends the run with a validation
 
         self.reporter.readback.flush()
         self.epoch_metrics.update(self.reporter.train_means.take("train_"))
@@ -243,17 +247,21 @@ class TrainingLoop:
                 if schedule.interval == "epoch":
                     self.step_epoch_schedule(schedule)
 
+        if not is_last:
+            self.is_time_to_leave()  # the time again, for the last time before the next epoch's first step
         end = EpochEnd(
             metrics=Metrics(self.epoch_metrics),
             samples=self.epoch_samples,
             seconds=time.perf_counter() - started,
             complete=complete,
+            final=self.ending == "limit" or is_last,
             **self.position(),
         )
         self.latest.update(self.epoch_metrics)
         self.epoch_metrics.clear()
         self.history.append(end)
         self.phase = "after_epoch" if complete else "in_epoch"
+        self.may_end_between = False
         self.announce(end)
         if complete:
             self.epoch += 1
@@ -602,7 +610,8 @@ class TrainingLoop:
         if limits.max_steps is not None and self.step >= limits.max_steps:
             self.reason = f"max_steps={limits.max_steps}"
             return True
-        if limits.max_time is not None:
+        is_between = self.phase != "in_epoch" or self.epoch_batches == 0
+        if limits.max_time is not None and (self.may_end_between or not is_between):
             if self.seconds() >= limits.max_time:
                 self.reason = f"max_time={limits.max_time}"
                 return True
