@@ -37,7 +37,7 @@ from offloop.engine.events import (
     ValidationEnd,
     ValidationStart,
 )
-from offloop.engine.learning_rate import Schedule, largest_lr
+from offloop.engine.learning_rate import Schedule, check_length, largest_lr
 from offloop.engine.loader_position import Exactness, capture_before_epoch
 from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
@@ -192,7 +192,10 @@ class TrainingLoop:
         self.last_lr = self.last_lr or largest_lr(self.first_optimizer)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        self.announce(self.train_start())
+        start = self.train_start()
+        self.announce(start)
+        for schedule in self.schedules:
+            check_length(schedule, self.times_to_step(schedule, start.steps_per_epoch))
         if self.resumed is not None and self.phase != "in_epoch":
             self.finish_resuming("bitwise", "")
         epochs = self.limits.epochs
@@ -674,6 +677,16 @@ class TrainingLoop:
             max_time=self.limits.max_time,
             **self.position(),
         )
+
+    def times_to_step(self, schedule: Schedule, steps_per_epoch: int | None) -> int | None:
+        """Return how many times a schedule will step until the run is complete, None where nothing says so."""
+        epochs, max_steps = self.limits.epochs, self.limits.max_steps
+        if schedule.interval == "epoch":
+            return None if epochs is None or max_steps is not None else epochs - self.epoch
+        totals = [] if max_steps is None else [max_steps]
+        if epochs is not None and steps_per_epoch is not None:
+            totals.append(epochs * steps_per_epoch)
+        return min(totals) - max(self.step, schedule.after_steps) if totals else None
 
     def describe_empty_loader(self) -> str:
         """Say which loader was empty, and the usual mistake."""
