@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
     from offloop.engine.checkpoint import Retention as Retention
+    from offloop.engine.config import RemoteDirectory as RemoteDirectory
     from offloop.engine.config import TrainerConfig as TrainerConfig
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import CallbackFailed as CallbackFailed
     from offloop.engine.events import CheckpointFailed as CheckpointFailed
     from offloop.engine.events import CheckpointSaved as CheckpointSaved
+    from offloop.engine.events import CheckpointUploaded as CheckpointUploaded
     from offloop.engine.events import CommandApplied as CommandApplied
     from offloop.engine.events import EpochEnd as EpochEnd
     from offloop.engine.events import EpochStart as EpochStart
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import TrainEnd as TrainEnd
     from offloop.engine.events import TrainStart as TrainStart
     from offloop.engine.events import UnknownEvent as UnknownEvent
+    from offloop.engine.events import UploadFailed as UploadFailed
     from offloop.engine.events import ValidationEnd as ValidationEnd
     from offloop.engine.events import ValidationStart as ValidationStart
     from offloop.engine.events import decode as decode
@@ -65,7 +68,7 @@ _MODULES = {
     "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("Retention",),
-    "config": ("TrainerConfig",),
+    "config": ("RemoteDirectory", "TrainerConfig"),
     "errors": (
         "BatchError",
         "BusClosedError",
@@ -87,6 +90,7 @@ _MODULES = {
         "CallbackFailed",
         "CheckpointFailed",
         "CheckpointSaved",
+        "CheckpointUploaded",
         "CommandApplied",
         "EpochEnd",
         "EpochStart",
@@ -102,6 +106,7 @@ _MODULES = {
         "TrainEnd",
         "TrainStart",
         "UnknownEvent",
+        "UploadFailed",
         "ValidationEnd",
         "ValidationStart",
         "decode",

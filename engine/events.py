@@ -321,6 +321,32 @@ class CheckpointFailed(Event, frozen=True, kw_only=True):
     """Why it was to be taken."""
 
 
+class CheckpointUploaded(Event, frozen=True, kw_only=True):
+    """A checkpoint is complete in the remote directory. From the upload thread."""
+
+    url: str
+    """Its directory there."""
+    uploaded_step: int
+    """The step whose state it holds; `step` may be later."""
+    bytes: int = 0
+    """Its size."""
+    seconds: float = 0.0
+    """How long the upload took."""
+
+
+class UploadFailed(Event, frozen=True, kw_only=True):
+    """Something could not be copied to the remote directory, after several tries; it is tried again later.
+
+    Training goes on and local files are untouched. From the upload thread; at the end of the run, if not
+    everything is there when the time for it is up, from the event loop.
+    """
+
+    url: str
+    """The run's remote directory."""
+    error: str
+    """The exception, as `Type: text`."""
+
+
 class CallbackFailed(Event, frozen=True, kw_only=True):
     """A callback raised and was isolated. From where it ran, at most once a second for each callback."""
 

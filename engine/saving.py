@@ -8,8 +8,10 @@
 Training waits for the copy and, for saves that must not be left out, for a free slot to copy into.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from offloop.engine.checkpoint import (
+    CheckpointDeadlineExceeded,
     CheckpointError,
     CheckpointRequest,
     CheckpointStore,
@@ -26,10 +29,14 @@ from offloop.engine.checkpoint import (
     Retention,
     SnapshotArena,
     SnapshotBusyError,
+    WriterDiedError,
 )
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
 
 logger = logging.getLogger("offloop")
+
+Patience = Callable[[Callable[[float], bool]], bool]
+"""How long to wait: given a function that waits so many seconds and tells whether it is done; tells it too."""
 
 Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
 
@@ -61,6 +68,7 @@ class Checkpoints:
         self.attempt = 0
         self.saved: dict[int, str] = {}  # step -> path of what is durable and not deleted; writer's thread
         self.last: str | None = None  # path of the newest; written by the writer's thread, read by anybody
+        self.on_saved: Callable[[], None] | None = None  # told of each durable one, in the writer's thread
         self._directory = directory
         self._run_id = run_id
         self._optimizers = optimizers
@@ -135,26 +143,68 @@ class Checkpoints:
         """True while a checkpoint is taken or written. Any thread."""
         return bool(self._in_flight)
 
-    def flush(self, timeout: float | None = None) -> None:
-        """Return when everything taken is durable or has failed. Blocks.
+    def flush(self, patience: "Patience") -> bool:
+        """Wait until everything taken is durable or has failed; False if that was not to be. Blocks.
 
-        Raises:
-            CheckpointDeadlineExceeded: If `timeout` seconds were not enough.
+        Args:
+            patience: Given a function that waits so many seconds and tells whether it is done; decides how long.
         """
-        if self._writer is not None:
-            self._writer.flush(timeout)
+        writer = self._writer
 
-    def close(self, timeout: float | None = None) -> None:
-        """Finish, end the thread, give memory and lock back. Blocks; twice is fine."""
-        if self._writer is not None:
+        def is_done(seconds: float) -> bool:
+            assert writer is not None
             try:
-                self._writer.close(timeout)
-            except CheckpointError as error:
-                logger.error("checkpoints were not finished: %s", error)
+                writer.flush(seconds)
+            except CheckpointDeadlineExceeded:
+                return False
+            return True
+
+        try:
+            return writer is None or patience(is_done)
+        except WriterDiedError as error:
+            logger.error("checkpoints were not finished: %s", error)
+            return False
+
+    def close(self) -> None:
+        """End the thread, give memory and lock back; after `flush`. Twice is fine.
+
+        Where a write is still going on, that happens when it is done.
+        """
+        if self._writer is None:
+            return
+        try:
+            self._writer.close(0.0)
+        except CheckpointDeadlineExceeded as error:
+            logger.error("checkpoints were not finished: %s", error)
+            self._writer.abandon()
+            threading.Thread(target=self._close_late, name="offloop-close-late", daemon=True).start()
+            return
+        except CheckpointError as error:
+            logger.error("checkpoints were not finished: %s", error)
+        self._give_back()
+
+    def _close_late(self) -> None:
+        assert self._writer is not None
+        with contextlib.suppress(CheckpointError):
+            self._writer.close()
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._arena is not None:
             self._arena.close()
         if self._store is not None:
             self._store.close()
+
+    @property
+    def retention(self) -> Retention:
+        """What is kept, as of now."""
+        return self._retention
+
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Keep a checkpoint while the block reads it, if it is still there. Any thread; waits for a commit."""
+        with contextlib.nullcontext() if self._store is None else self._store.held(name):
+            yield
 
     def load(self, which: str | int | Path) -> LoadedCheckpoint:
         """Read a checkpoint back, every byte checked; of `"last"`, a damaged one gives way to the one before.
@@ -200,6 +250,8 @@ class Checkpoints:
         self._publish(event)
         for future in self._waiting.pop(id(request), ()):
             future.set_result(event)
+        if self.on_saved is not None:
+            self.on_saved()
 
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
         """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CheckpointReadError,
         CheckpointWriteError,
         DiskFullError,
+        RemoteError,
         RunLockedError,
         SnapshotBusyError,
         SnapshotTornError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         LoadedCheckpoint,
         list_runs,
     )
+    from offloop.engine.checkpoint.remote import RemoteRun
     from offloop.engine.checkpoint.retention import Retention
     from offloop.engine.checkpoint.snapshot import Snapshot, SnapshotArena
     from offloop.engine.checkpoint.store import CheckpointStore, Commit
@@ -49,6 +51,7 @@ _MODULES = {
         "CheckpointReadError",
         "CheckpointWriteError",
         "DiskFullError",
+        "RemoteError",
         "RunLockedError",
         "SnapshotBusyError",
         "SnapshotTornError",
@@ -58,6 +61,7 @@ _MODULES = {
     ),
     "manifest": ("CheckpointRequest",),
     "reader": ("CheckpointInfo", "CheckpointReader", "LoadedCheckpoint", "list_runs"),
+    "remote": ("RemoteRun",),
     "retention": ("Retention",),
     "snapshot": ("Snapshot", "SnapshotArena"),
     "store": ("CheckpointStore", "Commit"),
@@ -81,6 +85,8 @@ __all__ = [
     "Commit",
     "DiskFullError",
     "LoadedCheckpoint",
+    "RemoteError",
+    "RemoteRun",
     "Retention",
     "RunLockedError",
     "Snapshot",

@@ -412,7 +412,9 @@ def one_cycle_run(directory: Path, *, resume: str | None = None, epochs: int, **
 
 def test_finished_one_cycle_that_is_resumed_with_more_epochs_is_refused_before_a_step(tmp_path: Path) -> None:
     one_cycle_run(tmp_path, epochs=2)
-    with pytest.raises(ConfigError, match=r"made for 6 steps and has 0 left, but the run has 6 to go.*total_s"):
+    with pytest.raises(
+        ConfigError, match=r"made for 6 steps and has 0 left, but the run has 6 to go.*total_s"
+    ):
         one_cycle_run(tmp_path, resume="auto", epochs=4)
     assert one_cycle_run(tmp_path, resume="auto", epochs=2).of(StepEnd) == []  # what there was is fine
 
