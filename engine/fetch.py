@@ -53,7 +53,7 @@ def fetch_run(remote: RemoteRun, directory: Path, which: str | int) -> None:
     if here and not any(remote.head(name) is not None for name in ahead):
         return  # what is here is as new
     with CheckpointStore(directory) as store:  # the lock: a run that is going on here is left alone
-        _fetch_files(remote, directory, described, names)
+        _fetch_files(remote, store, described, names)
         if which in _NEWEST:
             _fetch_newest(remote, store, ahead, must_be=not here)
         else:
@@ -62,6 +62,8 @@ def fetch_run(remote: RemoteRun, directory: Path, which: str | int) -> None:
                 raise CheckpointNotFoundError(str(which), remote.url, names)
             if name not in here:
                 _fetch(remote, store, name)
+            if which == "best":
+                store.set_best(name)
 
 
 def _fetch_newest(remote: RemoteRun, store: CheckpointStore, ahead: list[str], *, must_be: bool) -> None:
@@ -81,9 +83,11 @@ def _fetch_newest(remote: RemoteRun, store: CheckpointStore, ahead: list[str], *
         if damaged is not None and must_be:
             raise damaged
     best = remote.ref("best")
-    if best is not None and best not in [info.name for info in store.checkpoints()]:
+    if best is not None:
         try:
-            _fetch(remote, store, best)
+            if best not in [info.name for info in store.checkpoints()]:
+                _fetch(remote, store, best)
+            store.set_best(best)
         except CheckpointError as error:
             logger.warning("the best checkpoint stays where it is: %s", error)
 
@@ -106,16 +110,18 @@ def _meant(remote: RemoteRun, which: str | int, names: list[str]) -> str | None:
     return next((name for name in found if remote.head(name) is not None), None)
 
 
-def _fetch_files(remote: RemoteRun, directory: Path, described: bytes | None, names: list[str]) -> None:
+def _fetch_files(
+    remote: RemoteRun, store: CheckpointStore, described: bytes | None, names: list[str]
+) -> None:
     """Fetch what a run writes beside its checkpoints, if the remote attempt is a later one; run.json last."""
-    attempts = attempts_so_far(described, names)
+    attempts, directory = attempts_so_far(described, names), store.directory
     if attempts_so_far(_local_run_json(directory), []) >= attempts:
         return
-    for name, size in remote.list().items():
+    for name, size in remote.entries().items():
         if size is not None and not name.startswith(".") and name != RUN_JSON:
             _replace(remote, name, directory / name)
     for tag, name in remote.tags().items():
-        (directory / "refs" / "tags" / tag).write_text(f"{name}\n")
+        store.set_tag(tag, name)
     try:
         description = msgspec.json.decode(described or b"{}")
     except msgspec.DecodeError:  # half of one, from a store that puts files in bit by bit

@@ -143,16 +143,17 @@ class Checkpoints:
         """True while a checkpoint is taken or written. Any thread."""
         return bool(self._in_flight)
 
-    def flush(self, patience: "Patience") -> bool:
+    def flush(self, patience: "Patience | None" = None) -> bool:
         """Wait until everything taken is durable or has failed; False if that was not to be. Blocks.
 
         Args:
-            patience: Given a function that waits so many seconds and tells whether it is done; decides how long.
+            patience: How long to wait; None for as long as it takes.
         """
         writer = self._writer
+        if writer is None:
+            return True
 
-        def is_done(seconds: float) -> bool:
-            assert writer is not None
+        def is_done(seconds: float | None) -> bool:
             try:
                 writer.flush(seconds)
             except CheckpointDeadlineExceeded:
@@ -160,7 +161,7 @@ class Checkpoints:
             return True
 
         try:
-            return writer is None or patience(is_done)
+            return is_done(None) if patience is None else patience(is_done)
         except WriterDiedError as error:
             logger.error("checkpoints were not finished: %s", error)
             return False

@@ -229,6 +229,7 @@ class Session:
         """End the run if that was asked for. Upload thread, or the event loop at the end."""
         assert self.config.remote is not None
         if self.config.remote.on_error == "raise":
+            self._upload_deadline = 0.0  # nobody waits for a store that has ended the run
             self._fail(error)
 
     def _load(self, which: str | int | Path) -> None:
@@ -797,7 +798,8 @@ class Session:
         self.checkpoints.flush(self._patience)
         if self.uploads is not None:
             assert self.config.remote is not None
-            self._upload_deadline = time.perf_counter() + self.config.remote.timeout
+            until = time.perf_counter() + self.config.remote.timeout
+            self._upload_deadline = min(self._upload_deadline, until)
             if not self._await_uploads(self.uploads):
                 self._report_missing(self.uploads)
         self.checkpoints.close()

@@ -96,6 +96,7 @@ class Uploads:
         self._changed = threading.Condition()
         # The upload thread's own
         self._complete: dict[str, ManifestHead] | None = None  # what the store has
+        self._is_followed = False  # False while something there may have to go
         self._sent: dict[str, set[str]] = {}  # of checkpoints that are not complete
         self._refs: dict[str, str] = {}
         self._files: dict[str, tuple[int, int]] = {}  # what was uploaded last: time of change, size
@@ -198,8 +199,11 @@ class Uploads:
         while (info := self._next(tried)) is not None:
             tried.add(info.name)
             if self._upload(info):
+                self._is_followed = False
                 self._follow()
         self._update_refs()  # tags change without a checkpoint
+        if not self._is_followed:
+            self._follow()
         if with_files:
             self._upload_files()
 
@@ -235,7 +239,7 @@ class Uploads:
         """Do there what follows a new checkpoint: refs, then what retention drops, then what others left half."""
         assert self._complete is not None
         self._update_refs()
-        if not self._may_drop:
+        if not self._may_drop or not self._complete:
             return
         here = {info.name for info in self._reader.checkpoints()}
         heads = list(self._complete.values())
@@ -250,6 +254,7 @@ class Uploads:
             if is_dropped or (is_half and self._remote.head(name) is None):
                 self._complete.pop(name, None)
                 self._remote.delete_checkpoint(name)
+        self._is_followed = True
 
     def _update_refs(self) -> None:
         """Let `last`, `best` and the tags say what is complete there."""

@@ -73,9 +73,9 @@ class RemoteRun:
             ValueError: No such scheme, or options that it does not take.
         """
         try:
-            from fsspec.core import url_to_fs
-            from fsspec.implementations.local import LocalFileSystem
-            from fsspec.registry import known_implementations, registry
+            from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # fsspec has no types
+            from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # as above
+            from fsspec.registry import known_implementations, registry  # type: ignore[import-untyped]  # as above
         except ImportError as error:
             raise ImportError("fsspec is missing: pip install 'offloop[remote]'") from error
         scheme = url.partition("://")[0]
@@ -150,7 +150,7 @@ class RemoteRun:
 
         self._try(f"delete {name}", delete)
 
-    def list(self, folder: str = "") -> dict[str, int | None]:
+    def entries(self, folder: str = "") -> dict[str, int | None]:
         """Return the names in a folder and the files' sizes in bytes, None for folders; empty if there is none."""
 
         def look() -> dict[str, int | None]:
@@ -159,11 +159,11 @@ class RemoteRun:
                 found = self._store.ls(self._path(folder), detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-            entries: dict[str, int | None] = {}
+            sizes: dict[str, int | None] = {}
             for entry in found:
                 name = str(entry["name"]).rstrip("/").rpartition("/")[2]
-                entries[name] = None if entry["type"] == "directory" else int(entry["size"] or 0)
-            return entries
+                sizes[name] = None if entry["type"] == "directory" else int(entry["size"] or 0)
+            return sizes
 
         return self._try(f"list {folder or 'the run'}", look)
 
@@ -171,12 +171,12 @@ class RemoteRun:
 
     def checkpoint_names(self) -> list[str]:
         """Return the names of checkpoints, newest first, those among them that are not complete too."""
-        return sorted(filter(CHECKPOINT_NAME.fullmatch, self.list(CHECKPOINTS)), key=age, reverse=True)
+        return sorted(filter(CHECKPOINT_NAME.fullmatch, self.entries(CHECKPOINTS)), key=age, reverse=True)
 
     def head(self, name: str) -> ManifestHead | None:
         """Return the head of a checkpoint's manifest, None if the checkpoint is not complete."""
         folder = f"{CHECKPOINTS}/{name}"
-        sizes = self.list(folder)
+        sizes = self.entries(folder)
         if MANIFEST not in sizes:
             return None
         content = self.read(f"{folder}/{MANIFEST}")
@@ -209,7 +209,7 @@ class RemoteRun:
             if name not in sent:
                 self.put(info.path / name, f"{folder}/{name}")
                 sent.add(name)
-        sizes = self.list(folder)
+        sizes = self.entries(folder)
         for name, record in info.manifest.files.items():
             if sizes.get(name) != record.bytes:
                 sent.discard(name)
@@ -217,6 +217,8 @@ class RemoteRun:
                     f"{self.url}/{folder}/{name}", f"has {sizes.get(name)} bytes there, {record.bytes} here"
                 )
         self.put_bytes(manifest, f"{folder}/{MANIFEST}")
+        if self.head(info.name) is None:  # older ones are dropped because of it: looked at, not believed
+            raise RemoteError(f"{self.url}/{folder}/{MANIFEST}", "is not what was written")
 
     def download_checkpoint(self, name: str, directory: Path) -> None:
         """Copy the files of a checkpoint into an empty local directory, the manifest last.
@@ -234,7 +236,7 @@ class RemoteRun:
     def delete_checkpoint(self, name: str) -> None:
         """Delete a checkpoint, or what is there of one."""
         folder = f"{CHECKPOINTS}/{name}"
-        files = self.list(folder)
+        files = self.entries(folder)
         for file in sorted(files, key=lambda file: file != MANIFEST):
             self.delete(f"{folder}/{file}")
         if self._renames:
@@ -254,7 +256,7 @@ class RemoteRun:
 
     def tags(self) -> dict[str, str]:
         """Return which checkpoint each tag names."""
-        names = filter(TAG_NAME.fullmatch, self.list(f"{REFS}/{TAGS}"))
+        names = filter(TAG_NAME.fullmatch, self.entries(f"{REFS}/{TAGS}"))
         tags = {tag: self.ref(f"{TAGS}/{tag}") for tag in names}
         return {tag: name for tag, name in tags.items() if name is not None}
 

@@ -227,6 +227,17 @@ class CheckpointStore(CheckpointReader):
                 self._set_tag(tag, info.name)
             return info
 
+    def set_tag(self, tag: str, name: str) -> None:
+        """Let a tag name a checkpoint that need not be here, as it is elsewhere; see `tag`."""
+        _check_tag(tag)
+        with self._writing(), self._translated(self._refs / TAGS / tag):
+            self._set_tag(tag, name)
+
+    def set_best(self, name: str) -> None:
+        """Let ``best`` name a checkpoint, until retention knows by what to judge."""
+        with self._writing(), self._translated(self._refs):
+            self._set_ref(self._refs / "best", name)
+
     def untag(self, tag: str) -> None:
         """Remove a tag; one that is not there is fine."""
         _check_tag(tag)
