@@ -38,10 +38,11 @@ from offloop.engine.events import (
     ValidationStart,
 )
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr
-from offloop.engine.loader_position import Exactness, capture_before_epoch
+from offloop.engine.loader_position import Exactness, capture_before_epoch, rewind_epoch
 from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
 from offloop.engine.step_hooks import StepHooks
+from offloop.engine.workers import spared_workers
 
 if TYPE_CHECKING:
     from offloop.engine.metrics import MetricSet
@@ -173,11 +174,17 @@ class TrainingLoop:
         self.is_resumable = False  # True where checkpoints may be taken
         self.before_epoch: dict[str, Any] | None = None  # what decided the order of the epoch
 
+        self.handles_signals = False  # set before the run by who takes them
+
         # The validation in progress, or the last one
         self.validating = False
         self.validated_step = -1
         self.val_batches = 0
         self.val_samples = 0
+
+        # Iterators that were left before their end: letting go of one waits for what its workers are loading,
+        # which must not hold up the last checkpoint
+        self.left: list[Iterator[Batch]] = []
 
         # Manual optimization
         self.stepped: set[str] = set()  # optimizers that this training_step has stepped
@@ -311,15 +318,19 @@ class TrainingLoop:
             else:
                 self.val_batches += 1
             yield batch if on_host else to_device(batch, self.device)
+        if self.ending is not None:
+            self.left.append(iterator)
         if training:
             self.finish_window()
 
     def begin_loader(self, loader: Iterable[Batch]) -> tuple[Iterator[Batch], int]:
         """Return an iterator over the loader's batches, and how many of them a resumed epoch has had."""
         if self.validating:
-            return iter(loader), 0
+            with self.workers_spared(loader):
+                return iter(loader), 0
         if self.resumed is not None:
-            iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
+            with self.workers_spared(loader):
+                iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
             self.before_epoch = self.resumed.before_epoch
             self.finish_resuming(exactness, reason)
             every = self.config.val_every_n_steps
@@ -333,7 +344,12 @@ class TrainingLoop:
             return iterator, self.epoch_batches
         if self.is_resumable:
             self.before_epoch = capture_before_epoch(loader)
-        return iter(loader), 0
+        with self.workers_spared(loader):
+            return iter(loader), 0
+
+    def workers_spared(self, loader: Iterable[Batch]) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which workers are started that leave signals to a run which handles them."""
+        return spared_workers(loader) if self.handles_signals else contextlib.nullcontext()
 
     def finish_resuming(self, exactness: Exactness, reason: str) -> None:
         """Put the random states back, the last thing before training goes on, and say how exact it all is."""
@@ -463,6 +479,7 @@ class TrainingLoop:
         if self.ending in ("stopped", "cancelled"):
             self.validating = False
             return None
+        before = capture_before_epoch(self.val_loader) if self.is_resumable else None
         try:
             in_training = [module for module in self.program.model.modules() if module.training]
             try:
@@ -476,6 +493,8 @@ class TrainingLoop:
         finally:
             self.validating = False
         if self.ending in ("stopped", "cancelled"):
+            if before is not None:  # a resumed run makes it again, and must draw what this one drew
+                rewind_epoch(self.val_loader, before)
             return None
         self.validated_step = self.step
         self.reporter.readback.flush()

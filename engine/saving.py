@@ -27,6 +27,7 @@ from offloop.engine.checkpoint import (
     Commit,
     LoadedCheckpoint,
     Retention,
+    Snapshot,
     SnapshotArena,
     SnapshotBusyError,
     WriterDiedError,
@@ -39,6 +40,13 @@ Patience = Callable[[Callable[[float], bool]], bool]
 """How long to wait: given a function that waits so many seconds and tells whether it is done; tells it too."""
 
 Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
+
+
+def patiently(wait: Callable[[float], bool]) -> bool:
+    """Wait as long as it takes. Blocks."""
+    while not wait(60.0):
+        pass
+    return True
 
 
 class Checkpoints:
@@ -54,6 +62,7 @@ class Checkpoints:
         run_id: str,
         optimizers: Mapping[str, torch.optim.Optimizer],
         publish: Callable[[Event], None],
+        patience: Patience = patiently,
     ) -> None:
         """Keep the checkpoints of the run in `directory`.
 
@@ -62,6 +71,7 @@ class Checkpoints:
             run_id: Written into manifests.
             optimizers: Their `step` is what changes the tensors that they own.
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in the writer's thread.
+            patience: How long training waits for a slow disk.
         """
         self._retention = Retention()
         self.parent: str | None = None  # the checkpoint that this attempt continues
@@ -73,6 +83,7 @@ class Checkpoints:
         self._run_id = run_id
         self._optimizers = optimizers
         self._publish = publish
+        self._patience = patience
         self._arena: SnapshotArena | None = None
         self._store: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
@@ -127,7 +138,7 @@ class Checkpoints:
         self._in_flight.add(id(request))
         try:
             writer, arena = self.open()
-            snapshot = arena.take_nowait(state) if reason == "interval" else arena.take(state)
+            snapshot = arena.take_nowait(state) if reason == "interval" else self._take(arena, state)
             try:
                 writer.submit_nowait(snapshot, request)
             except BaseException:
@@ -143,17 +154,26 @@ class Checkpoints:
         """True while a checkpoint is taken or written. Any thread."""
         return bool(self._in_flight)
 
-    def flush(self, patience: "Patience | None" = None) -> bool:
-        """Wait until everything taken is durable or has failed; False if that was not to be. Blocks.
+    def _take(self, arena: SnapshotArena, state: Mapping[str, Any]) -> Snapshot:
+        """Copy the state once a slot is free, as long as there is patience for it."""
+        taken: list[Snapshot] = []
 
-        Args:
-            patience: How long to wait; None for as long as it takes.
-        """
+        def is_done(seconds: float) -> bool:
+            with contextlib.suppress(SnapshotBusyError):
+                taken.append(arena.take(state, timeout=seconds))
+            return bool(taken)
+
+        if not self._patience(is_done):
+            raise SnapshotBusyError(1)
+        return taken[0]
+
+    def flush(self) -> bool:
+        """Wait until everything taken is durable or has failed; False if there was no patience for it. Blocks."""
         writer = self._writer
         if writer is None:
             return True
 
-        def is_done(seconds: float | None) -> bool:
+        def is_done(seconds: float) -> bool:
             try:
                 writer.flush(seconds)
             except CheckpointDeadlineExceeded:
@@ -161,7 +181,7 @@ class Checkpoints:
             return True
 
         try:
-            return is_done(None) if patience is None else patience(is_done)
+            return self._patience(is_done)
         except WriterDiedError as error:
             logger.error("checkpoints were not finished: %s", error)
             return False

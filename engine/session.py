@@ -138,7 +138,11 @@ class Session:
         if self.dir is not None:
             self.loop.is_resumable = True
             self.checkpoints = Checkpoints(
-                self.dir, run_id=run_id, optimizers=self.loop.optimizers, publish=self._publish_late
+                self.dir,
+                run_id=run_id,
+                optimizers=self.loop.optimizers,
+                publish=self._publish_late,
+                patience=self._patience,
             )
         self.run = Run(self)
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
@@ -160,11 +164,13 @@ class Session:
                 self._set_up()
                 self._phase = "running"
                 self.loop.run()
-                if self.save_at_end and not self._is_saved():
+                # After a second signal only what is being written already is waited for.
+                if self.save_at_end and self.signal_count < 2 and not self._is_saved():
                     self.save("preempt" if self.signal_count else "final")
         except BaseException as error:
             self._fail(error)
         finally:
+            self.loop.left.clear()  # may wait some seconds for loader workers
             self.control.end()
             leave_process(self.run_id)
             if self._loop_is_dead():
@@ -276,7 +282,7 @@ class Session:
         """True if this very moment is on disk already; waits for the writer to know."""
         if self.checkpoints is None or self._saved_moment != self._moment():
             return False
-        if not self.checkpoints.flush(self._patience):
+        if not self.checkpoints.flush():
             return True  # it is on its way still, or nothing can be written any more
         return self.loop.step in self.checkpoints.saved
 
@@ -795,7 +801,7 @@ class Session:
 
     def _settle_checkpoints(self) -> None:
         assert self.checkpoints is not None
-        self.checkpoints.flush(self._patience)
+        self.checkpoints.flush()
         if self.uploads is not None:
             assert self.config.remote is not None
             until = time.perf_counter() + self.config.remote.timeout

@@ -333,7 +333,7 @@ class BaseTrainer:
         if not handle_signals:
             return await session.run_to_end(task_status.started)
         seen: list[str] = []
-        with handled_signals(_note_signal(session, seen), force=True):
+        with handled_signals(_note_signal(session, seen), force=True) as session.loop.handles_signals:
             result = await session.run_to_end(task_status.started)
         _raise_for_signal(seen)
         return result
@@ -615,7 +615,9 @@ class BaseTrainer:
 
     def _train_here(self, session: Session, *, force_signals: bool) -> RunResult:
         seen: list[str] = []
-        with handled_signals(_note_signal(session, seen), force=force_signals):
+        with handled_signals(
+            _note_signal(session, seen), force=force_signals
+        ) as session.loop.handles_signals:
             result = anyio.run(session.run_to_end, lambda run: None)
         _raise_for_signal(seen)
         return result
