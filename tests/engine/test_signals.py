@@ -359,6 +359,8 @@ def test_signal_to_all_processes_while_loader_workers_are_busy(
     child.warns(f"{number.name}: stopping")
     child.open("sample")
     assert child.end() == (75 if number == signal.SIGTERM else -number)
+    assert child.process.stderr is not None
+    assert "stopping" not in child.process.stderr.read()  # workers have no part in it
     step, last = goes_on(tmp_path, "sample")
     assert (step, last.manifest.reason) == (6, "preempt") or step == 5
 
