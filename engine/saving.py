@@ -157,14 +157,17 @@ class Checkpoints:
     def _take(self, arena: SnapshotArena, state: Mapping[str, Any]) -> Snapshot:
         """Copy the state once a slot is free, as long as there is patience for it."""
         taken: list[Snapshot] = []
+        refusals: list[SnapshotBusyError] = []
 
         def is_done(seconds: float) -> bool:
-            with contextlib.suppress(SnapshotBusyError):
+            try:
                 taken.append(arena.take(state, timeout=seconds))
+            except SnapshotBusyError as error:
+                refusals.append(error)
             return bool(taken)
 
         if not self._patience(is_done):
-            raise SnapshotBusyError(1)
+            raise refusals[-1]
         return taken[0]
 
     def flush(self) -> bool:
@@ -194,7 +197,8 @@ class Checkpoints:
         if self._writer is None:
             return
         try:
-            self._writer.close(0.0)
+            self._writer.flush(0.0)
+            self._writer.close()
         except CheckpointDeadlineExceeded as error:
             logger.error("checkpoints were not finished: %s", error)
             self._writer.abandon()
