@@ -77,7 +77,7 @@ class RemoteDirectory(msgspec.Struct, frozen=True):
     """For the fsspec file system, like `{"endpoint_url": ...}`; not written into any file. Credentials are
     better left where the store's own tools look for them."""
     timeout: float = 300.0
-    """Seconds that the end of a run waits for what is not uploaded yet."""
+    """Seconds that the end of a run waits for what is not uploaded yet; a cancelled one `drain_timeout` at most."""
     on_error: Literal["isolate", "raise"] = "isolate"
     """What an upload that fails does, after several tries: be an event and a log record, or end the run."""
 

@@ -205,15 +205,16 @@ class Session:
             "config": self.config.as_settings(),
             **describe_environment(),
         }
+        if self.resume is not None:
+            assert self.checkpoints is not None
+            self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
+            self.checkpoints.attempt = self.loop.attempt = attempt
+            description["created"] = read_run_json(directory).get("created", description["created"])
         if self.remote is not None:
             claim_remote(self.remote, description, is_new=self.resume is None, until=self._is_cancelled)
         if self.resume is None:
             create_run_dir(directory, description)
         else:
-            assert self.checkpoints is not None
-            self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
-            self.checkpoints.attempt = self.loop.attempt = attempt
-            description["created"] = read_run_json(directory).get("created", description["created"])
             write_run_json(directory, description)
         self._description = description
         if self.remote is not None:
@@ -804,8 +805,10 @@ class Session:
         self.checkpoints.flush()
         if self.uploads is not None:
             assert self.config.remote is not None
-            until = time.perf_counter() + self.config.remote.timeout
-            self._upload_deadline = min(self._upload_deadline, until)
+            seconds = self.config.remote.timeout
+            if self.control.cancelled and self.failure is None:  # somebody waits for it to be over
+                seconds = min(seconds, self.config.drain_timeout)
+            self._upload_deadline = min(self._upload_deadline, time.perf_counter() + seconds)
             if not self._await_uploads(self.uploads):
                 self._report_missing(self.uploads)
         self.checkpoints.close()
@@ -837,7 +840,8 @@ class Session:
         """Write how the run ended, here and there. Blocks."""
         write_run_json(directory, description)
         if self.uploads is not None:
-            self._await_uploads(self.uploads)
+            if not self._await_uploads(self.uploads):
+                logger.warning("%s does not say how the run ended", self.remote and self.remote.url)
             self.uploads.close()
 
     def outcome(self) -> RunResult:

@@ -135,7 +135,8 @@ class Uploads:
     def missing(self) -> list[str]:
         """Return the local checkpoints that the store does not have, newest first. Blocks on the file system."""
         complete = self._complete or {}
-        return [info.name for info in reversed(self._reader.checkpoints()) if info.name not in complete]
+        here = CheckpointReader(self._directory).checkpoints()
+        return [info.name for info in reversed(here) if info.name not in complete]
 
     def close(self) -> None:
         """Let the thread end when it can; does not wait for a store that hangs. Twice is fine."""

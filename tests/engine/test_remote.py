@@ -50,6 +50,7 @@ from offloop.engine.checkpoint import (
     RemoteError,
     RemoteRun,
     Retention,
+    RunLockedError,
 )
 from offloop.engine.checkpoint import remote as remote_module
 from offloop.engine.events import Event
@@ -475,6 +476,14 @@ def test_new_run_of_a_name_that_is_taken_there_is_refused(tmp_path: Path) -> Non
     with pytest.raises(RunNameTakenError, match="faulty://bucket/runs/run"):
         a_run(tmp_path / "b", URL)
     assert not (tmp_path / "b" / "run").exists()
+
+
+def test_run_that_is_going_on_here_is_left_alone_there(tmp_path: Path) -> None:
+    a_run(tmp_path, URL, Cut(2))
+    before = RemoteRun(URL, "run").read("run.json")
+    with CheckpointStore(tmp_path / "run"), pytest.raises(RunLockedError):
+        a_run(tmp_path, URL, resume="auto")
+    assert RemoteRun(URL, "run").read("run.json") == before
 
 
 def test_auto_begins_a_run_that_is_nowhere_and_one_without_a_checkpoint(tmp_path: Path) -> None:
