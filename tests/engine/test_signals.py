@@ -168,7 +168,8 @@ def test_third_signal_ends_the_process_also_in_a_step_that_never_returns(
 # What is left behind, and that it goes on ------------------------------------------------------------
 
 SAVING_SCRIPT = """
-import multiprocessing, os, sys, threading
+import faulthandler, multiprocessing, os, sys, threading
+faulthandler.dump_traceback_later(90, exit=True)  # whatever hangs says where
 import torch
 from torch.utils.data import DataLoader, Dataset
 from offloop.callbacks import ModelCheckpoint
@@ -278,6 +279,13 @@ class SavingChild(Child):
             if text in line:
                 return
         pytest.fail(f"never said {text!r}")
+
+    def end(self) -> int:
+        """Wait for the end; if it is none that a signal leads to, show what was said."""
+        code = self.process.wait()
+        if code == 1 and self.process.stderr is not None:
+            pytest.fail(self.process.stderr.read())
+        return code
 
     def send_to_all(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
