@@ -4,8 +4,12 @@ A worker that dies of it takes the next batch with it, and with that the step af
 stopped in order. So while a run handles signals itself, its workers leave the first ones to it.
 """
 
+import atexit
 import contextlib
+import functools
 import multiprocessing
+import multiprocessing.util
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -44,15 +48,28 @@ class _Init:
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self._then = then
+        self._is_leaving = _shared_mark()
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _spare_once)
+        signal.signal(signal.SIGTERM, self._spare_once)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         if self._then is not None:
             self._then(worker_id)
 
+    def _spare_once(self, number: int, frame: FrameType | None) -> None:
+        """Outlive this one, unless the parent is at its end and waits for us."""
+        signal.signal(number, signal.SIG_DFL)
+        if self._is_leaving.value:
+            os.kill(os.getpid(), number)
 
-def _spare_once(number: int, frame: FrameType | None) -> None:
-    """Outlive this one; a worker sees by itself when its parent is gone."""
-    signal.signal(number, signal.SIG_DFL)
+
+@functools.cache
+def _shared_mark() -> Any:
+    """Return a number that workers share and that is 1 once this process leaves.
+
+    multiprocessing ends daemons with SIGTERM then and waits for them: one that was spared would keep us here.
+    """
+    mark = multiprocessing.RawValue("b", 0)
+    atexit.register(setattr, mark, "value", 1)  # runs before multiprocessing's own, registered earlier
+    return mark
