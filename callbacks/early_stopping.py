@@ -42,8 +42,7 @@ class EarlyStopping(Callback):
             stopping_threshold: Stop at once when the metric is better than this.
             divergence_threshold: Stop at once when the metric is worse than this.
             restore_best: Put the weights (and buffers) of the best check back when the run stops here or
-                reaches `epochs` or `max_steps`, or `max_time` in the middle of an epoch. Keeps one copy of them
-                on the device, and one in each checkpoint.
+                reaches one of its limits. Keeps one copy of them on the device, and one in each checkpoint.
 
         Raises:
             ConfigError: A value is out of its range.
@@ -63,13 +62,10 @@ class EarlyStopping(Callback):
         self.misses = 0
         self.best_step = 0
         self._best_weights: dict[str, Any] | None = None
-        self._epochs: int | None = None
-        self._max_steps: int | None = None
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         self.monitor.begin(run)
-        self._epochs, self._max_steps = event.epochs, event.max_steps
 
     @decides
     def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
@@ -78,8 +74,7 @@ class EarlyStopping(Callback):
     @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
         self._check(event, run)
-        is_last = not event.complete or event.epoch + 1 == self._epochs or event.step == self._max_steps
-        if is_last and self._best_weights is not None:
+        if event.final and self._best_weights is not None:
             self._restore(run)
 
     def state_dict(self) -> Mapping[str, Any]:

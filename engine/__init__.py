@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from offloop.engine.comparison import ModelComparison as ModelComparison
     from offloop.engine.comparison import TensorDifference as TensorDifference
     from offloop.engine.comparison import compare_models as compare_models
+    from offloop.engine.config import RemoteDirectory as RemoteDirectory
     from offloop.engine.config import TrainerConfig as TrainerConfig
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import CallbackFailed as CallbackFailed
     from offloop.engine.events import CheckpointFailed as CheckpointFailed
     from offloop.engine.events import CheckpointSaved as CheckpointSaved
+    from offloop.engine.events import CheckpointUploaded as CheckpointUploaded
     from offloop.engine.events import CommandApplied as CommandApplied
     from offloop.engine.events import EpochEnd as EpochEnd
     from offloop.engine.events import EpochStart as EpochStart
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import TrainEnd as TrainEnd
     from offloop.engine.events import TrainStart as TrainStart
     from offloop.engine.events import UnknownEvent as UnknownEvent
+    from offloop.engine.events import UploadFailed as UploadFailed
     from offloop.engine.events import ValidationEnd as ValidationEnd
     from offloop.engine.events import ValidationStart as ValidationStart
     from offloop.engine.events import decode as decode
@@ -79,7 +82,7 @@ _MODULES = {
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),
     "comparison": ("ModelComparison", "TensorDifference", "compare_models"),
-    "config": ("TrainerConfig",),
+    "config": ("RemoteDirectory", "TrainerConfig"),
     "errors": (
         "BatchError",
         "BusClosedError",
@@ -104,6 +107,7 @@ _MODULES = {
         "CallbackFailed",
         "CheckpointFailed",
         "CheckpointSaved",
+        "CheckpointUploaded",
         "CommandApplied",
         "EpochEnd",
         "EpochStart",
@@ -119,6 +123,7 @@ _MODULES = {
         "TrainEnd",
         "TrainStart",
         "UnknownEvent",
+        "UploadFailed",
         "ValidationEnd",
         "ValidationStart",
         "decode",

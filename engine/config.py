@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
@@ -11,6 +12,7 @@ from offloop.engine.errors import ConfigError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # a letter alone would be a drive
 _SEEDS: Final = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
 TRAIN_ARGUMENTS: Final = (
@@ -76,6 +78,44 @@ PEER_SPELLINGS: Final = {
 """How other trainers spell our knobs."""
 
 
+class RemoteDirectory(msgspec.Struct, frozen=True):
+    """Where runs are copied to, with what the store must know. `remote_dir="s3://..."` is short for it.
+
+    Raises:
+        ConfigError: The URL is none, or holds a password; or a value is out of its range.
+    """
+
+    url: str
+    """Of the directory of runs, as fsspec takes it: `s3://bucket/runs`, `gs://...`, `file:///mnt/share/runs`."""
+    storage_options: dict[str, Any] = {}
+    """For the fsspec file system, like `{"endpoint_url": ...}`; not written into any file. Credentials are
+    better left where the store's own tools look for them."""
+    timeout: float = 300.0
+    """Seconds that the end of a run waits for what is not uploaded yet; a cancelled one `drain_timeout` at most."""
+    on_error: Literal["isolate", "raise"] = "isolate"
+    """What an upload that fails does, after several tries: be an event and a log record, or end the run."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.url, str) or not _URL.match(self.url):
+            raise ConfigError(
+                "remote_dir must be a URL like s3://bucket/runs or file:///mnt/share/runs, "
+                f"got {self.url!r}; a plain path is what run_dir takes"
+            )
+        if re.search(r"://[^/@]*:[^/@]*@", self.url):
+            raise ConfigError(
+                "remote_dir holds a password: RemoteDirectory(url, storage_options=...) hides it"
+            )
+        if not isinstance(self.storage_options, dict):
+            raise ConfigError(
+                f"storage_options must be a dict for fsspec, got {type(self.storage_options).__name__}"
+            )
+        _check_positive("timeout", self.timeout, optional=False)
+        _check_choice("on_error", self.on_error, ("isolate", "raise"))
+
+    def __repr__(self) -> str:
+        return f"RemoteDirectory({self.url!r})"  # options may be secrets
+
+
 class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to train. Every field can be given to `Trainer` as a keyword.
 
@@ -127,6 +167,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Directory for runs; each run owns `run_dir/<run_id>/`. None: `runs`, and only if a callback writes."""
     run_name: str | None = None
     """The run's id; None: time and random letters."""
+    remote_dir: str | RemoteDirectory | None = None
+    """URL where each run is copied to as it grows, and fetched from to go on: `s3://bucket/runs`. Needs fsspec."""
     flush_interval: float = 0.05
     """Seconds between two hand-overs of events to the event loop."""
     drain_timeout: float = 30.0
@@ -166,10 +208,23 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} must be a string that is not empty, got {value!r}")
+        if self.run_dir is not None and _URL.match(self.run_dir):
+            raise ConfigError(
+                f"run_dir must be a local directory, where the run works; give remote_dir={self.run_dir!r} to "
+                "have it copied there"
+            )
+        if self.remote_dir is not None:
+            self.remote  # noqa: B018 - checks it
         if self.run_name is not None and (self.run_name.startswith(".") or set(self.run_name) & set("/\\\0")):
             raise ConfigError(
                 f"run_name names a directory: no slashes, no leading dot; got {self.run_name!r}"
             )
+
+    @property
+    def remote(self) -> RemoteDirectory | None:
+        """`remote_dir` with everything that belongs to it."""
+        given = self.remote_dir
+        return given if isinstance(given, RemoteDirectory | None) else RemoteDirectory(given)
 
     def replace(self, **changes: Any) -> "TrainerConfig":
         """Return a copy with other values, checked like a new one.
@@ -265,6 +320,8 @@ def _check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, RemoteDirectory):
+        return value.url
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

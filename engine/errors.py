@@ -73,7 +73,7 @@ class RunNameTakenError(OffloopError):
     """The directory of the wanted run exists already.
 
     Attributes:
-        path: That directory.
+        path: That directory, or its URL in the remote one.
     """
 
     def __init__(self, path: str) -> None:

@@ -239,6 +239,8 @@ class EpochEnd(Event, frozen=True, kw_only=True):
     """Duration of the epoch, validations and pauses included."""
     complete: bool = True
     """False where `max_steps` or `max_time` ended the epoch before its loader did."""
+    final: bool = False
+    """True where a limit of the run is reached: nothing is trained after it."""
 
 
 class TrainEnd(Event, frozen=True, kw_only=True):
@@ -322,6 +324,32 @@ class CheckpointFailed(Event, frozen=True, kw_only=True):
     """The exception, as `Type: text`."""
     reason: str = ""
     """Why it was to be taken."""
+
+
+class CheckpointUploaded(Event, frozen=True, kw_only=True):
+    """A checkpoint is complete in the remote directory. From the upload thread."""
+
+    url: str
+    """Its directory there."""
+    uploaded_step: int
+    """The step whose state it holds; `step` may be later."""
+    bytes: int = 0
+    """Its size."""
+    seconds: float = 0.0
+    """How long the upload took."""
+
+
+class UploadFailed(Event, frozen=True, kw_only=True):
+    """Something could not be copied to the remote directory, after several tries; it is tried again later.
+
+    Training goes on and local files are untouched. From the upload thread; at the end of the run, if not
+    everything is there when the time for it is up, from the event loop.
+    """
+
+    url: str
+    """The run's remote directory."""
+    error: str
+    """The exception, as `Type: text`."""
 
 
 class CallbackFailed(Event, frozen=True, kw_only=True):

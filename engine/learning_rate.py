@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR
+
+from offloop.engine.errors import ConfigError
 
 _SCHEDULED_KEYS: Final = ("initial_lr", "max_lr", "min_lr")
 """What torch's schedules keep in a parameter group and compute later rates from."""
@@ -22,6 +24,28 @@ class Schedule:
     """For a plateau: the metric that it watches; None for the run's."""
     after_steps: int = 0
     """Optimizer steps before it begins: the length of a warm-up in front of it."""
+
+
+def check_length(schedule: Schedule, to_go: int | None) -> None:
+    """Check that a one-cycle schedule is long enough: torch's raises in the step after its last one.
+
+    Args:
+        schedule: Of a run that is about to begin, or to go on.
+        to_go: How many times it will step; None where nothing says so.
+
+    Raises:
+        ConfigError: It would end before the run does.
+    """
+    scheduler = schedule.scheduler
+    if not isinstance(scheduler, OneCycleLR) or to_go is None:
+        return
+    left = scheduler.total_steps - scheduler.last_epoch
+    if to_go > left:
+        raise ConfigError(
+            f"the one-cycle schedule was made for {scheduler.total_steps} {schedule.interval}s and has {left} "
+            f"left, but the run has {to_go} to go: give a run that may go on later the whole length from the "
+            "beginning (total_steps=...), or make a new run with a new schedule"
+        )
 
 
 def largest_lr(optimizer: torch.optim.Optimizer) -> float:

@@ -37,11 +37,12 @@ from offloop.engine.events import (
     ValidationEnd,
     ValidationStart,
 )
-from offloop.engine.learning_rate import Schedule, largest_lr
-from offloop.engine.loader_position import Exactness, capture_before_epoch
+from offloop.engine.learning_rate import Schedule, check_length, largest_lr
+from offloop.engine.loader_position import Exactness, capture_before_epoch, rewind_epoch
 from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
 from offloop.engine.step_hooks import StepHooks
+from offloop.engine.workers import spared_workers
 
 if TYPE_CHECKING:
     from offloop.engine.metrics import MetricSet
@@ -164,6 +165,7 @@ class TrainingLoop:
         self.epoch_samples = 0
         self.epoch_first_step = 1
         self.epoch_metrics: dict[str, float] = {}  # made since the last EpochEnd
+        self.may_end_between = True  # False from an EpochEnd on: it has said whether the run goes on
 
         # Resuming
         self.attempt = 0
@@ -173,11 +175,17 @@ class TrainingLoop:
         self.is_resumable = False  # True where checkpoints may be taken
         self.before_epoch: dict[str, Any] | None = None  # what decided the order of the epoch
 
+        self.handles_signals = False  # set before the run by who takes them
+
         # The validation in progress, or the last one
         self.validating = False
         self.validated_step = -1
         self.val_batches = 0
         self.val_samples = 0
+
+        # Iterators that were left before their end: letting go of one waits for what its workers are loading,
+        # which must not hold up the last checkpoint
+        self.left: list[Iterator[Batch]] = []
 
         # Manual optimization
         self.stepped: set[str] = set()  # optimizers that this training_step has stepped
@@ -192,7 +200,10 @@ class TrainingLoop:
         self.last_lr = self.last_lr or largest_lr(self.first_optimizer)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        self.announce(self.train_start())
+        start = self.train_start()
+        self.announce(start)
+        for schedule in self.schedules:
+            check_length(schedule, self.times_to_step(schedule, start.steps_per_epoch))
         if self.resumed is not None and self.phase != "in_epoch":
             self.finish_resuming("bitwise", "")
         epochs = self.limits.epochs
@@ -228,6 +239,9 @@ class TrainingLoop:
             raise EmptyLoaderError(self.describe_empty_loader())
         length = limited_length(self.train_loader, self.config.limit_train_batches, "limit_train_batches")
         complete = self.ending is None or self.epoch_batches == length
+        is_last = self.epoch + 1 == self.limits.epochs
+        if not is_last:
+            self.is_time_to_leave()  # a limit that is reached here ends the run with a validation
 
         self.reporter.readback.flush()
         self.epoch_metrics.update(self.reporter.train_means.take("train_"))
@@ -244,17 +258,21 @@ class TrainingLoop:
                 if schedule.interval == "epoch":
                     self.step_epoch_schedule(schedule)
 
+        if not is_last:
+            self.is_time_to_leave()  # the time again, for the last time before the next epoch's first step
         end = EpochEnd(
             metrics=Metrics(self.epoch_metrics),
             samples=self.epoch_samples,
             seconds=time.perf_counter() - started,
             complete=complete,
+            final=self.ending == "limit" or is_last,
             **self.position(),
         )
         self.latest.update(self.epoch_metrics)
         self.epoch_metrics.clear()
         self.history.append(end)
         self.phase = "after_epoch" if complete else "in_epoch"
+        self.may_end_between = False
         self.announce(end)
         if complete:
             self.epoch += 1
@@ -301,15 +319,19 @@ class TrainingLoop:
             else:
                 self.val_batches += 1
             yield batch if on_host else to_device(batch, self.device)
+        if self.ending is not None:
+            self.left.append(iterator)
         if training:
             self.finish_window()
 
     def begin_loader(self, loader: Iterable[Batch]) -> tuple[Iterator[Batch], int]:
         """Return an iterator over the loader's batches, and how many of them a resumed epoch has had."""
         if self.validating:
-            return iter(loader), 0
+            with self.workers_spared(loader):
+                return iter(loader), 0
         if self.resumed is not None:
-            iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
+            with self.workers_spared(loader):
+                iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
             self.before_epoch = self.resumed.before_epoch
             self.finish_resuming(exactness, reason)
             every = self.config.val_every_n_steps
@@ -323,7 +345,12 @@ class TrainingLoop:
             return iterator, self.epoch_batches
         if self.is_resumable:
             self.before_epoch = capture_before_epoch(loader)
-        return iter(loader), 0
+        with self.workers_spared(loader):
+            return iter(loader), 0
+
+    def workers_spared(self, loader: Iterable[Batch]) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which workers are started that leave signals to a run which handles them."""
+        return spared_workers(loader) if self.handles_signals else contextlib.nullcontext()
 
     def finish_resuming(self, exactness: Exactness, reason: str) -> None:
         """Put the random states back, the last thing before training goes on, and say how exact it all is."""
@@ -455,6 +482,7 @@ class TrainingLoop:
         if self.ending in ("stopped", "cancelled"):
             self.validating = False
             return None
+        before = capture_before_epoch(self.val_loader) if self.is_resumable else None
         try:
             in_training = [module for module in self.program.model.modules() if module.training]
             try:
@@ -468,6 +496,8 @@ class TrainingLoop:
         finally:
             self.validating = False
         if self.ending in ("stopped", "cancelled"):
+            if before is not None:  # a resumed run makes it again, and must draw what this one drew
+                rewind_epoch(self.val_loader, before)
             return None
         self.validated_step = self.step
         self.reporter.readback.flush()
@@ -605,7 +635,8 @@ class TrainingLoop:
         if limits.max_steps is not None and self.step >= limits.max_steps:
             self.reason = f"max_steps={limits.max_steps}"
             return True
-        if limits.max_time is not None:
+        is_between = self.phase != "in_epoch" or self.epoch_batches == 0
+        if limits.max_time is not None and (self.may_end_between or not is_between):
             if self.seconds() >= limits.max_time:
                 self.reason = f"max_time={limits.max_time}"
                 return True
@@ -669,6 +700,16 @@ class TrainingLoop:
             max_time=self.limits.max_time,
             **self.position(),
         )
+
+    def times_to_step(self, schedule: Schedule, steps_per_epoch: int | None) -> int | None:
+        """Return how many times a schedule will step until the run is complete, None where nothing says so."""
+        epochs, max_steps = self.limits.epochs, self.limits.max_steps
+        if schedule.interval == "epoch":
+            return None if epochs is None or max_steps is not None else epochs - self.epoch
+        totals = [] if max_steps is None else [max_steps]
+        if epochs is not None and steps_per_epoch is not None:
+            totals.append(epochs * steps_per_epoch)
+        return min(totals) - max(self.step, schedule.after_steps) if totals else None
 
     def describe_empty_loader(self) -> str:
         """Say which loader was empty, and the usual mistake."""

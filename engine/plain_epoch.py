@@ -139,3 +139,5 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             )
         if validate_every is not None and step % validate_every == 0:
             loop.validate_after_step()
+    if loop.ending is not None:
+        loop.left.append(iterator)

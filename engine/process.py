@@ -81,11 +81,11 @@ _DEFAULTS: Final[dict[signal.Signals, Any]] = {
 
 
 @contextlib.contextmanager
-def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: bool) -> Iterator[None]:
+def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: bool) -> Iterator[bool]:
     """Take SIGINT and SIGTERM for the length of the block, where they are ours to take.
 
     That is in the main thread, for a signal whose handler is still Python's default (or with `force`, any).
-    The third signal ends the process at once.
+    The third signal ends the process at once. The block is told whether any is taken.
 
     Args:
         on_signal: Called in the main thread with the signal and how many have come; must not block.
@@ -109,7 +109,7 @@ def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: 
             if force or signal.getsignal(each) == _DEFAULTS[each]:
                 taken[each] = signal.signal(each, handle)
     try:
-        yield
+        yield bool(taken)
     finally:
         for each, before in taken.items():
             signal.signal(each, before)

@@ -41,10 +41,15 @@ def write_run_json(path: Path, description: dict[str, Any]) -> None:
     """Replace `run.json` whole: a reader sees the old or the new one, never half of it."""
     temporary = path / ".run.json.new"
     with open(temporary, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(description), indent=2))
+        file.write(format_run_json(description))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path / "run.json")
+
+
+def format_run_json(description: dict[str, Any]) -> bytes:
+    """Return the content of `run.json`."""
+    return msgspec.json.format(msgspec.json.encode(description), indent=2)
 
 
 def describe_environment() -> dict[str, Any]:

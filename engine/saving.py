@@ -8,8 +8,10 @@
 Training waits for the copy and, for saves that must not be left out, for a free slot to copy into.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from offloop.engine.checkpoint import (
+    CheckpointDeadlineExceeded,
     CheckpointError,
     CheckpointRequest,
     CheckpointStore,
@@ -26,14 +29,26 @@ from offloop.engine.checkpoint import (
     LoadedCheckpoint,
     NamedCopies,
     Retention,
+    Snapshot,
     SnapshotArena,
     SnapshotBusyError,
+    WriterDiedError,
 )
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
 
 logger = logging.getLogger("offloop")
 
+Patience = Callable[[Callable[[float], bool]], bool]
+"""How long to wait: given a function that waits so many seconds and tells whether it is done; tells it too."""
+
 Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
+
+
+def patiently(wait: Callable[[float], bool]) -> bool:
+    """Wait as long as it takes. Blocks."""
+    while not wait(60.0):
+        pass
+    return True
 
 
 class Checkpoints:
@@ -49,6 +64,7 @@ class Checkpoints:
         run_id: str,
         optimizers: Mapping[str, torch.optim.Optimizer],
         publish: Callable[[Event], None],
+        patience: Patience = patiently,
     ) -> None:
         """Keep the checkpoints of the run in `directory`.
 
@@ -57,6 +73,7 @@ class Checkpoints:
             run_id: Written into manifests.
             optimizers: Their `step` is what changes the tensors that they own.
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in the writer's thread.
+            patience: How long training waits for a slow disk.
         """
         self._retention = Retention()
         self._copies: NamedCopies | None = None  # of the writer's thread
@@ -68,10 +85,12 @@ class Checkpoints:
             None  # of the last one that was not written; writer's thread, or training's
         )
         self._newest: CheckpointSaved | None = None  # what was said about it; writer's thread
+        self.on_saved: Callable[[], None] | None = None  # told of each durable one, in the writer's thread
         self._directory = directory
         self._run_id = run_id
         self._optimizers = optimizers
         self._publish = publish
+        self._patience = patience
         self._arena: SnapshotArena | None = None
         self._store: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
@@ -131,7 +150,7 @@ class Checkpoints:
         self._in_flight.add(id(request))
         try:
             writer, arena = self.open()
-            snapshot = arena.take_nowait(state) if reason == "interval" else arena.take(state)
+            snapshot = arena.take_nowait(state) if reason == "interval" else self._take(arena, state)
             try:
                 writer.submit_nowait(snapshot, request)
             except BaseException:
@@ -182,26 +201,82 @@ class Checkpoints:
         except CheckpointError as error:
             future.set_exception(error)
 
-    def flush(self, timeout: float | None = None) -> None:
-        """Return when everything taken is durable or has failed. Blocks.
+    def _take(self, arena: SnapshotArena, state: Mapping[str, Any]) -> Snapshot:
+        """Copy the state once a slot is free, as long as there is patience for it."""
+        taken: list[Snapshot] = []
+        refusals: list[SnapshotBusyError] = []
 
-        Raises:
-            CheckpointDeadlineExceeded: If `timeout` seconds were not enough.
-        """
-        if self._writer is not None:
-            self._writer.flush(timeout)
-
-    def close(self, timeout: float | None = None) -> None:
-        """Finish, end the thread, give memory and lock back. Blocks; twice is fine."""
-        if self._writer is not None:
+        def is_done(seconds: float) -> bool:
             try:
-                self._writer.close(timeout)
-            except CheckpointError as error:
-                logger.error("checkpoints were not finished: %s", error)
+                taken.append(arena.take(state, timeout=seconds))
+            except SnapshotBusyError as error:
+                refusals.append(error)
+            return bool(taken)
+
+        if not self._patience(is_done):
+            raise refusals[-1]
+        return taken[0]
+
+    def flush(self) -> bool:
+        """Wait until everything taken is durable or has failed; False if there was no patience for it. Blocks."""
+        writer = self._writer
+        if writer is None:
+            return True
+
+        def is_done(seconds: float) -> bool:
+            try:
+                writer.flush(seconds)
+            except CheckpointDeadlineExceeded:
+                return False
+            return True
+
+        try:
+            return self._patience(is_done)
+        except WriterDiedError as error:
+            logger.error("checkpoints were not finished: %s", error)
+            return False
+
+    def close(self) -> None:
+        """End the thread, give memory and lock back; after `flush`. Twice is fine.
+
+        Where a write is still going on, that happens when it is done.
+        """
+        if self._writer is None:
+            return
+        try:
+            self._writer.flush(0.0)
+            self._writer.close()
+        except CheckpointDeadlineExceeded as error:
+            logger.error("checkpoints were not finished: %s", error)
+            self._writer.abandon()
+            threading.Thread(target=self._close_late, name="offloop-close-late", daemon=True).start()
+            return
+        except CheckpointError as error:
+            logger.error("checkpoints were not finished: %s", error)
+        self._give_back()
+
+    def _close_late(self) -> None:
+        assert self._writer is not None
+        with contextlib.suppress(CheckpointError):
+            self._writer.close()
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._arena is not None:
             self._arena.close()
         if self._store is not None:
             self._store.close()
+
+    @property
+    def retention(self) -> Retention:
+        """What is kept, as of now."""
+        return self._retention
+
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Keep a checkpoint while the block reads it, if it is still there. Any thread; waits for a commit."""
+        with contextlib.nullcontext() if self._store is None else self._store.held(name):
+            yield
 
     def load(self, which: str | int | Path) -> LoadedCheckpoint:
         """Read a checkpoint back, every byte checked; of `"last"`, a damaged one gives way to the one before.
@@ -253,6 +328,8 @@ class Checkpoints:
                 self._copies.follow(commit.info, commit.deleted)
             except OSError as error:
                 logger.error("checkpoint %s was not copied to %s: %s", path, self._copies.directory, error)
+        if self.on_saved is not None:
+            self.on_saved()
 
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
         """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""

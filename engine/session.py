@@ -39,7 +39,7 @@ import torch
 from offloop.engine import state as run_state
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, StepHook
-from offloop.engine.checkpoint import CheckpointError
+from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
 from offloop.engine.errors import (
@@ -56,6 +56,7 @@ from offloop.engine.events import (
     Metrics,
     Sample,
     TrainEnd,
+    UploadFailed,
     ValidationEnd,
     decode,
     encode,
@@ -68,6 +69,7 @@ from offloop.engine.run import Best, Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
+from offloop.engine.uploads import Uploads, claim_remote
 from offloop.engine.waker import Waker, result_of
 from offloop.engine.weights import InitialWeights
 
@@ -94,6 +96,7 @@ class Session:
         base_dir: Path | None,
         resume: ResumePlan | None,
         initial_weights: InitialWeights | None,
+        remote: RemoteRun | None,
         handlers: Sequence[Handlers],
         monitor: str,
         direction_of: Callable[[str], Literal["min", "max"] | None],
@@ -107,6 +110,8 @@ class Session:
         self.dir = None if base_dir is None else base_dir / run_id
         self.resume = resume
         self.initial_weights = initial_weights
+        self.remote = remote
+        self.uploads: Uploads | None = None  # made by the training thread before the first event
         self.monitor = monitor
         self.direction_of = direction_of
         self.direction = direction_of(monitor) if config.mode == "auto" else config.mode
@@ -117,6 +122,7 @@ class Session:
         self.failure: BaseException | None = None  # the first one; from the training thread or a callback
         self.best: Best | None = None  # written by the training thread
         self.signal_count = 0
+        self._hurried_at = math.inf  # when the second signal came; written by the main thread
         self._claim, self._release = claim, release
         self._handlers = handlers
         self._phase = "starting"  # then "running", "closing", and the result's status
@@ -130,11 +136,16 @@ class Session:
         self.loop = make_loop(self)
         self.checkpoints: Checkpoints | None = None
         self.save_at_end = False  # set by the training thread
+        self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, False)  # of the last checkpoint, by the training thread
         if self.dir is not None:
             self.loop.is_resumable = True
             self.checkpoints = Checkpoints(
-                self.dir, run_id=run_id, optimizers=self.loop.optimizers, publish=self._publish_late
+                self.dir,
+                run_id=run_id,
+                optimizers=self.loop.optimizers,
+                publish=self._publish_late,
+                patience=self._patience,
             )
         self.run = Run(self)
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
@@ -156,11 +167,13 @@ class Session:
                 self._set_up()
                 self._phase = "running"
                 self.loop.run()
-                if self.save_at_end and not self._is_saved():
+                # After a second signal only what is being written already is waited for.
+                if self.save_at_end and self.signal_count < 2 and not self._is_saved():
                     self.save("preempt" if self.signal_count else "final")
         except BaseException as error:
             self._fail(error)
         finally:
+            self.loop.left.clear()  # may wait some seconds for loader workers
             self.control.end()
             leave_process(self.run_id)
             if self._loop_is_dead():
@@ -204,17 +217,41 @@ class Session:
             "init_from": self.loop.init_from,
             **describe_environment(),
         }
-        if self.resume is None:
-            create_run_dir(directory, description)
-        else:
+        if self.resume is not None:
             assert self.checkpoints is not None
             self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
             self.checkpoints.attempt = self.loop.attempt = attempt
             before = read_run_json(directory)
             description["created"] = before.get("created", description["created"])
             description["init_from"] = self.loop.init_from or before.get("init_from")
+        if self.remote is not None:
+            claim_remote(self.remote, description, is_new=self.resume is None, until=self._is_cancelled)
+        if self.resume is None:
+            create_run_dir(directory, description)
+        else:
             write_run_json(directory, description)
         self._description = description
+        if self.remote is not None:
+            assert self.checkpoints is not None
+            self.uploads = Uploads(
+                self.remote,
+                directory,
+                self.checkpoints,
+                publish=self._publish_late,
+                failed=self._upload_failed,
+            )
+            self.checkpoints.on_saved = self.uploads.wake
+            self.uploads.start()
+
+    def _is_cancelled(self) -> bool:
+        return self.control.cancelled
+
+    def _upload_failed(self, error: CheckpointError) -> None:
+        """End the run if that was asked for. Upload thread, or the event loop at the end."""
+        assert self.config.remote is not None
+        if self.config.remote.on_error == "raise":
+            self._upload_deadline = 0.0  # nobody waits for a store that has ended the run
+            self._fail(error)
 
     def _load(self, which: str | int | Path) -> None:
         """Put back what a checkpoint holds; random states and the loader follow when the loop gets there."""
@@ -260,9 +297,7 @@ class Session:
         """True if this very moment is on disk already; waits for the writer to know."""
         if self.checkpoints is None or self._saved_moment != self._moment():
             return False
-        try:
-            self.checkpoints.flush(IMPATIENT_CLOSE if self.control.cancelled else None)
-        except CheckpointError:
+        if not self.checkpoints.flush():
             return True  # it is on its way still, or nothing can be written any more
         return self.loop.step in self.checkpoints.saved
 
@@ -477,6 +512,7 @@ class Session:
             with contextlib.suppress(OffloopError):
                 self.control.give("stop", {"reason": name}, by="signal")
         else:
+            self._hurried_at = min(self._hurried_at, time.perf_counter())
             logger.warning("%s: leaving in haste; a third time ends the process at once", name)
             self.cancel(f"{name}, twice")
 
@@ -765,7 +801,7 @@ class Session:
         if self._description:
             assert self.dir is not None
             ending = {"status": status, "reason": reason, "ended": time.time(), "steps": self.loop.step}
-            write = functools.partial(write_run_json, self.dir, self._description | ending)
+            write = functools.partial(self._write_ending, self.dir, self._description | ending)
             worker = Worker("offloop-run-json")
             # The run has its result; a directory that is gone by now, or a sweep, is no reason to lose it.
             with contextlib.suppress(OSError, RuntimeError, anyio.get_cancelled_exc_class()):
@@ -777,16 +813,59 @@ class Session:
         self.finished.set_result(self.result)
 
     async def _finish_checkpoints(self) -> None:
-        """Wait until accepted checkpoints are durable, and give the directory back. In haste: 2 s for them."""
+        """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""
         if self.checkpoints is None:
             return
         worker = Worker("offloop-finish-checkpoints")
-        timeout = IMPATIENT_CLOSE if self.signal_count > 1 else None
         with contextlib.suppress(anyio.get_cancelled_exc_class()):  # the sweep: the writer goes on by itself
-            await worker.run(functools.partial(self.checkpoints.close, timeout))
+            await worker.run(self._settle_checkpoints)
         worker.close()
         if self.best is not None:
             self.best = dataclasses.replace(self.best, path=self.checkpoints.saved.get(self.best.step))
+
+    def _settle_checkpoints(self) -> None:
+        assert self.checkpoints is not None
+        self.checkpoints.flush()
+        if self.uploads is not None:
+            assert self.config.remote is not None
+            seconds = self.config.remote.timeout
+            if self.control.cancelled and self.failure is None:  # somebody waits for it to be over
+                seconds = min(seconds, self.config.drain_timeout)
+            self._upload_deadline = min(self._upload_deadline, time.perf_counter() + seconds)
+            if not self._await_uploads(self.uploads):
+                self._report_missing(self.uploads)
+        self.checkpoints.close()
+
+    def _report_missing(self, uploads: Uploads) -> None:
+        """Say what the remote directory lacks at the end of the run."""
+        assert self.remote is not None
+        missing = uploads.missing()
+        what = f"checkpoints {', '.join(missing)}" if missing else "the logs"
+        error = RemoteError(self.remote.url, f"at the end of the run, {what} were not uploaded in time")
+        logger.error("%s; they are in %s", error, self.dir)
+        self._publish_late(UploadFailed(url=self.remote.url, error=f"RemoteError: {error}"))
+        self._upload_failed(error)
+
+    def _patience(
+        self, wait: Callable[[float], bool], *, deadline: float = math.inf, haste: float = IMPATIENT_CLOSE
+    ) -> bool:
+        """Wait in short looks until it is done, or the deadline, or `haste` s after a second signal. Blocks."""
+        while not wait(min(0.25, max(0.0, deadline - time.perf_counter()))):
+            if time.perf_counter() >= min(deadline, self._hurried_at + haste):
+                return False
+        return True
+
+    def _await_uploads(self, uploads: Uploads) -> bool:
+        """Wait until everything is uploaded, or the time for it is up; a second signal ends it at once. Blocks."""
+        return uploads.finish(functools.partial(self._patience, deadline=self._upload_deadline, haste=0.0))
+
+    def _write_ending(self, directory: Path, description: dict[str, Any]) -> None:
+        """Write how the run ended, here and there. Blocks."""
+        write_run_json(directory, description)
+        if self.uploads is not None:
+            if not self._await_uploads(self.uploads):
+                logger.warning("%s does not say how the run ended", self.remote and self.remote.url)
+            self.uploads.close()
 
     def outcome(self) -> RunResult:
         """Return the result, or raise what the run failed with, once, with a note on where it was."""

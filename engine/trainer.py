@@ -4,8 +4,8 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,8 +16,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.callback import Callback, lookup
-from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, Retention
-from offloop.engine.config import TrainerConfig, check_limits, misplaced_argument
+from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
+from offloop.engine.config import RemoteDirectory, TrainerConfig, check_limits, misplaced_argument
 from offloop.engine.control import Control
 from offloop.engine.data import length_of, limited_length, to_device
 from offloop.engine.errors import (
@@ -29,6 +29,7 @@ from offloop.engine.errors import (
 )
 from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics
+from offloop.engine.fetch import fetch_run
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metric_names import MetricSpec, check_metrics, chosen_metrics, metric_direction
@@ -307,6 +308,7 @@ class BaseTrainer:
             KeyboardInterrupt, Preempted: After a run that SIGINT or SIGTERM stopped.
             Exception: What a step, a loader or a decider raised, as it was, with a note on where.
         """
+        self._fetch(resume)
         session = self._prepare(
             train_loader,
             val_loader,
@@ -353,6 +355,7 @@ class BaseTrainer:
             task_status: Given by `task_group.start`, which returns the `Run`.
             misplaced: None are legal.
         """
+        await self._fetch_async(resume)
         session = self._prepare(
             train_loader,
             val_loader,
@@ -368,7 +371,7 @@ class BaseTrainer:
         if not handle_signals:
             return await session.run_to_end(task_status.started)
         seen: list[str] = []
-        with handled_signals(_note_signal(session, seen), force=True):
+        with handled_signals(_note_signal(session, seen), force=True) as session.loop.handles_signals:
             result = await session.run_to_end(task_status.started)
         _raise_for_signal(seen)
         return result
@@ -393,19 +396,24 @@ class BaseTrainer:
         Leaving the block waits for the end. An exception in the block stops the run; a run that fails
         cancels the block and raises its exception. Arguments as for `train`, checked at once.
         """
-        session = self._prepare(
-            train_loader,
-            val_loader,
-            epochs,
-            max_steps,
-            max_time,
-            metrics,
-            callbacks,
-            resume,
-            (init_from, init_strict),
-            misplaced,
-        )
-        return session.run_beside()
+
+        def prepare() -> Session:
+            return self._prepare(
+                train_loader,
+                val_loader,
+                epochs,
+                max_steps,
+                max_time,
+                metrics,
+                callbacks,
+                resume,
+                (init_from, init_strict),
+                misplaced,
+            )
+
+        if self._remote_to_fetch(resume) is not None:
+            return self._fetch_and_run_beside(resume, prepare)
+        return prepare().run_beside()
 
     def evaluate(self, loader: Iterable[Batch], *, metrics: MetricSpec = ()) -> Metrics:
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.
@@ -458,7 +466,8 @@ class BaseTrainer:
 
         given = [*self.callbacks, *callbacks]
         base_dir = None
-        if config.run_dir is not None or any(getattr(each, "needs_run_dir", False) for each in given):
+        needs_dir = config.run_dir is not None or config.remote is not None
+        if needs_dir or any(getattr(each, "needs_run_dir", False) for each in given):
             base_dir = Path(config.run_dir or DEFAULT_RUN_DIR)
         plan = plan_resume(resume, Path(config.run_dir or DEFAULT_RUN_DIR), config.run_name)
         will_resume = plan is not None and plan.which is not None
@@ -469,6 +478,7 @@ class BaseTrainer:
             given.insert(0, EventLog())
         handlers = lookup(given)
         run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
+        remote = None if config.remote is None else _remote_run(config.remote, run_id)
         limits = _Limits(epochs, max_steps, max_time)
 
         def make_loop(session: Session) -> TrainingLoop:
@@ -507,6 +517,7 @@ class BaseTrainer:
             base_dir=base_dir,
             resume=plan,
             initial_weights=initial_weights,
+            remote=remote,
             handlers=handlers,
             monitor=monitor,
             direction_of=functools.partial(metric_direction, metrics=metrics),
@@ -514,6 +525,53 @@ class BaseTrainer:
             claim=claim,
             release=release,
         )
+
+    def _remote_to_fetch(self, resume: Resume) -> RemoteRun | None:
+        """Return the remote directory that holds what is to be continued, None if there is none to ask.
+
+        Raises:
+            ConfigError: It cannot be told which run is meant, or the store cannot be used.
+        """
+        config = self.config
+        if config.remote is None or resume is None or resume == "never":
+            return None
+        if isinstance(resume, str) and "://" in resume:
+            raise ConfigError(
+                f"resume={resume!r}: give Trainer(remote_dir=..., run_name=...) and resume='auto', a tag or a step"
+            )
+        if not isinstance(resume, str | int) or (isinstance(resume, str) and set(resume) & set("/\\")):
+            return None  # a local path
+        if config.run_name is None:
+            raise ConfigError(
+                f"resume={resume!r} with remote_dir needs run_name: the store may hold runs of other people, "
+                "and runs that are going on elsewhere"
+            )
+        return _remote_run(config.remote, config.run_name)
+
+    def _fetch(self, resume: Resume) -> None:
+        """Bring what is to be continued here, if it is elsewhere. Blocks, for the network."""
+        remote = self._remote_to_fetch(resume)
+        if remote is not None:
+            assert self.config.run_name is not None and isinstance(resume, str | int)
+            self._check_free()
+            fetch_run(remote, Path(self.config.run_dir or DEFAULT_RUN_DIR) / self.config.run_name, resume)
+
+    async def _fetch_async(self, resume: Resume) -> None:
+        """Likewise in a thread beside this event loop. Cancellation: the thread ends by itself."""
+        if self._remote_to_fetch(resume) is not None:
+            worker = Worker("offloop-fetch")
+            try:
+                await worker.run(functools.partial(self._fetch, resume))
+            finally:
+                worker.close()
+
+    @asynccontextmanager
+    async def _fetch_and_run_beside(
+        self, resume: Resume, prepare: Callable[[], Session]
+    ) -> AsyncIterator[Run]:
+        await self._fetch_async(resume)
+        async with prepare().run_beside() as run:
+            yield run
 
     def _make_loop(
         self,
@@ -610,7 +668,9 @@ class BaseTrainer:
 
     def _train_here(self, session: Session, *, force_signals: bool) -> RunResult:
         seen: list[str] = []
-        with handled_signals(_note_signal(session, seen), force=force_signals):
+        with handled_signals(
+            _note_signal(session, seen), force=force_signals
+        ) as session.loop.handles_signals:
             result = anyio.run(session.run_to_end, lambda run: None)
         _raise_for_signal(seen)
         return result
@@ -746,6 +806,14 @@ class Trainer(BaseTrainer):
 # Callbacks at work, by identity: one instance serves one run at a time, whichever trainer's. Under the lock.
 _owners: dict[int, str] = {}
 _owners_lock = threading.Lock()
+
+
+def _remote_run(remote: RemoteDirectory, run_id: str) -> RemoteRun:
+    """Return a run's remote directory; raises `ConfigError` where fsspec or the store's package is missing."""
+    try:
+        return RemoteRun(remote.url, run_id, remote.storage_options)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"remote_dir={remote.url!r} cannot be used: {error}") from error
 
 
 def _inputs_and_targets(batch: Batch) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CheckpointReadError,
         CheckpointWriteError,
         DiskFullError,
+        RemoteError,
         RunLockedError,
         SnapshotBusyError,
         SnapshotTornError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         list_runs,
     )
     from offloop.engine.checkpoint.reference import find_checkpoint
+    from offloop.engine.checkpoint.remote import RemoteRun
     from offloop.engine.checkpoint.retention import Retention
     from offloop.engine.checkpoint.snapshot import Snapshot, SnapshotArena
     from offloop.engine.checkpoint.store import CheckpointStore, Commit
@@ -51,6 +53,7 @@ _MODULES = {
         "CheckpointReadError",
         "CheckpointWriteError",
         "DiskFullError",
+        "RemoteError",
         "RunLockedError",
         "SnapshotBusyError",
         "SnapshotTornError",
@@ -62,6 +65,7 @@ _MODULES = {
     "named_copies": ("NamedCopies",),
     "reader": ("CheckpointInfo", "CheckpointReader", "LoadedCheckpoint", "list_runs"),
     "reference": ("find_checkpoint",),
+    "remote": ("RemoteRun",),
     "retention": ("Retention",),
     "snapshot": ("Snapshot", "SnapshotArena"),
     "store": ("CheckpointStore", "Commit"),
@@ -86,6 +90,8 @@ __all__ = [
     "DiskFullError",
     "LoadedCheckpoint",
     "NamedCopies",
+    "RemoteError",
+    "RemoteRun",
     "Retention",
     "RunLockedError",
     "Snapshot",

@@ -9,6 +9,7 @@
     ├── CheckpointIncompatibleError   written by a newer offloop
     ├── CheckpointNotFoundError
     ├── CheckpointDeadlineExceeded    a flush or close ran out of time
+    ├── RemoteError                   the remote store did not do what was asked of it
     ├── RunLockedError                another process writes to this run
     ├── SnapshotBusyError             every buffer still waits for the disk
     ├── SnapshotTornError             a tensor changed while it was copied
@@ -88,7 +89,7 @@ class CheckpointIncompatibleError(CheckpointError):
 class CheckpointNotFoundError(CheckpointError):
     """Report that nothing answers to what was asked for."""
 
-    def __init__(self, wanted: str, searched: Path, known: Sequence[str] = ()) -> None:
+    def __init__(self, wanted: str, searched: Path | str, known: Sequence[str] = ()) -> None:
         self.wanted = wanted
         self.searched = searched
         self.known = tuple(known)
@@ -103,6 +104,18 @@ class CheckpointDeadlineExceeded(CheckpointError):
         self.pending = pending
         self.seconds = seconds
         super().__init__(f"{pending} checkpoints were not yet on disk after {seconds:g} s")
+
+
+class RemoteError(CheckpointError):
+    """Report that a remote store did not do what was asked, after all tries; local files are untouched.
+
+    `url` is the run's there, or a file's; the store's own exception is the cause.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url = url
+        self.reason = reason
+        super().__init__(f"{url}: {reason}")
 
 
 class RunLockedError(CheckpointError):

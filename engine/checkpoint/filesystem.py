@@ -40,6 +40,14 @@ class FileSystem:
     def close(self, file: int) -> None:
         os.close(file)
 
+    def sync_file(self, path: Path) -> None:
+        """Return when the content of a file that somebody else has written is on the disk."""
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
     def rename(self, source: Path, target: Path) -> None:
         """Give a directory or file a name that is not in use (atomic, not yet durable)."""
         os.rename(source, target)

@@ -102,12 +102,13 @@ class CheckpointReader:
         self._known: dict[str, tuple[tuple[int, int], CheckpointInfo]] = {}
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """Return all committed checkpoints, oldest first, by the order of their commits.
+        """Return all committed checkpoints, oldest first, by attempt and the order of their commits.
 
         Only manifests are read; see `verify` for the rest. Damaged ones are left out.
         """
         found = [entry for entry in self._scan() if isinstance(entry, CheckpointInfo)]
-        return sorted(found, key=lambda info: info.manifest.serial)
+        # The attempt first: a run that went on elsewhere may have come back beside later ones of its past.
+        return sorted(found, key=lambda info: (info.manifest.attempt, info.manifest.serial))
 
     def damaged(self) -> list[CheckpointCorruptError]:
         """Return what is wrong with those whose manifest is not even readable."""

@@ -120,6 +120,7 @@ class CheckpointStore(CheckpointReader):
         self._filesystem = filesystem or FileSystem()
         self._engine_version = engine_version
         self._pins: set[str] = set()
+        self._held: set[str] = set()
         self._numbers = itertools.count()
         self._has_leftovers = False
         self._is_closed = False
@@ -228,6 +229,17 @@ class CheckpointStore(CheckpointReader):
                 self._set_tag(tag, info.name)
             return info
 
+    def set_tag(self, tag: str, name: str) -> None:
+        """Let a tag name a checkpoint that need not be here, as it is elsewhere; see `tag`."""
+        check_tag(tag)
+        with self._writing(), self._translated(self._refs / TAGS / tag):
+            self._set_tag(tag, name)
+
+    def set_best(self, name: str) -> None:
+        """Let ``best`` name a checkpoint, until retention knows by what to judge."""
+        with self._writing(), self._translated(self._refs):
+            self._set_ref(self._refs / "best", name)
+
     def untag(self, tag: str) -> None:
         """Remove a tag; one that is not there is fine."""
         check_tag(tag)
@@ -245,6 +257,49 @@ class CheckpointStore(CheckpointReader):
         """Take a pin back; the next commit may delete the checkpoint."""
         with self._mutex:
             self._pins.discard(name)
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Keep a checkpoint while the block reads it, if it is still there."""
+        with self._mutex:
+            self._held.add(name)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._held.discard(name)
+
+    @contextmanager
+    def receiving(self, name: str) -> Iterator[Path]:
+        """Take in a checkpoint that the block puts into an empty directory; durable when this returns.
+
+        Every byte is checked. After an error, of the block too, nothing is there.
+
+        Raises:
+            CheckpointCorruptError: It is not whole, or not the one of this name.
+            CheckpointWriteError: The system refused.
+        """
+        with self._writing():
+            temporary, final = self._temporary_for(name), self._checkpoints / name
+            try:
+                with self._translated(temporary):
+                    if os.path.lexists(final):
+                        self.quarantine(final)
+                    self._filesystem.make_directory(temporary)
+                    yield temporary
+                    info = self._at(temporary)
+                    if info.name != name:
+                        raise CheckpointCorruptError(temporary, MANIFEST, "foreign", f"is of {info.name!r}")
+                    self.verify(info)
+                    for file in (*info.manifest.files, MANIFEST):
+                        self._filesystem.sync_file(temporary / file)
+                    self._filesystem.sync_directory(temporary)
+                    self._filesystem.rename(temporary, final)
+                    self._filesystem.sync_directory(self._checkpoints)
+            except BaseException:
+                self._discard(temporary, final)
+                raise
+            self._follow([self._update_refs])
 
     def quarantine(self, path: Path) -> Path:
         """Move a damaged checkpoint out of the way, for people to look at; return where to."""
@@ -358,7 +413,7 @@ class CheckpointStore(CheckpointReader):
             return
         whole = [info for info in self.checkpoints() if self._looks_whole(info)]
         best = self._read_ref(Path("best"))
-        pinned = {*self._pins, *self.tags().values(), *filter(None, (parent, best))}
+        pinned = {*self._pins, *self._held, *self.tags().values(), *filter(None, (parent, best))}
         kept = select_kept([info.manifest for info in whole], self.retention, pinned=pinned)
         failures: list[OSError] = []
         for info in whole:

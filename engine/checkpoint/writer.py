@@ -1,18 +1,21 @@
 """The thread that writes: takes snapshots from a short queue and commits them one by one.
 
 It is a plain thread, since what it does is `write`, `crc32` and `fsync`, all of which leave the
-interpreter to others.  It is not a daemon: a daemon is cut off in mid-write when the interpreter
-ends.  It ends by itself when the main thread has ended and its queue is empty, so that a program
-that forgets `close` still finishes.
+interpreter to others.  The end of the interpreter waits for its queue to be empty, so that a program
+that forgets `close` loses nothing, unless the writer was abandoned: then a disk that hangs cannot
+keep the process from leaving (which is why it is a daemon).
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from offloop.engine.checkpoint.errors import (
@@ -30,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 4
 """More than slots of an arena, so that slots are what runs out; the bound is a second fence."""
-
-IDLE_CHECK = 1.0
-"""Seconds between looks at whether the main thread is still there."""
 
 OnSaved = Callable[[CheckpointRequest, Commit], None]
 OnFailed = Callable[[CheckpointRequest, CheckpointError], None]
@@ -80,8 +80,10 @@ class CheckpointWriter:
         self._is_closed = False
         self._death: BaseException | None = None
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="offloop-checkpoint-writer")
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="offloop-checkpoint-writer", daemon=True)
         self._thread.start()
+        atexit.register(self._at_exit)
 
     @property
     def pending(self) -> int:
@@ -150,10 +152,20 @@ class CheckpointWriter:
                 self._jobs.put(None)
         self.flush(timeout)
         self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        atexit.unregister(self._at_exit)
+
+    def abandon(self) -> None:
+        """Let the end of the interpreter cut off what is being written. Any thread; never blocks."""
+        atexit.unregister(self._at_exit)
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._process:  # a forked child has no such thread
+            with suppress(CheckpointError):
+                self.close()
 
     def _run(self) -> None:
         try:
-            while (job := self._next()) is not None:
+            while (job := self._jobs.get()) is not None:
                 try:
                     if isinstance(job, _Call):
                         self._call(job, None)
@@ -169,20 +181,6 @@ class CheckpointWriter:
         except BaseException as error:
             logger.exception("the checkpoint writer died")
             self._bury(error)
-
-    def _next(self) -> _Job | _Call | None:
-        while True:
-            try:
-                return self._jobs.get(timeout=IDLE_CHECK)
-            except queue.Empty:
-                if not threading.main_thread().is_alive() and self._retire():
-                    return None
-
-    def _retire(self) -> bool:
-        """Refuse further work, unless some came in at the last moment."""
-        with self._changed:
-            self._is_closed = self._is_closed or not self._pending
-            return self._is_closed and not self._pending
 
     def _call(self, call: _Call, death: WriterDiedError | None) -> None:
         try:

@@ -1,6 +1,7 @@
 """callbacks/early_stopping.py: when it stops, whatever else happens, and the weights it leaves."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from offloop.engine import (
     Run,
     StepEnd,
     ValidationEnd,
+    ValidationStart,
     decides,
 )
 from offloop.engine.testing import (
@@ -241,6 +243,41 @@ def test_restore_best_leaves_the_weights_of_the_best_check(limits: dict[str, Any
     assert result.status == status
     assert is_equal(trainer.model.state_dict(), weights.at[4])
     assert not is_equal(weights.at[4], weights.at[max(weights.at)])
+
+
+@pytest.mark.parametrize("kind", [ValidationStart, EpochEnd, EpochStart])
+def test_restore_best_when_the_time_is_up_between_two_epochs(
+    kind: type[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed, real = 0.0, time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + passed)
+
+    class TakesLong(Callback):
+        """At one boundary of the third epoch."""
+
+        @decides
+        def on_epoch_start(self, event: EpochStart, run: Run) -> None:
+            self.wait_at(event)
+
+        @decides
+        def on_validation_start(self, event: ValidationStart, run: Run) -> None:
+            self.wait_at(event)
+
+        @decides
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            self.wait_at(event)
+
+        def wait_at(self, event: Event) -> None:
+            nonlocal passed
+            if isinstance(event, kind) and event.epoch == 2:
+                passed = 1000.0
+
+    weights = Weights()
+    stopping = EarlyStopping(patience=9, restore_best=True)
+    trainer, result = train_worse(weights, stopping, TakesLong(), max_time=500.0)
+    assert (result.status, result.reason) == ("completed", "max_time=500.0")
+    assert [event.final for event in result.history[-2:]] == [False, True]
+    assert is_equal(trainer.model.state_dict(), weights.at[4])
 
 
 def test_restored_weights_are_in_the_last_checkpoint(tmp_path: Path) -> None:

@@ -397,3 +397,47 @@ def test_resumed_run_has_the_same_rates(tmp_path: Path, name: str, warmup: int, 
     first = run("parts", StopAfter(step))
     assert first == whole[:step]
     assert run("parts", resume="auto") == whole[step:]
+
+
+# One cycle has an end ------------------------------------------------------------------------------
+
+
+def one_cycle_run(directory: Path, *, resume: str | None = None, epochs: int, **arguments: Any) -> Recorder:
+    callbacks = [LearningRateScheduler("one_cycle", **arguments), ModelCheckpoint()]
+    recorder = Recorder()
+    trainer = tiny_trainer(run_dir=str(directory), run_name="cycle", callbacks=[recorder, *callbacks])
+    trainer.train(tiny_batches(BATCHES), epochs=epochs, resume=resume)
+    return recorder
+
+
+def test_finished_one_cycle_that_is_resumed_with_more_epochs_is_refused_before_a_step(tmp_path: Path) -> None:
+    one_cycle_run(tmp_path, epochs=2)
+    with pytest.raises(
+        ConfigError, match=r"made for 6 steps and has 0 left, but the run has 6 to go.*total_s"
+    ):
+        one_cycle_run(tmp_path, resume="auto", epochs=4)
+    assert one_cycle_run(tmp_path, resume="auto", epochs=2).of(StepEnd) == []  # what there was is fine
+
+
+def test_one_cycle_made_for_the_whole_length_goes_on(tmp_path: Path) -> None:
+    whole = rates_of(one_cycle_run(tmp_path / "whole", epochs=4))
+    first = rates_of(one_cycle_run(tmp_path / "parts", epochs=2, total_steps=4 * BATCHES))
+    rest = rates_of(one_cycle_run(tmp_path / "parts", epochs=4, total_steps=4 * BATCHES, resume="auto"))
+    assert first + rest == whole
+
+
+def test_one_cycle_of_the_users_own_that_is_too_short_is_refused_before_a_step() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    schedule = OneCycleLR(optimizer, max_lr=LR, total_steps=5)
+    trainer = Trainer(
+        model,
+        optimizer,
+        loss=torch.nn.functional.cross_entropy,
+        scheduler=schedule,
+        scheduler_interval="step",
+    )
+    with pytest.raises(ConfigError, match="made for 5 steps and has 5 left, but the run has 6 to go"):
+        trainer.train(tiny_batches(BATCHES), epochs=2)
+    trainer.train(tiny_batches(BATCHES), max_steps=5)
+    assert schedule.last_epoch == 5

@@ -142,23 +142,33 @@ def test_time_that_is_up_between_two_epochs_ends_the_run_there(monkeypatch: pyte
     assert (result.status, result.reason, result.epochs) == ("completed", "max_time=50.0", 1)
 
 
-def test_time_that_is_up_before_the_first_batch_of_an_epoch_ends_the_run_there(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("event", ["on_epoch_end", "on_epoch_start"])
+def test_time_that_is_up_after_an_epochs_end_ends_the_run_after_one_more_step(
+    event: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The end of an epoch says whether it is the last; so the time is looked at next after a step."""
     clock = Clock(monkeypatch)
 
     class Deliberate(Callback):
         @decides
-        def on_epoch_start(self, event: EpochStart, run: Run) -> None:
-            clock.passed += 100.0
+        def on_epoch_start(self, started: EpochStart, run: Run) -> None:
+            if event == "on_epoch_start" and started.epoch == 1:
+                clock.passed += 200.0
+
+        @decides
+        def on_epoch_end(self, ended: EpochEnd, run: Run) -> None:
+            if event == "on_epoch_end":
+                clock.passed += 200.0
 
     recorder = Recorder()
     result = tiny_trainer(callbacks=[recorder, Deliberate()]).train(BATCHES, max_time=150.0)
     assert story(recorder) == [
         "TrainStart",
         *("EpochStart", "StepEnd x8", "EpochEnd"),
-        *("EpochStart", "TrainEnd"),
+        *("EpochStart", "StepEnd", "EpochEnd"),
+        "TrainEnd",
     ]
+    assert [(each.complete, each.final) for each in result.history] == [(True, False), (False, True)]
     assert (result.status, result.reason, result.epochs) == ("completed", "max_time=150.0", 1)
 
 

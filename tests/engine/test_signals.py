@@ -1,5 +1,6 @@
 """Signals: `train()` in real processes that are told to stop, in order, in haste and at once."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -11,9 +12,21 @@ from typing import Any
 
 import anyio
 import pytest
+import torch
 
-from offloop.engine import Callback, Preempted, Run, StateChanged, StepPoint, TrainEnd, in_step
-from offloop.engine.testing import EndlessLoader, Recorder, tiny_trainer
+from offloop.engine import (
+    Callback,
+    Preempted,
+    Run,
+    StateChanged,
+    StepPoint,
+    TrainEnd,
+    TrainStart,
+    in_step,
+    read_events,
+)
+from offloop.engine.checkpoint import CheckpointInfo, CheckpointReader
+from offloop.engine.testing import EndlessLoader, Recorder, reproducible, tiny_trainer
 
 ENDLESS = 1_000_000_000
 
@@ -150,6 +163,241 @@ def test_third_signal_ends_the_process_also_in_a_step_that_never_returns(
     assert "a third time" in child.process.stderr.readline()
     child.send(number)
     assert child.end() == -number
+
+
+# What is left behind, and that it goes on ------------------------------------------------------------
+
+SAVING_SCRIPT = """
+import faulthandler, multiprocessing, os, sys, threading
+faulthandler.dump_traceback_later(90, exit=True)  # whatever hangs says where
+import torch
+from torch.utils.data import DataLoader, Dataset
+from offloop.callbacks import ModelCheckpoint
+from offloop.engine import Callback, Trainer, in_step
+from offloop.engine.checkpoint.filesystem import FileSystem
+from offloop.engine.testing import tiny_loader, tiny_model
+
+GATES = {name: multiprocessing.Event() for name in ("step", "validation", "disk", "sample")}
+where = ""
+
+def open_gates():
+    # not sys.stdin, which a forked worker closes: its lock would be held for ever there
+    while line := os.read(0, 100).decode():
+        for name in line.split():
+            GATES[name].set()
+
+def hold(name):
+    os.write(1, f"at {name}\\n".encode())
+    GATES[name].wait()
+
+class Samples(Dataset):
+    samples = tiny_loader(12).dataset
+    def __len__(self):
+        return len(self.samples)
+    def __getitem__(self, index):
+        if where == "sample" and index in (20, 24):  # the sixth and the seventh batch: one in each worker
+            hold("sample")
+        return self.samples[index]
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.validations = tiny_model(dropout=0.3), 0
+    def forward(self, x):
+        if not self.training and where == "validation":
+            self.validations += 1
+            if self.validations == 4:  # the second of two batches, the second time
+                hold("validation")
+        return self.inner(x)
+
+class Hold(Callback):
+    @in_step
+    def after_step(self, point):
+        if where == "disk" and point.step == 9:
+            hold("step")
+        if where == "sample" and point.step == 5:
+            os.write(1, b"at step\\n")
+
+def make(directory, of, *callbacks):
+    torch.manual_seed(5)
+    model = Model()
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        loss=torch.nn.functional.cross_entropy, device="cpu", run_dir=directory, run_name="run",
+        val_every_n_steps=4 if of == "validation" else None,
+        callbacks=[ModelCheckpoint(every_n_steps=2), *callbacks],
+    )
+    workers = 2 if of == "sample" else 0
+    loader = DataLoader(Samples(), batch_size=4, num_workers=workers, shuffle=not workers)
+    return trainer, dict(train_loader=loader, val_loader=tiny_loader(2, seed=4), epochs=2)
+
+if __name__ == "__main__":
+    where = sys.argv[2]
+    threading.Thread(target=open_gates, daemon=True).start()
+    sync, syncs = FileSystem.sync, 0
+    def slow_sync(self, file):
+        global syncs
+        syncs += 1
+        if where == "disk" and syncs == 8:  # the second checkpoint, which is never the last one
+            hold("disk")
+        sync(self, file)
+    FileSystem.sync = slow_sync
+    trainer, given = make(sys.argv[1], where, Hold())
+    trainer.train(**given)
+    print("completed", flush=True)
+"""
+
+
+class SavingChild(Child):
+    """A run that saves, held at chosen points, in a session of its own so that its workers can be signalled too."""
+
+    def __init__(self, directory: Path, where: str) -> None:
+        script = directory / "saving.py"
+        script.write_text(SAVING_SCRIPT)
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(directory), where],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+        )
+
+    def open(self, gate: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{gate}\n")
+        self.process.stdin.flush()
+
+    def expect_all(self, *lines: str) -> None:
+        assert self.process.stdout is not None
+        assert sorted(self.process.stdout.readline().rstrip() for _ in lines) == sorted(lines)
+
+    def warns(self, text: str) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if text in line:
+                return
+        pytest.fail(f"never said {text!r}")
+
+    def end(self) -> int:
+        """Wait for the end; if it is none that a signal leads to, show what was said."""
+        code = self.process.wait()
+        if code == 1 and self.process.stderr is not None:
+            pytest.fail(self.process.stderr.read())
+        return code
+
+    def send_to_all(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+
+def goes_on(directory: Path, where: str) -> tuple[int, CheckpointInfo]:
+    """Resume the run of a child, see that it ends as if nothing had happened; return what it went on from."""
+    spec = importlib.util.spec_from_file_location("saving", directory / "saving.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["saving"] = script
+    try:
+        spec.loader.exec_module(script)
+        reader = CheckpointReader(directory / "run")
+        for each in reader.checkpoints():
+            reader.verify(each)
+        assert not reader.damaged()
+        last = reader.find("last")
+
+        whole, given = script.make(str(directory / "whole"), where)
+        whole.train(**given)
+        recorder = Recorder()
+        resumed, given = script.make(str(directory), where, recorder)
+        resumed.train(**given, resume="auto")
+    finally:
+        del sys.modules["saving"]
+    (start,) = recorder.of(TrainStart)
+    assert start.resumed_from == str(last.path)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in resumed.model.state_dict().items())
+
+    def steps(run: Path) -> Any:
+        return [each for each in reproducible(read_events(run)) if each[0] in ("StepEnd", "ValidationEnd")]
+
+    assert steps(directory / "run") == steps(directory / "whole" / "run")
+    return start.step, last
+
+
+@pytest.mark.slow
+def test_signal_in_a_validation_leaves_a_checkpoint_of_that_step(
+    tmp_path: Path, children: list[Child]
+) -> None:
+    child = SavingChild(tmp_path, "validation")
+    children.append(child)
+    child.expect("at validation")
+    child.send(signal.SIGINT)
+    child.warns("SIGINT: stopping")
+    child.open("validation")
+    assert child.end() == -signal.SIGINT
+    assert goes_on(tmp_path, "validation")[0] == 8
+
+
+@pytest.mark.slow
+def test_signal_while_a_checkpoint_is_written_leaves_that_and_one_of_the_step(
+    tmp_path: Path, children: list[Child]
+) -> None:
+    child = SavingChild(tmp_path, "disk")
+    children.append(child)
+    child.expect_all("at disk", "at step")
+    child.send(signal.SIGTERM)
+    child.warns("SIGTERM: stopping")
+    child.open("step")
+    child.open("disk")
+    assert child.end() == 75
+    step, last = goes_on(tmp_path, "disk")
+    assert (step, last.manifest.reason) == (9, "preempt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_all_processes_while_loader_workers_are_busy(
+    number: signal.Signals, tmp_path: Path, children: list[Child]
+) -> None:
+    """As a terminal's Ctrl-C, Slurm or systemd send it."""
+    child = SavingChild(tmp_path, "sample")
+    children.append(child)
+    child.expect_all("at sample", "at sample", "at step")
+    child.send_to_all(number)
+    child.warns(f"{number.name}: stopping")
+    child.open("sample")
+    assert child.end() == (75 if number == signal.SIGTERM else -number)
+    assert child.process.stderr is not None
+    assert "stopping" not in child.process.stderr.read()  # workers have no part in it
+    assert goes_on(tmp_path, "sample")[0] in (5, 6)  # 6 is the step that the held sample is for
+
+
+@pytest.mark.slow
+def test_second_signal_leaves_a_disk_that_hangs(tmp_path: Path, children: list[Child]) -> None:
+    child = SavingChild(tmp_path, "disk")
+    children.append(child)
+    child.expect_all("at disk", "at step")
+    child.send(signal.SIGTERM)
+    child.warns("SIGTERM: stopping")
+    child.open("step")
+    child.send(signal.SIGTERM)
+    assert child.end() == 75  # nobody has let the disk go on
+    assert goes_on(tmp_path, "disk")[0] == 2
+
+
+@pytest.mark.slow
+def test_third_signal_while_a_checkpoint_is_written_leaves_the_one_before(
+    tmp_path: Path, children: list[Child]
+) -> None:
+    child = SavingChild(tmp_path, "disk")
+    children.append(child)
+    child.expect_all("at disk", "at step")
+    for said in ("SIGTERM: stopping", "SIGTERM: leaving in haste"):
+        child.send(signal.SIGTERM)
+        child.warns(said)
+    child.send(signal.SIGTERM)
+    assert child.end() == -signal.SIGTERM
+    assert goes_on(tmp_path, "disk")[0] == 2
 
 
 # In this process -----------------------------------------------------------------------------------

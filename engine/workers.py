@@ -1,0 +1,75 @@
+"""Loader workers and signals: a Ctrl-C or a scheduler's SIGTERM reaches every process, not only ours.
+
+A worker that dies of it takes the next batch with it, and with that the step after which the run would have
+stopped in order. So while a run handles signals itself, its workers leave the first ones to it.
+"""
+
+import atexit
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, Final
+
+from torch.utils.data import DataLoader
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def spared_workers(loader: Iterable[Any]) -> Iterator[None]:
+    """Have the workers that a loader starts in this block outlive one SIGTERM, and any SIGINT.
+
+    The second SIGTERM ends a worker, be it the parent's own way to get rid of one that hangs.
+    Where workers are forked, signals wait from the fork until the worker has its handlers.
+    """
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        yield
+        return
+    context = loader.multiprocessing_context or multiprocessing
+    is_forked = context.get_start_method() == "fork"
+    init = loader.worker_init_fn
+    loader.worker_init_fn = _Init(init)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if is_forked else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        loader.worker_init_fn = init
+
+
+class _Init:
+    """The user's `worker_init_fn`, after the handlers; a class, since spawned workers get it pickled."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self._then = then
+        self._is_leaving = _shared_mark()
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._spare_once)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        if self._then is not None:
+            self._then(worker_id)
+
+    def _spare_once(self, number: int, frame: FrameType | None) -> None:
+        """Outlive this one, unless the parent is at its end and waits for us."""
+        signal.signal(number, signal.SIG_DFL)
+        if self._is_leaving.value:
+            os.kill(os.getpid(), number)
+
+
+@functools.cache
+def _shared_mark() -> Any:
+    """Return a number that workers share and that is 1 once this process leaves.
+
+    multiprocessing ends daemons with SIGTERM then and waits for them: one that was spared would keep us here.
+    """
+    mark = multiprocessing.RawValue("b", 0)
+    atexit.register(setattr, mark, "value", 1)  # runs before multiprocessing's own, registered earlier
+    return mark
