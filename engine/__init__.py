@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import CheckpointFailed as CheckpointFailed
     from offloop.engine.events import CheckpointSaved as CheckpointSaved
     from offloop.engine.events import CommandApplied as CommandApplied
+    from offloop.engine.events import DataBottleneck as DataBottleneck
     from offloop.engine.events import EpochEnd as EpochEnd
     from offloop.engine.events import EpochStart as EpochStart
     from offloop.engine.events import Event as Event
@@ -102,6 +103,7 @@ _MODULES = {
         "CheckpointFailed",
         "CheckpointSaved",
         "CommandApplied",
+        "DataBottleneck",
         "EpochEnd",
         "EpochStart",
         "Event",

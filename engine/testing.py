@@ -43,9 +43,17 @@ MEASURED_FIELDS = frozenset({"run_id", "seq", "time", "seconds", "data_time", "s
 """Fields of events that name or time a run; all others are the same for the same seed and data."""
 
 FOREIGN_EVENTS = frozenset(
-    {"CallbackFailed", "CheckpointFailed", "CheckpointSaved", "EventsDropped", "TrainEnd", "UnknownEvent"}
+    {
+        "CallbackFailed",
+        "CheckpointFailed",
+        "CheckpointSaved",
+        "DataBottleneck",
+        "EventsDropped",
+        "TrainEnd",
+        "UnknownEvent",
+    }
 )
-"""Events that are not born in the training thread; where they stand depends on scheduling."""
+"""Events that are not born in the training thread, or of a measurement; where they stand depends on the machine."""
 
 
 class Recorder(Callback):

@@ -15,11 +15,12 @@ import anyio.lowlevel
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from offloop.engine.activation_checkpointing import select_modules
 from offloop.engine.callback import Callback, lookup
 from offloop.engine.checkpoint import Retention
 from offloop.engine.config import TrainerConfig, check_limits, misplaced_argument
 from offloop.engine.control import Control
-from offloop.engine.data import length_of, limited_length, to_device
+from offloop.engine.data import length_of, limited_length, to_device, use_channels_last
 from offloop.engine.errors import (
     BatchError,
     ConfigError,
@@ -29,6 +30,7 @@ from offloop.engine.errors import (
 )
 from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics
+from offloop.engine.freezing import check_freeze, select_parameters
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metric_names import MetricSpec, check_metrics, chosen_metrics, metric_direction
@@ -111,6 +113,7 @@ class BaseTrainer:
         self._session: Session | None = None
         self._loop: TrainingLoop | None = None  # of the run, or the evaluation, in progress
         self._is_compiled = False
+        self._check_model()
         self._check_optimizers()
         lookup(self.callbacks)
 
@@ -233,6 +236,25 @@ class BaseTrainer:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
         session.checkpoints.keep(retention)
         session.save_at_end = save_at_end
+
+    def freeze(self, *patterns: str) -> None:
+        """Freeze parameters from here to the end of the run, as `Trainer(freeze=...)` does from its start.
+
+        In the training thread, between two steps: a plain decider, or `run.call`. A resumed run has frozen what
+        was frozen at its checkpoint.
+
+        Raises:
+            ConfigError: A pattern means no parameter; the text names what was probably meant.
+        """
+        self._in_run("freeze").frozen.freeze(select_parameters(self.model, patterns))
+
+    def unfreeze(self, *patterns: str) -> None:
+        """Let parameters train again that this run has frozen; those that do train already are left alone.
+
+        Raises:
+            ConfigError: A pattern means no parameter; the text names what was probably meant.
+        """
+        self._in_run("unfreeze").frozen.thaw(select_parameters(self.model, patterns, "unfreeze"))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -443,6 +465,7 @@ class BaseTrainer:
             _check_loader(val_loader, "val_loader")
             limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
         check_metrics(metrics)
+        self._check_model()
         self._check_optimization()
         monitor = _monitor(config, metrics, val_loader)
 
@@ -554,6 +577,8 @@ class BaseTrainer:
                     # a step counter may live on the CPU while its parameters are elsewhere
                     if not isinstance(value, torch.Tensor) or value.dim():
                         state[name] = to_device(value, self.device)
+        if self.config.channels_last:
+            use_channels_last(self.model)
         if self.config.compile and not self._is_compiled:
             options = self.config.compile if isinstance(self.config.compile, dict) else {}
             self.model.compile(**options)
@@ -635,6 +660,11 @@ class BaseTrainer:
         return session.result
 
     # Checks --------------------------------------------------------------------------------------
+
+    def _check_model(self) -> None:
+        """Check the knobs that name parts of the model."""
+        check_freeze(self.model, self.config.freeze)
+        select_modules(self.model, self.config.activation_checkpointing)
 
     def _check_optimizers(self) -> None:
         own = {id(parameter) for parameter in self.model.parameters()}
