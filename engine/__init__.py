@@ -69,6 +69,9 @@ if TYPE_CHECKING:
     from offloop.engine.step_hooks import StepPoint as StepPoint
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
     from offloop.engine.trainer import Trainer as Trainer
+    from offloop.engine.tuning import BatchSizeSearch as BatchSizeSearch
+    from offloop.engine.tuning import BatchSizeTrial as BatchSizeTrial
+    from offloop.engine.tuning import LearningRateSearch as LearningRateSearch
     from offloop.engine.weights import export_model as export_model
     from offloop.engine.weights import load_model as load_model
 
@@ -128,6 +131,7 @@ _MODULES = {
     "run": ("Best", "Run", "RunResult"),
     "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),
+    "tuning": ("BatchSizeSearch", "BatchSizeTrial", "LearningRateSearch"),
     "weights": ("export_model", "load_model"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

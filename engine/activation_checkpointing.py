@@ -75,7 +75,7 @@ def checkpointed(model: torch.nn.Module, parts: Parts) -> Iterator[None]:
 
 
 @functools.cache  # the same class again in the next run: a compiled model stays valid
-def _checkpointed_class(own_class: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def _checkpointed_class(own_class: type[Any]) -> type[torch.nn.Module]:
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return own_class.forward(self, *args, **kwargs)
@@ -134,13 +134,13 @@ class _SecondPass(contextlib.AbstractContextManager[None]):
             buffers[name] = before.clone()
 
     def __exit__(self, *_: object) -> None:
-        for (buffers, name, _), buffer in zip(self._first.places, self._now, strict=True):
-            buffers[name] = buffer
+        for (buffers, name, _), now in zip(self._first.places, self._now, strict=True):
+            buffers[name] = now
         self._now = []
 
 
 def _repeated_blocks(model: torch.nn.Module) -> list[str]:
-    """Return the names of blocks: members of a list or a sequence with others of their class, and parts of their own."""
+    """Return the names of blocks: of one class in a list or a sequence, with parts of their own."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential):
@@ -157,7 +157,9 @@ def _repeated_blocks(model: torch.nn.Module) -> list[str]:
 def _checked(model: torch.nn.Module, names: list[str]) -> list[str]:
     for name in names:
         if "forward" in vars(model.get_submodule(name)):
-            raise ConfigError(f"{KNOB}: forward() of {name!r} was replaced on the instance; name another part")
+            raise ConfigError(
+                f"{KNOB}: forward() of {name!r} was replaced on the instance; name another part"
+            )
     return names
 
 

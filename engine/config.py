@@ -287,7 +287,7 @@ def _check_limit(name: str, value: object) -> None:
     )
 
 
-def _check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:
     if value not in legal:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
 

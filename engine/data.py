@@ -13,14 +13,14 @@ from offloop.engine.errors import ConfigError
 _MAX_DEPTH: Final = 20  # deeper than any sane batch; a self-referencing one would recurse for ever
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device, *, non_blocking: bool = True) -> Any:
     """Return the batch with all its tensors on `device`; what is no tensor stays as it is.
 
     Takes tensors, tuples (also named), lists, mappings, dataclasses and msgspec structs, nested, and
     whatever has a `to(device)` of its own (`transformers.BatchEncoding`, packed sequences).
     Copies from pinned memory do not block.
     """
-    return _moved(batch, device, lambda tensor: tensor.to(device, non_blocking=True), 0)
+    return _moved(batch, device, lambda tensor: tensor.to(device, non_blocking=non_blocking), 0)
 
 
 class Feed:
@@ -87,9 +87,7 @@ def use_channels_last(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
-def _moved(
-    item: Any, device: torch.device, move: Callable[[torch.Tensor], torch.Tensor], depth: int
-) -> Any:
+def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch.Tensor], depth: int) -> Any:
     """Return an item with all its tensors moved; what has a `to` of its own moves itself."""
     if isinstance(item, torch.Tensor):
         return move(item)

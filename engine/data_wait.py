@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch.utils.data import DataLoader
 
 LEAST_SHARE: Final = 0.2
-"""Share of an epoch's time above which waiting for data is called a bottleneck; arbitrary, a fifth is worth a change."""
+"""Share of an epoch's time from which on waiting for data is called a bottleneck; arbitrary."""
 LEAST_WAIT: Final = 1e-3
 """Seconds a batch below which it is not: handing a batch over from a worker process costs about as much."""
 _MANY_WORKERS: Final = 8
@@ -96,7 +96,9 @@ def advise(loader: Any, *, on_cuda: bool, cores: int | None = None) -> list[str]
     elif loader.num_workers < min(cores - 1, _MANY_WORKERS):
         advice.append(f"num_workers={min(cores - 1, _MANY_WORKERS)} (is {loader.num_workers})")
     elif (loader.prefetch_factor or 2) < 4:
-        advice.append(f"prefetch_factor=4 (is {loader.prefetch_factor}), if some samples take longer than others")
+        advice.append(
+            f"prefetch_factor=4 (is {loader.prefetch_factor}), if some samples take longer than others"
+        )
     if on_cuda and not loader.pin_memory:
         advice.append("pin_memory=True")
     advice.append("less work for each sample: smaller files, decoding once, augmentation on the device")

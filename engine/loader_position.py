@@ -26,6 +26,12 @@ def capture_before_epoch(loader: Iterable[Any]) -> dict[str, Any]:
     return state
 
 
+def restore_before_epoch(loader: Iterable[Any], before: Mapping[str, Any]) -> None:
+    """Put back what `capture_before_epoch` returned, as if the epoch had never begun."""
+    restore_random_state(before["random"])
+    _set_generators(loader, before)
+
+
 def capture_in_epoch(loader: Iterable[Any]) -> dict[str, Any]:
     """Return what is needed beside it to continue the epoch from here."""
     state: dict[str, Any] = {}

@@ -80,7 +80,8 @@ def _set_tf32(allowed: bool) -> Callable[[], None]:
     torch has two sets of switches for it and refuses to read the older one after the newer one was used; the
     older one is in every torch that we run on.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul  # torch declares neither set of switches
+    cudnn: Any = torch.backends.cudnn
     try:
         precision, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:  # somebody has used the newer one

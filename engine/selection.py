@@ -28,7 +28,9 @@ def nothing_matches(knob: str, pattern: str, what: str, names: Iterable[str]) ->
     for name in names:
         parts = name.split(".")
         known |= dict.fromkeys(".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    near: Sequence[str] = difflib.get_close_matches(pattern.rstrip(".*"), known, n=_NAMES_IN_ERRORS, cutoff=0.5)
+    near: Sequence[str] = difflib.get_close_matches(
+        pattern.rstrip(".*"), known, n=_NAMES_IN_ERRORS, cutoff=0.5
+    )
     if near:
         hint = f"did you mean {', '.join(map(repr, near))}?"
     else:

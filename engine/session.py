@@ -142,7 +142,7 @@ class Session:
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
         self.observers = [self._observe(each) for each in handlers]
         context = contextvars.copy_context()
-        self._device_context = _default_device()
+        self._device_context = default_device()
         self.thread = threading.Thread(
             target=context.run, args=(self._train,), name=f"offloop-training-{run_id}", daemon=False
         )
@@ -823,7 +823,7 @@ def _acting(name: str, control: Control) -> Iterator[None]:
         deciding.reset(where)
 
 
-def _default_device() -> contextlib.AbstractContextManager[Any]:
+def default_device() -> contextlib.AbstractContextManager[Any]:
     """Return a context that brings the caller's default device to another thread: torch keeps it per thread."""
     device = torch.get_default_device()
     return contextlib.nullcontext() if device.type == "cpu" else device

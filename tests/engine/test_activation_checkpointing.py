@@ -20,7 +20,9 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))  # moves on in each forward pass
+        self.linear = nn.utils.parametrizations.spectral_norm(
+            nn.Linear(8, 8)
+        )  # moves on in each forward pass
         self.norm = nn.BatchNorm1d(8)
         self.dropout = nn.Dropout(0.3)
         self.count: Tensor
@@ -61,7 +63,9 @@ def a_run(**knobs: Any) -> tuple[list[Any], dict[str, Tensor], Net]:
     return events, model.state_dict(), model
 
 
-@pytest.mark.parametrize("parts", ["auto", "blocks.*", ["blocks.0", "blocks.2"], Block, ["blocks.1.norm", nn.Dropout]])
+@pytest.mark.parametrize(
+    "parts", ["auto", "blocks.*", ["blocks.0", "blocks.2"], Block, ["blocks.1.norm", nn.Dropout]]
+)
 @pytest.mark.parametrize("knobs", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
 def test_a_run_has_the_same_bits_with_and_without(parts: Any, knobs: dict[str, Any]) -> None:
     events, weights, _ = a_run(**knobs)
@@ -135,7 +139,9 @@ def test_a_copy_made_in_mid_run_is_a_model_of_its_own() -> None:
 
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = tiny_trainer(model=model, optimizer=optimizer, activation_checkpointing="auto", callbacks=[Copies()])
+    trainer = tiny_trainer(
+        model=model, optimizer=optimizer, activation_checkpointing="auto", callbacks=[Copies()]
+    )
     assert trainer.train(BATCHES, epochs=1).status == "completed"
 
 
@@ -168,6 +174,6 @@ def test_parts_that_are_not_there_are_refused_at_once(parts: Any, text: str) -> 
 
 def test_a_module_whose_forward_was_replaced_is_refused() -> None:
     model = Net()
-    model.blocks[0].forward = lambda inputs, scale: inputs  # type: ignore[method-assign, assignment]  # as some tools do
+    model.blocks[0].forward = lambda inputs, scale: inputs  # as some tools do
     with pytest.raises(ConfigError, match=r"forward\(\) of 'blocks\.0' was replaced on the instance"):
         select_modules(model, "auto")

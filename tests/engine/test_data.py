@@ -222,7 +222,7 @@ def test_channels_last_reaches_the_model_and_the_batches_and_changes_no_values()
     class Looks(Trainer):
         def training_step(self, batch: Any) -> Any:
             assert batch[0].is_contiguous(memory_format=torch.channels_last)
-            assert self.model[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index, union-attr]
+            assert self.model[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index]
             return super().training_step(batch)
 
     def a_run(**knobs: Any) -> tuple[list[float], torch.nn.Module]:

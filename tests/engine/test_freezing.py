@@ -9,28 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from offloop.callbacks import ModelCheckpoint
 from offloop.engine import Callback, ConfigError, EpochStart, Run, TrainStart, decides
 from offloop.engine.testing import Recorder, tiny_batches, tiny_trainer
 
 BATCHES = tiny_batches(6)
 
 
-def net() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.ModuleDict(
-        {
-            "backbone": nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)),
-            "head": nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3)),
-        }
-    )
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        parts = net()
-        assert isinstance(parts, nn.ModuleDict)
-        self.backbone, self.head = parts["backbone"], parts["head"]
+        torch.manual_seed(1)
+        self.backbone = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))
+        self.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
+
+    @property
+    def last(self) -> nn.Linear:
+        module = self.head[1]
+        assert isinstance(module, nn.Linear)
+        return module
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.head(self.backbone(inputs))
@@ -62,15 +59,15 @@ def test_frozen_parameters_and_their_statistics_stay_bit_for_bit(make_optimizer:
     optimizer = make_optimizer(model)
     tiny_trainer(model=model, optimizer=optimizer).train(BATCHES, epochs=1)  # momentum has gathered by now
     before = state_of(model)
-    momentum = {
-        id(each): copy.deepcopy(optimizer.state[each]) for each in model.backbone.parameters()
-    }
+    momentum = {id(each): copy.deepcopy(optimizer.state[each]) for each in model.backbone.parameters()}
     trainer = tiny_trainer(model=model, optimizer=optimizer, freeze=pattern, gradient_clip_val=1.0)
     trainer.train(BATCHES, BATCHES[:1], epochs=2)
     assert changed(before, model) == {"head"}
     for parameter in model.backbone.parameters():
         for name, value in momentum[id(parameter)].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimizer.state[parameter][name])), name
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimizer.state[parameter][name])), (
+                name
+            )
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     tiny_trainer(model=model, optimizer=optimizer).train(BATCHES, epochs=1)
@@ -99,12 +96,14 @@ def test_a_run_with_frozen_parts_equals_the_loop_written_by_hand() -> None:
 
 def test_what_the_user_froze_stays_the_users() -> None:
     model = Net()
-    model.head[1].bias.requires_grad_(False)
+    model.last.bias.requires_grad_(False)
     before = state_of(model)
-    tiny_trainer(model=model, optimizer=adamw(model), freeze=["backbone", "head.1.bias"]).train(BATCHES, epochs=1)
-    assert not model.head[1].bias.requires_grad
-    assert torch.equal(model.head[1].bias, before["head.1.bias"])
-    assert model.head[1].weight.requires_grad
+    tiny_trainer(model=model, optimizer=adamw(model), freeze=["backbone", "head.1.bias"]).train(
+        BATCHES, epochs=1
+    )
+    assert not model.last.bias.requires_grad
+    assert torch.equal(model.last.bias, before["head.1.bias"])
+    assert model.last.weight.requires_grad
 
 
 def test_everything_is_given_back_when_the_run_fails() -> None:
@@ -137,20 +136,7 @@ def test_parts_can_be_frozen_and_unfrozen_in_mid_run_and_a_resumed_run_knows(tmp
         trainer = tiny_trainer(
             model=model, optimizer=adamw(model), freeze="backbone", run_dir=str(tmp_path), run_name=name
         )
-        trainer.train(BATCHES, epochs=epochs, callbacks=[UnfreezeAt(1)], **more)
-        return model
-
-    from offloop.callbacks import ModelCheckpoint
-
-    class Saves(UnfreezeAt):
-        pass
-
-    def with_checkpoints(name: str, epochs: int, **more: Any) -> nn.Module:
-        model = Net()
-        trainer = tiny_trainer(
-            model=model, optimizer=adamw(model), freeze="backbone", run_dir=str(tmp_path), run_name=name
-        )
-        trainer.train(BATCHES, epochs=epochs, callbacks=[ModelCheckpoint(), Saves(1)], **more)
+        trainer.train(BATCHES, epochs=epochs, callbacks=[ModelCheckpoint(), UnfreezeAt(1)], **more)
         return model
 
     model, before = a_run("whole", 3), state_of(Net())
@@ -159,8 +145,8 @@ def test_parts_can_be_frozen_and_unfrozen_in_mid_run_and_a_resumed_run_knows(tmp
     assert not torch.equal(after["backbone.3.weight"], before["backbone.3.weight"])
     assert all(parameter.requires_grad for parameter in model.parameters())
 
-    with_checkpoints("parts", 2)
-    resumed = with_checkpoints("parts", 3, resume="must")
+    a_run("parts", 2)
+    resumed = a_run("parts", 3, resume="must")
     for name, value in after.items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
@@ -189,7 +175,9 @@ def test_unfreezing_what_is_not_there_is_an_error() -> None:
             run.trainer.unfreeze("backbond")
 
     model = Net()
-    with pytest.raises(ConfigError, match=r"unfreeze: 'backbond' matches no parameter; did you mean 'backbone'"):
+    with pytest.raises(
+        ConfigError, match=r"unfreeze: 'backbond' matches no parameter; did you mean 'backbone'"
+    ):
         tiny_trainer(model=model, optimizer=adamw(model), callbacks=[Wrong()]).train(BATCHES, epochs=1)
     with pytest.raises(RuntimeError, match="freeze works during a run"):
         tiny_trainer(model=model, optimizer=adamw(model)).freeze("backbone")

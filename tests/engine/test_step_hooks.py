@@ -429,7 +429,7 @@ def test_a_point_shows_the_optimizer_about_to_step() -> None:
     model = tiny_model()
     first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     look = Look()
-    tiny_trainer(
-        Two, model=model, optimizer={"first": first, "second": second}, callbacks=[look]
-    ).train(BATCHES[:1], epochs=1)
+    tiny_trainer(Two, model=model, optimizer={"first": first, "second": second}, callbacks=[look]).train(
+        BATCHES[:1], epochs=1
+    )
     assert look.seen == [first, second, first]
