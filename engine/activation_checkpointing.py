@@ -66,8 +66,9 @@ def checkpointed(model: torch.nn.Module, parts: Parts) -> Iterator[None]:
     try:
         for name in select_modules(model, parts):
             module = model.get_submodule(name)
-            changed.append((module, type(module)))
-            module.__class__ = _checkpointed_class(type(module))
+            own_class: Any = type(module)
+            changed.append((module, own_class))
+            module.__class__ = _checkpointed_class(own_class)
         yield
     finally:
         for module, own_class in changed:
@@ -110,7 +111,7 @@ class _FirstPass(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._copies = [(buffer.clone(), buffer._version) for _, _, buffer in self.places]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         # The copy of what did not change is let go of. The running values of batch normalization change without
         # a new version, which is no harm: in training nothing is computed from them.
         self.before = [
@@ -133,7 +134,7 @@ class _SecondPass(contextlib.AbstractContextManager[None]):
         for (buffers, name, _), before in zip(places, self._first.before, strict=True):
             buffers[name] = before.clone()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for (buffers, name, _), now in zip(self._first.places, self._now, strict=True):
             buffers[name] = now
         self._now = []
