@@ -11,6 +11,8 @@ LEAST_SHARE: Final = 0.2
 """Share of an epoch's time from which on waiting for data is called a bottleneck; arbitrary."""
 LEAST_WAIT: Final = 1e-3
 """Seconds a batch below which it is not: handing a batch over from a worker process costs about as much."""
+LEAST_SECONDS: Final = 0.1
+"""Seconds an epoch below which nothing is said; nobody notices them."""
 _MANY_WORKERS: Final = 8
 """Workers that are suggested at most; more of them rarely help before something else does."""
 
@@ -50,13 +52,13 @@ class DataWait:
         if not self.batches or training <= 0.0:
             return None
         wait = self.rest / self.batches
-        is_slow = self.rest / training >= LEAST_SHARE and wait >= LEAST_WAIT
+        is_slow = self.rest >= max(LEAST_SECONDS, LEAST_SHARE * training) and wait >= LEAST_WAIT
         whole = self.first + training
         starts_anew = (
             not is_last
             and getattr(loader, "num_workers", 0) > 0
             and not getattr(loader, "persistent_workers", True)
-            and self.first / whole >= LEAST_SHARE
+            and self.first >= max(LEAST_SECONDS, LEAST_SHARE * whole)
         )
         if not is_slow and not starts_anew:
             return None

@@ -8,6 +8,7 @@ leaves the block             ────────>  ends after the batch in 
 
 import contextlib
 import contextvars
+import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
@@ -18,6 +19,8 @@ import torch
 
 from offloop.engine.data import to_device
 from offloop.engine.waker import Waker
+
+logger = logging.getLogger("offloop")
 
 _HOST = torch.device("cpu")
 
@@ -104,6 +107,8 @@ class PredictionStream(AsyncIterator[Any]):
                     swept = error
         self._thread.join()  # it has done all but return
         self._waker.close()
+        if self._error is not None:
+            logger.error("a prediction failed after its reader had left", exc_info=self._error)
         if swept is not None:
             raise swept
 

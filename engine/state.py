@@ -111,6 +111,8 @@ def environment(loop: "TrainingLoop") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "precision": loop.config.precision,
+        "tf32": loop.config.tf32,
+        "channels_last": loop.config.channels_last,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 

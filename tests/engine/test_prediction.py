@@ -183,6 +183,27 @@ async def test_a_failure_comes_out_of_the_stream_after_what_came_before_it() -> 
 
 
 @pytest.mark.anyio
+async def test_a_failure_after_the_reader_has_left_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    may_fail = threading.Event()
+
+    class FailsLate(Trainer):
+        calls = 0
+
+        def predict_step(self, batch: Any) -> Any:
+            self.calls += 1
+            if self.calls == 1:
+                return super().predict_step(batch)
+            may_fail.wait(LONG)
+            raise ZeroDivisionError
+
+    with anyio.fail_after(LONG):
+        async with tiny_trainer(FailsLate).predict_async(EndlessLoader()) as stream:
+            await anext(stream)
+            may_fail.set()
+    assert "a prediction failed after its reader had left" in caplog.text
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("read_ahead", [0, -1, 1.5, True])
 async def test_read_ahead_is_checked(read_ahead: Any) -> None:
     with pytest.raises(ConfigError, match="read_ahead must be a whole number of at least 1"):
