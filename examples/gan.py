@@ -65,7 +65,7 @@ def main() -> None:
         for name, each in networks.items()
     }
     trainer = Gan(torch.nn.ModuleDict(networks), optimizers, callbacks=[Say()])
-    trainer.train(loader, epochs=30)
+    trainer.train(loader, epochs=10)
 
     points = torch.cat(trainer.predict([torch.randn(256, NOISE)]))
     print(f"mean radius of new points: {points.norm(dim=1).mean():.2f}")

@@ -79,12 +79,14 @@ async def show(port: int) -> None:
 
 
 async def main() -> None:
-    async with anyio.create_task_group() as runs, anyio.create_task_group() as connections:
-        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
-        async with listener:
-            connections.start_soon(listener.serve, Service(runs).serve)
-            await show(listener.extra(anyio.abc.SocketAttribute.local_port))
-            connections.cancel_scope.cancel()
+    async with (
+        anyio.create_task_group() as runs,
+        await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+        anyio.create_task_group() as connections,
+    ):
+        connections.start_soon(listener.serve, Service(runs).serve)
+        await show(listener.extra(anyio.abc.SocketAttribute.local_port))
+        connections.cancel_scope.cancel()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import offloop.engine
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SAYS = {
     "fine_tuning": ["0.0.weight: as it was", "1.0.weight: has moved"],
-    "gan": ["epoch 29: judge", "mean radius of new points: "],
+    "gan": ["epoch 9: judge", "mean radius of new points: "],
     "service": [", step ", "{'status': 'cancelled'}"],
 }
 
