@@ -274,6 +274,8 @@ def find_batch_size(
         while good < largest and (bad is None or 2 * good < bad):
             size = min(2 * good, largest)
             good, bad = (size, bad) if fits(size) else (good, size)
+            largest = min(largest, samples.count or largest)  # a stream says only at its end how long it is
+            good = min(good, largest)
         while mode == "binsearch" and bad is not None and bad - good > 1:
             middle = (good + bad) // 2
             good, bad = (middle, bad) if fits(middle) else (good, middle)
@@ -307,6 +309,8 @@ class _Samples:
         dataset = self._loader.dataset
         if isinstance(dataset, IterableDataset):
             samples = list(itertools.islice(iter(dataset), size))
+            if len(samples) < size:
+                self.count = len(samples)
         elif hasattr(dataset, "__getitems__"):
             samples = dataset.__getitems__(list(range(size)))
         else:

@@ -433,3 +433,17 @@ def test_a_point_shows_the_optimizer_about_to_step() -> None:
         BATCHES[:1], epochs=1
     )
     assert look.seen == [first, second, first]
+
+
+def test_gradients_take_no_memory_between_steps() -> None:
+    class Look(Callback):
+        looks = 0
+
+        @in_step
+        def before_batch(self, point: StepPoint) -> None:
+            assert all(parameter.grad is None for parameter in point.model.parameters())
+            self.looks += 1
+
+    look = Look()
+    tiny_trainer(callbacks=[look]).train(BATCHES, epochs=2)
+    assert look.looks == 2 * len(BATCHES)

@@ -312,8 +312,11 @@ def test_any_other_error_is_raised() -> None:
 
 
 class Stream(IterableDataset[Any]):
+    def __init__(self, size: int = 1_000_000) -> None:
+        self.size = size
+
     def __iter__(self) -> Iterator[Any]:
-        while True:
+        for _ in range(self.size):
             yield torch.randn(8), torch.tensor(1)
 
 
@@ -340,6 +343,11 @@ class ManyAtOnce(Dataset[Any]):
 )
 def test_where_batches_may_come_from(loader: Any) -> None:
     assert tiny_trainer(Holds).find_batch_size(loader, memory_limit=PLENTY).suggestion == 37
+
+
+def test_a_stream_that_ends_is_the_largest_batch() -> None:
+    loader = DataLoader(Stream(11), batch_size=2)
+    assert tiny_trainer(Holds).find_batch_size(loader, memory_limit=PLENTY).suggestion == 11
 
 
 @pytest.mark.parametrize(
