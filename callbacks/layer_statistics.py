@@ -101,8 +101,8 @@ class LayerStatistics(Callback):
                 self._add_hooks(point.model)
 
     @in_step(every_n_steps="every_n_steps")
-    def after_backward(self, point: StepPoint) -> None:
-        self._remove_hooks()
+    def before_backward(self, point: StepPoint) -> None:
+        self._remove_hooks()  # activation checkpointing goes forward once more in the backward pass
 
     @in_step(every_n_steps="every_n_steps")
     def before_optimizer_step(self, point: StepPoint) -> None:

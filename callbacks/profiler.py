@@ -1,8 +1,8 @@
 """Profiler: a trace of a few steps for Perfetto, and a table that says in words where a step's time goes.
 
-The boundaries of the table are the points at which step hooks run, and the model's own calls:
+The boundaries of the table are the points at which step hooks run:
 
-    after_step     before_batch    before_forward    (model returns)    before_optimizer_step     after_step
+    after_step     before_batch    before_forward    before_backward    before_optimizer_step     after_step
         │ data, idle     │ host to device  │ forward         │ backward           │ optimizer         │
 
 The clock is the host's. On CUDA a phase lasts as long as the host takes to queue its work, or to wait for the device;
@@ -14,7 +14,7 @@ import gzip
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,8 +39,8 @@ logger = logging.getLogger("offloop")
 PHASES: Final = {
     "data": "waiting for batches from the loader",
     "host_to_device": "moving the batch to the device",
-    "forward": "forward pass",
-    "backward": "loss and backward pass",
+    "forward": "forward pass and loss",
+    "backward": "backward pass",
     "optimizer": "unscaling, clipping, optimizer step, schedule",
     "callbacks": "waiting for deciders of callbacks",
     "idle": "the rest between two batches: zero_grad, reports, commands, validation, pauses",
@@ -123,7 +123,6 @@ class Profiler(Callback):
     def reset(self) -> None:
         self._steps = 0  # that this run has made; training thread
         self._recording: _Recording | None = None  # written once by the training thread, read by all
-        self._at_thread_end = threading.local()
         self._writer: threading.Thread | None = None  # written by the event loop, read by close() afterwards
         self._error: Exception | None = None  # written by the writer before it ends, read after join
 
@@ -136,16 +135,17 @@ class Profiler(Callback):
             recording.enter("host_to_device")
         elif self._steps >= self.wait:
             self._recording = recording = _Recording(point, self.warmup, self.active, self._options)
-            # torch's profiler can be switched off only in the thread that switched it on, and nobody calls a
-            # callback there when the run is stopped, cancelled or fails. What is local to a thread is let go of
-            # in that thread, as the last thing it does.
-            self._at_thread_end.guard = _Guard(recording.stop)
             recording.start()
 
     @in_step
     def before_forward(self, point: StepPoint) -> None:
         if self._recording is not None:
             self._recording.enter("forward")
+
+    @in_step
+    def before_backward(self, point: StepPoint) -> None:
+        if self._recording is not None:
+            self._recording.enter("backward")
 
     @in_step
     def after_backward(self, point: StepPoint) -> None:
@@ -162,6 +162,11 @@ class Profiler(Callback):
         self._steps += 1
         if self._recording is not None:
             self._recording.end_step(point.step)
+
+    @in_step
+    def after_training(self, point: StepPoint) -> None:
+        if self._recording is not None:
+            self._recording.stop()  # torch's profiler can be switched off only in the thread that switched it on
 
     # On the event loop
 
@@ -208,8 +213,6 @@ class _Recording:
         self.data_times: dict[int, float] = {}  # by step; written by the event loop
         self.is_complete = False  # written by the training thread
         self._is_on = False
-        self._model = point.model
-        self._is_compiled = bool(point.trainer.config.compile)
         self._is_cuda = point.trainer.device.type == "cuda"
         self._warmup, self._active = warmup, active
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._is_cuda else [])
@@ -218,7 +221,6 @@ class _Recording:
             schedule=schedule(wait=0, warmup=warmup, active=active, repeat=1),
             **options,
         )
-        self._hooks: list[Any] = []
         self._made = 0
         self._range: Any = None
         self._phase = ""
@@ -230,11 +232,6 @@ class _Recording:
         """Switch the profiler on, in front of a batch."""
         self._profile.start()
         self._is_on = True
-        if not self._is_compiled:  # hooks would have it compiled again: its forward pass then is all the step
-            self._hooks = [
-                self._model.register_forward_pre_hook(lambda *_: self._enter_if("backward", "forward")),
-                self._model.register_forward_hook(lambda *_: self._enter_if("forward", "backward")),
-            ]
         self.enter("host_to_device")
 
     def enter(self, phase: str, *, so_far: str | None = None) -> None:
@@ -263,12 +260,10 @@ class _Recording:
         self._begin("between")
 
     def stop(self) -> None:
-        """Switch the profiler off, and take the hooks away. Twice is fine."""
+        """Switch the profiler off. Twice is fine."""
         if not self._is_on:
             return
         self._is_on = False
-        while self._hooks:
-            self._hooks.pop().remove()
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
@@ -301,10 +296,6 @@ class _Recording:
         mean |= {"data": waited, "callbacks": decided, "idle": between - decided - waited}
         return {phase: mean.get(phase, 0.0) for phase in PHASES}
 
-    def _enter_if(self, phase: str, following: str) -> None:
-        if self._phase == phase:
-            self.enter(following)
-
     def _begin(self, phase: str) -> None:
         self._phase = phase
         self._range = record_function(f"offloop: {phase}")
@@ -318,16 +309,6 @@ class _Recording:
             self._spans[phase] = self._spans.get(phase, 0.0) + now - self._since
             self._range.__exit__(None, None, None)
             self._range = None
-
-
-class _Guard:
-    """Calls a function when it is let go of."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
-
-    def __del__(self) -> None:
-        self._function()
 
 
 def _decided(costs: Mapping[str, CallbackCosts]) -> float:

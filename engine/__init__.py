@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import CheckpointSaved as CheckpointSaved
     from offloop.engine.events import CheckpointUploaded as CheckpointUploaded
     from offloop.engine.events import CommandApplied as CommandApplied
+    from offloop.engine.events import DataBottleneck as DataBottleneck
     from offloop.engine.events import EpochEnd as EpochEnd
     from offloop.engine.events import EpochStart as EpochStart
     from offloop.engine.events import Event as Event
@@ -74,6 +75,9 @@ if TYPE_CHECKING:
     from offloop.engine.step_hooks import StepPoint as StepPoint
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
     from offloop.engine.trainer import Trainer as Trainer
+    from offloop.engine.tuning import BatchSizeSearch as BatchSizeSearch
+    from offloop.engine.tuning import BatchSizeTrial as BatchSizeTrial
+    from offloop.engine.tuning import LearningRateSearch as LearningRateSearch
     from offloop.engine.weights import export_model as export_model
     from offloop.engine.weights import load_model as load_model
 
@@ -109,6 +113,7 @@ _MODULES = {
         "CheckpointSaved",
         "CheckpointUploaded",
         "CommandApplied",
+        "DataBottleneck",
         "EpochEnd",
         "EpochStart",
         "Event",
@@ -134,6 +139,7 @@ _MODULES = {
     "run": ("Best", "Run", "RunResult"),
     "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),
+    "tuning": ("BatchSizeSearch", "BatchSizeTrial", "LearningRateSearch"),
     "weights": ("export_model", "load_model"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

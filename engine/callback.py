@@ -40,16 +40,17 @@ Handler = Callable[..., Any]
 BOUNDARY_EVENTS: Final = (TrainStart, EpochStart, ValidationStart, ValidationEnd, EpochEnd)
 """Events at which the training thread stands at a boundary, so that somebody can decide there."""
 
-POINTS: Final = (
+STEP_POINTS: Final = (
     "before_batch",
     "before_forward",
+    "before_backward",
     "after_backward",
     "before_optimizer_step",
     "after_step",
-    "before_validation",
-    "after_validation",
 )
-"""Where step hooks can run, in the order of a step."""
+"""Where step hooks can run inside a step, in its order."""
+POINTS: Final = (*STEP_POINTS, "before_validation", "after_validation", "after_training")
+"""Where step hooks can run."""
 
 
 class Callback:
@@ -145,13 +146,14 @@ def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Ca
     """Make a plain method a step hook: `@in_step` or `@in_step(every_n_steps=50)`.
 
     It runs in the training thread and is named after its point: `before_batch`, `before_forward`,
-    `after_backward` (gradients scaled, once per batch), `before_optimizer_step` (unscaled, before clipping),
-    `after_step`, `before_validation`, `after_validation`. It takes one argument, a `StepPoint`.
+    `before_backward`, `after_backward` (gradients scaled, once per batch), `before_optimizer_step` (unscaled, before
+    clipping), `after_step`, `before_validation`, `after_validation`, `after_training` (always, also when training
+    failed or was cancelled). It takes one argument, a `StepPoint`.
 
     Args:
         hook: The method.
         every_n_steps: Runs only in steps number n, 2 n, 3 n, ...; the others pay nothing for it.
-            Validation points run at every validation. The name of an attribute of the callback gives each instance
+            Points outside of steps run each time. The name of an attribute of the callback gives each instance
             a cadence of its own, None for no such hook: it is read when a run is set up.
     """
     if not isinstance(every_n_steps, str) and every_n_steps < 1:

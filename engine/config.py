@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -56,6 +56,13 @@ PEER_SPELLINGS: Final = {
     "fp16": "precision",
     "bf16": "precision",
     "torch_compile": "compile",
+    "gradient_checkpointing": "activation_checkpointing",
+    "use_gradient_checkpointing": "activation_checkpointing",
+    "memory_format": "channels_last",
+    "allow_tf32": "tf32",
+    "float32_matmul_precision": "tf32",
+    "frozen": "freeze",
+    "freeze_layers": "freeze",
     "loss_fn": "loss",
     "loss_func": "loss",
     "criterion": "loss",
@@ -161,8 +168,19 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seed for torch's generators, set once before `TrainStart`; None touches no generator."""
     deterministic: bool = False
     """Use torch's deterministic algorithms for the length of the run. Process-wide."""
+    tf32: bool | None = None
+    """Let CUDA round the inputs of float32 matrix products and convolutions to TensorFloat-32, for the length of the
+    run; False forbids it, None leaves torch as it is set. Process-wide."""
     compile: bool | dict[str, Any] = False
     """Compile the model in the training thread; a mapping is handed to `torch.compile`."""
+    activation_checkpointing: str | type | Sequence[str | type] | None = None
+    """Parts of the model whose activations are computed again in the backward pass instead of being kept: `"auto"`
+    (its repeated blocks), or names of modules (`"encoder.layer.*"`) and classes. Same bits, less memory, more time."""
+    freeze: str | Sequence[str] | None = None
+    """Parameters that do not train, for the length of the run: names of modules or parameters, with `*` for any
+    text. Neither weight decay nor momentum moves them, and normalization over them keeps its running statistics."""
+    channels_last: bool = False
+    """Keep images and the weights of convolutions with the channels innermost, as tensor cores want them."""
     run_dir: str | None = None
     """Directory for runs; each run owns `run_dir/<run_id>/`. None: `runs`, and only if a callback writes."""
     run_name: str | None = None
@@ -204,6 +222,16 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"compile must be a bool or a dict of torch.compile's arguments, got {self.compile!r}"
             )
+        for name in ("deterministic", "channels_last"):
+            _check_choice(name, getattr(self, name), (False, True))
+        _check_choice("tf32", self.tf32, (None, False, True))
+        _check_patterns(
+            "activation_checkpointing",
+            self.activation_checkpointing,
+            (str, type),
+            '"auto", a name or a class of modules, a list of them, or None',
+        )
+        _check_patterns("freeze", self.freeze, (str,), "a name of parameters, a list of them, or None")
         for name in ("run_dir", "run_name", "monitor"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
@@ -314,9 +342,17 @@ def _check_limit(name: str, value: object) -> None:
     )
 
 
-def _check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:
     if value not in legal:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
+
+
+def _check_patterns(name: str, value: object, kinds: tuple[type, ...], legal: str) -> None:
+    if value is None:
+        return
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given or not all(isinstance(each, kinds) and each != "" for each in given):
+        raise ConfigError(f"{name} must be {legal}, got {value!r}")
 
 
 def _plain(value: Any) -> Any:
@@ -326,4 +362,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, type):
+        return value.__qualname__
     return value if isinstance(value, bool | int | float | str | None) else repr(value)

@@ -243,6 +243,20 @@ class EpochEnd(Event, frozen=True, kw_only=True):
     """True where a limit of the run is reached: nothing is trained after it."""
 
 
+class DataBottleneck(Event, frozen=True, kw_only=True):
+    """The run waits for its data. After its first epoch, from the training thread; at most once in a run.
+
+    Whether it comes depends on the machine, so it is left out where runs are compared.
+    """
+
+    share: float
+    """Share of the epoch's time that was spent waiting for batches, 0 to 1."""
+    wait: float
+    """Mean seconds that a batch was waited for, the first left out."""
+    advice: tuple[str, ...] = ()
+    """What to change about the loader, most promising first."""
+
+
 class TrainEnd(Event, frozen=True, kw_only=True):
     """The last event of a run, always. From the event loop, after accepted checkpoints are durable."""
 

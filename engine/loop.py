@@ -13,6 +13,7 @@ The arithmetic is that of a loop written by hand, bit for bit.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +26,11 @@ from offloop.engine.boundary import Boundary
 from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control
-from offloop.engine.data import batch_size, limited_length, to_device
+from offloop.engine.data import Feed, batch_size, limited_length
+from offloop.engine.data_wait import DataWait
 from offloop.engine.errors import EmptyLoaderError, LossError
 from offloop.engine.events import (
+    DataBottleneck,
     EpochEnd,
     EpochStart,
     Event,
@@ -37,6 +40,7 @@ from offloop.engine.events import (
     ValidationEnd,
     ValidationStart,
 )
+from offloop.engine.freezing import Frozen
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr
 from offloop.engine.loader_position import Exactness, capture_before_epoch, rewind_epoch
 from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
@@ -46,6 +50,8 @@ from offloop.engine.workers import spared_workers
 
 if TYPE_CHECKING:
     from offloop.engine.metrics import MetricSet
+
+logger = logging.getLogger("offloop")
 
 Batch = Any
 StepOutput = torch.Tensor | Mapping[str, Any] | None
@@ -133,6 +139,8 @@ class TrainingLoop:
         self.boundary = Boundary(self, control, is_blocked=is_blocked, save=save)
         self.hooks = StepHooks(hooks, hook_failed)
         self.mixed = MixedPrecision(config.precision, device)
+        self.frozen = Frozen(program.model)
+        self.feed = Feed(device, channels_last=config.channels_last)
         self.reporter = Reporter(
             device, publish, clock_offset, config.on_nonfinite, loss_scale=self.mixed.initial_scale
         )
@@ -166,6 +174,7 @@ class TrainingLoop:
         self.epoch_first_step = 1
         self.epoch_metrics: dict[str, float] = {}  # made since the last EpochEnd
         self.may_end_between = True  # False from an EpochEnd on: it has said whether the run goes on
+        self.data_wait: DataWait | None = DataWait()  # of the first epoch, None after it
 
         # Resuming
         self.attempt = 0
@@ -182,12 +191,14 @@ class TrainingLoop:
         self.validated_step = -1
         self.val_batches = 0
         self.val_samples = 0
+        self.val_seconds = 0.0  # of all validations
 
         # Iterators that were left before their end: letting go of one waits for what its workers are loading,
         # which must not hold up the last checkpoint
         self.left: list[Iterator[Batch]] = []
 
         # Manual optimization
+        self.stepping: torch.optim.Optimizer | None = None  # the one about to step, for step hooks
         self.stepped: set[str] = set()  # optimizers that this training_step has stepped
         self.manual_norm: torch.Tensor | None = None
         self.manual_skipped = False
@@ -213,8 +224,11 @@ class TrainingLoop:
         except BaseException:
             with contextlib.suppress(Exception):  # what was launched before the failure is said, if it can be
                 self.reporter.readback.flush()
+            with contextlib.suppress(Exception):  # the first failure is the one to hear of
+                self.hooks.run_all("after_training")
             raise
         self.reporter.readback.flush()
+        self.hooks.run_all("after_training")
 
     def run_epoch(self) -> None:
         """Train one epoch, validate if it is time to, and say how it went."""
@@ -231,6 +245,7 @@ class TrainingLoop:
 
         self.program.train_epoch(self.train_loader)
         self.finish_window()
+        self.judge_data_wait()
         if self.ending in ("stopped", "cancelled"):
             return  # an unfinished epoch has no end
         if self.epoch_batches == 0:
@@ -290,7 +305,7 @@ class TrainingLoop:
         if isinstance(limit, float):
             limit = length
         control, hooks, clock = self.control, self.hooks, time.perf_counter
-        on_host = self.device.type == "cpu"
+        feed, data_wait = self.feed, self.data_wait if training else None
         if self.is_time_to_leave():
             return  # without asking the loader: making an iterator draws a random number and starts workers
         may_end = self.limits.max_steps is not None or self.limits.max_time is not None
@@ -307,6 +322,13 @@ class TrainingLoop:
                 break
             got = clock()
             given += 1
+            if data_wait is not None:
+                if not data_wait.since:
+                    data_wait.begin(got - asked, got, self.set_aside())
+                else:
+                    data_wait.batches += 1
+                    if not feed.has_work():  # a host that is ahead of its device waits for data all the time
+                        data_wait.rest += got - asked
             if training:
                 self.batch += 1
                 self.epoch_batches += 1
@@ -318,11 +340,40 @@ class TrainingLoop:
                     hooks.run("before_batch", batch)
             else:
                 self.val_batches += 1
-            yield batch if on_host else to_device(batch, self.device)
+            yield feed(batch) if feed.is_needed else batch
         if self.ending is not None:
             self.left.append(iterator)
         if training:
             self.finish_window()
+
+    def judge_data_wait(self) -> None:
+        """After the first epoch, say what to change if it waited for its data."""
+        data_wait, self.data_wait = self.data_wait, None
+        if data_wait is None or not data_wait.since or self.ending == "cancelled":
+            return
+        found = data_wait.judge(
+            self.train_loader,
+            now=time.perf_counter(),
+            set_aside=self.set_aside(),
+            on_cuda=self.device.type == "cuda",
+            is_last=self.ending is not None or self.limits.epochs == self.epoch + 1,
+        )
+        if found is not None:
+            logger.warning(
+                "the run waits for its data %.0f %% of the time, %.1f ms for each batch; what may help: %s",
+                100 * found.share,
+                1e3 * found.wait,
+                "; ".join(found.advice),
+            )
+            self.reporter.publish(
+                DataBottleneck(
+                    share=found.share, wait=found.wait, advice=tuple(found.advice), **self.position()
+                )
+            )
+
+    def set_aside(self) -> float:
+        """Return the seconds of this run so far that are no training: pauses and validations."""
+        return self.boundary.paused_seconds + self.val_seconds
 
     def begin_loader(self, loader: Iterable[Batch]) -> tuple[Iterator[Batch], int]:
         """Return an iterator over the loader's batches, and how many of them a resumed epoch has had."""
@@ -398,6 +449,8 @@ class TrainingLoop:
             else:
                 loss = loss * weight  # the sum of the weights is known only at the end: rescaled there
                 window.is_weighted = True
+        if hooks.active:
+            hooks.run("before_backward", batch)
         self.mixed.backward(loss)
         if hooks.active:
             hooks.run("after_backward", batch)
@@ -495,6 +548,7 @@ class TrainingLoop:
                 self.hooks.run_all("after_validation")  # always: it may put back what was swapped before
         finally:
             self.validating = False
+            self.val_seconds += time.perf_counter() - started
         if self.ending in ("stopped", "cancelled"):
             if before is not None:  # a resumed run makes it again, and must draw what this one drew
                 rewind_epoch(self.val_loader, before)
@@ -538,6 +592,8 @@ class TrainingLoop:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients for a manual step, scaled as the precision needs."""
+        if self.hooks.active:
+            self.hooks.run("before_backward")
         self.mixed.backward(loss)
         if self.hooks.active:
             self.hooks.run("after_backward")
@@ -547,7 +603,9 @@ class TrainingLoop:
         config, optimizer = self.config, self.optimizers[name]
         self.mixed.unscale(optimizer)
         if self.hooks.active:
+            self.stepping = optimizer
             self.hooks.run("before_optimizer_step")
+            self.stepping = None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = config.gradient_clip_val
 

@@ -63,6 +63,8 @@ class CallbackCosts(msgspec.Struct, frozen=True, kw_only=True):
     """The longest of those times without a pause."""
     decided: float = 0.0
     """Time that the training thread spent in or waited for its deciders."""
+    in_step: float = 0.0
+    """Time that the training thread spent in its step hooks."""
     lag: float = 0.0
     """The longest time an event had waited when its batch was taken."""
     dropped: int = 0

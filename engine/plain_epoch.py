@@ -32,7 +32,7 @@ def is_plain(loop: "TrainingLoop") -> bool:
         and config.accumulate_grad_batches == 1
         and config.on_nonfinite != "skip_step"
         and loop.mixed.dtype is None
-        and loop.device.type == "cpu"
+        and not loop.feed.is_needed
         and not loop.hooks.any
     )
 
@@ -52,7 +52,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         math.isfinite,
         torch.Tensor,
     )
-    means = reporter.train_means
+    means, data_wait = reporter.train_means, loop.data_wait
     limit = config.limit_train_batches
     if isinstance(limit, float):
         limit = limited_length(loader, limit, "limit_train_batches")
@@ -71,6 +71,12 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             break
         got = clock()
         given += 1
+        if data_wait is not None:  # in the first epoch
+            if not data_wait.since:
+                data_wait.begin(got - asked, got, loop.set_aside())
+            else:
+                data_wait.batches += 1
+                data_wait.rest += got - asked
         loop.batch = number = loop.batch + 1
         loop.epoch_batches += 1
 

@@ -21,47 +21,87 @@ from offloop.engine.errors import ConfigError
 logger = logging.getLogger("offloop")
 
 _lock = threading.Lock()
-_running: dict[str, bool] = {}  # run id -> deterministic; under the lock
+_running: dict[str, dict[str, bool | None]] = {}  # run id -> its switches by name; under the lock
 _restore: list[Callable[[], None]] = []  # puts the switches back; under the lock
 
 
-def enter_process(run_id: str, *, deterministic: bool, seed: int | None) -> None:
+def enter_process(run_id: str, *, deterministic: bool, tf32: bool | None, seed: int | None) -> None:
     """Enter a run and set the switches it asks for. Any thread; `leave_process` undoes it.
 
     Raises:
         ConfigError: Another run is going on that would get other results.
     """
+    switches = {"deterministic": deterministic, "tf32": tf32}
     with _lock:
         if run_id in _running:
             raise ConfigError(f"run {run_id!r} is going on in this process already: choose another run_name")
         for other, theirs in _running.items():
-            if theirs != deterministic:
-                raise ConfigError(
-                    f"deterministic={deterministic} contradicts run {other!r}, which is going on with "
-                    f"deterministic={theirs}: it is one switch for the whole process"
-                )
+            for name, value in switches.items():
+                if theirs[name] != value:
+                    raise ConfigError(
+                        f"{name}={value} contradicts run {other!r}, which is going on with "
+                        f"{name}={theirs[name]}: it is one switch for the whole process"
+                    )
             if seed is not None:
                 raise ConfigError(
                     f"seed={seed} would reseed the generators that run {other!r} draws from: leave seed out "
                     "and give the loader a generator of its own"
                 )
-        if deterministic and not _running:
-            before = torch.are_deterministic_algorithms_enabled()
-            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-            benchmark = torch.backends.cudnn.benchmark
-            workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
+        if not _running:
+            if deterministic:
+                _restore.append(_be_deterministic())
+            if tf32 is not None:
+                _restore.append(_set_tf32(tf32))
+        _running[run_id] = switches
 
-            def restore() -> None:
-                torch.use_deterministic_algorithms(before, warn_only=warn_only)
-                torch.backends.cudnn.benchmark = benchmark
-                if workspace is None:
-                    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
-            _restore.append(restore)
-        _running[run_id] = deterministic
+def _be_deterministic() -> Callable[[], None]:
+    """Have torch choose deterministic algorithms; returns what undoes it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+    def restore() -> None:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+    return restore
+
+
+def _set_tf32(allowed: bool) -> Callable[[], None]:
+    """Allow or forbid TensorFloat-32 on CUDA; returns what undoes it.
+
+    torch has two sets of switches for it and refuses to read the older one after the newer one was used; the
+    older one is in every torch that we run on.
+    """
+    matmul: Any = torch.backends.cuda.matmul  # torch declares neither set of switches
+    cudnn: Any = torch.backends.cudnn
+    try:
+        precision, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # somebody has used the newer one
+        switches = (matmul, cudnn.conv, cudnn.rnn)
+        before = [each.fp32_precision for each in switches]
+        for each in switches:
+            each.fp32_precision = "tf32" if allowed else "ieee"
+
+        def restore_newer() -> None:
+            for each, value in zip(switches, before, strict=True):
+                each.fp32_precision = value
+
+        return restore_newer
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+
+    def restore() -> None:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32 = convolutions
+
+    return restore
 
 
 def leave_process(run_id: str) -> None:

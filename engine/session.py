@@ -37,6 +37,7 @@ import msgspec
 import torch
 
 from offloop.engine import state as run_state
+from offloop.engine.activation_checkpointing import checkpointed
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, StepHook
 from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
@@ -61,6 +62,7 @@ from offloop.engine.events import (
     decode,
     encode,
 )
+from offloop.engine.freezing import select_parameters
 from offloop.engine.loop import TrainingLoop
 from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
@@ -151,7 +153,7 @@ class Session:
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
         self.observers = [self._observe(each) for each in handlers]
         context = contextvars.copy_context()
-        self._device_context = _default_device()
+        self._device_context = default_device()
         self.thread = threading.Thread(
             target=context.run, args=(self._train,), name=f"offloop-training-{run_id}", daemon=False
         )
@@ -166,7 +168,8 @@ class Session:
                     torch.cuda.set_device(self.loop.device)
                 self._set_up()
                 self._phase = "running"
-                self.loop.run()
+                with checkpointed(self.trainer.model, self.config.activation_checkpointing):
+                    self.loop.run()
                 # After a second signal only what is being written already is waited for.
                 if self.save_at_end and self.signal_count < 2 and not self._is_saved():
                     self.save("preempt" if self.signal_count else "final")
@@ -174,6 +177,7 @@ class Session:
             self._fail(error)
         finally:
             self.loop.left.clear()  # may wait some seconds for loader workers
+            self.loop.frozen.thaw_all()
             self.control.end()
             leave_process(self.run_id)
             if self._loop_is_dead():
@@ -202,6 +206,7 @@ class Session:
             torch.manual_seed(self.config.seed)
         if not self.trainer.model.training:
             self.trainer.model.train()  # left in eval mode as a whole, as from_pretrained() does
+        self.loop.frozen.freeze(select_parameters(self.trainer.model, self.config.freeze))
         if self.resume is not None and self.resume.which is not None:
             self._load(self.resume.which)
 
@@ -497,7 +502,11 @@ class Session:
     @property
     def callback_costs(self) -> dict[str, CallbackCosts]:
         """What each callback has cost so far."""
-        return {observer.name: observer.costs for observer in self.observers}
+        seconds = self.loop.hooks.seconds
+        return {
+            each.name: msgspec.structs.replace(each.costs, in_step=seconds.get(each.name, 0.0))
+            for each in self.observers
+        }
 
     def cancel(self, reason: str) -> None:
         """End the run at its next batch. Any thread, also a signal handler."""
@@ -553,7 +562,10 @@ class Session:
                 raise RunNameTakenError(str(self.dir))
             self._claim(self)
             try:
-                enter_process(self.run_id, deterministic=self.config.deterministic, seed=self.config.seed)
+                config = self.config
+                enter_process(
+                    self.run_id, deterministic=config.deterministic, tf32=config.tf32, seed=config.seed
+                )
                 try:
                     yield
                 finally:
@@ -890,7 +902,7 @@ def _acting(name: str, control: Control) -> Iterator[None]:
         deciding.reset(where)
 
 
-def _default_device() -> contextlib.AbstractContextManager[Any]:
+def default_device() -> contextlib.AbstractContextManager[Any]:
     """Return a context that brings the caller's default device to another thread: torch keeps it per thread."""
     device = torch.get_default_device()
     return contextlib.nullcontext() if device.type == "cpu" else device

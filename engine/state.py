@@ -48,6 +48,7 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
         "epoch_metrics": dict(loop.epoch_metrics),
         "latest": dict(loop.latest),
         "loss_scale": loop.reporter.loss_scale,
+        "frozen": loop.frozen.names,
         "random": capture_random_state(),
         "environment": environment(loop),
         "callbacks": {each.name: dict(each.callback.state_dict()) for each in handlers if each.has_state},
@@ -88,6 +89,8 @@ def restore(loop: "TrainingLoop", state: Mapping[str, Any]) -> list[str]:
     loop.seconds_before = state["seconds"]
     loop.reporter.train_means.load_state_dict(state["means"])
     loop.reporter.loss_scale = state["loss_scale"]
+    loop.frozen.thaw_all()  # what the run had frozen at its checkpoint, not what it began with
+    loop.frozen.freeze(state["frozen"])
     loop.epoch_metrics = dict(state["epoch_metrics"])
     loop.latest = dict(state["latest"])
     if loop.train_metrics and "metrics" in state:
@@ -108,6 +111,8 @@ def environment(loop: "TrainingLoop") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "precision": loop.config.precision,
+        "tf32": loop.config.tf32,
+        "channels_last": loop.config.channels_last,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 

@@ -1,11 +1,12 @@
 """Step hooks: the table of what runs inside a step, and what such a hook sees."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offloop.engine.callback import StepHook
+from offloop.engine.callback import STEP_POINTS, StepHook
 from offloop.engine.events import Event
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ class StepPoint:
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
         """The optimizers by name; a single one is called `optimizer`."""
         return self._loop.optimizers
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer: at `before_optimizer_step` the one about to step, else the first."""
+        return self._loop.stepping or self._loop.first_optimizer
 
     @property
     def epoch(self) -> int:
@@ -74,13 +80,15 @@ class StepHooks:
         """Keep the hooks; `failed` is told what one raised, and raises if the run is to end."""
         self.point: StepPoint | None = None  # set by the session, before the thread starts
         self.active: dict[str, list[StepHook]] = {}  # by point, those that asked for the step in progress
+        # By callback, what its hooks have taken; written by the training thread, read by anybody.
+        self.seconds: dict[str, float] = {hook.callback: 0.0 for hook in hooks}
         self._hooks = hooks
         self._failed = failed
 
     @property
     def any(self) -> bool:
         """True if there are hooks at points inside steps."""
-        return any(not hook.point.endswith("_validation") for hook in self._hooks)
+        return any(hook.point in STEP_POINTS for hook in self._hooks)
 
     def begin_step(self, number: int) -> None:
         """Choose the hooks that asked for step `number`, counted from 1."""
@@ -104,8 +112,11 @@ class StepHooks:
     def _run(self, hook: StepHook, batch: Any) -> None:
         assert self.point is not None
         self.point.name, self.point.batch = hook.point, batch
+        started = time.perf_counter()
         try:
             with torch.no_grad():
                 hook.method(self.point)
         except Exception as error:
             self._failed(hook, error)
+        finally:
+            self.seconds[hook.callback] += time.perf_counter() - started

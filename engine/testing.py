@@ -48,13 +48,14 @@ FOREIGN_EVENTS = frozenset(
         "CheckpointFailed",
         "CheckpointSaved",
         "CheckpointUploaded",
+        "DataBottleneck",
         "EventsDropped",
         "TrainEnd",
         "UnknownEvent",
         "UploadFailed",
     }
 )
-"""Events that are not born in the training thread; where they stand depends on scheduling."""
+"""Events that are not born in the training thread, or of a measurement; where they stand depends on the machine."""
 
 
 class Recorder(Callback):

@@ -1,10 +1,20 @@
 """Trainer: what users make, subclass and call. Checks every argument before anything runs."""
 
+import contextlib
 import functools
 import sys
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -15,11 +25,12 @@ import anyio.lowlevel
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from offloop.engine.activation_checkpointing import select_modules
 from offloop.engine.callback import Callback, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
 from offloop.engine.config import RemoteDirectory, TrainerConfig, check_limits, misplaced_argument
 from offloop.engine.control import Control
-from offloop.engine.data import length_of, limited_length, to_device
+from offloop.engine.data import Feed, length_of, limited_length, to_device, use_channels_last
 from offloop.engine.errors import (
     BatchError,
     ConfigError,
@@ -28,19 +39,24 @@ from offloop.engine.errors import (
     TrainerBusyError,
 )
 from offloop.engine.event_log import EventLog
-from offloop.engine.events import Event, Metrics
+from offloop.engine.events import Event, Metrics, StepEnd
 from offloop.engine.fetch import fetch_run
+from offloop.engine.freezing import check_freeze, select_parameters
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metric_names import MetricSpec, check_metrics, chosen_metrics, metric_direction
 from offloop.engine.metrics import MetricSet
 from offloop.engine.observer import Worker
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
+from offloop.engine.precision import MixedPrecision
+from offloop.engine.prediction import PredictionStream, evaluating, predictions
 from offloop.engine.process import handled_signals
 from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
 from offloop.engine.run_dir import new_run_id
-from offloop.engine.session import Session
+from offloop.engine.session import Session, default_device
+from offloop.engine.state import load_optimizer
+from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
 from offloop.engine.weights import Source, plan_init
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -111,7 +127,10 @@ class BaseTrainer:
         self._lock = threading.Lock()  # guards _session, which threads and tasks may want at once
         self._session: Session | None = None
         self._loop: TrainingLoop | None = None  # of the run, or the evaluation, in progress
+        self._occupation = ""  # what it is doing beside runs; under the lock
+        self._mixed: MixedPrecision | None = None  # of the latest run: its loss scale goes on in the next one
         self._is_compiled = False
+        self._check_model()
         self._check_optimizers()
         lookup(self.callbacks)
 
@@ -129,6 +148,10 @@ class BaseTrainer:
     def validation_step(self, batch: Batch) -> StepOutput:
         """Like `training_step` for a batch of a validation, under `torch.no_grad` and in eval mode."""
         raise NotImplementedError(f"{type(self).__name__} must define validation_step(self, batch)")
+
+    def predict_step(self, batch: Batch) -> Any:
+        """Return the outputs for a batch of `predict`, in eval mode and under `torch.inference_mode`."""
+        raise NotImplementedError(f"{type(self).__name__} must define predict_step(self, batch)")
 
     def train_epoch(self, loader: Iterable[Batch]) -> None:
         """Train one epoch: an own version must do no more than `for batch in self.batches(loader): ...` here."""
@@ -244,6 +267,25 @@ class BaseTrainer:
         copies = None if save_dir is None else NamedCopies(save_dir, session.run_id, name_of)
         session.checkpoints.keep(retention, copies)
         session.save_at_end = save_at_end
+
+    def freeze(self, *patterns: str) -> None:
+        """Freeze parameters from here to the end of the run, as `Trainer(freeze=...)` does from its start.
+
+        In the training thread, between two steps: a plain decider, or `run.call`. A resumed run has frozen what
+        was frozen at its checkpoint.
+
+        Raises:
+            ConfigError: A pattern means no parameter; the text names what was probably meant.
+        """
+        self._in_run("freeze").frozen.freeze(select_parameters(self.model, patterns))
+
+    def unfreeze(self, *patterns: str) -> None:
+        """Let parameters train again that this run has frozen; those that do train already are left alone.
+
+        Raises:
+            ConfigError: A pattern means no parameter; the text names what was probably meant.
+        """
+        self._in_run("unfreeze").frozen.thaw(select_parameters(self.model, patterns, "unfreeze"))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -431,6 +473,176 @@ class BaseTrainer:
         finally:
             worker.close()
 
+    def predict(self, loader: Iterable[Batch]) -> list[Any]:
+        """Return what `predict_step` gives for each batch of a loader, on the host. Blocks.
+
+        The model is in eval mode meanwhile, and each of its modules gets its own flag back. Tensors of all
+        batches become one by `torch.cat(trainer.predict(loader))`.
+
+        Raises:
+            TrainerBusyError: A run, or something else, is going on.
+        """
+        _check_loader(loader, "loader")
+        with self._occupied("predicting"):
+            return list(self._predictions(loader))
+
+    @contextlib.asynccontextmanager
+    async def predict_async(
+        self, loader: Iterable[Batch], *, read_ahead: int = 2
+    ) -> AsyncGenerator[AsyncIterator[Any]]:
+        """Predict in a thread of its own: `async with trainer.predict_async(loader) as stream:`.
+
+        `async for outputs in stream` gives the outputs of each batch, in order. The thread is ahead of its reader
+        by at most `read_ahead` batches, and leaving the block ends it after the batch in work; so does a
+        cancellation, which is then re-raised.
+
+        Args:
+            loader: Its batches.
+            read_ahead: Outputs that may wait for the reader, at least 1.
+
+        Raises:
+            TrainerBusyError: A run, or something else, is going on.
+            Exception: What the model or the loader raised comes out of the stream.
+        """
+        _check_loader(loader, "loader")
+        if isinstance(read_ahead, bool) or not isinstance(read_ahead, int) or read_ahead < 1:
+            raise ConfigError(f"read_ahead must be a whole number of at least 1, got {read_ahead!r}")
+        device_context = default_device()
+
+        def work() -> Generator[Any, None, None]:
+            with device_context:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                yield from self._predictions(loader)
+
+        with self._occupied("predicting"):
+            stream = PredictionStream(work, read_ahead=read_ahead)
+            stream.start()
+            try:
+                yield stream
+            finally:
+                await stream.leave()
+
+    def find_learning_rate(
+        self,
+        train_loader: Iterable[Batch],
+        *,
+        min_lr: float = 1e-7,
+        max_lr: float = 10.0,
+        steps: int = 100,
+        optimizer: str | None = None,
+    ) -> LearningRateSearch:
+        """Raise the learning rate from step to step and suggest the one at which the loss falls fastest. Blocks.
+
+        Afterwards weights, buffers, optimizer and random states are what they were, bit for bit. The suggestion
+        is not applied: give it to your optimizer. See `tuning.find_learning_rate` for how it is found.
+
+        Args:
+            train_loader: Read as in training, from the beginning as often as it takes.
+            min_lr: Where to begin, above 0.
+            max_lr: Where to end, above `min_lr`; the search ends before it when the loss explodes.
+            steps: Optimizer steps, at least 10.
+            optimizer: Its name, where there are several; the others keep their rates.
+
+        Raises:
+            ConfigError: An argument cannot work.
+            TrainerBusyError: A run, or something else, is going on.
+        """
+        _check_loader(train_loader, "train_loader")
+        return find_learning_rate(
+            self, train_loader, min_lr=min_lr, max_lr=max_lr, steps=steps, optimizer=optimizer
+        )
+
+    def find_batch_size(
+        self,
+        train_loader: "Iterable[Batch] | Callable[[int], Iterable[Batch]]",
+        *,
+        mode: Literal["binsearch", "power"] = "binsearch",
+        start: int = 2,
+        max_batch_size: int | None = None,
+        steps: int = 3,
+        memory_limit: int | None = None,
+    ) -> BatchSizeSearch:
+        """Find the largest batch size that fits into memory, by training some steps with each tried. Blocks.
+
+        Afterwards weights, buffers, optimizer and random states are what they were, bit for bit, and the memory
+        is free again.
+
+        Args:
+            train_loader: A DataLoader, whose first samples make up the batches; or a function that returns a loader
+                for a batch size, for example one that begins with the longest samples.
+            mode: `"power"` doubles until it does not fit, `"binsearch"` then finds the largest in between.
+            start: First size tried, at least 1.
+            max_batch_size: Largest size tried; None: the size of the data set.
+            steps: Optimizer steps with each size, at least 2: the first one makes the optimizer's state.
+            memory_limit: Bytes. On CUDA what torch may take, by default nine tenths of what is free. On the CPU
+                what this process may take in all; needed there, since a CPU's memory ends without an error.
+
+        Raises:
+            ConfigError: An argument cannot work, or not even one sample fits.
+            TrainerBusyError: A run, or something else, is going on.
+        """
+        return find_batch_size(
+            self,
+            train_loader,
+            mode=mode,
+            start=start,
+            max_batch_size=max_batch_size,
+            steps=steps,
+            memory_limit=memory_limit,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return model, optimizers, schedule and loss scale, for a file of your own. Tensors are live, not copied.
+
+        To continue a *run* (its position, data order, random states and callbacks too), use its checkpoints:
+        `train(..., resume=...)`. In the training thread (`await run.call(lambda trainer: ...)`), or with no run
+        going on.
+
+        Raises:
+            TrainerBusyError: A run is going on, and this is not its training thread.
+        """
+        self._check_thread()
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
+        }
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        if self._mixed is not None and self._mixed.scaler is not None:
+            state["scaler"] = self._mixed.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned. The next `train()` is a new run, with this model and optimizer.
+
+        Raises:
+            TrainerBusyError: A run is going on.
+            ConfigError: It is the state of something else, or of other optimizers.
+            RuntimeError, ValueError: It is of another model or optimizer; torch's text says what differs.
+        """
+        with self._occupied("loading a state"):
+            if not isinstance(state, Mapping) or not {"model", "optimizers"} <= set(state):
+                raise ConfigError("state must be what Trainer.state_dict() returned")
+            if set(state["optimizers"]) != set(self.optimizers):
+                raise ConfigError(
+                    f"the state is of optimizers {', '.join(state['optimizers'])}; "
+                    f"there are {', '.join(self.optimizers)}"
+                )
+            if ("scheduler" in state) is not (self.scheduler is not None):
+                with_it, without = (
+                    ("the state", "Trainer") if "scheduler" in state else ("Trainer", "the state")
+                )
+                raise ConfigError(f"{with_it} has a scheduler, {without} has none")
+            self.model.load_state_dict(state["model"])
+            for name, optimizer in self.optimizers.items():
+                load_optimizer(optimizer, state["optimizers"][name])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self._mixed = MixedPrecision(self.config.precision, self.device)
+            if self._mixed.scaler is not None and "scaler" in state:
+                self._mixed.scaler.load_state_dict(state["scaler"])
+
     # Preparing -----------------------------------------------------------------------------------
 
     def _prepare(
@@ -461,6 +673,7 @@ class BaseTrainer:
             _check_loader(val_loader, "val_loader")
             limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
         check_metrics(metrics)
+        self._check_model()
         self._check_optimization()
         monitor = _monitor(config, metrics, val_loader)
 
@@ -495,6 +708,7 @@ class BaseTrainer:
                             "give each run a callback of its own"
                         )
                 self._session, self._loop, self.last_run = session, session.loop, session.run
+                self._mixed = session.loop.mixed
                 for each in given:
                     _owners[id(each)] = run_id
             try:
@@ -582,7 +796,7 @@ class BaseTrainer:
         metrics: MetricSpec,
         handlers: Sequence[Any],
     ) -> TrainingLoop:
-        return TrainingLoop(
+        loop = TrainingLoop(
             self,
             config=self.config,
             limits=limits,
@@ -605,6 +819,11 @@ class BaseTrainer:
             hook_failed=session.hook_failed,
             save=session.save_for,
         )
+        scaler = loop.mixed.scaler
+        if scaler is not None and self._mixed is not None and self._mixed.scaler is not None:
+            scaler.load_state_dict(self._mixed.scaler.state_dict())  # it goes on, as model and optimizer do
+            loop.reporter.loss_scale = scaler.get_scale()
+        return loop
 
     def _schedules(self) -> list[Schedule]:
         if self.scheduler is None:
@@ -622,6 +841,8 @@ class BaseTrainer:
                     # a step counter may live on the CPU while its parameters are elsewhere
                     if not isinstance(value, torch.Tensor) or value.dim():
                         state[name] = to_device(value, self.device)
+        if self.config.channels_last:
+            use_channels_last(self.model)
         if self.config.compile and not self._is_compiled:
             options = self.config.compile if isinstance(self.config.compile, dict) else {}
             self.model.compile(**options)
@@ -630,39 +851,68 @@ class BaseTrainer:
     def _evaluate(self, loader: Iterable[Batch], metrics: MetricSpec) -> Metrics:
         _check_loader(loader, "loader")
         check_metrics(metrics)
+        with self._occupied("evaluating", beside_a_run="await run.validate() asks it to validate"):
+            val_metrics = MetricSet(metrics, prefix="val_", device=self.device) if metrics else None
+            loop = self._make_quiet_loop(self.config, val_loader=loader, val_metrics=val_metrics)
+            try:
+                self._prepare_model()
+                made = loop.validate()
+                return Metrics(made or {})
+            finally:
+                self._loop = None
+
+    @contextlib.contextmanager
+    def _occupied(
+        self, what: str, *, beside_a_run: str = "await run.call(...) gets at its model"
+    ) -> Iterator[None]:
+        """Do something with the trainer that no run may disturb."""
         with self._lock:
             if self._session is not None:
-                raise TrainerBusyError(f"{_busy(self._session)}; await run.validate() asks it to validate")
+                raise TrainerBusyError(f"{_busy(self._session)}; {beside_a_run}")
             self._check_free()
-            loop = self._loop = TrainingLoop(
-                self,
-                config=self.config,
-                limits=_Limits(1, None, None),
-                device=self.device,
-                optimizers=self.optimizers,
-                schedules=(),
-                train_loader=(),
-                val_loader=loader,
-                train_metrics=None,
-                val_metrics=MetricSet(metrics, prefix="val_", device=self.device) if metrics else None,
-                monitor="val_loss",
-                publish=lambda event: None,
-                publish_step=lambda event: None,
-                decide=lambda event: None,
-                clock_offset=0.0,
-                run_id="",
-                control=Control(),
-                is_blocked=lambda: False,
-                hooks=(),
-                hook_failed=lambda hook, error: None,
-                save=lambda command: None,
-            )
+            self._occupation = what
         try:
-            self._prepare_model()
-            made = loop.validate()
-            return Metrics(made or {})
+            yield
         finally:
-            self._loop = None
+            self._occupation = ""
+
+    def _make_quiet_loop(
+        self,
+        config: TrainerConfig,
+        *,
+        max_steps: int | None = None,
+        train_loader: Iterable[Batch] = (),
+        schedules: Sequence[Schedule] = (),
+        val_loader: Iterable[Batch] | None = None,
+        val_metrics: MetricSet | None = None,
+        publish_step: Callable[[Event], None] = lambda event: None,
+        control: Control | None = None,
+    ) -> TrainingLoop:
+        """Return a loop that says nothing to anybody, and take it as the trainer's."""
+        self._loop = TrainingLoop(
+            self,
+            config=config,
+            limits=_Limits(1 if max_steps is None else None, max_steps, None),
+            device=self.device,
+            optimizers=self.optimizers,
+            schedules=schedules,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            train_metrics=None,
+            val_metrics=val_metrics,
+            monitor="train_loss" if val_loader is None else "val_loss",
+            publish=lambda event: publish_step(event) if isinstance(event, StepEnd) else None,
+            publish_step=publish_step,
+            decide=lambda event: None,
+            clock_offset=0.0,
+            run_id="",
+            control=control or Control(),
+            is_blocked=lambda: False,
+            hooks=(),
+            hook_failed=lambda hook, error: None,
+            save=lambda command: None,
+        )
+        return self._loop
 
     # Running -------------------------------------------------------------------------------------
 
@@ -705,6 +955,11 @@ class BaseTrainer:
         return session.result
 
     # Checks --------------------------------------------------------------------------------------
+
+    def _check_model(self) -> None:
+        """Check the knobs that name parts of the model."""
+        check_freeze(self.model, self.config.freeze)
+        select_modules(self.model, self.config.activation_checkpointing)
 
     def _check_optimizers(self) -> None:
         own = {id(parameter) for parameter in self.model.parameters()}
@@ -755,8 +1010,26 @@ class BaseTrainer:
     def _check_free(self) -> None:
         if self._session is not None:
             raise TrainerBusyError(_busy(self._session))
-        if self._loop is not None:
-            raise TrainerBusyError("this trainer is evaluating: one thing at a time, or make another Trainer")
+        if self._occupation:
+            raise TrainerBusyError(
+                f"this trainer is {self._occupation}: one thing at a time, or make another Trainer"
+            )
+
+    def _check_thread(self) -> None:
+        session = self._session
+        if session is not None and threading.current_thread() is not session.thread:
+            raise TrainerBusyError(
+                f"{_busy(session)}; in its training thread it works: "
+                "await run.call(lambda trainer: trainer.state_dict())"
+            )
+
+    def _predictions(self, loader: Iterable[Batch]) -> Generator[Any, None, None]:
+        """Prepare the model and yield the outputs of each batch."""
+        self._prepare_model()
+        mixed = MixedPrecision(self.config.precision, self.device)
+        feed = Feed(self.device, channels_last=self.config.channels_last)
+        with evaluating(self.model):
+            yield from predictions(self.predict_step, loader, feed=feed, autocast=mixed.autocast)
 
     def _in_run(self, what: str) -> TrainingLoop:
         if self._loop is None:
@@ -801,6 +1074,18 @@ class Trainer(BaseTrainer):
                 f"{type(self).__name__} steps manually: define validation_step(self, batch)"
             )
         return self.training_step(batch)
+
+    def predict_step(self, batch: Batch) -> Any:
+        """Return the model's outputs; with `loss=` a batch may be `(inputs, targets)`, as in training, or inputs."""
+        if isinstance(batch, Mapping):
+            if self.loss is not None and "inputs" in batch:
+                return self.model(batch["inputs"])
+            return self.model(**batch)
+        if isinstance(batch, tuple | list):
+            if self.loss is not None and len(batch) == 2:
+                return self.model(batch[0])
+            return self.model(*batch)
+        return self.model(batch)
 
 
 # Callbacks at work, by identity: one instance serves one run at a time, whichever trainer's. Under the lock.

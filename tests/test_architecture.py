@@ -20,7 +20,18 @@ WITHOUT_TORCH: Final = ("events", "errors", "config", "callback", "waker", "bus"
 """Modules of the engine that work, and load, without torch."""
 SHARED: Final = ("errors", "config", "events", "callback", "control")
 """What the training loop shares with the event loop's side; everything else it uses is its own."""
-ABOVE_THE_LOOP: Final = ("bus", "observer", "run", "session", "trainer", "event_log", "testing", "process")
+ABOVE_THE_LOOP: Final = (
+    "bus",
+    "observer",
+    "run",
+    "session",
+    "trainer",
+    "event_log",
+    "testing",
+    "process",
+    "prediction",
+    "tuning",
+)
 """Modules that the training loop and what it uses never know of."""
 
 

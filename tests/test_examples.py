@@ -1,5 +1,6 @@
-"""Every example runs from beginning to end, as a user would run it."""
+"""Every example runs as it stands, says what it promises, and uses public names only."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -7,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import offloop.callbacks
+import offloop.engine
+
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-SAYS = {"async_callback": ["the server has heard of epoch 4: loss 0.", "training took ", "5 answers; "]}
-"""What stands in their output."""
+SAYS = {
+    "async_callback": ["the server has heard of epoch 4: loss 0.", "training took ", "5 answers; "],
+    "fine_tuning": ["0.0.weight: as it was", "1.0.weight: has moved"],
+    "gan": ["epoch 9: judge", "mean radius of new points: "],
+    "service": [", step ", "{'status': 'cancelled'}"],
+}
 
 
 @pytest.mark.slow
@@ -18,11 +26,25 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(example)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    for text in SAYS[example.stem]:
-        assert text in done.stdout
+    for words in SAYS[example.stem]:
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "an example leaves no files"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_uses_public_names_and_is_short(example: Path) -> None:
+    source = example.read_text(encoding="utf-8")
+    assert source.count("\n") <= 100
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("offloop"):
+            public = {"offloop.engine": offloop.engine, "offloop.callbacks": offloop.callbacks}
+            assert node.module in public
+            for alias in node.names:
+                assert alias.name in public[node.module].__all__

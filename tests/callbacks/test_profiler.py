@@ -48,13 +48,11 @@ class Watch(Callback):
     def __init__(self, at: int = -1, do: Callable[[Run], object] = lambda run: None) -> None:
         self.at, self.do = at, do
         self.on: list[int] = []
-        self.hooks: list[int] = []
 
     @in_step
     def after_backward(self, point: StepPoint) -> None:
         if torch.autograd.profiler._is_profiler_enabled:
             self.on.append(point.step + 1)
-        self.hooks.append(len(point.model._forward_hooks) + len(point.model._forward_pre_hooks))
 
     @in_step
     def after_step(self, point: StepPoint) -> None:
@@ -72,7 +70,6 @@ def test_steps_asked_for_are_in_trace_table_and_event(tmp_path: Path) -> None:
     step = ["host_to_device", "forward", "backward", "between", "optimizer"]
     assert ranges(trace_of(result.dir)) == (["between", *step] * 4)
     assert watch.on == [6, 7, 8, 9]
-    assert watch.hooks == [0] * 3 + [2] * 6 + [0] * 39
     assert result.dir is not None
     table = (result.dir / "profile.txt").read_text()
     assert "mean of 4 steps (6 to 9)" in table
@@ -133,7 +130,6 @@ def test_run_that_ends_early_leaves_the_profiler_off_and_what_there_is(how: str,
     assert run.result.callback_errors == {}
     assert (run.dir / "profile.txt").read_text().startswith("Where a step's time goes: mean of 3 steps")
     assert ranges(trace_of(run.dir)).count("optimizer") == 3
-    assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
 
 
 def test_run_that_ends_while_warming_up_leaves_no_files_and_the_profiler_off(tmp_path: Path) -> None:
@@ -141,7 +137,6 @@ def test_run_that_ends_while_warming_up_leaves_no_files_and_the_profiler_off(tmp
     result = trainer.train(tiny_loader(4), epochs=1, callbacks=[Profiler(wait=1, warmup=50, active=2)])
     assert result.callback_errors == {}
     assert result.dir is not None
-    assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
     assert not list(result.dir.glob("trace*"))
     assert_profiler_is_off()
 

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from offloop.engine import Callback, EpochEnd, StepEnd, StepPoint, Trainer, ValidationEnd, in_step
-from offloop.engine.testing import Recorder, reproducible, tiny_batches, tiny_model, tiny_trainer
+from offloop.engine.data import Feed
+from offloop.engine.testing import (
+    Recorder,
+    reproducible,
+    tiny_batches,
+    tiny_loader,
+    tiny_model,
+    tiny_trainer,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,9 +66,12 @@ def sync_debug_mode() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("sync_debug_mode")
+@pytest.mark.parametrize(
+    "knobs", [{}, {"freeze": "0"}, {"activation_checkpointing": "0"}, {"tf32": True}], ids=str
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_steady_state_does_not_synchronise(precision: str, accumulate: int) -> None:
+def test_steady_state_does_not_synchronise(precision: str, accumulate: int, knobs: dict[str, Any]) -> None:
     recorder = Recorder()
     model = tiny_model().cuda()
     trainer = tiny_trainer(
@@ -72,6 +83,7 @@ def test_steady_state_does_not_synchronise(precision: str, accumulate: int) -> N
         gradient_clip_val=1.0,
         accumulate_grad_batches=accumulate,
         callbacks=[recorder, Strict()],
+        **knobs,
     )
     trainer.train(pinned_batches(30 * accumulate), epochs=1, metrics=["accuracy"])
     ends = recorder.of(StepEnd)
@@ -243,3 +255,101 @@ def test_model_and_optimizer_state_follow_the_device() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"torch sees .* CUDA devices here"):
         tiny_trainer(device="cuda:99")
+
+
+# The feed, prediction, searches ---------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("sync_debug_mode")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_are_copied_beside_the_computation_and_arrive_whole(channels_last: bool) -> None:
+    feed = Feed(torch.device("cuda"), channels_last=channels_last)
+    batches = [{"x": [torch.full((64, 3, 32, 32), float(number)).pin_memory()]} for number in range(40)]
+    feed(batches[0])  # makes the stream
+    sums = []
+    torch.cuda.set_sync_debug_mode("error")
+    for batch in batches:
+        moved = feed(batch)["x"][0]
+        torch.cuda._sleep(
+            2_000_000
+        )  # the device is behind the host, and memory of batches let go of is used again
+        assert moved.is_contiguous(memory_format=torch.channels_last) is channels_last
+        sums.append(moved.double().mean())
+        del moved
+    assert feed.has_work()
+    torch.cuda.set_sync_debug_mode("default")
+    assert [each.item() for each in sums] == [float(number) for number in range(40)]
+    torch.cuda.synchronize()
+    assert not feed.has_work()
+
+
+def test_a_copy_does_not_wait_for_the_computation() -> None:
+    feed = Feed(torch.device("cuda"))
+    batch = torch.ones(1024, 1024).pin_memory()
+    feed(batch)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # about half a second
+    feed(batch)
+    assert feed._stream is not None
+    feed._stream.synchronize()
+    assert feed.has_work(), "the copy is there, and the device still computes"
+    torch.cuda.synchronize()
+
+
+def test_predictions_come_to_the_host() -> None:
+    trainer = tiny_trainer(model=tiny_model().cuda(), device="cuda")
+    outputs = trainer.predict(pinned_batches(3))
+    assert {output.device.type for output in outputs} == {"cpu"}
+    with torch.no_grad():
+        expected = [trainer.model(inputs.cuda()).cpu() for inputs, _ in pinned_batches(3)]
+    assert all(map(torch.equal, outputs, expected))
+
+
+def test_searches_leave_no_trace_on_the_device() -> None:
+    model = tiny_model(dropout=0.3).cuda()
+    trainer = tiny_trainer(model=model, optimizer=fused(model), device="cuda")
+    loader = tiny_loader(16, shuffle=True)
+    trainer.train(loader, epochs=1)
+
+    def everything() -> list[Tensor]:
+        states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        return [
+            *(each.detach().clone() for each in [*model.parameters(), *model.buffers(), *states]),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(),
+        ]
+
+    torch.cuda.synchronize()
+    before, taken = everything(), torch.cuda.memory_allocated()
+    trainer.find_learning_rate(loader, steps=20)
+    search = trainer.find_batch_size(loader, max_batch_size=16)
+    assert search.suggestion == 16
+    assert all(trial.peak_memory for trial in search.trials)
+    assert torch.cuda.memory_allocated() == taken
+    assert all(map(torch.equal, before, everything()))
+
+
+def test_a_batch_size_that_runs_out_of_memory_is_survived() -> None:
+    class Wide(nn.Module):
+        """Keeps 64 MiB for each sample."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            wide = (inputs[:, :1].expand(-1, 2**24) * self.scale).exp()
+            return wide.mean(dim=1, keepdim=True).expand(-1, 3) * self.scale
+
+    model = Wide().cuda()
+    trainer = tiny_trainer(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-6), device="cuda")
+    torch.cuda.synchronize()
+    taken = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction(2**31 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        search = trainer.find_batch_size(tiny_loader(64))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 2 <= search.suggestion < 64
+    assert not search.trials[-1].fits or any(not trial.fits for trial in search.trials)
+    assert torch.cuda.memory_allocated() == taken

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from offloop.engine import ConfigError
-from offloop.engine.data import batch_size, length_of, limited_length, to_device
+from offloop.engine import ConfigError, StepEnd, Trainer
+from offloop.engine.data import Feed, batch_size, length_of, limited_length, to_device
+from offloop.engine.testing import Recorder, tiny_trainer
 
 META = torch.device("meta")
 
@@ -187,3 +188,59 @@ def test_a_limit_is_a_number_or_a_share(
 def test_a_share_of_an_unknown_length_is_an_error_that_names_the_knob() -> None:
     with pytest.raises(ConfigError, match=r"^limit_val_batches=0\.5 is a share .* this loader has none"):
         limited_length(iter([]), 0.5, "limit_val_batches")
+
+
+# The feed -------------------------------------------------------------------------------------------
+
+
+def test_a_feed_to_the_cpu_hands_batches_on_as_they_are() -> None:
+    batch = (x(), {"name": "a"})
+    feed = Feed(torch.device("cpu"))
+    assert not feed.is_needed
+    assert feed(batch) is batch
+    assert not feed.has_work()
+
+
+def test_a_feed_moves_batches_whole() -> None:
+    feed = Feed(META)
+    moved = feed(({"a": x(3)}, [x(2)], "text"))
+    assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
+    assert moved[2] == "text"
+
+
+def test_channels_last_lays_out_images_and_volumes_only() -> None:
+    image, volume, flat = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3)
+    feed = Feed(torch.device("cpu"), channels_last=True)
+    moved = feed({"image": image, "volume": [volume], "flat": flat, "index": torch.arange(3)})
+    assert moved["image"].is_contiguous(memory_format=torch.channels_last)
+    assert moved["volume"][0].is_contiguous(memory_format=torch.channels_last_3d)
+    assert moved["flat"] is flat
+    assert torch.equal(moved["image"], image) and torch.equal(moved["volume"][0], volume)
+
+
+def test_channels_last_reaches_the_model_and_the_batches_and_changes_no_values() -> None:
+    class Looks(Trainer):
+        def training_step(self, batch: Any) -> Any:
+            assert batch[0].is_contiguous(memory_format=torch.channels_last)
+            assert self.model[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index]
+            return super().training_step(batch)
+
+    def a_run(**knobs: Any) -> tuple[list[float], torch.nn.Module]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 4 * 4, 3)
+        )
+        batches = [(torch.randn(4, 3, 6, 6), torch.arange(4) % 3) for _ in range(4)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kind = Looks if knobs else Trainer
+        recorder = Recorder()
+        tiny_trainer(kind, model=model, optimizer=optimizer, callbacks=[recorder], **knobs).train(
+            batches, batches[:1], epochs=2
+        )
+        return [event.loss for event in recorder.of(StepEnd)], model
+
+    losses, model = a_run()
+    again, same_model = a_run(channels_last=True)
+    assert again == pytest.approx(losses, rel=1e-5)
+    for one, other in zip(model.parameters(), same_model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

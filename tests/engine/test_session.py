@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import contextvars
 import random
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -1171,6 +1173,8 @@ async def test_process_wide_knobs_that_contradict_a_running_run_are_refused() ->
         ) as run:
             with pytest.raises(ConfigError, match="deterministic=True contradicts run"):
                 await tiny_trainer(deterministic=True).train_async(tiny_loader(1), epochs=1)
+            with pytest.raises(ConfigError, match=r"tf32=True contradicts run .* going on with tf32=None"):
+                await tiny_trainer(tf32=True).train_async(tiny_loader(1), epochs=1)
             with pytest.raises(ConfigError, match="seed=3 would reseed"):
                 await tiny_trainer(seed=3).train_async(tiny_loader(1), epochs=1)
             await run.stop()
@@ -1204,6 +1208,44 @@ def test_deterministic_is_switched_on_for_the_run_and_back_after_the_last_one() 
     with pytest.raises(Fault):
         tiny_trainer(deterministic=True).train(tiny_loader(1), epochs=1, callbacks=[FailingHook()])
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_set_for_the_run_and_back_after_it(allowed: bool) -> None:
+    def now() -> tuple[str, bool, bool]:
+        matmul = torch.backends.cuda.matmul.allow_tf32
+        return torch.get_float32_matmul_precision(), matmul, torch.backends.cudnn.allow_tf32
+
+    seen: list[tuple[bool, bool]] = []
+    before = now()
+    tiny_trainer(tf32=allowed).train(
+        tiny_loader(1), epochs=1, callbacks=[At(1, lambda run: seen.append(now()[1:]))]
+    )
+    assert seen == [(allowed, allowed)]
+    assert now() == before
+
+
+def test_tf32_is_set_beside_torchs_newer_switches_too() -> None:
+    script = """if True:
+        import torch
+        from offloop.engine import Callback, in_step
+        from offloop.engine.testing import tiny_loader, tiny_trainer
+
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        matmul.fp32_precision = cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+
+        class Look(Callback):
+            @in_step
+            def after_step(self, point):
+                assert matmul.fp32_precision == cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "tf32"
+
+        tiny_trainer(tf32=True).train(tiny_loader(1), epochs=1, callbacks=[Look()])
+        assert matmul.fp32_precision == cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "ieee"
+    """
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the older switches only")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_seed_is_set_once_and_none_touches_no_generator() -> None:

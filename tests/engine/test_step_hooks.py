@@ -45,6 +45,10 @@ class AllPoints(Points):
         self.note(point)
 
     @in_step
+    def before_backward(self, point: StepPoint) -> None:
+        self.note(point)
+
+    @in_step
     def after_backward(self, point: StepPoint) -> None:
         self.note(point)
 
@@ -64,18 +68,24 @@ class AllPoints(Points):
     def after_validation(self, point: StepPoint) -> None:
         self.note(point)
 
+    @in_step
+    def after_training(self, point: StepPoint) -> None:
+        self.note(point)
+
 
 def test_hooks_run_at_the_closed_list_of_points_in_order() -> None:
     hooks = AllPoints()
     tiny_trainer(accumulate_grad_batches=2, callbacks=[hooks]).train(BATCHES, BATCHES, epochs=1)
 
     def batch(step: int) -> list[tuple[str, int, int]]:
-        return [(name, 0, step) for name in ("before_batch", "before_forward", "after_backward")]
+        names = ("before_batch", "before_forward", "before_backward", "after_backward")
+        return [(name, 0, step) for name in names]
 
     def step(done: int) -> list[tuple[str, int, int]]:
         return [*batch(done), *batch(done), ("before_optimizer_step", 0, done), ("after_step", 0, done + 1)]
 
-    assert hooks.seen == [*step(0), *step(1), ("before_validation", 0, 2), ("after_validation", 0, 2)]
+    validation = [("before_validation", 0, 2), ("after_validation", 0, 2)]
+    assert hooks.seen == [*step(0), *step(1), *validation, ("after_training", 1, 2)]
     assert {name for name, _, _ in hooks.seen} == set(POINTS)
 
 
@@ -295,11 +305,11 @@ def test_after_validation_runs_although_the_validation_was_stopped_or_failed() -
     hooks = AllPoints()
     result = tiny_trainer(StopsInside, callbacks=[hooks]).train(BATCHES, BATCHES, epochs=1)
     assert result.status == "stopped"
-    assert hooks.seen[-1][0] == "after_validation"
+    assert [name for name, _, _ in hooks.seen[-2:]] == ["after_validation", "after_training"]
     hooks = AllPoints()
     with pytest.raises(ValueError, match="in validation"):
         tiny_trainer(FailsInside, callbacks=[hooks]).train(BATCHES, BATCHES, epochs=1)
-    assert hooks.seen[-1][0] == "after_validation"
+    assert [name for name, _, _ in hooks.seen[-2:]] == ["after_validation", "after_training"]
 
 
 def test_a_hook_that_raises_ends_the_run_unless_it_is_isolated() -> None:
@@ -343,3 +353,97 @@ def test_averaging_weights_in_a_hook_and_validating_with_them() -> None:
     averaged = tiny_trainer(model=average.average.module).evaluate(BATCHES)
     assert result.metrics["val_loss"] == averaged["val_loss"]
     assert trainer.evaluate(BATCHES)["val_loss"] != averaged["val_loss"]
+
+
+@pytest.mark.parametrize("how", ["completed", "cancelled", "failed"])
+def test_after_training_runs_last_however_training_ends(how: str) -> None:
+    class Ends(Points):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            self.note(point)
+            if how == "cancelled":
+                point.run.cancel()
+            elif how == "failed":
+                raise ZeroDivisionError
+
+        @in_step
+        def after_training(self, point: StepPoint) -> None:
+            self.note(point)
+            if how == "failed":
+                raise RuntimeError("must not hide the first one")
+
+    hooks = Ends()
+    trainer = tiny_trainer(callbacks=[hooks])
+    if how == "failed":
+        with pytest.raises(ZeroDivisionError):
+            trainer.train(BATCHES[:1], epochs=1)
+    else:
+        assert trainer.train(BATCHES[:1], epochs=1).status == how
+    assert [name for name, _, _ in hooks.seen] == ["after_step", "after_training"]
+
+
+def test_a_hook_outside_of_steps_leaves_the_steps_as_they_are() -> None:
+    class Last(Callback):
+        @in_step
+        def after_training(self, point: StepPoint) -> None:
+            assert not point._loop.hooks.any
+
+    assert tiny_trainer(callbacks=[Last()]).train(BATCHES, epochs=1).status == "completed"
+
+
+def test_the_costs_of_a_callback_hold_the_time_of_its_hooks() -> None:
+    class Computes(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            sum(range(10_000))
+
+    class Idle(Callback):
+        pass
+
+    result = tiny_trainer().train(BATCHES, epochs=1, callbacks=[Computes(), Idle()])
+    assert 0 < result.callback_costs["Computes"].in_step < result.seconds
+    assert result.callback_costs["Idle"].in_step == 0
+
+
+def test_a_point_shows_the_optimizer_about_to_step() -> None:
+    class Two(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any) -> None:
+            for name in ("first", "second"):
+                self.backward(cross_entropy(self.model(batch[0]), batch[1]))
+                self.optimizer_step(name)
+
+    class Look(Callback):
+        def __init__(self) -> None:
+            self.seen: list[torch.optim.Optimizer] = []
+
+        @in_step
+        def before_optimizer_step(self, point: StepPoint) -> None:
+            self.seen.append(point.optimizer)
+
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            self.seen.append(point.optimizer)
+
+    model = tiny_model()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    look = Look()
+    tiny_trainer(Two, model=model, optimizer={"first": first, "second": second}, callbacks=[look]).train(
+        BATCHES[:1], epochs=1
+    )
+    assert look.seen == [first, second, first]
+
+
+def test_gradients_take_no_memory_between_steps() -> None:
+    class Look(Callback):
+        looks = 0
+
+        @in_step
+        def before_batch(self, point: StepPoint) -> None:
+            assert all(parameter.grad is None for parameter in point.model.parameters())
+            self.looks += 1
+
+    look = Look()
+    tiny_trainer(callbacks=[look]).train(BATCHES, epochs=2)
+    assert look.looks == 2 * len(BATCHES)

@@ -1,0 +1,113 @@
+"""What the first epoch of a run waited for its loader, and what to change about the loader if that was much."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+from torch.utils.data import DataLoader
+
+LEAST_SHARE: Final = 0.2
+"""Share of an epoch's time from which on waiting for data is called a bottleneck; arbitrary."""
+LEAST_WAIT: Final = 1e-3
+"""Seconds a batch below which it is not: handing a batch over from a worker process costs about as much."""
+LEAST_SECONDS: Final = 0.1
+"""Seconds an epoch below which nothing is said; nobody notices them."""
+_MANY_WORKERS: Final = 8
+"""Workers that are suggested at most; more of them rarely help before something else does."""
+
+
+@dataclasses.dataclass(slots=True)
+class DataWait:
+    """What an epoch has waited for its loader. Written by whatever iterates over the loader."""
+
+    first: float = 0.0
+    """Seconds for its first batch, the start of worker processes included."""
+    since: float = 0.0
+    """When that had come, on the clock of `time.perf_counter`; 0.0 before."""
+    rest: float = 0.0
+    """Seconds for the others."""
+    batches: int = 0
+    """How many others."""
+    set_aside: float = 0.0
+    """Seconds of the run that are no training (pauses, validations), as of `since`."""
+
+    def begin(self, wait: float, now: float, set_aside: float) -> None:
+        """The first batch has come."""
+        self.first, self.since, self.set_aside = wait, now, set_aside
+
+    def judge(
+        self, loader: Any, *, now: float, set_aside: float, on_cuda: bool, is_last: bool
+    ) -> "Bottleneck | None":
+        """Return what to change if the epoch that is over now waited for its data; None if it did not.
+
+        Args:
+            loader: What was waited for.
+            now: The time.
+            set_aside: Seconds of the run that are no training, as of now.
+            on_cuda: True if batches go to a CUDA device.
+            is_last: True if no epoch follows.
+        """
+        training = now - self.since - (set_aside - self.set_aside)
+        if not self.batches or training <= 0.0:
+            return None
+        wait = self.rest / self.batches
+        is_slow = self.rest >= max(LEAST_SECONDS, LEAST_SHARE * training) and wait >= LEAST_WAIT
+        whole = self.first + training
+        starts_anew = (
+            not is_last
+            and getattr(loader, "num_workers", 0) > 0
+            and not getattr(loader, "persistent_workers", True)
+            and self.first >= max(LEAST_SECONDS, LEAST_SHARE * whole)
+        )
+        if not is_slow and not starts_anew:
+            return None
+        advice = advise(loader, on_cuda=on_cuda) if is_slow else []
+        if starts_anew:
+            advice.insert(0, f"persistent_workers=True (starting them takes {self.first:.2g} s each epoch)")
+        return Bottleneck(min(1.0, (self.first + self.rest) / whole), wait, tuple(advice))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """How much of the time went into waiting for data, and what may help."""
+
+    share: float
+    """Share of the epoch's time, 0 to 1."""
+    wait: float
+    """Mean seconds for a batch, the first left out."""
+    advice: Sequence[str]
+    """What to change, most promising first."""
+
+
+def advise(loader: Any, *, on_cuda: bool, cores: int | None = None) -> list[str]:
+    """Return what to change about a loader that is too slow, most promising first.
+
+    Args:
+        loader: The loader.
+        on_cuda: True if its batches go to a CUDA device.
+        cores: Processors that this process may use; None asks the system.
+    """
+    if not isinstance(loader, DataLoader):
+        return [f"load ahead in the background: {type(loader).__name__} is no DataLoader(num_workers=...)"]
+    cores = _usable_cores() if cores is None else cores
+    advice = []
+    if loader.num_workers == 0:
+        if cores > 1:
+            advice.append(f"num_workers={min(cores - 1, _MANY_WORKERS)} (is 0), persistent_workers=True")
+    elif loader.num_workers < min(cores - 1, _MANY_WORKERS):
+        advice.append(f"num_workers={min(cores - 1, _MANY_WORKERS)} (is {loader.num_workers})")
+    elif (loader.prefetch_factor or 2) < 4:
+        advice.append(
+            f"prefetch_factor=4 (is {loader.prefetch_factor}), if some samples take longer than others"
+        )
+    if on_cuda and not loader.pin_memory:
+        advice.append("pin_memory=True")
+    advice.append("less work for each sample: smaller files, decoding once, augmentation on the device")
+    return advice
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
