@@ -411,7 +411,8 @@ class ChartColumn(msgspec.Struct, frozen=True, kw_only=True):
     reduced: bool = False
     """True: of several neighbouring points only the least and the greatest are here."""
     marks: list[NonFinite] = []
-    """Where it is not finite. In its column such a point is NaN."""
+    """Where it is not finite. In its column such a point is NaN. A stretch that has grown comes again, known by where
+    it starts."""
 
 
 class ChartHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="chart"):
@@ -428,7 +429,7 @@ class ChartHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     """Length of the axis columns `step`, `time` and `epoch`."""
     series: list[ChartColumn]
     gaps: list[Gap] = []
-    """Those that lie in this frame."""
+    """Those that touch this frame; known by where they start, like marks."""
     trimmed: float | None = None
     """Step before which only least and greatest values are left."""
 

@@ -13,7 +13,6 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import torch
-import torchmetrics
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.callback import Callback, lookup
@@ -32,7 +31,8 @@ from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
-from offloop.engine.metrics import MetricSet, check_metrics, metric_direction
+from offloop.engine.metric_names import MetricSpec, check_metrics, chosen_metrics, metric_direction
+from offloop.engine.metrics import MetricSet
 from offloop.engine.observer import Worker
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
 from offloop.engine.process import handled_signals
@@ -43,7 +43,6 @@ from offloop.engine.session import Session
 from offloop.engine.weights import Source, plan_init
 
 Loss = Callable[[Any, Any], torch.Tensor]
-MetricSpec = Sequence[str | torchmetrics.Metric] | Mapping[str, torchmetrics.Metric]
 
 DEFAULT_RUN_DIR: Final = "runs"
 
@@ -855,7 +854,7 @@ def _monitor(config: TrainerConfig, metrics: MetricSpec, val_loader: object) -> 
 
 
 def _known_keys(metrics: MetricSpec, val_loader: object) -> str:
-    names = ("loss", *MetricSet(metrics, prefix="", device=torch.device("cpu")).names)
+    names = ("loss", *chosen_metrics(metrics))
     prefixes = ("train_",) if val_loader is None else ("train_", "val_")
     return ", ".join(prefix + name for prefix in prefixes for name in names)
 

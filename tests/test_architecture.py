@@ -181,6 +181,12 @@ def test_events_bus_and_control_load_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_trainer_without_metrics_does_not_wait_for_torchmetrics() -> None:
+    """Where SciPy is installed, importing it takes as long as importing torch."""
+    script = "import sys; from offloop.engine import Trainer; sys.exit('torchmetrics' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
 @pytest.mark.parametrize("module", SOURCES)
 def test_no_file_is_named_like_a_standard_module(module: str) -> None:
     assert module.rpartition(".")[2] not in sys.stdlib_module_names

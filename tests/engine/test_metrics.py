@@ -22,7 +22,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import MeanSquaredError, R2Score
 
-from offloop.engine.metrics import Metrics, MetricSet, check_metrics, metric_direction
+from offloop.engine.metric_names import MetricSpec, check_metrics, metric_direction
+from offloop.engine.metrics import MetricSet
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -45,7 +46,7 @@ def batches(outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> Iterator[
 
 
 def metrics_of(
-    metrics: Metrics, outputs: Tensor, targets: Tensor, sizes: Sequence[int] = (7,)
+    metrics: MetricSpec, outputs: Tensor, targets: Tensor, sizes: Sequence[int] = (7,)
 ) -> dict[str, float]:
     """Run one pass over a data set."""
     metric_set = MetricSet(metrics, prefix="", device=CPU)
