@@ -48,7 +48,7 @@ export function judgeLr(
   }
   if (present === null || present <= 0) return { lr, question: null };
   const ratio = lr / present;
-  // A hair's breadth of room: 0.001 / 0.0001 is a little more than 10.
+  // A hair's breadth of room: 0.003 / 0.0003 is a little more than 10.
   const far = Math.max(ratio, 1 / ratio) > LR_ASK_BEYOND * (1 + 1e-9);
   const times = ratio >= 1 ? `${format.number(ratio, 3)} times` : `1/${format.number(1 / ratio, 3)} of`;
   return { lr, question: far ? `That is ${times} the present ${format.compact(present)}.` : null };

@@ -10,15 +10,15 @@ import type { Theme } from "./view";
 
 export interface HeaderHost {
   watch(run: string): void;
-  setTheme(theme: Theme): void;
+  nextTheme(): void;
   setNotify(on: boolean): void;
   showKeys(): void;
 }
 
-const THEMES: Record<Theme, { next: Theme; icon: keyof typeof ICONS; label: string }> = {
-  auto: { next: "dark", icon: "auto", label: "Theme: as the system" },
-  dark: { next: "light", icon: "moon", label: "Theme: dark" },
-  light: { next: "auto", icon: "sun", label: "Theme: light" },
+const THEMES: Record<Theme, { icon: keyof typeof ICONS; label: string }> = {
+  auto: { icon: "auto", label: "Theme: as the system" },
+  dark: { icon: "moon", label: "Theme: dark" },
+  light: { icon: "sun", label: "Theme: light" },
 };
 
 /** Shares of the time in which a run is said to wait for something. */
@@ -127,7 +127,7 @@ export class Header {
       { type: "button", class: "quiet-button", onclick: () => host.setNotify(this.#bell.getAttribute("aria-pressed") !== "true") },
       icon(ICONS.bell),
     );
-    this.#theme = h("button", { type: "button", class: "quiet-button", onclick: () => host.setTheme(this.#nextTheme) });
+    this.#theme = h("button", { type: "button", class: "quiet-button", onclick: () => host.nextTheme() });
     const keys = h(
       "button",
       { type: "button", class: "quiet-button keys-button", "aria-label": "Keys", title: "Keys (?)", onclick: () => host.showKeys() },
@@ -152,11 +152,8 @@ export class Header {
     show(this.#pick, false);
   }
 
-  #nextTheme: Theme = "dark";
-
   setTheme(theme: Theme): void {
-    const { next, icon: name, label } = THEMES[theme];
-    this.#nextTheme = next;
+    const { icon: name, label } = THEMES[theme];
     replaceChildren(this.#theme, icon(ICONS[name]));
     setAttribute(this.#theme, "aria-label", label);
     setAttribute(this.#theme, "title", `${label} (t)`);

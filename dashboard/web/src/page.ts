@@ -59,6 +59,7 @@ class Page {
   #follows = true;
   /** Since when the newer run could be shown. */
   #newerSince: number | null = null;
+  /** The state that was last read out. */
   #announced = "";
   /** Since when a chart frame waits to be drawn. */
   #frameSince: number | null = null;
@@ -90,7 +91,7 @@ class Page {
     this.#link = this.#connection.link;
     this.#header = new Header({
       watch: (run) => this.#pick(run),
-      setTheme: (theme) => this.#view.set({ theme }),
+      nextTheme: () => this.#nextTheme(),
       setNotify: (on) => void this.#setNotify(on),
       showKeys: () => this.#keys.toggle(),
     });
@@ -446,10 +447,11 @@ class Page {
     }
     document.body.toggleAttribute("data-empty", model.run === null);
     document.body.toggleAttribute("data-stale", this.#link.phase !== "open" && !hasEnded(stateOf(model)));
-    const said = `${described.word}${described.detail && described.tone === "bad" ? `: ${described.detail}` : ""}`;
-    if (described.word !== this.#announced) {
-      this.#announced = described.word;
-      this.#announce(said);
+    // A validation each epoch is part of being live, and no news.
+    const state = described.word === "validating" ? "live" : described.word;
+    if (state !== this.#announced) {
+      this.#announced = state;
+      this.#announce(described.tone === "bad" && described.detail ? `${state}: ${described.detail}` : state);
     }
   }
 

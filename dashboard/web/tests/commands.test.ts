@@ -55,6 +55,7 @@ describe("a learning rate", () => {
   test.each([
     ["0.001", 0.01],
     [" 1e-3 ", 1e-4],
+    ["0.003", 0.0003],
     ["0.1", null],
     ["3", 0],
   ])("%j after %s needs no question", (text, present) => {

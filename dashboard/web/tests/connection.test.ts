@@ -220,6 +220,19 @@ describe("coming back", () => {
     expect(sockets.length).toBe(2);
   });
 
+  test("a server that goes soon after each start is not taken for one that websockets do not reach", async () => {
+    connect();
+    for (let start = 0; start < 8; start++) {
+      last().opens();
+      answer = "gone";
+      await last().ends();
+      answer = "free";
+      await clock.pass(LOOPBACK_RETRY);
+      expect(sockets.length).toBe(start + 2);
+    }
+    expect(phases).not.toContain("blocked");
+  });
+
   test("after being too slow it comes back at once, but not in a circle", async () => {
     answer = "free";
     connect();
