@@ -162,6 +162,9 @@ class TrainingLoop:
         self.reason = ""
         self.started = 0.0
         self.window = Window()  # the batches of the optimizer step in progress
+        self.is_between_steps = (
+            True  # False after a cancellation between two batches of a step: the first is lost
+        )
         self.last_lr = 0.0  # what the latest step used
         self.loss_checked = False
         self.history: list[EpochEnd] = []
@@ -461,6 +464,7 @@ class TrainingLoop:
     def finish_window(self) -> None:
         """Close a window with fewer batches than expected: the loader ended, or the epoch was left."""
         window = self.window
+        self.is_between_steps = not window.count or self.ending != "cancelled"
         if window.count and self.ending != "cancelled":
             if not window.is_weighted:
                 rescale(self.parameters, window.size / window.count)

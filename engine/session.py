@@ -170,8 +170,7 @@ class Session:
                 self._phase = "running"
                 with checkpointed(self.trainer.model, self.config.activation_checkpointing):
                     self.loop.run()
-                # After a second signal only what is being written already is waited for.
-                if self.save_at_end and self.signal_count < 2 and not self._is_saved():
+                if self._is_worth_saving() and not self._is_saved():
                     self.save("preempt" if self.signal_count else "final")
         except BaseException as error:
             self._fail(error)
@@ -297,6 +296,12 @@ class Session:
 
         if is_accepted:
             self._saved_moment = self._moment()
+
+    def _is_worth_saving(self) -> bool:
+        """True if a last checkpoint is wanted, and this moment is one that a run can go on from."""
+        # After a second signal only what is being written already is waited for. A run that was cancelled between two
+        # batches of a step has lost the gradients of the first: the checkpoint before has everything.
+        return self.save_at_end and self.signal_count < 2 and self.loop.is_between_steps
 
     def _is_saved(self) -> bool:
         """True if this very moment is on disk already; waits for the writer to know."""

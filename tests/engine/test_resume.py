@@ -187,6 +187,32 @@ def test_checkpoints_at_validations_between_steps_go_on_bit_for_bit(every: int, 
         assert result.metrics == whole.metrics
 
 
+class CancelInWindow(Callback):
+    """Cancels between two batches of one step."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    @in_step
+    def after_backward(self, point: StepPoint) -> None:
+        self.batches += 1
+        if self.batches == 7:  # the first of two for step 4
+            point.run.cancel("in the middle of a step")
+
+
+def test_run_cancelled_between_two_batches_of_a_step_goes_on_bit_for_bit(
+    tmp_path: Path, uninterrupted: Any
+) -> None:
+    """What the half step had summed up is lost: a checkpoint of that moment would leave its batches out."""
+    _, events, weights = uninterrupted
+    cancelled, _, _ = a_run(tmp_path, "cut", ModelCheckpoint(every_n_steps=2), CancelInWindow())
+    assert (cancelled.status, cancelled.steps) == ("cancelled", 3)
+    _, rest, resumed_weights = a_run(tmp_path, "cut", ModelCheckpoint(every_n_steps=2), resume="must")
+    assert_same_weights(weights, resumed_weights)
+    (start,) = [event for event in rest if isinstance(event, TrainStart)]
+    assert (start.step, start.batch) == (2, 4)
+
+
 def test_resume_of_a_resume_of_a_resume(tmp_path: Path, uninterrupted: Any) -> None:
     result, events, weights = uninterrupted
     a_run(tmp_path, "run", Cut(2))
