@@ -41,6 +41,7 @@ from offloop.engine.learning_rate import Schedule, largest_lr
 from offloop.engine.loader_position import Exactness, capture_before_epoch
 from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
+from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_hooks import StepHooks
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class ResumedState(Protocol):
     before_epoch: dict[str, Any] | None
 
     def restore_schedule(self, loop: "TrainingLoop", /) -> None: ...
+    def begin_epoch(self, loader: Iterable[Batch], /) -> tuple[Exactness, str]: ...
     def continue_epoch(
         self, loader: Iterable[Batch], done: int, /
     ) -> tuple[Iterator[Batch], Exactness, str]: ...
@@ -165,6 +167,10 @@ class TrainingLoop:
         self.epoch_first_step = 1
         self.epoch_metrics: dict[str, float] = {}  # made since the last EpochEnd
 
+        self.seeding: SeededSampling | None = None
+        if config.sampling == "seeded" and config.seed is not None:
+            self.seeding = SeededSampling(config.seed)
+
         # Resuming
         self.attempt = 0
         self.init_from: str | None = None  # where the first weights are from, in words
@@ -172,6 +178,7 @@ class TrainingLoop:
         self.seconds_before = 0.0  # trained by earlier attempts
         self.is_resumable = False  # True where checkpoints may be taken
         self.before_epoch: dict[str, Any] | None = None  # what decided the order of the epoch
+        self.loader_in_use = train_loader  # the one that was asked last
 
         # The validation in progress, or the last one
         self.validating = False
@@ -193,8 +200,8 @@ class TrainingLoop:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         self.announce(self.train_start())
-        if self.resumed is not None and self.phase != "in_epoch":
-            self.finish_resuming("bitwise", "")
+        if self.resumed is not None and (self.phase != "in_epoch" or self.resumed.before_epoch is None):
+            self.finish_resuming(*self.resumed.begin_epoch(self.seeded(self.train_loader)))
         epochs = self.limits.epochs
         try:
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
@@ -205,10 +212,17 @@ class TrainingLoop:
             raise
         self.reporter.readback.flush()
 
+    def close(self) -> None:
+        """Let go what must not outlive the run; its last checkpoint has been taken."""
+        self.loader_in_use = self.train_loader
+        if self.seeding is not None:
+            self.seeding.close()
+
     def run_epoch(self) -> None:
         """Train one epoch, validate if it is time to, and say how it went."""
         started = time.perf_counter()
         if self.phase != "in_epoch":  # a resumed epoch has begun already
+            self.before_epoch = None
             self.epoch_batches = self.epoch_samples = 0
             self.epoch_first_step = self.step + 1
             if self.train_metrics:
@@ -308,6 +322,7 @@ class TrainingLoop:
         """Return an iterator over the loader's batches, and how many of them a resumed epoch has had."""
         if self.validating:
             return iter(loader), 0
+        loader = self.loader_in_use = self.seeded(loader)
         if self.resumed is not None:
             iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
             self.before_epoch = self.resumed.before_epoch
@@ -324,6 +339,10 @@ class TrainingLoop:
         if self.is_resumable:
             self.before_epoch = capture_before_epoch(loader)
         return iter(loader), 0
+
+    def seeded(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the loader that seeds what the samples of this epoch draw, if that is asked for."""
+        return loader if self.seeding is None else self.seeding.twin_of(loader, self.epoch)
 
     def finish_resuming(self, exactness: Exactness, reason: str) -> None:
         """Put the random states back, the last thing before training goes on, and say how exact it all is."""

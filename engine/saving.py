@@ -232,9 +232,10 @@ class Checkpoints:
         """Say that a checkpoint is durable. Writer's thread."""
         self._in_flight.discard(id(request))
         path = str(commit.info.path)
-        self.saved[request.step] = self.last = path
+        self.last = path
         gone = set(commit.deleted)
         self.saved = {step: kept for step, kept in self.saved.items() if Path(kept).name not in gone}
+        self.saved.setdefault(request.step, path)  # of equal ones the older is the best one, as on disk
         event = CheckpointSaved(
             path=path,
             saved_step=request.step,

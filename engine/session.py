@@ -161,6 +161,7 @@ class Session:
         except BaseException as error:
             self._fail(error)
         finally:
+            self.loop.close()
             self.control.end()
             leave_process(self.run_id)
             if self._loop_is_dead():

@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from offloop.callbacks import EarlyStopping, LearningRateScheduler, MetricLogger, ModelCheckpoint
+from offloop.callbacks import (
+    EarlyStopping,
+    LearningRateScheduler,
+    MetricLogger,
+    ModelCheckpoint,
+    WeightAverage,
+)
 from offloop.engine import (
     Callback,
     CheckpointFailed,
@@ -93,7 +99,7 @@ def a_run(
     epochs: int = 3,
     **knobs: Any,
 ) -> tuple[RunResult, list[Event], dict[str, torch.Tensor]]:
-    """A run with everything that has a state: dropout, batch norm, AdamW, schedule, accumulation, metrics."""
+    """A run with everything that has a state: dropout, batch norm, AdamW, schedule, average, accumulation, metrics."""
     torch.manual_seed(7)
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 3)
@@ -120,6 +126,7 @@ def a_run(
             recorder,
             LearningRateScheduler("one_cycle", max_lr=0.05),
             EarlyStopping(patience=50),
+            WeightAverage(decay=0.8),
             Counter(),
             *callbacks,
         ],
