@@ -9,6 +9,7 @@ writes down what each step saw and made, as digests, one line of JSON at a time,
 
 import ctypes
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -269,6 +270,9 @@ def run_script(attempt: Attempt) -> int:
 
 def main() -> None:
     """Fork for each attempt that comes in, and say how it ended: its exit code, or minus the signal."""
+    importlib.import_module(
+        "torch._dynamo"
+    )  # the first optimizer does it, and it takes seconds: once is enough
     for line in sys.stdin:
         attempt = msgspec.json.decode(line, type=Attempt)
         child = os.fork()

@@ -4,6 +4,7 @@ The script runs once uninterrupted and once with `kill -9` at random points, res
 saw and made is compared: the data, the states of the random generators, the loss; at the end the whole state.
 """
 
+import itertools
 import json
 import os
 import random
@@ -225,7 +226,7 @@ def choose_kills(reference: Record, kills: int, seed: int) -> list[Kill]:
     places = sorted(place for place in reference.steps if place[1] < last[place[0]])
     chosen = sorted(source.sample(places, min(kills, len(places))))
     times = [entry["time"] for entry in reference.steps.values()]
-    step_time = statistics.median([b - a for a, b in zip(times, times[1:], strict=False)] or [0.0])
+    step_time = statistics.median([later - earlier for earlier, later in itertools.pairwise(times)] or [0.0])
     return [
         Kill(
             run,
