@@ -135,6 +135,7 @@ def _skipping(loader: "DataLoader[Any]", done: int) -> Iterator[Any]:
 
 def _skipping_with_workers(loader: "DataLoader[Any]", done: int, before: Mapping[str, Any]) -> Iterator[Any]:
     """Likewise; workers are given batches as soon as there is an iterator, so its sampler begins later."""
+    iterator: Any
     sampler = _Tail(loader.batch_sampler or loader.sampler, done)  # without batches, one index at a time
     if not loader.persistent_workers:
         _set_samplers(loader, before)
@@ -148,9 +149,10 @@ def _skipping_with_workers(loader: "DataLoader[Any]", done: int, before: Mapping
         iterator._reset(loader)
     else:
         _set_samplers(loader, before)
-        loader._iterator = iterator = iter(_with_sampler(loader, sampler))
+        iterator = loader._iterator = iter(_with_sampler(loader, sampler))
     iterator._index_sampler = loader._index_sampler  # of the epochs to come
-    return iterator
+    rest: Iterator[Any] = iterator
+    return rest
 
 
 def _start_workers(loader: "DataLoader[Any]") -> Any:

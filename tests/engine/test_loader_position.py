@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]  # it has no types
 
 from offloop.engine import (
     Callback,
@@ -175,7 +175,7 @@ def a_run(
     try:
         trainer.train(loader, epochs=3, callbacks=[recorder, *callbacks], resume=resume)
     finally:
-        iterator = getattr(loader, "_iterator", None)
+        iterator: Any = getattr(loader, "_iterator", None)
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()  # else it happens when garbage is collected, and takes seconds
     return recorder.events
