@@ -28,6 +28,7 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from offloop.cli.verify_resume import Attempt, Kill
 from offloop.engine import (
     BaseTrainer,
     Callback,
@@ -42,33 +43,6 @@ from offloop.engine import (
 
 SAVE_TIMEOUT: Final = 60.0
 """Seconds that the kill waits for the checkpoint before it; arbitrary, only a hanging disk reaches it."""
-
-
-class Kill(msgspec.Struct, frozen=True):
-    """When an attempt is to die."""
-
-    run: int
-    """Which of the script's runs, from 0."""
-    step: int
-    """A checkpoint is taken after this one."""
-    after_save: bool
-    """Wait until that checkpoint is durable; else the kill may come in the middle of writing it."""
-    delay: float
-    """Seconds after that."""
-
-
-class Attempt(msgspec.Struct, frozen=True):
-    """One execution of the script."""
-
-    script: str
-    arguments: list[str]
-    runs: str
-    """Directory for its runs."""
-    record: str
-    """File for what it saw."""
-    output: str
-    """File for what it prints."""
-    kill: Kill | None
 
 
 # What is written down ------------------------------------------------------------------------------

@@ -22,8 +22,6 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from offloop.cli.resume_probe import Attempt, Kill
-
 EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2
 """Exit codes."""
 
@@ -40,6 +38,33 @@ Position = tuple[int, int]
 
 class UnusableError(Exception):
     """The script cannot be verified: the text says why."""
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """When an attempt is to die."""
+
+    run: int
+    """Which of the script's runs, from 0."""
+    step: int
+    """A checkpoint is taken after this one."""
+    after_save: bool
+    """Wait until that checkpoint is durable; else the kill may come in the middle of writing it."""
+    delay: float
+    """Seconds after that."""
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One execution of the script."""
+
+    script: str
+    arguments: list[str]
+    runs: str
+    """Directory for its runs."""
+    record: str
+    """File for what it saw."""
+    output: str
+    """File for what it prints."""
+    kill: Kill | None
 
 
 @dataclass

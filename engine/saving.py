@@ -23,6 +23,7 @@ from offloop.engine.checkpoint import (
     CheckpointWriteError,
     CheckpointWriter,
     Commit,
+    DirectoryLock,
     LoadedCheckpoint,
     NamedCopies,
     Retention,
@@ -72,12 +73,14 @@ class Checkpoints:
         self._run_id = run_id
         self._optimizers = optimizers
         self._publish = publish
+        self._claim: DirectoryLock | None = None
         self._arena: SnapshotArena | None = None
         self._store: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
         self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
         self._in_flight: set[int] = set()  # ids of requests; put in by one thread, taken out by another
 
+<<<<<<< HEAD
     def keep(self, retention: Retention, copies: NamedCopies | None = None) -> None:
         """Say what is kept when a new checkpoint is durable. Training thread, before the first save.
 
@@ -86,6 +89,19 @@ class Checkpoints:
             copies: Of what stays, elsewhere; made in the writer's thread.
         """
         self._retention, self._copies = retention, copies
+=======
+    def claim(self) -> None:
+        """Take the directory for this run, which must be there. Training thread, before anything is written.
+
+        Raises:
+            RunLockedError: Another run has it.
+        """
+        self._claim = DirectoryLock(self._directory)
+
+    def keep(self, retention: Retention) -> None:
+        """Say what is kept when a new checkpoint is durable. Training thread, before the first save."""
+        self._retention = retention
+>>>>>>> b789dc9 (A run holds its directory from its first moment: a second one of the same name cannot begin before the first checkpoint)
         if self._store is not None:
             self._store.retention = retention
 
@@ -202,6 +218,8 @@ class Checkpoints:
             self._arena.close()
         if self._store is not None:
             self._store.close()
+        if self._claim is not None:
+            self._claim.release()
 
     def load(self, which: str | int | Path) -> LoadedCheckpoint:
         """Read a checkpoint back, every byte checked; of `"last"`, a damaged one gives way to the one before.

@@ -205,10 +205,12 @@ class Session:
             "init_from": self.loop.init_from,
             **describe_environment(),
         }
+        assert self.checkpoints is not None
         if self.resume is None:
             create_run_dir(directory, description)
+            self.checkpoints.claim()
         else:
-            assert self.checkpoints is not None
+            self.checkpoints.claim()
             self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
             self.checkpoints.attempt = self.loop.attempt = attempt
             before = read_run_json(directory)

@@ -39,6 +39,7 @@ from offloop.engine.checkpoint import (
     CheckpointNotFoundError,
     CheckpointReader,
     CheckpointStore,
+    DirectoryLock,
     DiskFullError,
     RunLockedError,
 )
@@ -283,6 +284,29 @@ def test_second_trainer_on_the_directory_of_a_run_is_refused(tmp_path: Path) -> 
     assert steps == list(range(1, 17)), "what the first one writes is not touched"
     second = tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=3, resume="must")
     assert second.steps == 24  # free again
+
+
+def test_run_that_has_not_saved_yet_is_not_begun_a_second_time(tmp_path: Path) -> None:
+    """It has no store and no checkpoint then, so that `resume="auto"` elsewhere would begin it afresh."""
+    refused: list[str] = []
+
+    class Second(Callback):
+        @decides
+        def on_epoch_end(self, event: Any, run: Any) -> None:
+            assert plan_resume("auto", tmp_path, "run") == (tmp_path / "run", None, 1)
+            with pytest.raises(RunLockedError, match="is being written by another run"):
+                DirectoryLock(tmp_path / "run")
+            refused.append(run.id)
+
+    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=1, callbacks=[Second()])
+    assert refused == ["run"]
+    held = DirectoryLock(tmp_path / "run")  # free again; now as if another process had it
+    written = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(RunLockedError):
+        tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=1, resume="auto")
+    assert (tmp_path / "run" / "run.json").read_bytes() == written
+    held.release()
+    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=1, resume="auto")
 
 
 @pytest.mark.parametrize(
