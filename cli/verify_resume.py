@@ -82,6 +82,11 @@ class Record:
     failed_saves: list[str] = field(default_factory=list)
 
     @property
+    def resumed_at(self) -> list[int]:
+        """The steps at which its runs went on from a checkpoint."""
+        return [start["step"] for start in self.starts.values() if start["resumed"]]
+
+    @property
     def was_killed(self) -> bool:
         """True if it died of our kill."""
         return self.code == -signal.SIGKILL
@@ -112,8 +117,10 @@ class Verdict:
 
     @property
     def code(self) -> int:
-        """Exit code."""
-        return DIFFERENT if self.differences or self.attempts[-1].code else EQUAL
+        """Exit code; that nothing was resumed is not the same as that it went well."""
+        was_resumed = any(attempt.resumed_at for attempt in self.attempts)
+        failed = self.attempts[-1].code or any(attempt.failed_saves for attempt in self.attempts)
+        return DIFFERENT if self.differences or failed or not was_resumed else EQUAL
 
 
 class Nursery:
@@ -358,6 +365,8 @@ def explain(reference: Record, attempts: Sequence[Record], differences: Sequence
     if attempts[-1].code > 0:
         causes.append(f"the script failed when it was started again:\n{tail(attempts[-1].output)}")
     if not differences:
+        if not causes and not any(attempt.resumed_at for attempt in attempts):
+            causes.append("no attempt went on from a checkpoint: each began anew")
         return causes
     by_kind = {difference.kind: difference for difference in differences}
     earliest = min(differences, key=lambda each: (each.attempt, each.run, each.step))
@@ -455,8 +464,8 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
         )
         table.add_row(
             f"  {number}",
-            f"{resumed[-1]['step']}" if resumed else "-",
-            resumed[-1]["exactness"] if resumed else "-",
+            f"{attempt.resumed_at[-1]}" if attempt.resumed_at else "-",
+            resumed[-1]["exactness"] if resumed else "-",  # a quick kill may come before it is said
             f"{last}" if attempt.steps else "-",
             end,
         )
