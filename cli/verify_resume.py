@@ -294,7 +294,8 @@ def compare(reference: Record, attempts: Sequence[Record]) -> Iterator[Differenc
                 continue
             if entry["data"] != other["data"]:
                 parts = differing(merged(other["data"]), merged(entry["data"]))
-                yield from first("data", *place, f"in {shown(parts)}", parts)
+                names = [f"batch.{part}" if part else "batch" for part in parts]
+                yield from first("data", *place, f"in {shown(names)}", parts)
             parts = tuple(
                 part
                 for part in differing(other["random"], entry["random"])
@@ -343,8 +344,7 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, ..
 
 def shown(parts: Sequence[str]) -> str:
     """Return a few of many names."""
-    names = [part or "the batch" for part in parts]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
 
 
 # Explaining ----------------------------------------------------------------------------------------

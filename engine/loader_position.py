@@ -15,6 +15,8 @@ user's own) are asked for what they know beside that:
 
 import copy
 import itertools
+import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal
@@ -23,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from offloop.engine.random_state import capture_random_state, restore_random_state
-from offloop.engine.seeded_sampling import is_seeded
+from offloop.engine.seeded_sampling import SeededDataset
 
 Exactness = Literal["bitwise", "equivalent", "approximate"]
 
@@ -108,7 +110,11 @@ def continue_epoch(
         else:
             rest = _skipping_with_workers(loader, done, before)
         _set_generators(loader, now)
-        if loader.num_workers > 0 and exactness == "bitwise" and not is_seeded(loader):
+        if (
+            loader.num_workers > 0
+            and exactness == "bitwise"
+            and not isinstance(loader.dataset, SeededDataset)
+        ):
             return rest, "equivalent", _IN_WORKERS
         return rest, exactness, reason
     if isinstance(loader, list | tuple):
@@ -230,7 +236,37 @@ def _set_dataset(loader: Any, now: Mapping[str, Any]) -> tuple[Exactness, str]:
         if "dataset" not in now:
             return "approximate", _STATE_IN_WORKERS
         dataset.load_state_dict(now["dataset"])
+    unseen = _unseen_generators(loader)
+    if unseen:
+        return (
+            "approximate",
+            f"{', '.join(unseen)}: nobody saved it, draw from a global one or give state_dict",
+        )
     return "bitwise", ""
+
+
+def _unseen_generators(loader: Any) -> list[str]:
+    """Return the generators that parts of a loader hold as attributes and that nobody saves; looks no deeper."""
+    numpy = sys.modules.get("numpy")
+    kinds: tuple[type, ...] = (random.Random, torch.Generator)
+    if numpy is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    data = getattr(loader, "dataset", None)
+    inner = data.unseeded if isinstance(data, SeededDataset) else data
+    batches = getattr(loader, "batch_sampler", None)
+    parts = [inner, getattr(inner, "dataset", None), getattr(inner, "transform", None)]
+    parts += [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    saved = list(_generators(loader).values())
+    found: list[str] = []
+    for part in parts:
+        if part is None or _is_stateful(part):
+            continue
+        for name, value in {**vars(type(part)), **getattr(part, "__dict__", {})}.items():
+            if isinstance(value, kinds) and all(value is not each for each in saved):
+                text = f"{type(part).__name__} has a generator of its own ({name})"
+                if text not in found:
+                    found.append(text)
+    return found
 
 
 def _restores_itself(loader: Any) -> bool:

@@ -79,16 +79,11 @@ class SeededSampling:
         self._twins.clear()
 
 
-def is_seeded(loader: Any) -> bool:
-    """True for the twins that `SeededSampling` makes."""
-    return isinstance(getattr(loader, "dataset", None), _Seeded)
-
-
 def _twin(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
     twin = copy.copy(loader)
     # DataLoader forbids to change these, because they would no longer fit to each other; these do.
     changed: dict[str, Any] = {
-        "dataset": _Seeded(loader.dataset, loader.collate_fn, seed),
+        "dataset": SeededDataset(loader.dataset, loader.collate_fn, seed),
         "collate_fn": _as_it_is,
         "_iterator": None,  # of persistent workers, which have the other data set
     }
@@ -123,17 +118,17 @@ class _Numbered:
         return getattr(self._sampler, name)
 
 
-class _Seeded:
+class SeededDataset:
     """A data set that takes keys, seeds the generators and returns batches that are collated already."""
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any], seed: int) -> None:
-        self._dataset = dataset
+        self.unseeded = dataset
         self._collate = collate
         self._seed = seed
 
     def __getitems__(self, key: Key) -> Any:
         epoch, first, indices = key
-        fetch = getattr(self._dataset, "__getitems__", None)
+        fetch = getattr(self.unseeded, "__getitems__", None)
         with _training_undisturbed():
             if fetch is not None:
                 self._seed_for(epoch, first)
@@ -141,7 +136,7 @@ class _Seeded:
             samples = []
             for number, index in enumerate(indices, first):
                 self._seed_for(epoch, number)
-                samples.append(self._dataset[index])
+                samples.append(self.unseeded[index])
             return self._collate(
                 samples
             )  # a collate function that draws goes on with the last sample's numbers
@@ -150,15 +145,15 @@ class _Seeded:
         epoch, number, index = key
         with _training_undisturbed():
             self._seed_for(epoch, number)
-            return self._collate(self._dataset[index])
+            return self._collate(self.unseeded[index])
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.unseeded)
 
     def __getattr__(self, name: str) -> Any:  # what a worker_init_fn looks up, and a state_dict
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._dataset, name)
+        return getattr(self.unseeded, name)
 
     def _seed_for(self, epoch: int, number: int) -> None:
         text = f"{self._seed} {epoch} {number}".encode()

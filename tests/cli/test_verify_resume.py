@@ -23,9 +23,9 @@ from offloop.engine import Trainer
 
 {seeding}
 
-class Samples(Dataset):
-    own = numpy.random.default_rng(1)
+own = numpy.random.default_rng(1)
 
+class Samples(Dataset):
     def __init__(self):
         generator = torch.Generator().manual_seed(2)
         self.inputs = torch.randn(48, 8, generator=generator)
@@ -100,7 +100,7 @@ def test_script_that_draws_from_every_global_generator_is_exact(script: Path, nu
 
 
 def test_data_set_with_a_generator_of_its_own_is_found_out(script: Path, nursery: Nursery) -> None:
-    write_script(script, item="self.inputs[index] + torch.tensor(self.own.random(8)).float()")
+    write_script(script, item="self.inputs[index] + torch.tensor(own.random(8)).float()")
     verdict = verified(script, nursery)
     assert verdict.code == DIFFERENT
     first = verdict.differences[0]

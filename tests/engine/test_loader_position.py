@@ -57,8 +57,8 @@ class Augmented(Samples):
         return inputs + noise, target
 
 
-class OwnGenerator(Samples):
-    """Draws from a generator of its own, which it can save."""
+class Forgetful(Samples):
+    """Draws from a generator of its own, and has no way to save it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,6 +67,10 @@ class OwnGenerator(Samples):
     def __getitem__(self, index: int) -> Any:
         inputs, target = super().__getitem__(index)
         return inputs + torch.randn(FEATURES, generator=self.generator), target
+
+
+class OwnGenerator(Forgetful):
+    """Can save it."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -281,6 +285,14 @@ def test_data_set_with_a_state_in_workers_is_called_approximate(tmp_path: Path) 
     _, _, resumed = cut_and_go_on(tmp_path, loader_of(OwnGenerator, 2, shuffle=True), 4)
     assert resumed.exactness == "approximate"
     assert "torchdata.StatefulDataLoader" in resumed.reasons
+
+
+@pytest.mark.parametrize("knobs", [{}, {"sampling": "seeded", "seed": 5}], ids=["plain", "seeded"])
+def test_generator_that_nobody_saves_is_named(knobs: dict[str, Any], tmp_path: Path) -> None:
+    whole, rest, resumed = cut_and_go_on(tmp_path, loader_of(Forgetful, shuffle=True), 4, **knobs)
+    assert rest != whole
+    assert resumed.exactness == "approximate"
+    assert "Forgetful has a generator of its own (generator)" in resumed.reasons
 
 
 def test_stream_without_a_state_is_read_again(tmp_path: Path) -> None:
