@@ -80,16 +80,6 @@ class Checkpoints:
         self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
         self._in_flight: set[int] = set()  # ids of requests; put in by one thread, taken out by another
 
-<<<<<<< HEAD
-    def keep(self, retention: Retention, copies: NamedCopies | None = None) -> None:
-        """Say what is kept when a new checkpoint is durable. Training thread, before the first save.
-
-        Args:
-            retention: What stays.
-            copies: Of what stays, elsewhere; made in the writer's thread.
-        """
-        self._retention, self._copies = retention, copies
-=======
     def claim(self) -> None:
         """Take the directory for this run, which must be there. Training thread, before anything is written.
 
@@ -98,10 +88,14 @@ class Checkpoints:
         """
         self._claim = DirectoryLock(self._directory)
 
-    def keep(self, retention: Retention) -> None:
-        """Say what is kept when a new checkpoint is durable. Training thread, before the first save."""
-        self._retention = retention
->>>>>>> b789dc9 (A run holds its directory from its first moment: a second one of the same name cannot begin before the first checkpoint)
+    def keep(self, retention: Retention, copies: NamedCopies | None = None) -> None:
+        """Say what is kept when a new checkpoint is durable. Training thread, before the first save.
+
+        Args:
+            retention: What stays.
+            copies: Of what stays, elsewhere; made in the writer's thread.
+        """
+        self._retention, self._copies = retention, copies
         if self._store is not None:
             self._store.retention = retention
 
@@ -253,7 +247,8 @@ class Checkpoints:
         self.last = path
         gone = set(commit.deleted)
         self.saved = {step: kept for step, kept in self.saved.items() if Path(kept).name not in gone}
-        self.saved.setdefault(request.step, path)  # of equal ones the older is the best one, as on disk
+        if request.step not in self.saved or request.reason == "best":
+            self.saved[request.step] = path  # one that was saved as the best is the one that `best` leads to
         event = CheckpointSaved(
             path=path,
             saved_step=request.step,
