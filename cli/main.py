@@ -1,5 +1,6 @@
 """The `offloop` command. It imports torch only inside the commands that train: `--help` answers at once."""
 
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -72,6 +73,51 @@ def demo(
         )
     except (ConfigError, FileNotFoundError) as error:  # no such device; no standard library to read
         fail(str(error))
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False},
+    options_metavar="[OPTIONS]",
+)
+def verify_resume(
+    script: Annotated[Path, typer.Argument(help="Trains with offloop when Python runs it.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its command line.")] = None,
+    kills: Annotated[int, typer.Option(help="How many times it is killed, at least 1.")] = 3,
+    seed: Annotated[int, typer.Option(help="Decides where.")] = 0,
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep runs and records here; must be new or empty.")
+    ] = None,
+) -> None:
+    """Kill a training script, resume it, and see whether it makes the same bits.
+
+    The script runs once uninterrupted and once with kill -9 at random points, resumed after each. Its runs get
+    a directory, a name and resume="auto" from outside; the script need not be changed.
+
+    Exit code: 0 the same bits, 1 different ones, 2 the script could not be used.
+    """
+    if kills < 1:
+        fail(f"--kills must be at least 1, got {kills}")
+    if not script.is_file():
+        fail(f"there is no script {script}")
+    if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        fail(f"--directory must be new or empty: {directory}")
+
+    from rich.console import Console
+
+    from offloop.cli.verify_resume import Nursery, UnusableError, print_verdict, verify
+
+    with tempfile.TemporaryDirectory(prefix="offloop-verify-") as temporary:
+        place = (directory or Path(temporary)).resolve()
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            with Nursery() as nursery:
+                verdict = verify(
+                    script, arguments or [], kills=kills, seed=seed, directory=place, nursery=nursery
+                )
+        except UnusableError as error:
+            fail(str(error))
+        print_verdict(Console(highlight=False, markup=False), verdict)
+    raise typer.Exit(verdict.code)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from offloop.engine.learning_rate import Schedule, check_length, largest_lr
 from offloop.engine.loader_position import Exactness, capture_before_epoch, rewind_epoch
 from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
+from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_hooks import StepHooks
 from offloop.engine.workers import spared_workers
 
@@ -87,6 +88,7 @@ class ResumedState(Protocol):
     before_epoch: dict[str, Any] | None
 
     def restore_schedule(self, loop: "TrainingLoop", /) -> None: ...
+    def begin_epoch(self, loader: Iterable[Batch], /) -> tuple[Exactness, str]: ...
     def continue_epoch(
         self, loader: Iterable[Batch], done: int, /
     ) -> tuple[Iterator[Batch], Exactness, str]: ...
@@ -179,6 +181,10 @@ class TrainingLoop:
         self.may_end_between = True  # False from an EpochEnd on: it has said whether the run goes on
         self.data_wait: DataWait | None = DataWait()  # of the first epoch, None after it
 
+        self.seeding: SeededSampling | None = None
+        if config.sampling == "seeded" and config.seed is not None:
+            self.seeding = SeededSampling(config.seed)
+
         # Resuming
         self.attempt = 0
         self.init_from: str | None = None  # where the first weights are from, in words
@@ -186,6 +192,7 @@ class TrainingLoop:
         self.seconds_before = 0.0  # trained by earlier attempts
         self.is_resumable = False  # True where checkpoints may be taken
         self.before_epoch: dict[str, Any] | None = None  # what decided the order of the epoch
+        self.loader_in_use = train_loader  # the one that was asked last
 
         self.handles_signals = False  # set before the run by who takes them
 
@@ -218,8 +225,8 @@ class TrainingLoop:
         self.announce(start)
         for schedule in self.schedules:
             check_length(schedule, self.times_to_step(schedule, start.steps_per_epoch))
-        if self.resumed is not None and self.phase != "in_epoch":
-            self.finish_resuming("bitwise", "")
+        if self.resumed is not None and (self.phase != "in_epoch" or self.resumed.before_epoch is None):
+            self.finish_resuming(*self.resumed.begin_epoch(self.seeded(self.train_loader)))
         epochs = self.limits.epochs
         try:
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
@@ -233,10 +240,17 @@ class TrainingLoop:
         self.reporter.readback.flush()
         self.hooks.run_all("after_training")
 
+    def close(self) -> None:
+        """Let go what must not outlive the run; its last checkpoint has been taken."""
+        self.loader_in_use = self.train_loader
+        if self.seeding is not None:
+            self.seeding.close()
+
     def run_epoch(self) -> None:
         """Train one epoch, validate if it is time to, and say how it went."""
         started = time.perf_counter()
         if self.phase != "in_epoch":  # a resumed epoch has begun already
+            self.before_epoch = None
             self.epoch_batches = self.epoch_samples = 0
             self.epoch_first_step = self.step + 1
             if self.train_metrics:
@@ -383,6 +397,7 @@ class TrainingLoop:
         if self.validating:
             with self.workers_spared(loader):
                 return iter(loader), 0
+        loader = self.loader_in_use = self.seeded(loader)
         if self.resumed is not None:
             with self.workers_spared(loader):
                 iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
@@ -405,6 +420,10 @@ class TrainingLoop:
     def workers_spared(self, loader: Iterable[Batch]) -> contextlib.AbstractContextManager[None]:
         """Return a block in which workers are started that leave signals to a run which handles them."""
         return spared_workers(loader) if self.handles_signals else contextlib.nullcontext()
+
+    def seeded(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the loader that seeds what the samples of this epoch draw, if that is asked for."""
+        return loader if self.seeding is None else self.seeding.twin_of(loader, self.epoch)
 
     def finish_resuming(self, exactness: Exactness, reason: str) -> None:
         """Put the random states back, the last thing before training goes on, and say how exact it all is."""
@@ -464,7 +483,8 @@ class TrainingLoop:
     def finish_window(self) -> None:
         """Close a window with fewer batches than expected: the loader ended, or the epoch was left."""
         window = self.window
-        self.is_between_steps = not window.count or self.ending != "cancelled"
+        if window.count and self.ending == "cancelled":
+            self.is_between_steps = False
         if window.count and self.ending != "cancelled":
             if not window.is_weighted:
                 rescale(self.parameters, window.size / window.count)

@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,3 +49,18 @@ def restore_random_state(state: Mapping[str, Any]) -> list[str]:
             name, keys, position, has_gauss, cached = state["numpy"]
             numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
     return missed
+
+
+@contextmanager
+def kept_on_host() -> Iterator[None]:
+    """Put back, afterwards, what the block has drawn from the CPU's global generators."""
+    before, of_python = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+        random.setstate(of_python)
+        if numpy is not None and of_numpy is not None:
+            numpy.random.set_state(of_numpy)

@@ -26,6 +26,7 @@ from offloop.engine.checkpoint import (
     CheckpointWriteError,
     CheckpointWriter,
     Commit,
+    DirectoryLock,
     LoadedCheckpoint,
     NamedCopies,
     Retention,
@@ -91,11 +92,20 @@ class Checkpoints:
         self._optimizers = optimizers
         self._publish = publish
         self._patience = patience
+        self._claim: DirectoryLock | None = None
         self._arena: SnapshotArena | None = None
         self._store: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
         self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
         self._in_flight: set[int] = set()  # ids of requests; put in by one thread, taken out by another
+
+    def claim(self) -> None:
+        """Take the directory for this run, which must be there. Training thread, before anything is written.
+
+        Raises:
+            RunLockedError: Another run has it.
+        """
+        self._claim = DirectoryLock(self._directory)
 
     def keep(self, retention: Retention, copies: NamedCopies | None = None) -> None:
         """Say what is kept when a new checkpoint is durable. Training thread, before the first save.
@@ -266,6 +276,8 @@ class Checkpoints:
             self._arena.close()
         if self._store is not None:
             self._store.close()
+        if self._claim is not None:
+            self._claim.release()
 
     @property
     def retention(self) -> Retention:
@@ -307,9 +319,11 @@ class Checkpoints:
         """Say that a checkpoint is durable. Writer's thread."""
         self._in_flight.discard(id(request))
         path = str(commit.info.path)
-        self.saved[request.step] = self.last = path
+        self.last = path
         gone = set(commit.deleted)
         self.saved = {step: kept for step, kept in self.saved.items() if Path(kept).name not in gone}
+        if request.step not in self.saved or request.reason == "best":
+            self.saved[request.step] = path  # one that was saved as the best is the one that `best` leads to
         event = CheckpointSaved(
             path=path,
             saved_step=request.step,

@@ -176,6 +176,7 @@ class Session:
             self._fail(error)
         finally:
             self.loop.left.clear()  # may wait some seconds for loader workers
+            self.loop.close()
             self.loop.frozen.thaw_all()
             self.control.end()
             leave_process(self.run_id)
@@ -221,8 +222,9 @@ class Session:
             "init_from": self.loop.init_from,
             **describe_environment(),
         }
+        assert self.checkpoints is not None
         if self.resume is not None:
-            assert self.checkpoints is not None
+            self.checkpoints.claim()
             self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
             self.checkpoints.attempt = self.loop.attempt = attempt
             before = read_run_json(directory)
@@ -232,11 +234,11 @@ class Session:
             claim_remote(self.remote, description, is_new=self.resume is None, until=self._is_cancelled)
         if self.resume is None:
             create_run_dir(directory, description)
+            self.checkpoints.claim()
         else:
             write_run_json(directory, description)
         self._description = description
         if self.remote is not None:
-            assert self.checkpoints is not None
             self.uploads = Uploads(
                 self.remote,
                 directory,

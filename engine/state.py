@@ -16,7 +16,7 @@ import torch
 
 from offloop.engine.callback import Handlers
 from offloop.engine.events import Resumed
-from offloop.engine.loader_position import Exactness, capture_in_epoch, continue_epoch
+from offloop.engine.loader_position import Exactness, begin_epoch, capture_in_epoch, continue_epoch
 from offloop.engine.random_state import capture_random_state, restore_random_state
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
         state["scaler"] = loop.mixed.scaler.state_dict()
     if loop.train_metrics:
         state["metrics"] = loop.train_metrics.state_dict()
-    if loop.before_epoch is not None:
-        state["loader"] = {"before": loop.before_epoch, "now": capture_in_epoch(loop.train_loader)}
+    state["loader"] = {"before": loop.before_epoch, "now": capture_in_epoch(loop.loader_in_use)}
     return state
 
 
@@ -113,6 +112,7 @@ def environment(loop: "TrainingLoop") -> dict[str, Any]:
         "precision": loop.config.precision,
         "tf32": loop.config.tf32,
         "channels_last": loop.config.channels_last,
+        "sampling": loop.config.sampling,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
@@ -143,9 +143,8 @@ class Continuation:
         self.taken: float = state["taken"]
         self._state = state
         self._reasons = reasons
-        loader = state.get("loader")
-        self.before_epoch: dict[str, Any] | None = None if loader is None else loader["before"]
-        self._now: Mapping[str, Any] = {} if loader is None else loader["now"]
+        self.before_epoch: dict[str, Any] | None = state["loader"]["before"]  # None: no loader was asked yet
+        self._now: Mapping[str, Any] = state["loader"]["now"]
 
     def restore_schedule(self, loop: "TrainingLoop") -> None:
         """Put back the state of the schedule attached last, and the rates that making it has changed."""
@@ -160,14 +159,13 @@ class Continuation:
             for group, kept in zip(optimizer.param_groups, groups, strict=True):
                 group.update({key: value for key, value in kept.items() if key != "params"})
 
+    def begin_epoch(self, loader: Iterable[Any]) -> tuple[Exactness, str]:
+        """Put back what the loader's next epoch begins with; returns how exact that is."""
+        return begin_epoch(loader, self._now)
+
     def continue_epoch(self, loader: Iterable[Any], done: int) -> tuple[Iterator[Any], Exactness, str]:
         """Return an iterator over the rest of the epoch, and how exact it is."""
-        if self.before_epoch is None:
-            return (
-                iter(loader),
-                "bitwise" if not done else "approximate",
-                "" if not done else "no loader state",
-            )
+        assert self.before_epoch is not None
         return continue_epoch(loader, done, self.before_epoch, self._now)
 
     def finish(self, exactness: Exactness, reason: str, position: dict[str, Any]) -> Resumed:

@@ -54,6 +54,7 @@ from offloop.engine.process import handled_signals
 from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
 from offloop.engine.run_dir import new_run_id
+from offloop.engine.seeded_sampling import check_seedable
 from offloop.engine.session import Session, default_device
 from offloop.engine.state import load_optimizer
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
@@ -669,6 +670,8 @@ class BaseTrainer:
         check_limits(epochs, max_steps, max_time)
         _check_loader(train_loader, "train_loader")
         limited_length(train_loader, config.limit_train_batches, "limit_train_batches")
+        if config.sampling == "seeded":
+            check_seedable(train_loader)
         if val_loader is not None:
             _check_loader(val_loader, "val_loader")
             limited_length(val_loader, config.limit_val_batches, "limit_val_batches")

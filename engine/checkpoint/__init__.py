@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UnserializableStateError,
         WriterDiedError,
     )
+    from offloop.engine.checkpoint.lock import DirectoryLock
     from offloop.engine.checkpoint.manifest import CheckpointRequest
     from offloop.engine.checkpoint.named_copies import NamedCopies
     from offloop.engine.checkpoint.reader import (
@@ -61,6 +62,7 @@ _MODULES = {
         "UnserializableStateError",
         "WriterDiedError",
     ),
+    "lock": ("DirectoryLock",),
     "manifest": ("CheckpointRequest",),
     "named_copies": ("NamedCopies",),
     "reader": ("CheckpointInfo", "CheckpointReader", "LoadedCheckpoint", "list_runs"),
@@ -87,6 +89,7 @@ __all__ = [
     "CheckpointWriteError",
     "CheckpointWriter",
     "Commit",
+    "DirectoryLock",
     "DiskFullError",
     "LoadedCheckpoint",
     "NamedCopies",

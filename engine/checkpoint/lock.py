@@ -108,7 +108,39 @@ class RunLock:
         os.close(self._file)
 
 
-_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+class DirectoryLock:
+    """Hold a run's directory as a whole, from `__init__` until `release`; leaves no file.
+
+    A run takes it when it begins, long before its first checkpoint opens a store: or a second one of the same
+    name could begin in between. Where the file system cannot lock directories, nothing is held.
+
+    Raises:
+        RunLockedError: If another process, or another run in this one, has it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise RunLockedError(directory / LOCK, "another run") from error
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED | {errno.EBADF}:  # NFS wants it open for writing
+                os.close(self._file)
+                raise
+        _held.add(self)
+
+    def release(self) -> None:
+        """Let others begin. Calling twice is fine."""
+        if self in _held:
+            _held.discard(self)
+            with suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            os.close(self._file)
+
+
+_held: weakref.WeakSet[RunLock | DirectoryLock] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:

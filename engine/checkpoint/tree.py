@@ -86,12 +86,15 @@ def _encode_mapping(value: dict[object, object], name_tensor: TensorNamer, path:
 
 
 def _encode_key(key: object, path: str) -> object:
-    def no_tensor(path: str, value: object) -> None:
-        return None
-
+    if type(key) is int and 0 <= key < _INT_LIMIT:  # an optimizer's, one for each parameter
+        return key
     if isinstance(key, (list, dict)):
         raise UnserializableStateError(path, key)
-    return encode(key, no_tensor, f"{path}.<key>", MAX_DEPTH - 2)
+    return encode(key, _no_tensor, f"{path}.<key>", MAX_DEPTH - 2)
+
+
+def _no_tensor(path: str, value: object) -> None:
+    return None
 
 
 def _checked_text(value: object, path: str) -> str:

@@ -1,10 +1,8 @@
 """A resumed run goes on bit for bit: cut at every step, killed at random, resumed again and again."""
 
+import contextlib
 import os
-import signal
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from offloop.callbacks import EarlyStopping, LearningRateScheduler, MetricLogger, ModelCheckpoint
+from offloop.callbacks import (
+    EarlyStopping,
+    LearningRateScheduler,
+    MetricLogger,
+    ModelCheckpoint,
+    WeightAverage,
+)
 from offloop.engine import (
     Callback,
     CheckpointFailed,
@@ -35,6 +39,8 @@ from offloop.engine.checkpoint import (
     CheckpointNotFoundError,
     CheckpointReader,
     CheckpointStore,
+    DirectoryLock,
+    DiskFullError,
     RunLockedError,
 )
 from offloop.engine.resume import plan_resume
@@ -93,7 +99,7 @@ def a_run(
     epochs: int = 3,
     **knobs: Any,
 ) -> tuple[RunResult, list[Event], dict[str, torch.Tensor]]:
-    """A run with everything that has a state: dropout, batch norm, AdamW, schedule, accumulation, metrics."""
+    """A run with everything that has a state: dropout, batch norm, AdamW, schedule, average, accumulation, metrics."""
     torch.manual_seed(7)
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 3)
@@ -120,6 +126,7 @@ def a_run(
             recorder,
             LearningRateScheduler("one_cycle", max_lr=0.05),
             EarlyStopping(patience=50),
+            WeightAverage(decay=0.8),
             Counter(),
             *callbacks,
         ],
@@ -244,53 +251,6 @@ def test_files_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path
     assert rows("cut") == rows("whole")
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    import torch
-    torch.set_num_threads(1)
-    from test_resume import a_run
-    from offloop.callbacks import ModelCheckpoint
-    from offloop.engine import Callback, in_step
-
-    class Kill(Callback):
-        @in_step
-        def after_step(self, point):
-            if point.step == {kill}:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    a_run(Path({directory!r}), "killed", Kill(), ModelCheckpoint(every_n_steps=1), resume="auto")
-    """
-
-
-@pytest.mark.slow
-def test_killed_run_loses_nothing_but_its_last_steps(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole, _, weights = a_run(tmp_path, "whole", ModelCheckpoint(every_n_steps=1))
-        for kill in (4, 11):
-            code = textwrap.dedent(KILLED).format(
-                tests=str(Path(__file__).parent), kill=kill, directory=str(tmp_path)
-            )
-            done = subprocess.run(
-                [sys.executable, "-c", code],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-                capture_output=True,
-                text=True,
-                timeout=100,
-            )
-            assert done.returncode == -signal.SIGKILL, done.stderr
-            assert CheckpointReader(tmp_path / "killed").damaged() == []
-        result, _, resumed = a_run(tmp_path, "killed", ModelCheckpoint(every_n_steps=1), resume="must")
-    finally:
-        torch.set_num_threads(threads)
-    assert_same_weights(weights, resumed)
-    assert result.metrics == whole.metrics
-    assert (result.steps, result.status) == (STEPS, "completed")
-
-
 @pytest.mark.anyio
 async def test_checkpoint_command_returns_when_it_is_durable(tmp_path: Path) -> None:
     trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
@@ -322,21 +282,117 @@ def test_failed_checkpoint_does_not_end_training(tmp_path: Path) -> None:
     assert "UnserializableStateError" in str(type(hopeless.future.exception()))
 
 
-def test_directory_of_a_run_that_is_going_on_is_locked(tmp_path: Path) -> None:
+def test_second_trainer_on_the_directory_of_a_run_is_refused(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    class Second(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 2:
+                self.saved = point.run.checkpoint_nowait()
+
+        @decides
+        def on_epoch_end(self, event: Any, run: Any) -> None:
+            assert self.saved.result(timeout=30).saved_step == 2
+            second = tiny_trainer(run_dir=str(tmp_path), run_name="run")
+            with pytest.raises(ConfigError, match="is going on in this process already"):
+                second.train(tiny_loader(), epochs=5, resume="must")
+            with pytest.raises(RunLockedError, match=f"process {os.getpid()}"):  # as in another process
+                CheckpointStore(tmp_path / "run")
+            refused.append(run.id)
+
+    result = tiny_trainer(run_dir=str(tmp_path), run_name="run").train(
+        tiny_loader(), epochs=2, callbacks=[ModelCheckpoint(every_n_steps=4), Second()]
+    )
+    assert refused == ["run", "run"]
+    assert (result.status, result.steps) == ("completed", 16)
+    steps = [event.step for event in read_events(tmp_path / "run") if isinstance(event, StepEnd)]
+    assert steps == list(range(1, 17)), "what the first one writes is not touched"
+    second = tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=3, resume="must")
+    assert second.steps == 24  # free again
+
+
+def test_run_that_has_not_saved_yet_is_not_begun_a_second_time(tmp_path: Path) -> None:
+    """It has no store and no checkpoint then, so that `resume="auto"` elsewhere would begin it afresh."""
     refused: list[str] = []
 
     class Second(Callback):
         @decides
         def on_epoch_end(self, event: Any, run: Any) -> None:
-            with pytest.raises(RunLockedError):
-                CheckpointStore(tmp_path / "run")
+            assert plan_resume("auto", tmp_path, "run") == (tmp_path / "run", None, 1)
+            with pytest.raises(RunLockedError, match="is being written by another run"):
+                DirectoryLock(tmp_path / "run")
             refused.append(run.id)
 
-    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(
-        tiny_loader(), epochs=1, callbacks=[ModelCheckpoint(every_n_steps=2), Second()]
-    )
+    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=1, callbacks=[Second()])
     assert refused == ["run"]
-    CheckpointStore(tmp_path / "run").close()  # free again
+    held = DirectoryLock(tmp_path / "run")  # free again; now as if another process had it
+    written = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(RunLockedError):
+        tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=1, resume="auto")
+    assert (tmp_path / "run" / "run.json").read_bytes() == written
+    held.release()
+    tiny_trainer(run_dir=str(tmp_path), run_name="run").train(tiny_loader(), epochs=1, resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"precision": "bf16-mixed"}, "precision was 32-true, now it is bf16-mixed"),
+        ({"deterministic": True}, "deterministic was False, now it is True"),
+    ],
+)
+def test_run_resumed_with_other_arithmetic_says_so(
+    knobs: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    a_run(tmp_path, "cut", Cut(4))
+    _, rest, _ = a_run(tmp_path, "cut", resume="must", **knobs)
+    (resumed,) = [event for event in rest if isinstance(event, Resumed)]
+    assert resumed.exactness == "approximate"
+    assert reason in resumed.reasons
+
+
+def test_full_disk_does_not_end_training_and_the_next_save_works(tmp_path: Path) -> None:
+    """On a real file system of four megabytes, where this machine lets us mount one."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("no right to mount a file system")
+    ballast = mount / "ballast"
+
+    class FillThenFree(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 4:
+                with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+                os.truncate(ballast, ballast.stat().st_size - 5 * 4096)  # for the log
+                self.full = point.run.checkpoint_nowait()
+            if point.step == 8:
+                assert isinstance(self.full.exception(timeout=30), DiskFullError)
+                ballast.unlink()
+                self.free = point.run.checkpoint_nowait()
+
+    callback, recorder = FillThenFree(), Recorder()
+    try:
+        result, _, _ = a_run(
+            mount, "run", ModelCheckpoint(every_n_steps=3, save_last=False), callback, recorder
+        )
+        assert (result.status, result.steps) == ("completed", STEPS)
+        failed = {event.saved_step for event in recorder.of(CheckpointFailed)}
+        assert {4} <= failed <= set(range(4, 9))
+        assert callback.free.result(timeout=30).saved_step == 8
+        assert CheckpointReader(mount / "run").damaged() == []
+        resumed, _, _ = a_run(mount, "run", resume="must")
+        assert resumed.steps == STEPS
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_state_of_another_machine_is_no_longer_called_bitwise(tmp_path: Path) -> None:

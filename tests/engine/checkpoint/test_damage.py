@@ -45,12 +45,16 @@ def flip(path: Path, position: int, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit]))
 
 
-def test_five_thousand_flipped_bits_are_all_noticed(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    "flips",
+    [5_000, pytest.param(100_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])],
+)
+def test_flipped_bits_are_all_noticed(checkpoint: Path, flips: int) -> None:
     """Every file, every bit equally likely; restored after each."""
     source = random.Random(0)
     files = sorted(checkpoint.iterdir())
     sizes = [file.stat().st_size for file in files]
-    for number in range(5_000):
+    for number in range(flips):
         (file,) = source.choices(files, sizes)
         position, bit = source.randrange(file.stat().st_size), source.randrange(8)
         flip(file, position, bit)

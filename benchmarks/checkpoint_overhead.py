@@ -1,0 +1,196 @@
+"""What does a checkpoint every 50 steps cost a run of 10 ms steps, and how much memory do checkpoints take?
+
+1. Whole runs take turns: without checkpoints, with one every 50 steps, and without again (A/A). Their time is that
+   of training, from the first batch to the last. The gaps between batches tell how long single steps take while a
+   checkpoint is being written, the step that takes it left out.
+2. A run whose state has 200 MB takes five checkpoints, in a process of its own. Its resident memory at the peak,
+   less that of the same run without checkpoints, is what they take.
+
+    python benchmarks/checkpoint_overhead.py [--quick] [--rounds 8] [--json FILE] [--directory DIR]
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from measure import (
+    TEN_MS,
+    TINY,
+    Batch,
+    Report,
+    clock,
+    cycle,
+    loss_of,
+    median_of,
+    optimizer_of,
+    parse,
+    quantile,
+    ratio_of,
+    take_turns,
+    verdict,
+)
+
+from offloop.callbacks import ModelCheckpoint
+from offloop.engine import Callback, Run, Trainer, TrainStart, decides
+from offloop.engine.checkpoint.snapshot import DEFAULT_SLOTS
+
+EVERY = 50
+BUFFERS, BUFFER_SIZE = 50, 1_000_000  # float32: 200 MB
+
+
+class TimedLoader:
+    """Gives batches and notes when each is asked for."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.batches = TEN_MS.batches()
+        self.asked: list[float] = []
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.asked = []
+        for batch in cycle(self.batches, 0, self.steps):
+            self.asked.append(clock())
+            yield batch
+        self.asked.append(clock())
+
+
+class Runs:
+    """The same training again and again, with checkpoints or without."""
+
+    def __init__(self, steps: int, every: int | None, directory: Path | None) -> None:
+        self.steps, self.every, self.directory = steps, every, directory
+        self.seconds: list[float] = []
+        self.gaps: list[float] = []  # of the ten steps after each that took a checkpoint, or would have
+
+    def run(self) -> None:
+        """Train once."""
+        model = TEN_MS.model()
+        loader = TimedLoader(self.steps)
+        with tempfile.TemporaryDirectory(dir=self.directory) as run_dir:
+            trainer = Trainer(model, optimizer_of(model), loss=loss_of, device="cpu", run_dir=run_dir)
+            callbacks = (
+                [] if self.every is None else [ModelCheckpoint(every_n_steps=self.every, save_last=False)]
+            )
+            trainer.train(loader, epochs=1, callbacks=callbacks)
+        asked = loader.asked
+        gaps = [after - before for before, after in itertools.pairwise(asked)]
+        self.seconds.append(asked[-1] - asked[0])
+        for saved in range(EVERY, self.steps - 10, EVERY):
+            self.gaps += gaps[saved : saved + 10]  # gaps[EVERY - 1] is the step that takes it
+
+
+def measure_time(report: Report, rounds: int, steps: int, directory: Path | None) -> None:
+    """Fill the table of times."""
+    contenders = {
+        "none": Runs(steps, None, directory),
+        "none again (A/A)": Runs(steps, None, directory),
+        f"every {EVERY} steps": Runs(steps, EVERY, directory),
+    }
+    for runs in contenders.values():  # warm-up
+        runs.run()
+        runs.seconds, runs.gaps = [], []
+    with report.measuring():
+        take_turns({name: runs.run for name, runs in contenders.items()}, rounds)
+    base = contenders["none"]
+    a_a = ratio_of(contenders["none again (A/A)"].seconds, base.seconds)
+    p99 = quantile(base.gaps, 0.99)
+    for name, runs in contenders.items():
+        ratio = ratio_of(runs.seconds, base.seconds)
+        tail = quantile(runs.gaps, 0.99)
+        goal = verdict(ratio, 1.02, a_a) if runs.every else "-"
+        median = median_of(runs.gaps).median
+        report.row(name, ratio, f"{median * 1e3:.2f}", f"{tail * 1e3:.2f}", f"{tail / p99:.2f}", goal)
+        report.figure(name, {"seconds": runs.seconds, "gaps": runs.gaps})
+
+
+class WithBuffers(torch.nn.Module):
+    """The tiny MLP and 200 MB of buffers, present in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = TINY.model()
+        for number in range(BUFFERS):
+            self.register_buffer(f"buffer{number}", torch.full((BUFFER_SIZE,), float(number)))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.model(inputs)
+        return outputs
+
+
+class SaveFive(Callback):
+    """Takes five checkpoints one after the other, and waits for each copy."""
+
+    needs_run_dir = True
+
+    @decides
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        for _ in range(5):
+            run.checkpoint_nowait("manual")
+
+
+def train_in_memory(saves: bool, directory: Path | None) -> None:
+    """Train with 200 MB of buffers and print the peak of resident memory, in bytes."""
+    torch.set_num_threads(1)
+    model = WithBuffers()
+    with tempfile.TemporaryDirectory(dir=directory) as run_dir:
+        trainer = Trainer(model, optimizer_of(model), loss=loss_of, device="cpu", run_dir=run_dir)
+        trainer.train(list(cycle(TINY.batches(), 0, 50)), epochs=1, callbacks=[SaveFive()] if saves else [])
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def peak_of(saves: bool, directory: Path | None) -> int:
+    """Run that in a process of its own."""
+    command = [sys.executable, __file__, "--memory", "with" if saves else "without"]
+    if directory is not None:
+        command += ["--directory", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument("--rounds", type=int, default=12, help="runs of each kind")
+    parser.add_argument("--steps", type=int, default=210, help="steps of each run")
+    parser.add_argument("--directory", type=Path, help="on the disk to be measured")
+    parser.add_argument("--memory", choices=("with", "without"), help=argparse.SUPPRESS)
+
+
+def main() -> None:
+    """Measure and print; or be the process whose memory is measured."""
+    arguments = parse(__doc__, add_arguments)
+    if arguments.memory is not None:
+        train_in_memory(arguments.memory == "with", arguments.directory)
+        return
+    torch.set_num_threads(1)
+    rounds, steps = (2, 70) if arguments.quick else (arguments.rounds, arguments.steps)
+    report = Report(
+        f"A checkpoint every {EVERY} steps of 10 ms: {rounds} runs of {steps} steps each",
+        ["checkpoints", "time / none (95 %)", "step after a save, ms", "p99", "p99 / none", "goal"],
+    )
+    measure_time(report, rounds, steps, arguments.directory)
+    with report.measuring():
+        without, saving = peak_of(False, arguments.directory), peak_of(True, arguments.directory)
+    state = BUFFERS * BUFFER_SIZE * 4
+    added, bound = saving - without, DEFAULT_SLOTS * state * 1.1
+    report.note(
+        f"Memory: a state of {state / 1e6:.0f} MB, {DEFAULT_SLOTS} buffers: checkpoints take {added / 1e6:.0f} MB more "
+        f"({added / state:.2f} x the state); goal <= {DEFAULT_SLOTS * 1.1:.1f} x: "
+        + ("met" if added <= bound else "missed")
+    )
+    report.note("p99 / none: goal <= 1.15 where a core is spare for the writer.")
+    report.figure("memory", {"state": state, "without": without, "with": saving})
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
