@@ -252,6 +252,7 @@ class Checkpoints:
         Where a write is still going on, that happens when it is done.
         """
         if self._writer is None:
+            self._give_back()
             return
         try:
             self._writer.flush(0.0)

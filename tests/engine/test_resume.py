@@ -211,7 +211,7 @@ def test_run_cancelled_between_two_batches_of_a_step_goes_on_bit_for_bit(
     tmp_path: Path, uninterrupted: Any
 ) -> None:
     """What the half step had summed up is lost: a checkpoint of that moment would leave its batches out."""
-    _, events, weights = uninterrupted
+    _, _, weights = uninterrupted
     cancelled, _, _ = a_run(tmp_path, "cut", ModelCheckpoint(every_n_steps=2), CancelInWindow())
     assert (cancelled.status, cancelled.steps) == ("cancelled", 3)
     _, rest, resumed_weights = a_run(tmp_path, "cut", ModelCheckpoint(every_n_steps=2), resume="must")
