@@ -66,7 +66,7 @@ class _Moment(msgspec.Struct, frozen=True):
     samples: int
     data: float
     compute: float
-    decided: float
+    callbacks: float
 
 
 class LiveRun:
@@ -247,8 +247,10 @@ class LiveRun:
         step = 0 if self._last_step is None else self._last_step.step
         if now - moments[-1].time < 0.2 and len(moments) > 1:
             return
-        decided = sum(cost.decided for cost in self.run.callback_costs.values())
-        moments.append(_Moment(now, step, self._samples, self._data, self._compute, decided))
+        costs = self.run.callback_costs.values()
+        decided, in_step = sum(cost.decided for cost in costs), sum(cost.in_step for cost in costs)
+        compute = self._compute - in_step  # step hooks run within the time of their step
+        moments.append(_Moment(now, step, self._samples, self._data, compute, decided + in_step))
         while len(moments) > 2 and now - moments[1].time >= WINDOW:
             moments.popleft()
 
@@ -283,8 +285,8 @@ class LiveRun:
             lr=None if last is None else last.lr,
             loss=None if last is None else number(last.loss),
             data_share=min(1.0, (upto.data - since.data) / seconds),
-            compute_share=min(1.0, (upto.compute - since.compute) / seconds),
-            callback_share=min(1.0, (upto.decided - since.decided) / seconds),
+            compute_share=min(1.0, max(0.0, upto.compute - since.compute) / seconds),
+            callback_share=min(1.0, (upto.callbacks - since.callbacks) / seconds),
             validating=state == "validating",
             saving=self.run.is_saving,
             stalled=stalled,

@@ -313,9 +313,9 @@ class Status(FromServer, frozen=True, kw_only=True, tag="status"):
     data_share: float = 0.0
     """Share of the last seconds that training waited for data."""
     compute_share: float = 0.0
-    """Share of the last seconds in forward, backward and optimizer; step hooks belong to it."""
+    """Share of the last seconds in forward, backward and optimizer."""
     callback_share: float = 0.0
-    """Share of the last seconds in deciders."""
+    """Share of the last seconds in deciders and step hooks: what callbacks have made training wait."""
     validating: bool = False
     saving: bool = False
     """A checkpoint is being written."""
