@@ -316,9 +316,17 @@ class Viewer:
     def _delta(self, frames: Frames) -> bytes | None:
         live = self.live
         assert live is not None
-        end = live.history.axis.rows
-        if not self._shown or self._cursor >= end:
+        end, count = live.history.axis.rows, len(self._shown)
+        if not count or self._cursor >= end:
             return None
+        if end - self._cursor <= DELTA_POINTS:
+            rows = max(1, MAX_CHART_FRAME // (24 + 12 * count))  # that fit into a frame, all points of them
+            end = min(end, self._cursor + rows)
+        elif DELTA_POINTS * 36 * count > MAX_CHART_FRAME:
+            # Far behind, with many curves: snapshots come in parts, one frame for all could be any size.
+            self._cursor = end
+            self._snapshots = deque(self._shown)
+            return self._snapshot()
         first, self._cursor = self._cursor, end
         return frames.delta(live, first, end, self._shown)
 
