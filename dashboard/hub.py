@@ -190,10 +190,8 @@ class Hub:
         for session in sessions:
             try:
                 session.viewer.announce_series()
-                for for_control, for_reader in messages:
-                    message = for_control if session.viewer.is_control else for_reader
-                    if message is not None:
-                        session.viewer.put_encoded(message)
+                place = 0 if session.viewer.is_control else 1
+                session.viewer.put_all([each for both in messages if (each := both[place]) is not None])
             except ViewerTooSlowError as error:
                 session.end(CLOSE_SLOW, str(error))
             session.wake()

@@ -230,6 +230,6 @@ def _read_key(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     if len(key) != 32 or not is_private:
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None
     return key

@@ -306,6 +306,8 @@ class Server:
         if request.method not in ("GET", "HEAD"):
             return _answer(405, "Only GET and HEAD.", {"Allow": "GET, HEAD"})
         if address.path == "/ws":
+            if request.method != "GET":
+                return _answer(405, "A websocket begins with GET.", {"Allow": "GET"})
             return self._admit(connection, headers, hosts[0], role)
         return self._file(headers, address.path, address.query, role)
 

@@ -238,6 +238,17 @@ class Viewer:
         self._check_room()
         self._texts.append(message)
 
+    def put_all(self, messages: Sequence[bytes]) -> None:
+        """As `put_encoded`, for what has come at once: a burst is no sign of a viewer that is slow.
+
+        Raises:
+            ViewerTooSlowError: It has not taken the burst before this one.
+        """
+        if messages:
+            self._check_room()
+            self._texts += messages
+            self._texts_allowed = max(self._texts_allowed, len(messages) + MAX_WAITING_TEXTS)
+
     def _check_room(self) -> None:
         if len(self._texts) >= self._texts_allowed:
             raise ViewerTooSlowError(f"{len(self._texts)} messages wait for it")
