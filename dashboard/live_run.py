@@ -3,7 +3,6 @@
 Lives in the dashboard's thread, with everything that it is made of; only `Run`'s thread-safe side is touched.
 """
 
-import contextlib
 import itertools
 import os
 import platform
@@ -378,8 +377,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, bool):
         return
     if isinstance(value, int | float):
-        with contextlib.suppress(OverflowError):  # a whole number that no float can hold
-            yield name, float(value)
+        yield name, float(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(item, int | float):

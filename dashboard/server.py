@@ -7,6 +7,7 @@ limits and closing; what is here decides about requests, hands out the page and 
 
 import asyncio
 import contextlib
+import contextvars
 import errno
 import functools
 import http
@@ -106,6 +107,7 @@ class Server:
             allow_hosts=(*options.allow_hosts, *([socket.gethostname()] if self._is_wildcard else [])),
         )
         self._loop: asyncio.AbstractEventLoop
+        self._context = contextvars.Context()
         self._stop: asyncio.Event
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followers: dict[Run, asyncio.Task[None]] = {}
@@ -179,7 +181,8 @@ class Server:
 
     def _post(self, function: Callable[[], None]) -> bool:
         try:
-            self._loop.call_soon_threadsafe(function)
+            # In a context of its own: in the caller's, anyio would take this event loop for trio where the run's is.
+            self._loop.call_soon_threadsafe(function, context=self._context)
         except RuntimeError:  # the loop is closed: nobody is left to be told
             return False
         return True
