@@ -37,6 +37,12 @@ T = TypeVar("T")
 ONLY_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def torch_is_complete() -> None:
+    """With its first optimizer torch imports half of itself, which is seconds that no event loop shall be held."""
+    tiny_trainer()
+
+
 @pytest.fixture(autouse=True)
 def a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No keys in the user's own directory, and no server left to the next test."""
