@@ -232,6 +232,7 @@ class Server:
         # Not ::1 as well: any port (0) would be another one there. Browsers try both.
         host = "127.0.0.1" if options.host == "localhost" else options.host
         last = DEFAULT_PORT + PORTS_TRIED
+        connection: Any = functools.partial(_Connection, self._half_open, self._connections)
         for port in [options.port] if options.port is not None else range(DEFAULT_PORT, last + 1):
             try:
                 server = await serve(
@@ -239,7 +240,7 @@ class Server:
                     host,
                     port,
                     process_request=self._process_request,
-                    create_connection=functools.partial(_Connection, self._half_open, self._connections),
+                    create_connection=connection,
                     subprotocols=[Subprotocol(SUBPROTOCOL)],
                     compression="deflate" if options.compression else None,
                     server_header=None,

@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
+from memory_link import PageModel
 from socket_viewer import PATIENCE, SocketViewer, request
 
 from offloop.callbacks import ResourceMonitor
@@ -100,6 +101,18 @@ def steps_of(page: Any, key: str = "loss") -> int:
     return len(page.points.get(ids.get(key, -1), ()))
 
 
+def has_seen_the_end(key: str, page: PageModel) -> bool:
+    """True if a page watches a run that is completed."""
+    is_watched = page.run is not None and page.run.key == key
+    return (
+        is_watched and page.status is not None and page.status.run == key and page.status.state == "completed"
+    )
+
+
+def knows(key: str, page: PageModel) -> bool:
+    return key in page.runs and page.run is not None
+
+
 # When it comes and goes --------------------------------------------------------------------------
 
 
@@ -146,7 +159,7 @@ def test_several_runs_share_one_server() -> None:
         threads[0].join(PATIENCE)
         viewer.wait(lambda page: page.runs)  # it is over, and the page is still there
         viewer.say(Watch(run="run0"))
-        viewer.wait(lambda page: page.run.key == "run0" and page.status.state == "completed")
+        viewer.wait(partial(has_seen_the_end, "run0"))
         loaders[1].gate.set()
         threads[1].join(PATIENCE)
         assert viewer.wait_closed()[0] == 1001
@@ -165,12 +178,10 @@ def test_a_tab_finds_the_next_run_of_the_process() -> None:
         assert viewer.page.run is None
         for key in ("mine", "mine~2"):
             tiny_trainer(run_name="mine").train(tiny_loader(), epochs=1, callbacks=[dashboard])
-            viewer.wait(lambda page, key=key: key in page.runs and page.run)
+            viewer.wait(partial(knows, key))
             if viewer.page.run is None or viewer.page.run.key != key:
                 viewer.say(Watch(run=key))
-            viewer.wait(
-                lambda page, key=key: page.run and page.run.key == key and page.status.state == "completed"
-            )
+            viewer.wait(partial(has_seen_the_end, key))
             viewer.wait(lambda page: steps_of(page) == 8)
         assert viewer.closed is None
     assert viewer.wait_closed() == (1001, "the dashboard was closed")
@@ -506,7 +517,7 @@ def test_a_new_process_at_the_same_port_knows_the_cookie() -> None:
     line_with(process, "Live page: ")
     before = known.hello.server if known.hello else ""
     with SocketViewer(address, cookie=cookie, page=known) as viewer:
-        viewer.wait(lambda page: page.hello.server != before)
+        viewer.wait(lambda page: page.hello and page.hello.server != before)
         assert viewer.page.hello is not None and viewer.page.hello.role == "control"
         process.communicate("\n", timeout=PATIENCE)
     assert process.returncode == 0

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offloop.dashboard import security
+from offloop.dashboard.protocol import Role
 from offloop.dashboard.security import (
     COOKIE_DAYS,
     Gate,
@@ -190,8 +190,9 @@ def test_a_wrong_bearer_is_not_made_good_by_a_cookie() -> None:
 
 def test_a_cookie_gives_its_role_back() -> None:
     guard = gate()
-    for role in ("control", "read_only"):
-        header = guard.cookie(role, secure=False)  # type: ignore[arg-type]  # the two roles
+    roles: tuple[Role, ...] = ("control", "read_only")
+    for role in roles:
+        header = guard.cookie(role, secure=False)
         assert guard.role_of([value_of(header)], []) == role
         assert guard.role_of([f"a=b; {value_of(header)}; c"], []) == role
         flags = {part.strip() for part in header.split(";")[1:]}
@@ -211,9 +212,9 @@ def test_a_cookie_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = gate()
     cookie = value_of(guard.cookie("control", secure=False))
     now = time.time()
-    monkeypatch.setattr(security.time, "time", lambda: now + COOKIE_DAYS * 86_400 - 60)
+    monkeypatch.setattr(time, "time", lambda: now + COOKIE_DAYS * 86_400 - 60)
     assert guard.role_of([cookie], []) == "control"
-    monkeypatch.setattr(security.time, "time", lambda: now + COOKIE_DAYS * 86_400 + 60)
+    monkeypatch.setattr(time, "time", lambda: now + COOKIE_DAYS * 86_400 + 60)
     assert guard.role_of([cookie], []) is None
 
 

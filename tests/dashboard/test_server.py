@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import functools
 import gzip
 import itertools
 import logging
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 import pytest
+from memory_link import PageModel
 from socket_viewer import (
     PATIENCE,
     SocketViewer,
@@ -31,9 +33,10 @@ from websockets.exceptions import InvalidStatus
 from offloop.dashboard import hub as hub_module
 from offloop.dashboard import server as server_module
 from offloop.dashboard.page import Page
-from offloop.dashboard.protocol import Hi, Ping, encode_message
+from offloop.dashboard.protocol import CLOSE_SLOW, Hi, Ping, Pong, encode_message
 from offloop.dashboard.security import content_security_policy
 from offloop.dashboard.server import Options, Server
+from offloop.dashboard.viewer import ViewerTooSlowError
 
 ON_EVERY_ANSWER: Final = {
     "x-content-type-options": "nosniff",
@@ -518,7 +521,7 @@ def test_a_wrong_handshake_is_refused_and_forgotten(
     status: int,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    answer = raw(server, handshake_head(server, **changes))
+    answer = raw(server, handshake_head(server, "GET", **changes))
     assert status_of(answer) == status
     assert_secure(answer)
     assert on_loop(server, lambda: server._viewers) == 1
@@ -639,18 +642,21 @@ def test_viewers_that_do_not_read_are_cut_off_and_cost_little(
 
         def tell(number: int) -> None:
             """Put a message down for everybody, as a milestone is."""
-            message = encode_message(hub_module.Pong(sent=float(number), time=0.0)).ljust(1_000)
+            message = encode_message(Pong(sent=float(number), time=0.0)).ljust(1_000)
             for session in server.hub._sessions:
                 try:
                     session.viewer.put_all([message])
-                except hub_module.ViewerTooSlowError as error:
-                    session.end(hub_module.CLOSE_SLOW, str(error))
+                except ViewerTooSlowError as error:
+                    session.end(CLOSE_SLOW, str(error))
                 session.wake()
+
+        def has_heard(number: int, page: PageModel) -> bool:
+            return viewer.pongs > number
 
         most = 0
         for number in range(2_000):
-            on_loop(server, lambda number=number: tell(number))  # type: ignore[misc]  # mypy cannot infer it
-            viewer.wait(lambda page, number=number: viewer.pongs > number)
+            on_loop(server, functools.partial(tell, number))
+            viewer.wait(functools.partial(has_heard, number))
             most = max(most, *on_loop(server, lambda: buffered(server)))
         assert viewer.pongs == 2_000 and viewer.closed is None
         assert 200_000 < most < 500_000

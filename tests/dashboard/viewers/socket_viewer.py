@@ -82,7 +82,7 @@ HANDSHAKE: Final = {
 }
 
 
-def handshake_head(server: Server, *, method: str = "GET", **headers: str | None) -> bytes:
+def handshake_head(server: Server, method: str = "GET", **headers: str | None) -> bytes:
     """Return the head of a websocket handshake; a header that is None is left out."""
     host = f"127.0.0.1:{server.port}"
     chosen: dict[str, str | None] = {"Host": host, **HANDSHAKE, "Authorization": f"Bearer {server.token}"}
