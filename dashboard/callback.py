@@ -270,12 +270,11 @@ class Dashboard(Callback):
                 _holders -= 1
 
     def _at_exit(self) -> None:
-        if (
-            hasattr(sys, "ps1") and self._server is not None
-        ):  # who leaves an interactive session has seen it all
-            self._server.close("the session has ended")
-        else:
+        """Keep a script's page open; who leaves an interactive session wants to leave."""
+        if not hasattr(sys, "ps1"):
             self.wait_for_interrupt()
+        elif self._server is not None:
+            self._server.close("the session has ended")
 
     def _let_go(self, reason: str) -> None:
         global _server, _holders
