@@ -421,7 +421,7 @@ def measure_coming_back(rounds: int) -> list[float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument("--rounds", type=int, default=20, help="stretches of each contender")
+    parser.add_argument("--rounds", type=int, default=12, help="stretches of each contender")
     parser.add_argument("--stalled-for", type=float, default=60.0, help="seconds")
 
 

@@ -340,7 +340,7 @@ class Hub:
                     scope.cancel()
                     return
             now = time.monotonic()
-            if session.close is not None and not (session.may_finish and viewer.is_behind):
+            if session.close is not None and not (session.may_finish and viewer.is_waiting):
                 scope.cancel()
                 return
             timeout = None

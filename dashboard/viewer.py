@@ -129,6 +129,8 @@ class Viewer:
         self._texts_allowed = MAX_WAITING_TEXTS
         self._slots: dict[str, bytes] = {}  # what replaces its older self: status, latest, runs
         self._series_sent = 0
+        self._has_shown = False  # True once it has said what is on its screen
+        self._may_show = False  # True if it has heard of curves since then
         self._cursor = 0  # row up to which the curves that it shows are sent
         self._shown: tuple[int, ...] = ()
         self._points = 1_600
@@ -184,6 +186,7 @@ class Viewer:
         wanted = self._known(message.series)
         if not 2 <= message.points <= MAX_POINTS:
             raise ProtocolError(f"points must be from 2 to {MAX_POINTS}, got {message.points}")
+        self._has_shown, self._may_show = True, False
         self._points = message.points
         new = [curve for curve in wanted if curve not in self._shown or curve in self._snapshots]
         if not self._shown:
@@ -263,6 +266,7 @@ class Viewer:
         if live is not None and self._series_sent < len(live.series):
             new = live.series[self._series_sent :]
             self._series_sent = len(live.series)
+            self._may_show = self._has_shown
             self._texts.append(encode_message(Series(run=live.key, series=new)))
 
     # What is sent next
@@ -288,6 +292,11 @@ class Viewer:
         """True if the curves that it shows go on beyond what it has."""
         live = self.live
         return live is not None and bool(self._shown) and self._cursor < live.history.axis.rows
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if it would miss something that it shows, or may want to, should the connection end now."""
+        return self._may_show or bool(self._snapshots) or self.is_behind
 
     @property
     def is_urgent(self) -> bool:

@@ -437,9 +437,12 @@ def test_wrong_settings_are_said_at_once(options: dict[str, Any], why: str) -> N
 # Processes of their own --------------------------------------------------------------------------
 
 
+TINY = "from offloop.engine.testing import tiny_batches, tiny_loader, tiny_trainer\n"
+
+
 def child(script: str, *, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a script in a process of its own; its stderr is its stdout."""
-    head = "from offloop.dashboard import Dashboard\nfrom offloop.engine.testing import *\n"
+    head = "from offloop.dashboard import Dashboard\n"
     return subprocess.Popen(
         [sys.executable, "-u", "-W", "error", "-c", head + script],
         stdin=subprocess.PIPE,
@@ -468,7 +471,7 @@ def address_in(line: str) -> str:
 @ONLY_POSIX
 def test_kept_open_the_page_stays_until_ctrl_c() -> None:
     process = child(
-        "tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[Dashboard(port=0, keep_open=True)])"
+        TINY + "tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[Dashboard(port=0, keep_open=True)])"
     )
     address = address_in(line_with(process, "Live page: "))
     line_with(process, "stays open: press Ctrl-C")
@@ -483,7 +486,7 @@ def test_kept_open_the_page_stays_until_ctrl_c() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 75)])
 def test_a_run_that_is_interrupted_takes_even_a_page_that_is_kept_open_along(number: int, code: int) -> None:
     process = child(
-        "import itertools\n"
+        f"{TINY}import itertools\n"
         "endless = itertools.cycle(tiny_batches())\n"
         "tiny_trainer().train(endless, max_steps=10**9, callbacks=[Dashboard(port=0, keep_open=True)])"
     )

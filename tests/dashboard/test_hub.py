@@ -665,6 +665,30 @@ def test_who_comes_while_the_last_one_goes_does_not_hold_up_the_end() -> None:
     run_async(play)
 
 
+def test_who_is_told_of_a_curve_at_the_very_end_can_still_show_it() -> None:
+    """A run of one epoch has its first validation just before its end."""
+
+    async def play(stage: Stage) -> None:
+        stage.steps(1)
+        page = PageModel()
+        link = stage.join(page)
+        await read(link, page)
+        link.say(page.show(sorted(page.series)))
+        await read(link, page)
+        stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.5)))
+        stage.tell(TrainEnd(status="completed"))
+        stage.hub.say_goodbye(1001, "the run is over")
+        await read(link, page)
+        assert link.closed is None
+        link.say(page.show(sorted(page.series)))
+        await read(link, page, draws=False)
+        assert link.closed == (1001, "the run is over")
+        (curve,) = [number for number, key in page.series.items() if key == "val_loss"]
+        assert list(page.points[curve].values()) == [0.5]
+
+    run_async(play)
+
+
 def test_a_run_that_falls_silent_ends_like_the_run() -> None:
     async def play(stage: Stage) -> None:
         stage.run.state = "completed"
