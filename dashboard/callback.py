@@ -8,13 +8,17 @@ import os
 import ssl as tls
 import sys
 import threading
+import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
+import anyio
+import anyio.to_thread
+
 from offloop.dashboard.history import HISTORY_BYTES
-from offloop.dashboard.security import is_loopback
+from offloop.dashboard.security import host_name, is_loopback
 from offloop.dashboard.server import Options, Server
 from offloop.engine import Callback, Run, TrainStart, decides
 
@@ -27,6 +31,7 @@ SAMPLES_HELD: Final = 50_000
 _lock = threading.Lock()
 _server: Server | None = None
 _holders = 0
+_kept: Server | None = None  # the one that has a holder until the process is interrupted
 
 
 class Dashboard(Callback):
@@ -74,7 +79,8 @@ class Dashboard(Callback):
             host: Address to listen on. Others than loopback can be reached from other machines: give `ssl` then.
             port: None for 8321, or the next one that is free; 0 for any; else exactly this one.
             open: Open the page in the browser.
-            keep_open: Keep serving after the last run until the process is interrupted (Ctrl-C).
+            keep_open: Keep serving after the last run, and at the end of the script wait for Ctrl-C. A run that is
+                itself interrupted, or ended by SIGTERM, takes its page along; so does an interactive session.
             token: What gives access, at least 16 characters; None for one that nobody guesses. Every process
                 has another one, but a browser that was let in once may come back for 30 days.
             read_only: Nobody may give commands.
@@ -95,8 +101,10 @@ class Dashboard(Callback):
             isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536
         ):
             raise ValueError(f"port must be a whole number from 0 to 65535 or None, got {port!r}")
-        if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
-            raise ValueError("token must be at least 16 printable ASCII characters")
+        if token is not None and (
+            len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token
+        ):
+            raise ValueError("token must be at least 16 printable ASCII characters, without spaces")
         if not 0 < frames_per_second <= 60:
             raise ValueError(f"frames_per_second must be above 0 and at most 60, got {frames_per_second!r}")
         if isinstance(history_bytes, bool) or not isinstance(history_bytes, int) or history_bytes < 1_000_000:
@@ -108,6 +116,11 @@ class Dashboard(Callback):
         for name, values in (("allow_hosts", allow_hosts), ("frame_ancestors", frame_ancestors)):
             if isinstance(values, str):
                 raise ValueError(f"{name} must be a sequence of strings, got the string {values!r}")
+        for name in allow_hosts:
+            if host_name(name) != name.lower() or ":" in name:
+                raise ValueError(
+                    f"allow_hosts must be names without port, like hub.example.org, got {name!r}"
+                )
         for origin in frame_ancestors:
             if any(character in origin for character in ";, \t\r\n") or not origin:
                 raise ValueError(
@@ -142,9 +155,8 @@ class Dashboard(Callback):
         Raises:
             OSError: The address cannot be listened on.
         """
-        if not self._run_holds:  # a run that was refused after this has left its hold to the next one
-            self._hold()
-            self._run_holds = True
+        self._hold()
+        self._run_holds = True
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
@@ -159,6 +171,8 @@ class Dashboard(Callback):
         run, self._run = self._run, None
         if run is not None and self._server is not None:
             self._server.finish_run(run)
+            if run.interrupted:
+                self._stop_keeping()
         if self._run_holds:
             self._run_holds = False
             self._let_go("the run is over")
@@ -192,7 +206,7 @@ class Dashboard(Callback):
             _say("The live page stays open: press Ctrl-C to end it.")
         with contextlib.suppress(KeyboardInterrupt):
             while server.is_serving:
-                threading.Event().wait(3600)
+                time.sleep(0.5)  # unlike a lock's, this wait ends with Ctrl-C on every system
         server.close("the server was interrupted")
 
     def __enter__(self) -> Self:
@@ -208,7 +222,8 @@ class Dashboard(Callback):
         self._let_go("the dashboard was closed")
 
     async def __aenter__(self) -> Self:
-        return self.__enter__()
+        await _in_thread(self._hold)
+        return self
 
     async def __aexit__(
         self,
@@ -216,7 +231,7 @@ class Dashboard(Callback):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.__exit__(exc_type, exc, traceback)
+        await _in_thread(lambda: self._let_go("the dashboard was closed"))
 
     def _serving(self) -> Server:
         if self._server is None or not self._server.is_serving:
@@ -224,15 +239,12 @@ class Dashboard(Callback):
         return self._server
 
     def _hold(self) -> None:
-        global _server, _holders
+        global _server, _holders, _kept
         with _lock:
             server, is_new = _server, False
             if server is None or not server.is_serving:
                 server, is_new = Server(self._options), True
                 _server, _holders = server, 0
-                if self.keep_open:
-                    _holders += 1
-                    atexit.register(self.wait_for_interrupt)
             elif self._server is not server and self._options not in (Options(), server.options):
                 raise ValueError(
                     f"one server serves all runs of a process, and one is open at port {server.port} with other "
@@ -242,8 +254,27 @@ class Dashboard(Callback):
                 self._server, self._holds = server, 0
             self._holds += 1
             _holders += 1
+            if self.keep_open and _kept is not server:
+                _kept = server
+                _holders += 1
+                atexit.register(self._at_exit)
         if is_new:
             self._announce(server)
+
+    def _stop_keeping(self) -> None:
+        """Have the server close with its last run after all."""
+        global _kept, _holders
+        with _lock:
+            if _kept is not None and _kept is self._server is _server:
+                _kept = None
+                _holders -= 1
+
+    def _at_exit(self) -> None:
+        """Keep a script's page open; who leaves an interactive session wants to leave."""
+        if not hasattr(sys, "ps1"):
+            self.wait_for_interrupt()
+        elif self._server is not None:
+            self._server.close("the session has ended")
 
     def _let_go(self, reason: str) -> None:
         global _server, _holders
@@ -276,6 +307,12 @@ class Dashboard(Callback):
                 )
         if self._open_browser:
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Do what takes a moment beside the event loop, to its end."""
+    with anyio.CancelScope(shield=True):
+        await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
 
 
 def _user() -> str:

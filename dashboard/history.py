@@ -47,16 +47,21 @@ class Axis:
     def __init__(self) -> None:
         self.rows = 0  # in all, also those that were trimmed
         self._first = 0  # the first row that is in the dense columns
+        self._last = (-math.inf, -math.inf, -math.inf)
         self._dense = {name: array("d") for name in AXES}
         # Rows before `_first` that coarse levels still refer to.
         self._old_rows: Rows = np.empty(0, np.uint32)
         self._old: dict[AxisName, Float64s] = {name: np.empty(0) for name in AXES}
 
     def append(self, step: float, time: float, epoch: float) -> int:
-        """Add a row and return its number."""
-        self._dense["step"].append(step)
-        self._dense["time"].append(time)
-        self._dense["epoch"].append(epoch)
+        """Add a row and return its number. What would fall stays where the row before is.
+
+        A sample that another thread publishes may be stamped a moment after a step that arrives behind it.
+        """
+        last_step, last_time, last_epoch = self._last
+        self._last = max(step, last_step), max(time, last_time), max(epoch, last_epoch)
+        for column, value in zip(self._dense.values(), self._last, strict=True):
+            column.append(value)
         self.rows += 1
         return self.rows - 1
 

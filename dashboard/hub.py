@@ -7,6 +7,7 @@ A run's events are taken from its bounded buffer; nothing here can make a run wa
 keep up gets fewer and larger frames, and is cut off before it costs the others anything.
 """
 
+import contextlib
 import secrets
 import time
 from collections import OrderedDict
@@ -44,7 +45,7 @@ from offloop.dashboard.protocol import (
     encode_message,
 )
 from offloop.dashboard.viewer import Frames, Viewer, ViewerTooSlowError
-from offloop.engine import Event, OffloopError, Subscription
+from offloop.engine import Event, OffloopError, SubscriberTooSlowError, Subscription
 
 FRAME_INTERVAL: Final = 0.1
 """Seconds between two chart frames: 20 a second cost a page a third of a core and training 7 %, 10 half of that."""
@@ -121,7 +122,7 @@ class Hub:
     def __init__(
         self,
         *,
-        post: Callable[[Callable[[], None]], None],
+        post: Callable[[Callable[[], None]], object],
         page: str | None = None,
         frame_interval: float = FRAME_INTERVAL,
     ) -> None:
@@ -161,7 +162,8 @@ class Hub:
         for session in self._sessions:
             if session.viewer.live is None:
                 self._watch(session, live)
-        with subscription:
+        # The bus has logged that the subscription was given up; the page says that it is silent.
+        with subscription, contextlib.suppress(SubscriberTooSlowError):
             while events := await subscription.take_batch(EVENTS_AT_ONCE):
                 before = live.milestones_seen
                 has_milestone = live.take_in(events)
@@ -188,10 +190,8 @@ class Hub:
         for session in sessions:
             try:
                 session.viewer.announce_series()
-                for for_control, for_reader in messages:
-                    message = for_control if session.viewer.is_control else for_reader
-                    if message is not None:
-                        session.viewer.put_encoded(message)
+                place = 0 if session.viewer.is_control else 1
+                session.viewer.put_all([each for both in messages if (each := both[place]) is not None])
             except ViewerTooSlowError as error:
                 session.end(CLOSE_SLOW, str(error))
             session.wake()
@@ -265,13 +265,14 @@ class Hub:
             await link.close(CLOSE_PROTOCOL, f"no hi within {HI_TIMEOUT:g} s")
             return
         except ProtocolError as error:
-            await link.close(CLOSE_PROTOCOL, _short(str(error)))
+            await link.close(CLOSE_PROTOCOL, short(str(error)))
             return
         if hi is None:
             return
         self._sessions.append(session)
         self._somebody.set()
-        self._nobody = anyio.Event()
+        if self._nobody.is_set():  # else somebody may be waiting for this very one
+            self._nobody = anyio.Event()
         try:
             self._greet(session, hi)
             async with anyio.create_task_group() as tasks:
@@ -339,7 +340,7 @@ class Hub:
                     scope.cancel()
                     return
             now = time.monotonic()
-            if session.close is not None and not (session.may_finish and viewer.is_behind):
+            if session.close is not None and not (session.may_finish and viewer.is_waiting):
                 scope.cancel()
                 return
             timeout = None
@@ -370,7 +371,7 @@ class Hub:
             try:
                 self._obey(session, message)
             except ProtocolError as error:
-                session.end(CLOSE_PROTOCOL, _short(str(error)))
+                session.end(CLOSE_PROTOCOL, short(str(error)))
                 return
             except ViewerTooSlowError as error:
                 session.end(CLOSE_SLOW, str(error))
@@ -406,7 +407,7 @@ class Hub:
 
     def _command(self, session: _Session, request: CommandRequest) -> None:
         known = self._commands.get(request.id)
-        if known is not None:  # sent again after a reconnect: once is enough
+        if known is not None and session.viewer.is_control:  # sent again after a reconnect: once is enough
             known.session = session
             session.viewer.put(known.ack)
             return
@@ -530,6 +531,6 @@ def _milestone(live: LiveRun, event: Event, is_control: bool) -> bytes | None:
     return encode_message(Milestone(run=live.key, event=msgspec.Raw(encoded)))
 
 
-def _short(reason: str) -> str:
+def short(reason: str) -> str:
     """Cut a reason to what fits into a close frame: 123 bytes."""
     return reason.encode()[:120].decode(errors="ignore")

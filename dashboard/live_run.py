@@ -3,6 +3,7 @@
 Lives in the dashboard's thread, with everything that it is made of; only `Run`'s thread-safe side is touched.
 """
 
+import itertools
 import os
 import platform
 import re
@@ -10,7 +11,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,10 +73,20 @@ class _Moment(msgspec.Struct, frozen=True):
 class LiveRun:
     """One run, as viewers see it."""
 
-    def __init__(self, run: Run, start: TrainStart, *, history_bytes: int = HISTORY_BYTES) -> None:
-        """Keep what `run` says. `start` is its first event."""
+    def __init__(
+        self,
+        run: Run,
+        start: TrainStart,
+        *,
+        history_bytes: int = HISTORY_BYTES,
+        taken: Container[str] = (),
+    ) -> None:
+        """Keep what `run` says. `start` is its first event, `taken` the keys of other runs."""
         self.run = run
-        self.key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
+        key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
+        # A run without a directory may have the name of the one before.
+        again = itertools.chain([key], (f"{key}~{number}" for number in itertools.count(2)))
+        self.key = next(each for each in again if each not in taken)
         self.started = start.time
         self.history = History(history_bytes)
         self.series: list[SeriesInfo] = []  # its index is the curve's number in the history
@@ -107,7 +118,7 @@ class LiveRun:
             attempt=start.attempt,
             host=platform.node(),
             pid=os.getpid(),
-            command=list(sys.argv),
+            command=masked_command(sys.argv),
             commit=_commit_of(run.dir) if run.has_dir else None,
             directory=str(run.dir) if run.has_dir else None,
             started=start.time,
@@ -145,6 +156,8 @@ class LiveRun:
             return self.end.status
         state = self.run.state
         if state in FINAL_STATES:
+            if self._is_silent:
+                return state
             return "closing"  # its last events are on their way
         return "waiting" if state == "running" and self._last_step is None else state
 
@@ -213,14 +226,8 @@ class LiveRun:
             prefix = f"{prefix}/{kind}"
         for key, value in numbers_of(event, prefix):
             if row is None:
-                row = self.history.axis.append(
-                    max(event.step, 0), max(event.time, self._axis_time()), self._epoch_of(event)
-                )
+                row = self.history.axis.append(max(event.step, 0), event.time, self._epoch_of(event))
             self._point(key, row, value, max(event.step, 0))
-
-    def _axis_time(self) -> float:
-        last = self.history.axis.last("time")
-        return last if last == last else 0.0
 
     def _point(self, key: str, row: int, value: float, step: int) -> None:
         curve = self._ids.get(key)
@@ -232,13 +239,12 @@ class LiveRun:
         self.history.curves[curve].append(row, float(value), step)
 
     def _epoch_of(self, event: Event) -> float:
-        """Return epochs done with a fraction; never less than before."""
+        """Return epochs done with a fraction."""
         per_epoch = self._start.batches_per_epoch
         epoch = float(max(event.epoch, 0))
         if per_epoch and event.epoch == self._epoch:
             epoch += min(1.0, max(0, event.batch - self._epoch_batch) / per_epoch)
-        last = self.history.axis.last("epoch")
-        return epoch if last != last else max(epoch, last)
+        return epoch
 
     # Where it is
 
@@ -376,8 +382,8 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, float(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if isinstance(item, int | float) and not isinstance(item, bool):
-                yield f"{name}/{key}", float(item)
+            if isinstance(item, int | float):
+                yield from _numbers(f"{name}/{key}", item)
     elif isinstance(value, tuple):
         for place, item in enumerate(value):
             if isinstance(item, msgspec.Struct):
@@ -410,6 +416,21 @@ def for_role(event: Event, is_control: bool) -> bytes | None:
     if isinstance(event, TrainStart):
         event = msgspec.structs.replace(event, config=type(event.config)(masked(event.config)))
     return encode(event)
+
+
+def masked_command(arguments: Sequence[str]) -> list[str]:
+    """Return a command line without what its options say is secret: `--api-key=(masked)`."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        is_secret = bool(_SECRET.search(name.replace("-", "_"))) and argument.startswith("-")
+        if hide_next and not argument.startswith("-"):
+            shown.append("(masked)")
+        else:
+            shown.append(f"{name}=(masked)" if is_secret and equals else argument)
+        hide_next = is_secret and not equals
+    return shown
 
 
 def place_of(stack: str) -> str:

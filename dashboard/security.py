@@ -75,6 +75,7 @@ class Gate:
         token: str,
         read_only_token: str,
         key: bytes,
+        read_only: bool = False,
         allow_hosts: Sequence[str] = (),
     ) -> None:
         """Guard a server.
@@ -84,11 +85,13 @@ class Gate:
             token: Gives the control role.
             read_only_token: Gives the right to look.
             key: Signs cookies, 32 bytes.
+            read_only: Nobody gets more than the right to look, whatever an older cookie says.
             allow_hosts: Further names under which browsers may reach it.
         """
         self._bound_to = bound_to
         self._tokens: tuple[tuple[str, Role], ...] = ((token, "control"), (read_only_token, "read_only"))
         self._key = key
+        self._read_only = read_only
         self._names = LOOPBACK_NAMES | {bound_to.lower(), *(name.lower() for name in allow_hosts)}
         # Named after the key: another user's server, seen through a tunnel under the same name, has another one.
         self.cookie_name = f"offloop_{hashlib.sha256(key).hexdigest()[:8]}"
@@ -118,7 +121,10 @@ class Gate:
             return has_bearer
         if len(origins) != 1:
             return False
-        parts = urlsplit(origins[0])
+        try:
+            parts = urlsplit(origins[0])
+        except ValueError:
+            return False
         return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
     def role_of_token(self, token: str) -> Role | None:
@@ -127,7 +133,7 @@ class Gate:
         for known, role in self._tokens:  # all are compared: how long it takes says nothing
             if hmac.compare_digest(known.encode(), token.encode("utf-8", "replace")):
                 found = found or role
-        return found
+        return self._at_most(found)
 
     def role_of(self, cookies: Sequence[str], authorizations: Sequence[str]) -> Role | None:
         """Return the role that the `Authorization` or `Cookie` headers give."""
@@ -140,12 +146,18 @@ class Gate:
             for pair in header.split(";"):
                 name, _, value = pair.strip().partition("=")
                 if name == self.cookie_name and (role := self._read_cookie(value)) is not None:
-                    return role
+                    return self._at_most(role)
         return None
+
+    def _at_most(self, role: Role | None) -> Role | None:
+        return "read_only" if self._read_only and role is not None else role
 
     def role_in_query(self, query: str) -> Role | None:
         """Return the role of the token in an address, None if there is no valid one."""
-        tokens = parse_qs(query, max_num_fields=16).get("token", [])
+        try:
+            tokens = parse_qs(query, max_num_fields=16).get("token", [])
+        except ValueError:  # more fields than anybody needs
+            return None
         return self.role_of_token(tokens[0]) if len(tokens) == 1 else None
 
     def cookie(self, role: Role, *, secure: bool) -> str:
@@ -218,6 +230,6 @@ def _read_key(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     if len(key) != 32 or not is_private:
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None
     return key

@@ -7,7 +7,9 @@ limits and closing; what is here decides about requests, hands out the page and 
 
 import asyncio
 import contextlib
+import contextvars
 import errno
+import functools
 import http
 import logging
 import socket
@@ -15,7 +17,7 @@ import ssl as tls
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 from websockets.asyncio.server import Server as WebsocketServer
@@ -23,10 +25,11 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
-from websockets.typing import Subprotocol
+from websockets.server import ServerProtocol
+from websockets.typing import StatusLike, Subprotocol
 
 from offloop.dashboard.history import HISTORY_BYTES
-from offloop.dashboard.hub import FRAME_INTERVAL, Hub
+from offloop.dashboard.hub import FRAME_INTERVAL, Hub, short
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.page import NOT_BUILT, Asset, Page
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL, Role
@@ -52,7 +55,14 @@ GOODBYE: Final = 1.0
 SEND_BUFFER: Final = 128 * 1024
 """Bytes that the kernel keeps for a viewer: by default megabytes, which are seconds of old charts."""
 HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds after which a connection that has not said what it wants is closed."""
+"""Seconds after which a connection that has not said what it wants, or not taken its answer, is closed."""
+CLOSE_TIMEOUT: Final = 2.0
+"""Seconds that a websocket has to take its last words and to answer them; then it is cut off."""
+MAX_HALF_OPEN: Final = 64
+"""Connections that have not said yet what they want. One more ends the oldest of them: who has something to say
+says it within milliseconds, so it is those that say nothing that go."""
+MESSAGES_READ_AHEAD: Final = 4
+"""Messages of a viewer that wait to be handled; then its socket is not read any more."""
 FOR_GOOD: Final = "public, max-age=31536000, immutable"
 
 
@@ -89,17 +99,22 @@ class Server:
         self.hub: Hub
         self._gate = Gate(
             bound_to=options.host,
-            token=new_token() if options.read_only else self.token,
+            token=self.token,
             read_only_token=self.read_only_token,
             key=user_key(),
-            allow_hosts=options.allow_hosts,
+            read_only=options.read_only,
+            # The address that is printed must be one that is answered.
+            allow_hosts=(*options.allow_hosts, *([socket.gethostname()] if self._is_wildcard else [])),
         )
         self._loop: asyncio.AbstractEventLoop
+        self._context = contextvars.Context()
         self._stop: asyncio.Event
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followers: dict[Run, asyncio.Task[None]] = {}
-        self._roles: dict[ServerConnection, Role] = {}  # of those let in that have not begun yet
-        self._error: OSError | None = None
+        self._half_open: dict[_Connection, None] = {}  # have not been answered yet, oldest first
+        self._connections: set[_Connection] = set()  # all that are not over
+        self._error: Exception | None = None
+        self._reason = ""  # why it was closed; written and read by the server's thread
         started = threading.Event()
         # A daemon: a viewer that does not go must never keep the interpreter from leaving.
         self._thread = threading.Thread(
@@ -116,21 +131,25 @@ class Server:
     @property
     def url(self) -> str:
         """Address of the page, with the token that gives the most that this server gives."""
-        return f"{self._base}?token={self.token}"
+        return f"{self._base}?token={quote(self.token, safe='')}"
 
     @property
     def read_only_url(self) -> str:
         """Address of the page for those who may look but not touch."""
-        return f"{self._base}?token={self.read_only_token}"
+        return f"{self._base}?token={quote(self.read_only_token, safe='')}"
 
     @property
     def _base(self) -> str:
         host = self.options.host
-        if host in ("0.0.0.0", "::", ""):
+        if self._is_wildcard:
             host = socket.gethostname()
         elif ":" in host:
             host = f"[{host}]"
         return f"{'https' if self.options.ssl else 'http'}://{host}:{self.port}/"
+
+    @property
+    def _is_wildcard(self) -> bool:
+        return self.options.host in ("0.0.0.0", "::", "")
 
     @property
     def is_serving(self) -> bool:
@@ -138,19 +157,21 @@ class Server:
         return self._thread.is_alive()
 
     def add_run(self, run: Run, start: TrainStart, subscription: Subscription[Event]) -> None:
-        """Show a run. Any thread; does not wait."""
-        self._post(lambda: self._follow(run, start, subscription))
+        """Show a run. Any thread; does not wait. After `close` nobody is left to see it."""
+        if not self._post(lambda: self._follow(run, start, subscription)):
+            subscription.close()
 
     def finish_run(self, run: Run) -> None:
         """Wait until the hub has taken everything that a run has said; it is over. Blocks its thread, briefly."""
         done = threading.Event()
-        self._post(lambda: self._when_followed(run, done.set))
-        done.wait(GOODBYE)
+        if self._post(lambda: self._when_followed(run, done.set)):
+            done.wait(GOODBYE)
 
     def close(self, reason: str) -> None:
         """Tell all viewers, close everything, end the thread. Blocks at most about three seconds; twice is fine."""
 
         def stop() -> None:
+            self._reason = reason
             self.hub.say_goodbye(1001, reason)
             self._stop.set()
 
@@ -158,9 +179,13 @@ class Server:
             self._post(stop)
             self._thread.join()
 
-    def _post(self, function: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            self._loop.call_soon_threadsafe(function)
+    def _post(self, function: Callable[[], None]) -> bool:
+        try:
+            # In a context of its own: in the caller's, anyio would take this event loop for trio where the run's is.
+            self._loop.call_soon_threadsafe(function, context=self._context)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            return False
+        return True
 
     # The server's own thread
 
@@ -180,7 +205,7 @@ class Server:
         )
         try:
             server = await self._listen()
-        except OSError as error:
+        except Exception as error:  # a host that is no name is a UnicodeError, for one
             self._error = error
             return
         self._spawn(self.hub.beat())
@@ -189,7 +214,12 @@ class Server:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
                 await self.hub.wait_for_nobody()
-        server.close(close_connections=True)
+        server.close(close_connections=True, reason=short(self._reason))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE):
+                await server.wait_closed()
+        for connection in tuple(self._connections):  # those that do not go
+            connection.transport.abort()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
                 await server.wait_closed()
@@ -199,32 +229,44 @@ class Server:
 
     async def _listen(self) -> WebsocketServer:
         options = self.options
-        ports: Sequence[int] = [options.port] if options.port is not None else ()
-        for port in ports or range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED + 1):
+        # Not ::1 as well: any port (0) would be another one there. Browsers try both.
+        host = "127.0.0.1" if options.host == "localhost" else options.host
+        last = DEFAULT_PORT + PORTS_TRIED
+        connection: Any = functools.partial(_Connection, self._half_open, self._connections)
+        for port in [options.port] if options.port is not None else range(DEFAULT_PORT, last + 1):
             try:
                 server = await serve(
                     self._serve,
-                    options.host,
+                    host,
                     port,
                     process_request=self._process_request,
+                    create_connection=connection,
                     subprotocols=[Subprotocol(SUBPROTOCOL)],
                     compression="deflate" if options.compression else None,
                     server_header=None,
                     open_timeout=HANDSHAKE_TIMEOUT,
-                    close_timeout=2.0,
+                    close_timeout=CLOSE_TIMEOUT,
                     max_size=MAX_MESSAGE,
-                    max_queue=16,
+                    max_queue=MESSAGES_READ_AHEAD,
                     write_limit=32 * 1024,
                     ssl=options.ssl,
                     logger=_library_logger,
                 )
             except OSError as error:
-                if ports or error.errno != errno.EADDRINUSE:
-                    raise
-                continue
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise OSError(
+                        error.errno, f"the live page cannot listen on {options.host}: {error.strerror}"
+                    ) from error
+                if options.port is None:
+                    continue
+                what = "taken" if error.errno == errno.EADDRINUSE else "not for this user"
+                raise OSError(
+                    error.errno,
+                    f"port {port} of {options.host} is {what}: give Dashboard another port, 0 for any, or none for "
+                    f"the next free one from {DEFAULT_PORT} on",
+                ) from error
             self.port = server.sockets[0].getsockname()[1]
             return server
-        last = DEFAULT_PORT + PORTS_TRIED
         raise OSError(errno.EADDRINUSE, f"ports {DEFAULT_PORT} to {last} are all taken; give port=0 for any")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -235,7 +277,7 @@ class Server:
         return task
 
     def _follow(self, run: Run, start: TrainStart, subscription: Subscription[Event]) -> None:
-        live = LiveRun(run, start, history_bytes=self.options.history_bytes)
+        live = LiveRun(run, start, history_bytes=self.options.history_bytes, taken=self.hub.runs)
         self._followers[run] = self._spawn(self.hub.follow(live, subscription))
 
     def _when_followed(self, run: Run, tell: Callable[[], None]) -> None:
@@ -249,6 +291,13 @@ class Server:
 
     def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer a request for a file, or let a websocket handshake go on."""
+        assert isinstance(connection, _Connection)
+        response = self._respond(connection, request)
+        if response is not None and request.method == "HEAD":
+            response.body = b""  # the length stays: it is that of the answer to GET
+        return response
+
+    def _respond(self, connection: "_Connection", request: Request) -> Response | None:
         headers = request.headers
         hosts = headers.get_all("Host")
         if not self._gate.allows_host(hosts):
@@ -261,14 +310,13 @@ class Server:
         if request.method not in ("GET", "HEAD"):
             return _answer(405, "Only GET and HEAD.", {"Allow": "GET, HEAD"})
         if address.path == "/ws":
+            if request.method != "GET":
+                return _answer(405, "A websocket begins with GET.", {"Allow": "GET"})
             return self._admit(connection, headers, hosts[0], role)
-        response = self._file(headers, address.path, address.query, role)
-        if request.method == "HEAD":
-            response.body = b""
-        return response
+        return self._file(headers, address.path, address.query, role)
 
     def _admit(
-        self, connection: ServerConnection, headers: Headers, host: str, role: Role | None
+        self, connection: "_Connection", headers: Headers, host: str, role: Role | None
     ) -> Response | None:
         """Refuse a websocket, or let it in and note its role."""
         has_bearer = bool(headers.get_all("Authorization"))
@@ -276,18 +324,23 @@ class Server:
             return _answer(403, "A websocket is opened by the page of this very server, or with a token.")
         if role is None:
             return _answer(401, "Open the page with the address that the run has printed.")
-        if self.hub.viewers >= self.options.max_viewers:
-            return _answer(503, f"There are {self.hub.viewers} viewers already.")
-        self._roles[connection] = role
+        if self._viewers >= self.options.max_viewers:
+            return _answer(503, f"There are {self._viewers} viewers already.")
+        connection.role = role
         return None
+
+    @property
+    def _viewers(self) -> int:
+        """Websockets that were let in, whether they have said hi or not."""
+        return sum(connection.role is not None for connection in self._connections)
 
     def _file(self, headers: Headers, path: str, query: str, role: Role | None) -> Response:
         if path == "/api/status":
             if role is None:
                 return _answer(401, "Not authorised.")
             status = {
-                "viewers": self.hub.viewers,
-                "full": self.hub.viewers >= self.options.max_viewers,
+                "viewers": self._viewers,
+                "full": self._viewers >= self.options.max_viewers,
                 "role": role,
                 "server": self.hub.id,
             }
@@ -315,22 +368,66 @@ class Server:
         }
         if status == 200 and asset.etag in ",".join(headers.get_all("If-None-Match")):
             return _answer(304, b"", more)
-        if "gzip" in ",".join(headers.get_all("Accept-Encoding")):
+        if _accepts_gzip(headers.get_all("Accept-Encoding")):
             return _answer(status, asset.gzipped, more | {"Content-Encoding": "gzip"})
         return _answer(status, asset.body, more)
 
     async def _serve(self, connection: ServerConnection) -> None:
         """Serve one websocket to its end."""
-        role = self._roles.pop(connection)
-        with contextlib.suppress(OSError):
-            raw = connection.transport.get_extra_info("socket")
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        assert isinstance(connection, _Connection) and connection.role is not None
+        self._half_open.pop(connection, None)
         peer = connection.remote_address
+        address = str(peer[0]) if peer else "?"
         try:
-            await self.hub.serve(_WebsocketLink(connection), role=role, address=str(peer[0]) if peer else "?")
+            await self.hub.serve(_WebsocketLink(connection), role=connection.role, address=address)
         except Exception:
             logger.exception("the live page has a defect: a viewer was cut off")
             raise
+
+
+class _Connection(ServerConnection):
+    """A connection that says when it begins and ends, from before its first byte."""
+
+    def __init__(
+        self,
+        half_open: "dict[_Connection, None]",
+        all_connections: "set[_Connection]",
+        protocol: ServerProtocol,
+        server: WebsocketServer,
+        **options: Any,
+    ) -> None:
+        super().__init__(protocol, server, **options)
+        self.role: Role | None = None  # set when it is let in as a websocket
+        self._half_open = half_open
+        self._all = all_connections
+        # The library answers by itself where a head is too long or a handshake is wrong.
+        self._reject = protocol.reject
+        protocol.reject = self._reject_securely  # type: ignore[method-assign]  # no other way in
+
+    def _reject_securely(self, status: StatusLike, text: str) -> Response:
+        self.role = None  # let in, and then there was something wrong with the handshake
+        response = self._reject(status, text)
+        for name, value in SECURITY_HEADERS.items():
+            response.headers[name] = value
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        with contextlib.suppress(OSError):
+            raw = transport.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._all.add(self)
+        self._half_open[self] = None
+        if len(self._half_open) > MAX_HALF_OPEN:
+            oldest = next(iter(self._half_open))
+            del self._half_open[oldest]
+            oldest.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._half_open.pop(self, None)
+        self._all.discard(self)
+        super().connection_lost(exc)
 
 
 class _WebsocketLink:
@@ -353,7 +450,11 @@ class _WebsocketLink:
         return True
 
     async def close(self, code: int, reason: str) -> None:
-        await self._connection.close(code, reason)
+        """Close it; a viewer that does not read does not get its close frame either, and is cut off."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._connection.close(code, short(reason))
+        self._connection.transport.abort()
 
 
 def _answer(status: int, body: bytes | str, more: dict[str, str] | None = None) -> Response:
@@ -365,10 +466,19 @@ def _answer(status: int, body: bytes | str, more: dict[str, str] | None = None) 
         "Cache-Control": "no-store",
         **SECURITY_HEADERS,
         **(more or {}),
-        "Content-Length": str(len(body)),
         "Connection": "close",
     }
+    if status != 304:  # its length would be that of what the browser has
+        chosen["Content-Length"] = str(len(body))
     return Response(status, http.HTTPStatus(status).phrase, Headers(chosen), body)
+
+
+def _accepts_gzip(headers: Sequence[str]) -> bool:
+    for coding in ",".join(headers).split(","):
+        name, _, weight = coding.partition(";")
+        if name.strip().lower() in ("gzip", "*"):
+            return weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
+    return False
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:

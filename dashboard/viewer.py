@@ -129,6 +129,8 @@ class Viewer:
         self._texts_allowed = MAX_WAITING_TEXTS
         self._slots: dict[str, bytes] = {}  # what replaces its older self: status, latest, runs
         self._series_sent = 0
+        self._has_shown = False  # True once it has said what is on its screen
+        self._may_show = False  # True if it has heard of curves since then
         self._cursor = 0  # row up to which the curves that it shows are sent
         self._shown: tuple[int, ...] = ()
         self._points = 1_600
@@ -184,6 +186,7 @@ class Viewer:
         wanted = self._known(message.series)
         if not 2 <= message.points <= MAX_POINTS:
             raise ProtocolError(f"points must be from 2 to {MAX_POINTS}, got {message.points}")
+        self._has_shown, self._may_show = True, False
         self._points = message.points
         new = [curve for curve in wanted if curve not in self._shown or curve in self._snapshots]
         if not self._shown:
@@ -238,6 +241,17 @@ class Viewer:
         self._check_room()
         self._texts.append(message)
 
+    def put_all(self, messages: Sequence[bytes]) -> None:
+        """As `put_encoded`, for what has come at once: a burst is no sign of a viewer that is slow.
+
+        Raises:
+            ViewerTooSlowError: It has not taken the burst before this one.
+        """
+        if messages:
+            self._check_room()
+            self._texts += messages
+            self._texts_allowed = max(self._texts_allowed, len(messages) + MAX_WAITING_TEXTS)
+
     def _check_room(self) -> None:
         if len(self._texts) >= self._texts_allowed:
             raise ViewerTooSlowError(f"{len(self._texts)} messages wait for it")
@@ -252,6 +266,7 @@ class Viewer:
         if live is not None and self._series_sent < len(live.series):
             new = live.series[self._series_sent :]
             self._series_sent = len(live.series)
+            self._may_show = self._has_shown
             self._texts.append(encode_message(Series(run=live.key, series=new)))
 
     # What is sent next
@@ -277,6 +292,11 @@ class Viewer:
         """True if the curves that it shows go on beyond what it has."""
         live = self.live
         return live is not None and bool(self._shown) and self._cursor < live.history.axis.rows
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if it would miss something that it shows, or may want to, should the connection end now."""
+        return self._may_show or bool(self._snapshots) or self.is_behind
 
     @property
     def is_urgent(self) -> bool:
@@ -316,9 +336,17 @@ class Viewer:
     def _delta(self, frames: Frames) -> bytes | None:
         live = self.live
         assert live is not None
-        end = live.history.axis.rows
-        if not self._shown or self._cursor >= end:
+        end, count = live.history.axis.rows, len(self._shown)
+        if not count or self._cursor >= end:
             return None
+        if end - self._cursor <= DELTA_POINTS:
+            rows = max(1, MAX_CHART_FRAME // (24 + 12 * count))  # that fit into a frame, all points of them
+            end = min(end, self._cursor + rows)
+        elif DELTA_POINTS * 36 * count > MAX_CHART_FRAME:
+            # Far behind, with many curves: snapshots come in parts, one frame for all could be any size.
+            self._cursor = end
+            self._snapshots = deque(self._shown)
+            return self._snapshot()
         first, self._cursor = self._cursor, end
         return frames.delta(live, first, end, self._shown)
 

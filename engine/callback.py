@@ -15,6 +15,7 @@ wrong with a callback is found by `Handlers` before the run starts.
 import dataclasses
 import difflib
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, overload
 
@@ -32,6 +33,8 @@ from offloop.engine.events import (
 
 if TYPE_CHECKING:
     from offloop.engine.bus import OnFull
+
+logger = logging.getLogger("offloop")
 
 F = TypeVar("F", bound=Callable[..., Any])
 OnError = Literal["raise", "isolate"]
@@ -79,7 +82,8 @@ class Callback:
     def close(self) -> Awaitable[None] | None:
         """Give resources back. Always called once, after the last event, however the run ended.
 
-        A plain method runs in the callback's worker thread, an `async def` on the event loop.
+        A plain method runs in the callback's worker thread, an `async def` on the event loop. Where the run was
+        refused after `reset`, a plain one is called in the thread that wanted to start it.
         """
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -370,3 +374,16 @@ def lookup(callbacks: Iterable[Callback]) -> list[Handlers]:
         counts[class_name] = number = counts.get(class_name, 0) + 1
         found.append(Handlers(callback, class_name if number == 1 else f"{class_name}#{number}"))
     return found
+
+
+def close_unused(callbacks: Iterable[Callback]) -> None:
+    """Close callbacks that were reset for a run which was then refused. In the thread that wanted to start it.
+
+    An `async def close` is left out: there may be no event loop, and without events there was nothing to do.
+    """
+    for callback in callbacks:
+        if not inspect.iscoroutinefunction(callback.close):
+            try:
+                callback.close()
+            except Exception:
+                logger.exception("%s could not be closed", type(callback).__name__)

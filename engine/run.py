@@ -144,6 +144,11 @@ class Run:
         return refused
 
     @property
+    def interrupted(self) -> bool:
+        """True if a signal, Ctrl-C or SIGTERM, has asked it to stop."""
+        return self._session.signal_count > 0
+
+    @property
     def epoch(self) -> int:
         """Index of the epoch in progress, from 0, as of now."""
         return self._session.loop.epoch

@@ -39,7 +39,7 @@ import torch
 from offloop.engine import state as run_state
 from offloop.engine.activation_checkpointing import checkpointed
 from offloop.engine.bus import BUFFER, Bus, Subscription
-from offloop.engine.callback import Decider, Handlers, StepHook
+from offloop.engine.callback import Decider, Handlers, StepHook, close_unused
 from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
@@ -580,6 +580,8 @@ class Session:
                         leave_process(self.run_id)
             finally:
                 if self.result is None:
+                    if self.thread.ident is None:
+                        close_unused([handlers.callback for handlers in self._handlers])
                     self._release(self)
         finally:
             if self.result is None:

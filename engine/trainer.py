@@ -26,7 +26,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.activation_checkpointing import select_modules
-from offloop.engine.callback import Callback, lookup
+from offloop.engine.callback import Callback, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
 from offloop.engine.config import RemoteDirectory, TrainerConfig, check_limits, misplaced_argument
 from offloop.engine.control import Control
@@ -714,10 +714,13 @@ class BaseTrainer:
                 self._mixed = session.loop.mixed
                 for each in given:
                     _owners[id(each)] = run_id
+            begun: list[Callback] = []
             try:
                 for each in given:
                     each.reset()
+                    begun.append(each)
             except BaseException:
+                close_unused(begun)
                 release(session)
                 raise
 

@@ -181,3 +181,17 @@ def test_last_least_and_greatest_pass_over_what_is_not_finite() -> None:
 def test_a_limit_that_holds_nothing_is_refused(limit: object) -> None:
     with pytest.raises(ValueError, match="history_bytes must be a whole number of at least 1,000,000"):
         History(limit)  # type: ignore[arg-type]  # what is tested
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 50), st.floats(0, 50)), min_size=1, max_size=60))
+def test_the_axis_never_falls(stamps: list[tuple[int, float, float]]) -> None:
+    """What another thread publishes may be stamped later than a step that arrives behind it."""
+    history = History()
+    for stamp in stamps:
+        history.axis.append(*stamp)
+    columns = history.axis.at(np.arange(len(stamps), dtype=np.uint32))
+    for name, place in (("step", 0), ("time", 1), ("epoch", 2)):
+        expected = np.maximum.accumulate([float(stamp[place]) for stamp in stamps])
+        assert columns[name].tolist() == expected.tolist()  # type: ignore[index]  # the three names
+        row = history.axis.row_of(name, float(expected[-1]))  # type: ignore[arg-type]
+        assert expected[row] == expected[-1]

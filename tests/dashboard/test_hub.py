@@ -1,5 +1,6 @@
 """dashboard/hub.py and viewer.py: after any schedule a viewer has the server's state, each command applied once."""
 
+import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,14 +21,16 @@ from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.protocol import (
     CLOSE_PROTOCOL,
     CLOSE_SLOW,
+    MAX_CHART_FRAME,
     CommandRequest,
     Hi,
     Ping,
     RangeQuery,
     Show,
     Watch,
+    decode_chart,
 )
-from offloop.dashboard.viewer import MAX_WAITING_TEXTS, Frames
+from offloop.dashboard.viewer import DELTA_POINTS, MAX_WAITING_TEXTS, Frames
 from offloop.engine import (
     Bus,
     CallbackFailed,
@@ -565,5 +568,132 @@ def test_the_stalled_and_the_unknown_are_said() -> None:
         assert status.stalled is not None  # these steps were long ago
         assert status.waiting_for == "train.py:7, in slow_loader"
         assert stage.live.status(viewers=0, is_control=False).waiting_for == ""
+
+    run_async(play)
+
+
+def test_a_burst_of_milestones_is_no_sign_of_a_slow_viewer() -> None:
+    async def play(stage: Stage) -> None:
+        page = PageModel()
+        link = stage.join(page)
+        await read(link, page)
+        (session,) = stage.hub._sessions
+        for burst in range(3):
+            events = [EpochStart() for _ in range(3 * MAX_WAITING_TEXTS)]
+            for number, event in enumerate(events, start=stage.seq):
+                msgspec.structs.force_setattr(event, "seq", number)
+            stage.seq += len(events)
+            stage.live.take_in(events)
+            stage.hub._hand_on(stage.live, len(events))
+            if burst < 2:
+                await read(link, page)
+        stage.tell(EpochStart())  # one behind is forgiven
+        assert session.close is None
+        await read(link, page)
+        assert [event["seq"] for event in page.milestones] == list(range(stage.seq))
+
+    run_async(play)
+
+
+def test_a_viewer_that_lags_is_told_and_gets_frames_of_bounded_size() -> None:
+    """With few curves one reduced delta, with many snapshots in parts; either way the page ends with the run."""
+
+    async def play(stage: Stage, metrics: int) -> None:
+        values = {f"metric_{number}": float(number) for number in range(metrics)}
+        stage.steps(1, **values)
+        page = PageModel()
+        link = stage.join(page)
+        await read(link, page)
+        link.say(page.show(sorted(page.series), points=500))
+        await read(link, page, draws=False)
+        assert page.owes_drawn
+        stage.steps(3 * DELTA_POINTS, **values)
+        link.say(page.drawn())
+        sizes, reduced = [], False
+        while True:
+            await settle()
+            if (taken := link.take()) is None:
+                break
+            if not taken[1]:
+                sizes.append(len(taken[0]))
+                reduced |= any(column.reduced for column in decode_chart(taken[0]).header.series)
+            page.take(*taken)
+            if page.owes_drawn:
+                link.say(page.drawn())
+        assert reduced
+        assert max(sizes) < MAX_CHART_FRAME + 100_000
+        stage.steps(1, **values)
+        await read(link, page)
+        last = 1.0 + stage.seq - 1
+        assert all(last in page.points[curve] for curve in page.points)
+
+    for metrics in (0, 60):
+        run_async(functools.partial(play, metrics=metrics))
+
+
+@with_page
+async def test_an_answer_goes_to_nobody_who_may_not_give_the_command(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    link.say(CommandRequest(id="known", name="pause", run="run"))
+    await read(link, page)
+    reader = PageModel()
+    reading = stage.join(reader, role="read_only")
+    await read(reading, reader)
+    reading.say(CommandRequest(id="known", name="pause", run="run"))
+    await read(reading, reader)
+    stage.run.given[0][1].set_result(None)
+    await read(link, page)
+    await read(reading, reader)
+    assert page.acks == {"known": ["accepted", "applied"]} and reader.acks == {"known": ["rejected"]}
+
+
+def test_who_comes_while_the_last_one_goes_does_not_hold_up_the_end() -> None:
+    async def play(stage: Stage) -> None:
+        first, second = PageModel(), PageModel()
+        first_link = stage.join(first)
+        await settle()
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(stage.hub.wait_for_nobody)
+                await settle()
+                second_link = stage.join(second)
+                await settle()
+                first_link.drop()
+                second_link.drop()
+
+    run_async(play)
+
+
+def test_who_is_told_of_a_curve_at_the_very_end_can_still_show_it() -> None:
+    """A run of one epoch has its first validation just before its end."""
+
+    async def play(stage: Stage) -> None:
+        stage.steps(1)
+        page = PageModel()
+        link = stage.join(page)
+        await read(link, page)
+        link.say(page.show(sorted(page.series)))
+        await read(link, page)
+        stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.5)))
+        stage.tell(TrainEnd(status="completed"))
+        stage.hub.say_goodbye(1001, "the run is over")
+        await read(link, page)
+        assert link.closed is None
+        link.say(page.show(sorted(page.series)))
+        await read(link, page, draws=False)
+        assert link.closed == (1001, "the run is over")
+        (curve,) = [number for number, key in page.series.items() if key == "val_loss"]
+        assert list(page.points[curve].values()) == [0.5]
+
+    run_async(play)
+
+
+def test_a_run_that_falls_silent_ends_like_the_run() -> None:
+    async def play(stage: Stage) -> None:
+        stage.run.state = "completed"
+        assert stage.live.state == "closing"  # its last events are on their way
+        stage.live.fall_silent()
+        assert stage.live.state == "completed" and stage.live.is_over
 
     run_async(play)

@@ -304,6 +304,27 @@ def test_a_callback_whose_reset_fails_leaves_the_trainer_and_the_others_free() -
     assert trainer.train(LOADER, epochs=1, callbacks=[recorder]).status == "completed"
 
 
+def test_a_refused_run_closes_what_it_has_reset_and_nothing_else() -> None:
+    said: list[str] = []
+
+    class Opens(Callback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def reset(self) -> None:
+            said.append(f"reset {self.name}")
+            if self.name == "refuses":
+                raise RuntimeError("no reset")
+
+        def close(self) -> None:
+            said.append(f"close {self.name}")
+
+    callbacks = [Recorder(), Opens("first"), Opens("second"), Opens("refuses"), Opens("never")]
+    with pytest.raises(RuntimeError, match="no reset"):
+        tiny_trainer().train(LOADER, epochs=1, callbacks=callbacks)
+    assert said == ["reset first", "reset second", "reset refuses", "close first", "close second"]
+
+
 def test_knobs_may_come_in_a_configuration_and_keywords_win() -> None:
     trainer = tiny_trainer(config=TrainerConfig(epochs=2, gradient_clip_val=1.0), gradient_clip_val=2.0)
     assert trainer.config.gradient_clip_val == 2.0
