@@ -23,18 +23,26 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from offloop.engine.activation_checkpointing import select_modules
+from offloop.engine.arguments import (
+    check_loader,
+    check_optimizers,
+    chosen_monitor,
+    expect_instance,
+    named_optimizers,
+    remote_run,
+    resolve_device,
+)
 from offloop.engine.callback import Callback, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
-from offloop.engine.config import RemoteDirectory, TrainerConfig, check_limits, misplaced_argument
+from offloop.engine.config import TrainerConfig, check_limits, misplaced_argument
 from offloop.engine.control import Control
-from offloop.engine.data import Feed, length_of, limited_length, to_device, use_channels_last
+from offloop.engine.data import Feed, limited_length, to_device, use_channels_last
+from offloop.engine.default_steps import inputs_and_targets, own_loss
 from offloop.engine.errors import (
-    BatchError,
     ConfigError,
-    EmptyLoaderError,
     Preempted,
     TrainerBusyError,
 )
@@ -44,7 +52,7 @@ from offloop.engine.fetch import fetch_run
 from offloop.engine.freezing import check_freeze, select_parameters
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
-from offloop.engine.metric_names import MetricSpec, check_metrics, chosen_metrics, metric_direction
+from offloop.engine.metric_names import MetricSpec, check_metrics, metric_direction
 from offloop.engine.metrics import MetricSet
 from offloop.engine.observer import Worker
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
@@ -112,18 +120,18 @@ class BaseTrainer:
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config must be a TrainerConfig, got {type(config).__name__}")
         self.config = (config or TrainerConfig()).replace(**overrides)
-        _expect_instance(model, "model")
+        expect_instance(model, "model")
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        _expect_instance(loss, "loss")
+        expect_instance(loss, "loss")
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be a function of outputs and targets, got {type(loss).__name__}")
         self.model = model
-        self.optimizers = _named_optimizers(optimizer)
+        self.optimizers = named_optimizers(optimizer)
         self.loss = loss
         self.scheduler = scheduler
         self.callbacks = tuple(callbacks)
-        self.device = _resolve_device(self.config.device)
+        self.device = resolve_device(self.config.device)
         self.last_run: Run | None = None
         self._lock = threading.Lock()  # guards _session, which threads and tasks may want at once
         self._session: Session | None = None
@@ -132,7 +140,7 @@ class BaseTrainer:
         self._mixed: MixedPrecision | None = None  # of the latest run: its loss scale goes on in the next one
         self._is_compiled = False
         self._check_model()
-        self._check_optimizers()
+        check_optimizers(self.model, self.optimizers, self.scheduler, self.config)
         lookup(self.callbacks)
 
     # To override ---------------------------------------------------------------------------------
@@ -483,7 +491,7 @@ class BaseTrainer:
         Raises:
             TrainerBusyError: A run, or something else, is going on.
         """
-        _check_loader(loader, "loader")
+        check_loader(loader, "loader")
         with self._occupied("predicting"):
             return list(self._predictions(loader))
 
@@ -505,7 +513,7 @@ class BaseTrainer:
             TrainerBusyError: A run, or something else, is going on.
             Exception: What the model or the loader raised comes out of the stream.
         """
-        _check_loader(loader, "loader")
+        check_loader(loader, "loader")
         if isinstance(read_ahead, bool) or not isinstance(read_ahead, int) or read_ahead < 1:
             raise ConfigError(f"read_ahead must be a whole number of at least 1, got {read_ahead!r}")
         device_context = default_device()
@@ -549,7 +557,7 @@ class BaseTrainer:
             ConfigError: An argument cannot work.
             TrainerBusyError: A run, or something else, is going on.
         """
-        _check_loader(train_loader, "train_loader")
+        check_loader(train_loader, "train_loader")
         return find_learning_rate(
             self, train_loader, min_lr=min_lr, max_lr=max_lr, steps=steps, optimizer=optimizer
         )
@@ -668,17 +676,17 @@ class BaseTrainer:
         max_steps = config.max_steps if max_steps is None else max_steps
         max_time = config.max_time if max_time is None else max_time
         check_limits(epochs, max_steps, max_time)
-        _check_loader(train_loader, "train_loader")
+        check_loader(train_loader, "train_loader")
         limited_length(train_loader, config.limit_train_batches, "limit_train_batches")
         if config.sampling == "seeded":
             check_seedable(train_loader)
         if val_loader is not None:
-            _check_loader(val_loader, "val_loader")
+            check_loader(val_loader, "val_loader")
             limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
         check_metrics(metrics)
         self._check_model()
         self._check_optimization()
-        monitor = _monitor(config, metrics, val_loader)
+        monitor = chosen_monitor(config, metrics, val_loader)
 
         given = [*self.callbacks, *callbacks]
         base_dir = None
@@ -694,7 +702,7 @@ class BaseTrainer:
             given.insert(0, EventLog())
         handlers = lookup(given)
         run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
-        remote = None if config.remote is None else _remote_run(config.remote, run_id)
+        remote = None if config.remote is None else remote_run(config.remote, run_id)
         limits = _Limits(epochs, max_steps, max_time)
 
         def make_loop(session: Session) -> TrainingLoop:
@@ -766,7 +774,7 @@ class BaseTrainer:
                 f"resume={resume!r} with remote_dir needs run_name: the store may hold runs of other people, "
                 "and runs that are going on elsewhere"
             )
-        return _remote_run(config.remote, config.run_name)
+        return remote_run(config.remote, config.run_name)
 
     def _fetch(self, resume: Resume) -> None:
         """Bring what is to be continued here, if it is elsewhere. Blocks, for the network."""
@@ -855,7 +863,7 @@ class BaseTrainer:
             self._is_compiled = True
 
     def _evaluate(self, loader: Iterable[Batch], metrics: MetricSpec) -> Metrics:
-        _check_loader(loader, "loader")
+        check_loader(loader, "loader")
         check_metrics(metrics)
         with self._occupied("evaluating", beside_a_run="await run.validate() asks it to validate"):
             val_metrics = MetricSet(metrics, prefix="val_", device=self.device) if metrics else None
@@ -967,29 +975,6 @@ class BaseTrainer:
         check_freeze(self.model, self.config.freeze)
         select_modules(self.model, self.config.activation_checkpointing)
 
-    def _check_optimizers(self) -> None:
-        own = {id(parameter) for parameter in self.model.parameters()}
-        for name, optimizer in self.optimizers.items():
-            strange = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
-            if strange:
-                which = f"optimizer {name!r}" if len(self.optimizers) > 1 else "the optimizer"
-                raise ConfigError(
-                    f"{which} holds {strange} parameters that are not the model's: was the model copied or moved "
-                    "after the optimizer was made, or is a part of it missing from `model`?"
-                )
-        if self.scheduler is not None:
-            _expect_instance(self.scheduler, "scheduler", "optimizer, ...")
-            if not isinstance(self.scheduler, LRScheduler):
-                raise TypeError(
-                    f"scheduler must be a torch.optim.lr_scheduler, got {type(self.scheduler).__name__}"
-                )
-            if self.scheduler.optimizer not in self.optimizers.values():
-                raise ConfigError("the scheduler belongs to another optimizer than the one given")
-            if isinstance(self.scheduler, ReduceLROnPlateau) and self.config.scheduler_interval == "step":
-                raise ConfigError(
-                    'ReduceLROnPlateau looks at a metric of an epoch: leave scheduler_interval at "epoch"'
-                )
-
     def _check_optimization(self) -> None:
         if self.automatic_optimization:
             if len(self.optimizers) > 1:
@@ -1068,10 +1053,10 @@ class Trainer(BaseTrainer):
     def training_step(self, batch: Batch) -> StepOutput:
         """Compute the loss by the convention that the batch follows."""
         if self.loss is not None:
-            inputs, targets = _inputs_and_targets(batch)
+            inputs, targets = inputs_and_targets(batch)
             outputs = self.model(inputs)
             return {"loss": self.loss(outputs, targets), "outputs": outputs, "targets": targets}
-        return _own_loss(self.model, batch)
+        return own_loss(self.model, batch)
 
     def validation_step(self, batch: Batch) -> StepOutput:
         """Compute the loss as `training_step` does."""
@@ -1097,135 +1082,6 @@ class Trainer(BaseTrainer):
 # Callbacks at work, by identity: one instance serves one run at a time, whichever trainer's. Under the lock.
 _owners: dict[int, str] = {}
 _owners_lock = threading.Lock()
-
-
-def _remote_run(remote: RemoteDirectory, run_id: str) -> RemoteRun:
-    """Return a run's remote directory; raises `ConfigError` where fsspec or the store's package is missing."""
-    try:
-        return RemoteRun(remote.url, run_id, remote.storage_options)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"remote_dir={remote.url!r} cannot be used: {error}") from error
-
-
-def _inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    if isinstance(batch, Mapping) and "inputs" in batch and "targets" in batch:
-        return batch["inputs"], batch["targets"]
-    raise BatchError(
-        f"with loss= a batch must be (inputs, targets) or a mapping with those keys, got {_describe(batch)}: "
-        "override training_step(self, batch)"
-    )
-
-
-def _own_loss(model: torch.nn.Module, batch: Batch) -> StepOutput:
-    if isinstance(batch, Mapping):
-        outputs = model(**batch)
-        targets = batch.get("labels", batch.get("targets"))
-    elif isinstance(batch, tuple | list):
-        outputs = model(*batch)
-        targets = batch[-1] if batch else None
-    elif isinstance(batch, torch.Tensor):
-        outputs, targets = model(batch), None
-    else:
-        raise BatchError(
-            f"a batch must be a tensor, a tuple, a list or a mapping, got {_describe(batch)}: "
-            "override training_step(self, batch)"
-        )
-    loss = outputs if isinstance(outputs, torch.Tensor) else _part(outputs, "loss")
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise BatchError(
-            f"the model returned {_describe(outputs)} for a batch of {_describe(batch)}, which is no loss: give "
-            "Trainer(loss=...), let the model return its loss, or override training_step(self, batch)"
-        )
-    logits = _part(outputs, "logits")
-    if isinstance(logits, torch.Tensor) and isinstance(targets, torch.Tensor):
-        return {"loss": loss, "outputs": logits, "targets": targets}
-    return loss
-
-
-def _part(outputs: Any, name: str) -> Any:
-    if isinstance(outputs, Mapping):
-        return outputs.get(name)
-    return getattr(outputs, name, None)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with keys {', '.join(map(str, value))}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
-
-
-def _expect_instance(value: object, name: str, arguments: str = "...") -> None:
-    if isinstance(value, type):
-        raise TypeError(
-            f"{name} must be an instance: write {value.__name__}({arguments}) instead of {value.__name__}"
-        )
-
-
-def _named_optimizers(
-    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
-) -> dict[str, torch.optim.Optimizer]:
-    named = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
-    if not named:
-        raise ConfigError("optimizer is an empty mapping: give at least one")
-    for name, each in named.items():
-        _expect_instance(each, "optimizer", "model.parameters(), lr=...")
-        if not isinstance(each, torch.optim.Optimizer):
-            raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(each).__name__}")
-    return named
-
-
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is none that torch knows: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}, but torch sees no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"device={name!r}, but torch sees no MPS device here")
-    return device
-
-
-def _check_loader(loader: Any, name: str) -> None:
-    _expect_instance(loader, name)
-    if isinstance(loader, str | bytes) or not hasattr(loader, "__iter__"):
-        indexable = " (a Dataset? wrap it in a DataLoader)" if hasattr(loader, "__getitem__") else ""
-        raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
-    if length_of(loader) == 0:
-        raise EmptyLoaderError(f"{name} is empty: it has no batch")
-
-
-def _monitor(config: TrainerConfig, metrics: MetricSpec, val_loader: object) -> str:
-    """Return the key that says what is best; whether less or more of it is better must be known."""
-    monitor = config.monitor or ("train_loss" if val_loader is None else "val_loss")
-    if monitor.startswith("val_") and val_loader is None:
-        raise ConfigError(f"monitor={monitor!r} needs a validation: give train() a val_loader")
-    if not monitor.startswith(("train_", "val_")):
-        raise ConfigError(f"monitor must begin with train_ or val_, like val_loss; got {monitor!r}")
-    if config.mode == "auto" and metric_direction(monitor, metrics) is None:
-        raise ConfigError(
-            f"monitor={monitor!r} is no metric that is known: {_known_keys(metrics, val_loader)} will be made. "
-            'If a step logs it, say whether less or more of it is better: mode="min" or mode="max"'
-        )
-    return monitor
-
-
-def _known_keys(metrics: MetricSpec, val_loader: object) -> str:
-    names = ("loss", *chosen_metrics(metrics))
-    prefixes = ("train_",) if val_loader is None else ("train_", "val_")
-    return ", ".join(prefix + name for prefix in prefixes for name in names)
 
 
 def _busy(session: Session) -> str:

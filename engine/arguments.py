@@ -1,0 +1,124 @@
+"""Arguments: what can be said about them before a run starts, and what they mean.
+
+Everything here raises `ConfigError` or `TypeError`, with the argument, what it got, what is legal and how to fix it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from offloop.engine.checkpoint import RemoteRun
+from offloop.engine.config import RemoteDirectory, TrainerConfig
+from offloop.engine.data import length_of
+from offloop.engine.errors import ConfigError, EmptyLoaderError
+from offloop.engine.metric_names import MetricSpec, chosen_metrics, metric_direction
+
+
+def expect_instance(value: object, name: str, arguments: str = "...") -> None:
+    """Raise where a class was given for an instance of it."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be an instance: write {value.__name__}({arguments}) instead of {value.__name__}"
+        )
+
+
+def named_optimizers(
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
+) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers by name; a single one is called `optimizer`."""
+    named = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+    if not named:
+        raise ConfigError("optimizer is an empty mapping: give at least one")
+    for name, each in named.items():
+        expect_instance(each, "optimizer", "model.parameters(), lr=...")
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(each).__name__}")
+    return named
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a name means here: `"auto"` is CUDA, else MPS, else the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is none that torch knows: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}, but torch sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device={name!r}, but torch sees no MPS device here")
+    return device
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Raise for what gives no batches. Asks a loader for its length only."""
+    expect_instance(loader, name)
+    if isinstance(loader, str | bytes) or not hasattr(loader, "__iter__"):
+        indexable = " (a Dataset? wrap it in a DataLoader)" if hasattr(loader, "__getitem__") else ""
+        raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
+    if length_of(loader) == 0:
+        raise EmptyLoaderError(f"{name} is empty: it has no batch")
+
+
+def chosen_monitor(config: TrainerConfig, metrics: MetricSpec, val_loader: object) -> str:
+    """Return the key that says what is best; whether less or more of it is better must be known."""
+    monitor = config.monitor or ("train_loss" if val_loader is None else "val_loss")
+    if monitor.startswith("val_") and val_loader is None:
+        raise ConfigError(f"monitor={monitor!r} needs a validation: give train() a val_loader")
+    if not monitor.startswith(("train_", "val_")):
+        raise ConfigError(f"monitor must begin with train_ or val_, like val_loss; got {monitor!r}")
+    if config.mode == "auto" and metric_direction(monitor, metrics) is None:
+        raise ConfigError(
+            f"monitor={monitor!r} is no metric that is known: {_known_keys(metrics, val_loader)} will be made. "
+            'If a step logs it, say whether less or more of it is better: mode="min" or mode="max"'
+        )
+    return monitor
+
+
+def _known_keys(metrics: MetricSpec, val_loader: object) -> str:
+    names = ("loss", *chosen_metrics(metrics))
+    prefixes = ("train_",) if val_loader is None else ("train_", "val_")
+    return ", ".join(prefix + name for prefix in prefixes for name in names)
+
+
+def check_optimizers(
+    model: torch.nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    scheduler: LRScheduler | None,
+    config: TrainerConfig,
+) -> None:
+    """Raise where an optimizer does not belong to the model, or the scheduler not to an optimizer."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for name, optimizer in optimizers.items():
+        strange = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+        if strange:
+            which = f"optimizer {name!r}" if len(optimizers) > 1 else "the optimizer"
+            raise ConfigError(
+                f"{which} holds {strange} parameters that are not the model's: was the model copied or moved "
+                "after the optimizer was made, or is a part of it missing from `model`?"
+            )
+    if scheduler is not None:
+        expect_instance(scheduler, "scheduler", "optimizer, ...")
+        if not isinstance(scheduler, LRScheduler):
+            raise TypeError(f"scheduler must be a torch.optim.lr_scheduler, got {type(scheduler).__name__}")
+        if scheduler.optimizer not in optimizers.values():
+            raise ConfigError("the scheduler belongs to another optimizer than the one given")
+        if isinstance(scheduler, ReduceLROnPlateau) and config.scheduler_interval == "step":
+            raise ConfigError(
+                'ReduceLROnPlateau looks at a metric of an epoch: leave scheduler_interval at "epoch"'
+            )
+
+
+def remote_run(remote: RemoteDirectory, run_id: str) -> RemoteRun:
+    """Return a run's remote directory; raises `ConfigError` where fsspec or the store's package is missing."""
+    try:
+        return RemoteRun(remote.url, run_id, remote.storage_options)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"remote_dir={remote.url!r} cannot be used: {error}") from error
