@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
+import hypothesis
 import pytest
 import torch
 
@@ -32,6 +33,9 @@ LONGEST_HOLD: Final = 2.0
 def pytest_configure(config: pytest.Config) -> None:
     # Tiny tensors gain nothing from more threads, and on a busy machine these wait for each other.
     torch.set_num_threads(1)
+    # No test judges by the clock: an example that takes long says only that the machine is busy.
+    hypothesis.settings.register_profile("offloop", deadline=None)
+    hypothesis.settings.load_profile("offloop")
     config.addinivalue_line("markers", "uvloop: an anyio test that runs on uvloop too")
 
 

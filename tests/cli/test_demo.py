@@ -71,7 +71,12 @@ def test_demo_tells_what_came_of_the_run(finished: subprocess.CompletedProcess[s
 @pytest.mark.slow
 def test_demo_leaves_the_files_of_its_run(finished: subprocess.CompletedProcess[str], run_dir: Path) -> None:
     run = only_run_in(run_dir)
-    assert sorted(path.name for path in run.iterdir()) == ["events.jsonl", "metrics.csv", "metrics.jsonl", "run.json"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "events.jsonl",
+        "metrics.csv",
+        "metrics.jsonl",
+        "run.json",
+    ]
     for path in run.iterdir():
         assert path.name in finished.stdout
     events = list(read_events(run / "events.jsonl"))

@@ -198,7 +198,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(schedule=st.lists(ACTIONS, max_size=40), room=st.sampled_from([1, 2, 50]))
 def test_after_any_schedule_a_viewer_has_the_servers_state(
     schedule: list[tuple[str, int]], room: int

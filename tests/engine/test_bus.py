@@ -1100,10 +1100,10 @@ class BusMachine(RuleBasedStateMachine):
 
 
 TestBusMachine = BusMachine.TestCase
-TestBusMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBusMachine.settings = settings(max_examples=60, stateful_step_count=30)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     schedules=st.lists(
         st.lists(st.tuples(st.sampled_from([Note, Tick]), st.integers(1, 40)), max_size=8),

@@ -71,7 +71,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes=batch_sizes, C=st.integers(2, 12), missing=st.integers(0, 3), seed=seeds)
 def test_multiclass_names_equal_sklearn(sizes: list[int], C: int, missing: int, seed: int) -> None:
     g = generator(seed)
@@ -82,7 +82,7 @@ def test_multiclass_names_equal_sklearn(sizes: list[int], C: int, missing: int, 
     assert found == pytest.approx(by_sklearn(targets, outputs.argmax(1)), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     sizes=batch_sizes, is_column=st.booleans(), is_float=st.booleans(), scale=st.floats(0.1, 6), seed=seeds
 )
@@ -101,7 +101,7 @@ def test_binary_names_equal_sklearn(
         assert area == pytest.approx(sk.roc_auc_score(targets, outputs.reshape(-1)), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes=batch_sizes, L=st.integers(2, 6), dtype=st.sampled_from(["long", "bool", "float"]), seed=seeds)
 def test_multilabel_names_equal_sklearn(sizes: list[int], L: int, dtype: str, seed: int) -> None:
     g = generator(seed)
@@ -118,7 +118,7 @@ def test_multilabel_names_equal_sklearn(sizes: list[int], L: int, dtype: str, se
         assert area == pytest.approx(sum(columns) / len(columns), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes=batch_sizes, D=st.sampled_from([None, 1, 3]), offset=st.sampled_from([0.0, 1e3]), seed=seeds)
 def test_regression_names_equal_sklearn(sizes: list[int], D: int | None, offset: float, seed: int) -> None:
     """Large offsets included, where sums in float32 go wrong."""
@@ -134,7 +134,7 @@ def test_regression_names_equal_sklearn(sizes: list[int], D: int | None, offset:
     assert found["r2"] == pytest.approx(sk.r2_score(t, o), rel=1e-5)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes=batch_sizes, C=st.integers(2, 6), is_logit=st.booleans(), seed=seeds)
 def test_multiclass_roc_auc_equals_sklearn(sizes: list[int], C: int, is_logit: bool, seed: int) -> None:
     g = generator(seed)

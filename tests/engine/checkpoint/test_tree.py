@@ -115,7 +115,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(state=states)
 def test_any_state_comes_back_from_the_disk(tmp_path_factory: pytest.TempPathFactory, state: object) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip"
