@@ -97,9 +97,10 @@ class RunLock:
 
     def release(self) -> None:
         """Let others write. Calling twice is fine."""
-        if self not in _held:
+        try:
+            _held.remove(self)  # one thread succeeds: a descriptor that is closed twice may be a stranger's by then
+        except KeyError:
             return
-        _held.discard(self)
         with suppress(OSError):
             os.ftruncate(self._file, 0)
         # Explicitly: a forked child may hold a copy of the descriptor.
@@ -133,11 +134,13 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let others begin. Calling twice is fine."""
-        if self in _held:
-            _held.discard(self)
-            with suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            os.close(self._file)
+        try:
+            _held.remove(self)
+        except KeyError:
+            return
+        with suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        os.close(self._file)
 
 
 _held: weakref.WeakSet[RunLock | DirectoryLock] = weakref.WeakSet()
