@@ -118,7 +118,7 @@ class LiveRun:
             attempt=start.attempt,
             host=platform.node(),
             pid=os.getpid(),
-            command=masked_command(sys.argv),
+            command=[Path(sys.argv[0]).name, *masked_command(sys.argv[1:])],
             commit=_commit_of(run.dir) if run.has_dir else None,
             directory=str(run.dir) if run.has_dir else None,
             started=start.time,
