@@ -12,9 +12,11 @@ import errno
 import functools
 import http
 import logging
+import os
 import socket
 import ssl as tls
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
@@ -113,6 +115,7 @@ class Server:
         self._followers: dict[Run, asyncio.Task[None]] = {}
         self._half_open: dict[_Connection, None] = {}  # have not been answered yet, oldest first
         self._connections: set[_Connection] = set()  # all that are not over
+        self._listening: list[int] = []  # descriptors
         self._error: Exception | None = None
         self._reason = ""  # why it was closed; written and read by the server's thread
         started = threading.Event()
@@ -214,6 +217,7 @@ class Server:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
                 await self.hub.wait_for_nobody()
+        _open_servers.discard(self)
         server.close(close_connections=True, reason=short(self._reason))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
@@ -266,6 +270,8 @@ class Server:
                     f"the next free one from {DEFAULT_PORT} on",
                 ) from error
             self.port = server.sockets[0].getsockname()[1]
+            self._listening = [each.fileno() for each in server.sockets]
+            _open_servers.add(self)
             return server
         raise OSError(errno.EADDRINUSE, f"ports {DEFAULT_PORT} to {last} are all taken; give port=0 for any")
 
@@ -286,6 +292,16 @@ class Server:
             tell()
         else:
             follower.add_done_callback(lambda _: tell())
+
+    def close_copies(self) -> None:
+        """Close what a forked child has got of this server's sockets. In the child."""
+        descriptors = list(self._listening)
+        for connection in tuple(self._connections):
+            raw = connection.transport.get_extra_info("socket")
+            descriptors.append(-1 if raw is None else raw.fileno())
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     # Requests
 
@@ -479,6 +495,19 @@ def _accepts_gzip(headers: Sequence[str]) -> bool:
         if name.strip().lower() in ("gzip", "*"):
             return weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
     return False
+
+
+# A loader worker that outlives a killed parent would keep its port, and leave its viewers waiting.
+_open_servers: "weakref.WeakSet[Server]" = weakref.WeakSet()
+
+
+def _close_copies_in_child() -> None:
+    for server in tuple(_open_servers):
+        server.close_copies()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_copies_in_child)
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:

@@ -540,3 +540,27 @@ def test_open_calls_the_browser(tmp_path: Path) -> None:
         assert file.read() == f"{address}\n"
     process.communicate("\n", timeout=PATIENCE)
     assert process.returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # what loader workers do
+def test_a_forked_worker_keeps_neither_the_port_nor_the_viewers() -> None:
+    reader, writer = os.pipe()
+    with quiet() as dashboard, SocketViewer(dashboard.url) as viewer:
+        viewer.wait(lambda page: page.hello)
+        server = dashboard._server
+        assert server is not None
+        port = server.port
+        worker = os.fork()
+        if worker == 0:
+            os.close(writer)
+            os.read(reader, 1)  # until the test is over
+            os._exit(0)
+    try:
+        viewer.wait_closed()
+        with quiet(port=port):
+            pass
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(worker, 0)
