@@ -220,8 +220,9 @@ class Curve:
         rows, values = self._entries(number, first, end)
         reduced = number > 0 or first < self.reduced_before
         if points is not None and len(rows) > points:
+            before = len(rows)
             rows, values = _merge(rows, values, points)
-            reduced = True
+            reduced = reduced or len(rows) < before  # a bucket of two keeps both
         if margin:
             rows, values = self._with_margin(rows, values, first, end)
         return rows, values, reduced

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offloop.dashboard.history import MAX_STRETCHES, Curve, History
@@ -54,6 +54,7 @@ def test_all_points_come_back_as_they_were(values: list[float], every: int) -> N
     points=st.integers(2, 60),
     bounds=st.tuples(st.integers(0, 700), st.integers(0, 700)),
 )
+@example(values=[0.0, 0.0, 0.0, 1.0, 0.0], points=2, bounds=(2, 5))
 @settings(max_examples=200)
 def test_fewer_points_are_true_points_with_the_least_and_the_greatest_of_them(
     values: list[float], points: int, bounds: tuple[int, int]
