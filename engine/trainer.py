@@ -941,7 +941,7 @@ class BaseTrainer:
 
     def _train_in_helper_thread(self, session: Session) -> RunResult:
         """Run on an event loop of its own beside the one that this call blocks."""
-        if "IPython" not in sys.modules:
+        if not _inside_ipython():
             warnings.warn(
                 "train() blocks the event loop that it was called in: await train_async(...) instead",
                 RuntimeWarning,
@@ -1086,6 +1086,12 @@ _owners_lock = threading.Lock()
 
 def _busy(session: Session) -> str:
     return f"this trainer has run {session.run_id!r} going on: one run at a time, or make another Trainer"
+
+
+def _inside_ipython() -> bool:
+    """True in a notebook or IPython's shell; other libraries import IPython anywhere."""
+    module = sys.modules.get("IPython")
+    return module is not None and module.get_ipython() is not None
 
 
 def _inside_event_loop() -> bool:

@@ -1275,6 +1275,8 @@ def test_second_run_of_a_trainer_starts_from_epoch_0_with_callbacks_reset() -> N
 
 
 def test_train_inside_an_event_loop_works_and_says_what_is_meant() -> None:
+    pytest.importorskip("IPython")  # imported is not running: wandb does so too
+
     async def main() -> RunResult:
         with pytest.warns(RuntimeWarning, match=r"await train_async\(...\) instead"):
             return tiny_trainer().train(tiny_loader(2), epochs=1)
