@@ -592,6 +592,7 @@ from offloop.engine.testing import tiny_loader, tiny_model
 import torch
 from torch.utils.data import DataLoader
 
+torch.set_num_threads(1)  # as in the tests: another number is another machine
 last = sys.argv[3]
 count = 0
 
