@@ -5,6 +5,7 @@ import gc
 import inspect
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ LONGEST_HOLD: Final = 2.0
 def pytest_configure(config: pytest.Config) -> None:
     # Tiny tensors gain nothing from more threads, and on a busy machine these wait for each other.
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As behind an `&`: tests send SIGINT to their children, which would inherit that it is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # No test judges by the clock: an example that takes long says only that the machine is busy.
     hypothesis.settings.register_profile("offloop", deadline=None)
     hypothesis.settings.load_profile("offloop")

@@ -215,7 +215,9 @@ def test_bar_is_drawn_on_a_terminal_and_streams_are_left_alone(terminal: Termina
     written = terminal.close()
     assert "━" in written
     (line,) = screen_of(written)  # the bars are gone
-    assert re.fullmatch(r"epoch 2/2  step 10/10  loss \S+  val_loss \S+  lr 0.05 .*completed in \d+:\d\d", line)
+    assert re.fullmatch(
+        r"epoch 2/2  step 10/10  loss \S+  val_loss \S+  lr 0.05 .*completed in \d+:\d\d", line
+    )
     assert set(streams) == {before}
 
 

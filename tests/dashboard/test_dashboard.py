@@ -440,10 +440,23 @@ def test_wrong_settings_are_said_at_once(options: dict[str, Any], why: str) -> N
 TINY = "from offloop.engine.testing import tiny_batches, tiny_loader, tiny_trainer\n"
 
 
+_children: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_child_outlives_its_test() -> Iterator[None]:
+    yield
+    while _children:
+        process = _children.pop()
+        if process.poll() is None:  # the test has failed: it must not train on for ever
+            process.kill()
+            process.communicate()
+
+
 def child(script: str, *, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a script in a process of its own; its stderr is its stdout."""
     head = "from offloop.dashboard import Dashboard\n"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-u", "-W", "error", "-c", head + script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -451,6 +464,8 @@ def child(script: str, *, env: dict[str, str] | None = None) -> subprocess.Popen
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (env or {}),
     )
+    _children.append(process)
+    return process
 
 
 def line_with(process: subprocess.Popen[str], text: str) -> str:
