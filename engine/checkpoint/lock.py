@@ -97,8 +97,9 @@ class RunLock:
 
     def release(self) -> None:
         """Let others write. Calling twice is fine."""
+        # One thread succeeds here: a descriptor that is closed twice may be a stranger's by then.
         try:
-            _held.remove(self)  # one thread succeeds: a descriptor that is closed twice may be a stranger's by then
+            _held.remove(self)
         except KeyError:
             return
         with suppress(OSError):
