@@ -30,7 +30,9 @@ from offloop.engine import (
     RunNameTakenError,
     Sample,
     StepEnd,
+    StepPoint,
     Trainer,
+    in_step,
 )
 from offloop.engine.testing import Recorder, tiny_batches, tiny_loader, tiny_trainer
 
@@ -330,8 +332,9 @@ class Weather(Sample, frozen=True, kw_only=True):
 class Weatherman(Callback):
     """Publishes one with every step."""
 
-    def on_step_end(self, event: StepEnd, run: Any) -> None:
-        run.publish(Weather(warmth=float(event.step), wind=Metrics(north=2.0)))
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        point.run.publish(Weather(warmth=float(point.step), wind=Metrics(north=2.0)))
 
 
 def test_samples_of_all_kinds_become_curves() -> None:
