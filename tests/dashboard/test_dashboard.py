@@ -564,6 +564,7 @@ def test_open_calls_the_browser(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # what loader workers do
 def test_a_forked_worker_keeps_neither_the_port_nor_the_viewers() -> None:
     reader, writer = os.pipe()
+    is_forked, forked = os.pipe()
     with quiet() as dashboard, SocketViewer(dashboard.url) as viewer:
         viewer.wait(lambda page: page.hello)
         server = dashboard._server
@@ -571,14 +572,16 @@ def test_a_forked_worker_keeps_neither_the_port_nor_the_viewers() -> None:
         port = server.port
         worker = os.fork()
         if worker == 0:
+            os.write(forked, b".")  # what a fork does in the child is done
             os.close(writer)
             os.read(reader, 1)  # until the test is over
             os._exit(0)
+        os.read(is_forked, 1)
     try:
         viewer.wait_closed()
         with quiet(port=port):
             pass
     finally:
-        os.close(writer)
-        os.close(reader)
+        for descriptor in (writer, reader, forked, is_forked):
+            os.close(descriptor)
         os.waitpid(worker, 0)
