@@ -5,10 +5,6 @@ BIN := .venv/bin
 BUILD_PAGE := dashboard/web/build_page.py
 NODE_MODULES := dashboard/web/node_modules/.package-lock.json
 
-# The tests run in two processes: one that lived for ten minutes, with the services that trackers start in it,
-# was seen to end without a word.
-BESIDE := tests/callbacks tests/cli tests/dashboard
-
 .PHONY: demo test lint typecheck format page page-dev page-test clean
 
 # The installation has built the live page; this builds it again if a source has changed since (0.2 s if not).
@@ -18,8 +14,7 @@ demo: .venv/ready
 
 test: .venv/ready-dev
 	$(BIN)/python $(BUILD_PAGE)
-	$(BIN)/python -m pytest $(BESIDE)
-	$(BIN)/python -m pytest $(BESIDE:%=--ignore=%)
+	$(BIN)/python -m pytest
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check

@@ -169,7 +169,6 @@ def test_third_signal_ends_the_process_also_in_a_step_that_never_returns(
 
 SAVING_SCRIPT = """
 import faulthandler, multiprocessing, os, sys, threading
-faulthandler.dump_traceback_later(90, exit=True)  # whatever hangs says where
 import torch
 from torch.utils.data import DataLoader, Dataset
 from offloop.callbacks import ModelCheckpoint
@@ -231,7 +230,8 @@ def make(directory, of, *callbacks):
     loader = DataLoader(Samples(), batch_size=4, num_workers=workers, shuffle=not workers)
     return trainer, dict(train_loader=loader, val_loader=tiny_loader(2, seed=4), epochs=2)
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the tests import the rest
+    faulthandler.dump_traceback_later(90, exit=True)  # whatever hangs says where
     where = sys.argv[2]
     threading.Thread(target=open_gates, daemon=True).start()
     sync, syncs = FileSystem.sync, 0
