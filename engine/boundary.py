@@ -40,6 +40,7 @@ class Boundary:
         self._is_blocked = is_blocked
         self._save = save
         self._paused_by: Command | None = None
+        self._set_aside: Command | None = None  # the pause in which a validation was asked for
 
     def look_up(self) -> None:
         """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full."""
@@ -49,7 +50,7 @@ class Boundary:
             self._obey()
             if loop.ending == "cancelled":
                 break
-            if self._paused_by is not None and not control.has_stop:
+            if self._paused_by not in (None, self._set_aside) and not control.has_stop:
                 asked = time.perf_counter()
                 control.wait_for_change(seen)
                 self.paused_seconds += time.perf_counter() - asked
@@ -126,7 +127,12 @@ class Boundary:
             self._change_state("stopping", loop.reason, command.by)
 
     def _validate(self, command: Command) -> Metrics:
-        made = self._loop.validate()
+        # Whoever asks for it in a pause wants its answer: that pause does not hold it, a new one does.
+        self._set_aside = self._paused_by
+        try:
+            made = self._loop.validate()
+        finally:
+            self._set_aside = None
         if made is None:
             raise ConfigError("the validation was stopped before its end")
         return Metrics(made)

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -264,6 +264,24 @@ async def test_commands_and_events_from_another_event_loop_in_another_thread() -
         async with tiny_trainer().start(EndlessLoader(), tiny_loader(1), max_steps=ENDLESS) as run:
             seen = await anyio.to_thread.run_sync(lambda: asyncio.run(steer(run)))
     assert seen == ["from afar", 7, "stopped"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("then", ["set_lr", "resume"])
+async def test_validation_in_a_pause_is_not_held_by_it_whatever_comes_meanwhile(then: str) -> None:
+    class MeddlingLoader:
+        def __iter__(self) -> Iterator[Any]:
+            _ = run.set_lr_nowait(0.5) if then == "set_lr" else run.resume_nowait()
+            return iter(tiny_loader(3))
+
+    with anyio.fail_after(LONG):
+        async with tiny_trainer().start(EndlessLoader(), MeddlingLoader(), max_steps=ENDLESS) as run:
+            await run.pause()
+            assert await run.validate() is not None
+            await run.call(lambda trainer: None)  # what came meanwhile has been applied
+            assert run.state == ("paused" if then == "set_lr" else "running")
+            await run.stop()
+    assert run.result.status == "stopped"
 
 
 @pytest.mark.anyio
@@ -687,6 +705,21 @@ async def test_block_subscription_makes_training_wait_and_awaited_commands_retur
                     if len(seen) == 50:
                         break
                 assert seen == list(range(first.step, first.step + 50))  # nothing was dropped
+            await run.stop()
+    assert run.result.status == "stopped"
+
+
+@pytest.mark.anyio
+async def test_leaving_the_iteration_frees_training_from_a_block_subscription() -> None:
+    with anyio.fail_after(LONG):
+        async with tiny_trainer(flush_interval=0.001).start(EndlessLoader(), max_steps=ENDLESS) as run:
+            async for _ in run.events(StepEnd, buffer=1, on_full="block"):
+                while await run.call(lambda trainer: 1) == 1:  # None: it stands
+                    pass
+                break
+            step = run.step
+            while run.step < step + 10:
+                await run.call(lambda trainer: None)
             await run.stop()
     assert run.result.status == "stopped"
 
