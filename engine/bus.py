@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
@@ -107,7 +108,8 @@ class Subscription(Generic[E]):
 
     Iterate over it with `async for`, from one task of any event loop, or call `take` from any thread.
     Usable as a context manager, sync or async, that ends the subscription. It ends with the bus: events in the
-    buffer can still be taken, then iteration stops.
+    buffer can still be taken, then iteration stops. It also ends when nobody holds it any more, as after a
+    `break` out of `async for event in run.events()`.
     """
 
     def __init__(
@@ -376,14 +378,13 @@ class Bus:
         # Subscriptions and history; never taken by publishers. Reentrant: a signal handler may call `unblock`
         # while the thread that it interrupts hands over.
         self._lock = threading.RLock()
-        self._subscriptions: list[Subscription[Event]] = []
-        self._all_subscriptions: list[Subscription[Event]] = []
-        self._left: list[
-            Subscription[Event]
-        ] = []  # closed by another thread; the drainer wakes their consumers
+        # Weak: whoever reads a subscription holds it, and one that nobody holds any more has ended.
+        self._subscriptions: list[weakref.ref[Subscription[Event]]] = []
+        # Left for the drainer: those that other threads have closed, and the references of those that are gone.
+        self._leaving: deque[Subscription[Event] | weakref.ref[Subscription[Event]]] = deque()
         self._final: Event | None = None  # set by `close`, taken by the drainer after everything else
         self._history: deque[Event] = deque(maxlen=MAX_MILESTONES_BEHIND)
-        self._blocked: set[Subscription[Event]] = set()
+        self._blocked: weakref.WeakSet[Subscription[Event]] = weakref.WeakSet()
 
     def clock(self) -> float:
         """Return Unix time in seconds that never runs backwards. Any thread."""
@@ -542,36 +543,47 @@ class Bus:
                 if not replay:
                     raise BusClosedError("the run has ended: there is nothing left to subscribe to")
                 subscription._end()
-            else:
-                self._subscriptions.append(subscription)  # type: ignore[arg-type]  # invariant, but only put into
-            self._all_subscriptions.append(subscription)  # type: ignore[arg-type]  # likewise
+            reference = weakref.ref(subscription, self._forget)
+            self._subscriptions.append(reference)  # type: ignore[arg-type]  # invariant, but only put into
         return subscription
 
     def _unsubscribe(self, subscription: Subscription[E]) -> None:
         with self._lock:
             subscription._closed = True
-            if subscription in self._subscriptions:
-                self._subscriptions.remove(subscription)  # type: ignore[arg-type]  # invariant
-                self._all_subscriptions.remove(subscription)  # type: ignore[arg-type]  # likewise
+            reference = weakref.ref(subscription)  # equal to the one in the list
+            if not self._ended and reference in self._subscriptions:
+                self._subscriptions.remove(reference)  # type: ignore[arg-type]  # invariant
                 if self._thread in (None, threading.get_ident()):
                     subscription._end()
                 else:
                     # A consumer that waits in the drainer's event loop can only be woken from its thread.
-                    self._left.append(subscription)  # type: ignore[arg-type]  # likewise
+                    self._leaving.append(subscription)  # type: ignore[arg-type]  # likewise
                     self._waker.wake()
         self._took(subscription)
 
-    def _wake_left(self) -> None:
+    def _forget(self, reference: "weakref.ref[Subscription[E]]") -> None:
+        """Leave it to the drainer: this is called by the garbage collector, in any thread, under any lock."""
+        self._leaving.append(reference)  # type: ignore[arg-type]  # invariant
+        self._waker.wake()
+
+    def _see_off(self) -> None:
+        """End the subscriptions that other threads have closed, and take out those that nobody holds."""
         with self._lock:
-            for subscription in self._left:
-                subscription._end()
-            self._left.clear()
+            while self._leaving:
+                leaving = self._leaving.popleft()
+                if isinstance(leaving, Subscription):
+                    leaving._end()
+                elif leaving in self._subscriptions:
+                    self._subscriptions.remove(leaving)
+
+    def _living(self) -> list[Subscription[Event]]:
+        return [each for reference in self._subscriptions if (each := reference()) is not None]
 
     @property
     def subscriptions(self) -> tuple[SubscriptionStatistics, ...]:
         """What each subscriber got and missed, as of now. Any thread."""
         with self._lock:
-            return tuple(each.statistics for each in self._all_subscriptions)
+            return tuple(each.statistics for each in self._living())
 
     @property
     def dropped(self) -> int:
@@ -593,7 +605,7 @@ class Bus:
     def unblock(self) -> None:
         """Let every `block` subscription drop from now on; for a publisher that must not wait any longer."""
         with self._lock:
-            for subscription in self._subscriptions:
+            for subscription in self._living():
                 subscription.on_full = "drop_oldest"
             self._blocked.clear()
         self._attention()
@@ -606,7 +618,7 @@ class Bus:
         if subscription in self._blocked and (
             subscription._closed or len(subscription._events) <= subscription.buffer // 2
         ):
-            self._blocked.discard(subscription)
+            self._blocked.discard(subscription)  # type: ignore[arg-type]  # invariant
             self._attention()
 
     # Draining: the event loop
@@ -619,8 +631,9 @@ class Bus:
         self._thread = threading.get_ident()
         try:
             while True:
-                if self._left:
-                    self._wake_left()
+                if self._leaving:
+                    self._see_off()
+                    self._attention()  # the publisher's side may have waited for one that is gone
                 if self._hand_over():
                     if len(self._queue) >= HAND_OVER_AT_ONCE:
                         await anyio.lowlevel.checkpoint()  # a backlog: no pause, but let others run
@@ -635,7 +648,7 @@ class Bus:
                         break
                 else:
                     self._armed = True
-                    if not self._queue and not self._closing and not self._left:  # nothing came since: sleep
+                    if not (self._queue or self._closing or self._leaving):  # nothing came since: sleep
                         await self._waker.wait()
                     self._armed = False
             if self._final is not None:
@@ -738,12 +751,12 @@ class Bus:
 
     def _dispatch(self, events: list[Event], milestones: list[Event]) -> None:
         if events:
-            for subscription in self._subscriptions:
+            for subscription in self._living():
                 if not subscription._closed:
                     subscription._put(events, has_milestones=bool(milestones))
 
     def _report_drops(self, now: float, last: bool = False) -> None:
-        reports = [subscription._report(now, last) for subscription in tuple(self._subscriptions)]
+        reports = [subscription._report(now, last) for subscription in self._living()]
         if self._refused_count:
             with self._refused_lock:
                 count, (first, newest) = self._refused_count, self._refused
@@ -765,10 +778,9 @@ class Bus:
     def _end(self) -> None:
         self._ended = True
         with self._lock:
-            for subscription in self._subscriptions + self._left:
+            for subscription in self._living():
                 subscription._end()
-            self._subscriptions.clear()
-            self._left.clear()
+            self._see_off()
             self._blocked.clear()
         self._attention()
         self._waker.close()

@@ -233,7 +233,7 @@ def test_buffer_of_one_keeps_the_latest_only_and_reports_nothing(bus: Bus) -> No
 
 def test_drops_are_reported_at_most_once_a_second_and_add_up(bus: Bus) -> None:
     reports = bus.subscribe(EventsDropped)
-    bus.subscribe(StepEnd, name="slow", buffer=2)
+    slow = bus.subscribe(StepEnd, name="slow", buffer=2)
 
     def publish(numbers: range, now: float) -> None:
         set_clock(bus, now)
@@ -251,6 +251,7 @@ def test_drops_are_reported_at_most_once_a_second_and_add_up(bus: Bus) -> None:
         (each.subscriber, each.count, each.total, each.first_step, each.last_step) for each in reports.take()
     ]
     assert found == [("slow", 3, 3, 0, 2), ("slow", 3, 6, 3, 5), ("slow", 1, 7, 6, 6)]
+    assert slow.statistics.dropped == 7
 
 
 def test_subscriber_too_many_milestones_behind_is_closed(
@@ -336,10 +337,10 @@ def test_full_block_subscription_is_shown_and_loses_nothing(blocking: Bus, looke
 
 
 def test_milestones_do_not_block(blocking: Bus) -> None:
-    blocking.subscribe(Note, buffer=1, on_full="block")
+    subscription = blocking.subscribe(Note, buffer=1, on_full="block")
     publish_numbered(blocking, Note, 50)
     blocking.settle()
-    assert not blocking.blocked
+    assert not blocking.blocked and len(subscription.take()) == 50
 
 
 def test_unblocking_turns_waiting_into_counted_drops(blocking: Bus, looked_up: list[None]) -> None:
@@ -369,21 +370,41 @@ def test_block_subscription_that_fell_too_far_behind_holds_nobody_up(
     blocking: Bus, looked_up: list[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bus_module, "MAX_MILESTONES_BEHIND", 10)
-    blocking.subscribe(buffer=1, on_full="block")
+    subscription = blocking.subscribe(buffer=1, on_full="block")
     publish_numbered(blocking, Tick, 5)
     blocking.settle()
     assert blocking.blocked
     publish_numbered(blocking, Note, 11)
     blocking.settle()
     assert not blocking.blocked and len(looked_up) == 2
+    assert subscription.statistics.closed
 
 
 def test_end_of_the_bus_holds_nobody_up(blocking: Bus, looked_up: list[None]) -> None:
-    blocking.subscribe(Tick, buffer=1, on_full="block")
+    subscription = blocking.subscribe(Tick, buffer=1, on_full="block")
     publish_numbered(blocking, Tick, 5)
     blocking.settle()
     blocking._end()
     assert not blocking.blocked and len(looked_up) == 2
+    assert subscription.statistics.closed
+
+
+@pytest.mark.anyio
+@pytest.mark.uvloop
+async def test_subscription_that_nobody_holds_any_more_has_ended() -> None:
+    looked = anyio.Event()
+    with anyio.fail_after(10):
+        async with Bus(flush_interval=0.001, attention=lambda: looked.set()) as bus:
+            publish_numbered(bus, Tick, 1)
+            async for _ in bus.subscribe(Tick, buffer=1, on_full="block", name="left"):
+                publish_numbered(bus, Tick, 5)
+                while not bus.blocked:
+                    await anyio.lowlevel.checkpoint()
+                looked = anyio.Event()
+                break
+            assert not bus.blocked and bus.subscriptions == ()
+            await looked.wait()  # whoever waited for it is told
+            assert not bus._subscriptions
 
 
 def test_signal_handler_may_unblock_while_the_bus_hands_over() -> None:
@@ -902,7 +923,7 @@ async def test_last_event_comes_after_everything_else() -> None:
     with anyio.fail_after(20):
         async with anyio.create_task_group() as tasks, Bus(flush_interval=0.001) as bus:
             everything = bus.subscribe(buffer=1_000_000)
-            bus.subscribe(Tick, name="small", buffer=2)
+            small = bus.subscribe(Tick, name="small", buffer=2)
             tasks.start_soon(anyio.to_thread.run_sync, publish_until_closed)
             await anyio.to_thread.run_sync(started.wait)
             publish_numbered(bus, Tick, 5)
@@ -911,7 +932,11 @@ async def test_last_event_comes_after_everything_else() -> None:
     events = [event async for event in everything]
     assert [event.seq for event in events] == list(range(len(events)))
     assert isinstance(events[-1], TrainEnd)
-    assert [each.count for each in events if isinstance(each, EventsDropped)] == [3]
+    assert (
+        [each.count for each in events if isinstance(each, EventsDropped)]
+        == [small.statistics.dropped]
+        == [3]
+    )
 
 
 @pytest.mark.anyio
