@@ -524,13 +524,13 @@ class Session:
         """Obey a signal: the first stops the run in order, the second in haste. Main thread."""
         self.signal_count = count
         if count == 1:
-            logger.warning("%s: stopping; once more to leave in haste", name)
             with contextlib.suppress(OffloopError):
                 self.control.give("stop", {"reason": name}, by="signal")
+            logger.warning("%s: stopping; once more to leave in haste", name)
         else:
             self._hurried_at = min(self._hurried_at, time.perf_counter())
-            logger.warning("%s: leaving in haste; a third time ends the process at once", name)
             self.cancel(f"{name}, twice")
+            logger.warning("%s: leaving in haste; a third time ends the process at once", name)
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure and end training. Any thread."""
