@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import logging
 import random
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from offloop.engine import (
     decides,
     in_step,
 )
+from offloop.engine import session as session_module
 from offloop.engine.loop import Batch, StepOutput
 from offloop.engine.testing import (
     EndlessLoader,
@@ -984,6 +986,42 @@ async def test_cancel_during_the_drain_lets_callbacks_finish() -> None:
     assert recorder.is_closed
     assert trainer.last_run is not None
     assert trainer.last_run.result.status == "completed"  # it was over when the cancellation came
+
+
+@pytest.mark.anyio
+async def test_step_that_does_not_end_after_a_cancel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "STACK_INTERVAL", 0.01)
+    reached, release = threading.Event(), threading.Event()
+    said: list[str] = []
+
+    class Stuck(torch.nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            reached.set()
+            assert release.wait(LONG)
+            return super().forward(inputs)
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            if len(said) == 2:  # it is said again and again
+                release.set()
+
+    listener = Listener(logging.WARNING)
+    logging.getLogger("offloop").addHandler(listener)
+    watched = Watched(model=Stuck(8, 3))
+    try:
+        with anyio.fail_after(LONG):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watched.train)
+                await anyio.to_thread.run_sync(reached.wait)
+                assert not said  # a step may take its time while nobody wants it to end
+                tasks.cancel_scope.cancel()
+    finally:
+        logging.getLogger("offloop").removeHandler(listener)
+    watched.assert_over()
+    for text in said[:2]:
+        assert "the training thread has not reached its next batch yet" in text
+        assert "release.wait(LONG)" in text
 
 
 @pytest.mark.anyio
