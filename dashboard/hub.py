@@ -151,6 +151,10 @@ class Hub:
         """Connections that have said hi."""
         return len(self._sessions)
 
+    def _watching(self, live: LiveRun | None) -> list[_Session]:
+        """Return the sessions that watch a run; None: those that wait for one."""
+        return [session for session in self._sessions if session.viewer.live is live]
+
     # Runs
 
     async def follow(self, live: LiveRun, subscription: Subscription[Event]) -> None:
@@ -159,9 +163,8 @@ class Hub:
         self._frames[live.key] = Frames()
         self._forget_old_runs()
         self._tell_runs()
-        for session in self._sessions:
-            if session.viewer.live is None:
-                self._watch(session, live)
+        for session in self._watching(None):
+            self._watch(session, live)
         # The bus has logged that the subscription was given up; the page says that it is silent.
         with subscription, contextlib.suppress(SubscriberTooSlowError):
             while events := await subscription.take_batch(EVENTS_AT_ONCE):
@@ -180,8 +183,7 @@ class Hub:
 
     def _hand_on(self, live: LiveRun, new_milestones: int) -> None:
         """Tell the viewers of a run what is new."""
-        sessions = [session for session in self._sessions if session.viewer.live is live]
-        if not sessions:
+        if not (sessions := self._watching(live)):
             return
         messages: list[tuple[bytes | None, bytes | None]] = []  # for the control role, for who only reads
         kept = min(new_milestones, len(live.milestones))
@@ -198,8 +200,7 @@ class Hub:
 
     def _send_status(self, live: LiveRun, *, with_latest: bool = False) -> None:
         self._changed.discard(live.key)
-        sessions = [session for session in self._sessions if session.viewer.live is live]
-        if not sessions:
+        if not (sessions := self._watching(live)):
             return
         encoded: dict[bool, bytes] = {}
         latest = encode_message(live.latest()) if with_latest else None
@@ -224,9 +225,8 @@ class Hub:
         for live in ended[: max(0, len(ended) - ENDED_RUNS_KEPT)]:
             del self.runs[live.key], self._frames[live.key]
             newest = next(reversed(self.runs.values()))
-            for session in self._sessions:
-                if session.viewer.live is live:
-                    self._watch(session, newest)
+            for session in self._watching(live):
+                self._watch(session, newest)
 
     # The beat
 
