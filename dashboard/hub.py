@@ -11,16 +11,15 @@ import contextlib
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, Protocol
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
-import msgspec
 
-from offloop.dashboard.live_run import LiveRun, for_role
+from offloop.dashboard.live_run import KeptMilestone, LiveRun
 from offloop.dashboard.protocol import (
     CLOSE_PROTOCOL,
     CLOSE_SLOW,
@@ -31,7 +30,6 @@ from offloop.dashboard.protocol import (
     FromServer,
     Hello,
     Hi,
-    Milestone,
     Ping,
     Pong,
     ProtocolError,
@@ -168,10 +166,9 @@ class Hub:
         # The bus has logged that the subscription was given up; the page says that it is silent.
         with subscription, contextlib.suppress(SubscriberTooSlowError):
             while events := await subscription.take_batch(EVENTS_AT_ONCE):
-                before = live.milestones_seen
-                has_milestone = live.take_in(events)
-                self._hand_on(live, live.milestones_seen - before)
-                if has_milestone:
+                milestones = live.take_in(events)
+                self._hand_on(live, milestones)
+                if milestones:
                     self._send_status(live)
                 else:
                     self._changed.add(live.key)
@@ -181,19 +178,12 @@ class Hub:
         self._send_status(live)
         self._tell_runs()
 
-    def _hand_on(self, live: LiveRun, new_milestones: int) -> None:
+    def _hand_on(self, live: LiveRun, milestones: Sequence[KeptMilestone]) -> None:
         """Tell the viewers of a run what is new."""
-        if not (sessions := self._watching(live)):
-            return
-        messages: list[tuple[bytes | None, bytes | None]] = []  # for the control role, for who only reads
-        kept = min(new_milestones, len(live.milestones))
-        for _, event in list(live.milestones)[len(live.milestones) - kept :]:
-            messages.append((_milestone(live, event, True), _milestone(live, event, False)))
-        for session in sessions:
+        for session in self._watching(live):
             try:
                 session.viewer.announce_series()
-                place = 0 if session.viewer.is_control else 1
-                session.viewer.put_all([each for both in messages if (each := both[place]) is not None])
+                session.viewer.put_milestones(milestones)
             except ViewerTooSlowError as error:
                 session.end(CLOSE_SLOW, str(error))
             session.wake()
@@ -522,13 +512,6 @@ class Hub:
             session.viewer.put(message)
         except ViewerTooSlowError:
             pass  # it is being closed anyway
-
-
-def _milestone(live: LiveRun, event: Event, is_control: bool) -> bytes | None:
-    encoded = for_role(event, is_control)
-    if encoded is None:
-        return None
-    return encode_message(Milestone(run=live.key, event=msgspec.Raw(encoded)))
 
 
 def short(reason: str) -> str:

@@ -20,10 +20,12 @@ import msgspec
 from offloop.dashboard.history import HISTORY_BYTES, History
 from offloop.dashboard.protocol import (
     Latest,
+    Milestone,
     RunInfo,
     RunSummary,
     SeriesInfo,
     Status,
+    encode_message,
     number,
 )
 from offloop.engine import (
@@ -70,6 +72,28 @@ class _Moment(msgspec.Struct, frozen=True):
     callbacks: float
 
 
+class KeptMilestone:
+    """A milestone, and the message that says it: made when the first viewer of a role needs it, for all of them."""
+
+    __slots__ = ("_messages", "_run", "event")
+
+    def __init__(self, run: str, event: Event) -> None:
+        self.event = event
+        self._run = run
+        self._messages: dict[bool, bytes | None] = {}
+
+    def message(self, *, is_control: bool) -> bytes | None:
+        """Return the message for a role; None if the milestone is not for it."""
+        if is_control not in self._messages:
+            encoded = for_role(self.event, is_control)
+            self._messages[is_control] = (
+                None
+                if encoded is None
+                else encode_message(Milestone(run=self._run, event=msgspec.Raw(encoded)))
+            )
+        return self._messages[is_control]
+
+
 class LiveRun:
     """One run, as viewers see it."""
 
@@ -90,7 +114,7 @@ class LiveRun:
         self.started = start.time
         self.history = History(history_bytes)
         self.series: list[SeriesInfo] = []  # its index is the curve's number in the history
-        self.milestones: deque[tuple[int, Event]] = deque(maxlen=MILESTONES_KEPT)  # with their seq
+        self.milestones: deque[KeptMilestone] = deque(maxlen=MILESTONES_KEPT)
         self.milestones_seen = 0
         self.end: TrainEnd | None = None
         self._is_silent = False
@@ -103,7 +127,6 @@ class LiveRun:
         self._samples = 0
         self._data = self._compute = 0.0
         self._dropped = 0
-        self._resumed_progress = 0.0
         self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
         self.info = self._describe()
 
@@ -163,9 +186,9 @@ class LiveRun:
 
     # Taking events in
 
-    def take_in(self, events: Sequence[Event]) -> bool:
-        """Take what has come, in order. True if a milestone was among it, which viewers hear of at once."""
-        has_milestone = False
+    def take_in(self, events: Sequence[Event]) -> list[KeptMilestone]:
+        """Take what has come, in order, and return the milestones among it, which viewers hear of at once."""
+        milestones: list[KeptMilestone] = []
         for event in events:
             if isinstance(event, StepEnd):
                 self._step_end(event)
@@ -173,9 +196,7 @@ class LiveRun:
             if isinstance(event, Sample):
                 self._sample(event)
                 continue
-            has_milestone = True
-            self.milestones.append((event.seq, event))
-            self.milestones_seen += 1
+            milestones.append(KeptMilestone(self.key, event))
             if isinstance(event, EpochStart):
                 self._epoch, self._epoch_batch = event.epoch, event.batch
             elif isinstance(event, ValidationEnd | EpochEnd):
@@ -184,9 +205,11 @@ class LiveRun:
                 self._state_by, self._state_reason = event.by, event.reason
             elif isinstance(event, TrainEnd):
                 self.end = event
+        self.milestones += milestones
+        self.milestones_seen += len(milestones)
         self.history.check_size()
         self._note_moment()
-        return has_milestone
+        return milestones
 
     def _step_end(self, event: StepEnd) -> None:
         last = self._last_step
@@ -271,7 +294,7 @@ class LiveRun:
         steps_per_second = (upto.step - since.step) / seconds if upto.time > since.time else 0.0
         elapsed = self.end.seconds if self.end is not None else max(0.0, now - self.started)
         progress, time_left = self._progress(elapsed)
-        stalled = None if ended else self._stalled(state, now, steps_per_second)
+        stalled = None if ended else self._stalled(state, now)
         quiet = ended or stalled is not None or state == "paused"
         failure = self.run.failure if self.end is not None and self.end.status == "failed" else None
         return Status(
@@ -323,11 +346,11 @@ class LiveRun:
             return done, None
         return done, elapsed * (1.0 - done) / (done - begun)
 
-    def _stalled(self, state: str, now: float, steps_per_second: float) -> float | None:
+    def _stalled(self, state: str, now: float) -> float | None:
         if state not in ("running", "waiting", "stopping"):
             return None
         # Validations and pauses are no stall, and what came last may have been the end of one.
-        heard = max((event.time for _, event in list(self.milestones)[-1:]), default=self.started)
+        heard = self.milestones[-1].event.time if self.milestones else self.started
         if self._last_step is not None:
             heard = max(heard, self._last_step.time)
         quiet = now - heard

@@ -9,10 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
 import numpy as np
 
-from offloop.dashboard.live_run import LiveRun, for_role
+from offloop.dashboard.live_run import KeptMilestone, LiveRun
 from offloop.dashboard.protocol import (
     MAX_CHART_FRAME,
     MAX_POINTS,
@@ -21,7 +20,6 @@ from offloop.dashboard.protocol import (
     ChartFrame,
     ChartHeader,
     FromServer,
-    Milestone,
     MilestonesMissed,
     NonFinite,
     ProtocolError,
@@ -165,12 +163,10 @@ class Viewer:
             return
         texts = [encode_message(live.info)]
         missed = live.milestones_seen - len(live.milestones)
-        kept_from = live.milestones[0][0] if live.milestones else 0
+        kept_from = live.milestones[0].event.seq if live.milestones else 0
         if missed and after + 1 < kept_from:
             texts.append(encode_message(MilestonesMissed(run=live.key, count=missed)))
-        for seq, event in tuple(live.milestones):
-            if seq > after and (encoded := for_role(event, self.is_control)) is not None:
-                texts.append(encode_message(Milestone(run=live.key, event=msgspec.Raw(encoded))))
+        texts += self._messages([each for each in live.milestones if each.event.seq > after])
         self._texts += texts
         self._texts_allowed = len(self._texts) + MAX_WAITING_TEXTS
         self.announce_series()
@@ -234,23 +230,23 @@ class Viewer:
         Raises:
             ViewerTooSlowError: Too many wait.
         """
-        self.put_encoded(encode_message(message))
-
-    def put_encoded(self, message: bytes) -> None:
-        """As `put`, for a message that several viewers get."""
         self._check_room()
-        self._texts.append(message)
+        self._texts.append(encode_message(message))
 
-    def put_all(self, messages: Sequence[bytes]) -> None:
-        """As `put_encoded`, for what has come at once: a burst is no sign of a viewer that is slow.
+    def put_milestones(self, milestones: Sequence[KeptMilestone]) -> None:
+        """Put down milestones that have come at once: a burst is no sign of a viewer that is slow.
 
         Raises:
             ViewerTooSlowError: It has not taken the burst before this one.
         """
-        if messages:
+        if messages := self._messages(milestones):
             self._check_room()
             self._texts += messages
             self._texts_allowed = max(self._texts_allowed, len(messages) + MAX_WAITING_TEXTS)
+
+    def _messages(self, milestones: Sequence[KeptMilestone]) -> list[bytes]:
+        told = (each.message(is_control=self.is_control) for each in milestones)
+        return [message for message in told if message is not None]
 
     def _check_room(self) -> None:
         if len(self._texts) >= self._texts_allowed:

@@ -113,9 +113,7 @@ class Stage:
         for name, value in (("seq", self.seq), ("time", 1.0 + self.seq), ("step", self.step), ("epoch", 0)):
             msgspec.structs.force_setattr(event, name, value)
         self.seq += 1
-        before = self.live.milestones_seen
-        self.live.take_in([event])
-        self.hub._hand_on(self.live, self.live.milestones_seen - before)
+        self.hub._hand_on(self.live, self.live.take_in([event]))
 
     def steps(self, count: int, **values: float) -> None:
         """Have the run do steps that log some values."""
@@ -175,7 +173,7 @@ def points_of(stage: Stage, curve: int) -> dict[float, float]:
 
 def assert_equal_state(stage: Stage, page: PageModel) -> None:
     """Fail unless a page knows exactly what the server knows."""
-    assert [event["seq"] for event in page.milestones] == [seq for seq, _ in stage.live.milestones]
+    assert [event["seq"] for event in page.milestones] == [each.event.seq for each in stage.live.milestones]
     assert page.series == {each.id: each.key for each in stage.live.series}
     assert set(page.points) == set(page.shown)
     for curve in page.shown:
@@ -561,6 +559,26 @@ def test_viewers_that_show_the_same_share_one_encoding() -> None:
     run_async(play)
 
 
+def test_a_milestone_is_encoded_once_for_all_viewers_of_a_role() -> None:
+    async def play(stage: Stage) -> None:
+        def told(link: MemoryLink) -> list[bytes]:
+            return [data for data, _ in link.sent if data.startswith(b'{"type":"milestone"')]
+
+        present = [stage.join(PageModel()) for _ in range(2)]
+        await settle()
+        stage.tell(CallbackFailed(callback="Mine", event="EpochEnd", error="ValueError", traceback="secret"))
+        late = stage.join(PageModel())
+        await settle()
+        (first,), (second,), (third,) = map(told, [*present, late])
+        assert first is second is third
+        assert stage.live.milestones[0]._messages == {True: first}  # nobody was there who only reads
+        reader = stage.join(PageModel(), role="read_only")
+        await settle()
+        assert b"secret" in first and b"secret" not in told(reader)[0]
+
+    run_async(play)
+
+
 def test_the_stalled_and_the_unknown_are_said() -> None:
     async def play(stage: Stage) -> None:
         stage.steps(2)
@@ -583,8 +601,7 @@ def test_a_burst_of_milestones_is_no_sign_of_a_slow_viewer() -> None:
             for number, event in enumerate(events, start=stage.seq):
                 msgspec.structs.force_setattr(event, "seq", number)
             stage.seq += len(events)
-            stage.live.take_in(events)
-            stage.hub._hand_on(stage.live, len(events))
+            stage.hub._hand_on(stage.live, stage.live.take_in(events))
             if burst < 2:
                 await read(link, page)
         stage.tell(EpochStart())  # one behind is forgiven

@@ -33,7 +33,7 @@ from websockets.exceptions import InvalidStatus
 from offloop.dashboard import hub as hub_module
 from offloop.dashboard import server as server_module
 from offloop.dashboard.page import Page
-from offloop.dashboard.protocol import CLOSE_SLOW, Hi, Ping, Pong, encode_message
+from offloop.dashboard.protocol import CLOSE_SLOW, Ack, Hi, Ping, encode_message
 from offloop.dashboard.security import content_security_policy
 from offloop.dashboard.server import Options, Server
 from offloop.dashboard.viewer import ViewerTooSlowError
@@ -641,24 +641,24 @@ def test_viewers_that_do_not_read_are_cut_off_and_cost_little(
         await_on_loop(server, lambda: len(server.hub._sessions) == 6)
 
         def tell(number: int) -> None:
-            """Put a message down for everybody, as a milestone is."""
-            message = encode_message(Pong(sent=float(number), time=0.0)).ljust(1_000)
+            """Put a message of a thousand bytes down for everybody, which must not be left out."""
+            message = Ack(id=str(number), name="pause", state="accepted", why="x" * 930)
             for session in server.hub._sessions:
                 try:
-                    session.viewer.put_all([message])
+                    session.viewer.put(message)
                 except ViewerTooSlowError as error:
                     session.end(CLOSE_SLOW, str(error))
                 session.wake()
 
         def has_heard(number: int, page: PageModel) -> bool:
-            return viewer.pongs > number
+            return str(number) in page.acks
 
         most = 0
         for number in range(2_000):
             on_loop(server, functools.partial(tell, number))
             viewer.wait(functools.partial(has_heard, number))
             most = max(most, *on_loop(server, lambda: buffered(server)))
-        assert viewer.pongs == 2_000 and viewer.closed is None
+        assert len(viewer.page.acks) == 2_000 and viewer.closed is None
         assert 200_000 < most < 500_000
         await_on_loop(server, lambda: len(server._connections) == 1)
         assert all(each.is_cut_off() for each in stalled)
