@@ -233,13 +233,7 @@ class Curve:
 
     def _entries(self, number: int, first: int, end: int) -> tuple[Rows, Float64s]:
         """Return a level's points: before its start those of coarser levels, behind its end those of finer ones."""
-        parts: list[tuple[Rows, Float64s]] = []
-        level = self.levels[number]
-        if number + 1 < len(self.levels):
-            before = min(end, level.start)
-            if first < before:
-                parts.append(self._from_above(number + 1, first, before))
-        parts.append(_cut(level, max(first, level.start), end))
+        parts = self._kept(number, first, end)
         while number and self.levels[number].covered + 1 < end:
             behind = max(first, self.levels[number].covered + 1)
             number -= 1
@@ -251,15 +245,13 @@ class Curve:
         new[1:] = rows[1:] > rows[:-1]  # the least is the greatest too in a flat bucket
         return rows[new], values[new]
 
-    def _from_above(self, number: int, first: int, end: int) -> tuple[Rows, Float64s]:
-        """Return what coarser levels hold of a stretch whose finer points are gone."""
+    def _kept(self, number: int, first: int, end: int) -> list[tuple[Rows, Float64s]]:
+        """Return a level's points, and those of coarser levels where its own are gone; in order."""
         level = self.levels[number]
-        parts: list[tuple[Rows, Float64s]] = []
         before = min(end, level.start)
-        if first < before and number + 1 < len(self.levels):
-            parts.append(self._from_above(number + 1, first, before))
-        parts.append(_cut(level, max(first, level.start), end))
-        return np.concatenate([rows for rows, _ in parts]), np.concatenate([values for _, values in parts])
+        is_above = first < before and number + 1 < len(self.levels)
+        above = self._kept(number + 1, first, before) if is_above else []
+        return [*above, _cut(level, max(first, level.start), end)]
 
     def _with_margin(self, rows: Rows, values: Float64s, first: int, end: int) -> tuple[Rows, Float64s]:
         for number in range(len(self.levels)):
