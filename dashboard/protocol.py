@@ -56,11 +56,8 @@ HEARTBEAT: Final = 5.0
 COMMANDS: Final = ("pause", "resume", "stop", "set_lr", "checkpoint", "validate")
 """What a viewer with the control role may ask a run for."""
 
-# Close codes, beside the usual ones (1001 the server goes, 1009 a message was too long)
-CLOSE_FULL: Final = 1013
-"""Too many viewers."""
-CLOSE_UNAUTHORISED: Final = 4001
-"""No valid token or cookie."""
+# Close codes, beside the usual ones (1001 the server goes, 1009 a message was too long). Who is not let in gets no
+# websocket at all, but an answer in HTTP: 401, 403, 503.
 CLOSE_PROTOCOL: Final = 4002
 """The viewer does not speak this protocol; the reason says what was wrong."""
 CLOSE_SLOW: Final = 4008

@@ -10,10 +10,8 @@
 // when the server has answered.
 
 import {
-  CLOSE_FULL,
   CLOSE_PROTOCOL,
   CLOSE_SLOW,
-  CLOSE_UNAUTHORISED,
   HEARTBEAT,
   PROTOCOL_VERSION,
   SUBPROTOCOL,
@@ -252,10 +250,6 @@ export class Connection {
     if (this.#closed) return;
     if (code === CLOSE_PROTOCOL && !wasOpen) {
       this.#change({ phase: "refused", since: this.#clock.now(), reason });
-    } else if (code === CLOSE_UNAUTHORISED || code === CLOSE_FULL) {
-      const phase = code === CLOSE_FULL ? "full" : "unauthorised";
-      this.#change({ phase, since: this.#clock.now(), reason });
-      this.#again(REFUSED_RETRY);
     } else if (code === CLOSE_SLOW && wasOpen && this.#wasStable()) {
       this.#change({ phase: "reconnecting", since: this.#clock.now(), reason });
       this.#connect();

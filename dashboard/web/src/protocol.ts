@@ -8,8 +8,6 @@ export const MAX_SERIES_SHOWN = 200;
 /** Seconds between two pings. */
 export const HEARTBEAT = 5;
 
-export const CLOSE_FULL = 1013;
-export const CLOSE_UNAUTHORISED = 4001;
 export const CLOSE_PROTOCOL = 4002;
 export const CLOSE_SLOW = 4008;
 

@@ -145,11 +145,14 @@ describe("opening", () => {
     ["unauthorised", "unauthorised"],
     ["full", "full"],
     ["gone", "gone"],
-  ])("a refused handshake is explained by the status: %s", async (said, phase) => {
+  ])("a refused handshake is explained by the status, and looked at again after a while: %s", async (said, phase) => {
     answer = said;
     connect();
     await last().ends();
     expect(phases).toEqual([phase]);
+    answer = "free";
+    await clock.pass(REFUSED_RETRY);
+    expect(sockets.length).toBe(2);
   });
 
   test("where websockets do not get through, it says so and tries on, slowly", async () => {
@@ -246,15 +249,6 @@ describe("coming back", () => {
       await last().ends(4008);
     }
     expect(sockets.length).toBeLessThan(8);
-  });
-
-  test.each([1013, 4001])("close code %i is looked at again after a while", async (code) => {
-    connect();
-    await last().ends(code);
-    expect(phases).toEqual([code === 1013 ? "full" : "unauthorised"]);
-    answer = "free";
-    await clock.pass(REFUSED_RETRY);
-    expect(sockets.length).toBe(2);
   });
 
   test("a protocol error in the middle of it is no reason to stay away", async () => {
