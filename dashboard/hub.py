@@ -204,8 +204,11 @@ class Hub:
                 session.viewer.put_latest("latest", latest)
             session.wake()
 
+    def _list_of_runs(self) -> bytes:
+        return encode_message(Runs(runs=[live.summary for live in self.runs.values()]))
+
     def _tell_runs(self) -> None:
-        message = encode_message(Runs(runs=[live.summary for live in self.runs.values()]))
+        message = self._list_of_runs()
         for session in self._sessions:
             session.viewer.put_latest("runs", message)
             session.wake()
@@ -386,9 +389,10 @@ class Hub:
                 if viewer.waiting_since is not None:
                     viewer.waiting_since = time.monotonic()  # it has had no time to draw
             case Watch():
-                if message.run not in self.runs:
-                    raise ProtocolError(f"there is no run {message.run!r}")
-                self._watch(session, self.runs[message.run])
+                if message.run in self.runs:
+                    self._watch(session, self.runs[message.run])
+                else:  # it was let go while this was on its way
+                    viewer.put_latest("runs", self._list_of_runs())
             case Hi():
                 raise ProtocolError("hi was said before")
         session.wake()

@@ -100,7 +100,10 @@ class Hi(FromViewer, frozen=True, kw_only=True, tag="hi"):
 
 
 class Watch(FromViewer, frozen=True, kw_only=True, tag="watch"):
-    """Watch another run: everything starts again with `run`. Curves must be shown anew."""
+    """Watch another run: everything starts again with `run`. Curves must be shown anew.
+
+    Where that run has been let go, nothing changes and `runs` comes again.
+    """
 
     run: str
 
@@ -111,6 +114,9 @@ class Show(FromViewer, frozen=True, kw_only=True, tag="show"):
     Curves that were not shown before come in a snapshot first.
     """
 
+    run: str | None = None
+    """Key of the run whose curves they are. If another one is watched by now, the message has crossed that change on
+    its way, and is ignored. None: of the one that is watched, whichever it is."""
     series: list[int]
     points: int = 1_600
     """Points of each curve that a snapshot may hold: twice the width of the panel in pixels."""
@@ -125,6 +131,8 @@ class RangeQuery(FromViewer, frozen=True, kw_only=True, tag="range"):
 
     query: int
     """Number of the question, made up by the viewer; comes back in the answer."""
+    run: str | None = None
+    """As in `Show`: a question about another run than the one that is watched by now has no answer."""
     series: list[int]
     start: float
     """First value of `axis` that is wanted."""

@@ -172,11 +172,13 @@ class Viewer:
         self.announce_series()
 
     def show(self, message: Show) -> None:
-        """Note which curves are on its screen.
+        """Note which curves are on its screen, unless it speaks of a run that it no longer watches.
 
         Raises:
             ProtocolError: There are no such curves, or too many.
         """
+        if self._is_outdated(message):
+            return
         if self.live is None:
             raise ProtocolError("show before there is a run to watch")
         wanted = self._known(message.series)
@@ -191,11 +193,13 @@ class Viewer:
         self._snapshots = deque(new)
 
     def ask(self, query: RangeQuery) -> None:
-        """Note a question.
+        """Note a question, unless it is about a run that it no longer watches.
 
         Raises:
             ProtocolError: There are no such curves, or too many questions wait.
         """
+        if self._is_outdated(query):
+            return
         if self.live is None:
             raise ProtocolError("range before there is a run to watch")
         self._known(query.series)
@@ -206,6 +210,10 @@ class Viewer:
         if len(self._queries) >= MAX_WAITING_QUERIES:
             raise ProtocolError(f"more than {MAX_WAITING_QUERIES} questions wait for their answer")
         self._queries.append(query)
+
+    def _is_outdated(self, message: Show | RangeQuery) -> bool:
+        """True if it speaks of a run that the viewer watched when it said so: its ids are those of other curves."""
+        return message.run is not None and (self.live is None or message.run != self.live.key)
 
     def _known(self, series: Sequence[int]) -> tuple[int, ...]:
         assert self.live is not None

@@ -5,6 +5,7 @@ Screenshots of the page's states go to the directory that OFFLOOP_SCREENSHOTS na
 
 import contextlib
 import csv
+import json
 import math
 import os
 import queue
@@ -711,3 +712,18 @@ def test_nothing_is_asked_of_anybody_but_its_server(
         expect(word(page)).to_have_text("live")
     own = run.dashboard.url.partition("?")[0]
     assert asked and not [url for url in asked if not url.startswith((own, "blob:"))]
+
+
+def test_who_shows_curves_says_of_which_run(training: Callable[..., Training], browser: Browser) -> None:
+    """Their ids would be those of others, should the server go on to another run meanwhile."""
+    run = training().begin()
+    run.step(loss=1.0)
+    said: list[Any] = []
+    with contextlib.closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.on(
+            "websocket", lambda socket: socket.on("framesent", lambda text: said.append(json.loads(text)))
+        )
+        page.goto(run.dashboard.url)
+        expect(page.locator("canvas")).to_have_count(2)
+    assert {message["run"] for message in said if message["type"] == "show"} == {run.run.id}

@@ -489,7 +489,7 @@ async def test_a_command_that_cannot_be_applied_in_time_is_taken_back(
         pytest.param(Show(series=[], points=10**9), "points", id="too-many-points"),
         pytest.param(RangeQuery(query=1, series=[0], start=2, end=1), "start", id="backwards"),
         pytest.param(RangeQuery(query=1, series=[0], start=0, end=1, points=1), "points", id="one-point"),
-        pytest.param(Watch(run="nobody"), "no run", id="no-such-run"),
+        pytest.param(Show(run="run", series=[99]), "no curve 99", id="no-such-curve-of-this-run"),
         pytest.param(Hi(protocol=1), "before", id="hi-twice"),
     ],
 )
@@ -508,6 +508,69 @@ def test_nonsense_closes_its_own_connection_only(message: Any, why: str) -> None
         assert other.milestones[-1]["type"] == "EpochStart" and other_link.closed is None
 
     run_async(play)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    schedule=st.lists(
+        st.tuples(st.sampled_from(["steps", "change", "read", "show", "ask", "draw"]), st.integers(1, 4)),
+        max_size=30,
+    )
+)
+def test_what_a_viewer_says_may_cross_a_change_of_the_run(schedule: list[tuple[str, int]]) -> None:
+    """Its ids are those of the run that it knew when it spoke: they are never taken for another run's."""
+
+    async def play(stage: Stage) -> None:
+        other = LiveRun(FakeRun("other"), TrainStart(run_id="other", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+        stage.hub.runs[other.key], stage.hub._frames[other.key] = other, Frames()
+        lives, page = [stage.live, other], PageModel()
+        stage.steps(3, one=1.0, two=2.0)  # curves that the other run does not have
+        link = stage.join(page)
+        await read(link, page)
+        (session,) = stage.hub._sessions
+        for action, argument in schedule:
+            match action:
+                case "steps":
+                    stage.live = lives[argument % 2]
+                    stage.steps(argument)
+                case "change":
+                    watched = session.viewer.live
+                    stage.hub._watch(session, lives[watched is lives[0]])
+                case "read":
+                    for _ in range(argument):
+                        await settle()
+                        if (taken := link.take()) is not None:
+                            page.take(*taken)
+                case "show":
+                    link.say(page.show(sorted(page.series)))
+                case "ask" if page.run is not None:
+                    key, ids = page.run.key, sorted(page.series)
+                    link.say(RangeQuery(run=key, query=len(page.ranges), series=ids, start=0, end=1e9))
+                case "draw" if page.owes_drawn:
+                    link.say(page.drawn())
+        await settle()
+        if page.owes_drawn:
+            link.say(page.drawn())
+        await read(link, page)
+        assert link.closed is None
+        assert session.viewer.live is not None
+        stage.live = session.viewer.live
+        link.say(page.show(sorted(page.series)))
+        await read(link, page)
+        assert page.run is not None and page.run.key == stage.live.key
+        assert_equal_state(stage, page)
+
+    run_async(play)
+
+
+@with_page
+async def test_a_run_that_was_let_go_is_not_watched_and_the_list_says_so(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    link.say(Watch(run="let go"))
+    await read(link, page)
+    assert link.closed is None
+    assert page.runs == ["run"] and page.run is not None and page.run.key == "run"
 
 
 @pytest.mark.parametrize("first", ["nonsense", Ping(sent=1.0), Hi(protocol=2)])

@@ -46,6 +46,7 @@ export interface Watch {
 
 export interface Show {
   type: "show";
+  run?: string;
   series: number[];
   points?: number;
 }
@@ -57,6 +58,7 @@ export interface Drawn {
 export interface RangeQuery {
   type: "range";
   query: number;
+  run?: string;
   series: number[];
   start: number;
   end: number;

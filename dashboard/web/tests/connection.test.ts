@@ -256,7 +256,7 @@ describe("coming back", () => {
     connect();
     last().opens();
     await clock.pass(5_000);
-    await last().ends(4002, "there is no run 'x'");
+    await last().ends(4002, "there is no curve 7");
     expect(sockets.length).toBe(2);
   });
 });

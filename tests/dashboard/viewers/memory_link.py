@@ -126,6 +126,9 @@ class PageModel:
                 if self.run is not None and self.run.key != message.key:
                     self.milestones.clear()
                 self.run = message
+                self.series.clear()
+                self.points.clear()
+                self.shown = []
             case Series():
                 for each in message.series:
                     self.series[each.id] = each.key
@@ -153,6 +156,9 @@ class PageModel:
     def _chart(self, frame: ChartFrame) -> None:
         self.owes_drawn += 1
         assert self.owes_drawn == 1, "a chart frame came without credit"
+        assert self.run is not None
+        if frame.header.run != self.run.key:
+            return  # of the run that was watched before
         if frame.header.kind == "range":
             self.ranges.append(frame)
             return
@@ -170,7 +176,7 @@ class PageModel:
         self.shown = series
         for gone in set(self.points) - set(series):
             del self.points[gone]
-        return Show(series=series, points=points)
+        return Show(run=None if self.run is None else self.run.key, series=series, points=points)
 
     def drawn(self) -> Drawn:
         """Give credit for the next chart frame."""

@@ -57,7 +57,7 @@ socket.on("message", (data, isBinary) => {
   switch (message.type) {
     case "series":
       for (const series of message.series) keys.set(series.id, series.key);
-      send({ type: "show", series: [...keys.keys()], points: 4000 });
+      send({ type: "show", run: message.run, series: [...keys.keys()], points: 4000 });
       break;
     case "milestone":
       seen.milestones.push(message.event);

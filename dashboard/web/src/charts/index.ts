@@ -109,7 +109,7 @@ export class Charts {
   constructor(root: HTMLElement, host: ChartsHost) {
     this.#root = root;
     this.#host = host;
-    this.#ranges = new Ranges((query) => host.send(query));
+    this.#ranges = new Ranges((query) => host.send({ ...query, run: this.#run?.key }));
     this.#toolbar = new Toolbar({
       view: host.view,
       setAxis: (axis) => this.#setAxis(axis),
@@ -398,13 +398,14 @@ export class Charts {
     const grown =
       points > 1.5 * this.#shownPoints && series.some((id) => (this.#store.curves.get(id)?.reducedTo ?? -1) >= 0);
     if (this.#run === null || (series.join() === this.#shown.join() && !grown)) return;
-    if (grown && this.#shown.length > 0) this.#host.send({ type: "show", series: [] });
+    const run = this.#run.key;
+    if (grown && this.#shown.length > 0) this.#host.send({ type: "show", run, series: [] });
     this.#shown = series;
     this.#shownPoints = points;
     // A snapshot will bring them back.
     const unseen = [...this.#store.curves.keys()].filter((id) => !series.includes(id));
     for (const id of unseen.slice(0, Math.max(0, unseen.length - MAX_UNSEEN))) this.#forget(id);
-    this.#host.send({ type: "show", series, points });
+    this.#host.send({ type: "show", run, series, points });
   }
 
   /** Twice the width of the widest panel: one least and one greatest point for each pixel. */
