@@ -350,7 +350,7 @@ def measure_opening(curves: int, points: int, rounds: int) -> tuple[list[float],
 
         def show() -> None:
             server.hub.runs[live.key] = live
-            server.hub._frames[live.key] = hub_module.Frames()
+            server.hub._frames[live] = hub_module.Frames()
 
         done = threading.Event()
         server._post(lambda: (show(), done.set()))

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.abc
@@ -108,8 +109,9 @@ class _Given:
 
     def __init__(self, request: CommandRequest, session: _Session) -> None:
         self.request = request
-        self.session = session  # where the answer goes: the last connection that sent it
-        self.future: Future[Any] | None = None
+        # Where the answer goes: the last connection that sent it. None when it is over: it has a whole run's history.
+        self.session: _Session | None = session
+        self.future: Future[Any] | None = None  # until it is done: its error has the training thread's frames
         self.deadline = time.monotonic() + request.ttl
         self.ack: Ack = Ack(id=request.id, name=request.name, state="accepted")
 
@@ -137,7 +139,7 @@ class Hub:
         self._post = post
         self._frame_interval = frame_interval
         self._sessions: list[_Session] = []
-        self._frames: dict[str, Frames] = {}
+        self._frames: WeakKeyDictionary[LiveRun, Frames] = WeakKeyDictionary()
         self._changed: set[str] = set()  # keys of runs whose status is to be sent at the next beat
         self._commands: OrderedDict[str, _Given] = OrderedDict()
         self._somebody = anyio.Event()  # set while there are viewers
@@ -158,25 +160,26 @@ class Hub:
     async def follow(self, live: LiveRun, subscription: Subscription[Event]) -> None:
         """Take a run's events until it ends."""
         self.runs[live.key] = live
-        self._frames[live.key] = Frames()
+        self._frames[live] = Frames()
         self._forget_old_runs()
         self._tell_runs()
         for session in self._watching(None):
             self._watch(session, live)
-        # The bus has logged that the subscription was given up; the page says that it is silent.
-        with subscription, contextlib.suppress(SubscriberTooSlowError):
-            while events := await subscription.take_batch(EVENTS_AT_ONCE):
-                milestones = live.take_in(events)
-                self._hand_on(live, milestones)
-                if milestones:
-                    self._send_status(live)
-                else:
-                    self._changed.add(live.key)
-                await anyio.lowlevel.checkpoint()
-        if live.end is None:
-            live.fall_silent()
-        self._send_status(live)
-        self._tell_runs()
+        try:
+            # The bus has logged that the subscription was given up; the page says that it is silent.
+            with subscription, contextlib.suppress(SubscriberTooSlowError):
+                while events := await subscription.take_batch(EVENTS_AT_ONCE):
+                    milestones = live.take_in(events)
+                    self._hand_on(live, milestones)
+                    if milestones:
+                        self._send_status(live)
+                    else:
+                        self._changed.add(live.key)
+                    await anyio.lowlevel.checkpoint()
+        finally:  # also after a defect: nobody must wait for what will not come
+            live.finish()
+            self._send_status(live)
+            self._tell_runs()
 
     def _hand_on(self, live: LiveRun, milestones: Sequence[KeptMilestone]) -> None:
         """Tell the viewers of a run what is new."""
@@ -216,7 +219,7 @@ class Hub:
     def _forget_old_runs(self) -> None:
         ended = [live for live in self.runs.values() if live.is_over]
         for live in ended[: max(0, len(ended) - ENDED_RUNS_KEPT)]:
-            del self.runs[live.key], self._frames[live.key]
+            del self.runs[live.key]
             newest = next(reversed(self.runs.values()))
             for session in self._watching(live):
                 self._watch(session, newest)
@@ -277,6 +280,9 @@ class Hub:
             if not self._sessions:
                 self._somebody = anyio.Event()
                 self._nobody.set()
+            for given in self._commands.values():
+                if given.session is session:
+                    given.session = None
             for live in self.runs.values():
                 self._changed.add(live.key)  # one viewer less
         if session.close is not None:
@@ -340,7 +346,7 @@ class Hub:
             if viewer.has_chart:
                 if viewer.is_urgent or session.may_finish or now >= session.next_frame:
                     assert viewer.live is not None
-                    chart = viewer.next_chart(self._frames[viewer.live.key])
+                    chart = viewer.next_chart(self._frames[viewer.live])
                     if chart is not None:
                         viewer.waiting_since = now
                         session.next_frame = now + self._frame_interval
@@ -443,10 +449,12 @@ class Hub:
             return "set_lr needs lr"
         if not 0 < request.ttl <= 3600:
             return f"ttl must be above 0 and at most 3600 seconds, got {request.ttl}"
+        assert live.run is not None
         return live.run.refused.get(request.name)
 
     def _give(self, request: CommandRequest, by: str) -> Future[Any]:
         run = self.runs[request.run].run
+        assert run is not None
         match request.name:
             case "pause":
                 return run.pause_nowait("asked on the live page", by=by)
@@ -467,6 +475,7 @@ class Hub:
     def _done(self, given: _Given) -> None:
         """Say what has become of a command. Called when its future is done."""
         future, request = given.future, given.request
+        given.future = None
         assert future is not None
         if future.cancelled() or given.ack.state != "accepted":
             return
@@ -480,7 +489,7 @@ class Hub:
             why = f"saved in {result.path}"
         elif request.name == "set_lr":
             why = f"learning rate {request.lr:g}"
-        self._answer(given, state="applied", step=None if live is None else live.run.step, why=why)
+        self._answer(given, state="applied", step=None if live is None else live.step, why=why)
 
     def _expire_commands(self, now: float) -> None:
         for given in list(self._commands.values()):
@@ -491,7 +500,7 @@ class Hub:
 
     def _answer(self, given: _Given, **outcome: Any) -> None:
         given.ack = Ack(id=given.request.id, name=given.request.name, **outcome)
-        if given.session in self._sessions:
+        if given.session is not None:
             try:
                 given.session.viewer.put(given.ack)
             except ViewerTooSlowError as error:
@@ -508,7 +517,7 @@ class Hub:
         """Have all viewers told, and closed when they have what waits for them; `wait_for_nobody` waits."""
         for session in list(self._sessions):
             self._put_quietly(session, Bye(reason=reason))
-            session.may_finish = session.viewer.visible
+            session.may_finish = session.viewer.visible and session.close is None
             session.end(code, reason)
 
     def _put_quietly(self, session: _Session, message: FromServer) -> None:

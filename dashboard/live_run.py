@@ -27,6 +27,7 @@ from offloop.dashboard.protocol import (
     Status,
     encode_message,
     number,
+    printable,
 )
 from offloop.engine import (
     CallbackFailed,
@@ -34,6 +35,7 @@ from offloop.engine import (
     EpochEnd,
     EpochStart,
     Event,
+    EventError,
     Run,
     Sample,
     StateChanged,
@@ -106,7 +108,8 @@ class LiveRun:
         taken: Container[str] = (),
     ) -> None:
         """Keep what `run` says. `start` is its first event, `taken` the keys of other runs."""
-        self.run = run
+        self.run: Run | None = run  # until it has said how it ended: a run holds its model
+        self.name = run.id
         key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
         # A run without a directory may have the name of the one before.
         again = itertools.chain([key], (f"{key}~{number}" for number in itertools.count(2)))
@@ -118,6 +121,7 @@ class LiveRun:
         self.milestones_seen = 0
         self.end: TrainEnd | None = None
         self._is_silent = False
+        self._traceback: str | None = None  # of a run that has failed
         self._start = start
         self._ids: dict[str, int] = {}
         self._epoch = 0
@@ -128,12 +132,12 @@ class LiveRun:
         self._data = self._compute = 0.0
         self._dropped = 0
         self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
-        self.info = self._describe()
+        self.info = self._describe(run)
 
     # What is fixed
 
-    def _describe(self) -> RunInfo:
-        start, run = self._start, self.run
+    def _describe(self, run: Run) -> RunInfo:
+        start = self._start
         optimizers = list(run.trainer.optimizers)
         return RunInfo(
             key=self.key,
@@ -163,20 +167,32 @@ class LiveRun:
         """True when no more events will come."""
         return self.end is not None or self._is_silent
 
-    def fall_silent(self) -> None:
-        """Note that the events have ended without a word: the history's own buffer was given up."""
-        self._is_silent = True
+    def finish(self) -> None:
+        """Note that no more events will come. Without a last word the history's own buffer was given up."""
+        if self.end is None:
+            self._is_silent = True
+        else:
+            self.run = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as of now."""
+        if self.run is not None:
+            return self.run.step
+        assert self.end is not None
+        return self.end.step
 
     @property
     def summary(self) -> RunSummary:
         """The run in a list."""
-        return RunSummary(key=self.key, name=self.run.id, state=self.state, started=self.started)
+        return RunSummary(key=self.key, name=self.name, state=self.state, started=self.started)
 
     @property
     def state(self) -> str:
         """What the run is doing, in one of the protocol's words."""
         if self.end is not None:
             return self.end.status
+        assert self.run is not None
         state = self.run.state
         if state in FINAL_STATES:
             if self._is_silent:
@@ -204,12 +220,18 @@ class LiveRun:
             elif isinstance(event, StateChanged):
                 self._state_by, self._state_reason = event.by, event.reason
             elif isinstance(event, TrainEnd):
-                self.end = event
+                self._end(event)
         self.milestones += milestones
         self.milestones_seen += len(milestones)
         self.history.check_size()
         self._note_moment()
         return milestones
+
+    def _end(self, event: TrainEnd) -> None:
+        self.end = event
+        failure = None if self.run is None else self.run.failure
+        if event.status == "failed" and failure is not None:
+            self._traceback = "".join(traceback.format_exception(failure))
 
     def _step_end(self, event: StepEnd) -> None:
         last = self._last_step
@@ -258,6 +280,7 @@ class LiveRun:
             if len(self._ids) >= MAX_CURVES:
                 return
             curve = self._ids[key] = self.history.add_curve()
+            assert self.run is not None
             self.series.append(describe_series(curve, key, self.run))
         self.history.curves[curve].append(row, float(value), step)
 
@@ -276,6 +299,7 @@ class LiveRun:
         step = 0 if self._last_step is None else self._last_step.step
         if now - moments[-1].time < 0.2 and len(moments) > 1:
             return
+        assert self.run is not None
         costs = self.run.callback_costs.values()
         decided, in_step = sum(cost.decided for cost in costs), sum(cost.in_step for cost in costs)
         compute = self._compute - in_step  # step hooks run within the time of their step
@@ -296,14 +320,13 @@ class LiveRun:
         progress, time_left = self._progress(elapsed)
         stalled = None if ended else self._stalled(state, now)
         quiet = ended or stalled is not None or state == "paused"
-        failure = self.run.failure if self.end is not None and self.end.status == "failed" else None
         return Status(
             run=self.key,
             state=state,  # type: ignore[arg-type]  # `state` has checked the word
             by=self._state_by if is_control and state in ("paused", "stopping", "stopped") else "",
             reason=self.end.reason if self.end is not None else self._state_reason,
             error=self.end.error if self.end is not None else None,
-            traceback=_traceback_of(failure) if is_control and failure is not None else None,
+            traceback=self._traceback if is_control else None,
             epoch=self._epoch,
             step=last.step if last is not None else max(self._start.step, 0),
             progress=progress,
@@ -317,9 +340,9 @@ class LiveRun:
             compute_share=min(1.0, max(0.0, upto.compute - since.compute) / seconds),
             callback_share=min(1.0, (upto.callbacks - since.callbacks) / seconds),
             validating=state == "validating",
-            saving=self.run.is_saving,
+            saving=self.run is not None and self.run.is_saving,
             stalled=stalled,
-            waiting_for=place_of(self.run.stack()) if stalled is not None and is_control else "",
+            waiting_for=self._waits_for() if stalled is not None and is_control else "",
             dropped=self._dropped,
             trimmed=self.history.trimmed,
             viewers=viewers,
@@ -356,6 +379,9 @@ class LiveRun:
         quiet = now - heard
         usual = self._last_step.step_time + self._last_step.data_time if self._last_step is not None else 0.0
         return quiet if quiet > max(STALL, STALL_STEPS * usual) else None
+
+    def _waits_for(self) -> str:
+        return "" if self.run is None else place_of(self.run.stack())
 
     def latest(self) -> Latest:
         """Return where every curve is."""
@@ -438,7 +464,10 @@ def for_role(event: Event, is_control: bool) -> bytes | None:
             event = msgspec.structs.replace(event, by="")
     if isinstance(event, TrainStart):
         event = msgspec.structs.replace(event, config=type(event.config)(masked(event.config)))
-    return encode(event)
+    try:
+        return encode(event)
+    except EventError:
+        return msgspec.json.encode(printable(msgspec.to_builtins(event)))
 
 
 def masked_command(arguments: Sequence[str]) -> list[str]:
@@ -475,7 +504,3 @@ def _commit_of(directory: Path) -> str | None:
         return None
     commit = git.get("commit")
     return f"{commit}{' with changes' if git.get('dirty') else ''}" if isinstance(commit, str) else None
-
-
-def _traceback_of(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))

@@ -541,7 +541,19 @@ def decode_server_message(text: str | bytes) -> ServerMessage:
 
 def encode_message(message: FromServer | FromViewer) -> bytes:
     """Encode a message as JSON. Numbers that may be NaN must have gone through `number` before."""
-    return _encode(message)
+    try:
+        return _encode(message)
+    except UnicodeEncodeError:  # names of files that are no UTF-8, in a command line, a path or an error
+        return _encode(printable(msgspec.to_builtins(message)))
+
+
+def printable(value: Any) -> Any:
+    """Return what JSON is made of, with every half of a character in its texts written as an escape."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 def number(value: float) -> float | str:

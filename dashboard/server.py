@@ -175,8 +175,8 @@ class Server:
 
         def stop() -> None:
             self._reason = reason
+            self._stop.set()  # first: whatever happens, the thread that closes does not wait for ever
             self.hub.say_goodbye(1001, reason)
-            self._stop.set()
 
         if self._thread.is_alive():
             self._post(stop)

@@ -6,9 +6,10 @@ bounded: who does not take them is cut off, and gets them when it comes back.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from offloop.dashboard.live_run import KeptMilestone, LiveRun
@@ -134,7 +135,8 @@ class Viewer:
         self._points = 1_600
         self._snapshots: deque[int] = deque()  # curves that it shows and has nothing of yet
         self._queries: deque[RangeQuery] = deque()
-        self._answer_row: int | None = None  # where an answer in several frames goes on
+        self._answer_row: int | None = None  # where an answer with all points goes on in its next frame
+        self._answer_curves = 0  # how many curves of a reduced answer have been sent
         self._answered = False  # True if the last chart frame was an answer: what is new goes next
 
     @property
@@ -158,7 +160,7 @@ class Viewer:
         self._shown = ()
         self._snapshots.clear()
         self._queries.clear()
-        self._answer_row = None
+        self._answer_row, self._answer_curves = None, 0
         if live is None:
             return
         texts = [encode_message(live.info)]
@@ -202,14 +204,16 @@ class Viewer:
             return
         if self.live is None:
             raise ProtocolError("range before there is a run to watch")
-        self._known(query.series)
+        series = list(
+            self._known(query.series)
+        )  # each once: the size of an answer is bounded by their number
         if query.points and not 2 <= query.points <= MAX_POINTS:
             raise ProtocolError(f"points must be 0 or from 2 to {MAX_POINTS}, got {query.points}")
         if not query.start <= query.end:
             raise ProtocolError(f"start must not be above end, got {query.start} and {query.end}")
         if len(self._queries) >= MAX_WAITING_QUERIES:
             raise ProtocolError(f"more than {MAX_WAITING_QUERIES} questions wait for their answer")
-        self._queries.append(query)
+        self._queries.append(msgspec.structs.replace(query, series=series))
 
     def _is_outdated(self, message: Show | RangeQuery) -> bool:
         """True if it speaks of a run that the viewer watched when it said so: its ids are those of other curves."""
@@ -329,13 +333,24 @@ class Viewer:
         assert live is not None
         if not self._snapshots:
             return None
-        curves: list[int] = []
-        size = 0
-        while self._snapshots and (not curves or size < MAX_CHART_FRAME):
-            curves.append(self._snapshots.popleft())
-            points = min(self._points, live.history.curves[curves[-1]].points)
-            size += points * 36  # a row of the axis, a value and an index
+        curves = self._fitting(self._snapshots, self._points)
+        for _ in curves:
+            self._snapshots.popleft()
         return encode_chart(chart_frame(live, "snapshot", curves, 0, self._cursor, self._points))
+
+    def _fitting(self, curves: Iterable[int], points: int) -> list[int]:
+        """Return as many curves, from the first on, as fit into a frame with so many points of each; at least one."""
+        assert self.live is not None
+        fitting: list[int] = []
+        size = 0
+        for curve in curves:
+            known = self.live.history.curves[curve]
+            # A point takes a row of the axis, a value and an index. Marks stand in the header.
+            size += 36 * min(points, known.points) + 40 * len(known.marks)
+            if fitting and size > MAX_CHART_FRAME:
+                break
+            fitting.append(curve)
+        return fitting
 
     def _delta(self, frames: Frames) -> bytes | None:
         live = self.live
@@ -364,10 +379,15 @@ class Viewer:
         axis = live.history.axis
         first = axis.row_of(query.axis, query.start)
         end = axis.row_of(query.axis, float(np.nextafter(query.end, np.inf)))
-        if query.points:
-            self._queries.popleft()
+        if query.points:  # some curves at a time
+            curves = self._fitting(query.series[self._answer_curves :], min(query.points, end - first + 2))
+            self._answer_curves += len(curves)
+            more = self._answer_curves < len(query.series)
+            if not more:
+                self._queries.popleft()
+                self._answer_curves = 0
             frame = chart_frame(
-                live, "range", query.series, first, end, query.points, query=query.query, margin=True
+                live, "range", curves, first, end, query.points, query=query.query, more=more, margin=True
             )
             return encode_chart(frame)
         # All points: as many rows at a time as fit into a frame, should every curve have a point in each.

@@ -1,5 +1,6 @@
 """dashboard/callback.py in real runs: when the page comes and goes, what it shows, what it can do."""
 
+import gc
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -349,6 +351,21 @@ def test_samples_of_all_kinds_become_curves() -> None:
         viewer.wait(lambda page: steps_of(page, "weather/warmth") == 8)
         viewer.wait(lambda page: steps_of(page, "weather/wind/north") == 8)
         assert steps_of(viewer.page) == 8
+
+
+def test_a_page_that_outlives_its_run_does_not_keep_the_model() -> None:
+    with quiet() as dashboard:
+        trainer = tiny_trainer(run_name="over")
+        trainer.train(tiny_loader(), epochs=1, callbacks=[dashboard])
+        model = weakref.ref(trainer.model)
+        del trainer
+        gc.collect()
+        assert model() is None
+        with SocketViewer(dashboard.url) as viewer:
+            viewer.wait(partial(has_seen_the_end, "over"))
+            viewer.wait(lambda page: steps_of(page) == 8)
+            viewer.say(CommandRequest(id="late", name="pause", run="over"))
+            viewer.wait(lambda page: page.acks.get("late") == ["rejected"])
 
 
 def test_what_is_secret_on_the_command_line_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

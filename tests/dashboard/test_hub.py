@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_link import MemoryLink, PageModel
 
-from offloop.dashboard.hub import Hub
+from offloop.dashboard.hub import ENDED_RUNS_KEPT, Hub
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.protocol import (
     CLOSE_PROTOCOL,
@@ -106,7 +106,7 @@ class Stage:
         self.step = 0
         self.links: list[MemoryLink] = []
         self.hub.runs[self.live.key] = self.live
-        self.hub._frames[self.live.key] = Frames()
+        self.hub._frames[self.live] = Frames()
 
     def tell(self, event: Any) -> None:
         """Have the run say something."""
@@ -384,6 +384,35 @@ async def test_all_points_of_a_stretch_come_in_parts(stage: Stage, page: PageMod
     assert steps == list(range(5, 19_996))
 
 
+def test_an_answer_of_many_curves_comes_in_frames_of_bounded_size() -> None:
+    """Each curve once, however often it is asked for."""
+
+    async def play(stage: Stage) -> None:
+        names = {f"metric_{number}": float(number) for number in range(60)}
+        stage.steps(2_000, **names)
+        page = PageModel()
+        link = stage.join(page)
+        await read(link, page)
+        asked = [*sorted(page.series), *[0] * 10_000]
+        link.say(RangeQuery(run="run", query=5, series=asked, start=0, end=2_000, points=4_000))
+        sizes = []
+        while True:
+            await settle()
+            if (taken := link.take()) is None:
+                break
+            page.take(*taken)
+            sizes.append(len(taken[0]))
+            if page.owes_drawn:
+                link.say(page.drawn())
+        assert max(sizes) < MAX_CHART_FRAME + 20_000  # and the header
+        assert [frame.header.more for frame in page.ranges] == [True] * (len(page.ranges) - 1) + [False]
+        answered = [column.id for frame in page.ranges for column in frame.header.series]
+        assert answered == sorted(page.series)
+        assert {column.points for frame in page.ranges for column in frame.header.series} == {2_000}
+
+    run_async(play)
+
+
 @with_page
 async def test_an_answer_in_parts_does_not_hold_up_what_is_new(
     stage: Stage, page: PageModel, link: MemoryLink
@@ -522,7 +551,7 @@ def test_what_a_viewer_says_may_cross_a_change_of_the_run(schedule: list[tuple[s
 
     async def play(stage: Stage) -> None:
         other = LiveRun(FakeRun("other"), TrainStart(run_id="other", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
-        stage.hub.runs[other.key], stage.hub._frames[other.key] = other, Frames()
+        stage.hub.runs[other.key], stage.hub._frames[other] = other, Frames()
         lives, page = [stage.live, other], PageModel()
         stage.steps(3, one=1.0, two=2.0)  # curves that the other run does not have
         link = stage.join(page)
@@ -728,6 +757,28 @@ async def test_an_answer_goes_to_nobody_who_may_not_give_the_command(
     assert page.acks == {"known": ["accepted", "applied"]} and reader.acks == {"known": ["rejected"]}
 
 
+@with_page
+async def test_what_is_remembered_of_a_command_is_neither_its_viewer_nor_the_runs_frames(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    link.say(CommandRequest(id="failed", name="pause", run="run"))
+    link.say(CommandRequest(id="pending", name="pause", run="run"))
+    await read(link, page)
+    stage.run.given[0][1].set_exception(RunEndedError("too late"))
+    link.drop()
+    await settle()
+    assert [given.session for given in stage.hub._commands.values()] == [None, None]
+    assert stage.hub._commands["failed"].future is None
+    link = stage.join(page)  # it comes back, and asks what has become of them
+    for request in ("failed", "pending"):
+        link.say(CommandRequest(id=request, name="pause", run="run"))
+    await read(link, page)
+    stage.run.given[1][1].set_result(None)
+    await read(link, page)
+    assert page.acks == {"failed": ["accepted", "rejected"], "pending": ["accepted", "accepted", "applied"]}
+    assert len(stage.run.given) == 2
+
+
 def test_who_comes_while_the_last_one_goes_does_not_hold_up_the_end() -> None:
     async def play(stage: Stage) -> None:
         first, second = PageModel(), PageModel()
@@ -769,11 +820,86 @@ def test_who_is_told_of_a_curve_at_the_very_end_can_still_show_it() -> None:
     run_async(play)
 
 
+class Broken:
+    """A subscription that cannot be read."""
+
+    def __enter__(self) -> "Broken":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    async def take_batch(self, count: int) -> list[Any]:
+        raise RuntimeError("a defect")
+
+
+def test_a_defect_in_one_run_ends_that_run_here_and_leaves_the_others_alone() -> None:
+    async def play(stage: Stage) -> None:
+        page, other = PageModel(), PageModel()
+        link, other_link = stage.join(page), stage.join(other)
+        await read(link, page)
+        live = LiveRun(FakeRun("broken"), TrainStart(run_id="broken", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="a defect"):
+            await stage.hub.follow(live, Broken())  # type: ignore[arg-type]
+        assert live.is_over
+        stage.tell(EpochStart())
+        await read(link, page)
+        await read(other_link, other)
+        assert page.runs == other.runs == ["run", "broken"]
+        assert page.milestones[-1]["type"] == other.milestones[-1]["type"] == "EpochStart"
+
+    run_async(play)
+
+
+def test_text_that_is_no_text_goes_out_with_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a file may be any bytes: on the command line, and in what was raised about it."""
+    monkeypatch.setattr("sys.argv", ["train.py", "caf\udce9"])
+
+    async def play(stage: Stage) -> None:
+        page = PageModel()
+        link = stage.join(page)
+        stage.tell(TrainEnd(status="failed", error="ValueError: caf\udce9"))
+        stage.hub._send_status(stage.live)
+        await read(link, page)
+        assert link.closed is None
+        assert page.run is not None and page.run.command == ["train.py", r"caf\udce9"]
+        assert page.milestones[-1]["error"] == r"ValueError: caf\udce9"
+        assert page.status is not None and page.status.error == r"ValueError: caf\udce9"
+
+    run_async(play)
+
+
+def test_a_slow_viewer_of_a_run_that_is_let_go_is_closed_like_any_other() -> None:
+    async def play(stage: Stage) -> None:
+        stage.steps(1)
+        page = PageModel()
+        link = stage.join(page, room=8)
+        await read(link, page)
+        link.say(page.show([0]))
+        await read(link, page)
+        stage.steps(1)
+        for _ in range(2 * MAX_WAITING_TEXTS):  # it takes none of them
+            stage.tell(EpochStart())
+            await settle()
+        stage.steps(1)
+        stage.tell(TrainEnd(status="completed"))
+        for number in range(ENDED_RUNS_KEPT):
+            live = LiveRun(FakeRun(f"{number}"), TrainStart(run_id="x", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+            live.take_in([TrainEnd(status="completed")])
+            stage.hub.runs[live.key] = live
+        stage.hub._forget_old_runs()
+        assert stage.live.key not in stage.hub.runs
+        stage.hub.say_goodbye(1001, "the run is over")
+        await read(link, page, draws=False)
+        assert link.closed is not None and link.closed[0] == CLOSE_SLOW
+
+    run_async(play)
+
+
 def test_a_run_that_falls_silent_ends_like_the_run() -> None:
     async def play(stage: Stage) -> None:
         stage.run.state = "completed"
         assert stage.live.state == "closing"  # its last events are on their way
-        stage.live.fall_silent()
+        stage.live.finish()
         assert stage.live.state == "completed" and stage.live.is_over
 
     run_async(play)
