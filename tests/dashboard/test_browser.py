@@ -17,10 +17,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 import torch
+from socket_viewer import await_on_loop
 
 from offloop.dashboard import Dashboard, callback, live_run
 from offloop.engine import Callback, EventsDropped, Metrics, Run, Sample, Trainer
@@ -231,6 +232,11 @@ def button(page: Page, name: str) -> Locator:
 
 def acks(page: Page) -> Locator:
     return page.get_by_role("list", name="Commands")
+
+
+def look_at_the_network(page: Page) -> None:
+    """Have a page see at once how it stands with its server, as when the machine was offline."""
+    page.evaluate("() => { window.dispatchEvent(new Event('online')); }")
 
 
 def table_of(page: Page, name: str) -> dict[str, list[str]]:
@@ -523,11 +529,14 @@ def test_lagging_and_the_server_that_answers_again(started: tuple[Training, Page
     run, page = started
     gate = threading.Event()
     run.server._post(gate.wait)  # whatever holds the server's event loop
+    look_at_the_network(page)  # it asks at once, and not within the next five seconds
     try:
         expect(word(page)).to_have_text("lagging")
         shot(page, "lagging")
     finally:
         gate.set()
+    await_on_loop(run.server, lambda: True)
+    look_at_the_network(page)
     expect(word(page)).to_have_text("live")
 
 
@@ -579,7 +588,11 @@ def test_not_authorised_too_many_viewers_and_an_older_page(
     expect(word(crowd)).to_have_text("too many viewers")
     shot(crowd, "too-many-viewers")
     page.close()
-    expect(word(crowd)).to_have_text("live")  # it takes the free place by itself
+    await_on_loop(run.server, lambda: run.server._viewers == 0)
+    look_at_the_network(
+        crowd
+    )  # every five seconds it does so by itself: dashboard/web/tests/connection.test.ts
+    expect(word(crowd)).to_have_text("live")
     run.server.hub.page = "another"
     crowd.reload()
     expect(crowd.get_by_text("This page is older than its server.")).to_be_visible()
@@ -600,19 +613,24 @@ def test_a_page_that_was_not_built_says_how_to_get_it(
 
 
 @contextlib.contextmanager
-def serving(port: int, run_name: str, directory: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """Have a process train without end and show it; it is killed like by the kernel."""
+def server_process(port: int, run_name: str, directory: Path) -> Iterator[Callable[[], str]]:
+    """Make a process that trains without end and shows it, once it is told to; it is killed like by the kernel.
+
+    Gives what has it begin, and returns the page's address: its imports, which take seconds, need nobody to wait.
+    """
     script = Path(__file__).parent / "viewers" / "serve_a_run.py"
     command = [sys.executable, str(script), str(port), run_name, str(directory)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process, process.stdout.readline().strip()
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def begin() -> str:
+            assert process.stdin is not None and process.stdout is not None
+            print(file=process.stdin, flush=True)
+            return process.stdout.readline().strip()
+
+        try:
+            yield begin
+        finally:
+            process.send_signal(signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -624,16 +642,17 @@ def free_port() -> int:
 
 def test_a_tab_left_open_finds_the_next_run_after_a_kill(open_page: OpenPage, tmp_path: Path) -> None:
     port = free_port()
-    with serving(port, "first", tmp_path) as (_, url):
-        page = open_page(url)
-        expect(word(page)).to_have_text("live")
-        expect(chart(page, "loss")).to_be_visible()
-    expect(word(page)).to_have_text(re.compile("reconnecting|server gone"))
-    shot(page, "reconnecting")
-    expect(word(page)).to_have_text("server gone")
-    expect(chart(page, "loss")).to_be_visible()  # it keeps what it holds
-    shot(page, "server-gone")
-    with serving(port, "second", tmp_path):
+    with server_process(port, "second", tmp_path) as begin_second:
+        with server_process(port, "first", tmp_path) as begin_first:
+            page = open_page(begin_first())
+            expect(word(page)).to_have_text("live")
+            expect(chart(page, "loss")).to_be_visible()
+        expect(word(page)).to_have_text(re.compile("reconnecting|server gone"))
+        shot(page, "reconnecting")
+        expect(word(page)).to_have_text("server gone")
+        expect(chart(page, "loss")).to_be_visible()  # it keeps what it holds
+        shot(page, "server-gone")
+        begin_second()
         expect(page.get_by_role("heading", name="second")).to_be_visible()
         expect(word(page)).to_have_text("live")
         expect(chart(page, "loss")).to_be_visible()
@@ -642,10 +661,9 @@ def test_a_tab_left_open_finds_the_next_run_after_a_kill(open_page: OpenPage, tm
 # How it looks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 768, 1920])
 def test_it_fits_every_width_and_nothing_serious_hinders_anybody(
-    training: Callable[..., Training], open_page: OpenPage, width: int, scheme: str
+    training: Callable[..., Training], open_page: OpenPage, width: int
 ) -> None:
     run = training().begin()
     for number in range(1, 30):
@@ -653,19 +671,22 @@ def test_it_fits_every_width_and_nothing_serious_hinders_anybody(
     page = open_page(
         run.dashboard.url,
         viewport={"width": width, "height": 900},
-        color_scheme=scheme,
         has_touch=width == 320,
         bypass_csp=True,  # axe brings a script along; every other test has the policy
     )
     expect(word(page)).to_have_text("live")
     expect(chart(page, "accuracy")).to_be_visible()
-    for tab in ("Events", "Configuration", "Metrics"):
-        page.get_by_role("tab", name=tab).click()
-        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), f"{tab} is too wide"
-        found = Axe().run(page)
-        serious = [each for each in found.response["violations"] if each["impact"] in ("serious", "critical")]
-        assert not serious, found.generate_report()
-    shot(page, f"{scheme}-{width}")
+    schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    for scheme in schemes:
+        page.emulate_media(color_scheme=scheme)
+        for tab in ("Events", "Configuration", "Metrics"):
+            page.get_by_role("tab", name=tab).click()
+            is_narrow = page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+            assert is_narrow, f"{tab} is too wide"
+            found = Axe().run(page)
+            impacts = [each["impact"] for each in found.response["violations"]]
+            assert not {"serious", "critical"} & set(impacts), found.generate_report()
+        shot(page, f"{scheme}-{width}")
 
 
 def test_a_chart_is_read_out_by_keys(started: tuple[Training, Page]) -> None:
