@@ -38,15 +38,6 @@ from offloop.engine import Run, Trainer
 
 PANELS = 8
 STEP = 0.01  # seconds between two steps
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 WATCH_FRAMES = """
 window.frameTimes = [];
 const plain = window.requestAnimationFrame.bind(window);
@@ -176,7 +167,7 @@ async def wait_for_points(page: Page) -> None:
 async def measure(report: Report, seconds: float, chromium: str) -> None:
     watch = Watch()
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium, args=list(ARGUMENTS))
+        browser = await playwright.chromium.launch(executable_path=chromium, args=["--disable-gpu"])
         me = psutil.Process(os.getpid())
         root = next(each for each in me.children(recursive=True) if "chromium" in " ".join(each.cmdline()))
         for points in (2_000, 20_000):

@@ -33,15 +33,6 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 PATIENCE: Final = 30_000
 """Milliseconds for something to appear; a busy machine is slow, a broken page slower still."""
-QUIET: Final = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -49,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
+        browser = playwright.chromium.launch(executable_path=chromium)
         yield browser
         browser.close()
 
