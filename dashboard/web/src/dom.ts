@@ -49,16 +49,17 @@ export function replaceChildren(element: Element, ...children: Child[]): void {
 
 const SVG = "http://www.w3.org/2000/svg";
 
+/** Make a piece of a picture. */
+export function shape(tag: string, attributes: Record<string, string>, ...children: Node[]): SVGElement {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
 /** A picture of 16 by 16 drawn with one path in the colour of the text; a screen reader passes it by. */
-export function icon(path: string): SVGSVGElement {
-  const svg = document.createElementNS(SVG, "svg");
-  for (const [name, value] of Object.entries({ viewBox: "0 0 16 16", "aria-hidden": "true", class: "icon" })) {
-    svg.setAttribute(name, value);
-  }
-  const shape = document.createElementNS(SVG, "path");
-  shape.setAttribute("d", path);
-  svg.append(shape);
-  return svg;
+export function icon(path: string): SVGElement {
+  return shape("svg", { viewBox: "0 0 16 16", "aria-hidden": "true", class: "icon" }, shape("path", { d: path }));
 }
 
 /** Drawn with strokes. */

@@ -1,15 +1,6 @@
 // Small parts of the charts, beside the page's own (../dom.ts).
 
-import { h, icon } from "../dom";
-
-const SVG = "http://www.w3.org/2000/svg";
-
-function shape(tag: string, attributes: Record<string, string>, ...children: Node[]): SVGElement {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
+import { h, icon, shape } from "../dom";
 
 const ICONS = {
   maximise: "M9.5 2.5h4v4M13.5 2.5l-4.5 4.5M6.5 13.5h-4v-4M2.5 13.5l4.5-4.5",

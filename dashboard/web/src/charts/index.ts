@@ -71,7 +71,6 @@ export class Charts {
   readonly #empty = h("p", { class: "charts-empty" }, "No metrics yet.");
   readonly #ranges: Ranges;
   readonly #observer: IntersectionObserver;
-  readonly #stop: (() => void)[] = [];
 
   #store = new SeriesStore();
   #run: RunInfo | null = null;
@@ -119,18 +118,14 @@ export class Charts {
     root.append(this.#toolbar.root, this.#empty, this.#body);
     this.#theme = readTheme(root);
     this.#observer = new IntersectionObserver((entries) => this.#intersected(entries), { rootMargin: MARGIN });
-    this.#stop.push(
-      host.view.subscribe((state, previous) => this.#viewChanged(state, previous)),
-      watchTheme(() => {
-        this.#theme = readTheme(root);
-        this.#redraw();
-      }),
-    );
-    const keys = (event: KeyboardEvent): void => {
+    host.view.subscribe((state, previous) => this.#viewChanged(state, previous));
+    watchTheme(() => {
+      this.#theme = readTheme(root);
+      this.#redraw();
+    });
+    root.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && !event.defaultPrevented) host.view.set({ panel: null });
-    };
-    root.addEventListener("keydown", keys);
-    this.#stop.push(() => root.removeEventListener("keydown", keys));
+    });
   }
 
   // What comes from the server ------------------------------------------------------------------------
@@ -252,18 +247,6 @@ export class Charts {
       this.#host.view.set({ zoom: { min: x - half, max: x + half }, follow: false });
     }
     this.#moveCursor(x, true);
-  }
-
-  destroy(): void {
-    if (this.#frame !== null) cancelAnimationFrame(this.#frame);
-    if (this.#zoomTimer !== null) clearTimeout(this.#zoomTimer.timer);
-    if (this.#valuesTimer !== null) clearTimeout(this.#valuesTimer);
-    for (const timer of this.#leaving.values()) clearTimeout(timer);
-    this.#ranges.abandon("the charts are gone");
-    for (const stop of this.#stop) stop();
-    this.#observer.disconnect();
-    for (const panel of this.#panels.values()) panel.destroy();
-    this.#root.replaceChildren();
   }
 
   // Panels --------------------------------------------------------------------------------------------

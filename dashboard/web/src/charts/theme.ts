@@ -43,17 +43,12 @@ export function hue(slot: number): number {
 }
 
 /** Call `changed` when colours may be others: the system's scheme or contrast, or the page's own switch. */
-export function watchTheme(changed: () => void): () => void {
-  const stop = new AbortController();
+export function watchTheme(changed: () => void): void {
   for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)", "(prefers-contrast: more)"]) {
-    matchMedia(query).addEventListener("change", changed, { signal: stop.signal });
+    matchMedia(query).addEventListener("change", changed);
   }
   const observer = new MutationObserver(changed);
   for (const element of [document.documentElement, document.body]) {
     observer.observe(element, { attributes: true, attributeFilter: ["class", "data-theme", "style"] });
   }
-  return () => {
-    stop.abort();
-    observer.disconnect();
-  };
 }
