@@ -204,9 +204,7 @@ class Viewer:
             return
         if self.live is None:
             raise ProtocolError("range before there is a run to watch")
-        series = list(
-            self._known(query.series)
-        )  # each once: the size of an answer is bounded by their number
+        series = list(self._known(query.series))  # each once: their number bounds the answer's size
         if query.points and not 2 <= query.points <= MAX_POINTS:
             raise ProtocolError(f"points must be 0 or from 2 to {MAX_POINTS}, got {query.points}")
         if not query.start <= query.end:
