@@ -225,6 +225,17 @@ def acks(page: Page) -> Locator:
     return page.get_by_role("list", name="Commands")
 
 
+def wait_until_accepted(page: Page) -> None:
+    """Wait until the run has the command: the next step may be its boundary, and there is no other one."""
+    expect(acks(page)).to_contain_text("accepted")
+
+
+def give(page: Page, name: str) -> None:
+    """Give a command by its button."""
+    button(page, name).click()
+    wait_until_accepted(page)
+
+
 def look_at_the_network(page: Page) -> None:
     """Have a page see at once how it stands with its server, as when the machine was offline."""
     page.evaluate("() => { window.dispatchEvent(new Event('online')); }")
@@ -261,7 +272,7 @@ def test_charts_show_the_true_values(started: tuple[Training, Page]) -> None:
 
 def test_train_and_validation_stand_in_one_panel(started: tuple[Training, Page]) -> None:
     run, page = started
-    button(page, "Validate").click()
+    give(page, "Validate")
     run.step(loss=0.5)
     expect(chart(page, "loss").get_by_role("button", name=re.compile("val"))).to_contain_text("0.25")
     assert "0.2500" in table_of(page, "loss")["11"]
@@ -344,7 +355,7 @@ def test_search_leaves_the_panels_that_are_meant(started: tuple[Training, Page])
 
 def test_pause_and_resume_take_effect_and_are_acknowledged(started: tuple[Training, Page]) -> None:
     run, page = started
-    button(page, "Pause").click()
+    give(page, "Pause")
     run.step(loss=0.5)
     expect(word(page)).to_have_text("paused")
     expect(acks(page)).to_contain_text(re.compile("at step 11"))
@@ -369,6 +380,7 @@ def test_the_learning_rate_is_set_and_a_great_leap_asks_twice(started: tuple[Tra
     dialog.get_by_label("New value").fill("0.05")
     dialog.get_by_role("button", name="Set").click()
     expect(dialog).to_be_hidden()
+    wait_until_accepted(page)
     run.step(loss=0.5)
     expect(acks(page)).to_contain_text("at step 11")
     run.step(loss=0.5)
@@ -378,7 +390,7 @@ def test_the_learning_rate_is_set_and_a_great_leap_asks_twice(started: tuple[Tra
 
 def test_a_checkpoint_is_saved(started: tuple[Training, Page]) -> None:
     run, page = started
-    button(page, "Checkpoint").click()
+    give(page, "Checkpoint")
     run.step(loss=0.5)
     expect(acks(page)).to_contain_text("at step 11")
     assert list((run.run.dir / "checkpoints").iterdir())
@@ -395,6 +407,7 @@ def test_stop_asks_first_and_saves_a_checkpoint(started: tuple[Training, Page]) 
     expect(figure(page, "Step")).to_contain_text("11")
     button(page, "Stop").click()
     dialog.get_by_role("button", name="Stop training").click()
+    wait_until_accepted(page)
     run.trainer.before_epoch_ends.clear()
     run.step(loss=0.5)
     expect(word(page)).to_have_text("stopping")
@@ -457,7 +470,7 @@ def test_from_no_run_to_completed(
 def test_validating(started: tuple[Training, Page]) -> None:
     run, page = started
     run.trainer.before_validation_ends.clear()
-    button(page, "Validate").click()
+    give(page, "Validate")
     run.step(loss=0.5)
     expect(word(page)).to_have_text("validating")
     shot(page, "validating")
@@ -475,7 +488,7 @@ def test_writing_a_checkpoint(started: tuple[Training, Page], monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", slow_disk)
     try:
-        button(page, "Checkpoint").click()
+        give(page, "Checkpoint")
         run.step(loss=0.5)
         expect(page.get_by_text("writing a checkpoint")).to_be_visible()
         shot(page, "writing-a-checkpoint")
@@ -698,7 +711,7 @@ def test_question_mark_lists_the_keys(started: tuple[Training, Page]) -> None:
 
 def test_events_and_configuration_are_there_and_secrets_are_not(started: tuple[Training, Page]) -> None:
     run, page = started
-    button(page, "Pause").click()
+    give(page, "Pause")
     run.step(loss=0.5)
     expect(word(page)).to_have_text("paused")
     page.get_by_role("tab", name="Events").click()
