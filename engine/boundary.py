@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from offloop.engine.control import Command, Control
-from offloop.engine.errors import ConfigError
+from offloop.engine.errors import ConfigError, describe
 from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, Settings, StateChanged
 from offloop.engine.learning_rate import largest_lr, scale_lr
 
@@ -97,7 +97,7 @@ class Boundary:
                 command_id=command.id,
                 by=command.by,
                 arguments=Settings({name: _plain(value) for name, value in command.arguments.items()}),
-                error=None if error is None else f"{type(error).__name__}: {error}",
+                error=None if error is None else describe(error),
                 **self._loop.position(),
             )
         )

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, Literal, TypeVar
 
-from offloop.engine.errors import RunEndedError
+from offloop.engine.errors import RunEndedError, encodable
 from offloop.engine.waker import Waker
 
 logger = logging.getLogger("offloop")
@@ -91,7 +91,10 @@ class Control:
         Raises:
             RunEndedError: The run is over.
         """
-        by, from_decider = by or actor.get(), deciding.get() is self
+        by, from_decider = encodable(by or actor.get()), deciding.get() is self
+        arguments = {
+            key: encodable(each) if isinstance(each, str) else each for key, each in arguments.items()
+        }
         with self._changed:
             if self.ended:
                 raise RunEndedError(f"{name} came too late: the run is over")
@@ -105,7 +108,7 @@ class Control:
     def cancel(self, reason: str) -> None:
         """Make the training thread leave at its next batch, out of any wait. Any thread, also a signal handler."""
         if not self.cancelled:
-            self.cancel_reason = reason
+            self.cancel_reason = encodable(reason)
             self.cancelled = True
         self.poke()
         for tell in tuple(self._on_cancel):

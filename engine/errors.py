@@ -163,3 +163,17 @@ class Preempted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED_EXIT_CODE)
+
+
+def describe(error: BaseException) -> str:
+    """Return `Type: text` of any exception, also of one whose text cannot be made or encoded."""
+    try:
+        text = str(error)
+    except Exception as problem:
+        text = f"<its text raised {type(problem).__name__}>"
+    return encodable(f"{type(error).__name__}: {text}")
+
+
+def encodable(text: str) -> str:
+    """Escape lone surrogates (from the names of odd files, say): they fit into no event and no file."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -27,7 +27,7 @@ import msgspec
 from offloop.engine.bus import Rendezvous, Subscription
 from offloop.engine.callback import Callback, Handlers
 from offloop.engine.control import actor
-from offloop.engine.errors import SubscriberTooSlowError
+from offloop.engine.errors import SubscriberTooSlowError, describe, encodable
 from offloop.engine.events import CallbackFailed, Event
 from offloop.engine.waker import Waker
 
@@ -256,7 +256,7 @@ class Observer:
                     callback=self.name,
                     event=what,
                     error=described,
-                    traceback=_encodable("".join(traceback.format_exception(error))),
+                    traceback=encodable("".join(traceback.format_exception(error))),
                     failures=self._failures,
                     disabled=self.disabled,
                 )
@@ -370,20 +370,6 @@ def _account(
             raise
         except BaseException as thrown:
             error = thrown
-
-
-def describe(error: BaseException) -> str:
-    """Return `Type: text` of any exception, also of one whose text cannot be made or encoded."""
-    try:
-        text = str(error)
-    except Exception as problem:
-        text = f"<its text raised {type(problem).__name__}>"
-    return _encodable(f"{type(error).__name__}: {text}")
-
-
-def _encodable(text: str) -> str:
-    """Escape lone surrogates (from the names of odd files, say): they cannot ride on an event."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 async def _as_coroutine(awaitable: Awaitable[T]) -> T:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from offloop.engine.errors import RunNameTakenError
+from offloop.engine.errors import RunNameTakenError, encodable
 
 _ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"  # no letters that look like others
 _VERSIONS: Final = ("offloop", "torch", "anyio", "msgspec", "torchmetrics", "numpy")
@@ -61,7 +61,7 @@ def describe_environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "command": sys.argv,
+        "command": [encodable(argument) for argument in sys.argv],
         "host": platform.node(),
         "pid": os.getpid(),
         "versions": versions,

@@ -35,6 +35,7 @@ from offloop.engine.checkpoint import (
     SnapshotBusyError,
     WriterDiedError,
 )
+from offloop.engine.errors import describe
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
 
 logger = logging.getLogger("offloop")
@@ -352,10 +353,6 @@ class Checkpoints:
         self.failed_step = request.step
         if not isinstance(error, SnapshotBusyError):
             logger.error("the checkpoint of step %d was not saved: %s", request.step, error)
-        self._publish(
-            CheckpointFailed(
-                saved_step=request.step, reason=request.reason, error=f"{type(error).__name__}: {error}"
-            )
-        )
+        self._publish(CheckpointFailed(saved_step=request.step, reason=request.reason, error=describe(error)))
         for future in self._waiting.pop(id(request), ()):
             future.set_exception(error)

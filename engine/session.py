@@ -49,6 +49,7 @@ from offloop.engine.errors import (
     OffloopError,
     RunEndedError,
     RunNameTakenError,
+    describe,
 )
 from offloop.engine.events import (
     CheckpointSaved,
@@ -539,7 +540,7 @@ class Session:
             return
         if self.failure is None:
             self.failure = error
-        self.cancel(f"{type(error).__name__}: {error}")
+        self.cancel(describe(error))
 
     # The event loop's side -----------------------------------------------------------------------
 
@@ -725,7 +726,7 @@ class Session:
             TrainEnd(
                 status=status,
                 reason=reason,
-                error=None if error is None else f"{type(error).__name__}: {error}",
+                error=None if error is None else describe(error),
                 metrics=Metrics(self.loop.latest),
                 seconds=time.perf_counter() - self._started,
             )
@@ -796,7 +797,7 @@ class Session:
 
     def _status(self) -> tuple[Status, str]:
         if self.failure is not None:
-            return "failed", f"{type(self.failure).__name__}: {self.failure}"
+            return "failed", describe(self.failure)
         if self.loop.ending == "cancelled":
             return "cancelled", self.loop.reason
         if self.loop.ending == "stopped":

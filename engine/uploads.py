@@ -35,7 +35,7 @@ from offloop.engine.checkpoint.manifest import ManifestHead
 from offloop.engine.checkpoint.reader import CHECKPOINTS, REFS
 from offloop.engine.checkpoint.remote import age
 from offloop.engine.checkpoint.retention import rank, select_kept
-from offloop.engine.errors import RunNameTakenError
+from offloop.engine.errors import RunNameTakenError, describe
 from offloop.engine.events import CheckpointUploaded, Event, UploadFailed
 from offloop.engine.resume import RUN_JSON
 from offloop.engine.run_dir import format_run_json
@@ -184,7 +184,7 @@ class Uploads:
         logger.error(
             "not uploaded, to be tried again: %s", error, exc_info=not isinstance(error, CheckpointError)
         )
-        self._publish(UploadFailed(url=self._remote.url, error=f"{type(error).__name__}: {error}"))
+        self._publish(UploadFailed(url=self._remote.url, error=describe(error)))
         if not isinstance(error, CheckpointError):
             wrapped = CheckpointError(f"the upload failed: {error!r}")
             wrapped.__cause__ = error

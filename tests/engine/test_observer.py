@@ -22,7 +22,7 @@ from offloop.engine.bus import Bus
 from offloop.engine.callback import Callback, Handlers, decides
 from offloop.engine.control import actor
 from offloop.engine.events import CallbackFailed, EpochEnd, EpochStart, Event, Sample
-from offloop.engine.observer import Observer, Worker, describe
+from offloop.engine.observer import Observer, Worker
 
 RUN = object()
 """What the handlers get as `run`."""
@@ -469,10 +469,14 @@ async def test_error_whose_text_cannot_be_made_or_encoded_is_still_reported(fail
         def __str__(self) -> str:
             raise RuntimeError("no text")
 
-    stage = Stage(failing(Unprintable))
-    await stage.play(*notes(3))
-    assert stage.observer.errors == ["Note: Unprintable: <its text raised RuntimeError>"]
-    assert describe(OSError("\ud800")) == "OSError: \\ud800"
+    class Unencodable(Exception):
+        def __str__(self) -> str:
+            return "caf\udce9"
+
+    for error, said in ((Unprintable, "<its text raised RuntimeError>"), (Unencodable, "caf\\udce9")):
+        stage = Stage(failing(error))
+        await stage.play(*notes(3))
+        assert stage.observer.errors == [f"Note: {error.__name__}: {said}"]
     stage = Stage(failing(lambda: OSError("\ud800")))
     async with at_work(stage):
         stage.bus.publish(Note(number=1))

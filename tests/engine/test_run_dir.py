@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from offloop.engine import Callback, Run, RunNameTakenError, StepPoint, in_step
+from offloop.engine import (
+    Callback,
+    CommandApplied,
+    Run,
+    RunNameTakenError,
+    StateChanged,
+    StepPoint,
+    TrainEnd,
+    in_step,
+    read_events,
+)
 from offloop.engine.run_dir import create_run_dir, describe_environment, new_run_id, write_run_json
 from offloop.engine.testing import FailingCallback, tiny_batches, tiny_trainer
 
@@ -52,6 +62,34 @@ def test_run_json_says_what_the_run_is_and_how_it_ended(tmp_path: Path) -> None:
         key: value for key, value in during.items() if key != "status"
     }
     assert sorted(each.name for each in result.dir.iterdir()) == ["events.jsonl", "run.json"]
+
+
+def test_text_that_cannot_be_encoded_is_written_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the names of odd files give it: on the command line, in an error, in a reason."""
+    odd = "caf\udce9"
+
+    class Raises(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 1:
+                point.run.pause_nowait(odd)
+                point.run.resume_nowait(by=odd)
+            else:
+                raise ValueError(odd)
+
+    monkeypatch.setattr(sys, "argv", ["train.py", odd])
+    trainer = tiny_trainer(run_dir=tmp_path, run_name="run")
+    with pytest.raises(ValueError, match=odd):
+        trainer.train(tiny_batches(3), epochs=1, callbacks=[Raises()])
+    description = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert description["command"] == ["train.py", "caf\\udce9"]
+    assert (description["status"], description["reason"]) == ("failed", "ValueError: caf\\udce9")
+    events = list(read_events(tmp_path / "run"))
+    assert next(each.reason for each in events if isinstance(each, StateChanged)) == "caf\\udce9"
+    assert [each.by for each in events if isinstance(each, CommandApplied)] == ["user", "caf\\udce9"]
+    assert isinstance(events[-1], TrainEnd) and events[-1].error == "ValueError: caf\\udce9"
 
 
 def test_failed_run_says_so(tmp_path: Path) -> None:
