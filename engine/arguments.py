@@ -38,7 +38,7 @@ def named_optimizers(
     return named
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """Return the device that a name means here: `"auto"` is CUDA, else MPS, else the CPU."""
     if name == "auto":
         if torch.cuda.is_available():

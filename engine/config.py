@@ -2,13 +2,18 @@
 
 import difflib
 import math
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
 from offloop.engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -136,7 +141,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Default for `train(max_steps=...)`: optimizer steps in total."""
     max_time: float | None = None
     """Default for `train(max_time=...)`: seconds of training in total."""
-    device: str = "auto"
+    device: "str | torch.device" = "auto"
     """`"auto"` (CUDA, then Apple's MPS, then CPU) or what `torch.device` takes."""
     precision: Precision = "32-true"
     """`"32-true"`, `"bf16-mixed"` (autocast) or `"16-mixed"` (autocast with dynamic loss scaling)."""
@@ -185,7 +190,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     text. Neither weight decay nor momentum moves them, and normalization over them keeps its running statistics."""
     channels_last: bool = False
     """Keep images and the weights of convolutions with the channels innermost, as tensor cores want them."""
-    run_dir: str | None = None
+    run_dir: str | os.PathLike[str] | None = None
     """Directory for runs; each run owns `run_dir/<run_id>/`. None: `runs`, and only if a callback writes."""
     run_name: str | None = None
     """The run's id; None: time and random letters."""
@@ -197,6 +202,12 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that callbacks have to handle what is left after `TrainEnd`."""
 
     def __post_init__(self) -> None:
+        # Texts from here on: that is what run.json holds.
+        torch = sys.modules.get("torch")  # whoever has one of its devices has imported it
+        if torch is not None and isinstance(self.device, torch.device):
+            msgspec.structs.force_setattr(self, "device", str(self.device))
+        if isinstance(self.run_dir, os.PathLike):
+            msgspec.structs.force_setattr(self, "run_dir", os.fspath(self.run_dir))
         for name in (
             "epochs",
             "max_steps",
@@ -218,7 +229,9 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         _check_choice("mode", self.mode, ("auto", "min", "max"))
         _check_choice("sampling", self.sampling, ("loader", "seeded"))
         if not isinstance(self.device, str):
-            raise ConfigError(f'device must be a string like "auto", "cpu" or "cuda:0", got {self.device!r}')
+            raise ConfigError(
+                f'device must be a torch.device or a string like "auto", "cpu" or "cuda:0", got {self.device!r}'
+            )
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed not in _SEEDS
         ):
@@ -242,8 +255,9 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("run_dir", "run_name", "monitor"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ConfigError(f"{name} must be a string that is not empty, got {value!r}")
-        if self.run_dir is not None and _URL.match(self.run_dir):
+                what = "a path or a string" if name == "run_dir" else "a string"
+                raise ConfigError(f"{name} must be {what} that is not empty, got {value!r}")
+        if isinstance(self.run_dir, str) and _URL.match(self.run_dir):
             raise ConfigError(
                 f"run_dir must be a local directory, where the run works; give remote_dir={self.run_dir!r} to "
                 "have it copied there"

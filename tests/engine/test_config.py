@@ -1,10 +1,12 @@
 """engine/config.py: every knob is checked once, and what cannot work says why."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,13 +48,13 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("scheduler_interval", "batch", "must be one of 'epoch', 'step'"),
     ("mode", "maximum", "must be one of 'auto', 'min', 'max'"),
     ("mode", ["min"], "must be one of 'auto', 'min', 'max'"),
-    ("device", 0, 'must be a string like "auto", "cpu" or "cuda:0"'),
+    ("device", 0, 'must be a torch.device or a string like "auto", "cpu" or "cuda:0"'),
     ("seed", 1.0, "must be an int from -2**63 to 2**64 - 1, or None"),
     ("seed", True, "must be an int from -2**63 to 2**64 - 1, or None"),
     ("seed", 2**64, "must be an int from -2**63 to 2**64 - 1, or None"),
     ("compile", "inductor", "must be a bool or a dict of torch.compile's arguments"),
     ("monitor", "", "must be a string that is not empty"),
-    ("run_dir", 3, "must be a string that is not empty"),
+    ("run_dir", 3, "must be a path or a string that is not empty"),
     ("run_name", "a/b", "names a directory: no slashes, no leading dot"),
     ("run_name", "..", "names a directory: no slashes, no leading dot"),
 ]
@@ -82,6 +84,16 @@ GOOD_VALUES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), GOOD_VALUES)
 def test_the_ends_of_a_range_are_legal(name: str, value: Any) -> None:
     assert getattr(TrainerConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("run_dir", Path("runs") / "mine", "runs/mine"), ("device", torch.device("cpu"), "cpu")],
+)
+def test_paths_and_devices_are_taken_too_and_kept_as_text(name: str, value: Any, text: str) -> None:
+    config = TrainerConfig(**{name: value})
+    assert getattr(config, name) == text
+    assert getattr(config.replace(epochs=3), name) == text
 
 
 anything = st.one_of(
