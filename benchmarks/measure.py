@@ -3,7 +3,7 @@
 Two loops are never timed one after the other: a shared machine changes its speed from second to second.
 They take turns in slices of about 10 ms, each slice is compared with its neighbour only, and the median of
 these ratios is given with a 95 % interval. Every table of ratios has an A/A row, the same loop against itself
-by the same scheme; where its interval leaves +-1 %, the machine was too restless for a verdict.
+by the same scheme; where its interval leaves +-1 %, the machine was too restless for a verdict on what is close.
 """
 
 import argparse
@@ -179,12 +179,19 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def verdict(figure: Interval, goal: float, a_a: Interval | None = None) -> str:
-    """Say whether a figure reaches `<= goal`, if the A/A row allows it."""
-    if a_a is not None and not (1 - A_A_BOUND <= a_a.low and a_a.high <= 1 + A_A_BOUND):
-        return f"<= {goal}: no verdict, A/A leaves +-1 %"
-    if figure.high <= goal:
+    """Say whether a figure reaches `<= goal`.
+
+    Where the A/A interval leaves +-1 %, only a figure that is farther from the goal than A/A from 1 gets a verdict.
+    """
+    off = 0.0 if a_a is None else max(1 - a_a.low, a_a.high - 1)
+    doubt = off if off > A_A_BOUND else 0.0
+    if figure.high + doubt <= goal:
         return f"<= {goal}: met"
-    return f"<= {goal}: " + ("missed" if figure.low > goal else "open, the interval spans it")
+    if figure.low - doubt > goal:
+        return f"<= {goal}: missed"
+    if doubt:
+        return f"<= {goal}: no verdict, A/A leaves +-1 %"
+    return f"<= {goal}: open, the interval spans it"
 
 
 # Taking turns --------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ from offloop.engine.metric_names import NAMES, ONE_NUMBER, MetricSpec, chosen_me
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+    from offloop.engine.named_metrics import Sums
+
 
 class Problem(NamedTuple):
     task: str  # binary, multiclass, multilabel or regression
@@ -72,8 +74,8 @@ class MetricSet:
         self._prefix, self._device, self._batches = prefix, device, 0
         self._shapes: tuple[torch.Size, torch.Size] | None = None  # of the last batch
         self._problem: Problem | None = None  # read off the first batch, which makes the counters
-        # What it is fed (see _view), the metric that is updated, and by name those that compute from its sums.
-        self._counters: list[tuple[str, Metric, dict[str, Metric]]] = []
+        self._sums: list[Sums] = []  # of the names
+        self._own: dict[str, Metric] = {}  # the user's
 
     @torch.inference_mode(False)  # here and below: sums made in inference mode could not grow outside
     def update(self, outputs: Tensor, targets: Tensor) -> None:
@@ -90,11 +92,13 @@ class MetricSet:
             if self._problem is None:
                 self._build(problem)
             self._problem, self._shapes = problem, (outputs.shape, targets.shape)
-        fed: dict[str, tuple[Tensor, ...]] = {}
-        for view, metric, _ in self._counters:
-            if view not in fed:
-                fed[view] = _view(view, outputs, targets, self._problem)
-            metric.update(*fed[view])
+        for sums in self._sums:
+            sums.update(outputs, targets)
+        if self._own:
+            if outputs.dtype in (torch.bfloat16, torch.float16):
+                outputs = outputs.float()
+            for metric in self._own.values():
+                metric.update(outputs, targets)
         self._batches += 1
 
     def compute(self) -> dict[str, float]:
@@ -106,16 +110,9 @@ class MetricSet:
         """
         if self._batches == 0:
             return {}
-        results: dict[str, Any] = {}
-        wrong = ""
-        for view, counter, users in reversed(self._counters):  # the reading of the outputs is found out first
-            for name, metric in users.items() if view != wrong else ():
-                for state in counter.metric_state:
-                    setattr(metric, state, getattr(counter, state))
-                metric._computed, metric._update_count = None, counter._update_count
-                results[name] = metric.compute()
-            if view == "how far outside":
-                wrong = "above 0" if bool(results[""] <= 0) else "above 0.5"  # host-device synchronisation
+        results: dict[str, object] = {name: metric.compute() for name, metric in self._own.items()}
+        for sums in self._sums:
+            results.update(sums.compute())
         values = dict(pair for name in self.names for pair in _flat(name, results[name]))
         return {f"{self._prefix}{key}": float(value) for key, value in values.items()}  # synchronisation
 
@@ -123,8 +120,8 @@ class MetricSet:
     def reset(self) -> None:
         """Forget the sums, keep the task. Call it before each pass; twice is fine."""
         self._batches = 0
-        for _, metric, _ in self._counters:
-            metric.reset()
+        for sums in (*self._sums, *self._own.values()):
+            sums.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the pass so far: plain values and copies of tensors, on their device. Does not block."""
@@ -132,7 +129,8 @@ class MetricSet:
             "metrics": self._kinds,
             "batches": self._batches,
             "problem": self._problem and tuple(self._problem),
-            "sums": [metric.state_dict() for _, metric, _ in self._counters],
+            "sums": [sums.state_dict() for sums in self._sums],
+            "own": {name: metric.state_dict() for name, metric in self._own.items()},
         }
 
     @torch.inference_mode(False)
@@ -147,45 +145,32 @@ class MetricSet:
             raise ValueError(f"the saved metrics are {state['metrics']}, those to resume are {self._kinds}")
         self._problem = state["problem"] and Problem(*state["problem"])
         self._shapes, self._batches = None, state["batches"]
-        self._counters = []
+        self._sums, self._own = [], {}
         if self._problem is not None:
             self._build(self._problem)
-        for (_, metric, _), sums in zip(self._counters, state["sums"], strict=True):
-            metric.load_state_dict(copy.deepcopy(sums))  # else it adds to the caller's tensors
+        for sums, saved in zip(self._sums, state["sums"], strict=True):
+            sums.load_state_dict(saved)
+        for name, metric in self._own.items():
+            metric.load_state_dict(copy.deepcopy(state["own"][name]))  # else it adds to the caller's tensors
             metric.to(self._device)
             for member in (module for module in metric.modules() if isinstance(module, Metric)):
                 member._update_count = self._batches  # not in its state; at 0 `compute` warns
 
     def _build(self, problem: Problem) -> None:
-        from torchmetrics import MaxMetric
-
-        from offloop.engine.named_metrics import MAKERS
-
-        readings = ["classes"] if problem.task == "multiclass" else ["above 0", "above 0.5"]
-        for name, own in self._chosen.items():
-            if own is not None:
-                self._add("as given", name, own.clone())
-                continue
-            view = NAMES[name].view
-            for reading in readings if view == "labels" else [view]:
-                self._add(reading, name, MAKERS[name](problem))
-        if any(view == "above 0" for view, _, _ in self._counters):
-            self._add("how far outside", "", MaxMetric(nan_strategy="disable"))
-
-    def _add(self, view: str, name: str, metric: "Metric") -> None:
         from torchmetrics import Metric
 
-        metric.reset()  # a user may have used it before
-        metric.to(self._device)
-        if view == "numbers":
-            metric.set_dtype(wide(self._device))
-        for member in (module for module in metric.modules() if isinstance(module, Metric)):
-            member.persistent(True)
-        for fed, counter, users in self._counters:
-            if fed == view != "as given" and counter.metric_state.keys() == metric.metric_state.keys():
-                users[name] = metric
-                return
-        self._counters.append((view, metric, {name: metric}))
+        from offloop.engine.named_metrics import sums_of
+
+        self._sums = sums_of(
+            [name for name, own in self._chosen.items() if own is None], problem, self._device
+        )
+        for name, own in self._chosen.items():
+            if own is None:
+                continue
+            metric = self._own[name] = own.clone().to(self._device)
+            metric.reset()  # the user may have used it before
+            for member in (module for module in metric.modules() if isinstance(module, Metric)):
+                member.persistent(True)
 
 
 def _flat(name: str, result: object) -> Iterator[tuple[str, Tensor | float]]:
@@ -231,32 +216,3 @@ def _problem(names: Sequence[str], outputs: Tensor, targets: Tensor, first: Prob
             "or pass a torchmetrics.Metric instance."
         )
     return problem
-
-
-def _view(view: str, outputs: Tensor, targets: Tensor, problem: Problem) -> tuple[Tensor, ...]:
-    """Return what metrics are fed of a batch. Must not wait for the device."""
-    if view == "classes":  # (N,) int64
-        return outputs.argmax(problem.class_dim).reshape(-1), targets.reshape(-1).long()
-    if view in ("above 0", "above 0.5"):  # what logits or probabilities say: (N,) or (N, L) int64
-        said = _rows(outputs, problem) > float(view[6:])
-        return said.squeeze(1).long(), _rows(targets, problem).squeeze(1).long()
-    if view == "how far outside":  # of [0, 1]; more than 0 if they are
-        return (torch.maximum(-outputs, outputs - 1).nan_to_num(nan=-1.0),)
-    if view == "numbers":  # (B, D) float64
-        rows = (values.reshape(len(values), -1) for values in (outputs, targets))
-        return tuple(values.to(wide(values.device)).contiguous() for values in rows)
-    if view == "scores":  # (N, C) with classes (N,), or (N, L) with truths; copies, for they are kept
-        truths = targets.reshape(-1) if problem.task == "multiclass" else _rows(targets, problem)
-        return _rows(outputs, problem).clone(), truths.clone()
-    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs, targets  # users'
-
-
-def _rows(values: Tensor, problem: Problem) -> Tensor:
-    if problem.task == "binary":
-        return values.reshape(-1, 1)
-    return values.movedim(problem.class_dim, -1).flatten(0, -2)  # (N, C or L)
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """Return the dtype that sums are kept in."""
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack float64

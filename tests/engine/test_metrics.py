@@ -242,6 +242,13 @@ def test_column_of_outputs_is_not_broadcast_over_targets() -> None:
     assert metrics_of(["mse", "mae", "r2"], outputs, targets, [3]) == {"mse": 0.0, "mae": 0.0, "r2": 1.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16])
+def test_numbers_of_any_dtype_are_taken(dtype: torch.dtype) -> None:
+    outputs, targets = torch.tensor([0, 1, 1, 0]).to(dtype), torch.tensor([1, 1, 0, 0]).to(dtype)
+    wanted = {"mse": 0.5, "rmse": 0.5**0.5, "mae": 0.5, "r2": -1.0}
+    assert metrics_of(COMPARED, outputs, targets, [3]) == pytest.approx(wanted)
+
+
 def test_outputs_in_any_memory_layout_are_taken() -> None:
     outputs = torch.randn(9, 3, 4, 5).to(memory_format=torch.channels_last)
     found = metrics_of(COMPARED, outputs, torch.zeros(9, 3, 4, 5), [2])
@@ -468,9 +475,8 @@ def test_nothing_of_the_graph_or_of_the_callers_memory_is_kept() -> None:
     metrics.update(torch.zeros(0), torch.zeros(0))
     assert metrics.compute() == before
     states = [state for sums in metrics.state_dict()["sums"] for state in sums.values()]
-    assert not any(
-        t.requires_grad for state in states for t in (state if isinstance(state, list) else [state])
-    )
+    tensors = [t for state in states for t in (state if isinstance(state, list) else [state])]
+    assert not any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 # Operators whose result, or its size, the host reads back from a CUDA device: `index` with a mask (nothing here
