@@ -120,8 +120,10 @@ class MetricSet:
     def reset(self) -> None:
         """Forget the sums, keep the task. Call it before each pass; twice is fine."""
         self._batches = 0
-        for sums in (*self._sums, *self._own.values()):
+        for sums in self._sums:
             sums.reset()
+        for metric in self._own.values():
+            metric.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the pass so far: plain values and copies of tensors, on their device. Does not block."""
