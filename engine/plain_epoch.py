@@ -3,7 +3,8 @@
 Beside half a millisecond of torch, the code and the objects of everything else are cold in the processor's
 caches, so a call that costs 0.1 us by itself costs about one; the dozen calls of a step in `loop.py` add 5 % to
 a step of 0.5 ms, this adds 1 to 2 (`benchmarks/step_overhead.py`). It serves where nothing special was asked
-for (`is_plain`). A test holds that both ways give the same weights, events and random states, bit for bit.
+for (`is_plain`), and runs step hooks in the steps that they asked for. A test holds that both ways give the same
+weights, events and random states, bit for bit.
 """
 
 import math
@@ -25,7 +26,7 @@ _DONE: Final = object()
 
 
 def is_plain(loop: "TrainingLoop") -> bool:
-    """True where a step is forward, backward, update on the CPU, and nobody looks into it."""
+    """True where a step is forward, backward, update on the CPU."""
     config = loop.config
     return (
         loop.program.automatic_optimization
@@ -33,7 +34,6 @@ def is_plain(loop: "TrainingLoop") -> bool:
         and config.on_nonfinite != "skip_step"
         and loop.mixed.dtype is None
         and not loop.feed.is_needed
-        and not loop.hooks.any
     )
 
 
@@ -53,6 +53,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         torch.Tensor,
     )
     means, data_wait = reporter.train_means, loop.data_wait
+    hooks, has_hooks, is_looked_into = loop.hooks, loop.hooks.any, False
     limit = config.limit_train_batches
     if isinstance(limit, float):
         limit = limited_length(loader, limit, "limit_train_batches")
@@ -81,6 +82,11 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         loop.epoch_batches += 1
 
         # Forward, backward, update
+        if has_hooks and (is_looked_into := hooks.begin_step(loop.step + 1)):
+            window.begin(1, got)
+            window.data_time = got - asked
+            hooks.run("before_batch", batch)
+            hooks.run("before_forward", batch)
         output = training_step(batch)
         if type(output) is dict:
             loss, weight = output["loss"] if "loss" in output else None, output.get("weight")
@@ -94,7 +100,14 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         assert loss is not None
         if train_metrics is not None and type(output) is dict and output.get("targets") is not None:
             train_metrics.update(output["outputs"].detach(), output["targets"])
+        samples = batch_size(batch)
+        if is_looked_into:
+            window.losses.append(loss)
+            hooks.run("before_backward", batch)
         loss.backward()
+        if is_looked_into:
+            hooks.run("after_backward", batch)
+            hooks.run("before_optimizer_step", batch)
         norm = None
         if clip_limit is not None:
             norm = clip(loop.parameters, clip_limit, config.gradient_clip_algorithm)
@@ -106,17 +119,20 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         for schedule in schedules:
             if schedule.interval == "step" and step > schedule.after_steps:
                 schedule.scheduler.step()
+        loop.epoch_samples += samples
+        if is_looked_into:
+            hooks.run("after_step", batch)
         optimizer.zero_grad()
 
         # Say so
-        samples = batch_size(batch)
         loop.last_lr = lr
-        loop.epoch_samples += samples
         if window.logged:
-            window.begin(1, got)
-            window.losses.append(loss)
+            if not is_looked_into:
+                window.begin(1, got)
+                window.data_time = got - asked
+                window.losses.append(loss)
             window.weights.append(samples if weight is None else float(weight))
-            window.samples, window.data_time = samples, got - asked
+            window.samples = samples
             position = (run_id, loop.epoch, step, number)
             reporter.step(window, position=position, lr=lr, norm=norm, scale=None, skipped=False)
             window.clear()
@@ -143,6 +159,8 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
                     step_time=now - got,
                 )
             )
+            if is_looked_into:
+                window.clear()
         if validate_every is not None and step % validate_every == 0:
             loop.validate_after_step()
     if loop.ending is not None:

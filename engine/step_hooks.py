@@ -1,5 +1,6 @@
 """Step hooks: the table of what runs inside a step, and what such a hook sees."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,10 @@ class StepPoint:
         """Log a value with the step, as `Trainer.log` does. A tensor stays on the device until read late."""
         self._loop.log(name, value)
 
+    def leave(self) -> None:
+        """Call no hook of this callback any more, from the next step to the end of the run."""
+        self._loop.hooks.leave()
+
     def publish(self, event_class: type[Event], **values: Any) -> None:
         """Publish an event whose numbers may still be on the device; they are read late, in order.
 
@@ -82,21 +87,37 @@ class StepHooks:
         self.active: dict[str, list[StepHook]] = {}  # by point, those that asked for the step in progress
         # By callback, what its hooks have taken; written by the training thread, read by anybody.
         self.seconds: dict[str, float] = {hook.callback: 0.0 for hook in hooks}
-        self._hooks = hooks
         self._failed = failed
+        self._due: list[StepHook] = []  # those in `active`, in declared order
+        self._running: StepHook | None = None
+        self._keep(hooks)
+
+    def _keep(self, hooks: Sequence[StepHook]) -> None:
+        self._hooks = hooks
+        self._in_steps = [hook for hook in hooks if hook.point in STEP_POINTS]
+        self._pace = math.gcd(*(hook.every_n_steps for hook in self._in_steps))  # no step between has one
 
     @property
     def any(self) -> bool:
         """True if there are hooks at points inside steps."""
-        return any(hook.point in STEP_POINTS for hook in self._hooks)
+        return bool(self._in_steps)
 
-    def begin_step(self, number: int) -> None:
-        """Choose the hooks that asked for step `number`, counted from 1."""
-        if self._hooks:
-            self.active = {}
-            for hook in self._hooks:
-                if number % hook.every_n_steps == 0:
-                    self.active.setdefault(hook.point, []).append(hook)
+    def begin_step(self, number: int) -> bool:
+        """Choose the hooks that asked for step `number`, counted from 1; True if there are any."""
+        due: list[StepHook] = []
+        if self._pace and number % self._pace == 0:
+            due = [hook for hook in self._in_steps if number % hook.every_n_steps == 0]
+        if due != self._due:
+            self._due, self.active = due, {}
+            for hook in due:
+                self.active.setdefault(hook.point, []).append(hook)
+        return bool(self.active)
+
+    def leave(self) -> None:
+        """Forget the hooks of the callback whose hook is running, from the next step on."""
+        assert self._running is not None
+        leaving = self._running.callback
+        self._keep([hook for hook in self._hooks if hook.callback != leaving])
 
     def run(self, point: str, batch: Any = None) -> None:
         """Run those of the step in progress at `point`."""
@@ -111,7 +132,7 @@ class StepHooks:
 
     def _run(self, hook: StepHook, batch: Any) -> None:
         assert self.point is not None
-        self.point.name, self.point.batch = hook.point, batch
+        self.point.name, self.point.batch, self._running = hook.point, batch, hook
         started = time.perf_counter()
         try:
             with torch.no_grad():

@@ -447,3 +447,29 @@ def test_gradients_take_no_memory_between_steps() -> None:
     look = Look()
     tiny_trainer(callbacks=[look]).train(BATCHES, epochs=2)
     assert look.looks == 2 * len(BATCHES)
+
+
+class LeavesAfter(AllPoints):
+    """Has seen enough when a step is done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.last = step
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        super().after_step(point)
+        if point.step == self.last:
+            point.leave()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_callback_that_leaves_is_not_called_any_more_and_others_are(accumulated: int) -> None:
+    leaving, staying = LeavesAfter(2), AllPoints()
+    trainer = tiny_trainer(accumulate_grad_batches=accumulated)
+    trainer.train(tiny_batches(4 * accumulated), BATCHES, epochs=1, callbacks=[leaving, staying])
+    assert leaving.seen == staying.seen[: len(leaving.seen)]
+    assert leaving.seen[-1] == ("after_step", 0, 2)
+    assert staying.seen[-1] == ("after_training", 1, 4)
+    trainer.train(BATCHES, epochs=1, callbacks=[leaving])  # a new run, in which it has not left
+    assert leaving.seen.count(("after_step", 0, 1)) == 2
