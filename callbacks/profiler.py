@@ -74,8 +74,8 @@ class Profiler(Callback):
 
     The steps that it warms up and measures are slower, and training stands still once, after them, while torch
     collects what was recorded. The files are written by a thread of the profiler's, beside training; torch may keep
-    the interpreter to itself for a part of that, about as long as the trace is large. All other steps cost a few
-    microseconds more.
+    the interpreter to itself for a part of that, about as long as the trace is large. The steps after them cost
+    nothing.
 
     It profiles once in a run. A run that ends early leaves a profile of the steps measured so far, and in no case is
     torch's profiler left on. Only one can be on in a process.
@@ -162,6 +162,8 @@ class Profiler(Callback):
         self._steps += 1
         if self._recording is not None:
             self._recording.end_step(point.step)
+            if self._recording.is_complete:
+                point.leave()
 
     @in_step
     def after_training(self, point: StepPoint) -> None:
