@@ -1,57 +1,72 @@
-"""What do all the callbacks cost together, in wall time, and how much processor do offloop's other threads use?
+"""What do callbacks cost together, in wall time, and how much processor do offloop's other threads use?
 
-A real run with a run directory: every step is published to `EventLog`, `MetricLogger`, a `ProgressBar` that draws on
-a pseudo-terminal, and 8 async observers of `StepEnd`. The callbacks work beside the training thread and some
-time after it, so slices of 10 ms would put their work beside the wrong loop. Instead the loader takes turns like this,
-in another order each round:
+A real run takes turns with the hand-written loop, which reads the loss of each step, in another order each round:
 
     offloop             0.15 s to reach the steady state | 0.6 s measured | 0.15 s of rest for callbacks to catch up
-    hand-written        0.05 s                           | 0.6 s measured
-    hand-written again  0.05 s                           | 0.6 s measured (the A/A row)
+    by hand             0.05 s                           | 0.6 s measured
+    by hand again       0.05 s                           | 0.6 s measured (the A/A row)
 
-The work of the last hand-over falls out of a measured stretch, that of the one before it falls in. The CPU
-time of each thread but the training thread is read at both ends of a measured stretch. The hand-written
-loop reads the loss of each step. "nobody" is a run without callbacks: what the bus alone costs.
+The CPU time of each thread but the training thread is read at both ends of a measured stretch. Whose callbacks:
 
-    python benchmarks/callbacks_overhead.py [--quick] [--rounds 24] [--json FILE]
+    nobody      none, and no run directory: what the bus alone costs
+    observers   `EventLog`, `MetricLogger`, a `ProgressBar` on a pseudo-terminal, and 8 async observers of each step
+    every       every callback there is, at its default cadence; but for `MLflowLogger` and `WandbLogger`, which
+                tracking_server.py is about, and `WeightAverage`
+    averaging   the same with `WeightAverage`, against a loop that averages by hand after each step, with torch's
+                `AveragedModel`
+
+    python benchmarks/callbacks_overhead.py [--quick] [--rounds 20] [--only NAME] [--json FILE]
 """
 
 import argparse
-import contextlib
+import logging
 import os
-import pty
-import subprocess
 import tempfile
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from measure import (
+    HAND,
     TEN_MS,
     TINY,
     Batch,
     HandWritten,
     Report,
+    StretchLoader,
     Task,
-    clock,
-    loss_of,
+    median_of,
     optimizer_of,
     parse,
-    ratio_of,
-    shuffled,
+    terminal,
     verdict,
 )
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from offloop.callbacks.metric_logger import MetricLogger
-from offloop.callbacks.progress_bar import ProgressBar
+from offloop.callbacks import (
+    Alerts,
+    EarlyStopping,
+    GradientMonitor,
+    LayerStatistics,
+    LearningCurves,
+    LearningRateScheduler,
+    MetricLogger,
+    ModelCheckpoint,
+    NonFinite,
+    Profiler,
+    ProgressBar,
+    ResourceMonitor,
+    Spike,
+    Stalled,
+    TensorBoardLogger,
+    WeightAverage,
+)
 from offloop.engine import Callback, Run, StepEnd, Trainer, TrainerConfig
 
+SECONDS, SETTLE = 0.6, 0.15  # a hand-over comes every 0.05 s
 OBSERVERS = 8
-OFFLOOP, HAND, HAND_AGAIN = "offloop", "hand-written", "hand-written again"
-SETTLE, MEASURED, REST = 0.15, 0.6, 0.15  # seconds; a hand-over comes every 0.05 s
-SETTLE_BY_HAND = 0.05
+CPU_GOAL = 0.03  # of a core, for the observers
+EMA_DECAY = 0.999
 
 
 class Observer(Callback):
@@ -66,94 +81,91 @@ class Observer(Callback):
         self.events += 1
 
 
-@contextlib.contextmanager
-def terminal() -> Iterator[int]:
-    """Give the descriptor of a pseudo-terminal that another process reads."""
-    master, slave = pty.openpty()
-    reader = subprocess.Popen(["cat"], stdin=master, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.close(master)
-    try:
-        yield slave
-    finally:
-        os.close(slave)
-        reader.terminate()
-        reader.wait()
+class Averaging(HandWritten):
+    """The loop of a user who wants an average of the weights."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+
+    def train(self, batches: Iterator[Batch]) -> None:
+        """Train on all of `batches`, and average after each step."""
+        model, optimizer, loss_of, average = self.model, self.optimizer, self.loss_of, self.average
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            loss = loss_of(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            average.update_parameters(model)
+            self.loss = loss.item()
 
 
-def cpu_of_other_threads() -> dict[str, float]:
-    """Return the CPU seconds so far of each thread but this one, by name; offloop has the only ones."""
-    used: dict[str, float] = defaultdict(float)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.ident is not None:
-            with contextlib.suppress(OSError, ProcessLookupError):
-                name = "event loop" if thread is threading.main_thread() else thread.name
-                used[name] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-    return used
+def observers(descriptor: int) -> list[Callback]:
+    """Return observers of every step; `EventLog` joins by itself where there is a run directory."""
+    bar = ProgressBar(file=os.fdopen(os.dup(descriptor), "w"))
+    return [MetricLogger(), bar, *(Observer() for _ in range(OBSERVERS))]
 
 
-class TurnsLoader:
-    """A loader that trains by hand in between, and takes times in the steady state."""
-
-    def __init__(self, task: Task, rounds: int) -> None:
-        self.task = task
-        self.rounds = rounds
-        self.by_hand = {name: HandWritten(task) for name in (HAND, HAND_AGAIN)}
-        self.per_step: dict[str, list[float]] = {OFFLOOP: [], HAND: [], HAND_AGAIN: []}
-        self.cpu: dict[str, list[float]] = defaultdict(list)  # share of a core in each stretch, by thread
-        self._batches = task.batches()
-
-    def batches_for(self, seconds: float, record: list[float] | None = None) -> Iterator[Batch]:
-        """Give batches for so many seconds, and note the seconds per step."""
-        steps = 0
-        started = clock()
-        while clock() - started < seconds:
-            for _ in range(self.task.steps_per_slice):
-                yield self._batches[steps % len(self._batches)]
-                steps += 1
-        if record is not None:
-            record.append((clock() - started) / steps)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for order in shuffled(list(self.per_step), self.rounds):
-            for name in order:
-                record = self.per_step[name]
-                if name == OFFLOOP:
-                    yield from self.batches_for(SETTLE)
-                    before, started = cpu_of_other_threads(), clock()
-                    yield from self.batches_for(MEASURED, record)
-                    after, seconds = cpu_of_other_threads(), clock() - started
-                    for thread, used in after.items():
-                        self.cpu[thread].append((used - before.get(thread, 0.0)) / seconds)
-                    time.sleep(REST)
-                else:
-                    self.by_hand[name].train(self.batches_for(SETTLE_BY_HAND))
-                    self.by_hand[name].train(self.batches_for(MEASURED, record))
+def every_callback(descriptor: int) -> list[Callback]:
+    """Return every callback but the average."""
+    return [
+        EarlyStopping("train_loss"),
+        LearningRateScheduler("reduce_on_plateau", monitor="train_loss"),
+        ModelCheckpoint("train_loss"),
+        MetricLogger(),
+        TensorBoardLogger(),
+        ProgressBar(file=os.fdopen(os.dup(descriptor), "w")),
+        ResourceMonitor(),
+        GradientMonitor(),
+        LayerStatistics(),
+        Profiler(),
+        LearningCurves(),
+        Alerts(None, NonFinite(), Spike(), Stalled(60.0)),
+    ]
 
 
-def measure(task: Task, rounds: int, callbacks: Sequence[Callback], directory: str | None) -> TurnsLoader:
+class Case(NamedTuple):
+    """One row."""
+
+    task: Task
+    who: str
+    callbacks: Callable[[int], list[Callback]] | None
+    goal: float
+    by_hand: Callable[[Task], HandWritten] = HandWritten
+
+
+CASES = [
+    Case(TEN_MS, "observers", observers, 1.02),
+    Case(TINY, "observers", observers, 1.05),
+    Case(TINY, "nobody", None, 1.05),
+    Case(TEN_MS, "every", every_callback, 1.01),
+    Case(TINY, "every", every_callback, 1.06),
+    Case(
+        TINY,
+        "averaging",
+        lambda file: [*every_callback(file), WeightAverage(decay=EMA_DECAY)],
+        1.06,
+        Averaging,
+    ),
+]
+
+
+def measure(case: Case, rounds: int) -> StretchLoader:
     """Train with the callbacks; the loader holds the figures."""
-    model = task.model()
-    config = TrainerConfig(device="cpu", run_dir=directory)
-    trainer = Trainer(model, optimizer_of(model), config, loss=loss_of, callbacks=callbacks)
-    loader = TurnsLoader(task, rounds)
-    trainer.train(loader, epochs=1)
+    model = case.task.model()
+    loader = StretchLoader(case.task, rounds, seconds=SECONDS, settle=SETTLE, by_hand=case.by_hand)
+    with terminal() as descriptor, tempfile.TemporaryDirectory() as directory:
+        callbacks = case.callbacks(descriptor) if case.callbacks is not None else []
+        config = TrainerConfig(device="cpu", run_dir=directory if callbacks else None)
+        trainer = Trainer(model, optimizer_of(model), config, loss=case.task.loss, callbacks=callbacks)
+        trainer.train(loader, epochs=1)
     return loader
-
-
-def all_callbacks(descriptor: int) -> list[Callback]:
-    """Return the whole company; `EventLog` joins by itself where there is a run directory."""
-    file = os.fdopen(os.dup(descriptor), "w")
-    return [MetricLogger(), ProgressBar(file=file), *(Observer() for _ in range(OBSERVERS))]
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean; 0 for none."""
-    return sum(values) / len(values) if values else 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument("--rounds", type=int, default=24, help="measured stretches of each contender")
+    parser.add_argument("--rounds", type=int, default=20, help="measured stretches of each contender")
+    parser.add_argument("--only", choices=sorted({case.who for case in CASES}), help="the rows of these")
 
 
 def main() -> None:
@@ -162,8 +174,9 @@ def main() -> None:
     rounds = 2 if arguments.quick else arguments.rounds
     torch.set_num_threads(1)
     os.environ["TERM"] = "xterm-256color"
+    logging.getLogger("offloop").setLevel(logging.ERROR)  # that the loader takes its time is the point
     report = Report(
-        f"Wall time with all callbacks against a hand-written loop, {rounds} stretches of {MEASURED} s each",
+        f"Wall time with callbacks against a hand-written loop, {rounds} stretches of {SECONDS} s each",
         [
             "task",
             "callbacks",
@@ -173,33 +186,27 @@ def main() -> None:
             "CPU of other threads",
             "goal",
         ],
-        packages=("rich",),
+        packages=("rich", "tensorboard", "psutil"),
     )
-    cases: list[tuple[Task, bool, float]] = [
-        (TEN_MS, True, 1.02),
-        (TINY, True, 1.05),
-        (TINY, False, 1.05),
-    ]
-    for task, with_callbacks, goal in cases:
-        with report.measuring(), terminal() as descriptor, tempfile.TemporaryDirectory() as directory:
-            if with_callbacks:
-                loader = measure(task, rounds, all_callbacks(descriptor), directory)
-            else:
-                loader = measure(task, rounds, [], None)
-        ratio = ratio_of(loader.per_step[OFFLOOP], loader.per_step[HAND])
-        a_a = ratio_of(loader.per_step[HAND_AGAIN], loader.per_step[HAND])
-        shares = {name: mean(values) for name, values in loader.cpu.items()}
+    for case in CASES:
+        if arguments.only not in (None, case.who):
+            continue
+        with report.measuring():
+            loader = measure(case, rounds)
+        ratio, a_a = loader.ratio()
+        shares = loader.shares()
         total = sum(shares.values())
-        who = "all" if with_callbacks else "nobody"
-        by_hand = f"{mean(loader.per_step[HAND]) * 1e3:.2f}"
         cpu = f"{total:.1%}"
-        if with_callbacks:
-            cpu += " (<= 3 %: met)" if total <= 0.03 else " (<= 3 %: missed)"
-        report.row(task.name, who, ratio, a_a, by_hand, cpu, verdict(ratio, goal, a_a))
+        if case.who == "observers":
+            cpu += f" (<= {CPU_GOAL:.0%}: {'met' if total <= CPU_GOAL else 'missed'})"
+        by_hand = median_of(loader.per_step[HAND]).scaled(1e3)
+        report.row(case.task.name, case.who, ratio, a_a, by_hand, cpu, verdict(ratio, case.goal, a_a))
         for name, share in sorted(shares.items(), key=lambda item: -item[1]):
             if share >= 0.0005:
-                report.note(f"{task.name}, {who}: {name.removeprefix('offloop-')} used {share:.2%} of a core")
-        report.figure(f"{task.name}, {who}", {"ratio": ratio.median, "a_a": a_a.median, "cpu": shares})
+                thread = name.removeprefix("offloop-")
+                report.note(f"{case.task.name}, {case.who}: {thread} used {share:.2%} of a core")
+        figure = {"ratio": ratio.median, "a_a": a_a.median, "cpu": shares}
+        report.figure(f"{case.task.name}, {case.who}", figure)
     report.finish(arguments.json)
 
 

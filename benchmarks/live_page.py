@@ -33,18 +33,17 @@ from urllib.parse import parse_qs, urlsplit
 import anyio
 import torch
 from measure import (
+    HAND,
     TINY,
     Batch,
-    HandWritten,
     Report,
+    StretchLoader,
     Task,
     clock,
     loss_of,
     optimizer_of,
     parse,
     quantile,
-    ratio_of,
-    shuffled,
     verdict,
 )
 from websockets.asyncio.client import ClientConnection, connect
@@ -60,7 +59,7 @@ from offloop.engine import Callback, Metrics, Run, StepEnd, Trainer, TrainerConf
 FIVE_MS = Task("5 ms step", features=256, width=704, layers=2, batch_size=64, steps_per_slice=2)
 STRETCH, SETTLE = 0.4, 0.1  # seconds: a frame comes every 0.1 s
 CURVES = 8
-HAND, HAND_AGAIN, PAGE = "by hand", "by hand again", "offloop"
+SERVER = "offloop-dashboard"  # its thread
 
 
 # Viewers: another process -------------------------------------------------------------------------
@@ -136,58 +135,15 @@ def viewers(address: str, count: int) -> Iterator[subprocess.Popen[str]]:
 # Training -----------------------------------------------------------------------------------------
 
 
-class Turns:
-    """A loader that trains by hand in between."""
-
-    def __init__(self, task: Task, rounds: int) -> None:
-        self.task, self.rounds = task, rounds
-        self.by_hand = {name: HandWritten(task) for name in (HAND, HAND_AGAIN)}
-        self.per_step: dict[str, list[float]] = {PAGE: [], HAND: [], HAND_AGAIN: []}
-        self.server_cpu: list[float] = []
-        self._batches = task.batches()
-
-    def batches_for(self, seconds: float, record: list[float] | None = None) -> Iterator[Batch]:
-        """Give batches for so many seconds, and note the seconds per step."""
-        steps, started = 0, clock()
-        while clock() - started < seconds:
-            for _ in range(self.task.steps_per_slice):
-                yield self._batches[steps % len(self._batches)]
-                steps += 1
-        if record is not None:
-            record.append((clock() - started) / steps)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for order in shuffled(list(self.per_step), self.rounds):
-            for name in order:
-                if name == PAGE:
-                    yield from self.batches_for(SETTLE)
-                    before, started = server_cpu(), clock()
-                    yield from self.batches_for(STRETCH, self.per_step[name])
-                    self.server_cpu.append((server_cpu() - before) / (clock() - started))
-                    time.sleep(SETTLE)  # what the page still has to do is not the hand-written loop's
-                else:
-                    self.by_hand[name].train(self.batches_for(SETTLE))
-                    self.by_hand[name].train(self.batches_for(STRETCH, self.per_step[name]))
-
-
-def server_cpu() -> float:
-    """Return the CPU seconds so far of the server's thread; 0 if there is none."""
-    for thread in threading.enumerate():
-        if thread.name == "offloop-dashboard" and thread.ident is not None:
-            with contextlib.suppress(OSError, ProcessLookupError):
-                return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-    return 0.0
-
-
 def trainer_for(task: Task) -> Trainer:
     """Return a trainer for a task."""
     model = task.model()
     return Trainer(model, optimizer_of(model), TrainerConfig(device="cpu"), loss=loss_of)
 
 
-def measure_training(task: Task, rounds: int, count: int | None) -> Turns:
+def measure_training(task: Task, rounds: int, count: int | None) -> StretchLoader:
     """Train with the page and so many viewers, or with none of it."""
-    loader = Turns(task, rounds)
+    loader = StretchLoader(task, rounds, seconds=STRETCH, settle=SETTLE)
     with contextlib.ExitStack() as stack:
         callbacks: list[Callback] = []
         if count is not None:
@@ -450,8 +406,7 @@ def main() -> None:
         ]
         for task, count, goal in cases:
             loader = measure_training(task, rounds, count)
-            ratio = ratio_of(loader.per_step[PAGE], loader.per_step[HAND])
-            a_a = ratio_of(loader.per_step[HAND_AGAIN], loader.per_step[HAND])
+            ratio, a_a = loader.ratio()
             who = "no page" if count is None else f"page, {count} viewers"
             step = 1e3 * quantile(loader.per_step[HAND], 0.5)
             report.row(
@@ -459,7 +414,7 @@ def main() -> None:
             )
             report.figure(f"{task.name}, {who}", ratio)
         loader = measure_training(FIVE_MS, rounds, 50)
-        share = sum(loader.server_cpu) / len(loader.server_cpu)
+        share = loader.shares()[SERVER]
         report.row("50 viewers, CPU of the server's thread", f"{share:.1%} of a core", "<= 10 %")
         report.figure("50 viewers, cpu", share)
         most, cut_off, gap = measure_stalled(15.0 if arguments.quick else arguments.stalled_for)

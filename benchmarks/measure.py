@@ -7,6 +7,7 @@ by the same scheme; where its interval leaves +-1 %, the machine was too restles
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -14,10 +15,13 @@ import json
 import math
 import os
 import platform
+import pty
 import random
+import subprocess
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +56,10 @@ class Task:
     batch_size: int
     steps_per_slice: int
     """So many make about 10 ms."""
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a batch, ()."""
+        return loss_of(outputs, targets)
 
     def model(self) -> torch.nn.Module:
         """Return the MLP, with the same weights at each call; draws from no global generator."""
@@ -100,12 +108,13 @@ class HandWritten:
         """
         self.model = task.model()
         self.optimizer = optimizer_of(self.model)
+        self.loss_of = task.loss
         self.reads_loss = reads_loss
         self.loss = math.nan
 
     def train(self, batches: Iterator[Batch]) -> None:
         """Train on all of `batches`."""
-        model, optimizer = self.model, self.optimizer
+        model, optimizer, loss_of = self.model, self.optimizer, self.loss_of
         if self.reads_loss:
             for inputs, targets in batches:
                 optimizer.zero_grad()
@@ -216,6 +225,122 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> d
     return times
 
 
+class TimedLoader:
+    """Gives the batches of one pass, and takes the time per step once the warm-up is over."""
+
+    def __init__(self, task: Task, steps: int, warm_up: int) -> None:
+        """Give `warm_up` batches, then `steps`, at least 2, that are measured."""
+        self.batch_size = task.batch_size  # some trainers ask
+        self.warm_up = warm_up
+        self.steps = warm_up + steps
+        self.batches = task.batches()
+        self.per_step = math.nan
+        """Seconds, of the latest pass."""
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        started = clock()
+        for step in range(self.steps):
+            if step == self.warm_up:
+                started = clock()
+            elif step == self.steps - 1:  # whoever counts the batches does not ask for one more
+                self.per_step = (clock() - started) / (step - self.warm_up)
+            yield self.batches[step % len(self.batches)]
+
+
+OFFLOOP, HAND, HAND_AGAIN = "offloop", "by hand", "by hand again"
+
+
+class StretchLoader:
+    """A loader that trains by hand in between, in stretches that are long beside the pace of hand-overs.
+
+    Callbacks work beside the training thread and some time after it, so slices of 10 ms would put their work beside
+    the wrong loop. Here the run gets some time to reach its steady state, is measured, and its callbacks get some
+    rest to catch up, before it is somebody else's turn. The work of the last hand-over falls out of a stretch, that
+    of the one before it falls in.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        rounds: int,
+        *,
+        seconds: float,
+        settle: float,
+        by_hand: Callable[[Task], HandWritten] = HandWritten,
+    ) -> None:
+        """Measure `rounds` stretches of so many `seconds` of each; `settle` seconds go by before and after."""
+        self.task, self.rounds = task, rounds
+        self.seconds, self.settle = seconds, settle
+        self.by_hand = {name: by_hand(task) for name in (HAND, HAND_AGAIN)}
+        self.per_step: dict[str, list[float]] = {OFFLOOP: [], HAND: [], HAND_AGAIN: []}
+        self.cpu: dict[str, list[float]] = defaultdict(list)
+        """By other thread of the process: the share of a core that it used in each of offloop's stretches."""
+        self._batches = task.batches()
+
+    def ratio(self) -> tuple[Interval, Interval]:
+        """Return offloop's time over that by hand, and the A/A ratio."""
+        base = self.per_step[HAND]
+        return ratio_of(self.per_step[OFFLOOP], base), ratio_of(self.per_step[HAND_AGAIN], base)
+
+    def shares(self) -> dict[str, float]:
+        """Return the mean of `cpu`."""
+        return {name: sum(values) / self.rounds for name, values in self.cpu.items()}
+
+    def batches_for(self, seconds: float, record: list[float] | None = None) -> Iterator[Batch]:
+        """Give batches for so many seconds, and note the seconds per step."""
+        steps, started = 0, clock()
+        while clock() - started < seconds:
+            for _ in range(self.task.steps_per_slice):
+                yield self._batches[steps % len(self._batches)]
+                steps += 1
+        if record is not None:
+            record.append((clock() - started) / steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for order in shuffled(list(self.per_step), self.rounds):
+            for name in order:
+                record = self.per_step[name]
+                if name == OFFLOOP:
+                    yield from self.batches_for(self.settle)
+                    before, started = cpu_of_other_threads(), clock()
+                    yield from self.batches_for(self.seconds, record)
+                    after, seconds = cpu_of_other_threads(), clock() - started
+                    for thread, used in after.items():
+                        self.cpu[thread].append((used - before.get(thread, 0.0)) / seconds)
+                    time.sleep(self.settle)
+                else:
+                    self.by_hand[name].train(self.batches_for(self.settle / 3))
+                    self.by_hand[name].train(self.batches_for(self.seconds, record))
+
+
+def cpu_of_other_threads() -> dict[str, float]:
+    """Return the CPU seconds so far of each thread but this one, by name; offloop has the only ones."""
+    used: dict[str, float] = defaultdict(float)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.ident is not None:
+            with contextlib.suppress(OSError, ProcessLookupError):
+                name = "event loop" if thread is threading.main_thread() else thread.name
+                used[name] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return used
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[int]:
+    """Give the descriptor of a pseudo-terminal that another process reads."""
+    master, slave = pty.openpty()
+    reader = subprocess.Popen(["cat"], stdin=master, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.close(master)
+    try:
+        yield slave
+    finally:
+        os.close(slave)
+        reader.terminate()
+        reader.wait()
+
+
 # The report ----------------------------------------------------------------------------------------
 
 
@@ -267,7 +392,7 @@ class Report:
         self._stalled = 0.0
         self._seconds = 0.0
 
-    @contextmanager
+    @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Note how much other work wanted the processor during the measurement."""
         stalled, started = _stalled_seconds(), clock()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torchmetrics.classification as tmc
-from measure import Batch, Report, median_of, parse, ratio_of, take_turns, verdict
+from measure import HAND, HAND_AGAIN, OFFLOOP, Batch, Report, median_of, parse, ratio_of, take_turns, verdict
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
@@ -25,7 +25,6 @@ from offloop.engine.metrics import MetricSet
 
 BATCHES = 40  # a pass
 GOAL = 1.05
-OFFLOOP, HAND, HAND_AGAIN = "offloop", "by hand", "by hand again"
 FAST = {"validate_args": False}
 
 

@@ -35,6 +35,7 @@ from measure import (
     Batch,
     HandWritten,
     Report,
+    TimedLoader,
     clock,
     loss_of,
     median_of,
@@ -47,29 +48,6 @@ from measure import (
 WARM_UP = 100
 STEPS = 1000
 TIMEOUT = 300  # seconds for one process
-
-
-class TimedLoader:
-    """Gives batches, and takes the time per step from the `WARM_UP`th on."""
-
-    batch_size = TINY.batch_size  # some trainers ask
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps + WARM_UP
-        self.batches = TINY.batches()
-        self.per_step = 0.0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        started = clock()
-        for step in range(self.steps):
-            if step == WARM_UP:
-                started = clock()
-            elif step == self.steps - 1:  # whoever counts the batches does not ask for one more
-                self.per_step = (clock() - started) / (step - WARM_UP)
-            yield self.batches[step % len(self.batches)]
 
 
 class StepLog:
@@ -324,7 +302,7 @@ def be_contender(name: str, steps: int, result: Path) -> None:
     times: list[float] = []
     rest = 0.0
     for each in ("hand-written", name, "hand-written"):
-        loader = TimedLoader(steps)
+        loader = TimedLoader(TINY, steps, WARM_UP)
         with tempfile.TemporaryDirectory() as directory:
             started = clock()
             CONTENDERS[each][0](loader, Path(directory))

@@ -10,17 +10,16 @@ cancelled, which is the deal for a callback that cannot keep up.
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import anyio
 import torch
 from measure import (
     TEN_MS,
     TINY,
-    Batch,
     Report,
     Task,
-    clock,
+    TimedLoader,
     loss_of,
     optimizer_of,
     parse,
@@ -47,26 +46,6 @@ class Slow(Callback):
         self.handled += 1
 
 
-class TimedLoader:
-    """Gives a number of batches, and takes the time from the `WARM_UP`th on."""
-
-    def __init__(self, task: Task) -> None:
-        self.batches = task.batches()
-        self.steps = STEPS[task] + WARM_UP
-        self.seconds = 0.0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        started = clock()
-        for step in range(self.steps):
-            if step == WARM_UP:
-                started = clock()
-            yield self.batches[step % len(self.batches)]
-        self.seconds = clock() - started
-
-
 def run(task: Task, record: list[float], *, slow: bool) -> Callable[[], None]:
     """Return a function that trains once and notes its seconds of training."""
 
@@ -76,9 +55,9 @@ def run(task: Task, record: list[float], *, slow: bool) -> Callable[[], None]:
         trainer = Trainer(
             model, optimizer_of(model), loss=loss_of, device="cpu", callbacks=callbacks, drain_timeout=0.1
         )
-        loader = TimedLoader(task)
+        loader = TimedLoader(task, STEPS[task], WARM_UP)
         trainer.train(loader, epochs=1)
-        record.append(loader.seconds)
+        record.append(loader.per_step * STEPS[task])
 
     return train
 

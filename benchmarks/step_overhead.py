@@ -21,6 +21,9 @@ from collections.abc import Iterator
 
 import torch
 from measure import (
+    HAND,
+    HAND_AGAIN,
+    OFFLOOP,
     TINY,
     Batch,
     HandWritten,
@@ -42,7 +45,6 @@ from offloop.engine import Trainer
 
 STEPS = TINY.steps_per_slice
 WARM_UP = 10  # rounds that are not counted
-OFFLOOP, HAND, HAND_AGAIN = "offloop", "hand-written", "hand-written again"
 
 
 class OwnStep(Trainer):

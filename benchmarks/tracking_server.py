@@ -23,10 +23,9 @@ import torch
 from measure import (
     TEN_MS,
     TINY,
-    Batch,
     Report,
     Task,
-    clock,
+    TimedLoader,
     loss_of,
     optimizer_of,
     parse,
@@ -43,26 +42,6 @@ STEPS = {TEN_MS: 100, TINY: 2000}  # about a second each
 GOAL = 1.01
 WITHOUT, AGAIN = "no tracking", "no tracking, again"
 REFUSES, SILENT = "refuses", "silent"
-
-
-class TimedLoader:
-    """Gives a number of batches, and takes the time from the `WARM_UP`th on."""
-
-    def __init__(self, task: Task) -> None:
-        self.batches = task.batches()
-        self.steps = STEPS[task] + WARM_UP
-        self.seconds = 0.0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        started = clock()
-        for step in range(self.steps):
-            if step == WARM_UP:
-                started = clock()
-            yield self.batches[step % len(self.batches)]
-        self.seconds = clock() - started
 
 
 @contextlib.contextmanager
@@ -104,7 +83,7 @@ class Runs:
         """Return a function that makes one run."""
 
         def train() -> None:
-            loader = TimedLoader(self.task)
+            loader = TimedLoader(self.task, STEPS[self.task], WARM_UP)
             model = self.task.model()
             callbacks: list[Callback] = [MetricLogger(every_n_steps=1)]
             address = self.addresses.get(name)
@@ -125,7 +104,7 @@ class Runs:
             if address is not None:
                 costs = result.callback_costs["MLflowLogger"]
                 self.unhandled += loader.steps + 3 - costs.events + costs.dropped  # start, epoch, end
-            self.per_step[name].append(loader.seconds / (loader.steps - WARM_UP))
+            self.per_step[name].append(loader.per_step)
 
         return train
 
