@@ -1,6 +1,7 @@
 """LearningRateScheduler: torch's own schedules by name, with warm-up in front of any of them."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -31,8 +32,22 @@ class _Named(NamedTuple):
     """The argument that takes the number of steps (or epochs) of the run, if it has one."""
 
 
+class ReduceOnPlateau(ReduceLROnPlateau):
+    """torch's plateau, with its default `threshold_mode="rel"` right for negative metrics, too.
+
+    torch multiplies the best by `1 - threshold`, which for a negative one allows what is a little worse: a metric that
+    creeps the wrong way then counts as improving for ever (https://github.com/pytorch/pytorch/issues/47513).
+    """
+
+    def _is_better(self, a: float, best: float) -> bool:
+        if self.threshold_mode == "rel" and -math.inf < best < 0:
+            margin = self.threshold * -best
+            return a < best - margin if self.mode == "min" else a > best + margin
+        return bool(super()._is_better(a, best))
+
+
 SCHEDULES: Final = {
-    "reduce_on_plateau": _Named(ReduceLROnPlateau, "epoch", None),
+    "reduce_on_plateau": _Named(ReduceOnPlateau, "epoch", None),
     "cosine": _Named(CosineAnnealingLR, "step", "T_max"),
     "step": _Named(StepLR, "epoch", None),
     "one_cycle": _Named(OneCycleLR, "step", "total_steps"),
@@ -60,9 +75,9 @@ class LearningRateScheduler(Callback):
 
     Named schedules that need the length of the run (`cosine`, `one_cycle`, `linear`, `polynomial`) read it
     from the run's limits. A plateau looks at the end of epochs and keeps torch's own rule: it fires when more
-    than `patience` of them were no better. `run.set_lr` scales what the schedule goes on from.
-    Changes by an epoch's schedule or a plateau are published as `LearningRateChanged`; a schedule that steps
-    with the optimizer shows in `StepEnd.lr`.
+    than `patience` of them were no better. `"reduce_on_plateau"` is right for negative metrics too, which torch's
+    class misjudges. `run.set_lr` scales what the schedule goes on from. Changes by an epoch's schedule or a plateau
+    are published as `LearningRateChanged`; a schedule that steps with the optimizer shows in `StepEnd.lr`.
     """
 
     def __init__(

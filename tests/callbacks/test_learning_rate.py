@@ -33,6 +33,7 @@ from offloop.engine import (
     StepPoint,
     Trainer,
     TrainerConfig,
+    ValidationEnd,
     decides,
     in_step,
 )
@@ -226,14 +227,18 @@ class Scripted(Trainer):
         return torch.tensor(self.losses[self.epoch])
 
 
+def plateau_trainer(losses: list[float], **knobs: Any) -> Trainer:
+    trainer = tiny_trainer(Scripted, lr=LR, on_nonfinite="warn", **knobs)
+    assert isinstance(trainer, Scripted)
+    trainer.losses = losses
+    return trainer
+
+
 def train_plateau(
     losses: list[float], scheduler: LearningRateScheduler, *others: Callback, **knobs: Any
 ) -> Recorder:
     recorder = Recorder()
-    trainer = tiny_trainer(Scripted, lr=LR, on_nonfinite="warn", **knobs)
-    assert isinstance(trainer, Scripted)
-    trainer.losses = losses
-    trainer.train(
+    plateau_trainer(losses, **knobs).train(
         tiny_batches(1), tiny_batches(1), epochs=len(losses), callbacks=[recorder, scheduler, *others]
     )
     return recorder
@@ -242,19 +247,21 @@ def train_plateau(
 NAN = float("nan")
 
 
-@pytest.mark.parametrize(
-    ("mode", "patience", "losses", "reduced_after"),
-    [
-        pytest.param("min", 2, [1, 1, 1, 1, 1, 1, 1], [4, 7], id="flat-fires-beyond-patience"),
-        pytest.param("min", 0, [1, 2, 3], [2, 3], id="no-patience"),
-        pytest.param("min", 1, [3, 2, 1, 0.5, 0.4], [], id="improving"),
-        pytest.param("min", 1, [NAN, NAN, 1, 0.5], [2], id="nan-first-is-a-miss"),
-        pytest.param("min", 1, [1, NAN, 0.5, NAN, NAN, 0.1], [5], id="nan-in-the-middle"),
-        pytest.param("min", 1, [0.0, 0.0, 0.0, -1.0], [3], id="zero"),
-        pytest.param("min", 1, [1, 1, 0.5, 0.5, 0.5], [5], id="recovery-counts-anew"),
-        pytest.param("max", 1, [1, 2, 3, 3, 3], [5], id="max"),
-    ],
-)
+PLATEAUS = [
+    pytest.param("min", 2, [1, 1, 1, 1, 1, 1, 1], [4, 7], id="flat-fires-beyond-patience"),
+    pytest.param("min", 0, [1, 2, 3], [2, 3], id="no-patience"),
+    pytest.param("min", 1, [3, 2, 1, 0.5, 0.4], [], id="improving"),
+    pytest.param("min", 1, [NAN, NAN, 1, 0.5], [2], id="nan-first-is-a-miss"),
+    pytest.param("min", 1, [1, NAN, 0.5, NAN, NAN, 0.1], [5], id="nan-in-the-middle"),
+    pytest.param("min", 1, [0.0, 0.0, 0.0, -1.0], [3], id="zero"),
+    pytest.param("min", 1, [1, 1, 0.5, 0.5, 0.5], [5], id="recovery-counts-anew"),
+    pytest.param("min", 1, [3, 2, 1, 1, 1], [5], id="improving-then-flat"),
+    pytest.param("min", 1, [1, 1, 1, 0.5, 0.5], [3], id="tie-is-a-miss"),
+    pytest.param("max", 1, [1, 2, 3, 3, 3], [5], id="max"),
+]
+
+
+@pytest.mark.parametrize(("mode", "patience", "losses", "reduced_after"), PLATEAUS)
 def test_plateau_keeps_torchs_rule(
     mode: Any, patience: int, losses: list[float], reduced_after: list[int]
 ) -> None:
@@ -273,6 +280,49 @@ def test_plateau_keeps_torchs_rule(
     changed = recorder.of(LearningRateChanged)
     assert [event.epoch + 1 for event in changed] == reduced_after
     assert all((event.source, event.lr) == ("schedule", event.previous * 0.5) for event in changed)
+
+
+@pytest.mark.parametrize(("mode", "patience", "losses", "reduced_after"), PLATEAUS)
+@pytest.mark.anyio
+async def test_plateau_is_the_same_beside_slow_and_failing_observers(
+    mode: Any, patience: int, losses: list[float], reduced_after: list[int]
+) -> None:
+    recorder, slow, failing = Recorder(), SlowCallback(0.001), FailingCallback(ValidationEnd)
+    scheduler = LearningRateScheduler("reduce_on_plateau", monitor="val_loss", mode=mode, patience=patience)
+    callbacks = [slow, recorder, scheduler, failing]
+    trainer = plateau_trainer([float(loss) for loss in losses])
+    await trainer.train_async(tiny_batches(1), tiny_batches(1), epochs=len(losses), callbacks=callbacks)
+    assert [event.epoch + 1 for event in recorder.of(LearningRateChanged)] == reduced_after
+    assert slow.handled and failing.raised
+
+
+@pytest.mark.parametrize(
+    ("mode", "losses", "reduced_after"),
+    [
+        pytest.param("min", [-5, -5, -5, -5], [3], id="flat"),
+        pytest.param("min", [-5, -4.9999, -4.9998, -4.9997], [3], id="creeps-the-wrong-way"),
+        pytest.param("min", [-1, -2, -3, -4], [], id="improving"),
+        pytest.param("min", [1, -1, -1, -1], [4], id="from-positive"),
+        pytest.param("min", [-1, -1.00005, -1.00009, -2], [3], id="less-than-the-threshold"),
+        pytest.param("max", [-1, -1, -1, -1], [3], id="max-flat"),
+        pytest.param("max", [-1, -1.00005, -1.0001, -1.0002], [3], id="max-creeps-the-wrong-way"),
+        pytest.param("max", [-4, -3, -2, 1], [], id="max-improving"),
+    ],
+)
+def test_plateau_of_a_negative_metric(mode: Any, losses: list[float], reduced_after: list[int]) -> None:
+    """Where torch's own, in its default `threshold_mode="rel"`, takes worse for better."""
+    scheduler = LearningRateScheduler("reduce_on_plateau", monitor="val_loss", mode=mode, patience=1)
+    recorder = train_plateau([float(loss) for loss in losses], scheduler)
+    assert [event.epoch + 1 for event in recorder.of(LearningRateChanged)] == reduced_after
+
+
+def test_torchs_own_plateau_misjudges_negative_metrics() -> None:
+    """When this fails, torch has mended it, and `ReduceOnPlateau` can go."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    torchs = ReduceLROnPlateau(optimizer, patience=1)
+    for number in range(100):
+        torchs.step(-5 + number * 1e-4)
+    assert optimizer.param_groups[0]["lr"] == LR
 
 
 def test_plateau_watches_what_the_run_watches() -> None:
@@ -315,7 +365,7 @@ def test_plateau_of_a_metric_without_a_direction_asks_for_it() -> None:
         (("cosine", {"eta_mni": 0.0}), "CosineAnnealingLR takes no 'eta_mni'; legal are T_max, eta_min"),
         (
             ("reduce_on_plateau", {"paitence": 3}),
-            "ReduceLROnPlateau takes no 'paitence'; legal are mode, factor",
+            "ReduceOnPlateau takes no 'paitence'; legal are mode, factor",
         ),
         (("step",), "StepLR needs step_size=.*; legal are step_size, gamma"),
         (("exponential",), "ExponentialLR needs gamma="),
