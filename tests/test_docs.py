@@ -1,10 +1,8 @@
 """Every Python block of README and docs runs, page by page, from top to bottom."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,19 +18,10 @@ def blocks_of(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
-def test_blocks_of_page_run(page: Path, tmp_path: Path) -> None:
+def test_blocks_of_page_run(page: Path, tmp_path: Path, warm_python: Any) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks_of(page)), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        | {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"},  # a test tells nobody
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = warm_python.run(script)
     assert done.returncode == 0, done.stderr
 
 

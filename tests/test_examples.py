@@ -1,10 +1,9 @@
 """Every example runs as it stands, says what it promises, and uses public names only."""
 
 import ast
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,20 +21,14 @@ SAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(example: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(example)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+def test_example_runs(example: Path, tmp_path: Path, warm_python: Any) -> None:
+    script = Path(shutil.copy(example, tmp_path))
+    done = warm_python.run(script)
     assert done.returncode == 0, done.stderr
     for words in SAYS[example.stem]:
         assert words in done.stdout
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir()), "an example leaves no files"
+    assert list(tmp_path.iterdir()) == [script], "an example leaves no files"
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -48,3 +41,39 @@ def test_example_uses_public_names_and_is_short(example: Path) -> None:
             assert node.module in public
             for alias in node.names:
                 assert alias.name in public[node.module].__all__
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "words"),
+    [
+        ("raise ValueError('no')", 1, "ValueError: no"),
+        ("import warnings; warnings.warn('old')", 1, "UserWarning: old"),
+        ("import sys; print('half', file=sys.stderr); sys.exit(3)", 3, "half"),
+        ("import os; os.kill(os.getpid(), 9)", -9, ""),
+        ("assert __name__ == '__main__' and open(__file__)", 0, ""),
+    ],
+)
+def test_failure_of_a_script_is_seen(
+    source: str, code: int, words: str, tmp_path: Path, warm_python: Any
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    done = warm_python.run(script)
+    assert done.returncode == code
+    assert words in done.stderr
+
+
+def test_script_runs_to_the_end_of_its_threads(tmp_path: Path, warm_python: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, threading\n"
+        "atexit.register(print, 'exit')\n"
+        "began = threading.Event()\n"
+        "def work():\n"
+        "    began.wait()\n"
+        "    print('thread')\n"
+        "threading.Thread(target=work).start()\n"
+        "print('main')\n"
+        "began.set()\n"
+    )
+    assert sorted(warm_python.run(script).stdout.split()) == ["exit", "main", "thread"]
