@@ -206,7 +206,9 @@ class Errors(Sums):
             truths = truths.flatten(1)
         if outputs.shape != truths.shape:  # (B, 1) and (B,), or more than two dimensions
             outputs = outputs.reshape(truths.shape)
-        errors = outputs.to(self._wide) - truths
+        if not outputs.is_floating_point():
+            outputs = outputs.to(self._wide)
+        errors = outputs - truths  # as wide as the wider one
         self.samples += len(truths)
         self.numbers += truths.numel()
         if self._has_squares:
