@@ -113,6 +113,7 @@ class Reporter:
         self.train_means = Means()
         self.val_means = Means()
         self._on_nonfinite = on_nonfinite
+        self._nonfinite = 0  # losses of this attempt
         self.loss_scale = loss_scale  # after the latest step; it falls where the scaler skipped one
 
     def publish(self, event: Event) -> None:
@@ -228,10 +229,13 @@ class Reporter:
     def complain(self, loss: float, step: int) -> bool:
         """Say that a loss is not finite, as `on_nonfinite` wants; True if it counts in the epoch's mean."""
         where = f"the loss of step {step} is {loss}"
+        self._nonfinite += 1
         if self._on_nonfinite == "raise":
             raise LossError(f'{where}; on_nonfinite="warn" goes on, "skip_step" leaves such updates out')
-        if self._on_nonfinite == "warn":
-            logger.warning("%s", where)
+        if (
+            self._on_nonfinite == "warn" and self._nonfinite.bit_count() == 1
+        ):  # 1, 2, 4, 8, ...: else a line each step
+            logger.warning("%s%s", where, f" ({self._nonfinite} so far)" if self._nonfinite > 1 else "")
         return self._on_nonfinite != "skip_step"
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -305,6 +306,13 @@ def test_on_nonfinite_warn_says_so_and_goes_on(caplog: pytest.LogCaptureFixture)
         result = tiny_trainer(Spoiled, on_nonfinite="warn").train(BATCHES[:2], epochs=1)
     assert result.status == "completed"
     assert [record.getMessage() for record in caplog.records] == ["the loss of step 2 is inf"]
+
+
+def test_on_nonfinite_warn_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="offloop"):
+        tiny_trainer(lr=1e30, on_nonfinite="warn").train(BATCHES * 5, epochs=1)
+    messages = [record.getMessage() for record in caplog.records if "is nan" in record.getMessage()]
+    assert [re.findall(r"\((\d+) so far\)", each) for each in messages] == [[], ["2"], ["4"], ["8"], ["16"]]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
