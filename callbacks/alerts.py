@@ -17,6 +17,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
+import msgspec
+
 from offloop.engine import (
     BusClosedError,
     Callback,
@@ -210,7 +212,10 @@ class Alerts(Callback):
             clock: Seconds; for tests.
         """
         if notify is not None and (isinstance(notify, Rule) or not callable(notify)):
-            raise TypeError(f"notify must be an async function of an Alert or None, got {notify!r}")
+            raise TypeError(
+                f"notify must be an async function of an Alert or None, got {notify!r}; "
+                "rules come after it: Alerts(None, NonFinite(), Spike())"
+            )
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise TypeError(f"rules must be instances of Rule, like Above('val_loss', 10); got {rule!r}")
@@ -281,7 +286,11 @@ class Alerts(Callback):
     async def _alert(self, rule: Rule, message: str, value: float | None, run: Run) -> None:
         alert = Alert(rule=repr(rule), message=message, value=value)
         if not self._publish(alert, run):
-            await self._tell(alert)
+            await self._tell(
+                msgspec.structs.replace(
+                    alert, run_id=run.id, time=time.time(), epoch=run.epoch, step=run.step
+                )
+            )
 
     def _publish(self, alert: Alert, run: Run) -> bool:
         """Publish it, which brings it to `on_alert`; False if the run is over. Any thread."""

@@ -170,6 +170,7 @@ def test_failed_run_is_told_though_its_events_are_over() -> None:
         tiny_trainer().train(batches, epochs=1, callbacks=[Alerts(told, Failed(), NonFinite())])
     (alert,) = told.alerts
     assert alert.rule == "Failed()" and "LossError" in alert.message
+    assert alert.run_id and alert.step >= 0 and alert.time > 0  # though nothing is published any more
 
 
 def test_without_rules_there_are_three() -> None:
@@ -238,7 +239,9 @@ def test_wrong_argument_is_refused(make: Callable[[], Rule], text: str) -> None:
 
 
 def test_rule_where_the_function_belongs_is_refused() -> None:
-    with pytest.raises(TypeError, match="notify must be an async function"):
+    with pytest.raises(
+        TypeError, match=r"notify must be an async function.*rules come after it: Alerts\(None, NonFinite\(\)"
+    ):
         Alerts(NonFinite())  # type: ignore[arg-type]  # the mistake
     with pytest.raises(TypeError, match="rules must be instances of Rule"):
         Alerts(None, NonFinite)  # type: ignore[arg-type]  # the mistake
