@@ -42,8 +42,8 @@ class ReduceOnPlateau(ReduceLROnPlateau):
     def _is_better(self, a: float, best: float) -> bool:
         if self.threshold_mode == "rel" and -math.inf < best < 0:
             margin = self.threshold * -best
-            return a < best - margin if self.mode == "min" else a > best + margin
-        return bool(super()._is_better(a, best))
+            return bool(a < best - margin if self.mode == "min" else a > best + margin)
+        return bool(super()._is_better(a, best))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 SCHEDULES: Final = {
