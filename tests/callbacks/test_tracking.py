@@ -88,12 +88,16 @@ LOSSES = [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25), (5, 0.125)]
 
 
 def scalars_of(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the files as TensorBoard does."""
+    """Read the files as TensorBoard does, in the order of steps.
+
+    It reads files in the order of their names, which end in a count: within a second, the tenth comes before the ninth.
+    """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     events = EventAccumulator(str(directory), size_guidance={SCALARS: 0}).Reload()
     return {
-        tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        tag: sorted((each.step, each.value) for each in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
     }
 
 
