@@ -51,7 +51,30 @@ class Owner(msgspec.Struct, frozen=True):
         return f"process {self.pid} on {self.host}"
 
 
-class RunLock:
+class _HeldFile:
+    """An open file whose lock is ours, until `release`."""
+
+    _file: int
+
+    def release(self) -> None:
+        """Let others in. Any thread; calling twice is fine."""
+        # One thread succeeds here: a descriptor that is closed twice may be a stranger's by then.
+        try:
+            _held.remove(self)
+        except KeyError:
+            return
+        with suppress(OSError):
+            self._forget_owner()
+        # Explicitly: a forked child may hold a copy of the descriptor.
+        with suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        os.close(self._file)
+
+    def _forget_owner(self) -> None:
+        """Take back what the file says about us, while it is still ours."""
+
+
+class RunLock(_HeldFile):
     """Hold the right to write to a run, from `__init__` until `release`.
 
     A run whose holder was killed is free at once. Forked children (loader workers) do not keep
@@ -95,22 +118,11 @@ class RunLock:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, msgspec.json.encode(owner), 0)
 
-    def release(self) -> None:
-        """Let others write. Calling twice is fine."""
-        # One thread succeeds here: a descriptor that is closed twice may be a stranger's by then.
-        try:
-            _held.remove(self)
-        except KeyError:
-            return
-        with suppress(OSError):
-            os.ftruncate(self._file, 0)
-        # Explicitly: a forked child may hold a copy of the descriptor.
-        with suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        os.close(self._file)
+    def _forget_owner(self) -> None:
+        os.ftruncate(self._file, 0)
 
 
-class DirectoryLock:
+class DirectoryLock(_HeldFile):
     """Hold a run's directory as a whole, from `__init__` until `release`; leaves no file.
 
     A run takes it when it begins, long before its first checkpoint opens a store: or a second one of the same
@@ -133,18 +145,8 @@ class DirectoryLock:
                 raise
         _held.add(self)
 
-    def release(self) -> None:
-        """Let others begin. Calling twice is fine."""
-        try:
-            _held.remove(self)
-        except KeyError:
-            return
-        with suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        os.close(self._file)
 
-
-_held: weakref.WeakSet[RunLock | DirectoryLock] = weakref.WeakSet()
+_held: weakref.WeakSet[_HeldFile] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:

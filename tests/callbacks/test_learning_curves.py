@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interruptions import StopAfter
 
 from offloop.callbacks import ModelCheckpoint
 from offloop.callbacks.learning_curves import Curve, LearningCurves
@@ -196,17 +197,10 @@ def test_drawing_before_there_is_anything_is_an_error(tmp_path: Path) -> None:
         LearningCurves().draw(tmp_path / "a.jpg")
 
 
-class StopAfter(Callback):
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == 4:
-            point.run.stop_nowait("interrupted")
-
-
 def test_resumed_run_goes_on_with_the_curves_before_it(tmp_path: Path) -> None:
     whole, first, second = (LearningCurves() for _ in range(3))
     train(tmp_path, whole, name="whole")
-    train(tmp_path, first, ModelCheckpoint(), StopAfter())
+    train(tmp_path, first, ModelCheckpoint(), StopAfter(4))
     assert first._curves["loss"].points()[0] == [1, 2, 3, 4]
     train(tmp_path, second, ModelCheckpoint(), resume="auto")
     assert second._curves["loss"].points() == whole._curves["loss"].points()

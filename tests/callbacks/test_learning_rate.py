@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import StopAfter
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     ExponentialLR,
@@ -30,12 +31,10 @@ from offloop.engine import (
     MetricNotFoundError,
     Run,
     StepEnd,
-    StepPoint,
     Trainer,
     TrainerConfig,
     ValidationEnd,
     decides,
-    in_step,
 )
 from offloop.engine.testing import (
     FailingCallback,
@@ -409,18 +408,6 @@ def test_unknown_optimizer_is_named() -> None:
 
 
 # Resuming ------------------------------------------------------------------------------------------
-
-
-class StopAfter(Callback):
-    """Interrupts a run after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == self.step:
-            point.run.stop_nowait("interrupted")
 
 
 @pytest.mark.parametrize(("warmup", "step"), [(0, 3), (0, 5), (4, 3), (4, 7)])

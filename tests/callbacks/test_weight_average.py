@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import StopAfter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from offloop.callbacks import ModelCheckpoint
@@ -250,16 +251,6 @@ def test_without_apply_at_end_the_weights_in_training_stay() -> None:
 
 
 # Resuming ------------------------------------------------------------------------------------------
-
-
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == self.step:
-            point.run.stop_nowait("interrupted")
 
 
 class Scores(Callback):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from interruptions import Cut
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]  # it has no types
 
@@ -142,19 +143,6 @@ class OwnLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
-
-
-class Cut(Callback):
-    """Saves and stops after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == self.step:
-            point.run.checkpoint_nowait("manual")
-            point.run.stop_nowait("cut")
 
 
 def steps_of(events: Iterable[Event]) -> dict[int, float]:

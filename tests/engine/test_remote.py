@@ -20,6 +20,7 @@ from fsspec.implementations.memory import (  # type: ignore[import-untyped]  # a
     MemoryFile,
     MemoryFileSystem,
 )
+from interruptions import Cut
 from torch.utils.data import DataLoader
 
 from offloop.callbacks import MetricLogger, ModelCheckpoint
@@ -392,19 +393,6 @@ def test_logs_end_with_a_whole_line(tmp_path: Path) -> None:
 
 
 # Whole runs ----------------------------------------------------------------------------------------
-
-
-class Cut(Callback):
-    """Saves and stops at one step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == self.step:
-            point.run.checkpoint_nowait("manual")
-            point.run.stop_nowait("cut")
 
 
 def a_run(

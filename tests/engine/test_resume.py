@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from interruptions import Cut
 from torch.utils.data import DataLoader
 
 from offloop.callbacks import (
@@ -54,19 +55,6 @@ from offloop.engine.testing import (
 )
 
 STEPS = 15  # three epochs of nine batches, two to a step
-
-
-class Cut(Callback):
-    """Saves and stops at one step, as somebody who has to go would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == self.step:
-            point.run.checkpoint_nowait("manual")
-            point.run.stop_nowait("cut")
 
 
 class Counter(Callback):

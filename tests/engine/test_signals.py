@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from interruptions import StopAfter
 
 from offloop.engine import (
     Callback,
@@ -417,16 +418,6 @@ class Signal(Callback):
             os.kill(os.getpid(), self.numbers.pop(0))
 
 
-class StopAfter(Callback):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == self.steps:
-            point.run.stop_nowait("by itself")
-
-
 def test_keyboard_interrupt_comes_after_train_end() -> None:
     recorder, trainer = Recorder(), tiny_trainer()
     with pytest.raises(KeyboardInterrupt):
@@ -474,7 +465,7 @@ def test_hosts_own_handler_is_left_alone() -> None:
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert result.reason == "by itself"
+    assert result.reason == "interrupted"
     assert seen == [signal.SIGTERM]
     assert spy.handlers[1] is mine
     assert spy.handlers[0] not in (mine, signal.default_int_handler)  # that one was ours to take
