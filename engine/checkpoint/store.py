@@ -30,6 +30,7 @@ import msgspec
 from offloop.engine.checkpoint.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointIncompatibleError,
     CheckpointWriteError,
     DiskFullError,
     UnserializableStateError,
@@ -104,6 +105,7 @@ class CheckpointStore(CheckpointReader):
 
     Raises:
         RunLockedError: If another store has this run.
+        CheckpointIncompatibleError: If a newer offloop has written to it.
         CheckpointWriteError: If the folders cannot be made.
     """
 
@@ -135,7 +137,9 @@ class CheckpointStore(CheckpointReader):
                 # a power cut could take; deleting older ones because of it must not be possible.
                 self._filesystem.sync_directory(self._checkpoints)
             self.sweep()
-            self._follow([self._update_refs])
+            for problem in self._follow([self._update_refs]):
+                if isinstance(problem, CheckpointIncompatibleError):
+                    raise problem  # each save would, and say so only then
         except BaseException:
             self._lock.release()
             raise

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 
 from offloop.engine.checkpoint import (
@@ -210,3 +213,29 @@ class QuotaFileSystem(FileSystem):
 
     def free_bytes(self, path: Path) -> int:
         return self.room if self.is_open else 1 << 40
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change a manifest the way an attacker would: with a fresh checksum."""
+    line = (path / "MANIFEST.json").read_bytes().partition(b"\n")[0]
+    manifest = msgspec.json.decode(line, type=dict[str, object])
+    change(manifest)
+    put_manifest(path, msgspec.json.encode(manifest))
+
+
+def put_manifest(path: Path, line: bytes) -> None:
+    (path / "MANIFEST.json").write_bytes(line + b"\ncrc32:%08x\n" % zlib.crc32(line))
+
+
+def in_manifest(*keys: str, value: object) -> Callable[[Path], None]:
+    """Return what sets an entry of a checkpoint's manifest."""
+
+    def change(manifest: dict[str, object]) -> None:
+        inner: object = manifest
+        for key in keys[:-1]:
+            assert isinstance(inner, dict)
+            inner = inner[key]
+        assert isinstance(inner, dict)
+        inner[keys[-1]] = value
+
+    return lambda path: rewrite_manifest(path, change)

@@ -15,12 +15,19 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from checkpoint_support import assert_same, save, small_state, step_of
+from checkpoint_support import (
+    assert_same,
+    in_manifest,
+    put_manifest,
+    rewrite_manifest,
+    save,
+    small_state,
+    step_of,
+)
 
 from offloop.engine.checkpoint import (
     CheckpointCorruptError,
     CheckpointError,
-    CheckpointIncompatibleError,
     CheckpointNotFoundError,
     CheckpointReader,
     CheckpointStore,
@@ -131,18 +138,6 @@ def test_a_thousand_truncations_are_all_noticed(checkpoint: Path) -> None:
     assert step_of(reader.load().state) == 1
 
 
-def rewrite_manifest(path: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a manifest the way an attacker would: with a fresh checksum."""
-    line = (path / "MANIFEST.json").read_bytes().partition(b"\n")[0]
-    manifest = msgspec.json.decode(line, type=dict[str, object])
-    change(manifest)
-    put_manifest(path, msgspec.json.encode(manifest))
-
-
-def put_manifest(path: Path, line: bytes) -> None:
-    (path / "MANIFEST.json").write_bytes(line + b"\ncrc32:%08x\n" % zlib.crc32(line))
-
-
 def put_state(path: Path, content: bytes) -> None:
     """Replace the state and make the manifest agree."""
     (path / "state.json").write_bytes(content)
@@ -205,18 +200,6 @@ def header_length_with_matching_manifest(path: Path) -> None:
         record["header_crc32"] = zlib.crc32(content[: record["header_bytes"]])
 
     rewrite_manifest(path, change)
-
-
-def in_manifest(*keys: str, value: object) -> Callable[[Path], None]:
-    def change(manifest: dict[str, object]) -> None:
-        inner: object = manifest
-        for key in keys[:-1]:
-            assert isinstance(inner, dict)
-            inner = inner[key]
-        assert isinstance(inner, dict)
-        inner[keys[-1]] = value
-
-    return lambda path: rewrite_manifest(path, change)
 
 
 def sparse_giant(name: str) -> Callable[[Path], None]:
@@ -364,15 +347,6 @@ def test_what_the_system_refuses_to_read_is_not_called_damaged(
         assert step_of(loaded.state) == 1
         assert not isinstance(loaded.rejected[0], CheckpointCorruptError)
         assert paths[1].is_dir()
-
-
-def test_a_newer_format_is_neither_loaded_nor_called_damaged(run_directory: Path, checkpoint: Path) -> None:
-    in_manifest("min_reader", value=99)(checkpoint)
-    with CheckpointStore(run_directory.parent / "other"):
-        pass
-    with pytest.raises(CheckpointIncompatibleError, match="Update offloop"):
-        CheckpointReader(run_directory).load("last", on_corrupt="fallback")
-    assert checkpoint.is_dir()
 
 
 def test_fields_that_later_versions_add_are_ignored(checkpoint: Path) -> None:
