@@ -1,4 +1,7 @@
-"""A resumed run goes on bit for bit: cut at every step, killed at random, resumed again and again."""
+"""A resumed run goes on bit for bit: cut at every step, killed at random, resumed again and again.
+
+python -m pytest tests/engine/test_resume.py -m soak      every cut with loader workers too, half a minute
+"""
 
 import contextlib
 import os
@@ -155,7 +158,10 @@ def test_run_cut_at_any_step_goes_on_bit_for_bit(cut: int, tmp_path: Path, unint
     assert (start.attempt, start.step) == (1, cut)
 
 
-@pytest.mark.parametrize("cut", [3, 5, 8])
+@pytest.mark.parametrize(
+    "cut",
+    [pytest.param(cut, marks=() if cut in (3, 5, 8) else pytest.mark.soak) for cut in range(1, STEPS + 1)],
+)
 def test_run_with_loader_workers_goes_on_in_the_same_order(
     cut: int, tmp_path: Path, uninterrupted: Any
 ) -> None:
@@ -394,6 +400,18 @@ def test_state_of_another_machine_is_no_longer_called_bitwise(tmp_path: Path) ->
     (resumed,) = [event for event in rest if isinstance(event, Resumed)]
     assert resumed.exactness == "approximate"
     assert f"threads was {threads}, now it is {threads + 1}" in resumed.reasons
+
+
+def test_state_of_another_torch_is_no_longer_called_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_run(tmp_path, "cut", Cut(4))
+    here = str(torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    _, rest, _ = a_run(tmp_path, "cut", resume="must")
+    (resumed,) = [event for event in rest if isinstance(event, Resumed)]
+    assert resumed.exactness == "approximate"
+    assert f"torch was {here}, now it is 99.0" in resumed.reasons
 
 
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
