@@ -46,7 +46,7 @@ from offloop.engine.checkpoint.lock import RunLock
 from offloop.engine.checkpoint.manifest import Manifest
 from offloop.engine.checkpoint.reference import split_reference
 from offloop.engine.checkpoint.store import write_checkpoint
-from offloop.engine.checkpoint.tree import decode, encode
+from offloop.engine.checkpoint.tree import TensorNode, decode, encode, tensor_node
 from offloop.engine.errors import ConfigError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -454,11 +454,11 @@ def content_identity(state: Mapping[str, Any]) -> str:
 
     tensors: dict[str, torch.Tensor] = {}
 
-    def take(path: str, value: object) -> str | None:
+    def take(path: str, value: object) -> TensorNode | None:
         if not isinstance(value, torch.Tensor):
             return None
         tensors[path] = value
-        return path
+        return tensor_node(path)
 
     tree = encode({name: state[name] for name in sorted(state)}, take)
     digest = hashlib.sha256(msgspec.json.encode(tree))

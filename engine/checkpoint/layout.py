@@ -15,7 +15,6 @@ import torch
 
 from offloop.engine.checkpoint.errors import UnserializableStateError
 from offloop.engine.checkpoint.format import ELEMENT_CODES
-from offloop.engine.checkpoint.host_copy import SPLIT_BYTES
 from offloop.engine.checkpoint.manifest import StoredTensor, TensorView
 
 DEFAULT_FILES: Mapping[str, str] = {
@@ -31,8 +30,6 @@ OTHER_FILE = "aux.safetensors"
 _FILE_START_ALIGNMENT = 64
 _WIDEST = max(width for _, width in ELEMENT_CODES.values())
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-Signature = tuple[str, int, torch.dtype, torch.Size, tuple[int, ...], torch.device]
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,9 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Layout:
-    """The outcome; good for as long as the state's tensors have the same signatures."""
+    """The outcome; good for as long as the state's tensors are of the same kinds in the same places."""
 
     copies: tuple[Copy, ...]
-    small: int
-    """How many of them, from the first, are too small to be split over threads."""
     views: dict[str, TensorView]
     files: tuple[FilePlan, ...]
     size: int
@@ -89,11 +84,6 @@ def check_tensor(path: str, tensor: torch.Tensor) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
-
-
-def signature(path: str, tensor: torch.Tensor) -> Signature:
-    """Return all that the layout depends on; cheap, since it is compared at each snapshot."""
-    return (path, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
 
 def plan_layout(
@@ -153,9 +143,7 @@ def _arrange(
             offset += draft.bytes
         plans.append(FilePlan(file, start, offset, tuple(listed)))
         position = start + offset
-    copies.sort(key=lambda copy: copy.stored.bytes >= SPLIT_BYTES)
-    small = sum(copy.stored.bytes < SPLIT_BYTES for copy in copies)
-    return Layout(tuple(copies), small, views, tuple(plans), position)
+    return Layout(tuple(copies), views, tuple(plans), position)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,18 +32,16 @@ import torch
 from offloop.engine.checkpoint import cuda_copy
 from offloop.engine.checkpoint.errors import SnapshotBusyError, SnapshotTornError
 from offloop.engine.checkpoint.format import TensorFile
-from offloop.engine.checkpoint.host_copy import copy_tensors
+from offloop.engine.checkpoint.host_copy import HostCopier
 from offloop.engine.checkpoint.layout import (
     DEFAULT_FILES,
     Copy,
     Layout,
-    Signature,
     check_tensor,
     plan_layout,
-    signature,
 )
 from offloop.engine.checkpoint.manifest import TensorView
-from offloop.engine.checkpoint.tree import encode
+from offloop.engine.checkpoint.tree import TensorNode, encode, tensor_node
 
 DEFAULT_SLOTS = 2
 """One being filled while one is being written. One halves the memory and skips more often."""
@@ -172,8 +170,11 @@ class SnapshotArena:
         self._held: dict[_Slot, Snapshot] = {}
         self._closed = False
         self._changed = threading.Condition()
-        # Training thread only.
-        self._signatures: list[Signature] = []
+        self._host = HostCopier()
+        # The plan of the last snapshot; training thread only.
+        self._kinds: object = None
+        self._names: list[str] = []
+        self._nodes: list[TensorNode] = []
         self._layout = plan_layout([])
 
     def prepare(self, state: object) -> None:
@@ -235,6 +236,7 @@ class SnapshotArena:
             self._changed.notify_all()
         for slot in slots:
             slot.free()
+        self._host.close()
         self._cuda.close()
 
     def _fill(self, slot: _Slot, state: object) -> Snapshot:
@@ -249,7 +251,7 @@ class SnapshotArena:
             if on_cuda:
                 running = self._cuda.start(slot.targets, sources)
             else:
-                copy_tensors(slot.targets, sources, layout.small)
+                self._host.copy(slot.targets, sources)
         if self._check_versions and not on_cuda:
             self._compare(versions, tensors)
         snapshot = Snapshot(tree, layout, time.perf_counter() - started, self, slot, running)
@@ -259,38 +261,41 @@ class SnapshotArena:
 
     def _walk(self, state: object) -> tuple[object, list[torch.Tensor], Layout]:
         """Copy all but the tensors, list these, and plan anew if they are not the same."""
-        tensors: list[torch.Tensor] = []
-        signatures: list[Signature] = []
-        seen: set[str] = set()
+        tree, paths, tensors = self._list(state)
+        try:
+            kinds = _kinds(paths, tensors)
+        except Exception:  # sparse, nested, uninitialized: each fails in its own way
+            for path, tensor in zip(paths, tensors, strict=True):
+                check_tensor(path, tensor)
+            raise
+        if kinds != self._kinds:
+            for path, tensor in zip(paths, tensors, strict=True):
+                check_tensor(path, tensor)
+            names = _unique_names(paths)
+            self._layout = plan_layout(list(zip(names, tensors, strict=True)), self._files)
+            self._names, self._nodes, self._kinds = names, [tensor_node(name) for name in names], kinds
+            tree, _, _ = self._list(state)
+        return tree, tensors, self._layout
 
-        def name_tensor(path: str, value: object) -> str | None:
+    def _list(self, state: object) -> tuple[object, list[str], list[torch.Tensor]]:
+        """Return the tree, with the nodes of the plan, and the tensors with their paths, in the order of the walk."""
+        paths: list[str] = []
+        tensors: list[torch.Tensor] = []
+        nodes = iter(self._nodes)  # not made anew: a thousand of them keep the garbage collector busy
+        unknown = tensor_node("")
+
+        def node_of(path: str, value: object) -> TensorNode | None:
             if not isinstance(value, torch.Tensor):
                 return None
-            name = path[1:] or "tensor"
-            while name in seen:  # keys "a.b" and "a" -> "b" meet here
-                name += "~"
-            seen.add(name)
-            try:
-                signatures.append(signature(name, value))
-            except Exception:  # sparse, nested, uninitialized: each fails in its own way
-                check_tensor(path, value)
-                raise
+            paths.append(path)
             tensors.append(value)
-            return name
+            return next(nodes, unknown)
 
-        tree = encode(state, name_tensor)
-        if signatures != self._signatures:
-            named = [(entry[0], tensor) for entry, tensor in zip(signatures, tensors, strict=True)]
-            for name, tensor in named:
-                check_tensor(f".{name}", tensor)
-            self._layout, self._signatures = plan_layout(named, self._files), signatures
-        return tree, tensors, self._layout
+        return encode(state, node_of), paths, tensors
 
     def _compare(self, versions: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
         changed = [
-            self._signatures[index][0]
-            for index, tensor in enumerate(tensors)
-            if _version(tensor) != versions[index]
+            self._names[index] for index, tensor in enumerate(tensors) if _version(tensor) != versions[index]
         ]
         if changed:
             raise SnapshotTornError(changed)
@@ -306,6 +311,28 @@ class SnapshotArena:
             self._changed.notify_all()
         if self._closed:
             slot.free()
+
+
+def _kinds(paths: list[str], tensors: Sequence[torch.Tensor]) -> object:
+    """Return all that a layout depends on; cheap to make and to compare, since each snapshot does both."""
+    return (
+        paths,
+        [tensor.data_ptr() for tensor in tensors],
+        [tensor.dtype for tensor in tensors],
+        [tensor.shape for tensor in tensors],
+        [tensor.stride() for tensor in tensors],
+        [tensor.device for tensor in tensors],
+    )
+
+
+def _unique_names(paths: Iterable[str]) -> list[str]:
+    seen: dict[str, None] = {}
+    for path in paths:
+        name = path[1:] or "tensor"
+        while name in seen:  # keys "a.b" and "a" -> "b" meet here
+            name += "~"
+        seen[name] = None
+    return list(seen)
 
 
 def _source(copy: Copy, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

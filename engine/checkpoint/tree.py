@@ -34,14 +34,20 @@ _MAPPINGS: dict[str, Callable[[dict[object, object]], object]] = {
 }
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-TensorNamer = Callable[[str, object], str | None]
-"""Given a path and a value, the name under which it is saved, or None if it is no tensor."""
+TensorNode = dict[str, list[str]]
+TensorNodes = Callable[[str, object], TensorNode | None]
+"""Given a path and a value, what stands in its place (`tensor_node`), or None if it is no tensor."""
 
 
-def encode(value: object, name_tensor: TensorNamer, path: str = "", depth: int = 0) -> object:
+def tensor_node(name: str) -> TensorNode:
+    """Return what stands in the place of the tensor that is saved under `name`."""
+    return {"$": ["tensor", name]}
+
+
+def encode(value: object, node_of: TensorNodes, path: str = "", depth: int = 0) -> object:
     """Return a copy of `value` that consists of JSON types only.
 
-    Nothing in the result is shared with `value`, which may change afterwards.
+    Nothing in the result is shared with `value`, which may change afterwards; nodes of tensors stand in it as they are.
 
     Raises:
         UnserializableStateError: With the path of the first value that cannot be saved.
@@ -55,31 +61,31 @@ def encode(value: object, name_tensor: TensorNamer, path: str = "", depth: int =
         return _encode_int(value)  # type: ignore[arg-type]  # kind is int
     if isinstance(value, float):  # numpy.float64 is one and equals its float exactly
         return _encode_float(float(value))
-    name = name_tensor(path, value)
-    if name is not None:
-        return {"$": ["tensor", name]}
+    node = node_of(path, value)
+    if node is not None:
+        return node
     if depth >= MAX_DEPTH:
         raise UnserializableStateError(path, value, f"nested deeper than {MAX_DEPTH} levels")
     if kind is list or kind is tuple:
         assert isinstance(value, (list, tuple))
         items: list[object] = []
         for index, item in enumerate(value):
-            items.append(encode(item, name_tensor, f"{path}.{index}", depth + 1))
+            items.append(encode(item, node_of, f"{path}.{index}", depth + 1))
         return items if kind is list else {"$": ["tuple", items]}
     if kind in (dict, OrderedDict, Counter):
-        return _encode_mapping(value, name_tensor, path, depth)  # type: ignore[arg-type]  # a dict
+        return _encode_mapping(value, node_of, path, depth)  # type: ignore[arg-type]  # a dict
     raise UnserializableStateError(path, value)
 
 
-def _encode_mapping(value: dict[object, object], name_tensor: TensorNamer, path: str, depth: int) -> object:
+def _encode_mapping(value: dict[object, object], node_of: TensorNodes, path: str, depth: int) -> object:
     kind = type(value).__name__
     if kind == "dict" and "$" not in value and all(type(key) is str for key in value):
         return {
-            _checked_text(key, path): encode(item, name_tensor, f"{path}.{key}", depth + 1)
+            _checked_text(key, path): encode(item, node_of, f"{path}.{key}", depth + 1)
             for key, item in value.items()
         }
     pairs = [
-        [_encode_key(key, path), encode(item, name_tensor, f"{path}.{key}", depth + 1)]
+        [_encode_key(key, path), encode(item, node_of, f"{path}.{key}", depth + 1)]
         for key, item in value.items()
     ]
     return {"$": [kind, pairs]}

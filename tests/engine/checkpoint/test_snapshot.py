@@ -16,7 +16,6 @@ from offloop.engine.checkpoint import (
     SnapshotBusyError,
     SnapshotTornError,
     UnserializableStateError,
-    host_copy,
 )
 from offloop.engine.checkpoint.layout import plan_layout
 
@@ -251,25 +250,6 @@ def test_a_change_by_another_thread_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SnapshotTornError) as caught:
         SnapshotArena(check_versions=True).take({"model": {"w": weight, "v": torch.ones(1)}})
     assert caught.value.names == ("model.w",)
-
-
-def test_large_tensors_are_split_and_small_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = torch.get_num_threads()
-    seen: dict[int, int] = {}
-    copy = torch._foreach_copy_
-
-    def watch(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        seen.update({source.numel(): torch.get_num_threads() for source in sources})
-        copy(targets, sources)
-
-    monkeypatch.setattr(torch, "_foreach_copy_", watch)
-    state = [torch.randn(3), torch.randn(9_000_000), torch.randn(100_000)]
-    with SnapshotArena().take(state) as snapshot:
-        payload = torch.frombuffer(snapshot.parts()[0].payload, dtype=torch.float32)
-        assert torch.equal(payload, torch.cat(state))
-    assert seen[9_000_000] == torch.get_num_threads() == threads
-    if host_copy._openmp is not None:
-        assert seen[3] == seen[100_000] == 1
 
 
 def test_a_default_device_does_not_move_the_buffers() -> None:
