@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_contenders import WithBuffers, train_with_ignite, train_with_lightning
 from measure import TINY, Batch, Report, cycle, loss_of, optimizer_of, parse
 from peers import version_of
 
@@ -41,17 +42,9 @@ DISK = 12  # megabytes
 FAIL_FROM = 5
 
 
-class Model(torch.nn.Module):
-    """The tiny MLP and a buffer that makes a checkpoint about a megabyte large."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = TINY.model()
-        self.register_buffer("padding", torch.randn(PADDING))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.model(inputs)
-        return outputs
+def make_model() -> WithBuffers:
+    """Return the tiny MLP with a buffer that makes a checkpoint about a megabyte large."""
+    return WithBuffers(1, PADDING)
 
 
 class Loader:
@@ -75,7 +68,7 @@ class Loader:
 
 def by_torch_save(loader: Loader, directory: Path) -> None:
     """Train by hand, with torch.save over the same file."""
-    model = Model()
+    model = make_model()
     optimizer = optimizer_of(model)
     for inputs, targets in loader:
         optimizer.zero_grad()
@@ -86,44 +79,12 @@ def by_torch_save(loader: Loader, directory: Path) -> None:
 
 def by_lightning(loader: Loader, directory: Path) -> None:
     """Train with Lightning."""
-    lightning: Any = __import__("lightning")
-    callbacks: Any = __import__("lightning.pytorch.callbacks", fromlist=["callbacks"])
-
-    class Module(lightning.LightningModule):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = Model()
-
-        def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-            loss: torch.Tensor = loss_of(self.model(batch[0]), batch[1])
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer_of(self.model)
-
-    saving = callbacks.ModelCheckpoint(directory, every_n_train_steps=1, save_last=True)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[saving],
-    )
-    trainer.fit(Module(), loader)
+    train_with_lightning(make_model(), loader, directory, every=1, save_last=True)
 
 
 def by_ignite(loader: Loader, directory: Path) -> None:
     """Train with Ignite."""
-    engine: Any = __import__("ignite.engine", fromlist=["engine"])
-    handlers: Any = __import__("ignite.handlers", fromlist=["handlers"])
-    model = Model()
-    optimizer = optimizer_of(model)
-    trainer = engine.create_supervised_trainer(model, optimizer, loss_of, device="cpu")
-    saver = handlers.DiskSaver(str(directory), require_empty=False)
-    save = handlers.Checkpoint({"model": model, "optimizer": optimizer, "trainer": trainer}, saver, n_saved=2)
-    trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, save)
-    trainer.run(loader, max_epochs=1)
+    train_with_ignite(make_model(), loader, directory, every=1)
 
 
 def by_offloop(loader: Loader, directory: Path) -> None:
@@ -131,7 +92,7 @@ def by_offloop(loader: Loader, directory: Path) -> None:
     from offloop.callbacks import ModelCheckpoint
     from offloop.engine import Trainer
 
-    model = Model()
+    model = make_model()
     trainer = Trainer(
         model, optimizer_of(model), loss=loss_of, device="cpu", run_dir=str(directory), run_name="run"
     )

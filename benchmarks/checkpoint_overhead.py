@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from checkpoint_contenders import WithBuffers
 from measure import (
     TEN_MS,
     TINY,
@@ -113,20 +114,6 @@ def measure_time(report: Report, rounds: int, steps: int, directory: Path | None
         report.figure(name, {"seconds": runs.seconds, "gaps": runs.gaps})
 
 
-class WithBuffers(torch.nn.Module):
-    """The tiny MLP and 200 MB of buffers, present in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = TINY.model()
-        for number in range(BUFFERS):
-            self.register_buffer(f"buffer{number}", torch.full((BUFFER_SIZE,), float(number)))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.model(inputs)
-        return outputs
-
-
 class SaveFive(Callback):
     """Takes five checkpoints one after the other, and waits for each copy."""
 
@@ -141,7 +128,7 @@ class SaveFive(Callback):
 def train_in_memory(saves: bool, directory: Path | None) -> None:
     """Train with 200 MB of buffers and print the peak of resident memory, in bytes."""
     torch.set_num_threads(1)
-    model = WithBuffers()
+    model = WithBuffers(BUFFERS, BUFFER_SIZE)
     with tempfile.TemporaryDirectory(dir=directory) as run_dir:
         trainer = Trainer(model, optimizer_of(model), loss=loss_of, device="cpu", run_dir=run_dir)
         trainer.train(list(cycle(TINY.batches(), 0, 50)), epochs=1, callbacks=[SaveFive()] if saves else [])

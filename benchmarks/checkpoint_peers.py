@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_contenders import WithBuffers, train_with_ignite, train_with_lightning
 from measure import TINY, Batch, Report, clock, loss_of, median_of, optimizer_of, parse, shuffled
 from peers import version_of
 
@@ -31,18 +32,9 @@ BUFFERS, BUFFER_SIZE = 24, 1_000_000  # float32: 96 MB in 24 tensors
 TIMEOUT = 300
 
 
-class LargeModel(torch.nn.Module):
-    """The tiny MLP with buffers that every checkpoint holds, so that steps are short and checkpoints large."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = TINY.model()
-        for number in range(BUFFERS):
-            self.register_buffer(f"buffer{number}", torch.full((BUFFER_SIZE,), float(number)))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.model(inputs)
-        return outputs
+def make_model() -> WithBuffers:
+    """Return a model whose steps are short and whose checkpoints are large."""
+    return WithBuffers(BUFFERS, BUFFER_SIZE)
 
 
 class GapLoader:
@@ -72,7 +64,7 @@ class GapLoader:
 
 def by_hand(loader: GapLoader, directory: Path, save: Callable[[int, Any], None] | None = None) -> None:
     """Train by hand, calling `save` every 20 steps."""
-    model = LargeModel()
+    model = make_model()
     optimizer = optimizer_of(model)
     for step, (inputs, targets) in enumerate(loader, 1):
         optimizer.zero_grad()
@@ -112,59 +104,27 @@ def by_offloop(loader: GapLoader, directory: Path) -> int:
     from offloop.engine import CheckpointFailed, Trainer
     from offloop.engine.testing import Recorder
 
-    model, recorder = LargeModel(), Recorder()
+    model, recorder = make_model(), Recorder()
     trainer = Trainer(model, optimizer_of(model), loss=loss_of, device="cpu", run_dir=str(directory))
     saving = ModelCheckpoint(every_n_steps=EVERY, save_last=False)
     trainer.train(loader, epochs=1, callbacks=[saving, recorder])
     return len(recorder.of(CheckpointFailed))
 
 
-def by_lightning(loader: GapLoader, directory: Path, plugins: Any = None) -> None:
+def by_lightning(loader: GapLoader, directory: Path) -> None:
     """Save with Lightning's ModelCheckpoint."""
-    lightning: Any = __import__("lightning")
-    callbacks: Any = __import__("lightning.pytorch.callbacks", fromlist=["callbacks"])
-
-    class Module(lightning.LightningModule):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = LargeModel()
-
-        def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-            loss: torch.Tensor = loss_of(self.model(batch[0]), batch[1])
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer_of(self.model)
-
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=plugins,
-        callbacks=[callbacks.ModelCheckpoint(directory, every_n_train_steps=EVERY)],
-    )
-    trainer.fit(Module(), loader)
+    train_with_lightning(make_model(), loader, directory, every=EVERY)
 
 
 def by_async_lightning(loader: GapLoader, directory: Path) -> None:
     """Save with Lightning and its AsyncCheckpointIO."""
     plugins: Any = __import__("lightning.pytorch.plugins.io", fromlist=["io"])
-    by_lightning(loader, directory, [plugins.AsyncCheckpointIO()])
+    train_with_lightning(make_model(), loader, directory, every=EVERY, plugins=[plugins.AsyncCheckpointIO()])
 
 
 def by_ignite(loader: GapLoader, directory: Path) -> None:
     """Save with Ignite's Checkpoint and DiskSaver."""
-    engine: Any = __import__("ignite.engine", fromlist=["engine"])
-    handlers: Any = __import__("ignite.handlers", fromlist=["handlers"])
-    model = LargeModel()
-    optimizer = optimizer_of(model)
-    trainer = engine.create_supervised_trainer(model, optimizer, loss_of, device="cpu")
-    saver = handlers.DiskSaver(str(directory), require_empty=False)
-    save = handlers.Checkpoint({"model": model, "optimizer": optimizer, "trainer": trainer}, saver, n_saved=2)
-    trainer.add_event_handler(engine.Events.ITERATION_COMPLETED(every=EVERY), save)
-    trainer.run(loader, max_epochs=1)
+    train_with_ignite(make_model(), loader, directory, every=EVERY)
 
 
 CONTENDERS: dict[str, tuple[Callable[[GapLoader, Path], int | None], str]] = {
