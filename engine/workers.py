@@ -4,13 +4,13 @@ A worker that dies of it takes the next batch with it, and with that the step af
 stopped in order. So while a run handles signals itself, its workers leave the first ones to it.
 """
 
-import atexit
 import contextlib
 import functools
 import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, Final
@@ -18,6 +18,11 @@ from typing import Any, Final
 from torch.utils.data import DataLoader
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+PATIENCE = 5.0
+"""Seconds that workers have to leave at the end of the process; as many as a loader gives them."""
+
+_spared: set[int] = set()  # ids of processes, of dead ones too; added to by training threads
 
 
 @contextlib.contextmanager
@@ -34,10 +39,12 @@ def spared_workers(loader: Iterable[Any]) -> Iterator[None]:
     is_forked = context.get_start_method() == "fork"
     init = loader.worker_init_fn
     loader.worker_init_fn = _Init(init)
+    there = {each.pid for each in multiprocessing.active_children()}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if is_forked else None
     try:
         yield
     finally:
+        _spared.update(each.pid for each in multiprocessing.active_children() if each.pid not in there)
         if before is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         loader.worker_init_fn = init
@@ -59,17 +66,35 @@ class _Init:
 
     def _spare_once(self, number: int, frame: FrameType | None) -> None:
         """Outlive this one, unless the parent is at its end and waits for us."""
-        signal.signal(number, signal.SIG_DFL)
         if self._is_leaving.value:
-            os.kill(os.getpid(), number)
+            os._exit(0)
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _shared_mark() -> Any:
+    """Return a number that this process shares with its workers, and that is 1 once it leaves."""
+    return _mark_of(os.getpid())  # one that was forked leaves at a time of its own
 
 
 @functools.cache
-def _shared_mark() -> Any:
-    """Return a number that workers share and that is 1 once this process leaves.
-
-    multiprocessing ends daemons with SIGTERM then and waits for them: one that was spared would keep us here.
-    """
+def _mark_of(process: int) -> Any:
     mark = multiprocessing.RawValue("b", 0)
-    atexit.register(setattr, mark, "value", 1)  # runs before multiprocessing's own, registered earlier
+    # Not atexit, which the processes that multiprocessing starts never come to.
+    multiprocessing.util.Finalize(None, _end_workers, args=(mark,), exitpriority=0)
     return mark
+
+
+def _end_workers(is_leaving: Any) -> None:
+    """End spared workers that are still there, before multiprocessing sends one SIGTERM and waits for ever.
+
+    Those that are deep in native code, where no handler of Python's runs, are killed.
+    """
+    is_leaving.value = 1
+    left = [each for each in multiprocessing.active_children() if each.pid in _spared]
+    for each in left:
+        each.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for each in left:
+        each.join(max(0.0, deadline - time.monotonic()))
+        if each.is_alive():
+            each.kill()

@@ -85,30 +85,33 @@ def many_epochs(epochs: int, tmp_path: Path, **loader_knobs: Any) -> None:
     assert not multiprocessing.active_children()
 
 
-def in_a_process_of_its_own(epochs: int, tmp_path: Path, *, seconds: float) -> None:
-    """Run `many_epochs` with the streams that a script has; pytest's, which replace them, are not made for forks."""
-    command = [sys.executable, __file__, str(epochs), str(tmp_path)]
+def in_a_process_of_its_own(tmp_path: Path, *command: str, seconds: float) -> str:
+    """Run a script with the streams that scripts have; pytest's, which replace them, are not made for forks."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment, stdout=out, stderr=out, start_new_session=True
+        )
         try:
             code = process.wait(seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a worker that hangs outlives its parent
             process.wait()
-    assert code == 0, (tmp_path / "out").read_text()[-2000:]
+    said = (tmp_path / "out").read_text()
+    assert code == 0, said[-2000:]
+    return said
 
 
 @pytest.mark.slow
 def test_many_epochs_with_fresh_workers_do_not_hang(tmp_path: Path) -> None:
-    in_a_process_of_its_own(12, tmp_path, seconds=100)
+    in_a_process_of_its_own(tmp_path, __file__, "12", str(tmp_path), seconds=100)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_thousand_epochs_with_fresh_workers_do_not_hang(tmp_path: Path) -> None:
-    in_a_process_of_its_own(1000, tmp_path, seconds=1700)
+    in_a_process_of_its_own(tmp_path, __file__, "1000", str(tmp_path), seconds=1700)
 
 
 @pytest.mark.slow
@@ -124,6 +127,53 @@ def test_workers_are_started_the_way_that_the_user_chose(tmp_path: Path) -> None
     assert tiny_trainer(Look).train(loader, epochs=1).status == "completed"
     assert set(seen) == {"ForkServerProcess"}
     assert loader.multiprocessing_context is not None
+
+
+LEAVING = """
+import ctypes, multiprocessing, os, sys
+import torch
+from torch.utils.data import DataLoader
+from offloop.engine import workers
+from offloop.engine.testing import tiny_loader, tiny_trainer
+
+workers.PATIENCE = 0.2
+
+class Samples(torch.utils.data.Dataset):
+    samples = tiny_loader(12).dataset
+    def __init__(self, hangs_at):
+        self.hangs_at = hangs_at
+    def __len__(self):
+        return len(self.samples)
+    def __getitem__(self, index):
+        if index == self.hangs_at:
+            mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            for _ in range(2):  # the second time for ever, and no handler of Python's is run there
+                libc.pthread_mutex_lock(mutex)
+        return self.samples[index]
+
+def train(hangs_at):
+    global loader  # so that its workers are there to the end
+    torch.set_num_threads(1)
+    loader = DataLoader(Samples(hangs_at), batch_size=4, num_workers=2, persistent_workers=True, prefetch_factor=8)
+    result = tiny_trainer().train(loader, max_steps=2)
+    os.write(1, f"{result.status} {len(multiprocessing.active_children())}\\n".encode())
+
+for hangs_at in (-1, 32):  # none, or the ninth batch, which is loaded ahead
+    child = multiprocessing.get_context("fork").Process(target=train, args=(hangs_at,))
+    child.start()
+    child.join()
+    print(child.exitcode, flush=True)
+train(-1)
+"""
+
+
+@pytest.mark.slow
+def test_spared_workers_keep_no_process_from_leaving(tmp_path: Path) -> None:
+    """Neither the main one nor one of multiprocessing's, which end in ways of their own; nor if a worker hangs."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    said = in_a_process_of_its_own(tmp_path, str(script), seconds=100)
+    assert said.splitlines() == ["completed 2", "0", "completed 2", "0", "completed 2"]
 
 
 if __name__ == "__main__":
