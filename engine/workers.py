@@ -22,7 +22,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 5.0
 """Seconds that workers have to leave at the end of the process; as many as a loader gives them."""
 
-_spared: set[int] = set()  # ids of processes, of dead ones too; added to by training threads
+_spared: set[int | None] = set()  # ids of processes, of dead ones too; added to by training threads
 
 
 @contextlib.contextmanager
