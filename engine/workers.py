@@ -1,7 +1,7 @@
 """Loader workers and signals: a Ctrl-C or a scheduler's SIGTERM reaches every process, not only ours.
 
 A worker that dies of it takes the next batch with it, and with that the step after which the run would have
-stopped in order. So while a run handles signals itself, its workers leave the first ones to it.
+stopped in order. So while a run handles signals itself, its workers leave them to it.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ _spared: set[int | None] = set()  # ids of processes, of dead ones too; added to
 
 @contextlib.contextmanager
 def spared_workers(loader: Iterable[Any]) -> Iterator[None]:
-    """Have the workers that a loader starts in this block outlive one SIGTERM, and any SIGINT.
+    """Have the workers that a loader starts in this block outlive SIGTERM and SIGINT, until this process leaves.
 
-    The second SIGTERM ends a worker, be it the parent's own way to get rid of one that hangs.
+    One whose parent has died ends by itself, within seconds, as all workers do.
     Where workers are forked, signals wait from the fork until the worker has its handlers.
     """
     if not isinstance(loader, DataLoader) or not loader.num_workers:
@@ -59,16 +59,15 @@ class _Init:
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._spare_once)
+        signal.signal(signal.SIGTERM, self._leave_with_parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         if self._then is not None:
             self._then(worker_id)
 
-    def _spare_once(self, number: int, frame: FrameType | None) -> None:
-        """Outlive this one, unless the parent is at its end and waits for us."""
+    def _leave_with_parent(self, number: int, frame: FrameType | None) -> None:
+        """End only if the parent is at its end and waits for us; else a batch that it still wants would be lost."""
         if self._is_leaving.value:
             os._exit(0)
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _shared_mark() -> Any:
