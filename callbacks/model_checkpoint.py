@@ -100,6 +100,7 @@ class ModelCheckpoint(Callback):
         self._name = CheckpointName(DEFAULT_FILENAME if filename is None else filename)
         self.mode: Mode = mode
         self.monitor = None if monitor is None else Monitor(monitor, mode)
+        self.best_by = None if monitor is None else (monitor, mode)
         self.save_best_only = save_best_only
         self.save_top_k = save_top_k
         self.save_last = save_last

@@ -75,6 +75,8 @@ class Callback:
     """What happens beyond `buffer`; `"block"` gives the callback the right to slow training down."""
     needs_run_dir: ClassVar[bool] = False
     """True if it writes into `run.dir`: the run then has a directory."""
+    best_by: 'tuple[str, Literal["auto", "min", "max"]] | None' = None
+    """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not."""
 
     def reset(self) -> None:
         """Forget the previous run. Called before each new run, in the thread that starts it."""

@@ -686,9 +686,12 @@ class BaseTrainer:
         check_metrics(metrics)
         self._check_model()
         self._check_optimization()
+        given = [*self.callbacks, *callbacks]
+        wishes = {each.best_by for each in given if isinstance(each, Callback) and each.best_by is not None}
+        if config.monitor is None and len(wishes) == 1:
+            config = config.replace(**dict(zip(("monitor", "mode"), wishes.pop(), strict=True)))
         monitor = chosen_monitor(config, metrics, val_loader)
 
-        given = [*self.callbacks, *callbacks]
         base_dir = None
         needs_dir = config.run_dir is not None or config.remote is not None
         if needs_dir or any(getattr(each, "needs_run_dir", False) for each in given):

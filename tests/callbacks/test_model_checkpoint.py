@@ -239,9 +239,8 @@ def test_what_stays_on_disk(
     result, _ = train(tmp_path, LOSSES, ModelCheckpoint("val_loss", save_last=False, **arguments))
     assert on_disk(tmp_path) == [f"step-{step:09d}-a0" for step in stays]
     assert (ref(tmp_path, "best"), ref(tmp_path, "last")) == (f"step-{best:09d}-a0", f"step-{last:09d}-a0")
-    if arguments.get("mode") != "max":  # that one watches something else than the run does
-        assert result.best is not None
-        assert result.best.path == str(tmp_path / "run" / "checkpoints" / ref(tmp_path, "best"))
+    assert result.best is not None
+    assert result.best.path == str(tmp_path / "run" / "checkpoints" / ref(tmp_path, "best"))
 
 
 def test_default_keeps_the_best_of_long_ago(tmp_path: Path) -> None:
@@ -360,7 +359,9 @@ def test_missing_metric_lists_the_keys(tmp_path: Path) -> None:
 
 
 def test_validation_that_never_comes_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(MetricNotFoundError, match=r"val_loss.*train_loss"):
+    with pytest.raises(
+        ConfigError, match=r"monitor='val_loss' needs a validation: give train\(\) a val_loader"
+    ):
         train(tmp_path, [], ModelCheckpoint("val_loss"), epochs=2)
 
 
@@ -388,6 +389,19 @@ def test_metric_and_direction_of_the_trainer_are_taken_over(tmp_path: Path) -> N
         tmp_path, [1.0, 2.0, 1.5], ModelCheckpoint(save_best_only=True, save_last=False), knobs=knobs
     )
     assert saved(recorder) == [(2, "best"), (4, "best")]
+
+
+def test_the_trainer_has_the_last_word_about_the_best_of_a_run(tmp_path: Path) -> None:
+    result, _ = train(tmp_path, [1.0, 2.0], ModelCheckpoint("val_loss"), knobs={"monitor": "train_loss"})
+    assert result.best is not None and result.best.monitor == "train_loss"
+
+
+def test_two_that_disagree_leave_the_best_of_a_run_alone(tmp_path: Path) -> None:
+    two = [ModelCheckpoint("train_loss"), ModelCheckpoint("val_loss", mode="max")]
+    result = trainer_for(tmp_path, [1.0, 2.0], callbacks=two).train(
+        tiny_batches(BATCHES), tiny_batches(1), epochs=2
+    )
+    assert result.best is not None and (result.best.monitor, result.best.score) == ("val_loss", 1.0)
 
 
 @pytest.mark.parametrize(

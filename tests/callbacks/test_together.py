@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import StopAfter
 
 import offloop.callbacks
 from offloop.callbacks import (
@@ -26,7 +27,7 @@ from offloop.callbacks import (
     TensorBoardLogger,
     WeightAverage,
 )
-from offloop.engine import Callback, RunResult, StepPoint, in_step
+from offloop.engine import Callback, RunResult
 from offloop.engine.testing import Recorder, reproducible, tiny_loader, tiny_trainer
 
 pytestmark = [
@@ -43,18 +44,6 @@ COMPARED = {
     "LayersMeasured",
 }
 ELSEWHERE = {"MLflowLogger", "WandbLogger"}  # need their servers or processes: test_tracking.py
-
-
-class StopAfter(Callback):
-    """Interrupts a run after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.step == self.step:
-            point.run.stop_nowait("interrupted")
 
 
 def every_callback() -> list[Callback]:

@@ -362,7 +362,10 @@ def test_full_disk_does_not_end_training_and_the_next_save_works(tmp_path: Path)
     class FillThenFree(Callback):
         @in_step
         def after_step(self, point: StepPoint) -> None:
+            if point.step == 3:
+                self.before = point.run.checkpoint_nowait()
             if point.step == 4:
+                self.before.result(timeout=30)
                 with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
                     while True:
                         file.write(bytes(4096))
