@@ -400,11 +400,12 @@ def throughput(since: TrainStart | StepEnd, steps: Sequence[StepEnd]) -> dict[st
     # A step's time begins with its first batch, so it holds the waits for the others of its window.
     waited_inside = waited * (1 - done / batches) if batches > done else 0.0
     computed = scale * sum(step.step_time for step in steps) - waited_inside
+    waiting = min(100.0, 100.0 * waited / seconds)  # the scale may overdo it
     return {
         "steps_per_second": done / seconds,
         "samples_per_second": scale * sum(step.samples for step in steps) / seconds,
-        "data_wait_percent": min(100.0, 100.0 * waited / seconds),
-        "compute_percent": min(100.0, 100.0 * computed / seconds),
+        "data_wait_percent": waiting,
+        "compute_percent": min(100.0 - waiting, 100.0 * computed / seconds),
     }
 
 
