@@ -36,7 +36,6 @@ from measure import (
     StretchLoader,
     Task,
     median_of,
-    optimizer_of,
     parse,
     terminal,
     verdict,
@@ -152,12 +151,12 @@ CASES = [
 
 def measure(case: Case, rounds: int) -> StretchLoader:
     """Train with the callbacks; the loader holds the figures."""
-    model = case.task.model()
-    loader = StretchLoader(case.task, rounds, seconds=SECONDS, settle=SETTLE, by_hand=case.by_hand)
+    by_hand = case.by_hand(case.task)
+    loader = StretchLoader(by_hand, rounds, seconds=SECONDS, settle=SETTLE)
     with terminal() as descriptor, tempfile.TemporaryDirectory() as directory:
         callbacks = case.callbacks(descriptor) if case.callbacks is not None else []
         config = TrainerConfig(device="cpu", run_dir=directory if callbacks else None)
-        trainer = Trainer(model, optimizer_of(model), config, loss=case.task.loss, callbacks=callbacks)
+        trainer = Trainer(by_hand.model, by_hand.optimizer, config, loss=case.task.loss, callbacks=callbacks)
         trainer.train(loader, epochs=1)
     return loader
 

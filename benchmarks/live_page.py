@@ -36,6 +36,7 @@ from measure import (
     HAND,
     TINY,
     Batch,
+    HandWritten,
     Report,
     StretchLoader,
     Task,
@@ -143,7 +144,9 @@ def trainer_for(task: Task) -> Trainer:
 
 def measure_training(task: Task, rounds: int, count: int | None) -> StretchLoader:
     """Train with the page and so many viewers, or with none of it."""
-    loader = StretchLoader(task, rounds, seconds=STRETCH, settle=SETTLE)
+    by_hand = HandWritten(task)
+    loader = StretchLoader(by_hand, rounds, seconds=STRETCH, settle=SETTLE)
+    trainer = Trainer(by_hand.model, by_hand.optimizer, TrainerConfig(device="cpu"), loss=task.loss)
     with contextlib.ExitStack() as stack:
         callbacks: list[Callback] = []
         if count is not None:
@@ -151,7 +154,7 @@ def measure_training(task: Task, rounds: int, count: int | None) -> StretchLoade
             callbacks.append(dashboard)
             if count:
                 stack.enter_context(viewers(dashboard.url, count))
-        trainer_for(task).train(loader, epochs=1, callbacks=callbacks)
+        trainer.train(loader, epochs=1, callbacks=callbacks)
     return loader
 
 

@@ -106,6 +106,7 @@ class HandWritten:
             task: What to train.
             reads_loss: Whether it reads `loss.item()` in each step, as whoever logs the loss does.
         """
+        self.task = task
         self.model = task.model()
         self.optimizer = optimizer_of(self.model)
         self.loss_of = task.loss
@@ -260,25 +261,29 @@ class StretchLoader:
     the wrong loop. Here the run gets some time to reach its steady state, is measured, and its callbacks get some
     rest to catch up, before it is somebody else's turn. The work of the last hand-over falls out of a stretch, that
     of the one before it falls in.
+
+    All train the same model, with the same optimizer: twins lie elsewhere in memory, and one of two equal steps of
+    10 ms was up to a tenth slower for that alone.
     """
 
     def __init__(
         self,
-        task: Task,
+        by_hand: HandWritten,
         rounds: int,
         *,
         seconds: float,
         settle: float,
-        by_hand: Callable[[Task], HandWritten] = HandWritten,
     ) -> None:
-        """Measure `rounds` stretches of so many `seconds` of each; `settle` seconds go by before and after."""
-        self.task, self.rounds = task, rounds
+        """Measure `rounds` stretches of so many `seconds` of each; `settle` seconds go by before and after.
+
+        The run that gets this loader trains `by_hand.model` with `by_hand.optimizer`.
+        """
+        self.by_hand, self.rounds = by_hand, rounds
         self.seconds, self.settle = seconds, settle
-        self.by_hand = {name: by_hand(task) for name in (HAND, HAND_AGAIN)}
         self.per_step: dict[str, list[float]] = {OFFLOOP: [], HAND: [], HAND_AGAIN: []}
         self.cpu: dict[str, list[float]] = defaultdict(list)
         """By other thread of the process: the share of a core that it used in each of offloop's stretches."""
-        self._batches = task.batches()
+        self._batches = by_hand.task.batches()
 
     def ratio(self) -> tuple[Interval, Interval]:
         """Return offloop's time over that by hand, and the A/A ratio."""
@@ -293,7 +298,7 @@ class StretchLoader:
         """Give batches for so many seconds, and note the seconds per step."""
         steps, started = 0, clock()
         while clock() - started < seconds:
-            for _ in range(self.task.steps_per_slice):
+            for _ in range(self.by_hand.task.steps_per_slice):
                 yield self._batches[steps % len(self._batches)]
                 steps += 1
         if record is not None:
@@ -312,8 +317,9 @@ class StretchLoader:
                         self.cpu[thread].append((used - before.get(thread, 0.0)) / seconds)
                     time.sleep(self.settle)
                 else:
-                    self.by_hand[name].train(self.batches_for(self.settle / 3))
-                    self.by_hand[name].train(self.batches_for(self.seconds, record))
+                    self.by_hand.train(self.batches_for(self.settle / 3))
+                    self.by_hand.train(self.batches_for(self.seconds, record))
+                    self.by_hand.optimizer.zero_grad()  # a run expects it so
 
 
 def cpu_of_other_threads() -> dict[str, float]:

@@ -68,7 +68,10 @@ def test_throughput_counts_dropped_steps_by_those_that_came() -> None:
 
 def test_shares_of_time_are_no_more_than_all_of_it() -> None:
     values = throughput(START, [step_end(4, 101.0)])  # the one that came stands for four, and was slower
-    assert (values["data_wait_percent"], values["compute_percent"]) == (pytest.approx(40.0), pytest.approx(60.0))
+    assert (values["data_wait_percent"], values["compute_percent"]) == (
+        pytest.approx(40.0),
+        pytest.approx(60.0),
+    )
 
 
 def test_waits_inside_an_accumulation_window_are_no_computing() -> None:
