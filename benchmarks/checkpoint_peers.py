@@ -1,8 +1,8 @@
 """How long does a save hold training up: torch.save, DCP's async_save, Lightning, Ignite, offloop?
 
 Each contender trains the tiny MLP, whose model also holds 96 MB of buffers, in a process of its own, and saves
-every 20 steps. The loader notes when each batch is asked for. The stall of a save is the longest gap of its 20
-steps less the median gap; the cost of a save is all the time that its 20 steps took longer than 20 steps by hand
+every 400 steps. The loader notes when each batch is asked for. The stall of a save is the longest gap of its 400
+steps less the median gap; the cost of a save is all the time that its 400 steps took longer than 400 by hand
 without saving, in the same process. Writing is beside training for some, so the cost is more than the stall.
 offloop leaves a save out while both of its buffers are still being written, and says so; these are counted.
 
@@ -27,7 +27,7 @@ from checkpoint_contenders import WithBuffers, train_with_ignite, train_with_lig
 from measure import TINY, Batch, Report, clock, loss_of, median_of, optimizer_of, parse, shuffled
 from peers import version_of
 
-EVERY = 20
+EVERY = 400
 BUFFERS, BUFFER_SIZE = 24, 1_000_000  # float32: 96 MB in 24 tensors
 TIMEOUT = 300
 
@@ -56,14 +56,14 @@ class GapLoader:
             yield self.batches[step % len(self.batches)]
 
     def gaps(self) -> list[list[float]]:
-        """Return the gaps of each 20 steps; the first 20 are warm-up, and end with the first save."""
+        """Return the gaps of each 400 steps; the first 400 are warm-up, and end with the first save."""
         gaps = [after - before for before, after in itertools.pairwise(self.asked)]
-        shift = EVERY // 2  # a save is in the middle of its 20, wherever exactly it is made
+        shift = EVERY // 2  # a save is in the middle of its 400, wherever exactly it is made
         return [gaps[start : start + EVERY] for start in range(shift, len(gaps) - EVERY, EVERY)]
 
 
 def by_hand(loader: GapLoader, directory: Path, save: Callable[[int, Any], None] | None = None) -> None:
-    """Train by hand, calling `save` every 20 steps."""
+    """Train by hand, calling `save` every 400 steps."""
     model = make_model()
     optimizer = optimizer_of(model)
     for step, (inputs, targets) in enumerate(loader, 1):

@@ -211,8 +211,8 @@ class Run:
     ) -> Subscription[Any]:
         """Subscribe to events, from now on; milestones since the start of the run are replayed.
 
-        The result is an iterator (`async for`) and a context manager; it ends with the run. From a plain thread
-        call its `take()`.
+        The result is an iterator (`async for`) and a context manager; it ends with the run, or when nobody holds it
+        any more, as after a `break`. From a plain thread call its `take()`.
 
         Args:
             types: Event classes; none means all.
