@@ -28,12 +28,14 @@ from socket_viewer import (
     raw,
     request,
 )
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
+from websockets.typing import Subprotocol
 
 from offloop.dashboard import hub as hub_module
 from offloop.dashboard import server as server_module
 from offloop.dashboard.page import Page
-from offloop.dashboard.protocol import CLOSE_SLOW, Ack, Hi, Ping, encode_message
+from offloop.dashboard.protocol import CLOSE_SLOW, SUBPROTOCOL, Ack, Hi, Ping, encode_message
 from offloop.dashboard.security import content_security_policy
 from offloop.dashboard.server import Options, Server
 from offloop.dashboard.viewer import ViewerTooSlowError
@@ -710,10 +712,26 @@ def test_https(make: Any, certificate: tuple[Path, Path]) -> None:
         while part := secure.recv(4096):
             answer += part
     assert status_of(answer) == 303 and b"; Secure" in answer
-    with SocketViewer(server.url, ssl=trusting) as viewer:
-        viewer.wait(lambda page: page.hello)
-        server.close("enough")
-        assert viewer.wait_closed() == (1001, "enough")
+
+    async def watch() -> tuple[int | None, str | None]:
+        # In one thread: SocketViewer reads and writes in two, which OpenSSL may answer with an end of the connection.
+        page = PageModel()
+        async with connect(
+            f"{server.url.partition('?')[0].replace('https', 'wss')}ws",
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            additional_headers={"Authorization": f"Bearer {server.token}"},
+            ssl=trusting,
+            proxy=None,
+        ) as websocket:
+            await websocket.send(encode_message(page.hi()).decode())
+            while page.hello is None:
+                data = await websocket.recv()
+                page.take(data.encode() if isinstance(data, str) else data, isinstance(data, str))
+            await asyncio.to_thread(server.close, "enough")
+            await websocket.wait_closed()
+            return websocket.close_code, websocket.close_reason
+
+    assert asyncio.run(asyncio.wait_for(watch(), PATIENCE)) == (1001, "enough")
 
 
 def test_plain_http_and_junk_on_a_tls_port(
