@@ -214,7 +214,6 @@ def test_arguments_are_checked(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_is_never_waited_for() -> None:
     class Strict(Callback):
         @in_step
@@ -233,7 +232,6 @@ def test_device_is_never_waited_for() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_histogram_under_deterministic_algorithms_is_the_same() -> None:
     tensor = torch.randn(10_000, device="cuda")
     expected = _histogram(tensor, *torch.aminmax(tensor), 32)

@@ -342,7 +342,6 @@ def test_there_is_no_average_before_a_run() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_update_does_not_synchronise_the_device(kind: Any) -> None:
     average = WeightAverage(kind, every_n_steps=1)

@@ -19,10 +19,7 @@ from offloop.engine.testing import (
     tiny_trainer,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 FIRST_STRICT_STEP, LAST_STRICT_STEP = 5, 25  # the first steps allocate; the last is followed by a milestone
