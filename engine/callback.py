@@ -33,6 +33,7 @@ from offloop.engine.events import (
 
 if TYPE_CHECKING:
     from offloop.engine.bus import OnFull
+    from offloop.engine.config import Mode
 
 logger = logging.getLogger("offloop")
 
@@ -75,7 +76,7 @@ class Callback:
     """What happens beyond `buffer`; `"block"` gives the callback the right to slow training down."""
     needs_run_dir: ClassVar[bool] = False
     """True if it writes into `run.dir`: the run then has a directory."""
-    best_by: 'tuple[str, Literal["auto", "min", "max"]] | None' = None
+    best_by: "tuple[str, Mode] | None" = None
     """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not."""
 
     def reset(self) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Mode = Literal["auto", "min", "max"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # a letter alone would be a drive
 _SEEDS: Final = range(-(2**63), 2**64)  # what torch.manual_seed takes
@@ -167,7 +168,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     monitor: str | None = None
     """The metric that says which moment of the run was best; None: `val_loss` where there is a validation,
     else `train_loss`."""
-    mode: Literal["auto", "min", "max"] = "auto"
+    mode: Mode = "auto"
     """Whether less or more of `monitor` is better; `"auto"` knows it from the metric."""
     seed: int | None = None
     """Seed for torch's generators, set once before `TrainStart`; None touches no generator."""

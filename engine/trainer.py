@@ -687,9 +687,10 @@ class BaseTrainer:
         self._check_model()
         self._check_optimization()
         given = [*self.callbacks, *callbacks]
-        wishes = {each.best_by for each in given if isinstance(each, Callback) and each.best_by is not None}
+        wishes = {wish for each in given if (wish := getattr(each, "best_by", None)) is not None}
         if config.monitor is None and len(wishes) == 1:
-            config = config.replace(**dict(zip(("monitor", "mode"), wishes.pop(), strict=True)))
+            ((key, mode),) = wishes
+            config = config.replace(monitor=key, mode=mode)
         monitor = chosen_monitor(config, metrics, val_loader)
 
         base_dir = None
