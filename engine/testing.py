@@ -67,6 +67,7 @@ class Recorder(Callback):
         self.events: list[Event] = []
         self.run: Run | None = None
         self.is_closed = False
+        self._more = threading.Condition()
 
     def reset(self) -> None:
         self.events = []
@@ -74,7 +75,9 @@ class Recorder(Callback):
 
     async def on_event(self, event: Event, run: Run) -> None:
         self.run = run
-        self.events.append(event)
+        with self._more:
+            self.events.append(event)
+            self._more.notify_all()
 
     async def close(self) -> None:
         self.is_closed = True
@@ -86,6 +89,25 @@ class Recorder(Callback):
     def of(self, event_class: type[E]) -> list[E]:
         """Return the events of one class and its subclasses."""
         return [event for event in self.events if isinstance(event, event_class)]
+
+    def wait_for(self, event_class: type[Event], *, times: int = 1, timeout: float = 20.0) -> None:
+        """Wait until so many events of a class and its subclasses have come. Blocks its thread.
+
+        From a decider, a loader or a step it keeps training from going on, or from ending, before them:
+        what observers have to say of an event comes whenever they get to it.
+
+        Args:
+            event_class: The class.
+            times: How many, in all.
+            timeout: Seconds.
+
+        Raises:
+            TimeoutError: They did not come.
+        """
+        with self._more:
+            if not self._more.wait_for(lambda: len(self.of(event_class)) >= times, timeout):
+                count, name = len(self.of(event_class)), event_class.__name__
+                raise TimeoutError(f"{count} of {times} {name} came within {timeout:g} s")
 
 
 def reproducible(events: Iterable[Event]) -> list[tuple[str, dict[str, Any]]]:

@@ -23,6 +23,7 @@ import trio
 
 from offloop.engine import (
     Callback,
+    CallbackFailed,
     ConfigError,
     EpochEnd,
     EpochStart,
@@ -41,6 +42,7 @@ from offloop.engine import (
     decides,
     in_step,
 )
+from offloop.engine import observer as observer_module
 from offloop.engine import session as session_module
 from offloop.engine.loop import Batch, StepOutput
 from offloop.engine.testing import (
@@ -486,7 +488,13 @@ def test_failure_in_train_end_is_only_listed_as_nothing_is_left_to_fail() -> Non
 def test_failing_observers_are_isolated_and_train_end_stays_the_last_event() -> None:
     recorder = Recorder()
     failing = [FailingCallback(StepEnd), FailingCallback(EpochEnd), FailingCallback(TrainEnd, times=1)]
-    result = tiny_trainer().train(tiny_loader(20), epochs=3, callbacks=[recorder, *failing])
+
+    class Waits(Callback):
+        @decides
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            recorder.wait_for(CallbackFailed, times=2)
+
+    result = tiny_trainer().train(tiny_loader(20), epochs=3, callbacks=[recorder, *failing, Waits()])
     assert result.status == "completed"
     assert recorder.names()[-1] == "TrainEnd"
     assert recorder.names().count("TrainEnd") == 1
@@ -499,7 +507,9 @@ def test_failing_observers_are_isolated_and_train_end_stays_the_last_event() -> 
     assert all(each.is_closed for each in failing)
 
 
-def test_decider_that_isolates_is_reported_and_training_goes_on() -> None:
+def test_decider_that_isolates_is_reported_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observer_module, "FAILURE_INTERVAL", LONG)
+
     class Isolated(Callback):
         on_error = "isolate"
 

@@ -1,5 +1,6 @@
 """engine/testing.py: the kit does what it says, with real threads."""
 
+import functools
 import threading
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from offloop.engine import (
     Callback,
+    CallbackFailed,
     EpochEnd,
     EpochStart,
     Event,
@@ -55,10 +57,42 @@ def test_recorder_keeps_everything_in_order_and_forgets_it_before_the_next_run()
     assert recorder.names() == names
 
 
+class WaitsFor(Callback):
+    """Keeps the first epoch from ending before a recorder has so many events of a class."""
+
+    def __init__(self, recorder: Recorder, event_class: type[Event], **options: Any) -> None:
+        self.wait = functools.partial(recorder.wait_for, event_class, **options)
+
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self.wait()
+
+
+def test_recorder_waits_for_what_observers_have_to_say() -> None:
+    recorder = Recorder()
+    callbacks = [recorder, FailingCallback(EpochStart), FailingCallback(EpochEnd)]
+    result = tiny_trainer(callbacks=callbacks).train(
+        tiny_loader(1), epochs=1, callbacks=[WaitsFor(recorder, CallbackFailed, times=2)]
+    )
+    assert result.status == "completed"
+    assert {failed.event for failed in recorder.of(CallbackFailed)} == {"EpochStart", "EpochEnd"}
+
+
+def test_recorder_says_what_did_not_come() -> None:
+    recorder = Recorder()
+    with pytest.raises(TimeoutError, match="1 of 2 StepEnd came"):
+        tiny_trainer(callbacks=[recorder]).train(
+            tiny_loader(1), epochs=1, callbacks=[WaitsFor(recorder, StepEnd, times=2, timeout=0.01)]
+        )
+
+
 def test_reproducible_leaves_out_what_names_or_times_a_run_and_what_others_say() -> None:
     def events(*callbacks: Callback) -> list[Event]:
         recorder = Recorder()
-        tiny_trainer().train(tiny_loader(3), tiny_loader(1), epochs=2, callbacks=[recorder, *callbacks])
+        callbacks = (recorder, *callbacks)
+        if len(callbacks) > 1:
+            callbacks = (*callbacks, WaitsFor(recorder, CallbackFailed))
+        tiny_trainer().train(tiny_loader(3), tiny_loader(1), epochs=2, callbacks=callbacks)
         return recorder.events
 
     plain, disturbed = events(), events(FailingCallback(EpochStart))

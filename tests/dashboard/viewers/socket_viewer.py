@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -145,10 +145,11 @@ class SocketViewer:
                     page.take(data.encode() if isinstance(data, str) else data, isinstance(data, str))
                     if isinstance(data, str) and data.startswith('{"type":"pong"'):
                         self.pongs += 1
-                    if self.draws and page.owes_drawn:
-                        self.say(page.drawn())
-                    if self.shows and (page.run, len(page.series)) != known and page.series:
-                        self.say(page.show(sorted(page.series)))
+                    with suppress(ConnectionClosed):  # what came before its end is still to be read
+                        if self.draws and page.owes_drawn:
+                            self.say(page.drawn())
+                        if self.shows and (page.run, len(page.series)) != known and page.series:
+                            self.say(page.show(sorted(page.series)))
                     self._changed.notify_all()
         except ConnectionClosed:
             code = self._socket.close_code
