@@ -239,23 +239,22 @@ class Alerts(Callback):
             self._watchdog = _Watchdog(stalled, run, self._publish, self._clock)
 
     async def on_step_end(self, event: StepEnd, run: Run) -> None:
-        await self._look(
-            run, {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm} | event.metrics
-        )
+        values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}
+        await self._look(event, values | event.metrics, run)
 
     async def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
-        await self._look(run, event.metrics)
+        await self._look(event, event.metrics, run)
         self._expect("val_", event)
 
     async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
         made_here = {key: value for key, value in event.metrics.items() if key.startswith("train_")}
-        await self._look(run, made_here)  # the validation's were looked at when it ended
+        await self._look(event, made_here, run)  # the validation's were looked at when it ended
         self._expect("train_", event)
 
     async def on_train_end(self, event: TrainEnd, run: Run) -> None:
         for rule in self.rules:
             if message := rule.look_at_end(event):
-                await self._alert(rule, message, None, run)
+                await self._alert(event, rule, message, None, run)
 
     async def on_alert(self, event: Alert, run: Run) -> None:
         if self._published.pop(id(event), None) is not None:  # else it is another instance's
@@ -265,7 +264,7 @@ class Alerts(Callback):
         if self._watchdog is not None:
             self._watchdog.close()
 
-    async def _look(self, run: Run, values: Mapping[str, float | None]) -> None:
+    async def _look(self, event: Event, values: Mapping[str, float | None], run: Run) -> None:
         for place, rule in enumerate(self.rules):
             value = None if rule.key is None else values.get(rule.key)
             if value is None:
@@ -275,7 +274,7 @@ class Alerts(Callback):
                 self._broken.discard(place)
             elif place not in self._broken:
                 self._broken.add(place)
-                await self._alert(rule, message, value, run)
+                await self._alert(event, rule, message, value, run)
 
     def _expect(self, prefix: str, event: ValidationEnd | EpochEnd) -> None:
         """Raise, as a mistyped key would else never be noticed."""
@@ -283,14 +282,18 @@ class Alerts(Callback):
             if rule.key is not None and rule.key.startswith(prefix):
                 event.metrics[rule.key]
 
-    async def _alert(self, rule: Rule, message: str, value: float | None, run: Run) -> None:
-        alert = Alert(rule=repr(rule), message=message, value=value)
+    async def _alert(self, event: Event, rule: Rule, message: str, value: float | None, run: Run) -> None:
+        # It stands where the event is that broke the rule, however far training has got meanwhile.
+        alert = Alert(
+            rule=repr(rule),
+            message=message,
+            value=value,
+            epoch=event.epoch,
+            step=event.step,
+            batch=event.batch,
+        )
         if not self._publish(alert, run):
-            await self._tell(
-                msgspec.structs.replace(
-                    alert, run_id=run.id, time=time.time(), epoch=run.epoch, step=run.step
-                )
-            )
+            await self._tell(msgspec.structs.replace(alert, run_id=run.id, time=time.time()))
 
     def _publish(self, alert: Alert, run: Run) -> bool:
         """Publish it, which brings it to `on_alert`; False if the run is over. Any thread."""

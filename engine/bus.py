@@ -734,7 +734,7 @@ class Bus:
                     _set(event, "epoch", 0)
                     _set(event, "step", 0)
                     _set(event, "batch", 0)
-            else:
+            elif last is None or event.step >= last.step:  # else it tells of what was before
                 last = event
             if event.time < last_time:  # threads may append in another order than they read the clock
                 _set(event, "time", last_time)

@@ -22,7 +22,7 @@ import anyio
 import msgspec
 import torch
 
-from offloop.engine.callback import BOUNDARY_EVENTS, Callback
+from offloop.engine.callback import BOUNDARY_EVENTS, Callback, decides
 from offloop.engine.events import (
     CommandApplied,
     EpochEnd,
@@ -93,8 +93,7 @@ class Recorder(Callback):
     def wait_for(self, event_class: type[Event], *, times: int = 1, timeout: float = 20.0) -> None:
         """Wait until so many events of a class and its subclasses have come. Blocks its thread.
 
-        From a decider, a loader or a step it keeps training from going on, or from ending, before them:
-        what observers have to say of an event comes whenever they get to it.
+        Called in a decider, a loader or a step it keeps training from going on before they have come.
 
         Args:
             event_class: The class.
@@ -108,6 +107,23 @@ class Recorder(Callback):
             if not self._more.wait_for(lambda: len(self.of(event_class)) >= times, timeout):
                 count, name = len(self.of(event_class)), event_class.__name__
                 raise TimeoutError(f"{count} of {times} {name} came within {timeout:g} s")
+
+
+class WaitsFor(Callback):
+    """A decider that lets no epoch end before a recorder has so many events of a class.
+
+    For what observers have to say, which comes whenever they get to it: after a short run, or never.
+    """
+
+    def __init__(
+        self, recorder: Recorder, event_class: type[Event], *, times: int = 1, timeout: float = 20.0
+    ) -> None:
+        """Wait as `recorder.wait_for(...)` does."""
+        self._wait = functools.partial(recorder.wait_for, event_class, times=times, timeout=timeout)
+
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self._wait()
 
 
 def reproducible(events: Iterable[Event]) -> list[tuple[str, dict[str, Any]]]:

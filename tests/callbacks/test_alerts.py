@@ -26,7 +26,15 @@ from offloop.engine import (
     encode,
     in_step,
 )
-from offloop.engine.testing import Recorder, SlowCallback, drive, drive_async, tiny_batches, tiny_trainer
+from offloop.engine.testing import (
+    Recorder,
+    SlowCallback,
+    WaitsFor,
+    drive,
+    drive_async,
+    tiny_batches,
+    tiny_trainer,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -161,6 +169,27 @@ async def test_published_alert_reaches_other_callbacks_and_each_instance_tells_o
     (alert,) = seen.of(Alert)
     assert alert.message == "lr is 0.05, above 0" and alert.seq >= 0 and alert.run_id
     assert first.alerts == [alert] and second.alerts == []
+
+
+def test_alert_stands_at_the_step_that_broke_the_rule_however_late_it_is() -> None:
+    seen, went_on = Recorder(), threading.Event()
+
+    class Late(Above):
+        def look(self, value: float) -> str:
+            assert went_on.wait(30)
+            return super().look(value)
+
+    class GoOn(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 3:
+                went_on.set()
+
+    alerts = Alerts(None, Late("loss", 0.0))
+    callbacks = [seen, WaitsFor(seen, Alert), alerts, GoOn()]
+    tiny_trainer().train(tiny_batches(4), epochs=2, callbacks=callbacks)
+    (alert,) = seen.of(Alert)
+    assert (alert.epoch, alert.step, alert.batch) == (0, 1, 1)
 
 
 def test_failed_run_is_told_though_its_events_are_over() -> None:

@@ -20,6 +20,7 @@ import pytest
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when it is imported: tests talk to nobody
 
 from offloop.callbacks import (
+    Alert,
     Alerts,
     Below,
     MetricLogger,
@@ -42,7 +43,7 @@ from offloop.engine import (
     ValidationEnd,
     in_step,
 )
-from offloop.engine.testing import drive, tiny_loader, tiny_trainer
+from offloop.engine.testing import Recorder, WaitsFor, drive, tiny_loader, tiny_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of other people's packages
@@ -163,7 +164,9 @@ def test_tensorboard_shows_alerts_and_a_failure(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
-    callbacks = [TensorBoardLogger(), Alerts(None, Below("loss", 100.0)), FailAt(5, fail)]
+    recorder = Recorder()
+    told = [recorder, WaitsFor(recorder, Alert), Alerts(None, Below("loss", 100.0))]
+    callbacks = [TensorBoardLogger(), *told, FailAt(5, fail)]
     with pytest.raises(RuntimeError, match="injected"):
         trainer.train(tiny_loader(3), epochs=3, callbacks=callbacks)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
@@ -237,7 +240,10 @@ def test_mlflow_reads_back_what_was_logged(
         timeout=60,
     )
     trainer = tiny_trainer(run_dir=str(tmp_path), gradient_clip_val=1.0)
+    recorder = Recorder()
     callbacks = [
+        recorder,
+        WaitsFor(recorder, Alert),
         flow,
         MetricLogger(every_n_steps=1),
         ModelCheckpoint(),
@@ -546,9 +552,9 @@ def records_of(path: Path) -> Iterator[Any]:
 
 WANDB_SCRIPT = """
 import logging, os, sys
-from offloop.callbacks import Alerts, Below, MetricLogger, ModelCheckpoint, WandbLogger, wandb_logger
-from offloop.engine import Callback, ConfigError, in_step
-from offloop.engine.testing import tiny_loader, tiny_trainer
+from offloop.callbacks import Alert, Alerts, Below, MetricLogger, ModelCheckpoint, WandbLogger, wandb_logger
+from offloop.engine import Callback, ConfigError, decides, in_step
+from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
 
 wandb_logger.PROBE_TIMEOUT = 1.0
 logging.basicConfig()
@@ -567,11 +573,18 @@ class Fail(Callback):
             raise RuntimeError("injected")
 
 
+class UntilAlert(Recorder):
+    @decides
+    def on_validation_end(self, event, run):
+        self.wait_for(Alert)
+
+
 ids = []
 for resume, more in [(None, [Fail()]), ("auto", [])]:
     logger = WandbLogger("project", mode="offline", tags=["tag"], hyperparameters={"width": 16}, every_n_steps=1,
                          log_model=True, timeout=60)
-    callbacks = [ModelCheckpoint(), logger, MetricLogger(every_n_steps=1), Alerts(None, Below("val_loss", 100.0))]
+    told = [UntilAlert(), Alerts(None, Below("val_loss", 100.0))]
+    callbacks = [ModelCheckpoint(), logger, MetricLogger(every_n_steps=1), *told]
     try:
         result = tiny_trainer(run_dir="runs", run_name="offline").train(
             tiny_loader(4), tiny_loader(2), epochs=2, callbacks=[*callbacks, *more], resume=resume

@@ -127,6 +127,16 @@ def test_foreign_events_get_the_position_of_the_last_training_event(bus: Bus) ->
     assert positions == [(0, 0, 0), (2, 7, 9), (2, 7, 9), (2, 8, 10), (2, 8, 10)]
 
 
+def test_foreign_event_about_an_earlier_step_moves_nobody_else_back(bus: Bus) -> None:
+    everything = bus.subscribe()
+    bus.publish(StepEnd(loss=0.0, lr=0.1, epoch=2, step=8, batch=10))
+    bus.publish(Note(epoch=1, step=5, batch=6))
+    bus.publish(Note())
+    bus.settle()
+    positions = [(event.epoch, event.step, event.batch) for event in everything.take()]
+    assert positions == [(2, 8, 10), (1, 5, 6), (2, 8, 10)]
+
+
 def test_time_never_runs_backwards(bus: Bus) -> None:
     """Threads may append in another order than they read the clock, and a late StepEnd tells its launch."""
     everything = bus.subscribe()

@@ -51,6 +51,7 @@ from offloop.engine.testing import (
     HangingCallback,
     Recorder,
     SlowCallback,
+    WaitsFor,
     reproducible,
     tiny_batches,
     tiny_loader,
@@ -488,13 +489,8 @@ def test_failure_in_train_end_is_only_listed_as_nothing_is_left_to_fail() -> Non
 def test_failing_observers_are_isolated_and_train_end_stays_the_last_event() -> None:
     recorder = Recorder()
     failing = [FailingCallback(StepEnd), FailingCallback(EpochEnd), FailingCallback(TrainEnd, times=1)]
-
-    class Waits(Callback):
-        @decides
-        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-            recorder.wait_for(CallbackFailed, times=2)
-
-    result = tiny_trainer().train(tiny_loader(20), epochs=3, callbacks=[recorder, *failing, Waits()])
+    waits = WaitsFor(recorder, CallbackFailed, times=2)
+    result = tiny_trainer().train(tiny_loader(20), epochs=3, callbacks=[recorder, *failing, waits])
     assert result.status == "completed"
     assert recorder.names()[-1] == "TrainEnd"
     assert recorder.names().count("TrainEnd") == 1

@@ -1,6 +1,5 @@
 """engine/testing.py: the kit does what it says, with real threads."""
 
-import functools
 import threading
 from typing import Any
 
@@ -28,6 +27,7 @@ from offloop.engine.testing import (
     HangingCallback,
     Recorder,
     SlowCallback,
+    WaitsFor,
     drive,
     drive_async,
     reproducible,
@@ -55,17 +55,6 @@ def test_recorder_keeps_everything_in_order_and_forgets_it_before_the_next_run()
     assert recorder.run is trainer.last_run
     trainer.train(tiny_loader(2), epochs=1)
     assert recorder.names() == names
-
-
-class WaitsFor(Callback):
-    """Keeps the first epoch from ending before a recorder has so many events of a class."""
-
-    def __init__(self, recorder: Recorder, event_class: type[Event], **options: Any) -> None:
-        self.wait = functools.partial(recorder.wait_for, event_class, **options)
-
-    @decides
-    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-        self.wait()
 
 
 def test_recorder_waits_for_what_observers_have_to_say() -> None:
