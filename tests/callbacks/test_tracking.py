@@ -573,17 +573,18 @@ class Fail(Callback):
             raise RuntimeError("injected")
 
 
-class UntilAlert(Recorder):
+class UntilAlert(Callback):
     @decides
     def on_validation_end(self, event, run):
-        self.wait_for(Alert)
+        seen.wait_for(Alert)
 
 
 ids = []
 for resume, more in [(None, [Fail()]), ("auto", [])]:
     logger = WandbLogger("project", mode="offline", tags=["tag"], hyperparameters={"width": 16}, every_n_steps=1,
                          log_model=True, timeout=60)
-    told = [UntilAlert(), Alerts(None, Below("val_loss", 100.0))]
+    seen = Recorder()
+    told = [seen, UntilAlert(), Alerts(None, Below("val_loss", 100.0))]
     callbacks = [ModelCheckpoint(), logger, MetricLogger(every_n_steps=1), *told]
     try:
         result = tiny_trainer(run_dir="runs", run_name="offline").train(
