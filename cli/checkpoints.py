@@ -62,53 +62,69 @@ def list_checkpoints(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the checkpoints of one run or of all, oldest first."""
+    """List the checkpoints of one run or of all, oldest first.
+
+    Exit code: 0, also where some are damaged or a run cannot be read, of which it tells; 2 if none can be read.
+    """
+    unreadable: dict[Path, CheckpointError] = {}
     with failing():
-        readers = [reader for reader in _readers(where) if reader.checkpoints() or reader.damaged()]
+        runs = [reader for reader in _readers(where) if not _is_empty(reader, unreadable)]
+        readers = [reader for reader in runs if reader.directory not in unreadable]
         damaged = [error for reader in readers for error in reader.damaged()]
         if as_json:
+            known = [(reader, each) for reader in readers for each in reader.checkpoints()]
             print_json(
                 {
-                    "checkpoints": [
-                        _plain(reader, each) for reader in readers for each in reader.checkpoints()
-                    ],
+                    "checkpoints": [_plain(reader, each) for reader, each in known],
                     "damaged": [{"path": str(error.path), "error": str(error)} for error in damaged],
+                    "unreadable": [{"run": str(run), "error": str(error)} for run, error in unreadable.items()],
                 }
             )
-            return
-        for place, reader in enumerate(readers):
-            print_text(f"{'' if place == 0 else chr(10)}{reader.directory}")
-            _print_run(reader, metric)
-    if not readers:
+        elif readers:
+            for place, reader in enumerate(runs):
+                print_text(f"{'' if place == 0 else chr(10)}{reader.directory}")
+                if reader in readers:
+                    _print_run(reader, metric)
+                else:
+                    print_text(f"cannot be read: {unreadable[reader.directory]}")
+            for error in damaged:
+                typer.echo(f"damaged: {error}", err=True)
+    if unreadable and not readers:
+        fail(str(next(iter(unreadable.values()))))
+    if not runs and not as_json:
         print_text(f"no checkpoints in {where}")
-    for error in damaged:
-        typer.echo(f"damaged: {error}", err=True)
 
 
 @app.command()
 def verify(where: Where = Path("runs")) -> None:
     """Compare every byte with its checksum.
 
-    Exit code: 0 if all are whole, 1 if one is damaged, 2 if there is nothing to verify or it cannot be read.
+    Exit code: 0 if all are whole, 1 if one is damaged; else 2 if one cannot be read or there is none.
     """
-    whole = damaged = 0
+    whole = damaged = unreadable = 0
     with failing():
         for reader, info in _everything(where):
             try:
-                if isinstance(info, CheckpointCorruptError):
+                if isinstance(info, CheckpointError):
                     raise info
                 reader.verify(info)
             except CheckpointCorruptError as error:
                 damaged += 1
                 print_text(f"damaged  {error}")
+            except CheckpointError as error:
+                unreadable += 1
+                print_text(f"unread   {error}")
             else:
                 whole += 1
                 print_text(f"ok       {info.path}  ({size(info.bytes)})")
-    if not whole + damaged:
+    if not whole + damaged + unreadable:
         fail(f"no checkpoints in {where}")
-    print_text(f"{_counted(whole + damaged, 'checkpoint')}, {damaged or 'none'} damaged")
+    if whole + damaged:
+        print_text(f"{_counted(whole + damaged, 'checkpoint')}, {damaged or 'none'} damaged")
     if damaged:
         raise typer.Exit(1)
+    if unreadable:
+        fail("not all could be read")
 
 
 @app.command()
@@ -231,18 +247,31 @@ def _readers(where: Path) -> list[CheckpointReader]:
     return list_runs(where)
 
 
-def _everything(where: Path) -> Iterator[tuple[CheckpointReader, CheckpointInfo | CheckpointCorruptError]]:
-    """Return all checkpoints at a place, also those whose manifest cannot be read."""
+def _is_empty(reader: CheckpointReader, unreadable: dict[Path, CheckpointError]) -> bool:
+    """True if a run has no checkpoint; notes what is wrong with one that cannot be read."""
+    try:
+        return not (reader.checkpoints() or reader.damaged())
+    except CheckpointError as error:
+        unreadable[reader.directory] = error
+        return False
+
+
+def _everything(where: Path) -> Iterator[tuple[CheckpointReader, CheckpointInfo | CheckpointError]]:
+    """Return all checkpoints at a place, and what is wrong where a manifest or a run cannot be read."""
     if not where.is_dir() or (where / "MANIFEST.json").exists():
         try:
-            info: CheckpointInfo | CheckpointCorruptError = find_checkpoint(where)
+            info: CheckpointInfo | CheckpointError = find_checkpoint(where)
         except CheckpointCorruptError as error:
             info = error
         yield CheckpointReader(where.parent.parent), info
         return
     for reader in _readers(where):
-        yield from ((reader, each) for each in reader.checkpoints())
-        yield from ((reader, error) for error in reader.damaged())
+        try:
+            known, damaged = reader.checkpoints(), reader.damaged()
+        except CheckpointError as error:
+            yield reader, error
+        else:
+            yield from ((reader, each) for each in (*known, *damaged))
 
 
 def _names_of(reader: CheckpointReader, info: CheckpointInfo) -> list[str]:

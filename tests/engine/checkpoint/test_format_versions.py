@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from checkpoint_support import in_manifest
 from format_fixtures import CUT, REQUEST, RUN, every_kind_of_value, train
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from offloop.cli.main import app
 from offloop.engine import Callback, Resumed, StepPoint, in_step
@@ -123,6 +124,33 @@ def test_checkpoint_of_a_later_version_is_told_of_wherever_one_meets_it(newer: P
         assert done.exit_code == 2
         assert text in done.output
     assert [path.name for path in (newer / "checkpoints").iterdir()] == [f"step-{CUT:09}-a0"]
+
+
+def test_run_of_a_later_version_does_not_hide_the_runs_beside_it(newer: Path) -> None:
+    runs = newer.parent
+    shutil.copytree(FIXTURES / VERSIONS[-1] / RUN, runs / "a-readable-one")
+    text = f"needs format reader {READER_VERSION + 1}"
+
+    def offloop(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["checkpoints", *arguments, str(runs)], env={"COLUMNS": "500"})
+
+    listed = offloop("list")
+    assert listed.exit_code == 0
+    first, second = listed.stdout.split("\n\n")
+    assert first.splitlines()[0] == str(runs / "a-readable-one") and f"step-{CUT:09}-a0" in first
+    assert second.startswith(f"{newer}\ncannot be read: {newer}") and text in second
+    plain = json.loads(offloop("list", "--json").stdout)
+    assert [each["run"] for each in plain["checkpoints"]] == [str(runs / "a-readable-one")]
+    assert [each["run"] for each in plain["unreadable"]] == [str(newer)]
+
+    verified = offloop("verify")
+    assert verified.exit_code == 2
+    assert [line.split()[0] for line in verified.stdout.splitlines()] == ["ok", "unread", "1"]
+    flip = next((runs / "a-readable-one" / "checkpoints").iterdir()) / "model.safetensors"
+    content = bytearray(flip.read_bytes())
+    content[-1] ^= 1
+    flip.write_bytes(content)
+    assert offloop("verify").exit_code == 1  # damage is what one must hear of
 
 
 def test_later_version_that_this_reader_understands_is_read(newer: Path) -> None:
