@@ -140,7 +140,7 @@ class Session:
         self.checkpoints: Checkpoints | None = None
         self.save_at_end = False  # set by the training thread
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
-        self._saved_moment = (-1, False)  # of the last checkpoint, by the training thread
+        self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
         if self.dir is not None:
             self.loop.is_resumable = True
             self.checkpoints = Checkpoints(
@@ -314,9 +314,10 @@ class Session:
             return True  # it is on its way still, or nothing can be written any more
         return self.loop.step in self.checkpoints.saved
 
-    def _moment(self) -> tuple[int, bool]:
-        """Return what tells this moment's state from another's; the end of an epoch is the start of the next."""
-        return self.loop.step, self.loop.phase == "in_epoch"
+    def _moment(self) -> tuple[int, int, bool]:
+        """Return what tells this moment's state from another's: steps and epochs done, and whether one has begun."""
+        loop = self.loop
+        return loop.step, loop.epoch + (loop.phase == "after_epoch"), loop.phase == "in_epoch"
 
     def _metrics_of_now(self) -> dict[str, float]:
         """Return the metrics that were made at this very step: only they may say which checkpoint is best."""

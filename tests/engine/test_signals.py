@@ -171,13 +171,14 @@ def test_third_signal_ends_the_process_also_in_a_step_that_never_returns(
 SAVING_SCRIPT = """
 import faulthandler, multiprocessing, os, sys, threading
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from offloop.callbacks import ModelCheckpoint
-from offloop.engine import Callback, Trainer, in_step
+from offloop.engine import Callback, Trainer, decides, in_step
 from offloop.engine.checkpoint.filesystem import FileSystem
 from offloop.engine.testing import tiny_loader, tiny_model
 
-GATES = {name: multiprocessing.Event() for name in ("step", "validation", "disk", "sample")}
+PLACES = ("step", "validation", "disk", "sample", "epoch_end", "epoch_start", "iterator")
+GATES = {name: multiprocessing.Event() for name in PLACES}
 where = ""
 
 def open_gates():
@@ -199,6 +200,14 @@ class Samples(Dataset):
             hold("sample")
         return self.samples[index]
 
+class Batches(BatchSampler):
+    epochs = 0
+    def __iter__(self):  # called by iter(loader)
+        self.epochs += 1
+        if where == "iterator" and self.epochs == 2:
+            hold("iterator")
+        return super().__iter__()
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -217,6 +226,14 @@ class Hold(Callback):
             hold("step")
         if where == "sample" and point.step == 5:
             os.write(1, b"at step\\n")
+    @decides
+    def on_epoch_end(self, event, run):
+        if where == "epoch_end" and event.epoch == 0:
+            hold("epoch_end")
+    @decides
+    def on_epoch_start(self, event, run):
+        if where == "epoch_start" and event.epoch == 1:
+            hold("epoch_start")
 
 def make(directory, of, *callbacks):
     torch.manual_seed(5)
@@ -227,8 +244,9 @@ def make(directory, of, *callbacks):
         val_every_n_steps=4 if of == "validation" else None,
         callbacks=[ModelCheckpoint(every_n_steps=2), *callbacks],
     )
-    workers = 2 if of == "sample" else 0
-    loader = DataLoader(Samples(), batch_size=4, num_workers=workers, shuffle=not workers)
+    data, workers = Samples(), 2 if of == "sample" else 0
+    order = SequentialSampler(data) if workers else RandomSampler(data)
+    loader = DataLoader(data, batch_sampler=Batches(order, 4, drop_last=False), num_workers=workers)
     return trainer, dict(train_loader=loader, val_loader=tiny_loader(2, seed=4), epochs=2)
 
 if __name__ == "__main__":  # the tests import the rest
@@ -318,10 +336,11 @@ def goes_on(directory: Path, where: str) -> tuple[int, CheckpointInfo]:
     expected = whole.model.state_dict()
     assert all(torch.equal(each, expected[name]) for name, each in resumed.model.state_dict().items())
 
-    def steps(run: Path) -> Any:
-        return [each for each in reproducible(read_events(run)) if each[0] in ("StepEnd", "ValidationEnd")]
+    def story(run: Path) -> Any:
+        names = ("EpochStart", "StepEnd", "ValidationEnd", "EpochEnd")
+        return [each for each in reproducible(read_events(run)) if each[0] in names]
 
-    assert steps(directory / "run") == steps(directory / "whole" / "run")
+    assert story(directory / "run") == story(directory / "whole" / "run")
     return start.step, last
 
 
@@ -337,6 +356,30 @@ def test_signal_in_a_validation_leaves_a_checkpoint_of_that_step(
     child.open("validation")
     assert child.end() == -signal.SIGINT
     assert goes_on(tmp_path, "validation")[0] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        pytest.param("epoch_end", signal.SIGTERM, id="before-the-end-of-an-epoch-is-over"),
+        pytest.param("epoch_start", signal.SIGINT, id="before-the-next-one-has-an-iterator"),
+        pytest.param("iterator", signal.SIGTERM, id="while-the-iterator-is-made"),
+    ],
+)
+def test_signal_between_two_epochs_leaves_a_checkpoint_of_that_boundary(
+    place: str, number: signal.Signals, tmp_path: Path, children: list[Child]
+) -> None:
+    child = SavingChild(tmp_path, place)
+    children.append(child)
+    child.expect(f"at {place}")
+    child.send(number)
+    child.warns(f"{number.name}: stopping")
+    child.open(place)
+    assert child.end() == (75 if number == signal.SIGTERM else -number)
+    step, last = goes_on(tmp_path, place)
+    assert (step, last.manifest.epoch, last.manifest.batch) == (12, 1, 12)
+    assert last.manifest.reason == "preempt"
 
 
 @pytest.mark.slow
