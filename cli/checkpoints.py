@@ -77,7 +77,9 @@ def list_checkpoints(
                 {
                     "checkpoints": [_plain(reader, each) for reader, each in known],
                     "damaged": [{"path": str(error.path), "error": str(error)} for error in damaged],
-                    "unreadable": [{"run": str(run), "error": str(error)} for run, error in unreadable.items()],
+                    "unreadable": [
+                        {"run": str(run), "error": str(error)} for run, error in unreadable.items()
+                    ],
                 }
             )
         elif readers:
@@ -271,7 +273,8 @@ def _everything(where: Path) -> Iterator[tuple[CheckpointReader, CheckpointInfo 
         except CheckpointError as error:
             yield reader, error
         else:
-            yield from ((reader, each) for each in (*known, *damaged))
+            yield from ((reader, info) for info in known)
+            yield from ((reader, error) for error in damaged)
 
 
 def _names_of(reader: CheckpointReader, info: CheckpointInfo) -> list[str]:
