@@ -7,7 +7,17 @@ from typing import Any
 import torch
 
 from offloop.callbacks.monitor import Mode, Monitor
-from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, ValidationEnd, decides
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    EpochEnd,
+    Run,
+    StepPoint,
+    TrainStart,
+    ValidationEnd,
+    decides,
+    in_step,
+)
 
 
 class EarlyStopping(Callback):
@@ -41,8 +51,9 @@ class EarlyStopping(Callback):
             check_finite: Stop at once when the metric is NaN or infinite.
             stopping_threshold: Stop at once when the metric is better than this.
             divergence_threshold: Stop at once when the metric is worse than this.
-            restore_best: Put the weights (and buffers) of the best check back when the run stops here or
-                reaches one of its limits. Keeps one copy of them on the device, and one in each checkpoint.
+            restore_best: Put the weights (and buffers) of the best check back when the run was completed or
+                stopped, after its last checkpoint, which keeps the weights in training. Not after a failure or a
+                cancellation. Keeps one copy of them on the device, and one in each checkpoint.
 
         Raises:
             ConfigError: A value is out of its range.
@@ -74,8 +85,11 @@ class EarlyStopping(Callback):
     @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
         self._check(event, run)
-        if event.final and self._best_weights is not None:
-            self._restore(run)
+
+    @in_step
+    def before_train_end(self, point: StepPoint) -> None:
+        if self._best_weights is not None:
+            point.model.load_state_dict(self._best_weights)
 
     def state_dict(self) -> Mapping[str, Any]:
         return {
@@ -110,8 +124,6 @@ class EarlyStopping(Callback):
             self.misses += 1
         reason = self._reason(value)
         if reason:
-            if self._best_weights is not None:
-                self._restore(run)
             run.stop_nowait(reason)
 
     def _reason(self, value: float) -> str:
@@ -129,7 +141,3 @@ class EarlyStopping(Callback):
             best = "never finite" if self.monitor.best is None else f"best {self.monitor.best:.6g}"
             return f"{key} did not improve in {self.misses} checks ({best} at step {self.best_step})"
         return ""
-
-    def _restore(self, run: Run) -> None:
-        assert self._best_weights is not None
-        run.trainer.model.load_state_dict(self._best_weights)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from offloop.engine import Callback, ConfigError, Run, StepPoint, TrainEnd, TrainStart, decides, in_step
+from offloop.engine import Callback, ConfigError, Run, StepPoint, TrainStart, decides, in_step
 
 Kind = Literal["ema", "swa"]
 
@@ -140,12 +140,11 @@ class WeightAverage(Callback):
         if self._is_swapped:
             self._swap()
 
-    def on_train_end(self, event: TrainEnd, run: Run) -> None:  # the training thread has ended before it
-        if self.apply_at_end and self.updates and event.status in ("completed", "stopped"):
-            assert self._average is not None and self._model is not None
-            with torch.no_grad():
-                for live, averaged in self._pairs():
-                    live.copy_(averaged)
+    @in_step
+    def before_train_end(self, point: StepPoint) -> None:
+        if self.apply_at_end and self.updates:
+            for live, averaged in self._pairs():
+                live.copy_(averaged)
 
     def close(self) -> None:
         if self._is_swapped:  # a hook before or after a validation failed, and ours was not run

@@ -138,6 +138,7 @@ class Boundary:
         return Metrics(made)
 
     def _call(self, command: Command) -> Any:
+        self._loop.guard()
         return command.arguments["function"](self._loop.program)
 
     def _checkpoint(self, command: Command) -> None:

@@ -53,7 +53,7 @@ STEP_POINTS: Final = (
     "after_step",
 )
 """Where step hooks can run inside a step, in its order."""
-POINTS: Final = (*STEP_POINTS, "before_validation", "after_validation", "after_training")
+POINTS: Final = (*STEP_POINTS, "before_validation", "after_validation", "after_training", "before_train_end")
 """Where step hooks can run."""
 
 
@@ -155,7 +155,8 @@ def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Ca
     It runs in the training thread and is named after its point: `before_batch`, `before_forward`,
     `before_backward`, `after_backward` (gradients scaled, once per batch), `before_optimizer_step` (unscaled, before
     clipping), `after_step`, `before_validation`, `after_validation`, `after_training` (always, also when training
-    failed or was cancelled). It takes one argument, a `StepPoint`.
+    failed or was cancelled), `before_train_end` (when training was completed or stopped and its last checkpoint is
+    taken: what the model is to be after the run, and in no checkpoint). It takes one argument, a `StepPoint`.
 
     Args:
         hook: The method.

@@ -122,6 +122,7 @@ class TrainingLoop:
         hooks: Sequence[StepHook],
         hook_failed: Callable[[StepHook, Exception], None],
         save: Callable[[Command], None],
+        guard: Callable[[], None],
     ) -> None:
         self.program = program
         self.config = config
@@ -139,7 +140,8 @@ class TrainingLoop:
         self.run_id = run_id
         self.control = control
         self.boundary = Boundary(self, control, is_blocked=is_blocked, save=save)
-        self.hooks = StepHooks(hooks, hook_failed)
+        self.guard = guard  # called before somebody's code that may change model and optimizers
+        self.hooks = StepHooks(hooks, hook_failed, guard)
         self.mixed = MixedPrecision(config.precision, device)
         self.frozen = Frozen(program.model)
         self.feed = Feed(device, channels_last=config.channels_last)

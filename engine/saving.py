@@ -228,6 +228,14 @@ class Checkpoints:
             raise refusals[-1]
         return taken[0]
 
+    def guard(self) -> None:
+        """Let the device copy first what the next checkpoint is made of, before that is changed; does not block.
+
+        Needed before anything but an optimizer's `step` changes model or optimizers. Training thread.
+        """
+        if self._arena is not None:
+            self._arena.guard()
+
     def flush(self) -> bool:
         """Wait until everything taken is durable or has failed; False if there was no patience for it. Blocks."""
         writer = self._writer

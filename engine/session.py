@@ -173,6 +173,9 @@ class Session:
                     self.loop.run()
                 if self._is_worth_saving() and not self._is_saved():
                     self.save("preempt" if self.signal_count else "final")
+                self.guard()
+                if self.loop.ending != "cancelled" and self.failure is None:
+                    self.loop.hooks.run_all("before_train_end")
         except BaseException as error:
             self._fail(error)
         finally:
@@ -300,6 +303,14 @@ class Session:
         if is_accepted:
             self._saved_moment = self._moment()
 
+    def guard(self) -> None:
+        """Call before somebody's code that may change model or optimizers: a checkpoint may still be copied from them.
+
+        Training thread. The device waits, if there is a copy on its way; the host does not.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.guard()
+
     def _is_worth_saving(self) -> bool:
         """True if a last checkpoint is wanted, and this moment is one that a run can go on from."""
         # After a second signal only what is being written already is waited for. A run that was cancelled between two
@@ -359,6 +370,8 @@ class Session:
 
     def decide(self, event: Event) -> None:
         """Ask the deciders about an event, in declared order."""
+        if event.handler_name in self._deciders:
+            self.guard()
         for decider, observer in self._deciders.get(event.handler_name, ()):
             if self.control.cancelled:
                 return

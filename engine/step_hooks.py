@@ -81,13 +81,25 @@ class StepPoint:
 class StepHooks:
     """The step hooks of a run, in declared order. Training thread only."""
 
-    def __init__(self, hooks: Sequence[StepHook], failed: Callable[[StepHook, Exception], None]) -> None:
-        """Keep the hooks; `failed` is told what one raised, and raises if the run is to end."""
+    def __init__(
+        self,
+        hooks: Sequence[StepHook],
+        failed: Callable[[StepHook, Exception], None],
+        guard: Callable[[], None],
+    ) -> None:
+        """Keep the hooks.
+
+        Args:
+            hooks: In declared order.
+            failed: Is told what one raised, and raises if the run is to end.
+            guard: Called before each: a hook may change what a checkpoint is still being copied from.
+        """
         self.point: StepPoint | None = None  # set by the session, before the thread starts
         self.active: dict[str, list[StepHook]] = {}  # by point, those that asked for the step in progress
         # By callback, what its hooks have taken; written by the training thread, read by anybody.
         self.seconds: dict[str, float] = {hook.callback: 0.0 for hook in hooks}
         self._failed = failed
+        self._guard = guard
         self._due: list[StepHook] = []  # those in `active`, in declared order
         self._running: StepHook | None = None
         self._keep(hooks)
@@ -134,6 +146,7 @@ class StepHooks:
         assert self.point is not None
         self.point.name, self.point.batch, self._running = hook.point, batch, hook
         started = time.perf_counter()
+        self._guard()
         try:
             with torch.no_grad():
                 hook.method(self.point)

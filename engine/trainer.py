@@ -836,6 +836,7 @@ class BaseTrainer:
             hooks=[hook for each in handlers for hook in each.hooks],
             hook_failed=session.hook_failed,
             save=session.save_for,
+            guard=session.guard,
         )
         scaler = loop.mixed.scaler
         if scaler is not None and self._mixed is not None and self._mixed.scaler is not None:
@@ -929,6 +930,7 @@ class BaseTrainer:
             hooks=(),
             hook_failed=lambda hook, error: None,
             save=lambda command: None,
+            guard=lambda: None,
         )
         return self._loop
 

@@ -1,5 +1,6 @@
 """callbacks/early_stopping.py: when it stops, whatever else happens, and the weights it leaves."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -18,11 +19,13 @@ from offloop.engine import (
     MetricNotFoundError,
     Metrics,
     Run,
+    StateChanged,
     StepEnd,
     ValidationEnd,
     ValidationStart,
     decides,
 )
+from offloop.engine.checkpoint import CheckpointReader
 from offloop.engine.testing import (
     FailingCallback,
     SlowCallback,
@@ -280,12 +283,75 @@ def test_restore_best_when_the_time_is_up_between_two_epochs(
     assert is_equal(trainer.model.state_dict(), weights.at[4])
 
 
-def test_restored_weights_are_in_the_last_checkpoint(tmp_path: Path) -> None:
-    callbacks = [EarlyStopping(patience=2, restore_best=True), ModelCheckpoint(save_best_only=True)]
-    trainer, result = train_worse(*callbacks, epochs=9, knobs={"run_dir": str(tmp_path), "run_name": "a"})
-    other = tiny_trainer(run_dir=str(tmp_path), run_name="a")
-    other.train(tiny_batches(4), VAL, max_steps=result.steps, resume="last")
-    assert is_equal(other.model.state_dict(), trainer.model.state_dict())
+class EndsBetween(Callback):
+    """Ends a run between its third and its fourth epoch."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        if event.epoch == 2 and self.how != "stopped at EpochStart":
+            if self.how == "stopped at EpochEnd":
+                run.stop_nowait("enough")
+            elif self.how == "stopped in a pause":
+                run.pause_nowait("a look")
+            elif self.how == "cancelled":
+                run.cancel()
+            else:
+                raise ZeroDivisionError
+
+    @decides
+    def on_epoch_start(self, event: EpochStart, run: Run) -> None:
+        if event.epoch == 3:
+            run.stop_nowait("enough")
+
+    async def on_state_changed(self, event: StateChanged, run: Run) -> None:
+        if event.state == "paused":
+            await run.stop("enough")
+
+
+@pytest.mark.parametrize(
+    "how", ["stopped at EpochEnd", "stopped at EpochStart", "stopped in a pause", "cancelled", "failed"]
+)
+def test_restore_best_where_a_run_ends_between_two_epochs(how: str, tmp_path: Path) -> None:
+    """And where it is to go on, the checkpoint has what was trained."""
+    weights = Weights()
+    callbacks = [weights, EarlyStopping(patience=9, restore_best=True), ModelCheckpoint(), EndsBetween(how)]
+    trainer = tiny_trainer(lr=0.5, run_dir=tmp_path, run_name="a")
+    with pytest.raises(ZeroDivisionError) if how == "failed" else contextlib.nullcontext():
+        result = trainer.train(tiny_batches(4), VAL, epochs=9, callbacks=callbacks)
+        assert (result.status, result.steps) == (how.split()[0], 12)
+    expected = weights.at[4 if how.startswith("stopped") else 12]
+    assert is_equal(trainer.model.state_dict(), expected)
+    if how != "failed":
+        saved: Any = CheckpointReader(tmp_path / "a").load("last").state
+        assert is_equal(saved["model"], weights.at[12])
+
+
+def test_restore_best_when_there_is_nothing_left_to_train_after_a_resume(tmp_path: Path) -> None:
+    def train(epochs: int, *more: Callback, resume: Any = None) -> Any:
+        weights = Weights()
+        trainer = tiny_trainer(lr=0.5, run_dir=tmp_path, run_name="a")
+        callbacks = [weights, EarlyStopping(patience=9, restore_best=True), ModelCheckpoint(), *more]
+        trainer.train(tiny_batches(4), VAL, epochs=epochs, callbacks=callbacks, resume=resume)
+        return weights, trainer
+
+    weights, _ = train(9, StopAt(3))
+    _, resumed = train(2, resume="must")
+    assert is_equal(resumed.model.state_dict(), weights.at[4])
+
+
+def test_run_that_goes_on_after_its_limit_is_the_longer_run_bit_for_bit(tmp_path: Path) -> None:
+    def train(name: str, epochs: int, resume: Any = None) -> dict[str, torch.Tensor]:
+        weights = Weights()
+        trainer = tiny_trainer(lr=0.5, run_dir=tmp_path, run_name=name)
+        callbacks = [weights, EarlyStopping(patience=9, restore_best=True), ModelCheckpoint()]
+        trainer.train(tiny_batches(4), VAL, epochs=epochs, callbacks=callbacks, resume=resume)
+        return weights.at[max(weights.at)]
+
+    train("parts", 3)
+    assert is_equal(train("parts", 5, resume="last"), train("whole", 5))
 
 
 def test_without_restore_best_the_last_weights_stay() -> None:

@@ -1,6 +1,7 @@
 """What must hold on a CUDA device: no synchronisation in steady state, order of late events, same arithmetic."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from offloop.engine import Callback, EpochEnd, StepEnd, StepPoint, Trainer, ValidationEnd, in_step
+from offloop.engine.checkpoint import CheckpointReader
 from offloop.engine.data import Feed
 from offloop.engine.testing import (
     Recorder,
@@ -252,6 +254,45 @@ def test_model_and_optimizer_state_follow_the_device() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"torch sees .* CUDA devices here"):
         tiny_trainer(device="cuda:99")
+
+
+def test_a_checkpoint_has_the_weights_of_its_step_whatever_changes_them_right_after_it(
+    tmp_path: Path,
+) -> None:
+    class SavesAndSpoils(Callback):
+        """Takes a checkpoint after each step, and changes the weights while it is being copied."""
+
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            point.run.checkpoint_nowait()
+            point.run.call_nowait(self.spoil)
+
+        def spoil(self, trainer: Any) -> None:
+            with torch.no_grad():
+                trainer.model.weight.add_(1.0)
+
+    class Zeros(Trainer):
+        def training_step(self, batch: Any) -> Any:
+            return (self.model(batch[0]) * 0.0).sum()
+
+    model = nn.Linear(8192, 8192, bias=False).cuda()  # 256 MB: the copy takes some milliseconds
+    with torch.no_grad():
+        model.weight.zero_()
+    trainer = Zeros(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        device="cuda",
+        run_dir=tmp_path,
+        run_name="run",
+        callbacks=[SavesAndSpoils()],
+    )
+    trainer.train([(torch.zeros(1, 8192), torch.zeros(1))] * 4, epochs=1)
+    reader = CheckpointReader(tmp_path / "run")
+    found = {info.step: reader.load_part(info, "model") for info in reader.checkpoints()}
+    assert {step: model["weight"].unique().tolist() for step, model in found.items()} == {  # type: ignore[index]
+        step: [step - 1.0] for step in found
+    }
+    assert len(found) >= 2
 
 
 # The feed, prediction, searches ---------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """engine/step_hooks.py: where hooks run, what they see, what they say."""
 
+import contextlib
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
     Callback,
     EpochEnd,
@@ -20,6 +24,7 @@ from offloop.engine import (
     in_step,
 )
 from offloop.engine.callback import POINTS
+from offloop.engine.checkpoint import CheckpointReader
 from offloop.engine.testing import Recorder, tiny_batches, tiny_model, tiny_trainer
 
 BATCHES = tiny_batches(4)
@@ -72,6 +77,10 @@ class AllPoints(Points):
     def after_training(self, point: StepPoint) -> None:
         self.note(point)
 
+    @in_step
+    def before_train_end(self, point: StepPoint) -> None:
+        self.note(point)
+
 
 def test_hooks_run_at_the_closed_list_of_points_in_order() -> None:
     hooks = AllPoints()
@@ -85,7 +94,8 @@ def test_hooks_run_at_the_closed_list_of_points_in_order() -> None:
         return [*batch(done), *batch(done), ("before_optimizer_step", 0, done), ("after_step", 0, done + 1)]
 
     validation = [("before_validation", 0, 2), ("after_validation", 0, 2)]
-    assert hooks.seen == [*step(0), *step(1), *validation, ("after_training", 1, 2)]
+    end = [("after_training", 1, 2), ("before_train_end", 1, 2)]
+    assert hooks.seen == [*step(0), *step(1), *validation, *end]
     assert {name for name, _, _ in hooks.seen} == set(POINTS)
 
 
@@ -305,7 +315,7 @@ def test_after_validation_runs_although_the_validation_was_stopped_or_failed() -
     hooks = AllPoints()
     result = tiny_trainer(StopsInside, callbacks=[hooks]).train(BATCHES, BATCHES, epochs=1)
     assert result.status == "stopped"
-    assert [name for name, _, _ in hooks.seen[-2:]] == ["after_validation", "after_training"]
+    assert [name for name, _, _ in hooks.seen[-3:-1]] == ["after_validation", "after_training"]
     hooks = AllPoints()
     with pytest.raises(ValueError, match="in validation"):
         tiny_trainer(FailsInside, callbacks=[hooks]).train(BATCHES, BATCHES, epochs=1)
@@ -380,6 +390,56 @@ def test_after_training_runs_last_however_training_ends(how: str) -> None:
     else:
         assert trainer.train(BATCHES[:1], epochs=1).status == how
     assert [name for name, _, _ in hooks.seen] == ["after_step", "after_training"]
+
+
+@pytest.mark.parametrize("how", ["completed", "stopped", "cancelled", "failed"])
+def test_before_train_end_runs_in_order_after_the_last_checkpoint_of_a_run_that_ended_in_order(
+    how: str, tmp_path: Path
+) -> None:
+    said: list[str] = []
+
+    class Ends(Callback):
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if how == "stopped":
+                point.run.stop_nowait()
+            elif how == "cancelled":
+                point.run.cancel()
+            elif how == "failed":
+                raise ZeroDivisionError
+
+        @in_step
+        def before_train_end(self, point: StepPoint) -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            said.append(f"{self.value}, state {point.run.state}")
+            for parameter in point.model.parameters():
+                parameter.fill_(self.value)
+
+    trainer = tiny_trainer(
+        run_dir=tmp_path, run_name="a", callbacks=[Ends(1.0), ModelCheckpoint(), Ends(2.0)]
+    )
+    with pytest.raises(ZeroDivisionError) if how == "failed" else contextlib.nullcontext():
+        assert trainer.train(BATCHES[:1], epochs=1).status == how
+    is_called = how in ("completed", "stopped")
+    state = "running" if how == "completed" else "stopping"
+    assert said == ([f"1.0, state {state}", f"2.0, state {state}"] if is_called else [])
+    assert all(bool((each == 2.0).all()) is is_called for each in trainer.model.parameters())
+    if is_called:
+        saved: Any = CheckpointReader(tmp_path / "a").load("last").state
+        assert not any(bool((each == 2.0).all()) for each in saved["model"].values())
+
+
+def test_failing_before_train_end_fails_the_run() -> None:
+    class Fails(Callback):
+        @in_step
+        def before_train_end(self, point: StepPoint) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        tiny_trainer(callbacks=[Fails()]).train(BATCHES, epochs=1)
 
 
 def test_a_hook_outside_of_steps_leaves_the_steps_as_they_are() -> None:
@@ -470,6 +530,6 @@ def test_callback_that_leaves_is_not_called_any_more_and_others_are(accumulated:
     trainer.train(tiny_batches(4 * accumulated), BATCHES, epochs=1, callbacks=[leaving, staying])
     assert leaving.seen == staying.seen[: len(leaving.seen)]
     assert leaving.seen[-1] == ("after_step", 0, 2)
-    assert staying.seen[-1] == ("after_training", 1, 4)
+    assert staying.seen[-1] == ("before_train_end", 1, 4)
     trainer.train(BATCHES, epochs=1, callbacks=[leaving])  # a new run, in which it has not left
     assert leaving.seen.count(("after_step", 0, 1)) == 2
