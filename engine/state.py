@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offloop.engine.callback import Handlers
+from offloop.engine.data import length_of
+from offloop.engine.errors import ConfigError
 from offloop.engine.events import Resumed
 from offloop.engine.loader_position import Exactness, begin_epoch, capture_in_epoch, continue_epoch
 from offloop.engine.random_state import capture_random_state, restore_random_state
@@ -109,6 +111,12 @@ def environment(loop: "TrainingLoop") -> dict[str, Any]:
         "torch": str(torch.__version__),  # a str subclass, which a checkpoint would refuse
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "optimizer": ", ".join(type(each).__name__ for each in loop.optimizers.values()),
+        **describe_loader(loop.train_loader),
+        "limit_train_batches": loop.config.limit_train_batches,
+        "accumulate_grad_batches": loop.config.accumulate_grad_batches,
+        "gradient_clip_val": loop.config.gradient_clip_val,
+        "gradient_clip_algorithm": loop.config.gradient_clip_algorithm,
         "precision": loop.config.precision,
         "tf32": loop.config.tf32,
         "channels_last": loop.config.channels_last,
@@ -117,9 +125,35 @@ def environment(loop: "TrainingLoop") -> dict[str, Any]:
     }
 
 
+def describe_loader(loader: Iterable[Any]) -> dict[str, int | None]:
+    """Return what tells a loader from another, in whose order a run cannot go on; None for what is not known."""
+    batch_size = getattr(loader, "batch_size", None)
+    return {
+        "samples": length_of(getattr(loader, "dataset", None)),
+        "batches": length_of(loader),
+        "batch_size": batch_size if isinstance(batch_size, int) else None,
+    }
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load an optimizer's state with its exact dtypes: torch casts it to those of the parameters."""
+    """Load an optimizer's state with its exact dtypes: torch casts it to those of the parameters.
+
+    Raises:
+        ConfigError: It is the state of another kind of optimizer, which torch takes, to fail in the first step.
+        ValueError: The groups have other numbers of parameters.
+    """
+    settings = [set(optimizer.defaults) & set(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(saved))
+    missing = {
+        name
+        for known, group in zip(settings, optimizer.param_groups, strict=True)
+        for name in known - set(group)
+    }
+    if missing:
+        raise ConfigError(
+            f"the state is of another optimizer: {type(optimizer).__name__} needs {', '.join(sorted(missing))}. "
+            "Make the optimizer that it was saved with, or begin a new run with the weights alone: init_from=..."
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in saved["state"].items():
         live = optimizer.state[parameters[int(index)]]

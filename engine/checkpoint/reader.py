@@ -300,7 +300,8 @@ class CheckpointReader:
 
     def _at(self, path: Path) -> CheckpointInfo:
         if not path.is_dir():
-            raise CheckpointNotFoundError(str(path), path.parent)
+            there = [name for name in self._names_in(path.parent) if CHECKPOINT_NAME.fullmatch(name)]
+            raise CheckpointNotFoundError(str(path), path.parent, there)
         if path.is_symlink() and path.parent == self._checkpoints:
             raise UnsafeCheckpointError(path, path.name, "foreign", "a link")
         content = checkpoint_format.read_small_file(path / MANIFEST, limit=MAX_JSON_BYTES)

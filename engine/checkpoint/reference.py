@@ -40,7 +40,7 @@ def find_checkpoint(reference: str | Path) -> CheckpointInfo:
     if not path.exists():
         before, which = split_reference(str(reference))
         path = Path(before)
-    if which is None and (path / MANIFEST).is_file():
+    if which is None and ((path / MANIFEST).is_file() or path.parent.name == CHECKPOINTS):
         return CheckpointReader(path.parent.parent).find(path)
     if not (path / CHECKPOINTS).is_dir():
         searched = path if path.is_dir() else path.parent

@@ -203,6 +203,15 @@ def test_diff_of_what_is_not_there_ends_with_2(here: Path) -> None:
     assert offloop("checkpoints", "diff", "runs/first", "runs/frist", "--json").exit_code == 2
 
 
+def test_checkpoint_that_is_gone_is_told_with_those_that_are_there(here: Path) -> None:
+    reader = CheckpointReader("runs/first")
+    gone, *there = [info.name for info in reader.checkpoints()]
+    shutil.rmtree(f"runs/first/checkpoints/{gone}")
+    result = offloop("checkpoints", "diff", f"runs/first/checkpoints/{gone}", "runs/second")
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"there is: {', '.join(sorted(there))}\n")
+
+
 # offloop models ------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ from offloop.engine.testing import (
     EndlessLoader,
     Recorder,
     reproducible,
+    tiny_batches,
     tiny_loader,
     tiny_trainer,
 )
@@ -334,6 +335,8 @@ def test_run_that_has_not_saved_yet_is_not_begun_a_second_time(tmp_path: Path) -
     [
         ({"precision": "bf16-mixed"}, "precision was 32-true, now it is bf16-mixed"),
         ({"deterministic": True}, "deterministic was False, now it is True"),
+        ({"gradient_clip_val": 1.0}, "gradient_clip_val was None, now it is 1.0"),
+        ({"limit_train_batches": 8}, "limit_train_batches was None, now it is 8"),
     ],
 )
 def test_run_resumed_with_other_arithmetic_says_so(
@@ -392,6 +395,27 @@ def test_full_disk_does_not_end_training_and_the_next_save_works(tmp_path: Path)
         subprocess.run(["umount", str(mount)], check=True)
 
 
+@pytest.mark.parametrize("cut", [3, 8])  # inside an epoch, and at its end
+@pytest.mark.parametrize(
+    ("loader", "reasons"),
+    [
+        (tiny_loader(4, batch_size=8), "batches was 8, now it is 4; batch_size was 4, now it is 8"),
+        (tiny_loader(9), "samples was 32, now it is 36; batches was 8, now it is 9"),
+        (tiny_batches(8), "samples was 32, now it is None; batch_size was 4, now it is None"),
+    ],
+)
+def test_run_resumed_with_another_loader_says_so(loader: Any, reasons: str, cut: int, tmp_path: Path) -> None:
+    def train(loader: Any, *callbacks: Callback, resume: str | None = None) -> RunResult:
+        trainer = tiny_trainer(run_dir=tmp_path, run_name="run", callbacks=[ModelCheckpoint(), *callbacks])
+        return trainer.train(loader, epochs=2, resume=resume)
+
+    train(tiny_loader(8), Cut(cut))
+    recorder = Recorder()
+    assert train(loader, recorder, resume="must").status == "completed"
+    (resumed,) = recorder.of(Resumed)
+    assert (resumed.exactness, resumed.reasons) == ("approximate", reasons)
+
+
 def test_state_of_another_machine_is_no_longer_called_bitwise(tmp_path: Path) -> None:
     a_run(tmp_path, "cut", Cut(4))
     threads = torch.get_num_threads()
@@ -421,6 +445,24 @@ def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     a_run(tmp_path, "cut", Cut(4))
     with pytest.raises(RuntimeError, match="Unexpected key"):
         tiny_trainer(run_dir=str(tmp_path), run_name="cut").train(tiny_loader(), epochs=3, resume="must")
+
+
+def test_state_of_another_optimizer_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """torch would take it, and fail in the middle of a step."""
+
+    def train(kind: Any, *callbacks: Callback, resume: str | None = None) -> RunResult:
+        trainer = tiny_trainer(run_dir=tmp_path, run_name="run", callbacks=[ModelCheckpoint(), *callbacks])
+        trainer.optimizers = {"optimizer": kind(trainer.model.parameters(), lr=0.01)}
+        return trainer.train(tiny_loader(), epochs=2, resume=resume)
+
+    train(torch.optim.AdamW, Cut(3))
+    recorder = Recorder()
+    with pytest.raises(ConfigError, match=r"another optimizer: SGD needs dampening, momentum.*init_from="):
+        train(torch.optim.SGD, recorder, resume="must")
+    assert recorder.names() == ["TrainEnd"]
+    train(torch.optim.Adam, recorder, resume="must")  # its state fits
+    (resumed,) = recorder.of(Resumed)
+    assert resumed.reasons == "optimizer was AdamW, now it is Adam"
 
 
 def test_optimizer_state_keeps_its_dtype() -> None:
