@@ -78,7 +78,7 @@ class RunNameTakenError(OffloopError):
 
     def __init__(self, path: str) -> None:
         super().__init__(
-            f"a run stands at {path} already: choose another run_name, "
+            f"a run stands at {path} already: go on with it by resume='auto', choose another run_name, "
             "or remove that directory if its run is not needed"
         )
         self.path = path

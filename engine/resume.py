@@ -5,7 +5,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from offloop.engine.checkpoint import CheckpointNotFoundError, CheckpointReader, find_checkpoint
+from offloop.engine.checkpoint import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReader,
+    find_checkpoint,
+)
 from offloop.engine.errors import ConfigError
 
 Resume = str | int | Path | None
@@ -36,6 +41,7 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
     Raises:
         ConfigError: `resume` is none of these.
         CheckpointNotFoundError: There is nothing that it could mean.
+        CheckpointError: All that it could mean is damaged.
     """
     if resume is None or resume == "never":
         return None
@@ -52,23 +58,41 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
             if resume == "auto":
                 return None
             raise CheckpointNotFoundError(str(which), directory)
-        if not CheckpointReader(directory).checkpoints():
+        reader = CheckpointReader(directory)
+        if not _has_checkpoints(reader):
             if resume != "auto":
                 raise CheckpointNotFoundError(str(which), directory)
             return ResumePlan(directory, None, _attempts(directory))
-        CheckpointReader(directory).find(which)  # raises if there is none of that description
+        reader.find(which)  # raises if there is none of that description
         return ResumePlan(directory, which, _attempts(directory))
     unfinished_only = resume in ("auto", "must")
     for directory in _newest_first(base_dir):
         if unfinished_only and _status(directory) == "completed":
             continue
         reader = CheckpointReader(directory)
-        if reader.checkpoints():
+        if _has_checkpoints(reader):
             reader.find(which)
             return ResumePlan(directory, which, _attempts(directory))
     if resume == "auto":
         return None
     raise CheckpointNotFoundError(str(which), base_dir)
+
+
+def _has_checkpoints(reader: CheckpointReader) -> bool:
+    """Tell whether there is something to go on from.
+
+    Raises:
+        CheckpointError: There was, and all of it is damaged: nobody wants to begin afresh unawares.
+    """
+    if reader.checkpoints():
+        return True
+    lost = [*(error.path.name for error in reader.damaged()), *reader.set_aside()]
+    if lost:
+        raise CheckpointError(
+            f"all checkpoints of {reader.directory} are damaged ({', '.join(lost)}): to begin afresh, give another "
+            "run_name, or move that directory away"
+        )
+    return False
 
 
 def _from_path(path: Path) -> ResumePlan:

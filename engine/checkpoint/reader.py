@@ -41,6 +41,8 @@ from offloop.engine.checkpoint.manifest import (
 from offloop.engine.checkpoint.tree import decode, tensor_names
 
 CHECKPOINTS = "checkpoints"
+SET_ASIDE = ".bad-"
+"""Before the name of a checkpoint that was found damaged by a run that went on from another."""
 REFS = "refs"
 TAGS = "tags"
 
@@ -113,6 +115,10 @@ class CheckpointReader:
     def damaged(self) -> list[CheckpointCorruptError]:
         """Return what is wrong with those whose manifest is not even readable."""
         return [entry for entry in self._scan() if isinstance(entry, CheckpointCorruptError)]
+
+    def set_aside(self) -> list[str]:
+        """Return the names of the directories of those that were found damaged before, and moved out of the way."""
+        return [name for name in self._names_in(self._checkpoints) if name.startswith(SET_ASIDE)]
 
     def tags(self) -> dict[str, str]:
         """Return which checkpoint each tag names."""

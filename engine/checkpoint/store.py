@@ -57,6 +57,7 @@ from offloop.engine.checkpoint.manifest import (
     json_number,
 )
 from offloop.engine.checkpoint.reader import (
+    SET_ASIDE,
     TAG_NAME,
     TAGS,
     CheckpointInfo,
@@ -71,7 +72,7 @@ FREE_SPACE_MARGIN = 1.05
 RESERVED_TAGS = frozenset({"last", "best", "auto", "never", "must"})
 """Words that mean something else to whoever resumes."""
 
-_TEMPORARY, _TRASH, _BAD = ".tmp-", ".trash-", ".bad-"
+_TEMPORARY, _TRASH = ".tmp-", ".trash-"
 
 
 class Snapshotted(Protocol):
@@ -309,7 +310,7 @@ class CheckpointStore(CheckpointReader):
         """Move a damaged checkpoint out of the way, for people to look at; return where to."""
         with self._writing(), self._translated(path):
             for number in itertools.count(1):
-                target = path.with_name(f"{_BAD}{path.name}" + (f"-{number}" if number > 1 else ""))
+                target = path.with_name(f"{SET_ASIDE}{path.name}" + (f"-{number}" if number > 1 else ""))
                 if not os.path.lexists(target):
                     break
             self._filesystem.rename(path, target)

@@ -40,6 +40,7 @@ from offloop.engine import (
     read_events,
 )
 from offloop.engine.checkpoint import (
+    CheckpointError,
     CheckpointNotFoundError,
     CheckpointReader,
     CheckpointStore,
@@ -439,6 +440,23 @@ def test_state_of_another_torch_is_no_longer_called_bitwise(
     (resumed,) = [event for event in rest if isinstance(event, Resumed)]
     assert resumed.exactness == "approximate"
     assert f"torch was {here}, now it is 99.0" in resumed.reasons
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("file", ["MANIFEST.json", "model.safetensors"])
+def test_run_whose_checkpoints_are_all_damaged_is_not_begun_afresh(
+    file: str, named: bool, tmp_path: Path
+) -> None:
+    """Also by those who try again: the damaged ones are set aside by then."""
+    a_run(tmp_path, "cut", Cut(4))
+    for path in (tmp_path / "cut" / "checkpoints").iterdir():
+        (path / file).write_bytes(b"not what was written")
+    log = (tmp_path / "cut" / "events.jsonl").read_bytes()
+    for _ in range(3):
+        trainer = tiny_trainer(run_dir=tmp_path, run_name="cut" if named else None)
+        with pytest.raises(CheckpointError, match="damaged"):
+            trainer.train(tiny_loader(), epochs=3, resume="auto")
+    assert log in (tmp_path / "cut" / "events.jsonl").read_bytes()
 
 
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
