@@ -65,6 +65,7 @@ class Checkpoints:
         *,
         run_id: str,
         optimizers: Mapping[str, torch.optim.Optimizer],
+        model: torch.nn.Module,
         publish: Callable[[Event], None],
         patience: Patience = patiently,
     ) -> None:
@@ -74,6 +75,7 @@ class Checkpoints:
             directory: The run's.
             run_id: Written into manifests.
             optimizers: Their `step` is what changes the tensors that they own.
+            model: Some modules change their parameters in the forward pass.
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in the writer's thread.
             patience: How long training waits for a slow disk.
         """
@@ -91,6 +93,13 @@ class Checkpoints:
         self._directory = directory
         self._run_id = run_id
         self._optimizers = optimizers
+        # torch's embeddings with a max_norm scale down the rows that they look up
+        self._volatile = [
+            parameter
+            for module in model.modules()
+            if getattr(module, "max_norm", None) is not None
+            for parameter in module.parameters(recurse=False)
+        ]
         self._publish = publish
         self._patience = patience
         self._claim: DirectoryLock | None = None
@@ -321,7 +330,7 @@ class Checkpoints:
         """
         if self._writer is None or self._arena is None:
             self._store = CheckpointStore(self._directory, retention=self._retention)
-            self._arena = SnapshotArena(optimizers=self._optimizers.values())
+            self._arena = SnapshotArena(optimizers=self._optimizers.values(), volatile=self._volatile)
             self._writer = CheckpointWriter(self._store, on_saved=self._saved, on_failed=self._failed)
         return self._writer, self._arena
 

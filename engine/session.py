@@ -147,6 +147,7 @@ class Session:
                 self.dir,
                 run_id=run_id,
                 optimizers=self.loop.optimizers,
+                model=trainer.model,
                 publish=self._publish_late,
                 patience=self._patience,
             )

@@ -8,7 +8,8 @@ Two kinds of tensors: those that an optimizer owns change in its `step` and nowh
 hook before each step lets the compute stream wait for the copies; the rest (batch norm's
 statistics, averaged weights, random states) may change in the next forward pass, and are cloned
 on the device first, in the order of the compute stream.  The host waits for nothing; the writer
-thread waits for the event.
+thread waits for the event.  Other code that may change the first kind (a step hook, a decider,
+`run.call`) runs after `guard`; parameters that a module changes in its forward pass are of the second.
 """
 
 from __future__ import annotations
@@ -74,8 +75,11 @@ class CudaCopier:
     Thread: the training thread only.
     """
 
-    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, optimizers: Iterable[torch.optim.Optimizer], volatile: Iterable[torch.Tensor] = ()
+    ) -> None:
         self._optimizers = list(optimizers)
+        self._volatile = list(volatile)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pending: dict[torch.device, torch.cuda.Event] = {}
         self._hooks = [
@@ -121,7 +125,7 @@ class CudaCopier:
         return RunningCopy(events, keep)
 
     def _owned(self) -> set[int]:
-        """Storages that only an optimizer changes: parameters and its state of them."""
+        """Storages that only an optimizer changes: parameters, but for the volatile ones, and its state of them."""
         owned: set[int] = set()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -132,7 +136,7 @@ class CudaCopier:
                     for value in state.values()
                     if isinstance(value, torch.Tensor) and value.is_cuda
                 )
-        return owned
+        return owned - {each.untyped_storage().data_ptr() for each in self._volatile}
 
     def close(self) -> None:
         """Remove the hooks, after a last wait. Calling twice is fine."""

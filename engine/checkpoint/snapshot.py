@@ -145,6 +145,7 @@ class SnapshotArena:
         files: The file for each top-level key of the state.
         optimizers: On CUDA, tensors that these own change only in their `step`; every other
             tensor is cloned on the device at once. Irrelevant on the CPU.
+        volatile: Parameters among them that change elsewhere too, such as in a forward pass.
         check_versions: Compare each tensor's version before and after the copy; finds another
             thread that changes the state meanwhile. CPU only; costs a microsecond per tensor.
     """
@@ -155,6 +156,7 @@ class SnapshotArena:
         slots: int = DEFAULT_SLOTS,
         files: Mapping[str, str] = DEFAULT_FILES,
         optimizers: Iterable[torch.optim.Optimizer] = (),
+        volatile: Iterable[torch.Tensor] = (),
         check_versions: bool = False,
     ) -> None:
         if slots < 1:
@@ -163,7 +165,7 @@ class SnapshotArena:
             raise ValueError(f"files must end in .safetensors, got {bad[0]!r}")
         self._files = dict(files)
         self._check_versions = check_versions
-        self._cuda = cuda_copy.CudaCopier(optimizers)
+        self._cuda = cuda_copy.CudaCopier(optimizers, volatile)
         self._slots = [_Slot() for _ in range(slots)]
         # Guarded by _changed: taken by the training thread, given back by the writer.
         self._free = list(self._slots)

@@ -169,7 +169,9 @@ class OneRun:
         self.events: list[Event] = []
         self.failures: list[Exception] = []
         self.retention = retention or Retention(keep_last=2, monitor="loss")
-        self.checkpoints = Checkpoints(directory, run_id="run", optimizers={}, publish=self.events.append)
+        self.checkpoints = Checkpoints(
+            directory, run_id="run", optimizers={}, model=torch.nn.Identity(), publish=self.events.append
+        )
         self.checkpoints.keep(self.retention)
         self.remote = RemoteRun(URL, "run")
         self.uploads = Uploads(

@@ -1,7 +1,7 @@
 """engine/saving.py: a device copies beside the computation, and nobody changes what it still copies from."""
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ copiers: "list[LateCopier]" = []
 class LateCopier(cuda_copy.CudaCopier):
     """Stands for a device that copies as late as it may: when what follows has to wait for it."""
 
-    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        super().__init__(optimizers)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.late: list[LateCopy] = []
         copiers.append(self)
 
@@ -171,4 +171,19 @@ def test_checkpoint_is_not_torn_by_what_changes_weights_right_after_it(
         callbacks=[ModelCheckpoint(every_n_steps=100, keep_last=None), saves, spoiler],
     )
     trainer.train(tiny_batches(4), tiny_batches(2), epochs=2)
+    saves.check(tmp_path / "run")
+
+
+def test_checkpoint_is_not_torn_by_a_module_that_changes_its_weights_in_the_forward_pass(
+    tmp_path: Path,
+) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(5, 4, max_norm=0.1), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    )
+    tokens = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 2]])
+    batches = [(tokens[[step % 4]], torch.tensor([step % 3])) for step in range(4)]
+    saves = Saves()
+    everything = ModelCheckpoint(every_n_steps=100, keep_last=None)
+    trainer = tiny_trainer(model=model, run_dir=tmp_path, run_name="run", callbacks=[everything, saves])
+    trainer.train(batches, epochs=2)
     saves.check(tmp_path / "run")
