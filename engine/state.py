@@ -142,7 +142,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
         ConfigError: It is the state of another kind of optimizer, which torch takes, to fail in the first step.
         ValueError: The groups have other numbers of parameters.
     """
-    settings = [set(optimizer.defaults) & set(group) for group in optimizer.param_groups]
+    defaults = getattr(optimizer, "defaults", {})  # a wrapper may have none
+    settings = [set(defaults) & set(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(saved))
     missing = {
         name
