@@ -9,6 +9,7 @@ stands still publishes nothing that could be handled.
 
 import bisect
 import collections
+import inspect
 import logging
 import math
 import statistics
@@ -307,8 +308,12 @@ class Alerts(Callback):
         return True
 
     async def _tell(self, alert: Alert) -> None:
-        if self.notify is not None:
-            await self.notify(alert)
+        if self.notify is None:
+            return
+        told = self.notify(alert)
+        if not inspect.isawaitable(told):
+            raise TypeError(f"notify must be an async def, {self.notify!r} gave nothing to await")
+        await told
 
 
 class _Watchdog:

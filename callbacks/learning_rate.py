@@ -108,7 +108,10 @@ class LearningRateScheduler(Callback):
             ConfigError: An unknown name or argument; the text lists what is legal.
         """
         if isinstance(scheduler, str) and scheduler not in SCHEDULES:
-            raise ConfigError(f"there is no schedule {scheduler!r}; there are {', '.join(SCHEDULES)}")
+            raise ConfigError(
+                f"there is no schedule {scheduler!r}; there are {', '.join(SCHEDULES)}; others by torch's class: "
+                "LearningRateScheduler(torch.optim.lr_scheduler.MultiStepLR, milestones=[30, 80])"
+            )
         if interval not in (None, "epoch", "step"):
             raise ConfigError(f"interval must be 'epoch' or 'step', got {interval!r}")
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
@@ -129,7 +132,8 @@ class LearningRateScheduler(Callback):
             make = type(scheduler)
         else:
             raise ConfigError(
-                f"scheduler must be a name, a torch scheduler class or an instance, got {scheduler!r}"
+                f"scheduler must be a name, a torch scheduler class or an instance, got {scheduler!r}; a function "
+                "of the epoch: LearningRateScheduler(torch.optim.lr_scheduler.LambdaLR, lr_lambda=...)"
             )
         self._make: Callable[..., LRScheduler] = make
         self._length_argument = named.length if named else None
@@ -217,7 +221,10 @@ def _check_arguments(
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     for name in arguments:
         if name not in legal and not takes_any:
-            raise ConfigError(f"{make.__name__} takes no {name!r}; legal are {', '.join(legal)}")
+            raise ConfigError(
+                f"{make.__name__} takes no {name!r}; legal are {', '.join(legal)}; LearningRateScheduler itself takes "
+                "interval, monitor, mode, warmup and optimizer"
+            )
     for name, each in parameters.items():
         needed = each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
         if needed and name not in filled_in and name not in arguments:

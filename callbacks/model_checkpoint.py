@@ -86,6 +86,9 @@ class ModelCheckpoint(Callback):
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name, flag in (("save_best_only", save_best_only), ("save_last", save_last)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{name} must be True or False, got {flag!r}")
         if every_seconds is not None and not every_seconds > 0:
             raise ConfigError(f"every_seconds must be above 0, got {every_seconds!r}")
         has_cadence = not (every_n_epochs is None and every_n_steps is None and every_seconds is None)

@@ -50,8 +50,11 @@ class Monitor:
         """Find out what better means in this run.
 
         Raises:
-            ConfigError: `mode="auto"`, and neither the metric nor its name says what better means.
+            ConfigError: `mode="auto"`, and neither the metric nor its name says what better means; or it is a metric
+                of validations in a run that has none.
         """
+        if self.key.startswith("val_") and "validate" in run.refused:
+            raise ConfigError(f"monitor={self.key!r} needs a validation: give train() a val_loader")
         self._config = run.trainer.config
         self._judged_epoch = -1
         if self._mode == "auto":
@@ -75,9 +78,7 @@ class Monitor:
             and self._judged_epoch != event.epoch
             and self._validation_was_due(event)
         ):
-            event.metrics[
-                self.key
-            ]  # a run without a val_loader, say: raising beats watching nothing for ever
+            event.metrics[self.key]  # raising beats watching nothing for ever
         return None
 
     def _validation_was_due(self, event: EpochEnd) -> bool:

@@ -2,6 +2,7 @@
 
 import http.client
 import importlib
+import inspect
 import logging
 import os
 import urllib.error
@@ -85,6 +86,14 @@ class WandbLogger(TrackingLogger):
             raise ConfigError(f"mode must be 'online', 'offline' or 'disabled', got {self.mode!r}")
         if given := sorted(set(init) & set(OURS)):
             raise ConfigError(f"{given[0]} cannot be given to WandbLogger: it is set by the run")
+        legal = inspect.signature(self._wandb.init).parameters
+        for each in init:
+            if each not in legal:
+                raise ConfigError(
+                    f"WandbLogger() takes no {each!r}, nor does wandb.init; legal are project, name, mode, "
+                    f"hyperparameters, log_model, every_seconds, every_n_steps, timeout, settings and for wandb.init "
+                    f"{', '.join(sorted(set(legal) - set(OURS)))}"
+                )
         self.settings = dict(settings or {})
         is_known = (
             self.mode != "online" or "base_url" in self.settings or bool(os.environ.get("WANDB_API_KEY"))

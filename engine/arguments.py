@@ -3,17 +3,21 @@
 Everything here raises `ConfigError` or `TypeError`, with the argument, what it got, what is legal and how to fix it.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from offloop.engine.callback import Callback
 from offloop.engine.checkpoint import RemoteRun
 from offloop.engine.config import RemoteDirectory, TrainerConfig
 from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError, EmptyLoaderError
+from offloop.engine.events import known_events
 from offloop.engine.metric_names import MetricSpec, chosen_metrics, metric_direction
+from offloop.engine.spelling import HANDLERS, UNCALLED
 
 
 def expect_instance(value: object, name: str, arguments: str = "...") -> None:
@@ -34,7 +38,10 @@ def named_optimizers(
     for name, each in named.items():
         expect_instance(each, "optimizer", "model.parameters(), lr=...")
         if not isinstance(each, torch.optim.Optimizer):
-            raise TypeError(f"{name} must be a torch.optim.Optimizer, got {type(each).__name__}")
+            raise TypeError(
+                f"{name} must be a torch.optim.Optimizer, like torch.optim.AdamW(model.parameters(), lr=1e-3), or a "
+                f"mapping of names to several; got {type(each).__name__}"
+            )
     return named
 
 
@@ -47,7 +54,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is none that torch knows: {error}") from error
+        raise ConfigError(
+            f'device={name!r} is none that torch knows: give "auto", "cpu", "cuda", "cuda:1", "mps", ...'
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r}, but torch sees no CUDA device here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -57,9 +66,57 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def check_callbacks(callbacks: Iterable[Callback]) -> Iterable[Callback]:
+    """Return what was given if it is a collection."""
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks must be a list of Callbacks, got {type(callbacks).__name__}")
+    return callbacks
+
+
+def check_methods(trainer: object, base: type) -> None:
+    """Raise where a subclass of a trainer defines what cannot be called, or what nobody calls here.
+
+    Args:
+        trainer: The instance.
+        base: The class whose methods have been right from the beginning.
+    """
+    owner = type(trainer).__name__
+    for name in ("training_step", "validation_step", "predict_step", "train_epoch", "validate_epoch"):
+        method = getattr(trainer, name)
+        if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+            raise TypeError(
+                f"{owner}.{name} is an async def; it runs in the training thread, where nothing can be awaited: make "
+                "it a plain def"
+            )
+        argument = "loader" if name.endswith("epoch") else "batch"
+        try:
+            inspect.signature(method).bind(None)
+        except TypeError:
+            raise ConfigError(
+                f"{owner}.{name} must take (self, {argument}) and nothing else; self.step and self.epoch count; its "
+                f"signature is {name}{inspect.signature(method)}"
+            ) from None
+    handlers = {each.handler_name: each.handler_name for each in known_events()} | HANDLERS
+    for name in dir(type(trainer)):
+        if hasattr(base, name):
+            continue
+        if name in handlers:
+            raise ConfigError(
+                f"{owner}.{name} is never called: a trainer handles no events; subclass Callback and define "
+                f"{handlers[name]}"
+            )
+        if name in UNCALLED:
+            raise ConfigError(f"{owner}.{name} is never called: use {UNCALLED[name]}")
+
+
 def check_loader(loader: Any, name: str) -> None:
     """Raise for what gives no batches. Asks a loader for its length only."""
     expect_instance(loader, name)
+    if isinstance(loader, torch.Tensor) or hasattr(loader, "__array__"):
+        raise TypeError(
+            f"{name} must give batches, got a {type(loader).__name__}: DataLoader(TensorDataset(inputs, targets), "
+            "batch_size=32) makes them"
+        )
     if isinstance(loader, str | bytes) or not hasattr(loader, "__iter__"):
         indexable = " (a Dataset? wrap it in a DataLoader)" if hasattr(loader, "__getitem__") else ""
         raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
@@ -107,7 +164,10 @@ def check_optimizers(
     if scheduler is not None:
         expect_instance(scheduler, "scheduler", "optimizer, ...")
         if not isinstance(scheduler, LRScheduler):
-            raise TypeError(f"scheduler must be a torch.optim.lr_scheduler, got {type(scheduler).__name__}")
+            raise TypeError(
+                f"scheduler must be one of torch.optim.lr_scheduler, got {type(scheduler).__name__}; by name, with "
+                'a warm-up, or several: LearningRateScheduler("cosine") among the callbacks'
+            )
         if scheduler.optimizer not in optimizers.values():
             raise ConfigError("the scheduler belongs to another optimizer than the one given")
         if isinstance(scheduler, ReduceLROnPlateau) and config.scheduler_interval == "step":

@@ -410,6 +410,8 @@ class Bus:
         """Check an event and stamp its time, without putting it into the order. Raises like `publish`."""
         if self._closing:
             raise BusClosedError(f"{type(event).__name__} was published after the run had ended")
+        if not isinstance(event, Event):
+            raise EventError(f"publish takes an event, an instance of a subclass of Event, got {event!r}")
         if event.time:
             raise EventError(
                 f"{type(event).__name__} was published before: make a new event for each publish"
@@ -527,7 +529,9 @@ class Bus:
         """
         for wanted in types:
             if not (isinstance(wanted, type) and issubclass(wanted, Event)):
-                raise TypeError(f"subscribe takes event classes like EpochEnd, got {wanted!r}")
+                raise TypeError(
+                    f"subscribe takes event classes like EpochEnd, got {wanted!r}; several as events(EpochEnd, StepEnd)"
+                )
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1, got {buffer}")
         if on_full not in ("drop_oldest", "block"):

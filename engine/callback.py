@@ -13,7 +13,6 @@ wrong with a callback is found by `Handlers` before the run starts.
 """
 
 import dataclasses
-import difflib
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ from offloop.engine.events import (
     ValidationStart,
     known_events,
 )
+from offloop.engine.spelling import HANDLERS, explains_arguments, nearest
 
 if TYPE_CHECKING:
     from offloop.engine.bus import OnFull
@@ -79,6 +79,11 @@ class Callback:
     best_by: "tuple[str, Mode] | None" = None
     """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = explains_arguments()(cls.__init__)  # type: ignore[method-assign]  # that is the aim
+
     def reset(self) -> None:
         """Forget the previous run. Called before each new run, in the thread that starts it."""
 
@@ -126,6 +131,8 @@ def decides(handler: F | None = None, /, *, timeout: float | None = None) -> F |
         timeout: Seconds to wait for an `async def`, after which training goes on without it. None, the default,
             waits as long as it takes: with a deadline, results depend on the machine's load.
     """
+    if handler is not None and not callable(handler):
+        raise TypeError(f"write @decides above a method, or @decides(timeout=...); got decides({handler!r})")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
 
@@ -164,6 +171,8 @@ def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Ca
             Points outside of steps run each time. The name of an attribute of the callback gives each instance
             a cadence of its own, None for no such hook: it is read when a run is set up.
     """
+    if hook is not None and not callable(hook):
+        raise TypeError(f"write @in_step(every_n_steps=...) above a method, got in_step({hook!r})")
     if not isinstance(every_n_steps, str) and every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
 
@@ -314,8 +323,10 @@ class Handlers:
     def _check_known(self, attribute: str) -> None:
         known = {"on_event", "on_sample"} | {event_class.handler_name for event_class in known_events()}
         if attribute not in known:
-            near = difflib.get_close_matches(attribute, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            near = nearest(attribute, known)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
+            if attribute in HANDLERS:
+                hint = f"use {HANDLERS[attribute]}"
             raise ConfigError(f"{self.name}.{attribute} handles no event that is known: {hint}")
 
     def _check_boundary(self, attribute: str) -> None:

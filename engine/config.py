@@ -1,6 +1,5 @@
 """TrainerConfig: every knob, its unit and its legal range, checked once."""
 
-import difflib
 import math
 import os
 import re
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from offloop.engine.errors import ConfigError
+from offloop.engine.spelling import ADVICE, PEER_SPELLINGS, hint, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -32,63 +32,8 @@ TRAIN_ARGUMENTS: Final = (
     "init_strict",
 )
 """What `train()` takes beside the loaders: what to train on and how long."""
-
-PEER_SPELLINGS: Final = {
-    "max_epochs": "epochs",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "n_epochs": "epochs",
-    "num_steps": "max_steps",
-    "total_steps": "max_steps",
-    "max_duration": "max_time",
-    "max_grad_norm": "gradient_clip_val",
-    "grad_clip": "gradient_clip_val",
-    "clip_grad_norm": "gradient_clip_val",
-    "gradient_clip": "gradient_clip_val",
-    "gradient_accumulation_steps": "accumulate_grad_batches",
-    "accumulation_steps": "accumulate_grad_batches",
-    "grad_accum_steps": "accumulate_grad_batches",
-    "check_val_every_n_epoch": "val_every_n_epochs",
-    "val_check_interval": "val_every_n_steps",
-    "eval_steps": "val_every_n_steps",
-    "accelerator": "device",
-    "devices": "device",
-    "gpus": "device",
-    "mixed_precision": "precision",
-    "amp": "precision",
-    "use_amp": "precision",
-    "autocast": "precision",
-    "dtype": "precision",
-    "fp16": "precision",
-    "bf16": "precision",
-    "torch_compile": "compile",
-    "gradient_checkpointing": "activation_checkpointing",
-    "use_gradient_checkpointing": "activation_checkpointing",
-    "memory_format": "channels_last",
-    "allow_tf32": "tf32",
-    "float32_matmul_precision": "tf32",
-    "frozen": "freeze",
-    "freeze_layers": "freeze",
-    "loss_fn": "loss",
-    "loss_func": "loss",
-    "criterion": "loss",
-    "lr_scheduler": "scheduler",
-    "optim": "optimizer",
-    "lr": "optimizer",
-    "learning_rate": "optimizer",
-    "weight_decay": "optimizer",
-    "random_state": "seed",
-    "default_root_dir": "run_dir",
-    "output_dir": "run_dir",
-    "log_dir": "run_dir",
-    "metric_for_best_model": "monitor",
-    "init_weights": "init_from",
-    "initial_weights": "init_from",
-    "load_from": "init_from",
-    "pretrained": "init_from",
-    "strict": "init_strict",
-}
-"""How other trainers spell our knobs."""
+_GIVEN_TO_TRAIN: Final = ("train_loader", "val_loader", *TRAIN_ARGUMENTS)
+_BESIDE_KNOBS: Final = ("model", "optimizer", "config", "loss", "scheduler", "callbacks")
 
 
 class RemoteDirectory(msgspec.Struct, frozen=True):
@@ -217,10 +162,10 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             "val_every_n_steps",
         ):
             _check_count(name, getattr(self, name), optional=name != "accumulate_grad_batches")
-        for name in ("max_time", "gradient_clip_val"):
-            _check_positive(name, getattr(self, name))
+        _check_positive("gradient_clip_val", self.gradient_clip_val)
+        _check_positive("max_time", self.max_time, unit="seconds")
         for name in ("flush_interval", "drain_timeout"):
-            _check_positive(name, getattr(self, name), optional=False)
+            _check_positive(name, getattr(self, name), optional=False, unit="seconds")
         for name in ("limit_train_batches", "limit_val_batches"):
             _check_limit(name, getattr(self, name))
         _check_choice("precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
@@ -295,33 +240,29 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def unknown_knob(name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a knob that `Trainer` does not have, naming the one that was probably meant."""
-    candidates = [*known, "loss", "scheduler", "callbacks"]
-    if name in TRAIN_ARGUMENTS or name in ("train_loader", "val_loader"):
-        return ConfigError(f"{name} belongs to train(): Trainer says how to train, train() what and how long")
-    meant = PEER_SPELLINGS.get(name)
-    if meant is None:
-        near = difflib.get_close_matches(name, candidates, n=1)
-        meant = near[0] if near else None
-    hint = f"use {meant}" if meant else f"known are {', '.join(sorted(candidates))}"
-    return ConfigError(f"there is no knob {name!r}: {hint}")
+    known = sorted([*known, *_BESIDE_KNOBS])
+    meant = {name, *PEER_SPELLINGS.get(name, "").split()}
+    there = [each for each in _GIVEN_TO_TRAIN if each in meant]
+    if there and meant.isdisjoint(known):
+        here = there[0] if name == there[0] else f"{name}, here {there[0]},"
+        return ConfigError(f"{here} belongs to train(): Trainer says how to train, train() what and how long")
+    return ConfigError(f"there is no knob {name!r}: {hint(name, known)}")
 
 
-def misplaced_argument(name: str) -> ConfigError:
-    """Return the error for an argument that `train()` does not take."""
-    meant = PEER_SPELLINGS.get(name, name)
-    if meant in TRAIN_ARGUMENTS:
-        return ConfigError(f"train() takes no {name!r}: use {meant}")
-    if meant in TrainerConfig.__struct_fields__ or meant in ("loss", "scheduler", "optimizer", "model"):
-        return ConfigError(f"{name} says how to train: give it to Trainer({meant}=...), not to train()")
-    here = ("train_loader", "val_loader", *TRAIN_ARGUMENTS)
-    near = difflib.get_close_matches(name, (*here, *TrainerConfig.__struct_fields__), n=1)
-    if not near:
-        hint = f"it takes {', '.join(here)}"
-    elif near[0] in here:
-        hint = f"did you mean {near[0]}?"
-    else:
-        hint = f"did you mean Trainer({near[0]}=...)?"
-    return ConfigError(f"train() takes no {name!r}: {hint}")
+def misplaced_argument(callee: str, name: str, legal: Iterable[str]) -> ConfigError:
+    """Return the error for an argument that `train()` and its likes do not take."""
+    legal, knobs = list(legal), [*TrainerConfig.__struct_fields__, *_BESIDE_KNOBS]
+    meant = [name, *PEER_SPELLINGS.get(name, "").split()]
+    if set(meant).isdisjoint(legal):
+        for each in meant:
+            if each in knobs:
+                return ConfigError(
+                    f"{name} says how to train: give it to Trainer({each}=...), not to {callee}()"
+                )
+        near = None if name in ADVICE else nearest(name, [*legal, *knobs])
+        if near in knobs and near not in legal:
+            return ConfigError(f"{callee}() takes no {name!r}: did you mean Trainer({near}=...)?")
+    return ConfigError(f"{callee}() takes no {name!r}: {hint(name, legal)}")
 
 
 def check_limits(epochs: int | None, max_steps: int | None, max_time: float | None) -> None:
@@ -332,7 +273,7 @@ def check_limits(epochs: int | None, max_steps: int | None, max_time: float | No
     """
     _check_count("epochs", epochs)
     _check_count("max_steps", max_steps)
-    _check_positive("max_time", max_time)
+    _check_positive("max_time", max_time, unit="seconds")
     if epochs is None and max_steps is None and max_time is None:
         raise ConfigError("nothing says when to stop: give epochs, max_steps or max_time")
 
@@ -344,11 +285,11 @@ def _check_count(name: str, value: object, *, optional: bool = True) -> None:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _check_positive(name: str, value: object, *, optional: bool = True) -> None:
+def _check_positive(name: str, value: object, *, optional: bool = True, unit: str = "") -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+        raise ConfigError(f"{name} must be a number above 0{unit and f' ({unit})'}, got {value!r}")
 
 
 def _check_limit(name: str, value: object) -> None:
@@ -374,7 +315,9 @@ def _check_patterns(name: str, value: object, kinds: tuple[type, ...], legal: st
         return
     given = value if isinstance(value, list | tuple) else [value]
     if not given or not all(isinstance(each, kinds) and each != "" for each in given):
-        raise ConfigError(f"{name} must be {legal}, got {value!r}")
+        odd = next((each for each in given if not isinstance(each, kinds) or each == ""), value)
+        shown = repr(odd) if isinstance(odd, str | int | list) else f"a {type(odd).__name__}"
+        raise ConfigError(f"{name} must be {legal}, got {shown}")
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ that a caller may want to handle. Facts are attributes, so nobody has to match t
     Preempted (SystemExit, code 75)         SIGTERM, after everything was saved
 """
 
+import difflib
 from collections.abc import Iterable, Mapping
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later", what schedulers requeue on
@@ -108,7 +109,9 @@ class MetricNotFoundError(OffloopError, KeyError):
         self.name = name
         self.known = tuple(known)
         listed = ", ".join(self.known) or "none yet"
-        super().__init__(f"no metric {name!r} here; there are: {listed}")
+        near = difflib.get_close_matches(str(name), self.known, n=1, cutoff=0.7)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"no metric {name!r} here; there are: {listed}{meant}")
 
     def __str__(self) -> str:  # KeyError would show the repr of the text
         return str(self.args[0])

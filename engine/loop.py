@@ -271,6 +271,11 @@ class TrainingLoop:
             if self.ending == "limit":
                 return  # the time was up before its first batch
             raise EmptyLoaderError(self.describe_empty_loader())
+        if not self.program.automatic_optimization and self.step == self.epoch == 0:
+            logger.warning(
+                "no optimizer has stepped in the first epoch: a manual step calls self.backward(loss) and "
+                "self.optimizer_step(name); optimizer.step() is not seen by the run"
+            )
         length = limited_length(self.train_loader, self.config.limit_train_batches, "limit_train_batches")
         complete = self.ending is None or self.epoch_batches == length
         is_last = self.epoch + 1 == self.limits.epochs
@@ -686,6 +691,15 @@ class TrainingLoop:
 
     def log(self, name: str, value: "torch.Tensor | float") -> None:
         """Log a value with the step or the validation in progress."""
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"log takes a name and a value; the name must be a text, got {name!r}")
+        if name.startswith(("train_", "val_", "train/", "val/")):
+            bare = name.removeprefix("train").removeprefix("val")[1:]
+            if bare == "loss":
+                raise ValueError(
+                    f"log({name!r}): leave it out, the mean of the step's loss is logged by itself"
+                )
+            raise ValueError(f"log({name!r}): train_ or val_ is put before what is logged, so log {bare!r}")
         if name == "loss":
             raise ValueError("log('loss') would mix with the step's own loss: log it under another name")
         if isinstance(value, torch.Tensor):

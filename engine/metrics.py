@@ -97,8 +97,15 @@ class MetricSet:
         if self._own:
             if outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
-            for metric in self._own.values():
-                metric.update(outputs, targets)
+            for name, metric in self._own.items():
+                try:
+                    metric.update(outputs, targets)
+                except Exception as error:
+                    error.add_note(
+                        f"offloop: metric {name!r}, a {type(metric).__name__}, was given outputs "
+                        f"{tuple(outputs.shape)} {outputs.dtype}, targets {tuple(targets.shape)} {targets.dtype}"
+                    )
+                    raise
         self._batches += 1
 
     def compute(self) -> dict[str, float]:

@@ -81,6 +81,8 @@ class Run:
     `resume` apply at the next batch, all others at the next step boundary.
     """
 
+    __slots__ = ("__weakref__", "_bus", "_control", "_session")  # run.should_stop = True is an error
+
     def __init__(self, session: "Session") -> None:
         self._session = session
         self._control = session.control

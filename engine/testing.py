@@ -31,6 +31,7 @@ from offloop.engine.events import (
     TrainEnd,
     TrainStart,
     ValidationEnd,
+    ValidationStart,
 )
 from offloop.engine.loop import Batch, TrainingLoop
 from offloop.engine.run import Run, RunResult
@@ -228,7 +229,7 @@ def drive(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven
     """
     recorder = Recorder()
     trainer = _scripted(events, knobs)
-    result = trainer.train([None], epochs=1, callbacks=[recorder, *callbacks])
+    result = trainer.train([None], trainer.val_loader, epochs=1, callbacks=[recorder, *callbacks])
     return Driven(result, recorder.events)
 
 
@@ -236,7 +237,7 @@ async def drive_async(*callbacks: Callback, events: Iterable[Event], **knobs: An
     """Like `drive`, beside this event loop."""
     recorder = Recorder()
     trainer = _scripted(events, knobs)
-    result = await trainer.train_async([None], epochs=1, callbacks=[recorder, *callbacks])
+    result = await trainer.train_async([None], trainer.val_loader, epochs=1, callbacks=[recorder, *callbacks])
     return Driven(result, recorder.events)
 
 
@@ -244,6 +245,15 @@ class _ScriptedTrainer(BaseTrainer):
     """Says what a script says."""
 
     script: Sequence[Event] = ()
+
+    @property
+    def val_loader(self) -> list[None] | None:
+        """Something to validate on where the script has validations; it is never read."""
+        return (
+            [None]
+            if any(isinstance(event, ValidationStart | ValidationEnd) for event in self.script)
+            else None
+        )
 
     def _make_loop(self, session: Session, *rest: Any) -> TrainingLoop:
         loop = super()._make_loop(session, *rest)

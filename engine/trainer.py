@@ -17,7 +17,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 import anyio
 import anyio.abc
@@ -27,7 +27,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from offloop.engine.activation_checkpointing import select_modules
 from offloop.engine.arguments import (
+    check_callbacks,
     check_loader,
+    check_methods,
     check_optimizers,
     chosen_monitor,
     expect_instance,
@@ -64,6 +66,7 @@ from offloop.engine.run import Run, RunResult
 from offloop.engine.run_dir import new_run_id
 from offloop.engine.seeded_sampling import check_seedable
 from offloop.engine.session import Session, default_device
+from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
 from offloop.engine.state import load_optimizer
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
 from offloop.engine.weights import Source, plan_init
@@ -90,6 +93,7 @@ class BaseTrainer:
     automatic_optimization: bool = True
     """False: `training_step` calls `self.backward(loss)` and `self.optimizer_step(name)` itself."""
 
+    @explains_arguments()
     def __init__(
         self,
         model: torch.nn.Module,
@@ -130,7 +134,7 @@ class BaseTrainer:
         self.optimizers = named_optimizers(optimizer)
         self.loss = loss
         self.scheduler = scheduler
-        self.callbacks = tuple(callbacks)
+        self.callbacks = tuple(check_callbacks(callbacks))
         self.device = resolve_device(self.config.device)
         self.last_run: Run | None = None
         self._lock = threading.Lock()  # guards _session, which threads and tasks may want at once
@@ -139,9 +143,26 @@ class BaseTrainer:
         self._occupation = ""  # what it is doing beside runs; under the lock
         self._mixed: MixedPrecision | None = None  # of the latest run: its loss scale goes on in the next one
         self._is_compiled = False
+        check_methods(self, BaseTrainer)
         self._check_model()
         check_optimizers(self.model, self.optimizers, self.scheduler, self.config)
         lookup(self.callbacks)
+
+    if not TYPE_CHECKING:  # a type checker is to know what there is, and nothing else
+
+        def __getattr__(self, name: str) -> Any:
+            if "optimizers" not in vars(self) and not name.startswith("__"):
+                raise AttributeError(
+                    f"{type(self).__name__}.__init__ must call super().__init__(model, optimizer, ...)"
+                )
+            if name in METHODS:
+                raise AttributeError(f"{type(self).__name__} has no {name!r}: use {METHODS[name]}")
+            return super().__getattribute__(name)  # again, for the error that Python raises
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a trainer cannot be copied or pickled: make another one, or save trainer.state_dict() or its model"
+        )
 
     # To override ---------------------------------------------------------------------------------
 
@@ -191,6 +212,7 @@ class BaseTrainer:
         """Run one batch of a validation."""
         self._in_run("validate_batch").validate_batch(batch)
 
+    @explains_arguments()
     def log(self, name: str, value: torch.Tensor | float) -> None:
         """Log a value of this step: `StepEnd.metrics[name]`, and the epoch's mean `train_name` or `val_name`.
 
@@ -315,6 +337,7 @@ class BaseTrainer:
 
     # To start a run ------------------------------------------------------------------------------
 
+    @explains_arguments(misplaced_argument)
     def train(
         self,
         train_loader: Iterable[Batch],
@@ -328,7 +351,6 @@ class BaseTrainer:
         resume: Resume = None,
         init_from: Source | None = None,
         init_strict: bool = True,
-        **misplaced: Any,
     ) -> RunResult:
         """Train and return the result. Blocks this thread; the model trains in a thread of its own.
 
@@ -349,7 +371,6 @@ class BaseTrainer:
             init_from: Weights to begin from, as `load_model` takes them: another run, a checkpoint, a registered
                 model, a file, a state dict. Not used when a run is resumed.
             init_strict: False: load the weights that fit and log what does not.
-            misplaced: None are legal; the error says where a knob belongs.
 
         Raises:
             ConfigError: An argument cannot work; nothing has started then.
@@ -370,12 +391,12 @@ class BaseTrainer:
             callbacks,
             resume,
             (init_from, init_strict),
-            misplaced,
         )
         if _inside_event_loop():
             return self._train_in_helper_thread(session)
         return self._train_here(session, force_signals=False)
 
+    @explains_arguments(misplaced_argument)
     async def train_async(
         self,
         train_loader: Iterable[Batch],
@@ -391,7 +412,6 @@ class BaseTrainer:
         init_strict: bool = True,
         handle_signals: bool = False,
         task_status: anyio.abc.TaskStatus[Run] = anyio.TASK_STATUS_IGNORED,
-        **misplaced: Any,
     ) -> RunResult:
         """Train beside this event loop and return the result, see `train`.
 
@@ -404,7 +424,6 @@ class BaseTrainer:
                 As for `train`.
             handle_signals: Take SIGINT and SIGTERM for the length of the run, in the main thread.
             task_status: Given by `task_group.start`, which returns the `Run`.
-            misplaced: None are legal.
         """
         await self._fetch_async(resume)
         session = self._prepare(
@@ -417,7 +436,6 @@ class BaseTrainer:
             callbacks,
             resume,
             (init_from, init_strict),
-            misplaced,
         )
         if not handle_signals:
             return await session.run_to_end(task_status.started)
@@ -427,6 +445,7 @@ class BaseTrainer:
         _raise_for_signal(seen)
         return result
 
+    @explains_arguments(misplaced_argument)
     def start(
         self,
         train_loader: Iterable[Batch],
@@ -440,7 +459,6 @@ class BaseTrainer:
         resume: Resume = None,
         init_from: Source | None = None,
         init_strict: bool = True,
-        **misplaced: Any,
     ) -> AbstractAsyncContextManager[Run]:
         """Return the run as an async context manager: `async with trainer.start(...) as run:`.
 
@@ -459,13 +477,13 @@ class BaseTrainer:
                 callbacks,
                 resume,
                 (init_from, init_strict),
-                misplaced,
             )
 
-        if self._remote_to_fetch(resume) is not None:
-            return self._fetch_and_run_beside(resume, prepare)
-        return prepare().run_beside()
+        fetches = self._remote_to_fetch(resume) is not None
+        block = self._fetch_and_run_beside(resume, prepare) if fetches else prepare().run_beside()
+        return AsyncBlock(block, "async with trainer.start(...) as run:")
 
+    @explains_arguments()
     def evaluate(self, loader: Iterable[Batch], *, metrics: MetricSpec = ()) -> Metrics:
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.
 
@@ -474,6 +492,7 @@ class BaseTrainer:
         """
         return self._evaluate(loader, metrics)
 
+    @explains_arguments()
     async def evaluate_async(self, loader: Iterable[Batch], *, metrics: MetricSpec = ()) -> Metrics:
         """Like `evaluate`, in a thread beside this event loop. Cancellation: the thread ends by itself."""
         worker = Worker("offloop-evaluate")
@@ -482,6 +501,7 @@ class BaseTrainer:
         finally:
             worker.close()
 
+    @explains_arguments()
     def predict(self, loader: Iterable[Batch]) -> list[Any]:
         """Return what `predict_step` gives for each batch of a loader, on the host. Blocks.
 
@@ -495,10 +515,10 @@ class BaseTrainer:
         with self._occupied("predicting"):
             return list(self._predictions(loader))
 
-    @contextlib.asynccontextmanager
-    async def predict_async(
+    @explains_arguments()
+    def predict_async(
         self, loader: Iterable[Batch], *, read_ahead: int = 2
-    ) -> AsyncGenerator[AsyncIterator[Any]]:
+    ) -> AbstractAsyncContextManager[AsyncIterator[Any]]:
         """Predict in a thread of its own: `async with trainer.predict_async(loader) as stream:`.
 
         `async for outputs in stream` gives the outputs of each batch, in order. The thread is ahead of its reader
@@ -516,6 +536,14 @@ class BaseTrainer:
         check_loader(loader, "loader")
         if isinstance(read_ahead, bool) or not isinstance(read_ahead, int) or read_ahead < 1:
             raise ConfigError(f"read_ahead must be a whole number of at least 1, got {read_ahead!r}")
+        return AsyncBlock(
+            self._predict_beside(loader, read_ahead), "async with trainer.predict_async(loader) as stream:"
+        )
+
+    @asynccontextmanager
+    async def _predict_beside(
+        self, loader: Iterable[Batch], read_ahead: int
+    ) -> AsyncGenerator[AsyncIterator[Any]]:
         device_context = default_device()
 
         def work() -> Generator[Any, None, None]:
@@ -532,6 +560,7 @@ class BaseTrainer:
             finally:
                 await stream.leave()
 
+    @explains_arguments()
     def find_learning_rate(
         self,
         train_loader: Iterable[Batch],
@@ -562,6 +591,7 @@ class BaseTrainer:
             self, train_loader, min_lr=min_lr, max_lr=max_lr, steps=steps, optimizer=optimizer
         )
 
+    @explains_arguments()
     def find_batch_size(
         self,
         train_loader: "Iterable[Batch] | Callable[[int], Iterable[Batch]]",
@@ -665,11 +695,8 @@ class BaseTrainer:
         callbacks: Sequence[Callback],
         resume: Resume,
         init: tuple[Source | None, bool],
-        misplaced: Mapping[str, Any],
     ) -> Session:
         """Check everything that can be checked before a run, and make its session."""
-        for name in misplaced:
-            raise misplaced_argument(name)
         self._check_free()
         config = self.config
         epochs = config.epochs if epochs is None else epochs
@@ -686,7 +713,7 @@ class BaseTrainer:
         check_metrics(metrics)
         self._check_model()
         self._check_optimization()
-        given = [*self.callbacks, *callbacks]
+        given = [*self.callbacks, *check_callbacks(callbacks)]
         wishes = {wish for each in given if (wish := getattr(each, "best_by", None)) is not None}
         if config.monitor is None and len(wishes) == 1:
             ((key, mode),) = wishes
@@ -951,7 +978,7 @@ class BaseTrainer:
             warnings.warn(
                 "train() blocks the event loop that it was called in: await train_async(...) instead",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,  # the caller of train(), which is decorated
             )
         failure: list[BaseException] = []
 

@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 def run_with(direction: str | None = None, **knobs: Any) -> Any:
     """Return what a monitor asks of a run."""
     return SimpleNamespace(
-        trainer=SimpleNamespace(config=TrainerConfig(**knobs)), direction_of=lambda key: direction
+        trainer=SimpleNamespace(config=TrainerConfig(**knobs)), direction_of=lambda key: direction, refused={}
     )
 
 
@@ -77,6 +77,14 @@ def test_given_mode_is_not_asked_for() -> None:
     monitor = Monitor("val_thing", "max")
     monitor.begin(run_with("min"))
     assert monitor.direction == "max"
+
+
+def test_a_run_without_validations_is_refused_at_its_start() -> None:
+    run = run_with("min")
+    run.refused["validate"] = "there is no val_loader to validate on"
+    Monitor("train_loss").begin(run)
+    with pytest.raises(ConfigError, match="monitor='val_loss' needs a validation"):
+        Monitor("val_loss").begin(run)
 
 
 @pytest.mark.parametrize("key", ["loss", "lr", "", "validation_loss", 3, None])

@@ -61,7 +61,7 @@ MODEL, OTHER_MODEL = tiny_model(), tiny_model()
 BAD_TRAINERS: dict[str, tuple[Callable[[], object], str]] = {
     "unknown knob": (
         lambda: Trainer(MODEL, sgd(MODEL), acumulate_grad_batches=2),
-        "there is no knob 'acumulate_grad_batches': use accumulate_grad_batches",
+        "there is no knob 'acumulate_grad_batches': did you mean accumulate_grad_batches?",
     ),
     "a peer's knob": (
         lambda: Trainer(MODEL, sgd(MODEL), max_grad_norm=1.0),
@@ -93,7 +93,8 @@ BAD_TRAINERS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "optimizer of another kind": (
         lambda: Trainer(MODEL, MODEL.parameters()),  # type: ignore[arg-type]  # that is the test
-        "optimizer must be a torch.optim.Optimizer, got generator",
+        "optimizer must be a torch.optim.Optimizer, like torch.optim.AdamW(model.parameters(), lr=1e-3), or a mapping "
+        "of names to several; got generator",
     ),
     "no optimizer": (lambda: Trainer(MODEL, {}), "optimizer is an empty mapping: give at least one"),
     "optimizer of another model": (
@@ -114,7 +115,8 @@ BAD_TRAINERS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "scheduler of another kind": (
         lambda: Trainer(MODEL, sgd(MODEL), scheduler=0.1),  # type: ignore[arg-type]  # that is the test
-        "scheduler must be a torch.optim.lr_scheduler, got float",
+        "scheduler must be one of torch.optim.lr_scheduler, got float; by name, with a warm-up, or several: "
+        'LearningRateScheduler("cosine") among the callbacks',
     ),
     "loss class": (
         lambda: Trainer(MODEL, sgd(MODEL), loss=nn.CrossEntropyLoss),  # type: ignore[arg-type]  # that is the test
@@ -188,11 +190,11 @@ BAD_RUNS: dict[str, tuple[Callable[[Callable[..., Trainer]], RunResult], str]] =
         "epochs must be a whole number of at least 1, got 0",
     ),
     "misplaced knob": (
-        lambda make: make().train(LOADER, epochs=1, precision="bf16-mixed"),
+        lambda make: make().train(LOADER, epochs=1, precision="bf16-mixed"),  # type: ignore[call-arg]  # that is the test
         "precision says how to train: give it to Trainer(precision=...), not to train()",
     ),
     "misspelt argument": (
-        lambda make: make().train(LOADER, num_epochs=1),
+        lambda make: make().train(LOADER, num_epochs=1),  # type: ignore[call-arg]  # that is the test
         "train() takes no 'num_epochs': use epochs",
     ),
     "dataset for a loader": (

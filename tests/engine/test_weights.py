@@ -541,7 +541,7 @@ def test_model_in_the_place_of_its_weights_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="init_strict must be True or False"):
         trainer.train(tiny_loader(2), epochs=1, init_strict=None)  # type: ignore[arg-type]  # tested
     with pytest.raises(ConfigError, match="init_from"):
-        trainer.train(tiny_loader(2), epochs=1, pretrained="x")
+        trainer.train(tiny_loader(2), epochs=1, pretrained="x")  # type: ignore[call-arg]  # tested
     assert trainer.last_run is None
 
 

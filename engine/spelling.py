@@ -1,0 +1,402 @@
+"""What is written by people who come from another library, and what it is called here.
+
+No aliases: one thing has one name. A call with an argument that does not exist raises an error of one line, which
+says what to write instead: `explains_arguments` on a function, or on a class's `__init__`, sees to that. It does
+nothing for a call that fits.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar, cast
+
+from offloop.engine.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PEER_SPELLINGS: Final = {
+    # how long, and on what
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "n_epochs": "epochs",
+    "num_steps": "max_steps",
+    "total_steps": "max_steps",
+    "max_iters": "max_steps",
+    "max_duration": "max_time",
+    "max_minutes": "max_time",
+    "train_dataloader": "train_loader loader",
+    "train_dataloaders": "train_loader loader",
+    "train_dataset": "train_loader loader",
+    "dataloader": "train_loader loader",
+    "dataloaders": "train_loader loader",
+    "data": "train_loader loader",
+    "dataset": "train_loader loader",
+    "x": "train_loader loader",
+    "val_dataloader": "val_loader loader",
+    "val_dataloaders": "val_loader loader",
+    "eval_dataset": "val_loader loader",
+    "validation_data": "val_loader loader",
+    "compute_metrics": "metrics",
+    "ckpt_path": "resume init_from",
+    "resume_from_checkpoint": "resume",
+    "init_weights": "init_from",
+    "initial_weights": "init_from",
+    "load_from": "init_from",
+    "pretrained": "init_from",
+    # how to train
+    "max_grad_norm": "gradient_clip_val",
+    "grad_clip": "gradient_clip_val",
+    "clip_grad_norm": "gradient_clip_val",
+    "gradient_clip": "gradient_clip_val",
+    "gradient_clip_norm": "gradient_clip_val",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "accumulation_steps": "accumulate_grad_batches",
+    "grad_accum_steps": "accumulate_grad_batches",
+    "check_val_every_n_epoch": "val_every_n_epochs",
+    "validation_freq": "val_every_n_epochs",
+    "eval_strategy": "val_every_n_epochs",
+    "evaluation_strategy": "val_every_n_epochs",
+    "val_check_interval": "val_every_n_steps",
+    "eval_steps": "val_every_n_steps",
+    "overfit_batches": "limit_train_batches",
+    "steps_per_epoch": "limit_train_batches",
+    "validation_steps": "limit_val_batches",
+    "limit_test_batches": "limit_val_batches",
+    "accelerator": "device",
+    "devices": "device",
+    "gpus": "device",
+    "mixed_precision": "precision",
+    "amp": "precision",
+    "use_amp": "precision",
+    "autocast": "precision",
+    "dtype": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "torch_compile": "compile",
+    "gradient_checkpointing": "activation_checkpointing",
+    "use_gradient_checkpointing": "activation_checkpointing",
+    "memory_format": "channels_last",
+    "allow_tf32": "tf32",
+    "float32_matmul_precision": "tf32",
+    "frozen": "freeze",
+    "freeze_layers": "freeze",
+    "loss_fn": "loss",
+    "loss_func": "loss",
+    "criterion": "loss",
+    "lr_scheduler": "scheduler",
+    "optim": "optimizer",
+    "optimizers": "optimizer",
+    "lr": "optimizer",
+    "learning_rate": "optimizer",
+    "weight_decay": "optimizer",
+    "random_state": "seed",
+    "random_seed": "seed",
+    "default_root_dir": "run_dir",
+    "output_dir": "run_dir",
+    "args": "config",
+    # callbacks
+    "dirpath": "save_dir log_dir run_dir file",
+    "directory": "save_dir log_dir run_dir",
+    "root_dir": "save_dir log_dir run_dir",
+    "save_dir": "log_dir run_dir",
+    "log_dir": "run_dir",
+    "logdir": "log_dir run_dir",
+    "filepath": "save_dir file",
+    "output": "file",
+    "metric": "monitor metrics",
+    "metric_for_best_model": "monitor",
+    "score_function": "monitor",
+    "greater_is_better": "mode",
+    "direction": "mode",
+    "restore_best_weights": "restore_best",
+    "early_stopping_patience": "patience",
+    "early_stopping_threshold": "min_delta",
+    "baseline": "stopping_threshold",
+    "threshold": "factor limit min_delta",
+    "every_n_train_steps": "every_n_steps",
+    "log_every_n_steps": "every_n_steps",
+    "log_freq": "every_n_steps",
+    "save_steps": "every_n_steps",
+    "logging_steps": "every_n_steps",
+    "update_freq": "every_n_steps",
+    "histogram_freq": "every_n_steps",
+    "save_freq": "every_n_epochs",
+    "period": "every_n_epochs",
+    "save_strategy": "every_n_epochs",
+    "train_time_interval": "every_seconds",
+    "interval": "every_seconds",
+    "every_n_seconds": "every_seconds",
+    "save_total_limit": "keep_last",
+    "max_to_keep": "keep_last",
+    "n_saved": "save_top_k",
+    "ema_decay": "decay",
+    "momentum": "decay",
+    "swa_epoch_start": "start_epoch",
+    "warmup_steps": "warmup",
+    "num_warmup_steps": "warmup",
+    "hparams": "hyperparameters",
+    "params": "hyperparameters",
+    "tracking_url": "tracking_uri",
+    "experiment": "experiment_name project",
+    "run_name": "name",
+    "offline": "mode",
+    "schedule": "scheduler",
+    "address": "host",
+    "open_browser": "open",
+    "num_training": "steps",
+    "start_lr": "min_lr",
+    "end_lr": "max_lr",
+}
+"""How others spell our arguments; the first of the words after it that a call takes is meant."""
+
+ADVICE: Final = {
+    "batch_size": "give it to the DataLoader",
+    "per_device_train_batch_size": "give batch_size to the DataLoader",
+    "shuffle": "give it to the DataLoader",
+    "num_workers": "give it to the DataLoader",
+    "dataloader_num_workers": "give num_workers to the DataLoader",
+    "data_collator": "give collate_fn to the DataLoader",
+    "validation_split": "split with torch.utils.data.random_split, and give the second part as val_loader",
+    "test_loader": "trainer.evaluate(test_loader) after train() tests the model",
+    "datamodule": "give DataLoaders to train(train_loader, val_loader)",
+    "verbose": "what a run does is shown by ProgressBar() among the callbacks",
+    "progress_bar": "add ProgressBar() to callbacks",
+    "enable_progress_bar": "there is a bar where callbacks have a ProgressBar()",
+    "prog_bar": "what is logged needs no flags; ProgressBar(metrics=[...]) shows more than the loss",
+    "on_step": "what is logged needs no flags: each value is in StepEnd.metrics, its mean in EpochEnd.metrics",
+    "on_epoch": "what is logged needs no flags: each value is in StepEnd.metrics, its mean in EpochEnd.metrics",
+    "logger": "add MetricLogger(), TensorBoardLogger(), MLflowLogger() or WandbLogger() to callbacks",
+    "report_to": "add TensorBoardLogger(), MLflowLogger() or WandbLogger() to callbacks",
+    "log_every_n_steps": "give every_n_steps to the logger among the callbacks: MetricLogger(every_n_steps=...)",
+    "logging_steps": "give every_n_steps to the logger among the callbacks: MetricLogger(every_n_steps=...)",
+    "enable_checkpointing": "a run is saved where callbacks have a ModelCheckpoint()",
+    "save_steps": "add ModelCheckpoint(every_n_steps=...) to callbacks",
+    "save_strategy": "add ModelCheckpoint() to callbacks",
+    "save_total_limit": "add ModelCheckpoint(keep_last=...) to callbacks",
+    "load_best_model_at_end": "add EarlyStopping(restore_best=True) to callbacks",
+    "save_weights_only": "a checkpoint holds the whole run; its weights stand in model.safetensors there",
+    "early_stopping_patience": "add EarlyStopping(patience=...) to callbacks",
+    "lr_scheduler_type": 'add LearningRateScheduler("cosine") to callbacks',
+    "warmup_steps": 'add LearningRateScheduler("cosine", warmup=...) to callbacks',
+    "warmup_ratio": 'add LearningRateScheduler("cosine", warmup=...) to callbacks; it counts steps',
+    "num_training_steps": "the length of the run is read from its limits",
+    "profiler": "add Profiler() to callbacks",
+    "fast_dev_run": "train(..., max_steps=1), with Trainer(limit_val_batches=1), tries everything once",
+    "num_sanity_val_steps": "trainer.evaluate(val_loader) before train() tries a validation",
+    "strategy": "it trains on one device",
+    "num_nodes": "it trains on one device",
+    "sync_batchnorm": "it trains on one device",
+    "detect_anomaly": "call torch.autograd.set_detect_anomaly(True)",
+    "benchmark": "set torch.backends.cudnn.benchmark = True",
+    "initial_epoch": 'train(..., resume="auto") goes on where a run was',
+    "ckpt_path": "load_model(path, into=model) puts weights into a model",
+    "dirpath": "files stand in the run's directory: Trainer(run_dir=...)",
+    "save_dir": "files stand in the run's directory: Trainer(run_dir=...)",
+    "log_dir": "files stand in the run's directory: Trainer(run_dir=...)",
+    "run_name": "a run gets its name from Trainer(run_name=...)",
+    "name": "a run gets its name from Trainer(run_name=...)",
+}
+"""What to do where no argument of the call means it."""
+
+HANDLERS: Final = {
+    "on_train_begin": "on_train_start",
+    "on_fit_start": "on_train_start",
+    "on_fit_end": "on_train_end",
+    "on_exception": "on_train_end",
+    "on_epoch_begin": "on_epoch_start",
+    "on_train_epoch_start": "on_epoch_start",
+    "on_train_epoch_end": "on_epoch_end",
+    "on_batch_end": "on_step_end",
+    "on_train_batch_end": "on_step_end",
+    "on_log": "on_step_end",
+    "on_validation_begin": "on_validation_start",
+    "on_validation_epoch_start": "on_validation_start",
+    "on_validation_epoch_end": "on_validation_end",
+    "on_test_begin": "on_validation_start",
+    "on_test_end": "on_validation_end",
+    "on_evaluate": "on_validation_end",
+    "on_save": "on_checkpoint_saved",
+    "on_save_checkpoint": "on_checkpoint_saved",
+    "on_load_checkpoint": "on_resumed",
+    "on_batch_begin": "before_batch, with @in_step above it",
+    "on_train_batch_start": "before_batch, with @in_step above it",
+    "on_step_begin": "before_batch, with @in_step above it",
+    "on_before_backward": "before_backward, with @in_step above it",
+    "on_after_backward": "after_backward, with @in_step above it",
+    "on_before_optimizer_step": "before_optimizer_step, with @in_step above it",
+    "on_pre_optimizer_step": "before_optimizer_step, with @in_step above it",
+    "on_before_zero_grad": "after_step, with @in_step above it",
+}
+"""How others name what a callback handles."""
+
+METHODS: Final = {
+    "fit": "train(train_loader, val_loader, epochs=...)",
+    "run": "train(train_loader, val_loader, epochs=...)",
+    "validate": "evaluate(loader), or await run.validate() during a run",
+    "test": "evaluate(loader)",
+    "compile": "Trainer(model, optimizer, loss=...)",
+    "tune": "find_learning_rate(train_loader) and find_batch_size(train_loader)",
+    "lr_find": "find_learning_rate(train_loader)",
+    "scale_batch_size": "find_batch_size(train_loader)",
+    "resume": 'train(..., resume="auto")',
+    "load_checkpoint": "train(..., resume=...), or load_model(path, into=model) for weights alone",
+    "save": "ModelCheckpoint() among the callbacks; export_model() writes weights alone",
+    "save_checkpoint": "ModelCheckpoint() among the callbacks, or await run.checkpoint() during a run",
+    "save_model": "ModelCheckpoint() among the callbacks; export_model() writes weights alone",
+    "add_callback": "Trainer(callbacks=[...]) or train(..., callbacks=[...])",
+    "add_event_handler": "train(..., callbacks=[...]), with a subclass of Callback",
+    "on": "train(..., callbacks=[...]), with a subclass of Callback",
+    "log_dict": "log(name, value), once for each",
+    "manual_backward": "backward(loss)",
+    "global_step": "step",
+    "current_epoch": "epoch",
+    "callback_metrics": "the result that train() returns: result.metrics",
+    "logged_metrics": "the result that train() returns: result.metrics",
+    "should_stop": "await run.stop(reason), or run.stop_nowait(reason) in a callback",
+}
+"""What others call what a `Trainer` has."""
+
+UNCALLED: Final = {
+    "compute_loss": "training_step(self, batch), which returns the loss",
+    "prediction_step": "predict_step(self, batch)",
+    "training_epoch_end": "on_epoch_end of a Callback",
+    "validation_epoch_end": "on_validation_end of a Callback",
+    "configure_callbacks": "Trainer(callbacks=[...])",
+}
+"""What a subclass of others' trainers defines, and nobody calls here."""
+
+LIKELY: Final = 0.7
+"""Names that are less alike are not taken for each other: difflib's own 0.6 takes num_nodes for mode."""
+
+
+def hint(name: str, legal: Iterable[str]) -> str:
+    """Return what to write for `name` where `legal` are the names there are: one that is meant, or all of them."""
+    legal = list(legal)
+    for meant in PEER_SPELLINGS.get(name, "").split():
+        if meant in legal:
+            return f"use {meant}"
+    if name in ADVICE:
+        return ADVICE[name]
+    near = nearest(name, legal)
+    if near is not None:
+        return f"did you mean {near}?"
+    return f"legal are {', '.join(legal)}" if legal else "it takes no arguments"
+
+
+def nearest(name: str, legal: Iterable[str]) -> str | None:
+    """Return the name that is so much like `name` that it was probably meant."""
+    near = difflib.get_close_matches(name, list(legal), n=1, cutoff=LIKELY)
+    return near[0] if near else None
+
+
+def unknown_argument(callee: str, name: str, legal: Iterable[str]) -> Exception:
+    """Return the error for an argument that a call does not take."""
+    return ConfigError(f"{callee}() takes no {name!r}: {hint(name, legal)}")
+
+
+def explains_arguments(
+    unknown: Callable[[str, str, Iterable[str]], Exception] = unknown_argument,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function so that a call that does not fit it raises an error that says what would.
+
+    Args:
+        unknown: Returns the error for an argument that does not exist, as `unknown_argument` does.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        if inspect.iscoroutinefunction(function):
+
+            async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                try:
+                    return await function(*args, **kwargs)
+                except TypeError as error:
+                    if _was_entered(error):
+                        raise
+                    raise _misfit(function, args, kwargs, unknown) or error from None
+
+            return cast(Callable[P, R], functools.wraps(function)(call_async))
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except TypeError as error:
+                if _was_entered(error):
+                    raise
+                raise _misfit(function, args, kwargs, unknown) or error from None
+
+        return call
+
+    return decorate
+
+
+class AsyncBlock(AbstractAsyncContextManager[R]):
+    """What `async with` takes; whoever awaits it, iterates over it or enters it otherwise is told so."""
+
+    def __init__(self, block: AbstractAsyncContextManager[R], usage: str) -> None:
+        """Wrap `block`; `usage` is the line to write."""
+        self._block = block
+        self._usage = usage
+
+    async def __aenter__(self) -> R:
+        return await self._block.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return await self._block.__aexit__(kind, error, trace)
+
+    if not TYPE_CHECKING:  # a type checker knows by itself that these do not exist
+
+        def _refuse(self, *_: object) -> NoReturn:
+            raise TypeError(f"this is a block to enter: {self._usage} ...")
+
+        __await__ = __aiter__ = __enter__ = __exit__ = _refuse
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"there is no {name!r} before the block is entered: {self._usage} ...")
+
+
+def _was_entered(error: TypeError) -> bool:
+    """True if the error comes from inside the function, not from the call that did not fit it."""
+    return error.__traceback__ is None or error.__traceback__.tb_next is not None
+
+
+def _misfit(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    unknown: Callable[[str, str, Iterable[str]], Exception],
+) -> Exception | None:
+    """Return the error that says why a method cannot be called so, None if Python's own says it best."""
+    _, *parameters = inspect.signature(function).parameters.values()  # without self
+    callee = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    legal = [each.name for each in named]
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        for name in kwargs:
+            if name not in legal:
+                return unknown(callee, name, legal)
+    in_place = [each.name for each in named if each.kind is each.POSITIONAL_OR_KEYWORD]
+    given = len(args) - 1
+    if given > len(in_place) and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        by_name = ", ".join(f"{name}=" for name in legal[len(in_place) :])
+        at_most = f"only {', '.join(in_place)}" if in_place else "nothing"
+        by_name = f"; by name: {by_name}" if by_name else ""
+        return TypeError(f"{callee}() takes {at_most} by position, got {given}{by_name}")
+    missing = [
+        each.name
+        for position, each in enumerate(named)
+        if each.default is each.empty
+        and each.name not in kwargs
+        and not (each.name in in_place and position < given)
+    ]
+    return TypeError(f"{callee}() needs {' and '.join(missing)}") if missing else None
