@@ -97,6 +97,10 @@ class Dashboard(Callback):
         Raises:
             ValueError: An argument is out of its range; the text says which.
         """
+        if not isinstance(host, str):
+            raise ValueError(
+                f"host must be a name or an address, got {host!r}; a port is Dashboard(port=...)"
+            )
         if port is not None and (
             isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536
         ):

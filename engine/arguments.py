@@ -117,8 +117,9 @@ def check_loader(loader: Any, name: str) -> None:
             f"{name} must give batches, got a {type(loader).__name__}: DataLoader(TensorDataset(inputs, targets), "
             "batch_size=32) makes them"
         )
-    if isinstance(loader, str | bytes) or not hasattr(loader, "__iter__"):
-        indexable = " (a Dataset? wrap it in a DataLoader)" if hasattr(loader, "__getitem__") else ""
+    if isinstance(loader, str | bytes | Mapping) or not hasattr(loader, "__iter__"):
+        is_indexed = hasattr(loader, "__getitem__") and not isinstance(loader, str | bytes | Mapping)
+        indexable = " (a Dataset? wrap it in a DataLoader)" if is_indexed else ""
         raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
     if length_of(loader) == 0:
         raise EmptyLoaderError(f"{name} is empty: it has no batch")

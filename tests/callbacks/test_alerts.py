@@ -276,6 +276,16 @@ def test_rule_where_the_function_belongs_is_refused() -> None:
         Alerts(None, NonFinite)  # type: ignore[arg-type]  # the mistake
 
 
+def test_function_that_is_not_async_is_told_of() -> None:
+    result = tiny_trainer().train(
+        tiny_batches(3),
+        epochs=1,
+        callbacks=[Alerts(print, Above("loss", 0))],  # type: ignore[arg-type]  # the mistake
+    )
+    (told,) = result.callback_errors["Alerts"]
+    assert "notify must be an async def, <built-in function print> gave nothing to await" in told
+
+
 # No step for n seconds -----------------------------------------------------------------------------
 
 

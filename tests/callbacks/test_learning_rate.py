@@ -344,8 +344,8 @@ def test_plateau_instance_keeps_its_own_direction() -> None:
     assert [event.epoch for event in recorder.of(LearningRateChanged)] == [2]
 
 
-def test_plateau_without_the_validation_that_it_watches_fails_and_lists_the_keys() -> None:
-    with pytest.raises(MetricNotFoundError, match=r"val_loss.*train_loss"):
+def test_plateau_without_the_validation_that_it_watches_fails_at_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"monitor='val_loss' needs a validation"):
         train(LearningRateScheduler("reduce_on_plateau", monitor="val_loss"))
 
 
@@ -361,6 +361,15 @@ def test_plateau_of_a_metric_without_a_direction_asks_for_it() -> None:
     ("arguments", "text"),
     [
         (("cosin",), "there is no schedule 'cosin'; there are reduce_on_plateau, cosine, step"),
+        (
+            ("StepLR",),
+            r"others by torch's class: LearningRateScheduler\(torch.optim.lr_scheduler.MultiStepLR",
+        ),
+        (
+            ("cosine", {"warmup_steps": 5}),
+            "LearningRateScheduler itself takes interval, monitor, mode, warmup and",
+        ),
+        ((lambda epoch: 0.1,), "a function of the epoch: LearningRateScheduler.*LambdaLR, lr_lambda="),
         (("cosine", {"eta_mni": 0.0}), "CosineAnnealingLR takes no 'eta_mni'; legal are T_max, eta_min"),
         (
             ("reduce_on_plateau", {"paitence": 3}),

@@ -409,6 +409,7 @@ def test_two_that_disagree_leave_the_best_of_a_run_alone(tmp_path: Path) -> None
     [
         ({"save_top_k": 0}, "save_top_k must be a whole number of at least 1, got 0"),
         ({"keep_last": 0}, "keep_last must be"),
+        ({"save_last": "link"}, "save_last must be True or False, got 'link'"),
         ({"every_n_steps": 1.5}, "every_n_steps must be"),
         ({"every_n_epochs": True}, "every_n_epochs must be"),
         ({"keep_every_n_steps": -1}, "keep_every_n_steps must be"),

@@ -712,7 +712,14 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], text: s
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [({"mode": "of"}, "mode must be"), ({"mode": "offline", "id": "mine"}, "id cannot be given")],
+    [
+        ({"mode": "of"}, "mode must be"),
+        ({"mode": "offline", "id": "mine"}, "id cannot be given"),
+        (
+            {"offline": True},
+            r"WandbLogger\(\) takes no 'offline', nor does wandb.init; legal are project, name, mode,",
+        ),
+    ],
 )
 def test_wandb_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):

@@ -435,6 +435,7 @@ def test_an_open_address_without_tls_is_warned_of(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     ("options", "why"),
     [
+        ({"host": 8080}, r"host must be .*, got 8080; a port is Dashboard\(port=\.\.\.\)"),
         ({"port": -1}, "port must"),
         ({"port": True}, "port must"),
         ({"token": "short"}, "token must"),

@@ -322,6 +322,17 @@ def test_interval_of_a_step_hook_must_be_positive() -> None:
         in_step(every_n_steps=0)
 
 
+def test_decorators_that_are_given_a_number_say_how_they_are_written() -> None:
+    with pytest.raises(
+        TypeError, match=r"write @in_step\(every_n_steps=\.\.\.\) above a method, got in_step\(5\)"
+    ):
+        in_step(5)  # type: ignore[call-overload]  # the mistake
+    with pytest.raises(
+        TypeError, match=r"write @decides above a method, or @decides\(timeout=\.\.\.\); got decides"
+    ):
+        decides(5)  # type: ignore[call-overload]  # the mistake
+
+
 @pytest.mark.parametrize(
     ("on_error", "expected"), [(None, "raise"), ("raise", "raise"), ("isolate", "isolate")]
 )

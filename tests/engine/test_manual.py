@@ -274,3 +274,21 @@ def test_step_hooks_see_manual_steps() -> None:
     Gan(model, optimizers_of(model), device="cpu", callbacks=[Look()]).train(BATCHES[:1], epochs=1)
     one = [("after_backward", 0), ("before_optimizer_step", 0)]
     assert points == [*one, *one, ("after_step", 1)]
+
+
+def test_steps_that_the_run_does_not_see_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    class ByHand(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            loss = cross_entropy(self.model(batch[0]), batch[1])
+            loss.backward()
+            self.optimizer.step()
+            return loss
+
+    model = tiny_model()
+    ByHand(model, torch.optim.SGD(model.parameters(), lr=0.1)).train(BATCHES, epochs=2)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        "no optimizer has stepped in the first epoch: a manual step calls self.backward(loss)"
+    )

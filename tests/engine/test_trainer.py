@@ -1,7 +1,9 @@
 """engine/trainer.py: arguments are checked before anything runs; batches, losses, devices, evaluation."""
 
 import collections
+import copy
 import dataclasses
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,10 @@ from offloop.engine import (
     BaseTrainer,
     BatchError,
     Callback,
+    ConfigError,
     EmptyLoaderError,
+    Event,
+    EventError,
     LossError,
     MetricNotFoundError,
     OffloopError,
@@ -754,3 +759,127 @@ def test_metrics_of_a_run_equal_scikit_learns() -> None:
     assert result.metrics["val_accuracy"] == pytest.approx(accuracy_score(targets, predicted))
     assert result.metrics["val_f1_score"] == pytest.approx(f1_score(targets, predicted, average="macro"))
     assert 0 < result.metrics["val_accuracy"] < 1
+
+
+# A subclass's methods -------------------------------------------------------------------------------------
+
+
+def subclass_with(**methods: Any) -> Trainer:
+    made: type[Trainer] = type("Mine", (Trainer,), methods)
+    model = tiny_model()
+    return made(model, sgd(model), loss=nn.functional.cross_entropy)
+
+
+async def async_step(self: Trainer, batch: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("methods", "error", "text"),
+    [
+        (
+            {"training_step": lambda self, batch, batch_idx: None},
+            ConfigError,
+            "Mine.training_step must take (self, batch) and nothing else; self.step and self.epoch count; its "
+            "signature is training_step(batch, batch_idx)",
+        ),
+        (
+            {"validate_epoch": lambda self: None},
+            ConfigError,
+            "Mine.validate_epoch must take (self, loader) and nothing else; self.step and self.epoch count; its "
+            "signature is validate_epoch()",
+        ),
+        (
+            {"training_step": async_step},
+            TypeError,
+            "Mine.training_step is an async def; it runs in the training thread, where nothing can be awaited: make it "
+            "a plain def",
+        ),
+        (
+            {"on_train_epoch_end": lambda self: None},
+            ConfigError,
+            "Mine.on_train_epoch_end is never called: a trainer handles no events; subclass Callback and define "
+            "on_epoch_end",
+        ),
+        (
+            {"on_validation_end": lambda self: None},
+            ConfigError,
+            "Mine.on_validation_end is never called: a trainer handles no events; subclass Callback and define "
+            "on_validation_end",
+        ),
+        (
+            {"compute_loss": lambda self, model, inputs: None},
+            ConfigError,
+            "Mine.compute_loss is never called: use training_step(self, batch), which returns the loss",
+        ),
+    ],
+)
+def test_a_method_that_cannot_be_called_is_refused_at_once(
+    methods: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error) as caught:
+        subclass_with(**methods)
+    assert str(caught.value) == text
+
+
+def test_methods_with_further_defaults_and_names_of_a_users_own_are_left_alone() -> None:
+    def training_step(
+        self: Trainer, batch: tuple[torch.Tensor, torch.Tensor], scale: float = 1.0
+    ) -> torch.Tensor:
+        return scale * nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    trainer = subclass_with(
+        training_step=training_step, configure_optimizers=lambda self: None, test=1, fit=2
+    )
+    assert trainer.train(LOADER, epochs=1).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("val_acc", "log('val_acc'): train_ or val_ is put before what is logged, so log 'acc'"),
+        ("train/acc", "log('train/acc'): train_ or val_ is put before what is logged, so log 'acc'"),
+        ("train_loss", "log('train_loss'): leave it out, the mean of the step's loss is logged by itself"),
+        (3, "log takes a name and a value; the name must be a text, got 3"),
+    ],
+)
+def test_a_value_is_logged_under_its_bare_name(name: Any, text: str) -> None:
+    def training_step(self: Trainer, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+        self.log(name, loss)
+        return loss
+
+    with pytest.raises((ValueError, TypeError)) as caught:
+        subclass_with(training_step=training_step).train(LOADER, epochs=1)
+    assert str(caught.value) == text
+
+
+def test_callbacks_are_a_list() -> None:
+    recorder: Any = Recorder()
+    with pytest.raises(TypeError, match="callbacks must be a list of Callbacks, got Recorder"):
+        Trainer(MODEL, sgd(MODEL), callbacks=recorder)
+    with pytest.raises(TypeError, match="callbacks must be a list of Callbacks, got NoneType"):
+        tiny_trainer().train(LOADER, epochs=1, callbacks=None)  # type: ignore[arg-type]  # that is the test
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_trainer_is_not_copied(copied: Callable[[Any], object]) -> None:
+    with pytest.raises(
+        TypeError, match=r"cannot be copied or pickled: make another one, or save trainer\.state_dict"
+    ):
+        copied(tiny_trainer())
+
+
+def test_an_attribute_that_a_run_does_not_have_cannot_be_set() -> None:
+    trainer = tiny_trainer()
+    trainer.train(LOADER, epochs=1)
+    with pytest.raises(AttributeError, match="should_stop"):
+        trainer.last_run.should_stop = True  # type: ignore[union-attr]  # that is the test
+
+
+@pytest.mark.parametrize("wrong", [{"a": 1}, Event, "epoch_end"])
+def test_what_is_published_is_an_event(wrong: Any) -> None:
+    def training_step(self: Trainer, batch: object) -> None:
+        self.publish(wrong)
+
+    with pytest.raises(EventError, match="publish takes an event, an instance of a subclass of Event, got"):
+        subclass_with(training_step=training_step).train(LOADER, epochs=1)
