@@ -28,7 +28,6 @@ from offloop.engine import (
     EpochEnd,
     EpochStart,
     LearningRateChanged,
-    MetricNotFoundError,
     Run,
     StepEnd,
     Trainer,
