@@ -85,7 +85,8 @@ class ModelCheckpoint(Callback):
             ("keep_every_n_steps", keep_every_n_steps),
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+                all_of_them = "; keep_last=None keeps all" if name in ("save_top_k", "keep_last") else ""
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}{all_of_them}")
         for name, flag in (("save_best_only", save_best_only), ("save_last", save_last)):
             if not isinstance(flag, bool):
                 raise ConfigError(f"{name} must be True or False, got {flag!r}")

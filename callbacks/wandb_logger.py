@@ -91,7 +91,7 @@ class WandbLogger(TrackingLogger):
             if each not in legal:
                 raise ConfigError(
                     f"WandbLogger() takes no {each!r}, nor does wandb.init; legal are project, name, mode, "
-                    f"hyperparameters, log_model, every_seconds, every_n_steps, timeout, settings and for wandb.init "
+                    "hyperparameters, log_model, every_seconds, every_n_steps, timeout, settings and for wandb.init "
                     f"{', '.join(sorted(set(legal) - set(OURS)))}"
                 )
         self.settings = dict(settings or {})

@@ -76,9 +76,12 @@ def check_callbacks(callbacks: Iterable[Callback]) -> Iterable[Callback]:
 def check_methods(trainer: object, base: type) -> None:
     """Raise where a subclass of a trainer defines what cannot be called, or what nobody calls here.
 
+    A step with an argument too many, which others' trainers give, would fail at its first batch; a handler of events,
+    or another's name for a step, would never be called, and nobody would be told.
+
     Args:
         trainer: The instance.
-        base: The class whose methods have been right from the beginning.
+        base: The class in which the trainer's own methods are; they are not looked at.
     """
     owner = type(trainer).__name__
     for name in ("training_step", "validation_step", "predict_step", "train_epoch", "validate_epoch"):

@@ -408,6 +408,7 @@ def test_two_that_disagree_leave_the_best_of_a_run_alone(tmp_path: Path) -> None
     ("arguments", "text"),
     [
         ({"save_top_k": 0}, "save_top_k must be a whole number of at least 1, got 0"),
+        ({"save_top_k": -1}, "got -1; keep_last=None keeps all"),
         ({"keep_last": 0}, "keep_last must be"),
         ({"save_last": "link"}, "save_last must be True or False, got 'link'"),
         ({"every_n_steps": 1.5}, "every_n_steps must be"),
