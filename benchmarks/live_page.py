@@ -86,25 +86,25 @@ async def link_to(address: str) -> AsyncIterator[ClientConnection]:
 async def view(address: str, counts: dict[str, float]) -> None:
     """Be a viewer until the server closes the connection."""
     with contextlib.suppress(ConnectionClosed):
-        await follow(address, counts)
+        async with link_to(address) as link:
+            await follow(link, counts)
 
 
-async def follow(address: str, counts: dict[str, float]) -> None:
-    """Say hi, show curves, give credit for every frame."""
-    async with link_to(address) as link:
-        counts["open"] += 1
+async def follow(link: ClientConnection, counts: dict[str, float]) -> None:
+    """Show curves, and give credit for every frame."""
+    counts["open"] += 1
+    last = clock()
+    async for message in link:
+        counts["bytes"] += len(message)
+        if isinstance(message, str):
+            if message.startswith('{"type":"series"'):
+                ids = [each["id"] for each in json.loads(message)["series"]]
+                await link.send(json.dumps({"type": "show", "series": ids[:CURVES], "points": 1000}))
+            continue
+        counts["frames"] += 1
+        counts["gap"] = max(counts["gap"], clock() - last) if counts["frames"] > 50 else 0.0
         last = clock()
-        async for message in link:
-            counts["bytes"] += len(message)
-            if isinstance(message, str):
-                if message.startswith('{"type":"series"'):
-                    ids = [each["id"] for each in json.loads(message)["series"]]
-                    await link.send(json.dumps({"type": "show", "series": ids[:CURVES], "points": 1000}))
-                continue
-            counts["frames"] += 1
-            counts["gap"] = max(counts["gap"], clock() - last) if counts["frames"] > 50 else 0.0
-            last = clock()
-            await link.send('{"type":"drawn"}')
+        await link.send('{"type":"drawn"}')
 
 
 async def be_viewers(address: str, count: int) -> None:
