@@ -96,6 +96,8 @@ const JITTER = 0.3;
 export const REFUSED_RETRY = 5_000;
 const PING_EVERY = HEARTBEAT * 1_000;
 const FIRST_PING = 500;
+/** An answer that took longer than this says what was, not what is: the next ping follows after FIRST_PING. */
+const LATE = 1_000;
 /** After a ping without any answer for this long, the server is gone: 12 s after it was last asked. */
 const PONG_WITHIN = 7_000;
 /** A connection that lasts this long is a good one. */
@@ -201,7 +203,9 @@ export class Connection {
     if (message === null) return; // of a newer server; what it means is not ours to know
     if (message.type === "hello") this.#opened();
     if (message.type === "pong") {
-      this.#change({ latency: Math.max(0, this.#clock.now() - message.sent) });
+      const latency = Math.max(0, this.#clock.now() - message.sent);
+      if (latency > LATE) this.#pingIn(FIRST_PING);
+      this.#change({ latency });
     }
     this.#options.onText(message);
   }
@@ -211,12 +215,16 @@ export class Connection {
     this.#change({ phase: "open", since: this.#clock.now(), reason: "" });
     if (!this.#visible) this.send({ type: "visible", visible: false });
     // Not at once: the first messages keep the page busy, and that is no latency.
-    this.#heartbeat = this.#clock.setTimeout(() => this.#ping(), FIRST_PING);
+    this.#pingIn(FIRST_PING);
+  }
+
+  #pingIn(ms: number): void {
+    this.#clearHeartbeat();
+    this.#heartbeat = this.#clock.setTimeout(() => this.#ping(), ms);
   }
 
   #ping(): void {
-    if (this.#heartbeat !== null) this.#clock.clearTimeout(this.#heartbeat);
-    this.#heartbeat = this.#clock.setTimeout(() => this.#ping(), PING_EVERY);
+    this.#pingIn(PING_EVERY);
     const socket = this.#socket;
     if (socket === null || this.#link.waiting !== null) return;
     const asked = this.#clock.now();
@@ -310,12 +318,16 @@ export class Connection {
     const socket = this.#socket;
     this.#socket = null;
     this.#clearDeadline();
-    if (this.#heartbeat !== null) this.#clock.clearTimeout(this.#heartbeat);
-    this.#heartbeat = null;
+    this.#clearHeartbeat();
     this.#link.waiting = null;
     if (socket === null) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
     if (code !== null) socket.close(code);
+  }
+
+  #clearHeartbeat(): void {
+    if (this.#heartbeat !== null) this.#clock.clearTimeout(this.#heartbeat);
+    this.#heartbeat = null;
   }
 
   #clearRetry(): void {

@@ -272,6 +272,23 @@ describe("the heartbeat", () => {
     expect(connection.link.latency).toBe(30);
   });
 
+  test("once a stall is over, the page knows at once and not with the next heartbeat", async () => {
+    const connection = connect();
+    last().opens();
+    await clock.pass(500);
+    await clock.pass(4_000);
+    last().says({ type: "pong", sent: 500, time: 0 });
+    expect(connection.link.latency).toBe(4_000);
+    await clock.pass(500);
+    const ping = last().sent.at(-1);
+    expect(ping).toEqual({ type: "ping", sent: 5_000 });
+    last().says({ type: "pong", sent: ping?.sent, time: 0 });
+    expect(connection.link.latency).toBe(0);
+    const pings = last().sent.length;
+    await clock.pass(4_900);
+    expect(last().sent.length).toBe(pings);
+  });
+
   test("a server that has nothing to say but answers stays", async () => {
     connect();
     last().opens();
