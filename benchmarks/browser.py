@@ -100,7 +100,7 @@ class Watch:
             if frame is not None and self.on and viewer.live is not None:
                 axis = viewer.live.history.axis
                 start = max(0, first - axis._first)
-                self._times[id(viewer)] = list(axis._dense["time"][start:])
+                self._times[id(viewer)] = axis._dense["time"].read(start).tolist()
             return frame
 
         def _drawn(viewer: Viewer) -> None:

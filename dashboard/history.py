@@ -17,14 +17,13 @@ One thread uses a history; nothing here waits or locks.
 """
 
 import math
-from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from offloop.dashboard.column import BLOCK, Column
 from offloop.dashboard.protocol import Float64s, Gap, NonFinite
 
 HISTORY_BYTES: Final = 256 * 1024 * 1024
@@ -48,7 +47,7 @@ class Axis:
         self.rows = 0  # in all, also those that were trimmed
         self._first = 0  # the first row that is in the dense columns
         self._last = (-math.inf, -math.inf, -math.inf)
-        self._dense = {name: array("d") for name in AXES}
+        self._dense = {name: Column("d") for name in AXES}
         # Rows before `_first` that coarse levels still refer to.
         self._old_rows: Rows = np.empty(0, np.uint32)
         self._old: dict[AxisName, Float64s] = {name: np.empty(0) for name in AXES}
@@ -63,6 +62,9 @@ class Axis:
         for column, value in zip(self._dense.values(), self._last, strict=True):
             column.append(value)
         self.rows += 1
+        if not self.rows % BLOCK:
+            for column in self._dense.values():
+                column.seal()
         return self.rows - 1
 
     @property
@@ -73,17 +75,18 @@ class Axis:
     def last(self, name: AxisName) -> float:
         """Return the last value of a column; NaN if there is none."""
         column = self._dense[name]
-        return column[-1] if column else math.nan
+        return float(column[-1]) if len(column) else math.nan
 
     def at(self, rows: Rows) -> dict[AxisName, Float64s]:
         """Return the columns at some rows, which must be kept and in rising order. Shapes: (len(rows),)."""
         split = int(np.searchsorted(rows, self._first))
         old = np.searchsorted(self._old_rows, rows[:split])
-        new = rows[split:].astype(np.int64) - self._first
+        if split == len(rows):
+            return {name: self._old[name][old] for name in AXES}
+        start, stop = int(rows[split]) - self._first, int(rows[-1]) - self._first + 1
+        new = rows[split:].astype(np.int64) - int(rows[split])
         return {
-            name: np.concatenate((self._old[name][old], np.frombuffer(self._dense[name])[new]))
-            if len(new)
-            else self._old[name][old]
+            name: np.concatenate((self._old[name][old], self._dense[name].read(start, stop)[new]))
             for name in AXES
         }
 
@@ -92,7 +95,7 @@ class Axis:
         old = self._old[name]
         if len(old) and value <= old[-1]:
             return int(self._old_rows[int(np.searchsorted(old, value))])
-        return self._first + bisect_left(self._dense[name], value)
+        return self._first + self._dense[name].search(value)
 
     def trim(self, first: int, referred: Rows) -> None:
         """Keep, of the rows before `first`, only those in `referred`, which is sorted."""
@@ -100,7 +103,7 @@ class Axis:
         self._old = self.at(kept)
         self._old_rows = kept
         for column in self._dense.values():
-            del column[: first - self._first]
+            column.drop(first - self._first)
         self._first = first
 
 
@@ -110,15 +113,15 @@ class _Level:
     __slots__ = ("covered", "rows", "start", "values")
 
     def __init__(self) -> None:
-        self.rows = array("I")
-        self.values = array("d")
+        self.rows = Column("I")
+        self.values = Column("d")
         self.start = 0  # first row from which on this level is complete
         self.covered = -1  # last row whose point has gone into this level; not used on level 0
 
     def drop_before(self, row: int) -> None:
-        count = bisect_left(self.rows, row)
-        del self.rows[:count]
-        del self.values[:count]
+        count = self.rows.search(row)
+        self.rows.drop(count)
+        self.values.drop(count)
         self.start = max(self.start, row)
 
 
@@ -177,7 +180,9 @@ class Curve:
         """Put the least and the greatest of the last bucket into the level above, and so on upwards."""
         count, size = self.points, BUCKET
         for number, level in enumerate(self.levels):
-            rows, values = level.rows[-size:], level.values[-size:]
+            rows, values = level.rows.last(size), level.values.last(size)
+            level.rows.seal()
+            level.values.seal()
             least = greatest = 0
             for place, value in enumerate(values):
                 if value < values[least] or values[least] != values[least]:
@@ -229,7 +234,7 @@ class Curve:
 
     def _count(self, number: int, first: int, end: int) -> int:
         rows = self.levels[number].rows
-        return bisect_left(rows, end) - bisect_left(rows, first)
+        return rows.search(end) - rows.search(first)
 
     def _entries(self, number: int, first: int, end: int) -> tuple[Rows, Float64s]:
         """Return a level's points: before its start those of coarser levels, behind its end those of finer ones."""
@@ -256,13 +261,13 @@ class Curve:
     def _with_margin(self, rows: Rows, values: Float64s, first: int, end: int) -> tuple[Rows, Float64s]:
         for number in range(len(self.levels)):
             level = self.levels[number]
-            place = bisect_left(level.rows, first) - 1
+            place = level.rows.search(first) - 1
             if place >= 0:
                 rows = np.insert(rows, 0, level.rows[place])
                 values = np.insert(values, 0, level.values[place])
                 break
         level = self.levels[0]
-        place = bisect_left(level.rows, end)
+        place = level.rows.search(end)
         if place < len(level.rows):
             rows = np.append(rows, np.uint32(level.rows[place]))
             values = np.append(values, level.values[place])
@@ -278,15 +283,14 @@ class Curve:
         """Yield the rows of its points, level after level."""
         for level in self.levels:
             if len(level.rows):
-                yield np.frombuffer(level.rows, np.uint32).copy()
+                yield level.rows.read()
 
 
 def _cut(level: _Level, first: int, end: int) -> tuple[Rows, Float64s]:
-    start, stop = bisect_left(level.rows, first), bisect_left(level.rows, end)
+    start, stop = level.rows.search(first), level.rows.search(end)
     if start >= stop:
         return np.empty(0, np.uint32), np.empty(0)
-    # Copies: an array that numpy looks into cannot grow.
-    return np.array(level.rows[start:stop], np.uint32), np.array(level.values[start:stop])
+    return level.rows.read(start, stop), level.values.read(start, stop)
 
 
 def _merge(rows: Rows, values: Float64s, points: int) -> tuple[Rows, Float64s]:
