@@ -82,5 +82,5 @@ export function tellCommand(command: Command): { text: string; tone: "busy" | "g
 }
 
 function sentence(text: string): string {
-  return text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+  return format.capital(text) + (/[.!?]$/.test(text) ? "" : ".");
 }

@@ -3,6 +3,7 @@
 import { button, h, replaceChildren, setText, show } from "./dom";
 import * as format from "./format";
 import type { RunInfo } from "./protocol";
+import { finder, searchField } from "./search";
 
 export interface Entry {
   key: string;
@@ -25,7 +26,7 @@ export function flatten(value: unknown, prefix = ""): Entry[] {
 
 export class Config {
   readonly element: HTMLElement;
-  readonly search: HTMLInputElement;
+  readonly search = searchField("Filter settings", () => this.#draw());
   readonly #facts = h("dl", { class: "settings" });
   readonly #settings = h("dl", { class: "settings" });
   readonly #note = h("p", { class: "empty" });
@@ -33,10 +34,6 @@ export class Config {
   #run: RunInfo | null = null;
 
   constructor() {
-    this.search = h("input", {
-      class: "input search", type: "search", placeholder: "Filter settings", "aria-label": "Filter settings",
-      oninput: () => this.#draw(),
-    });
     this.element = h(
       "div",
       { class: "config" },
@@ -57,11 +54,8 @@ export class Config {
   }
 
   #draw(): void {
-    const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = ({ key, value }: Entry): boolean => {
-      const text = `${key} ${value}`.toLowerCase();
-      return words.every((word) => text.includes(word));
-    };
+    const finds = finder(this.search.value);
+    const fits = ({ key, value }: Entry): boolean => finds(`${key} ${value}`);
     const facts = this.#run === null ? [] : factsOf(this.#run).filter(fits);
     const settings = this.#run === null ? [] : flatten(this.#run.config).filter(({ key }) => key !== "").filter(fits);
     replaceChildren(this.#facts, ...facts.map(entry));

@@ -2,7 +2,7 @@
 
 import { COMMAND_LABELS, judgeLr, refusal, tellCommand } from "./commands";
 import type { Link } from "./connection";
-import { button, h, icon, ICONS, replaceChildren, setAttribute, setText, show } from "./dom";
+import { button, dialog, h, icon, ICONS, replaceChildren, setAttribute, setText, show } from "./dom";
 import * as format from "./format";
 import { pending, stateOf, type Command, type Model } from "./model";
 import type { CommandName, CommandRequest } from "./protocol";
@@ -149,16 +149,6 @@ export class Controls {
       ),
     );
   }
-}
-
-function dialog(name: string, heading: HTMLElement, ...children: HTMLElement[]): HTMLDialogElement {
-  heading.id = `${name}-heading`;
-  const element = h("dialog", { class: "dialog", "aria-labelledby": heading.id }, heading, ...children);
-  // A click beside the dialog closes it, as Escape does.
-  element.addEventListener("click", (event) => {
-    if (event.target === element) element.close();
-  });
-  return element;
 }
 
 class StopDialog {

@@ -71,19 +71,25 @@ export const ICONS = {
   validate: "M3 8.5l3.2 3.2L13 4.8",
   lr: "M2.5 4h6M12 4h1.5M2.5 8h1.5M7.5 8h6M2.5 12h7M13 12h.5M10.2 2.5v3M5.8 6.5v3M11.2 10.5v3",
   bell: "M4 11.5c1-1 1-2 1-4a3 3 0 0 1 6 0c0 2 0 3 1 4zM6.8 13.5h2.4",
-  sun: "M8 5a3 3 0 1 1 0 6a3 3 0 1 1 0-6M8 1.2v1.4M8 13.4v1.4M1.2 8h1.4M13.4 8h1.4M3.2 3.2l1 1M11.8 11.8l1 1M12.8 3.2l-1 1M4.2 11.8l-1 1",
-  moon: "M12.8 9.8A5.3 5.3 0 0 1 6.2 3.2a5.3 5.3 0 1 0 6.6 6.6z",
+  light: "M8 5a3 3 0 1 1 0 6a3 3 0 1 1 0-6M8 1.2v1.4M8 13.4v1.4M1.2 8h1.4M13.4 8h1.4M3.2 3.2l1 1M11.8 11.8l1 1M12.8 3.2l-1 1M4.2 11.8l-1 1",
+  dark: "M12.8 9.8A5.3 5.3 0 0 1 6.2 3.2a5.3 5.3 0 1 0 6.6 6.6z",
   auto: "M8 2.5a5.5 5.5 0 1 1 0 11a5.5 5.5 0 1 1 0-11M8 2.5v11M9.5 3v10M11 3.6v8.8M12.3 4.8v6.4",
   keys: "M6 6.2a2 2 0 1 1 2.8 1.9c-.6.3-.8.7-.8 1.4M8 12v.3",
   close: "M4 4l8 8M12 4l-8 8",
   eye: "M1.8 8S4 4 8 4s6.2 4 6.2 4S12 12 8 12S1.8 8 1.8 8M8 6.4a1.6 1.6 0 1 1 0 3.2a1.6 1.6 0 1 1 0-3.2",
-  go: "M3 8h9M8.5 4.5L12 8l-3.5 3.5",
+  maximise: "M9.5 2.5h4v4M13.5 2.5l-4.5 4.5M6.5 13.5h-4v-4M2.5 13.5l4.5-4.5",
+  restore: "M13.5 6.5h-4v-4M9.5 6.5l4.5-4.5M2.5 9.5h4v4M6.5 9.5l-4.5 4.5",
+  table: "M2.5 3.5h11v9h-11zM2.5 6.5h11M2.5 9.5h11M6.5 6.5v6",
+  picture: "M2.5 3.5h11v9h-11zM3 11l3-3.5 2.5 2.5 2-2 2.5 3M10.5 6.2v.1",
+  download: "M8 2.5v7.5M4.8 7l3.2 3.2L11.2 7M2.5 13h11",
 } as const;
+
+export type Icon = keyof typeof ICONS;
 
 /** A button with a picture and a word. */
 export function button(
   label: string,
-  options: { icon?: keyof typeof ICONS; class?: string; title?: string; onclick: () => void },
+  options: { icon?: Icon; class?: string; title?: string; onclick: () => void },
 ): HTMLButtonElement {
   return h(
     "button",
@@ -91,4 +97,27 @@ export function button(
     options.icon ? icon(ICONS[options.icon]) : null,
     h("span", { class: "label" }, label),
   );
+}
+
+/** A button that shows a picture and is called `label`. */
+export function iconButton(name: Icon, label: string, onclick: () => void): HTMLButtonElement {
+  const made = h("button", { type: "button", class: "icon-button", onclick });
+  setIcon(made, name, label);
+  return made;
+}
+
+export function setIcon(button: HTMLButtonElement, name: Icon, label: string): void {
+  replaceChildren(button, icon(ICONS[name]));
+  setAttribute(button, "aria-label", label);
+  setAttribute(button, "title", label);
+}
+
+/** A dialog with a heading; a click beside it closes it, as Escape does. */
+export function dialog(name: string, heading: HTMLElement, ...children: HTMLElement[]): HTMLDialogElement {
+  heading.id = `${name}-heading`;
+  const element = h("dialog", { class: "dialog", "aria-labelledby": heading.id }, heading, ...children);
+  element.addEventListener("click", (event) => {
+    if (event.target === element) element.close();
+  });
+  return element;
 }

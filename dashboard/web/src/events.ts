@@ -1,10 +1,11 @@
 // The log of the run: its milestones, the newest first, with who caused them.
 
-import { h, setAttribute, setText, show } from "./dom";
+import { button, h, setAttribute, setText, show } from "./dom";
 import * as format from "./format";
 import { tell, wholeOf, type EventKind, type Told } from "./milestones";
 import type { Model } from "./model";
 import type { RunEvent } from "./protocol";
+import { finder, searchField } from "./search";
 
 const KINDS: Record<EventKind, string> = {
   alert: "Alerts",
@@ -30,7 +31,7 @@ interface Row {
 
 export class Events {
   readonly element: HTMLElement;
-  readonly search: HTMLInputElement;
+  readonly search = searchField("Filter events", () => this.#filter());
   readonly #goTo: (step: number) => void;
   readonly #chips: Map<EventKind, HTMLElement>;
   readonly #list = h("ol", { class: "log", reversed: true, "aria-label": "Events, the newest first" });
@@ -48,29 +49,17 @@ export class Events {
 
   constructor(goTo: (step: number) => void) {
     this.#goTo = goTo;
-    this.search = h("input", {
-      class: "input search",
-      type: "search",
-      placeholder: "Filter events",
-      "aria-label": "Filter events",
-      oninput: () => this.#filter(),
-    });
     const kinds = Object.keys(KINDS) as EventKind[];
     const chip = (kind: EventKind): HTMLElement =>
       h("button", { type: "button", class: "filter-chip", onclick: () => this.#toggle(kind) });
     this.#chips = new Map(kinds.map((kind) => [kind, chip(kind)]));
-    this.#more = h(
-      "button",
-      {
-        type: "button",
-        class: "button more",
-        onclick: () => {
-          this.#limit += ROWS_AT_A_TIME;
-          this.#draw();
-        },
+    this.#more = button("Show older ones", {
+      class: "button more",
+      onclick: () => {
+        this.#limit += ROWS_AT_A_TIME;
+        this.#draw();
       },
-      "Show older ones",
-    );
+    });
     this.element = h(
       "div",
       { class: "events" },
@@ -102,8 +91,8 @@ export class Events {
   }
 
   #filter(): void {
-    const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = this.#rows.filter(({ text }) => words.every((word) => text.includes(word)));
+    const finds = finder(this.search.value);
+    const found = this.#rows.filter(({ text }) => finds(text));
     this.#drawChips(found);
     this.#shown = found.filter(({ told }) => !this.#off.has(told.kind));
     this.#draw();
@@ -149,7 +138,7 @@ export class Events {
     let row = this.#known.get(event);
     if (row === undefined) {
       const told = tell(event);
-      const text = `${event.type} ${told.kind} ${told.text} ${told.by}`.toLowerCase();
+      const text = `${event.type} ${told.kind} ${told.text} ${told.by}`;
       row = { event, told, text, item: null };
       this.#known.set(event, row);
     }

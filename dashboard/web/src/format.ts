@@ -3,6 +3,10 @@
 const THIN = "\u202f"; // narrow no-break space: groups digits without being read as a comma or a point
 export const NONE = "–";
 
+export function capital(text: string): string {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
 /** A count: `12 345`. */
 export function count(value: number | null | undefined): string {
   if (value === null || value === undefined) return NONE;

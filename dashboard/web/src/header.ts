@@ -1,6 +1,6 @@
 // The head of the page: which run this is, where it is, and what it waits for.
 
-import { h, icon, ICONS, replaceChildren, setAttribute, setText, show } from "./dom";
+import { h, icon, iconButton, ICONS, replaceChildren, setAttribute, setIcon, setText, show } from "./dom";
 import type { Link } from "./connection";
 import * as format from "./format";
 import { hasEnded, type Model } from "./model";
@@ -14,12 +14,6 @@ export interface HeaderHost {
   setNotify(on: boolean): void;
   showKeys(): void;
 }
-
-const THEMES: Record<Theme, { icon: keyof typeof ICONS; label: string }> = {
-  auto: { icon: "auto", label: "Theme: as the system" },
-  dark: { icon: "moon", label: "Theme: dark" },
-  light: { icon: "sun", label: "Theme: light" },
-};
 
 /** Shares of the time in which a run is said to wait for something. */
 const MOSTLY = 0.5;
@@ -122,17 +116,12 @@ export class Header {
 
   constructor(host: HeaderHost) {
     this.#host = host;
-    this.#bell = h(
-      "button",
-      { type: "button", class: "quiet-button", onclick: () => host.setNotify(this.#bell.getAttribute("aria-pressed") !== "true") },
-      icon(ICONS.bell),
+    this.#bell = iconButton("bell", "Notify me at the end and at alerts", () =>
+      host.setNotify(this.#bell.getAttribute("aria-pressed") !== "true"),
     );
-    this.#theme = h("button", { type: "button", class: "quiet-button", onclick: () => host.nextTheme() });
-    const keys = h(
-      "button",
-      { type: "button", class: "quiet-button keys-button", "aria-label": "Keys", title: "Keys (?)", onclick: () => host.showKeys() },
-      icon(ICONS.keys),
-    );
+    this.#theme = iconButton("auto", "", () => host.nextTheme());
+    const keys = iconButton("keys", "Keys (?)", () => host.showKeys());
+    keys.classList.add("keys-button");
     this.setTheme("auto");
     this.setNotify(false);
     this.element = h(
@@ -153,17 +142,11 @@ export class Header {
   }
 
   setTheme(theme: Theme): void {
-    const { icon: name, label } = THEMES[theme];
-    replaceChildren(this.#theme, icon(ICONS[name]));
-    setAttribute(this.#theme, "aria-label", label);
-    setAttribute(this.#theme, "title", `${label} (t)`);
+    setIcon(this.#theme, theme, `Theme: ${theme === "auto" ? "as the system" : theme} (t)`);
   }
 
   setNotify(on: boolean): void {
-    const label = on ? "Notifies you at the end and at alerts" : "Notify me at the end and at alerts";
     setAttribute(this.#bell, "aria-pressed", String(on));
-    setAttribute(this.#bell, "aria-label", "Notify me at the end and at alerts");
-    setAttribute(this.#bell, "title", label);
   }
 
   update(model: Model, described: Described, link: Link): void {

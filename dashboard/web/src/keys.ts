@@ -1,6 +1,7 @@
 // Keys of the page, and the list of them that `?` shows.
 
-import { h } from "./dom";
+import { button, dialog, h } from "./dom";
+import { storage } from "./storage";
 
 export interface Key {
   keys: readonly string[];
@@ -19,19 +20,17 @@ const STORAGE_KEY = "offloop.keys";
 export class Keys {
   readonly dialog: HTMLDialogElement;
   readonly #keys: readonly Key[];
-  #enabled: boolean;
+  #enabled = storage.getItem(STORAGE_KEY) !== "off";
 
   constructor(keys: readonly Key[], others: readonly ListedKey[] = []) {
     this.#keys = keys;
-    this.#enabled = readEnabled();
     // People who speak to their computer trigger single letters by accident: they can be switched off.
     const enabled = h("input", { type: "checkbox", onchange: () => this.#setEnabled(enabled.checked) });
     enabled.checked = this.#enabled;
     const listed = [{ keys: ["?"], does: "Show or hide this list" }, ...keys, ...others];
-    this.dialog = h(
-      "dialog",
-      { class: "dialog keys", "aria-labelledby": "keys-heading" },
-      h("h2", { id: "keys-heading" }, "Keys"),
+    this.dialog = dialog(
+      "keys",
+      h("h2", {}, "Keys"),
       h(
         "dl",
         { class: "keys-list" },
@@ -40,15 +39,8 @@ export class Keys {
         ),
       ),
       h("label", { class: "check" }, enabled, h("span", {}, "Keys of a single character are on")),
-      h(
-        "div",
-        { class: "dialog-buttons" },
-        h("button", { type: "button", class: "button", onclick: () => this.dialog.close() }, "Close"),
-      ),
+      h("div", { class: "dialog-buttons" }, button("Close", { onclick: () => this.dialog.close() })),
     );
-    this.dialog.addEventListener("click", (event) => {
-      if (event.target === this.dialog) this.dialog.close();
-    });
     document.addEventListener("keydown", (event) => this.#pressed(event));
   }
 
@@ -74,19 +66,7 @@ export class Keys {
 
   #setEnabled(on: boolean): void {
     this.#enabled = on;
-    try {
-      localStorage.setItem(STORAGE_KEY, on ? "on" : "off");
-    } catch {
-      // The browser keeps storage from the page: it counts for this visit.
-    }
-  }
-}
-
-function readEnabled(): boolean {
-  try {
-    return localStorage.getItem(STORAGE_KEY) !== "off";
-  } catch {
-    return true;
+    storage.setItem(STORAGE_KEY, on ? "on" : "off");
   }
 }
 

@@ -1,6 +1,6 @@
 // Notices above the content: what a viewer should know and may not see otherwise.
 
-import { h, icon, ICONS, setText } from "./dom";
+import { h, iconButton, setText } from "./dom";
 import type { Action, Notice } from "./states";
 
 export class Notices {
@@ -69,12 +69,7 @@ export class Notices {
       ...notice.actions.map(({ id, label }) =>
         h("button", { type: "button", class: "button small", onclick: () => this.#act(id) }, label),
       ),
-      notice.closable &&
-        h(
-          "button",
-          { type: "button", class: "quiet-button", "aria-label": `Close: ${notice.title}`, onclick: close },
-          icon(ICONS.close),
-        ),
+      notice.closable && iconButton("close", `Close: ${notice.title}`, close),
     );
     return item;
   }

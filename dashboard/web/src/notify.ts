@@ -1,17 +1,11 @@
 // Notifications of the system, for who asked for them: the run has ended, an alert.
 
+import { storage } from "./storage";
+
 const STORAGE_KEY = "offloop.notify";
 
 export class Notifier {
-  #on = false;
-
-  constructor() {
-    try {
-      this.#on = localStorage.getItem(STORAGE_KEY) === "on" && permission() === "granted";
-    } catch {
-      // The browser keeps storage from the page: off until asked for.
-    }
-  }
+  #on = storage.getItem(STORAGE_KEY) === "on" && permission() === "granted";
 
   get on(): boolean {
     return this.#on;
@@ -21,11 +15,7 @@ export class Notifier {
   async set(on: boolean): Promise<string> {
     const granted = on && permission() !== "none" ? await Notification.requestPermission() : permission();
     this.#on = on && granted === "granted";
-    try {
-      localStorage.setItem(STORAGE_KEY, this.#on ? "on" : "off");
-    } catch {
-      // It counts for this visit.
-    }
+    storage.setItem(STORAGE_KEY, this.#on ? "on" : "off");
     if (!on) return "Notifications are off.";
     if (this.#on) return "You will be notified at the end and at alerts.";
     return granted === "none"

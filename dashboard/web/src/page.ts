@@ -16,7 +16,8 @@ import { Notices } from "./notices";
 import { Notifier } from "./notify";
 import { decodeChart, type CommandRequest, type RunEvent, type ServerMessage } from "./protocol";
 import { describe, title, type Action, type Seen } from "./states";
-import { View, type Axis, type Tab } from "./view";
+import { storage } from "./storage";
+import { AXES, View, type Axis, type Tab } from "./view";
 
 /** How long a run that has ended stays before a newer one takes its place, milliseconds. */
 const FOLLOW_AFTER = 4_000;
@@ -27,13 +28,12 @@ const TITLE_EVERY = 1_000;
 const COMMAND_TTL = 60;
 /** Smoothing that the keys step through. */
 const SMOOTHINGS = [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999];
-const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
 const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config: "Configuration" };
 
 class Page {
   #model = NOTHING;
   #link: Link;
-  readonly #view = new View(location.hash, storage());
+  readonly #view = new View(location.hash, storage);
   readonly #connection: Connection;
   readonly #notifier = new Notifier();
   readonly #favicon = new Favicon();
@@ -491,14 +491,6 @@ class Page {
 function commandId(): string {
   // randomUUID is only there over https and on localhost; getRandomValues is everywhere
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-function storage(): Storage | null {
-  try {
-    return localStorage;
-  } catch {
-    return null;
-  }
 }
 
 new Page().start();

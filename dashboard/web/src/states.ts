@@ -174,7 +174,7 @@ function stage(seen: Seen): Described["stage"] {
     case "open":
       return { title: "No run yet", text: "The server is there. A run that begins in its process appears here by itself." };
     default:
-      return { title: capital(pill(seen).word), text: explain(seen) };
+      return { title: format.capital(pill(seen).word), text: explain(seen) };
   }
 }
 
@@ -231,7 +231,7 @@ function notices(seen: Seen): Notice[] {
     const tone = link.phase === "reconnecting" || link.phase === "gone" || link.phase === "full" ? "warn" : "bad";
     const kept = link.phase === "reconnecting" ? "" : " What is below is as it was.";
     const said = link.phase === "gone" && model.bye ? `It said: ${model.bye}. ` : "";
-    add({ id: link.phase, tone, title: `${capital(pill(seen).word)}.`, text: `${said}${explain(seen)}${kept}` });
+    add({ id: link.phase, tone, title: `${format.capital(pill(seen).word)}.`, text: `${said}${explain(seen)}${kept}` });
   }
   if (link.phase === "open" && page !== null && model.hello?.page && model.hello.page !== page) {
     add({
@@ -285,13 +285,9 @@ const SYMBOLS: Record<Sign, string> = {
 /** Title of the window: state, loss, run. */
 export function title(seen: Seen, described: Described): string {
   const { run, status } = seen.model;
-  if (run === null) return `${capital(described.word)} · offloop`;
+  if (run === null) return `${format.capital(described.word)} · offloop`;
   const loss = toNumber(status?.loss ?? null);
   const parts = [loss === null ? described.word : format.number(loss), run.name];
   const state = described.sign === "live" || loss === null ? "" : ` · ${described.word}`;
   return `${SYMBOLS[described.sign]} ${parts.join(" · ")}${state}`;
-}
-
-function capital(text: string): string {
-  return text.charAt(0).toUpperCase() + text.slice(1);
 }

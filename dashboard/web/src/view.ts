@@ -1,6 +1,8 @@
 // What the viewer has chosen to see. It lives in the address after `#`, so that a link shows the same view, and
 // in localStorage, so that the next visit starts where the last one ended. Nothing in it changes the run.
 
+import type { PageStorage } from "./storage";
+
 export type Axis = "step" | "epoch" | "time" | "wall";
 export type Tab = "metrics" | "events" | "config";
 export type Theme = "auto" | "light" | "dark";
@@ -47,7 +49,7 @@ const VERSION = "1";
 /** Grows when the meaning of a field changes: a view of another version is not read. */
 const STORAGE_KEY = `offloop.view.${VERSION}`;
 const TABS: readonly Tab[] = ["metrics", "events", "config"];
-const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
+export const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
 const THEMES: readonly Theme[] = ["auto", "light", "dark"];
 
 /** Write a view as a URL hash, without what is as usual; the theme is the viewer's own and stays out. */
@@ -118,21 +120,15 @@ function oneOf<T extends string>(choices: readonly T[], value: unknown): T {
   return choices.find((choice) => choice === value) ?? (choices[0] as T);
 }
 
-/** Where the view is kept between visits; `localStorage` where the browser grants it. */
-export interface ViewStorage {
-  getItem(key: string): string | null;
-  setItem(key: string, value: string): void;
-}
-
 type Listener = (state: ViewState, previous: ViewState) => void;
 
 /** The view: who changes it says so, and everybody who shows it hears of it. */
 export class View {
   #state: ViewState;
   readonly #listeners = new Set<Listener>();
-  readonly #storage: ViewStorage | null;
+  readonly #storage: PageStorage | null;
 
-  constructor(hash = "", storage: ViewStorage | null = null) {
+  constructor(hash = "", storage: PageStorage | null = null) {
     this.#storage = storage;
     const remembered = this.#read();
     const linked = decodeView(hash);
@@ -163,6 +159,12 @@ export class View {
     return encodeView(this.#state);
   }
 
+  /** Put a name into a list, or take it out if it is there. */
+  toggle(list: "hidden" | "folded", name: string): void {
+    const names = this.#state[list];
+    this.set({ [list]: names.includes(name) ? names.filter((one) => one !== name) : [...names, name] });
+  }
+
   /** Call `listener` after each change; returns what ends that. */
   subscribe(listener: Listener): () => void {
     this.#listeners.add(listener);
@@ -174,17 +176,13 @@ export class View {
       const stored: unknown = JSON.parse(this.#storage?.getItem(STORAGE_KEY) ?? "{}");
       return sane(typeof stored === "object" && stored !== null ? stored : {});
     } catch {
-      return sane({}); // damaged, or the browser keeps storage from us: as usual then
+      return sane({}); // damaged: as usual then
     }
   }
 
   #write(): void {
-    try {
-      // Neither the zoom nor the search: they belong to this run, and a next one would seem empty.
-      const kept = { ...this.#state, zoom: null, follow: false, search: "", panel: null };
-      this.#storage?.setItem(STORAGE_KEY, JSON.stringify(kept));
-    } catch {
-      // Full or forbidden: the view is not remembered, nothing else.
-    }
+    // Neither the zoom nor the search: they belong to this run, and a next one would seem empty.
+    const kept = { ...this.#state, zoom: null, follow: false, search: "", panel: null };
+    this.#storage?.setItem(STORAGE_KEY, JSON.stringify(kept));
   }
 }

@@ -1,4 +1,5 @@
-import { describe, expect, test, vi } from "vitest";
+import { afterEach, describe, expect, test, vi } from "vitest";
+import { storage } from "../src/storage";
 import { DEFAULT_VIEW, View, decodeView, encodeView, sane, type ViewState } from "../src/view";
 
 class Memory {
@@ -16,6 +17,8 @@ const EVERYTHING: ViewState = {
   zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"],
   theme: "auto",
 };
+
+afterEach(() => vi.unstubAllGlobals());
 
 describe("the address", () => {
   test("carries a whole view", () => {
@@ -79,9 +82,11 @@ describe("a view", () => {
         throw new Error("denied");
       },
     };
-    const view = new View("", forbidden);
+    vi.stubGlobal("localStorage", forbidden);
+    const view = new View("", storage);
     view.set({ logX: true });
     expect(view.get()).toEqual({ ...DEFAULT_VIEW, logX: true });
-    expect(new View("", { ...forbidden, getItem: () => "{" }).get()).toEqual(DEFAULT_VIEW);
+    vi.stubGlobal("localStorage", { ...forbidden, getItem: () => "{" });
+    expect(new View("", storage).get()).toEqual(DEFAULT_VIEW);
   });
 });

@@ -4,6 +4,7 @@
 // uPlot draws with scales from 0 to 1, and a `Scale` maps values to them: so linear and logarithmic axes and
 // values from 1e-300 to 1e300 are one case, and a switch to a logarithm needs no new plot.
 
+import { clock, count } from "../format";
 import type { Axis } from "../view";
 
 /** Maps values to 0..1 between `min` and `max`, on a linear or logarithmic axis. */
@@ -268,22 +269,16 @@ export function formatValue(value: number): string {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
   const size = Math.abs(value);
   if (value === 0) return "0";
-  if (Number.isInteger(value) && size < 1e7) return minus(grouped(value));
+  if (Number.isInteger(value) && size < 1e7) return minus(count(value));
   if (size >= 1e7 || size < 1e-3) return exponential(value, 3);
-  if (size >= 1e4) return minus(grouped(Math.round(value)));
+  if (size >= 1e4) return minus(count(value));
   return minus(value.toPrecision(4));
-}
-
-/** 1234567 as 1,234,567. */
-function grouped(value: number): string {
-  return String(value).replace(/\B(?=(\d{3})+$)/g, ",");
 }
 
 /** A place on the x axis, to read. */
 export function formatX(axis: Axis, value: number): string {
-  if (axis === "step") return `step ${grouped(Math.round(value))}`;
+  if (axis === "step") return `step ${count(value)}`;
   if (axis === "epoch") return `epoch ${minus(value.toFixed(2))}`;
   if (axis === "time") return Math.abs(value) < 60 ? `${minus(value.toFixed(1))}s` : formatDuration(value);
-  const date = new Date(1_000 * value);
-  return `${formatDay(date)} ${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
+  return `${formatDay(new Date(1_000 * value))} ${clock(value)}`;
 }

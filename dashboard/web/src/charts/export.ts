@@ -21,7 +21,6 @@ export async function readCsv(
   ranges: Ranges,
   series: readonly SeriesInfo[],
   lastStep: number,
-  progress: (share: number) => void = () => {},
 ): Promise<Blob> {
   const pieces: BlobPart[] = [`${csvLine(["step", "epoch", "time", ...series.map(({ key }) => key), "note"])}`];
   const told = new Set<number>();
@@ -39,7 +38,6 @@ export async function readCsv(
       whole.gaps = withStretches(whole.gaps, gaps);
     }
     pieces.push(csvRows(whole, ids, told));
-    progress((index + 1) / questions);
   }
   return new Blob(pieces, { type: "text/csv;charset=utf-8" });
 }

@@ -8,6 +8,7 @@
 import { h } from "../dom";
 import type { ChartFrame, Latest, RangeQuery, RunInfo, SeriesInfo, Show, Status } from "../protocol";
 import { MAX_SERIES_SHOWN } from "../protocol";
+import { finder } from "../search";
 import type { Axis, View, ViewState } from "../view";
 import { Scale } from "./axes";
 import { fileName, save } from "./dom";
@@ -68,7 +69,7 @@ export class Charts {
   readonly #host: ChartsHost;
   readonly #toolbar: Toolbar;
   readonly #body = h("div", { class: "charts-body" });
-  readonly #empty = h("p", { class: "charts-empty" }, "No metrics yet.");
+  readonly #empty = h("p", { class: "empty" }, "No metrics yet.");
   readonly #ranges: Ranges;
   readonly #observer: IntersectionObserver;
 
@@ -148,7 +149,6 @@ export class Charts {
       this.#status = null;
       this.#events = [];
       this.#cursor = null;
-      this.#toolbar.setNote("");
       for (const panel of this.#panels.values()) this.#removePanel(panel);
       for (const { section } of this.#groups.values()) section.remove();
       this.#groups.clear();
@@ -202,18 +202,7 @@ export class Charts {
   applyStatus(status: Status): void {
     const before = this.#status;
     this.#status = status;
-    if (status.trimmed !== before?.trimmed || status.dropped !== before?.dropped) {
-      const notes = [
-        ...(status.dropped > 0
-          ? [`${status.dropped.toLocaleString("en")} samples were dropped: shaded stretches are gaps.`]
-          : []),
-        ...(status.trimmed !== null
-          ? [`Before step ${status.trimmed.toLocaleString("en")} only least and greatest values are left.`]
-          : []),
-      ];
-      this.#toolbar.setNote(notes.join(" "));
-      this.#redraw();
-    }
+    if (status.trimmed !== before?.trimmed) this.#redraw();
   }
 
   addMark(mark: ChartEvent): void {
@@ -277,10 +266,7 @@ export class Charts {
 
   #addGroup(name: string): Group {
     const grid = h("div", { class: "charts-grid" });
-    const onclick = (): void => {
-      const { folded } = this.#host.view.get();
-      this.#host.view.set({ folded: folded.includes(name) ? folded.filter((one) => one !== name) : [...folded, name] });
-    };
+    const onclick = (): void => this.#host.view.toggle("folded", name);
     const fold = h(
       "button",
       { type: "button", class: "charts-fold", "aria-expanded": "true", onclick },
@@ -301,10 +287,7 @@ export class Charts {
       moveCursor: (x, pinned) => this.#moveCursor(x, pinned),
       zoom: (min, max) => this.#zoom(min, max),
       resetZoom: () => this.#host.view.set({ zoom: null, follow: false }),
-      toggleCurve: (key) => {
-        const { hidden } = this.#host.view.get();
-        this.#host.view.set({ hidden: hidden.includes(key) ? hidden.filter((one) => one !== key) : [...hidden, key] });
-      },
+      toggleCurve: (key) => this.#host.view.toggle("hidden", key),
       toggleMaximised: (panel) => {
         this.#host.view.set({ panel: this.#host.view.get().panel === panel.name ? null : panel.name });
         panel.maximiseButton.focus();
@@ -323,15 +306,14 @@ export class Charts {
   /** Show what the search finds, or the one panel that is maximised. */
   #filter(): void {
     const { search, panel: maximised, folded } = this.#host.view.get();
-    const words = search.toLowerCase().split(/\s+/).filter(Boolean);
+    const finds = finder(search);
     const one = maximised !== null && this.#panels.has(maximised);
     this.#root.classList.toggle("one-panel", one);
     let found = 0;
     for (const [name, group] of this.#groups) {
       let any = false;
       for (const panel of group.panels) {
-        const text = [panel.name, ...panel.curves.map(({ info }) => info.key)].join("\n").toLowerCase();
-        const matches = words.every((word) => text.includes(word));
+        const matches = finds([panel.name, ...panel.curves.map(({ info }) => info.key)].join("\n"));
         found += Number(matches);
         const shown = one ? panel.name === maximised : matches;
         panel.figure.hidden = !shown;
@@ -339,7 +321,7 @@ export class Charts {
         any ||= shown;
       }
       group.section.hidden = !any;
-      const open = one || words.length > 0 || !folded.includes(name);
+      const open = one || search.trim() !== "" || !folded.includes(name);
       group.grid.hidden = !open;
       group.fold.setAttribute("aria-expanded", String(open));
     }
@@ -655,21 +637,13 @@ export class Charts {
     if (!curve || !part) return;
     const fine = new Curve();
     const first = curve.search(column, from);
-    fine.copy(curve, first - WARM_UP, first);
+    fine.copy(curve, Math.max(first - WARM_UP, 0), first);
     // The answer begins with the neighbour before the zoom, which may be there already.
     const begin = (part.step[0] as number) <= (fine.last?.step ?? -Infinity) ? 1 : 0;
-    for (let index = begin; index < part.step.length; index++) {
-      fine.push(
-        part.step[index] as number,
-        part.time[index] as number,
-        part.epoch[index] as number,
-        part.value[index] as number,
-      );
-    }
+    fine.copy(part, begin, part.step.length);
     const last = fine.last?.step ?? -Infinity;
-    let next = curve.search("step", last);
-    while (next < curve.length && (curve.step[next] as number) <= last) next++;
-    fine.copy(curve, next);
+    const next = curve.after("step", last);
+    fine.copy(curve, next, curve.length);
     fine.addMarks(curve.marks);
     const newest = next >= curve.length;
     [fine.least, fine.greatest] = [curve.least, curve.greatest];
@@ -689,10 +663,7 @@ export class Charts {
         this.#asked.key = "";
         continue;
       }
-      const last = detail.curve.last?.step ?? -Infinity;
-      let next = curve.search("step", last);
-      while (next < curve.length && (curve.step[next] as number) <= last) next++;
-      detail.curve.copy(curve, next);
+      detail.curve.copy(curve, curve.after("step", detail.curve.last?.step ?? -Infinity), curve.length);
       detail.curve.addMarks(marks);
       [detail.curve.least, detail.curve.greatest] = [curve.least, curve.greatest];
     }

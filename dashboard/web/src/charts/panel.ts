@@ -6,11 +6,11 @@
 
 import uPlot from "uplot";
 
-import { h, setText } from "../dom";
+import { h, iconButton, setAttribute, setIcon, setText } from "../dom";
 import type { Latest, SeriesInfo } from "../protocol";
 import { toNumber } from "../protocol";
 import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
-import { iconButton, setIcon, swatch } from "./dom";
+import { swatch } from "./dom";
 import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintText } from "./paint";
 import type { Scene } from "./scene";
 import type { Curve, Point } from "./series_store";
@@ -484,8 +484,7 @@ export class Panel {
       const item = this.#items.get(info.key);
       if (!item) continue;
       const hidden = scene.hidden.has(info.key);
-      if (item.button.getAttribute("aria-pressed") !== String(!hidden))
-        item.button.setAttribute("aria-pressed", String(!hidden));
+      setAttribute(item.button, "aria-pressed", String(!hidden));
       const [value, beside] =
         scene.cursor === null ? [this.#lastText(info), ""] : this.#valueAt(info, scene, scene.cursor);
       setText(item.value, value);
@@ -567,7 +566,7 @@ export class Panel {
       const inside = x >= 0 && x <= 1 && y >= 0 && y <= 1;
       made.hidden = !inside;
       if (!inside) return;
-      made.className = `chart-dot fill-${hue((one as PanelCurve).slot) + 1}`;
+      made.style.background = `var(--chart-${hue((one as PanelCurve).slot) + 1})`;
       made.style.transform = `translate(${x * width}px, ${(1 - y) * height}px)`;
     });
   }

@@ -21,6 +21,9 @@ export interface Point {
   value: number;
 }
 
+/** Points side by side. */
+export type Columns = Record<keyof Point, ArrayLike<number>>;
+
 /** One curve. Its columns are longer than it: only the first `length` entries count. */
 export class Curve {
   length = 0;
@@ -82,10 +85,9 @@ export class Curve {
     this.marks = withStretches(this.marks, marks);
   }
 
-  /** Take over the points of `other` from index `from` to before `to`. */
-  copy(other: Curve, from = 0, to = other.length): void {
-    for (let index = Math.max(from, 0); index < Math.min(to, other.length); index++) {
-      const { step, time, epoch, value } = other;
+  /** Take over points from index `from` to before `to`. */
+  copy({ step, time, epoch, value }: Columns, from: number, to: number): void {
+    for (let index = from; index < to; index++) {
       this.push(step[index] as number, time[index] as number, epoch[index] as number, value[index] as number);
     }
   }
@@ -100,6 +102,13 @@ export class Curve {
       else high = middle;
     }
     return low;
+  }
+
+  /** Index of the first point whose `column` is above `value`; `length` if none is. */
+  after(column: Column, value: number): number {
+    let index = this.search(column, value);
+    while (index < this.length && this[column][index] === value) index++;
+    return index;
   }
 
   /** Index of the point whose `column` is nearest to `value`; -1 without points. */

@@ -1,6 +1,8 @@
 // Colours and dashes of the charts. Colours are CSS custom properties of the charts' root (charts.css), so that
 // dark, light and forced colours are the style sheet's business; a canvas has to be told.
 
+import { h } from "../dom";
+
 /** Hues after which they repeat, with another dash: the palette of Okabe and Ito without its yellow. */
 export const HUES = 7;
 const DASHES: readonly (readonly number[])[] = [[], [7, 3], [2, 2.5], [9, 3, 2, 3], [14, 4]];
@@ -18,9 +20,15 @@ export interface Theme {
 }
 
 export function readTheme(root: HTMLElement): Theme {
-  const style = getComputedStyle(root);
-  const colour = (name: string): string => style.getPropertyValue(`--chart-${name}`).trim();
-  return {
+  // What a property would be, light-dark() and system colours resolved, only an element says that has it.
+  const probe = root.appendChild(h("i"));
+  probe.style.setProperty("forced-color-adjust", "none");
+  const style = getComputedStyle(probe);
+  const colour = (name: string): string => {
+    probe.style.color = `var(--chart-${name})`;
+    return style.color;
+  };
+  const theme = {
     hues: Array.from({ length: HUES }, (_, index) => colour(String(index + 1))),
     background: colour("background"),
     text: colour("text"),
@@ -31,6 +39,8 @@ export function readTheme(root: HTMLElement): Theme {
     shade: colour("shade"),
     font: style.fontFamily,
   };
+  probe.remove();
+  return theme;
 }
 
 /** How the n-th curve of a panel is dashed: each has a dash of its own among those of the first colours. */

@@ -1,7 +1,8 @@
-// The bar above the charts: search, x axis, logarithms, smoothing, following, and what all charts should say.
+// The bar above the charts: search, x axis, logarithms, smoothing, following.
 
 import type { Axis, View, ViewState } from "../view";
-import { h, setText } from "../dom";
+import { h, setAttribute, setText } from "../dom";
+import { searchField } from "../search";
 
 const AXES: readonly [Axis, string, string][] = [
   ["step", "Step", "Optimizer steps"],
@@ -36,43 +37,29 @@ export class Toolbar {
   readonly #reset: HTMLButtonElement;
   readonly #slider: HTMLInputElement;
   readonly #amount: HTMLElement;
-  readonly #note: HTMLElement;
 
   constructor(host: ToolbarHost) {
     const { view } = host;
-    this.#search = h("input", {
-      type: "search",
-      class: "charts-search",
-      placeholder: "Search metrics",
-      "aria-label": "Search metrics",
-      autocomplete: "off",
-      spellcheck: "false",
-    });
-    this.#search.addEventListener("input", () => view.set({ search: this.#search.value }));
+    this.#search = searchField("Search metrics", () => view.set({ search: this.#search.value }));
     this.#count = h("span", { class: "charts-count" });
-    this.#axes = new Map(AXES.map(([axis, name, title]) => [axis, toggle(name, title, () => host.setAxis(axis))]));
-    this.#logX = toggle("log x", "Logarithmic x axis", () => view.set({ logX: !view.get().logX }));
-    this.#logY = toggle("log y", "Logarithmic y axis", () => view.set({ logY: !view.get().logY }));
-    this.#follow = toggle("Follow", "Keep the newest steps in view", () => host.setFollow(!view.get().follow));
-    this.#reset = h(
-      "button",
-      { type: "button", class: "charts-button", title: "Show all steps (double-click a chart)" },
-      "Reset zoom",
+    this.#axes = new Map(AXES.map(([axis, name, title]) => [axis, choice(name, title, () => host.setAxis(axis))]));
+    this.#logX = choice("log x", "Logarithmic x axis", () => view.set({ logX: !view.get().logX }));
+    this.#logY = choice("log y", "Logarithmic y axis", () => view.set({ logY: !view.get().logY }));
+    this.#follow = choice("Follow", "Keep the newest steps in view", () => host.setFollow(!view.get().follow));
+    this.#reset = choice("Reset zoom", "Show all steps (double-click a chart)", () =>
+      view.set({ zoom: null, follow: false }),
     );
-    this.#reset.addEventListener("click", () => view.set({ zoom: null, follow: false }));
     this.#slider = h("input", { type: "range", min: "0", max: "100", step: "1", class: "charts-slider" });
     this.#slider.addEventListener("input", () => view.set({ smoothing: smoothingOf(Number(this.#slider.value)) }));
     this.#amount = h("output", { class: "charts-amount" });
-    this.#note = h("p", { class: "charts-note", role: "note" });
     this.root = h(
       "div",
-      { class: "charts-toolbar", role: "group", "aria-label": "Charts" },
+      { class: "toolbar", role: "group", "aria-label": "Charts" },
       h("div", { class: "charts-find" }, this.#search, this.#count),
       h("div", { class: "charts-segments", role: "group", "aria-label": "X axis" }, ...this.#axes.values()),
       h("div", { class: "charts-segments", role: "group", "aria-label": "Logarithmic axes" }, this.#logX, this.#logY),
       h("div", { class: "charts-tail" }, this.#follow, this.#reset),
       h("label", { class: "charts-smoothing" }, "Smoothing", this.#slider, this.#amount),
-      this.#note,
     );
     this.show(view.get());
   }
@@ -95,22 +82,12 @@ export class Toolbar {
   setCount(found: number, all: number): void {
     setText(this.#count, found === all ? "" : `${found} of ${all}`);
   }
-
-  /** What is missing from the charts; empty for nothing. */
-  setNote(text: string): void {
-    setText(this.#note, text);
-    this.#note.hidden = text === "";
-  }
 }
 
-function toggle(name: string, title: string, pressed: () => void): HTMLButtonElement {
-  return h(
-    "button",
-    { type: "button", class: "charts-button", title, "aria-pressed": "false", onclick: pressed },
-    name,
-  );
+function choice(name: string, title: string, onclick: () => void): HTMLButtonElement {
+  return h("button", { type: "button", class: "button choice", title, onclick }, name);
 }
 
 function press(button: HTMLButtonElement, pressed: boolean): void {
-  button.setAttribute("aria-pressed", String(pressed));
+  setAttribute(button, "aria-pressed", String(pressed));
 }

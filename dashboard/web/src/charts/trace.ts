@@ -28,10 +28,7 @@ export interface View {
 
 /** Indices of the first point to draw and the one after the last: one more at either side than is in view. */
 export function visible(curve: Curve, { column, x, origin }: Pick<View, "column" | "x" | "origin">): [number, number] {
-  const first = curve.search(column, x.min + origin);
-  let end = curve.search(column, x.max + origin);
-  const values = curve[column];
-  while (end < curve.length && (values[end] as number) - origin <= x.max) end++;
+  const [first, end] = [curve.search(column, x.min + origin), curve.after(column, x.max + origin)];
   return [Math.max(first - 1, 0), Math.min(end + 1, curve.length)];
 }
 

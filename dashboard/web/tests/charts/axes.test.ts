@@ -109,7 +109,7 @@ describe("ticks", () => {
 
 test.each([
   [0, "0"], [-0, "0"], [NaN, "NaN"], [Infinity, "∞"], [-Infinity, "−∞"], [0.123456, "0.1235"], [12.3456, "12.35"], [-0.5, "−0.5000"],
-  [1234567, "1,234,567"], [54321.6, "54,322"], [1e-30, "1.000e−30"], [2.5e30, "2.500e30"], [3e-4, "3.000e−4"],
+  [1234567, "1\u202f234\u202f567"], [54321.6, "54\u202f322"], [1e-30, "1.000e−30"], [2.5e30, "2.500e30"], [3e-4, "3.000e−4"],
 ])("the value %d reads as %s", (value, text) => {
   expect(formatValue(value)).toBe(text);
 }); // prettier-ignore
@@ -120,7 +120,7 @@ test.each([[0, "0s"], [59.6, "1m"], [90, "1m 30s"], [3_600, "1h"], [90_061, "1d 
 );
 
 test("places on the x axis say what they are", () => {
-  expect(formatX("step", 12_345)).toBe("step 12,345");
+  expect(formatX("step", 12_345)).toBe("step 12\u202f345");
   expect(formatX("epoch", 1.234)).toBe("epoch 1.23");
   expect(formatX("time", 12.34)).toBe("12.3s");
   expect(formatX("wall", new Date(2026, 0, 5, 4, 3, 2).getTime() / 1_000)).toBe("5 Jan 04:03:02");
