@@ -126,7 +126,7 @@ class ProgressBar(Callback):
     def on_state_changed(self, event: StateChanged, run: Run) -> None:
         self._doing = "" if event.state == "running" else event.state
         self._speed_from = None
-        self._changed(now=True)
+        self._changed(now=event.state != "stopping")  # the last line, which says the same, is about to come
 
     def on_train_end(self, event: TrainEnd, run: Run) -> None:
         self._step = max(self._step, event.step)
@@ -275,6 +275,7 @@ def _join(bar: ProgressBar, file: TextIO | None) -> "_Display":
         if display is None:
             display = _displays[key] = _open(key, file)
         display.bars.append(bar)
+        display.has_names = display.has_names or len(display.bars) > 1
         display.added(bar)
         return display
 
@@ -319,6 +320,7 @@ class _Display:
 
     def __init__(self) -> None:
         self.bars: list[ProgressBar] = []
+        self.has_names = False  # True once there were several: then also the last one says which run it is
 
     def added(self, bar: ProgressBar) -> None:
         """Take note of a new bar."""
@@ -331,6 +333,11 @@ class _Display:
 
     def close(self) -> None:
         """Give everything back; there are no bars any more."""
+
+    def line_of(self, bar: ProgressBar) -> str:
+        """Return all that a bar has to say as one line."""
+        name = f"{bar._run.id}  " if self.has_names and bar._run is not None else ""
+        return name + bar.line()
 
 
 class _Lines(_Display):
@@ -347,19 +354,18 @@ class _Lines(_Display):
     def changed(self, bar: ProgressBar, now: bool) -> None:
         if now or time.monotonic() - self._written_at[id(bar)] >= LINE_INTERVAL:
             self._written_at[id(bar)] = time.monotonic()
-            self._write(bar, len(self.bars) > 1)
+            self._write(bar)
 
     def removed(self, bar: ProgressBar) -> None:
         del self._written_at[id(bar)]
-        self._write(bar, bool(self.bars))
+        self._write(bar)
 
     def close(self) -> None:
         _close(self._own)
 
-    def _write(self, bar: ProgressBar, with_name: bool) -> None:
-        name = f"{bar._run.id}  " if with_name and bar._run is not None else ""
+    def _write(self, bar: ProgressBar) -> None:
         with contextlib.suppress(ValueError, OSError):  # whoever reads has gone away
-            self._file.write(f"{name}{bar.line()}\n")  # in one piece: lines of several runs do not mix
+            self._file.write(f"{self.line_of(bar)}\n")  # in one piece: lines of several runs do not mix
             self._file.flush()
 
 
@@ -426,8 +432,7 @@ class _Terminal(_Live):
             bars = list(self.bars)
         size = _size_of(self._console)
         self._console.size = size
-        several = len(bars) > 1
-        blocks = [bar.block(size[0], with_name=several) for bar in bars]
+        blocks = [bar.block(size[0], with_name=self.has_names) for bar in bars]
         lines = self._render(*blocks).splitlines()
         if len(lines) > size[1] - 2:
             lines = [*lines[: max(1, size[1] - 3)], f"... {len(bars)} runs"]
@@ -441,8 +446,7 @@ class _Terminal(_Live):
             self._write(drawn)
 
     def leave(self, bar: ProgressBar) -> None:
-        name = f"{bar._run.id}  " if self.bars and bar._run is not None else ""
-        text = Text("\n".join(_wrapped(f"{name}{bar.line()}".split("  "), _size_of(self._console)[0])))
+        text = Text("\n".join(_wrapped(self.line_of(bar).split("  "), _size_of(self._console)[0])))
         text.highlight_words([bar._doing], _STATUS_STYLES.get(bar._doing, "yellow"))
         self._write("\r\x1b[J" + self._render(text))
         self._drawn = ""

@@ -164,6 +164,15 @@ def test_pause_is_shown_and_over_after_it() -> None:
     ]
 
 
+def test_a_stop_is_one_line() -> None:
+    said = lines(
+        StepEnd(loss=1.0, lr=0.1, step=1),
+        StateChanged(state="stopping", step=1),
+        StepEnd(loss=1.0, lr=0.1, step=2),
+    )
+    assert said == ["epoch 1/3  step 2/12  loss 1  lr 0.1  completed in 0:00"]
+
+
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize(
     ("start", "shown"),
@@ -366,8 +375,10 @@ def test_runs_of_a_process_share_the_terminal(terminal: Terminal, monkeypatch: p
     ]
     assert read[1][0].startswith("run-one  epoch 3/5  step 1000/1000")
     assert read[1][0].endswith("completed in 1:01")
-    assert len(read[1]) == 1 + 3  # the other one's bars, which need no name now
-    assert len(read[2]) == 2 and read[2][1].endswith("stopped in 0:03")
+    assert read[1][1] == "run-two"  # which of the two goes on
+    assert len(read[1]) == 1 + 4
+    assert len(read[2]) == 2
+    assert read[2][1].startswith("run-two  epoch 3/5") and read[2][1].endswith("stopped in 0:03")
     assert progress_bar._displays == {}
 
 
