@@ -63,6 +63,7 @@ export class Panel {
   visible = false;
 
   readonly #host: PanelHost;
+  readonly #prefix: HTMLElement;
   readonly #place: HTMLElement;
   readonly #legend: HTMLElement;
   readonly #summary: HTMLElement;
@@ -86,7 +87,10 @@ export class Panel {
   ) {
     this.#host = host;
     const id = `chart-${++panels}`;
-    const title = h("h3", { id: `${id}-title`, class: "chart-title", title: name }, name);
+    // The heading above the panels says their group, unless there is only this one.
+    this.#prefix = h("span", { class: "sr-only" }, group !== "" && name.startsWith(`${group}/`) ? `${group}/` : "");
+    const leaf = name.slice(this.#prefix.textContent?.length);
+    const title = h("h3", { id: `${id}-title`, class: "chart-title", title: name }, this.#prefix, leaf);
     this.#place = h("span", { class: "chart-place", "aria-hidden": "true" });
     this.maximiseButton = iconButton("maximise", `Maximise ${name}`, () => host.toggleMaximised(this));
     this.tableButton = iconButton("table", `Table of ${name}`, () => host.toggleTable(this));
@@ -188,6 +192,7 @@ export class Panel {
   setMaximised(maximised: boolean): void {
     if (this.figure.classList.contains("maximised") === maximised) return;
     this.figure.classList.toggle("maximised", maximised);
+    this.#prefix.classList.toggle("sr-only", !maximised);
     setIcon(
       this.maximiseButton,
       maximised ? "restore" : "maximise",
