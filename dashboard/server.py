@@ -218,18 +218,33 @@ class Server:
             async with asyncio.timeout(GOODBYE):
                 await self.hub.wait_for_nobody()
         _open_servers.discard(self)
+        await self._stop_accepting(server)
         server.close(close_connections=True, reason=short(self._reason))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE):
-                await server.wait_closed()
-        for connection in tuple(self._connections):  # those that do not go
-            connection.transport.abort()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
                 await server.wait_closed()
         for task in tuple(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE):
+                await self._end_connections()
+
+    async def _stop_accepting(self, server: WebsocketServer) -> None:
+        """Accept no further connections, and let the last one be known to the server.
+
+        That happens in a task; one that finds asyncio's server closed fails (Python 3.11) and leaves its socket open.
+        """
+        for listening in server.sockets:
+            with contextlib.suppress(NotImplementedError):  # Windows
+                self._loop.remove_reader(listening)
+        await asyncio.sleep(0)
+
+    async def _end_connections(self) -> None:
+        """Cut off those that do not go, and those that are only coming: they take some turns of the event loop."""
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for connection in tuple(self._connections):
+                connection.transport.abort()
+            await asyncio.wait(others, timeout=0.05)
 
     async def _listen(self) -> WebsocketServer:
         options = self.options

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import functools
+import gc
 import gzip
 import itertools
 import logging
@@ -744,3 +745,20 @@ def test_plain_http_and_junk_on_a_tls_port(
     for data in (HEAD + b"\r\n", b"\0" * 100, b"\x16\x03\x01"):
         assert status_of(raw(server, data, half_close=True)) is None
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+
+
+def test_connections_that_come_while_the_server_closes_are_not_left_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(Options(port=0))
+    clients: list[socket.socket] = []
+
+    async def come() -> None:  # and are accepted in the turn of the event loop in which the server closes
+        clients.extend(socket.create_connection(("127.0.0.1", server.port)) for _ in range(5))
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(server.hub, "wait_for_nobody", come)
+    server.close("over")
+    gc.collect()  # what was left open says so
+    for client in clients:
+        client.close()
