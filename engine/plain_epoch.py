@@ -44,7 +44,6 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
     config, control, reporter, window = loop.config, loop.control, loop.reporter, loop.window
     training_step, train_metrics, schedules = loop.program.training_step, loop.train_metrics, loop.schedules
     optimizer, run_id, publish_step = loop.first_optimizer, loop.run_id, loop.publish_step
-    group = optimizer.param_groups[0]
     clip_limit, validate_every = config.gradient_clip_val, config.val_every_n_steps
     offset, clock, isfinite, tensor_class = (
         reporter.clock_offset,
@@ -88,18 +87,20 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             hooks.run("before_batch", batch)
             hooks.run("before_forward", batch)
         output = training_step(batch)
+        outputs = targets = weight = None
         if type(output) is dict:
-            loss, weight = output["loss"] if "loss" in output else None, output.get("weight")
+            part = output.get
+            loss, outputs, targets, weight = part("loss"), part("outputs"), part("targets"), part("weight")
         elif isinstance(output, tensor_class):
-            loss, weight = output, None
+            loss = output
         else:
-            loss, _, _, weight = read_output(output, "training_step")
+            loss, outputs, targets, weight = read_output(output, "training_step")
         if loss is None or not loop.loss_checked:
             check_loss(loss)
             loop.loss_checked = True
         assert loss is not None
-        if train_metrics is not None and type(output) is dict and output.get("targets") is not None:
-            train_metrics.update(output["outputs"].detach(), output["targets"])
+        if train_metrics is not None and outputs is not None and targets is not None:
+            train_metrics.update(outputs.detach(), targets)
         samples = batch_size(batch)
         if is_looked_into:
             window.losses.append(loss)
@@ -111,8 +112,9 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         norm = None
         if clip_limit is not None:
             norm = clip(loop.parameters, clip_limit, config.gradient_clip_algorithm)
-        lr = group["lr"]
-        if type(lr) is not float or len(optimizer.param_groups) > 1:
+        groups = optimizer.param_groups  # others after a load_state_dict
+        lr = groups[0]["lr"]
+        if type(lr) is not float or len(groups) > 1:
             lr = largest_lr(optimizer)
         optimizer.step()
         loop.step = step = loop.step + 1

@@ -1,5 +1,6 @@
 """The usual epoch in one frame does what the loop does call by call: weights, events, random states, bit for bit."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,6 +82,31 @@ class Weighs(Trainer):
         return {**output, "weight": 1 + self.step % 4}
 
 
+class Orders(Trainer):
+    """Returns another kind of mapping."""
+
+    def training_step(self, batch: Any) -> Any:
+        return OrderedDict(super().training_step(batch))  # type: ignore[arg-type]  # a dict, in this test
+
+
+class TargetsOnly(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        output = super().training_step(batch)
+        assert isinstance(output, dict)
+        return {"loss": output["loss"], "targets": output["targets"]}
+
+
+class Loads(Callback):
+    """Gives the optimizer a state with other rates, and with that other groups."""
+
+    @in_step(every_n_steps=3)
+    def after_step(self, point: StepPoint) -> None:
+        state = point.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = 0.5 * group["lr"]
+        point.optimizer.load_state_dict(state)
+
+
 class Bare(Trainer):
     def training_step(self, batch: Any) -> Any:
         inputs, targets = batch
@@ -106,6 +132,8 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped by norm": {"knobs": {"gradient_clip_val": 0.05}},
     "clipped by value": {"knobs": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
     "metrics": {"run": {"metrics": ["accuracy", "f1_score"]}},
+    "metrics of another mapping": {"trainer_class": Orders, "run": {"metrics": ["accuracy"]}},
+    "metrics without outputs": {"trainer_class": TargetsOnly, "run": {"metrics": ["accuracy"]}},
     "validation by steps": {"knobs": {"val_every_n_steps": 3}},
     "stopped in between": {"knobs": {"val_every_n_steps": 3}, "callbacks": [StopAt]},
     "max_steps in mid-epoch": {"run": {"max_steps": 11, "epochs": 5}},
@@ -118,6 +146,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hooks": {"callbacks": [LookIn, Draws], "knobs": {"gradient_clip_val": 0.05}},
     "hooks, logs and a schedule": {"callbacks": [LookIn], "schedule": "step", "trainer_class": Logs},
     "hooks and weights": {"callbacks": [LookIn], "trainer_class": Weighs},
+    "groups that are replaced": {"callbacks": [Loads]},
     "uneven batches": {"loader": [*tiny_batches(5, batch_size=4), *tiny_batches(2, batch_size=3)]},
 }
 
