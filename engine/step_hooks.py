@@ -137,8 +137,8 @@ class StepHooks:
             self._run(hook, batch)
 
     def run_all(self, point: str) -> None:
-        """Run those of a point outside of steps."""
-        for hook in self._hooks:
+        """Run those of a point outside of steps; `after_validation` undoes, so the last one comes first."""
+        for hook in reversed(self._hooks) if point == "after_validation" else self._hooks:
             if hook.point == point:
                 self._run(hook, None)
 

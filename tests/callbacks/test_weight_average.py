@@ -215,6 +215,16 @@ def test_another_hook_that_fails_does_not_keep_the_weights(point: str, is_first:
     assert is_equal(state_of(trainer.model), snapshots.after[4])
 
 
+def test_two_averages_give_the_weights_back() -> None:
+    """The one that swapped last swaps back first; else the average of one would be trained on."""
+    alone, snapshots = Snapshots(), Snapshots()
+    train(alone)
+    averages = WeightAverage(decay=0.5), WeightAverage(decay=0.9)
+    trainer = train(snapshots, *averages)
+    assert all(is_equal(snapshots.after[step], state) for step, state in alone.after.items())
+    assert is_equal(state_of(trainer.model), snapshots.after[3 * BATCHES])
+
+
 def test_frozen_parts_stay_and_the_average_asks_for_no_gradients() -> None:
     model = with_buffers()
     model[0].weight.requires_grad_(False)  # type: ignore[index]  # a Sequential
