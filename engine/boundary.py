@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from offloop.engine.control import Command, Control
-from offloop.engine.errors import ConfigError, describe
+from offloop.engine.errors import ConfigError, RunEndedError, describe
 from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, Settings, StateChanged
 from offloop.engine.learning_rate import largest_lr, scale_lr
 
@@ -67,12 +67,15 @@ class Boundary:
         loop, control = self._loop, self._control
         at_step = loop.window.count == 0 and not loop.validating
         while commands := control.collect(step_boundary=at_step, stop_only=loop.validating):
-            for place, command in enumerate(commands):
-                try:
+            taken = 0
+            try:
+                loop.reporter.readback.flush()  # a loss that turns out not to be finite fails the run, not a command
+                for command in commands:
+                    taken += 1
                     self._apply(command)
-                except BaseException:
-                    control.put_back(commands[place + 1 :])  # whoever gave them hears that the run has ended
-                    raise
+            except BaseException:
+                control.put_back(commands[taken:])  # whoever gave them hears that the run has ended
+                raise
         if control.cancelled and loop.ending != "cancelled":
             loop.ending, loop.reason = "cancelled", control.cancel_reason
             self._change_state("stopping", control.cancel_reason, "")
@@ -89,6 +92,9 @@ class Boundary:
             result = getattr(self, f"_{command.name}")(command)
         except Exception as problem:
             error = problem
+        except BaseException as problem:  # sys.exit() in a call: the run ends of it, and who waits hears that
+            future.set_exception(RunEndedError(f"the run ended in {command.name}: {describe(problem)}"))
+            raise
         finally:
             self.obeying_decider = outer
         self._loop.reporter.publish(
@@ -111,6 +117,8 @@ class Boundary:
     # One method for each command, named after it
 
     def _pause(self, command: Command) -> None:
+        if self._loop.ending in ("stopped", "cancelled"):
+            return  # a stop ends a pause, also one that comes after it
         self._paused_by = command
         self._change_state("paused", command.arguments["reason"], command.by)
 

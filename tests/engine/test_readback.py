@@ -1,14 +1,26 @@
 """engine/readback.py: at once on a CPU, late and in order on a device."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from offloop.engine import Event, StepEnd, Trainer, readback, reporter
+from offloop.engine import (
+    Callback,
+    Event,
+    LossError,
+    StepEnd,
+    StepPoint,
+    Trainer,
+    in_step,
+    readback,
+    reporter,
+)
 from offloop.engine.readback import Readback
 from offloop.engine.testing import Recorder, reproducible, tiny_batches, tiny_trainer
 
@@ -197,3 +209,33 @@ def test_a_run_on_a_late_device_tells_the_same_story(
     times = [event.time for event in events if isinstance(event, StepEnd)]
     # the time of a step is its launch: those delivered together lie two batches apart, too
     assert all(later - earlier >= 200.0 for earlier, later in itertools.pairwise(times))
+
+
+def test_a_loss_that_turns_out_to_be_nan_fails_the_run_and_not_the_command_that_finds_it(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class LateReadback(Readback):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.is_immediate = False
+
+    class OneNan(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any) -> Any:
+            loss = torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            self.backward(loss)
+            self.optimizer_step()
+            return loss * math.nan if self.step == 1 else loss
+
+    class Save(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 3:
+                point.run.checkpoint_nowait()
+
+    monkeypatch.setattr(reporter, "Readback", LateReadback)
+    trainer = tiny_trainer(OneNan, callbacks=[Save()], run_dir=tmp_path)
+    with pytest.raises(LossError, match="the loss of step 2 is nan"):
+        trainer.train(tiny_batches(8), epochs=1)
+    assert trainer.last_run is not None and trainer.last_run.result.steps == 3

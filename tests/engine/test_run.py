@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -840,3 +841,46 @@ def test_run_without_a_directory_says_how_to_get_one() -> None:
     with pytest.raises(ConfigError, match="run_dir"):
         seen[0].dir  # noqa: B018 - raises
     assert repr(seen[0]) == f"<Run {seen[0].id} completed>"
+
+
+@pytest.mark.anyio
+async def test_pause_after_a_stop_does_not_hold_the_end_up() -> None:
+    class StopThenPause(Callback):
+        @decides
+        def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+            run.stop_nowait("enough")
+
+        @decides
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            run.pause_nowait()
+
+    recorder = Recorder()
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer().train_async(
+            tiny_loader(2), tiny_loader(2), epochs=3, callbacks=[StopThenPause(), recorder]
+        )
+    assert (result.status, result.reason) == ("stopped", "enough")
+    assert [event.state for event in recorder.of(StateChanged)] == ["stopping"]
+
+
+@pytest.mark.anyio
+async def test_whoever_awaits_a_call_that_leaves_the_program_hears_of_the_end() -> None:
+    heard: list[str] = []
+
+    async def ask(run: Run) -> None:
+        with pytest.raises(RunEndedError, match="the run ended in call: SystemExit: 3"):
+            await run.call(lambda trainer: sys.exit(3))
+        heard.append("the end")
+
+    trainer = tiny_trainer()
+    async with anyio.create_task_group() as tasks:
+
+        async def train(*, task_status: Any) -> None:
+            with pytest.raises(SystemExit):
+                await trainer.train_async(EndlessLoader(), max_steps=ENDLESS, task_status=task_status)
+
+        with anyio.fail_after(LONG):
+            run = await tasks.start(train)
+            await ask(run)
+    assert heard == ["the end"]
+    assert trainer.last_run is not None and trainer.last_run.result.status == "failed"
