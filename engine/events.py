@@ -156,7 +156,7 @@ class TrainStart(Event, frozen=True, kw_only=True):
     device: str = "cpu"
     """Where the model is."""
     parameters: int = 0
-    """Number of trainable parameters."""
+    """Number of trainable parameters; lazy ones, which have no shape yet, are left out."""
     batches_per_epoch: int | None = None
     """Batches in an epoch after limits; None where the loader has no length."""
     steps_per_epoch: int | None = None

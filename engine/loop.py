@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from offloop.engine.boundary import Boundary
@@ -790,7 +791,11 @@ class TrainingLoop:
             init_from=self.init_from,
             config=Settings(self.config.as_settings()),
             device=str(self.device),
-            parameters=sum(p.numel() for p in self.program.model.parameters() if p.requires_grad),
+            parameters=sum(
+                parameter.numel()
+                for parameter in self.program.model.parameters()
+                if parameter.requires_grad and not is_lazy(parameter)
+            ),
             batches_per_epoch=length,
             steps_per_epoch=steps,
             epochs=self.limits.epochs,

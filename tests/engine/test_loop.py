@@ -61,6 +61,14 @@ def test_the_start_says_what_will_be_done() -> None:
     assert start.config["accumulate_grad_batches"] == 3
 
 
+def test_a_lazy_model_learns_its_shapes_in_the_first_step() -> None:
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(3, 3))
+    recorder = Recorder()
+    tiny_trainer(model=model, callbacks=[recorder]).train(BATCHES, epochs=1)
+    assert recorder.of(TrainStart)[0].parameters == 12  # of those that have a shape
+    assert sum(parameter.numel() for parameter in model.parameters()) == 39
+
+
 def test_a_step_says_what_it_used_and_took() -> None:
     recorder = Recorder()
     trainer = tiny_trainer(gradient_clip_val=1e-3, accumulate_grad_batches=2, lr=0.25, callbacks=[recorder])
