@@ -626,13 +626,18 @@ class TrainingLoop:
         """Compute gradients for a manual step, scaled as the precision needs."""
         if self.hooks.active:
             self.hooks.run("before_backward")
-        self.mixed.backward(loss)
+        with (
+            self.mixed.outside_autocast()
+        ):  # else it would compute float32 parts of the model in half precision
+            self.mixed.backward(loss)
         if self.hooks.active:
             self.hooks.run("after_backward")
 
     def manual_step(self, name: str, closure: Callable[[], Any] | None) -> None:
         """Unscale, clip, step and zero one optimizer of a manual step."""
         config, optimizer = self.config, self.optimizers[name]
+        if name in self.stepped:
+            self.mixed.update_between(self.parameters)
         self.mixed.unscale(optimizer)
         if self.hooks.active:
             self.stepping = optimizer
@@ -643,7 +648,9 @@ class TrainingLoop:
 
         def clipping(closure: Callable[[], Any]) -> Callable[[], Any]:
             def evaluate() -> Any:
-                loss = closure()
+                self.mixed.cast_anew()
+                with self.mixed.autocast():
+                    loss = closure()
                 if limit is not None:
                     self.manual_norm = clip(parameters, limit, config.gradient_clip_algorithm)
                 return loss
@@ -656,9 +663,11 @@ class TrainingLoop:
             self.manual_norm = clip(parameters, limit, config.gradient_clip_algorithm)
         self.last_lr = largest_lr(self.first_optimizer)
         if config.on_nonfinite != "skip_step" or gradients_are_finite(parameters):
-            self.mixed.step(optimizer, closure)
+            with self.mixed.outside_autocast():
+                self.mixed.step(optimizer, closure)
         else:
             self.manual_skipped = True
+        self.mixed.cast_anew()  # the training_step may go forward once more, and all of it is under one autocast
         optimizer.zero_grad()
         self.stepped.add(name)
 

@@ -29,6 +29,17 @@ class MixedPrecision:
             return self._nothing
         return torch.autocast(self.device_type, dtype=self.dtype)
 
+    def outside_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context for what a manual step does inside its forward pass but is no part of it."""
+        if self.dtype is None:
+            return self._nothing
+        return torch.autocast(self.device_type, enabled=False)
+
+    def cast_anew(self) -> None:
+        """Forget the casts of weights that have changed inside a forward pass: autocast keeps one to its end."""
+        if self.dtype is not None:
+            torch.clear_autocast_cache()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients, scaled where the precision needs it."""
         if self.scaler is None:
@@ -62,6 +73,16 @@ class MixedPrecision:
         # get_scale() would read it back and synchronise; the tensor itself is read late
         return None if self.scaler._scale is None else self.scaler._scale.clone()
 
+    def update_between(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Let an optimizer step once more in one batch: the scaler looks at each once between two updates.
+
+        Gradients that are there already go along with the scale.
+        """
+        if self.scaler is not None and self.scaler._scale is not None:
+            before = self.scaler._scale.clone()
+            self.scaler.update()
+            rescale(parameters, self.scaler._scale / before)
+
 
 def clip(parameters: Iterable[torch.nn.Parameter], limit: float, algorithm: str) -> torch.Tensor | None:
     """Clip gradients in place and return their total norm before it, on the device (None by value)."""
@@ -71,7 +92,7 @@ def clip(parameters: Iterable[torch.nn.Parameter], limit: float, algorithm: str)
     return None
 
 
-def rescale(parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
+def rescale(parameters: Iterable[torch.nn.Parameter], factor: float | torch.Tensor) -> None:
     """Multiply gradients in place: for an accumulation window whose divisor is known only at its end."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
@@ -80,5 +101,11 @@ def rescale(parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
 
 def gradients_are_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
     """True if no gradient is NaN or infinite. Synchronises with the device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [
+        each.grad.coalesce().values()
+        if each.grad.is_sparse
+        else each.grad  # torch has no norm of sparse ones
+        for each in parameters
+        if each.grad is not None
+    ]
     return not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))

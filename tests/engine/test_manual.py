@@ -1,5 +1,6 @@
 """Manual optimization: steps that step by themselves, against loops written by hand."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -143,7 +144,8 @@ def test_batches_that_led_to_no_step_count_in_the_means_of_the_epoch() -> None:
     assert end.samples == 28
 
 
-def test_a_closure_is_for_optimizers_that_evaluate_the_loss_themselves() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_closure_is_for_optimizers_that_evaluate_the_loss_themselves(precision: str) -> None:
     class Closure(Trainer):
         automatic_optimization = False
 
@@ -171,7 +173,8 @@ def test_a_closure_is_for_optimizers_that_evaluate_the_loss_themselves() -> None
 
             def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
                 optimizer.zero_grad()  # noqa: B023 - called in this round of the loop
-                loss = cross_entropy(expected(x), y)  # noqa: B023 - likewise
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                    loss = cross_entropy(expected(x), y)  # noqa: B023 - likewise
                 loss.backward()
                 if clip is not None:  # noqa: B023 - likewise
                     nn.utils.clip_grad_norm_(expected.parameters(), clip)  # noqa: B023 - likewise
@@ -183,7 +186,12 @@ def test_a_closure_is_for_optimizers_that_evaluate_the_loss_themselves() -> None
         recorder = Recorder()
         model = tiny_model()
         trainer = tiny_trainer(
-            Closure, model=model, optimizer=lbfgs(model), gradient_clip_val=clip, callbacks=[recorder]
+            Closure,
+            model=model,
+            optimizer=lbfgs(model),
+            gradient_clip_val=clip,
+            precision=precision,
+            callbacks=[recorder],
         )
         result = trainer.train(BATCHES[:3], epochs=1)
         assert [end.loss for end in recorder.of(StepEnd)] == losses
@@ -252,6 +260,66 @@ def test_an_update_that_is_not_finite_is_left_out_and_said() -> None:
     trainer.train(BATCHES[:3], epochs=1)
     assert [end.skipped for end in recorder.of(StepEnd)] == [False, True, False]
     assert all(bool(torch.isfinite(value).all()) for value in trainer.model.state_dict().values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_an_optimizer_may_step_several_times_in_a_batch(precision: str) -> None:
+    class Twice(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            for _ in range(2):
+                loss = cross_entropy(self.model(batch[0]), batch[1])
+                self.backward(loss)
+                self.optimizer_step()
+            return loss
+
+    class Once(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            loss = cross_entropy(self.model(batch[0]), batch[1])
+            self.backward(loss)
+            self.optimizer_step()
+            return loss
+
+    trainer, other = (tiny_trainer(each, precision=precision, lr=0.01) for each in (Twice, Once))
+    assert trainer.train(BATCHES, epochs=1).steps == len(BATCHES)
+    other.train([batch for batch in BATCHES for _ in range(2)], epochs=1)
+    for value, expected in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
+class PartlyWhole(nn.Module):
+    """A part of it computes in float32, whatever the precision is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.rest = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            hidden = self.whole(inputs.float())
+        return self.rest(hidden)
+
+
+def test_only_the_forward_pass_is_under_autocast() -> None:
+    class Manual(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            loss = cross_entropy(self.model(batch[0]), batch[1])
+            self.backward(loss)
+            self.optimizer_step()
+            return loss
+
+    torch.manual_seed(0)
+    model = PartlyWhole()
+    other = copy.deepcopy(model)
+    tiny_trainer(Manual, model=model, precision="bf16-mixed").train(BATCHES, epochs=1)
+    tiny_trainer(model=other, precision="bf16-mixed").train(BATCHES, epochs=1)
+    for value, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_step_hooks_see_manual_steps() -> None:

@@ -98,3 +98,25 @@ def test_rescaling_multiplies_what_there_is() -> None:
 )
 def test_gradients_are_finite_if_each_is(values: list[Any], finite: bool) -> None:
     assert gradients_are_finite(parameters(*values)) is finite
+
+
+def test_sparse_gradients_are_looked_at_whole() -> None:
+    """Two entries of one place are one gradient: their sum may be infinite where they are not."""
+    parameter = nn.Parameter(torch.zeros(3))
+    largest = torch.finfo(torch.float32).max
+    for values, finite in (([1.0, 2.0], True), ([1.0, math.nan], False), ([largest, largest], False)):
+        parameter.grad = torch.sparse_coo_tensor([[1, 1]], values, (3,), check_invariants=True)
+        assert gradients_are_finite([parameter]) is finite
+
+
+def test_gradients_go_along_with_the_scale_where_an_optimizer_steps_again() -> None:
+    mixed = MixedPrecision("16-mixed", CPU)
+    first, second = parameters([math.inf, 1.0], [2.0**16, -(2.0**17)])
+    optimizers = [torch.optim.SGD([each], lr=1.0) for each in (first, second)]
+    mixed.backward((first * 0).sum())  # makes the scale; leaves the infinity
+    mixed.unscale(optimizers[0])
+    mixed.step(optimizers[0])
+    assert first.tolist() == [0.0, 0.0]
+    mixed.update_between([first, second])  # backs off to half the scale
+    mixed.unscale(optimizers[1])
+    assert gradients([second]) == [[1.0, -2.0]]
