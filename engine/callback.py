@@ -41,6 +41,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 OnError = Literal["raise", "isolate"]
 Handler = Callable[..., Any]
 
+MAX_FAILURES_IN_ROW: Final = 10
+"""Failures in a row, isolated ones, after which the observers or the step hooks of a callback are called no more."""
+
 BOUNDARY_EVENTS: Final = (TrainStart, EpochStart, ValidationStart, ValidationEnd, EpochEnd)
 """Events at which the training thread stands at a boundary, so that somebody can decide there."""
 

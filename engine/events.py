@@ -380,7 +380,7 @@ class CallbackFailed(Event, frozen=True, kw_only=True):
     failures: int = 1
     """How many times it has failed in this run."""
     disabled: bool = False
-    """True where it failed ten times in a row and gets no more events."""
+    """True where it failed ten times in a row and gets no more events, or its step hooks are called no more."""
 
 
 class EventsDropped(Event, frozen=True, kw_only=True):

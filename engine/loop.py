@@ -121,7 +121,7 @@ class TrainingLoop:
         control: Control,
         is_blocked: Callable[[], bool],
         hooks: Sequence[StepHook],
-        hook_failed: Callable[[StepHook, Exception], None],
+        hook_failed: Callable[[StepHook, Exception, bool], None],
         save: Callable[[Command], None],
         guard: Callable[[], None],
     ) -> None:

@@ -25,7 +25,7 @@ import anyio.lowlevel
 import msgspec
 
 from offloop.engine.bus import Rendezvous, Subscription
-from offloop.engine.callback import Callback, Handlers
+from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.control import actor
 from offloop.engine.errors import SubscriberTooSlowError, describe, encodable
 from offloop.engine.events import CallbackFailed, Event
@@ -38,8 +38,6 @@ EVENTS_AT_ONCE: Final = 1024
 """Events taken from the buffer in one go; the rest stay where new ones can push them out."""
 TURN: Final = 0.01
 """Seconds after which handlers that never really await let the rest of the event loop run, between two events."""
-MAX_FAILURES_IN_ROW: Final = 10
-"""Failures in a row after which an observer gets no more events."""
 FAILURE_INTERVAL: Final = 1.0
 """Seconds between two reports of failures of one callback."""
 HOLD_WARNING: Final = 0.05
@@ -230,22 +228,28 @@ class Observer:
         finally:
             self._worker.close()
 
-    def failed(self, what: str, error: Exception) -> None:
-        """Take note of a failure: report it at most once a second, or end the run. Any thread."""
+    def failed(self, what: str, error: Exception, *, is_off: bool | None = None) -> None:
+        """Take note of a failure: report it at most once a second, or end the run. Any thread.
+
+        Args:
+            what: Where it failed: a class of events, a point in a step.
+            error: What was raised.
+            is_off: Of a step hook, whose failures in a row are counted where it runs: True if this was the last one.
+        """
         self._failures += 1
-        self._failures_in_row += 1
         described = describe(error)
         if len(self.errors) < 100:  # enough to see what is wrong; a handler may fail a million times
             self.errors.append(f"{what}: {described}")
         if self.handlers.callback.on_error == "raise":
             self._fail(error)
             return
-        off = ""
-        if self._failures_in_row >= MAX_FAILURES_IN_ROW and not self.disabled:
-            self.disabled = True
-            off = f"; it failed {MAX_FAILURES_IN_ROW} times in a row and is off now"
-        elif time.perf_counter() - self._reported_at < FAILURE_INTERVAL:
+        if is_off is None:
+            self._failures_in_row += 1
+            is_off = self._failures_in_row >= MAX_FAILURES_IN_ROW and not self.disabled
+            self.disabled = self.disabled or is_off
+        if not is_off and time.perf_counter() - self._reported_at < FAILURE_INTERVAL:
             return
+        off = f"; it failed {MAX_FAILURES_IN_ROW} times in a row and is off now" if is_off else ""
         self._reported_at = time.perf_counter()
         logger.error("callback %s failed in %s%s", self.name, what, off, exc_info=error)
         if what == CallbackFailed.__name__:
@@ -258,7 +262,7 @@ class Observer:
                     error=described,
                     traceback=encodable("".join(traceback.format_exception(error))),
                     failures=self._failures,
-                    disabled=self.disabled,
+                    disabled=self.disabled or is_off,
                 )
             )
         except Exception:  # the bus has ended: the log and the result have it

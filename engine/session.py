@@ -476,12 +476,12 @@ class Session:
         )  # asyncio's; trio always ends its tasks first
         return (thread is not None and not thread.is_alive()) or (is_closed is not None and bool(is_closed()))
 
-    def hook_failed(self, hook: StepHook, error: Exception) -> None:
+    def hook_failed(self, hook: StepHook, error: Exception, is_off: bool) -> None:
         """Hold or pass on what a step hook raised. Training thread."""
         if hook.on_error == "raise":
             raise error
         observer = next(each for each in self.observers if each.name == hook.callback)
-        observer.failed(hook.point, error)
+        observer.failed(hook.point, error, is_off=is_off)
 
     def save_for(self, command: Command) -> None:
         """Do for a command what its future is completed for once it is durable. Training thread."""

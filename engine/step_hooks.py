@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offloop.engine.callback import STEP_POINTS, StepHook
+from offloop.engine.callback import MAX_FAILURES_IN_ROW, STEP_POINTS, StepHook
 from offloop.engine.events import Event
 
 if TYPE_CHECKING:
@@ -84,14 +84,14 @@ class StepHooks:
     def __init__(
         self,
         hooks: Sequence[StepHook],
-        failed: Callable[[StepHook, Exception], None],
+        failed: Callable[[StepHook, Exception, bool], None],
         guard: Callable[[], None],
     ) -> None:
         """Keep the hooks.
 
         Args:
             hooks: In declared order.
-            failed: Is told what one raised, and raises if the run is to end.
+            failed: Is told what one raised and whether it is off now, and raises if the run is to end.
             guard: Called before each: a hook may change what a checkpoint is still being copied from.
         """
         self.point: StepPoint | None = None  # set by the session, before the thread starts
@@ -100,6 +100,7 @@ class StepHooks:
         self.seconds: dict[str, float] = {hook.callback: 0.0 for hook in hooks}
         self._failed = failed
         self._guard = guard
+        self._failures_in_row: dict[str, int] = {}  # by callback, of those whose latest call failed
         self._due: list[StepHook] = []  # those in `active`, in declared order
         self._running: StepHook | None = None
         self._keep(hooks)
@@ -151,6 +152,12 @@ class StepHooks:
             with torch.no_grad():
                 hook.method(self.point)
         except Exception as error:
-            self._failed(hook, error)
+            count = self._failures_in_row[hook.callback] = self._failures_in_row.get(hook.callback, 0) + 1
+            self._failed(hook, error, count == MAX_FAILURES_IN_ROW)
+            if count >= MAX_FAILURES_IN_ROW:
+                self.leave()
+        else:
+            if self._failures_in_row:
+                self._failures_in_row.pop(hook.callback, None)
         finally:
             self.seconds[hook.callback] += time.perf_counter() - started

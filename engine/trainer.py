@@ -955,7 +955,7 @@ class BaseTrainer:
             control=control or Control(),
             is_blocked=lambda: False,
             hooks=(),
-            hook_failed=lambda hook, error: None,
+            hook_failed=lambda hook, error, is_off: None,
             save=lambda command: None,
             guard=lambda: None,
         )

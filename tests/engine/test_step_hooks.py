@@ -13,9 +13,11 @@ from torch.nn.functional import cross_entropy
 from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
     Callback,
+    CallbackFailed,
     EpochEnd,
     Event,
     EventError,
+    Run,
     Sample,
     StepEnd,
     StepPoint,
@@ -320,6 +322,31 @@ def test_after_validation_runs_although_the_validation_was_stopped_or_failed() -
     with pytest.raises(ValueError, match="in validation"):
         tiny_trainer(FailsInside, callbacks=[hooks]).train(BATCHES, BATCHES, epochs=1)
     assert [name for name, _, _ in hooks.seen[-2:]] == ["after_validation", "after_training"]
+
+
+def test_an_isolated_hook_is_off_after_ten_failures_in_a_row_and_its_observers_are_not() -> None:
+    class Fails(Callback):
+        on_error = "isolate"
+
+        def __init__(self, every: int) -> None:
+            self.every = every
+            self.calls = self.events = 0
+
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            self.calls += 1
+            if self.calls % self.every == 0:
+                raise RuntimeError("the hook broke")
+
+        def on_step_end(self, event: StepEnd, run: Run) -> None:
+            self.events += 1
+
+    always, often, recorder = Fails(1), Fails(2), Recorder()
+    tiny_trainer(callbacks=[always, often, recorder]).train(tiny_batches(25), epochs=1)
+    assert (always.calls, often.calls) == (10, 25)
+    assert (always.events, often.events) == (25, 25)
+    offs = [(each.callback, each.failures) for each in recorder.of(CallbackFailed) if each.disabled]
+    assert offs == [("Fails", 10)]
 
 
 def test_a_hook_that_raises_ends_the_run_unless_it_is_isolated() -> None:
