@@ -300,7 +300,8 @@ class PartlyWhole(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             hidden = self.whole(inputs.float())
-        return self.rest(hidden)
+        outputs: Tensor = self.rest(hidden)
+        return outputs
 
 
 def test_only_the_forward_pass_is_under_autocast() -> None:

@@ -105,7 +105,9 @@ def test_sparse_gradients_are_looked_at_whole() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     largest = torch.finfo(torch.float32).max
     for values, finite in (([1.0, 2.0], True), ([1.0, math.nan], False), ([largest, largest], False)):
-        parameter.grad = torch.sparse_coo_tensor([[1, 1]], values, (3,), check_invariants=True)
+        parameter.grad = torch.sparse_coo_tensor(
+            torch.tensor([[1, 1]]), torch.tensor(values), (3,), check_invariants=True
+        )
         assert gradients_are_finite([parameter]) is finite
 
 
