@@ -52,6 +52,7 @@ from offloop.engine.errors import (
     describe,
 )
 from offloop.engine.events import (
+    CheckpointFailed,
     CheckpointSaved,
     EpochEnd,
     Event,
@@ -290,7 +291,12 @@ class Session:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
         loop = self.loop
         loop.reporter.readback.flush()  # host sync: what the epoch has summed up must be here
-        state = run_state.capture(loop, self._handlers)
+        try:
+            state = run_state.capture(loop, self._handlers)
+        except Exception as error:  # a callback's state_dict; nobody may be waiting for a command's answer
+            logger.exception("the checkpoint of step %d was not saved", loop.step)
+            self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=describe(error)))
+            raise
         state["best"] = None if self.best is None else dataclasses.asdict(self.best)
         state["history"] = [encode(event).decode() for event in loop.history]
         is_accepted = self.checkpoints.save(

@@ -278,6 +278,25 @@ def test_failed_checkpoint_does_not_end_training(tmp_path: Path) -> None:
     assert "UnserializableStateError" in str(type(hopeless.future.exception()))
 
 
+def test_a_callback_that_cannot_tell_its_state_fails_the_checkpoint_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Forgets(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            raise KeyError("what was it")
+
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 2:
+                point.run.checkpoint_nowait()  # and nobody looks at the answer
+
+    recorder = Recorder()
+    tiny_trainer(run_dir=tmp_path).train(tiny_loader(), epochs=1, callbacks=[recorder, Forgets()])
+    (failed,) = recorder.of(CheckpointFailed)
+    assert (failed.saved_step, failed.error) == (2, "KeyError: 'what was it'")
+    assert "the checkpoint of step 2 was not saved" in caplog.text
+
+
 def test_second_trainer_on_the_directory_of_a_run_is_refused(tmp_path: Path) -> None:
     refused: list[str] = []
 
