@@ -495,9 +495,17 @@ class BaseTrainer:
     @explains_arguments()
     async def evaluate_async(self, loader: Iterable[Batch], *, metrics: MetricSpec = ()) -> Metrics:
         """Like `evaluate`, in a thread beside this event loop. Cancellation: the thread ends by itself."""
+        device_context = default_device()
+
+        def work() -> Metrics:
+            with device_context:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                return self._evaluate(loader, metrics)
+
         worker = Worker("offloop-evaluate")
         try:
-            return await worker.run(functools.partial(self._evaluate, loader, metrics))
+            return await worker.run(work)
         finally:
             worker.close()
 

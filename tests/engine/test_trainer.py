@@ -641,6 +641,20 @@ async def test_evaluate_async_gives_the_same_beside_the_event_loop() -> None:
     assert made == trainer.evaluate(LOADER)
 
 
+@pytest.mark.anyio
+async def test_evaluate_async_carries_the_callers_default_device() -> None:
+    class Makes(Trainer):
+        def validation_step(self, batch: Any) -> Any:
+            devices.append(torch.zeros(()).device.type)
+            return super().validation_step(batch)
+
+    devices: list[str] = []
+    trainer = tiny_trainer(Makes)
+    with torch.device("meta"):
+        await trainer.evaluate_async(LOADER)
+    assert set(devices) == {"meta"}
+
+
 def test_a_trainer_does_one_thing_at_a_time() -> None:
     texts: dict[str, str] = {}
 
