@@ -245,6 +245,12 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Let go what must not outlive the run; its last checkpoint has been taken."""
+        self.window.clear()  # a step that failed has left its losses, and they hold all that was computed
+        for metrics in (self.train_metrics, self.val_metrics):
+            if metrics is not None:
+                metrics.reset()  # some keep all outputs of a pass
+        if self.hooks.point is not None:
+            self.hooks.point.batch = None
         self.loader_in_use = self.train_loader
         if self.seeding is not None:
             self.seeding.close()

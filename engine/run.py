@@ -127,7 +127,7 @@ class Run:
 
     @property
     def failure(self) -> BaseException | None:
-        """What the run fails with; None while nothing has gone wrong."""
+        """What the run fails with; None while nothing has gone wrong, and after the run has raised it."""
         return self._session.failure
 
     def stack(self) -> str:

@@ -611,8 +611,10 @@ class Session:
                 self.control.end()
                 self.finished.cancel()
 
-    async def run_to_end(self, started: Callable[[Run], None]) -> RunResult:
+    async def run_to_end(self, started: Callable[[Run], None]) -> None:
         """Run in the caller's task: wait for the end; if cancelled, tell the mailbox and re-raise.
+
+        What has come of it is told by `outcome`.
 
         Args:
             started: Called when the run goes on by itself.
@@ -626,7 +628,6 @@ class Session:
                 except anyio.get_cancelled_exc_class():
                     self.cancel("the task that awaited it was cancelled")
                     raise
-        return self.outcome()
 
     @contextlib.asynccontextmanager
     async def run_beside(self) -> AsyncIterator[Run]:
@@ -681,7 +682,7 @@ class Session:
                     served = [anyio.Event() for _ in self.observers]
                     for observer, scope, event in zip(self.observers, scopes, served, strict=True):
                         tasks.start_soon(self._serve, observer, scope, event)
-                    self.thread.start()
+                    self._start_thread()
                     swept = await self._thread_is_over()
                     if not swept:
                         await self._hear_out()
@@ -704,6 +705,14 @@ class Session:
                 self._abandon_thread()
             await self._close()
             await self._finish()
+
+    def _start_thread(self) -> None:
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # the system gives no more of them, or the interpreter is about to end
+            self._fail(error)
+            self.control.end()  # what the thread does at its end
+            leave_process(self.run_id)
 
     async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
         try:
@@ -913,13 +922,18 @@ class Session:
     def outcome(self) -> RunResult:
         """Return the result, or raise what the run failed with, once, with a note on where it was."""
         assert self.result is not None
-        if self.failure is not None:
-            note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
-            if self.checkpoints is not None and self.checkpoints.last is not None:
-                note += f", last checkpoint {self.checkpoints.last}"
-            self.failure.add_note(note)
-            raise self.failure
-        return self.result
+        # Taken from here: whoever catches it decides how long its frames are kept, with all the tensors in them.
+        failure, self.failure = self.failure, None
+        if failure is None:
+            return self.result
+        note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
+        if self.checkpoints is not None and self.checkpoints.last is not None:
+            note += f", last checkpoint {self.checkpoints.last}"
+        failure.add_note(note)
+        try:
+            raise failure
+        finally:
+            del failure  # else this frame, which the exception holds, would hold the exception
 
 
 @contextlib.contextmanager

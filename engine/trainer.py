@@ -438,10 +438,12 @@ class BaseTrainer:
             (init_from, init_strict),
         )
         if not handle_signals:
-            return await session.run_to_end(task_status.started)
+            await session.run_to_end(task_status.started)
+            return session.outcome()
         seen: list[str] = []
         with handled_signals(_note_signal(session, seen), force=True) as session.loop.handles_signals:
-            result = await session.run_to_end(task_status.started)
+            await session.run_to_end(task_status.started)
+        result = session.outcome()
         _raise_for_signal(seen)
         return result
 
@@ -976,7 +978,8 @@ class BaseTrainer:
         with handled_signals(
             _note_signal(session, seen), force=force_signals
         ) as session.loop.handles_signals:
-            result = anyio.run(session.run_to_end, lambda run: None)
+            anyio.run(session.run_to_end, lambda run: None)
+        result = session.outcome()  # raised here and not in the event loop, whose task would hold on to it
         _raise_for_signal(seen)
         return result
 
@@ -1005,9 +1008,8 @@ class BaseTrainer:
             thread.join()
             raise
         if failure:
-            raise failure[0]
-        assert session.result is not None
-        return session.result
+            raise failure.pop()
+        return session.outcome()
 
     # Checks --------------------------------------------------------------------------------------
 

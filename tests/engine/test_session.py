@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import contextvars
+import gc
 import logging
 import random
 import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -1522,3 +1524,92 @@ def test_training_thread_carries_the_callers_context_and_default_device() -> Non
     finally:
         variable.reset(token)
     assert seen == ["mine", "meta", True]
+
+
+# What is left ------------------------------------------------------------------------------------
+
+
+class Breaks(torch.nn.Module):
+    """Runs out of memory in its forward or its backward pass, with an activation at hand."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 3)
+        self.where = where
+        self.activation: weakref.ref[torch.Tensor] | None = None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.layer(inputs))
+        self.activation = weakref.ref(hidden)
+        if self.where == "forward":
+            raise torch.OutOfMemoryError("no memory")
+        hidden.register_hook(self.fail)
+        outputs: torch.Tensor = hidden * hidden
+        return outputs
+
+    def fail(self, gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_activations_of_a_step_that_failed_are_free_when_the_exception_is(where: str) -> None:
+    """Also before the garbage collector comes: torch, when it is out of memory, does not call it."""
+    model = Breaks(where)
+    trainer = tiny_trainer(model=model)
+    gc.disable()
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            trainer.train(tiny_loader(1), epochs=1)
+        assert model.activation is not None and model.activation() is None
+    finally:
+        gc.enable()
+    assert trainer.last_run is not None and trainer.last_run.failure is None
+    assert trainer.last_run.result.reason == "OutOfMemoryError: no memory"
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.anyio
+async def test_a_run_that_is_kept_keeps_no_activations(where: str) -> None:
+    model = Breaks(where)
+    trainer = tiny_trainer(model=model)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        await trainer.train_async(tiny_loader(1), epochs=1)
+    gc.collect()
+    assert trainer.last_run is not None
+    assert model.activation is not None and model.activation() is None
+
+
+def test_the_last_batch_and_the_outputs_that_metrics_have_kept_are_let_go() -> None:
+    class Look(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            seen.append(weakref.ref(point.batch[0]))
+
+    seen: list[weakref.ref[torch.Tensor]] = []
+    trainer = tiny_trainer(callbacks=[Look()])
+    trainer.train((pair for pair in tiny_batches(3)), tiny_batches(2), epochs=1, metrics=["roc_auc"])
+    assert len(seen) == 3 and all(batch() is None for batch in seen)
+    assert trainer.last_run is not None
+    loop = trainer.last_run._session.loop
+    assert loop.val_metrics is not None and loop.val_metrics.compute() == {}
+
+
+def test_a_thread_that_cannot_be_started_fails_the_run_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name.startswith("offloop-training"):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    trainer = tiny_trainer(deterministic=True, callbacks=[recorder := Recorder()])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            trainer.train(tiny_loader(), epochs=1)
+    assert recorder.names() == ["TrainEnd"]
+    assert recorder.is_closed
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert trainer.train(tiny_loader(), epochs=1).status == "completed"
