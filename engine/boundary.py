@@ -41,6 +41,7 @@ class Boundary:
         self._save = save
         self._paused_by: Command | None = None
         self._set_aside: Command | None = None  # the pause in which a validation was asked for
+        self._stop_follows = False  # one was collected beside the command in work, and is out of the mailbox
 
     def look_up(self) -> None:
         """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full."""
@@ -50,7 +51,8 @@ class Boundary:
             self._obey()
             if loop.ending == "cancelled":
                 break
-            if self._paused_by not in (None, self._set_aside) and not control.has_stop:
+            is_stopping = self._stop_follows or control.has_stop
+            if self._paused_by not in (None, self._set_aside) and not is_stopping:
                 asked = time.perf_counter()
                 control.wait_for_change(seen)
                 self.paused_seconds += time.perf_counter() - asked
@@ -68,6 +70,7 @@ class Boundary:
         at_step = loop.window.count == 0 and not loop.validating
         while commands := control.collect(step_boundary=at_step, stop_only=loop.validating):
             taken = 0
+            outer, self._stop_follows = self._stop_follows, commands[-1].name == "stop" or self._stop_follows
             try:
                 loop.reporter.readback.flush()  # a loss that turns out not to be finite fails the run, not a command
                 for command in commands:
@@ -76,6 +79,8 @@ class Boundary:
             except BaseException:
                 control.put_back(commands[taken:])  # whoever gave them hears that the run has ended
                 raise
+            finally:
+                self._stop_follows = outer
         if control.cancelled and loop.ending != "cancelled":
             loop.ending, loop.reason = "cancelled", control.cancel_reason
             self._change_state("stopping", control.cancel_reason, "")

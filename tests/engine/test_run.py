@@ -884,3 +884,28 @@ async def test_whoever_awaits_a_call_that_leaves_the_program_hears_of_the_end() 
             await ask(run)
     assert heard == ["the end"]
     assert trainer.last_run is not None and trainer.last_run.result.status == "failed"
+
+
+@pytest.mark.anyio
+async def test_pause_in_a_validation_that_a_stop_waits_for_does_not_hold_it_up() -> None:
+    """The stop was collected beside the validate: it is in the mailbox no more, and not applied yet."""
+
+    class Pauses(Trainer):
+        def validation_step(self, batch: Any) -> Any:
+            assert self.last_run is not None
+            self.last_run.pause_nowait()
+            return super().validation_step(batch)
+
+    class Gives(Callback):
+        @in_step
+        def before_batch(self, point: StepPoint) -> None:
+            self.metrics = point.run.validate_nowait()
+            point.run.stop_nowait("enough")
+
+    gives = Gives()
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer(Pauses).train_async(
+            tiny_loader(2), tiny_loader(2), epochs=3, callbacks=[gives]
+        )
+    assert (result.status, result.reason, result.steps) == ("stopped", "enough", 1)
+    assert "val_loss" in gives.metrics.result()
