@@ -246,9 +246,7 @@ class TrainingLoop:
     def close(self) -> None:
         """Let go what must not outlive the run; its last checkpoint has been taken."""
         self.window.clear()  # a step that failed has left its losses, and they hold all that was computed
-        for metrics in (self.train_metrics, self.val_metrics):
-            if metrics is not None:
-                metrics.reset()  # some keep all outputs of a pass
+        self.train_metrics = self.val_metrics = None  # some keep all outputs of a pass
         if self.hooks.point is not None:
             self.hooks.point.batch = None
         self.loader_in_use = self.train_loader
@@ -632,9 +630,7 @@ class TrainingLoop:
         """Compute gradients for a manual step, scaled as the precision needs."""
         if self.hooks.active:
             self.hooks.run("before_backward")
-        with (
-            self.mixed.outside_autocast()
-        ):  # else it would compute float32 parts of the model in half precision
+        with self.mixed.outside_autocast():  # else float32 parts of the model had half-precision gradients
             self.mixed.backward(loss)
         if self.hooks.active:
             self.hooks.run("after_backward")

@@ -101,10 +101,9 @@ def rescale(parameters: Iterable[torch.nn.Parameter], factor: float | torch.Tens
 
 def gradients_are_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
     """True if no gradient is NaN or infinite. Synchronises with the device."""
+    # torch has no norm of sparse ones
     gradients = [
-        each.grad.coalesce().values()
-        if each.grad.is_sparse
-        else each.grad  # torch has no norm of sparse ones
+        each.grad.coalesce().values() if each.grad.is_sparse else each.grad
         for each in parameters
         if each.grad is not None
     ]

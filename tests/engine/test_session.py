@@ -1590,8 +1590,7 @@ def test_the_last_batch_and_the_outputs_that_metrics_have_kept_are_let_go() -> N
     trainer.train((pair for pair in tiny_batches(3)), tiny_batches(2), epochs=1, metrics=["roc_auc"])
     assert len(seen) == 3 and all(batch() is None for batch in seen)
     assert trainer.last_run is not None
-    loop = trainer.last_run._session.loop
-    assert loop.val_metrics is not None and loop.val_metrics.compute() == {}
+    assert trainer.last_run._session.loop.val_metrics is None
 
 
 def test_a_thread_that_cannot_be_started_fails_the_run_and_leaves_nothing(
