@@ -44,15 +44,18 @@ class Boundary:
         self._stop_follows = False  # one was collected beside the command in work, and is out of the mailbox
 
     def look_up(self) -> None:
-        """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full."""
+        """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full.
+
+        A pause inside an accumulation window or a validation lets a command that needs a step boundary get there.
+        """
         loop, control = self._loop, self._control
         while True:
             seen = control.changes
             self._obey()
             if loop.ending == "cancelled":
                 break
-            is_stopping = self._stop_follows or control.has_stop
-            if self._paused_by not in (None, self._set_aside) and not is_stopping:
+            goes_on = self._stop_follows or control.is_waited_for
+            if self._paused_by not in (None, self._set_aside) and not goes_on:
                 asked = time.perf_counter()
                 control.wait_for_change(seen)
                 self.paused_seconds += time.perf_counter() - asked

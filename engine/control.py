@@ -185,10 +185,10 @@ class Control:
             self._commands.extendleft(reversed(commands))
 
     @property
-    def has_stop(self) -> bool:
-        """True if a stop waits for its boundary: it ends a pause."""
+    def is_waited_for(self) -> bool:
+        """True if a command waits for its boundary, and nobody has taken it back."""
         with self._changed:
-            return any(command.name == "stop" for command in self._commands)
+            return any(not command.future.cancelled() for command in self._commands)
 
     def wait_for_change(self, seen: int) -> None:
         """Wait until `changes` is no longer `seen`: a command or a `poke` has come. For a pause."""

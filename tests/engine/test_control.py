@@ -116,12 +116,17 @@ def test_command_says_who_gave_it(control: Control) -> None:
     assert repr(stop) == "<stop #1 by EarlyStopping>"
 
 
-def test_stop_is_seen_while_it_waits(control: Control) -> None:
-    assert not control.has_stop
-    give(control, "pause", "stop")
-    assert control.has_stop
+def test_command_that_waits_for_its_boundary_is_seen_until_it_is_taken_back(control: Control) -> None:
+    assert not control.is_waited_for
+    (future,) = give(control, "set_lr")
+    control.collect(step_boundary=False)
+    assert control.is_waited_for
+    future.cancel()
+    assert not control.is_waited_for
+    give(control, "stop")
+    assert control.is_waited_for
     control.collect(step_boundary=True)
-    assert not control.has_stop
+    assert not control.is_waited_for
 
 
 # The end -------------------------------------------------------------------------------------------

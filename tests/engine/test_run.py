@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -537,10 +538,11 @@ class PauseInValidation(Callback):
             await self.then(run)
 
 
-def test_pause_holds_a_validation_in_place_and_other_commands_apply_after_it() -> None:
+def test_paused_validation_goes_on_to_its_end_for_a_command_that_applies_there() -> None:
     async def steer(run: Run) -> None:
-        run.set_lr_nowait(0.25)
-        run.call_nowait(lambda trainer: None)
+        await run.set_lr(0.25)
+        await run.call(lambda trainer: None)
+        assert run.state == "paused"
         await run.resume()
 
     recorder = Recorder()
@@ -555,12 +557,12 @@ def test_pause_holds_a_validation_in_place_and_other_commands_apply_after_it() -
         "ValidationStart",
         "paused",
         "pause",
-        "running",
-        "resume",
         "ValidationEnd",
         "LearningRateChanged",
         "set_lr",
         "call",
+        "running",
+        "resume",
     ]
     assert pause.states[-1] == "paused"
     assert len(recorder.of(ValidationEnd)) == 2
@@ -594,6 +596,29 @@ async def test_stop_ends_a_pause_in_an_accumulation_window_after_finishing_it() 
             await run.stop()
     assert [(event.step, event.batch) for event in recorder.of(StepEnd)] == [(1, 3), (2, 6)]
     assert recorder.of(TrainEnd)[0].batch == 6
+
+
+@pytest.mark.anyio
+async def test_paused_accumulation_window_is_finished_for_a_command_that_applies_at_its_end(
+    tmp_path: Path,
+) -> None:
+    gate, recorder = Gate(step=1), Recorder()
+    trainer = tiny_trainer(accumulate_grad_batches=3, run_dir=tmp_path)
+    with anyio.fail_after(LONG):
+        async with trainer.start(EndlessLoader(), max_steps=ENDLESS, callbacks=[gate, recorder]) as run:
+            await gate.pass_by()
+            pause = run.pause_nowait()
+            gate.open.set()
+            await anyio.to_thread.run_sync(pause.result)
+            assert (run.state, run.step) == ("paused", 1)  # in the middle of the second window
+            saved = await run.checkpoint()
+            assert saved is not None and saved.saved_step == 2
+            assert (run.state, run.step) == ("paused", 2)
+            await run.set_lr(0.25)  # here it applies at once
+            assert run.step == 2
+            await run.resume()
+            await run.stop()
+    assert run.result.status == "stopped"
 
 
 @pytest.mark.anyio
