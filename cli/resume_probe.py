@@ -99,6 +99,7 @@ class Probe(Callback):
         self._number = number
         self._record = record
         self._kill = kill if kill is not None and kill.run == number else None
+        self._last = -1 if self._kill is None else self._kill.last
         self._batches: list[dict[str, str]] = []
         self._saving: Future[CheckpointSaved] | None = None
 
@@ -146,6 +147,8 @@ class Probe(Callback):
             loss=None if loss is None else float(loss).hex(),
         )
         self._batches = []
+        if self._saving is not None and point.step == self._last:
+            die(0.0)
         if self._kill is not None and self._saving is None and point.step >= self._kill.step:
             self._saving = point.run.checkpoint_nowait("manual")  # taken before the next batch comes
 

@@ -51,6 +51,8 @@ class Kill(msgspec.Struct, frozen=True):
     """Wait until that checkpoint is durable; else the kill may come in the middle of writing it."""
     delay: float
     """Seconds after that."""
+    last: int
+    """The run's last step: it dies there if it has not before, so that something is left to resume."""
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -265,6 +267,7 @@ def choose_kills(reference: Record, kills: int, seed: int) -> list[Kill]:
             step,
             after_save=number == 0 or source.random() < AFTER_SAVE,  # the first: or nothing might be resumed
             delay=min(LONGEST_DELAY, source.uniform(0, 3 * step_time)),
+            last=last[run],
         )
         for number, (run, step) in enumerate(chosen)
     ]

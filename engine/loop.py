@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -96,6 +96,18 @@ class ResumedState(Protocol):
     def finish(self, exactness: Exactness, reason: str, position: dict[str, Any], /) -> Event: ...
 
 
+KEPT_AT_THE_END: Final = {
+    "run_id",
+    "epoch",
+    "step",
+    "batch",
+    "val_batches",
+    "has_validation",
+    "ending",
+    "reason",
+}
+
+
 class TrainingLoop:
     """One run's training. All methods run in the training thread."""
 
@@ -133,6 +145,7 @@ class TrainingLoop:
         self.schedules = list(schedules)
         self.train_loader = train_loader
         self.val_loader = val_loader
+        self.has_validation = val_loader is not None
         self.train_metrics = train_metrics
         self.val_metrics = val_metrics
         self.monitor = monitor
@@ -252,6 +265,11 @@ class TrainingLoop:
         self.loader_in_use = self.train_loader
         if self.seeding is not None:
             self.seeding.close()
+
+    def let_go(self) -> None:
+        """Keep only what is told of a run that is over: it must not keep the model alive, nor the data."""
+        for name in vars(self).keys() - KEPT_AT_THE_END:
+            delattr(self, name)
 
     def run_epoch(self) -> None:
         """Train one epoch, validate if it is time to, and say how it went."""

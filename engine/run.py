@@ -139,7 +139,7 @@ class Run:
     def refused(self) -> dict[str, str]:
         """Commands that cannot be given to this run at all, and why: `{"validate": "there is no val_loader"}`."""
         refused = {}
-        if self._session.loop.val_loader is None:
+        if not self._session.loop.has_validation:
             refused["validate"] = "there is no val_loader to validate on"
         if not self.has_dir:
             refused["checkpoint"] = "the run has no directory to save into"
@@ -168,8 +168,15 @@ class Run:
     @property
     def trainer(self) -> "BaseTrainer":
         """The trainer. Its model and optimizers are live: touch them in the training thread only, that is in a
-        plain decider, a step hook or `call`."""
-        return self._session.trainer
+        plain decider, a step hook or `call`.
+
+        Raises:
+            RuntimeError: The run is over and nobody has kept the trainer.
+        """
+        trainer = self._session.weak_trainer()
+        if trainer is None:
+            raise RuntimeError(f"run {self.id} is over, and its trainer is gone: keep the trainer yourself")
+        return trainer
 
     @property
     def monitor(self) -> str:
@@ -271,9 +278,12 @@ class Run:
         Raises:
             ConfigError: No such value, group or optimizer.
         """
-        optimizers = self._session.loop.optimizers
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
             raise ConfigError(f"lr must be a finite number above 0, got {lr!r}")
+        arguments = {"lr": float(lr), "group": group, "optimizer": optimizer}
+        if self._control.ended:
+            return self._control.give("set_lr", arguments, by)  # raises
+        optimizers = self.trainer.optimizers
         if optimizer is None and len(optimizers) > 1:
             raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(optimizers)}")
         if optimizer is not None and optimizer not in optimizers:
@@ -281,7 +291,6 @@ class Run:
         groups = len(optimizers[optimizer or next(iter(optimizers))].param_groups)
         if group is not None and not 0 <= group < groups:
             raise ConfigError(f"group must be from 0 to {groups - 1}, got {group}")
-        arguments = {"lr": float(lr), "group": group, "optimizer": optimizer}
         return self._control.give("set_lr", arguments, by)
 
     def validate_nowait(self, *, by: str | None = None) -> "Future[Metrics]":
@@ -290,7 +299,7 @@ class Run:
         Raises:
             ConfigError: The run has no val_loader.
         """
-        if self._session.loop.val_loader is None:
+        if not self._session.loop.has_validation:
             raise ConfigError("there is no val_loader to validate on: give one to train()")
         return self._control.give("validate", {}, by)
 

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -108,7 +109,8 @@ class Session:
         claim: Callable[["Session"], None],
         release: Callable[["Session"], None],
     ) -> None:
-        self.trainer = trainer
+        self.trainer = trainer  # until the end: a trainer keeps its last run, and must not be kept by it
+        self.weak_trainer = weakref.ref(trainer)
         self.run_id = run_id
         self.config = config
         self.dir = None if base_dir is None else base_dir / run_id
@@ -531,6 +533,8 @@ class Session:
     @property
     def callback_costs(self) -> dict[str, CallbackCosts]:
         """What each callback has cost so far."""
+        if self.result is not None:
+            return dict(self.result.callback_costs)
         seconds = self.loop.hooks.seconds
         return {
             each.name: msgspec.structs.replace(each.costs, in_step=seconds.get(each.name, 0.0))
@@ -862,7 +866,18 @@ class Session:
         self._phase = status
         self._thread_ended.close()
         self._release(self)
+        self._let_go()
         self.finished.set_result(self.result)
+
+    def _let_go(self) -> None:
+        """Keep what a `Run` tells after its end, and nothing by which it would keep model, data and callbacks alive.
+
+        Who drops a trainer wants its memory back at once, not at the next garbage collection: all of these are
+        tied to each other.
+        """
+        self.loop.let_go()
+        self.observers, self._handlers, self._deciders, self._unserved = [], [], {}, set()
+        del self.trainer, self._claim, self._release
 
     async def _finish_checkpoints(self) -> None:
         """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""

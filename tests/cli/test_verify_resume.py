@@ -7,9 +7,21 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from offloop.cli.verify_resume import DIFFERENT, EQUAL, Nursery, UnusableError, Verdict, verify
+from offloop.cli import verify_resume
+from offloop.cli.verify_resume import (
+    DIFFERENT,
+    EQUAL,
+    Kill,
+    Nursery,
+    Record,
+    UnusableError,
+    Verdict,
+    choose_kills,
+    verify,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +100,11 @@ def verified(script: Path, nursery: Nursery, *, kills: int = 1, seed: int = 0) -
     return verify(script, arguments, kills=kills, seed=seed, directory=directory, nursery=nursery)
 
 
+def late(reference: Record, kills: int, seed: int) -> list[Kill]:
+    """Kills that come when the run would be over, as they may where the machine is busy."""
+    return [msgspec.structs.replace(each, delay=60.0) for each in choose_kills(reference, kills, seed)]
+
+
 def test_script_that_draws_from_every_global_generator_is_exact(script: Path, nursery: Nursery) -> None:
     write_script(script, item=AUGMENTED, inputs="inputs * random.random()")
     verdict = verified(script, nursery, kills=2)
@@ -99,7 +116,10 @@ def test_script_that_draws_from_every_global_generator_is_exact(script: Path, nu
     assert not (script.parent / "nowhere").exists(), "its own run_dir is left alone"
 
 
-def test_data_set_with_a_generator_of_its_own_is_found_out(script: Path, nursery: Nursery) -> None:
+def test_data_set_with_a_generator_of_its_own_is_found_out(
+    script: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_resume, "choose_kills", late)
     write_script(script, item="self.inputs[index] + torch.tensor(own.random(8)).float()")
     verdict = verified(script, nursery)
     assert verdict.code == DIFFERENT
