@@ -104,10 +104,14 @@ class LiveRun:
         run: Run,
         start: TrainStart,
         *,
+        optimizers: Sequence[str] = (),
         history_bytes: int = HISTORY_BYTES,
         taken: Container[str] = (),
     ) -> None:
-        """Keep what `run` says. `start` is its first event, `taken` the keys of other runs."""
+        """Keep what `run` says. `start` is its first event, `taken` the keys of other runs.
+
+        `optimizers` are their names, told by who still has the trainer: the run may be over by now.
+        """
         self.run: Run | None = run  # until it has said how it ended: a run holds its model
         self.name = run.id
         key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
@@ -132,13 +136,12 @@ class LiveRun:
         self._data = self._compute = 0.0
         self._dropped = 0
         self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
-        self.info = self._describe(run)
+        self.info = self._describe(run, optimizers)
 
     # What is fixed
 
-    def _describe(self, run: Run) -> RunInfo:
+    def _describe(self, run: Run, optimizers: Sequence[str]) -> RunInfo:
         start = self._start
-        optimizers = list(run.trainer.optimizers)
         return RunInfo(
             key=self.key,
             name=run.id,
@@ -156,7 +159,7 @@ class LiveRun:
             max_time=start.max_time,
             steps_per_epoch=start.steps_per_epoch,
             batches_per_epoch=start.batches_per_epoch,
-            optimizers=optimizers if len(optimizers) > 1 else [],
+            optimizers=list(optimizers) if len(optimizers) > 1 else [],
             monitor=run.monitor,
             config=masked(start.config),
             refused=run.refused,

@@ -160,8 +160,9 @@ class Server:
         return self._thread.is_alive()
 
     def add_run(self, run: Run, start: TrainStart, subscription: Subscription[Event]) -> None:
-        """Show a run. Any thread; does not wait. After `close` nobody is left to see it."""
-        if not self._post(lambda: self._follow(run, start, subscription)):
+        """Show a run, while it goes on. Any thread; does not wait. After `close` nobody is left to see it."""
+        optimizers = tuple(run.trainer.optimizers)
+        if not self._post(lambda: self._follow(run, start, optimizers, subscription)):
             subscription.close()
 
     def finish_run(self, run: Run) -> None:
@@ -297,8 +298,16 @@ class Server:
         task.add_done_callback(_log_failure)
         return task
 
-    def _follow(self, run: Run, start: TrainStart, subscription: Subscription[Event]) -> None:
-        live = LiveRun(run, start, history_bytes=self.options.history_bytes, taken=self.hub.runs)
+    def _follow(
+        self, run: Run, start: TrainStart, optimizers: Sequence[str], subscription: Subscription[Event]
+    ) -> None:
+        live = LiveRun(
+            run,
+            start,
+            optimizers=optimizers,
+            history_bytes=self.options.history_bytes,
+            taken=self.hub.runs,
+        )
         self._followers[run] = self._spawn(self.hub.follow(live, subscription))
 
     def _when_followed(self, run: Run, tell: Callable[[], None]) -> None:

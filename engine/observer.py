@@ -234,7 +234,8 @@ class Observer:
         Args:
             what: Where it failed: a class of events, a point in a step.
             error: What was raised.
-            is_off: Of a step hook, whose failures in a row are counted where it runs: True if this was the last one.
+            is_off: None: count, and switch the observers off after too many in a row. Of a step hook, whose failures
+                are counted where it runs, True if this was the last one; of a decider, which is asked again, False.
         """
         self._failures += 1
         described = describe(error)

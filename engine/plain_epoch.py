@@ -87,20 +87,20 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             hooks.run("before_batch", batch)
             hooks.run("before_forward", batch)
         output = training_step(batch)
-        outputs = targets = weight = None
         if type(output) is dict:
-            part = output.get
-            loss, outputs, targets, weight = part("loss"), part("outputs"), part("targets"), part("weight")
+            loss, weight = output.get("loss"), output.get("weight")
         elif isinstance(output, tensor_class):
-            loss = output
+            loss, weight = output, None
         else:
-            loss, outputs, targets, weight = read_output(output, "training_step")
+            loss, _, _, weight = read_output(output, "training_step")
         if loss is None or not loop.loss_checked:
             check_loss(loss)
             loop.loss_checked = True
         assert loss is not None
-        if train_metrics is not None and outputs is not None and targets is not None:
-            train_metrics.update(outputs.detach(), targets)
+        if train_metrics is not None:
+            _, outputs, targets, _ = read_output(output, "training_step")
+            if outputs is not None and targets is not None:
+                train_metrics.update(outputs.detach(), targets)
         samples = batch_size(batch)
         if is_looked_into:
             window.losses.append(loss)

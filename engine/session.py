@@ -390,7 +390,7 @@ class Session:
             except Exception as error:
                 if (observer.handlers.callback.on_error or "raise") == "raise":
                     raise
-                observer.failed(type(event).__name__, error)
+                observer.failed(type(event).__name__, error, is_off=False)  # it is asked again
             finally:
                 observer.decided += time.perf_counter() - started
 

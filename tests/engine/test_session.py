@@ -525,6 +525,27 @@ def test_decider_that_isolates_is_reported_and_training_goes_on(monkeypatch: pyt
     assert recorder.names().count("CallbackFailed") == 1  # at most one a second
 
 
+def test_isolated_decider_is_asked_again_however_often_it_fails_and_its_observers_go_on() -> None:
+    class Isolated(Callback):
+        on_error = "isolate"
+
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        @decides
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            raise Fault("never mind")
+
+        def on_train_end(self, event: TrainEnd, run: Run) -> None:
+            self.seen.append(event.status)
+
+    recorder, isolated = Recorder(), Isolated()
+    result = tiny_trainer().train(tiny_loader(1), epochs=12, callbacks=[recorder, isolated])
+    assert result.callback_errors == {"Isolated": ("EpochEnd: Fault: never mind",) * 12}
+    assert isolated.seen == ["completed"]
+    assert not any(failed.disabled for failed in recorder.of(CallbackFailed))
+
+
 # Deciders ----------------------------------------------------------------------------------------
 
 
