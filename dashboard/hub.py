@@ -48,8 +48,8 @@ from offloop.engine import Event, OffloopError, SubscriberTooSlowError, Subscrip
 
 FRAME_INTERVAL: Final = 0.1
 """Seconds between two chart frames: 20 a second cost a page a third of a core and training 7 %, 10 half of that."""
-VIEWERS_AT_FULL_PACE: Final = 20
-"""Beyond so many each gets fewer frames, the same number in all: 50 at full pace cost 17 % of a core."""
+VIEWERS_AT_FULL_PACE: Final = 5
+"""Beyond so many each gets fewer frames, the same number in all: ten at full pace cost training 6 % on two cores."""
 SLOW_INTERVAL: Final = 1.0
 """Seconds between two looks at what changes without an event: clocks, stalls, slow viewers."""
 HI_TIMEOUT: Final = 5.0

@@ -106,6 +106,7 @@ KEPT_AT_THE_END: Final = {
     "ending",
     "reason",
 }
+"""What a `Run` tells after its end."""
 
 
 class TrainingLoop:
