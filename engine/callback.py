@@ -18,7 +18,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, overload
 
-from offloop.engine.errors import ConfigError
+from offloop.engine.errors import ConfigError, nearest
 from offloop.engine.events import (
     EpochEnd,
     EpochStart,
@@ -29,7 +29,7 @@ from offloop.engine.events import (
     ValidationStart,
     known_events,
 )
-from offloop.engine.spelling import HANDLERS, explains_arguments, nearest
+from offloop.engine.spelling import HANDLERS, explains_arguments
 
 if TYPE_CHECKING:
     from offloop.engine.bus import OnFull

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from offloop.engine.errors import ConfigError
-from offloop.engine.spelling import ADVICE, PEER_SPELLINGS, hint, nearest
+from offloop.engine.errors import ConfigError, nearest
+from offloop.engine.spelling import ADVICE, PEER_SPELLINGS, hint
 
 if TYPE_CHECKING:
     import torch

@@ -24,8 +24,17 @@ that a caller may want to handle. Facts are attributes, so nobody has to match t
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later", what schedulers requeue on
+LIKELY: Final = 0.7
+"""Names that are less alike are not taken for each other: difflib's own 0.6 takes num_nodes for mode."""
+
+
+def nearest(name: str, legal: Iterable[str]) -> str | None:
+    """Return the name that is so much like `name` that it was probably meant."""
+    near = difflib.get_close_matches(name, list(legal), n=1, cutoff=LIKELY)
+    return near[0] if near else None
 
 
 class OffloopError(Exception):
@@ -109,8 +118,8 @@ class MetricNotFoundError(OffloopError, KeyError):
         self.name = name
         self.known = tuple(known)
         listed = ", ".join(self.known) or "none yet"
-        near = difflib.get_close_matches(str(name), self.known, n=1, cutoff=0.7)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(str(name), self.known)
+        meant = f"; did you mean {near!r}?" if near else ""
         super().__init__(f"no metric {name!r} here; there are: {listed}{meant}")
 
     def __str__(self) -> str:  # KeyError would show the repr of the text

@@ -5,7 +5,6 @@ says what to write instead: `explains_arguments` on a function, or on a class's 
 nothing for a call that fits.
 """
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar, cast
 
-from offloop.engine.errors import ConfigError
+from offloop.engine.errors import ConfigError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -270,9 +269,6 @@ UNCALLED: Final = {
 }
 """What a subclass of others' trainers defines, and nobody calls here."""
 
-LIKELY: Final = 0.7
-"""Names that are less alike are not taken for each other: difflib's own 0.6 takes num_nodes for mode."""
-
 
 def hint(name: str, legal: Iterable[str]) -> str:
     """Return what to write for `name` where `legal` are the names there are: one that is meant, or all of them."""
@@ -286,12 +282,6 @@ def hint(name: str, legal: Iterable[str]) -> str:
     if near is not None:
         return f"did you mean {near}?"
     return f"legal are {', '.join(legal)}" if legal else "it takes no arguments"
-
-
-def nearest(name: str, legal: Iterable[str]) -> str | None:
-    """Return the name that is so much like `name` that it was probably meant."""
-    near = difflib.get_close_matches(name, list(legal), n=1, cutoff=LIKELY)
-    return near[0] if near else None
 
 
 def unknown_argument(callee: str, name: str, legal: Iterable[str]) -> Exception:

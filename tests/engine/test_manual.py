@@ -262,6 +262,18 @@ def test_an_update_that_is_not_finite_is_left_out_and_said() -> None:
     assert all(bool(torch.isfinite(value).all()) for value in trainer.model.state_dict().values())
 
 
+class Manual(Trainer):
+    """Steps once a batch, by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = cross_entropy(self.model(batch[0]), batch[1])
+        self.backward(loss)
+        self.optimizer_step()
+        return loss
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_an_optimizer_may_step_several_times_in_a_batch(precision: str) -> None:
     class Twice(Trainer):
@@ -274,16 +286,7 @@ def test_an_optimizer_may_step_several_times_in_a_batch(precision: str) -> None:
                 self.optimizer_step()
             return loss
 
-    class Once(Trainer):
-        automatic_optimization = False
-
-        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-            loss = cross_entropy(self.model(batch[0]), batch[1])
-            self.backward(loss)
-            self.optimizer_step()
-            return loss
-
-    trainer, other = (tiny_trainer(each, precision=precision, lr=0.01) for each in (Twice, Once))
+    trainer, other = (tiny_trainer(each, precision=precision, lr=0.01) for each in (Twice, Manual))
     assert trainer.train(BATCHES, epochs=1).steps == len(BATCHES)
     other.train([batch for batch in BATCHES for _ in range(2)], epochs=1)
     for value, expected in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
@@ -305,15 +308,6 @@ class PartlyWhole(nn.Module):
 
 
 def test_only_the_forward_pass_is_under_autocast() -> None:
-    class Manual(Trainer):
-        automatic_optimization = False
-
-        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-            loss = cross_entropy(self.model(batch[0]), batch[1])
-            self.backward(loss)
-            self.optimizer_step()
-            return loss
-
     torch.manual_seed(0)
     model = PartlyWhole()
     other = copy.deepcopy(model)
