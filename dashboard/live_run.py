@@ -112,7 +112,7 @@ class LiveRun:
 
         `optimizers` are their names, told by who still has the trainer: the run may be over by now.
         """
-        self.run: Run | None = run  # until it has said how it ended: a run holds its model
+        self.run: Run | None = run  # until it has said how it ended
         self.name = run.id
         key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
         # A run without a directory may have the name of the one before.

@@ -297,6 +297,7 @@ class Checkpoints:
             self._store.close()
         if self._claim is not None:
             self._claim.release()
+        self._optimizers, self._volatile = {}, []  # whoever keeps the run keeps no weights by it
 
     @property
     def retention(self) -> Retention:

@@ -877,6 +877,7 @@ class Session:
         """
         self.loop.let_go()
         self.observers, self._handlers, self._deciders, self._unserved = [], [], {}, set()
+        self.initial_weights = None
         del self.trainer, self._claim, self._release
 
     async def _finish_checkpoints(self) -> None:

@@ -139,8 +139,8 @@ class CudaCopier:
         return owned - {each.untyped_storage().data_ptr() for each in self._volatile}
 
     def close(self) -> None:
-        """Remove the hooks, after a last wait. Calling twice is fine."""
+        """Remove the hooks, after a last wait, and let go of the tensors. Calling twice is fine."""
         self.guard()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._optimizers, self._volatile = [], [], []

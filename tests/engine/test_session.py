@@ -1608,7 +1608,7 @@ async def test_a_run_that_is_kept_keeps_no_activations(where: str) -> None:
 async def test_who_drops_a_trainer_has_its_memory_back_at_once(how: str, tmp_path: Path) -> None:
     """Not at the next garbage collection: the next trainer of a sweep may need the device's memory before that."""
 
-    async def run() -> weakref.ref[torch.nn.Module]:
+    async def run() -> tuple[Run, list[weakref.ref[Any]]]:
         trainer = tiny_trainer(run_dir=tmp_path)
         callbacks = [Recorder(), ModelCheckpoint(), LearningRateScheduler("cosine"), WeightAverage()]
         loaders = tiny_loader(3), tiny_loader(1)
@@ -1620,15 +1620,22 @@ async def test_who_drops_a_trainer_has_its_memory_back_at_once(how: str, tmp_pat
         elif how == "train_async":
             await trainer.train_async(*loaders, epochs=2, callbacks=callbacks)
         else:
-            await anyio.to_thread.run_sync(partial(trainer.train, *loaders, epochs=2, callbacks=callbacks))
-        return weakref.ref(trainer.model)
+            # A thread that is joined: one of a pool may keep what it was given for a moment.
+            train = partial(trainer.train, *loaders, epochs=2, callbacks=callbacks)
+            thread = threading.Thread(target=train)
+            thread.start()
+            thread.join()
+            del train
+        assert trainer.last_run is not None
+        return trainer.last_run, [weakref.ref(trainer.model), weakref.ref(trainer.optimizer)]
 
     await run()  # what is imported on the way leaves cycles of its own
     gc.collect()
     gc.disable()
     try:
-        model = await run()
-        assert model() is None
+        kept, gone = await run()
+        assert [each() for each in gone] == [None, None]
+        assert kept.result.status == "completed"
     finally:
         gc.enable()
 
