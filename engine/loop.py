@@ -44,7 +44,7 @@ from offloop.engine.events import (
 from offloop.engine.freezing import Frozen
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr
 from offloop.engine.loader_position import Exactness, capture_before_epoch, rewind_epoch
-from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
+from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
 from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_hooks import StepHooks
@@ -237,7 +237,7 @@ class TrainingLoop:
         self.started = time.perf_counter()
         self.last_lr = self.last_lr or largest_lr(self.first_optimizer)
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+            free_gradients(optimizer)
         start = self.train_start()
         self.announce(start)
         for schedule in self.schedules:
@@ -555,7 +555,7 @@ class TrainingLoop:
         if self.hooks.active:
             self.hooks.run("after_step", batch)
         if self.program.automatic_optimization:
-            self.first_optimizer.zero_grad()
+            free_gradients(self.first_optimizer)
         self.reporter.step(
             window,
             position=(self.run_id, self.epoch, self.step, self.batch),
@@ -689,7 +689,7 @@ class TrainingLoop:
         else:
             self.manual_skipped = True
         self.mixed.cast_anew()  # the training_step may go forward once more, and all of it is under one autocast
-        optimizer.zero_grad()
+        free_gradients(optimizer)
         self.stepped.add(name)
 
     def end_manual_batch(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from offloop.engine.data import batch_size, limited_length
 from offloop.engine.events import StepEnd
 from offloop.engine.learning_rate import largest_lr
-from offloop.engine.precision import clip
+from offloop.engine.precision import clip, free_gradients
 
 if TYPE_CHECKING:
     from offloop.engine.loop import TrainingLoop
@@ -124,7 +124,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         loop.epoch_samples += samples
         if is_looked_into:
             hooks.run("after_step", batch)
-        optimizer.zero_grad()
+        free_gradients(optimizer)
 
         # Say so
         loop.last_lr = lr

@@ -84,6 +84,20 @@ class MixedPrecision:
             rescale(parameters, self.scaler._scale / before)
 
 
+def free_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Let go of the gradients that `optimizer` has used, as its `zero_grad()` does.
+
+    torch's own also reports to its profiler and asks Dynamo to look away, which takes as long as a small layer
+    (`benchmarks/step_overhead.py`). An optimizer with a `zero_grad` of its own is asked.
+    """
+    if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def clip(parameters: Iterable[torch.nn.Parameter], limit: float, algorithm: str) -> torch.Tensor | None:
     """Clip gradients in place and return their total norm before it, on the device (None by value)."""
     if algorithm == "norm":

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offloop.engine.precision import MixedPrecision, clip, gradients_are_finite, rescale
+from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
+from offloop.engine.testing import tiny_loader, tiny_model, tiny_trainer
 
 CPU = torch.device("cpu")
 
@@ -122,3 +123,35 @@ def test_gradients_go_along_with_the_scale_where_an_optimizer_steps_again() -> N
     mixed.update_between([first, second])  # backs off to half the scale
     mixed.unscale(optimizers[1])
     assert gradients([second]) == [[1.0, -2.0]]
+
+
+def test_gradients_are_freed_in_all_groups() -> None:
+    one, other, frozen = parameters([1.0, 2.0], [3.0, 4.0], None)
+    optimizer = torch.optim.SGD([{"params": [one]}, {"params": [other, frozen]}], lr=0.1)
+    free_gradients(optimizer)
+    assert gradients([one, other, frozen]) == [None, None, None]
+
+
+class ZeroesByItself(torch.optim.SGD):
+    zeroed = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.zeroed += 1
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"accumulate_grad_batches": 2}])
+def test_an_optimizer_with_a_zero_grad_of_its_own_is_asked(knobs: dict[str, Any]) -> None:
+    model = tiny_model()
+    optimizer = ZeroesByItself(model.parameters(), lr=0.1)
+    result = tiny_trainer(model=model, optimizer=optimizer, **knobs).train(tiny_loader(), epochs=1)
+    assert optimizer.zeroed == 1 + result.steps  # before the first one too
+
+
+def test_an_optimizer_whose_zero_grad_was_replaced_is_asked() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    zeroed: list[int] = []
+    optimizer.zero_grad = lambda set_to_none=True: zeroed.append(1)  # type: ignore[method-assign]
+    result = tiny_trainer(model=model, optimizer=optimizer).train(tiny_loader(), epochs=1)
+    assert len(zeroed) == 1 + result.steps
