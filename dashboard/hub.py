@@ -7,7 +7,6 @@ A run's events are taken from its bounded buffer; nothing here can make a run wa
 keep up gets fewer and larger frames, and is cut off before it costs the others anything.
 """
 
-import contextlib
 import secrets
 import time
 from collections import OrderedDict
@@ -50,6 +49,10 @@ FRAME_INTERVAL: Final = 0.1
 """Seconds between two chart frames: 20 a second cost a page a third of a core and training 7 %, 10 half of that."""
 VIEWERS_AT_FULL_PACE: Final = 5
 """Beyond so many each gets fewer frames, the same number in all: ten at full pace cost training 6 % on two cores."""
+STATUS_INTERVAL: Final = 0.25
+"""Seconds between two words on where a run is, milestones apart: nobody reads numbers that change more often."""
+UNWATCHED_INTERVAL: Final = 0.25
+"""Seconds between two looks at what a run has said that nobody watches; who comes then sees nothing older."""
 SLOW_INTERVAL: Final = 1.0
 """Seconds between two looks at what changes without an event: clocks, stalls, slow viewers."""
 HI_TIMEOUT: Final = 5.0
@@ -86,7 +89,9 @@ class _Session:
         self.link = link
         self.close: tuple[int, str] | None = None  # set to have it closed after what waits was sent
         self.may_finish = False  # before it is closed, it gets its curves to their end
-        self.next_frame = 0.0
+        self.is_due = True  # the pace allows it a chart frame
+        self.sending_since: float | None = None
+        self.scope = anyio.CancelScope()
         self.allowance = float(COMMANDS_PER_SECOND)
         self.allowance_at = time.monotonic()
         self._wake = anyio.Event()
@@ -94,10 +99,17 @@ class _Session:
     def wake(self) -> None:
         self._wake.set()
 
-    async def wait(self, at_most: float | None) -> None:
-        with anyio.move_on_after(at_most):
-            await self._wake.wait()
+    async def wait(self) -> None:
+        await self._wake.wait()
         self._wake = anyio.Event()
+
+    @property
+    def gets_chart(self) -> bool:
+        """True if a chart frame is to be sent now: there is credit and something new, and no pace to keep."""
+        viewer = self.viewer
+        if not viewer.has_chart or viewer.live is None:
+            return False
+        return self.is_due or viewer.is_urgent or self.may_finish or viewer.live.is_over
 
     def end(self, code: int, reason: str) -> None:
         """Have it closed, after what waits for it."""
@@ -168,20 +180,48 @@ class Hub:
         for session in self._watching(None):
             self._watch(session, live)
         try:
-            # The bus has logged that the subscription was given up; the page says that it is silent.
-            with subscription, contextlib.suppress(SubscriberTooSlowError):
-                while events := await subscription.take_batch(EVENTS_AT_ONCE):
-                    milestones = live.take_in(events)
-                    self._hand_on(live, milestones)
-                    if milestones:
-                        self._send_status(live)
-                    else:
-                        self._changed.add(live.key)
-                    await anyio.lowlevel.checkpoint()
+            with subscription:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._take_at_pace, live, subscription)
+                    while await subscription.wait(samples=False):
+                        self._take(live, subscription)
+                        await anyio.lowlevel.checkpoint()
+                    tasks.cancel_scope.cancel()
         finally:  # also after a defect: nobody must wait for what will not come
             live.finish()
+            self._tick(live)
             self._send_status(live)
             self._tell_runs()
+
+    async def _take_at_pace(self, live: LiveRun, subscription: Subscription[Event]) -> None:
+        """Take samples at the pace of the frames that show them."""
+        while True:
+            while self._take(live, subscription) == EVENTS_AT_ONCE:
+                await anyio.lowlevel.checkpoint()
+            self._tick(live)
+            await anyio.sleep(self.pace if self._watching(live) else UNWATCHED_INTERVAL)
+
+    def _take(self, live: LiveRun, subscription: Subscription[Event]) -> int:
+        """Take what a run has said, and return how many events that were."""
+        try:
+            events = subscription.take(EVENTS_AT_ONCE)
+        except SubscriberTooSlowError:  # the bus has logged it; the page says that the run is silent
+            return 0
+        if events:
+            milestones = live.take_in(events)
+            self._hand_on(live, milestones)
+            if milestones:
+                self._send_status(live)
+            else:
+                self._changed.add(live.key)
+        return len(events)
+
+    def _tick(self, live: LiveRun) -> None:
+        """Let the viewers of a run have a chart frame each: all at once, so that one encoding serves them."""
+        for session in self._watching(live):
+            session.is_due = True
+            if session.gets_chart:
+                session.wake()
 
     def _hand_on(self, live: LiveRun, milestones: Sequence[KeptMilestone]) -> None:
         """Tell the viewers of a run what is new."""
@@ -191,7 +231,8 @@ class Hub:
                 session.viewer.put_milestones(milestones)
             except ViewerTooSlowError as error:
                 session.end(CLOSE_SLOW, str(error))
-            session.wake()
+            if session.viewer.has_text:
+                session.wake()
 
     def _send_status(self, live: LiveRun, *, with_latest: bool = False) -> None:
         self._changed.discard(live.key)
@@ -229,7 +270,7 @@ class Hub:
     # The beat
 
     async def beat(self) -> None:
-        """Send what is paced, for as long as there are viewers. Runs until it is cancelled."""
+        """Send what changes without an event, for as long as there are viewers. Runs until it is cancelled."""
         slow_at = 0.0
         while True:
             await self._somebody.wait()
@@ -242,16 +283,24 @@ class Hub:
             for key, live in self.runs.items():
                 if is_slow_beat or key in self._changed:
                     self._send_status(live, with_latest=is_slow_beat)
-            await anyio.sleep(self.pace)
+            await anyio.sleep(min(STATUS_INTERVAL * self._share, SLOW_INTERVAL))
 
     @property
     def pace(self) -> float:
-        """Seconds between two chart frames of a viewer, and between two looks at what has changed, at least."""
-        return self._frame_interval * max(1.0, len(self._sessions) / VIEWERS_AT_FULL_PACE)
+        """Seconds between two chart frames of a viewer, at least."""
+        return self._frame_interval * self._share
+
+    @property
+    def _share(self) -> float:
+        """How many times longer than alone a viewer waits for what is paced, so that many cost no more than a few."""
+        return max(1.0, len(self._sessions) / VIEWERS_AT_FULL_PACE)
 
     def _look_at_slow_viewers(self, now: float) -> None:
         for session in self._sessions:
             viewer = session.viewer
+            if session.sending_since is not None and now - session.sending_since > SEND_TIMEOUT:
+                session.end(CLOSE_SLOW, f"a message did not leave within {SEND_TIMEOUT:g} s")
+                session.scope.cancel()
             if viewer.visible and viewer.waiting_since is not None:
                 if now - viewer.waiting_since > DRAW_TIMEOUT:
                     session.end(CLOSE_SLOW, f"no frame was drawn in {DRAW_TIMEOUT:g} s")
@@ -279,7 +328,8 @@ class Hub:
         try:
             self._greet(session, hi)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._write, session, tasks.cancel_scope)
+                session.scope = tasks.cancel_scope
+                tasks.start_soon(self._write, session)
                 await self._read(session)
                 tasks.cancel_scope.cancel()
         finally:
@@ -337,40 +387,35 @@ class Hub:
         session.viewer.put_latest("latest", encode_message(live.latest()))
         session.wake()
 
-    async def _write(self, session: _Session, scope: anyio.CancelScope) -> None:
+    async def _write(self, session: _Session) -> None:
         """Send what there is for a viewer, as it comes and at its pace."""
         viewer = session.viewer
         while True:
             while (text := viewer.next_text()) is not None:
                 if not await self._send(session, text, text=True):
-                    scope.cancel()
                     return
-            now = time.monotonic()
             if session.close is not None and not (session.may_finish and viewer.is_waiting):
-                scope.cancel()
+                session.scope.cancel()
                 return
-            timeout = None
-            if viewer.has_chart:
-                if viewer.is_urgent or session.may_finish or now >= session.next_frame:
-                    assert viewer.live is not None
-                    chart = viewer.next_chart(self._frames[viewer.live])
-                    if chart is not None:
-                        viewer.waiting_since = now
-                        session.next_frame = now + self.pace
-                        if not await self._send(session, chart, text=False):
-                            scope.cancel()
-                            return
-                    continue
-                timeout = session.next_frame - now
-            await session.wait(timeout)
+            if not session.gets_chart:
+                await session.wait()
+                continue
+            assert viewer.live is not None  # else there would be no chart
+            session.is_due = session.is_due and viewer.is_urgent  # what is urgent is beside the pace
+            chart = viewer.next_chart(self._frames[viewer.live])
+            if chart is not None:
+                viewer.waiting_since = time.monotonic()
+                if not await self._send(session, chart, text=False):
+                    return
 
     async def _send(self, session: _Session, data: bytes, *, text: bool) -> bool:
-        try:
-            with anyio.fail_after(SEND_TIMEOUT):
-                return await session.link.send(data, text=text)
-        except TimeoutError:
-            session.end(CLOSE_SLOW, f"a message did not leave within {SEND_TIMEOUT:g} s")
-            return False
+        """Send a message; False, and the session ends, when the connection is over."""
+        session.sending_since = time.monotonic()
+        is_open = await session.link.send(data, text=text)
+        session.sending_since = None
+        if not is_open:
+            session.scope.cancel()
+        return is_open
 
     async def _read(self, session: _Session) -> None:
         while (message := await session.link.receive()) is not None:
@@ -389,6 +434,9 @@ class Hub:
         match message:
             case Drawn():
                 viewer.drawn()
+                if session.gets_chart:
+                    session.wake()
+                return
             case Ping():
                 viewer.put(Pong(sent=message.sent, time=time.time()))
             case Show():

@@ -289,7 +289,7 @@ class Latest(FromServer, frozen=True, kw_only=True, tag="latest"):
 
 
 class Status(FromServer, frozen=True, kw_only=True, tag="status"):
-    """Where the run is. Sent whole whenever something changed, at most ten times a second."""
+    """Where the run is. Sent whole: with each milestone, and else when something has changed, four times a second."""
 
     run: str
     state: State

@@ -287,6 +287,11 @@ class Viewer:
         return None
 
     @property
+    def has_text(self) -> bool:
+        """True if a text message waits."""
+        return bool(self._texts or self._slots)
+
+    @property
     def has_chart(self) -> bool:
         """True if there is credit for a chart frame and something to put into it."""
         if not self.credit or self.live is None:

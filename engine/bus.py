@@ -8,7 +8,7 @@
              one byte wakes the drainer: first event after idle, milestones (20 a second at most)
 
 Nobody who publishes waits for anybody: publishing is an append to a deque, which is atomic in CPython.
-The drainer is the one task that takes events out, so the order of the queue is the order of the run and
+The drainer is the one that takes events out, so the order of the queue is the order of the run and
 `seq` has no gaps. It hands over everything that has gathered and then sleeps `flush_interval`, because
 waking an event loop once for each event of a fast training loop costs 15-30 % of the loop's speed, and
 waking it twenty times a second next to nothing.
@@ -19,6 +19,7 @@ and counted; a subscription made with `on_full="block"` is instead shown to the 
 """
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -134,6 +135,8 @@ class Subscription(Generic[E]):
         # Set by the waiting consumer, called by the drainer. Which it is depends on whether the consumer
         # lives in the drainer's event loop (an anyio.Event is enough) or elsewhere (a socket pair).
         self._wake_consumer: Callable[[], None] | None = None
+        self._waker: Waker | None = None  # of a consumer that lives elsewhere, from its first wait on
+        self._waits_for_samples = True  # set by the consumer, read by the drainer
         self._batch: deque[E] = deque()  # what iteration has taken and not yet given out
 
     # Consumer's side
@@ -170,25 +173,51 @@ class Subscription(Generic[E]):
 
         Cancellation: safe, nothing is lost.
         """
-        while True:
-            events = self.take(limit)
-            if events or self._closed:
-                return events or self.take(limit)
+        while await self.wait():
+            if events := self.take(limit):
+                return events
+        return self.take(limit)
+
+    async def wait(self, *, samples: bool = True) -> bool:
+        """Wait until there is something to take; False means the end: nothing is there, and nothing will come.
+
+        Without `samples` only a milestone and the end are waited for: whoever takes samples at a pace of its own
+        is not woken for each hand-over of them. Thread: one task at a time, of any event loop.
+        Cancellation: safe, nothing is lost.
+        """
+        self._waits_for_samples = samples
+        while not self._has_arrived() and not self._closed:
             if threading.get_ident() == self._bus._thread:
                 arrived = anyio.Event()
-                self._wake_consumer = arrived.set  # no await since take(): the drainer cannot have run
+                self._wake_consumer = arrived.set  # no await since the look: the drainer cannot have run
                 try:
                     await arrived.wait()
                 finally:
                     self._wake_consumer = None
             else:
-                with Waker() as waker:
-                    self._wake_consumer = waker.wake
-                    try:
-                        if not self._events and not self._closed:  # the drainer may have run meanwhile
-                            await waker.wait()
-                    finally:
-                        self._wake_consumer = None
+                # One for all waits: a pair of sockets for each would be most of what a wait takes.
+                waker = self._waker = self._waker or Waker()
+                self._wake_consumer = waker.wake
+                try:
+                    if not self._has_arrived() and not self._closed:  # the drainer may have run meanwhile
+                        await waker.wait()
+                except BaseException:
+                    self._close_waker()
+                    raise
+                finally:
+                    self._wake_consumer = None
+        if self._closed:
+            self._close_waker()
+        return bool(self._events)
+
+    def _has_arrived(self) -> bool:
+        """True if there is what the consumer waits for."""
+        return bool(self._events if self._waits_for_samples else self._milestones)
+
+    def _close_waker(self) -> None:
+        if self._waker is not None:
+            self._waker.close()
+            self._waker = None
 
     def __aiter__(self) -> AsyncIterator[E]:
         return self
@@ -252,9 +281,11 @@ class Subscription(Generic[E]):
             self._received += len(mine)
             if has_milestones:
                 self._milestones += _count_milestones(mine)
-            if len(self._events) > self.buffer:
+            is_full = len(self._events) > self.buffer
+            if is_full:
                 self._limit()
-        self._wake()
+        if is_full or self._has_arrived():
+            self._wake()
 
     def _put_mark(self, mark: Rendezvous) -> None:
         with self._lock:
@@ -372,6 +403,8 @@ class Bus:
         self._closing = False
         self._ended = False
         self._thread: int | None = None  # of the drainer's event loop
+        self._napping: anyio.CancelScope | None = None  # the drainer's sleep
+        self._is_idle = False  # it sleeps until something comes, not for the pace
         self._seq = 0
         self._last: Event | None = None  # the last training event: foreign ones get its position
         self._last_time = 0.0
@@ -628,38 +661,63 @@ class Bus:
     # Draining: the event loop
 
     async def drain(self) -> None:
-        """Hand events over until the bus is closed and empty. One task, on the event loop.
+        """Hand events over until the bus is closed and empty. Two tasks, on the event loop.
 
         Cancellation: ends the bus; events still in the queue are lost.
         """
         self._thread = threading.get_ident()
         try:
-            while True:
-                if self._leaving:
-                    self._see_off()
-                    self._attention()  # the publisher's side may have waited for one that is gone
-                if self._hand_over():
-                    if len(self._queue) >= HAND_OVER_AT_ONCE:
-                        await anyio.lowlevel.checkpoint()  # a backlog: no pause, but let others run
-                        continue
-                    if self._closing:
-                        continue
-                    with anyio.move_on_after(self.flush_interval):
-                        await self._waker.wait()
-                elif self._closing:
-                    self._report_drops(self.clock(), last=True)
-                    if not self._queue:
-                        break
-                else:
-                    self._armed = True
-                    if not (self._queue or self._closing or self._leaving):  # nothing came since: sleep
-                        await self._waker.wait()
-                    self._armed = False
-            if self._final is not None:
-                self._queue.appendleft(self._final)  # before what another thread may be publishing right now
-                self._hand_over(limit=1)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._listen)
+                await self._hand_over_at_pace()
+                tasks.cancel_scope.cancel()
         finally:
             self._end()
+
+    async def _hand_over_at_pace(self) -> None:
+        while True:
+            if self._leaving:
+                self._see_off()
+                self._attention()  # the publisher's side may have waited for one that is gone
+            if self._hand_over():
+                if len(self._queue) >= HAND_OVER_AT_ONCE:
+                    await anyio.lowlevel.checkpoint()  # a backlog: no pause, but let others run
+                elif not self._closing:
+                    await self._nap()
+            elif self._closing:
+                self._report_drops(self.clock(), last=True)
+                if not self._queue:
+                    break
+            else:
+                self._armed = True
+                if not (self._queue or self._closing or self._leaving):  # nothing came since: sleep
+                    await self._nap(idle=True)
+                self._armed = False
+        if self._final is not None:
+            self._queue.appendleft(self._final)  # before what another thread may be publishing right now
+            self._hand_over(limit=1)
+
+    async def _nap(self, *, idle: bool = False) -> None:
+        """Sleep until it is time for the next hand-over, or for as long as nothing comes; `_listen` may end it.
+
+        A sleep that ends by itself takes a third of what it takes to wait for the socket up to a deadline, and that
+        was most of what a hand-over took.
+        """
+        with anyio.CancelScope() as self._napping:
+            self._is_idle = idle
+            await anyio.sleep(math.inf if idle else self.flush_interval)
+        self._napping = None
+
+    async def _listen(self) -> None:
+        """Do what a wake from another thread asks for."""
+        while True:
+            await self._waker.wait()
+            if self._napping is None:
+                continue  # about to look by itself
+            if self._is_idle or self._closing or self._leaving or len(self._queue) >= HAND_OVER_AT_ONCE:
+                self._napping.cancel()
+            else:
+                self._hand_over()  # a milestone; the pace goes on as it was
 
     def settle(self) -> None:
         """Hand over all there is now and report every drop. Event loop only; for the one about to end the bus."""

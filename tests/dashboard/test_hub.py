@@ -114,6 +114,7 @@ class Stage:
             msgspec.structs.force_setattr(event, name, value)
         self.seq += 1
         self.hub._hand_on(self.live, self.live.take_in([event]))
+        self.hub._tick(self.live)
 
     def steps(self, count: int, **values: float) -> None:
         """Have the run do steps that log some values."""
@@ -666,6 +667,41 @@ def test_viewers_that_show_the_same_share_one_encoding() -> None:
     run_async(play)
 
 
+def test_viewers_of_a_run_get_their_frames_together_whenever_they_came() -> None:
+    async def play(stage: Stage) -> None:
+        pages = [PageModel(), PageModel()]
+        stage.steps(1)
+        for page in pages:
+            link = stage.join(page)
+            await read(link, page)
+            link.say(page.show([0, 1]))
+            await read(link, page)
+            stage.steps(1)
+            await read(link, page)
+
+        def take_in(step: int) -> None:
+            event = StepEnd(run_id="run", seq=step, time=90.0 + step, epoch=0, step=step, loss=0.5, lr=0.1)
+            stage.hub._hand_on(stage.live, stage.live.take_in([event]))
+
+        for link, page in zip(stage.links, pages, strict=True):
+            await read(link, page)
+        before = [len(link.sent) for link in stage.links]
+        for step in (4, 5):
+            take_in(step)
+            await settle()
+        assert [len(link.sent) for link in stage.links] == before  # it is not time for a frame
+        stage.hub._tick(stage.live)
+        await settle()
+        first, second = ([data for data, text in link.sent if not text] for link in stage.links)
+        assert len(first) == len(second) == 1 and first[0] is second[0]
+        take_in(6)
+        for link, page in zip(stage.links, pages, strict=True):
+            await read(link, page)  # which gives credit for a frame that it is not time for
+            assert set(page.points[0]) == {1.0, 2.0, 3.0, 94.0, 95.0}  # by time
+
+    run_async(play)
+
+
 def test_a_milestone_is_encoded_once_for_all_viewers_of_a_role() -> None:
     async def play(stage: Stage) -> None:
         def told(link: MemoryLink) -> list[bytes]:
@@ -843,7 +879,10 @@ class Broken:
 
     def __exit__(self, *_: object) -> None: ...
 
-    async def take_batch(self, count: int) -> list[Any]:
+    def take(self, limit: int) -> list[Any]:
+        return []
+
+    async def wait(self, *, samples: bool) -> bool:
         raise RuntimeError("a defect")
 
 
@@ -853,8 +892,9 @@ def test_a_defect_in_one_run_ends_that_run_here_and_leaves_the_others_alone() ->
         link, other_link = stage.join(page), stage.join(other)
         await read(link, page)
         live = LiveRun(FakeRun("broken"), TrainStart(run_id="broken", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
-        with pytest.raises(RuntimeError, match="a defect"):
+        with pytest.raises(ExceptionGroup) as defects:
             await stage.hub.follow(live, Broken())  # type: ignore[arg-type]
+        assert [str(each) for each in defects.value.exceptions] == ["a defect"]
         assert live.is_over
         stage.tell(EpochStart())
         await read(link, page)

@@ -731,6 +731,65 @@ async def test_subscriber_may_live_in_another_thread_and_event_loop(anyio_backen
 
 
 @pytest.mark.anyio
+@pytest.mark.uvloop
+async def test_who_waits_for_milestones_is_not_woken_by_samples() -> None:
+    woken: list[bool] = []
+
+    async def wait_for_milestones(subscription: Subscription[Event]) -> None:
+        while more := await subscription.wait(samples=False):
+            woken.append(more)
+            assert numbers(subscription.take()) == [0, 1, 2, 3]
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks, Bus(flush_interval=0.001) as bus:
+            subscription = bus.subscribe(Tick, Note)
+            tasks.start_soon(wait_for_milestones, subscription)
+            for number in range(3):
+                bus.publish(Tick(number=number))
+                while subscription.statistics.received <= number:
+                    await anyio.lowlevel.checkpoint()
+                await anyio.wait_all_tasks_blocked()
+            assert woken == []
+            bus.publish(Note(number=3))
+            while not woken:
+                await anyio.lowlevel.checkpoint()
+            bus.close()
+    assert woken == [True]
+
+
+@pytest.mark.anyio
+@pytest.mark.uvloop
+async def test_who_waits_for_milestones_in_another_event_loop_has_all_samples_in_the_end(
+    anyio_backend: Any,
+) -> None:
+    backend, options = anyio_backend
+    batches: list[list[int]] = []
+
+    async def consume(subscription: Subscription[Event]) -> None:
+        with anyio.fail_after(10):
+            while await subscription.wait(samples=False):
+                batches.append(numbers(subscription.take()))
+
+    async def wait_elsewhere(subscription: Subscription[Event]) -> None:
+        await anyio.to_thread.run_sync(
+            lambda: anyio.run(consume, subscription, backend=backend, backend_options=options)
+        )
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks, Bus(flush_interval=0.001) as bus:
+            subscription = bus.subscribe(Tick, Note)
+            tasks.start_soon(wait_elsewhere, subscription)
+            for number in (0, 1):
+                bus.publish(Tick(number=number))
+            bus.publish(Note(number=2))
+            while not batches:
+                await anyio.lowlevel.checkpoint()
+            bus.publish(Tick(number=3))
+            bus.close()
+    assert batches == [[0, 1, 2], [3]]
+
+
+@pytest.mark.anyio
 async def test_plain_thread_may_take() -> None:
     def poll(subscription: Subscription[Tick]) -> list[int]:
         taken: list[int] = []
