@@ -157,6 +157,24 @@ def test_licence_of_what_is_bundled_is_in_the_page(built: Path) -> None:
 
 
 @needs_node
+def test_page_stays_small(built: Path) -> None:
+    page = Page.load(static_of(built))
+    assert page is not None
+    shown = [asset for path, asset in page.assets.items() if not path.endswith(".txt")]
+    assert sum(len(asset.gzipped) for asset in shown) < 66_000
+
+
+@needs_node
+def test_package_that_is_no_longer_as_it_was_changed_for_fails_the_build(checkout: Path) -> None:
+    script = checkout / BUILD_PAGE
+    text = script.read_text()
+    assert text.count("export )") == 1
+    script.write_text(text.replace("export )", "exports )"))
+    assert_failed_in_one_line(run_script(checkout, node=True), "uPlot.esm.js has 0 places like")
+    assert not static_of(checkout).exists()
+
+
+@needs_node
 def test_built_page_runs_in_a_browser_under_the_strictest_policy(built: Path, chromium: str) -> None:
     """And below a path of its own: it was not built for the root of a server."""
     from playwright.sync_api import sync_playwright  # where there is none, the fixture has skipped the test

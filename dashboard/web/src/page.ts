@@ -23,6 +23,8 @@ import { AXES, View, type Axis, type Tab } from "./view";
 const FOLLOW_AFTER = 4_000;
 /** What counts time up on the page is drawn this often, milliseconds. */
 const TICK = 500;
+/** What may wait for the charts' next frame waits this long, milliseconds: a frame of its own costs as much as theirs. */
+const WAIT_FOR_CHARTS = 200;
 /** Title and icon change at most this often, milliseconds. */
 const TITLE_EVERY = 1_000;
 const COMMAND_TTL = 60;
@@ -65,6 +67,9 @@ class Page {
   #frameSince: number | null = null;
   /** A drawing of the page is due with the next frame of the browser. */
   #drawing = false;
+  /** When the charts were last drawn, and the timer of what waits to be drawn with them. */
+  #chartsDrawn = -Infinity;
+  #waiting: number | undefined;
   /** When title and icon were last changed, and for which state. */
   #titled = { at: 0, word: "" };
   /** The server's time when the page came: what happened before is no news. */
@@ -318,6 +323,8 @@ class Page {
 
   #drawn(): void {
     this.#frameSince = null;
+    this.#chartsDrawn = performance.now();
+    if (this.#waiting !== undefined) this.#draw();
     this.#connection.send({ type: "drawn" });
   }
 
@@ -334,7 +341,10 @@ class Page {
   #happened(happening: Happening): void {
     const before = this.#model;
     this.#model = reduce(before, happening, performance.now());
-    if (this.#model !== before) this.#changed();
+    if (this.#model === before) return;
+    const isRoutine = happening.type === "pong" || (happening.type === "status" && stateOf(this.#model) === stateOf(before));
+    if (isRoutine) this.#changedALittle();
+    else this.#changed();
   }
 
   // What the viewer does
@@ -383,9 +393,15 @@ class Page {
     }
   }
 
+  /** As `#changed`, but while the charts are being drawn, with their next frame. */
+  #changedALittle(): void {
+    if (document.hidden || performance.now() - this.#chartsDrawn > WAIT_FOR_CHARTS) this.#changed();
+    else this.#waiting ??= window.setTimeout(() => this.#changed(), WAIT_FOR_CHARTS);
+  }
+
   #tick(): void {
     this.#follow();
-    this.#changed();
+    this.#changedALittle();
   }
 
   /** Change to a newer run once the one that is watched is over and could be seen to be. */
@@ -422,6 +438,8 @@ class Page {
   }
 
   #draw(): void {
+    clearTimeout(this.#waiting);
+    this.#waiting = undefined;
     const seen = this.#seen();
     const described = describe(seen);
     const { model } = seen;

@@ -104,7 +104,7 @@ export class Charts {
   #zoomTimer: { key: string; timer: ReturnType<typeof setTimeout> } | null = null;
   #tableTime = 0;
   #valuesShown = -Infinity;
-  #valuesTimer: ReturnType<typeof setTimeout> | null = null;
+  #valuesTimer: ReturnType<typeof setTimeout> | undefined;
 
   constructor(root: HTMLElement, host: ChartsHost) {
     this.#root = root;
@@ -196,7 +196,7 @@ export class Charts {
 
   applyLatest(latest: Latest): void {
     Object.assign(this.#latest, latest.values);
-    this.#redraw();
+    this.#showValues();
   }
 
   applyStatus(status: Status): void {
@@ -403,14 +403,13 @@ export class Charts {
   /** Write the values into the legends: at once under a cursor, else as often as one can read them. */
   #showValues(): void {
     const now = performance.now();
-    const wait = this.#cursor === null ? this.#valuesShown + VALUES_INTERVAL - now : 0;
-    if (wait > 0) {
-      this.#valuesTimer ??= setTimeout(() => {
-        this.#valuesTimer = null;
-        this.#showValues();
-      }, wait);
+    if (this.#cursor === null && now < this.#valuesShown + VALUES_INTERVAL) {
+      // Late: while the charts are drawn, one of their frames comes before, and saves one for the values alone.
+      this.#valuesTimer ??= setTimeout(() => this.#showValues(), 1.5 * VALUES_INTERVAL);
       return;
     }
+    clearTimeout(this.#valuesTimer);
+    this.#valuesTimer = undefined;
     this.#valuesShown = now;
     for (const panel of this.#panels.values()) if (panel.visible) panel.showCursor();
   }
