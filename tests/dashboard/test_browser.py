@@ -693,6 +693,23 @@ def test_it_fits_every_width_and_nothing_serious_hinders_anybody(
         shot(page, f"{scheme}-{width}")
 
 
+GROUND_IS_THE_PANELS = """() => [...document.querySelectorAll(".chart")].every((figure) => {
+  const canvas = figure.querySelector("canvas");
+  const ground = canvas.getContext("2d").getImageData(1, 1, 1, 1).data.slice(0, 3).join(", ");
+  return getComputedStyle(figure).backgroundColor === `rgb(${ground})`;
+})"""
+
+
+def test_charts_stand_on_the_ground_of_their_panels_in_both_themes(started: tuple[Training, Page]) -> None:
+    _, page = started
+    for theme in ("dark", "light"):
+        page.keyboard.press("t")
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
+        expect(chart(page, "loss")).to_be_visible()
+        page.wait_for_function(GROUND_IS_THE_PANELS)
+        shot(page, f"theme-{theme}")
+
+
 def test_a_chart_is_read_out_by_keys(started: tuple[Training, Page]) -> None:
     _, page = started
     cursor = chart(page, "loss").get_by_role("slider")

@@ -34,9 +34,11 @@ const MAX_CALM_CLIMB = 4;
 /** How faint raw values are behind their average. */
 const RAW_ALPHA = 0.25;
 
-/** What lies behind the grid: stretches without samples, and where history was trimmed. */
+/** What lies behind the grid: the ground, for the canvas is opaque; stretches without samples; what was trimmed. */
 export function paintBackground(brush: Brush): void {
   const { ctx, box, scene } = brush;
+  ctx.fillStyle = scene.theme.background;
+  ctx.fillRect(0, 0, ctx.canvas.width, ctx.canvas.height);
   const at = (x: number): number => box.left + Math.max(-1, Math.min(2, scene.x.toUnit(x))) * box.width;
   ctx.save();
   clip(brush);
