@@ -41,7 +41,7 @@ class Boundary:
         self._save = save
         self._paused_by: Command | None = None
         self._set_aside: Command | None = None  # the pause in which a validation was asked for
-        self._stop_follows = False  # one was collected beside the command in work, and is out of the mailbox
+        self._following: list[Command] = []  # collected beside the command in work: in the mailbox no more
 
     def look_up(self) -> None:
         """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full.
@@ -54,7 +54,7 @@ class Boundary:
             self._obey()
             if loop.ending == "cancelled":
                 break
-            goes_on = self._stop_follows or control.is_waited_for
+            goes_on = control.is_waited_for or any(not each.future.cancelled() for each in self._following)
             if self._paused_by not in (None, self._set_aside) and not goes_on:
                 asked = time.perf_counter()
                 control.wait_for_change(seen)
@@ -72,18 +72,18 @@ class Boundary:
         loop, control = self._loop, self._control
         at_step = loop.window.count == 0 and not loop.validating
         while commands := control.collect(step_boundary=at_step, stop_only=loop.validating):
-            taken = 0
-            outer, self._stop_follows = self._stop_follows, commands[-1].name == "stop" or self._stop_follows
+            left, outer = commands, self._following
             try:
                 loop.reporter.readback.flush()  # a loss that turns out not to be finite fails the run, not a command
-                for command in commands:
-                    taken += 1
+                while left:
+                    command, *left = left
+                    self._following = [*left, *outer]
                     self._apply(command)
             except BaseException:
-                control.put_back(commands[taken:])  # whoever gave them hears that the run has ended
+                control.put_back(left)  # whoever gave them hears that the run has ended
                 raise
             finally:
-                self._stop_follows = outer
+                self._following = outer
         if control.cancelled and loop.ending != "cancelled":
             loop.ending, loop.reason = "cancelled", control.cancel_reason
             self._change_state("stopping", control.cancel_reason, "")

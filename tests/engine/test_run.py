@@ -911,26 +911,52 @@ async def test_whoever_awaits_a_call_that_leaves_the_program_hears_of_the_end() 
     assert trainer.last_run is not None and trainer.last_run.result.status == "failed"
 
 
+class PausesInValidation(Trainer):
+    def validation_step(self, batch: Any) -> Any:
+        assert self.last_run is not None
+        self.last_run.pause_nowait()
+        return super().validation_step(batch)
+
+
+class GivesAtOnce(Callback):
+    """Asks for a validation in the first step, and beside it for something else: both are collected together."""
+
+    def __init__(self, give: Callable[[Run], Any]) -> None:
+        self.give = give
+
+    @in_step
+    def before_batch(self, point: StepPoint) -> None:
+        if point.step == 0:
+            self.metrics = point.run.validate_nowait()
+            self.given = self.give(point.run)
+
+
 @pytest.mark.anyio
 async def test_pause_in_a_validation_that_a_stop_waits_for_does_not_hold_it_up() -> None:
-    """The stop was collected beside the validate: it is in the mailbox no more, and not applied yet."""
-
-    class Pauses(Trainer):
-        def validation_step(self, batch: Any) -> Any:
-            assert self.last_run is not None
-            self.last_run.pause_nowait()
-            return super().validation_step(batch)
-
-    class Gives(Callback):
-        @in_step
-        def before_batch(self, point: StepPoint) -> None:
-            self.metrics = point.run.validate_nowait()
-            point.run.stop_nowait("enough")
-
-    gives = Gives()
+    """The stop is in the mailbox no more, and not applied yet."""
+    gives = GivesAtOnce(lambda run: run.stop_nowait("enough"))
     with anyio.fail_after(LONG):
-        result = await tiny_trainer(Pauses).train_async(
+        result = await tiny_trainer(PausesInValidation).train_async(
             tiny_loader(2), tiny_loader(2), epochs=3, callbacks=[gives]
         )
     assert (result.status, result.reason, result.steps) == ("stopped", "enough", 1)
     assert "val_loss" in gives.metrics.result()
+
+
+@pytest.mark.anyio
+async def test_pause_in_a_validation_lets_what_was_asked_for_beside_it_be_done() -> None:
+    class StopsAfterwards(Callback):
+        async def on_command_applied(self, event: CommandApplied, run: Run) -> None:
+            if event.command == "set_lr":
+                states.append(run.state)
+                await run.stop()
+
+    states: list[str] = []
+    gives = GivesAtOnce(lambda run: run.set_lr_nowait(0.25))
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer(PausesInValidation).train_async(
+            tiny_loader(2), tiny_loader(2), epochs=3, callbacks=[gives, StopsAfterwards()]
+        )
+    assert states == ["paused"]  # it holds training at the boundary, once that is done
+    assert (result.status, result.steps) == ("stopped", 1)
+    assert gives.given.done() and "val_loss" in gives.metrics.result()
