@@ -19,7 +19,6 @@ and counted; a subscription made with `on_full="block"` is instead shown to the 
 """
 
 import logging
-import math
 import sys
 import threading
 import time
@@ -401,10 +400,12 @@ class Bus:
         self._refused_count = 0
         self._refused_total = 0
         self._closing = False
+        self._done = False  # the drainer has handed over everything
         self._ended = False
         self._thread: int | None = None  # of the drainer's event loop
-        self._napping: anyio.CancelScope | None = None  # the drainer's sleep
-        self._is_idle = False  # it sleeps until something comes, not for the pace
+        # Of the drainer while it sleeps: for the pace, or until something comes
+        self._napping: anyio.CancelScope | None = None
+        self._idling: anyio.Event | None = None
         self._seq = 0
         self._last: Event | None = None  # the last training event: foreign ones get its position
         self._last_time = 0.0
@@ -670,7 +671,9 @@ class Bus:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._listen)
                 await self._hand_over_at_pace()
-                tasks.cancel_scope.cancel()
+                # Not cancelled: of that a traceback would stay, and with it in a cycle all that the run holds.
+                self._done = True
+                self._waker.wake()
         finally:
             self._end()
 
@@ -691,33 +694,39 @@ class Bus:
             else:
                 self._armed = True
                 if not (self._queue or self._closing or self._leaving):  # nothing came since: sleep
-                    await self._nap(idle=True)
+                    await self._idle()
                 self._armed = False
         if self._final is not None:
             self._queue.appendleft(self._final)  # before what another thread may be publishing right now
             self._hand_over(limit=1)
 
-    async def _nap(self, *, idle: bool = False) -> None:
-        """Sleep until it is time for the next hand-over, or for as long as nothing comes; `_listen` may end it.
+    async def _nap(self) -> None:
+        """Sleep until it is time for the next hand-over, unless `_listen` ends it.
 
         A sleep that ends by itself takes a third of what it takes to wait for the socket up to a deadline, and that
         was most of what a hand-over took.
         """
         with anyio.CancelScope() as self._napping:
-            self._is_idle = idle
-            await anyio.sleep(math.inf if idle else self.flush_interval)
+            await anyio.sleep(self.flush_interval)
         self._napping = None
 
+    async def _idle(self) -> None:
+        """Sleep until `_listen` hears of something."""
+        self._idling = anyio.Event()
+        await self._idling.wait()
+        self._idling = None
+
     async def _listen(self) -> None:
-        """Do what a wake from another thread asks for."""
-        while True:
+        """Do what a wake from another thread asks for. A drainer that does not sleep is about to look by itself."""
+        while not self._done:
             await self._waker.wait()
-            if self._napping is None:
-                continue  # about to look by itself
-            if self._is_idle or self._closing or self._leaving or len(self._queue) >= HAND_OVER_AT_ONCE:
-                self._napping.cancel()
-            else:
-                self._hand_over()  # a milestone; the pace goes on as it was
+            if self._idling is not None:
+                self._idling.set()
+            elif self._napping is not None:
+                if self._closing or self._leaving or len(self._queue) >= HAND_OVER_AT_ONCE:
+                    self._napping.cancel()
+                else:
+                    self._hand_over()  # a milestone; the pace goes on as it was
 
     def settle(self) -> None:
         """Hand over all there is now and report every drop. Event loop only; for the one about to end the bus."""

@@ -323,9 +323,9 @@ class Page {
 
   #drawn(): void {
     this.#frameSince = null;
+    this.#connection.send({ type: "drawn" });
     this.#chartsDrawn = performance.now();
     if (this.#waiting !== undefined) this.#draw();
-    this.#connection.send({ type: "drawn" });
   }
 
   #linked(link: Link): void {
