@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from offloop.engine.comparison import compare_models as compare_models
     from offloop.engine.config import RemoteDirectory as RemoteDirectory
     from offloop.engine.config import TrainerConfig as TrainerConfig
+    from offloop.engine.config import TrainerKnobs as TrainerKnobs
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
     from offloop.engine.errors import ConfigError as ConfigError
@@ -86,7 +87,7 @@ _MODULES = {
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),
     "comparison": ("ModelComparison", "TensorDifference", "compare_models"),
-    "config": ("RemoteDirectory", "TrainerConfig"),
+    "config": ("RemoteDirectory", "TrainerConfig", "TrainerKnobs"),
     "errors": (
         "BatchError",
         "BusClosedError",

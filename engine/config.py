@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 import msgspec
 
@@ -236,6 +236,40 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     def as_settings(self) -> dict[str, Any]:
         """Return the knobs as plain values, for events and files."""
         return {name: _plain(value) for name, value in msgspec.structs.asdict(self).items()}
+
+
+class TrainerKnobs(TypedDict, total=False):
+    """The fields of `TrainerConfig` as keywords, for editors and type checkers; what they mean stands there."""
+
+    epochs: int | None
+    max_steps: int | None
+    max_time: float | None
+    device: "str | torch.device"
+    precision: Precision
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: Literal["norm", "value"]
+    on_nonfinite: Literal["raise", "warn", "skip_step"]
+    val_every_n_epochs: int | None
+    val_every_n_steps: int | None
+    limit_train_batches: int | float | None
+    limit_val_batches: int | float | None
+    scheduler_interval: Literal["epoch", "step"]
+    monitor: str | None
+    mode: Mode
+    seed: int | None
+    sampling: Literal["loader", "seeded"]
+    deterministic: bool
+    tf32: bool | None
+    compile: bool | dict[str, Any]
+    activation_checkpointing: str | type | Sequence[str | type] | None
+    freeze: str | Sequence[str] | None
+    channels_last: bool
+    run_dir: str | os.PathLike[str] | None
+    run_name: str | None
+    remote_dir: str | RemoteDirectory | None
+    flush_interval: float
+    drain_timeout: float
 
 
 def unknown_knob(name: str, known: Iterable[str]) -> ConfigError:

@@ -17,7 +17,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Unpack
 
 import anyio
 import anyio.abc
@@ -39,7 +39,7 @@ from offloop.engine.arguments import (
 )
 from offloop.engine.callback import Callback, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
-from offloop.engine.config import TrainerConfig, check_limits, misplaced_argument
+from offloop.engine.config import TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
 from offloop.engine.control import Control
 from offloop.engine.data import Feed, limited_length, to_device, use_channels_last
 from offloop.engine.default_steps import inputs_and_targets, own_loss
@@ -103,7 +103,7 @@ class BaseTrainer:
         loss: Loss | None = None,
         scheduler: LRScheduler | None = None,
         callbacks: Sequence[Callback] = (),
-        **overrides: Any,
+        **overrides: Unpack[TrainerKnobs],
     ) -> None:
         """Say how to train. Nothing is moved, seeded or started before a run.
 

@@ -65,11 +65,11 @@ MODEL, OTHER_MODEL = tiny_model(), tiny_model()
 
 BAD_TRAINERS: dict[str, tuple[Callable[[], object], str]] = {
     "unknown knob": (
-        lambda: Trainer(MODEL, sgd(MODEL), acumulate_grad_batches=2),
+        lambda: Trainer(MODEL, sgd(MODEL), acumulate_grad_batches=2),  # type: ignore[call-arg]  # that is the test
         "there is no knob 'acumulate_grad_batches': did you mean accumulate_grad_batches?",
     ),
     "a peer's knob": (
-        lambda: Trainer(MODEL, sgd(MODEL), max_grad_norm=1.0),
+        lambda: Trainer(MODEL, sgd(MODEL), max_grad_norm=1.0),  # type: ignore[call-arg]  # that is the test
         "there is no knob 'max_grad_norm': use gradient_clip_val",
     ),
     "value out of range": (
@@ -77,7 +77,7 @@ BAD_TRAINERS: dict[str, tuple[Callable[[], object], str]] = {
         "gradient_clip_val must be a number above 0, got -1.0",
     ),
     "an argument of train": (
-        lambda: Trainer(MODEL, sgd(MODEL), metrics=["accuracy"]),
+        lambda: Trainer(MODEL, sgd(MODEL), metrics=["accuracy"]),  # type: ignore[call-arg]  # that is the test
         "metrics belongs to train(): Trainer says how to train, train() what and how long",
     ),
     "config of another kind": (
