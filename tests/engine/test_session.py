@@ -1620,11 +1620,11 @@ async def test_who_drops_a_trainer_has_its_memory_back_at_once(how: str, tmp_pat
         elif how == "train_async":
             await trainer.train_async(*loaders, epochs=2, callbacks=callbacks)
         else:
-            # A thread that is joined: one of a pool may keep what it was given for a moment.
+            # A thread of its own: one of a pool may keep what it was given for a moment.
             train = partial(trainer.train, *loaders, epochs=2, callbacks=callbacks)
             thread = threading.Thread(target=train)
             thread.start()
-            thread.join()
+            await anyio.to_thread.run_sync(thread.join)
             del train
         assert trainer.last_run is not None
         return trainer.last_run, [weakref.ref(trainer.model), weakref.ref(trainer.optimizer)]
