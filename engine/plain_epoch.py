@@ -2,9 +2,9 @@
 
 Beside half a millisecond of torch, the code and the objects of everything else are cold in the processor's
 caches, so a call that costs 0.1 us by itself costs about one; the dozen calls of a step in `loop.py` add 5 % to
-a step of 0.5 ms, this adds 1 to 2 (`benchmarks/step_overhead.py`). It serves where nothing special was asked
-for (`is_plain`), and runs step hooks in the steps that they asked for. A test holds that both ways give the same
-weights, events and random states, bit for bit.
+a step of 0.5 ms, this adds 2 to 3, which `free_gradients` makes up for (`benchmarks/step_overhead.py`). It
+serves where nothing special was asked for (`is_plain`), and runs step hooks in the steps that they asked for. A
+test holds that both ways give the same weights, events and random states, bit for bit.
 """
 
 import math
