@@ -179,6 +179,10 @@ class Resumed(Event, frozen=True, kw_only=True):
     other draws inside loader workers; `approximate`: something could not be put back."""
     reasons: str = ""
     """Why it is not bitwise, in words; several are separated by semicolons."""
+    kept: tuple[str, ...] = ()
+    """What the run keeps from its checkpoint where the script differs: `lr is 0.1, the script has 0.05`."""
+    from_script: tuple[str, ...] = ()
+    """What the run takes from the script where the checkpoint differs or has nothing: `metric f1_score is new`."""
 
 
 class EpochStart(Event, frozen=True, kw_only=True):

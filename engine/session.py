@@ -70,6 +70,7 @@ from offloop.engine.loop import TrainingLoop
 from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
 from offloop.engine.resume import ResumePlan, read_run_json
+from offloop.engine.resume_report import ResumeReport
 from offloop.engine.run import Best, Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
 from offloop.engine.saving import Checkpoints
@@ -272,7 +273,8 @@ class Session:
         assert self.checkpoints is not None
         loaded = self.checkpoints.load(which)
         state: dict[str, Any] = loaded.state  # type: ignore[assignment]  # what capture() returned, from disk
-        reasons = run_state.restore(self.loop, state)
+        report = ResumeReport(str(loaded.info.path))
+        run_state.restore(self.loop, state, report)
         for handlers in self._handlers:
             if handlers.has_state and handlers.name in state["callbacks"]:
                 handlers.callback.load_state_dict(state["callbacks"][handlers.name])
@@ -280,7 +282,7 @@ class Session:
             self.best = Best(**state["best"])
         history = [decode(each.encode()) for each in state["history"]]
         self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
-        self.loop.resumed = run_state.Continuation(str(loaded.info.path), state, reasons)
+        self.loop.resumed = run_state.Continuation(state, report)
         self.checkpoints.parent = loaded.info.name
 
     def save(self, reason: str, future: "Future[CheckpointSaved] | None" = None) -> None:

@@ -20,6 +20,7 @@ from offloop.engine.errors import ConfigError
 from offloop.engine.events import Resumed
 from offloop.engine.loader_position import Exactness, begin_epoch, capture_in_epoch, continue_epoch
 from offloop.engine.random_state import capture_random_state, restore_random_state
+from offloop.engine.resume_report import ResumeReport
 
 if TYPE_CHECKING:
     from offloop.engine.loop import TrainingLoop
@@ -63,11 +64,13 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
     return state
 
 
-def restore(loop: "TrainingLoop", state: Mapping[str, Any]) -> list[str]:
+def restore(loop: "TrainingLoop", state: Mapping[str, Any], report: ResumeReport) -> None:
     """Put a state back, all but callbacks, loader and random states. Training thread, before the first event.
 
-    Returns:
-        What could not be put back exactly, in words.
+    Args:
+        loop: Of the run that goes on.
+        state: What `capture` returned, from disk.
+        report: Is told what could not be put back exactly.
 
     Raises:
         RuntimeError, ValueError: The state is of another model or optimizer; torch's text says what differs.
@@ -97,11 +100,9 @@ def restore(loop: "TrainingLoop", state: Mapping[str, Any]) -> list[str]:
     if loop.train_metrics and "metrics" in state:
         loop.train_metrics.load_state_dict(state["metrics"])
     here = environment(loop)
-    return [
-        f"{name} was {saved}, now it is {here.get(name)}"
-        for name, saved in state["environment"].items()
-        if here.get(name) != saved
-    ]
+    for name, saved in state["environment"].items():
+        if here.get(name) != saved:
+            report.lower("approximate", f"{name} was {saved}, now it is {here.get(name)}")
 
 
 def environment(loop: "TrainingLoop") -> dict[str, Any]:
@@ -166,18 +167,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
 class Continuation:
     """A loaded checkpoint on its way back into a run: what is left to do after `restore`."""
 
-    def __init__(self, path: str, state: Mapping[str, Any], reasons: list[str]) -> None:
+    def __init__(self, state: Mapping[str, Any], report: ResumeReport) -> None:
         """Keep what the loop needs when it comes to its schedules and its loader.
 
         Args:
-            path: Of the checkpoint.
             state: What `capture` returned, from disk.
-            reasons: Why the run is not bitwise already, from `restore`.
+            report: On the checkpoint, with what `restore` has put into it.
         """
-        self.path = path
+        self.path = report.checkpoint
+        self.report = report
         self.taken: float = state["taken"]
         self._state = state
-        self._reasons = reasons
         self.before_epoch: dict[str, Any] | None = state["loader"]["before"]  # None: no loader was asked yet
         self._now: Mapping[str, Any] = state["loader"]["now"]
 
@@ -188,7 +188,7 @@ class Continuation:
         if index < len(saved):
             loop.schedules[index].scheduler.load_state_dict(saved[index])
         else:
-            self._reasons.append(f"schedule {index} is new")
+            self.report.lower("approximate", f"schedule {index} is new")
         for name, optimizer in loop.optimizers.items():
             groups = self._state["optimizers"][name]["param_groups"]
             for group, kept in zip(optimizer.param_groups, groups, strict=True):
@@ -205,8 +205,7 @@ class Continuation:
 
     def finish(self, exactness: Exactness, reason: str, position: dict[str, Any]) -> Resumed:
         """Put the random states back and return what to say. The last thing before training goes on."""
-        missed = restore_random_state(self._state["random"])
-        reasons = [*self._reasons, *missed, *([reason] if reason else [])]
-        if (missed or self._reasons) and exactness == "bitwise":
-            exactness = "approximate"
-        return Resumed(checkpoint=self.path, exactness=exactness, reasons="; ".join(reasons), **position)
+        self.report.lower(exactness, reason)
+        for missed in restore_random_state(self._state["random"]):
+            self.report.lower("approximate", missed)
+        return self.report.event(position)
