@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -46,6 +48,37 @@ class ReduceOnPlateau(ReduceLROnPlateau):
         return bool(super()._is_better(a, best))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
+class FunctionLR(LRScheduler):
+    """A schedule whose rate is a function of how often it has stepped, an absolute rate and no multiplier.
+
+    The function gives the rate of the largest parameter group; the others are scaled alike. The function is not
+    part of the state: a resumed run takes that of its script.
+    """
+
+    def __init__(self, optimizer: Optimizer, function: Callable[[int], float], unit: str) -> None:
+        self.function, self.unit = function, unit
+        rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        largest = max(rates)
+        self.scales = [rate / largest if largest else 1.0 for rate in rates]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of each group. Raises ValueError where the function gives no rate."""
+        lr = self.function(self.last_epoch)
+        is_number = isinstance(lr, numbers.Real) and not isinstance(lr, bool)
+        if not is_number or not 0 <= lr < math.inf:
+            raise ValueError(
+                f"the function given to LearningRateScheduler must return the learning rate, a finite number of at "
+                f"least 0; for {self.unit} {self.last_epoch} it returned {lr!r}"
+            )
+        return [float(lr) * scale for scale in self.scales]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but optimizer and function."""
+        state: dict[str, Any] = super().state_dict()
+        return {name: value for name, value in state.items() if name != "function"}
+
+
 SCHEDULES: Final = {
     "reduce_on_plateau": _Named(ReduceOnPlateau, "epoch", None),
     "cosine": _Named(CosineAnnealingLR, "step", "T_max"),
@@ -67,11 +100,12 @@ WARMUP_START: Final = 0.01
 class LearningRateScheduler(Callback):
     """Attaches a torch schedule to the run's optimizer. It steps in the training thread, inside the loop.
 
-    By name, by class, or as an instance:
+    By name, by class, as an instance, or as a function that returns the rate:
 
         LearningRateScheduler("cosine", warmup=500)
         LearningRateScheduler("reduce_on_plateau", monitor="val_loss", factor=0.1, patience=5)
         LearningRateScheduler(torch.optim.lr_scheduler.MultiStepLR, milestones=[30, 80])
+        LearningRateScheduler(lambda step: 1e-3 * min(1.0, (step + 1) / 500))
 
     Named schedules that need the length of the run (`cosine`, `one_cycle`, `linear`, `polynomial`) read it
     from the run's limits. A plateau looks at the end of epochs and keeps torch's own rule: it fires when more
@@ -82,7 +116,7 @@ class LearningRateScheduler(Callback):
 
     def __init__(
         self,
-        scheduler: str | type[LRScheduler] | LRScheduler = "cosine",
+        scheduler: str | type[LRScheduler] | LRScheduler | Callable[[int], float] = "cosine",
         *,
         interval: Interval | None = None,
         monitor: str | None = None,
@@ -94,9 +128,11 @@ class LearningRateScheduler(Callback):
         """Choose a schedule.
 
         Args:
-            scheduler: A name, a class, or an instance made for the run's optimizer.
+            scheduler: A name, a class, an instance made for the run's optimizer, or a function of the number of
+                steps done, from 0, that returns the learning rate (with `interval="epoch"`: of epochs done). Where
+                there are several parameter groups it gives the largest rate, and the others are scaled alike.
             interval: Step after each `"epoch"` or each optimizer `"step"`; the names have their own default,
-                a class or an instance steps each epoch.
+                a class or an instance steps each epoch, a function each step.
             monitor: For a plateau: the metric it watches; None for the run's, which is `val_loss`, or `train_loss`
                 in a run without a validation, unless the trainer says otherwise.
             mode: For a plateau: whether less or more of it is better. An instance has its own.
@@ -130,10 +166,19 @@ class LearningRateScheduler(Callback):
             make = scheduler
         elif isinstance(scheduler, LRScheduler):
             make = type(scheduler)
+        elif callable(scheduler) and not isinstance(scheduler, type):
+            if warmup:
+                raise ConfigError(
+                    "warmup is for torch's schedules: let the function itself rise from a low rate"
+                )
+            if arguments:
+                raise ConfigError(f"a function takes no arguments, got {', '.join(arguments)}")
+            make, self.interval = FunctionLR, interval or "step"
+            self.arguments |= {"function": scheduler, "unit": self.interval}
         else:
             raise ConfigError(
-                f"scheduler must be a name, a torch scheduler class or an instance, got {scheduler!r}; a function "
-                "of the epoch: LearningRateScheduler(torch.optim.lr_scheduler.LambdaLR, lr_lambda=...)"
+                "scheduler must be a name, a torch scheduler class, an instance, or a function that returns the "
+                f"learning rate of a step; got {scheduler!r}"
             )
         self._make: Callable[..., LRScheduler] = make
         self._length_argument = named.length if named else None

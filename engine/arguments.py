@@ -16,7 +16,7 @@ from offloop.engine.config import RemoteDirectory, TrainerConfig
 from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError, EmptyLoaderError
 from offloop.engine.events import known_events
-from offloop.engine.metric_names import MetricSpec, chosen_metrics, metric_direction
+from offloop.engine.metric_names import RunMetrics, chosen_metrics, metric_direction, metrics_for
 from offloop.engine.spelling import HANDLERS, UNCALLED
 
 
@@ -128,7 +128,7 @@ def check_loader(loader: Any, name: str) -> None:
         raise EmptyLoaderError(f"{name} is empty: it has no batch")
 
 
-def chosen_monitor(config: TrainerConfig, metrics: MetricSpec, val_loader: object) -> str:
+def chosen_monitor(config: TrainerConfig, metrics: RunMetrics, val_loader: object) -> str:
     """Return the key that says what is best; whether less or more of it is better must be known."""
     monitor = config.monitor or ("train_loss" if val_loader is None else "val_loss")
     if monitor.startswith("val_") and val_loader is None:
@@ -143,10 +143,11 @@ def chosen_monitor(config: TrainerConfig, metrics: MetricSpec, val_loader: objec
     return monitor
 
 
-def _known_keys(metrics: MetricSpec, val_loader: object) -> str:
-    names = ("loss", *chosen_metrics(metrics))
-    prefixes = ("train_",) if val_loader is None else ("train_", "val_")
-    return ", ".join(prefix + name for prefix in prefixes for name in names)
+def _known_keys(metrics: RunMetrics, val_loader: object) -> str:
+    keys = [f"train_{name}" for name in ("loss", *chosen_metrics(metrics_for("train", metrics)))]
+    if val_loader is not None:
+        keys += [f"val_{name}" for name in ("loss", *chosen_metrics(metrics_for("val", metrics)))]
+    return ", ".join(keys)
 
 
 def check_optimizers(

@@ -113,6 +113,7 @@ class _Decides:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _InStep:
     every_n_steps: int | str
+    phase: int
 
 
 @overload
@@ -156,10 +157,12 @@ def in_step(hook: F, /) -> F: ...
 
 
 @overload
-def in_step(*, every_n_steps: int | str = 1) -> Callable[[F], F]: ...
+def in_step(*, every_n_steps: int | str = 1, phase: int = 0) -> Callable[[F], F]: ...
 
 
-def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Callable[[F], F]:
+def in_step(
+    hook: F | None = None, /, *, every_n_steps: int | str = 1, phase: int = 0
+) -> F | Callable[[F], F]:
     """Make a plain method a step hook: `@in_step` or `@in_step(every_n_steps=50)`.
 
     It runs in the training thread and is named after its point: `before_batch`, `before_forward`,
@@ -173,11 +176,21 @@ def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Ca
         every_n_steps: Runs only in steps number n, 2 n, 3 n, ...; the others pay nothing for it.
             Points outside of steps run each time. The name of an attribute of the callback gives each instance
             a cadence of its own, None for no such hook: it is read when a run is set up.
+        phase: Moves those steps: number phase, phase + n, phase + 2 n, ... From 0 to n - 1; 1 includes the
+            first step of the run. A loop that counts from 0 and tests `i % n == 0` has phase 1.
+
+    Raises:
+        TypeError: This is no plain method, or it is not named after a point.
+        ValueError: A number is out of range.
     """
     if hook is not None and not callable(hook):
         raise TypeError(f"write @in_step(every_n_steps=...) above a method, got in_step({hook!r})")
     if not isinstance(every_n_steps, str) and every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+    if isinstance(phase, bool) or not isinstance(phase, int) or phase < 0:
+        raise ValueError(f"phase must be a whole number of steps, at least 0, got {phase!r}")
+    if isinstance(every_n_steps, int) and phase >= every_n_steps:
+        raise ValueError(f"phase must be below every_n_steps={every_n_steps}, got {phase}")
 
     def mark(hook: F) -> F:
         if inspect.iscoroutinefunction(hook):
@@ -187,7 +200,7 @@ def in_step(hook: F | None = None, /, *, every_n_steps: int | str = 1) -> F | Ca
             )
         if hook.__name__ not in POINTS:
             raise TypeError(f"a step hook is named after its point: {', '.join(POINTS)}; got {hook.__name__}")
-        hook.__offloop_in_step__ = _InStep(every_n_steps)  # type: ignore[attr-defined]  # a mark on a function
+        hook.__offloop_in_step__ = _InStep(every_n_steps, phase)  # type: ignore[attr-defined]  # a mark on a function
         return hook
 
     return mark if hook is None else mark(hook)
@@ -211,6 +224,8 @@ class StepHook:
     point: str
     method: Callable[[Any], None]
     every_n_steps: int
+    phase: int
+    """Remainder, modulo `every_n_steps`, of the numbers of the steps in which it runs."""
     on_error: OnError
 
 
@@ -295,7 +310,12 @@ class Handlers:
             on_error = self.callback.on_error or "raise"
             every = self._cadence(attribute, in_step_mark.every_n_steps)
             if every is not None:
-                self.hooks.append(StepHook(self.name, attribute, method, every, on_error))
+                phase = in_step_mark.phase
+                if phase >= every:
+                    raise ConfigError(
+                        f"{self.name}.{attribute} has phase={phase}, which must be below every_n_steps={every}"
+                    )
+                self.hooks.append(StepHook(self.name, attribute, method, every, phase, on_error))
         elif decides_mark is not None:
             self._check_boundary(attribute)
             self._expect_arguments(attribute, method, 2, "event, run")

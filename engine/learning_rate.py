@@ -90,7 +90,7 @@ def _scale_schedule(scheduler: Any, groups: range | list[int], factor: float) ->
     if isinstance(scheduler, SequentialLR) or hasattr(scheduler, "_schedulers"):
         for inner in scheduler._schedulers:
             _scale_schedule(inner, groups, factor)
-    for name in ("base_lrs", "max_lrs", "min_lrs", "_last_lr"):
+    for name in ("base_lrs", "max_lrs", "min_lrs", "_last_lr", "scales"):
         rates = getattr(scheduler, name, None)
         if isinstance(rates, list):
             setattr(

@@ -7,13 +7,18 @@ import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, cast
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 MetricSpec: TypeAlias = "Sequence[str | Metric] | Mapping[str, Metric]"
-"""What `metrics=` takes: names and instances, or a mapping that names the instances."""
+"""Metrics of one data set: names and instances, or a mapping that names the instances."""
+
+RunMetrics: TypeAlias = "MetricSpec | Mapping[str, MetricSpec]"
+"""What `train(metrics=)` takes: metrics of both data sets, or a mapping `{"train": [...], "val": [...]}`."""
+
+_DATA_SETS: Final = ("train", "val")
 
 ONE_NUMBER: Final = 'use average="macro" or torchmetrics.ClasswiseWrapper, which gives each class a key'
 
@@ -38,6 +43,32 @@ NAMES: Final = {
 ALIASES: Final = {alias: name for name, known in NAMES.items() for alias in (name, *known.aliases.split())}
 
 
+def metrics_for(data_set: Literal["train", "val"], metrics: RunMetrics) -> MetricSpec:
+    """Return the metrics of one data set, from what `train(metrics=)` got. Raises as `check_metrics`.
+
+    A mapping is by data set if one of its values is a list or a mapping: a metric is neither.
+    """
+    if not isinstance(metrics, Mapping):
+        return metrics
+    by_data_set = [
+        key
+        for key, each in metrics.items()
+        if isinstance(each, Sequence | Mapping) and not isinstance(each, str)
+    ]
+    if not by_data_set:
+        return cast("Mapping[str, Metric]", metrics)
+    for key, each in metrics.items():
+        if key not in _DATA_SETS:
+            raise ValueError(
+                f'metrics has a list under {by_data_set[0]!r}, so its keys are "train" and "val"; got {key!r}'
+            )
+        if key not in by_data_set:
+            raise TypeError(
+                f"metrics[{key!r}] must be a list of names and torchmetrics.Metrics, got {each!r}"
+            )
+    return cast("Mapping[str, MetricSpec]", metrics).get(data_set, ())
+
+
 def check_metrics(metrics: MetricSpec) -> None:
     """Raise where `metrics` cannot be used, before a run starts. Touches no device.
 
@@ -47,14 +78,14 @@ def check_metrics(metrics: MetricSpec) -> None:
     chosen_metrics(metrics)
 
 
-def metric_direction(key: str, metrics: MetricSpec = ()) -> Literal["min", "max"] | None:
+def metric_direction(key: str, metrics: RunMetrics = ()) -> Literal["min", "max"] | None:
     """Say whether a metric should become small or large; None where that cannot be known.
 
     A metric object's own `higher_is_better` counts first, then the table of names, then the last word of
     the key that says something: `val_dice_loss` -> min. `metrics` are the run's, as `train` gets them.
     """
     name = re.sub("^(train|val)_", "", key)
-    own = chosen_metrics(metrics).get(name)
+    own = chosen_metrics(metrics_for("train" if key.startswith("train_") else "val", metrics)).get(name)
     if own is not None and own.higher_is_better is not None:
         return "max" if own.higher_is_better else "min"
     for word in (name.lower(), *reversed(re.split(r"[^a-z0-9]+", name.lower()))):

@@ -108,7 +108,8 @@ class StepHooks:
     def _keep(self, hooks: Sequence[StepHook]) -> None:
         self._hooks = hooks
         self._in_steps = [hook for hook in hooks if hook.point in STEP_POINTS]
-        self._pace = math.gcd(*(hook.every_n_steps for hook in self._in_steps))  # no step between has one
+        # Steps whose number it does not divide have no hook.
+        self._pace = math.gcd(*(n for hook in self._in_steps for n in (hook.every_n_steps, hook.phase)))
 
     @property
     def any(self) -> bool:
@@ -119,7 +120,7 @@ class StepHooks:
         """Choose the hooks that asked for step `number`, counted from 1; True if there are any."""
         due: list[StepHook] = []
         if self._pace and number % self._pace == 0:
-            due = [hook for hook in self._in_steps if number % hook.every_n_steps == 0]
+            due = [hook for hook in self._in_steps if number % hook.every_n_steps == hook.phase]
         if due != self._due:
             self._due, self.active = due, {}
             for hook in due:

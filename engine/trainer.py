@@ -54,7 +54,7 @@ from offloop.engine.fetch import fetch_run
 from offloop.engine.freezing import check_freeze, select_parameters
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
-from offloop.engine.metric_names import MetricSpec, check_metrics, metric_direction
+from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metric_direction, metrics_for
 from offloop.engine.metrics import MetricSet
 from offloop.engine.observer import Worker
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
@@ -346,7 +346,7 @@ class BaseTrainer:
         epochs: int | None = None,
         max_steps: int | None = None,
         max_time: float | None = None,
-        metrics: MetricSpec = (),
+        metrics: RunMetrics = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
         init_from: Source | None = None,
@@ -364,7 +364,8 @@ class BaseTrainer:
             epochs: Limit: epochs in total. The first limit reached ends the run.
             max_steps: Limit: optimizer steps.
             max_time: Limit: seconds of training, pauses not counted.
-            metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances, for training and validation.
+            metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances, for training and validation; or
+                `{"train": [...], "val": [...]}` to choose for each.
             callbacks: More of them, after the trainer's.
             resume: Continue a run: `"auto"` (if there is one), `"must"`, `"last"`, `"best"`, a tag, a step, or
                 a path to a checkpoint or a run. None or `"never"`: a new run.
@@ -405,7 +406,7 @@ class BaseTrainer:
         epochs: int | None = None,
         max_steps: int | None = None,
         max_time: float | None = None,
-        metrics: MetricSpec = (),
+        metrics: RunMetrics = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
         init_from: Source | None = None,
@@ -456,7 +457,7 @@ class BaseTrainer:
         epochs: int | None = None,
         max_steps: int | None = None,
         max_time: float | None = None,
-        metrics: MetricSpec = (),
+        metrics: RunMetrics = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
         init_from: Source | None = None,
@@ -486,16 +487,23 @@ class BaseTrainer:
         return AsyncBlock(block, "async with trainer.start(...) as run:")
 
     @explains_arguments()
-    def evaluate(self, loader: Iterable[Batch], *, metrics: MetricSpec = ()) -> Metrics:
+    def evaluate(self, loader: Iterable[Batch], *, metrics: MetricSpec = (), prefix: str = "val_") -> Metrics:
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.
 
+        Args:
+            loader: Its batches.
+            metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances.
+            prefix: Comes before each key: `"test_"` gives `test_loss`, `test_accuracy`.
+
         Raises:
-            TrainerBusyError: A run is going on; `run.validate()` is its way.
+            TrainerBusyError: A run is going on; use `run.validate()` then.
         """
-        return self._evaluate(loader, metrics)
+        return self._evaluate(loader, metrics, prefix)
 
     @explains_arguments()
-    async def evaluate_async(self, loader: Iterable[Batch], *, metrics: MetricSpec = ()) -> Metrics:
+    async def evaluate_async(
+        self, loader: Iterable[Batch], *, metrics: MetricSpec = (), prefix: str = "val_"
+    ) -> Metrics:
         """Like `evaluate`, in a thread beside this event loop. Cancellation: the thread ends by itself."""
         device_context = default_device()
 
@@ -503,7 +511,7 @@ class BaseTrainer:
             with device_context:
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
-                return self._evaluate(loader, metrics)
+                return self._evaluate(loader, metrics, prefix)
 
         worker = Worker("offloop-evaluate")
         try:
@@ -701,7 +709,7 @@ class BaseTrainer:
         epochs: int | None,
         max_steps: int | None,
         max_time: float | None,
-        metrics: MetricSpec,
+        metrics: RunMetrics,
         callbacks: Sequence[Callback],
         resume: Resume,
         init: tuple[Source | None, bool],
@@ -720,7 +728,8 @@ class BaseTrainer:
         if val_loader is not None:
             check_loader(val_loader, "val_loader")
             limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
-        check_metrics(metrics)
+        for data_set in ("train", "val"):
+            check_metrics(metrics_for(data_set, metrics))
         self._check_model()
         self._check_optimization()
         given = [*self.callbacks, *check_callbacks(callbacks)]
@@ -848,7 +857,7 @@ class BaseTrainer:
         limits: _Limits,
         train_loader: Iterable[Batch],
         val_loader: Iterable[Batch] | None,
-        metrics: MetricSpec,
+        metrics: RunMetrics,
         handlers: Sequence[Any],
     ) -> TrainingLoop:
         loop = TrainingLoop(
@@ -860,8 +869,8 @@ class BaseTrainer:
             schedules=self._schedules(),
             train_loader=train_loader,
             val_loader=val_loader,
-            train_metrics=MetricSet(metrics, prefix="train_", device=self.device) if metrics else None,
-            val_metrics=MetricSet(metrics, prefix="val_", device=self.device) if metrics else None,
+            train_metrics=self._metric_set("train", metrics),
+            val_metrics=self._metric_set("val", metrics),
             monitor=session.monitor,
             publish=session.emit,
             publish_step=session.bus.publish_unchecked,
@@ -880,6 +889,10 @@ class BaseTrainer:
             scaler.load_state_dict(self._mixed.scaler.state_dict())  # it goes on, as model and optimizer do
             loop.reporter.loss_scale = scaler.get_scale()
         return loop
+
+    def _metric_set(self, data_set: Literal["train", "val"], metrics: RunMetrics) -> MetricSet | None:
+        chosen = metrics_for(data_set, metrics)
+        return MetricSet(chosen, prefix=f"{data_set}_", device=self.device) if chosen else None
 
     def _schedules(self) -> list[Schedule]:
         if self.scheduler is None:
@@ -904,8 +917,10 @@ class BaseTrainer:
             self.model.compile(**options)
             self._is_compiled = True
 
-    def _evaluate(self, loader: Iterable[Batch], metrics: MetricSpec) -> Metrics:
+    def _evaluate(self, loader: Iterable[Batch], metrics: MetricSpec, prefix: str) -> Metrics:
         check_loader(loader, "loader")
+        if not isinstance(prefix, str):
+            raise TypeError(f'prefix must be a text like "test_", got {prefix!r}')
         check_metrics(metrics)
         with self._occupied("evaluating", beside_a_run="await run.validate() asks it to validate"):
             val_metrics = MetricSet(metrics, prefix="val_", device=self.device) if metrics else None
@@ -913,7 +928,9 @@ class BaseTrainer:
             try:
                 self._prepare_model()
                 made = loop.validate()
-                return Metrics(made or {})
+                return Metrics(
+                    {prefix + key.removeprefix("val_"): value for key, value in (made or {}).items()}
+                )
             finally:
                 self._loop = None
 

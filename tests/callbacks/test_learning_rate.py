@@ -1,6 +1,7 @@
 """callbacks/learning_rate.py: the same rates, bit for bit, as torch's schedulers stepped by hand."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,44 @@ def test_class_with_arguments() -> None:
     recorder = train(LearningRateScheduler(MultiStepLR, milestones=[1, 3], gamma=0.1))
     expected = [LR, LR * 0.1, LR * 0.1, LR * 0.1 * 0.1]
     assert rates_of(recorder)[::BATCHES] == pytest.approx(expected)
+
+
+def test_a_function_gives_the_rate_of_each_step() -> None:
+    def rate(step: int) -> float:
+        return 0.1 / (step + 1)
+
+    assert rates_of(train(LearningRateScheduler(rate))) == [0.1 / (step + 1) for step in range(STEPS)]
+
+
+def test_a_function_of_the_epoch() -> None:
+    rates = rates_of(train(LearningRateScheduler(lambda epoch: 0.5**epoch, interval="epoch")))
+    assert rates == [0.5**epoch for epoch in range(EPOCHS) for _ in range(BATCHES)]
+
+
+def test_a_function_gives_the_largest_groups_rate_and_the_others_keep_their_share() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3))
+    groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1].parameters(), "lr": 0.1}]
+    trainer = Trainer(model, torch.optim.SGD(groups), loss=torch.nn.functional.cross_entropy)
+    trainer.train(tiny_batches(2), max_steps=2, callbacks=[LearningRateScheduler(lambda step: 4.0)])
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [pytest.approx(0.4), 4.0]
+
+
+def test_a_rate_set_by_hand_scales_what_a_function_gives() -> None:
+    class Halve(Callback):
+        @decides
+        def on_epoch_start(self, event: EpochStart, run: Run) -> None:
+            if event.epoch == 1:
+                run.set_lr_nowait(0.5)
+
+    rates = rates_of(train(LearningRateScheduler(lambda step: 1.0), Halve()))
+    assert rates == [1.0] * BATCHES + [0.5] * (STEPS - BATCHES)
+
+
+@pytest.mark.parametrize("bad", [None, True, "0.1", -1.0, float("nan"), float("inf")])
+def test_a_function_that_returns_no_rate_ends_the_run_and_says_for_which_step(bad: Any) -> None:
+    schedule = LearningRateScheduler(lambda step: 0.1 if step < 2 else bad)
+    with pytest.raises(ValueError, match=re.escape(f"for step 2 it returned {bad!r}")):
+        train(schedule)
 
 
 def test_instance() -> None:
@@ -368,7 +407,8 @@ def test_plateau_of_a_metric_without_a_direction_asks_for_it() -> None:
             ("cosine", {"warmup_steps": 5}),
             "LearningRateScheduler itself takes interval, monitor, mode, warmup and",
         ),
-        ((lambda epoch: 0.1,), "a function of the epoch: LearningRateScheduler.*LambdaLR, lr_lambda="),
+        ((lambda step: 0.1, {"warmup": 5}), "let the function itself rise"),
+        ((lambda step: 0.1, {"gamma": 5}), "a function takes no arguments, got gamma"),
         (("cosine", {"eta_mni": 0.0}), "CosineAnnealingLR takes no 'eta_mni'; legal are T_max, eta_min"),
         (
             ("reduce_on_plateau", {"paitence": 3}),
@@ -382,8 +422,8 @@ def test_plateau_of_a_metric_without_a_direction_asks_for_it() -> None:
         (("cosine", {"warmup": 1.5}), "warmup must be a whole number of steps"),
         (("cosine", {"monitor": "val_loss"}), "is for reduce_on_plateau"),
         (("reduce_on_plateau", {"monitor": "loss"}), "monitor must begin with train_ or val_"),
-        ((3,), "scheduler must be a name, a torch scheduler class or an instance, got 3"),
-        ((torch.nn.Linear,), "scheduler must be a name, a torch scheduler class or an instance"),
+        ((3,), "scheduler must be a name, a torch scheduler class, an instance, or a function .*; got 3"),
+        ((torch.nn.Linear,), "scheduler must be a name, a torch scheduler class, an instance, or a function"),
     ],
 )
 def test_wrong_argument_is_refused_at_once(arguments: Any, text: str) -> None:
@@ -424,15 +464,23 @@ def test_resumed_run_has_the_same_rates(tmp_path: Path, name: str, warmup: int, 
     arguments, _ = (BY_STEP | BY_EPOCH | {"reduce_on_plateau": ({"patience": 0, "threshold": 9.0}, None)})[
         name
     ]
+    check_resumed_rates(tmp_path, step, lambda: LearningRateScheduler(name, warmup=warmup, **arguments))
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_resumed_run_has_the_rates_of_its_function(tmp_path: Path, interval: Any) -> None:
+    check_resumed_rates(tmp_path, 5, lambda: LearningRateScheduler(lambda n: 1 / (n + 1), interval=interval))
+
+
+def check_resumed_rates(tmp_path: Path, step: int, make: Callable[[], LearningRateScheduler]) -> None:
 
     def run(run_name: str, *more: Callback, resume: Any = None) -> list[float]:
         recorder = Recorder()
-        scheduler = LearningRateScheduler(name, warmup=warmup, **arguments)
         config = TrainerConfig(run_dir=str(tmp_path), run_name=run_name)
         tiny_trainer(lr=LR, config=config).train(
             tiny_batches(BATCHES),
             epochs=EPOCHS,
-            callbacks=[recorder, scheduler, ModelCheckpoint(save_best_only=True), *more],
+            callbacks=[recorder, make(), ModelCheckpoint(save_best_only=True), *more],
             resume=resume,
         )
         return rates_of(recorder)

@@ -23,7 +23,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import MeanSquaredError, R2Score
 
-from offloop.engine.metric_names import MetricSpec, check_metrics, metric_direction
+from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metric_direction, metrics_for
 from offloop.engine.metrics import MetricSet
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -376,6 +376,30 @@ def test_unusable_metrics_are_refused_before_the_run(
 ) -> None:
     with pytest.raises(error, match=words):
         check_metrics(metrics)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "words"),
+    [
+        ({"train": ["acc"], "valid": ["acc"]}, ValueError, 'its keys are "train" and "val"; got \'valid\''),
+        ({"val": ["acc"], "train": "acc"}, TypeError, r"metrics\['train'\] must be a list"),
+        ({"val": ["acc"], "train": MeanSquaredError()}, TypeError, r"metrics\['train'\] must be a list"),
+    ],
+)
+def test_metrics_by_data_set_are_checked(metrics: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        metrics_for("val", metrics)
+
+
+def test_each_data_set_may_have_metrics_of_its_own() -> None:
+    error = MeanSquaredError()
+    named: MetricSpec = {"train": error}
+    metrics: RunMetrics = {"train": ["acc"], "val": named}
+    assert metrics_for("train", metrics) == ["acc"]
+    assert metrics_for("val", metrics) == named
+    assert metrics_for("train", {"val": ["acc"]}) == ()
+    assert metrics_for("val", named) == named  # one metric, which is called train
+    assert metric_direction("val_train", metrics) == "min"
 
 
 def test_direction_by_name() -> None:

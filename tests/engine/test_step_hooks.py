@@ -14,6 +14,7 @@ from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
     Callback,
     CallbackFailed,
+    ConfigError,
     EpochEnd,
     Event,
     EventError,
@@ -134,6 +135,39 @@ def test_a_hook_runs_only_in_the_steps_that_it_asked_for() -> None:
         *(("before_batch", 1, 5), ("after_step", 1, 6)),
         ("after_validation", 1, 8),
     ]
+
+
+def test_a_phase_moves_the_steps_of_a_hook() -> None:
+    class Phases(Points):
+        @in_step(every_n_steps=4, phase=1)
+        def before_forward(self, point: StepPoint) -> None:
+            self.note(point)
+
+        @in_step(every_n_steps=6)
+        def after_step(self, point: StepPoint) -> None:
+            self.note(point)
+
+    hooks = Phases()
+    tiny_trainer(callbacks=[hooks]).train(BATCHES, max_steps=13)
+    numbers = [step if name == "after_step" else step + 1 for name, _, step in hooks.seen]
+    assert numbers == [1, 5, 6, 9, 12, 13]
+
+
+@pytest.mark.parametrize("phase", [-1, 4, 1.0, True])
+def test_a_phase_outside_of_its_cadence_is_refused(phase: Any) -> None:
+    with pytest.raises(ValueError, match="phase must be"):
+        in_step(every_n_steps=4, phase=phase)
+
+
+def test_a_phase_outside_of_a_cadence_that_the_instance_names_is_refused_before_the_run() -> None:
+    class Named(Callback):
+        every = 2
+
+        @in_step(every_n_steps="every", phase=2)
+        def after_step(self, point: StepPoint) -> None: ...
+
+    with pytest.raises(ConfigError, match="after_step has phase=2, which must be below every_n_steps=2"):
+        tiny_trainer(callbacks=[Named()])
 
 
 def test_hooks_run_in_declared_order() -> None:

@@ -618,6 +618,24 @@ def test_evaluate_gives_what_a_validation_would_and_changes_nothing() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_evaluate_names_its_metrics_as_it_is_asked_to() -> None:
+    trainer = tiny_trainer()
+    made = trainer.evaluate(LOADER, metrics=["accuracy"], prefix="test_")
+    usual = trainer.evaluate(LOADER, metrics=["accuracy"])
+    assert made == {"test_loss": usual["val_loss"], "test_accuracy": usual["val_accuracy"]}
+    with pytest.raises(TypeError, match='prefix must be a text like "test_", got None'):
+        trainer.evaluate(LOADER, prefix=None)  # type: ignore[arg-type]
+
+
+def test_metrics_may_differ_between_training_and_validation() -> None:
+    trainer = tiny_trainer()
+    result = trainer.train(LOADER, LOADER, epochs=1, metrics={"train": ["accuracy"], "val": ["f1_score"]})
+    assert set(result.metrics) == {"train_loss", "train_accuracy", "lr", "val_loss", "val_f1_score"}
+    with pytest.raises(ConfigError, match="train_loss, train_accuracy, val_loss, val_f1_score will be made"):
+        trainer = tiny_trainer(monitor="val_blub")
+        trainer.train(LOADER, LOADER, epochs=1, metrics={"train": ["accuracy"], "val": ["f1_score"]})
+
+
 @pytest.mark.anyio
 async def test_evaluate_async_gives_the_same_beside_the_event_loop() -> None:
     began, seen = threading.Event(), threading.Event()
