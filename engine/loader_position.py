@@ -19,15 +19,14 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from offloop.engine.exactness import Doubt, approximate, equivalent
 from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.seeded_sampling import SeededDataset
-
-Exactness = Literal["bitwise", "equivalent", "approximate"]
 
 _IN_WORKERS = 'what data sets draw inside worker processes is drawn anew: sampling="seeded" makes it exact'
 _STATE_IN_WORKERS = (
@@ -71,7 +70,7 @@ def capture_in_epoch(loader: Iterable[Any]) -> dict[str, Any]:
     return state
 
 
-def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any]) -> tuple[Exactness, str]:
+def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any]) -> list[Doubt]:
     """Put back what the next epoch of a loader begins with, for a checkpoint taken between two epochs.
 
     Args:
@@ -80,7 +79,7 @@ def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any]) -> tuple[Exactnes
     """
     if "loader" in now and _restores_itself(loader):
         loader.load_state_dict(now["loader"])  # type: ignore[attr-defined]  # it has one
-        return "equivalent", _by_itself(loader)
+        return [equivalent(_by_itself(loader))]
     if now["has_workers"] and isinstance(loader, DataLoader) and loader.persistent_workers:
         _start_workers(loader)
     _set_generators(loader, now)
@@ -90,8 +89,8 @@ def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any]) -> tuple[Exactnes
 
 def continue_epoch(
     loader: Iterable[Any], done: int, before: Mapping[str, Any], now: Mapping[str, Any]
-) -> tuple[Iterator[Any], Exactness, str]:
-    """Return an iterator over the rest of an epoch, and how exact it is.
+) -> tuple[Iterator[Any], list[Doubt]]:
+    """Return an iterator over the rest of an epoch, and what is not known to be exact about it.
 
     The caller restores the global random states afterwards.
 
@@ -107,8 +106,8 @@ def continue_epoch(
         loader.load_state_dict(now["loader"])  # type: ignore[attr-defined]  # it has one
         iterator = iter(loader)
         _set_generators(loader, now)
-        return iterator, *_of_stateful_loader(loader)
-    exactness, reason = _set_dataset(loader, now)
+        return iterator, _of_stateful_loader(loader)
+    doubts = _set_dataset(loader, now)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         if loader.num_workers == 0:
             _set_samplers(loader, before)
@@ -116,24 +115,20 @@ def continue_epoch(
         else:
             rest = _skipping_with_workers(loader, done, before)
         _set_generators(loader, now)
-        if (
-            loader.num_workers > 0
-            and exactness == "bitwise"
-            and not isinstance(loader.dataset, SeededDataset)
-        ):
-            return rest, "equivalent", _IN_WORKERS
-        return rest, exactness, reason
+        if loader.num_workers > 0 and not doubts and not isinstance(loader.dataset, SeededDataset):
+            doubts = [equivalent(_IN_WORKERS)]
+        return rest, doubts
     if isinstance(loader, list | tuple):
-        return iter(loader[done:]), "bitwise", ""
+        return iter(loader[done:]), []
     iterator = iter(loader)
     if "dataset" in now and _stateful(loader, "dataset"):
         _set_generators(loader, now)
-        return iterator, exactness, reason  # it goes on where it was
+        return iterator, doubts  # it goes on where it was
     for _ in range(done):  # there is no other way into the middle of it
         next(iterator, None)
     _set_generators(loader, now)
     name = type(loader).__name__
-    return iterator, "approximate", f"{done} batches of {name} were read again to skip them"
+    return iterator, [approximate(f"{done} batches of {name} were read again to skip them")]
 
 
 def _skipping(loader: "DataLoader[Any]", done: int) -> Iterator[Any]:
@@ -236,19 +231,18 @@ def _set_samplers(loader: Any, state: Mapping[str, Any]) -> None:
             sampler.load_state_dict(saved)
 
 
-def _set_dataset(loader: Any, now: Mapping[str, Any]) -> tuple[Exactness, str]:
+def _set_dataset(loader: Any, now: Mapping[str, Any]) -> list[Doubt]:
     """Put back the state of a data set that has one, where there is a way to it."""
     for dataset in _stateful(loader, "dataset").values():
         if "dataset" not in now:
-            return "approximate", _STATE_IN_WORKERS
+            return [approximate(_STATE_IN_WORKERS)]
         dataset.load_state_dict(now["dataset"])
     unseen = _unseen_generators(loader)
     if unseen:
-        return (
-            "approximate",
-            f"{', '.join(unseen)}: nobody saved it, draw from a global one or give state_dict",
-        )
-    return "bitwise", ""
+        return [
+            approximate(f"{', '.join(unseen)}: nobody saved it, draw from a global one or give state_dict")
+        ]
+    return []
 
 
 def _unseen_generators(loader: Any) -> list[str]:
@@ -284,12 +278,12 @@ def _restores_itself(loader: Any) -> bool:
     return loader.num_workers > 0 and _is_stateful(loader.dataset)
 
 
-def _of_stateful_loader(loader: Any) -> tuple[Exactness, str]:
+def _of_stateful_loader(loader: Any) -> list[Doubt]:
     if not isinstance(loader, DataLoader):
-        return "equivalent", _by_itself(loader)
+        return [equivalent(_by_itself(loader))]
     if not _is_stateful(loader.dataset):
-        return "approximate", f"{type(loader).__name__} found its place in a data set that has no state_dict"
-    return ("bitwise", "") if loader.num_workers == 0 else ("equivalent", _by_itself(loader))
+        return [approximate(f"{type(loader).__name__} found its place in a data set that has no state_dict")]
+    return [] if loader.num_workers == 0 else [equivalent(_by_itself(loader))]
 
 
 def _by_itself(loader: Any) -> str:

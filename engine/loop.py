@@ -41,9 +41,10 @@ from offloop.engine.events import (
     ValidationEnd,
     ValidationStart,
 )
+from offloop.engine.exactness import Doubt
 from offloop.engine.freezing import Frozen
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr
-from offloop.engine.loader_position import Exactness, capture_before_epoch, rewind_epoch
+from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
 from offloop.engine.seeded_sampling import SeededSampling
@@ -89,11 +90,11 @@ class ResumedState(Protocol):
     before_epoch: dict[str, Any] | None
 
     def restore_schedule(self, loop: "TrainingLoop", /) -> None: ...
-    def begin_epoch(self, loader: Iterable[Batch], /) -> tuple[Exactness, str]: ...
+    def begin_epoch(self, loader: Iterable[Batch], /) -> list[Doubt]: ...
     def continue_epoch(
         self, loader: Iterable[Batch], done: int, /
-    ) -> tuple[Iterator[Batch], Exactness, str]: ...
-    def finish(self, exactness: Exactness, reason: str, position: dict[str, Any], /) -> Event: ...
+    ) -> tuple[Iterator[Batch], list[Doubt]]: ...
+    def finish(self, doubts: Iterable[Doubt], position: dict[str, Any], /) -> Event: ...
 
 
 KEPT_AT_THE_END: Final = {
@@ -243,7 +244,7 @@ class TrainingLoop:
         for schedule in self.schedules:
             check_length(schedule, self.times_to_step(schedule, start.steps_per_epoch))
         if self.resumed is not None and (self.phase != "in_epoch" or self.resumed.before_epoch is None):
-            self.finish_resuming(*self.resumed.begin_epoch(self.seeded(self.train_loader)))
+            self.finish_resuming(self.resumed.begin_epoch(self.seeded(self.train_loader)))
         epochs = self.limits.epochs
         try:
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
@@ -431,9 +432,9 @@ class TrainingLoop:
         loader = self.loader_in_use = self.seeded(loader)
         if self.resumed is not None:
             with self.workers_spared(loader):
-                iterator, exactness, reason = self.resumed.continue_epoch(loader, self.epoch_batches)
+                iterator, doubts = self.resumed.continue_epoch(loader, self.epoch_batches)
             self.before_epoch = self.resumed.before_epoch
-            self.finish_resuming(exactness, reason)
+            self.finish_resuming(doubts)
             every = self.config.val_every_n_steps
             if (
                 every is not None
@@ -456,10 +457,10 @@ class TrainingLoop:
         """Return the loader that seeds what the samples of this epoch draw, if that is asked for."""
         return loader if self.seeding is None else self.seeding.twin_of(loader, self.epoch)
 
-    def finish_resuming(self, exactness: Exactness, reason: str) -> None:
+    def finish_resuming(self, doubts: Iterable[Doubt]) -> None:
         """Put the random states back, the last thing before training goes on, and say how exact it all is."""
         assert self.resumed is not None
-        self.reporter.publish(self.resumed.finish(exactness, reason, self.position()))
+        self.reporter.publish(self.resumed.finish(doubts, self.position()))
         self.resumed = None
 
     def begin_window(self, batches_left: int | None, now: float) -> None:

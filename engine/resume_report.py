@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from offloop.engine.events import Resumed
-from offloop.engine.loader_position import Exactness
+from offloop.engine.exactness import Exactness
 
 _FROM_BEST: Final[tuple[Exactness, ...]] = ("bitwise", "equivalent", "approximate")
 

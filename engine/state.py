@@ -18,7 +18,8 @@ from offloop.engine.callback import Handlers
 from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import Resumed
-from offloop.engine.loader_position import Exactness, begin_epoch, capture_in_epoch, continue_epoch
+from offloop.engine.exactness import Doubt
+from offloop.engine.loader_position import begin_epoch, capture_in_epoch, continue_epoch
 from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.resume_report import ResumeReport
 
@@ -194,18 +195,24 @@ class Continuation:
             for group, kept in zip(optimizer.param_groups, groups, strict=True):
                 group.update({key: value for key, value in kept.items() if key != "params"})
 
-    def begin_epoch(self, loader: Iterable[Any]) -> tuple[Exactness, str]:
-        """Put back what the loader's next epoch begins with; returns how exact that is."""
+    def begin_epoch(self, loader: Iterable[Any]) -> list[Doubt]:
+        """Put back what the loader's next epoch begins with; returns what is not known to be exact."""
         return begin_epoch(loader, self._now)
 
-    def continue_epoch(self, loader: Iterable[Any], done: int) -> tuple[Iterator[Any], Exactness, str]:
-        """Return an iterator over the rest of the epoch, and how exact it is."""
+    def continue_epoch(self, loader: Iterable[Any], done: int) -> tuple[Iterator[Any], list[Doubt]]:
+        """Return an iterator over the rest of the epoch, and what is not known to be exact about it."""
         assert self.before_epoch is not None
         return continue_epoch(loader, done, self.before_epoch, self._now)
 
-    def finish(self, exactness: Exactness, reason: str, position: dict[str, Any]) -> Resumed:
-        """Put the random states back and return what to say. The last thing before training goes on."""
-        self.report.lower(exactness, reason)
+    def finish(self, doubts: Iterable[Doubt], position: dict[str, Any]) -> Resumed:
+        """Put the random states back and return what to say. The last thing before training goes on.
+
+        Args:
+            doubts: About the loaders.
+            position: Of the event.
+        """
+        for doubt in doubts:
+            self.report.lower(*doubt)
         for missed in restore_random_state(self._state["random"]):
             self.report.lower("approximate", missed)
         return self.report.event(position)
