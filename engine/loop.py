@@ -45,6 +45,7 @@ from offloop.engine.exactness import Doubt
 from offloop.engine.freezing import Frozen
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
+from offloop.engine.logged_names import add_computed, check_name
 from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
 from offloop.engine.reporter import Reporter, Window
 from offloop.engine.seeded_sampling import SeededSampling
@@ -150,6 +151,10 @@ class TrainingLoop:
         self.has_validation = val_loader is not None
         self.train_metrics = train_metrics
         self.val_metrics = val_metrics
+        self.metric_names = frozenset(
+            name for each in (train_metrics, val_metrics) if each is not None for name in each.names
+        )
+        self.logged_names: set[str] = set()  # that `log` has checked
         self.monitor = monitor
         self.publish_step = publish_step  # the short way for the one event of every step
         self.decide = decide
@@ -311,7 +316,7 @@ class TrainingLoop:
         self.epoch_metrics.update(self.reporter.train_means.take("train_"))
         self.epoch_metrics["lr"] = self.last_lr
         if self.train_metrics:
-            self.epoch_metrics.update(self.train_metrics.compute())
+            add_computed(self.epoch_metrics, self.train_metrics.compute())
         if self.validation_is_due():
             made = self.validate()
             if made is None or self.ending == "cancelled":
@@ -613,7 +618,7 @@ class TrainingLoop:
         self.reporter.readback.flush()
         made = self.reporter.val_means.take("val_")
         if self.val_metrics:
-            made.update(self.val_metrics.compute())
+            add_computed(made, self.val_metrics.compute())
         self.epoch_metrics.update(made)
         self.latest.update(made)
         seconds = time.perf_counter() - started
@@ -723,17 +728,9 @@ class TrainingLoop:
 
     def log(self, name: str, value: "torch.Tensor | float") -> None:
         """Log a value with the step or the validation in progress."""
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"log takes a name and a value; the name must be a text, got {name!r}")
-        if name.startswith(("train_", "val_", "train/", "val/")):
-            bare = name.removeprefix("train").removeprefix("val")[1:]
-            if bare == "loss":
-                raise ValueError(
-                    f"log({name!r}): leave it out, the mean of the step's loss is logged by itself"
-                )
-            raise ValueError(f"log({name!r}): train_ or val_ is put before what is logged, so log {bare!r}")
-        if name == "loss":
-            raise ValueError("log('loss') would mix with the step's own loss: log it under another name")
+        if name not in self.logged_names:
+            check_name(name, self.metric_names)
+            self.logged_names.add(name)
         if isinstance(value, torch.Tensor):
             if value.numel() != 1:
                 raise ValueError(

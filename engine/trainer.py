@@ -217,6 +217,9 @@ class BaseTrainer:
         """Log a value of this step: `StepEnd.metrics[name]`, and the epoch's mean `train_name` or `val_name`.
 
         A tensor of one element stays on the device and is read late.
+
+        Raises:
+            ValueError: The name is that of a metric or of a column of the run, such as `step` or `lr`.
         """
         self._in_run("log").log(name, value)
 

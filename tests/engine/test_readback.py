@@ -171,7 +171,7 @@ class Logs(Trainer):
 
     def training_step(self, batch: Any) -> Any:
         Logs.passed += 100.0
-        self.log("step", torch.tensor(float(self.step)))
+        self.log("done", torch.tensor(float(self.step)))
         self.log("number", 7)
         return super().training_step(batch)
 
