@@ -20,6 +20,7 @@ from offloop.engine import (
     TrainEnd,
     TrainStart,
     ValidationEnd,
+    first_use,
     read_events,
 )
 
@@ -226,8 +227,10 @@ Points = tuple[list[float], list[float]]
 def _figure(curves: dict[str, Points], title: str) -> "Figure":
     """Draw a panel for each metric: loss first, learning rate last."""
     _expect_matplotlib()
-    # Not through pyplot, which keeps every figure in a global table and may open windows.
-    from matplotlib.figure import Figure
+    with first_use("matplotlib"):
+        # Not through pyplot, which keeps every figure in a global table and may open windows.
+        import matplotlib.backends.backend_agg  # noqa: F401 - what savefig() loads
+        from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(_name(key) for key in curves))
     names.sort(key=lambda name: (name == "lr") - (name == "loss"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
-from offloop.engine import ConfigError
+from offloop.engine import ConfigError, first_use
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -67,7 +67,10 @@ class MLflowLogger(TrackingLogger):
             ModuleNotFoundError: MLflow is not installed.
         """
         expect_package("mlflow", "mlflow")
-        import mlflow.tracking
+        with first_use("mlflow"):
+            import mlflow.entities
+            import mlflow.exceptions
+            import mlflow.tracking
 
         if not isinstance(experiment_name, str) or not experiment_name:
             raise ConfigError(f"experiment_name must be a name, got {experiment_name!r}")

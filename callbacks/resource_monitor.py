@@ -34,6 +34,7 @@ from offloop.engine import (
     StepEnd,
     TrainEnd,
     TrainStart,
+    first_use,
 )
 
 logger = logging.getLogger("offloop")
@@ -365,7 +366,8 @@ class _Gpus:
 def load_nvml() -> Any | None:
     """Return the module `pynvml`, initialised, or None where there is no such package, driver or GPU."""
     try:
-        nvml = importlib.import_module("pynvml")
+        with first_use("pynvml"):
+            nvml = importlib.import_module("pynvml")
     except ImportError:
         return None
     try:

@@ -14,7 +14,7 @@ from offloop.callbacks.tracking import (
     values_to_plot,
 )
 from offloop.callbacks.value_logger import ValueLogger
-from offloop.engine import EpochEnd, Run, StepEnd, TrainEnd, TrainStart, ValidationEnd
+from offloop.engine import EpochEnd, Run, StepEnd, TrainEnd, TrainStart, ValidationEnd, first_use
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -58,9 +58,12 @@ class TensorBoardLogger(ValueLogger):
         """
         expect_package("tensorboard", "tensorboard")
         # Here and not when the run has started: it takes a second, in which training would wait for the interpreter.
-        self._writer_class: type[SummaryWriter] = importlib.import_module(
-            "torch.utils.tensorboard"
-        ).SummaryWriter
+        with first_use("tensorboard"):
+            for module in ("backend.event_processing.event_file_loader", "plugins.hparams.metadata"):
+                importlib.import_module(f"tensorboard.{module}")
+            self._writer_class: type[SummaryWriter] = importlib.import_module(
+                "torch.utils.tensorboard"
+            ).SummaryWriter
         self.hyperparameters = check_hyperparameters(hyperparameters)
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.needs_run_dir = log_dir is None  # type: ignore[misc]  # of this instance

@@ -39,6 +39,7 @@ from offloop.engine import (
     TrainEnd,
     TrainStart,
     ValidationEnd,
+    first_use,
 )
 
 logger = logging.getLogger("offloop")
@@ -68,7 +69,8 @@ def expect_package(module: str, extra: str) -> ModuleType:
         ModuleNotFoundError: It is not installed; the text has the command that installs it.
     """
     try:
-        return importlib.import_module(module)
+        with first_use(module.partition(".")[0]):
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not module.startswith(error.name.partition(".")[0]):
             raise  # it is there, and something of its own is missing

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import ValidationStart as ValidationStart
     from offloop.engine.events import decode as decode
     from offloop.engine.events import encode as encode
+    from offloop.engine.lazy_imports import first_use as first_use
     from offloop.engine.model_registry import ModelRegistry as ModelRegistry
     from offloop.engine.model_registry import ModelVersion as ModelVersion
     from offloop.engine.observer import CallbackCosts as CallbackCosts
@@ -135,6 +136,7 @@ _MODULES = {
         "decode",
         "encode",
     ),
+    "lazy_imports": ("first_use",),
     "model_registry": ("ModelRegistry", "ModelVersion"),
     "observer": ("CallbackCosts",),
     "run": ("Best", "Run", "RunResult"),

@@ -16,6 +16,7 @@ from offloop.engine.config import RemoteDirectory, TrainerConfig
 from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError, EmptyLoaderError
 from offloop.engine.events import known_events
+from offloop.engine.lazy_imports import first_use
 from offloop.engine.metric_names import RunMetrics, chosen_metrics, metric_direction, metrics_for
 from offloop.engine.spelling import HANDLERS, UNCALLED
 
@@ -184,6 +185,9 @@ def check_optimizers(
 def remote_run(remote: RemoteDirectory, run_id: str) -> RemoteRun:
     """Return a run's remote directory; raises `ConfigError` where fsspec or the store's package is missing."""
     try:
-        return RemoteRun(remote.url, run_id, remote.storage_options)
+        with first_use("fsspec"):  # the package of the store, too, is imported in here
+            return RemoteRun(remote.url, run_id, remote.storage_options)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"remote_dir={remote.url!r} cannot be used: {error}") from error
+        is_missing = isinstance(error, ImportError) and error.name == "fsspec"
+        why = "fsspec is missing: pip install 'offloop[remote]'" if is_missing else error
+        raise ConfigError(f"remote_dir={remote.url!r} cannot be used: {why}") from error

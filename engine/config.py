@@ -149,8 +149,9 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         # Texts from here on: that is what run.json holds.
-        torch = sys.modules.get("torch")  # whoever has one of its devices has imported it
-        if torch is not None and isinstance(self.device, torch.device):
+        # A device can only be given once torch is loaded. While another thread imports it, it may have no `device` yet.
+        device_class = getattr(sys.modules.get("torch"), "device", None)
+        if device_class is not None and isinstance(self.device, device_class):
             msgspec.structs.force_setattr(self, "device", str(self.device))
         if isinstance(self.run_dir, os.PathLike):
             msgspec.structs.force_setattr(self, "run_dir", os.fspath(self.run_dir))

@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -136,12 +136,15 @@ def _key(metric: object) -> str:
     )
 
 
+class _Nothing:
+    """A class without instances."""
+
+
 def _metric_class() -> "type[Metric]":
-    """Return torchmetrics' base class; where nobody has imported torchmetrics, nobody can have a metric."""
-    if "torchmetrics" in sys.modules:
-        return sys.modules["torchmetrics"].Metric  # type: ignore[no-any-return]  # of a module found by name
+    """Return torchmetrics' base class; a class without instances where it has not been made yet.
 
-    class Nothing:
-        pass
-
-    return Nothing  # type: ignore[return-value]  # a class without instances
+    Imports nothing and waits for no import, since this is called on event loops too. The module that defines the
+    class is asked, not the package: while another thread imports torchmetrics, the package has no `Metric` yet.
+    """
+    metric_class: Any = getattr(sys.modules.get("torchmetrics.metric"), "Metric", _Nothing)
+    return metric_class  # type: ignore[no-any-return]  # of a module found by name

@@ -28,7 +28,7 @@ Outputs are probabilities if all outputs *of the pass* lie in [0, 1], else logit
 a new network's first logits often lie in there, and those of a zero-initialised head always do.
 (B = batch, C = classes, L = labels, N = samples or positions in a batch, D = numbers per sample.)
 
-What needs torchmetrics stands in `named_metrics.py`, which is imported with the first batch, in the training thread:
+What needs torchmetrics stands in `named_metrics.py`, which the training thread imports before a run starts:
 that takes as long as importing torch, where SciPy is installed, and must not hold up an event loop.
 """
 
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from offloop.engine.lazy_imports import first_use
 from offloop.engine.metric_names import NAMES, ONE_NUMBER, MetricSpec, chosen_metrics
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ class MetricSet:
         self._problem: Problem | None = None  # read off the first batch, which makes the counters
         self._sums: list[Sums] = []  # of the names
         self._own: dict[str, Metric] = {}  # the user's
+
+    def load_packages(self) -> None:
+        """Import what the metrics need. Blocks for seconds the first time; without it the first `update` does."""
+        with first_use("torchmetrics"):
+            import offloop.engine.named_metrics  # noqa: F401 - loads it
 
     @torch.inference_mode(False)  # here and below: sums made in inference mode could not grow outside
     def update(self, outputs: Tensor, targets: Tensor) -> None:
@@ -148,7 +154,8 @@ class MetricSet:
 
         Raises ValueError, and changes nothing, if the state was made by other metrics.
         """
-        from torchmetrics import Metric
+        with first_use("torchmetrics"):
+            from torchmetrics import Metric
 
         if state["metrics"] != self._kinds:
             raise ValueError(f"the saved metrics are {state['metrics']}, those to resume are {self._kinds}")
@@ -166,9 +173,10 @@ class MetricSet:
                 member._update_count = self._batches  # not in its state; at 0 `compute` warns
 
     def _build(self, problem: Problem) -> None:
-        from torchmetrics import Metric
+        with first_use("torchmetrics"):
+            from torchmetrics import Metric
 
-        from offloop.engine.named_metrics import sums_of
+            from offloop.engine.named_metrics import sums_of
 
         self._sums = sums_of(
             [name for name, own in self._chosen.items() if own is None], problem, self._device

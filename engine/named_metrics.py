@@ -3,7 +3,7 @@
 The sums are not left to torchmetrics' `update`, which makes the host wait for CUDA (`torch.bincount`), decides
 between logits and probabilities batch by batch, and takes each batch apart once for every name.
 
-Imported with the first batch of a run that has metrics: torchmetrics is slow to import.
+Imported before a run that has metrics starts: torchmetrics is slow to import.
 """
 
 from abc import ABC, abstractmethod

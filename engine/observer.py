@@ -29,6 +29,7 @@ from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.control import actor
 from offloop.engine.errors import SubscriberTooSlowError, describe, encodable
 from offloop.engine.events import CallbackFailed, Event
+from offloop.engine.lazy_imports import was_importing
 from offloop.engine.waker import Waker
 
 logger = logging.getLogger("offloop")
@@ -334,8 +335,10 @@ class Observer:
         return _account(coroutine, self._account)
 
     def _account(self, wall: float, cpu: float) -> None:
-        self._held += wall
         self._cpu += cpu
+        if wall > HOLD_WARNING and was_importing(time.perf_counter() - wall):
+            wall = min(wall, cpu)  # an import of ours kept the interpreter from the handler: not its doing
+        self._held += wall
         if wall > self._longest_hold:
             self._longest_hold = wall
         now = time.perf_counter()

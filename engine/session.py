@@ -196,6 +196,9 @@ class Session:
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
+        for metrics in (self.loop.train_metrics, self.loop.val_metrics):
+            if metrics is not None:
+                metrics.load_packages()
         try:
             if self.initial_weights is not None:  # first: what does not fit leaves no directory behind
                 weights = self.initial_weights.load_into(self.trainer.model)

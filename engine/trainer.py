@@ -147,6 +147,9 @@ class BaseTrainer:
         self._check_model()
         check_optimizers(self.model, self.optimizers, self.scheduler, self.config)
         lookup(self.callbacks)
+        if self.config.remote is not None:
+            # Imports the store's package here, where no event loop of a run waits for it.
+            remote_run(self.config.remote, "run")
 
     if not TYPE_CHECKING:  # a type checker is to know what there is, and nothing else
 
@@ -1153,8 +1156,10 @@ def _busy(session: Session) -> str:
 
 def _inside_ipython() -> bool:
     """True in a notebook or IPython's shell; other libraries import IPython anywhere."""
-    module = sys.modules.get("IPython")
-    return module is not None and module.get_ipython() is not None
+    get_ipython = getattr(
+        sys.modules.get("IPython"), "get_ipython", None
+    )  # None while another thread imports it
+    return get_ipython is not None and get_ipython() is not None
 
 
 def _inside_event_loop() -> bool:

@@ -27,6 +27,7 @@ from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import Event, StepEnd
 from offloop.engine.freezing import select_parameters
+from offloop.engine.lazy_imports import first_use
 from offloop.engine.learning_rate import Schedule, largest_lr, scale_lr
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 
@@ -82,7 +83,10 @@ class LearningRateSearch:
             ModuleNotFoundError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure  # not pyplot, which keeps every figure and may open windows
+            with first_use("matplotlib"):
+                from matplotlib.figure import (
+                    Figure,  # not pyplot, which keeps every figure and may open windows
+                )
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +26,7 @@ WITHOUT_TORCH: Final = (
     "waker",
     "bus",
     "control",
+    "lazy_imports",
     "observer",
 )
 """Modules of the engine that work, and load, without torch."""
@@ -188,6 +190,42 @@ def test_only_the_dashboards_server_and_client_know_one_kind_of_event_loop(modul
     assert "trio" not in packages and "uvloop" not in packages
     if module not in ("offloop.dashboard.server", "offloop.dashboard.client"):
         assert not packages & {"asyncio", "websockets"}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Python resolves a circle between two threads by handing one of them a module that is half initialized."""
+    needs = {
+        module: {
+            inner
+            for node in _executed_imports(ast.parse(path.read_text(encoding="utf-8")).body)
+            for inner in _own_modules(node)
+        }
+        for module, path in SOURCES.items()
+    }
+    while free := [module for module, needed in needs.items() if not needed & needs.keys()]:
+        for module in free:
+            del needs[module]
+    assert not needs, f"among these is a circle: {sorted(needs)}"
+
+
+def _executed_imports(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the imports that run when a module is imported."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If):
+            yield from _executed_imports(node.orelse)
+            if "TYPE_CHECKING" not in ast.unparse(node.test):
+                yield from _executed_imports(node.body)
+
+
+def _own_modules(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name in SOURCES)
+        return
+    for alias in node.names:
+        inner = f"{node.module}.{alias.name}"
+        yield inner if inner in SOURCES else str(node.module)
 
 
 def test_events_bus_and_control_load_without_torch() -> None:
