@@ -69,6 +69,7 @@ class ValueLogger(Callback):
         self._written_at = event.time
         self._unwritten = None
         values = {"loss": event.loss, "lr": event.lr}
+        values.update({f"lr/{name}": rate for name, rate in event.lrs.items()})
         if event.grad_norm is not None:
             values["grad_norm"] = event.grad_norm
         self.write(event, {**values, **event.metrics})

@@ -250,6 +250,8 @@ class LiveRun:
         step = event.step
         self._point("loss", row, event.loss, step)
         self._point("lr", row, event.lr, step)
+        for name, rate in event.lrs.items():
+            self._point(f"lr/{name}", row, rate, step)
         if event.grad_norm is not None:
             self._point("grad_norm", row, event.grad_norm, step)
         for key, value in event.metrics.items():
@@ -399,8 +401,13 @@ class LiveRun:
 
 
 def describe_series(curve: int, key: str, run: Run) -> SeriesInfo:
-    """Return how a metric is drawn: `val_loss` in the panel `loss`, `layer/0/mean` in the group `layer`."""
+    """Return how a metric is drawn: `val_loss` in the panel `loss`, `layer/0/mean` in the group `layer`.
+
+    The rates of parameter groups, `lr/head`, stand in the panel of the run's `lr`.
+    """
     panel, label = key, key
+    if key.startswith("lr/"):
+        panel, label = "lr", key.removeprefix("lr/")
     for prefix, split in _SPLITS.items():
         if key.startswith(prefix):
             panel, label = key.removeprefix(prefix), split

@@ -200,6 +200,9 @@ class StepEnd(Sample, frozen=True, kw_only=True):
     """Mean loss over the batches of the step (of its accumulation window)."""
     lr: float
     """Learning rate that the step used: the largest group of the first optimizer."""
+    lrs: Metrics = NO_METRICS
+    """Learning rate of each parameter group, where their rates differ; else empty. The name is the group's
+    `name`, or its index; where there are several optimizers, `optimizer` or `optimizer/group`."""
     grad_norm: float | None = None
     """Total gradient norm before clipping; None where nothing is clipped by norm."""
     samples: int = 0

@@ -1,13 +1,14 @@
 """Reading and setting learning rates by hand, so that a schedule goes on from there."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR
 
 from offloop.engine.errors import ConfigError
+from offloop.engine.events import NO_METRICS, Metrics
 
 _SCHEDULED_KEYS: Final = ("initial_lr", "max_lr", "min_lr")
 """What torch's schedules keep in a parameter group and compute later rates from."""
@@ -55,6 +56,22 @@ def largest_lr(optimizer: torch.optim.Optimizer) -> float:
         lr = groups[0]["lr"]
         return lr if type(lr) is float else float(lr)  # a tensor (capturable optimizers): host sync
     return max(float(group["lr"]) for group in groups)
+
+
+def rates_by_group(optimizers: Mapping[str, torch.optim.Optimizer]) -> Metrics:
+    """Return the learning rate of each parameter group by name, nothing where all are the same.
+
+    A group is called by its `name`, else by its index: torch lets a parameter group have any further entries.
+    """
+    rates: dict[str, float] = {}
+    for optimizer_name, optimizer in optimizers.items():
+        groups = optimizer.param_groups
+        for index, group in enumerate(groups):
+            parts = [optimizer_name] if len(optimizers) > 1 else []
+            if len(groups) > 1:
+                parts.append(str(group.get("name", index)))
+            rates["/".join(parts)] = float(group["lr"])  # a tensor (capturable optimizers): host sync
+    return Metrics(rates) if len(set(rates.values())) > 1 else NO_METRICS
 
 
 def scale_lr(

@@ -31,6 +31,7 @@ from offloop.engine.data import Feed, batch_size, limited_length
 from offloop.engine.data_wait import DataWait
 from offloop.engine.errors import EmptyLoaderError, LossError
 from offloop.engine.events import (
+    NO_METRICS,
     DataBottleneck,
     EpochEnd,
     EpochStart,
@@ -43,7 +44,7 @@ from offloop.engine.events import (
 )
 from offloop.engine.exactness import Doubt
 from offloop.engine.freezing import Frozen
-from offloop.engine.learning_rate import Schedule, check_length, largest_lr
+from offloop.engine.learning_rate import Schedule, check_length, largest_lr, rates_by_group
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.logged_names import add_computed, check_name
 from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
@@ -191,6 +192,7 @@ class TrainingLoop:
             True  # False after a cancellation between two batches of a step: the first is lost
         )
         self.last_lr = 0.0  # what the latest step used
+        self.last_rates = NO_METRICS  # of its parameter groups, where they differ
         self.loss_checked = False
         self.history: list[EpochEnd] = []
         self.latest: dict[str, float] = {}  # the latest value of each metric
@@ -543,7 +545,7 @@ class TrainingLoop:
         if config.gradient_clip_val is not None:
             norm = clip(self.parameters, config.gradient_clip_val, config.gradient_clip_algorithm)
         skipped = config.on_nonfinite == "skip_step" and not self.step_is_finite()
-        self.last_lr = largest_lr(optimizer)
+        self.last_lr, self.last_rates = largest_lr(optimizer), rates_by_group(self.optimizers)
         if not skipped:
             self.mixed.step(optimizer)
         self.end_step(batch, norm, self.mixed.update(), skipped)
@@ -566,6 +568,7 @@ class TrainingLoop:
             window,
             position=(self.run_id, self.epoch, self.step, self.batch),
             lr=self.last_lr,
+            rates=self.last_rates,
             norm=norm,
             scale=scale,
             skipped=skipped,
@@ -688,7 +691,7 @@ class TrainingLoop:
             closure = clipping(closure)  # the gradients are made in there
         elif limit is not None:
             self.manual_norm = clip(parameters, limit, config.gradient_clip_algorithm)
-        self.last_lr = largest_lr(self.first_optimizer)
+        self.last_lr, self.last_rates = largest_lr(self.first_optimizer), rates_by_group(self.optimizers)
         if config.on_nonfinite != "skip_step" or gradients_are_finite(parameters):
             with self.mixed.outside_autocast():
                 self.mixed.step(optimizer, closure)

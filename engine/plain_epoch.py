@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from offloop.engine.data import batch_size, limited_length
-from offloop.engine.events import StepEnd
-from offloop.engine.learning_rate import largest_lr
+from offloop.engine.events import NO_METRICS, StepEnd
+from offloop.engine.learning_rate import largest_lr, rates_by_group
 from offloop.engine.precision import clip, free_gradients
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
     config, control, reporter, window = loop.config, loop.control, loop.reporter, loop.window
     training_step, train_metrics, schedules = loop.program.training_step, loop.train_metrics, loop.schedules
     optimizer, run_id, publish_step = loop.first_optimizer, loop.run_id, loop.publish_step
-    clip_limit, validate_every = config.gradient_clip_val, config.val_every_n_steps
+    clip_limit, validate_every, rates = config.gradient_clip_val, config.val_every_n_steps, NO_METRICS
     offset, clock, isfinite, tensor_class = (
         reporter.clock_offset,
         time.perf_counter,
@@ -116,6 +116,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         lr = groups[0]["lr"]
         if type(lr) is not float or len(groups) > 1:
             lr = largest_lr(optimizer)
+            rates = rates_by_group(loop.optimizers)
         optimizer.step()
         loop.step = step = loop.step + 1
         for schedule in schedules:
@@ -128,7 +129,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
 
         # Say so
         loop.last_lr = lr
-        if window.logged:
+        if window.logged or rates:
             if not is_looked_into:
                 window.begin(1, got)
                 window.data_time = got - asked
@@ -136,7 +137,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             window.weights.append(samples if weight is None else float(weight))
             window.samples = samples
             position = (run_id, loop.epoch, step, number)
-            reporter.step(window, position=position, lr=lr, norm=norm, scale=None, skipped=False)
+            reporter.step(window, position=position, lr=lr, rates=rates, norm=norm, scale=None, skipped=False)
             window.clear()
         else:
             value = loss.item()  # host sync, free on CPU

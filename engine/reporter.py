@@ -167,6 +167,7 @@ class Reporter:
         *,
         position: tuple[str, int, int, int],
         lr: float,
+        rates: Metrics,
         norm: torch.Tensor | None,
         scale: torch.Tensor | None,
         skipped: bool,
@@ -177,6 +178,7 @@ class Reporter:
             window: What the step was made of; not cleared here.
             position: run_id, epoch, step, batch.
             lr: Learning rate that the step used.
+            rates: Those of its parameter groups, where they differ.
             norm: Gradient norm, () on the device.
             scale: Loss scale after the step, () on the device.
             skipped: True if the update was left out.
@@ -215,6 +217,7 @@ class Reporter:
                     batch=batch,
                     loss=sum(of_losses) / len(of_losses) if of_losses else math.nan,
                     lr=lr,
+                    lrs=rates,
                     grad_norm=grad_norm,
                     samples=samples,
                     data_time=data_time,

@@ -47,6 +47,12 @@ def test_every_n_steps_and_the_last_step_of_the_epoch(tmp_path: Path) -> None:
     assert {row["attempt"] for row in rows} == {"0"}
 
 
+def test_rates_of_parameter_groups_have_columns_of_their_own(tmp_path: Path) -> None:
+    rates = Metrics({"0": 0.1, "head": 0.2})
+    (row,) = log(tmp_path, MetricLogger(every_n_steps=1), [StepEnd(loss=1.0, lr=0.2, lrs=rates, step=1)])
+    assert (row["lr"], row["lr/0"], row["lr/head"]) == ("0.2", "0.1", "0.2")
+
+
 def test_step_that_has_a_row_gets_no_second_one_at_the_end_of_the_epoch(tmp_path: Path) -> None:
     rows = log(tmp_path, MetricLogger(every_n_steps=2), [*steps(2), EpochEnd(step=2, batch=2)])
     assert [row["loss"] for row in rows] == ["0.5", ""]

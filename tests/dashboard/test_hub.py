@@ -360,6 +360,20 @@ async def test_train_and_validation_of_a_metric_share_a_panel(
 
 
 @with_page
+async def test_rates_of_parameter_groups_stand_in_the_panel_of_the_rate(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    stage.tell(StepEnd(step=1, loss=1.0, lr=0.2, lrs=Metrics({"0": 0.1, "body/head": 0.2})))
+    panels = {each.key: (each.panel, each.label) for each in stage.live.series}
+    assert panels == {
+        "loss": ("loss", "step"),
+        "lr": ("lr", "step"),
+        "lr/0": ("lr", "0"),
+        "lr/body/head": ("lr", "body/head"),
+    }
+
+
+@with_page
 async def test_missing_steps_are_a_gap(stage: Stage, page: PageModel, link: MemoryLink) -> None:
     stage.steps(3)
     stage.step += 10

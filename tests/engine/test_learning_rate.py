@@ -22,7 +22,9 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from offloop.engine.learning_rate import largest_lr, scale_lr
+from offloop.engine import StepEnd, Trainer
+from offloop.engine.learning_rate import largest_lr, rates_by_group, scale_lr
+from offloop.engine.testing import Recorder, tiny_batches, tiny_model, tiny_trainer
 
 STEPS = 20
 SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
@@ -108,3 +110,57 @@ def test_the_schedule_of_another_optimizer_stays() -> None:
     other.step()
     scheduler.step()
     assert other.param_groups[0]["lr"] == 0.1
+
+
+def parameters(count: int) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.zeros(1)) for _ in range(count)]
+
+
+def test_rates_have_the_names_of_their_groups() -> None:
+    first, second, third = parameters(3)
+    groups: list[dict[str, Any]] = [
+        {"params": [first], "lr": 0.1},
+        {"params": [second], "lr": 0.2, "name": "head"},
+    ]
+    body = SGD(groups, lr=1.0)
+    assert rates_by_group({"optimizer": body}) == {"0": 0.1, "head": 0.2}
+    assert rates_by_group({"a": body, "b": SGD([third], lr=0.3)}) == {"a/0": 0.1, "a/head": 0.2, "b": 0.3}
+
+
+def test_rates_that_are_all_the_same_are_said_once() -> None:
+    first, second, third = parameters(3)
+    groups: list[dict[str, Any]] = [{"params": [first], "weight_decay": 0.1}, {"params": [second]}]
+    decayed = SGD(groups, lr=0.1)
+    assert rates_by_group({"optimizer": decayed}) == {}
+    assert rates_by_group({"a": decayed, "b": SGD([third], lr=0.1)}) == {}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_step_says_the_rate_of_each_group(accumulated: int) -> None:
+    model = tiny_model()
+    *body, head = model.parameters()
+    groups: list[dict[str, Any]] = [{"params": body, "lr": 0.1}, {"params": [head], "name": "head"}]
+    optimizer = SGD(groups, lr=0.2)
+    trainer = tiny_trainer(model=model, optimizer=optimizer, accumulate_grad_batches=accumulated)
+    trainer.train(tiny_batches(4), epochs=1, callbacks=[recorder := Recorder()])
+    assert {(event.lr, event.lrs["0"], event.lrs["head"]) for event in recorder.of(StepEnd)} == {
+        (0.2, 0.1, 0.2)
+    }
+
+
+def test_a_manual_step_says_the_rate_of_each_optimizer() -> None:
+    class Two(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any) -> torch.Tensor:
+            loss = torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            self.backward(loss)
+            self.optimizer_step("body")
+            return loss
+
+    model = tiny_model()
+    *body, head = model.parameters()
+    optimizer = {"body": SGD(body, lr=0.1), "head": SGD([head], lr=0.2)}
+    trainer = tiny_trainer(Two, model=model, optimizer=optimizer)
+    trainer.train(tiny_batches(2), epochs=1, callbacks=[recorder := Recorder()])
+    assert [event.lrs for event in recorder.of(StepEnd)] == [{"body": 0.1, "head": 0.2}] * 2

@@ -147,6 +147,8 @@ CASES: dict[str, dict[str, Any]] = {
     "hooks, logs and a schedule": {"callbacks": [LookIn], "schedule": "step", "trainer_class": Logs},
     "hooks and weights": {"callbacks": [LookIn], "trainer_class": Weighs},
     "groups that are replaced": {"callbacks": [Loads]},
+    "groups of their own rates": {"groups": True, "schedule": "step"},
+    "groups, hooks and logs": {"groups": True, "callbacks": [LookIn], "trainer_class": Logs},
     "uneven batches": {"loader": [*tiny_batches(5, batch_size=4), *tiny_batches(2, batch_size=3)]},
 }
 
@@ -154,7 +156,11 @@ CASES: dict[str, dict[str, Any]] = {
 def a_run(case: dict[str, Any]) -> tuple[Any, list[Any], Any, torch.Tensor]:
     torch.manual_seed(5)
     model = tiny_model(dropout=0.2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=case.get("lr", 0.01))
+    parameters: Any = model.parameters()
+    if case.get("groups"):
+        *body, head = model.parameters()
+        parameters = [{"params": body, "lr": 0.001}, {"params": [head], "name": "head"}]
+    optimizer = torch.optim.AdamW(parameters, lr=case.get("lr", 0.01))
     knobs = dict(case.get("knobs", {}))
     if "schedule" in case:
         knobs |= {"scheduler": schedule(optimizer), "scheduler_interval": case["schedule"]}
