@@ -73,6 +73,7 @@ from offloop.engine.resume import ResumePlan, read_run_json
 from offloop.engine.resume_report import ResumeReport
 from offloop.engine.run import Best, Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
+from offloop.engine.saved_state import check_state
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
 from offloop.engine.uploads import Uploads, claim_remote
@@ -275,7 +276,7 @@ class Session:
         """Put back what a checkpoint holds; random states and the loader follow when the loop gets there."""
         assert self.checkpoints is not None
         loaded = self.checkpoints.load(which)
-        state: dict[str, Any] = loaded.state  # type: ignore[assignment]  # what capture() returned, from disk
+        state = check_state(loaded.state, loaded.info.path)
         report = ResumeReport(str(loaded.info.path))
         run_state.restore(self.loop, state, report)
         for handlers in self._handlers:

@@ -13,6 +13,7 @@ This module knows bytes, not tensors, and imports no torch.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import zlib
@@ -28,7 +29,7 @@ from offloop.engine.checkpoint.errors import (
     UnsafeCheckpointError,
 )
 from offloop.engine.checkpoint.filesystem import FileSystem, write_all
-from offloop.engine.checkpoint.manifest import FileRecord, Manifest, StoredTensor
+from offloop.engine.checkpoint.manifest import FileRecord, Manifest, StoredTensor, TensorView
 
 CHUNK_BYTES = 1 << 20
 """Fits a core's L2 cache, so that write() finds what crc32() has just read (8 MiB: 10 % slower)."""
@@ -64,6 +65,16 @@ ELEMENT_CODES = {
 """torch's name of an element type: its code in a safetensors file, its size in bytes."""
 
 PAIRS = frozenset({"complex32", "complex128"})
+
+
+MAX_REPEATED_BYTES = 1 << 28
+"""By which views may be larger than what they are views of, in one checkpoint: masks that were expanded."""
+
+
+def repeated_bytes(view: TensorView, base_bytes: int) -> int:
+    """Return by how many bytes a view is larger than its base, because it shows elements several times."""
+    _, width = ELEMENT_CODES.get(view.dtype, ("", 1))
+    return max(0, math.prod(view.shape) * width - base_bytes)
 
 
 @dataclass(frozen=True)

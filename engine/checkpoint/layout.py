@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from offloop.engine.checkpoint.errors import UnserializableStateError
-from offloop.engine.checkpoint.format import ELEMENT_CODES
+from offloop.engine.checkpoint.format import ELEMENT_CODES, MAX_REPEATED_BYTES, repeated_bytes
 from offloop.engine.checkpoint.manifest import StoredTensor, TensorView
 
 DEFAULT_FILES: Mapping[str, str] = {
@@ -93,6 +93,7 @@ def plan_layout(
     taken: set[tuple[str, str]] = set()
     drafts: list[tuple[int, str, StoredTensor, tuple[int, int] | None]] = []
     views: dict[str, TensorView] = {}
+    repeated = 0
     for group in _overlapping(tensors):
         base = _covering(group, tensors)
         if base is None:
@@ -119,6 +120,14 @@ def plan_layout(
                     list(tensor.stride()),
                     extent.start - first,
                 )
+                repeated += repeated_bytes(views[path], size)
+                if repeated > MAX_REPEATED_BYTES:
+                    raise UnserializableStateError(
+                        path,
+                        tensor,
+                        f"views like it repeat their elements to more than {MAX_REPEATED_BYTES:,} bytes: keep a "
+                        "smaller tensor and expand it where it is used",
+                    )
     return _arrange(drafts, views)
 
 

@@ -34,7 +34,15 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 CHECKPOINT_NAME = re.compile(r"step-[0-9]{9,20}-a[0-9]{1,9}(-[0-9]{1,9})?")
 """Of a checkpoint's directory: steps done, attempt, and a number if that was taken."""
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+MAX_DIMENSIONS = 64
+"""torch's own limit."""
+MAX_CONTAINERS = 2_000_000
+"""Objects and arrays in one JSON file. 100,000 tensors with AdamW's state have 1 million; 2 million take 0.4 GB."""
+MAX_ITEMS = 10_000_000
+"""Commas in one JSON file: a sampler may keep the order of some million samples. They take 0.3 GB."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Sizes = Annotated[list[Count], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 Crc32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
 JsonNumber = float | Literal["NaN", "Infinity", "-Infinity"]
@@ -58,7 +66,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
     """The tensor's name inside its file."""
     dtype: str
     """As torch calls it, without ``torch.``."""
-    shape: list[Count]
+    shape: Sizes
     offset: Count
     """Of the first byte, counted from the end of the file's header."""
     bytes: Count
@@ -70,8 +78,8 @@ class TensorView(msgspec.Struct, frozen=True):
 
     base: str
     dtype: str
-    shape: list[Count]
-    stride: list[Count]
+    shape: Sizes
+    stride: Sizes
     """In elements."""
     offset: Count
     """Of the first element from the start of the base, in bytes."""
@@ -136,6 +144,19 @@ class Manifest(ManifestHead, frozen=True, kw_only=True):
 HeadT = TypeVar("HeadT", bound=ManifestHead)
 
 
+def excess_of(content: bytes) -> str:
+    """Return what a JSON text has too much of to be decoded in bounded memory and time; empty if it is fine.
+
+    Counting is a thousand times as fast as decoding. It counts what stands inside of strings too, which is rare.
+    """
+    containers = content.count(b"{") + content.count(b"[")
+    if containers > MAX_CONTAINERS:
+        return f"{containers:,} objects and arrays, at most {MAX_CONTAINERS:,} can be read"
+    if (items := content.count(b",")) > MAX_ITEMS:
+        return f"{items:,} items, at most {MAX_ITEMS:,} can be read"
+    return ""
+
+
 class _Envelope(msgspec.Struct, frozen=True):
     schema: str
     min_reader: Count
@@ -176,6 +197,8 @@ def _decode(content: bytes, directory: Path, kind: type[HeadT]) -> HeadT:
     line, newline, tail = content.partition(b"\n")
     if not newline or tail != b"crc32:%08x\n" % zlib.crc32(line):
         raise damaged("its own checksum does not match")
+    if excess := excess_of(line):
+        raise UnsafeCheckpointError(directory, MANIFEST, "manifest", excess)
     # RecursionError: msgspec's answer to brackets nested without end.
     try:
         envelope = msgspec.json.decode(line, type=_Envelope)
@@ -197,9 +220,9 @@ def _decode(content: bytes, directory: Path, kind: type[HeadT]) -> HeadT:
 def _check_names(head: ManifestHead, directory: Path) -> None:
     if not CHECKPOINT_NAME.fullmatch(head.name):
         raise UnsafeCheckpointError(directory, MANIFEST, "manifest", f"is named {head.name!r}")
-    names = list(head.files)
+    names = set(head.files)
     if isinstance(head, Manifest):
-        names += [tensor.file for tensor in head.tensors.values()]
+        names |= {tensor.file for tensor in head.tensors.values()}
     for name in names:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise UnsafeCheckpointError(

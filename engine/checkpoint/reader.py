@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,7 @@ from offloop.engine.checkpoint.manifest import (
     ManifestHead,
     decode_head,
     decode_manifest,
+    excess_of,
 )
 from offloop.engine.checkpoint.tree import decode, tensor_names
 
@@ -223,15 +224,15 @@ class CheckpointReader:
         tree = self._read_state(info.path, manifest)
         if not isinstance(tree, dict) or part not in tree:
             raise CheckpointNotFoundError(part, info.path, sorted(tree) if isinstance(tree, dict) else ())
-        try:
+        with _decoding(info.path, STATE):
             wanted = tensor_names(tree[part])
             files = {stored.file for stored in manifest.tensors_under(wanted).values()}
-            for name in sorted(files):
-                checkpoint_format.check_length(info.path, name, manifest.files[name])
-                checkpoint_format.check_header(info.path, name, manifest)
-            return decode(tree[part], read_tensors(info.path, manifest, only=wanted))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UnsafeCheckpointError(info.path, STATE, "foreign", str(error)) from error
+        for name in sorted(files):
+            checkpoint_format.check_length(info.path, name, manifest.files[name])
+            checkpoint_format.check_header(info.path, name, manifest)
+        tensors = read_tensors(info.path, manifest, only=wanted)
+        with _decoding(info.path, STATE):
+            return decode(tree[part], tensors)
 
     def _reject(self, error: CheckpointError) -> None:
         """Is told of a damaged checkpoint; a reader has no right to move it away."""
@@ -246,10 +247,10 @@ class CheckpointReader:
             checkpoint_format.check_header(info.path, name, manifest)
         tree = self._read_state(info.path, manifest)
         tensors = read_tensors(info.path, manifest)
-        try:
-            state, extra = decode(tree, tensors), decode(manifest.extra, {})
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UnsafeCheckpointError(info.path, STATE, "foreign", str(error)) from error
+        with _decoding(info.path, STATE):
+            state = decode(tree, tensors)
+        with _decoding(info.path, MANIFEST):
+            extra = decode(manifest.extra, {})
         return LoadedCheckpoint(info, state, extra, rejected)
 
     def _read_state(self, path: Path, manifest: Manifest) -> object:
@@ -257,10 +258,10 @@ class CheckpointReader:
         record = manifest.files.get(STATE)
         if record is None or len(content) != record.bytes or zlib.crc32(content) != record.crc32:
             raise CheckpointCorruptError(path, STATE, "checksum", "its bytes were changed")
-        try:
+        if excess := excess_of(content):
+            raise UnsafeCheckpointError(path, STATE, "foreign", excess)
+        with _decoding(path, STATE):
             tree: object = msgspec.json.decode(content)
-        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-            raise UnsafeCheckpointError(path, STATE, "foreign", str(error)) from error
         return tree
 
     def _read_manifest(self, info: CheckpointInfo) -> Manifest:
@@ -334,6 +335,16 @@ class CheckpointReader:
             return []
         except OSError as error:
             raise checkpoint_format.read_error(error, path) from error
+
+
+@contextmanager
+def _decoding(path: Path, file: str) -> Iterator[None]:
+    """Turn what goes wrong with content that has the right checksum into an error that names the file."""
+    try:
+        yield
+    # RecursionError: brackets nested without end. OverflowError: a number that fits nowhere.
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise UnsafeCheckpointError(path, file, "foreign", str(error)) from error
 
 
 def _tensor_files(manifest: Manifest) -> set[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,13 @@ from offloop.engine.checkpoint.errors import (
     CheckpointReadError,
     UnsafeCheckpointError,
 )
-from offloop.engine.checkpoint.format import ELEMENT_CODES, checksum_error
+from offloop.engine.checkpoint.format import (
+    ELEMENT_CODES,
+    MAX_REPEATED_BYTES,
+    PAIRS,
+    checksum_error,
+    repeated_bytes,
+)
 from offloop.engine.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, TensorView
 
 
@@ -52,7 +59,8 @@ def read_tensors(
                 for path, stored in inside.items():
                     if path not in stored_tensors:
                         continue
-                    tensors[path] = _checked(directory, file.get_tensor(stored.name), stored)
+                    with _within(directory, f"{stored.file}:{stored.name}"):
+                        tensors[path] = _checked(directory, file.get_tensor(stored.name), stored)
         except SafetensorError as error:
             raise CheckpointCorruptError(directory, name, "header", str(error)) from error
         except OSError as error:
@@ -62,13 +70,18 @@ def read_tensors(
 
 def _checked(directory: Path, raw: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
     size = raw.numel() * raw.element_size()
-    if size != stored.bytes:
+    shape = [*stored.shape, 2] if stored.dtype in PAIRS else stored.shape
+    if size != stored.bytes or list(raw.shape) != shape:
         raise UnsafeCheckpointError(
-            directory, f"{stored.file}:{stored.name}", "header", "its size is not the manifest's"
+            directory, f"{stored.file}:{stored.name}", "header", "its shape is not the manifest's"
         )
     if zlib.crc32(tensor_bytes(raw)) != stored.crc32:
         raise checksum_error(directory, stored)
     dtype = _dtype(stored.dtype)
+    if stored.dtype not in PAIRS and raw.dtype != dtype:
+        raise UnsafeCheckpointError(
+            directory, f"{stored.file}:{stored.name}", "header", "its type is not the manifest's"
+        )
     if not size:
         return torch.empty(stored.shape, dtype=dtype, device="cpu")
     return raw.reshape(-1).view(dtype).reshape(stored.shape)
@@ -96,7 +109,12 @@ def _views(
     wanted: Mapping[str, TensorView],
     tensors: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Lay the views over their bases; equal ones become one tensor, as tied weights are."""
+    """Lay the views over their bases; equal ones become one tensor, as tied weights are.
+
+    Views may repeat the elements of their base: they are small here, and as large as they look wherever they are
+    copied to.
+    """
+    _bound_repetition(directory, stored_tensors, wanted)
     views: dict[str, torch.Tensor] = {}
     made: dict[tuple[object, ...], torch.Tensor] = {}
     for path, stored in stored_tensors.items():
@@ -105,9 +123,35 @@ def _views(
     for path, view in wanted.items():
         key = (view.base, view.dtype, *view.shape, None, *view.stride, view.offset)
         if key not in made:
-            made[key] = _lay(directory, path, view, tensors.get(view.base))
+            with _within(directory, f"{MANIFEST}:{path}"):
+                made[key] = _lay(directory, path, view, tensors.get(view.base))
         views[path] = made[key]
     return views
+
+
+def _bound_repetition(
+    directory: Path, stored_tensors: Mapping[str, StoredTensor], wanted: Mapping[str, TensorView]
+) -> None:
+    repeated = 0
+    for path, view in wanted.items():
+        base = stored_tensors.get(view.base)
+        repeated += repeated_bytes(view, 0 if base is None else base.bytes)
+        if repeated > MAX_REPEATED_BYTES:
+            raise UnsafeCheckpointError(
+                directory,
+                f"{MANIFEST}:{path}",
+                "manifest",
+                f"views repeat their bases to more than {MAX_REPEATED_BYTES:,} bytes",
+            )
+
+
+@contextmanager
+def _within(directory: Path, item: str) -> Iterator[None]:
+    """Name the tensor that torch cannot make of what the manifest says."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        raise UnsafeCheckpointError(directory, item, "manifest", str(error)) from error
 
 
 def _lay(directory: Path, path: str, view: TensorView, base: torch.Tensor | None) -> torch.Tensor:

@@ -54,9 +54,11 @@ from offloop.engine.checkpoint.manifest import (
     StoredTensor,
     TensorView,
     encode_manifest,
+    excess_of,
     json_number,
 )
 from offloop.engine.checkpoint.reader import (
+    MAX_JSON_BYTES,
     SET_ASIDE,
     TAG_NAME,
     TAGS,
@@ -188,6 +190,7 @@ class CheckpointStore(CheckpointReader):
                 needed = 0
                 try:
                     state = msgspec.json.encode(snapshot.tree)
+                    _check_readable(state, temporary)
                     parts = snapshot.parts()
                     needed = len(state) + sum(len(part.payload) for part in parts)
                     self._check_room(needed)
@@ -493,6 +496,15 @@ def write_checkpoint(
     write_file(filesystem, directory / MANIFEST, encode_manifest(manifest))
     filesystem.sync_directory(directory)
     return manifest
+
+
+def _check_readable(state: bytes, directory: Path) -> None:
+    """Refuse to write what no reader would take."""
+    excess = excess_of(state)
+    if len(state) > MAX_JSON_BYTES:
+        excess = f"{len(state):,} bytes, at most {MAX_JSON_BYTES:,} can be read"
+    if excess:
+        raise CheckpointWriteError(directory / STATE, None, f"{excess}: keep large lists as tensors")
 
 
 def check_tag(tag: str) -> None:

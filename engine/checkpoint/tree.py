@@ -26,6 +26,8 @@ MAX_DEPTH = 64
 
 _INT_LIMIT = 2**63
 """Readers of JSON are sure of 64 bits at most; numpy's generators carry 128."""
+_BIG_INT_BITS = 4096
+"""The largest integer that is taken: beyond it, arithmetic and printing are slow enough to be an attack."""
 
 _MAPPINGS: dict[str, Callable[[dict[object, object]], object]] = {
     "dict": dict,
@@ -58,7 +60,7 @@ def encode(value: object, node_of: TensorNodes, path: str = "", depth: int = 0) 
     if kind is str:
         return _checked_text(value, path)
     if kind is int:
-        return _encode_int(value)  # type: ignore[arg-type]  # kind is int
+        return _encode_int(value, path)  # type: ignore[arg-type]  # kind is int
     if isinstance(value, float):  # numpy.float64 is one and equals its float exactly
         return _encode_float(float(value))
     node = node_of(path, value)
@@ -113,7 +115,9 @@ def _checked_text(value: object, path: str) -> str:
     return value
 
 
-def _encode_int(value: int) -> object:
+def _encode_int(value: int, path: str) -> object:
+    if value.bit_length() > _BIG_INT_BITS:
+        raise UnserializableStateError(path, value, f"an integer of more than {_BIG_INT_BITS} bits")
     return value if -_INT_LIMIT <= value < _INT_LIMIT else {"$": ["int", hex(value)]}
 
 
@@ -125,40 +129,59 @@ def _encode_float(value: float) -> object:
     return {"$": ["float", "Infinity" if value > 0 else "-Infinity"]}
 
 
-def decode(node: object, tensors: Mapping[str, object]) -> object:
+def decode(node: object, tensors: Mapping[str, object], depth: int = 0) -> object:
     """Return the state that `encode` was given; `tensors` by the names it was told.
+
+    Plain lists and dicts of `node` become part of the result: a copy of them would double the memory.
 
     Raises:
         ValueError: For a node that `encode` does not make, or a tensor that is not there.
+        TypeError: For a dict key that cannot be one.
     """
+    if not isinstance(node, (list, dict)):
+        return node
+    if depth > 2 * MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    depth += 1
     if isinstance(node, list):
-        return [decode(item, tensors) for item in node]
-    if not isinstance(node, dict):
+        for index, item in enumerate(node):
+            if isinstance(item, (list, dict)):
+                node[index] = decode(item, tensors, depth)
         return node
     if "$" not in node:
-        return {key: decode(item, tensors) for key, item in node.items()}
+        for key, item in node.items():
+            if isinstance(item, (list, dict)):
+                node[key] = decode(item, tensors, depth)
+        return node
     match node["$"]:
-        case ["tensor", str(name)] if name in tensors:
+        case ["tensor", str(name)] if len(node) == 1 and name in tensors:
             return tensors[name]
-        case ["tuple", list(items)]:
-            return tuple(decode(item, tensors) for item in items)
-        case ["int", str(digits)]:
+        case ["tuple", list(items)] if len(node) == 1:
+            return tuple(decode(item, tensors, depth) for item in items)
+        case ["int", str(digits)] if len(node) == 1 and len(digits) <= _BIG_INT_BITS // 4 + 3:
             return int(digits, 16)
-        case ["float", str(word)] if word in _NON_FINITE:
+        case ["float", str(word)] if len(node) == 1 and word in _NON_FINITE:
             return _NON_FINITE[word]
-        case [str(kind), list(pairs)] if kind in _MAPPINGS:
-            return _MAPPINGS[kind](dict(_decode_pair(pair, tensors) for pair in pairs))
-    raise ValueError(f"a node that offloop does not write: {str(node)[:80]}")
+        case [str(kind), list(pairs)] if len(node) == 1 and kind in _MAPPINGS:
+            return _MAPPINGS[kind](dict(_decode_pair(pair, tensors, depth) for pair in pairs))
+    raise ValueError(f"a node that offloop does not write: {_excerpt(node)}")
 
 
-def _decode_pair(pair: object, tensors: Mapping[str, object]) -> tuple[object, object]:
+def _decode_pair(pair: object, tensors: Mapping[str, object], depth: int) -> tuple[object, object]:
     match pair:
         case [key, value]:
-            decoded = decode(key, {})
+            decoded = decode(key, {}, depth)
             if isinstance(decoded, (list, dict)):
                 raise ValueError("a dict key that is no plain value")
-            return decoded, decode(value, tensors)
+            return decoded, decode(value, tensors, depth)
     raise ValueError("a dict entry that is no pair")
+
+
+def _excerpt(node: Mapping[str, object]) -> str:
+    """Return the beginning of a node, without making text of all of it."""
+    mark = node["$"]
+    inside = mark if isinstance(mark, str) else mark[:1] if isinstance(mark, list) else type(mark).__name__
+    return f"{{'$': {str(inside)[:80]}, ...}}"
 
 
 def tensor_names(node: object) -> set[str]:

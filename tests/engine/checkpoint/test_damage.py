@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -424,3 +425,62 @@ def test_hostile_files_run_nothing(tmp_path: Path) -> None:
 def test_errors_are_ordinary_exceptions() -> None:
     assert issubclass(CheckpointError, Exception)
     assert issubclass(UnsafeCheckpointError, CheckpointCorruptError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"[" + b"[]," * 2_000_000 + b"[]]", id="arrays"),
+        pytest.param(b"[" + b'{"a":1},' * 2_000_000 + b"1]", id="objects"),
+        pytest.param(b"[" + b"1," * 10_000_001 + b"1]", id="numbers"),
+    ],
+)
+def test_json_that_would_fill_the_memory_is_refused_before_it_is_decoded(
+    run_directory: Path, checkpoint: Path, content: bytes
+) -> None:
+    put_state(checkpoint, content)
+    before = reset_peak()
+    with pytest.raises(UnsafeCheckpointError, match=r"state\.json.*can be read"):
+        CheckpointReader(run_directory).load()
+    assert (peak() - before) * 1024 < 3 * len(content)
+
+
+def test_view_that_repeats_its_base_to_gigabytes_is_refused(run_directory: Path, checkpoint: Path) -> None:
+    def change(manifest: Any) -> None:
+        name, stored = next((n, t) for n, t in manifest["tensors"].items() if t["bytes"])
+        manifest["views"]["model.tall"] = {
+            "base": name, "dtype": stored["dtype"], "shape": [2**31], "stride": [0], "offset": 0,
+        }  # fmt: skip
+
+    rewrite_manifest(checkpoint, change)
+    with pytest.raises(UnsafeCheckpointError, match=r"MANIFEST\.json:model\.tall.*views repeat"):
+        CheckpointReader(run_directory).load()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shape", [0, 2**63 - 1, 2**63 - 1]),
+        ("shape", [2**70, 0]),
+        ("shape", [1] * 1000),
+        ("dtype", "int32"),
+        ("dtype", "nonsense"),
+        ("offset", 2**63),
+        ("bytes", 2**62),
+    ],
+)
+def test_lying_about_a_tensor_is_noticed(
+    run_directory: Path, checkpoint: Path, field: str, value: object
+) -> None:
+    def change(manifest: Any) -> None:
+        next(t for t in manifest["tensors"].values() if t["dtype"] == "float32")[field] = value
+
+    rewrite_manifest(checkpoint, change)
+    with pytest.raises(CheckpointCorruptError):
+        CheckpointReader(run_directory).load()
+
+
+def test_integer_without_end_is_refused(run_directory: Path, checkpoint: Path) -> None:
+    put_state(checkpoint, b'{"a":{"$":["int","0x' + b"f" * 10_000 + b'"]}}')
+    with pytest.raises(UnsafeCheckpointError, match="a node that offloop does not write"):
+        CheckpointReader(run_directory).load()

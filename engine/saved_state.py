@@ -1,0 +1,190 @@
+"""The types of a run's state as a checkpoint holds it, checked before anything of it is used.
+
+Checksums find damage. They do not say that the content is what a run writes: another program, another version or
+a person may have written it, with correct checksums. `check_state` compares every field with its type, and
+`restoring` turns whatever goes wrong while a part is put back into a `CheckpointError` that names the part.
+
+A new field of the state is added here as `NotRequired`, or older checkpoints are refused.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
+
+import msgspec
+import torch
+
+from offloop.engine.checkpoint import CheckpointError, CheckpointIncompatibleError
+from offloop.engine.checkpoint.errors import UnsafeCheckpointError
+from offloop.engine.checkpoint.manifest import STATE
+from offloop.engine.errors import OffloopError
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Number = float | int
+
+_ANOTHER_RUN: Final = (RuntimeError, ValueError, OffloopError)
+"""What torch and offloop raise for a state that is whole and belongs to another model, optimizer or callback."""
+
+
+class OptimizerState(TypedDict):
+    state: dict[Any, Any]
+    param_groups: list[dict[str, Any]]
+
+
+class Position(TypedDict):
+    epoch: Count
+    step: Count
+    batch: Count
+    epoch_batches: Count
+    epoch_samples: Count
+    epoch_first_step: Count
+    validated_step: int
+    last_lr: float
+
+
+class MeansState(TypedDict):
+    sums: dict[str, float]
+    weights: dict[str, float]
+
+
+class RandomState(TypedDict):
+    torch: torch.Tensor
+    python: tuple[int, list[Annotated[int, msgspec.Meta(ge=0, le=2**32)]], float | None]
+    cuda: NotRequired[list[torch.Tensor]]
+    numpy: NotRequired[tuple[str, torch.Tensor, Count, Count, float]]
+
+
+class BeforeEpoch(TypedDict):
+    random: RandomState
+    has_workers: bool
+    generators: NotRequired[dict[str, torch.Tensor]]
+    samplers: NotRequired[dict[str, Any]]
+
+
+class LoaderNow(TypedDict):
+    has_workers: bool
+    generators: NotRequired[dict[str, torch.Tensor]]
+    samplers: NotRequired[dict[str, Any]]
+
+
+class LoaderState(TypedDict):
+    before: BeforeEpoch | None
+    now: LoaderNow
+
+
+class SavedState(TypedDict):
+    """What `state.capture` and the session put into a checkpoint. Fields that are not listed are not checked."""
+
+    model: dict[str, Any]
+    optimizers: dict[str, OptimizerState]
+    schedulers: list[dict[Any, Any]]
+    position: Position
+    phase: Literal["before_epoch", "in_epoch", "after_epoch"]
+    taken: float
+    seconds: float
+    means: MeansState
+    epoch_metrics: dict[str, float]
+    latest: dict[str, float]
+    loss_scale: float
+    frozen: list[str]
+    random: RandomState
+    environment: dict[str, Any]
+    callbacks: dict[str, dict[Any, Any]]
+    loader: LoaderState
+    history: list[str]
+    best: dict[str, Any] | None
+    scaler: NotRequired[dict[str, Any]]
+    metrics: NotRequired[dict[str, Any]]
+    trainer: NotRequired[dict[str, Any]]
+    loss: NotRequired[Any]
+    milestones: NotRequired[list[str]]
+
+
+def check_state(state: object, checkpoint: Path) -> dict[str, Any]:
+    """Return the state of a run, if each of its fields has the type that a run writes.
+
+    Raises:
+        UnsafeCheckpointError: A field is missing or of another type; the text names file and field.
+    """
+    try:
+        msgspec.convert(state, SavedState, dec_hook=_expect_instance)
+    except (msgspec.ValidationError, RecursionError) as error:
+        detail, _, where = str(error).partition(" - at ")
+        field = where.strip("`").removeprefix("$.")
+        raise UnsafeCheckpointError(
+            checkpoint, f"{STATE}:{field}" if field else STATE, "foreign", detail
+        ) from error
+    return cast("dict[str, Any]", state)
+
+
+@contextlib.contextmanager
+def restoring(checkpoint: Path | str, part: str) -> Iterator[None]:
+    """Name the part of the state that the block puts back, whatever goes wrong with it.
+
+    Raises:
+        CheckpointIncompatibleError: The part belongs to another model, optimizer or callback.
+        UnsafeCheckpointError: It is not what was saved.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _ANOTHER_RUN as error:
+        raise CheckpointIncompatibleError(
+            Path(checkpoint), f"{part} cannot be put back: {error}".rstrip(". \n"), _hint(part)
+        ) from error
+    except (
+        Exception
+    ) as error:  # a KeyError, TypeError, IndexError, ... or a MemoryError, of ours, torch's or a user's
+        raise UnsafeCheckpointError(
+            Path(checkpoint), f"{STATE}:{part}", "foreign", f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def check_kinds(saved: object, live: object, where: str = "") -> None:
+    """Compare a saved state with that of the object that is to load it, where both have a value.
+
+    torch's schedulers and optimizers take whatever they are given, and fail in a later step. Numbers are all of one
+    kind, and so are lists and tuples; None fits everything, because many states begin as None.
+
+    Raises:
+        TypeError: A value is of another kind; the text names it.
+    """
+    if saved is None or live is None:
+        return
+    kinds: tuple[tuple[type, ...], ...] = (
+        (torch.Tensor, bool, int, float, complex),
+        (str,),
+        (list, tuple),
+        (Mapping,),
+    )
+    for kind in kinds:
+        if isinstance(live, kind) and not isinstance(saved, kind):
+            raise TypeError(f"{where or 'it'} is a {type(saved).__name__}, not a {type(live).__name__}")
+    if isinstance(live, Mapping):
+        assert isinstance(saved, Mapping)
+        for name in live.keys() & saved.keys():
+            check_kinds(saved[name], live[name], f"{where}.{name}" if where else str(name))
+    elif isinstance(live, list | tuple) and live:
+        assert isinstance(saved, list | tuple)
+        for index, item in enumerate(saved):
+            like = live[min(index, len(live) - 1)]
+            check_kinds(item, like, f"{where}.{index}" if where else str(index))
+
+
+def _hint(part: str) -> str:
+    if part == "model":
+        return (
+            "Make the model that was saved; or begin a new run with its weights alone: init_from=..., "
+            "with init_strict=False where only some of them fit"
+        )
+    if part.startswith("optimizers"):
+        return "Make the optimizer that was saved; or begin a new run with the weights alone: init_from=..."
+    return "Make the run as it was made before"
+
+
+def _expect_instance(wanted: type, value: object) -> object:
+    if isinstance(value, wanted):
+        return value
+    raise TypeError(f"Expected `{wanted.__name__}`, got `{type(value).__name__}`")
