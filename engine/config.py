@@ -145,7 +145,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     flush_interval: float = 0.05
     """Seconds between two hand-overs of events to the event loop."""
     drain_timeout: float = 30.0
-    """Seconds that callbacks have to handle what is left after `TrainEnd`."""
+    """Seconds that callbacks have to handle what is left after training, and again for `TrainEnd`."""
 
     def __post_init__(self) -> None:
         # Texts from here on: that is what run.json holds.

@@ -5,8 +5,8 @@
     starts the supervisor ──────> drainer, observers ──starts──────────> set-up, loop.run()
     waits for "done"              waits for the thread                        │
        │ cancelled?               <───────────────────────── ends ────────────┘
-       └─> tells the mailbox      checkpoints durable, TrainEnd
-           and re-raises          observers drain, close() of each
+       └─> tells the mailbox      checkpoints durable, observers drain
+           and re-raises          TrainEnd, close() of each
                                   result, "done"
 
 A native asyncio cancellation goes through any shield, so nothing that must run to its end waits in the
@@ -140,6 +140,7 @@ class Session:
         self._loop_thread: threading.Thread | None = None
         self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
         self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
+        self._marks: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
         self.checkpoints: Checkpoints | None = None
@@ -694,14 +695,15 @@ class Session:
                         tasks.start_soon(self._serve, observer, scope, event)
                     self._start_thread()
                     swept = await self._thread_is_over()
-                    if not swept:
-                        await self._hear_out()
                     if self.failure is not None and on_failure is not None:
                         on_failure()
                     await self._finish_checkpoints()
+                    late = set() if swept else await self._settle()
+                    if self.failure is not None and on_failure is not None:
+                        on_failure()
                     self._end_bus()
                     if not swept:
-                        await self._drain(scopes, served)
+                        await self._drain(scopes, served, late)
                     for scope in scopes:
                         scope.cancel()
             except GeneratorExit:  # the event loop was closed under us: the training thread does the rest
@@ -731,6 +733,8 @@ class Session:
         finally:
             served.set()
             self._unserved.add(observer)
+            if observer in self._marks:
+                self._marks[observer].set()  # it handles nothing any more, the mark neither
             self.control.poke()  # the training thread may be waiting for it
 
     async def _thread_is_over(self) -> bool:
@@ -741,7 +745,7 @@ class Session:
             try:
                 with anyio.move_on_after(STACK_INTERVAL):
                     await self._thread_ended.wait()
-                    self.thread.join()  # it has done all but return
+                    self.thread.join()  # returns immediately: the thread is already exiting
             except anyio.get_cancelled_exc_class():
                 cancelled = True
                 self.cancel("the event loop is ending")
@@ -772,28 +776,52 @@ class Session:
             )
         )
 
-    async def _hear_out(self) -> None:
-        """Let observers whose failure fails the run handle all before `TrainEnd`, which says how it ended."""
-        deadline = time.perf_counter() + self.config.drain_timeout
-        for observer in self.observers:
-            subscription = observer.subscription
-            if (
-                observer.handlers.callback.on_error == "raise"
-                and subscription
-                and observer not in self._unserved
-            ):
-                caught_up = anyio.Event()
-                self.bus.rendezvous(subscription, caught_up.set)
-                await self._came(caught_up, deadline)
+    async def _settle(self) -> set[Observer]:
+        """Let the callbacks handle everything before `TrainEnd`, and what they publish meanwhile.
 
-    async def _drain(self, scopes: Sequence[anyio.CancelScope], served: Sequence[anyio.Event]) -> None:
-        """Let the callbacks handle what is left; cancel and report who misses the deadline."""
+        `TrainEnd` is the last event and tells how the run ended, so it waits for what callbacks still have to
+        publish and for failures of those with `on_error="raise"`, `drain_timeout` seconds at most.
+
+        Returns:
+            The observers that did not get that far in time.
+        """
         deadline = time.perf_counter() + self.config.drain_timeout
+        late: set[Observer] = set()
+        is_first_round = True
+        while not self.bus.has_ended:
+            published = self.bus.published
+            self._marks = {
+                observer: anyio.Event()
+                for observer in self.observers
+                if observer.subscription is not None and observer not in self._unserved
+            }
+            for observer, mark in self._marks.items():
+                assert observer.subscription is not None
+                self.bus.rendezvous(observer.subscription, mark.set)
+            behind = {each for each, mark in self._marks.items() if not await self._came(mark, deadline)}
+            if is_first_round:
+                late = behind
+            elif behind:
+                logger.warning(
+                    "callbacks still published events %g s after training", self.config.drain_timeout
+                )
+            if behind or self.bus.published == published:
+                break
+            is_first_round = False
+        self._marks = {}
+        return late
+
+    async def _drain(
+        self, scopes: Sequence[anyio.CancelScope], served: Sequence[anyio.Event], late: set[Observer]
+    ) -> None:
+        """Let the callbacks handle `TrainEnd`; cancel and report those that miss the deadline or were late before."""
+        now = time.perf_counter()
         for observer, scope, event in zip(self.observers, scopes, served, strict=True):
+            deadline = now if observer in late else now + self.config.drain_timeout
             if not await self._came(event, deadline):
                 scope.cancel()
-                late = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
-                observer.failed("drain", late)
+                error = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
+                observer.failed("drain", error)
 
     async def _came(self, event: anyio.Event, deadline: float) -> bool:
         """Wait for an event; False if it had not come by the deadline, or a second signal came first."""

@@ -28,6 +28,7 @@ from offloop.callbacks import LearningRateScheduler, ModelCheckpoint, WeightAver
 from offloop.engine import (
     Callback,
     CallbackFailed,
+    CheckpointSaved,
     ConfigError,
     EpochEnd,
     EpochStart,
@@ -1451,6 +1452,123 @@ def test_number_of_callbacks_changes_no_weight(backend: str) -> None:
 
 
 # The end -----------------------------------------------------------------------------------------
+
+
+class Reaction(Event, frozen=True):
+    """Published by a callback in reaction to another event."""
+
+    number: int = 0
+
+
+def wait_for_training_to_end(run: Run) -> None:
+    run._session.thread.join()
+
+
+class ReactsOnLoop(Callback):
+    """Publishes when training is over, and again when that event comes back."""
+
+    async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        await anyio.to_thread.run_sync(wait_for_training_to_end, run)
+        run.publish(Reaction())
+
+    async def on_reaction(self, event: Reaction, run: Run) -> None:
+        await anyio.lowlevel.checkpoint()
+        if event.number < 3:
+            run.publish(Reaction(number=event.number + 1))
+
+
+class ReactsInThread(Callback):
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        wait_for_training_to_end(run)
+        run.publish(Reaction())
+
+    def on_reaction(self, event: Reaction, run: Run) -> None:
+        if event.number < 3:
+            run.publish(Reaction(number=event.number + 1))
+
+
+@pytest.mark.parametrize("reacts", [ReactsOnLoop, ReactsInThread])
+@pytest.mark.anyio
+async def test_what_callbacks_publish_after_training_comes_before_train_end(reacts: type[Callback]) -> None:
+    recorder = Recorder()
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer().train_async(tiny_loader(1), epochs=1, callbacks=[recorder, reacts()])
+    assert recorder.names()[-6:] == ["EpochEnd", *["Reaction"] * 4, "TrainEnd"]
+    assert [event.number for event in recorder.of(Reaction)] == [0, 1, 2, 3]
+    assert result.callback_errors == {}
+
+
+@pytest.mark.anyio
+async def test_reaction_to_the_last_checkpoint_comes_before_train_end(tmp_path: Path) -> None:
+    class Register(Callback):
+        """Has an async decider, which shares its task with the observer."""
+
+        @decides
+        async def on_epoch_end(self, event: EpochEnd, run: Run) -> None: ...
+
+        async def on_checkpoint_saved(self, event: CheckpointSaved, run: Run) -> None:
+            checkpoints = run._session.checkpoints
+            assert checkpoints is not None
+            while checkpoints._optimizers:  # until all of them are durable and the directory is given back
+                await anyio.sleep(0.001)
+            await anyio.wait_all_tasks_blocked()
+            run.publish(Reaction())
+
+    recorder = Recorder()
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer(run_dir=tmp_path).train_async(
+            tiny_loader(1), epochs=1, callbacks=[recorder, Register(), ModelCheckpoint(monitor="train_loss")]
+        )
+    assert recorder.names()[-2:] == ["Reaction", "TrainEnd"]
+    assert len(recorder.of(Reaction)) == len(recorder.of(CheckpointSaved)) > 0
+    assert result.callback_errors == {}
+
+
+@pytest.mark.anyio
+async def test_failure_in_a_late_reaction_fails_the_run_before_train_end() -> None:
+    class Fails(Callback):
+        on_error = "raise"
+
+        async def on_reaction(self, event: Reaction, run: Run) -> None:
+            raise Fault("late")
+
+    recorder, trainer = Recorder(), tiny_trainer()
+    with anyio.fail_after(LONG), pytest.raises(Fault):
+        await trainer.train_async(
+            tiny_loader(1), epochs=1, callbacks=[recorder, ReactsOnLoop(), Fails(), ReactsInThread()]
+        )
+    assert recorder.of(TrainEnd)[0].status == "failed"
+
+
+@pytest.mark.anyio
+async def test_callbacks_that_never_stop_publishing_are_cut_off_by_the_drain_timeout(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Endless(Callback):
+        async def on_event(self, event: Event, run: Run) -> None:
+            if not isinstance(event, TrainEnd):
+                run.publish(Reaction())
+
+    recorder = Recorder()
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer(drain_timeout=0.05).train_async(
+            tiny_loader(1), epochs=1, callbacks=[recorder, Endless()]
+        )
+    assert result.status == "completed"
+    assert recorder.names()[-2:] == ["Reaction", "TrainEnd"]
+    assert "callbacks still published events 0.05 s after training" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_callback_that_hangs_takes_train_end_from_no_other() -> None:
+    hanging, recorder = HangingCallback(), Recorder()
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer(drain_timeout=0.05).train_async(
+            tiny_loader(1), epochs=1, callbacks=[hanging, SlowCallback(0.001), recorder]
+        )
+    hanging.release()
+    assert list(result.callback_errors) == ["HangingCallback"]
+    assert recorder.names()[-1] == "TrainEnd"
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
