@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final
 
@@ -121,7 +121,13 @@ _DEFAULTS: Final[dict[signal.Signals, Any]] = {
 
 
 @contextlib.contextmanager
-def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: bool) -> Iterator[bool]:
+def handled_signals(
+    on_signal: Callable[[signal.Signals, int], None],
+    *,
+    force: bool,
+    only: Sequence[signal.Signals] = _HANDLED,
+    third_is_final: bool = True,
+) -> Iterator[bool]:
     """Take SIGINT and SIGTERM for the length of the block, where they are ours to take.
 
     That is in the main thread, for a signal whose handler is still Python's default (or with `force`, any).
@@ -129,7 +135,9 @@ def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: 
 
     Args:
         on_signal: Called in the main thread with the signal and how many have come; must not block.
-        force: Take them from whoever has them, as an application that asks for it wants.
+        force: Take them even if the application has handlers of its own.
+        only: Take these signals only.
+        third_is_final: False: the third signal and later ones are given to `on_signal` as well.
     """
     taken: dict[signal.Signals, Any] = {}
     count = 0
@@ -137,7 +145,7 @@ def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal count
         count += 1
-        if count > 2:
+        if count > 2 and third_is_final:
             # The system's default, not Python's: a KeyboardInterrupt would wait for a step that never returns.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -145,7 +153,7 @@ def handled_signals(on_signal: Callable[[signal.Signals, int], None], *, force: 
         on_signal(signal.Signals(number), count)
 
     if threading.current_thread() is threading.main_thread():
-        for each in _HANDLED:
+        for each in only:
             if force or signal.getsignal(each) == _DEFAULTS[each]:
                 taken[each] = signal.signal(each, handle)
     try:

@@ -76,6 +76,7 @@ from offloop.engine.run_dir import create_run_dir, describe_environment, write_r
 from offloop.engine.saved_state import check_state
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
+from offloop.engine.threads import Thread, has_ended
 from offloop.engine.uploads import Uploads, claim_remote
 from offloop.engine.waker import Waker, result_of
 from offloop.engine.weights import InitialWeights
@@ -162,9 +163,7 @@ class Session:
         self.observers = [self._observe(each) for each in handlers]
         context = contextvars.copy_context()
         self._device_context = default_device()
-        self.thread = threading.Thread(
-            target=context.run, args=(self._train,), name=f"offloop-training-{run_id}", daemon=False
-        )
+        self.thread = Thread(context.run, self._train, name=f"offloop-training-{run_id}", daemon=False)
 
     # The training thread's side ------------------------------------------------------------------
 
@@ -489,7 +488,7 @@ class Session:
         is_closed = getattr(
             self._native_loop, "is_closed", None
         )  # asyncio's; trio always ends its tasks first
-        return (thread is not None and not thread.is_alive()) or (is_closed is not None and bool(is_closed()))
+        return (thread is not None and has_ended(thread)) or (is_closed is not None and bool(is_closed()))
 
     def hook_failed(self, hook: StepHook, error: Exception, is_off: bool) -> None:
         """Hold or pass on what a step hook raised. Training thread."""
@@ -553,7 +552,7 @@ class Session:
         self.control.cancel(reason)
         self.bus.unblock()
 
-    def on_signal(self, name: str, count: int) -> None:
+    def on_signal(self, name: str, count: int, *, third_is_final: bool = True) -> None:
         """Obey a signal: the first stops the run in order, the second in haste. Main thread."""
         self.signal_count = count
         if count == 1:
@@ -563,7 +562,8 @@ class Session:
         else:
             self._hurried_at = min(self._hurried_at, time.perf_counter())
             self.cancel(f"{name}, twice")
-            logger.warning("%s: leaving in haste; a third time ends the process at once", name)
+            outlook = "; a third time ends the process at once" if third_is_final else ""
+            logger.warning("%s: leaving in haste%s", name, outlook)
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure and end training. Any thread."""
@@ -741,7 +741,7 @@ class Session:
         """Wait for the training thread through all cancellations; True if there was one."""
         cancelled = False
         warned = time.perf_counter()
-        while self.thread.is_alive():
+        while self._is_training():
             try:
                 with anyio.move_on_after(STACK_INTERVAL):
                     await self._thread_ended.wait()
@@ -749,11 +749,16 @@ class Session:
             except anyio.get_cancelled_exc_class():
                 cancelled = True
                 self.cancel("the event loop is ending")
+            except KeyboardInterrupt as error:  # a signal handler of the host's
+                self._fail(error)
             now = time.perf_counter()
-            if self.control.cancelled and self.thread.is_alive() and now - warned >= STACK_INTERVAL:
+            if self.control.cancelled and self._is_training() and now - warned >= STACK_INTERVAL:
                 warned = now
                 self._log_stack()
         return cancelled
+
+    def _is_training(self) -> bool:
+        return self.thread.ident is not None and not self.thread.is_over
 
     def _log_stack(self) -> None:
         frame = sys._current_frames().get(self.thread.ident or 0)
@@ -860,7 +865,7 @@ class Session:
 
     def _abandon_thread(self) -> None:
         """Make sure that the thread knows, if this coroutine is torn down without having waited for it."""
-        if self.thread.is_alive():
+        if self._is_training():
             self.cancel("the event loop is gone")
 
     def _status(self) -> tuple[Status, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 import sys
 import threading
 import warnings
@@ -68,6 +69,7 @@ from offloop.engine.seeded_sampling import check_seedable
 from offloop.engine.session import Session, default_device
 from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
 from offloop.engine.state import load_optimizer
+from offloop.engine.threads import Thread
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
 from offloop.engine.weights import Source, plan_init
 
@@ -1015,24 +1017,31 @@ class BaseTrainer:
                 stacklevel=4,  # the caller of train(), which is decorated
             )
         failure: list[BaseException] = []
+        seen: list[str] = []
+        note = _note_signal(session, seen, third_is_final=False)
 
-        def host() -> None:
+        def run() -> None:
             try:
                 anyio.run(session.run_to_end, lambda run: None)
             except BaseException as error:
                 failure.append(error)
 
-        thread = threading.Thread(target=host, name=f"offloop-host-{session.run_id}")
-        thread.start()
-        try:
-            thread.join()
-        except KeyboardInterrupt:  # a notebook's stop button: leave in order, keep the session alive
-            session.on_signal("SIGINT", 1)
-            thread.join()
-            raise
+        host = Thread(run, name=f"offloop-host-{session.run_id}", daemon=False)
+        # Ctrl-C, or a notebook's stop button. It must not raise in here: train() returns when the run is over.
+        # SIGTERM stays with the application, and no number of interrupts ends it.
+        interrupts = handled_signals(note, force=False, only=(signal.SIGINT,), third_is_final=False)
+        with interrupts as session.loop.handles_signals:
+            host.start()
+            while not host.is_over:
+                try:
+                    host.join()
+                except KeyboardInterrupt:  # raised by a handler of the application's
+                    note(signal.SIGINT, len(seen) + 1)
         if failure:
             raise failure.pop()
-        return session.outcome()
+        result = session.outcome()
+        _raise_for_signal(seen)
+        return result
 
     # Checks --------------------------------------------------------------------------------------
 
@@ -1170,10 +1179,12 @@ def _inside_event_loop() -> bool:
     return True
 
 
-def _note_signal(session: Session, seen: list[str]) -> Callable[[Any, int], None]:
+def _note_signal(
+    session: Session, seen: list[str], *, third_is_final: bool = True
+) -> Callable[[Any, int], None]:
     def note(number: Any, count: int) -> None:
         seen.append(number.name)
-        session.on_signal(number.name, count)
+        session.on_signal(number.name, count, third_is_final=third_is_final)
 
     return note
 

@@ -1,18 +1,21 @@
 """Signals: `train()` in real processes that are told to stop, in order, in haste and at once."""
 
+import asyncio
+import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 import torch
+import trio
 from interruptions import StopAfter
 
 from offloop.engine import (
@@ -537,3 +540,56 @@ def test_run_in_another_thread_leaves_signals_alone() -> None:
     thread.join(30)
     assert spy.handlers == before
     assert recorder.of(TrainEnd)[0].status == "completed"
+
+
+# Inside a running event loop, as in a notebook cell ------------------------------------------------
+
+
+def interrupted_beside_a_loop(
+    run: Callable[[Callable[[], Coroutine[Any, Any, None]]], object], count: int
+) -> None:
+    """Call `train()` on the main thread beside a running event loop, and interrupt it."""
+
+    async def cell() -> None:
+        with pytest.warns(RuntimeWarning, match="blocks the event loop"), pytest.raises(KeyboardInterrupt):
+            trainer.train(
+                EndlessLoader(), max_steps=ENDLESS, callbacks=[Signal(*[signal.SIGINT] * count), recorder]
+            )
+        assert trainer.last_run is not None
+        assert trainer.last_run.state == trainer.last_run.result.status  # it was over when train() raised
+
+    trainer, recorder = tiny_trainer(), Recorder()
+    run(cell)
+    assert trainer.last_run is not None
+    assert trainer.last_run.state in (("stopped",) if count == 1 else ("stopped", "cancelled"))
+    assert recorder.names()[-1] == "TrainEnd"
+    assert recorder.is_closed
+
+
+def run_like_a_notebook(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run on a loop that leaves SIGINT to Python's default handler."""
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(main())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_interrupted_notebook_cell_ends_when_the_run_is_over(count: int) -> None:
+    interrupted_beside_a_loop(run_like_a_notebook, count)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_hosts_handler_that_raises_in_a_cell_does_not_part_train_from_its_run(count: int) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        interrupted_beside_a_loop(run_like_a_notebook, count)
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_beside_trio_ends_when_the_run_is_over() -> None:
+    interrupted_beside_a_loop(trio.run, 1)
