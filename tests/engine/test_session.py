@@ -1510,7 +1510,7 @@ async def test_reaction_to_the_last_checkpoint_comes_before_train_end(tmp_path: 
             checkpoints = run._session.checkpoints
             assert checkpoints is not None
             while checkpoints._optimizers:  # until all of them are durable and the directory is given back
-                await anyio.sleep(0.001)
+                await anyio.lowlevel.checkpoint()
             await anyio.wait_all_tasks_blocked()
             run.publish(Reaction())
 
