@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
@@ -43,7 +43,6 @@ class MLflowLogger(TrackingLogger):
         tracking_uri: str | None = None,
         run_name: str | None = None,
         tags: Mapping[str, str] | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
         log_model: LogModel = False,
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
@@ -57,7 +56,6 @@ class MLflowLogger(TrackingLogger):
                 `MLFLOW_TRACKING_URI`, or what `mlflow.set_tracking_uri` was given.
             run_name: Shown by MLflow; None for the run's id.
             tags: Of the MLflow run.
-            hyperparameters: Further ones beside the knobs, the model and the optimizer: plain values by name.
             log_model: Upload checkpoints as artifacts: True the best one at the end, "all" each when it is saved.
             every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
             every_n_steps: Steps between two steps with points, at least 1.
@@ -80,7 +78,6 @@ class MLflowLogger(TrackingLogger):
         self.run_name = run_name
         self.tags = dict(tags or {})
         super().__init__(
-            hyperparameters=hyperparameters,
             log_model=log_model,
             every_seconds=every_seconds,
             every_n_steps=every_n_steps,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import (
-    check_hyperparameters,
     expect_package,
     hyperparameters_of,
     values_to_plot,
@@ -41,7 +40,6 @@ class TensorBoardLogger(ValueLogger):
         self,
         *,
         log_dir: "str | Path | None" = None,
-        hyperparameters: Mapping[str, Any] | None = None,
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
     ) -> None:
@@ -49,7 +47,6 @@ class TensorBoardLogger(ValueLogger):
 
         Args:
             log_dir: Each run gets a directory in this one, named by its id; None for the run's own.
-            hyperparameters: Further ones beside the knobs, the model and the optimizer: plain values by name.
             every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
             every_n_steps: Steps between two steps with points, at least 1.
 
@@ -64,7 +61,6 @@ class TensorBoardLogger(ValueLogger):
             self._writer_class: type[SummaryWriter] = importlib.import_module(
                 "torch.utils.tensorboard"
             ).SummaryWriter
-        self.hyperparameters = check_hyperparameters(hyperparameters)
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.needs_run_dir = log_dir is None  # type: ignore[misc]  # of this instance
         super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps)
@@ -84,7 +80,7 @@ class TensorBoardLogger(ValueLogger):
             purge_step=event.step + 1 if event.attempt else None,
             filename_suffix=f".{event.attempt}",
         )
-        self._add_session_start(event, hyperparameters_of(event, run, self.hyperparameters))
+        self._add_session_start(event, hyperparameters_of(event, run))
 
     def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
         assert self._writer is not None

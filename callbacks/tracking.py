@@ -79,33 +79,31 @@ def expect_package(module: str, extra: str) -> ModuleType:
         ) from None
 
 
-def hyperparameters_of(start: TrainStart, run: Run, further: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run was made with, as plain values by name: `further`, the model, the optimizers, every knob."""
+def hyperparameters_of(start: TrainStart, run: Run) -> dict[str, Any]:
+    """Return what a run was made with, as plain values by name: the model, the optimizers, every knob, the user's own.
+
+    The user's own come last and win. Those in a mapping are called `group.name`, and a list is a text.
+    """
     trainer = run.trainer
     found: dict[str, Any] = {"model": type(trainer.model).__name__, "parameters": start.parameters}
     for name, optimizer in trainer.optimizers.items():
         found[name] = type(optimizer).__name__
         found.update({f"{name}.{key}": value for key, value in optimizer.defaults.items()})
-    found.update(start.config)
+    found.update({name: value for name, value in start.config.items() if name != "hyperparameters"})
     for limit in ("device", "epochs", "max_steps", "max_time", "steps_per_epoch"):
         found[limit] = getattr(start, limit)
-    return {name: value for name, value in {**found, **further}.items() if _is_plain(value)}
+    found = {name: value for name, value in found.items() if _is_plain(value)}
+    return {**found, **_flat(start.config.get("hyperparameters") or {})}
 
 
-def check_hyperparameters(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a user gave.
-
-    Raises:
-        ConfigError: It is no mapping of names to plain values.
-    """
-    if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"hyperparameters must be a mapping of names to values, got {given!r}")
-    for name, value in (given or {}).items():
-        if not isinstance(name, str) or not _is_plain(value):
-            raise ConfigError(
-                f"hyperparameters must be numbers, strings or booleans by name, got {name!r}: {value!r}"
-            )
-    return dict(given or {})
+def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value if _is_plain(value) else str(value)
+    return flat
 
 
 def values_to_plot(
@@ -296,7 +294,6 @@ class TrackingLogger(ValueLogger):
     def __init__(
         self,
         *,
-        hyperparameters: Mapping[str, Any] | None = None,
         log_model: LogModel = False,
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
@@ -307,7 +304,6 @@ class TrackingLogger(ValueLogger):
             raise ConfigError(f"log_model must be False, True (the best) or 'all', got {log_model!r}")
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
             raise ConfigError(f"timeout must be above 0 seconds, got {timeout!r}")
-        self.hyperparameters = check_hyperparameters(hyperparameters)
         self.log_model: LogModel = log_model
         self.timeout = timeout
         super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps)
@@ -369,7 +365,7 @@ class TrackingLogger(ValueLogger):
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         self.start, self.run_id = event, run.id
         self.run_dir = run.dir if run.has_dir else None
-        self.parameters = hyperparameters_of(event, run, self.hyperparameters)
+        self.parameters = hyperparameters_of(event, run)
         if event.attempt and self.run_dir is not None and self._id_file(self.run_dir).exists():
             self.tracking_id = msgspec.json.decode(self._id_file(self.run_dir).read_bytes())["id"]
         self._sender = Sender(

@@ -53,7 +53,6 @@ class WandbLogger(TrackingLogger):
         *,
         name: str | None = None,
         mode: Mode | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
         log_model: LogModel = False,
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
@@ -68,7 +67,6 @@ class WandbLogger(TrackingLogger):
             name: Shown by W&B; None for the run's id.
             mode: `"online"`, `"offline"` (upload later with `wandb sync`) or `"disabled"`; None for `WANDB_MODE`, or
                 online.
-            hyperparameters: Further ones beside the knobs, the model and the optimizer: plain values by name.
             log_model: Upload checkpoints as artifacts: True the best one at the end, "all" each when it is saved.
             every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
             every_n_steps: Steps between two steps with points, at least 1.
@@ -91,7 +89,7 @@ class WandbLogger(TrackingLogger):
             if each not in legal:
                 raise ConfigError(
                     f"WandbLogger() takes no {each!r}, nor does wandb.init; legal are project, name, mode, "
-                    "hyperparameters, log_model, every_seconds, every_n_steps, timeout, settings and for wandb.init "
+                    "log_model, every_seconds, every_n_steps, timeout, settings and for wandb.init "
                     f"{', '.join(sorted(set(legal) - set(OURS)))}"
                 )
         self.settings = dict(settings or {})
@@ -104,7 +102,6 @@ class WandbLogger(TrackingLogger):
         self.name = name
         self.init = init
         super().__init__(
-            hyperparameters=hyperparameters,
             log_model=log_model,
             every_seconds=every_seconds,
             every_n_steps=every_n_steps,

@@ -140,6 +140,9 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Directory for runs; each run owns `run_dir/<run_id>/`. None: `runs`, and only if a callback writes."""
     run_name: str | None = None
     """The run's id; None: time and random letters."""
+    hyperparameters: Mapping[str, Any] | None = None
+    """Facts of your own about the run, by name: numbers, strings, booleans, None, lists and mappings of them. They
+    are in `run.hyperparameters`, `run.json`, `TrainStart.config` and every tracking logger, and change nothing."""
     remote_dir: str | RemoteDirectory | None = None
     """URL where each run is copied to as it grows, and fetched from to go on: `s3://bucket/runs`. Needs fsspec."""
     flush_interval: float = 0.05
@@ -209,6 +212,9 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"run_dir must be a local directory, where the run works; give remote_dir={self.run_dir!r} to "
                 "have it copied there"
             )
+        if self.hyperparameters is not None:
+            plain = _plain_hyperparameters(self.hyperparameters)
+            msgspec.structs.force_setattr(self, "hyperparameters", plain)
         if self.remote_dir is not None:
             self.remote  # noqa: B018 - checks it
         if self.run_name is not None and (self.run_name.startswith(".") or set(self.run_name) & set("/\\\0")):
@@ -268,6 +274,7 @@ class TrainerKnobs(TypedDict, total=False):
     channels_last: bool
     run_dir: str | os.PathLike[str] | None
     run_name: str | None
+    hyperparameters: Mapping[str, Any] | None
     remote_dir: str | RemoteDirectory | None
     flush_interval: float
     drain_timeout: float
@@ -353,6 +360,35 @@ def _check_patterns(name: str, value: object, kinds: tuple[type, ...], legal: st
         odd = next((each for each in given if not isinstance(each, kinds) or each == ""), value)
         shown = repr(odd) if isinstance(odd, str | int | list) else f"a {type(odd).__name__}"
         raise ConfigError(f"{name} must be {legal}, got {shown}")
+
+
+def _plain_hyperparameters(given: object) -> dict[str, Any]:
+    """Return a copy of the user's hyperparameters as plain values."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            "hyperparameters must be a mapping of names to values, like vars(args) of argparse or "
+            f"dataclasses.asdict(...), got {type(given).__name__}"
+        )
+
+    def plain(value: object, name: str) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str) or not key:
+                    raise ConfigError(f"{name} has the key {key!r}; names must be strings that are not empty")
+            return {key: plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise ConfigError(
+            f"{name} must be a number, a string, a boolean, None, or a list or mapping of them, got "
+            f"{value!r}; str(...) makes a text of anything"
+        )
+
+    result: dict[str, Any] = plain(given, "hyperparameters")
+    return result
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.checkpoint.store import check_tag
 from offloop.engine.errors import ConfigError
-from offloop.engine.events import CheckpointSaved, EpochEnd, Event, Metrics
+from offloop.engine.events import CheckpointSaved, EpochEnd, Event, Metrics, Settings
 from offloop.engine.observer import CallbackCosts
 from offloop.engine.waker import result_of
 
@@ -177,6 +177,11 @@ class Run:
         if trainer is None:
             raise RuntimeError(f"run {self.id} is over, and its trainer is gone: keep the trainer yourself")
         return trainer
+
+    @property
+    def hyperparameters(self) -> Settings:
+        """What `Trainer(hyperparameters=...)` was given; a copy of plain values. Any thread."""
+        return Settings(self._session.config.hyperparameters or {})
 
     @property
     def monitor(self) -> str:

@@ -98,6 +98,9 @@ PEER_SPELLINGS: Final = {
     "default_root_dir": "run_dir",
     "output_dir": "run_dir",
     "args": "config",
+    "hparams": "hyperparameters",
+    "hyper_parameters": "hyperparameters",
+    "params": "hyperparameters",
     # callbacks
     "dirpath": "save_dir log_dir run_dir file",
     "directory": "save_dir log_dir run_dir",
@@ -138,8 +141,6 @@ PEER_SPELLINGS: Final = {
     "swa_epoch_start": "start_epoch",
     "warmup_steps": "warmup",
     "num_warmup_steps": "warmup",
-    "hparams": "hyperparameters",
-    "params": "hyperparameters",
     "tracking_url": "tracking_uri",
     "experiment": "experiment_name project",
     "run_name": "name",
@@ -198,6 +199,8 @@ ADVICE: Final = {
     "save_dir": "files stand in the run's directory: Trainer(run_dir=...)",
     "log_dir": "files stand in the run's directory: Trainer(run_dir=...)",
     "run_name": "a run gets its name from Trainer(run_name=...)",
+    "hyperparameters": "every logger has those of the run: Trainer(hyperparameters=...)",
+    "hparams": "every logger has those of the run: Trainer(hyperparameters=...)",
     "name": "a run gets its name from Trainer(run_name=...)",
 }
 """What to do where no argument of the call means it."""

@@ -226,3 +226,26 @@ def test_editors_are_told_of_the_same_knobs() -> None:
         name: getattr(kind, "__forward_arg__", kind) for name, kind in TrainerKnobs.__annotations__.items()
     }
     assert told == {name: TrainerConfig.__annotations__[name] for name in KNOBS}
+
+
+def test_hyperparameters_are_copied_as_plain_values() -> None:
+    given = {"width": 16, "data": {"path": Path("corpus"), "folds": (1, 2)}, "note": None}
+    config = TrainerConfig(hyperparameters=given)
+    given["width"] = 17
+    plain = {"width": 16, "data": {"path": "corpus", "folds": [1, 2]}, "note": None}
+    assert config.hyperparameters == plain
+    assert config.as_settings()["hyperparameters"] == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([1], r"must be a mapping of names to values, like vars\(args\) of argparse .*, got list"),
+        ({1: 2}, "hyperparameters has the key 1; names must be strings"),
+        ({"data": {"": 2}}, r"hyperparameters\['data'\] has the key ''"),
+        ({"sizes": [1, {2}]}, r"hyperparameters\['sizes'\]\[1\] must be a number, .*, got \{2\}; str\("),
+    ],
+)
+def test_hyperparameters_that_cannot_be_written_down_are_refused(given: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        TrainerConfig(hyperparameters=given)

@@ -47,12 +47,15 @@ def test_ids_sort_by_time_differ_and_draw_nothing_from_torch() -> None:
 
 def test_run_json_says_what_the_run_is_and_how_it_ended(tmp_path: Path) -> None:
     look = Look()
-    trainer = tiny_trainer(run_dir=str(tmp_path / "deep" / "er"), run_name="first", gradient_clip_val=1.0)
+    knobs: dict[str, Any] = {"gradient_clip_val": 1.0, "hyperparameters": {"width": 16}}
+    trainer = tiny_trainer(run_dir=str(tmp_path / "deep" / "er"), run_name="first", **knobs)
     result = trainer.train(tiny_batches(3), epochs=1, callbacks=[look])
     assert result.dir == tmp_path / "deep" / "er" / "first"
     during, after = look.description, json.loads((result.dir / "run.json").read_text())
     assert (during["run_id"], during["attempt"], during["status"]) == ("first", 0, "running")
     assert during["config"]["gradient_clip_val"] == 1.0
+    assert during["config"]["hyperparameters"] == {"width": 16}
+    assert look.run is not None and look.run.hyperparameters == {"width": 16}
     assert during["command"] == sys.argv
     assert during["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert "git" in during

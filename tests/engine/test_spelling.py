@@ -56,7 +56,10 @@ def test_every_spelling_of_a_peer_leads_to_an_argument_that_exists() -> None:
 
 
 def test_no_knob_of_ours_is_taken_for_a_peers() -> None:
-    assert not {*PEER_SPELLINGS, *ADVICE} & set(TrainerConfig.__struct_fields__) - {"run_name"}
+    assert not {*PEER_SPELLINGS, *ADVICE} & set(TrainerConfig.__struct_fields__) - {
+        "run_name",  # of loggers
+        "hyperparameters",
+    }
 
 
 def test_every_handler_and_method_of_a_peer_is_none_of_ours() -> None:
