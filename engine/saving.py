@@ -127,6 +127,17 @@ class Checkpoints:
         self._retention, self._copies = retention, copies
         if self._store is not None:
             self._store.retention = retention
+        if (
+            self._writer is not None and copies is not None
+        ):  # a run that is continued: it may have been killed
+            self._writer.call_nowait(lambda death: self._take_over(copies))
+
+    def _take_over(self, copies: NamedCopies) -> None:
+        """Remove what a killed attempt left of its copies. Writer's thread."""
+        try:
+            copies.take_over()
+        except OSError as error:
+            logger.error("%s could not be cleaned up: %s", copies.directory, error)
 
     def save(
         self,

@@ -301,9 +301,9 @@ class BaseTrainer:
         """
         self._in_run("keep_checkpoints")
         session = self._session
-        if session is None or session.checkpoints is None:
+        if session is None or session.checkpoints is None or session.dir is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
-        copies = None if save_dir is None else NamedCopies(save_dir, session.run_id, name_of)
+        copies = None if save_dir is None else NamedCopies(save_dir, session.dir, name_of)
         session.checkpoints.keep(retention, copies)
         session.save_at_end = save_at_end
 

@@ -48,6 +48,10 @@ class FileSystem:
         finally:
             os.close(file)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name, on the same disk."""
+        os.link(source, target)
+
     def rename(self, source: Path, target: Path) -> None:
         """Give a directory or file a name that is not in use (atomic, not yet durable)."""
         os.rename(source, target)
@@ -118,7 +122,10 @@ def make_directories(filesystem: FileSystem, path: Path) -> None:
 
 
 def remove_tree(filesystem: FileSystem, path: Path) -> None:
-    """Delete a directory with what is in it; follows no link. Blocks."""
+    """Delete a directory with what is in it; of a link, the link. Blocks."""
+    if path.is_symlink():
+        filesystem.remove_file(path)
+        return
     for name in filesystem.list_directory(path):
         inside = path / name
         if stat.S_ISDIR(os.lstat(inside).st_mode):

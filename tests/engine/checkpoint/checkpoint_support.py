@@ -119,6 +119,10 @@ class InterceptedFileSystem(FileSystem):
         finally:
             super().close(file)  # whatever is said about it, the descriptor is gone
 
+    def link(self, source: Path, target: Path) -> None:
+        self._pass("link", target)
+        super().link(source, target)
+
     def rename(self, source: Path, target: Path) -> None:
         self._pass("rename", source)
         super().rename(source, target)
