@@ -191,7 +191,9 @@ class LearningCurves(Callback):
 
     def _note(self, event: Event) -> None:
         if isinstance(event, StepEnd):
-            values = {"loss": event.loss, "lr": event.lr, **event.metrics}
+            values = {"lr": event.lr, **event.metrics}
+            if event.loss is not None:
+                values["loss"] = event.loss
         elif isinstance(event, ValidationEnd):
             values = dict(event.metrics)
         elif isinstance(event, EpochEnd):

@@ -103,7 +103,9 @@ class ProgressBar(Callback):
 
     def on_step_end(self, event: StepEnd, run: Run) -> None:
         self._step, self._epoch = event.step, event.epoch
-        self._values.update(loss=event.loss, lr=event.lr)
+        if event.loss is not None:
+            self._values["loss"] = event.loss
+        self._values["lr"] = event.lr
         self._samples = 0.9 * self._samples + 0.1 * event.samples if self._samples else event.samples
         self._measure_speed(event)
         self._changed()

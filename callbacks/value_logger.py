@@ -68,7 +68,7 @@ class ValueLogger(Callback):
     def _write_step(self, event: StepEnd) -> None:
         self._written_at = event.time
         self._unwritten = None
-        values = {"loss": event.loss, "lr": event.lr}
+        values = {"lr": event.lr} if event.loss is None else {"loss": event.loss, "lr": event.lr}
         values.update({f"lr/{name}": rate for name, rate in event.lrs.items()})
         if event.grad_norm is not None:
             values["grad_norm"] = event.grad_norm

@@ -248,7 +248,8 @@ class LiveRun:
         self._compute += event.step_time
         row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
         step = event.step
-        self._point("loss", row, event.loss, step)
+        if event.loss is not None:
+            self._point("loss", row, event.loss, step)
         self._point("lr", row, event.lr, step)
         for name, rate in event.lrs.items():
             self._point(f"lr/{name}", row, rate, step)
@@ -340,7 +341,7 @@ class LiveRun:
             steps_per_second=0.0 if quiet else steps_per_second,
             samples_per_second=0.0 if quiet else (upto.samples - since.samples) / seconds,
             lr=None if last is None else last.lr,
-            loss=None if last is None else number(last.loss),
+            loss=None if last is None or last.loss is None else number(last.loss),
             data_share=min(1.0, (upto.data - since.data) / seconds),
             compute_share=min(1.0, max(0.0, upto.compute - since.compute) / seconds),
             callback_share=min(1.0, (upto.callbacks - since.callbacks) / seconds),

@@ -1,8 +1,8 @@
-"""Batches: how big they are, how many there are, and bringing them to the device whole."""
+"""Batches: how many there are, and bringing them to the device whole."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Final
 
 import msgspec
@@ -121,43 +121,6 @@ def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch
             item, **{n: _moved(getattr(item, n), device, move, deeper) for n in names}
         )
     return item
-
-
-def batch_size(batch: Any) -> int:
-    """Return the number of samples in a batch: the length of the first dimension of its first tensor.
-
-    1 where there is no tensor with a dimension.
-    """
-    kind = type(batch)
-    first = (
-        batch[0] if (kind is tuple or kind is list) and batch else batch
-    )  # the usual case, without a search
-    if isinstance(first, torch.Tensor) and first.dim():
-        return len(first)
-    tensor = _first_tensor(batch, 0)
-    return 1 if tensor is None else tensor.shape[0]
-
-
-def _first_tensor(item: Any, depth: int) -> torch.Tensor | None:
-    if isinstance(item, torch.Tensor):
-        return item if item.dim() else None
-    if depth > _MAX_DEPTH:
-        return None
-    if isinstance(item, Mapping):
-        parts: Iterable[Any] = item.values()
-    elif isinstance(item, tuple | list):
-        parts = item
-    elif dataclasses.is_dataclass(item) and not isinstance(item, type):
-        parts = (getattr(item, field.name) for field in dataclasses.fields(item))
-    elif isinstance(item, msgspec.Struct):
-        parts = (getattr(item, name) for name in item.__struct_fields__)
-    else:
-        return None
-    for part in parts:
-        found = _first_tensor(part, depth + 1)
-        if found is not None:
-            return found
-    return None
 
 
 def length_of(loader: Any) -> int | None:

@@ -196,8 +196,8 @@ class StepEnd(Sample, frozen=True, kw_only=True):
     milestone; `time` is when the step was launched.
     """
 
-    loss: float
-    """Mean loss over the batches of the step (of its accumulation window)."""
+    loss: float | None = None
+    """Mean loss over the batches of the step (of its accumulation window); None where a manual step returned none."""
     lr: float
     """Learning rate that the step used: the largest group of the first optimizer."""
     lrs: Metrics = NO_METRICS

@@ -23,11 +23,12 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from offloop.engine.batch_size import guess_batch_size
 from offloop.engine.boundary import Boundary
 from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control
-from offloop.engine.data import Feed, batch_size, limited_length
+from offloop.engine.data import Feed, limited_length
 from offloop.engine.data_wait import DataWait
 from offloop.engine.errors import EmptyLoaderError, LossError
 from offloop.engine.events import (
@@ -48,7 +49,7 @@ from offloop.engine.learning_rate import Schedule, check_length, largest_lr, rat
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.logged_names import add_computed, check_name
 from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
-from offloop.engine.reporter import Reporter, Window
+from offloop.engine.reporter import Logged, Reporter, Window, settled
 from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_hooks import StepHooks
 from offloop.engine.workers import spared_workers
@@ -140,8 +141,10 @@ class TrainingLoop:
         hook_failed: Callable[[StepHook, Exception, bool], None],
         save: Callable[[Command], None],
         guard: Callable[[], None],
+        count_samples: Callable[[Batch], int] = guess_batch_size,
     ) -> None:
         self.program = program
+        self.count_samples = count_samples
         self.config = config
         self.limits = limits
         self.device = device
@@ -227,6 +230,7 @@ class TrainingLoop:
         self.val_batches = 0
         self.val_samples = 0
         self.val_seconds = 0.0  # of all validations
+        self.logged_in_validation: list[Logged] = []  # by the batch in work
 
         # Iterators that were left before their end: letting go of one waits for what its workers are loading,
         # which must not hold up the last checkpoint
@@ -485,17 +489,23 @@ class TrainingLoop:
             raise RuntimeError("train_batch() takes the batches of `for batch in self.batches(loader)`")
         if hooks.active:
             hooks.run("before_forward", batch)
+        samples = self.count_samples(batch)  # now: the step may take the batch apart
         with self.mixed.autocast():
             output = self.program.training_step(batch)
-        loss, outputs, targets, weight = read_output(output, "training_step")
+        loss, outputs, targets, weight, own_samples = read_output(output, "training_step")
 
-        samples = batch_size(batch)
+        if own_samples is not None:
+            samples = own_samples
+        counted = float(samples) if weight is None else weight
         window.samples += samples
+        window.weight += counted
         if self.train_metrics and outputs is not None and targets is not None:
             self.train_metrics.update(outputs.detach(), targets)
         if loss is not None:
             window.losses.append(loss)
-            window.weights.append(samples if weight is None else weight)
+            window.weights.append(counted)
+        if window.fresh:
+            window.settle(counted)
         if not self.program.automatic_optimization:
             self.end_manual_batch()
             return
@@ -515,6 +525,7 @@ class TrainingLoop:
         self.mixed.backward(loss)
         if hooks.active:
             hooks.run("after_backward", batch)
+            window.settle(counted)
         window.count += 1
         if window.count >= window.size:
             self.optimizer_step(batch)
@@ -528,7 +539,8 @@ class TrainingLoop:
             if not window.is_weighted:
                 rescale(self.parameters, window.size / window.count)
             self.optimizer_step(None)
-        elif window.samples and self.ending != "cancelled":  # batches of manual steps that stepped nothing
+        # Batches of manual steps that stepped nothing, and what an own epoch has logged beside its batches
+        elif (window.samples or window.fresh) and self.ending != "cancelled":
             self.epoch_samples += window.samples
             self.reporter.add_to_epoch(window)
         window.clear()
@@ -593,6 +605,7 @@ class TrainingLoop:
             return {}
         started = time.perf_counter()
         self.val_batches = 0
+        self.logged_in_validation.clear()  # of one that was stopped
         self.validating = True  # from here on only a pause or a stop applies; the rest waits for its end
         batches = limited_length(self.val_loader, self.config.limit_val_batches, "limit_val_batches")
         self.announce(ValidationStart(batches=batches, **self.position()))
@@ -618,6 +631,8 @@ class TrainingLoop:
                 rewind_epoch(self.val_loader, before)
             return None
         self.validated_step = self.step
+        if self.logged_in_validation:
+            self.add_logged_to_validation(1.0)  # logged beside the batches: nothing to weigh it by
         self.reporter.readback.flush()
         made = self.reporter.val_means.take("val_")
         if self.val_metrics:
@@ -642,15 +657,26 @@ class TrainingLoop:
 
     def validate_batch(self, batch: Batch) -> None:
         """Run one batch of a validation."""
+        samples = self.count_samples(batch)
         with self.mixed.autocast():
             output = self.program.validation_step(batch)
-        loss, outputs, targets, weight = read_output(output, "validation_step")
-        samples = batch_size(batch)
+        loss, outputs, targets, weight, own_samples = read_output(output, "validation_step")
+        if own_samples is not None:
+            samples = own_samples
+        counted = float(samples) if weight is None else weight
         self.val_samples += samples
         if self.val_metrics and outputs is not None and targets is not None:
             self.val_metrics.update(outputs, targets)
         if loss is not None:
-            self.reporter.add_to_validation("loss", loss, samples if weight is None else weight)
+            self.reporter.add_to_validation("loss", loss, counted)
+        if self.logged_in_validation:
+            self.add_logged_to_validation(counted)
+
+    def add_logged_to_validation(self, weight: float) -> None:
+        """Add what was logged since the last call to the means, as logged beside a loss of this weight."""
+        for each in settled(self.logged_in_validation, weight):
+            self.reporter.add_to_validation(each.name, each.value, each.in_epoch())
+        self.logged_in_validation.clear()
 
     # Manual optimization -------------------------------------------------------------------------
 
@@ -729,7 +755,9 @@ class TrainingLoop:
         if self.control.attention:
             self.boundary.look_up()
 
-    def log(self, name: str, value: "torch.Tensor | float") -> None:
+    def log(
+        self, name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None" = None
+    ) -> None:
         """Log a value with the step or the validation in progress."""
         if name not in self.logged_names:
             check_name(name, self.metric_names)
@@ -742,10 +770,11 @@ class TrainingLoop:
             value = value.detach().clone()  # the caller may change it in place before it is read
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"log({name!r}) takes a number or a tensor of one element, got {value!r}")
-        if self.validating:
-            self.reporter.add_to_validation(name, value, 1.0)
-        else:
-            self.window.logged.append((name, value))
+        if weight is not None:
+            weight = checked_weight(weight, f"log({name!r})")
+        (self.logged_in_validation if self.validating else self.window.fresh).append(
+            Logged(name, value, weight)
+        )
 
     def is_time_to_leave(self) -> bool:
         """True when `batches` should end: at once for a cancellation, else at the window's end."""
@@ -857,22 +886,43 @@ class TrainingLoop:
 
 def read_output(
     output: StepOutput, method: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float | None]:
-    """Take a step's return value apart: loss, outputs, targets, weight."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float | None, int | None]:
+    """Take a step's return value apart: loss, outputs, targets, weight, samples."""
     if output is None or isinstance(output, torch.Tensor):
-        return output, None, None, None
+        return output, None, None, None, None
     if type(output) is not dict and not isinstance(output, Mapping):  # the second look is slow
         raise LossError(
             f"{method} must return the loss or a mapping with 'loss' and optionally 'outputs', 'targets', "
-            f"'weight'; got {type(output).__name__}"
+            f"'weight', 'samples'; got {type(output).__name__}"
         )
-    weight = output.get("weight")
+    weight, samples = output.get("weight"), output.get("samples")
     return (
         output.get("loss"),
         output.get("outputs"),
         output.get("targets"),
-        None if weight is None else float(weight),  # host sync if it is a tensor on a device: give a number
+        None if weight is None else checked_weight(weight, method),
+        None if samples is None else checked_samples(samples, method),
     )
+
+
+def checked_weight(weight: Any, where: str) -> float:
+    """Return what a value counts in means. A tensor on a device is waited for (host sync): give a number."""
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if is_number or (isinstance(weight, torch.Tensor) and weight.numel() == 1):
+        number = float(weight)
+        if 0.0 <= number < math.inf:
+            return number
+    raise ValueError(f"the weight of {where} must be a finite number of at least 0, got {weight!r}")
+
+
+def checked_samples(samples: Any, where: str) -> int:
+    """Return how many samples a step says that its batch has. A tensor on a device is waited for (host sync)."""
+    is_whole = isinstance(samples, int) and not isinstance(samples, bool)
+    if is_whole or (isinstance(samples, torch.Tensor) and samples.numel() == 1):
+        number = int(samples)
+        if number >= 0 and number == samples:
+            return number
+    raise ValueError(f"the samples of {where} must be a whole number of at least 0, got {samples!r}")
 
 
 def check_loss(loss: object) -> None:

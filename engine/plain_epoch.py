@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from offloop.engine.data import batch_size, limited_length
+from offloop.engine.data import limited_length
 from offloop.engine.events import NO_METRICS, StepEnd
 from offloop.engine.learning_rate import largest_lr, rates_by_group
 from offloop.engine.precision import clip, free_gradients
@@ -39,7 +39,8 @@ def is_plain(loop: "TrainingLoop") -> bool:
 
 def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
     """Train one epoch. Training thread; only where `is_plain`."""
-    from offloop.engine.loop import check_loss, read_output  # here, since loop.py is what calls us
+    # Here, since loop.py is what calls us
+    from offloop.engine.loop import check_loss, checked_samples, checked_weight, read_output
 
     config, control, reporter, window = loop.config, loop.control, loop.reporter, loop.window
     training_step, train_metrics, schedules = loop.program.training_step, loop.train_metrics, loop.schedules
@@ -51,7 +52,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         math.isfinite,
         torch.Tensor,
     )
-    means, data_wait = reporter.train_means, loop.data_wait
+    means, data_wait, count_samples = reporter.train_means, loop.data_wait, loop.count_samples
     hooks, has_hooks, is_looked_into = loop.hooks, loop.hooks.any, False
     limit = config.limit_train_batches
     if isinstance(limit, float):
@@ -86,22 +87,27 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             window.data_time = got - asked
             hooks.run("before_batch", batch)
             hooks.run("before_forward", batch)
+        samples = count_samples(batch)  # now: the step may take the batch apart
         output = training_step(batch)
         if type(output) is dict:
             loss, weight = output.get("loss"), output.get("weight")
+            if weight is not None:
+                weight = checked_weight(weight, "training_step")
+            if "samples" in output:
+                samples = checked_samples(output["samples"], "training_step")
         elif isinstance(output, tensor_class):
             loss, weight = output, None
         else:
-            loss, _, _, weight = read_output(output, "training_step")
+            loss, _, _, weight, own_samples = read_output(output, "training_step")
+            samples = samples if own_samples is None else own_samples
         if loss is None or not loop.loss_checked:
             check_loss(loss)
             loop.loss_checked = True
         assert loss is not None
         if train_metrics is not None:
-            _, outputs, targets, _ = read_output(output, "training_step")
+            _, outputs, targets, _, _ = read_output(output, "training_step")
             if outputs is not None and targets is not None:
                 train_metrics.update(outputs.detach(), targets)
-        samples = batch_size(batch)
         if is_looked_into:
             window.losses.append(loss)
             hooks.run("before_backward", batch)
@@ -129,12 +135,13 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
 
         # Say so
         loop.last_lr = lr
-        if window.logged or rates:
+        if window.fresh or rates:
             if not is_looked_into:
                 window.begin(1, got)
                 window.data_time = got - asked
                 window.losses.append(loss)
-            window.weights.append(samples if weight is None else float(weight))
+            window.weight = samples if weight is None else weight
+            window.weights.append(window.weight)
             window.samples = samples
             position = (run_id, loop.epoch, step, number)
             reporter.step(window, position=position, lr=lr, rates=rates, norm=norm, scale=None, skipped=False)
@@ -142,7 +149,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         else:
             value = loss.item()  # host sync, free on CPU
             if isfinite(value) or reporter.complain(value, step):
-                counted = samples if weight is None else float(weight)
+                counted = samples if weight is None else weight
                 sums, weights = means.sums, means.weights
                 sums["loss"] = sums.get("loss", 0.0) + value * counted
                 weights["loss"] = weights.get("loss", 0.0) + counted

@@ -10,8 +10,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -21,7 +21,26 @@ from offloop.engine.readback import Readback
 
 logger = logging.getLogger("offloop")
 
-Logged = list[tuple[str, "torch.Tensor | float"]]
+
+class Logged(NamedTuple):
+    """A value that a step logged."""
+
+    name: str
+    value: "torch.Tensor | float"
+    weight: float | None
+    """The user's; None for that of the loss."""
+    batch_weight: float = 0.0
+    """What the loss of its batch counts, or of its window where it was logged for the whole step."""
+    share: float = 1.0
+    """Its part of that: a name that a batch logs n times counts 1/n each time."""
+
+    def in_epoch(self) -> float:
+        """Return what it counts in the mean of the epoch."""
+        return self.batch_weight * self.share if self.weight is None else self.weight
+
+    def in_step(self, *, is_weighted: bool) -> float:
+        """Return what it counts in the step's mean, in which batches count alike unless the losses have weights."""
+        return self.in_epoch() if is_weighted or self.weight is not None else self.share
 
 
 class Means:
@@ -69,10 +88,14 @@ class Window:
     """One scalar on the device for each batch. Its graph is spent: detaching it would cost more than keeping it."""
     weights: list[float] = dataclasses.field(default_factory=list)
     """What each loss counts in means: samples, or the user's weight."""
-    logged: Logged = dataclasses.field(default_factory=list)
-    """What the step logged."""
+    logged: list[Logged] = dataclasses.field(default_factory=list)
+    """What its batches logged."""
+    fresh: list[Logged] = dataclasses.field(default_factory=list)
+    """What was logged since; how much it counts is known when its batch has a loss, or the step is over."""
     samples: int = 0
     """Samples in it so far."""
+    weight: float = 0.0
+    """What its batches count in means so far."""
     data_time: float = 0.0
     """Seconds that its batches were waited for."""
     started: float = 0.0
@@ -84,14 +107,26 @@ class Window:
         self.started = now
         self.data_time = 0.0
 
+    def settle(self, weight: float) -> None:
+        """Take what was logged since the last call as logged by a batch, or a step, that counts `weight`."""
+        self.logged += settled(self.fresh, weight)
+        self.fresh.clear()
+
     def clear(self) -> None:
         """Forget what it holds, after its step or instead of it."""
         self.count = self.samples = 0
+        self.weight = 0.0
         self.is_weighted = False
         self.losses.clear()
         self.weights.clear()
-        if self.logged:
-            self.logged.clear()
+        self.logged.clear()
+        self.fresh.clear()
+
+
+def settled(fresh: Sequence[Logged], weight: float) -> list[Logged]:
+    """Return values that were logged beside a loss of this weight, with what they count."""
+    times = Counter(each.name for each in fresh if each.weight is None)
+    return [each._replace(batch_weight=weight, share=1.0 / (times[each.name] or 1)) for each in fresh]
 
 
 class Reporter:
@@ -148,10 +183,10 @@ class Reporter:
 
     def add_to_epoch(self, window: Window) -> None:
         """Add batches that led to no step to the means of the epoch, now or when they have arrived."""
-        times = Counter(name for name, _ in window.logged)
+        window.settle(window.weight or 1.0)  # logged beside the batches: nothing to weigh it by
         named = [
             *(("loss", loss, weight) for loss, weight in zip(window.losses, window.weights, strict=True)),
-            *((name, _as_tensor(value), window.samples / times[name]) for name, value in window.logged),
+            *((each.name, _as_tensor(each.value), each.in_epoch()) for each in window.logged),
         ]
 
         def deliver(numbers: list[float]) -> None:
@@ -185,23 +220,27 @@ class Reporter:
         """
         now = time.perf_counter()
         run_id, epoch, step, batch = position
+        window.settle(window.weight)  # what hooks have logged for the whole step
         losses, weights, logged = list(window.losses), list(window.weights), list(window.logged)
-        samples, data_time, step_time = window.samples, window.data_time, now - window.started
-        on_device = [value for _, value in logged if isinstance(value, torch.Tensor)]
+        is_weighted, samples = window.is_weighted, window.samples
+        counts = weights if is_weighted else [1.0] * len(losses)
+        data_time, step_time = window.data_time, now - window.started
+        on_device = [each.value for each in logged if isinstance(each.value, torch.Tensor)]
         extra = [value for value in (norm, scale) if value is not None]
 
         def deliver(numbers: list[float]) -> None:
             of_losses, rest = numbers[: len(losses)], iter(numbers[len(losses) :])
-            values: dict[str, list[float]] = {}
-            for name, value in logged:
-                number = next(rest) if isinstance(value, torch.Tensor) else float(value)
-                values.setdefault(name, []).append(number)
             for loss, weight in zip(of_losses, weights, strict=True):
                 if math.isfinite(loss) or self.complain(loss, step):
                     self.train_means.add("loss", loss, weight)
-            metrics = {name: sum(several) / len(several) for name, several in values.items()}
-            for name, mean in metrics.items():
-                self.train_means.add(name, mean, samples)
+            of_step: dict[str, list[tuple[float, float]]] = {}
+            for each in logged:
+                number = next(rest) if isinstance(each.value, torch.Tensor) else float(each.value)
+                pairs = of_step.setdefault(each.name, [])
+                pairs.append((number, each.in_step(is_weighted=is_weighted)))
+                if math.isfinite(number) or self._on_nonfinite != "skip_step":  # as its loss
+                    self.train_means.add(each.name, number, each.in_epoch())
+            metrics = {name: _mean(pairs) for name, pairs in of_step.items()}
             grad_norm = next(rest) if norm is not None else None
             scaler_skipped = False
             if scale is not None:
@@ -215,7 +254,7 @@ class Reporter:
                     epoch=epoch,
                     step=step,
                     batch=batch,
-                    loss=sum(of_losses) / len(of_losses) if of_losses else math.nan,
+                    loss=_mean(list(zip(of_losses, counts, strict=True))) if of_losses else None,
                     lr=lr,
                     lrs=rates,
                     grad_norm=grad_norm,
@@ -260,6 +299,16 @@ def _late(value: Any, tensors: list[torch.Tensor]) -> Callable[[Iterator[float]]
         kind = Metrics if is_flat else Settings
         return lambda numbers: kind({name: builder(numbers) for name, builder in items.items()})
     return lambda numbers: value
+
+
+def _mean(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the mean of values with weights; of one value exactly that."""
+    if len(pairs) == 1:
+        return pairs[0][0]
+    total = sum(weight for _, weight in pairs)
+    if not total:
+        return sum(value for value, _ in pairs) / len(pairs)
+    return sum(value * weight for value, weight in pairs) / total
 
 
 def _as_tensor(value: "torch.Tensor | float") -> torch.Tensor:

@@ -59,9 +59,11 @@ class StepPoint:
         losses = self._loop.window.losses
         return losses[-1].detach() if losses else None
 
-    def log(self, name: str, value: "torch.Tensor | float") -> None:
+    def log(
+        self, name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None" = None
+    ) -> None:
         """Log a value with the step, as `Trainer.log` does. A tensor stays on the device until read late."""
-        self._loop.log(name, value)
+        self._loop.log(name, value, weight)
 
     def leave(self) -> None:
         """Call no hook of this callback any more, from the next step to the end of the run."""

@@ -38,6 +38,7 @@ from offloop.engine.arguments import (
     remote_run,
     resolve_device,
 )
+from offloop.engine.batch_size import BatchSize, checked_batch_size, guess_batch_size
 from offloop.engine.callback import Callback, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
 from offloop.engine.config import TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
@@ -104,6 +105,7 @@ class BaseTrainer:
         *,
         loss: Loss | None = None,
         scheduler: LRScheduler | None = None,
+        batch_size: BatchSize | None = None,
         callbacks: Sequence[Callback] = (),
         **overrides: Unpack[TrainerKnobs],
     ) -> None:
@@ -115,6 +117,8 @@ class BaseTrainer:
             config: The knobs; each can be given as a keyword instead.
             loss: `loss(outputs, targets)` for batches `(inputs, targets)`.
             scheduler: A torch schedule of (the first) optimizer, stepped as `scheduler_interval` says.
+            batch_size: Returns how many samples a batch has, where a guess from its shapes would be wrong: see
+                `guess_batch_size`. Called in the training thread, before the step.
             callbacks: Come before those of `train()` in the order of decisions.
             overrides: Knobs of `TrainerConfig`, taking precedence over `config`.
 
@@ -132,10 +136,16 @@ class BaseTrainer:
         expect_instance(loss, "loss")
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be a function of outputs and targets, got {type(loss).__name__}")
+        if batch_size is not None and not callable(batch_size):
+            raise ConfigError(
+                "batch_size is a function that counts the samples of a batch, like lambda batch: len(batch[0]); got "
+                f"{batch_size!r}. The size of batches is the DataLoader's"
+            )
         self.model = model
         self.optimizers = named_optimizers(optimizer)
         self.loss = loss
         self.scheduler = scheduler
+        self.batch_size = batch_size
         self.callbacks = tuple(check_callbacks(callbacks))
         self.device = resolve_device(self.config.device)
         self.last_run: Run | None = None
@@ -176,7 +186,8 @@ class BaseTrainer:
 
         Returns:
             The loss, a scalar tensor; or a mapping with `loss` and optionally `outputs` and `targets` (for the
-            named metrics) and `weight` (samples or tokens that the loss is a mean over; a number).
+            named metrics), `samples` (how many the batch has, where a guess would be wrong) and `weight` (samples
+            or tokens that the loss is a mean over; a number, by default `samples`).
         """
         raise NotImplementedError(f"{type(self).__name__} must define training_step(self, batch)")
 
@@ -218,15 +229,19 @@ class BaseTrainer:
         self._in_run("validate_batch").validate_batch(batch)
 
     @explains_arguments()
-    def log(self, name: str, value: torch.Tensor | float) -> None:
+    def log(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float | None = None) -> None:
         """Log a value of this step: `StepEnd.metrics[name]`, and the epoch's mean `train_name` or `val_name`.
 
-        A tensor of one element stays on the device and is read late.
+        Args:
+            name: Without `train_` or `val_`.
+            value: A tensor of one element stays on the device and is read late.
+            weight: What it counts in means, at least 0: how many samples or tokens it is a mean over. None: as much
+                as the loss of this batch, so that a loss logged under another name has the loss's mean.
 
         Raises:
             ValueError: The name is that of a metric or of a column of the run, such as `step` or `lr`.
         """
-        self._in_run("log").log(name, value)
+        self._in_run("log").log(name, value, weight)
 
     def publish(self, event: Event) -> None:
         """Publish an event of your own, with the position of the step.
@@ -891,6 +906,7 @@ class BaseTrainer:
             hook_failed=session.hook_failed,
             save=session.save_for,
             guard=session.guard,
+            count_samples=self._count_samples(),
         )
         scaler = loop.mixed.scaler
         if scaler is not None and self._mixed is not None and self._mixed.scaler is not None:
@@ -993,8 +1009,12 @@ class BaseTrainer:
             hook_failed=lambda hook, error, is_off: None,
             save=lambda command: None,
             guard=lambda: None,
+            count_samples=self._count_samples(),
         )
         return self._loop
+
+    def _count_samples(self) -> BatchSize:
+        return guess_batch_size if self.batch_size is None else checked_batch_size(self.batch_size)
 
     # Running -------------------------------------------------------------------------------------
 

@@ -135,6 +135,8 @@ class _Losses:
         """Take note of a step."""
         if self._is_over or not isinstance(event, StepEnd):
             return
+        if event.loss is None:
+            raise ConfigError("find_learning_rate needs the loss: let training_step return it")
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * event.loss
         smoothed = self._mean / (1 - SMOOTHING ** (len(self.losses) + 1))
         best = min(self.smoothed[_FIRST_LOSSES:], default=math.inf)

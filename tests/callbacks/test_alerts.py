@@ -118,6 +118,12 @@ async def test_rule_on_every_event_loop(rule: Rule, events: list[Event], speaks_
     assert len(told.alerts) == len(speaks_at)
 
 
+def test_a_step_without_a_loss_breaks_no_rule() -> None:
+    told = Told()
+    drive(Alerts(told, NonFinite("loss")), [StepEnd(lr=0.1, step=1), *steps([1.0]), StepEnd(lr=0.1, step=3)])
+    assert told.alerts == []
+
+
 def test_message_says_what_is_the_matter() -> None:
     told = Told()
     script = steps([1, 1, 1, 1, 8]) + validations([0.25])

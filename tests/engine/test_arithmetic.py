@@ -101,7 +101,9 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 def steps_of(recorder: Recorder) -> Steps:
     ends = recorder.of(StepEnd)
-    return Steps([e.loss for e in ends], [e.grad_norm for e in ends], [e.lr for e in ends])
+    return Steps(
+        [e.loss for e in ends if e.loss is not None], [e.grad_norm for e in ends], [e.lr for e in ends]
+    )
 
 
 def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:

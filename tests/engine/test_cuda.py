@@ -143,7 +143,7 @@ def test_late_events_come_in_order_and_before_the_next_milestone(precision: str)
     assert [end.step for end in recorder.of(StepEnd)] == list(range(1, 17))
     times = [event.time for event in recorder.of(StepEnd)]
     assert times == sorted(times)
-    losses = [end.loss for end in recorder.of(StepEnd)]
+    losses = [end.loss for end in recorder.of(StepEnd) if end.loss is not None]
     assert recorder.of(EpochEnd)[0].metrics["train_loss"] == pytest.approx(sum(losses[:8]) / 8)
 
 

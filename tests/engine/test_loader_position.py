@@ -146,7 +146,8 @@ class OwnLoader:
 
 
 def steps_of(events: Iterable[Event]) -> dict[int, float]:
-    return {event.step: event.loss for event in events if isinstance(event, StepEnd)}
+    ends = [event for event in events if isinstance(event, StepEnd)]
+    return {event.step: event.loss for event in ends if event.loss is not None}
 
 
 def a_run(

@@ -142,12 +142,12 @@ def test_drive_stops_where_a_decider_stops() -> None:
 def test_drive_lets_observers_act_before_the_next_event(kind: str) -> None:
     class Async(Callback):
         async def on_step_end(self, event: StepEnd, run: Run) -> None:
-            if event.loss > 1:
+            if event.loss is not None and event.loss > 1:
                 await run.stop(f"at {event.step}")
 
     class Plain(Callback):
         def on_step_end(self, event: StepEnd, run: Run) -> None:
-            if event.loss > 1:
+            if event.loss is not None and event.loss > 1:
                 run.stop_nowait(f"at {event.step}")
 
     events = [StepEnd(loss=loss, lr=0.1, step=step) for step, loss in enumerate([0.5, 0.5, 2.0, 0.5], 1)]
