@@ -120,7 +120,8 @@ async def test_rule_on_every_event_loop(rule: Rule, events: list[Event], speaks_
 
 def test_a_step_without_a_loss_breaks_no_rule() -> None:
     told = Told()
-    drive(Alerts(told, NonFinite("loss")), [StepEnd(lr=0.1, step=1), *steps([1.0]), StepEnd(lr=0.1, step=3)])
+    events = [StepEnd(lr=0.1, step=1), *steps([1.0]), StepEnd(lr=0.1, step=3)]
+    drive(Alerts(told, NonFinite("loss")), events=events)
     assert told.alerts == []
 
 
