@@ -99,16 +99,16 @@ def test_what_a_hook_logs_for_a_batch_counts_as_its_loss(accumulate: int) -> Non
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_a_hook_logs_for_a_step_counts_as_all_its_batches(accumulate: int) -> None:
-    class StepSize(Callback):
+    class Number(Callback):
         @in_step
         def after_step(self, point: StepPoint) -> None:
-            point.log("step", float(point.step))
+            point.log("number", float(point.step))
 
-    trainer = tiny_trainer(accumulate_grad_batches=accumulate, callbacks=[StepSize()])
+    trainer = tiny_trainer(accumulate_grad_batches=accumulate, callbacks=[Number()])
     made = trainer.train(UNEVEN, epochs=1).metrics
     weights = [6, 3, 1] if accumulate == 1 else [9, 1]
     expected = sum(number * weight for number, weight in enumerate(weights, start=1)) / 10
-    assert made["train_step"] == pytest.approx(expected)
+    assert made["train_number"] == pytest.approx(expected)
 
 
 class Tokens(Trainer):
