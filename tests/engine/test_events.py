@@ -159,7 +159,7 @@ def test_schema_version_stands_in_train_start_even_at_its_default() -> None:
         b"{}",
         b'{"type":1}',
         b'{"type":"StepEnd"}',
-        b'{"type":"StepEnd","loss":null,"lr":1}',
+        b'{"type":"StepEnd","loss":1,"lr":null}',
         b'{"type":"EpochEnd","metrics":[1]}',
         b'{"type":"EpochEnd","metrics":{"a":null}}',
         b'{"type":"TrainStart","config":[["a",1]]}',
