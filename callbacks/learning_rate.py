@@ -133,9 +133,9 @@ class LearningRateScheduler(Callback):
                 there are several parameter groups it gives the largest rate, and the others are scaled alike.
             interval: Step after each `"epoch"` or each optimizer `"step"`; the names have their own default,
                 a class or an instance steps each epoch, a function each step.
-            monitor: For a plateau: the metric it watches; None for the run's, which is `val_loss`, or `train_loss`
-                in a run without a validation, unless the trainer says otherwise.
-            mode: For a plateau: whether less or more of it is better. An instance has its own.
+            monitor: For a plateau: the metric it watches; None for `Trainer(monitor=...)`, else `val_loss`, or
+                `train_loss` in a run without a validation. What other callbacks watch does not matter.
+            mode: For a plateau: whether less or more of it is better. An instance has its own, which must agree.
             warmup: Optimizer steps over which the rate first rises linearly, before the schedule begins.
             optimizer: Its name, where the trainer has several.
             arguments: Handed to the torch class.
@@ -185,9 +185,11 @@ class LearningRateScheduler(Callback):
         self._is_plateau = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
         if monitor is not None and not self._is_plateau:
             raise ConfigError(f"monitor={monitor!r} is for reduce_on_plateau: other schedules watch nothing")
-        if isinstance(scheduler, ReduceLROnPlateau):
-            mode = scheduler.mode
-        self.monitor = Monitor(monitor, mode) if monitor is not None else None
+        if isinstance(scheduler, ReduceLROnPlateau) and mode not in ("auto", scheduler.mode):
+            raise ConfigError(f"mode={mode!r}, but the plateau was made with mode={scheduler.mode!r}")
+        if self._is_plateau:
+            Monitor("val_loss" if monitor is None else monitor, mode)  # checks both
+        self._key = monitor
         self.mode: Mode = mode
         self._watched: Monitor | None = None  # of a plateau
         if not isinstance(scheduler, LRScheduler):
@@ -202,8 +204,7 @@ class LearningRateScheduler(Callback):
         trainer = run.trainer
         optimizer = self._chosen(trainer.optimizers)
         if self._is_plateau:
-            own_mode = run.trainer.config.mode if self.mode == "auto" else self.mode
-            self._watched = self.monitor or Monitor(run.monitor, own_mode)
+            self._watched = self._monitor_for(run)
             self._watched.begin(run)
         if isinstance(self.scheduler, LRScheduler):
             schedule = self.scheduler
@@ -215,13 +216,26 @@ class LearningRateScheduler(Callback):
         if self.warmup:
             rise = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=self.warmup)
             trainer.attach_scheduler(rise, interval="step")
-        key = None if self._watched is None else self._watched.key
-        trainer.attach_scheduler(schedule, interval=self.interval, monitor=key, after_steps=self.warmup)
+        watched = self._watched
+        trainer.attach_scheduler(
+            schedule,
+            interval=self.interval,
+            monitor=None if watched is None else watched.key,
+            mode="auto" if watched is None else watched.direction,
+            after_steps=self.warmup,
+        )
 
     @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
         if self._watched is not None:
             self._watched.value_at(event)  # raises where the metric was due and is not there
+
+    def _monitor_for(self, run: Run) -> Monitor:
+        """Return what a plateau watches in this run."""
+        key, mode = self._key or run.default_monitor, self.mode
+        if isinstance(self.scheduler, ReduceLROnPlateau) and mode == "auto":
+            mode = run.direction_of(key) or self.scheduler.mode  # its own, where the metric says nothing
+        return Monitor(key, mode)
 
     def _chosen(self, optimizers: dict[str, Optimizer]) -> Optimizer:
         if self.optimizer is None:

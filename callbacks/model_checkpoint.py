@@ -129,9 +129,8 @@ class ModelCheckpoint(Callback):
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         if self.monitor is None:
-            mode = run.trainer.config.mode if self.mode == "auto" else self.mode
             best = None if self._watched is None else self._watched.state_dict()
-            self._watched = Monitor(run.monitor, mode)
+            self._watched = Monitor(run.default_monitor, self.mode)
             if best is not None:
                 self._watched.load_state_dict(best)
         assert self._watched is not None

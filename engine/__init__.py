@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offloop.engine.best import Best as Best
     from offloop.engine.bus import Bus as Bus
     from offloop.engine.bus import Subscription as Subscription
     from offloop.engine.bus import SubscriptionStatistics as SubscriptionStatistics
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
     from offloop.engine.model_registry import ModelRegistry as ModelRegistry
     from offloop.engine.model_registry import ModelVersion as ModelVersion
     from offloop.engine.observer import CallbackCosts as CallbackCosts
-    from offloop.engine.run import Best as Best
     from offloop.engine.run import Run as Run
     from offloop.engine.run import RunResult as RunResult
     from offloop.engine.step_hooks import StepPoint as StepPoint
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from offloop.engine.weights import load_model as load_model
 
 _MODULES = {
+    "best": ("Best",),
     "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),
@@ -139,7 +140,7 @@ _MODULES = {
     "lazy_imports": ("first_use",),
     "model_registry": ("ModelRegistry", "ModelVersion"),
     "observer": ("CallbackCosts",),
-    "run": ("Best", "Run", "RunResult"),
+    "run": ("Run", "RunResult"),
     "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),
     "tuning": ("BatchSizeSearch", "BatchSizeTrial", "LearningRateSearch"),

@@ -17,7 +17,6 @@ from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError, EmptyLoaderError
 from offloop.engine.events import known_events
 from offloop.engine.lazy_imports import first_use
-from offloop.engine.metric_names import RunMetrics, chosen_metrics, metric_direction, metrics_for
 from offloop.engine.spelling import HANDLERS, UNCALLED
 
 
@@ -127,28 +126,6 @@ def check_loader(loader: Any, name: str) -> None:
         raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
     if length_of(loader) == 0:
         raise EmptyLoaderError(f"{name} is empty: it has no batch")
-
-
-def chosen_monitor(config: TrainerConfig, metrics: RunMetrics, val_loader: object) -> str:
-    """Return the key that says what is best; whether less or more of it is better must be known."""
-    monitor = config.monitor or ("train_loss" if val_loader is None else "val_loss")
-    if monitor.startswith("val_") and val_loader is None:
-        raise ConfigError(f"monitor={monitor!r} needs a validation: give train() a val_loader")
-    if not monitor.startswith(("train_", "val_")):
-        raise ConfigError(f"monitor must begin with train_ or val_, like val_loss; got {monitor!r}")
-    if config.mode == "auto" and metric_direction(monitor, metrics) is None:
-        raise ConfigError(
-            f"monitor={monitor!r} is no metric that is known: {_known_keys(metrics, val_loader)} will be made. "
-            'If a step logs it, say whether less or more of it is better: mode="min" or mode="max"'
-        )
-    return monitor
-
-
-def _known_keys(metrics: RunMetrics, val_loader: object) -> str:
-    keys = [f"train_{name}" for name in ("loss", *chosen_metrics(metrics_for("train", metrics)))]
-    if val_loader is not None:
-        keys += [f"val_{name}" for name in ("loss", *chosen_metrics(metrics_for("val", metrics)))]
-    return ", ".join(keys)
 
 
 def check_optimizers(

@@ -80,7 +80,10 @@ class Callback:
     needs_run_dir: ClassVar[bool] = False
     """True if it writes into `run.dir`: the run then has a directory."""
     best_by: "tuple[str, Mode] | None" = None
-    """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not."""
+    """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not.
+
+    Of several callbacks that name one, the first decides what `result.best` is.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -18,7 +18,7 @@ def check_name(name: str, metrics: Collection[str]) -> None:
 
     Args:
         name: As given to `log`.
-        metrics: The names of the run's `metrics=`.
+        metrics: The names of the run's `metrics=`, of training or of validations.
 
     Raises:
         TypeError: It is no text.
@@ -40,8 +40,8 @@ def check_name(name: str, metrics: Collection[str]) -> None:
         )
     if name in metrics:
         raise ValueError(
-            f"log({name!r}): metrics= has {name!r} already, which makes train_{name} and val_{name}; leave one of "
-            f"them out, or log the value under another name, like {f'batch_{name}'!r}"
+            f"log({name!r}): metrics= has {name!r} already; leave one of them out, or log the value under another "
+            f"name, like {f'batch_{name}'!r}"
         )
 
 

@@ -155,10 +155,7 @@ class TrainingLoop:
         self.has_validation = val_loader is not None
         self.train_metrics = train_metrics
         self.val_metrics = val_metrics
-        self.metric_names = frozenset(
-            name for each in (train_metrics, val_metrics) if each is not None for name in each.names
-        )
-        self.logged_names: set[str] = set()  # that `log` has checked
+        self.logged_names: tuple[set[str], set[str]] = (set(), set())  # checked, in training and validations
         self.monitor = monitor
         self.publish_step = publish_step  # the short way for the one event of every step
         self.decide = decide
@@ -759,9 +756,10 @@ class TrainingLoop:
         self, name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None" = None
     ) -> None:
         """Log a value with the step or the validation in progress."""
-        if name not in self.logged_names:
-            check_name(name, self.metric_names)
-            self.logged_names.add(name)
+        if name not in (checked := self.logged_names[self.validating]):
+            metrics = self.val_metrics if self.validating else self.train_metrics
+            check_name(name, () if metrics is None else metrics.names)
+            checked.add(name)
         if isinstance(value, torch.Tensor):
             if value.numel() != 1:
                 raise ValueError(

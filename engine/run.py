@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.checkpoint.store import check_tag
 from offloop.engine.errors import ConfigError
@@ -23,22 +24,6 @@ if TYPE_CHECKING:
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
 Status = Literal["completed", "stopped", "cancelled", "failed"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
-    """The best moment of a run, as its `monitor` says."""
-
-    monitor: str
-    """The metric that decides."""
-    score: float
-    """Its best value; never NaN."""
-    epoch: int
-    """Where it was reached."""
-    step: int
-    """Where it was reached, in optimizer steps."""
-    path: str | None = None
-    """The checkpoint that holds it; None if none does."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +43,11 @@ class RunResult:
     metrics: Metrics
     """The latest value of each metric. A missing key raises and lists the keys."""
     best: Best | None
-    """The best moment; None if the monitored metric was never made."""
+    """The best moment by `Trainer(monitor=...)`, else by the first callback that names a metric, else by the loss.
+
+    Its `monitor` says which. None if that metric was never made, or never finite. Each `ModelCheckpoint` has a `best`
+    of its own.
+    """
     history: tuple[EpochEnd, ...]
     """The end of each epoch, with its metrics."""
     seconds: float
@@ -185,12 +174,17 @@ class Run:
 
     @property
     def monitor(self) -> str:
-        """Key of the metric that says which moment of the run is best."""
-        return self._session.monitor
+        """Key of the metric that says which moment of the run is best, as `result.best` does."""
+        return self._session.monitors.best
+
+    @property
+    def default_monitor(self) -> str:
+        """Key of the metric for callbacks that name none: `Trainer(monitor=...)`, else `val_loss` or `train_loss`."""
+        return self._session.monitors.default
 
     def direction_of(self, metric: str) -> Literal["min", "max"] | None:
         """Return whether less or more of a metric is better, None if neither it nor its name says so."""
-        return self._session.direction_of(metric)
+        return self._session.monitors.direction_of(metric)
 
     @property
     def result(self) -> RunResult:

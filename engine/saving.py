@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from offloop.engine.best import Best
 from offloop.engine.checkpoint import (
     CheckpointDeadlineExceeded,
     CheckpointError,
@@ -310,6 +311,16 @@ class Checkpoints:
             self._claim.release()
         self._optimizers, self._volatile = {}, []  # whoever keeps the run keeps no weights by it
 
+    def located(self, best: Best) -> Best:
+        """Return a moment with the path of the checkpoint that holds it, whichever attempt has saved it. Blocks."""
+        if self._store is None:
+            return best
+        try:
+            return best.located(self._store.checkpoints())
+        except CheckpointError as error:
+            logger.warning("%s could not be searched for the best checkpoint: %s", self._directory, error)
+            return best
+
     @property
     def retention(self) -> Retention:
         """What is kept, as of now."""
@@ -353,8 +364,7 @@ class Checkpoints:
         self.last = path
         gone = set(commit.deleted)
         self.saved = {step: kept for step, kept in self.saved.items() if Path(kept).name not in gone}
-        if request.step not in self.saved or request.reason == "best":
-            self.saved[request.step] = path  # one that was saved as the best is the one that `best` leads to
+        self.saved[request.step] = path
         event = CheckpointSaved(
             path=path,
             saved_step=request.step,

@@ -29,7 +29,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import anyio.abc
@@ -39,6 +39,7 @@ import torch
 
 from offloop.engine import state as run_state
 from offloop.engine.activation_checkpointing import checkpointed
+from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, StepHook, close_unused
 from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
@@ -67,11 +68,12 @@ from offloop.engine.events import (
 )
 from offloop.engine.freezing import select_parameters
 from offloop.engine.loop import TrainingLoop
+from offloop.engine.monitors import Monitors
 from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
 from offloop.engine.resume import ResumePlan, read_run_json
 from offloop.engine.resume_report import ResumeReport
-from offloop.engine.run import Best, Run, RunResult, Status
+from offloop.engine.run import Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
 from offloop.engine.saved_state import check_state
 from offloop.engine.saving import Checkpoints
@@ -106,8 +108,7 @@ class Session:
         initial_weights: InitialWeights | None,
         remote: RemoteRun | None,
         handlers: Sequence[Handlers],
-        monitor: str,
-        direction_of: Callable[[str], Literal["min", "max"] | None],
+        monitors: Monitors,
         make_loop: Callable[["Session"], TrainingLoop],
         claim: Callable[["Session"], None],
         release: Callable[["Session"], None],
@@ -121,9 +122,7 @@ class Session:
         self.initial_weights = initial_weights
         self.remote = remote
         self.uploads: Uploads | None = None  # made by the training thread before the first event
-        self.monitor = monitor
-        self.direction_of = direction_of
-        self.direction = direction_of(monitor) if config.mode == "auto" else config.mode
+        self.monitors = monitors
         self.control = Control()
         self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.control.poke)
         self.result: RunResult | None = None  # written by the supervisor at the end, read by everybody
@@ -512,19 +511,20 @@ class Session:
 
     def _judge(self, event: ValidationEnd | EpochEnd) -> None:
         """Note the best moment: strictly better only, so ties keep the older; NaN is never best."""
-        by_validation = self.monitor.startswith("val_")
+        monitors = self.monitors
+        by_validation = monitors.best.startswith("val_")
         if isinstance(event, ValidationEnd) is not by_validation:
             return
-        if self.monitor not in event.metrics:
-            if self.config.monitor is not None:
-                event.metrics[self.monitor]  # raises and lists what there is
+        if monitors.best not in event.metrics:
+            if monitors.is_best_named:
+                event.metrics[monitors.best]  # raises and lists what there is
             return
-        score = event.metrics[self.monitor]
-        if self.direction is None or not math.isfinite(score):
+        score = event.metrics[monitors.best]
+        if not math.isfinite(score):
             return
         best = self.best.score if self.best is not None else None
-        if best is None or (score < best if self.direction == "min" else score > best):
-            self.best = Best(monitor=self.monitor, score=score, epoch=event.epoch, step=event.step)
+        if best is None or (score < best if monitors.best_direction == "min" else score > best):
+            self.best = Best(monitor=monitors.best, score=score, epoch=event.epoch, step=event.step)
 
     # Anybody's side ------------------------------------------------------------------------------
 
@@ -927,12 +927,12 @@ class Session:
         with contextlib.suppress(anyio.get_cancelled_exc_class()):  # the sweep: the writer goes on by itself
             await worker.run(self._settle_checkpoints)
         worker.close()
-        if self.best is not None:
-            self.best = dataclasses.replace(self.best, path=self.checkpoints.saved.get(self.best.step))
 
     def _settle_checkpoints(self) -> None:
         assert self.checkpoints is not None
         self.checkpoints.flush()
+        if self.best is not None:
+            self.best = self.checkpoints.located(self.best)
         if self.uploads is not None:
             assert self.config.remote is not None
             seconds = self.config.remote.timeout

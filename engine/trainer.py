@@ -32,7 +32,6 @@ from offloop.engine.arguments import (
     check_loader,
     check_methods,
     check_optimizers,
-    chosen_monitor,
     expect_instance,
     named_optimizers,
     remote_run,
@@ -41,7 +40,7 @@ from offloop.engine.arguments import (
 from offloop.engine.batch_size import BatchSize, checked_batch_size, guess_batch_size
 from offloop.engine.callback import Callback, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
-from offloop.engine.config import TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
+from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
 from offloop.engine.control import Control
 from offloop.engine.data import Feed, limited_length, to_device, use_channels_last
 from offloop.engine.default_steps import inputs_and_targets, own_loss
@@ -56,8 +55,9 @@ from offloop.engine.fetch import fetch_run
 from offloop.engine.freezing import check_freeze, select_parameters
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
-from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metric_direction, metrics_for
+from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metrics_for
 from offloop.engine.metrics import MetricSet
+from offloop.engine.monitors import Monitors
 from offloop.engine.observer import Worker
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
 from offloop.engine.precision import MixedPrecision
@@ -278,6 +278,7 @@ class BaseTrainer:
         *,
         interval: Literal["epoch", "step"] = "epoch",
         monitor: str | None = None,
+        mode: Mode = "auto",
         after_steps: int = 0,
     ) -> None:
         """Let a schedule step with the run that is going on, until its end. In the training thread.
@@ -288,12 +289,18 @@ class BaseTrainer:
         Args:
             scheduler: Made for one of the trainer's optimizers.
             interval: Step after each epoch, or after each optimizer step.
-            monitor: What a plateau watches; None for the run's `monitor`.
+            monitor: What a plateau watches; None for the trainer's `monitor`.
+            mode: Whether less or more of that is better; `"auto"`: ask the metric.
             after_steps: Optimizer steps before it begins.
+
+        Raises:
+            ConfigError: It is a schedule of another trainer's optimizer, or a plateau made for the other direction.
         """
         loop = self._in_run("attach_scheduler")
         if scheduler.optimizer not in self.optimizers.values():
             raise ConfigError("the scheduler belongs to another optimizer than the trainer's")
+        if self._session is not None:
+            self._session.monitors.check_schedule(scheduler, monitor, mode)
         loop.schedules.append(Schedule(scheduler, interval, monitor, after_steps))
         if loop.resumed is not None:
             loop.resumed.restore_schedule(loop)
@@ -756,11 +763,9 @@ class BaseTrainer:
         self._check_model()
         self._check_optimization()
         given = [*self.callbacks, *check_callbacks(callbacks)]
-        wishes = {wish for each in given if (wish := getattr(each, "best_by", None)) is not None}
-        if config.monitor is None and len(wishes) == 1:
-            ((key, mode),) = wishes
-            config = config.replace(monitor=key, mode=mode)
-        monitor = chosen_monitor(config, metrics, val_loader)
+        monitors = Monitors(config, given, metrics, val_loader)
+        if self.scheduler is not None:
+            monitors.check_schedule(self.scheduler, None)
 
         base_dir = None
         needs_dir = config.run_dir is not None or config.remote is not None
@@ -820,8 +825,7 @@ class BaseTrainer:
             initial_weights=initial_weights,
             remote=remote,
             handlers=handlers,
-            monitor=monitor,
-            direction_of=functools.partial(metric_direction, metrics=metrics),
+            monitors=monitors,
             make_loop=make_loop,
             claim=claim,
             release=release,
@@ -894,7 +898,7 @@ class BaseTrainer:
             val_loader=val_loader,
             train_metrics=self._metric_set("train", metrics),
             val_metrics=self._metric_set("val", metrics),
-            monitor=session.monitor,
+            monitor=session.monitors.default,
             publish=session.emit,
             publish_step=session.bus.publish_unchecked,
             decide=session.decide,

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from offloop.callbacks import LearningRateScheduler, ModelCheckpoint
+from offloop.callbacks import EarlyStopping, LearningRateScheduler, ModelCheckpoint
 from offloop.callbacks.learning_rate import SCHEDULES
 from offloop.engine import (
     Callback,
@@ -29,6 +29,7 @@ from offloop.engine import (
     EpochEnd,
     EpochStart,
     LearningRateChanged,
+    MetricNotFoundError,
     Run,
     StepEnd,
     Trainer,
@@ -377,9 +378,45 @@ def test_plateau_instance_keeps_its_own_direction() -> None:
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     plateau = ReduceLROnPlateau(optimizer, mode="max", patience=0, factor=0.5)
-    scheduler = LearningRateScheduler(plateau, monitor="val_loss")
+    scheduler = LearningRateScheduler(plateau, monitor="val_loss", mode="max")
     recorder = train_plateau([1.0, 2.0, 1.0], scheduler, model=model, optimizer=optimizer)
     assert [event.epoch for event in recorder.of(LearningRateChanged)] == [2]
+
+
+def test_plateau_instance_for_the_other_direction_is_refused() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    plateau = ReduceLROnPlateau(optimizer, mode="max")
+    with pytest.raises(ConfigError, match="mode='min', but the plateau was made with mode='max'"):
+        LearningRateScheduler(plateau, monitor="val_loss", mode="min")
+    scheduler = LearningRateScheduler(plateau, monitor="val_loss")
+    with pytest.raises(ConfigError, match="mode='max', but it watches 'val_loss', of which less is better"):
+        train_plateau([1.0, 2.0], scheduler, model=model, optimizer=optimizer)
+
+
+def test_plateau_instance_says_the_direction_where_the_metric_does_not() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    scheduler = LearningRateScheduler(ReduceLROnPlateau(optimizer, mode="max"), monitor="val_blub")
+    with pytest.raises(MetricNotFoundError, match="val_blub"):
+        train_plateau([1.0], scheduler, model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_plateau_is_not_turned_to_what_another_callback_watches(first: bool, tmp_path: Path) -> None:
+    """The validation's loss improves all the time, which is all that a plateau of it looks at."""
+    plateau = LearningRateScheduler("reduce_on_plateau", patience=0)
+    others = [ModelCheckpoint("train_accuracy"), EarlyStopping("train_accuracy", patience=9)]
+    trainer = plateau_trainer([4.0, 3.0, 2.0, 1.0], run_dir=str(tmp_path))
+    recorder = Recorder()
+    trainer.train(
+        tiny_batches(1),
+        tiny_batches(1),
+        epochs=4,
+        metrics=["accuracy"],
+        callbacks=[recorder, *([plateau, *others] if first else [*others, plateau])],
+    )
+    assert recorder.of(LearningRateChanged) == []
 
 
 def test_plateau_without_the_validation_that_it_watches_fails_at_the_start() -> None:

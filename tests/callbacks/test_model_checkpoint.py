@@ -396,12 +396,14 @@ def test_the_trainer_has_the_last_word_about_the_best_of_a_run(tmp_path: Path) -
     assert result.best is not None and result.best.monitor == "train_loss"
 
 
-def test_two_that_disagree_leave_the_best_of_a_run_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["train_loss", "val_loss"])
+def test_of_two_that_disagree_the_first_says_which_moment_of_a_run_is_best(
+    tmp_path: Path, first: str
+) -> None:
     two = [ModelCheckpoint("train_loss"), ModelCheckpoint("val_loss", mode="max")]
-    result = trainer_for(tmp_path, [1.0, 2.0], callbacks=two).train(
-        tiny_batches(BATCHES), tiny_batches(1), epochs=2
-    )
-    assert result.best is not None and (result.best.monitor, result.best.score) == ("val_loss", 1.0)
+    result, _ = train(tmp_path, [1.0, 2.0, 1.5], *(two if first == "train_loss" else two[::-1]))
+    assert result.best is not None and result.best.monitor == first
+    assert result.best.step == (6 if first == "train_loss" else 4)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +455,26 @@ def test_resumed_run_keeps_what_was_asked_for(tmp_path: Path) -> None:
     train(tmp_path, LOSSES[3:], policy(), resume="auto", epochs=len(LOSSES))
     assert on_disk(tmp_path) == [f"step-{step:09d}-a{int(step > 6)}" for step in (4, 6, 8, 10, 12)]
     assert ref(tmp_path, "best") == "step-000000008-a1"
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_best_of_an_earlier_attempt_is_found(tmp_path: Path, more: int) -> None:
+    before, _ = train(tmp_path, [3.0, 1.0, 2.0], ModelCheckpoint("val_loss"))
+    checkpoint = ModelCheckpoint("val_loss")
+    result = trainer_for(tmp_path, [4.0, 5.0], callbacks=[checkpoint]).train(
+        tiny_batches(BATCHES), tiny_batches(1), epochs=3 + more, resume="auto"
+    )
+    assert before.best is not None and result.best == before.best
+    assert result.best.path == str(tmp_path / "run" / "checkpoints" / "step-000000004-a0")
+    assert ref(tmp_path, "best") == "step-000000004-a0"
+
+
+def test_best_is_not_that_of_a_path_which_the_run_has_left(tmp_path: Path) -> None:
+    """Two attempts reach the same step with the same score; the later one's is the run's."""
+    train(tmp_path, [3.0, 1.0], ModelCheckpoint("val_loss", keep_last=None))
+    result, _ = train(tmp_path, [1.0, 2.0], ModelCheckpoint("val_loss", keep_last=None), resume=2, epochs=3)
+    assert result.best is not None and result.best.path is not None
+    assert Path(result.best.path).name == "step-000000004-a1"
 
 
 def test_new_run_forgets_the_best_of_the_one_before(tmp_path: Path) -> None:
