@@ -316,10 +316,11 @@ class TrainingLoop:
             self.is_time_to_leave()  # a limit that is reached here ends the run with a validation
 
         self.reporter.readback.flush()
-        self.epoch_metrics.update(self.reporter.train_means.take("train_"))
-        self.epoch_metrics["lr"] = self.last_lr
+        trained = self.reporter.train_means.take("train_")
         if self.train_metrics:
-            add_computed(self.epoch_metrics, self.train_metrics.compute())
+            add_computed(trained, self.train_metrics.compute())
+        self.epoch_metrics.update(trained)
+        self.epoch_metrics["lr"] = self.last_lr
         if self.validation_is_due():
             made = self.validate()
             if made is None or self.ending == "cancelled":
