@@ -106,6 +106,7 @@ KEPT_AT_THE_END: Final = {
     "epoch",
     "step",
     "batch",
+    "latest",
     "val_batches",
     "has_validation",
     "ending",
