@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
     from offloop.engine.errors import ConfigError as ConfigError
+    from offloop.engine.errors import DeadlockError as DeadlockError
     from offloop.engine.errors import EmptyLoaderError as EmptyLoaderError
     from offloop.engine.errors import EventError as EventError
     from offloop.engine.errors import EventLoopStalledError as EventLoopStalledError
@@ -94,6 +95,7 @@ _MODULES = {
         "BatchError",
         "BusClosedError",
         "ConfigError",
+        "DeadlockError",
         "EmptyLoaderError",
         "EventError",
         "EventLoopStalledError",

@@ -140,6 +140,11 @@ class Subscription(Generic[E]):
 
     # Consumer's side
 
+    @property
+    def is_blocking(self) -> bool:
+        """True while it keeps training waiting, by `on_full="block"` and a full buffer. Any thread."""
+        return self in self._bus._blocked
+
     def take(self, limit: int | None = None) -> list[E]:
         """Return what has gathered, at most `limit` events, oldest first; empty if nothing has.
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Mode = Literal["auto", "min", "max"]
 
+SWITCH_INTERVAL: Final = 50e-6
+"""Seconds. Where another thread computes in Python, a shorter one no longer helps (`benchmarks/switch_interval.py`)."""
+
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # a letter alone would be a drive
 _SEEDS: Final = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
@@ -145,6 +148,10 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     are in `run.hyperparameters`, `run.json`, `TrainStart.config` and every tracking logger, and change nothing."""
     remote_dir: str | RemoteDirectory | None = None
     """URL where each run is copied to as it grows, and fetched from to go on: `s3://bucket/runs`. Needs fsspec."""
+    switch_interval: float | None = SWITCH_INTERVAL
+    """Seconds for which a thread that computes in Python keeps the interpreter from others, for the length of the run.
+    With Python's own 5 ms, training all but stops while a callback computes. None leaves it alone; a process that
+    has set its own keeps it. Process-wide."""
     flush_interval: float = 0.05
     """Seconds between two hand-overs of events to the event loop."""
     drain_timeout: float = 30.0
@@ -168,6 +175,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             _check_count(name, getattr(self, name), optional=name != "accumulate_grad_batches")
         _check_positive("gradient_clip_val", self.gradient_clip_val)
         _check_positive("max_time", self.max_time, unit="seconds")
+        _check_positive("switch_interval", self.switch_interval, unit="seconds")
         for name in ("flush_interval", "drain_timeout"):
             _check_positive(name, getattr(self, name), optional=False, unit="seconds")
         for name in ("limit_train_batches", "limit_val_batches"):
@@ -276,6 +284,7 @@ class TrainerKnobs(TypedDict, total=False):
     run_name: str | None
     hyperparameters: Mapping[str, Any] | None
     remote_dir: str | RemoteDirectory | None
+    switch_interval: float | None
     flush_interval: float
     drain_timeout: float
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, Literal, TypeVar
 
+from offloop.engine.deadlock import CommandFuture, Places
 from offloop.engine.errors import RunEndedError, encodable
 from offloop.engine.waker import Waker
 
@@ -50,14 +51,20 @@ class Command:
     __slots__ = ("arguments", "by", "from_decider", "future", "id", "name")
 
     def __init__(
-        self, name: CommandName, id: int, arguments: dict[str, Any], by: str, from_decider: bool
+        self,
+        name: CommandName,
+        id: int,
+        arguments: dict[str, Any],
+        by: str,
+        from_decider: bool,
+        future: Future[Any],
     ) -> None:
         self.name = name
         self.id = id
         self.arguments = arguments
         self.by = by
         self.from_decider = from_decider
-        self.future: Future[Any] = Future()
+        self.future = future
 
     def __repr__(self) -> str:
         return f"<{self.name} #{self.id} by {self.by}>"
@@ -74,6 +81,7 @@ class Control:
         self.changes = 0  # grows with each command and poke, under the condition's lock
         self.ended = False  # set by the training thread when it applies no more commands
         self.standing = False  # True while the training thread waits for a decider or a full subscription
+        self.places = Places(lambda: self.standing and deciding.get() is self)
         self._commands: deque[Command] = deque()
         self._changed = threading.Condition()
         self._numbers = itertools.count()
@@ -98,7 +106,8 @@ class Control:
         with self._changed:
             if self.ended:
                 raise RunEndedError(f"{name} came too late: the run is over")
-            command = Command(name, next(self._numbers), arguments, by, from_decider)
+            future: CommandFuture[Any] = CommandFuture(self.places, name)
+            command = Command(name, next(self._numbers), arguments, by, from_decider, future)
             self._commands.append(command)
             self.changes += 1
             self.attention = True
@@ -196,10 +205,16 @@ class Control:
             while self.changes == seen:
                 self._changed.wait()
 
-    def stand(self, until: Callable[[], bool], waiting_for: str) -> None:
-        """Wait for somebody who must not wait for us: awaited commands return on acceptance."""
+    def stand(self, until: Callable[[], bool], waiting_for: str, *, callback: str | None = None) -> None:
+        """Wait for somebody who must not wait for us: awaited commands return on acceptance.
+
+        Args:
+            until: True when the wait is over; looked at after each command and `poke`.
+            waiting_for: For the log.
+            callback: Name of the one that is waited for; None for full `block` subscriptions.
+        """
         started = warned = time.perf_counter()
-        with self.standing_still(), self._changed:
+        with self.standing_still(callback), self._changed:
             while not until():
                 self._changed.wait(WAIT_WARNING)
                 now = time.perf_counter()
@@ -208,15 +223,18 @@ class Control:
                     logger.warning("training has waited %.0f s for %s", now - started, waiting_for)
 
     @contextlib.contextmanager
-    def standing_still(self) -> Iterator[None]:
+    def standing_still(self, callback: str | None = None) -> Iterator[None]:
         """Release everybody who awaits a command, now and while this lasts."""
         with self._changed:
             self.standing = True
             for waker in self._awaiting:
                 waker.wake()
+        self.places.awaited = callback
+        self.places.changed()
         try:
             yield
         finally:
+            self.places.awaited = None
             self.standing = False
 
     def end(self) -> None:

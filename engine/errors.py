@@ -9,6 +9,7 @@ that a caller may want to handle. Facts are attributes, so nobody has to match t
     ├── BusClosedError                      publish or subscribe after the end
     ├── EventLoopStalledError               the event loop took nothing for a million events
     ├── SubscriberTooSlowError              a subscriber fell 100,000 milestones behind
+    ├── DeadlockError (also RuntimeError)   a wait that could never end
     ├── TrainerBusyError                    a second run while one is going on
     ├── RunEndedError                       a command to a run that is over
     ├── RunNameTakenError                   the run directory exists already
@@ -69,6 +70,10 @@ class SubscriberTooSlowError(OffloopError):
         super().__init__(f"subscriber {subscriber!r} is {milestones:,} milestones behind and was closed")
         self.subscriber = subscriber
         self.milestones = milestones
+
+
+class DeadlockError(OffloopError, RuntimeError):
+    """A wait that could never end, or that would hold up the run: the run itself waits for the caller."""
 
 
 class TrainerBusyError(OffloopError):

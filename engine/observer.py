@@ -27,6 +27,7 @@ import msgspec
 from offloop.engine.bus import Rendezvous, Subscription
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.control import actor
+from offloop.engine.deadlock import Places
 from offloop.engine.errors import SubscriberTooSlowError, describe, encodable
 from offloop.engine.events import CallbackFailed, Event
 from offloop.engine.lazy_imports import was_importing
@@ -141,6 +142,7 @@ class Observer:
         run: Any,
         publish: Callable[[Event], None],
         fail: Callable[[Exception], None],
+        places: Places | None = None,
     ) -> None:
         """Bind a callback to a run.
 
@@ -150,6 +152,7 @@ class Observer:
             run: Handed to the handlers.
             publish: For `CallbackFailed`.
             fail: Ends the run as failed; for `on_error="raise"`.
+            places: The run's; they learn where the handlers run.
         """
         self.handlers = handlers
         self.name = handlers.name
@@ -160,6 +163,7 @@ class Observer:
         self._run = run
         self._publish = publish
         self._fail = fail
+        self._places = Places(lambda: False) if places is None else places
         self._worker = Worker(f"offloop-{self.name}")
         self._events = self._failures = self._failures_in_row = 0
         self._wall = self._cpu = self._held = self._longest_hold = 0.0
@@ -188,7 +192,8 @@ class Observer:
             return
         actor.set(self.name)
         try:
-            await self._serve(self.subscription)
+            with self._places.task(anyio.get_current_task().id):
+                await self._serve(self.subscription)
         except SubscriberTooSlowError as error:
             self.disabled = True
             self.failed("its events", error)
@@ -203,7 +208,7 @@ class Observer:
                 elif kind == "loop":
                     await self._timed(self._handle_on_loop(list(group)))
                 elif kind == "thread":
-                    job = functools.partial(self._handle_in_thread, list(group))
+                    job = functools.partial(self._handle_in_thread, list(group), subscription)
                     await self._worker.run(job)
             self._wall += time.perf_counter() - started
             if self.disabled and not self.handlers.deciders:  # these still meet the training thread here
@@ -214,7 +219,8 @@ class Observer:
         close = self.handlers.callback.close
         try:
             if inspect.iscoroutinefunction(close):
-                await self._timed(close())
+                with self._places.task(anyio.get_current_task().id):
+                    await self._timed(close())
             elif type(self.handlers.callback).close is not Callback.close:
                 worker = Worker(f"offloop-{self.name}") if self._worker.abandoned else self._worker
                 try:
@@ -308,7 +314,12 @@ class Observer:
             else:
                 self._failures_in_row = 0
 
-    def _handle_in_thread(self, events: list[Event]) -> None:
+    def _handle_in_thread(self, events: list[Event], subscription: Subscription[Event]) -> None:
+        with self._places.worker(self.name, lambda: subscription.is_blocking):
+            self._handle_all(events)
+
+    def _handle_all(self, events: list[Event]) -> None:
+        """Handle events in the worker thread."""
         actor.set(self.name)
         handler_for, run = self.handlers.handler_for, self._run
         cpu = time.thread_time()

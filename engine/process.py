@@ -1,14 +1,15 @@
-"""What a run shares with the whole process: torch's global switches, and the signals.
+"""What a run shares with the whole process: torch's global switches, Python's switch interval, and the signals.
 
 Several runs may go on in one process, so a switch that would change another run's results is refused, and
-each is put back when the last run that holds it has ended. Signals are taken only where they are ours to
-take, and given back.
+each is put back when the last run that holds it has ended. The switch interval changes no result: the shortest
+that a run asks for holds. Signals are taken only where they are ours to take, and given back.
 """
 
 import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -25,7 +26,50 @@ _running: dict[str, dict[str, bool | None]] = {}  # run id -> its switches by na
 _restore: list[Callable[[], None]] = []  # puts the switches back; under the lock
 
 
-def enter_process(run_id: str, *, deterministic: bool, tf32: bool | None, seed: int | None) -> None:
+class SwitchInterval:
+    """Python's switch interval, held short while runs ask for it. One thread at a time.
+
+    Each operator of torch lets go of the interpreter, and waits for it up to this interval where another thread
+    computes in Python. At Python's 5 ms, a callback that computes therefore all but stops training.
+    """
+
+    PYTHONS: Final = 0.005
+    """Seconds, of a process in which the interval was never set."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[str, float] = {}  # seconds by run
+        self._held: float | None = None  # as Python reads it back; None while it is left alone
+
+    def enter(self, run_id: str, seconds: float | None) -> None:
+        """Hold the interval for a run; None leaves it alone, as does a process that has set its own."""
+        if seconds is None:
+            return
+        if not self._wanted and sys.getswitchinterval() == self.PYTHONS:
+            self._held = self.PYTHONS
+        self._wanted[run_id] = seconds
+        self._set(min(self._wanted.values()))
+
+    def leave(self, run_id: str) -> None:
+        """Let go of it for a run; twice is fine."""
+        if self._wanted.pop(run_id, None) is not None:
+            self._set(min(self._wanted.values(), default=self.PYTHONS))
+            if not self._wanted:
+                self._held = None
+
+    def _set(self, seconds: float) -> None:
+        if sys.getswitchinterval() != self._held:
+            self._held = None  # the application has set its own meanwhile
+        if self._held is not None:
+            sys.setswitchinterval(seconds)
+            self._held = sys.getswitchinterval()  # in whole microseconds
+
+
+_switch_interval = SwitchInterval()  # under the lock
+
+
+def enter_process(
+    run_id: str, *, deterministic: bool, tf32: bool | None, seed: int | None, switch_interval: float | None
+) -> None:
     """Enter a run and set the switches it asks for. Any thread; `leave_process` undoes it.
 
     Raises:
@@ -52,6 +96,7 @@ def enter_process(run_id: str, *, deterministic: bool, tf32: bool | None, seed: 
                 _restore.append(_be_deterministic())
             if tf32 is not None:
                 _restore.append(_set_tf32(tf32))
+        _switch_interval.enter(run_id, switch_interval)
         _running[run_id] = switches
 
 
@@ -108,6 +153,7 @@ def leave_process(run_id: str) -> None:
     """Leave a run; the last one puts the switches back. Any thread; twice is fine."""
     with _lock:
         _running.pop(run_id, None)
+        _switch_interval.leave(run_id)
         if not _running:
             while _restore:
                 _restore.pop()()

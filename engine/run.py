@@ -9,10 +9,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import anyio
+
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.checkpoint.store import check_tag
-from offloop.engine.errors import ConfigError
+from offloop.engine.errors import ConfigError, DeadlockError
 from offloop.engine.events import CheckpointSaved, EpochEnd, Event, Metrics, Settings
 from offloop.engine.observer import CallbackCosts
 from offloop.engine.waker import result_of
@@ -85,21 +87,23 @@ class Run:
         return self._session.run_id
 
     @property
-    def dir(self) -> Path | None:
-        """Its directory; None if it has none.
+    def dir(self) -> Path:
+        """Its directory.
 
-        It has one with `Trainer(run_dir=...)`, with `remote_dir=...`, or if a callback sets `needs_run_dir = True`.
+        Raises:
+            ConfigError: It has none, because nobody said that something is to be written.
         """
+        if self._session.dir is None:
+            raise ConfigError(
+                "this run has no directory: give Trainer(run_dir=...), or set needs_run_dir = True on the "
+                "callback that writes"
+            )
         return self._session.dir
 
     @property
-    def metrics(self) -> Metrics:
-        """The latest value of each metric so far, as in `RunResult.metrics`. Any thread, also after the end.
-
-        A copy: it does not change later. A missing key raises and lists the keys; `get` returns None for it.
-        """
-        result = self._session.result
-        return Metrics(self._session.loop.latest) if result is None else result.metrics
+    def has_dir(self) -> bool:
+        """True if the run has a directory."""
+        return self._session.dir is not None
 
     @property
     def state(self) -> str:
@@ -128,7 +132,7 @@ class Run:
         refused = {}
         if not self._session.loop.has_validation:
             refused["validate"] = "there is no val_loader to validate on"
-        if self.dir is None:
+        if not self.has_dir:
             refused["checkpoint"] = "the run has no directory to save into"
         return refused
 
@@ -197,7 +201,16 @@ class Run:
         return result
 
     async def wait(self) -> RunResult:
-        """Wait for the end, whatever it is, and return the result. Cancellation: the run goes on."""
+        """Wait for the end, whatever it is, and return the result. Cancellation: the run goes on.
+
+        Raises:
+            DeadlockError: In a handler of one of the run's callbacks, for which the end of the run waits.
+        """
+        if anyio.get_current_task().id in self._control.places.tasks:
+            raise DeadlockError(
+                "run.wait() in a callback would wait for ever: the run ends when its callbacks have handled their "
+                "events. Handle TrainEnd (on_train_end) instead, or wait in a task of your own"
+            )
         return await result_of(self._session.finished)
 
     # What it says
@@ -308,7 +321,7 @@ class Run:
         Raises:
             ConfigError: The run has no directory to save into.
         """
-        self._expect_dir()
+        self.dir  # noqa: B018 - raises if there is none
         return self._control.give("checkpoint", {"reason": reason}, by)
 
     def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> "Future[CheckpointSaved]":
@@ -326,7 +339,7 @@ class Run:
         Raises:
             ConfigError: The run has no directory to save into, or this is no name for a tag.
         """
-        self._expect_dir()
+        self.dir  # noqa: B018 - raises if there is none
         try:
             check_tag(tag)
         except ValueError as error:
@@ -341,10 +354,6 @@ class Run:
         if not callable(function):
             raise TypeError(f"call takes a function of the trainer, got {function!r}")
         return self._control.give("call", {"function": function}, by)
-
-    def _expect_dir(self) -> None:
-        if self.dir is None:
-            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
 
     async def pause(self, reason: str = "", *, by: str | None = None) -> None:
         """Pause at the next batch, also of a validation; everything stays on the device."""

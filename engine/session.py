@@ -61,7 +61,6 @@ from offloop.engine.events import (
     Metrics,
     Sample,
     TrainEnd,
-    TrainStart,
     UploadFailed,
     ValidationEnd,
     decode,
@@ -81,7 +80,6 @@ from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
 from offloop.engine.threads import Thread, has_ended
 from offloop.engine.uploads import Uploads, claim_remote
-from offloop.engine.user_state import UserState
 from offloop.engine.waker import Waker, result_of
 from offloop.engine.weights import InitialWeights
 
@@ -145,7 +143,6 @@ class Session:
         self._marks: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
-        self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
         self.save_at_end = False  # set by the training thread
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
@@ -171,6 +168,7 @@ class Session:
 
     def _train(self) -> None:
         """Be the training thread."""
+        self.control.places.training_thread = threading.get_ident()
         try:
             with self._device_context, torch.enable_grad():
                 if self.loop.device.type == "cuda":
@@ -222,7 +220,6 @@ class Session:
         if not self.trainer.model.training:
             self.trainer.model.train()  # left in eval mode as a whole, as from_pretrained() does
         self.loop.frozen.freeze(select_parameters(self.trainer.model, self.config.freeze))
-        self.user_state.begin()
         if self.resume is not None and self.resume.which is not None:
             self._load(self.resume.which)
 
@@ -280,14 +277,16 @@ class Session:
         assert self.checkpoints is not None
         loaded = self.checkpoints.load(which)
         state = check_state(loaded.state, loaded.info.path)
-        resumed = run_state.Continuation(state, ResumeReport(str(loaded.info.path)))
-        resumed.restore(self.loop, self._handlers)
-        self.user_state.restore(state, resumed.report)
+        report = ResumeReport(str(loaded.info.path))
+        run_state.restore(self.loop, state, report)
+        for handlers in self._handlers:
+            if handlers.has_state and handlers.name in state["callbacks"]:
+                handlers.callback.load_state_dict(state["callbacks"][handlers.name])
         if state["best"] is not None:
             self.best = Best(**state["best"])
         history = [decode(each.encode()) for each in state["history"]]
         self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
-        self.loop.resumed = resumed
+        self.loop.resumed = run_state.Continuation(state, report)
         self.checkpoints.parent = loaded.info.name
 
     def save(self, reason: str, future: "Future[CheckpointSaved] | None" = None) -> None:
@@ -302,7 +301,6 @@ class Session:
         loop.reporter.readback.flush()  # host sync: what the epoch has summed up must be here
         try:
             state = run_state.capture(loop, self._handlers)
-            self.user_state.capture(state)
         except Exception as error:  # a callback's state_dict; nobody may be waiting for a command's answer
             logger.exception("the checkpoint of step %d was not saved", loop.step)
             self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=describe(error)))
@@ -401,11 +399,6 @@ class Session:
                 observer.failed(type(event).__name__, error, is_off=False)  # it is asked again
             finally:
                 observer.decided += time.perf_counter() - started
-        if isinstance(event, TrainStart) and self.checkpoints is not None:
-            # Only from here on: what deciders set up at the start, they set up in a resumed run too.
-            loop = self.loop
-            schedulers = [each.scheduler for each in loop.schedules]
-            self.user_state.watch([*schedulers, loop.train_loader, loop.val_loader])
 
     def _ask(self, decider: Decider, observer: Observer, event: Event) -> None:
         name = f"decider {decider.callback}.{event.handler_name}"
@@ -441,6 +434,7 @@ class Session:
                 bool(answers) or self.control.cancelled or observer in self._unserved or self._loop_is_gone()
             ),
             name,
+            callback=observer.name,
         )
         if not answers and self._loop_is_gone():
             self.cancel("the event loop is gone")
@@ -593,7 +587,7 @@ class Session:
             buffer = callback.buffer or BUFFER
             subscription = Subscription(self.bus, handlers.name, types, buffer, callback.on_full)
             self.bus.add(subscription)
-        observer = Observer(handlers, subscription, self.run, self.publish, self._fail)
+        observer = Observer(handlers, subscription, self.run, self.publish, self._fail, self.control.places)
         for name, decider in handlers.deciders.items():
             self._deciders.setdefault(name, []).append((decider, observer))
         return observer
@@ -603,8 +597,9 @@ class Session:
         """Take the trainer, the callbacks and the process for this run; raises if somebody has them.
 
         They are given back by the supervisor; here only if it never came to run, because the run was refused
-        or `asyncio.run`'s sweep cancelled the supervisor before its first line.
+        or `asyncio.run`'s sweep cancelled the supervisor before its first line. On the event loop.
         """
+        self.control.places.event_loop_thread = threading.get_ident()
         try:
             if self.dir is not None and self.resume is None and self.dir.exists():
                 raise RunNameTakenError(str(self.dir))
@@ -612,7 +607,11 @@ class Session:
             try:
                 config = self.config
                 enter_process(
-                    self.run_id, deterministic=config.deterministic, tf32=config.tf32, seed=config.seed
+                    self.run_id,
+                    deterministic=config.deterministic,
+                    tf32=config.tf32,
+                    seed=config.seed,
+                    switch_interval=config.switch_interval,
                 )
                 try:
                     yield
@@ -925,7 +924,7 @@ class Session:
         self.loop.let_go()
         self.observers, self._handlers, self._deciders, self._unserved = [], [], {}, set()
         self.initial_weights = None
-        del self.trainer, self.user_state, self._claim, self._release
+        del self.trainer, self._claim, self._release
 
     async def _finish_checkpoints(self) -> None:
         """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""

@@ -26,6 +26,7 @@ WITHOUT_TORCH: Final = (
     "waker",
     "bus",
     "control",
+    "deadlock",
     "lazy_imports",
     "observer",
 )

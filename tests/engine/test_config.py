@@ -31,7 +31,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("accumulate_grad_batches", None, "must be a whole number of at least 1"),
     *(
         (name, value, "must be a number above 0")
-        for name in ("max_time", "gradient_clip_val", "flush_interval", "drain_timeout")
+        for name in ("max_time", "gradient_clip_val", "switch_interval", "flush_interval", "drain_timeout")
         for value in (0, -0.1, math.nan, math.inf, True, "1")
     ),
     ("flush_interval", None, "must be a number above 0"),

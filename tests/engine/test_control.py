@@ -303,7 +303,8 @@ async def test_those_already_waiting_are_released_when_the_training_thread_stand
             await anyio.wait_all_tasks_blocked()
             assert results == []
             answers: list[int] = []
-            tasks.start_soon(anyio.to_thread.run_sync, control.stand, lambda: bool(answers), "a decider")
+            stand = functools.partial(control.stand, lambda: bool(answers), "a decider")
+            tasks.start_soon(anyio.to_thread.run_sync, stand)
             while len(results) < 3:
                 await anyio.lowlevel.checkpoint()
             answers.append(1)
