@@ -126,6 +126,7 @@ class LearningCurves(Callback):
             self._title, self._dir = run.id, run.dir
         if event.attempt and event.resumed_at is not None:
             with contextlib.suppress(FileNotFoundError):
+                assert run.dir is not None  # needs_run_dir
                 until = event.resumed_at
                 self._note_all(each for each in read_events(run.dir) if each.time <= until)
 

@@ -64,6 +64,7 @@ class MetricLogger(ValueLogger):
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         self._attempt = event.attempt
         moment = event.resumed_at if event.attempt else None
+        assert run.dir is not None  # needs_run_dir
         if "csv" in self.formats:
             self._csv = _Csv(run.dir / "metrics.csv", moment)
         if "jsonl" in self.formats:

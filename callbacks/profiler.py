@@ -198,6 +198,7 @@ class Profiler(Callback):
 
     def _write(self, recording: "_Recording", run: Run) -> None:
         try:
+            assert run.dir is not None  # needs_run_dir
             written = recording.write(run.dir)
             logger.info("profile of %d steps: %s and %s", written.steps, written.table, written.trace)
             with contextlib.suppress(BusClosedError):  # the run is over; the files are there

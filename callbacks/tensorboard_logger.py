@@ -73,6 +73,7 @@ class TensorBoardLogger(ValueLogger):
 
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         directory = run.dir if self.log_dir is None else self.log_dir / run.id
+        assert directory is not None  # needs_run_dir
         if event.attempt:
             cut_event_files(directory, event.resumed_at)
         self._writer = self._writer_class(

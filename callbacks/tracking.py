@@ -364,7 +364,7 @@ class TrackingLogger(ValueLogger):
 
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         self.start, self.run_id = event, run.id
-        self.run_dir = run.dir if run.has_dir else None
+        self.run_dir = run.dir
         self.parameters = hyperparameters_of(event, run)
         if event.attempt and self.run_dir is not None and self._id_file(self.run_dir).exists():
             self.tracking_id = msgspec.json.decode(self._id_file(self.run_dir).read_bytes())["id"]
@@ -397,7 +397,7 @@ class TrackingLogger(ValueLogger):
     def on_train_end(self, event: TrainEnd, run: Run) -> None:
         self.status, self.reason = event.status, event.reason
         self.write_latest_step()
-        if self.log_model is True and run.has_dir:
+        if self.log_model is True and run.dir is not None:
             with contextlib.suppress(CheckpointNotFoundError):  # nothing was saved, or nothing was judged
                 best = CheckpointReader(run.dir).find("best")
                 self._put(Model(best.path, best.step, True))

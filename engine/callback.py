@@ -78,7 +78,7 @@ class Callback:
     on_full: ClassVar["OnFull"] = "drop_oldest"
     """What happens beyond `buffer`; `"block"` gives the callback the right to slow training down."""
     needs_run_dir: ClassVar[bool] = False
-    """True if it writes into `run.dir`: the run then has a directory."""
+    """True if it writes into `run.dir`: the run then has a directory, so that `run.dir` is not None."""
     best_by: "tuple[str, Mode] | None" = None
     """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not.
 

@@ -41,7 +41,7 @@ class EventLog(Callback):
         self._file = None
 
     def on_event(self, event: Event, run: Run) -> None:
-        if not run.has_dir:
+        if run.dir is None:
             return  # the run was refused its directory: only TrainEnd comes, and belongs nowhere
         if self._file is None:
             path = run.dir / FILE_NAME

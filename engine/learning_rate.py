@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR
 
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import NO_METRICS, Metrics
+from offloop.engine.schedule_state import settings_of
 
 _SCHEDULED_KEYS: Final = ("initial_lr", "max_lr", "min_lr")
 """What torch's schedules keep in a parameter group and compute later rates from."""
@@ -25,6 +26,11 @@ class Schedule:
     """For a plateau: the metric that it watches; None for the run's."""
     after_steps: int = 0
     """Optimizer steps before it begins: the length of a warm-up in front of it."""
+    made: Mapping[str, Any] = dataclasses.field(init=False)
+    """What it was made with, see `settings_of`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "made", settings_of(self.scheduler))
 
 
 def check_length(schedule: Schedule, to_go: int | None) -> None:

@@ -48,6 +48,7 @@ from offloop.engine.freezing import Frozen
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr, rates_by_group
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.logged_names import add_computed, check_name
+from offloop.engine.optimizer_state import options_of
 from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
 from offloop.engine.reporter import Logged, Reporter, Window, settled
 from offloop.engine.seeded_sampling import SeededSampling
@@ -97,7 +98,7 @@ class ResumedState(Protocol):
     def continue_epoch(
         self, loader: Iterable[Batch], done: int, /
     ) -> tuple[Iterator[Batch], list[Doubt]]: ...
-    def finish(self, doubts: Iterable[Doubt], position: dict[str, Any], /) -> Event: ...
+    def finish(self, loop: "TrainingLoop", doubts: Iterable[Doubt], /) -> Event: ...
 
 
 KEPT_AT_THE_END: Final = {
@@ -105,6 +106,7 @@ KEPT_AT_THE_END: Final = {
     "epoch",
     "step",
     "batch",
+    "latest",
     "val_batches",
     "has_validation",
     "ending",
@@ -150,6 +152,9 @@ class TrainingLoop:
         self.device = device
         self.optimizers = optimizers
         self.schedules = list(schedules)
+        self.options = {
+            name: options_of(each) for name, each in optimizers.items()
+        }  # as the script made them
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.has_validation = val_loader is not None
@@ -469,7 +474,7 @@ class TrainingLoop:
     def finish_resuming(self, doubts: Iterable[Doubt]) -> None:
         """Put the random states back, the last thing before training goes on, and say how exact it all is."""
         assert self.resumed is not None
-        self.reporter.publish(self.resumed.finish(doubts, self.position()))
+        self.reporter.publish(self.resumed.finish(self, doubts))
         self.resumed = None
 
     def begin_window(self, batches_left: int | None, now: float) -> None:

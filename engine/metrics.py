@@ -76,6 +76,7 @@ class MetricSet:
         self._shapes: tuple[torch.Size, torch.Size] | None = None  # of the last batch
         self._problem: Problem | None = None  # read off the first batch, which makes the counters
         self._sums: list[Sums] = []  # of the names
+        self._is_split = False  # True in a resumed pass with names that began later than others of their kind
         self._own: dict[str, Metric] = {}  # the user's
 
     def load_packages(self) -> None:
@@ -93,8 +94,7 @@ class MetricSet:
             return
         outputs, targets = outputs.detach(), targets.detach()
         if self._problem is None or self._shapes != (outputs.shape, targets.shape):
-            named = [name for name, own in self._chosen.items() if own is None]
-            problem = _problem(named, outputs, targets, self._problem)
+            problem = _problem(self._named(), outputs, targets, self._problem)
             if self._problem is None:
                 self._build(problem)
             self._problem, self._shapes = problem, (outputs.shape, targets.shape)
@@ -133,6 +133,9 @@ class MetricSet:
     def reset(self) -> None:
         """Forget the sums, keep the task. Call it before each pass; twice is fine."""
         self._batches = 0
+        if self._is_split:
+            assert self._problem is not None
+            self._build(self._problem)
         for sums in self._sums:
             sums.reset()
         for metric in self._own.values():
@@ -144,33 +147,63 @@ class MetricSet:
             "metrics": self._kinds,
             "batches": self._batches,
             "problem": self._problem and tuple(self._problem),
+            "names": [list(sums.metrics) for sums in self._sums],
             "sums": [sums.state_dict() for sums in self._sums],
             "own": {name: metric.state_dict() for name, metric in self._own.items()},
         }
 
     @torch.inference_mode(False)
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Go on from a `state_dict`: all that follows is bit for bit what it would have been.
 
-        Raises ValueError, and changes nothing, if the state was made by other metrics.
+        Returns:
+            Names of metrics that the state lacks; they count from here on.
         """
         with first_use("torchmetrics"):
             from torchmetrics import Metric
 
-        if state["metrics"] != self._kinds:
-            raise ValueError(f"the saved metrics are {state['metrics']}, those to resume are {self._kinds}")
-        self._problem = state["problem"] and Problem(*state["problem"])
-        self._shapes, self._batches = None, state["batches"]
-        self._sums, self._own = [], {}
-        if self._problem is not None:
-            self._build(self._problem)
-        for sums, saved in zip(self._sums, state["sums"], strict=True):
-            sums.load_state_dict(saved)
+        from offloop.engine.named_metrics import sums_of
+
+        problem = state["problem"] and Problem(*state["problem"])
+        named = self._named()
+        if problem is None or (
+            problem.task == "regression" and any(NAMES[n].view != "numbers" for n in named)
+        ):
+            # Nothing to go on with: an unstarted pass, or one whose task does not fit what is asked for now.
+            self._problem, self._shapes, self._batches = None, None, 0
+            self._sums, self._own, self._is_split = [], {}, False
+            return [
+                name
+                for name, kind in zip(self.names, self._kinds, strict=True)
+                if kind not in state["metrics"]
+            ]
+        self._problem, self._shapes, self._batches = problem, None, state["batches"]
+        self._build(problem)
+        saved_names = state.get("names")
+        if saved_names is None:  # of an earlier version
+            of_state = [each.partition(": ")[0] for each in state["metrics"] if each.endswith(": NoneType")]
+            saved_names = [list(sums.metrics) for sums in sums_of(of_state, problem, self._device)]
+        whole, self._sums, new = len(self._sums), [], set(named)
+        for names, saved in zip(saved_names, state["sums"], strict=True):
+            kept = [name for name in names if name in new]
+            for sums in sums_of(kept, problem, self._device):  # one: they look at the same thing
+                sums.load_state_dict(saved)
+                self._sums.append(sums)
+            new -= set(kept)
+        self._sums += sums_of([name for name in named if name in new], problem, self._device)
+        self._is_split = len(self._sums) > whole
         for name, metric in self._own.items():
+            if f"{name}: {type(metric).__name__}" not in state["metrics"]:
+                new.add(name)
+                continue
             metric.load_state_dict(copy.deepcopy(state["own"][name]))  # else it adds to the caller's tensors
             metric.to(self._device)
             for member in (module for module in metric.modules() if isinstance(module, Metric)):
                 member._update_count = self._batches  # not in its state; at 0 `compute` warns
+        return [name for name in self.names if name in new]
+
+    def _named(self) -> list[str]:
+        return [name for name, own in self._chosen.items() if own is None]
 
     def _build(self, problem: Problem) -> None:
         with first_use("torchmetrics"):
@@ -178,9 +211,7 @@ class MetricSet:
 
             from offloop.engine.named_metrics import sums_of
 
-        self._sums = sums_of(
-            [name for name, own in self._chosen.items() if own is None], problem, self._device
-        )
+        self._sums, self._is_split = sums_of(self._named(), problem, self._device), False
         for name, own in self._chosen.items():
             if own is None:
                 continue

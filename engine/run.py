@@ -87,23 +87,21 @@ class Run:
         return self._session.run_id
 
     @property
-    def dir(self) -> Path:
-        """Its directory.
+    def dir(self) -> Path | None:
+        """Its directory; None if it has none.
 
-        Raises:
-            ConfigError: It has none, because nobody said that something is to be written.
+        It has one with `Trainer(run_dir=...)`, with `remote_dir=...`, or if a callback sets `needs_run_dir = True`.
         """
-        if self._session.dir is None:
-            raise ConfigError(
-                "this run has no directory: give Trainer(run_dir=...), or set needs_run_dir = True on the "
-                "callback that writes"
-            )
         return self._session.dir
 
     @property
-    def has_dir(self) -> bool:
-        """True if the run has a directory."""
-        return self._session.dir is not None
+    def metrics(self) -> Metrics:
+        """The latest value of each metric so far, as in `RunResult.metrics`. Any thread, also after the end.
+
+        A copy: it does not change later. A missing key raises and lists the keys; `get` returns None for it.
+        """
+        result = self._session.result
+        return Metrics(self._session.loop.latest) if result is None else result.metrics
 
     @property
     def state(self) -> str:
@@ -132,7 +130,7 @@ class Run:
         refused = {}
         if not self._session.loop.has_validation:
             refused["validate"] = "there is no val_loader to validate on"
-        if not self.has_dir:
+        if self.dir is None:
             refused["checkpoint"] = "the run has no directory to save into"
         return refused
 
@@ -321,7 +319,7 @@ class Run:
         Raises:
             ConfigError: The run has no directory to save into.
         """
-        self.dir  # noqa: B018 - raises if there is none
+        self._expect_dir()
         return self._control.give("checkpoint", {"reason": reason}, by)
 
     def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> "Future[CheckpointSaved]":
@@ -339,7 +337,7 @@ class Run:
         Raises:
             ConfigError: The run has no directory to save into, or this is no name for a tag.
         """
-        self.dir  # noqa: B018 - raises if there is none
+        self._expect_dir()
         try:
             check_tag(tag)
         except ValueError as error:
@@ -354,6 +352,10 @@ class Run:
         if not callable(function):
             raise TypeError(f"call takes a function of the trainer, got {function!r}")
         return self._control.give("call", {"function": function}, by)
+
+    def _expect_dir(self) -> None:
+        if self.dir is None:
+            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
 
     async def pause(self, reason: str = "", *, by: str | None = None) -> None:
         """Pause at the next batch, also of a validation; everything stays on the device."""

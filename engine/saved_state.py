@@ -73,6 +73,11 @@ class LoaderState(TypedDict):
     now: LoaderNow
 
 
+class Made(TypedDict):
+    optimizers: dict[str, list[dict[str, Any]]]
+    schedulers: list[dict[str, Any]]
+
+
 class SavedState(TypedDict):
     """What `state.capture` and the session put into a checkpoint. Fields that are not listed are not checked."""
 
@@ -97,7 +102,11 @@ class SavedState(TypedDict):
     scaler: NotRequired[dict[str, Any]]
     metrics: NotRequired[dict[str, Any]]
     trainer: NotRequired[dict[str, Any]]
-    loss: NotRequired[Any]
+    loss: NotRequired[dict[str, Any]]
+    buffers: NotRequired[dict[str, torch.Tensor]]
+    unsaved: NotRequired[list[str]]
+    parameters: NotRequired[dict[str, list[list[str]]]]
+    made: NotRequired[Made]
     milestones: NotRequired[list[str]]
 
 

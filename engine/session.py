@@ -61,6 +61,7 @@ from offloop.engine.events import (
     Metrics,
     Sample,
     TrainEnd,
+    TrainStart,
     UploadFailed,
     ValidationEnd,
     decode,
@@ -80,6 +81,7 @@ from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
 from offloop.engine.threads import Thread, has_ended
 from offloop.engine.uploads import Uploads, claim_remote
+from offloop.engine.user_state import UserState
 from offloop.engine.waker import Waker, result_of
 from offloop.engine.weights import InitialWeights
 
@@ -143,6 +145,7 @@ class Session:
         self._marks: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
+        self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
         self.save_at_end = False  # set by the training thread
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
@@ -220,6 +223,7 @@ class Session:
         if not self.trainer.model.training:
             self.trainer.model.train()  # left in eval mode as a whole, as from_pretrained() does
         self.loop.frozen.freeze(select_parameters(self.trainer.model, self.config.freeze))
+        self.user_state.begin()
         if self.resume is not None and self.resume.which is not None:
             self._load(self.resume.which)
 
@@ -277,16 +281,14 @@ class Session:
         assert self.checkpoints is not None
         loaded = self.checkpoints.load(which)
         state = check_state(loaded.state, loaded.info.path)
-        report = ResumeReport(str(loaded.info.path))
-        run_state.restore(self.loop, state, report)
-        for handlers in self._handlers:
-            if handlers.has_state and handlers.name in state["callbacks"]:
-                handlers.callback.load_state_dict(state["callbacks"][handlers.name])
+        resumed = run_state.Continuation(state, ResumeReport(str(loaded.info.path)))
+        resumed.restore(self.loop, self._handlers)
+        self.user_state.restore(state, resumed.report)
         if state["best"] is not None:
             self.best = Best(**state["best"])
         history = [decode(each.encode()) for each in state["history"]]
         self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
-        self.loop.resumed = run_state.Continuation(state, report)
+        self.loop.resumed = resumed
         self.checkpoints.parent = loaded.info.name
 
     def save(self, reason: str, future: "Future[CheckpointSaved] | None" = None) -> None:
@@ -301,6 +303,7 @@ class Session:
         loop.reporter.readback.flush()  # host sync: what the epoch has summed up must be here
         try:
             state = run_state.capture(loop, self._handlers)
+            self.user_state.capture(state)
         except Exception as error:  # a callback's state_dict; nobody may be waiting for a command's answer
             logger.exception("the checkpoint of step %d was not saved", loop.step)
             self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=describe(error)))
@@ -399,6 +402,11 @@ class Session:
                 observer.failed(type(event).__name__, error, is_off=False)  # it is asked again
             finally:
                 observer.decided += time.perf_counter() - started
+        if isinstance(event, TrainStart) and self.checkpoints is not None:
+            # Only from here on: what deciders set up at the start, they set up in a resumed run too.
+            loop = self.loop
+            schedulers = [each.scheduler for each in loop.schedules]
+            self.user_state.watch([*schedulers, loop.train_loader, loop.val_loader])
 
     def _ask(self, decider: Decider, observer: Observer, event: Event) -> None:
         name = f"decider {decider.callback}.{event.handler_name}"
@@ -924,7 +932,7 @@ class Session:
         self.loop.let_go()
         self.observers, self._handlers, self._deciders, self._unserved = [], [], {}, set()
         self.initial_weights = None
-        del self.trainer, self._claim, self._release
+        del self.trainer, self.user_state, self._claim, self._release
 
     async def _finish_checkpoints(self) -> None:
         """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""

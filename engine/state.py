@@ -1,9 +1,11 @@
 """State: everything that a resumed run needs, taken at a step boundary and put back before the first event.
 
     model, optimizers, schedulers, loss scaler      tensors and plain values, as torch gives them
+    parameters, made                                what the optimizers own, and what the script had made
     position, means, metric accumulators            where the run stands, and what the epoch has summed up
     loader, random                                  the order of the epoch, and every generator
     callbacks                                       what deciders and step hooks remember
+    trainer, loss, buffers, unsaved                 the user's own, see `user_state.py`
 
 Random states are put back last, after the loader has begun its epoch: beginning it draws from them.
 """
@@ -13,15 +15,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from offloop.engine.callback import Handlers
 from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import Resumed
 from offloop.engine.exactness import Doubt
+from offloop.engine.learning_rate import Schedule
 from offloop.engine.loader_position import begin_epoch, capture_in_epoch, continue_epoch
+from offloop.engine.optimizer_state import BEGIN_ANEW, parameter_names, restore_optimizer
 from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.resume_report import ResumeReport
+from offloop.engine.schedule_state import follow_length, restore_schedule
+from offloop.engine.weights import load_weights
+from offloop.engine.wrappers import names_in
 
 if TYPE_CHECKING:
     from offloop.engine.loop import TrainingLoop
@@ -43,7 +51,11 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
     state: dict[str, Any] = {
         "model": dict(loop.program.model.state_dict()),
         "optimizers": {name: each.state_dict() for name, each in loop.optimizers.items()},
+        "parameters": {
+            name: parameter_names(each, loop.program.model) for name, each in loop.optimizers.items()
+        },
         "schedulers": [each.scheduler.state_dict() for each in loop.schedules],
+        "made": {"optimizers": loop.options, "schedulers": [each.made for each in loop.schedules]},
         "position": {name: getattr(loop, name) for name in COUNTERS},
         "phase": loop.phase,
         "taken": loop.reporter.clock_offset + time.perf_counter(),
@@ -63,47 +75,6 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
         state["metrics"] = loop.train_metrics.state_dict()
     state["loader"] = {"before": loop.before_epoch, "now": capture_in_epoch(loop.loader_in_use)}
     return state
-
-
-def restore(loop: "TrainingLoop", state: Mapping[str, Any], report: ResumeReport) -> None:
-    """Put a state back, all but callbacks, loader and random states. Training thread, before the first event.
-
-    Args:
-        loop: Of the run that goes on.
-        state: What `capture` returned, from disk.
-        report: Is told what could not be put back exactly.
-
-    Raises:
-        RuntimeError, ValueError: The state is of another model or optimizer; torch's text says what differs.
-    """
-    loop.program.model.load_state_dict(state["model"])
-    for name, optimizer in loop.optimizers.items():
-        load_optimizer(optimizer, state["optimizers"][name])
-        # torch's own mark; without it, a schedule that steps before this process has stepped the optimizer warns
-        optimizer._opt_called = bool(state["position"]["step"])  # type: ignore[attr-defined]
-    for schedule, saved in zip(loop.schedules, state["schedulers"], strict=False):
-        schedule.scheduler.load_state_dict(saved)
-    if loop.mixed.scaler is not None and "scaler" in state:
-        loop.mixed.scaler.load_state_dict(state["scaler"])
-    for name in COUNTERS:
-        setattr(loop, name, state["position"][name])
-    loop.phase = state["phase"]
-    if loop.phase == "after_epoch":
-        loop.epoch += 1
-        loop.phase = "before_epoch"
-    loop.seconds_before = state["seconds"]
-    loop.reporter.train_means.load_state_dict(state["means"])
-    loop.reporter.loss_scale = state["loss_scale"]
-    loop.frozen.thaw_all()  # what the run had frozen at its checkpoint, not what it began with
-    loop.frozen.freeze(state["frozen"])
-    loop.epoch_metrics = dict(state["epoch_metrics"])
-    loop.latest = dict(state["latest"])
-    if loop.train_metrics and "metrics" in state:
-        loop.train_metrics.load_state_dict(state["metrics"])
-    here = environment(loop)
-    for name, saved in state["environment"].items():
-        if here.get(name) != saved:
-            report.lower("approximate", f"{name} was {saved}, now it is {here.get(name)}")
 
 
 def environment(loop: "TrainingLoop") -> dict[str, Any]:
@@ -137,63 +108,124 @@ def describe_loader(loader: Iterable[Any]) -> dict[str, int | None]:
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load an optimizer's state with its exact dtypes: torch casts it to those of the parameters.
-
-    Raises:
-        ConfigError: It is the state of another kind of optimizer, which torch takes, to fail in the first step.
-        ValueError: The groups have other numbers of parameters.
-    """
-    defaults = getattr(optimizer, "defaults", {})  # a wrapper may have none
-    settings = [set(defaults) & set(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(saved))
-    missing = {
-        name
-        for known, group in zip(settings, optimizer.param_groups, strict=True)
-        for name in known - set(group)
-    }
-    if missing:
-        raise ConfigError(
-            f"the state is of another optimizer: {type(optimizer).__name__} needs {', '.join(sorted(missing))}. "
-            "Make the optimizer that it was saved with, or begin a new run with the weights alone: init_from=..."
-        )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in saved["state"].items():
-        live = optimizer.state[parameters[int(index)]]
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and live[name].dtype != value.dtype:
-                live[name] = value.to(live[name].device).clone()
-
-
 class Continuation:
-    """A loaded checkpoint on its way back into a run: what is left to do after `restore`."""
+    """A loaded checkpoint on its way back into a run. Training thread."""
 
     def __init__(self, state: Mapping[str, Any], report: ResumeReport) -> None:
-        """Keep what the loop needs when it comes to its schedules and its loader.
-
-        Args:
-            state: What `capture` returned, from disk.
-            report: On the checkpoint, with what `restore` has put into it.
-        """
+        """Continue what `capture` returned, from disk, and tell the report how exact that is."""
         self.path = report.checkpoint
         self.report = report
         self.taken: float = state["taken"]
         self._state = state
+        self._adjusted: list[LRScheduler] = []  # schedules of another length than before
         self.before_epoch: dict[str, Any] | None = state["loader"]["before"]  # None: no loader was asked yet
         self._now: Mapping[str, Any] = state["loader"]["now"]
+
+    def restore(self, loop: "TrainingLoop", handlers: Sequence[Handlers]) -> None:
+        """Put the state back, all but loader and random states. Before the first event.
+
+        Raises:
+            WeightsMismatchError: The checkpoint is of another model.
+            ConfigError: It is of other optimizers.
+        """
+        state = self._state
+        load_weights(loop.program.model, state["model"], self.path)
+        self._restore_optimizers(loop)
+        for index, schedule in enumerate(loop.schedules[: len(state["schedulers"])]):
+            self._load_schedule(schedule, index)
+        for scheduler in self._adjusted:
+            follow_length(scheduler)
+        if loop.mixed.scaler is not None and "scaler" in state:
+            loop.mixed.scaler.load_state_dict(state["scaler"])
+        for name in COUNTERS:
+            setattr(loop, name, state["position"][name])
+        loop.phase = state["phase"]
+        if loop.phase == "after_epoch":
+            loop.epoch += 1
+            loop.phase = "before_epoch"
+        loop.seconds_before = state["seconds"]
+        loop.reporter.train_means.load_state_dict(state["means"])
+        loop.reporter.loss_scale = state["loss_scale"]
+        loop.frozen.thaw_all()  # what the run had frozen at its checkpoint, not what it began with
+        own = [name for name, _ in loop.program.model.named_parameters()]
+        loop.frozen.freeze(names_in(own, state["frozen"]).values())
+        loop.epoch_metrics = dict(state["epoch_metrics"])
+        loop.latest = dict(state["latest"])
+        self._restore_metrics(loop)
+        self._restore_callbacks(handlers)
+        here = environment(loop)
+        for name, saved in state["environment"].items():
+            if here.get(name) != saved:
+                self.report.lower("approximate", f"{name} was {saved}, now it is {here.get(name)}")
+
+    def _restore_optimizers(self, loop: "TrainingLoop") -> None:
+        state, made = self._state, self._state.get("made", {}).get("optimizers", {})
+        if state["optimizers"].keys() != loop.optimizers.keys():
+            raise ConfigError(
+                f"the checkpoint has the optimizers {', '.join(state['optimizers'])}, the script has "
+                f"{', '.join(loop.optimizers)}: give them the same names; or {BEGIN_ANEW}"
+            )
+        for name, optimizer in loop.optimizers.items():
+            restore_optimizer(
+                optimizer,
+                state["optimizers"][name],
+                label="the optimizer" if len(loop.optimizers) == 1 else f"optimizer {name!r}",
+                names=state.get("parameters", {}).get(name),
+                made=made.get(name),
+                model=loop.program.model,
+                report=self.report,
+            )
+            # torch's own mark; without it, a schedule that steps before this process has stepped the optimizer warns
+            optimizer._opt_called = bool(state["position"]["step"])  # type: ignore[attr-defined]
+
+    def _restore_metrics(self, loop: "TrainingLoop") -> None:
+        """Go on with the metrics of the epoch in progress; others than then begin here."""
+        saved, metrics = self._state.get("metrics"), loop.train_metrics
+        names = [] if saved is None else [each.partition(":")[0] for each in saved["metrics"]]
+        own = [] if metrics is None else list(metrics.names)
+        for name in names:
+            if name not in own:
+                self.report.take(f"metric {name} is not computed any more")
+        new = [name for name in own if name not in names]
+        if metrics is not None and saved is not None:
+            new = metrics.load_state_dict(saved)
+        for name in new:
+            self.report.take(f"metric {name} is new")
+            if loop.phase == "in_epoch":
+                self.report.lower("approximate", f"metric {name} leaves out the first batches of this epoch")
+
+    def _restore_callbacks(self, handlers: Sequence[Handlers]) -> None:
+        saved, own = self._state["callbacks"], {each.name: each for each in handlers if each.has_state}
+        for name, each in own.items():
+            if name in saved:
+                each.callback.load_state_dict(saved[name])
+            else:
+                self.report.take(f"callback {name} is new")
+        for name in saved.keys() - own.keys():
+            self.report.take(f"callback {name} is not there any more")
 
     def restore_schedule(self, loop: "TrainingLoop") -> None:
         """Put back the state of the schedule attached last, and the rates that making it has changed."""
         index = len(loop.schedules) - 1
-        saved = self._state["schedulers"]
-        if index < len(saved):
-            loop.schedules[index].scheduler.load_state_dict(saved[index])
+        if index < len(self._state["schedulers"]):
+            self._load_schedule(loop.schedules[index], index)
         else:
-            self.report.lower("approximate", f"schedule {index} is new")
+            name = type(loop.schedules[index].scheduler).__name__
+            self.report.take(f"schedule {name} is new")
+            self.report.lower("approximate", f"schedule {name} is new")
         for name, optimizer in loop.optimizers.items():
             groups = self._state["optimizers"][name]["param_groups"]
-            for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            for group, kept in zip(optimizer.param_groups, groups, strict=False):
                 group.update({key: value for key, value in kept.items() if key != "params"})
+        for scheduler in self._adjusted:
+            follow_length(scheduler)
+
+    def _load_schedule(self, schedule: Schedule, index: int) -> None:
+        made = self._state.get("made", {}).get("schedulers")
+        saved = self._state["schedulers"][index]
+        then = None if made is None else made[index]
+        if restore_schedule(schedule.scheduler, saved, then, self.report):
+            self._adjusted.append(schedule.scheduler)
 
     def begin_epoch(self, loader: Iterable[Any]) -> list[Doubt]:
         """Put back what the loader's next epoch begins with; returns what is not known to be exact."""
@@ -204,15 +236,21 @@ class Continuation:
         assert self.before_epoch is not None
         return continue_epoch(loader, done, self.before_epoch, self._now)
 
-    def finish(self, doubts: Iterable[Doubt], position: dict[str, Any]) -> Resumed:
+    def finish(self, loop: "TrainingLoop", doubts: Iterable[Doubt]) -> Resumed:
         """Put the random states back and return what to say. The last thing before training goes on.
 
         Args:
+            loop: Whose schedules are all attached.
             doubts: About the loaders.
-            position: Of the event.
         """
         for doubt in doubts:
             self.report.lower(*doubt)
+        for saved in self._state["schedulers"][len(loop.schedules) :]:
+            text = (
+                f"a schedule of the checkpoint, at its step {saved.get('last_epoch')}, is not there any more"
+            )
+            self.report.take(text)
+            self.report.lower("approximate", text)
         for missed in restore_random_state(self._state["random"]):
             self.report.lower("approximate", missed)
-        return self.report.event(position)
+        return self.report.event(loop.position())

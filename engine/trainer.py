@@ -59,6 +59,7 @@ from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, m
 from offloop.engine.metrics import MetricSet
 from offloop.engine.monitors import Monitors
 from offloop.engine.observer import Worker
+from offloop.engine.optimizer_state import load_optimizer
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
 from offloop.engine.precision import MixedPrecision
 from offloop.engine.prediction import PredictionStream, evaluating, predictions
@@ -69,7 +70,6 @@ from offloop.engine.run_dir import new_run_id
 from offloop.engine.seeded_sampling import check_seedable
 from offloop.engine.session import Session, default_device
 from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
-from offloop.engine.state import load_optimizer
 from offloop.engine.threads import Thread
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
 from offloop.engine.weights import Source, plan_init
@@ -77,6 +77,8 @@ from offloop.engine.weights import Source, plan_init
 Loss = Callable[[Any, Any], torch.Tensor]
 
 DEFAULT_RUN_DIR: Final = "runs"
+_BASE_STATE: Final = frozenset({"model", "optimizers", "loss", "scheduler", "scaler"})
+"""What `BaseTrainer.state_dict` returns."""
 
 
 class _Limits:
@@ -127,6 +129,7 @@ class BaseTrainer:
                 holds parameters that are not the model's.
             TypeError: Model, optimizer, loss or scheduler is not what its name says.
         """
+        of_subclass = set(vars(self))  # what it has set before it called this
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config must be a TrainerConfig, got {type(config).__name__}")
         self.config = (config or TrainerConfig()).replace(**overrides)
@@ -155,6 +158,8 @@ class BaseTrainer:
         self._occupation = ""  # what it is doing beside runs; under the lock
         self._mixed: MixedPrecision | None = None  # of the latest run: its loss scale goes on in the next one
         self._is_compiled = False
+        self._is_restoring = False
+        self._base_attributes = frozenset(vars(self).keys() - of_subclass)
         check_methods(self, BaseTrainer)
         self._check_model()
         check_optimizers(self.model, self.optimizers, self.scheduler, self.config)
@@ -680,11 +685,16 @@ class BaseTrainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return model, optimizers, schedule and loss scale, for a file of your own. Tensors are live, not copied.
+        """Return model, loss, optimizers, schedule and loss scale, for a file of your own. Tensors are not copied.
 
         To continue a *run* (its position, data order, random states and callbacks too), use its checkpoints:
         `train(..., resume=...)`. In the training thread (`await run.call(lambda trainer: ...)`), or with no run
         going on.
+
+        Override it, with `load_state_dict`, where your trainer carries state of its own from step to step, such as
+        a hidden state or a generator: `return super().state_dict() | {"hidden": self.hidden}`, or your keys alone.
+        Each checkpoint calls it in the training thread and keeps your keys. A key with the value None says that
+        the attribute of that name is no state.
 
         Raises:
             TrainerBusyError: A run is going on, and this is not its training thread.
@@ -694,6 +704,8 @@ class BaseTrainer:
             "model": self.model.state_dict(),
             "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
         }
+        if isinstance(self.loss, torch.nn.Module) and (of_loss := self.loss.state_dict()):
+            state["loss"] = of_loss
         if self.scheduler is not None:
             state["scheduler"] = self.scheduler.state_dict()
         if self._mixed is not None and self._mixed.scaler is not None:
@@ -703,11 +715,17 @@ class BaseTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned. The next `train()` is a new run, with this model and optimizer.
 
+        An override is called by each resumed run too, in the training thread before `TrainStart`, with what
+        `state_dict` had returned; tensors are on the CPU. The run itself puts back model and optimizers then, and
+        `super().load_state_dict(state)` does nothing.
+
         Raises:
             TrainerBusyError: A run is going on.
             ConfigError: It is the state of something else, or of other optimizers.
             RuntimeError, ValueError: It is of another model or optimizer; torch's text says what differs.
         """
+        if self._is_restoring:
+            return  # the run does it
         with self._occupied("loading a state"):
             if not isinstance(state, Mapping) or not {"model", "optimizers"} <= set(state):
                 raise ConfigError("state must be what Trainer.state_dict() returned")
@@ -724,11 +742,38 @@ class BaseTrainer:
             self.model.load_state_dict(state["model"])
             for name, optimizer in self.optimizers.items():
                 load_optimizer(optimizer, state["optimizers"][name])
+            if isinstance(self.loss, torch.nn.Module) and "loss" in state:
+                self.loss.load_state_dict(state["loss"])
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self._mixed = MixedPrecision(self.config.precision, self.device)
             if self._mixed.scaler is not None and "scaler" in state:
                 self._mixed.scaler.load_state_dict(state["scaler"])
+
+    @property
+    def _has_own_state(self) -> bool:
+        """True if a subclass says what a checkpoint holds of it."""
+        return type(self).state_dict is not BaseTrainer.state_dict
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return what a subclass adds to a checkpoint. Training thread."""
+        if not self._has_own_state:
+            return {}
+        state = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"{type(self).__name__}.state_dict() must return a mapping, got {type(state).__name__}"
+            )
+        return {name: value for name, value in state.items() if name not in _BASE_STATE}
+
+    def _restore_own_state(self, own: Mapping[str, Any]) -> None:
+        """Give a subclass back what it had added to a checkpoint. Training thread, when the rest is restored."""
+        state = BaseTrainer.state_dict(self) | dict(own)
+        self._is_restoring = True
+        try:
+            self.load_state_dict(state)
+        finally:
+            self._is_restoring = False
 
     # Preparing -----------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from offloop.engine.checkpoint.manifest import MANIFEST
 from offloop.engine.errors import ConfigError, WeightsError, WeightsMismatchError
 from offloop.engine.model_registry import DEFAULT_REGISTRY, ModelRegistry, ModelVersion
 from offloop.engine.resume import read_run_json
+from offloop.engine.wrappers import renamed
 
 logger = logging.getLogger("offloop")
 
@@ -41,8 +42,6 @@ SAFE_TORCH: Final = (2, 10)
 """Before this, a file made for it could run code in spite of `weights_only=True` (CVE-2025-32434, CVE-2026-24747)."""
 SAFETENSORS_FILE: Final = "model.safetensors"
 SHARDS_INDEX: Final = "model.safetensors.index.json"
-WRAPPER_PREFIXES: Final = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put in front of a model's names."""
 EXTRA_STATE: Final = "_extra_state"
 """The end of torch's name for what a module keeps beside tensors."""
 SHOWN_NAMES: Final = 10
@@ -346,18 +345,22 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def fit_weights(
-    weights: Weights, model: torch.nn.Module, *, strict: bool, partial: str = "strict=False"
+    weights: Weights,
+    model: torch.nn.Module,
+    *,
+    strict: bool,
+    partial: str = "strict=False loads what fits.",
 ) -> WeightsReport:
     """Copy weights into a model: all, or with `strict=False` those that fit. Blocks.
 
-    Names of a wrapped model (`module.`, `_orig_mod.`) fit the bare one. A name that the weights leave out is not
-    missing if the model ties it to one that they have.
+    Names of a wrapped model (`module.`, `_orig_mod.`) fit the bare one, and the other way round. A name that the
+    weights leave out is not missing if the model ties it to one that they have.
 
     Args:
         weights: Values are converted to the model's dtypes and devices.
         model: Changed in place; not at all if this raises.
         strict: Raise unless everything fits.
-        partial: How the caller says `strict=False`, for the error.
+        partial: What to do where only a part fits, for the error.
 
     Raises:
         WeightsMismatchError: Something does not fit; or nothing does.
@@ -367,7 +370,7 @@ def fit_weights(
         raise WeightsError(
             'the model is on the "meta" device and has no memory: model.to_empty(device=...) first'
         )
-    tensors = _unwrapped(weights.tensors, own)
+    tensors = renamed(weights.tensors, own)
     mismatched = {
         name: (tuple(tensors[name].shape), tuple(mine.shape))
         for name, mine in own.items()
@@ -383,7 +386,7 @@ def fit_weights(
         mismatched=mismatched,
     )
     if not report.is_exact and (strict or not fitting):
-        hint = _hint(report, own, tensors) or f"{partial} loads what fits."
+        hint = _hint(report, own, tensors) or partial
         raise WeightsMismatchError(
             f"{report}\n  {hint}",
             missing=report.missing,
@@ -394,14 +397,18 @@ def fit_weights(
     return report
 
 
-def _unwrapped(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the weights under the names that the bare model has."""
-    for prefix in WRAPPER_PREFIXES * 2:  # either may be around the other
-        if all(name.startswith(prefix) for name in tensors) and not any(
-            name.startswith(prefix) for name in own
-        ):
-            tensors = {name[len(prefix) :]: each for name, each in tensors.items()}
-    return tensors
+def load_weights(model: torch.nn.Module, saved: Mapping[str, Any], origin: str) -> None:
+    """Put the model's state of a checkpoint back, exactly. Blocks.
+
+    Raises:
+        WeightsMismatchError: It is of another model; the text says how to begin from what fits.
+    """
+    try:
+        model.load_state_dict(renamed(saved, model.state_dict()))
+    except RuntimeError as error:
+        partial = f'To begin a new run with the weights that fit: train(..., init_from="{origin}", init_strict=False)'
+        fit_weights(Weights(dict(saved), origin), model, strict=True, partial=partial)
+        raise ConfigError(f"the checkpoint {origin} does not fit the model: {error}") from error
 
 
 def _differ_in_shape(theirs: object, mine: object) -> bool:
@@ -452,7 +459,7 @@ class InitialWeights:
     def load_into(self, model: torch.nn.Module) -> Weights:
         """Read and fit the weights; say in the log what did not fit. Blocks. Errors as for `load_model`."""
         weights = read_weights(self.source)
-        report = fit_weights(weights, model, strict=self.strict, partial="init_strict=False")
+        report = fit_weights(weights, model, strict=self.strict, partial="init_strict=False loads what fits.")
         logger.log(logging.INFO if report.is_exact else logging.WARNING, "init_from: %s", report)
         return weights
 

@@ -126,7 +126,7 @@ def test_run_that_ends_early_leaves_the_profiler_off_and_what_there_is(how: str,
         trainer.train(EndlessLoader(), max_steps=5, callbacks=callbacks)
     assert_profiler_is_off()
     run = trainer.last_run
-    assert run is not None
+    assert run is not None and run.dir is not None
     assert run.result.callback_errors == {}
     assert (run.dir / "profile.txt").read_text().startswith("Where a step's time goes: mean of 3 steps")
     assert ranges(trace_of(run.dir)).count("optimizer") == 3

@@ -393,7 +393,7 @@ def test_a_checkpoint_is_saved(started: tuple[Training, Page]) -> None:
     give(page, "Checkpoint")
     run.step(loss=0.5)
     expect(acks(page)).to_contain_text("at step 11")
-    assert list((run.run.dir / "checkpoints").iterdir())
+    assert run.run.dir is not None and list((run.run.dir / "checkpoints").iterdir())
 
 
 def test_stop_asks_first_and_saves_a_checkpoint(started: tuple[Training, Page]) -> None:
@@ -417,7 +417,7 @@ def test_stop_asks_first_and_saves_a_checkpoint(started: tuple[Training, Page]) 
     expect(word(page)).to_have_text("stopped")
     shot(page, "stopped")
     assert run.run.result.status == "stopped"
-    assert list((run.run.dir / "checkpoints").iterdir())
+    assert run.run.dir is not None and list((run.run.dir / "checkpoints").iterdir())
 
 
 def test_a_button_that_may_not_be_used_says_why(

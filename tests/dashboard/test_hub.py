@@ -55,7 +55,7 @@ class FakeRun:
         self.id = id
         self.state = "running"
         self.step = 0
-        self.has_dir = False
+        self.dir = None
         self.is_saving = False
         self.failure: BaseException | None = None
         self.monitor = "val_loss"

@@ -120,6 +120,7 @@ def test_milestones_are_on_disk_when_they_were_handled_and_samples_with_them(tmp
         def on_event(self, event: Event, run: Run) -> None:
             super().on_event(event, run)
             if not isinstance(event, Sample):
+                assert run.dir is not None
                 on_disk = list(read_events(run.dir))
                 self.seen.append(on_disk[-1] == event)
 

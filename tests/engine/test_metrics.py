@@ -467,11 +467,53 @@ def test_state_of_an_unstarted_pass_can_be_loaded() -> None:
     assert first.compute() == {"accuracy": 1.0}
 
 
-@pytest.mark.parametrize("other", [["f1"], {"a": MeanSquaredError()}])
-def test_state_of_other_metrics_is_refused(other: Any) -> None:
-    state = MetricSet({"a": R2Score()}, prefix="", device=CPU).state_dict()
-    with pytest.raises(ValueError, match="the saved metrics are"):
-        MetricSet(other, prefix="", device=CPU).load_state_dict(state)
+def test_metrics_that_the_state_lacks_count_from_there_and_the_others_go_on() -> None:
+    outputs, targets = torch.randn(12, 2), torch.randint(0, 2, (12, 2))
+
+    def made(names: list[Any], *parts: slice) -> dict[str, float]:
+        metrics = MetricSet(names, prefix="", device=CPU)
+        for part in parts:
+            metrics.update(outputs[part], targets[part])
+        return metrics.compute()
+
+    first = MetricSet(["f1", "accuracy", MeanSquaredError()], prefix="", device=CPU)
+    first.update(outputs[:5], targets[:5])
+    second = MetricSet(["accuracy", "recall", "f1", BinaryAUROC()], prefix="", device=CPU)
+    assert second.load_state_dict(first.state_dict()) == ["recall", "binary_auroc"]
+    third = MetricSet(["recall", "f1", "precision"], prefix="", device=CPU)
+    second.update(outputs[5:8], targets[5:8])
+    assert third.load_state_dict(second.state_dict()) == [
+        "precision"
+    ]  # the state of a pass that was continued
+    for metrics in (second, third):
+        metrics.update(outputs[8:], targets[8:])
+    whole, rest = (slice(0, 5), slice(5, 8), slice(8, 12)), (slice(5, 8), slice(8, 12))
+    assert {key: second.compute()[key] for key in ("accuracy", "f1_score")} == made(
+        ["accuracy", "f1"], *whole
+    )
+    assert {key: second.compute()[key] for key in ("recall",)} == made(["recall"], *rest)
+    assert third.compute() == {
+        **made(["f1"], *whole),
+        **made(["recall"], *rest),
+        **made(["precision"], slice(8, 12)),
+    }
+    for metrics, names in ((second, ["accuracy", "recall", "f1"]), (third, ["recall", "f1", "precision"])):
+        metrics.reset()  # the next pass is a whole one for all of them
+        metrics.update(outputs[:5], targets[:5])
+        expected = made(names, slice(0, 5))
+        assert {key: metrics.compute()[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "new"), [(["f1"], ["f1_score"]), ({"a": MeanSquaredError()}, ["a"]), (["mse", "r2"], ["mse"])]
+)
+def test_metrics_of_another_task_or_kind_begin_anew(other: Any, new: list[str]) -> None:
+    first = MetricSet({"a": R2Score()} if isinstance(other, dict) else ["r2"], prefix="", device=CPU)
+    first.update(torch.randn(8), torch.randn(8))
+    second = MetricSet(other, prefix="", device=CPU)
+    assert second.load_state_dict(first.state_dict()) == new
+    second.update(torch.randn(8), torch.randint(0, 2, (8,)).float())
+    assert set(second.compute()) == set(second.names)
 
 
 def test_inference_mode_may_come_and_go() -> None:

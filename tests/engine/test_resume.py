@@ -35,6 +35,7 @@ from offloop.engine import (
     StepPoint,
     Trainer,
     TrainStart,
+    WeightsMismatchError,
     decides,
     in_step,
     read_events,
@@ -48,8 +49,8 @@ from offloop.engine.checkpoint import (
     DiskFullError,
     RunLockedError,
 )
+from offloop.engine.optimizer_state import load_optimizer
 from offloop.engine.resume import plan_resume
-from offloop.engine.state import load_optimizer
 from offloop.engine.testing import (
     EndlessLoader,
     Recorder,
@@ -478,9 +479,10 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_begun_afresh(
     assert log in (tmp_path / "cut" / "events.jsonl").read_bytes()
 
 
-def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_state_of_another_model_is_refused_and_the_text_says_what_to_do(tmp_path: Path) -> None:
     a_run(tmp_path, "cut", Cut(4))
-    with pytest.raises(RuntimeError, match="Unexpected key"):
+    text = r"unexpected \(5\): 1.weight.*\n.*init_from=\".*step-000000004-a0\", init_strict=False"
+    with pytest.raises(WeightsMismatchError, match=text):
         tiny_trainer(run_dir=str(tmp_path), run_name="cut").train(tiny_loader(), epochs=3, resume="must")
 
 

@@ -33,6 +33,8 @@ from offloop.engine import (
     EpochStart,
     Event,
     LearningRateChanged,
+    MetricNotFoundError,
+    Metrics,
     Run,
     RunEndedError,
     StateChanged,
@@ -860,13 +862,42 @@ async def test_subscriptions_and_costs_are_shown_during_the_run_and_after() -> N
     assert (costs["Plain"].dropped, costs["Plain"].failures) == (0, 0)
 
 
-def test_run_without_a_directory_says_how_to_get_one() -> None:
+def test_run_without_a_directory_has_none(tmp_path: Path) -> None:
+    class Look(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            seen.append(point.run)
+            dirs.append(point.run.dir)
+
     seen: list[Run] = []
-    tiny_trainer().train(tiny_loader(1), epochs=1, callbacks=[Act(step_1=seen.append)])
-    assert not seen[0].has_dir
-    with pytest.raises(ConfigError, match="run_dir"):
-        seen[0].dir  # noqa: B018 - raises
+    dirs: list[Path | None] = []
+    tiny_trainer(callbacks=[Look()]).train(tiny_loader(1), epochs=1)
+    tiny_trainer(run_dir=tmp_path, callbacks=[Look()]).train(tiny_loader(1), epochs=1)
+    assert dirs == [None, tmp_path / seen[1].id]
+    assert [run.dir for run in seen] == dirs  # also after the end
     assert repr(seen[0]) == f"<Run {seen[0].id} completed>"
+
+
+def test_run_tells_the_latest_of_each_metric_at_any_time() -> None:
+    class Look(Callback):
+        @decides
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            seen.append(run.metrics)
+
+        @decides
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            seen.append(run.metrics)
+
+    seen: list[Metrics] = []
+    trainer = tiny_trainer(callbacks=[Look()])
+    result = trainer.train(tiny_loader(2), tiny_loader(1), epochs=2, metrics=["accuracy"])
+    assert seen[0] == {}
+    with pytest.raises(MetricNotFoundError, match="no metric 'val_loss' here; there are: none yet"):
+        seen[0]["val_loss"]
+    assert [each["val_loss"] for each in seen[1:]] == [event.metrics["val_loss"] for event in result.history]
+    assert seen[1] != seen[2]  # a copy: what came later is not in it
+    assert trainer.last_run is not None
+    assert trainer.last_run.metrics == result.metrics == seen[2]
 
 
 @pytest.mark.anyio

@@ -66,6 +66,7 @@ async def test_tag_takes_a_checkpoint_of_this_step_and_keeps_it(tmp_path: Path) 
             await run.pause()
             saved = await run.tag("v1", by="somebody")
             assert saved is not None and saved.saved_step == run.step
+            assert run.dir is not None
             reader = CheckpointReader(run.dir)
             assert reader.tags() == {"v1": Path(saved.path).name}  # it is durable when the call returns
             await run.stop()
@@ -104,7 +105,7 @@ async def test_tag_in_use_is_refused_and_stays_where_it_is(tmp_path: Path) -> No
                 await run.call(lambda trainer: None)
             with pytest.raises(ValueError, match=r"tag 'v1' is on step-.*move=True moves it"):
                 await run.tag("v1")
-            assert first is not None
+            assert first is not None and run.dir is not None
             assert CheckpointReader(run.dir).find("v1").path == Path(first.path)
             second = await run.tag("v1", move=True)
             assert second is not None and second.saved_step > first.saved_step
