@@ -210,9 +210,6 @@ class LearningRateScheduler(Callback):
             schedule = self.scheduler
         else:
             schedule = self._make(optimizer, **self._arguments_for(event, optimizer, run))
-        if run.step:
-            # torch warns when a schedule steps before its optimizer; the steps of earlier attempts count.
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's own mark
         if self.warmup:
             rise = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=self.warmup)
             trainer.attach_scheduler(rise, interval="step")

@@ -1,6 +1,7 @@
 """Reading and setting learning rates by hand, so that a schedule goes on from there."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -10,6 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import NO_METRICS, Metrics
 from offloop.engine.schedule_state import settings_of
+
+logger = logging.getLogger("offloop")
 
 _SCHEDULED_KEYS: Final = ("initial_lr", "max_lr", "min_lr")
 """What torch's schedules keep in a parameter group and compute later rates from."""
@@ -31,6 +34,30 @@ class Schedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "made", settings_of(self.scheduler))
+
+    def step(self) -> None:
+        """Step the schedule. A one-cycle schedule that is over stays at its last rate, where torch's raises."""
+        scheduler = self.scheduler
+        try:
+            scheduler.step()
+        except ValueError:
+            if not isinstance(scheduler, OneCycleLR) or scheduler.last_epoch <= scheduler.total_steps:
+                raise
+            if scheduler.last_epoch == scheduler.total_steps + 1:  # the first time
+                logger.warning(
+                    "the one-cycle schedule is over after %d %ss, and the run goes on: the learning rate stays",
+                    scheduler.total_steps,
+                    self.interval,
+                )
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Keep torch from warning that a schedule steps before its optimizer.
+
+    A run steps the optimizer first, always. torch does not see that where the first step was left out, or was made
+    by an earlier attempt of the run.
+    """
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 def check_length(schedule: Schedule, to_go: int | None) -> None:

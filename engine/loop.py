@@ -15,6 +15,7 @@ The arithmetic is that of a loop written by hand, bit for bit.
 import contextlib
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -45,7 +46,7 @@ from offloop.engine.events import (
 )
 from offloop.engine.exactness import Doubt
 from offloop.engine.freezing import Frozen
-from offloop.engine.learning_rate import Schedule, check_length, largest_lr, rates_by_group
+from offloop.engine.learning_rate import Schedule, check_length, largest_lr, mark_stepped, rates_by_group
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.logged_names import add_computed, check_name
 from offloop.engine.optimizer_state import options_of
@@ -53,6 +54,7 @@ from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradi
 from offloop.engine.reporter import Logged, Reporter, Window, settled
 from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_hooks import StepHooks
+from offloop.engine.training_mode import enter_training, eval_mode
 from offloop.engine.workers import spared_workers
 
 if TYPE_CHECKING:
@@ -175,13 +177,10 @@ class TrainingLoop:
         self.reporter = Reporter(
             device, publish, clock_offset, config.on_nonfinite, loss_scale=self.mixed.initial_scale
         )
-        # In the model's order, as `clip_grad_norm_(model.parameters())` sees them; those that no optimizer owns
-        # are left out, because nobody zeroes their gradients.
-        owned = {
-            id(p) for each in optimizers.values() for group in each.param_groups for p in group["params"]
-        }
-        self.parameters = [each for each in program.model.parameters() if id(each) in owned]
-        self.first_optimizer = next(iter(optimizers.values()))
+        self._owned: list[torch.nn.Parameter] = []  # what the optimizers held when `_parameters` was made
+        self._parameters: list[torch.nn.Parameter] = []
+        # On the CPU a loss is there when it is made; on a device, looking at it would wait for the device.
+        self.looks_at_losses = config.on_nonfinite == "raise" and device.type == "cpu"
 
         # Position: counts of finished things, on every event
         self.epoch = 0
@@ -223,6 +222,7 @@ class TrainingLoop:
         self.is_resumable = False  # True where checkpoints may be taken
         self.before_epoch: dict[str, Any] | None = None  # what decided the order of the epoch
         self.loader_in_use = train_loader  # the one that was asked last
+        self.is_longer_than_said = False  # True once the train_loader gave more batches than its length
 
         self.handles_signals = False  # set before the run by who takes them
 
@@ -241,6 +241,8 @@ class TrainingLoop:
         # Manual optimization
         self.stepping: torch.optim.Optimizer | None = None  # the one about to step, for step hooks
         self.stepped: set[str] = set()  # optimizers that this training_step has stepped
+        self.steps_of = dict.fromkeys(optimizers, 0)  # training_steps that have stepped each optimizer
+        self.in_closure = False  # while an optimizer evaluates the loss by itself
         self.manual_norm: torch.Tensor | None = None
         self.manual_skipped = False
 
@@ -255,6 +257,7 @@ class TrainingLoop:
         start = self.train_start()
         self.announce(start)
         for schedule in self.schedules:
+            mark_stepped(schedule.scheduler.optimizer)
             check_length(schedule, self.times_to_step(schedule, start.steps_per_epoch))
         if self.resumed is not None and (self.phase != "in_epoch" or self.resumed.before_epoch is None):
             self.finish_resuming(self.resumed.begin_epoch(self.seeded(self.train_loader)))
@@ -289,6 +292,7 @@ class TrainingLoop:
     def run_epoch(self) -> None:
         """Train one epoch, validate if it is time to, and say how it went."""
         started = time.perf_counter()
+        enter_training(self.program.model)
         if self.phase != "in_epoch":  # a resumed epoch has begun already
             self.before_epoch = None
             self.epoch_batches = self.epoch_samples = 0
@@ -481,7 +485,14 @@ class TrainingLoop:
         """Begin an accumulation window, a shorter one where the loader has fewer batches left."""
         size = self.config.accumulate_grad_batches
         if batches_left is not None and batches_left < size:
-            size = max(1, batches_left)  # a loader may give more than its length says
+            if batches_left > 0:
+                size = batches_left
+            elif not self.is_longer_than_said:
+                self.is_longer_than_said = True
+                logger.warning(
+                    "the train_loader gives more batches than its length says (%d); accumulation goes on without it",
+                    self.epoch_batches - 1,
+                )
         self.window.begin(size, now)
         self.hooks.begin_step(self.step + 1)
 
@@ -517,6 +528,8 @@ class TrainingLoop:
             check_loss(loss)
             self.loss_checked = True
         assert loss is not None
+        if self.looks_at_losses:
+            self.refuse_nonfinite(loss)
         if window.size > 1:  # each batch counts as its share of the window
             if weight is None:
                 loss = loss / window.size
@@ -571,9 +584,9 @@ class TrainingLoop:
         """Count a step that was made, say so, and do what is due after it."""
         config, window = self.config, self.window
         self.step += 1
-        for schedule in self.schedules:
-            if schedule.interval == "step" and self.step > schedule.after_steps:
-                schedule.scheduler.step()
+        if self.schedules:
+            self.step_schedules()
+        self.stepped.clear()
         self.epoch_samples += window.samples
         if self.hooks.active:
             self.hooks.run("after_step", batch)
@@ -591,6 +604,23 @@ class TrainingLoop:
         window.clear()
         if config.val_every_n_steps is not None and self.step % config.val_every_n_steps == 0:
             self.validate_after_step()
+
+    def step_schedules(self) -> None:
+        """Step the schedules that go by steps, those whose optimizer was among the ones that stepped."""
+        for schedule in self.schedules:
+            if schedule.interval == "step":
+                optimizer = schedule.scheduler.optimizer
+                has_stepped = self.program.automatic_optimization or self.name_of(optimizer) in self.stepped
+                if has_stepped and self.steps_by(optimizer) > schedule.after_steps:
+                    schedule.step()
+
+    def name_of(self, optimizer: torch.optim.Optimizer) -> str:
+        """Return the name of an optimizer of the run."""
+        return next(name for name, each in self.optimizers.items() if each is optimizer)
+
+    def steps_by(self, optimizer: torch.optim.Optimizer) -> int:
+        """Return how many of the run's steps have stepped an optimizer."""
+        return self.step if self.program.automatic_optimization else self.steps_of[self.name_of(optimizer)]
 
     def validate_after_step(self) -> None:
         """Run the validation that is due after a step; what applies at a step boundary applies before it."""
@@ -617,14 +647,11 @@ class TrainingLoop:
             return None
         before = capture_before_epoch(self.val_loader) if self.is_resumable else None
         try:
-            in_training = [module for module in self.program.model.modules() if module.training]
             try:
                 self.hooks.run_all("before_validation")
-                self.program.model.eval()
-                self.run_validation(self.val_loader)
+                with eval_mode(self.program.model):
+                    self.run_validation(self.val_loader)
             finally:
-                for module in in_training:
-                    module.training = True
                 self.hooks.run_all("after_validation")  # always: it may put back what was swapped before
         finally:
             self.validating = False
@@ -685,6 +712,8 @@ class TrainingLoop:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients for a manual step, scaled as the precision needs."""
+        if self.looks_at_losses and not self.in_closure:
+            self.refuse_nonfinite(loss)
         if self.hooks.active:
             self.hooks.run("before_backward")
         with self.mixed.outside_autocast():  # else float32 parts of the model had half-precision gradients
@@ -692,8 +721,13 @@ class TrainingLoop:
         if self.hooks.active:
             self.hooks.run("after_backward")
 
-    def manual_step(self, name: str, closure: Callable[[], Any] | None) -> None:
-        """Unscale, clip, step and zero one optimizer of a manual step."""
+    def refuse_nonfinite(self, loss: object) -> None:
+        """Raise `LossError` for a loss that is not finite, before it changes the weights. For losses on the CPU."""
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1 and not math.isfinite(value := loss.item()):
+            self.reporter.complain(value, self.step + 1)
+
+    def manual_step(self, name: str, closure: Callable[[], Any] | None) -> Any:
+        """Unscale, clip, step and zero one optimizer of a manual step; returns what its `step` returns."""
         config, optimizer = self.config, self.optimizers[name]
         if name in self.stepped:
             self.mixed.update_between(self.parameters)
@@ -706,10 +740,20 @@ class TrainingLoop:
         limit = config.gradient_clip_val
 
         def clipping(closure: Callable[[], Any]) -> Callable[[], Any]:
+            has_begun = False
+
             def evaluate() -> Any:
+                nonlocal has_begun
                 self.mixed.cast_anew()
-                with self.mixed.autocast():
-                    loss = closure()
+                self.in_closure = True  # a line search may try weights that give no finite loss
+                try:
+                    with self.mixed.autocast():
+                        loss = closure()
+                finally:
+                    self.in_closure = False
+                if self.looks_at_losses and not has_begun:
+                    self.refuse_nonfinite(loss)
+                has_begun = True
                 if limit is not None:
                     self.manual_norm = clip(parameters, limit, config.gradient_clip_algorithm)
                 return loss
@@ -721,24 +765,51 @@ class TrainingLoop:
         elif limit is not None:
             self.manual_norm = clip(parameters, limit, config.gradient_clip_algorithm)
         self.last_lr, self.last_rates = largest_lr(self.first_optimizer), rates_by_group(self.optimizers)
+        result = None
         if config.on_nonfinite != "skip_step" or gradients_are_finite(parameters):
             with self.mixed.outside_autocast():
-                self.mixed.step(optimizer, closure)
+                result = self.mixed.step(optimizer, closure)
         else:
             self.manual_skipped = True
         self.mixed.cast_anew()  # the training_step may go forward once more, and all of it is under one autocast
         free_gradients(optimizer)
         self.stepped.add(name)
+        return result
 
     def end_manual_batch(self) -> None:
         """Count a step if the training_step stepped anything."""
         if self.stepped:
-            self.stepped.clear()
+            for name in self.stepped:
+                self.steps_of[name] += 1
             norm, self.manual_norm = self.manual_norm, None
             skipped, self.manual_skipped = self.manual_skipped, False
             self.end_step(None, norm, self.mixed.update(), skipped)
 
     # Where the run stands ------------------------------------------------------------------------
+
+    @property
+    def first_optimizer(self) -> torch.optim.Optimizer:
+        """The only optimizer, or the first of several."""
+        return next(iter(self.optimizers.values()))
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What the optimizers own right now; groups may be added during a run.
+
+        In the model's order, as `clip_grad_norm_(model.parameters())` sees them. Parameters that no optimizer owns
+        are left out, because no optimizer zeroes their gradients.
+        """
+        owned = [
+            parameter
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        if len(owned) != len(self._owned) or not all(map(operator.is_, owned, self._owned)):
+            left = {id(parameter): parameter for parameter in owned}
+            in_model = [left.pop(id(each)) for each in self.program.model.parameters() if id(each) in left]
+            self._owned, self._parameters = owned, [*in_model, *left.values()]
+        return self._parameters
 
     def position(self) -> dict[str, Any]:
         """Return the base fields of an event born here and now."""
@@ -815,6 +886,9 @@ class TrainingLoop:
             return False
         if self.ending == "limit":
             return True  # the run ends here: its last word should hold a validation
+        is_last = self.epoch + 1 == self.limits.epochs
+        if is_last and self.validated_step < 0:
+            return True  # likewise: nothing would be judged by a validation
         every = self.config.val_every_n_epochs
         if every is None:
             every = 1 if self.config.val_every_n_steps is None else None
@@ -822,19 +896,28 @@ class TrainingLoop:
 
     def step_epoch_schedule(self, schedule: Schedule) -> None:
         """Step a schedule that goes by epochs, and say what it did."""
-        if self.step <= schedule.after_steps:
-            return  # still warming up
         optimizer, monitor = schedule.scheduler.optimizer, schedule.monitor or self.monitor
+        if self.steps_by(optimizer) <= schedule.after_steps:
+            return  # still warming up
         previous = largest_lr(optimizer)
         if isinstance(schedule.scheduler, ReduceLROnPlateau):
             if monitor.startswith("val_") and self.validated_step < self.epoch_first_step:
                 return  # an epoch without a validation: there is nothing new to judge by
             schedule.scheduler.step(Metrics(self.epoch_metrics)[monitor])
         else:
-            schedule.scheduler.step()
+            schedule.step()
         if largest_lr(optimizer) != previous:
-            name = next(name for name, each in self.optimizers.items() if each is optimizer)
-            self.boundary.publish_lr_change(previous, "schedule", name)
+            self.boundary.publish_lr_change(previous, "schedule", self.name_of(optimizer))
+
+    def can_be_continued(self) -> bool:
+        """True unless `on_nonfinite="raise"` would end the run at its next step: a weight is not finite (host sync)."""
+        trained: list[torch.Tensor] = [
+            each for each in self.parameters if each.requires_grad and not is_lazy(each) and each.numel()
+        ]
+        if self.config.on_nonfinite != "raise" or not trained:
+            return True
+        largest = torch._foreach_norm(trained, math.inf)
+        return bool(torch.stack([each.isfinite().to(self.device) for each in largest]).all())
 
     def step_is_finite(self) -> bool:
         """True if the window's losses and gradients are finite. Synchronises with the device."""
@@ -871,6 +954,8 @@ class TrainingLoop:
     def times_to_step(self, schedule: Schedule, steps_per_epoch: int | None) -> int | None:
         """Return how many times a schedule will step until the run is complete, None where nothing says so."""
         epochs, max_steps = self.limits.epochs, self.limits.max_steps
+        if schedule.interval == "step" and len(self.optimizers) > 1:
+            return None  # not every step is one of its optimizer
         if schedule.interval == "epoch":
             return None if epochs is None or max_steps is not None else epochs - self.epoch
         totals = [] if max_steps is None else [max_steps]

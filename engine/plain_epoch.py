@@ -53,6 +53,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         torch.Tensor,
     )
     means, data_wait, count_samples = reporter.train_means, loop.data_wait, loop.count_samples
+    stops_at_nonfinite = loop.looks_at_losses
     hooks, has_hooks, is_looked_into = loop.hooks, loop.hooks.any, False
     limit = config.limit_train_batches
     if isinstance(limit, float):
@@ -64,6 +65,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
     while True:
         if control.attention:
             loop.boundary.look_up()
+            optimizer = loop.first_optimizer  # commands may change anything
         if ((may_end or loop.ending is not None) and loop.is_time_to_leave()) or given == limit:
             break
         asked = clock()
@@ -104,6 +106,9 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             check_loss(loss)
             loop.loss_checked = True
         assert loss is not None
+        value = loss.item()  # host sync, free on CPU
+        if stops_at_nonfinite and not isfinite(value):
+            reporter.complain(value, loop.step + 1)  # before it changes the weights
         if train_metrics is not None:
             _, outputs, targets, _, _ = read_output(output, "training_step")
             if outputs is not None and targets is not None:
@@ -125,9 +130,8 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             rates = rates_by_group(loop.optimizers)
         optimizer.step()
         loop.step = step = loop.step + 1
-        for schedule in schedules:
-            if schedule.interval == "step" and step > schedule.after_steps:
-                schedule.scheduler.step()
+        if schedules:
+            loop.step_schedules()
         loop.epoch_samples += samples
         if is_looked_into:
             hooks.run("after_step", batch)
@@ -147,7 +151,6 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             reporter.step(window, position=position, lr=lr, rates=rates, norm=norm, scale=None, skipped=False)
             window.clear()
         else:
-            value = loss.item()  # host sync, free on CPU
             if isfinite(value) or reporter.complain(value, step):
                 counted = samples if weight is None else weight
                 sums, weights = means.sums, means.weights
@@ -173,5 +176,6 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
                 window.clear()
         if validate_every is not None and step % validate_every == 0:
             loop.validate_after_step()
+            optimizer = loop.first_optimizer  # and so may deciders
     if loop.ending is not None:
         loop.left.append(iterator)

@@ -52,18 +52,15 @@ class MixedPrecision:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
-        """Step the optimizer; the scaler leaves the update out where it found infinities.
+    def step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> Any:
+        """Step the optimizer and return what that returns; the scaler leaves out updates where it found infinities.
 
         Synchronises with the device for an optimizer that is not fused, under "16-mixed" only.
         """
         if self.scaler is not None:
             # with a closure it raises: it cannot look at gradients that the optimizer computes in its step
-            self.scaler.step(optimizer, **({} if closure is None else {"closure": closure}))
-        elif closure is None:
-            optimizer.step()
-        else:
-            optimizer.step(closure)
+            return self.scaler.step(optimizer, **({} if closure is None else {"closure": closure}))
+        return optimizer.step() if closure is None else optimizer.step(closure)
 
     def update(self) -> torch.Tensor | None:
         """Adapt the loss scale after a step and return it, on the device; None where nothing is scaled."""

@@ -107,6 +107,7 @@ class SavedState(TypedDict):
     unsaved: NotRequired[list[str]]
     parameters: NotRequired[dict[str, list[list[str]]]]
     made: NotRequired[Made]
+    steps_of: NotRequired[dict[str, Count]]
     milestones: NotRequired[list[str]]
 
 

@@ -48,6 +48,7 @@ from offloop.engine.control import Command, Control, actor, deciding
 from offloop.engine.errors import (
     BusClosedError,
     ConfigError,
+    LossError,
     OffloopError,
     RunEndedError,
     RunNameTakenError,
@@ -180,7 +181,7 @@ class Session:
                 self._phase = "running"
                 with checkpointed(self.trainer.model, self.config.activation_checkpointing):
                     self.loop.run()
-                if self._is_worth_saving() and not self._is_saved():
+                if self._is_worth_saving() and not self._is_saved() and self._can_be_continued():
                     self.save("preempt" if self.signal_count else "final")
                 self.guard()
                 if self.loop.ending != "cancelled" and self.failure is None:
@@ -302,6 +303,11 @@ class Session:
         loop = self.loop
         loop.reporter.readback.flush()  # host sync: what the epoch has summed up must be here
         try:
+            if not loop.can_be_continued():
+                raise LossError(
+                    f"the weights of step {loop.step} are not finite, and a run cannot go on from them: "
+                    'the checkpoint before stays the newest. on_nonfinite="warn" saves them'
+                )
             state = run_state.capture(loop, self._handlers)
             self.user_state.capture(state)
         except Exception as error:  # a callback's state_dict; nobody may be waiting for a command's answer
@@ -334,6 +340,16 @@ class Session:
         # After a second signal only what is being written already is waited for. A run that was cancelled between two
         # batches of a step has lost the gradients of the first: the checkpoint before has everything.
         return self.save_at_end and self.signal_count < 2 and self.loop.is_between_steps
+
+    def _can_be_continued(self) -> bool:
+        """True if a run can go on from the weights of now; else the log says that no checkpoint is taken of them."""
+        is_usable = self.loop.can_be_continued()
+        if not is_usable:
+            logger.warning(
+                "there is no last checkpoint: the weights of step %d are not finite, and a run cannot go on from them",
+                self.loop.step,
+            )
+        return is_usable
 
     def _is_saved(self) -> bool:
         """True if this very moment is on disk already; waits for the writer to know."""

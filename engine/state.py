@@ -57,6 +57,7 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
         "schedulers": [each.scheduler.state_dict() for each in loop.schedules],
         "made": {"optimizers": loop.options, "schedulers": [each.made for each in loop.schedules]},
         "position": {name: getattr(loop, name) for name in COUNTERS},
+        "steps_of": dict(loop.steps_of),
         "phase": loop.phase,
         "taken": loop.reporter.clock_offset + time.perf_counter(),
         "seconds": loop.seconds(),
@@ -139,6 +140,7 @@ class Continuation:
             loop.mixed.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
             setattr(loop, name, state["position"][name])
+        loop.steps_of |= state.get("steps_of", dict.fromkeys(loop.steps_of, loop.step))
         loop.phase = state["phase"]
         if loop.phase == "after_epoch":
             loop.epoch += 1
@@ -175,8 +177,6 @@ class Continuation:
                 model=loop.program.model,
                 report=self.report,
             )
-            # torch's own mark; without it, a schedule that steps before this process has stepped the optimizer warns
-            optimizer._opt_called = bool(state["position"]["step"])  # type: ignore[attr-defined]
 
     def _restore_metrics(self, loop: "TrainingLoop") -> None:
         """Go on with the metrics of the epoch in progress; others than then begin here."""

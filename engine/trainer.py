@@ -53,7 +53,7 @@ from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics, StepEnd
 from offloop.engine.fetch import fetch_run
 from offloop.engine.freezing import check_freeze, select_parameters
-from offloop.engine.learning_rate import Schedule
+from offloop.engine.learning_rate import Schedule, mark_stepped
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metrics_for
 from offloop.engine.metrics import MetricSet
@@ -62,7 +62,7 @@ from offloop.engine.observer import Worker
 from offloop.engine.optimizer_state import load_optimizer
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
 from offloop.engine.precision import MixedPrecision
-from offloop.engine.prediction import PredictionStream, evaluating, predictions
+from offloop.engine.prediction import PredictionStream, predictions
 from offloop.engine.process import handled_signals
 from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
@@ -71,6 +71,7 @@ from offloop.engine.seeded_sampling import check_seedable
 from offloop.engine.session import Session, default_device
 from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
 from offloop.engine.threads import Thread
+from offloop.engine.training_mode import eval_mode
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
 from offloop.engine.weights import Source, plan_init
 
@@ -263,19 +264,19 @@ class BaseTrainer:
         """Compute gradients in a manual step, scaled as the precision needs."""
         self._in_manual_run("backward").backward(loss)
 
-    def optimizer_step(self, name: str | None = None, closure: Callable[[], Any] | None = None) -> None:
-        """Unscale, clip, step and zero an optimizer in a manual step.
+    def optimizer_step(self, name: str | None = None, closure: Callable[[], Any] | None = None) -> Any:
+        """Unscale, clip, step and zero an optimizer in a manual step; returns what its `step` returns.
 
         Args:
             name: Which of several; may be left out where there is one.
-            closure: For optimizers that evaluate the loss several times (LBFGS).
+            closure: For optimizers that evaluate the loss several times (LBFGS). Their `step` returns the loss.
         """
         loop = self._in_manual_run("optimizer_step")
         if name is None and len(self.optimizers) == 1:
             name = next(iter(self.optimizers))
         if name not in self.optimizers:
             raise ConfigError(f"there is no optimizer {name!r}; there are {', '.join(self.optimizers)}")
-        loop.manual_step(name, closure)
+        return loop.manual_step(name, closure)
 
     def attach_scheduler(
         self,
@@ -306,6 +307,7 @@ class BaseTrainer:
             raise ConfigError("the scheduler belongs to another optimizer than the trainer's")
         if self._session is not None:
             self._session.monitors.check_schedule(scheduler, monitor, mode)
+        mark_stepped(scheduler.optimizer)
         loop.schedules.append(Schedule(scheduler, interval, monitor, after_steps))
         if loop.resumed is not None:
             loop.resumed.restore_schedule(loop)
@@ -802,6 +804,7 @@ class BaseTrainer:
             check_seedable(train_loader)
         if val_loader is not None:
             check_loader(val_loader, "val_loader")
+            self._check_validation()
             limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
         for data_set in ("train", "val"):
             check_metrics(metrics_for(data_set, metrics))
@@ -992,6 +995,7 @@ class BaseTrainer:
 
     def _evaluate(self, loader: Iterable[Batch], metrics: MetricSpec, prefix: str) -> Metrics:
         check_loader(loader, "loader")
+        self._check_validation()
         if not isinstance(prefix, str):
             raise TypeError(f'prefix must be a text like "test_", got {prefix!r}')
         check_metrics(metrics)
@@ -1142,6 +1146,19 @@ class BaseTrainer:
                 "in a manual step, call self.optimizer_step() every so many batches"
             )
 
+    def _check_validation(self) -> None:
+        """Raise where batches of a validation would meet a step that is not there."""
+        own = type(self)
+        if own.validate_epoch is not BaseTrainer.validate_epoch:
+            return
+        if own.validation_step is BaseTrainer.validation_step:
+            raise ConfigError(f"{own.__name__} must define validation_step(self, batch) to validate")
+        if not self.automatic_optimization and own.validation_step is Trainer.validation_step:
+            raise ConfigError(
+                f"{own.__name__} steps manually, and a validation must not step: define validation_step(self, batch), "
+                "or train without a val_loader"
+            )
+
     def _check_free(self) -> None:
         if self._session is not None:
             raise TrainerBusyError(_busy(self._session))
@@ -1163,7 +1180,7 @@ class BaseTrainer:
         self._prepare_model()
         mixed = MixedPrecision(self.config.precision, self.device)
         feed = Feed(self.device, channels_last=self.config.channels_last)
-        with evaluating(self.model):
+        with eval_mode(self.model):
             yield from predictions(self.predict_step, loader, feed=feed, autocast=mixed.autocast)
 
     def _in_run(self, what: str) -> TrainingLoop:

@@ -312,6 +312,107 @@ def test_validations_in_between_draw_and_change_what_they_do_by_hand() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+# Parameters that join during a run -------------------------------------------------------------------
+
+
+class JoinsAt(Callback):
+    """Thaws the first layer, and gives it to the optimizer, when an epoch begins."""
+
+    def __init__(self, epoch: int, *, in_place: bool = False) -> None:
+        self.epoch, self.in_place = epoch, in_place
+
+    @decides
+    def on_epoch_start(self, event: EpochStart, run: Run) -> None:
+        if event.epoch == self.epoch:
+            join(run.trainer.model, run.trainer.optimizer, in_place=self.in_place)
+
+
+def join(model: nn.Module, optimizer: torch.optim.Optimizer, *, in_place: bool = False) -> None:
+    joining = list(first_layer(model).requires_grad_().parameters())
+    if in_place:
+        optimizer.param_groups[0]["params"] += joining
+    else:
+        optimizer.add_param_group({"params": joining, "lr": 0.1})
+
+
+def first_layer(model: nn.Module) -> nn.Module:
+    return next(module for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def half_frozen() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = tiny_model()
+    first_layer(model).requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, torch.optim.SGD(trained, lr=0.5)
+
+
+@pytest.mark.parametrize("limit", [1000.0, 0.05])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_parameters_that_join_the_optimizer_are_clipped_with_the_rest(
+    limit: float, in_place: bool, accumulate: int
+) -> None:
+    expected, optimizer = half_frozen()
+    batches = tiny_batches(4)
+    norms = []
+    for epoch in range(2):
+        if epoch == 1:
+            join(expected, optimizer, in_place=in_place)
+        for number, (inputs, targets) in enumerate(batches, 1):
+            (cross_entropy(expected(inputs), targets) / accumulate).backward()
+            if number % accumulate == 0:
+                trained = [each for each in expected.parameters() if each.requires_grad]
+                norms.append(nn.utils.clip_grad_norm_(trained, limit).item())
+                optimizer.step()
+                optimizer.zero_grad()
+
+    recorder = Recorder()
+    model, optimizer = half_frozen()
+    trainer = tiny_trainer(
+        model=model,
+        optimizer=optimizer,
+        gradient_clip_val=limit,
+        accumulate_grad_batches=accumulate,
+        callbacks=[JoinsAt(1, in_place=in_place), recorder],
+    )
+    trainer.train(batches, epochs=2)
+    assert_same_weights(model, expected)
+    assert steps_of(recorder).norms == norms
+
+
+def test_parameters_that_join_the_optimizer_are_rescaled_with_the_rest() -> None:
+    """A window of three batches that holds two, in a loader without a length."""
+    expected, optimizer = half_frozen()
+    join(expected, optimizer)
+    for inputs, targets in tiny_batches(2):
+        (cross_entropy(expected(inputs), targets) / 2).backward()
+    optimizer.step()
+
+    model, optimizer = half_frozen()
+    trainer = tiny_trainer(
+        model=model, optimizer=optimizer, accumulate_grad_batches=3, callbacks=[JoinsAt(0)]
+    )
+    trainer.train(iter(tiny_batches(2)), epochs=1)
+    torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()))
+
+
+def test_parameters_that_join_the_optimizer_are_checked_with_the_rest() -> None:
+    class Spoils(Trainer):
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            loss = cross_entropy(self.model(batch[0]), batch[1])
+            weight = next(first_layer(self.model).parameters())
+            return loss + (weight * 0.0).sqrt().sum() if weight.requires_grad else loss  # 0 * infinity
+
+    recorder = Recorder()
+    model, optimizer = half_frozen()
+    trainer = tiny_trainer(
+        Spoils, model=model, optimizer=optimizer, on_nonfinite="skip_step", callbacks=[JoinsAt(1), recorder]
+    )
+    trainer.train(tiny_batches(2), epochs=2)
+    assert [end.skipped for end in recorder.of(StepEnd)] == [False, False, True, True]
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 # Weights of batches --------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from offloop.callbacks import LearningRateScheduler
 from offloop.engine import StepEnd, Trainer
 from offloop.engine.learning_rate import largest_lr, rates_by_group, scale_lr
 from offloop.engine.testing import Recorder, tiny_batches, tiny_model, tiny_trainer
@@ -164,3 +165,29 @@ def test_a_manual_step_says_the_rate_of_each_optimizer() -> None:
     trainer = tiny_trainer(Two, model=model, optimizer=optimizer)
     trainer.train(tiny_batches(2), epochs=1, callbacks=[recorder := Recorder()])
     assert [event.lrs for event in recorder.of(StepEnd)] == [{"body": 0.1, "head": 0.2}] * 2
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("is_attached", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_first_step_that_is_left_out_makes_torch_say_nothing(
+    interval: Any, is_attached: bool, precision: str
+) -> None:
+    """torch warns that a schedule steps before its optimizer; warnings are errors here."""
+
+    class Spoiled(Trainer):
+        def training_step(self, batch: Any) -> Any:
+            loss = torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            return loss * float("nan") if self.step < 2 else loss
+
+    model = tiny_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    schedule = StepLR(optimizer, 1, gamma=0.5)
+    knobs: dict[str, Any] = {"scheduler": schedule, "scheduler_interval": interval}
+    if is_attached:
+        knobs = {"callbacks": [LearningRateScheduler(schedule, interval=interval)]}
+    trainer = tiny_trainer(
+        Spoiled, model=model, optimizer=optimizer, on_nonfinite="skip_step", precision=precision, **knobs
+    )
+    trainer.train(tiny_batches(2), epochs=2)
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5 ** (4 if interval == "step" else 2)

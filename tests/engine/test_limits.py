@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from offloop.callbacks import LearningRateScheduler
 from offloop.engine import (
     Callback,
     EmptyLoaderError,
@@ -219,6 +220,47 @@ def test_a_limit_shortens_the_last_accumulation_window() -> None:
     trainer = tiny_trainer(limit_train_batches=5, accumulate_grad_batches=2, callbacks=[recorder])
     trainer.train(BATCHES, epochs=1)
     assert [end.samples for end in recorder.of(StepEnd)] == [8, 8, 4]
+
+
+class Says:
+    """A loader that is wrong about its length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(tiny_batches(12))
+
+
+@pytest.mark.parametrize("length", [4, 8, 12, 16, 100])
+def test_a_wrong_length_ends_no_accumulation(length: int, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    trainer = tiny_trainer(accumulate_grad_batches=4, callbacks=[recorder])
+    trainer.train(Says(length), epochs=2)
+    assert [end.samples for end in recorder.of(StepEnd)] == [16] * 6
+    warned = [text for text in caplog.messages if "gives more batches than its length says" in text]
+    assert len(warned) == (length < 12)  # once, not in each epoch
+
+
+def test_a_length_that_ends_in_a_window_costs_no_batch() -> None:
+    recorder = Recorder()
+    tiny_trainer(accumulate_grad_batches=4, callbacks=[recorder]).train(Says(6), epochs=1)
+    assert [end.samples for end in recorder.of(StepEnd)] == [16, 8, 16, 8]
+
+
+def test_a_one_cycle_schedule_that_is_too_short_ends_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    schedule = LearningRateScheduler("one_cycle")
+    result = tiny_trainer(callbacks=[recorder, schedule]).train(Says(4), epochs=1)
+    assert result.steps == 12
+    assert len({end.lr for end in recorder.of(StepEnd)[5:]}) == 1
+    (text,) = [text for text in caplog.messages if "one-cycle" in text]
+    assert (
+        text == "the one-cycle schedule is over after 4 steps, and the run goes on: the learning rate stays"
+    )
 
 
 def test_an_endless_loader_is_fine_under_a_limit() -> None:

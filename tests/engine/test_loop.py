@@ -309,6 +309,78 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step() -> None:
     assert [end.step for end in recorder.of(StepEnd)] == [1]
 
 
+class SpoiledManually(Spoiled):
+    automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().training_step(batch)
+        self.backward(loss)
+        self.optimizer_step()
+        return loss
+
+
+class SpoiledInClosure(Spoiled):
+    automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = Spoiled.training_step(self, batch)
+            self.backward(loss)
+            return loss
+
+        loss: Tensor = self.optimizer_step(closure=closure)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "knobs"),
+    [
+        (Spoiled, {}),
+        (Spoiled, {"accumulate_grad_batches": 2}),
+        (Spoiled, {"precision": "bf16-mixed"}),
+        (SpoiledManually, {}),
+        (SpoiledInClosure, {}),
+    ],
+)
+def test_a_loss_that_is_not_finite_changes_no_weight_on_the_cpu(
+    kind: type[Trainer], knobs: dict[str, Any]
+) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.LBFGS(model.parameters()) if kind is SpoiledInClosure else None
+    with pytest.raises(LossError, match="the loss of step 2 is"):
+        tiny_trainer(kind, model=model, optimizer=optimizer, **knobs).train(BATCHES, epochs=1)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_a_line_search_may_try_weights_without_a_finite_loss() -> None:
+    class Searching(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            calls = 0
+
+            def closure() -> Tensor:
+                nonlocal calls
+                calls += 1
+                self.optimizer.zero_grad()
+                loss = cross_entropy(self.model(batch[0]), batch[1])
+                self.backward(loss * float("nan") if calls == 2 else loss)
+                for parameter in self.model.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad.nan_to_num_()
+                return loss
+
+            loss: Tensor = self.optimizer_step(closure=closure)
+            return loss
+
+    model = tiny_model()
+    trainer = tiny_trainer(
+        Searching, model=model, optimizer=torch.optim.LBFGS(model.parameters(), max_iter=3)
+    )
+    assert trainer.train(BATCHES, max_steps=2).steps == 2
+
+
 def test_on_nonfinite_warn_says_so_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="offloop"):
         result = tiny_trainer(Spoiled, on_nonfinite="warn").train(BATCHES[:2], epochs=1)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from offloop.callbacks import LearningRateScheduler, ModelCheckpoint
 from offloop.engine import Callback, ConfigError, EpochEnd, StepEnd, StepPoint, Trainer, in_step
 from offloop.engine.testing import Recorder, tiny_batches, tiny_model, tiny_trainer
 
@@ -241,8 +243,28 @@ def test_manual_methods_are_refused_in_automatic_steps() -> None:
 
 
 def test_a_manual_trainer_must_say_how_it_validates() -> None:
-    with pytest.raises(NotImplementedError, match="EverySecond steps manually: define validation_step"):
-        tiny_trainer(EverySecond).train(BATCHES, BATCHES, epochs=1)
+    steps: list[int] = []
+
+    class Counting(EverySecond):
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:
+            steps.append(self.step)
+            return super().training_step(batch)
+
+    text = "Counting steps manually.*define validation_step"
+    with pytest.raises(ConfigError, match=text):
+        tiny_trainer(Counting).train(BATCHES, BATCHES, epochs=1)
+    with pytest.raises(ConfigError, match=text):
+        tiny_trainer(Counting).evaluate(BATCHES)
+    assert steps == []
+
+
+def test_a_manual_trainer_with_a_validation_of_its_own_needs_no_step_for_it() -> None:
+    class Own(EverySecond):
+        def validate_epoch(self, loader: Any) -> None:
+            for batch in self.batches(loader):
+                self.log("size", len(batch[0]))
+
+    assert tiny_trainer(Own).train(BATCHES, BATCHES, epochs=1).metrics["val_size"] == 4
 
 
 def test_an_update_that_is_not_finite_is_left_out_and_said() -> None:
@@ -291,6 +313,93 @@ def test_an_optimizer_may_step_several_times_in_a_batch(precision: str) -> None:
     other.train([batch for batch in BATCHES for _ in range(2)], epochs=1)
     for value, expected in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(value, expected)
+
+
+class EveryThird(Trainer):
+    """Steps one of its optimizers at each batch, the other one at each third."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        discriminator_loss, generator_loss = losses_of(self.model, batch[0])  # type: ignore[arg-type]  # GanModel
+        if (self.step + 1) % 3 == 0:
+            self.backward(generator_loss)
+            self.optimizers["discriminator"].zero_grad()
+            self.optimizer_step("generator")
+            discriminator_loss, _ = losses_of(self.model, batch[0])  # type: ignore[arg-type]  # GanModel
+        self.backward(discriminator_loss)
+        self.optimizer_step("discriminator")
+        return discriminator_loss
+
+
+def rates_of(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, float]:
+    return {name: each.param_groups[0]["lr"] for name, each in optimizers.items()}
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_schedule_by_steps_goes_with_the_steps_of_its_optimizer(warmup: int) -> None:
+    def schedule(name: str) -> LearningRateScheduler:
+        kind = torch.optim.lr_scheduler.ExponentialLR
+        return LearningRateScheduler(kind, gamma=0.5, interval="step", optimizer=name, warmup=warmup)
+
+    model = GanModel()
+    optimizers = optimizers_of(model)
+    callbacks = [schedule("generator"), schedule("discriminator")]
+    EveryThird(model, optimizers, device="cpu", callbacks=callbacks).train(BATCHES[:6], epochs=1)
+    assert rates_of(optimizers) == pytest.approx(
+        {"discriminator": 0.01 * 0.5 ** (6 - warmup), "generator": 0.02 * 0.5 ** (2 - warmup)}
+    )
+
+
+def test_a_schedule_of_one_optimizer_goes_on_with_it_in_a_resumed_run(tmp_path: Path) -> None:
+    def a_run(batches: int, resume: str | None) -> dict[str, float]:
+        model = GanModel()
+        optimizers = optimizers_of(model)
+        schedule = LearningRateScheduler(
+            torch.optim.lr_scheduler.ExponentialLR,
+            gamma=0.5,
+            interval="step",
+            optimizer="generator",
+            warmup=2,
+        )
+        trainer = EveryThird(
+            model,
+            optimizers,
+            device="cpu",
+            run_dir=tmp_path,
+            run_name="one",
+            callbacks=[schedule, ModelCheckpoint()],
+        )
+        trainer.train(BATCHES, max_steps=batches, resume=resume)
+        return rates_of(optimizers)
+
+    assert a_run(4, None)["generator"] < 0.02  # warming up still
+    assert a_run(8, "must")["generator"] == pytest.approx(0.02)
+    assert a_run(12, "must")["generator"] == pytest.approx(0.01 * 0.5)
+
+
+def test_a_step_with_a_closure_gives_the_loss() -> None:
+    class Fit(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            def closure() -> Tensor:
+                self.optimizer.zero_grad()
+                loss = cross_entropy(self.model(batch[0]), batch[1])
+                self.backward(loss)
+                return loss
+
+            loss: Tensor = self.optimizer_step(closure=closure)
+            return loss
+
+    recorder = Recorder()
+    model = tiny_model()
+    expected = cross_entropy(model(BATCHES[0][0]), BATCHES[0][1]).item()
+    trainer = tiny_trainer(
+        Fit, model=model, optimizer=torch.optim.LBFGS(model.parameters()), callbacks=[recorder]
+    )
+    trainer.train(BATCHES[:1], max_steps=1)
+    assert recorder.of(StepEnd)[0].loss == expected
 
 
 class PartlyWhole(nn.Module):

@@ -21,7 +21,8 @@ BATCHES = tiny_batches(4)
         ({}, [4, 8, 12]),
         ({"val_every_n_epochs": 2}, [8]),
         ({"val_every_n_epochs": 3}, [12]),
-        ({"val_every_n_epochs": 9}, []),
+        ({"val_every_n_epochs": 9}, [12]),  # at the end, where there was none before
+        ({"val_every_n_steps": 99}, [12]),
         ({"val_every_n_steps": 3}, [3, 6, 9, 12]),
         ({"val_every_n_steps": 4}, [4, 8, 12]),  # not twice at the end of an epoch
         ({"val_every_n_steps": 5, "val_every_n_epochs": 1}, [4, 5, 8, 10, 12]),
