@@ -255,6 +255,9 @@ class _ScriptedTrainer(BaseTrainer):
             else None
         )
 
+    def _check_validation(self) -> None:
+        """A script has validations without a step for them."""
+
     def _make_loop(self, session: Session, *rest: Any) -> TrainingLoop:
         loop = super()._make_loop(session, *rest)
         loop.__class__ = _ScriptedLoop
