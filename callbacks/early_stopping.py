@@ -17,6 +17,7 @@ from offloop.engine import (
     ValidationEnd,
     decides,
     in_step,
+    load_model,
 )
 
 
@@ -89,7 +90,9 @@ class EarlyStopping(Callback):
     @in_step
     def before_train_end(self, point: StepPoint) -> None:
         if self._best_weights is not None:
-            point.model.load_state_dict(self._best_weights)
+            load_model(
+                self._best_weights, into=point.model
+            )  # an earlier attempt may have wrapped it otherwise
 
     def state_dict(self) -> Mapping[str, Any]:
         return {

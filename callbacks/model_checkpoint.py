@@ -145,7 +145,11 @@ class ModelCheckpoint(Callback):
             keep_every_n_steps=self.keep_every_n_steps,
         )
         run.trainer.keep_checkpoints(
-            retention, save_at_end=self.save_last, save_dir=self.save_dir, name_of=self._name.of
+            retention,
+            save_at_end=self.save_last,
+            save_dir=self.save_dir,
+            name_of=self._name.of,
+            on_unsaveable=self.on_error or "raise",
         )
 
     @in_step(every_n_steps="look_every_n_steps")

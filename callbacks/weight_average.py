@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from offloop.engine import Callback, ConfigError, Run, StepPoint, TrainStart, decides, in_step
+from offloop.engine import Callback, ConfigError, Run, StepPoint, TrainStart, decides, in_step, load_model
 
 Kind = Literal["ema", "swa"]
 
@@ -121,7 +121,7 @@ class WeightAverage(Callback):
         self._average = _Average(self._model, multi_avg_fn=average, use_buffers=self.use_buffers)
         self._average.requires_grad_(False)
         if self._loaded is not None:
-            self._average.load_state_dict(self._loaded)
+            load_model(self._loaded, into=self._average)  # the model may have been wrapped otherwise
             self._loaded = None
 
     @in_step

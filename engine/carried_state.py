@@ -115,7 +115,7 @@ class CarriedState:
         self._owners = list(owners)
         self._known = list(known)
         self._before: dict[tuple[str, str], _Contents] = {
-            (owner.name, name): contents for owner, name, contents in self._look()
+            (owner.name, name): contents.without_values() for owner, name, contents in self._look()
         }
         self._named: dict[tuple[str, str], str] = {}
 
@@ -186,8 +186,12 @@ class _Contents:
     """Numbers, texts and lengths, in order."""
     heavy: list[_Heavy] = field(default_factory=list)
 
+    def without_values(self) -> "_Contents":
+        """Return what is compared later, without what would keep a tensor alive."""
+        return _Contents(self.plain, [_Heavy(each.mark, None) for each in self.heavy])
+
     def differs(self, other: "_Contents", *, with_plain: bool) -> bool:
-        """Tell whether the state is another one. Marks hold no tensor, so that they can be kept."""
+        """Tell whether the state is another one."""
         if with_plain and self.plain != other.plain:
             return True
         return [each.mark for each in self.heavy] != [each.mark for each in other.heavy]

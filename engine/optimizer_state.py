@@ -49,9 +49,17 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the numbers and texts of each group, as far as they are: learning rate, momentum and so on."""
+    """Return the options of each group, such as learning rate and momentum, as numbers and texts.
+
+    A schedule has changed the rate when it was made; the one that it began with counts.
+    """
     return [
-        {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        {
+            key: _plain(value)
+            for key, value in group.items()
+            if key not in ("params", "param_names", "initial_lr")
+        }
+        | {"lr": _plain(group.get("initial_lr", group["lr"]))}
         for group in optimizer.param_groups
     ]
 
@@ -94,7 +102,8 @@ def restore_optimizer(
         where = f" of group {number}" if own > 1 else ""
         for key in now.keys() & then.keys():
             if now[key] != then[key]:
-                kept = saved["param_groups"][number].get(key)
+                group = saved["param_groups"][number]
+                kept = group.get("initial_lr", group[key]) if key == "lr" else group.get(key)
                 report.keep(f"{key}{where} of {label} is {_plain(kept)}, the script has {now[key]}")
     if len(saved["param_groups"]) > own:
         _add_groups(optimizer, saved["param_groups"], label=label, names=names, model=model, report=report)

@@ -19,6 +19,7 @@ from offloop.engine.checkpoint import CheckpointError, CheckpointIncompatibleErr
 from offloop.engine.checkpoint.errors import UnsafeCheckpointError
 from offloop.engine.checkpoint.manifest import STATE
 from offloop.engine.errors import OffloopError
+from offloop.engine.model_modes import ModelModes
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Number = float | int
@@ -108,6 +109,7 @@ class SavedState(TypedDict):
     parameters: NotRequired[dict[str, list[list[str]]]]
     made: NotRequired[Made]
     steps_of: NotRequired[dict[str, Count]]
+    modes: NotRequired[ModelModes]
     milestones: NotRequired[list[str]]
 
 

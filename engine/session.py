@@ -41,7 +41,7 @@ from offloop.engine import state as run_state
 from offloop.engine.activation_checkpointing import checkpointed
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, Bus, Subscription
-from offloop.engine.callback import Decider, Handlers, StepHook, close_unused
+from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
 from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
@@ -77,6 +77,7 @@ from offloop.engine.resume import ResumePlan, read_run_json
 from offloop.engine.resume_report import ResumeReport
 from offloop.engine.run import Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
+from offloop.engine.saveable import check_saveable
 from offloop.engine.saved_state import check_state
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
@@ -149,6 +150,7 @@ class Session:
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
         self.save_at_end = False  # set by the training thread
+        self._is_state_checked = False  # or will be, at the first step
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
         if self.dir is not None:
@@ -308,14 +310,11 @@ class Session:
                     f"the weights of step {loop.step} are not finite, and a run cannot go on from them: "
                     'the checkpoint before stays the newest. on_nonfinite="warn" saves them'
                 )
-            state = run_state.capture(loop, self._handlers)
-            self.user_state.capture(state)
+            state = self._capture()
         except Exception as error:  # a callback's state_dict; nobody may be waiting for a command's answer
             logger.exception("the checkpoint of step %d was not saved", loop.step)
             self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=describe(error)))
             raise
-        state["best"] = None if self.best is None else dataclasses.asdict(self.best)
-        state["history"] = [encode(event).decode() for event in loop.history]
         is_accepted = self.checkpoints.save(
             state,
             position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
@@ -326,6 +325,33 @@ class Session:
 
         if is_accepted:
             self._saved_moment = self._moment()
+
+    def _capture(self) -> dict[str, Any]:
+        """Return the state of this moment. Tensors are live, not copied."""
+        state = run_state.capture(self.loop, self._handlers)
+        self.user_state.capture(state)
+        state["best"] = None if self.best is None else dataclasses.asdict(self.best)
+        state["history"] = [encode(event).decode() for event in self.loop.history]
+        return state
+
+    def check_state_at_first_step(self, on_error: OnError) -> None:
+        """Find out at the first step whether a checkpoint can be saved. Training thread, before that step.
+
+        Args:
+            on_error: Whether the run ends if not, or the log says so.
+        """
+
+        def check() -> None:
+            try:
+                check_saveable(self._capture())
+            except Exception as error:
+                if on_error == "raise":
+                    raise
+                logger.error("%s", error)
+
+        if not self._is_state_checked:
+            self._is_state_checked = True
+            self.loop.hooks.once("after_step", check)
 
     def guard(self) -> None:
         """Call before somebody's code that may change model or optimizers: a checkpoint may still be copied from them.

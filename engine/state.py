@@ -24,6 +24,7 @@ from offloop.engine.events import Resumed
 from offloop.engine.exactness import Doubt
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.loader_position import begin_epoch, capture_in_epoch, continue_epoch
+from offloop.engine.model_modes import capture_modes, restore_modes
 from offloop.engine.optimizer_state import BEGIN_ANEW, parameter_names, restore_optimizer
 from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.resume_report import ResumeReport
@@ -66,6 +67,7 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
         "latest": dict(loop.latest),
         "loss_scale": loop.reporter.loss_scale,
         "frozen": loop.frozen.names,
+        "modes": capture_modes(loop.program.model),
         "random": capture_random_state(),
         "environment": environment(loop),
         "callbacks": {each.name: dict(each.callback.state_dict()) for each in handlers if each.has_state},
@@ -151,6 +153,8 @@ class Continuation:
         loop.frozen.thaw_all()  # what the run had frozen at its checkpoint, not what it began with
         own = [name for name, _ in loop.program.model.named_parameters()]
         loop.frozen.freeze(names_in(own, state["frozen"]).values())
+        if "modes" in state:
+            restore_modes(loop.program.model, state["modes"], self.report)
         loop.epoch_metrics = dict(state["epoch_metrics"])
         loop.latest = dict(state["latest"])
         self._restore_metrics(loop)

@@ -135,6 +135,17 @@ class StepHooks:
         leaving = self._running.callback
         self._keep([hook for hook in self._hooks if hook.callback != leaving])
 
+    def once(self, point: str, function: Callable[[], None]) -> None:
+        """Run a function of the engine's own at a point of the next step that begins, and not again."""
+
+        def run(_: StepPoint) -> None:
+            self.leave()
+            function()
+
+        name = f"offloop.{point}"  # no callback's: in `leave` it means this one
+        self.seconds[name] = 0.0
+        self._keep([*self._hooks, StepHook(name, point, run, 1, 0, "raise")])
+
     def run(self, point: str, batch: Any = None) -> None:
         """Run those of the step in progress at `point`."""
         for hook in self.active.get(point, ()):

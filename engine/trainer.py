@@ -38,7 +38,7 @@ from offloop.engine.arguments import (
     resolve_device,
 )
 from offloop.engine.batch_size import BatchSize, checked_batch_size, guess_batch_size
-from offloop.engine.callback import Callback, close_unused, lookup
+from offloop.engine.callback import Callback, OnError, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
 from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
 from offloop.engine.control import Control
@@ -319,14 +319,18 @@ class BaseTrainer:
         save_at_end: bool,
         save_dir: Path | None = None,
         name_of: Callable[[CheckpointInfo], str] = lambda info: info.name,
+        on_unsaveable: OnError = "raise",
     ) -> None:
         """Say which checkpoints the run that is going on keeps. In the training thread, before the first one.
+
+        At its first step the run looks whether its state can be saved at all.
 
         Args:
             retention: What is kept when a new one is durable.
             save_at_end: Take one when training ends, however it ends but by a failure.
             save_dir: A directory for copies of them; hard links on the same disk.
             name_of: Gives a copy its name; called in the writer's thread.
+            on_unsaveable: What to do where it can not: end the run with a `CheckpointError`, or say so in the log.
         """
         self._in_run("keep_checkpoints")
         session = self._session
@@ -335,6 +339,7 @@ class BaseTrainer:
         copies = None if save_dir is None else NamedCopies(save_dir, session.dir, name_of)
         session.checkpoints.keep(retention, copies)
         session.save_at_end = save_at_end
+        session.check_state_at_first_step(on_unsaveable)
 
     def freeze(self, *patterns: str) -> None:
         """Freeze parameters from here to the end of the run, as `Trainer(freeze=...)` does from its start.
