@@ -42,7 +42,7 @@ from offloop.engine.activation_checkpointing import checkpointed
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
-from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
+from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
 from offloop.engine.errors import (
@@ -149,7 +149,6 @@ class Session:
         self.loop = make_loop(self)
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
-        self.save_at_end = False  # set by the training thread
         self._is_state_checked = False  # or will be, at the first step
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
@@ -161,6 +160,7 @@ class Session:
                 optimizers=self.loop.optimizers,
                 model=trainer.model,
                 publish=self._publish_late,
+                retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
                 patience=self._patience,
             )
         self.run = Run(self)
@@ -184,7 +184,9 @@ class Session:
                 with checkpointed(self.trainer.model, self.config.activation_checkpointing):
                     self.loop.run()
                 if self._is_worth_saving() and not self._is_saved() and self._can_be_continued():
-                    self.save("preempt" if self.signal_count else "final")
+                    assert self.checkpoints is not None
+                    reason = "preempt" if self.signal_count else "final"
+                    self.save(reason, owners=self.checkpoints.save_at_end)
                 self.guard()
                 if self.loop.ending != "cancelled" and self.failure is None:
                     self.loop.hooks.run_all("before_train_end")
@@ -294,8 +296,14 @@ class Session:
         self.loop.resumed = resumed
         self.checkpoints.parent = loaded.info.name
 
-    def save(self, reason: str, future: "Future[CheckpointSaved] | None" = None) -> None:
-        """Take a checkpoint of this moment. Training thread, at a step boundary.
+    def save(
+        self,
+        reason: str,
+        future: "Future[CheckpointSaved] | None" = None,
+        *,
+        owners: tuple[str, ...] = (),
+    ) -> None:
+        """Take a checkpoint of this moment, for `owners`. Training thread, at a step boundary.
 
         Raises:
             ConfigError: The run has no directory to save into.
@@ -320,6 +328,7 @@ class Session:
             position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
             metrics=self._metrics_of_now(),
             reason=reason,
+            owners=owners,
             future=future,
         )
 
@@ -365,7 +374,8 @@ class Session:
         """True if a last checkpoint is wanted, and this moment is one that a run can go on from."""
         # After a second signal only what is being written already is waited for. A run that was cancelled between two
         # batches of a step has lost the gradients of the first: the checkpoint before has everything.
-        return self.save_at_end and self.signal_count < 2 and self.loop.is_between_steps
+        wanted = self.checkpoints is not None and self.checkpoints.save_at_end
+        return bool(wanted) and self.signal_count < 2 and self.loop.is_between_steps
 
     def _can_be_continued(self) -> bool:
         """True if a run can go on from the weights of now; else the log says that no checkpoint is taken of them."""
@@ -551,7 +561,9 @@ class Session:
     def save_for(self, command: Command) -> None:
         """Do for a command what its future is completed for once it is durable. Training thread."""
         if command.name == "checkpoint":
-            self.save(command.arguments["reason"], command.future)
+            givers = (command.by, *command.also_by)
+            owners = () if self.checkpoints is None else self.checkpoints.owners_among(givers)
+            self.save(command.arguments["reason"], command.future, owners=owners)
             return
         if self.checkpoints is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Unpack
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import msgspec
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -41,7 +42,7 @@ from offloop.engine.batch_size import BatchSize, checked_batch_size, guess_batch
 from offloop.engine.callback import Callback, OnError, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
 from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
-from offloop.engine.control import Control
+from offloop.engine.control import Control, actor
 from offloop.engine.data import Feed, limited_length, to_device, use_channels_last
 from offloop.engine.default_steps import inputs_and_targets, own_loss
 from offloop.engine.errors import (
@@ -53,6 +54,7 @@ from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics, StepEnd
 from offloop.engine.fetch import fetch_run
 from offloop.engine.freezing import check_freeze, select_parameters
+from offloop.engine.keepers import Keeper
 from offloop.engine.learning_rate import Schedule, mark_stepped
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metrics_for
@@ -319,27 +321,44 @@ class BaseTrainer:
         save_at_end: bool,
         save_dir: Path | None = None,
         name_of: Callable[[CheckpointInfo], str] = lambda info: info.name,
+        copy_best_only: bool = False,
         on_unsaveable: OnError = "raise",
-    ) -> None:
-        """Say which checkpoints the run that is going on keeps. In the training thread, before the first one.
+    ) -> str:
+        """Say which checkpoints of the run that is going on a callback wants kept. In a decider of `TrainStart`.
+
+        Each callback has rules of its own, which count the checkpoints that it asks for and those that no such
+        callback has asked for; a checkpoint stays as long as any of them wants it.
 
         At its first step the run looks whether its state can be saved at all.
 
         Args:
             retention: What is kept when a new one is durable.
             save_at_end: Take one when training ends, however it ends but by a failure.
-            save_dir: A directory for copies of them; hard links on the same disk.
-            name_of: Gives a copy its name; called in the writer's thread.
+            save_dir: A directory for copies of those that are kept; hard links on the same disk.
+            name_of: Gives a copy its name; called in the writer's thread. Where several have one name, the newest has
+                it (the best with `copy_best_only`), and the others get numbers.
+            copy_best_only: Copy the best ones by the rules' `monitor` alone.
             on_unsaveable: What to do where it can not: end the run with a `CheckpointError`, or say so in the log.
+
+        Returns:
+            The callback's name, to be given as `by` to `run.checkpoint_nowait(reason, by=...)`.
+
+        Raises:
+            ConfigError: The run has no directory, or another callback has copies under the same names there.
         """
         self._in_run("keep_checkpoints")
         session = self._session
         if session is None or session.checkpoints is None or session.dir is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        owner = actor.get()
         copies = None if save_dir is None else NamedCopies(save_dir, session.dir, name_of)
-        session.checkpoints.keep(retention, copies)
-        session.save_at_end = save_at_end
+        keeper = Keeper(msgspec.structs.replace(retention, owner=owner), save_at_end, copies, copy_best_only)
+        try:
+            session.checkpoints.keep(keeper)
+        except ValueError as error:
+            raise ConfigError(f"{error}: give one of them another save_dir or filename") from None
         session.check_state_at_first_step(on_unsaveable)
+        return owner
 
     def freeze(self, *patterns: str) -> None:
         """Freeze parameters from here to the end of the run, as `Trainer(freeze=...)` does from its start.
