@@ -81,6 +81,7 @@ from offloop.engine.saveable import check_saveable
 from offloop.engine.saved_state import check_state
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
+from offloop.engine.thread_state import caller_state
 from offloop.engine.threads import Thread, has_ended
 from offloop.engine.uploads import Uploads, claim_remote
 from offloop.engine.user_state import UserState
@@ -167,7 +168,7 @@ class Session:
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
         self.observers = [self._observe(each) for each in handlers]
         context = contextvars.copy_context()
-        self._device_context = default_device()
+        self._caller_state = caller_state()
         self.thread = Thread(context.run, self._train, name=f"offloop-training-{run_id}", daemon=False)
 
     # The training thread's side ------------------------------------------------------------------
@@ -176,7 +177,7 @@ class Session:
         """Be the training thread."""
         self.control.places.training_thread = threading.get_ident()
         try:
-            with self._device_context, torch.enable_grad():
+            with self._caller_state, torch.enable_grad():
                 if self.loop.device.type == "cuda":
                     torch.cuda.set_device(self.loop.device)
                 self._set_up()
@@ -1069,9 +1070,3 @@ def _acting(name: str, control: Control) -> Iterator[None]:
     finally:
         actor.reset(who)
         deciding.reset(where)
-
-
-def default_device() -> contextlib.AbstractContextManager[Any]:
-    """Return a context that brings the caller's default device to another thread: torch keeps it per thread."""
-    device = torch.get_default_device()
-    return contextlib.nullcontext() if device.type == "cpu" else device

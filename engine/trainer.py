@@ -32,6 +32,7 @@ from offloop.engine.arguments import (
     check_callbacks,
     check_loader,
     check_methods,
+    check_model,
     check_optimizers,
     expect_instance,
     named_optimizers,
@@ -70,8 +71,10 @@ from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
 from offloop.engine.run_dir import new_run_id
 from offloop.engine.seeded_sampling import check_seedable
-from offloop.engine.session import Session, default_device
+from offloop.engine.session import Session
 from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
+from offloop.engine.step_failures import explain_loss
+from offloop.engine.thread_state import caller_state, check_caller
 from offloop.engine.threads import Thread
 from offloop.engine.training_mode import eval_mode
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
@@ -80,6 +83,11 @@ from offloop.engine.weights import Source, plan_init
 Loss = Callable[[Any, Any], torch.Tensor]
 
 DEFAULT_RUN_DIR: Final = "runs"
+
+_STOP: Final = (
+    'a trainer is not stopped by an attribute: call self.stop("why") in a step, or run.stop_nowait("why") in a '
+    "callback"
+)
 _BASE_STATE: Final = frozenset({"model", "optimizers", "loss", "scheduler", "scaler"})
 """What `BaseTrainer.state_dict` returns."""
 
@@ -147,6 +155,7 @@ class BaseTrainer:
                 "batch_size is a function that counts the samples of a batch, like lambda batch: len(batch[0]); got "
                 f"{batch_size!r}. The size of batches is the DataLoader's"
             )
+        check_model(model)
         self.model = model
         self.optimizers = named_optimizers(optimizer)
         self.loss = loss
@@ -250,6 +259,28 @@ class BaseTrainer:
             ValueError: The name is that of a metric or of a column of the run, such as `step` or `lr`.
         """
         self._in_run("log").log(name, value, weight)
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Stop the run at the end of this step, with `status="stopped"`; a validation in progress ends at once.
+
+        For a step, an epoch or a step hook (`point.trainer.stop(...)`); a callback has `run.stop_nowait(reason)`.
+        Returns at once: the step goes on to its end.
+
+        Args:
+            reason: Why, for the result.
+        """
+        self._in_run("stop").control.give("stop", {"reason": reason})
+
+    @property
+    def should_stop(self) -> NoReturn:
+        """No attribute of a trainer: `stop(reason)` stops a run."""
+        raise AttributeError(_STOP)
+
+    @should_stop.setter
+    def should_stop(self, value: object) -> NoReturn:
+        raise AttributeError(_STOP)
+
+    stop_training = should_stop
 
     def publish(self, event: Event) -> None:
         """Publish an event of your own, with the position of the step.
@@ -566,10 +597,10 @@ class BaseTrainer:
         self, loader: Iterable[Batch], *, metrics: MetricSpec = (), prefix: str = "val_"
     ) -> Metrics:
         """Like `evaluate`, in a thread beside this event loop. Cancellation: the thread ends by itself."""
-        device_context = default_device()
+        caller = caller_state(with_autocast=True)
 
         def work() -> Metrics:
-            with device_context:
+            with caller:
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
                 return self._evaluate(loader, metrics, prefix)
@@ -623,10 +654,10 @@ class BaseTrainer:
     async def _predict_beside(
         self, loader: Iterable[Batch], read_ahead: int
     ) -> AsyncGenerator[AsyncIterator[Any]]:
-        device_context = default_device()
+        caller = caller_state(with_autocast=True)
 
         def work() -> Generator[Any, None, None]:
-            with device_context:
+            with caller:
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
                 yield from self._predictions(loader)
@@ -818,6 +849,7 @@ class BaseTrainer:
         """Check everything that can be checked before a run, and make its session."""
         self._check_free()
         config = self.config
+        check_caller(config.precision, self.device)
         epochs = config.epochs if epochs is None else epochs
         max_steps = config.max_steps if max_steps is None else max_steps
         max_time = config.max_time if max_time is None else max_time
@@ -1240,7 +1272,12 @@ class Trainer(BaseTrainer):
         if self.loss is not None:
             inputs, targets = inputs_and_targets(batch)
             outputs = self.model(inputs)
-            return {"loss": self.loss(outputs, targets), "outputs": outputs, "targets": targets}
+            try:
+                loss = self.loss(outputs, targets)
+            except Exception as error:
+                explain_loss(error, outputs, targets)
+                raise
+            return {"loss": loss, "outputs": outputs, "targets": targets}
         return own_loss(self.model, batch)
 
     def validation_step(self, batch: Batch) -> StepOutput:
