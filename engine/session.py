@@ -142,6 +142,13 @@ class Session:
         self._started = time.perf_counter()
         self._description: dict[str, Any] = {}
         self._thread_ended = Waker()
+        self._hand_over = (
+            threading.Lock()
+        )  # guards the next two: who ends the run, the supervisor or the thread
+        self.is_abandoned = (
+            False  # set on the event loop: the supervisor does not wait for the thread any more
+        )
+        self._has_ended_training = False  # set by the training thread as it leaves the end to the supervisor
         self._loop_thread: threading.Thread | None = None
         self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
         self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
@@ -199,10 +206,17 @@ class Session:
             self.loop.frozen.thaw_all()
             self.control.end()
             leave_process(self.run_id)
-            if self._loop_is_dead():
-                anyio.run(self._end_alone)  # nobody else is left to do it
+            if self._is_alone():
+                # In an empty context: the one of this thread may say that an event loop runs here, the caller's.
+                contextvars.Context().run(anyio.run, self._end_alone)
             else:
                 self._thread_ended.wake()
+
+    def _is_alone(self) -> bool:
+        """True if the training thread has to end the run itself, because the event loop or the supervisor is gone."""
+        with self._hand_over:
+            self._has_ended_training = not self.is_abandoned
+            return self.is_abandoned or self._loop_is_dead()
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
@@ -617,6 +631,25 @@ class Session:
         self.control.cancel(reason)
         self.bus.unblock()
 
+    def hurry(self, reason: str) -> None:
+        """End the run in haste: callbacks do not drain, and only the checkpoint in work is finished. Any thread."""
+        self.signal_count = max(self.signal_count, 2)
+        self._hurried_at = min(self._hurried_at, time.perf_counter())
+        self.cancel(reason)
+
+    def abandon(self) -> bool:
+        """Stop waiting for a training thread that hangs; it ends the run by itself if it ever gets there. Event loop.
+
+        Returns:
+            False if training has ended: the supervisor is about to end the run.
+        """
+        with self._hand_over:
+            if self._has_ended_training:
+                return False
+            self.is_abandoned = True
+        self._thread_ended.wake()
+        return True
+
     def on_signal(self, name: str, count: int, *, third_is_final: bool = True) -> None:
         """Obey a signal: the first stops the run in order, the second in haste. Main thread."""
         self.signal_count = count
@@ -625,8 +658,7 @@ class Session:
                 self.control.give("stop", {"reason": name}, by="signal")
             logger.warning("%s: stopping; once more to leave in haste", name)
         else:
-            self._hurried_at = min(self._hurried_at, time.perf_counter())
-            self.cancel(f"{name}, twice")
+            self.hurry(f"{name}, twice")
             outlook = "; a third time ends the process at once" if third_is_final else ""
             logger.warning("%s: leaving in haste%s", name, outlook)
 
@@ -679,18 +711,21 @@ class Session:
                 try:
                     yield
                 finally:
-                    if self.result is None:
+                    if self._never_ran():
                         leave_process(self.run_id)
             finally:
-                if self.result is None:
+                if self._never_ran():
                     if self.thread.ident is None:
                         close_unused([handlers.callback for handlers in self._handlers])
                     self._release(self)
         finally:
-            if self.result is None:
+            if self._never_ran():
                 self._phase = "cancelled"
                 self.control.end()
                 self.finished.cancel()
+
+    def _never_ran(self) -> bool:
+        return self.result is None and not self.is_abandoned
 
     async def run_to_end(self, started: Callable[[Run], None]) -> None:
         """Run in the caller's task: wait for the end; if cancelled, tell the mailbox and re-raise.
@@ -765,6 +800,11 @@ class Session:
                         tasks.start_soon(self._serve, observer, scope, event)
                     self._start_thread()
                     swept = await self._thread_is_over()
+                    if self.is_abandoned:
+                        self.bus.close()
+                        for scope in scopes:
+                            scope.cancel()
+                        return
                     if self.failure is not None and on_failure is not None:
                         on_failure()
                     await self._finish_checkpoints()
@@ -811,11 +851,12 @@ class Session:
         """Wait for the training thread through all cancellations; True if there was one."""
         cancelled = False
         warned = time.perf_counter()
-        while self._is_training():
+        while self._is_training() and not self.is_abandoned:
             try:
                 with anyio.move_on_after(STACK_INTERVAL):
                     await self._thread_ended.wait()
-                    self.thread.join()  # returns immediately: the thread is already exiting
+                    if not self.is_abandoned:
+                        self.thread.join()  # returns immediately: the thread is already exiting
             except anyio.get_cancelled_exc_class():
                 cancelled = True
                 self.cancel("the event loop is ending")
@@ -1051,14 +1092,18 @@ class Session:
         failure, self.failure = self.failure, None
         if failure is None:
             return self.result
-        note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
-        if self.checkpoints is not None and self.checkpoints.last is not None:
-            note += f", last checkpoint {self.checkpoints.last}"
-        failure.add_note(note)
+        self.note_where(failure)
         try:
             raise failure
         finally:
             del failure  # else this frame, which the exception holds, would hold the exception
+
+    def note_where(self, failure: BaseException) -> None:
+        """Add to what the run failed with where that was."""
+        note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
+        if self.checkpoints is not None and self.checkpoints.last is not None:
+            note += f", last checkpoint {self.checkpoints.last}"
+        failure.add_note(note)
 
 
 @contextlib.contextmanager

@@ -508,7 +508,7 @@ class BaseTrainer:
     ) -> RunResult:
         """Train beside this event loop and return the result, see `train`.
 
-        Also for a run that outlives its starter: `run = await task_group.start(partial(trainer.train_async, ...))`.
+        It ends with the task that awaits it. For runs that outlive what starts them, as in a service, see `Runs`.
 
         Cancellation: the run ends at its next batch, callbacks drain and close, then it is re-raised.
 
@@ -516,7 +516,8 @@ class BaseTrainer:
             train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, init_from, init_strict:
                 As for `train`.
             handle_signals: Take SIGINT and SIGTERM for the length of the run, in the main thread.
-            task_status: Given by `task_group.start`, which returns the `Run`.
+            task_status: Given by `task_group.start`, which then returns the `Run`. A run that fails cancels that task
+                group and everything in it; runs in `Runs` fail alone.
         """
         await self._fetch_async(resume)
         session = self._prepare(
