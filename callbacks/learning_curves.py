@@ -21,6 +21,7 @@ from offloop.engine import (
     TrainStart,
     ValidationEnd,
     first_use,
+    read_attempts,
     read_events,
 )
 
@@ -124,11 +125,11 @@ class LearningCurves(Callback):
     def on_train_start(self, event: TrainStart, run: Run) -> None:
         with self._lock:
             self._title, self._dir = run.id, run.dir
-        if event.attempt and event.resumed_at is not None:
+        if event.attempt:
+            assert run.dir is not None  # needs_run_dir
             with contextlib.suppress(FileNotFoundError):
-                assert run.dir is not None  # needs_run_dir
-                until = event.resumed_at
-                self._note_all(each for each in read_events(run.dir) if each.time <= until)
+                # The log was cut back to the checkpoint before this event was published
+                self._note_all(each for of, each in read_attempts(run.dir) if of < event.attempt)
 
     def on_step_end(self, event: StepEnd, run: Run) -> None:
         self._note(event)
@@ -178,6 +179,7 @@ class LearningCurves(Callback):
         if not curves:
             raise RuntimeError("there is nothing to draw yet: no step has been made")
         temporary = path.with_name(f".{path.stem}-{threading.get_ident()}{path.suffix}")
+        temporary.unlink(missing_ok=True)  # a link that stands there would be written through
         try:
             with _drawing:
                 _figure(curves, title).savefig(temporary, dpi=110)

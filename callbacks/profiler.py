@@ -32,6 +32,7 @@ from offloop.engine import (
     StepEnd,
     StepPoint,
     in_step,
+    replace_file,
 )
 
 logger = logging.getLogger("offloop")
@@ -276,10 +277,11 @@ class _Recording:
     def write(self, folder: Path) -> ProfileWritten:
         """Write trace and table, after `stop`. Any thread; blocks."""
         trace, table = folder / TRACE_NAME, folder / TABLE_NAME
+        trace.unlink(missing_ok=True)  # a link that stands there would be written through
         self._profile.export_chrome_trace(str(trace))
         seconds = self._seconds()
         idle = device_idle_percent(read_trace(trace)) if self._is_cuda else None
-        table.write_text(describe(seconds, self.steps, idle), encoding="utf-8")
+        replace_file(table, describe(seconds, self.steps, idle).encode())
         return ProfileWritten(
             trace=str(trace),
             table=str(table),

@@ -1,6 +1,7 @@
 """TensorBoardLogger: the numbers of a run as TensorBoard's event files."""
 
 import importlib
+import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,16 @@ from offloop.callbacks.tracking import (
     values_to_plot,
 )
 from offloop.callbacks.value_logger import ValueLogger
-from offloop.engine import EpochEnd, Run, StepEnd, TrainEnd, TrainStart, ValidationEnd, first_use
+from offloop.engine import (
+    EpochEnd,
+    Run,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+    ValidationEnd,
+    first_use,
+    replace_file,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -75,7 +85,7 @@ class TensorBoardLogger(ValueLogger):
         directory = run.dir if self.log_dir is None else self.log_dir / run.id
         assert directory is not None  # needs_run_dir
         if event.attempt:
-            cut_event_files(directory, event.resumed_at)
+            cut_event_files(directory, event)
         self._writer = self._writer_class(
             str(directory),
             purge_step=event.step + 1 if event.attempt else None,
@@ -143,23 +153,28 @@ class TensorBoardLogger(ValueLogger):
         self._writer.flush()
 
 
-def cut_event_files(directory: Path, moment: float | None) -> None:
-    """Leave out of TensorBoard's files all that came after a moment, all if it is None; each whole or not at all."""
+def cut_event_files(directory: Path, start: TrainStart) -> None:
+    """Leave out of TensorBoard's files what came after the checkpoint that is continued; each whole or not at all.
+
+    Each attempt has a file of its own, whose name ends with the attempt's number.
+    """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     for path in sorted(directory.glob("events.out.tfevents.*")):
-        records = [] if moment is None else list(RawEventFileLoader(str(path)).Load())
-        # The first one is the file's version; it was written when the file was made.
-        kept = [each for each in records if Event.FromString(each).wall_time <= moment]
-        if not kept:
+        attempt = path.suffix[1:]
+        if start.resumed_attempt is None or not attempt.isdecimal() or int(attempt) > start.resumed_attempt:
             path.unlink()
-        elif len(kept) < len(records):
-            temporary = path.with_name(f".{path.name}.new")
-            with open(temporary, "wb") as file:
-                writer = RecordWriter(file)
-                for each in kept:
-                    writer.write(each)
-                writer.flush()
-            temporary.replace(path)
+            continue
+        if int(attempt) < start.resumed_attempt or start.resumed_at is None:
+            continue
+        records = list(RawEventFileLoader(str(path)).Load())
+        # The first one is the file's version; it was written when the file was made.
+        kept = [each for each in records if Event.FromString(each).wall_time <= start.resumed_at]
+        if len(kept) < len(records):
+            content = io.BytesIO()
+            writer = RecordWriter(content)
+            for each in kept:
+                writer.write(each)
+            replace_file(path, content.getvalue())

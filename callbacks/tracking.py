@@ -40,6 +40,7 @@ from offloop.engine import (
     TrainStart,
     ValidationEnd,
     first_use,
+    replace_file,
 )
 
 logger = logging.getLogger("offloop")
@@ -355,10 +356,8 @@ class TrackingLogger(ValueLogger):
         """Keep the run's id at the server for later attempts."""
         self.tracking_id = tracking_id
         if self.run_dir is not None:
-            path = self._id_file(self.run_dir)
-            temporary = path.with_name(f"{path.name}.new")
-            temporary.write_bytes(msgspec.json.encode({"id": tracking_id}) + b"\n")
-            temporary.replace(path)
+            content = msgspec.json.encode({"id": tracking_id}) + b"\n"
+            replace_file(self._id_file(self.run_dir), content)
 
     # In the callback's thread ----------------------------------------------------------------------
 

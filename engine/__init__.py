@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from offloop.engine.checkpoint import CheckpointNotFoundError as CheckpointNotFoundError
     from offloop.engine.checkpoint import CheckpointReader as CheckpointReader
     from offloop.engine.checkpoint import Retention as Retention
+    from offloop.engine.checkpoint.filesystem import replace_file as replace_file
     from offloop.engine.comparison import ModelComparison as ModelComparison
     from offloop.engine.comparison import TensorDifference as TensorDifference
     from offloop.engine.comparison import compare_models as compare_models
@@ -38,13 +39,12 @@ if TYPE_CHECKING:
     from offloop.engine.errors import Preempted as Preempted
     from offloop.engine.errors import RunEndedError as RunEndedError
     from offloop.engine.errors import RunNameTakenError as RunNameTakenError
-    from offloop.engine.errors import RunNotFoundError as RunNotFoundError
-    from offloop.engine.errors import RunsClosedError as RunsClosedError
     from offloop.engine.errors import SubscriberTooSlowError as SubscriberTooSlowError
     from offloop.engine.errors import TrainerBusyError as TrainerBusyError
     from offloop.engine.errors import WeightsError as WeightsError
     from offloop.engine.errors import WeightsMismatchError as WeightsMismatchError
     from offloop.engine.event_log import EventLog as EventLog
+    from offloop.engine.event_log import read_attempts as read_attempts
     from offloop.engine.event_log import read_events as read_events
     from offloop.engine.events import CallbackFailed as CallbackFailed
     from offloop.engine.events import CheckpointFailed as CheckpointFailed
@@ -72,12 +72,12 @@ if TYPE_CHECKING:
     from offloop.engine.events import decode as decode
     from offloop.engine.events import encode as encode
     from offloop.engine.lazy_imports import first_use as first_use
+    from offloop.engine.line_file import LineFile as LineFile
     from offloop.engine.model_registry import ModelRegistry as ModelRegistry
     from offloop.engine.model_registry import ModelVersion as ModelVersion
     from offloop.engine.observer import CallbackCosts as CallbackCosts
     from offloop.engine.run import Run as Run
     from offloop.engine.run import RunResult as RunResult
-    from offloop.engine.runs import Runs as Runs
     from offloop.engine.step_hooks import StepPoint as StepPoint
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
     from offloop.engine.trainer import Trainer as Trainer
@@ -92,6 +92,7 @@ _MODULES = {
     "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),
+    "checkpoint.filesystem": ("replace_file",),
     "comparison": ("ModelComparison", "TensorDifference", "compare_models"),
     "config": ("RemoteDirectory", "TrainerConfig", "TrainerKnobs"),
     "errors": (
@@ -109,14 +110,12 @@ _MODULES = {
         "Preempted",
         "RunEndedError",
         "RunNameTakenError",
-        "RunNotFoundError",
-        "RunsClosedError",
         "SubscriberTooSlowError",
         "TrainerBusyError",
         "WeightsError",
         "WeightsMismatchError",
     ),
-    "event_log": ("EventLog", "read_events"),
+    "event_log": ("EventLog", "read_attempts", "read_events"),
     "events": (
         "CallbackFailed",
         "CheckpointFailed",
@@ -145,10 +144,10 @@ _MODULES = {
         "encode",
     ),
     "lazy_imports": ("first_use",),
+    "line_file": ("LineFile",),
     "model_registry": ("ModelRegistry", "ModelVersion"),
     "observer": ("CallbackCosts",),
     "run": ("Run", "RunResult"),
-    "runs": ("Runs",),
     "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),
     "tuning": ("BatchSizeSearch", "BatchSizeTrial", "LearningRateSearch"),

@@ -100,6 +100,14 @@ class Callback:
         refused after `reset`, a plain one is called in the thread that wanted to start it.
         """
 
+    def make_durable(self) -> Awaitable[None] | None:
+        """Put on the disk what was written so far. For callbacks that keep a log.
+
+        Where it is overridden, a checkpoint is announced as durable (`CheckpointSaved`) only after the callback has
+        handled all events before that and this has returned, for up to five seconds. A plain method runs in the
+        callback's worker thread, an `async def` on the event loop. What it raises is reported.
+        """
+
     def state_dict(self) -> Mapping[str, Any]:
         """Return what its deciders and step hooks need after a resume. In the training thread, at a boundary."""
         return {}

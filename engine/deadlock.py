@@ -151,6 +151,8 @@ class CommandFuture(Future[T]):
         """Return how long to wait still, after what the place of this thread allows."""
         if self.done() or (timeout is not None and timeout <= 0):
             return timeout
+        if self.running():
+            return timeout  # it was taken at a boundary: a checkpoint that is on its way to the disk needs no thread
         if (why := self._places.why_endless(self._command)) is not None:
             raise DeadlockError(why)
         if threading.get_ident() not in self._places.workers:

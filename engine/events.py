@@ -148,7 +148,10 @@ class TrainStart(Event, frozen=True, kw_only=True):
     resumed_from: str | None = None
     """The checkpoint that this attempt continues, as a path."""
     resumed_at: float | None = None
-    """When that checkpoint was taken, Unix time in seconds: what loggers wrote after it does not count."""
+    """When that checkpoint was taken, by the clock of the attempt that took it: Unix time in seconds."""
+    resumed_attempt: int | None = None
+    """The attempt that took that checkpoint. What it wrote after `resumed_at` does not count, and nothing of later
+    attempts does; their clocks say nothing, as the machine's may have been set back."""
     init_from: str | None = None
     """What the weights were initialized from; None if the model was taken as it was."""
     config: Settings = NO_SETTINGS

@@ -29,7 +29,7 @@ from offloop.engine.boundary import Boundary
 from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control
-from offloop.engine.data import Feed, limited_length, why_empty
+from offloop.engine.data import Feed, limited_length
 from offloop.engine.data_wait import DataWait
 from offloop.engine.errors import EmptyLoaderError, LossError
 from offloop.engine.events import (
@@ -92,6 +92,7 @@ class ResumedState(Protocol):
     """What a resumed run continues, see `state.py`."""
 
     path: str
+    attempt: int
     taken: float
     before_epoch: dict[str, Any] | None
 
@@ -312,7 +313,7 @@ class TrainingLoop:
         if self.epoch_batches == 0:
             if self.ending == "limit":
                 return  # the time was up before its first batch
-            raise EmptyLoaderError(describe_empty("train_loader", self.train_loader, was_read=self.epoch > 0))
+            raise EmptyLoaderError(self.describe_empty_loader())
         if not self.program.automatic_optimization and self.step == self.epoch == 0:
             logger.warning(
                 "no optimizer has stepped in the first epoch: a manual step calls self.backward(loss) and "
@@ -683,7 +684,7 @@ class TrainingLoop:
         with torch.no_grad():
             self.program.validate_epoch(loader)
         if self.val_batches == 0 and self.ending not in ("stopped", "cancelled"):
-            raise EmptyLoaderError(describe_empty("val_loader", loader, was_read=self.validated_step >= 0))
+            raise EmptyLoaderError("the val_loader gave no batch")
 
     def validate_batch(self, batch: Batch) -> None:
         """Run one batch of a validation."""
@@ -935,6 +936,7 @@ class TrainingLoop:
             attempt=self.attempt,
             resumed_from=None if resumed is None else resumed.path,
             resumed_at=None if resumed is None else resumed.taken,
+            resumed_attempt=None if resumed is None else resumed.attempt,
             init_from=self.init_from,
             config=Settings(self.config.as_settings()),
             device=str(self.device),
@@ -963,16 +965,14 @@ class TrainingLoop:
             totals.append(epochs * steps_per_epoch)
         return min(totals) - max(self.step, schedule.after_steps) if totals else None
 
-
-def describe_empty(name: str, loader: Iterable[Batch], *, was_read: bool) -> str:
-    """Say that a loader gave no batch, and why; `was_read` is True if it gave some earlier in the run."""
-    if was_read or hasattr(loader, "__next__"):
-        again = " when it was read again" if was_read else ""
+    def describe_empty_loader(self) -> str:
+        """Say which loader was empty, and the usual mistake."""
+        if self.epoch == 0:
+            return "the train_loader gave no batch"
         return (
-            f"the {name} gave no batch{again}: is it a generator, which can be read only once? Give a DataLoader, "
-            "a list, or an object whose __iter__ begins anew"
+            f"the train_loader gave no batch in epoch {self.epoch}: is it a generator, which can be read only "
+            "once? Give a DataLoader, a list, or an object whose __iter__ begins anew"
         )
-    return f"the {name} gave no batch: {why_empty(loader)}"
 
 
 def read_output(

@@ -18,6 +18,7 @@ import time
 import traceback
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -213,6 +214,29 @@ class Observer:
             self._wall += time.perf_counter() - started
             if self.disabled and not self.handlers.deciders:  # these still meet the training thread here
                 subscription.close()
+
+    @property
+    def keeps_records(self) -> bool:
+        """True if announcements of checkpoints wait for this callback. Any thread."""
+        has_own = type(self.handlers.callback).make_durable is not Callback.make_durable
+        return has_own and self.subscription is not None
+
+    async def make_durable(self, answer: "Future[None]") -> None:
+        """Have the callback put what it has written on the disk, and complete `answer`."""
+        make_durable = self.handlers.callback.make_durable
+        try:
+            if inspect.iscoroutinefunction(make_durable):
+                await make_durable()
+            else:
+                await self._worker.run(make_durable)
+        except Exception as error:
+            self.failed("make_durable", error, is_off=False)
+            answer.set_exception(error)
+        except BaseException:
+            answer.cancel()
+            raise
+        else:
+            answer.set_result(None)
 
     async def close(self) -> None:
         """Call the callback's `close`, once, wherever it belongs; failures are reported."""

@@ -11,7 +11,9 @@ from offloop.engine.checkpoint import (
     CheckpointReader,
     find_checkpoint,
 )
+from offloop.engine.checkpoint.reader import CHECKPOINTS, link_to_nothing
 from offloop.engine.errors import ConfigError
+from offloop.engine.event_log import starts_in_log
 
 Resume = str | int | Path | None
 
@@ -55,6 +57,8 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
     if run_name is not None:
         directory = base_dir / run_name
         if not directory.is_dir():
+            if directory.is_symlink():
+                raise link_to_nothing(directory)
             if resume == "auto":
                 return None
             raise CheckpointNotFoundError(str(which), directory)
@@ -96,7 +100,7 @@ def _has_checkpoints(reader: CheckpointReader) -> bool:
 
 
 def _from_path(path: Path) -> ResumePlan:
-    if (path / RUN_JSON).is_file():
+    if _is_run(path):
         return ResumePlan(path, "last", _attempts(path))
     if not path.exists():
         path = find_checkpoint(path).path  # runs/first@best, runs/first:1200
@@ -106,20 +110,44 @@ def _from_path(path: Path) -> ResumePlan:
     return ResumePlan(directory, path, _attempts(directory))
 
 
+def _is_run(path: Path) -> bool:
+    """Tell whether a directory is a run's: its `run.json` may have been lost."""
+    return (path / RUN_JSON).is_file() or (path / CHECKPOINTS).is_dir()
+
+
 def _newest_first(base_dir: Path) -> list[Path]:
     if not base_dir.is_dir():
         return []
-    runs = [path for path in base_dir.iterdir() if (path / RUN_JSON).is_file()]
-    return sorted(runs, key=lambda path: (path / RUN_JSON).stat().st_mtime, reverse=True)
+
+    def changed(run: Path) -> float:
+        described = run / RUN_JSON
+        return (described if described.is_file() else run / CHECKPOINTS).stat().st_mtime
+
+    return sorted(filter(_is_run, base_dir.iterdir()), key=changed, reverse=True)
 
 
 def read_run_json(directory: Path) -> dict[str, Any]:
-    """Return what `run.json` says, empty where there is none that can be read."""
+    """Return what `run.json` says; where there is none that can be read, what is known without it.
+
+    That is when the run began and how many attempts it had, from its checkpoints and its log.
+    """
     try:
-        found = msgspec.json.decode((directory / RUN_JSON).read_bytes())
-    except (OSError, msgspec.DecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = msgspec.json.decode((directory / RUN_JSON).read_bytes(), type=dict[str, Any])
+        attempt = found["attempt"]
+        if isinstance(attempt, int) and attempt >= 0:
+            return found
+    except (OSError, msgspec.MsgspecError, RecursionError, KeyError):
+        pass
+    reader = CheckpointReader(directory)
+    starts = list(starts_in_log(directory))
+    moments = [start.time for start in starts] + [info.manifest.created for info in reader.checkpoints()]
+    attempts = [start.attempt for start in starts] + reader.attempts()
+    described: dict[str, Any] = {}
+    if moments:
+        described["created"] = min(moments)
+    if attempts:
+        described["attempt"] = max(attempts)
+    return described
 
 
 def _status(directory: Path) -> object:
@@ -127,6 +155,6 @@ def _status(directory: Path) -> object:
 
 
 def _attempts(directory: Path) -> int:
-    """Return how many attempts there were."""
-    attempt = read_run_json(directory).get("attempt", -1)
-    return int(attempt) + 1 if isinstance(attempt, int) else 0
+    """Return how many attempts there were; `run.json` may be older than the checkpoints."""
+    described: int = read_run_json(directory).get("attempt", -1)
+    return max([described, *CheckpointReader(directory).attempts()]) + 1

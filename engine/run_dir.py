@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from offloop.engine.checkpoint.filesystem import FileSystem, make_directories, replace_file
 from offloop.engine.errors import RunNameTakenError, encodable
 
 _ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"  # no letters that look like others
@@ -29,22 +30,19 @@ def create_run_dir(path: Path, description: dict[str, Any]) -> None:
     Raises:
         RunNameTakenError: It exists already.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    filesystem = FileSystem()
+    make_directories(filesystem, path.parent.absolute())
     try:
-        path.mkdir()
+        filesystem.make_directory(path)
     except FileExistsError:
         raise RunNameTakenError(str(path)) from None
+    filesystem.sync_directory(path.parent)  # or a power cut takes the run with all its durable checkpoints
     write_run_json(path, description)
 
 
 def write_run_json(path: Path, description: dict[str, Any]) -> None:
     """Replace `run.json` whole: a reader sees the old or the new one, never half of it."""
-    temporary = path / ".run.json.new"
-    with open(temporary, "wb") as file:
-        file.write(format_run_json(description))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path / "run.json")
+    replace_file(path / "run.json", format_run_json(description))
 
 
 def format_run_json(description: dict[str, Any]) -> bytes:

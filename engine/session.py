@@ -42,7 +42,7 @@ from offloop.engine.activation_checkpointing import checkpointed
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
-from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
+from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
 from offloop.engine.errors import (
@@ -54,6 +54,7 @@ from offloop.engine.errors import (
     RunNameTakenError,
     describe,
 )
+from offloop.engine.event_log import rewind
 from offloop.engine.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -73,15 +74,15 @@ from offloop.engine.loop import TrainingLoop
 from offloop.engine.monitors import Monitors
 from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
+from offloop.engine.records import Records
 from offloop.engine.resume import ResumePlan, read_run_json
 from offloop.engine.resume_report import ResumeReport
 from offloop.engine.run import Run, RunResult, Status
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
 from offloop.engine.saveable import check_saveable
-from offloop.engine.saved_state import check_state
+from offloop.engine.saved_state import check_state, restoring
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
-from offloop.engine.thread_state import caller_state
 from offloop.engine.threads import Thread, has_ended
 from offloop.engine.uploads import Uploads, claim_remote
 from offloop.engine.user_state import UserState
@@ -142,13 +143,6 @@ class Session:
         self._started = time.perf_counter()
         self._description: dict[str, Any] = {}
         self._thread_ended = Waker()
-        self._hand_over = (
-            threading.Lock()
-        )  # guards the next two: who ends the run, the supervisor or the thread
-        self.is_abandoned = (
-            False  # set on the event loop: the supervisor does not wait for the thread any more
-        )
-        self._has_ended_training = False  # set by the training thread as it leaves the end to the supervisor
         self._loop_thread: threading.Thread | None = None
         self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
         self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
@@ -157,9 +151,15 @@ class Session:
         self.loop = make_loop(self)
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
+        self.save_at_end = False  # set by the training thread
         self._is_state_checked = False  # or will be, at the first step
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
+        self.records = Records(
+            self.bus,
+            is_alive=lambda observer: observer not in self._unserved and not self.bus.has_ended,
+            in_haste=lambda: self.signal_count > 1 or self._loop_is_gone(),
+        )
         if self.dir is not None:
             self.loop.is_resumable = True
             self.checkpoints = Checkpoints(
@@ -168,14 +168,15 @@ class Session:
                 optimizers=self.loop.optimizers,
                 model=trainer.model,
                 publish=self._publish_late,
-                retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
                 patience=self._patience,
+                records=self.records,
             )
         self.run = Run(self)
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
         self.observers = [self._observe(each) for each in handlers]
+        self.records.watch(self.observers)
         context = contextvars.copy_context()
-        self._caller_state = caller_state()
+        self._device_context = default_device()
         self.thread = Thread(context.run, self._train, name=f"offloop-training-{run_id}", daemon=False)
 
     # The training thread's side ------------------------------------------------------------------
@@ -184,7 +185,7 @@ class Session:
         """Be the training thread."""
         self.control.places.training_thread = threading.get_ident()
         try:
-            with self._caller_state, torch.enable_grad():
+            with self._device_context, torch.enable_grad():
                 if self.loop.device.type == "cuda":
                     torch.cuda.set_device(self.loop.device)
                 self._set_up()
@@ -192,9 +193,7 @@ class Session:
                 with checkpointed(self.trainer.model, self.config.activation_checkpointing):
                     self.loop.run()
                 if self._is_worth_saving() and not self._is_saved() and self._can_be_continued():
-                    assert self.checkpoints is not None
-                    reason = "preempt" if self.signal_count else "final"
-                    self.save(reason, owners=self.checkpoints.save_at_end)
+                    self.save("preempt" if self.signal_count else "final")
                 self.guard()
                 if self.loop.ending != "cancelled" and self.failure is None:
                     self.loop.hooks.run_all("before_train_end")
@@ -206,17 +205,10 @@ class Session:
             self.loop.frozen.thaw_all()
             self.control.end()
             leave_process(self.run_id)
-            if self._is_alone():
-                # In an empty context: the one of this thread may say that an event loop runs here, the caller's.
-                contextvars.Context().run(anyio.run, self._end_alone)
+            if self._loop_is_dead():
+                anyio.run(self._end_alone)  # nobody else is left to do it
             else:
                 self._thread_ended.wake()
-
-    def _is_alone(self) -> bool:
-        """True if the training thread has to end the run itself, because the event loop or the supervisor is gone."""
-        with self._hand_over:
-            self._has_ended_training = not self.is_abandoned
-            return self.is_abandoned or self._loop_is_dead()
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
@@ -244,8 +236,12 @@ class Session:
             self.trainer.model.train()  # left in eval mode as a whole, as from_pretrained() does
         self.loop.frozen.freeze(select_parameters(self.trainer.model, self.config.freeze))
         self.user_state.begin()
-        if self.resume is not None and self.resume.which is not None:
-            self._load(self.resume.which)
+        if self.resume is not None:
+            if self.resume.which is not None:
+                self._load(self.resume.which)
+            else:  # it begins afresh under its name
+                assert self.dir is not None
+                rewind(self.dir, attempt=self.loop.attempt, taken=None)
 
     def _open_dir(self, directory: Path) -> None:
         """Make the run's directory, or enter that of the run that is continued."""
@@ -301,7 +297,8 @@ class Session:
         assert self.checkpoints is not None
         loaded = self.checkpoints.load(which)
         state = check_state(loaded.state, loaded.info.path)
-        resumed = run_state.Continuation(state, ResumeReport(str(loaded.info.path)))
+        attempt = loaded.info.manifest.attempt
+        resumed = run_state.Continuation(state, ResumeReport(str(loaded.info.path)), attempt)
         resumed.restore(self.loop, self._handlers)
         self.user_state.restore(state, resumed.report)
         if state["best"] is not None:
@@ -310,15 +307,13 @@ class Session:
         self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
         self.loop.resumed = resumed
         self.checkpoints.parent = loaded.info.name
+        assert self.dir is not None
+        with restoring(loaded.info.path, "milestones"):
+            missing = state.get("milestones", [])
+            rewind(self.dir, attempt=attempt, taken=state["taken"], milestones=missing)
 
-    def save(
-        self,
-        reason: str,
-        future: "Future[CheckpointSaved] | None" = None,
-        *,
-        owners: tuple[str, ...] = (),
-    ) -> None:
-        """Take a checkpoint of this moment, for `owners`. Training thread, at a step boundary.
+    def save(self, reason: str, future: "Future[CheckpointSaved] | None" = None) -> None:
+        """Take a checkpoint of this moment. Training thread, at a step boundary.
 
         Raises:
             ConfigError: The run has no directory to save into.
@@ -343,7 +338,6 @@ class Session:
             position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
             metrics=self._metrics_of_now(),
             reason=reason,
-            owners=owners,
             future=future,
         )
 
@@ -356,6 +350,7 @@ class Session:
         self.user_state.capture(state)
         state["best"] = None if self.best is None else dataclasses.asdict(self.best)
         state["history"] = [encode(event).decode() for event in self.loop.history]
+        state["milestones"] = [encode(event).decode() for event in self.records.unsettled()]
         return state
 
     def check_state_at_first_step(self, on_error: OnError) -> None:
@@ -389,8 +384,7 @@ class Session:
         """True if a last checkpoint is wanted, and this moment is one that a run can go on from."""
         # After a second signal only what is being written already is waited for. A run that was cancelled between two
         # batches of a step has lost the gradients of the first: the checkpoint before has everything.
-        wanted = self.checkpoints is not None and self.checkpoints.save_at_end
-        return bool(wanted) and self.signal_count < 2 and self.loop.is_between_steps
+        return self.save_at_end and self.signal_count < 2 and self.loop.is_between_steps
 
     def _can_be_continued(self) -> bool:
         """True if a run can go on from the weights of now; else the log says that no checkpoint is taken of them."""
@@ -442,6 +436,8 @@ class Session:
             if self._loop_is_gone():
                 self.cancel("the event loop is gone")
         self.bus.publish_unchecked(event)
+        if not isinstance(event, Sample):
+            self.records.note(event)
 
     def publish(self, event: Event) -> None:
         """Publish somebody's event; in the training thread with its position and after all before it."""
@@ -576,9 +572,7 @@ class Session:
     def save_for(self, command: Command) -> None:
         """Do for a command what its future is completed for once it is durable. Training thread."""
         if command.name == "checkpoint":
-            givers = (command.by, *command.also_by)
-            owners = () if self.checkpoints is None else self.checkpoints.owners_among(givers)
-            self.save(command.arguments["reason"], command.future, owners=owners)
+            self.save(command.arguments["reason"], command.future)
             return
         if self.checkpoints is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
@@ -631,25 +625,6 @@ class Session:
         self.control.cancel(reason)
         self.bus.unblock()
 
-    def hurry(self, reason: str) -> None:
-        """End the run in haste: callbacks do not drain, and only the checkpoint in work is finished. Any thread."""
-        self.signal_count = max(self.signal_count, 2)
-        self._hurried_at = min(self._hurried_at, time.perf_counter())
-        self.cancel(reason)
-
-    def abandon(self) -> bool:
-        """Stop waiting for a training thread that hangs; it ends the run by itself if it ever gets there. Event loop.
-
-        Returns:
-            False if training has ended: the supervisor is about to end the run.
-        """
-        with self._hand_over:
-            if self._has_ended_training:
-                return False
-            self.is_abandoned = True
-        self._thread_ended.wake()
-        return True
-
     def on_signal(self, name: str, count: int, *, third_is_final: bool = True) -> None:
         """Obey a signal: the first stops the run in order, the second in haste. Main thread."""
         self.signal_count = count
@@ -658,7 +633,8 @@ class Session:
                 self.control.give("stop", {"reason": name}, by="signal")
             logger.warning("%s: stopping; once more to leave in haste", name)
         else:
-            self.hurry(f"{name}, twice")
+            self._hurried_at = min(self._hurried_at, time.perf_counter())
+            self.cancel(f"{name}, twice")
             outlook = "; a third time ends the process at once" if third_is_final else ""
             logger.warning("%s: leaving in haste%s", name, outlook)
 
@@ -711,21 +687,18 @@ class Session:
                 try:
                     yield
                 finally:
-                    if self._never_ran():
+                    if self.result is None:
                         leave_process(self.run_id)
             finally:
-                if self._never_ran():
+                if self.result is None:
                     if self.thread.ident is None:
                         close_unused([handlers.callback for handlers in self._handlers])
                     self._release(self)
         finally:
-            if self._never_ran():
+            if self.result is None:
                 self._phase = "cancelled"
                 self.control.end()
                 self.finished.cancel()
-
-    def _never_ran(self) -> bool:
-        return self.result is None and not self.is_abandoned
 
     async def run_to_end(self, started: Callable[[Run], None]) -> None:
         """Run in the caller's task: wait for the end; if cancelled, tell the mailbox and re-raise.
@@ -800,11 +773,6 @@ class Session:
                         tasks.start_soon(self._serve, observer, scope, event)
                     self._start_thread()
                     swept = await self._thread_is_over()
-                    if self.is_abandoned:
-                        self.bus.close()
-                        for scope in scopes:
-                            scope.cancel()
-                        return
                     if self.failure is not None and on_failure is not None:
                         on_failure()
                     await self._finish_checkpoints()
@@ -851,12 +819,11 @@ class Session:
         """Wait for the training thread through all cancellations; True if there was one."""
         cancelled = False
         warned = time.perf_counter()
-        while self._is_training() and not self.is_abandoned:
+        while self._is_training():
             try:
                 with anyio.move_on_after(STACK_INTERVAL):
                     await self._thread_ended.wait()
-                    if not self.is_abandoned:
-                        self.thread.join()  # returns immediately: the thread is already exiting
+                    self.thread.join()  # returns immediately: the thread is already exiting
             except anyio.get_cancelled_exc_class():
                 cancelled = True
                 self.cancel("the event loop is ending")
@@ -1026,6 +993,7 @@ class Session:
         tied to each other.
         """
         self.loop.let_go()
+        self.records.let_go()
         self.observers, self._handlers, self._deciders, self._unserved = [], [], {}, set()
         self.initial_weights = None
         del self.trainer, self.user_state, self._claim, self._release
@@ -1092,18 +1060,14 @@ class Session:
         failure, self.failure = self.failure, None
         if failure is None:
             return self.result
-        self.note_where(failure)
-        try:
-            raise failure
-        finally:
-            del failure  # else this frame, which the exception holds, would hold the exception
-
-    def note_where(self, failure: BaseException) -> None:
-        """Add to what the run failed with where that was."""
         note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
         if self.checkpoints is not None and self.checkpoints.last is not None:
             note += f", last checkpoint {self.checkpoints.last}"
         failure.add_note(note)
+        try:
+            raise failure
+        finally:
+            del failure  # else this frame, which the exception holds, would hold the exception
 
 
 @contextlib.contextmanager
@@ -1115,3 +1079,9 @@ def _acting(name: str, control: Control) -> Iterator[None]:
     finally:
         actor.reset(who)
         deciding.reset(where)
+
+
+def default_device() -> contextlib.AbstractContextManager[Any]:
+    """Return a context that brings the caller's default device to another thread: torch keeps it per thread."""
+    device = torch.get_default_device()
+    return contextlib.nullcontext() if device.type == "cpu" else device

@@ -114,8 +114,15 @@ def describe_loader(loader: Iterable[Any]) -> dict[str, int | None]:
 class Continuation:
     """A loaded checkpoint on its way back into a run. Training thread."""
 
-    def __init__(self, state: Mapping[str, Any], report: ResumeReport) -> None:
-        """Continue what `capture` returned, from disk, and tell the report how exact that is."""
+    def __init__(self, state: Mapping[str, Any], report: ResumeReport, attempt: int) -> None:
+        """Continue what `capture` returned, from disk, and tell the report how exact that is.
+
+        Args:
+            state: Of the run.
+            report: On the checkpoint.
+            attempt: The one that took the checkpoint.
+        """
+        self.attempt = attempt
         self.path = report.checkpoint
         self.report = report
         self.taken: float = state["taken"]

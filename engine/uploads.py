@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from offloop.engine.checkpoint.lock import LOCK
 from offloop.engine.checkpoint.manifest import ManifestHead
 from offloop.engine.checkpoint.reader import CHECKPOINTS, REFS
 from offloop.engine.checkpoint.remote import age
-from offloop.engine.checkpoint.retention import best_of, select_kept_by_any
+from offloop.engine.checkpoint.retention import rank, select_kept
 from offloop.engine.errors import RunNameTakenError, describe
 from offloop.engine.events import CheckpointUploaded, Event, UploadFailed
 from offloop.engine.resume import RUN_JSON
@@ -244,11 +245,11 @@ class Uploads:
             return
         here = {info.name for info in self._reader.checkpoints()}
         heads = list(self._complete.values())
-        best = best_of(heads, self._checkpoints.retention)
+        best = [head.name for head in rank(heads, self._checkpoints.retention)[:1]]
         newest = max(heads, key=lambda head: age(head.name))
         tagged = [*self._reader.tags().values(), *self._remote.tags().values()]
-        pinned = {*here, *tagged, *filter(None, [newest.parent, None if best is None else best.name])}
-        kept = select_kept_by_any(heads, self._checkpoints.retention, pinned=pinned)
+        pinned = {*here, *best, *tagged, *filter(None, [newest.parent])}
+        kept = select_kept(heads, self._checkpoints.retention, pinned=pinned)
         for name in self._remote.checkpoint_names():
             is_dropped = name in self._complete and name not in kept
             is_half = name not in self._complete and name not in here and age(name) < age(newest.name)
@@ -264,8 +265,8 @@ class Uploads:
         refs = {f"tags/{tag}": name for tag, name in self._reader.tags().items() if name in self._complete}
         if heads:
             refs["last"] = max(heads, key=lambda head: age(head.name)).name
-        if best := best_of(heads, self._checkpoints.retention):
-            refs["best"] = best.name
+        if ranked := rank(heads, self._checkpoints.retention):
+            refs["best"] = ranked[0].name
         for ref, name in refs.items():
             if self._refs.get(ref) != name:
                 self._remote.set_ref(ref, name)
@@ -289,10 +290,11 @@ class Uploads:
         source = self._directory / name
         copy = self._directory / ".upload"
         try:
-            status = source.stat()
+            status = source.lstat()
             mark = (status.st_mtime_ns, status.st_size)
-            if self._files.get(name) == mark or not source.is_file():
-                return
+            if self._files.get(name) == mark or not stat.S_ISREG(status.st_mode):
+                return  # unchanged, or a link: what it leads to is not the run's
+            copy.unlink(missing_ok=True)  # nor is what a link of this name leads to
             shutil.copyfile(source, copy)  # it may grow while it is uploaded
         except FileNotFoundError:
             return

@@ -533,7 +533,8 @@ def export_model(
     weights = read_weights(source, key=key, registry=registry)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # anew: a link that stands there would be written through
             mode = os.fstat(file.fileno()).st_mode
         if target.suffix == ".safetensors":
             save_file(_separate(weights), temporary, _metadata(weights))

@@ -37,7 +37,6 @@ ABOVE_THE_LOOP: Final = (
     "bus",
     "observer",
     "run",
-    "runs",
     "session",
     "trainer",
     "event_log",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from offloop.engine.checkpoint.errors import CheckpointWriteError, DiskFullError
@@ -107,6 +108,42 @@ def write_file(filesystem: FileSystem, path: Path, content: bytes) -> None:
         filesystem.sync(file)
     finally:
         filesystem.close(file)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file for writing, made if it is missing; through no link. Blocks.
+
+    Raises:
+        OSError: It cannot be opened, or is a link: what it leads to is not the run's.
+    """
+    flags |= os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            text = "it is a link, and nothing is written through links: remove it"
+            raise OSError(errno.ELOOP, text, str(path)) from error
+        raise
+
+
+def replace_file(path: Path, content: bytes, filesystem: FileSystem | None = None) -> None:
+    """Put a file in the place of another, whole or not at all; durable when this returns. Blocks.
+
+    A link under this name is replaced, and one under the temporary name, `.<name>.new`, is removed: nothing is written
+    through either.
+    """
+    filesystem = filesystem or FileSystem()
+    temporary = path.with_name(f".{path.name}.new")
+    with suppress(FileNotFoundError):
+        filesystem.remove_file(temporary)
+    try:
+        write_file(filesystem, temporary, content)
+        filesystem.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            filesystem.remove_file(temporary)
+        raise
+    filesystem.sync_directory(path.parent)
 
 
 def make_directories(filesystem: FileSystem, path: Path) -> None:

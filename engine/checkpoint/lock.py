@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from offloop.engine.checkpoint.errors import RunLockedError
+from offloop.engine.checkpoint.filesystem import open_own
 
 LOCK = "LOCK"
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
@@ -82,11 +83,12 @@ class RunLock(_HeldFile):
 
     Raises:
         RunLockedError: If another process, or another store in this one, has it.
+        OSError: If the file cannot be opened, or is a link.
     """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / LOCK
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._file = open_own(self._path, os.O_RDWR)
         try:
             self._lock()
             self._write_owner()

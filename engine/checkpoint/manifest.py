@@ -31,7 +31,7 @@ READER_VERSION = 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 """Of files in a checkpoint: no folder, no hidden file, no ``..``."""
 
-CHECKPOINT_NAME = re.compile(r"step-[0-9]{9,20}-a[0-9]{1,9}(-[0-9]{1,9})?")
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{9,20}-a(?P<attempt>[0-9]{1,9})(-[0-9]{1,9})?")
 """Of a checkpoint's directory: steps done, attempt, and a number if that was taken."""
 
 MAX_DIMENSIONS = 64
@@ -102,8 +102,6 @@ class CheckpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, object] = {}
     """Anything else that is plain: environment, configuration hash, counters, timings."""
     tags: tuple[str, ...] = ()
-    owners: tuple[str, ...] = ()
-    """Whose retention counts it; empty where it was taken for nobody in particular."""
 
 
 class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,8 +126,6 @@ class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
     """Unix seconds."""
     metrics: dict[str, JsonNumber] = {}
     extra: object = None
-    owners: list[str] = []
-    """Whose retention counts it."""
     files: dict[str, FileRecord]
 
 

@@ -9,6 +9,7 @@ while it is read; that is then reported as missing.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zlib
@@ -113,9 +114,17 @@ class CheckpointReader:
         # The attempt first: a run that went on elsewhere may have come back beside later ones of its past.
         return sorted(found, key=lambda info: (info.manifest.attempt, info.manifest.serial))
 
-    def damaged(self) -> list[CheckpointCorruptError]:
-        """Return what is wrong with those whose manifest is not even readable."""
-        return [entry for entry in self._scan() if isinstance(entry, CheckpointCorruptError)]
+    def damaged(self) -> list[CheckpointCorruptError | CheckpointReadError]:
+        """Return what is wrong with those whose manifest is not even readable, or that are links to nothing."""
+        return [entry for entry in self._scan() if not isinstance(entry, CheckpointInfo)]
+
+    def attempts(self) -> list[int]:
+        """Return the attempts that have saved something, damaged ones included; read off the names alone."""
+        names = [
+            name for name in self._names_in(self._checkpoints) if not (self._checkpoints / name).is_file()
+        ]
+        found = [CHECKPOINT_NAME.fullmatch(name.removeprefix(SET_ASIDE)) for name in names]
+        return [int(match["attempt"]) for match in found if match]
 
     def set_aside(self) -> list[str]:
         """Return the names of the directories of those that were found damaged before, and moved out of the way."""
@@ -272,7 +281,7 @@ class CheckpointReader:
             raise CheckpointCorruptError(info.path, MANIFEST, "foreign", "it is of another one")
         return manifest
 
-    def _scan(self) -> Iterator[CheckpointInfo | CheckpointCorruptError]:
+    def _scan(self) -> Iterator[CheckpointInfo | CheckpointCorruptError | CheckpointReadError]:
         for name in self._names_in(self._checkpoints):
             if not CHECKPOINT_NAME.fullmatch(name):
                 continue
@@ -292,6 +301,10 @@ class CheckpointReader:
             except FileNotFoundError:
                 if path.is_dir():  # else: deleted while we were looking
                     yield CheckpointCorruptError(path, MANIFEST, "missing", "no such file")
+                elif path.is_symlink():
+                    yield link_to_nothing(path)
+            except NotADirectoryError:
+                continue  # a file that only has the name of a checkpoint
             except CheckpointCorruptError as error:
                 yield error
             except CheckpointIncompatibleError:
@@ -331,10 +344,19 @@ class CheckpointReader:
     def _names_in(path: Path) -> Sequence[str]:
         try:
             return sorted(os.listdir(path))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError as error:
+            if path.is_symlink():  # nobody may take this for a run that has no checkpoints yet
+                raise link_to_nothing(path) from error
+            return []
+        except NotADirectoryError:
             return []
         except OSError as error:
             raise checkpoint_format.read_error(error, path) from error
+
+
+def link_to_nothing(path: Path) -> CheckpointReadError:
+    """Return the error for a link whose target is not there, which is not to be taken for absence."""
+    return CheckpointReadError(path, errno.ENOENT, f"it is a link to {os.readlink(path)}, which is not there")
 
 
 @contextmanager

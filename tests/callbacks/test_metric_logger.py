@@ -2,9 +2,12 @@
 
 import csv
 import json
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,16 @@ from typing import Any
 import pytest
 
 from offloop.callbacks import MetricLogger
-from offloop.engine import ConfigError, EpochEnd, Event, Metrics, StepEnd, TrainStart, ValidationEnd
+from offloop.engine import (
+    ConfigError,
+    EpochEnd,
+    Event,
+    Metrics,
+    StepEnd,
+    TrainStart,
+    ValidationEnd,
+    encode,
+)
 from offloop.engine.testing import drive, tiny_loader, tiny_trainer
 
 Row = dict[str, str]
@@ -146,7 +158,7 @@ def test_resumed_attempt_cuts_rows_after_the_checkpoint_and_a_row_that_is_half_t
     )
     logger = MetricLogger(every_n_steps=1)
     run: Any = SimpleNamespace(dir=run_dir)
-    logger.on_train_start(TrainStart(attempt=1, resumed_at=10.5), run)
+    logger.on_train_start(TrainStart(attempt=1, resumed_at=10.5, resumed_attempt=0), run)
     logger.on_step_end(StepEnd(loss=0.125, lr=0.1, step=2, batch=2, time=12.0), run)
     logger.close()
     assert [(row["step"], row["loss"], row["attempt"]) for row in rows_of(run_dir / "metrics.csv")] == [
@@ -245,3 +257,119 @@ def test_killed_run_keeps_every_row(tmp_path: Path) -> None:
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert [line["epoch"] for line in lines if "train_loss" in line][: len(logged)] == logged
     assert [line["step"] for line in lines if "loss" in line][:300] == list(range(1, 301))
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def step(number: int, **values: Any) -> StepEnd:
+    return StepEnd(loss=0.5, lr=0.1, step=number, batch=number, time=float(number), **values)
+
+
+def test_rows_are_lost_only_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where a new column would have the table written anew at that moment."""
+    logger = MetricLogger(every_n_steps=1)
+    run: Any = SimpleNamespace(dir=tmp_path)
+    logger.on_train_start(TrainStart(), run)
+    logger.on_step_end(step(1), run)
+    with no_file_beyond((tmp_path / "metrics.csv").stat().st_size + 3):
+        with pytest.raises(OSError, match="too large"):
+            logger.on_step_end(step(2, metrics=Metrics(more=1.0)), run)
+        logger.on_step_end(step(3, grad_norm=2.0), run)  # told of once, not for each row
+        with pytest.raises(OSError, match="cannot be written"):
+            logger.make_durable()
+    logger.on_step_end(step(4), run)
+    logger.on_step_end(step(5, metrics=Metrics(more=1.0)), run)
+    logger.make_durable()
+    logger.close()
+    assert [(row["step"], row["more"]) for row in rows_of(tmp_path / "metrics.csv")] == [
+        ("1", ""), ("4", ""), ("5", "1.0"),
+    ]  # fmt: skip
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 4, 5]
+    told = [each.getMessage() for each in caplog.records]
+    assert sorted(told) == [
+        f"{tmp_path / name} can be written again; 2 rows are missing in it"
+        for name in ("metrics.csv", "metrics.jsonl")
+    ]
+
+
+def test_one_file_that_fails_does_not_cost_the_other_its_row(tmp_path: Path) -> None:
+    logger = MetricLogger(every_n_steps=1)
+    run: Any = SimpleNamespace(dir=tmp_path)
+    (tmp_path / "metrics.csv").mkdir()  # nothing can take its place
+    logger.on_train_start(TrainStart(), run)
+    with pytest.raises(OSError, match="directory"):
+        logger.on_step_end(step(1), run)
+    logger.on_step_end(step(2), run)
+    logger.close()
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_columns_of_ours_cannot_be_overwritten(tmp_path: Path) -> None:
+    logger = MetricLogger(every_n_steps=1)
+    run: Any = SimpleNamespace(dir=tmp_path)
+    logger.on_train_start(TrainStart(), run)
+    logger.on_step_end(step(3, metrics=Metrics(time=7.0, step=8.0, attempt=9.0, fine=1.0)), run)
+    logger.close()
+    (row,) = rows_of(tmp_path / "metrics.csv")
+    assert (row["time"], row["step"], row["attempt"], row["fine"]) == ("3.0", "3", "0", "1.0")
+
+
+def test_resumed_attempt_keeps_the_rows_of_all_attempts_before_it_whatever_their_clocks(
+    tmp_path: Path,
+) -> None:
+    header = "time,attempt,epoch,step,batch,loss"
+    rows = [
+        "9000.0,0,0,1,1,0.5",
+        "10.0,1,0,2,2,0.5",
+        "11.0,1,0,3,3,0.5",
+        "5.0,2,0,3,3,0.5",
+        "garbage,x,0,3,3,0.5",
+    ]
+    (tmp_path / "metrics.csv").write_text("\n".join([header, *rows, ""]))
+    fields = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows[:-1]]
+    lines = [
+        f'{{"time":{each["time"]},"attempt":{each["attempt"]},"step":{each["step"]}}}' for each in fields
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "garbage", ""]))
+    logger = MetricLogger(every_n_steps=1)
+    run: Any = SimpleNamespace(dir=tmp_path)
+    logger.on_train_start(TrainStart(attempt=3, resumed_at=10.5, resumed_attempt=1), run)
+    logger.close()
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.csv")] == ["1", "2"]
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_rows_that_a_killed_attempt_had_no_time_for_are_made_from_the_log(tmp_path: Path) -> None:
+    events: list[Event] = [
+        TrainStart(seq=0, time=1.0),
+        StepEnd(loss=0.5, lr=0.1, seq=1, time=2.0, step=1),
+        EpochEnd(metrics=Metrics(train_loss=0.5), seq=2, time=3.0, step=1),
+        StepEnd(loss=0.25, lr=0.1, seq=3, time=4.0, step=2),
+        EpochEnd(metrics=Metrics(train_loss=0.25), seq=4, time=5.0, epoch=1, step=2),
+    ]
+    (tmp_path / "events.jsonl").write_bytes(b"".join(encode(each) + b"\n" for each in events))
+    run: Any = SimpleNamespace(dir=tmp_path)
+    first = MetricLogger(every_n_steps=1)
+    first.on_train_start(TrainStart(), run)
+    first.on_step_end(events[1], run)  # type: ignore[arg-type]  # it is one
+    first.close()
+    (tmp_path / "metrics.jsonl").write_text("")  # that one was even further behind
+    second = MetricLogger(every_n_steps=1)
+    second.on_train_start(TrainStart(attempt=1, resumed_at=6.0, resumed_attempt=0), run)
+    second.on_step_end(step(3), run)
+    second.close()
+    found = [
+        (row["attempt"], row["step"], row["loss"], row["train_loss"])
+        for row in rows_of(tmp_path / "metrics.csv")
+    ]
+    zero = [("0", "1", "0.5", ""), ("0", "1", "", "0.5"), ("0", "2", "0.25", ""), ("0", "2", "", "0.25")]
+    assert found == [*zero, ("1", "3", "0.5", "")]
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 1, 2, 2, 3]

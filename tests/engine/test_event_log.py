@@ -1,9 +1,12 @@
 """engine/event_log.py: what is written, when, and what a reader gets back from a damaged file."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ from offloop.engine import (
     Run,
     Sample,
     StepEnd,
+    StepPoint,
     TrainEnd,
     UnknownEvent,
     encode,
+    in_step,
     read_events,
 )
 from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
@@ -161,3 +166,58 @@ def test_kill_9_leaves_all_milestones_readable(tmp_path: Path) -> None:
     # The log runs in a thread of its own beside the callback that spoke: it may be a hand-over behind, not more.
     assert written >= set(seen[:100])
     assert json.loads((tmp_path / RUN / "run.json").read_text())["status"] == "running"
+
+
+class DiskIsFull(Callback):
+    """From one step to another: no file may grow any more."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step in (self.first, self.last):
+            path = point.run.dir / "events.jsonl"
+            while not path.exists() or not path.stat().st_size:
+                time.sleep(0.001)
+            room = path.stat().st_size + 100 if point.step == self.first else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+class Log(EventLog):
+    """Tells when it has failed, so that the disk can be full until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed = threading.Event()
+
+    def on_event(self, event: Event, run: Run) -> None:
+        try:
+            super().on_event(event, run)
+        except OSError:
+            self.failed.set()
+            raise
+
+
+def test_disk_that_is_full_for_a_moment_costs_no_milestone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = Log()
+
+    class WaitForTheFailure(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 29:
+                assert log.failed.wait(60)
+
+    result = tiny_trainer(run_dir=tmp_path, run_name=RUN).train(
+        tiny_loader(2), epochs=20, callbacks=[WaitForTheFailure(), DiskIsFull(5, 30), log]
+    )
+    events = list(read_events(tmp_path / RUN))
+    assert [each.epoch for each in events if isinstance(each, EpochEnd)] == list(range(20))
+    assert isinstance(events[-1], TrainEnd)
+    seqs = [each.seq for each in events]
+    assert seqs == sorted(set(seqs))
+    assert len(result.callback_errors["Log"]) == 1  # once for the whole time, not for each event
+    assert sum("can be written again" in each.getMessage() for each in caplog.records) == 1
+    assert "is no event" not in caplog.text  # no line that was glued to another
