@@ -35,6 +35,7 @@ class ModelCheckpoint(Callback):
     """
 
     needs_run_dir = True
+    steers = False
 
     def __init__(
         self,

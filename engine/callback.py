@@ -23,6 +23,7 @@ from offloop.engine.events import (
     EpochEnd,
     EpochStart,
     Event,
+    Resumed,
     Sample,
     TrainStart,
     ValidationEnd,
@@ -44,7 +45,7 @@ Handler = Callable[..., Any]
 MAX_FAILURES_IN_ROW: Final = 10
 """Failures in a row, isolated ones, after which the observers or the step hooks of a callback are called no more."""
 
-BOUNDARY_EVENTS: Final = (TrainStart, EpochStart, ValidationStart, ValidationEnd, EpochEnd)
+BOUNDARY_EVENTS: Final = (TrainStart, Resumed, EpochStart, ValidationStart, ValidationEnd, EpochEnd)
 """Events at which the training thread stands at a boundary, so that somebody can decide there."""
 
 STEP_POINTS: Final = (
@@ -79,6 +80,11 @@ class Callback:
     """What happens beyond `buffer`; `"block"` gives the callback the right to slow training down."""
     needs_run_dir: ClassVar[bool] = False
     """True if it writes into `run.dir`: the run then has a directory, so that `run.dir` is not None."""
+    steers: ClassVar[bool] = True
+    """False if its deciders and step hooks only keep or report something, and never change the training.
+
+    A validation that is made only because a run ends is not part of the run that continues it: what a callback
+    that steers remembers of it is left out of the checkpoint, what another one remembers is kept."""
     best_by: "tuple[str, Mode] | None" = None
     """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not.
 
@@ -138,7 +144,7 @@ def decides(*, timeout: float | None = None) -> Callable[[F], F]: ...
 def decides(handler: F | None = None, /, *, timeout: float | None = None) -> F | Callable[[F], F]:
     """Give a handler the right to make training wait, at a boundary: `@decides` or `@decides(timeout=5)`.
 
-    Legal on `TrainStart`, `EpochStart`, `ValidationStart`, `ValidationEnd` and `EpochEnd`. A plain method
+    Legal on `TrainStart`, `Resumed`, `EpochStart`, `ValidationStart`, `ValidationEnd` and `EpochEnd`. A plain method
     runs in the training thread, an `async def` on the event loop while the training thread waits.
 
     Args:

@@ -30,6 +30,7 @@ from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control
 from offloop.engine.data import Feed, limited_length
+from offloop.engine.data_position import DataPosition
 from offloop.engine.data_wait import DataWait
 from offloop.engine.errors import EmptyLoaderError, LossError
 from offloop.engine.events import (
@@ -47,10 +48,10 @@ from offloop.engine.events import (
 from offloop.engine.exactness import Doubt
 from offloop.engine.freezing import Frozen
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr, mark_stepped, rates_by_group
-from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.logged_names import add_computed, check_name
 from offloop.engine.optimizer_state import options_of
 from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradients_are_finite, rescale
+from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.reporter import Logged, Reporter, Window, settled
 from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_hooks import StepHooks
@@ -94,13 +95,10 @@ class ResumedState(Protocol):
     path: str
     attempt: int
     taken: float
-    before_epoch: dict[str, Any] | None
+    state: Mapping[str, Any]
+    data: Mapping[str, Any]
 
     def restore_schedule(self, loop: "TrainingLoop", /) -> None: ...
-    def begin_epoch(self, loader: Iterable[Batch], /) -> list[Doubt]: ...
-    def continue_epoch(
-        self, loader: Iterable[Batch], done: int, /
-    ) -> tuple[Iterator[Batch], list[Doubt]]: ...
     def finish(self, loop: "TrainingLoop", doubts: Iterable[Doubt], /) -> Event: ...
 
 
@@ -220,9 +218,10 @@ class TrainingLoop:
         self.init_from: str | None = None  # where the first weights are from, in words
         self.resumed: ResumedState | None = None  # what is continued; None again when all of it is put back
         self.seconds_before = 0.0  # trained by earlier attempts
+        self.at_limit: dict[str, Any] = {}  # see state_at_limit
+        self.callback_states: Callable[[], dict[str, Any]] = dict  # of those that steer; set by the session
         self.is_resumable = False  # True where checkpoints may be taken
-        self.before_epoch: dict[str, Any] | None = None  # what decided the order of the epoch
-        self.loader_in_use = train_loader  # the one that was asked last
+        self.data = DataPosition(program, train_loader, val_loader, is_resumable=lambda: self.is_resumable)
         self.is_longer_than_said = False  # True once the train_loader gave more batches than its length
 
         self.handles_signals = False  # set before the run by who takes them
@@ -260,8 +259,16 @@ class TrainingLoop:
         for schedule in self.schedules:
             mark_stepped(schedule.scheduler.optimizer)
             check_length(schedule, self.times_to_step(schedule, start.steps_per_epoch))
-        if self.resumed is not None and (self.phase != "in_epoch" or self.resumed.before_epoch is None):
-            self.finish_resuming(self.resumed.begin_epoch(self.seeded(self.train_loader)))
+        if self.resumed is not None:
+            has_passes = self.data.restore(
+                self.resumed.data,
+                in_epoch=self.phase == "in_epoch",
+                seeded=self.seeded,
+                spared=self.workers_spared,
+                batches=self.epoch_batches,
+            )
+            if not has_passes:
+                self.finish_resuming()
         epochs = self.limits.epochs
         try:
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
@@ -281,7 +288,7 @@ class TrainingLoop:
         self.train_metrics = self.val_metrics = None  # some keep all outputs of a pass
         if self.hooks.point is not None:
             self.hooks.point.batch = None
-        self.loader_in_use = self.train_loader
+        self.data.close()
         if self.seeding is not None:
             self.seeding.close()
 
@@ -295,7 +302,7 @@ class TrainingLoop:
         started = time.perf_counter()
         enter_training(self.program.model)
         if self.phase != "in_epoch":  # a resumed epoch has begun already
-            self.before_epoch = None
+            self.data.begin_epoch(self.epoch_batches)
             self.epoch_batches = self.epoch_samples = 0
             self.epoch_first_step = self.step + 1
             if self.train_metrics:
@@ -306,6 +313,8 @@ class TrainingLoop:
                 return
 
         self.program.train_epoch(self.train_loader)
+        if self.resumed is not None and self.ending is None:
+            self.finish_resuming()  # all passes of the epoch were over
         self.finish_window()
         self.judge_data_wait()
         if self.ending in ("stopped", "cancelled"):
@@ -319,27 +328,32 @@ class TrainingLoop:
                 "no optimizer has stepped in the first epoch: a manual step calls self.backward(loss) and "
                 "self.optimizer_step(name); optimizer.step() is not seen by the run"
             )
-        length = limited_length(self.train_loader, self.config.limit_train_batches, "limit_train_batches")
-        complete = self.ending is None or self.epoch_batches == length
+        complete = self.ending is None or self.data.is_complete
         is_last = self.epoch + 1 == self.limits.epochs
         if not is_last:
             self.is_time_to_leave()  # a limit that is reached here ends the run with a validation
 
         self.reporter.readback.flush()
+        if not complete and self.ending == "limit":
+            self.at_limit = self.state_at_limit()
         trained = self.reporter.train_means.take("train_")
         if self.train_metrics:
             add_computed(trained, self.train_metrics.compute())
         self.epoch_metrics.update(trained)
         self.epoch_metrics["lr"] = self.last_lr
+        is_extra = False
         if self.validation_is_due():
-            made = self.validate()
-            if made is None or self.ending == "cancelled":
+            is_extra = not complete or not self.validation_is_regular()
+            if is_extra and not self.at_limit:
+                self.at_limit = {"validated_step": self.validated_step}
+            validated = self.validate(is_extra=is_extra)
+            if validated is None or self.ending == "cancelled":
                 return
         # A decider that stops at ValidationEnd stops a finished epoch: its end is still said.
         if complete:
             for schedule in self.schedules:
                 if schedule.interval == "epoch":
-                    self.step_epoch_schedule(schedule)
+                    self.step_epoch_schedule(schedule, is_extra=is_extra)
 
         if not is_last:
             self.is_time_to_leave()  # the time again, for the last time before the next epoch's first step
@@ -375,18 +389,27 @@ class TrainingLoop:
         control, hooks, clock = self.control, self.hooks, time.perf_counter
         feed, data_wait = self.feed, self.data_wait if training else None
         if self.is_time_to_leave():
+            self.data.is_cut |= training
             return  # without asking the loader: making an iterator draws a random number and starts workers
         may_end = self.limits.max_steps is not None or self.limits.max_time is not None
         iterator, given = self.begin_loader(loader)
+        data, is_over = self.data, False
+        current = data.current if training else None
         while True:
-            if control.attention:
-                self.boundary.look_up()
-            if ((may_end or self.ending is not None) and self.is_time_to_leave()) or given == limit:
+            if current is None or data.is_boundary(current):
+                if control.attention:
+                    self.boundary.look_up()
+                    if current is not None and not given:
+                        data.drawn_before_first_batch()
+                if (may_end or self.ending is not None) and self.is_time_to_leave():
+                    break
+            if given == limit:
                 break
             asked = clock()
             try:
                 batch = next(iterator)
             except StopIteration:
+                is_over = True
                 break
             got = clock()
             given += 1
@@ -397,7 +420,8 @@ class TrainingLoop:
                     data_wait.batches += 1
                     if not feed.has_work():  # a host that is ahead of its device waits for data all the time
                         data_wait.rest += got - asked
-            if training:
+            if current is not None:
+                current.given, data.asking = given, None
                 self.batch += 1
                 self.epoch_batches += 1
                 if self.window.count == 0:
@@ -408,10 +432,16 @@ class TrainingLoop:
                     hooks.run("before_batch", batch)
             else:
                 self.val_batches += 1
-            yield feed(batch) if feed.is_needed else batch
+            try:
+                yield feed(batch) if feed.is_needed else batch
+            except GeneratorExit:
+                if current is not None and self.ending is None:
+                    current.is_done = True  # the user's epoch has left this loader for good
+                raise
         if self.ending is not None:
             self.left.append(iterator)
-        if training:
+        if current is not None:
+            current.is_done = is_over or given == limit or (given == length and self.is_at_end(iterator))
             self.finish_window()
 
     def judge_data_wait(self) -> None:
@@ -445,28 +475,59 @@ class TrainingLoop:
 
     def begin_loader(self, loader: Iterable[Batch]) -> tuple[Iterator[Batch], int]:
         """Return an iterator over the loader's batches, and how many of them a resumed epoch has had."""
+        data = self.data
         if self.validating:
+            data.begin_validation(loader, self.epoch)
             with self.workers_spared(loader):
                 return iter(loader), 0
-        loader = self.loader_in_use = self.seeded(loader)
+        read = self.seeded(loader)
+        saved = data.saved_pass()
+        if saved is None:
+            if self.resumed is not None:
+                self.finish_resuming()  # the interruption was between two passes
+            data.begin(loader, read, epoch=self.epoch, start=self.epoch_batches)
+            with self.workers_spared(read):
+                return iter(read), 0
+        given: int = saved["given"]
+        if saved["is_done"]:
+            data.skip(saved, read)
+            return iter(()), given
+        with self.workers_spared(read):
+            iterator = data.go_on(
+                saved, read, epoch=self.epoch, start=self.epoch_batches, keep_random=self.resumed is None
+            )
         if self.resumed is not None:
-            with self.workers_spared(loader):
-                iterator, doubts = self.resumed.continue_epoch(loader, self.epoch_batches)
-            self.before_epoch = self.resumed.before_epoch
-            self.finish_resuming(doubts)
-            every = self.config.val_every_n_steps
-            if (
-                every is not None
-                and self.step
-                and self.step % every == 0
-                and self.validated_step != self.step
-            ):
-                self.validate()  # it was due when the checkpoint was taken
-            return iterator, self.epoch_batches
-        if self.is_resumable:
-            self.before_epoch = capture_before_epoch(loader)
-        with self.workers_spared(loader):
-            return iter(loader), 0
+            self.finish_resuming()
+        return iterator, given
+
+    def state_at_limit(self) -> dict[str, Any]:
+        """Return the parts of the state that the end of a run in the middle of an epoch changes.
+
+        An extra validation and an `EpochEnd` are the last word of this run. A run that continues it goes on as if
+        they had not been: its checkpoint has these parts as they were at the last step.
+        """
+        return {
+            "means": self.reporter.train_means.state_dict(),
+            "epoch_metrics": dict(self.epoch_metrics),
+            "validated_step": self.validated_step,
+            "callbacks": self.callback_states(),
+        }
+
+    def is_at_end(self, iterator: Iterator[Batch]) -> bool:
+        """True if a loader that a limit ends behind its last batch has no more.
+
+        It is asked, as it would be without the limit: samplers draw at their end, too. If its length was wrong, the
+        batch is read again by a run that goes on.
+        """
+        if self.ending != "limit":
+            return False
+        before = capture_random_state()
+        try:
+            next(iterator)
+        except StopIteration:
+            return True
+        restore_random_state(before)
+        return False
 
     def workers_spared(self, loader: Iterable[Batch]) -> contextlib.AbstractContextManager[None]:
         """Return a block in which workers are started that leave signals to a run which handles them."""
@@ -476,11 +537,15 @@ class TrainingLoop:
         """Return the loader that seeds what the samples of this epoch draw, if that is asked for."""
         return loader if self.seeding is None else self.seeding.twin_of(loader, self.epoch)
 
-    def finish_resuming(self, doubts: Iterable[Doubt]) -> None:
+    def finish_resuming(self) -> None:
         """Put the random states back, the last thing before training goes on, and say how exact it all is."""
         assert self.resumed is not None
-        self.reporter.publish(self.resumed.finish(self, doubts))
-        self.resumed = None
+        resumed, self.resumed = self.resumed, None
+        self.announce(resumed.finish(self, self.data.doubts))
+        every = self.config.val_every_n_steps
+        if every is not None and self.epoch_batches and self.phase == "in_epoch" and self.ending is None:
+            if self.step and self.step % every == 0 and self.validated_step != self.step:
+                self.validate()  # it was due when the checkpoint was taken
 
     def begin_window(self, batches_left: int | None, now: float) -> None:
         """Begin an accumulation window, a shorter one where the loader has fewer batches left."""
@@ -630,10 +695,14 @@ class TrainingLoop:
         if self.ending is None:
             self.validate()
 
-    def validate(self) -> dict[str, float] | None:
+    def validate(self, *, is_extra: bool = False) -> dict[str, float] | None:
         """Run a validation at a step boundary; returns what it made, None if it was stopped.
 
         Each module gets its own train/eval flag back, so that frozen parts stay frozen.
+
+        Args:
+            is_extra: True for one that is made only because the run ends here. A run that goes on from here must
+                draw what it draws without it.
         """
         if self.val_loader is None:
             return {}
@@ -646,7 +715,7 @@ class TrainingLoop:
         if self.ending in ("stopped", "cancelled"):
             self.validating = False
             return None
-        before = capture_before_epoch(self.val_loader) if self.is_resumable else None
+        before = self.data.before_validation() if self.is_resumable else None
         try:
             try:
                 self.hooks.run_all("before_validation")
@@ -657,9 +726,9 @@ class TrainingLoop:
         finally:
             self.validating = False
             self.val_seconds += time.perf_counter() - started
+        if before is not None and (is_extra or self.ending in ("stopped", "cancelled")):
+            self.data.rewind_validation(before)  # one that was stopped is made again by a resumed run
         if self.ending in ("stopped", "cancelled"):
-            if before is not None:  # a resumed run makes it again, and must draw what this one drew
-                rewind_epoch(self.val_loader, before)
             return None
         self.validated_step = self.step
         if self.logged_in_validation:
@@ -890,19 +959,28 @@ class TrainingLoop:
         is_last = self.epoch + 1 == self.limits.epochs
         if is_last and self.validated_step < 0:
             return True  # likewise: nothing would be judged by a validation
+        return self.validation_is_regular()
+
+    def validation_is_regular(self) -> bool:
+        """True if this epoch ends with a validation, also in a run that goes on."""
         every = self.config.val_every_n_epochs
         if every is None:
             every = 1 if self.config.val_every_n_steps is None else None
         return every is not None and (self.epoch + 1) % every == 0
 
-    def step_epoch_schedule(self, schedule: Schedule) -> None:
-        """Step a schedule that goes by epochs, and say what it did."""
+    def step_epoch_schedule(self, schedule: Schedule, *, is_extra: bool = False) -> None:
+        """Step a schedule that goes by epochs, and say what it did.
+
+        Args:
+            schedule: The schedule.
+            is_extra: True if the epoch's validation was made only because the run ends: no plateau goes by it.
+        """
         optimizer, monitor = schedule.scheduler.optimizer, schedule.monitor or self.monitor
         if self.steps_by(optimizer) <= schedule.after_steps:
             return  # still warming up
         previous = largest_lr(optimizer)
         if isinstance(schedule.scheduler, ReduceLROnPlateau):
-            if monitor.startswith("val_") and self.validated_step < self.epoch_first_step:
+            if monitor.startswith("val_") and (is_extra or self.validated_step < self.epoch_first_step):
                 return  # an epoch without a validation: there is nothing new to judge by
             schedule.scheduler.step(Metrics(self.epoch_metrics)[monitor])
         else:

@@ -60,17 +60,22 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
         limit = limited_length(loader, limit, "limit_train_batches")
     may_end = loop.limits.max_steps is not None or loop.limits.max_time is not None
     if loop.is_time_to_leave():
+        loop.data.is_cut = True
         return  # without asking the loader: making an iterator draws a random number and starts workers
     iterator, given = loop.begin_loader(loader)
+    current, is_over = loop.data.current, False
     while True:
         if control.attention:
             loop.boundary.look_up()
             optimizer = loop.first_optimizer  # commands may change anything
+            if not given:
+                loop.data.drawn_before_first_batch()
         if ((may_end or loop.ending is not None) and loop.is_time_to_leave()) or given == limit:
             break
         asked = clock()
         batch = next(iterator, _DONE)
         if batch is _DONE:
+            is_over = True
             break
         got = clock()
         given += 1
@@ -179,3 +184,5 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             optimizer = loop.first_optimizer  # and so may deciders
     if loop.ending is not None:
         loop.left.append(iterator)
+    length = limited_length(loader, config.limit_train_batches, "limit_train_batches")
+    current.is_done = is_over or given == limit or (given == length and loop.is_at_end(iterator))

@@ -51,6 +51,17 @@ def restore_random_state(state: Mapping[str, Any]) -> list[str]:
     return missed
 
 
+def differs_on_host(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True if the CPU's generators have been drawn from between two captures."""
+    if not torch.equal(state["torch"], other["torch"]) or state["python"] != other["python"]:
+        return True
+    if "numpy" not in state or "numpy" not in other:
+        return False
+    name, words, *rest = state["numpy"]
+    other_name, other_words, *other_rest = other["numpy"]
+    return bool(name != other_name or rest != other_rest or not torch.equal(words, other_words))
+
+
 @contextmanager
 def kept_on_host() -> Iterator[None]:
     """Put back, afterwards, what the block has drawn from the CPU's global generators."""

@@ -58,6 +58,7 @@ class RandomState(TypedDict):
 
 class BeforeEpoch(TypedDict):
     random: RandomState
+    first: NotRequired[RandomState]
     has_workers: bool
     generators: NotRequired[dict[str, torch.Tensor]]
     samplers: NotRequired[dict[str, Any]]
@@ -67,11 +68,40 @@ class LoaderNow(TypedDict):
     has_workers: bool
     generators: NotRequired[dict[str, torch.Tensor]]
     samplers: NotRequired[dict[str, Any]]
+    read: NotRequired[Count]
+    epoch: NotRequired[Count | None]
+    description: NotRequired[dict[str, Any] | None]
+    counters: NotRequired[dict[str, float]]
 
 
-class LoaderState(TypedDict):
+class OnePass(TypedDict):
+    """What checkpoints held before an epoch could have several passes."""
+
     before: BeforeEpoch | None
     now: LoaderNow
+
+
+class SavedPass(TypedDict):
+    loader: str
+    given: Count
+    is_done: bool
+    before: BeforeEpoch | None
+    now: NotRequired[LoaderNow]
+
+
+class Passes(TypedDict):
+    passes: list[SavedPass]
+    loaders: dict[str, LoaderNow]
+    validation: dict[str, LoaderNow]
+    doubts: list[tuple[Literal["equivalent", "approximate"], str]]
+
+
+class _LoaderOfOnePass(TypedDict):
+    loader: OnePass
+
+
+class _LoaderOfPasses(TypedDict):
+    loader: Passes
 
 
 class Made(TypedDict):
@@ -97,7 +127,7 @@ class SavedState(TypedDict):
     random: RandomState
     environment: dict[str, Any]
     callbacks: dict[str, dict[Any, Any]]
-    loader: LoaderState
+    loader: dict[str, Any]
     history: list[str]
     best: dict[str, Any] | None
     scaler: NotRequired[dict[str, Any]]
@@ -120,7 +150,9 @@ def check_state(state: object, checkpoint: Path) -> dict[str, Any]:
         UnsafeCheckpointError: A field is missing or of another type; the text names file and field.
     """
     try:
-        msgspec.convert(state, SavedState, dec_hook=_expect_instance)
+        checked = msgspec.convert(state, SavedState, dec_hook=_expect_instance)
+        kind = _LoaderOfPasses if "passes" in checked["loader"] else _LoaderOfOnePass
+        msgspec.convert({"loader": checked["loader"]}, kind, dec_hook=_expect_instance)
     except (msgspec.ValidationError, RecursionError) as error:
         detail, _, where = str(error).partition(" - at ")
         field = where.strip("`").removeprefix("$.")

@@ -70,7 +70,7 @@ class SeededSampling:
             self._twins[id(loader)] = (loader, _twin(loader, self._seed))
         twin = self._twins[id(loader)][1]
         numbered = twin.sampler if twin.batch_sampler is None else twin.batch_sampler
-        assert isinstance(numbered, _Numbered)
+        assert isinstance(numbered, Numbered)
         numbered.epoch = epoch
         return twin
 
@@ -88,34 +88,34 @@ def _twin(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
         "_iterator": None,  # of persistent workers, which have the other data set
     }
     if loader.batch_sampler is None:  # batch_size=None: single samples
-        changed["sampler"] = _Numbered(loader.sampler, count=_one)
+        changed["sampler"] = Numbered(loader.sampler, count=_one)
     else:
-        changed["batch_sampler"] = _Numbered(loader.batch_sampler, count=len)
+        changed["batch_sampler"] = Numbered(loader.batch_sampler, count=len)
     twin.__dict__.update(changed)
     return twin
 
 
-class _Numbered:
+class Numbered:
     """A sampler that says with each item which samples of the epoch it stands for."""
 
     def __init__(self, sampler: Iterable[Any], count: Callable[[Any], int]) -> None:
         self.epoch = 0
-        self._sampler = sampler
+        self.sampler_of_indices = sampler
         self._count = count
 
     def __iter__(self) -> Iterator[Key]:
         number = 0
-        for item in self._sampler:
+        for item in self.sampler_of_indices:
             yield self.epoch, number, item
             number += self._count(item)
 
     def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type]  # a sampler has a length or raises
+        return len(self.sampler_of_indices)  # type: ignore[arg-type]  # a sampler has a length or raises
 
     def __getattr__(self, name: str) -> Any:  # its generator, its state_dict
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._sampler, name)
+        return getattr(self.sampler_of_indices, name)
 
 
 class SeededDataset:
@@ -123,7 +123,7 @@ class SeededDataset:
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any], seed: int) -> None:
         self.unseeded = dataset
-        self._collate = collate
+        self.collate = collate
         self._seed = seed
 
     def __getitems__(self, key: Key) -> Any:
@@ -132,12 +132,12 @@ class SeededDataset:
         with _training_undisturbed():
             if fetch is not None:
                 self._seed_for(epoch, first)
-                return self._collate(fetch(indices))
+                return self.collate(fetch(indices))
             samples = []
             for number, index in enumerate(indices, first):
                 self._seed_for(epoch, number)
                 samples.append(self.unseeded[index])
-            return self._collate(
+            return self.collate(
                 samples
             )  # a collate function that draws goes on with the last sample's numbers
 
@@ -145,7 +145,7 @@ class SeededDataset:
         epoch, number, index = key
         with _training_undisturbed():
             self._seed_for(epoch, number)
-            return self._collate(self.unseeded[index])
+            return self.collate(self.unseeded[index])
 
     def __len__(self) -> int:
         return len(self.unseeded)

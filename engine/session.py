@@ -149,6 +149,7 @@ class Session:
         self._marks: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
+        self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
         self.save_at_end = False  # set by the training thread

@@ -11,7 +11,7 @@ Random states are put back last, after the loader has begun its epoch: beginning
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,6 @@ from offloop.engine.errors import ConfigError
 from offloop.engine.events import Resumed
 from offloop.engine.exactness import Doubt
 from offloop.engine.learning_rate import Schedule
-from offloop.engine.loader_position import begin_epoch, capture_in_epoch, continue_epoch
 from offloop.engine.model_modes import capture_modes, restore_modes
 from offloop.engine.optimizer_state import BEGIN_ANEW, parameter_names, restore_optimizer
 from offloop.engine.random_state import capture_random_state, restore_random_state
@@ -70,14 +69,44 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any
         "modes": capture_modes(loop.program.model),
         "random": capture_random_state(),
         "environment": environment(loop),
-        "callbacks": {each.name: dict(each.callback.state_dict()) for each in handlers if each.has_state},
+        "callbacks": capture_callbacks(handlers),
     }
     if loop.mixed.scaler is not None:
         state["scaler"] = loop.mixed.scaler.state_dict()
     if loop.train_metrics:
         state["metrics"] = loop.train_metrics.state_dict()
-    state["loader"] = {"before": loop.before_epoch, "now": capture_in_epoch(loop.loader_in_use)}
+    if loop.resumed is not None:
+        # Not put back yet: where the loaders stand, and what comes next from the generators, is as it was saved.
+        state |= {name: loop.resumed.state[name] for name in ("random", "loader")}
+    else:
+        state["loader"] = loop.data.capture(in_epoch=loop.phase == "in_epoch", batches=loop.epoch_batches)
+    if loop.at_limit and loop.ending != "stopped":
+        before = dict(loop.at_limit)
+        state["position"]["validated_step"] = before.pop("validated_step")
+        state["callbacks"] |= before.pop("callbacks", {})
+        state |= before
     return state
+
+
+def capture_callbacks(handlers: Sequence[Handlers], *, steering: bool = False) -> dict[str, Any]:
+    """Return what deciders and step hooks remember, by the name of their callback.
+
+    Args:
+        handlers: Of the run's callbacks.
+        steering: True for those only that may change the training, in containers of their own.
+    """
+    return {
+        each.name: _copied(each.callback.state_dict()) if steering else dict(each.callback.state_dict())
+        for each in handlers
+        if each.has_state and (each.callback.steers or not steering)
+    }
+
+
+def _copied(value: Any) -> Any:
+    """Return a value whose containers are its own; tensors are shared."""
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def environment(loop: "TrainingLoop") -> dict[str, Any]:
@@ -126,10 +155,9 @@ class Continuation:
         self.path = report.checkpoint
         self.report = report
         self.taken: float = state["taken"]
-        self._state = state
+        self.state = state
         self._adjusted: list[LRScheduler] = []  # schedules of another length than before
-        self.before_epoch: dict[str, Any] | None = state["loader"]["before"]  # None: no loader was asked yet
-        self._now: Mapping[str, Any] = state["loader"]["now"]
+        self.data: Mapping[str, Any] = state["loader"]
 
     def restore(self, loop: "TrainingLoop", handlers: Sequence[Handlers]) -> None:
         """Put the state back, all but loader and random states. Before the first event.
@@ -138,7 +166,7 @@ class Continuation:
             WeightsMismatchError: The checkpoint is of another model.
             ConfigError: It is of other optimizers.
         """
-        state = self._state
+        state = self.state
         load_weights(loop.program.model, state["model"], self.path)
         self._restore_optimizers(loop)
         for index, schedule in enumerate(loop.schedules[: len(state["schedulers"])]):
@@ -172,7 +200,7 @@ class Continuation:
                 self.report.lower("approximate", f"{name} was {saved}, now it is {here.get(name)}")
 
     def _restore_optimizers(self, loop: "TrainingLoop") -> None:
-        state, made = self._state, self._state.get("made", {}).get("optimizers", {})
+        state, made = self.state, self.state.get("made", {}).get("optimizers", {})
         if state["optimizers"].keys() != loop.optimizers.keys():
             raise ConfigError(
                 f"the checkpoint has the optimizers {', '.join(state['optimizers'])}, the script has "
@@ -191,7 +219,7 @@ class Continuation:
 
     def _restore_metrics(self, loop: "TrainingLoop") -> None:
         """Go on with the metrics of the epoch in progress; others than then begin here."""
-        saved, metrics = self._state.get("metrics"), loop.train_metrics
+        saved, metrics = self.state.get("metrics"), loop.train_metrics
         names = [] if saved is None else [each.partition(":")[0] for each in saved["metrics"]]
         own = [] if metrics is None else list(metrics.names)
         for name in names:
@@ -206,7 +234,7 @@ class Continuation:
                 self.report.lower("approximate", f"metric {name} leaves out the first batches of this epoch")
 
     def _restore_callbacks(self, handlers: Sequence[Handlers]) -> None:
-        saved, own = self._state["callbacks"], {each.name: each for each in handlers if each.has_state}
+        saved, own = self.state["callbacks"], {each.name: each for each in handlers if each.has_state}
         for name, each in own.items():
             if name in saved:
                 each.callback.load_state_dict(saved[name])
@@ -218,34 +246,25 @@ class Continuation:
     def restore_schedule(self, loop: "TrainingLoop") -> None:
         """Put back the state of the schedule attached last, and the rates that making it has changed."""
         index = len(loop.schedules) - 1
-        if index < len(self._state["schedulers"]):
+        if index < len(self.state["schedulers"]):
             self._load_schedule(loop.schedules[index], index)
         else:
             name = type(loop.schedules[index].scheduler).__name__
             self.report.take(f"schedule {name} is new")
             self.report.lower("approximate", f"schedule {name} is new")
         for name, optimizer in loop.optimizers.items():
-            groups = self._state["optimizers"][name]["param_groups"]
+            groups = self.state["optimizers"][name]["param_groups"]
             for group, kept in zip(optimizer.param_groups, groups, strict=False):
                 group.update({key: value for key, value in kept.items() if key != "params"})
         for scheduler in self._adjusted:
             follow_length(scheduler)
 
     def _load_schedule(self, schedule: Schedule, index: int) -> None:
-        made = self._state.get("made", {}).get("schedulers")
-        saved = self._state["schedulers"][index]
+        made = self.state.get("made", {}).get("schedulers")
+        saved = self.state["schedulers"][index]
         then = None if made is None else made[index]
         if restore_schedule(schedule.scheduler, saved, then, self.report):
             self._adjusted.append(schedule.scheduler)
-
-    def begin_epoch(self, loader: Iterable[Any]) -> list[Doubt]:
-        """Put back what the loader's next epoch begins with; returns what is not known to be exact."""
-        return begin_epoch(loader, self._now)
-
-    def continue_epoch(self, loader: Iterable[Any], done: int) -> tuple[Iterator[Any], list[Doubt]]:
-        """Return an iterator over the rest of the epoch, and what is not known to be exact about it."""
-        assert self.before_epoch is not None
-        return continue_epoch(loader, done, self.before_epoch, self._now)
 
     def finish(self, loop: "TrainingLoop", doubts: Iterable[Doubt]) -> Resumed:
         """Put the random states back and return what to say. The last thing before training goes on.
@@ -256,12 +275,12 @@ class Continuation:
         """
         for doubt in doubts:
             self.report.lower(*doubt)
-        for saved in self._state["schedulers"][len(loop.schedules) :]:
+        for saved in self.state["schedulers"][len(loop.schedules) :]:
             text = (
                 f"a schedule of the checkpoint, at its step {saved.get('last_epoch')}, is not there any more"
             )
             self.report.take(text)
             self.report.lower("approximate", text)
-        for missed in restore_random_state(self._state["random"]):
+        for missed in restore_random_state(self.state["random"]):
             self.report.lower("approximate", missed)
         return self.report.event(loop.position())

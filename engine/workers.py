@@ -50,19 +50,25 @@ def spared_workers(loader: Iterable[Any]) -> Iterator[None]:
         loader.worker_init_fn = init
 
 
+def users_init_fn(loader: "DataLoader[Any]") -> Callable[[int], None] | None:
+    """Return the user's `worker_init_fn`, also while `spared_workers` has put its own before it."""
+    init = loader.worker_init_fn
+    return init.then if isinstance(init, _Init) else init
+
+
 class _Init:
     """The user's `worker_init_fn`, after the handlers; a class, since spawned workers get it pickled."""
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
-        self._then = then
+        self.then = then
         self._is_leaving = _shared_mark()
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._leave_with_parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        if self._then is not None:
-            self._then(worker_id)
+        if self.then is not None:
+            self.then(worker_id)
 
     def _leave_with_parent(self, number: int, frame: FrameType | None) -> None:
         """End only if the parent is at its end and waits for us; else a batch that it still wants would be lost."""
