@@ -46,7 +46,13 @@ class CheckpointName:
                 f"200 bytes; {pattern!r} makes {example!r}; where it is put is save_dir"
             )
 
-    def of(self, info: CheckpointInfo) -> str:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CheckpointName) and self.pattern == other.pattern
+
+    def __hash__(self) -> int:
+        return hash(self.pattern)
+
+    def __call__(self, info: CheckpointInfo) -> str:
         """Return the name of a checkpoint; a metric that was not made at its very step is `nan`."""
         return self.format({key: getattr(info.manifest, key) for key in POSITION}, info.metrics)
 

@@ -1,5 +1,6 @@
 """ModelCheckpoint: when to save, which checkpoints to keep, which is best."""
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -9,7 +10,9 @@ from typing import Any, Final
 from offloop.callbacks.checkpoint_name import CheckpointName
 from offloop.callbacks.monitor import Mode, Monitor
 from offloop.engine import (
+    Best,
     Callback,
+    CheckpointReader,
     CheckpointSaved,
     ConfigError,
     EpochEnd,
@@ -32,6 +35,10 @@ class ModelCheckpoint(Callback):
     durable (`CheckpointSaved`), and older ones are removed only after that. The choice of the best is a
     decider, so it does not depend on how fast the disk is. If saving it fails, the previous best counts again:
     on disk at once, and for what is saved next as soon as the failure is known.
+
+    Several serve one run: each has its own best, its own rules of what is kept and its own copies. A checkpoint that
+    two of them want of one moment is taken once. `result.best` is that of the first one that names a `monitor`,
+    unless `Trainer(monitor=...)` says otherwise; each has its own as `best`.
     """
 
     needs_run_dir = True
@@ -56,8 +63,8 @@ class ModelCheckpoint(Callback):
         """Choose when to save and what to keep.
 
         Args:
-            monitor: Key of the metric that says which is best; None for `val_loss`, or `train_loss` in a run
-                without a validation.
+            monitor: Key of the metric that says which is best; None for `Trainer(monitor=...)`, else `val_loss`, or
+                `train_loss` in a run without a validation.
             mode: Whether less or more of it is better.
             save_best_only: Save when the metric has improved, and at the end (`save_last`); nothing else.
             save_top_k: How many of the best are kept, at least 1.
@@ -68,11 +75,13 @@ class ModelCheckpoint(Callback):
                 the machine.
             keep_last: The newest ones that are kept, at least 2; None keeps all.
             keep_every_n_steps: Those at multiples of this are kept for good.
-            save_dir: A directory in which each checkpoint that is kept stands too, under a name of yours: as hard
-                links on the same disk, else as copies. Runs may share it.
+            save_dir: A directory in which the checkpoints that this callback keeps stand too, under a name of yours:
+                as hard links on the same disk, else as copies. With `save_best_only` only the best ones. Runs may
+                share it.
             filename: The names there, in Python's format language, of `epoch`, `step`, `batch`, `attempt` and metrics:
                 `"epoch={epoch}-val_loss={val_loss:.3f}"`. A metric that was not made at the very step of the
-                checkpoint is `nan`. None for `"epoch={epoch}-step={step}"`.
+                checkpoint is `nan`. Where several have one name, the newest has it, or with `save_best_only` the
+                best, and the others get numbers: `"best"` is the best one. None for `"epoch={epoch}-step={step}"`.
 
         Raises:
             ConfigError: A value is out of its range, `save_best_only` comes with a cadence, or `filename` has a key
@@ -122,10 +131,20 @@ class ModelCheckpoint(Callback):
         self._watched = self.monitor  # or the run's own
         if self._watched is not None:
             self._watched.best = None
-        self._best_on_disk: float | None = None
-        self._pending: list[tuple[float, Future[CheckpointSaved]]] = []  # bests that are being written
+        # The training thread replaces both; `best` is read by anybody
+        self._best_on_disk: Best | None = None
+        self._pending: list[tuple[Best, Future[CheckpointSaved]]] = []  # bests that are being written
+        self._owner = ""  # whose checkpoints ours are, as the engine calls us
         self._saved_at = 0.0
         self._best_step = -1  # where the latest best was saved
+
+    @property
+    def best(self) -> Best | None:
+        """The best moment by this callback's metric that is on disk, with its path. Any thread, also after the run."""
+        for best, future in reversed(self._pending):
+            if future.done() and not _has_failed(future):
+                return dataclasses.replace(best, path=future.result().path)
+        return self._best_on_disk
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
@@ -136,7 +155,9 @@ class ModelCheckpoint(Callback):
                 self._watched.load_state_dict(best)
         assert self._watched is not None
         self._watched.begin(run)
-        self._best_on_disk = self._watched.best
+        assert run.dir is not None  # needs_run_dir
+        if self._best_on_disk is not None:  # of an earlier attempt
+            self._best_on_disk = self._best_on_disk.located(CheckpointReader(run.dir).checkpoints())
         self._saved_at = time.monotonic()
         retention = Retention(
             keep_last=self.keep_last,
@@ -145,11 +166,12 @@ class ModelCheckpoint(Callback):
             mode=self._watched.direction,
             keep_every_n_steps=self.keep_every_n_steps,
         )
-        run.trainer.keep_checkpoints(
+        self._owner = run.trainer.keep_checkpoints(
             retention,
             save_at_end=self.save_last,
             save_dir=self.save_dir,
-            name_of=self._name.of,
+            name_of=self._name,
+            copy_best_only=self.save_best_only,
             on_unsaveable=self.on_error or "raise",
         )
 
@@ -175,13 +197,23 @@ class ModelCheckpoint(Callback):
             self._save(run, "interval")
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {} if self._watched is None else {"monitor": self._watched.state_dict()}
+        if self._watched is None:
+            return {}
+        # As the run decides: the best may be the very checkpoint that this is written into
+        best = self._pending[-1][0] if self._pending else self._best_on_disk
+        return {
+            "monitor": self._watched.state_dict(),
+            "best": None if best is None else dataclasses.asdict(dataclasses.replace(best, path=None)),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "monitor" in state:
             if self._watched is None:
                 self._watched = Monitor(state["monitor"]["key"], self.mode)
             self._watched.load_state_dict(state["monitor"])
+            best = state.get("best")
+            if best is not None and self._watched.best == best["score"]:
+                self._best_on_disk = Best(**best)
 
     def _judge(self, event: ValidationEnd | EpochEnd, run: Run) -> None:
         """Save if the metric has improved."""
@@ -192,22 +224,25 @@ class ModelCheckpoint(Callback):
             return  # nobody asked for this metric, so a run may do without it
         value = watched.value_at(event)
         if value is not None and watched.improves(value):
-            self._pending.append((value, self._save(run, "best")))
+            best = Best(monitor=watched.key, score=value, epoch=event.epoch, step=event.step)
+            self._pending = [*self._pending, (best, self._save(run, "best"))]
             self._best_step = event.step
 
     def _settle(self, watched: Monitor) -> None:
         """Take note of what became of earlier bests; one that was not written is no best."""
-        done = [(value, future) for value, future in self._pending if future.done()]
-        self._pending = [(value, future) for value, future in self._pending if not future.done()]
-        failed = False
-        for value, future in done:
-            if future.cancelled() or future.exception() is not None:
-                failed = True
-            else:
-                self._best_on_disk = value
+        if not any(future.done() for _, future in self._pending):
+            return
+        self._best_on_disk = self.best
+        failed = any(_has_failed(future) for _, future in self._pending)
+        self._pending = [(best, future) for best, future in self._pending if not future.done()]
         if failed:
-            watched.best = self._pending[-1][0] if self._pending else self._best_on_disk
+            latest = self._pending[-1][0] if self._pending else self._best_on_disk
+            watched.best = None if latest is None else latest.score
 
     def _save(self, run: Run, reason: str) -> "Future[CheckpointSaved]":
         self._saved_at = time.monotonic()
-        return run.checkpoint_nowait(reason)
+        return run.checkpoint_nowait(reason, by=self._owner)
+
+
+def _has_failed(future: "Future[CheckpointSaved]") -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)

@@ -299,6 +299,8 @@ def _open(key: object, file: TextIO | None) -> "_Display":
         return _Notebook()
     own = _own_stderr() if file is None else None
     stream = own or file or sys.stderr
+    if stream is None:  # under pythonw and in applications without a console
+        return _Display()
     console = Console(file=stream, force_jupyter=False)
     with contextlib.suppress(ValueError):  # a file that is closed has no terminal
         if stream.isatty() and not console.is_dumb_terminal and not console.legacy_windows:
@@ -318,7 +320,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Display:
-    """Something that several bars are drawn on. Any thread."""
+    """Something that several bars are drawn on; this one draws nothing. Any thread."""
 
     def __init__(self) -> None:
         self.bars: list[ProgressBar] = []

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from offloop.engine.errors import Preempted as Preempted
     from offloop.engine.errors import RunEndedError as RunEndedError
     from offloop.engine.errors import RunNameTakenError as RunNameTakenError
+    from offloop.engine.errors import RunNotFoundError as RunNotFoundError
+    from offloop.engine.errors import RunsClosedError as RunsClosedError
     from offloop.engine.errors import SubscriberTooSlowError as SubscriberTooSlowError
     from offloop.engine.errors import TrainerBusyError as TrainerBusyError
     from offloop.engine.errors import WeightsError as WeightsError
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from offloop.engine.observer import CallbackCosts as CallbackCosts
     from offloop.engine.run import Run as Run
     from offloop.engine.run import RunResult as RunResult
+    from offloop.engine.runs import Runs as Runs
     from offloop.engine.step_hooks import StepPoint as StepPoint
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
     from offloop.engine.trainer import Trainer as Trainer
@@ -110,6 +113,8 @@ _MODULES = {
         "Preempted",
         "RunEndedError",
         "RunNameTakenError",
+        "RunNotFoundError",
+        "RunsClosedError",
         "SubscriberTooSlowError",
         "TrainerBusyError",
         "WeightsError",
@@ -148,6 +153,7 @@ _MODULES = {
     "model_registry": ("ModelRegistry", "ModelVersion"),
     "observer": ("CallbackCosts",),
     "run": ("Run", "RunResult"),
+    "runs": ("Runs",),
     "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),
     "tuning": ("BatchSizeSearch", "BatchSizeTrial", "LearningRateSearch"),

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.callback import Callback
 from offloop.engine.checkpoint import RemoteRun
 from offloop.engine.config import RemoteDirectory, TrainerConfig
-from offloop.engine.data import length_of
+from offloop.engine.data import length_of, why_empty
 from offloop.engine.errors import ConfigError, EmptyLoaderError
 from offloop.engine.events import known_events
 from offloop.engine.lazy_imports import first_use
@@ -120,12 +121,39 @@ def check_loader(loader: Any, name: str) -> None:
             f"{name} must give batches, got a {type(loader).__name__}: DataLoader(TensorDataset(inputs, targets), "
             "batch_size=32) makes them"
         )
+    if isinstance(loader, tuple) and loader and all(_is_whole(each) for each in loader):
+        raise TypeError(
+            f"{name} must give batches, got a tuple of {len(loader)} tensors or arrays: "
+            "DataLoader(TensorDataset(inputs, targets), batch_size=32) makes them"
+        )
+    if hasattr(loader, "column_names") and hasattr(
+        loader, "__getitem__"
+    ):  # as those of Hugging Face's datasets
+        raise TypeError(
+            f"{name} must give batches, got a data set of single samples: "
+            'DataLoader(dataset.with_format("torch"), batch_size=32) makes them'
+        )
     if isinstance(loader, str | bytes | Mapping) or not hasattr(loader, "__iter__"):
         is_indexed = hasattr(loader, "__getitem__") and not isinstance(loader, str | bytes | Mapping)
         indexable = " (a Dataset? wrap it in a DataLoader)" if is_indexed else ""
         raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
     if length_of(loader) == 0:
-        raise EmptyLoaderError(f"{name} is empty: it has no batch")
+        raise EmptyLoaderError(f"{name} is empty: {why_empty(loader)}")
+
+
+def _is_whole(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) or hasattr(part, "__array__")
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raise where a model has no values yet."""
+    without = [name for name, each in model.named_parameters() if each.is_meta and not is_lazy(each)]
+    if without:
+        raise ConfigError(
+            f"{len(without)} parameters of the model, {without[0]!r} first, are on the device meta and have no values: "
+            "make the model outside of torch.device('meta'), or give it values, model.to_empty(device=...) and an "
+            "initialization, before the optimizer is made"
+        )
 
 
 def check_optimizers(

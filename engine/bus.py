@@ -450,7 +450,14 @@ class Bus:
         if self._closing:
             raise BusClosedError(f"{type(event).__name__} was published after the run had ended")
         if not isinstance(event, Event):
-            raise EventError(f"publish takes an event, an instance of a subclass of Event, got {event!r}")
+            if isinstance(event, type) and issubclass(event, Event):
+                raise EventError(
+                    f"publish takes an event, got the class {event.__name__}: publish {event.__name__}(...)"
+                )
+            raise EventError(
+                f"publish takes an event, got a {type(event).__name__}: numbers of a step go to log(name, value); else "
+                "define class Mine(Event, frozen=True) with its fields, and publish Mine(...)"
+            )
         if event.time:
             raise EventError(
                 f"{type(event).__name__} was published before: make a new event for each publish"

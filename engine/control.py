@@ -16,13 +16,14 @@ the command is accepted, for everybody (`wait_for`).
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Final, Literal, TypeVar
 
 from offloop.engine.deadlock import CommandFuture, Places
@@ -39,6 +40,9 @@ CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "tag", 
 AT_ANY_BATCH: Final = frozenset({"pause", "resume"})
 """Commands that apply at the next batch; the others wait for the end of the accumulation window."""
 
+POLICY_REASONS: Final = frozenset({"best", "interval"})
+"""Why callbacks take checkpoints at a boundary; those of one state are one checkpoint."""
+
 actor: contextvars.ContextVar[str] = contextvars.ContextVar("offloop_actor", default="user")
 """Who acts in this context: the name of the callback whose handler runs, else `user`."""
 deciding: contextvars.ContextVar[object] = contextvars.ContextVar("offloop_deciding", default=None)
@@ -48,7 +52,7 @@ deciding: contextvars.ContextVar[object] = contextvars.ContextVar("offloop_decid
 class Command:
     """A wish on its way to the training thread."""
 
-    __slots__ = ("arguments", "by", "from_decider", "future", "id", "name")
+    __slots__ = ("also_by", "arguments", "by", "from_decider", "future", "id", "name")
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class Command:
         self.id = id
         self.arguments = arguments
         self.by = by
+        self.also_by: tuple[str, ...] = ()  # who gave commands that this one serves as well
         self.from_decider = from_decider
         self.future = future
 
@@ -186,7 +191,9 @@ class Control:
                 self._commands.remove(command)
             # Still true if something waits for another boundary: then each batch looks again.
             self.attention = bool(self._commands) or self.cancelled
-        return sorted(applicable, key=lambda command: (command.name == "stop", not command.from_decider))
+        return _merged(
+            sorted(applicable, key=lambda command: (command.name == "stop", not command.from_decider))
+        )
 
     def put_back(self, commands: Sequence[Command]) -> None:
         """Put back what was collected and could not be applied."""
@@ -248,3 +255,32 @@ class Control:
                 command.future.set_exception(
                     RunEndedError(f"the run ended before {command.name} could be applied")
                 )
+
+
+def _merged(commands: list[Command]) -> list[Command]:
+    """Let one checkpoint serve all policies that ask for one of the very same state, one right after the other."""
+    merged: list[Command] = []
+    for command in commands:
+        first = merged[-1] if merged else command
+        is_same = first is not command and all(
+            each.name == "checkpoint" and each.arguments.get("reason") in POLICY_REASONS
+            for each in (first, command)
+        )
+        if not is_same:
+            merged.append(command)
+            continue
+        if not command.future.set_running_or_notify_cancel():
+            continue  # whoever gave it has taken it back
+        first.also_by += (command.by,)
+        if command.arguments["reason"] == "best":
+            first.arguments = command.arguments
+        first.future.add_done_callback(functools.partial(_pass_on, to=command.future))
+    return merged
+
+
+def _pass_on(done: Future[Any], *, to: Future[Any]) -> None:
+    error = CancelledError() if done.cancelled() else done.exception()
+    if error is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(done.result())

@@ -131,6 +131,18 @@ def length_of(loader: Any) -> int | None:
         return None  # an iterable without one, or a DataLoader over an IterableDataset
 
 
+def why_empty(loader: Any) -> str:
+    """Return why a loader has no batch, and what helps, as far as that can be told."""
+    samples = length_of(getattr(loader, "dataset", None))
+    size = getattr(loader, "batch_size", None)
+    if samples and size and getattr(loader, "drop_last", False):
+        return (
+            f"drop_last=True leaves out what fills no batch, and its {samples} samples are fewer than "
+            f"batch_size={size}; give drop_last=False or a smaller batch_size"
+        )
+    return "its data set has no sample" if samples == 0 else "it has no batch"
+
+
 def limited_length(loader: Any, limit: int | float | None, knob: str) -> int | None:
     """Return how many batches will be used under `limit`; None where nothing says so.
 

@@ -7,6 +7,7 @@ import torch
 
 from offloop.engine.errors import BatchError
 from offloop.engine.loop import Batch, StepOutput
+from offloop.engine.step_failures import describe, explain_call
 
 
 def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
@@ -19,9 +20,14 @@ def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
         return batch[0], batch[1]
     if isinstance(batch, Mapping) and "inputs" in batch and "targets" in batch:
         return batch["inputs"], batch["targets"]
+    whole = (
+        "; if the loader is a list of whole tensors: DataLoader(TensorDataset(inputs, targets), batch_size=32)"
+        if isinstance(batch, torch.Tensor)
+        else ""
+    )
     raise BatchError(
-        f"with loss= a batch must be (inputs, targets) or a mapping with those keys, got {_describe(batch)}: "
-        "override training_step(self, batch)"
+        f"with loss= a batch must be (inputs, targets) or a mapping with those keys, got {describe(batch)}: "
+        f"override training_step(self, batch){whole}"
     )
 
 
@@ -32,22 +38,28 @@ def own_loss(model: torch.nn.Module, batch: Batch) -> StepOutput:
         BatchError: The batch cannot be given to a model, or the model has returned no loss.
     """
     if isinstance(batch, Mapping):
-        outputs = model(**batch)
+        try:
+            outputs = model(**batch)
+        except TypeError as error:
+            explain_call(model, batch, error)
         targets = batch.get("labels", batch.get("targets"))
     elif isinstance(batch, tuple | list):
-        outputs = model(*batch)
+        try:
+            outputs = model(*batch)
+        except TypeError as error:
+            explain_call(model, batch, error)
         targets = batch[-1] if batch else None
     elif isinstance(batch, torch.Tensor):
         outputs, targets = model(batch), None
     else:
         raise BatchError(
-            f"a batch must be a tensor, a tuple, a list or a mapping, got {_describe(batch)}: "
+            f"a batch must be a tensor, a tuple, a list or a mapping, got {describe(batch)}: "
             "override training_step(self, batch)"
         )
     loss = outputs if isinstance(outputs, torch.Tensor) else _part(outputs, "loss")
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise BatchError(
-            f"the model returned {_describe(outputs)} for a batch of {_describe(batch)}, which is no loss: give "
+            f"the model returned {describe(outputs)} for a batch of {describe(batch)}, which is no loss: give "
             "Trainer(loss=...), let the model return its loss, or override training_step(self, batch)"
         )
     logits = _part(outputs, "logits")
@@ -60,13 +72,3 @@ def _part(outputs: Any, name: str) -> Any:
     if isinstance(outputs, Mapping):
         return outputs.get(name)
     return getattr(outputs, name, None)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with keys {', '.join(map(str, value))}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"

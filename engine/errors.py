@@ -12,6 +12,8 @@ that a caller may want to handle. Facts are attributes, so nobody has to match t
     ├── DeadlockError (also RuntimeError)   a wait that could never end
     ├── TrainerBusyError                    a second run while one is going on
     ├── RunEndedError                       a command to a run that is over
+    ├── RunsClosedError                     a run to be started in a `Runs` that is shut down
+    ├── RunNotFoundError (also KeyError)    no run of that id in a `Runs`
     ├── RunNameTakenError                   the run directory exists already
     ├── EmptyLoaderError                    a loader that gave no batch
     ├── BatchError (also TypeError)         a batch that fits no convention
@@ -82,6 +84,27 @@ class TrainerBusyError(OffloopError):
 
 class RunEndedError(OffloopError):
     """A command reached a run that is over, or that ended before the command could be applied."""
+
+
+class RunsClosedError(OffloopError):
+    """A run was to be started in a `Runs` that is shut down."""
+
+
+class RunNotFoundError(OffloopError, KeyError):
+    """A `Runs` has no run of that id: it never had, or the run has ended and was forgotten.
+
+    Attributes:
+        run_id: What was asked for.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        super().__init__(
+            f"there is no run {run_id!r} here: it was never started, or has ended and was forgotten"
+        )
+
+    def __str__(self) -> str:  # KeyError would show the repr of the text
+        return str(self.args[0])
 
 
 class RunNameTakenError(OffloopError):

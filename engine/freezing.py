@@ -18,17 +18,22 @@ from offloop.engine.selection import matches, nothing_matches
 def select_parameters(
     model: torch.nn.Module, patterns: str | Sequence[str] | None, knob: str = "freeze"
 ) -> list[str]:
-    """Return the names of the parameters that patterns mean, in the model's order.
+    """Return the names of the parameters that patterns mean, in the model's order; of a tied one its first name.
 
     Raises:
         ConfigError: A pattern means none; the text names what was probably meant.
     """
     given = [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
-    names = [name for name, _ in model.named_parameters()]
+    # A tied parameter has several names, and each of them means it; the first one stands for it.
+    names: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     for pattern in given:
-        if not any(matches(name, pattern) for name in names):
-            raise nothing_matches(knob, pattern, "parameter", names)
-    return [name for name in names if any(matches(name, pattern) for pattern in given)]
+        if not any(matches(name, pattern) for own in names.values() for name in own):
+            raise nothing_matches(
+                knob, pattern, "parameter", [name for own in names.values() for name in own]
+            )
+    return [own[0] for own in names.values() if any(matches(name, each) for name in own for each in given)]
 
 
 class Frozen:

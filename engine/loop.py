@@ -29,7 +29,7 @@ from offloop.engine.boundary import Boundary
 from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control
-from offloop.engine.data import Feed, limited_length
+from offloop.engine.data import Feed, limited_length, why_empty
 from offloop.engine.data_position import DataPosition
 from offloop.engine.data_wait import DataWait
 from offloop.engine.errors import EmptyLoaderError, LossError
@@ -322,7 +322,7 @@ class TrainingLoop:
         if self.epoch_batches == 0:
             if self.ending == "limit":
                 return  # the time was up before its first batch
-            raise EmptyLoaderError(self.describe_empty_loader())
+            raise EmptyLoaderError(describe_empty("train_loader", self.train_loader, was_read=self.epoch > 0))
         if not self.program.automatic_optimization and self.step == self.epoch == 0:
             logger.warning(
                 "no optimizer has stepped in the first epoch: a manual step calls self.backward(loss) and "
@@ -753,7 +753,7 @@ class TrainingLoop:
         with torch.no_grad():
             self.program.validate_epoch(loader)
         if self.val_batches == 0 and self.ending not in ("stopped", "cancelled"):
-            raise EmptyLoaderError("the val_loader gave no batch")
+            raise EmptyLoaderError(describe_empty("val_loader", loader, was_read=self.validated_step >= 0))
 
     def validate_batch(self, batch: Batch) -> None:
         """Run one batch of a validation."""
@@ -1043,14 +1043,16 @@ class TrainingLoop:
             totals.append(epochs * steps_per_epoch)
         return min(totals) - max(self.step, schedule.after_steps) if totals else None
 
-    def describe_empty_loader(self) -> str:
-        """Say which loader was empty, and the usual mistake."""
-        if self.epoch == 0:
-            return "the train_loader gave no batch"
+
+def describe_empty(name: str, loader: Iterable[Batch], *, was_read: bool) -> str:
+    """Say that a loader gave no batch, and why; `was_read` is True if it gave some earlier in the run."""
+    if was_read or hasattr(loader, "__next__"):
+        again = " when it was read again" if was_read else ""
         return (
-            f"the train_loader gave no batch in epoch {self.epoch}: is it a generator, which can be read only "
-            "once? Give a DataLoader, a list, or an object whose __iter__ begins anew"
+            f"the {name} gave no batch{again}: is it a generator, which can be read only once? Give a DataLoader, "
+            "a list, or an object whose __iter__ begins anew"
         )
+    return f"the {name} gave no batch: {why_empty(loader)}"
 
 
 def read_output(

@@ -8,14 +8,14 @@ import torch
 
 from offloop.engine.config import Precision
 
-_AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class MixedPrecision:
     """Autocast and loss scaling of one run, as its `precision` says. Used by the training thread only."""
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
-        self.dtype = _AUTOCAST_DTYPES.get(precision)
+        self.dtype = AUTOCAST_DTYPES.get(precision)
         self.device_type = device.type
         # Only fp16 needs scaling: bf16 has the exponent range of fp32.
         self.scaler = torch.amp.GradScaler(device.type) if precision == "16-mixed" else None
@@ -97,10 +97,34 @@ def free_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 def clip(parameters: Iterable[torch.nn.Parameter], limit: float, algorithm: str) -> torch.Tensor | None:
     """Clip gradients in place and return their total norm before it, on the device (None by value)."""
+    try:
+        if algorithm == "norm":
+            return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+        return None
+    except (NotImplementedError, RuntimeError):  # torch clips no sparse gradients
+        gradients = _coalesced(parameters)
+        if gradients is None:
+            raise
     if algorithm == "norm":
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
-    torch.nn.utils.clip_grad_value_(parameters, limit)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+        return norm
+    for each in gradients:
+        each.clamp_(-limit, limit)
     return None
+
+
+def _coalesced(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor] | None:
+    """Have each row once in sparse gradients, and return what all gradients hold; None where none is sparse."""
+    gradients, found = [], False
+    for each in parameters:
+        if each.grad is not None and each.grad.is_sparse:
+            each.grad, found = each.grad.coalesce(), True
+            gradients.append(each.grad._values())  # not a copy
+        elif each.grad is not None:
+            gradients.append(each.grad)
+    return gradients if found else None
 
 
 def rescale(parameters: Iterable[torch.nn.Parameter], factor: float | torch.Tensor) -> None:

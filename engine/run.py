@@ -109,6 +109,11 @@ class Run:
         return self._session.state
 
     @property
+    def is_over(self) -> bool:
+        """True once the result is there. Any thread."""
+        return self._session.result is not None
+
+    @property
     def is_saving(self) -> bool:
         """True while a checkpoint is taken or written."""
         checkpoints = self._session.checkpoints

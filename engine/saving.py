@@ -13,7 +13,7 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +31,6 @@ from offloop.engine.checkpoint import (
     Commit,
     DirectoryLock,
     LoadedCheckpoint,
-    NamedCopies,
     Retention,
     Snapshot,
     SnapshotArena,
@@ -40,6 +39,7 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.errors import describe
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
+from offloop.engine.keepers import Keeper
 from offloop.engine.records import Records
 
 logger = logging.getLogger("offloop")
@@ -71,6 +71,7 @@ class Checkpoints:
         optimizers: Mapping[str, torch.optim.Optimizer],
         model: torch.nn.Module,
         publish: Callable[[Event], None],
+        retention: Retention | None = None,
         patience: Patience = patiently,
         records: Records | None = None,
     ) -> None:
@@ -82,12 +83,14 @@ class Checkpoints:
             optimizers: Their `step` is what changes the tensors that they own.
             model: Some modules change their parameters in the forward pass.
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in threads of this object's.
+            retention: What every run keeps, and which checkpoint is its best.
             patience: How long training waits for a slow disk.
             records: Says when a durable checkpoint may be announced; None for at once.
         """
         self._records = records
-        self._retention = Retention()
-        self._copies: NamedCopies | None = None  # of the writer's thread
+        self._of_run = retention or Retention()
+        # By owner; replaced, never changed, by the training thread, and read by the writer's
+        self._keepers: dict[str, Keeper] = {}
         self.parent: str | None = None  # the checkpoint that this attempt continues
         self.attempt = 0
         self.saved: dict[int, str] = {}  # step -> path of what is durable and not deleted; writer's thread
@@ -124,27 +127,45 @@ class Checkpoints:
         """
         self._claim = DirectoryLock(self._directory)
 
-    def keep(self, retention: Retention, copies: NamedCopies | None = None) -> None:
-        """Say what is kept when a new checkpoint is durable. Training thread, before the first save.
+    def keep(self, keeper: Keeper) -> None:
+        """Add what an owner wants kept and copied, in place of what it wanted before. Training thread.
 
-        Args:
-            retention: What stays.
-            copies: Of what stays, elsewhere; made in the writer's thread.
+        Raises:
+            ValueError: Another owner has copies under the same names in the same directory.
         """
-        self._retention, self._copies = retention, copies
+        others = {name: each for name, each in self._keepers.items() if name != keeper.retention.owner}
+        copies = keeper.copies
+        for name, other in others.items():
+            if copies is not None and other.copies is not None and copies.collides_with(other.copies):
+                raise ValueError(
+                    f"{name} copies checkpoints to {copies.directory} under the same names already"
+                )
+        self._keepers = {**others, keeper.retention.owner: keeper}
         if self._store is not None:
-            self._store.retention = retention
+            self._store.retention = self.retention
         if (
             self._writer is not None and copies is not None
         ):  # a run that is continued: it may have been killed
-            self._writer.call_nowait(lambda death: self._take_over(copies))
+            self._writer.call_nowait(lambda death: self._copy(keeper))
 
-    def _take_over(self, copies: NamedCopies) -> None:
-        """Remove what a killed attempt left of its copies. Writer's thread."""
+    @property
+    def save_at_end(self) -> tuple[str, ...]:
+        """The owners that want a checkpoint when training ends."""
+        return tuple(name for name, each in self._keepers.items() if each.save_at_end)
+
+    def owners_among(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return those that are owners."""
+        return tuple(name for name in names if name in self._keepers)
+
+    def _copy(self, keeper: Keeper) -> None:
+        """Bring an owner's copies up to what is kept. Writer's thread."""
+        assert self._store is not None and keeper.copies is not None
         try:
-            copies.take_over()
-        except OSError as error:
-            logger.error("%s could not be cleaned up: %s", copies.directory, error)
+            pinned = {*self._store.tags().values(), *filter(None, [self.parent])}
+            checkpoints = self._store.checkpoints()
+            keeper.copies.mirror(keeper.copied(checkpoints, self.retention, pinned=pinned))
+        except (OSError, CheckpointError) as error:
+            logger.error("checkpoints were not copied to %s: %s", keeper.copies.directory, error)
 
     def save(
         self,
@@ -154,6 +175,7 @@ class Checkpoints:
         metrics: Mapping[str, float],
         reason: str,
         tags: tuple[str, ...] = (),
+        owners: tuple[str, ...] = (),
         future: "Future[CheckpointSaved] | None" = None,
     ) -> bool:
         """Copy the state and hand it to the writer. Training thread, at a step boundary.
@@ -167,6 +189,7 @@ class Checkpoints:
             metrics: The latest values, which retention judges by.
             reason: Why it is taken.
             tags: Names under which it is pinned.
+            owners: Whose retention counts it; none: everybody's.
             future: Completed when it is durable or has failed.
 
         Returns:
@@ -182,6 +205,7 @@ class Checkpoints:
             parent=self.parent,
             metrics=dict(metrics),
             tags=tags,
+            owners=owners,
         )
         if future is not None:
             self._waiting[id(request)] = [future]
@@ -330,9 +354,9 @@ class Checkpoints:
             return best
 
     @property
-    def retention(self) -> Retention:
-        """What is kept, as of now."""
-        return self._retention
+    def retention(self) -> tuple[Retention, ...]:
+        """What is kept, as of now: the run's own rules, and those of each owner."""
+        return self._of_run, *(each.retention for each in self._keepers.values())
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[None]:
@@ -360,7 +384,7 @@ class Checkpoints:
             RunLockedError: Another run has this directory.
         """
         if self._writer is None or self._arena is None:
-            self._store = CheckpointStore(self._directory, retention=self._retention)
+            self._store = CheckpointStore(self._directory, retention=self.retention)
             self._arena = SnapshotArena(optimizers=self._optimizers.values(), volatile=self._volatile)
             self._writer = CheckpointWriter(self._store, on_saved=self._saved, on_failed=self._failed)
         return self._writer, self._arena
@@ -388,19 +412,17 @@ class Checkpoints:
             self._announce(event, waiting)
         else:
             self._records.announce(functools.partial(self._announce, event, waiting))
-        if self._copies is not None:
-            try:
-                self._copies.follow(commit.info, commit.deleted)
-            except OSError as error:
-                logger.error("checkpoint %s was not copied to %s: %s", path, self._copies.directory, error)
+        for keeper in self._keepers.values():
+            if keeper.copies is not None:
+                self._copy(keeper)
+        if self.on_saved is not None:
+            self.on_saved()
 
     def _announce(self, event: CheckpointSaved, waiting: "list[Future[CheckpointSaved]]") -> None:
         """Say that a checkpoint is durable. Announcing thread."""
         self._publish(event)
         for future in waiting:
             future.set_result(event)
-        if self.on_saved is not None:
-            self.on_saved()
 
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
         """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""

@@ -42,7 +42,7 @@ from offloop.engine.activation_checkpointing import checkpointed
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
-from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun
+from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
 from offloop.engine.errors import (
@@ -83,6 +83,7 @@ from offloop.engine.saveable import check_saveable
 from offloop.engine.saved_state import check_state, restoring
 from offloop.engine.saving import Checkpoints
 from offloop.engine.step_hooks import StepPoint
+from offloop.engine.thread_state import caller_state
 from offloop.engine.threads import Thread, has_ended
 from offloop.engine.uploads import Uploads, claim_remote
 from offloop.engine.user_state import UserState
@@ -143,6 +144,13 @@ class Session:
         self._started = time.perf_counter()
         self._description: dict[str, Any] = {}
         self._thread_ended = Waker()
+        self._hand_over = (
+            threading.Lock()
+        )  # guards the next two: who ends the run, the supervisor or the thread
+        self.is_abandoned = (
+            False  # set on the event loop: the supervisor does not wait for the thread any more
+        )
+        self._has_ended_training = False  # set by the training thread as it leaves the end to the supervisor
         self._loop_thread: threading.Thread | None = None
         self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
         self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
@@ -152,7 +160,6 @@ class Session:
         self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
-        self.save_at_end = False  # set by the training thread
         self._is_state_checked = False  # or will be, at the first step
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
@@ -169,6 +176,7 @@ class Session:
                 optimizers=self.loop.optimizers,
                 model=trainer.model,
                 publish=self._publish_late,
+                retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
                 patience=self._patience,
                 records=self.records,
             )
@@ -177,7 +185,7 @@ class Session:
         self.observers = [self._observe(each) for each in handlers]
         self.records.watch(self.observers)
         context = contextvars.copy_context()
-        self._device_context = default_device()
+        self._caller_state = caller_state()
         self.thread = Thread(context.run, self._train, name=f"offloop-training-{run_id}", daemon=False)
 
     # The training thread's side ------------------------------------------------------------------
@@ -186,7 +194,7 @@ class Session:
         """Be the training thread."""
         self.control.places.training_thread = threading.get_ident()
         try:
-            with self._device_context, torch.enable_grad():
+            with self._caller_state, torch.enable_grad():
                 if self.loop.device.type == "cuda":
                     torch.cuda.set_device(self.loop.device)
                 self._set_up()
@@ -194,7 +202,9 @@ class Session:
                 with checkpointed(self.trainer.model, self.config.activation_checkpointing):
                     self.loop.run()
                 if self._is_worth_saving() and not self._is_saved() and self._can_be_continued():
-                    self.save("preempt" if self.signal_count else "final")
+                    assert self.checkpoints is not None
+                    reason = "preempt" if self.signal_count else "final"
+                    self.save(reason, owners=self.checkpoints.save_at_end)
                 self.guard()
                 if self.loop.ending != "cancelled" and self.failure is None:
                     self.loop.hooks.run_all("before_train_end")
@@ -206,10 +216,17 @@ class Session:
             self.loop.frozen.thaw_all()
             self.control.end()
             leave_process(self.run_id)
-            if self._loop_is_dead():
-                anyio.run(self._end_alone)  # nobody else is left to do it
+            if self._is_alone():
+                # In an empty context: the one of this thread may say that an event loop runs here, the caller's.
+                contextvars.Context().run(anyio.run, self._end_alone)
             else:
                 self._thread_ended.wake()
+
+    def _is_alone(self) -> bool:
+        """True if the training thread has to end the run itself, because the event loop or the supervisor is gone."""
+        with self._hand_over:
+            self._has_ended_training = not self.is_abandoned
+            return self.is_abandoned or self._loop_is_dead()
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
@@ -313,8 +330,14 @@ class Session:
             missing = state.get("milestones", [])
             rewind(self.dir, attempt=attempt, taken=state["taken"], milestones=missing)
 
-    def save(self, reason: str, future: "Future[CheckpointSaved] | None" = None) -> None:
-        """Take a checkpoint of this moment. Training thread, at a step boundary.
+    def save(
+        self,
+        reason: str,
+        future: "Future[CheckpointSaved] | None" = None,
+        *,
+        owners: tuple[str, ...] = (),
+    ) -> None:
+        """Take a checkpoint of this moment, for `owners`. Training thread, at a step boundary.
 
         Raises:
             ConfigError: The run has no directory to save into.
@@ -339,6 +362,7 @@ class Session:
             position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
             metrics=self._metrics_of_now(),
             reason=reason,
+            owners=owners,
             future=future,
         )
 
@@ -385,7 +409,8 @@ class Session:
         """True if a last checkpoint is wanted, and this moment is one that a run can go on from."""
         # After a second signal only what is being written already is waited for. A run that was cancelled between two
         # batches of a step has lost the gradients of the first: the checkpoint before has everything.
-        return self.save_at_end and self.signal_count < 2 and self.loop.is_between_steps
+        wanted = self.checkpoints is not None and self.checkpoints.save_at_end
+        return bool(wanted) and self.signal_count < 2 and self.loop.is_between_steps
 
     def _can_be_continued(self) -> bool:
         """True if a run can go on from the weights of now; else the log says that no checkpoint is taken of them."""
@@ -573,7 +598,9 @@ class Session:
     def save_for(self, command: Command) -> None:
         """Do for a command what its future is completed for once it is durable. Training thread."""
         if command.name == "checkpoint":
-            self.save(command.arguments["reason"], command.future)
+            givers = (command.by, *command.also_by)
+            owners = () if self.checkpoints is None else self.checkpoints.owners_among(givers)
+            self.save(command.arguments["reason"], command.future, owners=owners)
             return
         if self.checkpoints is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
@@ -626,6 +653,25 @@ class Session:
         self.control.cancel(reason)
         self.bus.unblock()
 
+    def hurry(self, reason: str) -> None:
+        """End the run in haste: callbacks do not drain, and only the checkpoint in work is finished. Any thread."""
+        self.signal_count = max(self.signal_count, 2)
+        self._hurried_at = min(self._hurried_at, time.perf_counter())
+        self.cancel(reason)
+
+    def abandon(self) -> bool:
+        """Stop waiting for a training thread that hangs; it ends the run by itself if it ever gets there. Event loop.
+
+        Returns:
+            False if training has ended: the supervisor is about to end the run.
+        """
+        with self._hand_over:
+            if self._has_ended_training:
+                return False
+            self.is_abandoned = True
+        self._thread_ended.wake()
+        return True
+
     def on_signal(self, name: str, count: int, *, third_is_final: bool = True) -> None:
         """Obey a signal: the first stops the run in order, the second in haste. Main thread."""
         self.signal_count = count
@@ -634,8 +680,7 @@ class Session:
                 self.control.give("stop", {"reason": name}, by="signal")
             logger.warning("%s: stopping; once more to leave in haste", name)
         else:
-            self._hurried_at = min(self._hurried_at, time.perf_counter())
-            self.cancel(f"{name}, twice")
+            self.hurry(f"{name}, twice")
             outlook = "; a third time ends the process at once" if third_is_final else ""
             logger.warning("%s: leaving in haste%s", name, outlook)
 
@@ -688,18 +733,21 @@ class Session:
                 try:
                     yield
                 finally:
-                    if self.result is None:
+                    if self._never_ran():
                         leave_process(self.run_id)
             finally:
-                if self.result is None:
+                if self._never_ran():
                     if self.thread.ident is None:
                         close_unused([handlers.callback for handlers in self._handlers])
                     self._release(self)
         finally:
-            if self.result is None:
+            if self._never_ran():
                 self._phase = "cancelled"
                 self.control.end()
                 self.finished.cancel()
+
+    def _never_ran(self) -> bool:
+        return self.result is None and not self.is_abandoned
 
     async def run_to_end(self, started: Callable[[Run], None]) -> None:
         """Run in the caller's task: wait for the end; if cancelled, tell the mailbox and re-raise.
@@ -774,6 +822,11 @@ class Session:
                         tasks.start_soon(self._serve, observer, scope, event)
                     self._start_thread()
                     swept = await self._thread_is_over()
+                    if self.is_abandoned:
+                        self.bus.close()
+                        for scope in scopes:
+                            scope.cancel()
+                        return
                     if self.failure is not None and on_failure is not None:
                         on_failure()
                     await self._finish_checkpoints()
@@ -820,11 +873,12 @@ class Session:
         """Wait for the training thread through all cancellations; True if there was one."""
         cancelled = False
         warned = time.perf_counter()
-        while self._is_training():
+        while self._is_training() and not self.is_abandoned:
             try:
                 with anyio.move_on_after(STACK_INTERVAL):
                     await self._thread_ended.wait()
-                    self.thread.join()  # returns immediately: the thread is already exiting
+                    if not self.is_abandoned:
+                        self.thread.join()  # returns immediately: the thread is already exiting
             except anyio.get_cancelled_exc_class():
                 cancelled = True
                 self.cancel("the event loop is ending")
@@ -1061,14 +1115,18 @@ class Session:
         failure, self.failure = self.failure, None
         if failure is None:
             return self.result
-        note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
-        if self.checkpoints is not None and self.checkpoints.last is not None:
-            note += f", last checkpoint {self.checkpoints.last}"
-        failure.add_note(note)
+        self.note_where(failure)
         try:
             raise failure
         finally:
             del failure  # else this frame, which the exception holds, would hold the exception
+
+    def note_where(self, failure: BaseException) -> None:
+        """Add to what the run failed with where that was."""
+        note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
+        if self.checkpoints is not None and self.checkpoints.last is not None:
+            note += f", last checkpoint {self.checkpoints.last}"
+        failure.add_note(note)
 
 
 @contextlib.contextmanager
@@ -1080,9 +1138,3 @@ def _acting(name: str, control: Control) -> Iterator[None]:
     finally:
         actor.reset(who)
         deciding.reset(where)
-
-
-def default_device() -> contextlib.AbstractContextManager[Any]:
-    """Return a context that brings the caller's default device to another thread: torch keeps it per thread."""
-    device = torch.get_default_device()
-    return contextlib.nullcontext() if device.type == "cpu" else device

@@ -259,9 +259,17 @@ METHODS: Final = {
     "current_epoch": "epoch",
     "callback_metrics": "the result that train() returns: result.metrics",
     "logged_metrics": "the result that train() returns: result.metrics",
-    "should_stop": "await run.stop(reason), or run.stop_nowait(reason) in a callback",
+    "terminate": "self.stop(reason) in a step, or run.stop_nowait(reason) in a callback",
+    "request_stop": "self.stop(reason) in a step, or run.stop_nowait(reason) in a callback",
 }
 """What others call what a `Trainer` has."""
+
+LIKE: Final = {
+    "optimizer": ", like torch.optim.AdamW(model.parameters(), lr=1e-3)",
+    "train_loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
+    "loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
+}
+"""What a required argument may look like."""
 
 UNCALLED: Final = {
     "compute_loss": "training_step(self, batch), which returns the loss",
@@ -392,4 +400,5 @@ def _misfit(
         and each.name not in kwargs
         and not (each.name in in_place and position < given)
     ]
-    return TypeError(f"{callee}() needs {' and '.join(missing)}") if missing else None
+    wanted = " and ".join(f"{name}{LIKE.get(name, '')}" for name in missing)
+    return TypeError(f"{callee}() needs {wanted}") if missing else None

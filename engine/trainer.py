@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Unpack
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import msgspec
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -31,6 +32,7 @@ from offloop.engine.arguments import (
     check_callbacks,
     check_loader,
     check_methods,
+    check_model,
     check_optimizers,
     expect_instance,
     named_optimizers,
@@ -41,7 +43,7 @@ from offloop.engine.batch_size import BatchSize, checked_batch_size, guess_batch
 from offloop.engine.callback import Callback, OnError, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
 from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
-from offloop.engine.control import Control
+from offloop.engine.control import Control, actor
 from offloop.engine.data import Feed, limited_length, to_device, use_channels_last
 from offloop.engine.default_steps import inputs_and_targets, own_loss
 from offloop.engine.errors import (
@@ -53,6 +55,7 @@ from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics, StepEnd
 from offloop.engine.fetch import fetch_run
 from offloop.engine.freezing import check_freeze, select_parameters
+from offloop.engine.keepers import Keeper
 from offloop.engine.learning_rate import Schedule, mark_stepped
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metrics_for
@@ -68,8 +71,10 @@ from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run, RunResult
 from offloop.engine.run_dir import new_run_id
 from offloop.engine.seeded_sampling import check_seedable
-from offloop.engine.session import Session, default_device
+from offloop.engine.session import Session
 from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
+from offloop.engine.step_failures import explain_loss
+from offloop.engine.thread_state import caller_state, check_caller
 from offloop.engine.threads import Thread
 from offloop.engine.training_mode import eval_mode
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
@@ -78,6 +83,11 @@ from offloop.engine.weights import Source, plan_init
 Loss = Callable[[Any, Any], torch.Tensor]
 
 DEFAULT_RUN_DIR: Final = "runs"
+
+_STOP: Final = (
+    'a trainer is not stopped by an attribute: call self.stop("why") in a step, or run.stop_nowait("why") in a '
+    "callback"
+)
 _BASE_STATE: Final = frozenset({"model", "optimizers", "loss", "scheduler", "scaler"})
 """What `BaseTrainer.state_dict` returns."""
 
@@ -145,6 +155,7 @@ class BaseTrainer:
                 "batch_size is a function that counts the samples of a batch, like lambda batch: len(batch[0]); got "
                 f"{batch_size!r}. The size of batches is the DataLoader's"
             )
+        check_model(model)
         self.model = model
         self.optimizers = named_optimizers(optimizer)
         self.loss = loss
@@ -249,6 +260,28 @@ class BaseTrainer:
         """
         self._in_run("log").log(name, value, weight)
 
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Stop the run at the end of this step, with `status="stopped"`; a validation in progress ends at once.
+
+        For a step, an epoch or a step hook (`point.trainer.stop(...)`); a callback has `run.stop_nowait(reason)`.
+        Returns at once: the step goes on to its end.
+
+        Args:
+            reason: Why, for the result.
+        """
+        self._in_run("stop").control.give("stop", {"reason": reason})
+
+    @property
+    def should_stop(self) -> NoReturn:
+        """No attribute of a trainer: `stop(reason)` stops a run."""
+        raise AttributeError(_STOP)
+
+    @should_stop.setter
+    def should_stop(self, value: object) -> NoReturn:
+        raise AttributeError(_STOP)
+
+    stop_training = should_stop
+
     def publish(self, event: Event) -> None:
         """Publish an event of your own, with the position of the step.
 
@@ -319,27 +352,44 @@ class BaseTrainer:
         save_at_end: bool,
         save_dir: Path | None = None,
         name_of: Callable[[CheckpointInfo], str] = lambda info: info.name,
+        copy_best_only: bool = False,
         on_unsaveable: OnError = "raise",
-    ) -> None:
-        """Say which checkpoints the run that is going on keeps. In the training thread, before the first one.
+    ) -> str:
+        """Say which checkpoints of the run that is going on a callback wants kept. In a decider of `TrainStart`.
+
+        Each callback has rules of its own, which count the checkpoints that it asks for and those that no such
+        callback has asked for; a checkpoint stays as long as any of them wants it.
 
         At its first step the run looks whether its state can be saved at all.
 
         Args:
             retention: What is kept when a new one is durable.
             save_at_end: Take one when training ends, however it ends but by a failure.
-            save_dir: A directory for copies of them; hard links on the same disk.
-            name_of: Gives a copy its name; called in the writer's thread.
+            save_dir: A directory for copies of those that are kept; hard links on the same disk.
+            name_of: Gives a copy its name; called in the writer's thread. Where several have one name, the newest has
+                it (the best with `copy_best_only`), and the others get numbers.
+            copy_best_only: Copy the best ones by the rules' `monitor` alone.
             on_unsaveable: What to do where it can not: end the run with a `CheckpointError`, or say so in the log.
+
+        Returns:
+            The callback's name, to be given as `by` to `run.checkpoint_nowait(reason, by=...)`.
+
+        Raises:
+            ConfigError: The run has no directory, or another callback has copies under the same names there.
         """
         self._in_run("keep_checkpoints")
         session = self._session
         if session is None or session.checkpoints is None or session.dir is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        owner = actor.get()
         copies = None if save_dir is None else NamedCopies(save_dir, session.dir, name_of)
-        session.checkpoints.keep(retention, copies)
-        session.save_at_end = save_at_end
+        keeper = Keeper(msgspec.structs.replace(retention, owner=owner), save_at_end, copies, copy_best_only)
+        try:
+            session.checkpoints.keep(keeper)
+        except ValueError as error:
+            raise ConfigError(f"{error}: give one of them another save_dir or filename") from None
         session.check_state_at_first_step(on_unsaveable)
+        return owner
 
     def freeze(self, *patterns: str) -> None:
         """Freeze parameters from here to the end of the run, as `Trainer(freeze=...)` does from its start.
@@ -458,7 +508,7 @@ class BaseTrainer:
     ) -> RunResult:
         """Train beside this event loop and return the result, see `train`.
 
-        Also for a run that outlives its starter: `run = await task_group.start(partial(trainer.train_async, ...))`.
+        It ends with the task that awaits it. For runs that outlive what starts them, as in a service, see `Runs`.
 
         Cancellation: the run ends at its next batch, callbacks drain and close, then it is re-raised.
 
@@ -466,7 +516,8 @@ class BaseTrainer:
             train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, init_from, init_strict:
                 As for `train`.
             handle_signals: Take SIGINT and SIGTERM for the length of the run, in the main thread.
-            task_status: Given by `task_group.start`, which returns the `Run`.
+            task_status: Given by `task_group.start`, which then returns the `Run`. A run that fails cancels that task
+                group and everything in it; runs in `Runs` fail alone.
         """
         await self._fetch_async(resume)
         session = self._prepare(
@@ -547,10 +598,10 @@ class BaseTrainer:
         self, loader: Iterable[Batch], *, metrics: MetricSpec = (), prefix: str = "val_"
     ) -> Metrics:
         """Like `evaluate`, in a thread beside this event loop. Cancellation: the thread ends by itself."""
-        device_context = default_device()
+        caller = caller_state(with_autocast=True)
 
         def work() -> Metrics:
-            with device_context:
+            with caller:
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
                 return self._evaluate(loader, metrics, prefix)
@@ -604,10 +655,10 @@ class BaseTrainer:
     async def _predict_beside(
         self, loader: Iterable[Batch], read_ahead: int
     ) -> AsyncGenerator[AsyncIterator[Any]]:
-        device_context = default_device()
+        caller = caller_state(with_autocast=True)
 
         def work() -> Generator[Any, None, None]:
-            with device_context:
+            with caller:
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
                 yield from self._predictions(loader)
@@ -799,6 +850,7 @@ class BaseTrainer:
         """Check everything that can be checked before a run, and make its session."""
         self._check_free()
         config = self.config
+        check_caller(config.precision, self.device)
         epochs = config.epochs if epochs is None else epochs
         max_steps = config.max_steps if max_steps is None else max_steps
         max_time = config.max_time if max_time is None else max_time
@@ -1221,7 +1273,12 @@ class Trainer(BaseTrainer):
         if self.loss is not None:
             inputs, targets = inputs_and_targets(batch)
             outputs = self.model(inputs)
-            return {"loss": self.loss(outputs, targets), "outputs": outputs, "targets": targets}
+            try:
+                loss = self.loss(outputs, targets)
+            except Exception as error:
+                explain_loss(error, outputs, targets)
+                raise
+            return {"loss": loss, "outputs": outputs, "targets": targets}
         return own_loss(self.model, batch)
 
     def validation_step(self, batch: Batch) -> StepOutput:

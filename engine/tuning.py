@@ -30,6 +30,7 @@ from offloop.engine.freezing import select_parameters
 from offloop.engine.lazy_imports import first_use
 from offloop.engine.learning_rate import Schedule, largest_lr, scale_lr
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
+from offloop.engine.thread_state import check_caller
 
 if TYPE_CHECKING:
     from offloop.engine.loop import TrainingLoop
@@ -420,6 +421,7 @@ def _train(trainer: "BaseTrainer", loader: Iterable[Any], *, steps: int, **parts
 @contextlib.contextmanager
 def _putting_back(trainer: "BaseTrainer", loader: Iterable[Any]) -> Iterator[None]:
     """Have the trainer to oneself, and put back all that training changes."""
+    check_caller(trainer.config.precision, trainer.device)
     with trainer._occupied("searching"):
         trainer._check_optimization()
         before = capture_before_epoch(loader)

@@ -35,7 +35,7 @@ from offloop.engine.checkpoint.lock import LOCK
 from offloop.engine.checkpoint.manifest import ManifestHead
 from offloop.engine.checkpoint.reader import CHECKPOINTS, REFS
 from offloop.engine.checkpoint.remote import age
-from offloop.engine.checkpoint.retention import rank, select_kept
+from offloop.engine.checkpoint.retention import best_of, select_kept_by_any
 from offloop.engine.errors import RunNameTakenError, describe
 from offloop.engine.events import CheckpointUploaded, Event, UploadFailed
 from offloop.engine.resume import RUN_JSON
@@ -245,11 +245,11 @@ class Uploads:
             return
         here = {info.name for info in self._reader.checkpoints()}
         heads = list(self._complete.values())
-        best = [head.name for head in rank(heads, self._checkpoints.retention)[:1]]
+        best = best_of(heads, self._checkpoints.retention)
         newest = max(heads, key=lambda head: age(head.name))
         tagged = [*self._reader.tags().values(), *self._remote.tags().values()]
-        pinned = {*here, *best, *tagged, *filter(None, [newest.parent])}
-        kept = select_kept(heads, self._checkpoints.retention, pinned=pinned)
+        pinned = {*here, *tagged, *filter(None, [newest.parent, None if best is None else best.name])}
+        kept = select_kept_by_any(heads, self._checkpoints.retention, pinned=pinned)
         for name in self._remote.checkpoint_names():
             is_dropped = name in self._complete and name not in kept
             is_half = name not in self._complete and name not in here and age(name) < age(newest.name)
@@ -265,8 +265,8 @@ class Uploads:
         refs = {f"tags/{tag}": name for tag, name in self._reader.tags().items() if name in self._complete}
         if heads:
             refs["last"] = max(heads, key=lambda head: age(head.name)).name
-        if ranked := rank(heads, self._checkpoints.retention):
-            refs["best"] = ranked[0].name
+        if best := best_of(heads, self._checkpoints.retention):
+            refs["best"] = best.name
         for ref, name in refs.items():
             if self._refs.get(ref) != name:
                 self._remote.set_ref(ref, name)

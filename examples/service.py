@@ -9,7 +9,6 @@ Run it: python examples/service.py; it shows a client that does the three, and e
 
 import contextlib
 import json
-from functools import partial
 from typing import Any
 
 import anyio
@@ -17,20 +16,18 @@ import anyio.abc
 import torch
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from offloop.engine import Run, Trainer
+from offloop.engine import Runs, Trainer
 
 
 class Service:
-    """Runs belong to its task group: they outlive the connection that started them."""
+    """Answers requests about runs, which outlive the connection that started them and fail alone."""
 
-    def __init__(self, tasks: anyio.abc.TaskGroup) -> None:
-        self.tasks = tasks
-        self.runs: dict[str, Run] = {}
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
 
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "start":
-            run: Run = await self.tasks.start(partial(make_trainer().train_async, BATCHES, epochs=1_000_000))
-            self.runs[run.id] = run
+            run = await self.runs.start(make_trainer(), BATCHES, epochs=1_000_000)
             return {"run": run.id}
         if request["do"] == "list":
             return {"runs": {name: f"{run.state}, step {run.step}" for name, run in self.runs.items()}}
@@ -80,7 +77,7 @@ async def show(port: int) -> None:
 
 async def main() -> None:
     async with (
-        anyio.create_task_group() as runs,
+        Runs() as runs,
         await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
         anyio.create_task_group() as connections,
     ):

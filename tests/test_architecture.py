@@ -37,6 +37,7 @@ ABOVE_THE_LOOP: Final = (
     "bus",
     "observer",
     "run",
+    "runs",
     "session",
     "trainer",
     "event_log",

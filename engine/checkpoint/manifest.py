@@ -102,6 +102,8 @@ class CheckpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, object] = {}
     """Anything else that is plain: environment, configuration hash, counters, timings."""
     tags: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
+    """Whose retention counts it; empty where it was taken for nobody in particular."""
 
 
 class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +128,8 @@ class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
     """Unix seconds."""
     metrics: dict[str, JsonNumber] = {}
     extra: object = None
+    owners: list[str] = []
+    """Whose retention counts it."""
     files: dict[str, FileRecord]
 
 

@@ -2,6 +2,7 @@
 
     write   <directory>/.tmp-<run>-<name>/    each file a hard link where the disk allows it, else a copy, fsynced
     note    <run>/refs/copies/<directory>/<name>            the name of the checkpoint
+    replace rename <name> -> .tmp-<run>-<new name> or .trash-<run>-<name>, where another is to have its name
     publish rename .tmp-<run>-<name> -> <name>
     delete  rename <name> -> .trash-<run>-<name>, then its files, then the note
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,18 +59,70 @@ class NamedCopies:
         self._temporary, self._trash = (f".{kind}-{_hash_of(run_directory)}-" for kind in ("tmp", "trash"))
         self._filesystem = filesystem or FileSystem()
         self._copies: dict[str, Path] | None = None  # by the name of the checkpoint
+        self._dismissed: set[str] = set()  # checkpoints whose copy a person has removed
 
-    def follow(self, info: CheckpointInfo, deleted: Sequence[str]) -> None:
-        """Copy a checkpoint that is durable, and remove the copies of those that are gone.
+    def collides_with(self, other: NamedCopies) -> bool:
+        """True if the other one has copies under the same names in the same directory."""
+        return self.directory.resolve() == other.directory.resolve() and self._name_of == other._name_of
+
+    def mirror(self, wanted: Sequence[CheckpointInfo]) -> None:
+        """Make the directory hold copies of these checkpoints, and of no others of this run that this object has made.
+
+        Where several have one name, the first has it, and the others get numbers. A copy that a person has removed
+        is not made again.
 
         Raises:
             OSError: The system would not; nothing half-written is visible then.
         """
         copies = self.take_over()
-        copies[info.name] = self._copy(info)
-        for name in deleted:
-            if (copy := copies.pop(name, None)) is not None:
-                self._remove(copy)
+        self._dismissed |= {name for name, path in copies.items() if not os.path.lexists(path)}
+        copies = {name: path for name, path in copies.items() if name not in self._dismissed}
+        targets = self._names_for([info for info in wanted if info.name not in self._dismissed], copies)
+        made: dict[str, Path] = {}  # by the name of the checkpoint, under a hidden name
+        try:
+            for info in wanted:
+                if info.name in targets and info.name not in copies:
+                    made[info.name] = self._make(info, targets[info.name])
+        except BaseException:
+            for path in made.values():
+                self._try_remove(path)
+            raise
+        self._copies = None  # where the rest fails, the next call looks what there is
+        changed = {
+            name: path
+            for name, path in copies.items()
+            if targets.get(name) != path.name
+            and self._checkpoint_of(path) == name  # else a stranger's by now
+        }
+        trash = [self._hide(path) for name, path in changed.items() if name not in targets]
+        for name, path in changed.items():
+            if name in targets:
+                hidden = self.directory / f"{self._temporary}{targets[name]}"
+                self._filesystem.rename(path, hidden)
+                self._forget(path.name)
+                made[name] = hidden
+        for name, hidden in made.items():
+            self._note(targets[name], name)
+            self._filesystem.rename(hidden, self.directory / targets[name])
+        if made or trash:
+            self._filesystem.sync_directory(self.directory)
+        for path, name in trash:
+            remove_tree(self._filesystem, path)
+            self._forget(name)
+        self._copies = {name: self.directory / target for name, target in targets.items()}
+
+    def _names_for(self, wanted: Sequence[CheckpointInfo], copies: Mapping[str, Path]) -> dict[str, str]:
+        """Return the name of each copy by that of its checkpoint; what others have is left to them."""
+        own = {path.name for path in copies.values()}
+        names: dict[str, str] = {}
+        for info in wanted:
+            base = name = self._name_of(info)
+            number = 1
+            while name in names.values() or (os.path.lexists(self.directory / name) and name not in own):
+                number += 1
+                name = f"{base}-{number}"
+            names[info.name] = name
+        return names
 
     def take_over(self) -> dict[str, Path]:
         """Return the run's copies by the names of their checkpoints; the first call cleans up after a killed run.
@@ -82,17 +136,25 @@ class NamedCopies:
             if path.name.startswith((self._temporary, self._trash)):
                 self._try_remove(path)
         copies: dict[str, Path] = {}
+        whole: set[str] = set()  # names of copies, of other owners too
         noted = self._noted()
         for path in sorted(self.directory.iterdir()):
             checkpoint = self._checkpoint_of(path)
             if checkpoint is not None and self._is_copy(path, self._checkpoints / checkpoint):
-                copies[checkpoint] = path
+                whole.add(path.name)
+                if self._is_own_name(path):
+                    copies[checkpoint] = path
             elif checkpoint is not None and noted.get(path.name) == checkpoint:
                 self._remove(path)
-        for name in sorted(noted.keys() - {path.name for path in copies.values()}):
+        for name in sorted(noted.keys() - whole):
             self._forget(name)
         self._copies = copies
         return copies
+
+    def _is_own_name(self, path: Path) -> bool:
+        """True if the copy has a name that this object gives; another owner may have its own in this directory."""
+        base = self._name_of(CheckpointReader(self.directory).find(path))
+        return re.fullmatch(rf"{re.escape(base)}(-\d+)?", path.name) is not None
 
     def _noted(self) -> dict[str, str]:
         """Return which checkpoint each copy is of, by the notes; one that is half there names none."""
@@ -117,12 +179,8 @@ class NamedCopies:
             return (path / MANIFEST).read_bytes() == (checkpoint / MANIFEST).read_bytes()
         return False
 
-    def _copy(self, info: CheckpointInfo) -> Path:
-        base = name = self._name_of(info)
-        number = 1
-        while os.path.lexists(self.directory / name):
-            number += 1
-            name = f"{base}-{number}"
+    def _make(self, info: CheckpointInfo, name: str) -> Path:
+        """Copy a checkpoint to a hidden place, down to the disk; return where."""
         temporary = self.directory / f"{self._temporary}{name}"
         self._try_remove(temporary)
         try:
@@ -134,13 +192,10 @@ class NamedCopies:
                     shutil.copyfile(source, temporary / source.name)
                     self._filesystem.sync_file(temporary / source.name)
             self._filesystem.sync_directory(temporary)
-            self._note(name, info.name)
-            self._filesystem.rename(temporary, self.directory / name)
-            self._filesystem.sync_directory(self.directory)
         except BaseException:
             self._try_remove(temporary)
             raise
-        return self.directory / name
+        return temporary
 
     def _note(self, name: str, checkpoint: str) -> None:
         make_directories(self._filesystem, self._notes.absolute())
@@ -149,13 +204,18 @@ class NamedCopies:
         self._filesystem.sync_directory(self._notes)
 
     def _remove(self, copy: Path) -> None:
+        trash, name = self._hide(copy)
+        self._filesystem.sync_directory(self.directory)
+        remove_tree(self._filesystem, trash)
+        self._forget(name)
+
+    def _hide(self, copy: Path) -> tuple[Path, str]:
+        """Move a copy out of sight; return where to, and the name that it had."""
         trash = self.directory / f"{self._trash}{copy.name}"
         self._try_remove(trash)
         with suppress(FileNotFoundError):  # a person was faster
             self._filesystem.rename(copy, trash)
-            self._filesystem.sync_directory(self.directory)
-            remove_tree(self._filesystem, trash)
-        self._forget(copy.name)
+        return trash, copy.name
 
     def _forget(self, name: str) -> None:
         with suppress(FileNotFoundError):

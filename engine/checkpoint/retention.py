@@ -1,4 +1,8 @@
-"""Which checkpoints to keep: a pure function of what there is and what was asked for."""
+"""Which checkpoints to keep: a pure function of what there is and what was asked for.
+
+Several may ask: each owner has rules of its own for the checkpoints that it had taken, and one stays if any of them
+wants it. The first owner that names a metric says which is best.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,9 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
     mode: Literal["min", "max"] = "min"
     keep_every_n_steps: int | None = None
     """Those at multiples of this, for good."""
+    owner: str = ""
+    """Whose rules these are: they count the checkpoints that were taken for it and those taken for no owner that
+    there is now. Empty: they count all."""
 
     def __post_init__(self) -> None:
         if self.keep_last is not None and self.keep_last < 1:
@@ -47,17 +54,46 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
 def rank(checkpoints: Sequence[ManifestHead], policy: Retention) -> list[ManifestHead]:
     """Return those that have the monitored metric, best first.
 
-    NaN is no value. Of equal ones the older comes first: a tie is no improvement.
+    NaN and infinities are no values. Of equal ones the older comes first: a tie is no improvement.
     """
     if policy.monitor is None:
         return []
     judged: list[tuple[float, int, ManifestHead]] = []
     for checkpoint in checkpoints:
         value = float(checkpoint.metrics.get(policy.monitor, math.nan))
-        if not math.isnan(value):
+        if math.isfinite(value):
             judged.append((value if policy.mode == "min" else -value, checkpoint.serial, checkpoint))
     judged.sort(key=lambda entry: entry[:2])
     return [checkpoint for _, _, checkpoint in judged]
+
+
+def best_of(checkpoints: Sequence[ManifestHead], policies: Sequence[Retention]) -> ManifestHead | None:
+    """Return the best one, by the first policy that judges; None where none has its metric."""
+    judging = next((each for each in policies if each.monitor is not None), None)
+    ranked = [] if judging is None else rank(checkpoints, judging)
+    return ranked[0] if ranked else None
+
+
+def counted_by(
+    checkpoints: Sequence[ManifestHead], policy: Retention, policies: Sequence[Retention]
+) -> list[ManifestHead]:
+    """Return the checkpoints that a policy counts, of several beside it."""
+    if not policy.owner:
+        return list(checkpoints)
+    owners = {each.owner for each in policies}
+    return [
+        each for each in checkpoints if policy.owner in each.owners or not owners.intersection(each.owners)
+    ]
+
+
+def select_kept_by_any(
+    checkpoints: Sequence[ManifestHead], policies: Sequence[Retention], *, pinned: Collection[str] = ()
+) -> set[str]:
+    """Return the names that any policy keeps of those that it counts, and those `pinned`; see `select_kept`."""
+    kept = set(pinned) & {checkpoint.name for checkpoint in checkpoints}
+    for policy in policies:
+        kept |= select_kept(counted_by(checkpoints, policy, policies), policy)
+    return kept
 
 
 def select_kept(

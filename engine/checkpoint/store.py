@@ -65,7 +65,7 @@ from offloop.engine.checkpoint.reader import (
     CheckpointInfo,
     CheckpointReader,
 )
-from offloop.engine.checkpoint.retention import Retention, rank, select_kept
+from offloop.engine.checkpoint.retention import Retention, best_of, select_kept_by_any
 from offloop.engine.checkpoint.tree import encode
 
 FREE_SPACE_MARGIN = 1.05
@@ -116,12 +116,13 @@ class CheckpointStore(CheckpointReader):
         self,
         directory: Path | str,
         *,
-        retention: Retention | None = None,
+        retention: Retention | Sequence[Retention] | None = None,
         filesystem: FileSystem | None = None,
         engine_version: str = "",
     ) -> None:
         super().__init__(directory)
-        self.retention = retention or Retention()
+        retention = Retention() if retention is None else retention
+        self.retention = (retention,) if isinstance(retention, Retention) else tuple(retention)
         self._filesystem = filesystem or FileSystem()
         self._engine_version = engine_version
         self._pins: set[str] = set()
@@ -361,6 +362,7 @@ class CheckpointStore(CheckpointReader):
             created=time.time(),
             metrics={key: json_number(value) for key, value in request.metrics.items()},
             extra=encode(request.extra, _no_tensor),
+            owners=list(request.owners),
             files={},
         )
 
@@ -397,9 +399,9 @@ class CheckpointStore(CheckpointReader):
         known = self.checkpoints()
         if known:
             self._set_ref(self._refs / "last", known[-1].name)
-        ranked = rank([info.manifest for info in known], self.retention)
-        if ranked:
-            self._set_ref(self._refs / "best", ranked[0].name)
+        best = best_of([info.manifest for info in known], self.retention)
+        if best is not None:
+            self._set_ref(self._refs / "best", best.name)
 
     def _set_tag(self, tag: str, name: str) -> None:
         self._set_ref(self._refs / TAGS / tag, name)
@@ -417,12 +419,15 @@ class CheckpointStore(CheckpointReader):
         self._filesystem.sync_directory(path.parent)
 
     def _retain(self, parent: str | None, deleted: list[str]) -> None:
-        if self.retention.keep_last is None:
-            return
-        whole = [info for info in self.checkpoints() if self._looks_whole(info)]
+        known = self.checkpoints()
         best = self._read_ref(Path("best"))
         pinned = {*self._pins, *self._held, *self.tags().values(), *filter(None, (parent, best))}
-        kept = select_kept([info.manifest for info in whole], self.retention, pinned=pinned)
+        if len(select_kept_by_any([info.manifest for info in known], self.retention, pinned=pinned)) == len(
+            known
+        ):
+            return
+        whole = [info for info in known if self._looks_whole(info)]
+        kept = select_kept_by_any([info.manifest for info in whole], self.retention, pinned=pinned)
         failures: list[OSError] = []
         for info in whole:
             if info.name not in kept:

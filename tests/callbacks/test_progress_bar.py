@@ -552,3 +552,11 @@ def test_reset_forgets_the_run_before() -> None:
     second = drive(bar, events=[TrainStart(epochs=1)])
     assert first.result.callback_errors == second.result.callback_errors == {}
     assert file.getvalue().splitlines()[-1] == "epoch 1/1  step 0  completed in 0:00"
+
+
+def test_nothing_is_drawn_where_there_is_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under pythonw and in applications without a console."""
+    monkeypatch.setattr(sys, "stderr", None)
+    result = tiny_trainer().train(tiny_loader(2), tiny_loader(1), epochs=2, callbacks=[ProgressBar()])
+    assert not result.callback_errors
+    assert not progress_bar._displays

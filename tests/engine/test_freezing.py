@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from offloop.callbacks import ModelCheckpoint
 from offloop.engine import Callback, ConfigError, EpochStart, Run, TrainStart, decides
+from offloop.engine.freezing import select_parameters
 from offloop.engine.testing import Recorder, tiny_batches, tiny_trainer
 
 BATCHES = tiny_batches(6)
@@ -181,3 +182,26 @@ def test_unfreezing_what_is_not_there_is_an_error() -> None:
         tiny_trainer(model=model, optimizer=adamw(model), callbacks=[Wrong()]).train(BATCHES, epochs=1)
     with pytest.raises(RuntimeError, match="freeze works during a run"):
         tiny_trainer(model=model, optimizer=adamw(model)).freeze("backbone")
+
+
+class Tied(nn.Module):
+    """Its head has the weight of its embedding, under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(8, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.embedding(ids)))  # type: ignore[no-any-return]  # a module's call is untyped
+
+
+@pytest.mark.parametrize("pattern", ["head", "head.*", "head.weight", "embedding"])
+def test_a_tied_parameter_is_frozen_by_each_of_its_names(pattern: str) -> None:
+    model, ids = Tied(), torch.arange(8)
+    before = model.head.weight.detach().clone()
+    assert select_parameters(model, pattern) == ["embedding.weight"]
+    tiny_trainer(model=model, optimizer=adamw(model), freeze=pattern).train([(ids, ids)], epochs=1)
+    assert torch.equal(before, model.head.weight)
+    assert model.head.weight.requires_grad

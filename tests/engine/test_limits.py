@@ -322,7 +322,7 @@ def test_a_generator_is_good_for_one_epoch_and_then_an_error_that_says_why() -> 
     assert tiny_trainer().train(iter(BATCHES), epochs=1).steps == 8
     trainer = tiny_trainer()
     with pytest.raises(
-        EmptyLoaderError, match="gave no batch in epoch 1: is it a generator, which can be read"
+        EmptyLoaderError, match="gave no batch when it was read again: is it a generator, which can be read"
     ):
         trainer.train(iter(BATCHES), epochs=2)
     assert trainer.last_run is not None

@@ -155,3 +155,49 @@ def test_an_optimizer_whose_zero_grad_was_replaced_is_asked() -> None:
     optimizer.zero_grad = lambda set_to_none=True: zeroed.append(1)  # type: ignore[method-assign]
     result = tiny_trainer(model=model, optimizer=optimizer).train(tiny_loader(), epochs=1)
     assert len(zeroed) == 1 + result.steps
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("limit", [0.1, 100.0])
+def test_sparse_gradients_are_clipped_as_dense_ones(algorithm: str, limit: float) -> None:
+    ids = torch.tensor([[0, 1, 1], [3, 0, 1]])  # rows that come several times: their sum is what counts
+    norms, updated = [], []
+    for is_sparse in (False, True):
+        torch.manual_seed(0)
+        rows, dense = nn.Embedding(5, 2, sparse=is_sparse), nn.Linear(2, 1)
+        dense(rows(ids)).pow(2).sum().backward()
+        parameters = [*rows.parameters(), *dense.parameters(), nn.Parameter(torch.zeros(1))]
+        norms.append(clip(parameters, limit, algorithm))
+        updated.append([each.grad.to_dense() for each in parameters if each.grad is not None])
+    for one, other in zip(*updated, strict=True):
+        assert torch.allclose(one, other)
+    if algorithm == "norm":
+        assert norms[0] is not None and norms[1] is not None and torch.allclose(norms[0], norms[1])
+    else:
+        assert norms == [None, None]
+
+
+def test_what_torch_cannot_clip_for_another_reason_is_its_error() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 1.0)
+    with pytest.raises((TypeError, ValueError)):
+        clip([parameter], "much", "norm")  # type: ignore[arg-type]  # the mistake
+
+
+def test_a_run_clips_sparse_gradients() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Embedding(5, 3, sparse=True)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.rows(ids).mean(dim=1)  # type: ignore[no-any-return]  # a module's call is untyped
+
+    model = Model()
+    trainer = tiny_trainer(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), gradient_clip_val=1e-3
+    )
+    before = model.rows.weight.detach().clone()
+    result = trainer.train([(torch.tensor([[0, 1], [1, 2]]), torch.tensor([0, 1]))], epochs=1)
+    assert result.status == "completed"
+    assert 0 < float((model.rows.weight.detach() - before).norm()) <= 1.01e-4

@@ -56,6 +56,7 @@ from offloop.engine.checkpoint import (
 from offloop.engine.checkpoint import remote as remote_module
 from offloop.engine.events import Event
 from offloop.engine.fetch import fetch_run
+from offloop.engine.keepers import Keeper
 from offloop.engine.saving import Checkpoints
 from offloop.engine.testing import Recorder, reproducible, tiny_loader, tiny_model, tiny_trainer
 from offloop.engine.uploads import Uploads
@@ -172,7 +173,7 @@ class OneRun:
         self.checkpoints = Checkpoints(
             directory, run_id="run", optimizers={}, model=torch.nn.Identity(), publish=self.events.append
         )
-        self.checkpoints.keep(self.retention)
+        self.checkpoints.keep(Keeper(self.retention))
         self.remote = RemoteRun(URL, "run")
         self.uploads = Uploads(
             self.remote,

@@ -143,7 +143,10 @@ def test_a_type_error_from_inside_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda trainer: trainer.train(val_loader=[1], epochs=1), "train() needs train_loader"),
+        (
+            lambda trainer: trainer.train(val_loader=[1], epochs=1),
+            "train() needs train_loader, like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
+        ),
         (
             lambda trainer: trainer.train(tiny_loader(), None, 3),
             "train() takes only train_loader, val_loader by position, got 3; by name: epochs=, max_steps=, max_time=, "
@@ -163,8 +166,14 @@ def test_a_type_error_from_inside_is_left_alone() -> None:
             lambda trainer: trainer.find_learning_rate(tiny_loader(), num_training=100),
             "find_learning_rate() takes no 'num_training': use steps",
         ),
-        (lambda trainer: type(trainer)(trainer.model), "Trainer() needs optimizer"),
-        (lambda trainer: type(trainer)(max_epochs=3), "Trainer() needs model and optimizer"),
+        (
+            lambda trainer: type(trainer)(trainer.model),
+            "Trainer() needs optimizer, like torch.optim.AdamW(model.parameters(), lr=1e-3)",
+        ),
+        (
+            lambda trainer: type(trainer)(max_epochs=3),
+            "Trainer() needs model and optimizer, like torch.optim.AdamW(model.parameters(), lr=1e-3)",
+        ),
     ],
 )
 def test_a_call_of_the_trainer_that_does_not_fit_is_answered(call: Any, text: str) -> None:

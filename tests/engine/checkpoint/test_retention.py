@@ -49,14 +49,14 @@ def test_none_keeps_all() -> None:
     assert kept([saved(n) for n in range(5)], Retention(keep_last=None)) == [0, 1, 2, 3, 4]
 
 
-def test_the_best_are_kept_and_nan_is_never_best() -> None:
+def test_the_best_are_kept_and_nan_and_infinity_are_never_best() -> None:
     losses = [0.3, math.nan, 0.1, math.inf, 0.2, 0.9, 0.8]
     checkpoints = [saved(n, loss=loss) for n, loss in enumerate(losses)]
     policy = Retention(monitor="loss", save_top_k=2)
     assert kept(checkpoints, policy) == [2, 4, 5, 6]
-    assert [c.serial for c in rank(checkpoints, policy)] == [2, 4, 0, 6, 5, 3]
+    assert [c.serial for c in rank(checkpoints, policy)] == [2, 4, 0, 6, 5]
     highest = Retention(monitor="loss", save_top_k=2, mode="max")
-    assert [c.serial for c in rank(checkpoints, highest)][:2] == [3, 5]
+    assert [c.serial for c in rank(checkpoints, highest)][:2] == [5, 6]
 
 
 def test_of_equal_ones_the_older_is_kept() -> None:

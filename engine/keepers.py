@@ -1,0 +1,44 @@
+"""Keepers: who wants which of a run's checkpoints kept and copied. Several share a run, and none overrules another."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, Retention
+from offloop.engine.checkpoint.retention import counted_by, rank, select_kept
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Keeper:
+    """What one owner, usually a callback, wants of the checkpoints that were taken for it."""
+
+    retention: Retention
+    """Its rules; `owner` in them is its name."""
+    save_at_end: bool = False
+    """True if it wants one when training ends."""
+    copies: NamedCopies | None = None
+    """Where copies of them stand."""
+    copies_best_only: bool = False
+    """True if only the best ones are copied, and not the newest as well."""
+
+    def copied(
+        self,
+        checkpoints: Sequence[CheckpointInfo],
+        policies: Sequence[Retention],
+        *,
+        pinned: Collection[str] = (),
+    ) -> list[CheckpointInfo]:
+        """Return the checkpoints that are to have a copy; where names collide, the first has the plain one.
+
+        Args:
+            checkpoints: Those of the run, oldest first.
+            policies: The rules of all keepers.
+            pinned: Names that stay whatever the rules say.
+        """
+        by_name = {info.name: info for info in checkpoints}
+        counted = counted_by([info.manifest for info in checkpoints], self.retention, policies)
+        if self.copies_best_only:
+            names = [head.name for head in rank(counted, self.retention)[: max(self.retention.save_top_k, 1)]]
+        else:
+            kept = select_kept(counted, self.retention, pinned=pinned)
+            names = [head.name for head in reversed(counted) if head.name in kept]
+        return [by_name[name] for name in names]

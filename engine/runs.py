@@ -1,0 +1,390 @@
+"""Runs: training runs that outlive the requests that start them, and fail alone."""
+
+import logging
+import math
+import threading
+import time
+import traceback
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from types import TracebackType
+from typing import Final, Self
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+
+from offloop.engine.callback import Callback
+from offloop.engine.config import misplaced_argument
+from offloop.engine.errors import ConfigError, DeadlockError, RunNotFoundError, RunsClosedError
+from offloop.engine.loop import Batch
+from offloop.engine.metric_names import RunMetrics
+from offloop.engine.resume import Resume
+from offloop.engine.run import Run, RunResult
+from offloop.engine.session import Session
+from offloop.engine.spelling import explains_arguments
+from offloop.engine.trainer import BaseTrainer
+from offloop.engine.weights import Source
+
+logger = logging.getLogger("offloop")
+
+KEEP: Final = 100
+"""Ended runs that are kept by default: a day of short runs, and some MB with histories of a thousand epochs."""
+SHUTDOWN_TIMEOUT: Final = 60.0
+"""Seconds that a shutdown leaves by default: a batch, a last checkpoint and the 30 s in which callbacks drain."""
+HASTE: Final = 5.0
+"""Seconds after that for runs that end in haste; the commit of a checkpoint has 2 of them, `close()` 2 more."""
+
+
+class _Hosted:
+    """A run that is going on. Used on the event loop only."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.scope = anyio.CancelScope()
+        self.is_over = anyio.Event()
+
+
+class Runs(Mapping[str, Run]):
+    """Training runs of an application, by id. They outlive the request that starts them, and fail alone.
+
+    ```python
+    async with Runs() as runs:
+        run = await runs.start(trainer, train_loader, epochs=100)
+        ...
+    ```
+
+    A mapping from run ids to `Run` objects in the order of their starts: `runs[run_id]`, `runs.values()`, `len(runs)`,
+    `run_id in runs`. Runs that have ended stay in it until they are forgotten.
+
+    A run that fails is logged with its traceback. It affects neither the other runs nor the block: its
+    `run.result.status` is `"failed"`, and `run.failure` is the exception, without the values that its frames held.
+
+    Leaving the block calls `shutdown`. `start`, `wait` and `shutdown` belong to the event loop that entered the
+    block and may be awaited in any of its tasks; everything else may be called from any thread.
+    """
+
+    def __init__(self, *, keep: int | None = KEEP, shutdown_timeout: float | None = SHUTDOWN_TIMEOUT) -> None:
+        """Make an empty collection; enter it with `async with` to start runs.
+
+        Args:
+            keep: Ended runs to keep, at least 0; beyond that, the one that ended first is forgotten. None keeps all.
+            shutdown_timeout: Seconds that leaving the block gives the runs to end in order, above 0. None: no limit.
+
+        Raises:
+            ConfigError: An argument is out of range.
+        """
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
+            raise ConfigError(f"keep must be a whole number of at least 0, or None to keep all; got {keep!r}")
+        is_number = isinstance(shutdown_timeout, int | float) and not isinstance(shutdown_timeout, bool)
+        if shutdown_timeout is not None and not (is_number and shutdown_timeout > 0):
+            raise ConfigError(
+                "shutdown_timeout must be a number of seconds above 0, or None for no limit; "
+                f"got {shutdown_timeout!r}"
+            )
+        self.keep = keep
+        self.shutdown_timeout = shutdown_timeout
+        self._lock = threading.Lock()  # guards changes of the next two; never held across an await
+        self._runs: dict[str, Run] = {}  # read by any thread without the lock
+        self._ended: dict[str, None] = {}  # ids of those that have ended, in that order
+        self._hosted: dict[str, _Hosted] = {}  # those going on; on the event loop only
+        self._tasks: anyio.abc.TaskGroup | None = (
+            None  # hosts the runs, from entering the block to leaving it
+        )
+        self._loop: object = None  # the event loop of the block
+        self._is_closed = False
+
+    # The collection: any thread --------------------------------------------------------------------
+
+    def __getitem__(self, run_id: str) -> Run:
+        run = self._runs.get(run_id)
+        if run is None:
+            raise RunNotFoundError(run_id)
+        return run
+
+    # Of copies, which are made in one go: another thread may read while the event loop adds a run.
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._runs.copy())
+
+    def keys(self) -> KeysView[str]:
+        """Return the ids, as of now."""
+        return self._runs.copy().keys()
+
+    def values(self) -> ValuesView[Run]:
+        """Return the runs, as of now, in the order of their starts."""
+        return self._runs.copy().values()
+
+    def items(self) -> ItemsView[str, Run]:
+        """Return ids and runs, as of now."""
+        return self._runs.copy().items()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @property
+    def active(self) -> list[Run]:
+        """The runs that are going on, in the order of their starts."""
+        return [run for run in self.values() if not run.is_over]
+
+    @property
+    def results(self) -> dict[str, RunResult]:
+        """The results of the runs that have ended and are kept, by id."""
+        return {run.id: run.result for run in self.values() if run.is_over}
+
+    def forget(self, run_id: str) -> None:
+        """Remove a run that has ended; its files stay.
+
+        Raises:
+            RunNotFoundError: It is not here.
+            ValueError: It is going on.
+        """
+        if not self[run_id].is_over:
+            raise ValueError(
+                f"run {run_id!r} is going on: cancel it and wait for its end before you forget it"
+            )
+        with self._lock:
+            self._runs.pop(run_id, None)
+            self._ended.pop(run_id, None)
+
+    def cancel_all(self, reason: str = "cancelled") -> None:
+        """Cancel all runs that are going on, as `Run.cancel` does. Does not wait."""
+        for run in self.active:
+            run.cancel(reason)
+
+    def __repr__(self) -> str:
+        active = len(self.active)
+        return f"<Runs: {active} going on, {len(self) - active} over>"
+
+    # Starting and ending: the event loop -------------------------------------------------------------
+
+    @explains_arguments(misplaced_argument)
+    async def start(
+        self,
+        trainer: BaseTrainer,
+        train_loader: Iterable[Batch],
+        val_loader: Iterable[Batch] | None = None,
+        *,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        metrics: RunMetrics = (),
+        callbacks: Sequence[Callback] = (),
+        resume: Resume = None,
+        init_from: Source | None = None,
+        init_strict: bool = True,
+    ) -> Run:
+        """Start a run and return it; it goes on by itself.
+
+        What is wrong with the arguments, or stands in the way of the run, is raised here; there is no such run then.
+        What goes wrong later is the run's failure.
+
+        Cancellation: either the run was not started, or it goes on and is in the collection.
+
+        Args:
+            trainer: Its next run is started. A trainer has one run at a time.
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, init_from, init_strict:
+                As for `Trainer.train`.
+
+        Raises:
+            ConfigError: An argument cannot work.
+            WeightsError, ModelNotFoundError, CheckpointError: `init_from` or `resume` cannot be read.
+            TrainerBusyError: This trainer has a run going on.
+            RunNameTakenError: The directory of the run exists already.
+            RunsClosedError: The block was left, or is being left.
+        """
+        self._expect_open()
+        if not isinstance(trainer, BaseTrainer):
+            if hasattr(trainer, "close") and hasattr(trainer, "cr_await"):
+                trainer.close()  # a coroutine, which would warn that it was never awaited
+            raise TypeError(
+                "start takes a trainer and the arguments of its train(), "
+                f"as in runs.start(trainer, train_loader, epochs=10); got {type(trainer).__name__}"
+            )
+        await trainer._fetch_async(resume)
+        tasks = self._expect_open()
+        session = trainer._prepare(
+            train_loader,
+            val_loader,
+            epochs,
+            max_steps,
+            max_time,
+            metrics,
+            callbacks,
+            resume,
+            (init_from, init_strict),
+        )
+        run: Run = await tasks.start(self._host, session)
+        return run
+
+    async def wait(self) -> dict[str, RunResult]:
+        """Wait until no run is going on, and return `results`. Cancellation: the runs go on.
+
+        Raises:
+            DeadlockError: In a handler of a callback of one of the runs, for which the end of that run waits.
+        """
+        self._expect_outside_callbacks("wait")
+        await self._wait_for_all()
+        return self.results
+
+    async def shutdown(self) -> list[Run]:
+        """Cancel all runs and wait until they are over. Calling it twice is fine; leaving the block calls it.
+
+        Runs end at their next batch, as after `Run.cancel`, and `start` raises `RunsClosedError` from now on.
+        Runs that have not ended after `shutdown_timeout` seconds leave in haste: callbacks do not drain, and only
+        a checkpoint that is being written is finished. A training thread that does not reach its next batch even
+        then (a step or a loader that hangs) cannot be ended from outside. Its stack is logged, and the run ends by
+        itself when the thread gets there; the interpreter cannot exit before.
+
+        Cancellation: the runs are cancelled nevertheless.
+
+        Returns:
+            The runs that are still going on.
+
+        Raises:
+            DeadlockError: In a handler of a callback of one of the runs, for which the end of that run waits.
+        """
+        self._expect_outside_callbacks("shutdown")
+        return await self._shut_down(self._deadline())
+
+    def _deadline(self) -> float:
+        return math.inf if self.shutdown_timeout is None else time.perf_counter() + self.shutdown_timeout
+
+    async def _shut_down(self, deadline: float) -> list[Run]:
+        self._is_closed = True
+        self.cancel_all("shut down")
+        if await self._wait_for_all(deadline):
+            return []
+        for hosted in self._hosted.values():
+            logger.warning("run %s has not ended in time: leaving in haste", hosted.session.run_id)
+            hosted.session.hurry("shut down")
+        if await self._wait_for_all(deadline + HASTE):
+            return []
+        left = []
+        for hosted in tuple(self._hosted.values()):
+            run = hosted.session.run
+            stack = run.stack()
+            if hosted.session.abandon():
+                logger.error(
+                    "run %s goes on after the shutdown; its training thread is here:\n%s", run.id, stack
+                )
+                hosted.scope.cancel()
+                left.append(run)
+        await self._wait_for_all()  # their hosts return now; another run is about to end by itself
+        return left
+
+    async def __aenter__(self) -> Self:
+        if self._tasks is not None or self._is_closed:
+            raise RuntimeError("this Runs was entered before: make another one for another block")
+        self._loop = anyio.lowlevel.current_token().native_token
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._tasks is None:
+            raise RuntimeError("this Runs was not entered: use it as `async with Runs() as runs:`")
+        deadline = self._deadline()
+        cancellation: BaseException | None = None
+        while True:
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._shut_down(deadline)
+                break
+            except anyio.get_cancelled_exc_class() as error:  # asyncio's own goes through a shield
+                cancellation = error
+        # Not told of the body's exception: a task group would wrap it, and nothing is left to cancel.
+        await self._tasks.__aexit__(None, None, None)
+        if cancellation is not None and exc is None:
+            raise cancellation
+
+    def _expect_outside_callbacks(self, what: str) -> None:
+        task = anyio.get_current_task().id
+        if any(task in hosted.session.control.places.tasks for hosted in self._hosted.values()):
+            raise DeadlockError(
+                f"runs.{what}() in a callback would wait for ever: a run ends when its callbacks have handled their "
+                "events. Call it in a task of your own"
+            )
+
+    def _expect_open(self) -> anyio.abc.TaskGroup:
+        if self._is_closed:
+            raise RunsClosedError("no run can be started: this Runs is shut down")
+        if self._tasks is None:
+            raise RuntimeError("this Runs was not entered: use it as `async with Runs() as runs:`")
+        if anyio.lowlevel.current_token().native_token is not self._loop:
+            raise RuntimeError(
+                "this Runs belongs to another event loop: start runs on the one that entered it"
+            )
+        return self._tasks
+
+    async def _host(self, session: Session, *, task_status: anyio.abc.TaskStatus[Run]) -> None:
+        """Body of the task of one run. Raises only what keeps the run from starting, and cancellations."""
+        self._expect_open()
+        hosted = _Hosted(session)
+
+        def register(run: Run) -> None:
+            with self._lock:
+                self._runs.pop(run.id, None)  # an earlier attempt of this run, which has ended
+                self._ended.pop(run.id, None)
+                self._runs[run.id] = run
+            self._hosted[run.id] = hosted
+            session.finished.add_done_callback(
+                lambda _: _log_failure(session)
+            )  # before those that wait for it
+            task_status.started(run)
+
+        try:
+            with hosted.scope:
+                await session.run_to_end(register)
+        finally:
+            if self._hosted.get(session.run_id) is hosted:
+                del self._hosted[session.run_id]
+                if session.result is not None:
+                    self._note_end(session.run_id)
+            hosted.is_over.set()
+
+    async def _wait_for_all(self, deadline: float = math.inf) -> bool:
+        """Wait until no run is going on; False if the deadline comes first."""
+        with anyio.move_on_after(deadline - time.perf_counter()):
+            while self._hosted:
+                await next(iter(self._hosted.values())).is_over.wait()
+        return not self._hosted
+
+    def _note_end(self, run_id: str) -> None:
+        """Forget the runs that ended first, as `keep` says."""
+        with self._lock:
+            if run_id in self._runs:
+                self._ended[run_id] = None
+            while self.keep is not None and len(self._ended) > self.keep:
+                first = next(iter(self._ended))
+                del self._ended[first], self._runs[first]
+
+
+def _log_failure(session: Session) -> None:
+    """Log what a run failed with, and clear the frames of the exception, which may hold tensors."""
+    failure = session.failure
+    if failure is None or session.result is None:
+        return
+    session.note_where(failure)
+    logger.error("run %s failed", session.run_id, exc_info=failure)
+    for each in _with_causes(failure):
+        traceback.clear_frames(each.__traceback__)
+
+
+def _with_causes(error: BaseException) -> list[BaseException]:
+    """Return an exception and those that it is linked to."""
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is None or each in found:
+            continue
+        found.append(each)
+        waiting += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions
+    return found

@@ -1,0 +1,89 @@
+"""What went wrong in a step, in words that say what to write instead.
+
+Everything here runs after a step has failed, so it costs a step that works nothing. An exception of torch or of the
+user's code stays what it is and gets a note with the facts that its text lacks; one that only follows from how the
+trainer was set up is replaced by an error of offloop's.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from offloop.engine.errors import BatchError
+
+
+def describe(value: Any) -> str:
+    """Return what a value is, as an error says it: its kind, and shape and dtype of a tensor."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {_dtype(value)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {', '.join(map(str, value))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def explain_loss(error: Exception, outputs: Any, targets: Any) -> None:
+    """Note what a loss function was given when it raised, and the usual mistake if it is one."""
+    note = f"offloop: loss(outputs, targets) was given outputs: {describe(outputs)}; targets: {describe(targets)}"
+    if isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor):
+        note += _usual_mistake(outputs, targets)
+    elif not isinstance(outputs, torch.Tensor):
+        note += (
+            ". The model's outputs are no tensor: override training_step(self, batch) and take from them what the "
+            "loss needs"
+        )
+    error.add_note(note)
+
+
+def _usual_mistake(outputs: torch.Tensor, targets: torch.Tensor) -> str:
+    """Return what is probably wrong with these outputs and targets, empty if nothing is known."""
+    shape, wanted = outputs.shape, targets.shape
+    are_classes = outputs.dim() > 1 and shape[:1] + shape[2:] == wanted
+    are_classes = are_classes and (shape[1] > 1 or not targets.is_floating_point())
+    if are_classes and targets.is_floating_point():
+        return ". Class indices are integers: give targets.long()"
+    if are_classes and targets.device.type == "cpu" and targets.numel():  # elsewhere this could fail again
+        low, high = int(targets.min()), int(targets.max())
+        if high >= shape[1] or low < 0:
+            return (
+                f". The targets reach from {low} to {high}, and {shape[1]} outputs stand for the classes 0 to "
+                f"{shape[1] - 1}: does the model's last layer have as many outputs as there are classes?"
+            )
+    if shape != wanted and outputs.numel() == targets.numel():
+        return (
+            f". They differ by a dimension of size 1: give targets.view{tuple(shape)}, or outputs.squeeze(-1)"
+        )
+    if shape == wanted and not targets.is_floating_point() and outputs.is_floating_point():
+        return ". Losses of numbers take floats: give targets.float()"
+    return ""
+
+
+def explain_call(model: torch.nn.Module, batch: Any, error: TypeError) -> NoReturn:
+    """Say that a batch does not fit the arguments of a model that was to return its loss.
+
+    Raises:
+        BatchError: It does not.
+        TypeError: It does: `error` is from inside of the model.
+    """
+    positional = batch if isinstance(batch, tuple | list) else ()
+    named = batch if isinstance(batch, Mapping) else {}
+    try:
+        signature = inspect.signature(model.forward)
+        signature.bind(*positional, **named)
+    except TypeError:
+        names = ", ".join(signature.parameters)
+        raise BatchError(
+            f"{type(model).__name__}.forward({names}) cannot take {describe(batch)}: without loss= the model is "
+            "given the whole batch and returns its loss. Give Trainer(loss=...), like "
+            "torch.nn.functional.cross_entropy, or override training_step(self, batch)"
+        ) from error
+    except ValueError:  # a forward without a signature
+        pass
+    raise error
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
