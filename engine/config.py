@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 import msgspec
 
 from offloop.engine.errors import ConfigError, nearest
-from offloop.engine.spelling import ADVICE, PEER_SPELLINGS, hint
+from offloop.engine.spelling import ADVICE, PEER_SPELLINGS, PRECISIONS, hint
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +180,13 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             _check_positive(name, getattr(self, name), optional=False, unit="seconds")
         for name in ("limit_train_batches", "limit_val_batches"):
             _check_limit(name, getattr(self, name))
-        _check_choice("precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
+        meant = PRECISIONS.get(str(self.precision).removeprefix("torch."))
+        _check_choice(
+            "precision",
+            self.precision,
+            ("32-true", "bf16-mixed", "16-mixed"),
+            f"; {meant!r} is meant" if meant else "",
+        )
         _check_choice("gradient_clip_algorithm", self.gradient_clip_algorithm, ("norm", "value"))
         _check_choice("on_nonfinite", self.on_nonfinite, ("raise", "warn", "skip_step"))
         _check_choice("scheduler_interval", self.scheduler_interval, ("epoch", "step"))
@@ -356,9 +362,9 @@ def _check_limit(name: str, value: object) -> None:
     )
 
 
-def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:
+def _check_choice(name: str, value: object, legal: tuple[object, ...], hint: str = "") -> None:
     if value not in legal:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}{hint}")
 
 
 def _check_patterns(name: str, value: object, kinds: tuple[type, ...], legal: str) -> None:

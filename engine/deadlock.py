@@ -72,6 +72,11 @@ class Places:
             for each in self._waiting:
                 each.set()
 
+    def is_plain(self) -> bool:
+        """True in the training thread and in the worker threads of callbacks, where nothing can be awaited."""
+        thread = threading.get_ident()
+        return thread == self.training_thread or thread in self.workers
+
     def held_up(self) -> bool:
         """True in the worker thread of a callback for which training waits at this moment."""
         name, is_blocking = self.workers.get(threading.get_ident(), (None, None))

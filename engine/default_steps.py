@@ -21,8 +21,9 @@ def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, Mapping) and "inputs" in batch and "targets" in batch:
         return batch["inputs"], batch["targets"]
     whole = (
-        "; if the loader is a list of whole tensors: DataLoader(TensorDataset(inputs, targets), batch_size=32)"
-        if isinstance(batch, torch.Tensor)
+        "; if the loader is a list of whole tensors or arrays: "
+        "DataLoader(TensorDataset(inputs, targets), batch_size=32)"
+        if hasattr(batch, "__array__")
         else ""
     )
     raise BatchError(

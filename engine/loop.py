@@ -54,6 +54,7 @@ from offloop.engine.precision import MixedPrecision, clip, free_gradients, gradi
 from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.reporter import Logged, Reporter, Window, settled
 from offloop.engine.seeded_sampling import SeededSampling
+from offloop.engine.step_failures import explain_failure
 from offloop.engine.step_hooks import StepHooks
 from offloop.engine.training_mode import enter_training, eval_mode
 from offloop.engine.workers import spared_workers
@@ -273,7 +274,8 @@ class TrainingLoop:
         try:
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
                 self.run_epoch()
-        except BaseException:
+        except BaseException as error:
+            explain_failure(error)
             with contextlib.suppress(Exception):  # what was launched before the failure is said, if it can be
                 self.reporter.readback.flush()
             with contextlib.suppress(Exception):  # the first failure is the one to hear of

@@ -104,7 +104,8 @@ def chosen_metrics(metrics: MetricSpec) -> "dict[str, Metric | None]":
     """Return key -> the user's metric, or None for one of our names, in the order given. Raises as `check_metrics`."""
     metric_class = _metric_class()
     if isinstance(metrics, str | metric_class) or not isinstance(metrics, Sequence | Mapping):
-        raise TypeError(f"metrics must be a list of names and torchmetrics.Metrics, got {metrics!r}")
+        hint = f": write metrics=[{metrics!r}]" if isinstance(metrics, str | metric_class) else ""
+        raise TypeError(f"metrics must be a list of names and torchmetrics.Metrics, got {metrics!r}{hint}")
     is_mapping = isinstance(metrics, Mapping)
     pairs = metrics.items() if isinstance(metrics, Mapping) else [(_key(item), item) for item in metrics]
     chosen: dict[str, Metric | None] = {}

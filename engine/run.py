@@ -1,13 +1,14 @@
 """Run: the handle of a training run, for any task and thread; RunResult: what is left of it."""
 
 import dataclasses
+import functools
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, NoReturn, ParamSpec, TypeVar, overload
 
 import anyio
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
+P = ParamSpec("P")
+
+_STOP: Final = 'a run is not stopped by an attribute: call run.stop_nowait("why"), or await run.stop("why")'
+
 Status = Literal["completed", "stopped", "cancelled", "failed"]
 
 
@@ -60,6 +65,25 @@ class RunResult:
     """What each callback raised (the first hundred), by name; callbacks without errors are not listed."""
     dir: Path | None
     """The run's directory; None if nothing was written."""
+
+
+def awaited(
+    method: Callable[Concatenate["Run", P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["Run", P], Coroutine[Any, Any, T]]:
+    """Decorate an `async def` of `Run` so that a call where nothing can be awaited is an error and not forgotten."""
+
+    @functools.wraps(method)
+    def call(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        if run._control.places.is_plain():
+            name = method.__name__
+            instead = f"write run.{name}_nowait(...)" if name != "wait" else "handle TrainEnd (on_train_end)"
+            raise RuntimeError(
+                f"run.{name}() must be awaited, and this is a plain def, in a thread without an event loop: {instead}, "
+                "or make it an async def"
+            )
+        return method(run, *args, **kwargs)
+
+    return call
 
 
 class Run:
@@ -203,6 +227,7 @@ class Run:
             raise RuntimeError(f"run {self.id} is still going on (it is {self.state}): await run.wait()")
         return result
 
+    @awaited
     async def wait(self) -> RunResult:
         """Wait for the end, whatever it is, and return the result. Cancellation: the run goes on.
 
@@ -362,36 +387,44 @@ class Run:
         if self.dir is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
 
+    @awaited
     async def pause(self, reason: str = "", *, by: str | None = None) -> None:
         """Pause at the next batch, also of a validation; everything stays on the device."""
         await self._control.wait_for(self.pause_nowait(reason, by=by))
 
+    @awaited
     async def resume(self, *, by: str | None = None) -> None:
         """Go on after a pause."""
         await self._control.wait_for(self.resume_nowait(by=by))
 
+    @awaited
     async def stop(self, reason: str = "asked to stop", *, by: str | None = None) -> None:
         """Stop at the next step boundary; returns when training has taken note, `wait()` waits for the end."""
         await self._control.wait_for(self.stop_nowait(reason, by=by))
 
+    @awaited
     async def set_lr(
         self, lr: float, group: int | None = None, optimizer: str | None = None, *, by: str | None = None
     ) -> None:
         """Set a learning rate, see `set_lr_nowait`."""
         await self._control.wait_for(self.set_lr_nowait(lr, group, optimizer, by=by))
 
+    @awaited
     async def validate(self, *, by: str | None = None) -> Metrics | None:
         """Validate at the next step boundary and return the metrics."""
         return await self._control.wait_for(self.validate_nowait(by=by))
 
+    @awaited
     async def checkpoint(self, reason: str = "command", *, by: str | None = None) -> CheckpointSaved | None:
         """Save a checkpoint at the next step boundary; returns when it is durable."""
         return await self._control.wait_for(self.checkpoint_nowait(reason, by=by))
 
+    @awaited
     async def tag(self, tag: str, *, move: bool = False, by: str | None = None) -> CheckpointSaved | None:
         """Tag the checkpoint of the next step boundary, see `tag_nowait`; returns when both are durable."""
         return await self._control.wait_for(self.tag_nowait(tag, move=move, by=by))
 
+    @awaited
     async def call(self, function: Callable[[Any], T], *, by: str | None = None) -> T | None:
         """Run `function(trainer)` in the training thread at a step boundary and return its result."""
         return await self._control.wait_for(self.call_nowait(function, by=by))
@@ -402,6 +435,15 @@ class Run:
         Calling it after the end, or twice, is fine.
         """
         self._session.cancel(reason)
+
+    @property
+    def should_stop(self) -> NoReturn:
+        """No attribute of a run: `stop` stops it."""
+        raise AttributeError(_STOP)
+
+    @should_stop.setter
+    def should_stop(self, value: object) -> NoReturn:
+        raise AttributeError(_STOP)
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.state}>"

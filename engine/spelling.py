@@ -255,6 +255,11 @@ METHODS: Final = {
     "on": "train(..., callbacks=[...]), with a subclass of Callback",
     "log_dict": "log(name, value), once for each",
     "manual_backward": "backward(loss)",
+    "forward": "self.model(...)",
+    "parameters": "self.model.parameters()",
+    "eval": "predict(loader) and evaluate(loader), which see to the model's mode",
+    "cuda": 'Trainer(device="cuda"), which moves model and batches',
+    "to": 'Trainer(device="cuda"), which moves model and batches',
     "global_step": "step",
     "current_epoch": "epoch",
     "callback_metrics": "the result that train() returns: result.metrics",
@@ -264,7 +269,22 @@ METHODS: Final = {
 }
 """What others call what a `Trainer` has."""
 
+PRECISIONS: Final = {
+    "16": "16-mixed",
+    "fp16": "16-mixed",
+    "float16": "16-mixed",
+    "half": "16-mixed",
+    "bf16": "bf16-mixed",
+    "bfloat16": "bf16-mixed",
+    "32": "32-true",
+    "fp32": "32-true",
+    "float32": "32-true",
+    "no": "32-true",
+}
+"""How others spell our precisions."""
+
 LIKE: Final = {
+    "value": ": log(name, value), once for each",
     "optimizer": ", like torch.optim.AdamW(model.parameters(), lr=1e-3)",
     "train_loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
     "loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",

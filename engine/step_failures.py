@@ -25,6 +25,26 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def explain_model(error: Exception, inputs: Any) -> None:
+    """Note what a model was given when it raised, and that it is no tensor, if it is none."""
+    note = f"offloop: the model was given inputs: {describe(inputs)}"
+    if hasattr(inputs, "__array__") and not isinstance(inputs, torch.Tensor):
+        note += ". Models take tensors: torch.from_numpy makes them, and DataLoader does of what a Dataset returns"
+    elif isinstance(inputs, tuple | list) and inputs and isinstance(inputs[0], str):
+        note += ". Models take tensors: give the DataLoader a collate_fn that makes them of texts"
+    error.add_note(note)
+
+
+def explain_failure(error: BaseException) -> None:
+    """Note what a failure of training comes from, where torch's text leads away from it."""
+    if isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
+        error.add_note(
+            "offloop: has training_step called loss.backward() itself? It returns the loss, and the trainer does the "
+            "rest; for backward and optimizer steps of your own set automatic_optimization = False and call "
+            "self.backward(loss) and self.optimizer_step()"
+        )
+
+
 def explain_loss(error: Exception, outputs: Any, targets: Any) -> None:
     """Note what a loss function was given when it raised, and the usual mistake if it is one."""
     note = f"offloop: loss(outputs, targets) was given outputs: {describe(outputs)}; targets: {describe(targets)}"

@@ -73,7 +73,7 @@ from offloop.engine.run_dir import new_run_id
 from offloop.engine.seeded_sampling import check_seedable
 from offloop.engine.session import Session
 from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
-from offloop.engine.step_failures import explain_loss
+from offloop.engine.step_failures import explain_loss, explain_model
 from offloop.engine.thread_state import caller_state, check_caller
 from offloop.engine.threads import Thread
 from offloop.engine.training_mode import eval_mode
@@ -149,7 +149,10 @@ class BaseTrainer:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         expect_instance(loss, "loss")
         if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be a function of outputs and targets, got {type(loss).__name__}")
+            raise TypeError(
+                "loss must be a function of outputs and targets, like torch.nn.functional.cross_entropy, got "
+                f"{type(loss).__name__}"
+            )
         if batch_size is not None and not callable(batch_size):
             raise ConfigError(
                 "batch_size is a function that counts the samples of a batch, like lambda batch: len(batch[0]); got "
@@ -190,6 +193,9 @@ class BaseTrainer:
             if name in METHODS:
                 raise AttributeError(f"{type(self).__name__} has no {name!r}: use {METHODS[name]}")
             return super().__getattribute__(name)  # again, for the error that Python raises
+
+        def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+            raise TypeError("a trainer is no model: call self.model(...)")
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -854,13 +860,14 @@ class BaseTrainer:
         epochs = config.epochs if epochs is None else epochs
         max_steps = config.max_steps if max_steps is None else max_steps
         max_time = config.max_time if max_time is None else max_time
-        check_limits(epochs, max_steps, max_time)
         check_loader(train_loader, "train_loader")
+        if val_loader is not None:
+            check_loader(val_loader, "val_loader")
+        check_limits(epochs, max_steps, max_time)
         limited_length(train_loader, config.limit_train_batches, "limit_train_batches")
         if config.sampling == "seeded":
             check_seedable(train_loader)
         if val_loader is not None:
-            check_loader(val_loader, "val_loader")
             self._check_validation()
             limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
         for data_set in ("train", "val"):
@@ -1272,7 +1279,11 @@ class Trainer(BaseTrainer):
         """Compute the loss by the convention that the batch follows."""
         if self.loss is not None:
             inputs, targets = inputs_and_targets(batch)
-            outputs = self.model(inputs)
+            try:
+                outputs = self.model(inputs)
+            except Exception as error:
+                explain_model(error, inputs)
+                raise
             try:
                 loss = self.loss(outputs, targets)
             except Exception as error:

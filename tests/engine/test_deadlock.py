@@ -218,3 +218,33 @@ async def test_tasks_beside_a_run_may_wait_for_its_end() -> None:
         async with anyio.create_task_group() as tasks:
             await tiny_trainer().train_async(tiny_loader(1), epochs=1, callbacks=[Starts()])
     assert statuses == ["completed"]
+
+
+@pytest.mark.parametrize("decides_it", [True, False])
+def test_a_command_that_is_not_awaited_in_a_plain_handler_is_an_error(decides_it: bool) -> None:
+    """It would be a coroutine that never runs: the command was given to nobody."""
+
+    class Forgets(Callback):
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            run.stop("enough")  # type: ignore[unused-coroutine]  # the mistake
+
+        if decides_it:
+            on_epoch_end = decides(on_epoch_end)
+
+    words = r"run\.stop\(\) must be awaited, and this is a plain def.*write run\.stop_nowait\(\.\.\.\)"
+    if decides_it:
+        with pytest.raises(RuntimeError, match=words):
+            tiny_trainer().train(tiny_loader(1), epochs=2, callbacks=[Forgets()])
+        return
+    result = tiny_trainer().train(tiny_loader(1), epochs=1, callbacks=[Forgets()])
+    assert "write run.stop_nowait(...)" in result.callback_errors["Forgets"][0]
+
+
+def test_an_attribute_stops_no_run() -> None:
+    class Stops(Callback):
+        @decides
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            run.should_stop = True
+
+    with pytest.raises(AttributeError, match=r'call run\.stop_nowait\("why"\)'):
+        tiny_trainer().train(tiny_loader(1), epochs=2, callbacks=[Stops()])

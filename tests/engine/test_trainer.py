@@ -129,7 +129,7 @@ BAD_TRAINERS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "loss of another kind": (
         lambda: Trainer(MODEL, sgd(MODEL), loss="cross_entropy"),  # type: ignore[arg-type]  # that is the test
-        "loss must be a function of outputs and targets, got str",
+        "loss must be a function of outputs and targets, like torch.nn.functional.cross_entropy, got str",
     ),
     "callback class": (
         lambda: Trainer(MODEL, sgd(MODEL), callbacks=[Recorder]),  # type: ignore[list-item]  # that is the test
@@ -904,7 +904,7 @@ def test_a_trainer_is_not_copied(copied: Callable[[Any], object]) -> None:
 def test_an_attribute_that_a_run_does_not_have_cannot_be_set() -> None:
     trainer = tiny_trainer()
     trainer.train(LOADER, epochs=1)
-    with pytest.raises(AttributeError, match="should_stop"):
+    with pytest.raises(AttributeError, match="not stopped by an attribute"):
         trainer.last_run.should_stop = True  # type: ignore[union-attr]  # that is the test
 
 

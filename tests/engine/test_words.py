@@ -118,6 +118,36 @@ def test_outputs_that_are_no_tensor() -> None:
     assert any("override training_step" in each for each in caught.value.__notes__)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (
+            INPUTS.numpy(),
+            "the model was given inputs: a ndarray. Models take tensors: torch.from_numpy makes them",
+        ),
+        (("a", "b"), "given inputs: a tuple of 2. Models take tensors: give the DataLoader a collate_fn"),
+        (torch.randn(8, 5), "the model was given inputs: a tensor of shape (8, 5), float32"),
+    ],
+)
+def test_the_error_of_a_model_names_what_it_was_given(inputs: Any, words: str) -> None:
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        trainer_of(loss=cross_entropy).train([(inputs, CLASSES)], epochs=1)
+    assert any(words in each for each in caught.value.__notes__)
+
+
+def test_a_step_that_has_called_backward_itself() -> None:
+    class Steps(Trainer):
+        def training_step(self, batch: Any) -> Any:
+            loss = cross_entropy(self.model(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+    model = torch.nn.Linear(4, 3)
+    with pytest.raises(RuntimeError, match="a second time") as caught:
+        Steps(model, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu").train([BATCH], epochs=1)
+    assert any("set automatic_optimization = False" in each for each in caught.value.__notes__)
+
+
 # Arguments -----------------------------------------------------------------------------------------
 
 
@@ -139,8 +169,28 @@ def test_whole_tensors_in_place_of_a_loader(loader: Any) -> None:
 
 
 def test_a_list_of_whole_tensors() -> None:
-    with pytest.raises(BatchError, match=r"list of whole tensors: DataLoader\(TensorDataset"):
+    with pytest.raises(BatchError, match=r"list of whole tensors or arrays: DataLoader\(TensorDataset"):
         trainer_of(loss=cross_entropy).train([INPUTS, CLASSES], epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda trainer: trainer.train([BATCH], 3), "val_loader must be iterable over batches, got int"),
+        (
+            lambda trainer: trainer.train([BATCH], epochs=1, metrics="accuracy"),
+            r"write metrics=\['accuracy'\]",
+        ),
+        (lambda trainer: trainer(INPUTS), r"a trainer is no model: call self\.model"),
+        (lambda trainer: trainer.forward(INPUTS), r"has no 'forward': use self\.model"),
+        (lambda trainer: trainer_of(precision="fp16"), "got 'fp16'; '16-mixed' is meant"),
+        (lambda trainer: trainer_of(precision=torch.bfloat16), "'bf16-mixed' is meant"),
+        (lambda trainer: trainer_of(loss="mse"), r"like torch\.nn\.functional\.cross_entropy, got str"),
+    ],
+)
+def test_what_is_tried_first(call: Callable[[Any], Any], words: str) -> None:
+    with pytest.raises((TypeError, AttributeError, ConfigError), match=words):
+        call(trainer_of(loss=cross_entropy))
 
 
 def test_a_data_set_of_single_samples() -> None:
