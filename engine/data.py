@@ -98,7 +98,7 @@ def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch
     deeper = depth + 1
     if isinstance(item, tuple):
         parts = [_moved(part, device, move, deeper) for part in item]
-        return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+        return item._make(parts) if hasattr(item, "_make") else type(item)(parts)
     if isinstance(item, list):
         return [_moved(part, device, move, deeper) for part in item]
     if isinstance(item, Mapping):
@@ -109,7 +109,8 @@ def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch
             item, MutableMapping
         ):  # a copy keeps what its kind holds beside the items: a defaultdict
             twin = copy.copy(item)
-            twin.update(moved)
+            for key, part in moved.items():
+                twin[key] = part  # one by one: outputs of Hugging Face models refuse update()
             return twin
         return type(item)(moved)  # type: ignore[call-arg]  # a mapping of its kind
     if dataclasses.is_dataclass(item) and not isinstance(item, type):

@@ -581,8 +581,8 @@ class TrainingLoop:
         counted = float(samples) if weight is None else weight
         window.samples += samples
         window.weight += counted
-        if self.train_metrics and outputs is not None and targets is not None:
-            self.train_metrics.update(outputs.detach(), targets)
+        if self.train_metrics:
+            self.train_metrics.add(outputs, targets, "training_step")
         if loss is not None:
             window.losses.append(loss)
             window.weights.append(counted)
@@ -767,8 +767,8 @@ class TrainingLoop:
             samples = own_samples
         counted = float(samples) if weight is None else weight
         self.val_samples += samples
-        if self.val_metrics and outputs is not None and targets is not None:
-            self.val_metrics.update(outputs, targets)
+        if self.val_metrics:
+            self.val_metrics.add(outputs, targets, "validation_step")
         if loss is not None:
             self.reporter.add_to_validation("loss", loss, counted)
         if self.logged_in_validation:
@@ -1059,7 +1059,7 @@ def describe_empty(name: str, loader: Iterable[Batch], *, was_read: bool) -> str
 
 def read_output(
     output: StepOutput, method: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float | None, int | None]:
+) -> tuple[torch.Tensor | None, Any, Any, float | None, int | None]:
     """Take a step's return value apart: loss, outputs, targets, weight, samples."""
     if output is None or isinstance(output, torch.Tensor):
         return output, None, None, None, None

@@ -22,6 +22,9 @@ The task of the other names is read off the first batch of a run, and stays:
     (B,) or (B, 1, ...)  0 or 1 in any dtype; same shape, or without the 1     binary
     (B, L, ...), L >= 2  0 or 1 in any dtype; same shape                       multilabel
 
+Targets (B, C, ...) that are shares of classes, one-hot or soft, are a multiclass task where the trainer's `loss`
+takes them as such (`cross_entropy`): the class is the largest share. More classes in a later batch are taken in.
+
 (B, ..., C) is understood where (B, C, ...) does not fit. Positions behind the class dimension (pixels,
 tokens) count as samples. Negative class indices are not counted, like the -100 of `cross_entropy`.
 Outputs are probabilities if all outputs *of the pass* lie in [0, 1], else logits. One batch cannot tell:
@@ -33,11 +36,13 @@ that takes as long as importing torch, where SciPy is installed, and must not ho
 """
 
 import copy
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offloop.engine.lazy_imports import first_use
 from offloop.engine.metric_names import NAMES, ONE_NUMBER, MetricSpec, chosen_metrics
@@ -48,10 +53,41 @@ if TYPE_CHECKING:
     from offloop.engine.named_metrics import Sums
 
 
+logger = logging.getLogger("offloop")
+
+Rows = Literal["classes", "labels"] | None
+"""What targets of the outputs' shape hold: shares of classes, labels that count by themselves, or unknown."""
+
+_OF_CLASSES: Final = (nn.functional.cross_entropy, nn.functional.kl_div)
+_OF_LABELS: Final = (
+    nn.functional.binary_cross_entropy,
+    nn.functional.binary_cross_entropy_with_logits,
+    nn.functional.multilabel_soft_margin_loss,
+)
+
+
+def rows_of(loss: object) -> Rows:
+    """Return what a loss function takes targets of its outputs' shape for; None where that is not known."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    if loss in _OF_CLASSES or isinstance(loss, nn.CrossEntropyLoss | nn.KLDivLoss):
+        return "classes"
+    if loss in _OF_LABELS or isinstance(
+        loss, nn.BCELoss | nn.BCEWithLogitsLoss | nn.MultiLabelSoftMarginLoss
+    ):
+        return "labels"
+    return None
+
+
 class Problem(NamedTuple):
     task: str  # binary, multiclass, multilabel or regression
     size: int  # classes (2 of a binary task) or labels
     class_dim: int = 1  # where a multiclass task's outputs hold the classes: 1 or -1
+
+    def in_words(self) -> str:
+        """Return `multiclass with 3 classes`."""
+        what = {"multiclass": "classes", "multilabel": "labels"}.get(self.task)
+        return self.task if what is None else f"{self.task} with {self.size} {what}"
 
 
 class MetricSet:
@@ -67,13 +103,21 @@ class MetricSet:
     names: tuple[str, ...]
     """The keys without prefix, aliases resolved, in the order given; known before any batch."""
 
-    def __init__(self, metrics: MetricSpec, *, prefix: str, device: torch.device) -> None:
-        """Prepare a pass: `prefix` comes before each key, `device` is where batches are. Raises as `check_metrics`."""
+    def __init__(self, metrics: MetricSpec, *, prefix: str, device: torch.device, rows: Rows = None) -> None:
+        """Prepare a pass. Raises as `check_metrics`.
+
+        Args:
+            metrics: Names and instances.
+            prefix: Comes before each key.
+            device: Where batches are.
+            rows: What targets of the outputs' shape hold, see `rows_of`.
+        """
         self._chosen = chosen_metrics(metrics)
         self.names = tuple(self._chosen)
         self._kinds = [f"{name}: {type(metric).__name__}" for name, metric in self._chosen.items()]
         self._prefix, self._device, self._batches = prefix, device, 0
         self._shapes: tuple[torch.Size, torch.Size] | None = None  # of the last batch
+        self._rows = rows
         self._problem: Problem | None = None  # read off the first batch, which makes the counters
         self._sums: list[Sums] = []  # of the names
         self._is_split = False  # True in a resumed pass with names that began later than others of their kind
@@ -84,35 +128,81 @@ class MetricSet:
         with first_use("torchmetrics"):
             import offloop.engine.named_metrics  # noqa: F401 - loads it
 
+    def add(self, outputs: Any, targets: Any, step: str) -> None:
+        """Add what a step returned for the metrics.
+
+        Raises:
+            ValueError: It returned none for the first batch, or what the metrics cannot judge; see `update`.
+        """
+        if outputs is not None and targets is not None:
+            self.update(outputs, targets)
+        elif self._problem is None:
+            data_set = "val" if self._prefix == "train_" else "train"
+            raise ValueError(
+                f"metrics {', '.join(map(repr, self.names))} need outputs and targets: return {{'loss': loss, "
+                f"'outputs': outputs, 'targets': targets}} from {step}, or compute metrics of the other data set "
+                f"alone: metrics={{{data_set!r}: [...]}}"
+            )
+
     @torch.inference_mode(False)  # here and below: sums made in inference mode could not grow outside
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Any, targets: Any) -> None:
         """Add one batch; one without samples is ignored. Nothing of the autograd graph is kept.
 
-        Raises ValueError if the first batch fits no task, or a later one does not fit the first one's.
+        Args:
+            outputs: A tensor, or what has one as `logits`. Where all metrics are the user's, anything they take.
+            targets: Likewise.
+
+        Raises:
+            ValueError: The first batch fits no task, or a later one does not fit the first one's.
         """
-        if outputs.numel() == 0:
-            return
-        outputs, targets = outputs.detach(), targets.detach()
-        if self._problem is None or self._shapes != (outputs.shape, targets.shape):
-            problem = _problem(self._named(), outputs, targets, self._problem)
-            if self._problem is None:
-                self._build(problem)
-            self._problem, self._shapes = problem, (outputs.shape, targets.shape)
-        for sums in self._sums:
-            sums.update(outputs, targets)
-        if self._own:
+        outputs = _logits(outputs)
+        if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+            if outputs.numel() == 0:
+                return
+            outputs, targets = outputs.detach(), targets.detach()
+            if self._problem is None or self._shapes != (outputs.shape, targets.shape):
+                problem = _problem(self._named(), outputs, targets, self._problem, self._rows)
+                if self._problem is None:
+                    self._build(problem)
+                self._problem, self._shapes = problem, (outputs.shape, targets.shape)
+            self._update_sums(self._problem, outputs, targets)
             if outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
-            for name, metric in self._own.items():
-                try:
-                    metric.update(outputs, targets)
-                except Exception as error:
-                    error.add_note(
-                        f"offloop: metric {name!r}, a {type(metric).__name__}, was given outputs "
-                        f"{tuple(outputs.shape)} {outputs.dtype}, targets {tuple(targets.shape)} {targets.dtype}"
-                    )
-                    raise
+        else:
+            self._expect_tensors(outputs, targets)
+            outputs, targets = _detached(outputs), _detached(targets)
+            if self._problem is None:
+                self._problem = Problem("regression", 1)
+                self._build(self._problem)
+        for name, metric in self._own.items():
+            try:
+                metric.update(outputs, targets)
+            except Exception as error:
+                error.add_note(
+                    f"offloop: metric {name!r}, a {type(metric).__name__}, was given outputs "
+                    f"{_describe(outputs)}, targets {_describe(targets)}"
+                )
+                raise
         self._batches += 1
+
+    def _update_sums(self, problem: Problem, outputs: Tensor, targets: Tensor) -> None:
+        # Shares of classes: the largest one is the class
+        is_share = problem.task == "multiclass" and outputs.shape == targets.shape
+        for sums in self._sums:
+            wants_classes = is_share and not sums.takes_numbers
+            sums.update(outputs, targets.argmax(problem.class_dim) if wants_classes else targets)
+
+    def _expect_tensors(self, outputs: Any, targets: Any) -> None:
+        """Raise where named metrics were given anything else."""
+        named = self._named()
+        if not named:
+            return
+        which, got = ("targets", targets) if isinstance(outputs, Tensor) else ("outputs", outputs)
+        raise ValueError(
+            f"metrics {', '.join(map(repr, named))} need a tensor of {which}, got {_describe(got)}: override "
+            "training_step(self, batch) and return {'loss': loss, 'outputs': ..., 'targets': ...} with the tensors "
+            "to compare"
+        )
 
     def compute(self) -> dict[str, float]:
         """Return the metrics of the pass so far, by prefixed key; empty if there was no batch.
@@ -233,7 +323,38 @@ def _flat(name: str, result: object) -> Iterator[tuple[str, Tensor | float]]:
         raise ValueError(f"metric {name!r} gave {got}, not one number; {ONE_NUMBER}")
 
 
-def _problem(names: Sequence[str], outputs: Tensor, targets: Tensor, first: Problem | None) -> Problem:
+def _logits(outputs: Any) -> Any:
+    """Return the tensor that outputs hold as `logits`, as those of Hugging Face models do; else the outputs."""
+    if isinstance(outputs, Tensor | list | tuple):
+        return getattr(outputs, "logits", outputs)  # a named tuple may have them
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    return found if isinstance(found, Tensor) else outputs
+
+
+def _detached(item: Any) -> Any:
+    """Return an item without the graphs of its tensors, in lists and mappings too."""
+    if isinstance(item, Tensor):
+        return item.detach()
+    if isinstance(item, list):
+        return [_detached(each) for each in item]
+    if type(item) is tuple:
+        return tuple(_detached(each) for each in item)
+    if isinstance(item, Mapping):
+        return {key: _detached(each) for key, each in item.items()}
+    return item
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, Tensor):
+        return f"{tuple(item.shape)} {item.dtype}"
+    if isinstance(item, tuple | list):
+        return f"a {type(item).__name__} of {len(item)}"
+    return f"a {type(item).__name__}"
+
+
+def _problem(
+    names: Sequence[str], outputs: Tensor, targets: Tensor, first: Problem | None, rows: Rows
+) -> Problem:
     """Apply the module's table of tasks. Looks at the values, and so blocks, where there is no first problem."""
     shape, wanted, views = outputs.shape, targets.shape, {NAMES[name].view for name in names}
     is_same = shape[:1] == wanted[:1] != () and [n for n in shape if n > 1] == [n for n in wanted if n > 1]
@@ -245,18 +366,35 @@ def _problem(names: Sequence[str], outputs: Tensor, targets: Tensor, first: Prob
     elif views <= {"numbers"}:
         pass
     elif is_same and outputs.is_floating_point():
-        is_multilabel = shape == wanted and len(shape) > 1 and shape[1] > 1
-        problem = Problem("multilabel", shape[1]) if is_multilabel else Problem("binary", 2)
-        if first is None and not bool(((targets == 0) | (targets == 1)).all()):  # synchronisation
-            why = "targets must be 0 or 1; class indices need outputs (B, C), 'mse' and 'mae' take numbers"
+        has_columns = shape == wanted and len(shape) > 1 and shape[1] > 1
+        problem = Problem("multilabel", shape[1]) if has_columns else Problem("binary", 2)
+        if has_columns and rows == "classes" and targets.is_floating_point():
+            problem = Problem("multiclass", shape[1])
+        elif first is None and not bool(((targets == 0) | (targets == 1)).all()):  # synchronisation
+            why = (
+                "targets must be 0 or 1; class indices need outputs (B, C), shares of classes are targets.argmax(1) "
+                "for metrics, 'mse' and 'mae' take numbers"
+            )
+        elif first is None and has_columns and rows is None and bool((targets.sum(1) == 1).all()):  # likewise
+            logger.warning(
+                "metrics %s: each target of the first batch has one of %d labels, and each label is judged by itself; "
+                "if these are one-hot classes, return targets.argmax(1) as the step's targets",
+                ", ".join(map(repr, names)),
+                shape[1],
+            )
     elif fitting and outputs.is_floating_point() and not targets.is_floating_point():
         problem = Problem("multiclass", shape[fitting[0]], fitting[0])
         if first is None and int(targets.max()) >= problem.size:  # synchronisation
             why = f"class indices must be below {problem.size}, got {int(targets.max())} (-100 is ignored)"
     else:
         why = "they fit no task: outputs are floats, (B, C) for integers (B,) or of the targets' shape"
-    if not why and first not in (None, problem):
-        why = f"the first batch was a {first}, this is a {problem}"
+    if not why and first is not None and problem != first:
+        is_other_count = problem.task == "multiclass" and problem._replace(size=first.size) == first
+        if is_other_count and "scores" not in views:
+            return problem._replace(size=max(problem.size, first.size))
+        why = f"the first batch was {first.in_words()}, this one is {problem.in_words()}"
+        if is_other_count:
+            why += " (of the names, 'roc_auc' cannot take more classes in)"
     if why:
         raise ValueError(
             f"metrics {', '.join(map(repr, names))} cannot judge outputs {tuple(shape)} {outputs.dtype}, targets "

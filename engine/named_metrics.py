@@ -32,6 +32,8 @@ class Sums(ABC):
 
     kept: ClassVar[tuple[str, ...]]
     """The attributes that hold the sums of the pass so far."""
+    takes_numbers: ClassVar[bool] = False
+    """True where targets are numbers, not classes or labels."""
 
     def __init__(self, names: Sequence[str], problem: Problem, device: torch.device) -> None:
         self.problem, self.device = problem, device
@@ -85,14 +87,36 @@ class ClassCounts(Sums):
         self.tp, self.fp, self.fn = (self.zeros(self.problem.size) for _ in self.kept)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add classes (N,); negative targets do not count."""
+        """Add classes (N,); negative targets do not count.
+
+        Raises ValueError for a class that the outputs do not have; a CUDA device asserts it.
+        """
+        if outputs.shape[self.problem.class_dim] > self.problem.size:
+            self._grow(outputs.shape[self.problem.class_dim])
         predicted, truths = outputs.argmax(self.problem.class_dim).reshape(-1), targets.reshape(-1).long()
         hits = predicted == truths
         misses = (hits ^ (truths >= 0)).long()
         truths = truths.clamp(min=0)
-        self.tp.scatter_add_(0, truths, hits.long())
+        try:
+            self.tp.scatter_add_(0, truths, hits.long())
+        except RuntimeError as error:
+            largest = int(truths.max())
+            if largest < self.problem.size:
+                raise
+            raise ValueError(
+                f"metrics {', '.join(map(repr, self.metrics))} cannot judge class {largest}: the outputs have "
+                f"{self.problem.size} classes, 0 to {self.problem.size - 1}. Let the model give one output for each "
+                "class, or pass a torchmetrics.Metric with its own num_classes="
+            ) from error
         self.fp.scatter_add_(0, predicted, misses)
         self.fn.scatter_add_(0, truths, misses)
+
+    def _grow(self, classes: int) -> None:
+        """Take more classes in: none of them was seen so far."""
+        missing = self.zeros(classes - self.problem.size)
+        self.tp, self.fp, self.fn = (torch.cat([each, missing]) for each in (self.tp, self.fp, self.fn))
+        self.problem = self.problem._replace(size=classes)
+        self.metrics = {name: self.metric(name).to(self.device) for name in self.metrics}
 
     def states(self, name: str) -> Mapping[str, State]:
         return {"tp": self.tp, "fp": self.fp, "fn": self.fn}
@@ -184,6 +208,7 @@ class Errors(Sums):
     """Sums of errors and of targets in float64, by column."""
 
     kept = ("samples", "numbers", "squares", "distances", "target_sum", "target_squares")
+    takes_numbers = True
 
     def __init__(self, names: Sequence[str], problem: Problem, device: torch.device) -> None:
         self._wide = wide(device)
@@ -283,7 +308,11 @@ def _rows(values: Tensor, problem: Problem) -> Tensor:
 def _compute(metric: Metric, states: Mapping[str, State], device: torch.device) -> Any:
     """Return what torchmetrics makes of the sums of all ranks. Blocks."""
     for name, value in states.items():
-        setattr(metric, name, torch.tensor(value, device=device) if isinstance(value, int) else value)
+        if isinstance(value, int):
+            value = torch.tensor(value, device=device)
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            value = value.to(wide(device))  # else it divides in float32, where 90 of 100 are less than 0.9
+        setattr(metric, name, value)
     metric._computed, metric._update_count = None, 1  # at 0 it warns
     return metric.compute()
 

@@ -116,8 +116,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             reporter.complain(value, loop.step + 1)  # before it changes the weights
         if train_metrics is not None:
             _, outputs, targets, _, _ = read_output(output, "training_step")
-            if outputs is not None and targets is not None:
-                train_metrics.update(outputs.detach(), targets)
+            train_metrics.add(outputs, targets, "training_step")
         if is_looked_into:
             window.losses.append(loss)
             hooks.run("before_backward", batch)

@@ -190,11 +190,12 @@ def tiny_loader(
 def tiny_trainer(
     trainer_class: type[Trainer] = Trainer, *, lr: float = 0.05, seed_model: int = 0, **knobs: Any
 ) -> Trainer:
-    """Return a trainer for `tiny_model` on the CPU, with cross-entropy and SGD; knobs as for `Trainer`."""
+    """Return a trainer for `tiny_model` on the CPU, with cross-entropy and SGD; arguments as for `Trainer`."""
     model = knobs.pop("model", None) or tiny_model(seed=seed_model)
     optimizer = knobs.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr)
-    knobs.setdefault("device", "cpu")
-    return trainer_class(model, optimizer, loss=torch.nn.functional.cross_entropy, **knobs)
+    return trainer_class(
+        model, optimizer, **{"device": "cpu", "loss": torch.nn.functional.cross_entropy, **knobs}
+    )
 
 
 # Driving a callback without training ---------------------------------------------------------------

@@ -45,7 +45,7 @@ from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Re
 from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
 from offloop.engine.control import Control, actor
 from offloop.engine.data import Feed, limited_length, to_device, use_channels_last
-from offloop.engine.default_steps import inputs_and_targets, own_loss
+from offloop.engine.default_steps import NextTokens, inputs_and_targets, own_loss
 from offloop.engine.errors import (
     ConfigError,
     Preempted,
@@ -59,7 +59,7 @@ from offloop.engine.keepers import Keeper
 from offloop.engine.learning_rate import Schedule, mark_stepped
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
 from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metrics_for
-from offloop.engine.metrics import MetricSet
+from offloop.engine.metrics import MetricSet, rows_of
 from offloop.engine.monitors import Monitors
 from offloop.engine.observer import Worker
 from offloop.engine.optimizer_state import load_optimizer
@@ -173,6 +173,7 @@ class BaseTrainer:
         self._occupation = ""  # what it is doing beside runs; under the lock
         self._mixed: MixedPrecision | None = None  # of the latest run: its loss scale goes on in the next one
         self._is_compiled = False
+        self._next_tokens = NextTokens()  # of the run, or the evaluation, in progress
         self._is_restoring = False
         self._base_attributes = frozenset(vars(self).keys() - of_subclass)
         check_methods(self, BaseTrainer)
@@ -999,6 +1000,7 @@ class BaseTrainer:
         metrics: RunMetrics,
         handlers: Sequence[Any],
     ) -> TrainingLoop:
+        self._next_tokens = NextTokens()
         loop = TrainingLoop(
             self,
             config=self.config,
@@ -1032,7 +1034,9 @@ class BaseTrainer:
 
     def _metric_set(self, data_set: Literal["train", "val"], metrics: RunMetrics) -> MetricSet | None:
         chosen = metrics_for(data_set, metrics)
-        return MetricSet(chosen, prefix=f"{data_set}_", device=self.device) if chosen else None
+        if not chosen:
+            return None
+        return MetricSet(chosen, prefix=f"{data_set}_", device=self.device, rows=rows_of(self.loss))
 
     def _schedules(self) -> list[Schedule]:
         if self.scheduler is None:
@@ -1064,7 +1068,7 @@ class BaseTrainer:
             raise TypeError(f'prefix must be a text like "test_", got {prefix!r}')
         check_metrics(metrics)
         with self._occupied("evaluating", beside_a_run="await run.validate() asks it to validate"):
-            val_metrics = MetricSet(metrics, prefix="val_", device=self.device) if metrics else None
+            val_metrics = self._metric_set("val", metrics)
             loop = self._make_quiet_loop(self.config, val_loader=loader, val_metrics=val_metrics)
             try:
                 self._prepare_model()
@@ -1103,6 +1107,7 @@ class BaseTrainer:
         control: Control | None = None,
     ) -> TrainingLoop:
         """Return a loop that says nothing to anybody, and take it as the trainer's."""
+        self._next_tokens = NextTokens()
         self._loop = TrainingLoop(
             self,
             config=config,
@@ -1290,7 +1295,9 @@ class Trainer(BaseTrainer):
                 explain_loss(error, outputs, targets)
                 raise
             return {"loss": loss, "outputs": outputs, "targets": targets}
-        return own_loss(self.model, batch)
+        loop = self._loop
+        has_metrics = loop is not None and (loop.val_metrics if loop.validating else loop.train_metrics)
+        return own_loss(self.model, batch, self._next_tokens if has_metrics else None)
 
     def validation_step(self, batch: Batch) -> StepOutput:
         """Compute the loss as `training_step` does."""

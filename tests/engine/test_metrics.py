@@ -1,5 +1,8 @@
 """engine/metrics.py against scikit-learn, against torchmetrics called by hand, and at its edges."""
 
+import dataclasses
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
@@ -10,7 +13,8 @@ import sklearn.metrics as sk  # type: ignore[import-untyped]  # it has no types
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import ClasswiseWrapper, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
@@ -23,8 +27,10 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import MeanSquaredError, R2Score
 
+from offloop.engine import Trainer
 from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metric_direction, metrics_for
 from offloop.engine.metrics import MetricSet
+from offloop.engine.testing import tiny_batches, tiny_model, tiny_trainer
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -299,14 +305,45 @@ def test_first_batch_that_fits_nothing_says_why(
 def test_later_batch_of_another_task_is_refused() -> None:
     metrics = MetricSet(["accuracy"], prefix="", device=CPU)
     metrics.update(torch.randn(4, 3), torch.zeros(4).long())
-    with pytest.raises(ValueError, match=r"multiclass.*size=3.*multiclass.*size=4"):
+    with pytest.raises(
+        ValueError, match=r"the first batch was multiclass with 3 classes, this one is binary"
+    ):
+        metrics.update(torch.randn(4), torch.zeros(4).long())
+
+
+def test_ranking_takes_no_other_number_of_classes() -> None:
+    metrics = MetricSet(["accuracy", "roc_auc"], prefix="", device=CPU)
+    metrics.update(torch.randn(4, 3), torch.zeros(4).long())
+    with pytest.raises(
+        ValueError, match=r"3 classes, this one is multiclass with 4 classes \(of the names, 'roc_auc'"
+    ):
         metrics.update(torch.randn(4, 4), torch.zeros(4).long())
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 4), (5, 3, 3), (2, 3, 7)])
+def test_counts_take_in_classes_that_come_later(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    metrics = MetricSet(COUNTED, prefix="", device=CPU)
+    for run in range(2):
+        metrics.reset()
+        all_outputs, all_targets = [], []
+        for size in sizes:
+            outputs = torch.randn(20, size, generator=generator)
+            targets = torch.randint(size, (20,), generator=generator)
+            metrics.update(outputs, targets)
+            all_outputs.append(outputs.argmax(1))
+            all_targets.append(targets)
+        assert metrics.compute() == pytest.approx(
+            by_sklearn(torch.cat(all_targets), torch.cat(all_outputs))
+        ), run
 
 
 def test_class_index_that_is_too_large_raises_in_any_batch() -> None:
     metrics = MetricSet(["accuracy"], prefix="", device=CPU)
     metrics.update(torch.randn(2, 3), torch.tensor([0, 1]))
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises(
+        ValueError, match=r"cannot judge class 3: the outputs have 3 classes, 0 to 2.*num_classes="
+    ):
         metrics.update(torch.randn(2, 3), torch.tensor([0, 3]))
 
 
@@ -623,3 +660,236 @@ def test_a_metric_that_cannot_judge_a_batch_says_which_and_what_it_was_given() -
         "offloop: metric 'multiclass_accuracy', a MulticlassAccuracy, was given outputs (4, 3) torch.float32, "
         "targets (4,) torch.int64"
     ]
+
+
+# In a run: what steps return ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("right", "total"), [(90, 100), (95, 100), (7, 10), (1, 3)])
+@pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
+def test_accuracy_is_the_very_number_that_python_divides(right: int, total: int, task: str) -> None:
+    hits = torch.tensor([1.0] * right + [-1.0] * (total - right))
+    outputs, targets = hits, torch.ones(total).long()
+    if task == "multiclass":
+        outputs = torch.stack([-hits, hits], dim=1)
+    elif task == "multilabel":
+        outputs, targets = torch.stack([hits, torch.ones(total)], dim=1), torch.ones(total, 2).long()
+    assert metrics_of(["accuracy"], outputs, targets)["accuracy"] == right / total
+
+
+def one_hot_batches() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    inputs, classes = (torch.cat(parts) for parts in zip(*tiny_batches(8), strict=True))
+    shares = one_hot(classes, 3).float()
+    return classes, list(zip(inputs.split(4), shares.split(4), strict=True))
+
+
+@pytest.mark.parametrize("softness", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "loss", [cross_entropy, nn.CrossEntropyLoss(), functools.partial(cross_entropy, label_smoothing=0.1)]
+)
+def test_shares_of_classes_are_classes_where_the_loss_takes_them_so(loss: Any, softness: float) -> None:
+    classes, batches = one_hot_batches()
+    soft = [(inputs, (1 - softness) * shares + softness / 3) for inputs, shares in batches]
+    trainer = tiny_trainer(loss=loss)
+    predicted = torch.cat(trainer.predict(soft)).argmax(1)
+    made = trainer.evaluate(soft, metrics=["accuracy", "f1_score", "mse"])
+    expected = by_sklearn(classes, predicted)
+    assert (made["val_accuracy"], made["val_f1_score"]) == pytest.approx(
+        (expected["accuracy"], expected["f1_score"])
+    )
+    assert made["val_mse"] > 0
+
+
+def test_one_hot_targets_of_another_loss_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    _, batches = one_hot_batches()
+    tiny_trainer(loss=nn.functional.mse_loss).evaluate(batches, metrics=["accuracy"])
+    (text,) = caplog.messages
+    assert text.startswith("metrics 'accuracy': each target of the first batch has one of 3 labels")
+    assert "return targets.argmax(1)" in text
+
+
+def test_labels_are_labels_where_the_loss_takes_them_so(caplog: pytest.LogCaptureFixture) -> None:
+    _, batches = one_hot_batches()
+    trainer = tiny_trainer(loss=nn.BCEWithLogitsLoss())
+    said = torch.cat(trainer.predict(batches)) > 0
+    truths = torch.cat([shares for _, shares in batches]) > 0
+    made = trainer.evaluate(batches, metrics=["accuracy"])
+    assert made["val_accuracy"] == (said == truths).all(1).double().mean().item()
+    assert caplog.messages == []
+
+
+class Outputs(OrderedDict[str, Any]):
+    """Like those of Hugging Face models: attributes too, and no `update()`."""
+
+    def update(self, *arguments: Any, **values: Any) -> None:
+        raise Exception("You cannot use ``update`` on these.")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+@dataclasses.dataclass
+class Record:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Wrapped(nn.Module):
+    """A model whose outputs are `wrap(logits)`."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.wrap = tiny_model(), wrap
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.wrap(self.inner(inputs))
+
+
+WITH_LOGITS: dict[str, Callable[[Tensor], Any]] = {
+    "a mapping": lambda logits: {"hidden": logits[:0], "logits": logits},
+    "a model output": lambda logits: Outputs(logits=logits),
+    "a dataclass": lambda logits: Record(logits, logits[:0]),
+}
+
+
+def wrapped_trainer(wrap: Callable[[Tensor], Any], loss: Callable[[Any, Tensor], Tensor]) -> Trainer:
+    model = Wrapped(wrap)
+    return tiny_trainer(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), loss=loss)
+
+
+@pytest.mark.parametrize("name", WITH_LOGITS)
+def test_outputs_that_hold_logits_are_judged_by_them(name: str) -> None:
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs["logits"] if isinstance(outputs, dict) else outputs.logits, targets)
+
+    batches = tiny_batches(4)
+    made = wrapped_trainer(WITH_LOGITS[name], loss).train(batches, batches, epochs=1, metrics=["accuracy"])
+    expected = tiny_trainer().train(batches, batches, epochs=1, metrics=["accuracy"])
+    assert made.metrics["val_accuracy"] == expected.metrics["val_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda logits: (logits, logits), lambda logits: [logits], lambda logits: {0: logits}]
+)
+def test_outputs_that_are_no_tensor_are_refused_in_the_first_step_with_what_to_return(
+    wrap: Callable[[Tensor], Any],
+) -> None:
+    trainer = wrapped_trainer(wrap, lambda outputs, targets: cross_entropy(outputs[0], targets))
+    with pytest.raises(
+        ValueError, match=r"metrics 'accuracy' need a tensor of outputs, got a .* return \{'loss'"
+    ):
+        trainer.train(tiny_batches(1), epochs=1, metrics=["accuracy"])
+
+
+class Longest(Metric):
+    """Takes lists of mappings, as metrics of detection do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("longest", torch.tensor(0))
+
+    def update(self, outputs: list[dict[str, Tensor]], targets: list[str]) -> None:
+        assert not any(each["boxes"].requires_grad for each in outputs)
+        self.longest = torch.tensor(max(len(each["boxes"]) for each in outputs))
+
+    def compute(self) -> Tensor:
+        return self.longest
+
+
+def test_a_users_metric_is_given_whatever_the_step_returns() -> None:
+    class Detection(Trainer):
+        def training_step(self, batch: Any) -> Any:
+            outputs = self.model(batch[0])
+            boxes = [{"boxes": each.expand(number + 1, 3)} for number, each in enumerate(outputs)]
+            return {"loss": outputs.sum(), "outputs": boxes, "targets": ["a"] * len(boxes)}
+
+    batches = tiny_batches(2)
+    made = tiny_trainer(Detection).train(batches, batches, epochs=1, metrics=[Longest()]).metrics
+    assert (made["train_longest"], made["val_longest"]) == (4, 4)
+
+
+class LossOnly(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        return cross_entropy(self.model(batch[0]), batch[1])
+
+
+class LossOnlyInTraining(LossOnly):
+    def validation_step(self, batch: Any) -> Any:
+        return Trainer.training_step(self, batch)
+
+
+def test_metrics_of_a_step_that_returns_only_its_loss_are_refused_in_the_first_step() -> None:
+    batches = tiny_batches(1)
+    text = r"metrics 'accuracy' need outputs and targets: return \{'loss': loss, .*\} from training_step"
+    with pytest.raises(ValueError, match=text):
+        tiny_trainer(LossOnly).train(batches, epochs=1, metrics=["accuracy"])
+    with pytest.raises(ValueError, match="from validation_step"):
+        tiny_trainer(LossOnly).evaluate(batches, metrics=["accuracy"])
+    made = (
+        tiny_trainer(LossOnlyInTraining)
+        .train(batches, batches, epochs=1, metrics={"val": ["accuracy"]})
+        .metrics
+    )
+    assert "val_accuracy" in made and "train_accuracy" not in made
+
+
+# Tokens -------------------------------------------------------------------------------------------------
+
+WORDS = 7
+TEXTS = torch.randint(WORDS, (6, 9), generator=generator(3))
+
+
+class LanguageModel(nn.Module):
+    """Makes its own loss of the tokens, shifted or not, plain or otherwise."""
+
+    def __init__(self, *, shifts: bool, weight: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Embedding(WORDS, 16), nn.Linear(16, WORDS)
+        self.shifts, self.weight = shifts, weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.head(self.body(input_ids))
+        pairs = (logits[:, :-1], labels[:, 1:]) if self.shifts else (logits, labels)
+        return Outputs(
+            loss=self.weight * cross_entropy(pairs[0].flatten(0, 1), pairs[1].flatten()), logits=logits
+        )
+
+
+def labels_of(texts: Tensor, kind: str) -> Tensor:
+    labels = texts.clone()
+    if kind == "others":
+        labels = (texts * 3 + 1) % WORDS
+    elif kind == "without the prompt":
+        labels[:, :4] = -100
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("shifts", "weight", "kind"),
+    [
+        (True, 1.0, "the same"),
+        (True, 1.0, "without the prompt"),
+        (True, 3.0, "without the prompt"),  # another loss: the labels are the inputs
+        (False, 1.0, "the same"),
+        (False, 1.0, "others"),
+        (False, 3.0, "others"),
+    ],
+)
+def test_accuracy_is_that_of_the_tokens_that_the_loss_is_about(
+    shifts: bool, weight: float, kind: str
+) -> None:
+    model = LanguageModel(shifts=shifts, weight=weight)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu")
+    batches = [{"input_ids": part, "labels": labels_of(part, kind)} for part in TEXTS.split(2)]
+    made = trainer.evaluate(batches, metrics=["accuracy"])
+    said = model(TEXTS, TEXTS).logits.argmax(2)
+    labels = labels_of(TEXTS, kind)
+    if shifts:
+        said, labels = said[:, :-1], labels[:, 1:]
+    assert made["val_accuracy"] == (said == labels)[labels >= 0].double().mean().item()
+    trained = trainer.train(batches, epochs=1, metrics=["accuracy"])
+    assert "train_accuracy" in trained.metrics

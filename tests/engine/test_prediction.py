@@ -1,7 +1,9 @@
 """Prediction, at once and as a stream: outputs in order, bounded read-ahead, everything given back."""
 
+import dataclasses
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import anyio
@@ -35,6 +37,56 @@ def test_predict_gives_the_outputs_of_each_batch_and_restores_the_flags() -> Non
     assert not any(output.requires_grad for output in outputs)
     assert torch.cat(outputs).shape == (24, 3)
     assert_equal(outputs, expected(trainer.model))
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """Like the outputs of Hugging Face models, which refuse `update()` and keep attributes in step."""
+
+    def update(self, *arguments: Any, **values: Any) -> None:
+        raise NotImplementedError
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        object.__setattr__(self, key, value)
+
+
+class Point(NamedTuple):
+    logits: Tensor
+    name: str
+
+
+class CheckedPoint(Point):
+    """A named tuple that is made in a way of its own."""
+
+    def __new__(cls, *, inputs: Tensor) -> "CheckedPoint":
+        return super().__new__(cls, inputs, "checked")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    logits: Tensor
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "model output": lambda logits: ModelOutput(logits=logits),
+    "named tuple": lambda logits: Point(logits, "point"),
+    "named tuple of its own kind": lambda logits: CheckedPoint(inputs=logits),
+    "dataclass": Record,
+    "result of torch": lambda logits: torch.max(logits, dim=1),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_predict_takes_outputs_of_every_kind(name: str) -> None:
+    class Predicts(Trainer):
+        def predict_step(self, batch: Any) -> Any:
+            return OUTPUTS[name](self.model(batch[0]))
+
+    trainer = tiny_trainer(Predicts)
+    for outputs, wanted in zip(trainer.predict(BATCHES), expected(trainer.model), strict=True):
+        assert type(outputs) is type(OUTPUTS[name](wanted))
+        values = outputs.values if name == "result of torch" else outputs.logits
+        assert torch.equal(values, wanted.max(dim=1).values if name == "result of torch" else wanted)
 
 
 @pytest.mark.parametrize(
