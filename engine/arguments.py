@@ -4,6 +4,7 @@ Everything here raises `ConfigError` or `TypeError`, with the argument, what it 
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -185,6 +186,23 @@ def check_optimizers(
             raise ConfigError(
                 'ReduceLROnPlateau looks at a metric of an epoch: leave scheduler_interval at "epoch"'
             )
+
+
+def check_resume_lr(lr: object, resume: object, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Raise for a learning rate to go on with that is none, or that nothing can use."""
+    if lr is None:
+        return
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ConfigError(f"resume_lr must be a finite number above 0, got {lr!r}")
+    if resume is None or resume == "never":
+        raise ConfigError(
+            'resume_lr is for a run that is resumed: give resume="auto" too, or make the optimizer so'
+        )
+    if len(optimizers) > 1:
+        raise ConfigError(
+            "resume_lr is for one optimizer: with several, run.set_lr_nowait(lr, optimizer=...) in a decider of "
+            "TrainStart"
+        )
 
 
 def remote_run(remote: RemoteDirectory, run_id: str) -> RemoteRun:

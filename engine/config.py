@@ -31,6 +31,7 @@ TRAIN_ARGUMENTS: Final = (
     "metrics",
     "callbacks",
     "resume",
+    "resume_lr",
     "init_from",
     "init_strict",
 )

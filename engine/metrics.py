@@ -38,6 +38,7 @@ that takes as long as importing torch, where SciPy is installed, and must not ho
 import copy
 import functools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -121,6 +122,8 @@ class MetricSet:
         self._problem: Problem | None = None  # read off the first batch, which makes the counters
         self._sums: list[Sums] = []  # of the names
         self._is_split = False  # True in a resumed pass with names that began later than others of their kind
+        self._late: frozenset[str] = frozenset()  # names that began in the middle of this pass
+        self._late_since = 0  # after so many batches; NaN until there is one
         self._own: dict[str, Metric] = {}  # the user's
 
     def load_packages(self) -> None:
@@ -213,16 +216,19 @@ class MetricSet:
         """
         if self._batches == 0:
             return {}
-        results: dict[str, object] = {name: metric.compute() for name, metric in self._own.items()}
+        unfed = self._late if self._batches == self._late_since else frozenset()
+        results: dict[str, object] = dict.fromkeys(unfed, math.nan)
+        results |= {name: metric.compute() for name, metric in self._own.items() if name not in unfed}
         for sums in self._sums:
-            results.update(sums.compute())
+            if unfed.isdisjoint(sums.metrics):
+                results.update(sums.compute())
         values = dict(pair for name in self.names for pair in _flat(name, results[name]))
         return {f"{self._prefix}{key}": float(value) for key, value in values.items()}  # synchronisation
 
     @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget the sums, keep the task. Call it before each pass; twice is fine."""
-        self._batches = 0
+        self._batches, self._late = 0, frozenset()
         if self._is_split:
             assert self._problem is not None
             self._build(self._problem)
@@ -247,7 +253,7 @@ class MetricSet:
         """Go on from a `state_dict`: all that follows is bit for bit what it would have been.
 
         Returns:
-            Names of metrics that the state lacks; they count from here on.
+            Names of metrics that the state lacks; they count from here on, and are NaN until there is a batch.
         """
         with first_use("torchmetrics"):
             from torchmetrics import Metric
@@ -261,7 +267,7 @@ class MetricSet:
         ):
             # Nothing to go on with: an unstarted pass, or one whose task does not fit what is asked for now.
             self._problem, self._shapes, self._batches = None, None, 0
-            self._sums, self._own, self._is_split = [], {}, False
+            self._sums, self._own, self._is_split, self._late = [], {}, False, frozenset()
             return [
                 name
                 for name, kind in zip(self.names, self._kinds, strict=True)
@@ -290,6 +296,7 @@ class MetricSet:
             metric.to(self._device)
             for member in (module for module in metric.modules() if isinstance(module, Metric)):
                 member._update_count = self._batches  # not in its state; at 0 `compute` warns
+        self._late, self._late_since = frozenset(new), self._batches
         return [name for name in self.names if name in new]
 
     def _named(self) -> list[str]:

@@ -140,6 +140,7 @@ class SavedState(TypedDict):
     made: NotRequired[Made]
     steps_of: NotRequired[dict[str, Count]]
     modes: NotRequired[ModelModes]
+    resume_lr: NotRequired[float]
     milestones: NotRequired[list[str]]
 
 

@@ -112,6 +112,7 @@ class Session:
         config: TrainerConfig,
         base_dir: Path | None,
         resume: ResumePlan | None,
+        resume_lr: float | None,
         initial_weights: InitialWeights | None,
         remote: RemoteRun | None,
         handlers: Sequence[Handlers],
@@ -126,6 +127,8 @@ class Session:
         self.config = config
         self.dir = None if base_dir is None else base_dir / run_id
         self.resume = resume
+        self._resume_lr = resume_lr
+        self._new_lr: float | None = None  # to be set when the schedules are attached
         self.initial_weights = initial_weights
         self.remote = remote
         self.uploads: Uploads | None = None  # made by the training thread before the first event
@@ -319,6 +322,10 @@ class Session:
         resumed = run_state.Continuation(state, ResumeReport(str(loaded.info.path)), attempt)
         resumed.restore(self.loop, self._handlers)
         self.user_state.restore(state, resumed.report)
+        if self._resume_lr is not None and state.get("resume_lr") != self._resume_lr:
+            self._new_lr = self._resume_lr
+            resumed.report.take(f"the learning rate, {self._new_lr}")
+            resumed.report.lower("approximate", f"the learning rate is set to {self._new_lr}")
         if state["best"] is not None:
             self.best = Best(**state["best"])
         history = [decode(each.encode()) for each in state["history"]]
@@ -373,6 +380,8 @@ class Session:
         """Return the state of this moment. Tensors are live, not copied."""
         state = run_state.capture(self.loop, self._handlers)
         self.user_state.capture(state)
+        if self._resume_lr is not None:
+            state["resume_lr"] = self._resume_lr  # it has been set, and is not set again
         state["best"] = None if self.best is None else dataclasses.asdict(self.best)
         state["history"] = [encode(event).decode() for event in self.loop.history]
         state["milestones"] = [encode(event).decode() for event in self.records.unsettled()]
@@ -491,6 +500,8 @@ class Session:
                 observer.failed(type(event).__name__, error, is_off=False)  # it is asked again
             finally:
                 observer.decided += time.perf_counter() - started
+        if isinstance(event, TrainStart) and self._new_lr is not None:
+            self.run.set_lr_nowait(self._new_lr, by="train")
         if isinstance(event, TrainStart) and self.checkpoints is not None:
             # Only from here on: what deciders set up at the start, they set up in a resumed run too.
             loop = self.loop

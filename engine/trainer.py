@@ -34,6 +34,7 @@ from offloop.engine.arguments import (
     check_methods,
     check_model,
     check_optimizers,
+    check_resume_lr,
     expect_instance,
     named_optimizers,
     remote_run,
@@ -448,6 +449,7 @@ class BaseTrainer:
         metrics: RunMetrics = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
+        resume_lr: float | None = None,
         init_from: Source | None = None,
         init_strict: bool = True,
     ) -> RunResult:
@@ -468,6 +470,8 @@ class BaseTrainer:
             callbacks: More of them, after the trainer's.
             resume: Continue a run: `"auto"` (if there is one), `"must"`, `"last"`, `"best"`, a tag, a step, or
                 a path to a checkpoint or a run. None or `"never"`: a new run.
+            resume_lr: Learning rate that a resumed run goes on with, as `run.set_lr` sets it: a schedule goes on from
+                there. It is set once, however often the script is run again. None: that of the checkpoint.
             init_from: Weights to begin from, as `load_model` takes them: another run, a checkpoint, a registered
                 model, a file, a state dict. Not used when a run is resumed.
             init_strict: False: load the weights that fit and log what does not.
@@ -490,6 +494,7 @@ class BaseTrainer:
             metrics,
             callbacks,
             resume,
+            resume_lr,
             (init_from, init_strict),
         )
         if _inside_event_loop():
@@ -508,6 +513,7 @@ class BaseTrainer:
         metrics: RunMetrics = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
+        resume_lr: float | None = None,
         init_from: Source | None = None,
         init_strict: bool = True,
         handle_signals: bool = False,
@@ -520,8 +526,8 @@ class BaseTrainer:
         Cancellation: the run ends at its next batch, callbacks drain and close, then it is re-raised.
 
         Args:
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, init_from, init_strict:
-                As for `train`.
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, resume_lr, init_from,
+                init_strict: As for `train`.
             handle_signals: Take SIGINT and SIGTERM for the length of the run, in the main thread.
             task_status: Given by `task_group.start`, which then returns the `Run`. A run that fails cancels that task
                 group and everything in it; runs in `Runs` fail alone.
@@ -536,6 +542,7 @@ class BaseTrainer:
             metrics,
             callbacks,
             resume,
+            resume_lr,
             (init_from, init_strict),
         )
         if not handle_signals:
@@ -560,6 +567,7 @@ class BaseTrainer:
         metrics: RunMetrics = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
+        resume_lr: float | None = None,
         init_from: Source | None = None,
         init_strict: bool = True,
     ) -> AbstractAsyncContextManager[Run]:
@@ -579,6 +587,7 @@ class BaseTrainer:
                 metrics,
                 callbacks,
                 resume,
+                resume_lr,
                 (init_from, init_strict),
             )
 
@@ -852,6 +861,7 @@ class BaseTrainer:
         metrics: RunMetrics,
         callbacks: Sequence[Callback],
         resume: Resume,
+        resume_lr: float | None,
         init: tuple[Source | None, bool],
     ) -> Session:
         """Check everything that can be checked before a run, and make its session."""
@@ -886,6 +896,7 @@ class BaseTrainer:
             base_dir = Path(config.run_dir or DEFAULT_RUN_DIR)
         plan = plan_resume(resume, Path(config.run_dir or DEFAULT_RUN_DIR), config.run_name)
         will_resume = plan is not None and plan.which is not None
+        check_resume_lr(resume_lr, resume, self.optimizers)
         initial_weights = plan_init(*init, will_resume=will_resume)
         if plan is not None:
             base_dir = plan.directory.parent
@@ -935,6 +946,7 @@ class BaseTrainer:
             config=config,
             base_dir=base_dir,
             resume=plan,
+            resume_lr=resume_lr if will_resume else None,
             initial_weights=initial_weights,
             remote=remote,
             handlers=handlers,

@@ -489,6 +489,40 @@ def test_state_of_another_model_is_refused_and_the_text_says_what_to_do(tmp_path
         tiny_trainer(run_dir=str(tmp_path), run_name="cut").train(tiny_loader(), epochs=3, resume="must")
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "cut", "said"),
+    [
+        (["accuracy"], ["accuracy", "f1_score"], 3, ("metric f1_score is new",)),
+        (["accuracy"], ["accuracy", "f1_score"], 8, ("metric f1_score is new",)),
+        ([], ["accuracy"], 3, ("metric accuracy is new",)),
+        (["accuracy", "recall"], ["recall"], 3, ("metric accuracy is not computed any more",)),
+        (["accuracy"], [], 3, ("metric accuracy is not computed any more",)),
+    ],
+)
+def test_metrics_may_come_and_go_at_a_resume(
+    before: list[str], now: list[str], cut: int, said: Any, tmp_path: Path
+) -> None:
+    def train(metrics: list[str], *callbacks: Callback, resume: str | None = None) -> RunResult:
+        trainer = tiny_trainer(run_dir=tmp_path, run_name="run")
+        return trainer.train(tiny_batches(8), epochs=2, metrics=metrics, callbacks=callbacks, resume=resume)
+
+    train(before, Cut(cut))
+    recorder = Recorder()
+    result = train(now, recorder, resume="must")
+    assert result.steps == 16
+    (resumed,) = recorder.of(Resumed)
+    assert resumed.from_script == said
+    is_partial = "is new" in said[0]
+    assert resumed.exactness == ("approximate" if is_partial else "bitwise")
+    assert ("leaves out the first batches of this epoch" in resumed.reasons) is is_partial
+    whole = tiny_trainer().train(tiny_batches(8), epochs=2, metrics=now)
+    assert result.history[-1].metrics == whole.history[-1].metrics  # of an epoch that was whole
+    kept = {f"train_{name}" for name in now if name in before}
+    assert {key: result.history[0].metrics[key] for key in kept} == {
+        key: whole.history[0].metrics[key] for key in kept
+    }
+
+
 def test_state_of_another_optimizer_is_refused_before_the_first_step(tmp_path: Path) -> None:
     """torch would take it, and fail in the middle of a step."""
 

@@ -190,3 +190,50 @@ def test_schedules_that_come_and_go_are_said(tmp_path: Path) -> None:
     _, said = run(tmp_path, 12, resume="must")
     assert said is not None
     assert "is not there any more" in said.reasons
+
+
+# Another learning rate -----------------------------------------------------------------------------
+
+
+def lr_run(directory: Path, steps: int, lr: float | None, *callbacks: Callback, resume: Any = "must") -> Any:
+    recorder = Recorder()
+    trainer = tiny_trainer(lr=LR, run_dir=directory, run_name="run")
+    trainer.train(
+        BATCHES,
+        max_steps=steps,
+        resume=resume,
+        resume_lr=lr,
+        callbacks=[*callbacks, ModelCheckpoint(), recorder],
+    )
+    said = recorder.of(Resumed)
+    return [event.lr for event in recorder.of(StepEnd)], said[0] if said else None
+
+
+def test_resumed_run_goes_on_with_another_rate_which_is_set_once(tmp_path: Path) -> None:
+    cosine = LearningRateScheduler("cosine", T_max=10)
+    lr_run(tmp_path, 3, None, cosine, resume=None)
+    rates, said = lr_run(tmp_path, 6, 0.01, LearningRateScheduler("cosine", T_max=10))
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[-1] < rates[0]  # the schedule goes on from there
+    assert (said.exactness, said.from_script) == ("approximate", ("the learning rate, 0.01",))
+    again, said = lr_run(tmp_path, 8, 0.01, LearningRateScheduler("cosine", T_max=10))
+    assert rates[-1] > again[0] > again[1]
+    assert (said.exactness, said.from_script) == ("bitwise", ())
+
+
+def test_rate_to_go_on_with_is_not_used_where_nothing_is_resumed(tmp_path: Path) -> None:
+    rates, _ = lr_run(tmp_path, 2, 0.01, resume="auto")
+    assert rates == [LR, LR]
+
+
+@pytest.mark.parametrize(
+    ("lr", "resume", "text"),
+    [
+        (0.0, "auto", "resume_lr must be a finite number above 0, got 0.0"),
+        (True, "auto", "must be a finite number"),
+        (0.1, None, 'give resume="auto" too'),
+    ],
+)
+def test_rate_to_go_on_with_is_checked(lr: Any, resume: Any, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=text):
+        lr_run(tmp_path, 2, lr, resume=resume)
