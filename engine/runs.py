@@ -170,6 +170,7 @@ class Runs(Mapping[str, Run]):
         metrics: RunMetrics = (),
         callbacks: Sequence[Callback] = (),
         resume: Resume = None,
+        resume_lr: float | None = None,
         init_from: Source | None = None,
         init_strict: bool = True,
     ) -> Run:
@@ -182,8 +183,8 @@ class Runs(Mapping[str, Run]):
 
         Args:
             trainer: Its next run is started. A trainer has one run at a time.
-            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, init_from, init_strict:
-                As for `Trainer.train`.
+            train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, resume_lr, init_from,
+                init_strict: As for `Trainer.train`.
 
         Raises:
             ConfigError: An argument cannot work.
@@ -211,6 +212,7 @@ class Runs(Mapping[str, Run]):
             metrics,
             callbacks,
             resume,
+            resume_lr,
             (init_from, init_strict),
         )
         run: Run = await tasks.start(self._host, session)
