@@ -38,7 +38,11 @@ def select_modules(model: torch.nn.Module, parts: Parts) -> list[str]:
             )
         return _checked(model, chosen)
     given = [parts] if isinstance(parts, str | type) else list(parts)
-    modules = {name: module for name, module in model.named_modules() if name}
+    # A shared module has several names, and each of them means it; the first one stands for it.
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    first_names: dict[torch.nn.Module, str] = {}
+    for name, module in modules.items():
+        first_names.setdefault(module, name)
     found: set[str] = set()
     for part in given:
         if isinstance(part, str):
@@ -51,7 +55,7 @@ def select_modules(model: torch.nn.Module, parts: Parts) -> list[str]:
             if not meant:
                 classes = sorted({type(module).__name__ for module in modules.values()})
                 raise ConfigError(f"{KNOB}: the model has no {part.__name__}; it has {', '.join(classes)}")
-        found.update(meant)
+        found.update(first_names[modules[name]] for name in meant)
     return _checked(model, _outermost([name for name in modules if name in found]))
 
 

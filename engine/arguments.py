@@ -3,6 +3,7 @@
 Everything here raises `ConfigError` or `TypeError`, with the argument, what it got, what is legal and how to fix it.
 """
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping
@@ -205,12 +206,23 @@ def check_resume_lr(lr: object, resume: object, optimizers: Mapping[str, torch.o
         )
 
 
+# Schemes of URLs whose packages are loaded. Added to by any thread that makes a trainer.
+_loaded_schemes: set[str] = set()
+
+
 def remote_run(remote: RemoteDirectory, run_id: str) -> RemoteRun:
-    """Return a run's remote directory; raises `ConfigError` where fsspec or the store's package is missing."""
+    """Return a run's remote directory; raises `ConfigError` where fsspec or the store's package is missing.
+
+    Blocks for imports the first time, which is when a trainer is made; later calls may come from an event loop.
+    """
+    scheme = remote.url.partition("://")[0]
     try:
-        with first_use("fsspec"):  # the package of the store, too, is imported in here
-            return RemoteRun(remote.url, run_id, remote.storage_options)
+        # A store is made in the block, because its package is imported with it.
+        with contextlib.nullcontext() if scheme in _loaded_schemes else first_use("fsspec"):
+            run = RemoteRun(remote.url, run_id, remote.storage_options)
     except (ImportError, ValueError) as error:
         is_missing = isinstance(error, ImportError) and error.name == "fsspec"
         why = "fsspec is missing: pip install 'offloop[remote]'" if is_missing else error
         raise ConfigError(f"remote_dir={remote.url!r} cannot be used: {why}") from error
+    _loaded_schemes.add(scheme)
+    return run

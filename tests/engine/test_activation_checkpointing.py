@@ -177,3 +177,14 @@ def test_a_module_whose_forward_was_replaced_is_refused() -> None:
     model.blocks[0].forward = lambda inputs, scale: inputs  # as some tools do
     with pytest.raises(ConfigError, match=r"forward\(\) of 'blocks\.0' was replaced on the instance"):
         select_modules(model, "auto")
+
+
+def test_a_shared_module_is_meant_by_each_of_its_names() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(4, 4)
+            self.decoder = self.encoder
+
+    for name in ("encoder", "decoder", "*coder"):
+        assert select_modules(Shares(), name) == ["encoder"]

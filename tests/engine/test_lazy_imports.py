@@ -15,6 +15,7 @@ from offloop.engine.callback import Handlers
 from offloop.engine.lazy_imports import was_importing
 from offloop.engine.metric_names import check_metrics, metric_direction
 from offloop.engine.observer import Observer
+from offloop.engine.testing import tiny_loader, tiny_trainer
 
 
 @pytest.fixture
@@ -178,3 +179,23 @@ def test_runs_that_begin_together_import_torchmetrics_once_and_before_their_firs
     )
     done = warm_python.run(script)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_with_a_remote_directory_waits_for_no_import_of_another_thread(tmp_path: Path) -> None:
+    """Its store's package is loaded when the trainer is made."""
+    trainer = tiny_trainer(remote_dir=f"file://{tmp_path}/remote", run_dir=tmp_path / "runs")
+    is_held, is_over = threading.Event(), threading.Event()
+
+    def import_for_long() -> None:
+        with first_use("json"):
+            is_held.set()
+            assert is_over.wait(60)
+
+    thread = threading.Thread(target=import_for_long)
+    thread.start()
+    try:
+        assert is_held.wait(60)
+        assert trainer.train(tiny_loader(1), epochs=1).status == "completed"
+    finally:
+        is_over.set()
+        thread.join()
