@@ -154,7 +154,11 @@ class WeightAverage(Callback):
         return {} if self._average is None else {"average": dict(self._average.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._loaded = state.get("average")
+        average = state.get("average")
+        for name, value in (average or {}).items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"average.{name} is a {type(value).__name__}, not a tensor")
+        self._loaded = average
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -174,8 +174,8 @@ def continue_epoch(
 
 def _read_again(loader: Iterable[Any], iterator: Iterator[Any], count: int) -> list[Doubt]:
     """Read batches to skip them, where there is no other way."""
-    for _ in range(count):
-        next(iterator, None)
+    for _ in itertools.islice(iterator, count):
+        pass
     return [approximate(f"{count} batches of {name_of(loader)} were read again to skip them")]
 
 

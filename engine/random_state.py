@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,16 @@ def capture_random_state() -> dict[str, Any]:
     return state
 
 
+def check_random_state(state: Mapping[str, Any]) -> None:
+    """Raise if generators would refuse these states; changes none of them."""
+    torch.Generator().set_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.Random().setstate((version, tuple(internal), gauss))
+    numpy = sys.modules.get("numpy")
+    if "numpy" in state and numpy is not None:
+        numpy.random.RandomState().set_state(_of_numpy(state["numpy"]))
+
+
 def restore_random_state(state: Mapping[str, Any]) -> list[str]:
     """Put generators back; returns what could not be, in words."""
     missed = []
@@ -46,8 +56,7 @@ def restore_random_state(state: Mapping[str, Any]) -> list[str]:
         if numpy is None:
             missed.append("NumPy's random state: NumPy is not loaded")
         else:
-            name, keys, position, has_gauss, cached = state["numpy"]
-            numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
+            numpy.random.set_state(_of_numpy(state["numpy"]))
     return missed
 
 
@@ -60,6 +69,11 @@ def differs_on_host(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     name, words, *rest = state["numpy"]
     other_name, other_words, *other_rest = other["numpy"]
     return bool(name != other_name or rest != other_rest or not torch.equal(words, other_words))
+
+
+def _of_numpy(saved: Sequence[Any]) -> tuple[Any, ...]:
+    name, keys, position, has_gauss, cached = saved
+    return name, keys.numpy().astype("uint32"), position, has_gauss, cached
 
 
 @contextmanager

@@ -18,14 +18,16 @@ import torch
 from offloop.engine.checkpoint import CheckpointError, CheckpointIncompatibleError
 from offloop.engine.checkpoint.errors import UnsafeCheckpointError
 from offloop.engine.checkpoint.manifest import STATE
-from offloop.engine.errors import OffloopError
+from offloop.engine.errors import ConfigError, OffloopError, WeightsMismatchError
 from offloop.engine.model_modes import ModelModes
+from offloop.engine.random_state import check_random_state
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Number = float | int
 
-_ANOTHER_RUN: Final = (RuntimeError, ValueError, OffloopError)
-"""What torch and offloop raise for a state that is whole and belongs to another model, optimizer or callback."""
+
+GPU_GENERATOR_BYTES: Final = 64
+"""More than the state of a generator on a device has; that of one on the CPU has some thousands."""
 
 
 class OptimizerState(TypedDict):
@@ -125,7 +127,7 @@ class SavedState(TypedDict):
     loss_scale: float
     frozen: list[str]
     random: RandomState
-    environment: dict[str, Any]
+    environment: dict[str, str | bool | int | float | None]
     callbacks: dict[str, dict[Any, Any]]
     loader: dict[str, Any]
     history: list[str]
@@ -154,13 +156,37 @@ def check_state(state: object, checkpoint: Path) -> dict[str, Any]:
         checked = msgspec.convert(state, SavedState, dec_hook=_expect_instance)
         kind = _LoaderOfPasses if "passes" in checked["loader"] else _LoaderOfOnePass
         msgspec.convert({"loader": checked["loader"]}, kind, dec_hook=_expect_instance)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except msgspec.ValidationError as error:
         detail, _, where = str(error).partition(" - at ")
         field = where.strip("`").removeprefix("$.")
         raise UnsafeCheckpointError(
             checkpoint, f"{STATE}:{field}" if field else STATE, "foreign", detail
         ) from error
+    except (AttributeError, TypeError, RecursionError) as error:
+        # msgspec takes a tensor that stands in the place of a mapping for one
+        raise UnsafeCheckpointError(checkpoint, STATE, "foreign", str(error)) from error
+    with restoring(checkpoint, "random"):
+        check_random_state(checked["random"])
+    with restoring(checkpoint, "loader"):
+        _check_generators(checked["loader"])
     return cast("dict[str, Any]", state)
+
+
+def _check_generators(loader: Any) -> None:
+    """Raise if a generator would refuse its state: too late, once the loader's epoch has begun."""
+    if isinstance(loader, list):
+        for each in loader:
+            _check_generators(each)
+    elif isinstance(loader, dict):
+        for name, value in loader.items():
+            if name in ("random", "first") and value is not None:
+                check_random_state(value)
+            elif name == "generators":
+                for state in value.values():
+                    if state.numel() > GPU_GENERATOR_BYTES:
+                        torch.Generator().set_state(state)
+            elif name not in ("samplers", "description"):  # of the user's
+                _check_generators(value)
 
 
 @contextlib.contextmanager
@@ -173,15 +199,16 @@ def restoring(checkpoint: Path | str, part: str) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, ConfigError, WeightsMismatchError):
+        # They say already what does not fit
         raise
-    except _ANOTHER_RUN as error:
+    except (OffloopError, RuntimeError, ValueError) as error:
+        # It is whole, and of something else
         raise CheckpointIncompatibleError(
             Path(checkpoint), f"{part} cannot be put back: {error}".rstrip(". \n"), _hint(part)
         ) from error
-    except (
-        Exception
-    ) as error:  # a KeyError, TypeError, IndexError, ... or a MemoryError, of ours, torch's or a user's
+    except Exception as error:
+        # A KeyError, TypeError, IndexError, MemoryError, ... of torch's, of ours, or of a user's load_state_dict
         raise UnsafeCheckpointError(
             Path(checkpoint), f"{STATE}:{part}", "foreign", f"{type(error).__name__}: {error}"
         ) from error
@@ -218,14 +245,38 @@ def check_kinds(saved: object, live: object, where: str = "") -> None:
             check_kinds(item, like, f"{where}.{index}" if where else str(index))
 
 
+def check_optimizer(saved: OptimizerState, optimizer: torch.optim.Optimizer) -> None:
+    """Compare an optimizer's saved state with the optimizer that is to load it.
+
+    Raises:
+        TypeError: A setting of a group, or a value for a parameter, is of another kind.
+    """
+    for number, (group, live) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=False)):
+        settings = {name: value for name, value in live.items() if name != "params"}
+        check_kinds(group, settings, f"group {number}")
+        if not isinstance(group.get("params"), list):
+            raise TypeError(f"group {number} has no list of parameters")
+    for index, values in saved["state"].items():
+        if type(index) is int and not isinstance(values, Mapping):
+            raise TypeError(f"the state of parameter {index} is a {type(values).__name__}")
+
+
+def check_schedule(saved: Mapping[Any, Any], scheduler: object) -> None:
+    """Compare a schedule's saved state with the schedule that is to load it.
+
+    Raises:
+        TypeError: A value is of another kind, or stands where the schedule has a method.
+    """
+    live = scheduler.state_dict()  # type: ignore[attr-defined]  # every schedule has one
+    check_kinds(saved, live)
+    for name in saved.keys() - live.keys():
+        if not isinstance(name, str) or callable(getattr(scheduler, name, None)):
+            raise TypeError(f"{name!r} is nothing that a schedule has")
+
+
 def _hint(part: str) -> str:
-    if part == "model":
-        return (
-            "Make the model that was saved; or begin a new run with its weights alone: init_from=..., "
-            "with init_strict=False where only some of them fit"
-        )
-    if part.startswith("optimizers"):
-        return "Make the optimizer that was saved; or begin a new run with the weights alone: init_from=..."
+    if part.startswith(("model", "optimizers")):
+        return "Make what was saved; or let init_from= begin a new run with the weights alone"
     return "Make the run as it was made before"
 
 

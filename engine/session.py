@@ -321,14 +321,16 @@ class Session:
         attempt = loaded.info.manifest.attempt
         resumed = run_state.Continuation(state, ResumeReport(str(loaded.info.path)), attempt)
         resumed.restore(self.loop, self._handlers)
-        self.user_state.restore(state, resumed.report)
+        with restoring(resumed.path, "trainer"):
+            self.user_state.restore(state, resumed.report)
         if self._resume_lr is not None and state.get("resume_lr") != self._resume_lr:
             self._new_lr = self._resume_lr
             resumed.report.take(f"the learning rate, {self._new_lr}")
             resumed.report.lower("approximate", f"the learning rate is set to {self._new_lr}")
-        if state["best"] is not None:
-            self.best = Best(**state["best"])
-        history = [decode(each.encode()) for each in state["history"]]
+        with restoring(resumed.path, "best"):
+            self.best = msgspec.convert(state["best"], Best | None)
+        with restoring(resumed.path, "history"):
+            history = [decode(each.encode()) for each in state["history"]]
         self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
         self.loop.resumed = resumed
         self.checkpoints.parent = loaded.info.name

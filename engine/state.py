@@ -27,6 +27,7 @@ from offloop.engine.model_modes import capture_modes, restore_modes
 from offloop.engine.optimizer_state import BEGIN_ANEW, parameter_names, restore_optimizer
 from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.resume_report import ResumeReport
+from offloop.engine.saved_state import check_kinds, check_optimizer, check_schedule, restoring
 from offloop.engine.schedule_state import follow_length, restore_schedule
 from offloop.engine.weights import load_weights
 from offloop.engine.wrappers import names_in
@@ -167,14 +168,17 @@ class Continuation:
             ConfigError: It is of other optimizers.
         """
         state = self.state
-        load_weights(loop.program.model, state["model"], self.path)
+        with restoring(self.path, "model"):
+            load_weights(loop.program.model, state["model"], self.path)
         self._restore_optimizers(loop)
         for index, schedule in enumerate(loop.schedules[: len(state["schedulers"])]):
             self._load_schedule(schedule, index)
         for scheduler in self._adjusted:
             follow_length(scheduler)
         if loop.mixed.scaler is not None and "scaler" in state:
-            loop.mixed.scaler.load_state_dict(state["scaler"])
+            with restoring(self.path, "scaler"):
+                check_kinds(state["scaler"], loop.mixed.scaler.state_dict())
+                loop.mixed.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
             setattr(loop, name, state["position"][name])
         loop.steps_of |= state.get("steps_of", dict.fromkeys(loop.steps_of, loop.step))
@@ -189,7 +193,8 @@ class Continuation:
         own = [name for name, _ in loop.program.model.named_parameters()]
         loop.frozen.freeze(names_in(own, state["frozen"]).values())
         if "modes" in state:
-            restore_modes(loop.program.model, state["modes"], self.report)
+            with restoring(self.path, "modes"):
+                restore_modes(loop.program.model, state["modes"], self.report)
         loop.epoch_metrics = dict(state["epoch_metrics"])
         loop.latest = dict(state["latest"])
         self._restore_metrics(loop)
@@ -207,27 +212,31 @@ class Continuation:
                 f"{', '.join(loop.optimizers)}: give them the same names; or {BEGIN_ANEW}"
             )
         for name, optimizer in loop.optimizers.items():
-            restore_optimizer(
-                optimizer,
-                state["optimizers"][name],
-                label="the optimizer" if len(loop.optimizers) == 1 else f"optimizer {name!r}",
-                names=state.get("parameters", {}).get(name),
-                made=made.get(name),
-                model=loop.program.model,
-                report=self.report,
-            )
+            with restoring(self.path, f"optimizers.{name}"):
+                check_optimizer(state["optimizers"][name], optimizer)
+                restore_optimizer(
+                    optimizer,
+                    state["optimizers"][name],
+                    label="the optimizer" if len(loop.optimizers) == 1 else f"optimizer {name!r}",
+                    names=state.get("parameters", {}).get(name),
+                    made=made.get(name),
+                    model=loop.program.model,
+                    report=self.report,
+                )
 
     def _restore_metrics(self, loop: "TrainingLoop") -> None:
         """Go on with the metrics of the epoch in progress; others than then begin here."""
         saved, metrics = self.state.get("metrics"), loop.train_metrics
-        names = [] if saved is None else [each.partition(":")[0] for each in saved["metrics"]]
+        with restoring(self.path, "metrics"):
+            names = [] if saved is None else [each.partition(":")[0] for each in saved["metrics"]]
         own = [] if metrics is None else list(metrics.names)
         for name in names:
             if name not in own:
                 self.report.take(f"metric {name} is not computed any more")
         new = [name for name in own if name not in names]
         if metrics is not None and saved is not None:
-            new = metrics.load_state_dict(saved)
+            with restoring(self.path, "metrics"):
+                new = metrics.load_state_dict(saved)
         for name in new:
             self.report.take(f"metric {name} is new")
             if loop.phase == "in_epoch":
@@ -237,7 +246,10 @@ class Continuation:
         saved, own = self.state["callbacks"], {each.name: each for each in handlers if each.has_state}
         for name, each in own.items():
             if name in saved:
-                each.callback.load_state_dict(saved[name])
+                with restoring(self.path, f"callbacks.{name}"):
+                    if type(each.callback).__module__.startswith("offloop."):
+                        check_kinds(saved[name], each.callback.state_dict())
+                    each.callback.load_state_dict(saved[name])
             else:
                 self.report.take(f"callback {name} is new")
         for name in saved.keys() - own.keys():
@@ -262,9 +274,11 @@ class Continuation:
     def _load_schedule(self, schedule: Schedule, index: int) -> None:
         made = self.state.get("made", {}).get("schedulers")
         saved = self.state["schedulers"][index]
-        then = None if made is None else made[index]
-        if restore_schedule(schedule.scheduler, saved, then, self.report):
-            self._adjusted.append(schedule.scheduler)
+        with restoring(self.path, f"schedulers.{index}"):
+            check_schedule(saved, schedule.scheduler)
+            then = None if made is None else made[index]
+            if restore_schedule(schedule.scheduler, saved, then, self.report):
+                self._adjusted.append(schedule.scheduler)
 
     def finish(self, loop: "TrainingLoop", doubts: Iterable[Doubt]) -> Resumed:
         """Put the random states back and return what to say. The last thing before training goes on.

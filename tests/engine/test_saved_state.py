@@ -94,11 +94,9 @@ def test_part_that_cannot_be_put_back_is_named(error: Exception) -> None:
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize(
-    ("part", "hint"), [("model", "init_strict=False"), ("optimizers.optimizer", "init_from=")]
-)
-def test_part_of_another_model_or_optimizer_says_what_to_do(part: str, hint: str) -> None:
-    with pytest.raises(CheckpointIncompatibleError, match=hint) as caught, restoring(PLACE, part):
+@pytest.mark.parametrize("part", ["model", "optimizers.optimizer"])
+def test_part_of_another_model_or_optimizer_says_what_to_do(part: str) -> None:
+    with pytest.raises(CheckpointIncompatibleError, match="init_from=") as caught, restoring(PLACE, part):
         raise RuntimeError("size mismatch for 0.weight")
     assert "size mismatch for 0.weight" in str(caught.value)
 
