@@ -41,6 +41,8 @@ _PENDING: Final = (
     "trained are lost"
 )
 
+_NESTED: Final = "where an epoch stood in an inner loop over a loader is not saved"
+
 Sparing = Callable[[Iterable[Any]], AbstractContextManager[None]]
 
 
@@ -88,6 +90,7 @@ class DataPosition:
         self.passes: list[Pass] = []
         self.asking: Pass | None = None  # the pass whose next batch is about to be asked for
         self._is_interleaved = False  # True if a pass of this epoch began before another had ended
+        self._is_nested = False  # True if one gave several batches for one batch of the first
         self.is_cut = False  # True if a pass of this epoch was asked for and refused: the run was ending
         self.doubts: list[Doubt] = []  # about what was restored
         self._saved: dict[str, Any] = {}  # what a resumed run continues
@@ -103,7 +106,7 @@ class DataPosition:
                 known.read += self._given(each, batches)
         self.passes = []
         self._saved = {}
-        self.is_cut = self._is_interleaved = False
+        self.is_cut = self._is_interleaved = self._is_nested = False
 
     def _given(self, each: Pass, batches: int) -> int:
         return batches - each.start if each.given is None else each.given
@@ -222,7 +225,10 @@ class DataPosition:
         if not self._is_interleaved:
             return True
         first = next((each for each in self.passes if not each.is_done), current)
-        if first is current or current.asked_at == first.given:
+        if first is current:
+            return True
+        if current.asked_at == first.given:
+            self._is_nested = True
             return True
         current.asked_at = first.given
         return False
@@ -259,7 +265,9 @@ class DataPosition:
         }
         doubts = [doubt for each in self._nameless.values() for doubt in each]
         open_ones = [each for each in self.passes if not each.is_done] if in_epoch else []
-        if len(open_ones) > 1 and self.asking is not open_ones[0]:
+        if in_epoch and self._is_nested:
+            doubts.append(approximate(_NESTED))
+        elif len(open_ones) > 1 and self.asking is not open_ones[0]:
             doubts.append(approximate(_PENDING))
         return {
             "passes": passes if in_epoch else [],

@@ -57,8 +57,10 @@ _MOST_OBJECTS: Final = 2_000
 """Objects that are looked at in search of generators: a bound for data sets that are large trees of objects."""
 _MOST_ITEMS: Final = 50
 """Items of one container that are looked at; a list of a million file names holds no generator."""
-_LIBRARIES: Final = frozenset({*sys.stdlib_module_names, "torch", "torchdata", "numpy"})
+_LIBRARIES: Final = frozenset({"torch", "torchdata", "numpy"})
 """Packages whose functions are not searched: what they draw from is global, or an attribute of an object."""
+_ELSEWHERE: Final = frozenset({*sys.stdlib_module_names, "offloop"})
+"""Packages whose objects are not searched either: they lead to loggers, threads and the run itself."""
 
 
 def doubts_about(loader: Iterable[Any]) -> list[Doubt]:
@@ -281,10 +283,10 @@ def _within(owner: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]
             yield owner if name else value.__name__, inner, item
     elif isinstance(value, staticmethod | classmethod | property):
         yield owner, name, value.fget if isinstance(value, property) else value.__func__
-    else:
+    elif _package(type(value)) not in _ELSEWHERE:
         yield from ((name_of(value), inner, item) for inner, item in _attributes(value))
         for kind in type(value).__mro__:
-            if not _is_of_library(kind):
+            if _package(kind) not in _LIBRARIES | _ELSEWHERE:
                 yield from ((name_of(value), inner, item) for inner, item in vars(kind).items())
 
 
@@ -298,7 +300,7 @@ def _referred_to(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             continue  # not filled yet
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield function.__name__, value
-    if _is_of_library(function):
+    if _package(function) in _LIBRARIES | _ELSEWHERE:
         return
     waiting = [code]
     while waiting:
@@ -309,8 +311,8 @@ def _referred_to(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
                 yield name, function.__globals__[name]
 
 
-def _is_of_library(part: Any) -> bool:
-    return (getattr(part, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+def _package(part: Any) -> str:
+    return (getattr(part, "__module__", None) or "").partition(".")[0]
 
 
 def _attributes(part: Any) -> Iterator[tuple[str, Any]]:

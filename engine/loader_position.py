@@ -176,6 +176,8 @@ def _read_again(loader: Iterable[Any], iterator: Iterator[Any], count: int) -> l
     """Read batches to skip them, where there is no other way."""
     for _ in itertools.islice(iterator, count):
         pass
+    if not count:
+        return []
     return [approximate(f"{count} batches of {name_of(loader)} were read again to skip them")]
 
 

@@ -553,8 +553,23 @@ class MadeAnew(OneAfterTheOther):
                 self.train_batch(batch)
 
 
+class OneTwice(WithDropout):
+    def train_epoch(self, loader: Iterable[Any]) -> None:
+        for _ in range(2):
+            for batch in self.batches(loader):
+                self.train_batch(batch)
+
+
+class InnerLoop(OneAfterTheOther):
+    def train_epoch(self, loader: Iterable[Any]) -> None:
+        for outer in self.batches(loader):
+            for inner in self.batches(self.second):
+                self.train_batch(inner)
+            self.train_batch(outer)
+
+
 @pytest.mark.parametrize("cut", [2, 5, 7, 8, 10, 11, 14])
-@pytest.mark.parametrize("make", [OneAfterTheOther, SideBySide, MadeAnew, LeavesTheFirst])
+@pytest.mark.parametrize("make", [OneAfterTheOther, SideBySide, MadeAnew, LeavesTheFirst, OneTwice])
 def test_epoch_over_two_loaders_goes_on_where_it_was(
     make: type[WithDropout], cut: int, tmp_path: Path
 ) -> None:
@@ -573,6 +588,21 @@ def test_epoch_over_two_loaders_goes_on_where_it_was(
 def test_epochs_over_two_loaders_begin_as_they_would_have(make: type[WithDropout], tmp_path: Path) -> None:
     is_same, *rest = interrupt_and_go_on(tmp_path, loader(shuffle=True), "between two epochs", make=make)
     assert (is_same, rest) == (True, ["bitwise", ""])
+
+
+def test_inner_loop_is_named_in_the_middle_of_an_epoch_and_exact_between_two(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"make": InnerLoop}
+    in_epoch = interrupt_and_go_on(tmp_path / "in", loader(), "in the middle of an epoch", **options)
+    assert in_epoch == (
+        False,
+        "approximate",
+        "where an epoch stood in an inner loop over a loader is not saved",
+    )
+    assert interrupt_and_go_on(tmp_path / "between", loader(), "between two epochs", **options) == (
+        True,
+        "bitwise",
+        "",
+    )
 
 
 @pytest.mark.parametrize("max_steps", [5, 10])
@@ -656,6 +686,26 @@ def test_validations_go_on_as_they_would_have(kind: str, place: str, tmp_path: P
         assert reason in reasons
         return
     assert (exactness, reasons) == ("bitwise", "")
+    assert_same_rest(whole, events)
+
+
+class ValidatesOnTwo(WithDropout):
+    def __init__(self, directory: Path, name: str, **knobs: Any) -> None:
+        super().__init__(directory, name, **knobs)
+        self.loaders = [shuffled_validation(), shuffled_validation(num_workers=1, persistent_workers=True)]
+
+    def validate_epoch(self, loader: Iterable[Any]) -> None:
+        for each in self.loaders:
+            for batch in self.batches(each):
+                self.validate_batch(batch)
+
+
+def test_validation_over_two_loaders_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"make": ValidatesOnTwo, "val_loader": batches_of_list()}
+    _, whole = a_run(tmp_path, "whole", loader(shuffle=True), **options)
+    a_run(tmp_path, "cut", loader(shuffle=True), ModelCheckpoint(), max_steps=7, **options)
+    _, events = a_run(tmp_path, "cut", loader(shuffle=True), resume="must", **options)
+    assert said(events) == ("bitwise", "")
     assert_same_rest(whole, events)
 
 
