@@ -173,7 +173,10 @@ class TrainStart(Event, frozen=True, kw_only=True):
 
 
 class Resumed(Event, frozen=True, kw_only=True):
-    """Everything is put back and training goes on. From the training thread, once in a resumed attempt."""
+    """Everything is put back and training goes on. From the training thread, once in a resumed attempt.
+
+    Before the first batch that is read on. Deciders may refuse to go on: `run.stop_nowait(...)`.
+    """
 
     checkpoint: str
     """Path of the checkpoint that is continued."""
@@ -189,7 +192,10 @@ class Resumed(Event, frozen=True, kw_only=True):
 
 
 class EpochStart(Event, frozen=True, kw_only=True):
-    """An epoch begins. From the training thread, before the loader is asked for an iterator."""
+    """An epoch begins. From the training thread, before the loader is asked for an iterator.
+
+    One that goes on in the middle after a resume has none: `TrainStart` has its number, and `resumed_from`.
+    """
 
 
 class StepEnd(Sample, frozen=True, kw_only=True):
