@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from offloop.engine.control import Command, Control
-from offloop.engine.errors import ConfigError, RunEndedError, describe
+from offloop.engine.errors import ConfigError, RunEndedError, as_failure, describe
 from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, Settings, StateChanged
+from offloop.engine.forked import ForkedProcessError
 from offloop.engine.learning_rate import largest_lr, scale_lr
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Boundary:
         self._save = save
         self._paused_by: Command | None = None
         self._set_aside: Command | None = None  # the pause in which a validation was asked for
+        self._depth = 0  # of commands being applied: one may validate, and that has boundaries of its own
         self._following: list[Command] = []  # collected beside the command in work: in the mailbox no more
 
     def look_up(self) -> None:
@@ -50,15 +52,21 @@ class Boundary:
         """
         loop, control = self._loop, self._control
         while True:
+            if control.is_forked:
+                raise ForkedProcessError
             seen = control.changes
             self._obey()
             if loop.ending == "cancelled":
                 break
-            goes_on = control.is_waited_for or any(not each.future.cancelled() for each in self._following)
-            if self._paused_by not in (None, self._set_aside) and not goes_on:
+            is_waited_for = control.is_waited_for
+            goes_on = is_waited_for or any(not each.future.cancelled() for each in self._following)
+            is_held = self._paused_by not in (None, self._set_aside)
+            if is_held and not goes_on:
                 asked = time.perf_counter()
                 control.wait_for_change(seen)
                 self.paused_seconds += time.perf_counter() - asked
+            elif is_held and is_waited_for and self._at_step and not self._depth:
+                continue  # it came while others were applied, and the pause need not end for it
             elif self._is_blocked():
                 control.stand(
                     lambda: control.cancelled or not self._is_blocked(),
@@ -67,23 +75,39 @@ class Boundary:
             else:
                 break
 
+    @property
+    def _at_step(self) -> bool:
+        return self._loop.window.count == 0 and not self._loop.validating
+
     def _obey(self) -> None:
-        """Apply the commands that can be applied here."""
+        """Apply the commands that are there and can be applied here.
+
+        What arrives meanwhile waits for the next boundary, so that training goes on however fast commands come.
+        Inside a command, and once the run is stopping, only deciders' commands are applied: the others wait for
+        the command to end, or fail with `RunEndedError`.
+        """
         loop, control = self._loop, self._control
-        at_step = loop.window.count == 0 and not loop.validating
-        while commands := control.collect(step_boundary=at_step, stop_only=loop.validating):
-            left, outer = commands, self._following
-            try:
+        left = control.collect(
+            step_boundary=self._at_step,
+            stop_only=loop.validating,
+            deciders_only=self._depth > 0 or loop.ending == "stopped",
+        )
+        outer = self._following
+        self._depth += 1
+        try:
+            if left:
                 loop.reporter.readback.flush()  # a loss that turns out not to be finite fails the run, not a command
-                while left:
-                    command, *left = left
-                    self._following = [*left, *outer]
-                    self._apply(command)
-            except BaseException:
-                control.put_back(left)  # whoever gave them hears that the run has ended
-                raise
-            finally:
-                self._following = outer
+            while left and not control.cancelled:
+                command, *left = left
+                self._following = [*left, *outer]
+                self._apply(command)
+                if loop.ending == "stopped":
+                    control.put_back([each for each in left if not each.from_decider])
+                    left = [each for each in left if each.from_decider]
+        finally:
+            control.put_back(left)  # the run is ending, and their givers are told
+            self._following = outer
+            self._depth -= 1
         if control.cancelled and loop.ending != "cancelled":
             loop.ending, loop.reason = "cancelled", control.cancel_reason
             self._change_state("stopping", control.cancel_reason, "")
@@ -94,15 +118,17 @@ class Boundary:
         if not future.set_running_or_notify_cancel():
             return  # whoever gave it has taken it back
         result: Any = None
-        error: Exception | None = None
+        error: BaseException | None = None
         outer, self.obeying_decider = self.obeying_decider, self.obeying_decider or command.from_decider
         try:
             result = getattr(self, f"_{command.name}")(command)
-        except Exception as problem:
-            error = problem
-        except BaseException as problem:  # sys.exit() in a call: the run ends of it, and who waits hears that
-            future.set_exception(RunEndedError(f"the run ended in {command.name}: {describe(problem)}"))
-            raise
+        except BaseException as problem:
+            if self._control.is_forked:
+                raise
+            if not isinstance(as_failure(problem), Exception):  # sys.exit() in a call ends the run
+                future.set_exception(RunEndedError(f"the run ended in {command.name}: {describe(problem)}"))
+                raise
+            error = as_failure(problem)
         finally:
             self.obeying_decider = outer
         self._loop.reporter.publish(

@@ -435,10 +435,11 @@ def close_unused(callbacks: Iterable[Callback]) -> None:
     """Close callbacks that were reset for a run which was then refused. In the thread that wanted to start it.
 
     An `async def close` is left out: there may be no event loop, and without events there was nothing to do.
+    All are closed, whatever one raises: that is only logged, since the caller has the refusal to raise.
     """
     for callback in callbacks:
         if not inspect.iscoroutinefunction(callback.close):
             try:
                 callback.close()
-            except Exception:
+            except BaseException:
                 logger.exception("%s could not be closed", type(callback).__name__)

@@ -85,6 +85,8 @@ class Control:
         self.cancel_reason = ""
         self.changes = 0  # grows with each command and poke, under the condition's lock
         self.ended = False  # set by the training thread when it applies no more commands
+        # Set in a child that was forked from this process, whose training thread then leaves; see `forked.py`.
+        self.is_forked = False
         self.standing = False  # True while the training thread waits for a decider or a full subscription
         self.places = Places(lambda: self.standing and deciding.get() is self)
         self._commands: deque[Command] = deque()
@@ -172,7 +174,9 @@ class Control:
 
     # Training thread's side
 
-    def collect(self, *, step_boundary: bool, stop_only: bool = False) -> list[Command]:
+    def collect(
+        self, *, step_boundary: bool, stop_only: bool = False, deciders_only: bool = False
+    ) -> list[Command]:
         """Take out the commands that can be applied here, in the order in which they apply.
 
         Deciders' commands come first, in declared order, then outside ones by arrival, `stop` last.
@@ -180,25 +184,34 @@ class Control:
         Args:
             step_boundary: All commands can be applied here; else only those for any batch.
             stop_only: In a validation: `stop` can be applied too, the others after it.
+            deciders_only: At a step boundary, leave for later what did not come from a decider. What applies at
+                any batch, and `stop`, applies here too.
         """
+        applicable: list[Command] = []
+        left: deque[Command] = deque()
         with self._changed:
-            applicable = [
-                command
-                for command in self._commands
-                if step_boundary or command.name in AT_ANY_BATCH or (stop_only and command.name == "stop")
-            ]
-            for command in applicable:
-                self._commands.remove(command)
+            for command in self._commands:
+                is_stop = command.name == "stop"
+                if command.name in AT_ANY_BATCH:
+                    is_applicable = True
+                elif step_boundary:
+                    is_applicable = not deciders_only or is_stop or command.from_decider
+                else:
+                    is_applicable = stop_only and is_stop
+                (applicable if is_applicable else left).append(command)
+            self._commands = left
             # Still true if something waits for another boundary: then each batch looks again.
-            self.attention = bool(self._commands) or self.cancelled
+            self.attention = bool(left) or self.cancelled or self.is_forked
         return _merged(
             sorted(applicable, key=lambda command: (command.name == "stop", not command.from_decider))
         )
 
     def put_back(self, commands: Sequence[Command]) -> None:
         """Put back what was collected and could not be applied."""
-        with self._changed:
-            self._commands.extendleft(reversed(commands))
+        if commands:
+            with self._changed:
+                self._commands.extendleft(reversed(commands))
+                self.attention = True
 
     @property
     def is_waited_for(self) -> bool:
@@ -251,10 +264,14 @@ class Control:
             rest = list(self._commands)
             self._commands.clear()
         for command in rest:
-            if command.future.set_running_or_notify_cancel():  # False: whoever gave it has taken it back
-                command.future.set_exception(
-                    RunEndedError(f"the run ended before {command.name} could be applied")
-                )
+            try:
+                # False if the giver has taken the command back.
+                if command.future.set_running_or_notify_cancel():
+                    command.future.set_exception(
+                        RunEndedError(f"the run ended before {command.name} could be applied")
+                    )
+            except BaseException:  # out of a callback of the future; the other givers are told all the same
+                logger.exception("a callback of the future of %s failed", command)
 
 
 def _merged(commands: list[Command]) -> list[Command]:

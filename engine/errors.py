@@ -205,6 +205,30 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED_EXIT_CODE)
 
 
+_cancellations: set[type[BaseException]] = set()  # of the kinds of event loops that have hosted a run
+
+
+def note_cancellation(kind: type[BaseException]) -> None:
+    """Remember the exception by which an event loop cancels its tasks, for `as_failure`. Any thread."""
+    _cancellations.add(kind)
+
+
+def as_failure(error: BaseException) -> BaseException:
+    """Return what to report or raise for an exception out of a user's code. Any thread.
+
+    That is the exception itself, unless an event loop would take it for an order of its own: a cancellation
+    that nothing asked for ends tasks without a word, and `GeneratorExit` closes them. These become the cause
+    of a `RuntimeError`.
+    """
+    if not isinstance(error, (GeneratorExit, *_cancellations)):
+        return error
+    failure = RuntimeError(
+        f"{type(error).__name__} was raised, although neither the run nor its event loop is ending"
+    )
+    failure.__cause__ = error
+    return failure
+
+
 def describe(error: BaseException) -> str:
     """Return `Type: text` of any exception, also of one whose text cannot be made or encoded."""
     try:

@@ -142,7 +142,7 @@ class TrainingLoop:
         control: Control,
         is_blocked: Callable[[], bool],
         hooks: Sequence[StepHook],
-        hook_failed: Callable[[StepHook, Exception, bool], None],
+        hook_failed: Callable[[StepHook, BaseException, bool], None],
         save: Callable[[Command], None],
         guard: Callable[[], None],
         count_samples: Callable[[Batch], int] = guess_batch_size,
@@ -275,10 +275,13 @@ class TrainingLoop:
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
                 self.run_epoch()
         except BaseException as error:
+            if self.control.is_forked:
+                raise
             explain_failure(error)
-            with contextlib.suppress(Exception):  # what was launched before the failure is said, if it can be
+            # What was launched before the failure is told, if it can be.
+            with contextlib.suppress(BaseException):
                 self.reporter.readback.flush()
-            with contextlib.suppress(Exception):  # the first failure is the one to hear of
+            with contextlib.suppress(BaseException):  # the first failure is the one to hear of
                 self.hooks.run_all("after_training")
             raise
         self.reporter.readback.flush()

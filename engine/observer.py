@@ -5,6 +5,7 @@
     async deciders        a mark in the stream brings them here, after all that came before it
 
 Failures are isolated, reported and counted here; nothing a handler does reaches another callback.
+What is no `Exception`, such as `SystemExit`, ends the run and reaches its caller.
 """
 
 import contextvars
@@ -16,8 +17,7 @@ import queue
 import threading
 import time
 import traceback
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -25,11 +25,13 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
+from offloop.engine import forked
 from offloop.engine.bus import Rendezvous, Subscription
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.control import actor
 from offloop.engine.deadlock import Places
-from offloop.engine.errors import SubscriberTooSlowError, describe, encodable
+from offloop.engine.driver import Driver
+from offloop.engine.errors import SubscriberTooSlowError, as_failure, describe, encodable
 from offloop.engine.events import CallbackFailed, Event
 from offloop.engine.lazy_imports import was_importing
 from offloop.engine.waker import Waker
@@ -89,21 +91,39 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._context = contextvars.copy_context()
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Run a function in the thread and wait for it. Cancellation: gives the thread up, it cannot be ended."""
+    async def run(self, function: Callable[[], T], *, else_here: bool = False) -> T:
+        """Run a function in the thread and wait for it. Cancellation: gives the thread up, it cannot be ended.
+
+        Args:
+            function: What it raises is raised here; a stray cancellation as the cause of a `RuntimeError`.
+            else_here: Where the system gives no thread, run it on the event loop, which it then holds up.
+
+        Raises:
+            RuntimeError: The system gives no thread.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._context.run, args=(self._work,), name=self._name, daemon=True
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                if not else_here:
+                    raise
+                return function()
+            self._thread = thread
         outcome: list[T] = []
         failure: list[BaseException] = []
+
+        generation = forked.generation
 
         def job() -> None:
             try:
                 outcome.append(function())
             except BaseException as error:
                 failure.append(error)
+            if forked.generation != generation:
+                forked.end_process(failure[0] if failure else None)
             self._waker.wake()
 
         self._jobs.put(job)
@@ -114,7 +134,7 @@ class Worker:
             self.abandoned = not outcome and not failure
             raise
         if failure:
-            raise failure[0]
+            raise as_failure(failure[0])
         return outcome[0]
 
     def close(self) -> None:
@@ -142,7 +162,7 @@ class Observer:
         subscription: Subscription[Event] | None,
         run: Any,
         publish: Callable[[Event], None],
-        fail: Callable[[Exception], None],
+        fail: Callable[[BaseException], None],
         places: Places | None = None,
     ) -> None:
         """Bind a callback to a run.
@@ -152,7 +172,7 @@ class Observer:
             subscription: Its events; None for a callback that neither observes nor decides asynchronously.
             run: Handed to the handlers.
             publish: For `CallbackFailed`.
-            fail: Ends the run as failed; for `on_error="raise"`.
+            fail: Ends the run as failed; for `on_error="raise"`, and for what is no `Exception`.
             places: The run's; they learn where the handlers run.
         """
         self.handlers = handlers
@@ -166,6 +186,8 @@ class Observer:
         self._fail = fail
         self._places = Places(lambda: False) if places is None else places
         self._worker = Worker(f"offloop-{self.name}")
+        self._driver = Driver(self.name)
+        self._generation = forked.generation
         self._events = self._failures = self._failures_in_row = 0
         self._wall = self._cpu = self._held = self._longest_hold = 0.0
         self._reported_at = self._warned_at = -WARNING_INTERVAL
@@ -207,10 +229,9 @@ class Observer:
                     for mark in group:
                         await self._arrive(mark)
                 elif kind == "loop":
-                    await self._timed(self._handle_on_loop(list(group)))
+                    await self._driver.drive(self._handle_on_loop(list(group)), self.account)
                 elif kind == "thread":
-                    job = functools.partial(self._handle_in_thread, list(group), subscription)
-                    await self._worker.run(job)
+                    await self._hand_to_thread(list(group), subscription)
             self._wall += time.perf_counter() - started
             if self.disabled and not self.handlers.deciders:  # these still meet the training thread here
                 subscription.close()
@@ -226,53 +247,71 @@ class Observer:
         make_durable = self.handlers.callback.make_durable
         try:
             if inspect.iscoroutinefunction(make_durable):
-                await make_durable()
+                await self._driver.drive(make_durable(), self.account)
             else:
                 await self._worker.run(make_durable)
-        except Exception as error:
+        except BaseException as error:
+            if self._driver.is_ending(error):
+                answer.cancel()
+                raise
             self.failed("make_durable", error, is_off=False)
-            answer.set_exception(error)
-        except BaseException:
-            answer.cancel()
-            raise
+            answer.set_exception(as_failure(error))
         else:
             answer.set_result(None)
+
+    async def _hand_to_thread(self, events: list[Event], subscription: Subscription[Event]) -> None:
+        try:
+            await self._worker.run(functools.partial(self._handle_in_thread, events, subscription))
+        except BaseException as error:  # there is no thread: the handlers' own failures are reported there
+            if self._driver.is_ending(error):
+                raise
+            self.failed(type(events[0]).__name__, error)
 
     async def close(self) -> None:
         """Call the callback's `close`, once, wherever it belongs; failures are reported."""
         close = self.handlers.callback.close
+        self._driver = Driver(self.name)  # of the one before, a handler may have been left
         try:
             if inspect.iscoroutinefunction(close):
                 with self._places.task(anyio.get_current_task().id):
-                    await self._timed(close())
+                    await self._driver.drive(close(), self.account)
             elif type(self.handlers.callback).close is not Callback.close:
                 worker = Worker(f"offloop-{self.name}") if self._worker.abandoned else self._worker
                 try:
-                    result = await worker.run(close)
+                    result = await worker.run(close, else_here=True)
                 finally:
                     if worker is not self._worker:
                         worker.close()
                 if inspect.isawaitable(result):
-                    await result
-        except Exception as error:
+                    await self._driver.drive(_as_coroutine(result), self.account)
+        except BaseException as error:
+            if self._driver.is_ending(error):
+                raise
             self.failed("close", error)
         finally:
             self._worker.close()
 
-    def failed(self, what: str, error: Exception, *, is_off: bool | None = None) -> None:
+    def leave_after(self, seconds: float) -> None:
+        """Leave a handler, or a `close`, that swallows its cancellation for so many seconds from now on."""
+        self._driver.leave_after(seconds)
+
+    def failed(self, what: str, error: BaseException, *, is_off: bool | None = None) -> None:
         """Take note of a failure: report it at most once a second, or end the run. Any thread.
 
         Args:
             what: Where it failed: a class of events, a point in a step.
-            error: What was raised.
+            error: What was raised. What is no `Exception` always ends the run, unless it is a stray cancellation.
             is_off: None: count, and switch the observers off after too many in a row. Of a step hook, whose failures
                 are counted where it runs, True if this was the last one; of a decider, which is asked again, False.
         """
+        if self._generation != forked.generation:
+            forked.end_process(error)
+        error = as_failure(error)
         self._failures += 1
         described = describe(error)
         if len(self.errors) < 100:  # enough to see what is wrong; a handler may fail a million times
             self.errors.append(f"{what}: {described}")
-        if self.handlers.callback.on_error == "raise":
+        if self.handlers.callback.on_error == "raise" or not isinstance(error, Exception):
             self._fail(error)
             return
         if is_off is None:
@@ -308,7 +347,7 @@ class Observer:
     async def _arrive(self, mark: Any) -> None:
         result = mark.arrive()
         if inspect.isawaitable(result):
-            await self._timed(_as_coroutine(result))
+            await result
 
     async def _handle_on_loop(self, events: list[Event]) -> None:
         handler_for, run = self.handlers.handler_for, self._run
@@ -327,14 +366,10 @@ class Observer:
             self._events += 1
             try:
                 await handler(event, run)  # type: ignore[misc]  # _where() chose events with a handler
-            except Exception as error:
-                self.failed(event_class.__name__, error)
-            except anyio.get_cancelled_exc_class() as cancelled:
-                if anyio.get_current_task().has_pending_cancellation():
+            except BaseException as error:
+                if self._driver.is_ending(error):
                     raise
-                stray = RuntimeError("the handler awaited something that was cancelled")
-                stray.__cause__ = cancelled
-                self.failed(event_class.__name__, stray)
+                self.failed(event_class.__name__, error)
             else:
                 self._failures_in_row = 0
 
@@ -360,16 +395,16 @@ class Observer:
                         f"{type(event).handler_name} is a plain def that returned an awaitable, which nobody "
                         "awaits in its thread: make it an async def"
                     )
-            except Exception as error:
+            except BaseException as error:
                 self.failed(type(event).__name__, error)
             else:
+                if self._generation != forked.generation:
+                    forked.end_process(None)
                 self._failures_in_row = 0
         self._cpu += time.thread_time() - cpu
 
-    def _timed(self, coroutine: Coroutine[Any, Any, T]) -> Awaitable[T]:
-        return _account(coroutine, self._account)
-
-    def _account(self, wall: float, cpu: float) -> None:
+    def account(self, wall: float, cpu: float) -> None:
+        """Take note of a stretch for which a coroutine of the callback held the event loop, in seconds."""
         self._cpu += cpu
         if wall > HOLD_WARNING and was_importing(time.perf_counter() - wall):
             wall = min(wall, cpu)  # an import of ours kept the interpreter from the handler: not its doing
@@ -388,31 +423,6 @@ class Observer:
                 cpu * 1e3,
                 what,
             )
-
-
-@types.coroutine
-def _account(
-    coroutine: Coroutine[Any, Any, T], account: Callable[[float, float], None]
-) -> Generator[Any, Any, T]:
-    """Drive a coroutine and report, for each stretch between two awaits, how long it held the event loop."""
-    value: Any = None
-    error: BaseException | None = None
-    while True:
-        wall, cpu = time.perf_counter(), time.thread_time()
-        try:
-            yielded = coroutine.send(value) if error is None else coroutine.throw(error)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]  # StopIteration is untyped
-        finally:
-            account(time.perf_counter() - wall, time.thread_time() - cpu)
-        value, error = None, None
-        try:
-            value = yield yielded
-        except GeneratorExit:
-            coroutine.close()
-            raise
-        except BaseException as thrown:
-            error = thrown
 
 
 async def _as_coroutine(awaitable: Awaitable[T]) -> T:

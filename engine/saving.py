@@ -322,7 +322,10 @@ class Checkpoints:
         except CheckpointDeadlineExceeded as error:
             logger.error("checkpoints were not finished: %s", error)
             self._writer.abandon()
-            threading.Thread(target=self._close_late, name="offloop-close-late", daemon=True).start()
+            try:
+                threading.Thread(target=self._close_late, name="offloop-close-late", daemon=True).start()
+            except RuntimeError as shortage:  # the lock is kept until the process ends
+                logger.error("the lock of %s stays taken: %s", self._directory, shortage)
             return
         except CheckpointError as error:
             logger.error("checkpoints were not finished: %s", error)
@@ -378,15 +381,20 @@ class Checkpoints:
         return loaded
 
     def open(self) -> tuple[CheckpointWriter, SnapshotArena]:
-        """Open store, lock and thread if they are not.
+        """Open store, lock and thread if they are not; all of them or none.
 
         Raises:
             RunLockedError: Another run has this directory.
+            WriterDiedError: The system gives no thread.
         """
         if self._writer is None or self._arena is None:
-            self._store = CheckpointStore(self._directory, retention=self.retention)
-            self._arena = SnapshotArena(optimizers=self._optimizers.values(), volatile=self._volatile)
-            self._writer = CheckpointWriter(self._store, on_saved=self._saved, on_failed=self._failed)
+            with contextlib.ExitStack() as opened:
+                store = opened.enter_context(CheckpointStore(self._directory, retention=self.retention))
+                arena = SnapshotArena(optimizers=self._optimizers.values(), volatile=self._volatile)
+                opened.callback(arena.close)
+                self._writer = CheckpointWriter(store, on_saved=self._saved, on_failed=self._failed)
+                self._store, self._arena = store, arena
+                opened.pop_all()
         return self._writer, self._arena
 
     def _saved(self, request: CheckpointRequest, commit: Commit) -> None:

@@ -37,14 +37,17 @@ import anyio.lowlevel
 import msgspec
 import torch
 
+from offloop.engine import forked
 from offloop.engine import state as run_state
 from offloop.engine.activation_checkpointing import checkpointed
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
 from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
+from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
+from offloop.engine.driver import Driver
 from offloop.engine.errors import (
     BusClosedError,
     ConfigError,
@@ -52,7 +55,9 @@ from offloop.engine.errors import (
     OffloopError,
     RunEndedError,
     RunNameTakenError,
+    as_failure,
     describe,
+    note_cancellation,
 )
 from offloop.engine.event_log import rewind
 from offloop.engine.events import (
@@ -99,6 +104,10 @@ STACK_INTERVAL: Final = 10.0
 """Seconds after which the stack of a training thread that does not end is logged, and again."""
 IMPATIENT_CLOSE: Final = 2.0
 """Seconds that are left for everything after a second signal."""
+SWALLOWING: Final = 1.0
+"""Seconds for which a coroutine of a callback may swallow its cancellation before it is left."""
+SWALLOWING_IN_HASTE: Final = 0.25
+"""The same after a second signal."""
 
 
 class Session:
@@ -138,6 +147,8 @@ class Session:
         self.result: RunResult | None = None  # written by the supervisor at the end, read by everybody
         self.finished: Future[RunResult] = Future()
         self.failure: BaseException | None = None  # the first one; from the training thread or a callback
+        # A SystemExit or the like of a callback that came after `TrainEnd`: raised once everything is closed.
+        self._late_exit: BaseException | None = None
         self.best: Best | None = None  # written by the training thread
         self.signal_count = 0
         self._hurried_at = math.inf  # when the second signal came; written by the main thread
@@ -194,8 +205,9 @@ class Session:
     # The training thread's side ------------------------------------------------------------------
 
     def _train(self) -> None:
-        """Be the training thread."""
+        """Body of the training thread."""
         self.control.places.training_thread = threading.get_ident()
+        forked.watch(self.control)
         try:
             with self._caller_state, torch.enable_grad():
                 if self.loop.device.type == "cuda":
@@ -212,18 +224,36 @@ class Session:
                 if self.loop.ending != "cancelled" and self.failure is None:
                     self.loop.hooks.run_all("before_train_end")
         except BaseException as error:
+            if self.control.is_forked:
+                forked.end_process(error)
             self._fail(error)
         finally:
-            self.loop.left.clear()  # may wait some seconds for loader workers
-            self.loop.close()
-            self.loop.frozen.thaw_all()
-            self.control.end()
-            leave_process(self.run_id)
-            if self._is_alone():
+            if self.control.is_forked:
+                forked.end_process(None)
+            self._end_training()
+
+    def _end_training(self) -> None:
+        """Let go of what must not outlive training, and tell the supervisor. Nothing here may keep it waiting."""
+        steps = (
+            self.loop.left.clear,  # may wait some seconds for loader workers
+            self.loop.close,
+            self.loop.frozen.thaw_all,
+            self.control.end,
+            functools.partial(leave_process, self.run_id),
+        )
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:
+                self._fail(error)
+        if self._is_alone():
+            try:
                 # In an empty context: the one of this thread may say that an event loop runs here, the caller's.
                 contextvars.Context().run(anyio.run, self._end_alone)
-            else:
-                self._thread_ended.wake()
+            except BaseException:
+                logger.exception("run %s could not close its callbacks", self.run_id)
+        else:
+            self._thread_ended.wake()
 
     def _is_alone(self) -> bool:
         """True if the training thread has to end the run itself, because the event loop or the supervisor is gone."""
@@ -246,9 +276,8 @@ class Session:
             if self.dir is not None:
                 self._open_dir(self.dir)
         except BaseException:
-            self.dir = (
-                None  # it was not made, or is another run's: what callbacks still write must not go there
-            )
+            if not self._description:  # it was not made, or is another run's: nothing may be written there
+                self.dir = None
             raise
         self.trainer._prepare_model()
         if self.config.seed is not None:
@@ -293,15 +322,15 @@ class Session:
             write_run_json(directory, description)
         self._description = description
         if self.remote is not None:
-            self.uploads = Uploads(
+            uploads = Uploads(
                 self.remote,
                 directory,
                 self.checkpoints,
                 publish=self._publish_late,
                 failed=self._upload_failed,
             )
-            self.checkpoints.on_saved = self.uploads.wake
-            self.uploads.start()
+            uploads.start()  # fails where the system gives no thread: then there is nothing to wait for
+            self.uploads, self.checkpoints.on_saved = uploads, uploads.wake
 
     def _is_cancelled(self) -> bool:
         return self.control.cancelled
@@ -362,10 +391,15 @@ class Session:
                     'the checkpoint before stays the newest. on_nonfinite="warn" saves them'
                 )
             state = self._capture()
-        except Exception as error:  # a callback's state_dict; nobody may be waiting for a command's answer
+        except BaseException as error:  # out of a state_dict; no giver of a command may be waiting for it
             logger.exception("the checkpoint of step %d was not saved", loop.step)
-            self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=describe(error)))
-            raise
+            described = describe(as_failure(error))
+            self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=described))
+            if not is_out_of_memory(error):
+                raise
+            if future is not None:
+                future.set_exception(error)
+            return
         is_accepted = self.checkpoints.save(
             state,
             position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
@@ -400,7 +434,7 @@ class Session:
             try:
                 check_saveable(self._capture())
             except Exception as error:
-                if on_error == "raise":
+                if on_error == "raise" and not is_out_of_memory(error):  # memory may be there at the next one
                     raise
                 logger.error("%s", error)
 
@@ -496,8 +530,9 @@ class Session:
             started = time.perf_counter()
             try:
                 self._ask(decider, observer, event)
-            except Exception as error:
-                if (observer.handlers.callback.on_error or "raise") == "raise":
+            except BaseException as error:
+                isolates = observer.handlers.callback.on_error == "isolate"
+                if not isolates or not isinstance(as_failure(error), Exception):
                     raise
                 observer.failed(type(event).__name__, error, is_off=False)  # it is asked again
             finally:
@@ -513,8 +548,10 @@ class Session:
     def _ask(self, decider: Decider, observer: Observer, event: Event) -> None:
         name = f"decider {decider.callback}.{event.handler_name}"
         if decider.is_async:
-            answers: list[Exception | None] = []
-            self._meet(observer, name, lambda: self._decide_on_loop(decider, event, answers), answers)
+            answers: list[BaseException | None] = []
+            self._meet(
+                observer, name, lambda: self._decide_on_loop(decider, observer, event, answers), answers
+            )
             if answers and answers[0] is not None:
                 raise answers[0]
             if not answers and not self.control.cancelled:
@@ -522,7 +559,7 @@ class Session:
             return
         if observer.handlers.observers:
             # Its observers share its state: what came before this event is handled first.
-            caught_up: list[Exception | None] = []
+            caught_up: list[BaseException | None] = []
             self._meet(observer, name, lambda: self._answer(caught_up, None), caught_up)
             if self.control.cancelled:
                 return
@@ -534,7 +571,7 @@ class Session:
         observer: Observer,
         name: str,
         arrive: Callable[[], object],
-        answers: list[Exception | None],
+        answers: list[BaseException | None],
     ) -> None:
         """Wait until an observer has reached this point of its stream and `arrive` has answered."""
         assert observer.subscription is not None
@@ -549,31 +586,41 @@ class Session:
         if not answers and self._loop_is_gone():
             self.cancel("the event loop is gone")
 
-    async def _decide_on_loop(self, decider: Decider, event: Event, answers: list[Exception | None]) -> None:
+    async def _decide_on_loop(
+        self, decider: Decider, observer: Observer, event: Event, answers: list[BaseException | None]
+    ) -> None:
         """Run an async decider on the event loop, until it answers, its timeout, or a cancellation."""
-        error: Exception | None = None
+        failures: list[BaseException] = []
+        decided, driver = anyio.Event(), Driver(observer.name)
+
+        async def ask() -> None:  # in a task of its own: it may have to be left
+            try:
+                here = self.control.places.task(anyio.get_current_task().id)
+                with _acting(decider.callback, self.control), here:
+                    await driver.drive(decider.method(event, self.run), observer.account)
+            except BaseException as error:
+                if driver.is_ending(error):
+                    raise
+                failures.append(error)
+            finally:
+                decided.set()
+
         try:
             with Waker() as cancelled, self.control.on_cancel(cancelled.wake):
                 async with anyio.create_task_group() as tasks:
 
                     async def watch() -> None:
                         await cancelled.wait()
+                        end()
+
+                    def end() -> None:
+                        driver.leave_after(self._swallowing)
                         tasks.cancel_scope.cancel()
 
                     tasks.start_soon(watch)
+                    tasks.start_soon(ask)
                     with anyio.move_on_after(decider.timeout) as patience:
-                        try:
-                            with _acting(decider.callback, self.control):
-                                await decider.method(event, self.run)
-                        except Exception as problem:
-                            error = problem
-                        except anyio.get_cancelled_exc_class() as stray:
-                            if tasks.cancel_scope.cancel_called or patience.cancel_called:
-                                raise
-                            if anyio.get_current_task().has_pending_cancellation():
-                                raise
-                            error = RuntimeError("the decider awaited something that was cancelled")
-                            error.__cause__ = stray
+                        await decided.wait()
                     if patience.cancelled_caught:
                         logger.warning(
                             "decider %s.%s took longer than its %.1f s: training goes on without it",
@@ -581,11 +628,14 @@ class Session:
                             event.handler_name,
                             decider.timeout,
                         )
+                        end()
                     tasks.cancel_scope.cancel()
+        except OSError as error:  # no descriptors for the waker
+            failures.append(error)
         finally:
-            self._answer(answers, error)
+            self._answer(answers, as_failure(failures[0]) if failures else None)
 
-    def _answer(self, answers: list[Exception | None], error: Exception | None) -> None:
+    def _answer(self, answers: list[BaseException | None], error: BaseException | None) -> None:
         answers.append(error)
         self.control.poke()
 
@@ -601,7 +651,7 @@ class Session:
         )  # asyncio's; trio always ends its tasks first
         return (thread is not None and has_ended(thread)) or (is_closed is not None and bool(is_closed()))
 
-    def hook_failed(self, hook: StepHook, error: Exception, is_off: bool) -> None:
+    def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool) -> None:
         """Hold or pass on what a step hook raised. Training thread."""
         if hook.on_error == "raise":
             raise error
@@ -699,8 +749,11 @@ class Session:
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure and end training. Any thread."""
+        error = as_failure(error)
         if self._phase == "closing":  # the run has said how it ended: the log and the result have this one
             logger.error("a callback failed after the end", exc_info=error)
+            if not isinstance(error, Exception) and self._late_exit is None:
+                self._late_exit = error
             return
         if self.failure is None:
             self.failure = error
@@ -770,13 +823,14 @@ class Session:
         Args:
             started: Called when the run goes on by itself.
         """
-        with self.claimed():
+        # The waker before the supervisor: with no descriptors left, nothing has begun yet.
+        with self.claimed(), Waker() as ended:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self.supervise)
-                started(self.run)
                 try:
-                    await result_of(self.finished)
-                except anyio.get_cancelled_exc_class():
+                    started(self.run)
+                    await result_of(self.finished, ended)
+                except BaseException:
                     self.cancel("the task that awaited it was cancelled")
                     raise
 
@@ -787,7 +841,7 @@ class Session:
         An exception in the body stops the run, a failing run cancels the body; neither is wrapped in a group.
         """
         in_body: BaseException | None = None
-        with self.claimed():
+        with self.claimed(), Waker() as ended:
             async with anyio.create_task_group() as tasks:
                 with anyio.CancelScope() as body:
                     tasks.start_soon(self.supervise, body.cancel)
@@ -801,12 +855,12 @@ class Session:
                             with contextlib.suppress(RunEndedError):
                                 reason = f"{type(error).__name__} beside the run"
                                 self.control.give("stop", {"reason": reason}, by="user")
-                        await result_of(self.finished)
+                        await result_of(self.finished, ended)
                     except BaseException:
                         if not body.cancel_called:
                             self.cancel("the task beside it was cancelled")
                         raise
-        if in_body is None or in_body is self.failure:
+        if in_body is None or in_body in (self.failure, self._late_exit):
             self.outcome()
         elif self.failure is None:
             raise in_body
@@ -824,6 +878,7 @@ class Session:
         """
         swept = False
         with anyio.CancelScope(shield=True):
+            note_cancellation(anyio.get_cancelled_exc_class())
             self._loop_thread = threading.current_thread()
             self._native_loop = anyio.lowlevel.current_token().native_token
             try:
@@ -849,17 +904,18 @@ class Session:
                     self._end_bus()
                     if not swept:
                         await self._drain(scopes, served, late)
-                    for scope in scopes:
-                        scope.cancel()
+                    for observer, scope in zip(self.observers, scopes, strict=True):
+                        self._cancel(observer, scope)
             except GeneratorExit:  # the event loop was closed under us: the training thread does the rest
                 raise
             except BaseException as error:
                 # A cancellation that pierced the shield while draining (asyncio.run's sweep), or a defect of ours
                 swept = True
-                if not isinstance(error, anyio.get_cancelled_exc_class()) and self.failure is None:
-                    self.failure = error
+                if not isinstance(error, anyio.get_cancelled_exc_class()):
+                    self._fail(error)
             finally:
                 self._abandon_thread()
+            await self._thread_is_over()  # after a defect of ours it may still be on its way
             await self._close()
             await self._finish()
 
@@ -872,15 +928,32 @@ class Session:
             leave_process(self.run_id)
 
     async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
+        async def serve() -> None:  # in a task of its own: a handler may have to be left
+            try:
+                await observer.serve()
+            except Exception as error:  # a defect of ours, which must not cancel the others
+                self._fail(error)
+
         try:
             with scope:
-                await observer.serve()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(serve)
         finally:
             served.set()
             self._unserved.add(observer)
             if observer in self._marks:
                 self._marks[observer].set()  # it handles nothing any more, the mark neither
             self.control.poke()  # the training thread may be waiting for it
+
+    @property
+    def _swallowing(self) -> float:
+        """Seconds for which a coroutine may swallow its cancellation."""
+        return SWALLOWING if self.signal_count < 2 else SWALLOWING_IN_HASTE
+
+    def _cancel(self, observer: Observer, scope: anyio.CancelScope) -> None:
+        """Cancel what an observer is doing, and leave it if that is swallowed."""
+        observer.leave_after(self._swallowing)
+        scope.cancel()
 
     async def _thread_is_over(self) -> bool:
         """Wait for the training thread through all cancellations; True if there was one."""
@@ -970,33 +1043,63 @@ class Session:
         for observer, scope, event in zip(self.observers, scopes, served, strict=True):
             deadline = now if observer in late else now + self.config.drain_timeout
             if not await self._came(event, deadline):
-                scope.cancel()
+                self._cancel(observer, scope)
                 error = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
                 observer.failed("drain", error)
 
-    async def _came(self, event: anyio.Event, deadline: float) -> bool:
-        """Wait for an event; False if it had not come by the deadline, or a second signal came first."""
+    async def _came(
+        self, event: anyio.Event, deadline: float, *, haste: float = 0.0, at_least: float = 0.0
+    ) -> bool:
+        """Wait for an event; False if it had not come by the deadline.
+
+        Args:
+            event: What is waited for.
+            deadline: On the clock of `time.perf_counter`.
+            haste: Seconds after a second signal that end the wait earlier.
+            at_least: Until when a second signal does not end it.
+        """
         while not event.is_set():
-            left = deadline - time.perf_counter()
-            if self.signal_count > 1 or left <= 0:
+            left = min(deadline, max(self._hurried_at + haste, at_least)) - time.perf_counter()
+            if left <= 0:
                 return False
-            with anyio.move_on_after(min(left, 0.5)):  # short looks: who signals twice is not kept waiting
+            with anyio.move_on_after(min(left, 0.1)):  # short looks, for the second signal
                 await event.wait()
         return True
 
     async def _close(self) -> None:
         """Call `close()` of each callback, always; a close that hangs is given up and reported."""
-        patience = IMPATIENT_CLOSE if self.signal_count > 1 else self.config.drain_timeout
         for observer in self.observers:
             try:
-                with anyio.move_on_after(patience) as scope:
-                    await observer.close()
-                if scope.cancelled_caught:
-                    observer.failed(
-                        "close", TimeoutError(f"close() took longer than {patience:g} s: given up")
-                    )
+                await self._close_one(observer)
             except anyio.get_cancelled_exc_class():
                 continue  # the sweep again: go on with the next one
+
+    async def _close_one(self, observer: Observer) -> None:
+        closed = anyio.Event()
+
+        async def close() -> None:  # in a task of its own: it may have to be left
+            try:
+                await observer.close()
+            except Exception as error:  # a defect of ours, which must not keep the others from being closed
+                self._fail(error)
+            finally:
+                closed.set()
+
+        started = time.perf_counter()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(close)
+            # In haste all callbacks share what is left, but each is called and has a moment.
+            is_closed = await self._came(
+                closed,
+                started + self.config.drain_timeout,
+                haste=IMPATIENT_CLOSE - 2 * SWALLOWING_IN_HASTE,
+                at_least=started + SWALLOWING_IN_HASTE,
+            )
+            if not is_closed:
+                taken = time.perf_counter() - started
+                observer.leave_after(self._swallowing)
+                tasks.cancel_scope.cancel()
+                observer.failed("close", TimeoutError(f"close() took longer than {taken:.1f} s: given up"))
 
     async def _end_alone(self) -> None:
         """Close the callbacks and write the result from the training thread, on an event loop of its own."""
@@ -1043,11 +1146,13 @@ class Session:
             assert self.dir is not None
             ending = {"status": status, "reason": reason, "ended": time.time(), "steps": self.loop.step}
             write = functools.partial(self._write_ending, self.dir, self._description | ending)
-            worker = Worker("offloop-run-json")
             # The run has its result; a directory that is gone by now, or a sweep, is no reason to lose it.
-            with contextlib.suppress(OSError, RuntimeError, anyio.get_cancelled_exc_class()):
-                await worker.run(write)
-            worker.close()
+            try:
+                await _in_thread("offloop-run-json", write)
+            except (OSError, anyio.get_cancelled_exc_class()):
+                logger.warning("%s does not say how the run ended", self.dir)
+            except BaseException:
+                logger.exception("%s does not say how the run ended", self.dir)
         self._phase = status
         self._thread_ended.close()
         self._release(self)
@@ -1070,10 +1175,12 @@ class Session:
         """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""
         if self.checkpoints is None:
             return
-        worker = Worker("offloop-finish-checkpoints")
-        with contextlib.suppress(anyio.get_cancelled_exc_class()):  # the sweep: the writer goes on by itself
-            await worker.run(self._settle_checkpoints)
-        worker.close()
+        try:
+            await _in_thread("offloop-finish-checkpoints", self._settle_checkpoints)
+        except anyio.get_cancelled_exc_class():
+            pass  # the sweep: the writer goes on by itself
+        except BaseException as error:
+            self._fail(error)
 
     def _settle_checkpoints(self) -> None:
         assert self.checkpoints is not None
@@ -1125,7 +1232,8 @@ class Session:
         """Return the result, or raise what the run failed with, once, with a note on where it was."""
         assert self.result is not None
         # Taken from here: whoever catches it decides how long its frames are kept, with all the tensors in them.
-        failure, self.failure = self.failure, None
+        failure, self.failure = self.failure or self._late_exit, None
+        self._late_exit = None
         if failure is None:
             return self.result
         self.note_where(failure)
@@ -1140,6 +1248,22 @@ class Session:
         if self.checkpoints is not None and self.checkpoints.last is not None:
             note += f", last checkpoint {self.checkpoints.last}"
         failure.add_note(note)
+
+
+async def _in_thread(name: str, function: Callable[[], None]) -> None:
+    """Run a function that blocks in a thread of its own; on the event loop where the system gives no thread.
+
+    Cancellation: the thread ends by itself.
+    """
+    try:
+        worker = Worker(name)
+    except OSError:  # no descriptors for its waker
+        function()
+        return
+    try:
+        await worker.run(function, else_here=True)
+    finally:
+        worker.close()
 
 
 @contextlib.contextmanager

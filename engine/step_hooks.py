@@ -1,5 +1,6 @@
 """Step hooks: the table of what runs inside a step, and what such a hook sees."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, STEP_POINTS, StepHook
+from offloop.engine.errors import as_failure
 from offloop.engine.events import Event
 
 if TYPE_CHECKING:
     from offloop.engine.loop import TrainingLoop
+
+logger = logging.getLogger("offloop")
 
 
 class StepPoint:
@@ -86,7 +90,7 @@ class StepHooks:
     def __init__(
         self,
         hooks: Sequence[StepHook],
-        failed: Callable[[StepHook, Exception, bool], None],
+        failed: Callable[[StepHook, BaseException, bool], None],
         guard: Callable[[], None],
     ) -> None:
         """Keep the hooks.
@@ -152,10 +156,25 @@ class StepHooks:
             self._run(hook, batch)
 
     def run_all(self, point: str) -> None:
-        """Run those of a point outside of steps; `after_validation` undoes, so the last one comes first."""
+        """Run those of a point outside of steps; `after_validation` undoes, so the last one comes first.
+
+        Each is run, whatever the ones before it raise: some put back what others have changed. The first
+        exception is raised in the end.
+        """
+        first: BaseException | None = None
         for hook in reversed(self._hooks) if point == "after_validation" else self._hooks:
             if hook.point == point:
-                self._run(hook, None)
+                try:
+                    self._run(hook, None)
+                except BaseException as error:
+                    if first is not None:
+                        logger.error("%s.%s failed too", hook.callback, point, exc_info=error)
+                    first = first or error
+        try:
+            if first is not None:
+                raise first
+        finally:
+            del first  # else this frame, which the exception holds, would hold the exception
 
     def _run(self, hook: StepHook, batch: Any) -> None:
         assert self.point is not None
@@ -165,9 +184,11 @@ class StepHooks:
         try:
             with torch.no_grad():
                 hook.method(self.point)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(as_failure(error), Exception):
+                raise
             count = self._failures_in_row[hook.callback] = self._failures_in_row.get(hook.callback, 0) + 1
-            self._failed(hook, error, count == MAX_FAILURES_IN_ROW)
+            self._failed(hook, as_failure(error), count == MAX_FAILURES_IN_ROW)
             if count >= MAX_FAILURES_IN_ROW:
                 self.leave()
         else:

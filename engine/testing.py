@@ -303,7 +303,7 @@ class _ScriptedLoop(TrainingLoop):
         session = self.session
         for observer in session.observers:
             if observer.subscription is not None:
-                handled: list[Exception | None] = []
+                handled: list[BaseException | None] = []
                 session._meet(
                     observer, observer.name, functools.partial(session._answer, handled, None), handled
                 )

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from offloop.engine.activation_checkpointing import checkpointed
+from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.control import Control
 from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError
@@ -51,14 +52,6 @@ _SAMPLING_INTERVAL: Final = 0.002
 _PROBABLE: Final = 1.25
 """A size that would take this many times the limit, by the line through the last two, is not tried on a CPU: beyond
 its memory the system ends the process."""
-
-_OutOfMemory: Final = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-_OTHER_WORDS_FOR_IT: Final = (
-    "out of memory",
-    "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_NOT_SUPPORTED",
-)
 
 
 # The learning rate --------------------------------------------------------------------------------------
@@ -344,10 +337,8 @@ def _runs_out_of_memory(
 ) -> bool:
     try:
         _train(trainer, samples.batches(size, steps * accumulate), steps=steps)
-    except (_OutOfMemory, MemoryError):
-        return True
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _OTHER_WORDS_FOR_IT):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         return True
     return False

@@ -4,6 +4,7 @@
 A byte in a non-blocking socket pair does the same for one system call, on asyncio, uvloop and trio.
 """
 
+import contextlib
 import socket
 from concurrent.futures import Future
 from types import TracebackType
@@ -74,10 +75,15 @@ class Waker:
         self.close()
 
 
-async def result_of(future: Future[T]) -> T:
-    """Wait for a future that another thread completes. Any event loop. Cancellation: the future goes on."""
-    with Waker() as waker:
-        future.add_done_callback(lambda _: waker.wake())
+async def result_of(future: Future[T], waker: Waker | None = None) -> T:
+    """Wait for a future that another thread completes. Any event loop. Cancellation: the future goes on.
+
+    Args:
+        future: Completed, or cancelled, by any thread.
+        waker: One to wait with, made where its descriptors were still to be had; closed by its maker.
+    """
+    with contextlib.nullcontext(waker) if waker is not None else Waker() as waking:
+        future.add_done_callback(lambda _: waking.wake())
         while not future.done():
-            await waker.wait()
+            await waking.wait()
     return future.result()

@@ -12,6 +12,7 @@
     ├── RemoteError                   the remote store did not do what was asked of it
     ├── RunLockedError                another process writes to this run
     ├── SnapshotBusyError             every buffer still waits for the disk
+    ├── SnapshotMemoryError           there is no memory for the copy
     ├── SnapshotTornError             a tensor changed while it was copied
     ├── UnserializableStateError      a value in the state that cannot be saved
     └── WriterDiedError               the writer thread is gone
@@ -133,6 +134,13 @@ class SnapshotBusyError(CheckpointError):
     def __init__(self, slots: int) -> None:
         self.slots = slots
         super().__init__(f"all {slots} snapshot buffers are still being written")
+
+
+class SnapshotMemoryError(CheckpointError):
+    """Report that there was no memory for the copy of a state; the system's own exception is the cause."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"no memory for a copy of the state: {reason}")
 
 
 class SnapshotTornError(CheckpointError):

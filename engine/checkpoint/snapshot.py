@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from offloop.engine.checkpoint import cuda_copy
-from offloop.engine.checkpoint.errors import SnapshotBusyError, SnapshotTornError
+from offloop.engine.checkpoint.errors import SnapshotBusyError, SnapshotMemoryError, SnapshotTornError
 from offloop.engine.checkpoint.format import TensorFile
 from offloop.engine.checkpoint.host_copy import HostCopier
 from offloop.engine.checkpoint.layout import (
@@ -41,6 +41,7 @@ from offloop.engine.checkpoint.layout import (
     plan_layout,
 )
 from offloop.engine.checkpoint.manifest import TensorView
+from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.checkpoint.tree import TensorNode, encode, tensor_node
 
 DEFAULT_SLOTS = 2
@@ -207,6 +208,7 @@ class SnapshotArena:
 
         Raises:
             SnapshotBusyError: If none was free in time, or the arena was closed.
+            SnapshotMemoryError: If there is no memory for the copy; a later one may succeed.
             UnserializableStateError: If the state holds what cannot be saved.
         """
         with self._changed:
@@ -216,10 +218,12 @@ class SnapshotArena:
             slot = self._free.pop()
         try:
             return self._fill(slot, state)
-        except BaseException:
+        except BaseException as error:
             with self._changed:
                 self._free.append(slot)
                 self._changed.notify_all()
+            if is_out_of_memory(error):
+                raise SnapshotMemoryError(str(error)) from error
             raise
 
     def guard(self) -> None:

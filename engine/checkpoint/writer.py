@@ -57,6 +57,9 @@ class CheckpointWriter:
         on_saved: Called in the writer thread once a checkpoint is durable.
         on_failed: Called in the writer thread for each snapshot that did not become a checkpoint;
             errors that are not ours arrive as the cause of a `CheckpointWriteError`.
+
+    Raises:
+        WriterDiedError: If the system gives no thread.
     """
 
     def __init__(
@@ -82,7 +85,10 @@ class CheckpointWriter:
         self._changed = threading.Condition()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="offloop-checkpoint-writer", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system gives no more threads, or the interpreter is about to end
+            raise WriterDiedError(f"the checkpoint writer has no thread: {error}") from error
         atexit.register(self._at_exit)
 
     @property

@@ -119,7 +119,7 @@ def test_an_import_of_ours_is_not_blamed_on_a_callback(
             pass
     else:
         lazy_imports_module._ended_at = -float("inf")
-    observer._account(1.0, 0.01)  # the event loop stood still for a second that has just ended
+    observer.account(1.0, 0.01)  # the event loop stood still for a second that has just ended
     assert observer.costs.held == (0.01 if is_ours else 1.0)
     warned = [each for each in caplog.records if each.levelno == logging.WARNING]
     assert bool(warned) is not is_ours
