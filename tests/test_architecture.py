@@ -28,6 +28,8 @@ WITHOUT_TORCH: Final = (
     "control",
     "deadlock",
     "lazy_imports",
+    "driver",
+    "forked",
     "observer",
 )
 """Modules of the engine that work, and load, without torch."""
@@ -35,6 +37,7 @@ SHARED: Final = ("errors", "spelling", "config", "events", "callback", "control"
 """What the training loop shares with the event loop's side; everything else it uses is its own."""
 ABOVE_THE_LOOP: Final = (
     "bus",
+    "driver",
     "observer",
     "run",
     "runs",
