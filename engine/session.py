@@ -106,8 +106,8 @@ IMPATIENT_CLOSE: Final = 2.0
 """Seconds that are left for everything after a second signal."""
 SWALLOWING: Final = 1.0
 """Seconds for which a coroutine of a callback may swallow its cancellation before it is left."""
-SWALLOWING_IN_HASTE: Final = 0.25
-"""The same after a second signal."""
+MOMENT_IN_HASTE: Final = 0.25
+"""The same after a second signal, and what callbacks have then for their last events, and each for its `close()`."""
 
 
 class Session:
@@ -948,7 +948,7 @@ class Session:
     @property
     def _swallowing(self) -> float:
         """Seconds for which a coroutine may swallow its cancellation."""
-        return SWALLOWING if self.signal_count < 2 else SWALLOWING_IN_HASTE
+        return SWALLOWING if self.signal_count < 2 else MOMENT_IN_HASTE
 
     def _cancel(self, observer: Observer, scope: anyio.CancelScope) -> None:
         """Cancel what an observer is doing, and leave it if that is swallowed."""
@@ -1042,7 +1042,7 @@ class Session:
         now = time.perf_counter()
         for observer, scope, event in zip(self.observers, scopes, served, strict=True):
             deadline = now if observer in late else now + self.config.drain_timeout
-            if not await self._came(event, deadline):
+            if not await self._came(event, deadline, at_least=now + MOMENT_IN_HASTE):
                 self._cancel(observer, scope)
                 error = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
                 observer.failed("drain", error)
@@ -1092,8 +1092,8 @@ class Session:
             is_closed = await self._came(
                 closed,
                 started + self.config.drain_timeout,
-                haste=IMPATIENT_CLOSE - 2 * SWALLOWING_IN_HASTE,
-                at_least=started + SWALLOWING_IN_HASTE,
+                haste=IMPATIENT_CLOSE - 2 * MOMENT_IN_HASTE,
+                at_least=started + MOMENT_IN_HASTE,
             )
             if not is_closed:
                 taken = time.perf_counter() - started
