@@ -6,15 +6,17 @@ ends, and a task group waits for it for ever. The driver stands between the task
 resumed.
 
 What is inside a coroutine that was left, such as its cancel scopes, stays open on its task. So the task must
-be one that ends with it: no scope or task group of ours may be entered around `drive` in the same task.
+be one that ends with it: no scope or task group of ours may be entered around `drive` in the same task. The
+backend complains of the open scopes when that task ends; `leaving` stands around its task group.
 """
 
+import contextlib
 import ctypes
 import logging
 import math
 import time
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any, TypeVar
 
 import anyio
@@ -25,11 +27,27 @@ logger = logging.getLogger("offloop")
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def leaving(driver: "Callable[[], Driver]") -> Iterator[None]:
+    """Stand around a task group: that a task ends with open scopes is no failure where a coroutine was left.
+
+    Args:
+        driver: Returns the one of that task; called when the group has failed.
+    """
+    try:
+        yield
+    except* RuntimeError:
+        if not driver().has_left:
+            raise
+
+
 class Driver:
     """Drives coroutines of one callback, one at a time. Event loop only."""
 
     def __init__(self, name: str) -> None:
         """Drive coroutines of the callback `name`."""
+        self.has_left = False
+        """True once a coroutine was left."""
         self._leave_at = math.inf  # on the clock of `time.perf_counter`
         self._is_torn_down = False  # True once the event loop was closed under a coroutine
         self._name = name
@@ -69,11 +87,13 @@ class Driver:
                 coroutine.close()
                 raise
             except BaseException as thrown:
-                is_late = time.perf_counter() >= self._leave_at
-                if is_late and not isinstance(thrown, Exception):
-                    self._leave(coroutine)
-                    raise
                 error = thrown
+            # asyncio throws a cancellation in, trio sends it wrapped
+            cancelled = error or getattr(value, "error", None)
+            is_late = time.perf_counter() >= self._leave_at
+            if is_late and isinstance(cancelled, anyio.get_cancelled_exc_class()):
+                self._leave(coroutine)
+                raise cancelled
 
     def leave_after(self, seconds: float) -> None:
         """From now on, leave a coroutine that swallows its cancellation for so many seconds."""
@@ -89,6 +109,7 @@ class Driver:
         )
 
     def _leave(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self.has_left = True
         logger.error("callback %s swallows its cancellation: %s was left", self._name, coroutine)
         # Never freed: that would resume it, and a loop around a bare `except` would then never end.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(coroutine))

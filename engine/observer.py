@@ -8,6 +8,7 @@ Failures are isolated, reported and counted here; nothing a handler does reaches
 What is no `Exception`, such as `SystemExit`, ends the run and reaches its caller.
 """
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -30,7 +31,7 @@ from offloop.engine.bus import Rendezvous, Subscription
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.control import actor
 from offloop.engine.deadlock import Places
-from offloop.engine.driver import Driver
+from offloop.engine.driver import Driver, leaving
 from offloop.engine.errors import SubscriberTooSlowError, as_failure, describe, encodable
 from offloop.engine.events import CallbackFailed, Event
 from offloop.engine.lazy_imports import was_importing
@@ -290,6 +291,10 @@ class Observer:
             self.failed("close", error)
         finally:
             self._worker.close()
+
+    def leaving(self) -> contextlib.AbstractContextManager[None]:
+        """Return what stands around the task group in which `serve` or `close` runs."""
+        return leaving(lambda: self._driver)
 
     def leave_after(self, seconds: float) -> None:
         """Leave a handler, or a `close`, that swallows its cancellation for so many seconds from now on."""

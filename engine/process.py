@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 
+from offloop.engine import forked
 from offloop.engine.errors import ConfigError
 
 logger = logging.getLogger("offloop")
@@ -187,9 +188,14 @@ def handled_signals(
     """
     taken: dict[signal.Signals, Any] = {}
     count = 0
+    generation = forked.generation
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal count
+        if forked.generation != generation:  # a forked child has no run to stop
+            signal.signal(number, taken[signal.Signals(number)])
+            os.kill(os.getpid(), number)
+            return
         count += 1
         if count > 2 and third_is_final:
             # The system's default, not Python's: a KeyboardInterrupt would wait for a step that never returns.

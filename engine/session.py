@@ -47,7 +47,7 @@ from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, R
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.config import TrainerConfig
 from offloop.engine.control import Command, Control, actor, deciding
-from offloop.engine.driver import Driver
+from offloop.engine.driver import Driver, leaving
 from offloop.engine.errors import (
     BusClosedError,
     ConfigError,
@@ -606,7 +606,7 @@ class Session:
                 decided.set()
 
         try:
-            with Waker() as cancelled, self.control.on_cancel(cancelled.wake):
+            with Waker() as cancelled, self.control.on_cancel(cancelled.wake), leaving(lambda: driver):
                 async with anyio.create_task_group() as tasks:
 
                     async def watch() -> None:
@@ -935,7 +935,7 @@ class Session:
                 self._fail(error)
 
         try:
-            with scope:
+            with scope, observer.leaving():
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(serve)
         finally:
@@ -1041,8 +1041,9 @@ class Session:
         """Let the callbacks handle `TrainEnd`; cancel and report those that miss the deadline or were late before."""
         now = time.perf_counter()
         for observer, scope, event in zip(self.observers, scopes, served, strict=True):
-            deadline = now if observer in late else now + self.config.drain_timeout
-            if not await self._came(event, deadline, at_least=now + MOMENT_IN_HASTE):
+            moment = now + MOMENT_IN_HASTE
+            deadline = moment if observer in late else now + self.config.drain_timeout
+            if not await self._came(event, deadline, at_least=moment):
                 self._cancel(observer, scope)
                 error = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
                 observer.failed("drain", error)
@@ -1086,20 +1087,23 @@ class Session:
                 closed.set()
 
         started = time.perf_counter()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(close)
-            # In haste all callbacks share what is left, but each is called and has a moment.
-            is_closed = await self._came(
-                closed,
-                started + self.config.drain_timeout,
-                haste=IMPATIENT_CLOSE - 2 * MOMENT_IN_HASTE,
-                at_least=started + MOMENT_IN_HASTE,
-            )
-            if not is_closed:
-                taken = time.perf_counter() - started
-                observer.leave_after(self._swallowing)
-                tasks.cancel_scope.cancel()
-                observer.failed("close", TimeoutError(f"close() took longer than {taken:.1f} s: given up"))
+        with observer.leaving():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(close)
+                # In haste all callbacks share what is left, but each is called and has a moment.
+                is_closed = await self._came(
+                    closed,
+                    started + self.config.drain_timeout,
+                    haste=IMPATIENT_CLOSE - 2 * MOMENT_IN_HASTE,
+                    at_least=started + MOMENT_IN_HASTE,
+                )
+                if not is_closed:
+                    taken = time.perf_counter() - started
+                    observer.leave_after(self._swallowing)
+                    tasks.cancel_scope.cancel()
+                    observer.failed(
+                        "close", TimeoutError(f"close() took longer than {taken:.1f} s: given up")
+                    )
 
     async def _end_alone(self) -> None:
         """Close the callbacks and write the result from the training thread, on an event loop of its own."""

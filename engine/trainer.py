@@ -1185,12 +1185,15 @@ class BaseTrainer:
         # SIGTERM stays with the application, and no number of interrupts ends it.
         interrupts = handled_signals(note, force=False, only=(signal.SIGINT,), third_is_final=False)
         with interrupts as session.loop.handles_signals:
+            raised = 0
             host.start()
             while not host.is_over:
                 try:
+                    while len(seen) < raised:
+                        note(signal.SIGINT, len(seen) + 1)
                     host.join()
-                except KeyboardInterrupt:  # raised by a handler of the application's
-                    note(signal.SIGINT, len(seen) + 1)
+                except KeyboardInterrupt:  # by a handler of the application's, in `note` too
+                    raised = max(raised, len(seen)) + 1
         if failure:
             raise failure.pop()
         result = session.outcome()
