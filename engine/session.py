@@ -892,8 +892,8 @@ class Session:
                     swept = await self._thread_is_over()
                     if self.is_abandoned:
                         self.bus.close()
-                        for scope in scopes:
-                            scope.cancel()
+                        for observer, scope in zip(self.observers, scopes, strict=True):
+                            self._cancel(observer, scope)
                         return
                     if self.failure is not None and on_failure is not None:
                         on_failure()
