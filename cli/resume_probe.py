@@ -92,6 +92,9 @@ def random_digests() -> dict[str, str]:
 class Probe(Callback):
     """Writes down what each step saw and made, and kills the process when its time has come."""
 
+    __module__ = (
+        "offloop.cli.resume_probe"  # not __main__, as which this file runs: it is no callback of the user's
+    )
     name = "offloop-verify-resume"
 
     def __init__(self, number: int, record: int, kill: Kill | None) -> None:

@@ -112,7 +112,7 @@ class CarriedState:
             owners: What is looked at.
             known: Modules, optimizers, schedules and generators that the checkpoint holds by itself.
         """
-        self._owners = list(owners)
+        self._owners = [(owner, _state_of_class(type(owner.target))) for owner in owners]
         self._known = list(known)
         self._before: dict[tuple[str, str], _Contents] = {
             (owner.name, name): contents.without_values() for owner, name, contents in self._look()
@@ -139,12 +139,14 @@ class CarriedState:
     def _look(
         self, skipped: Mapping[tuple[str, str], str] = types.MappingProxyType({})
     ) -> Iterator[tuple[Owner, str, "_Contents"]]:
-        walk = _Walk(_Known(self._known), [owner.target for owner in self._owners])
-        for owner in self._owners:
-            for name, value in _attributes(owner.target):
+        walk = _Walk(_Known(self._known), [owner.target for owner, _ in self._owners])
+        for owner, of_class in self._owners:
+            for name, value in (of_class | getattr(owner.target, "__dict__", {})).items():
                 if name in owner.skipped or (owner.name, name) in skipped:
                     continue
-                if not owner.counts_plain and isinstance(value, _PLAIN):
+                if type(value) in _PLAIN:  # most are: the short way
+                    if owner.counts_plain:
+                        yield owner, name, _Contents([_plain_mark(value)])
                     continue
                 try:
                     contents = walk.through(value, is_plain_counted=owner.counts_plain)
@@ -156,16 +158,20 @@ class CarriedState:
                     yield owner, name, contents
 
 
-def _attributes(target: Any) -> list[tuple[str, Any]]:
-    """Return an object's attributes, with tensors and generators that stand on its class."""
-    found = {
+def _state_of_class(kind: type) -> dict[str, Any]:
+    """Return the tensors and generators that stand on a class of the user's."""
+    return {
         name: value
-        for each in reversed(type(target).__mro__)
+        for each in reversed(kind.__mro__)
         if is_of_user(each)
-        for name, value in list(vars(each).items())
-        if isinstance(value, torch.Tensor | random.Random) or _is_generator(value)
+        for name, value in vars(each).items()
+        if isinstance(value, torch.Tensor) or _is_generator(value)
     }
-    return list({**found, **getattr(target, "__dict__", {})}.items())
+
+
+def _plain_mark(value: Any) -> Any:
+    """Return a number or text as it is compared: NaN equals itself."""
+    return repr(value) if isinstance(value, float) else value
 
 
 # What an attribute holds ---------------------------------------------------------------------------
@@ -308,7 +314,7 @@ class _Walk:
         contents = self._contents
         if isinstance(value, _PLAIN):
             if is_plain_counted:
-                contents.plain.append(repr(value) if isinstance(value, float) else value)
+                contents.plain.append(_plain_mark(value))
             return
         if isinstance(value, _OPAQUE) or value in self._known or id(value) in self._seen:
             return
@@ -362,7 +368,7 @@ class _Walk:
 
 
 _MODULE_ATTRIBUTES: Final = frozenset(vars(torch.nn.Module()))
-"""What each module has; `training` is put back by whoever changes it."""
+"""What each module has. `training` is saved with the modes of the model."""
 # Not read off an optimizer: the first one that is made imports torch._dynamo, which takes seconds.
 _OPTIMIZER_ATTRIBUTES: Final = frozenset(
     {"defaults", "state", "param_groups", "step", "_opt_called", "_zero_grad_profile_name"}

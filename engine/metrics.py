@@ -268,11 +268,10 @@ class MetricSet:
             # Nothing to go on with: an unstarted pass, or one whose task does not fit what is asked for now.
             self._problem, self._shapes, self._batches = None, None, 0
             self._sums, self._own, self._is_split, self._late = [], {}, False, frozenset()
-            return [
-                name
-                for name, kind in zip(self.names, self._kinds, strict=True)
-                if kind not in state["metrics"]
-            ]
+            if problem is not None:
+                return list(self.names)
+            kinds = zip(self.names, self._kinds, strict=True)
+            return [name for name, kind in kinds if kind not in state["metrics"]]
         self._problem, self._shapes, self._batches = problem, None, state["batches"]
         self._build(problem)
         saved_names = state.get("names")

@@ -54,7 +54,7 @@ class Own(Trainer):
 
     def training_step(self, batch):
         inputs, targets = batch
-        self.seen += 1
+        {count}
         return torch.nn.functional.cross_entropy(self.model({inputs}), targets)
 
 model = torch.nn.Sequential(
@@ -74,10 +74,13 @@ def write_script(
     seeding: str = SEEDED,
     item: str = "self.inputs[index]",
     inputs: str = "inputs",
+    count: str = "pass",
     knobs: str = "",
     loader: str = "",
 ) -> Path:
-    path.write_text(TEMPLATE.format(seeding=seeding, item=item, inputs=inputs, knobs=knobs, loader=loader))
+    path.write_text(
+        TEMPLATE.format(seeding=seeding, item=item, inputs=inputs, count=count, knobs=knobs, loader=loader)
+    )
     return path
 
 
@@ -165,13 +168,26 @@ def test_script_without_a_seed_is_told_so(
     assert advice in cause
 
 
-def test_state_that_no_state_dict_holds_is_found_out(script: Path, nursery: Nursery) -> None:
-    write_script(script, inputs="inputs / (1 + self.seen)")
+@pytest.mark.parametrize(
+    ("inputs", "count", "text"),
+    [
+        (
+            "inputs / (1 + self.seen)",
+            "self.seen += 1",
+            "Own.seen is not saved: return it from the trainer's state_dict",
+        ),
+        ("inputs / (1 + len(seen))", "seen.append(1)", "no state_dict holds"),  # a global variable
+    ],
+)
+def test_state_that_no_state_dict_holds_is_found_out(
+    inputs: str, count: str, text: str, script: Path, nursery: Nursery
+) -> None:
+    write_script(script, seeding=f"{SEEDED}; seen = []", inputs=inputs, count=count)
     verdict = verified(script, nursery)
     assert verdict.code == DIFFERENT
     assert verdict.differences[0].kind == "losses"
     (cause,) = verdict.causes
-    assert "no state_dict holds" in cause
+    assert text in cause
 
 
 @pytest.mark.parametrize(

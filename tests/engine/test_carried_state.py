@@ -81,7 +81,7 @@ def test_what_has_changed_is_named(attribute: str, value: Any, change: Any) -> N
 def test_what_came_during_the_run_is_named_if_it_holds_state() -> None:
     def change(holder: Any) -> None:
         holder.hidden = torch.zeros(2)
-        holder.batches = iter([1, 2])  # nobody can tell where it stands
+        holder.batches = iter([1, 2])  # where it stands cannot be read
         holder.path, holder.function = object(), len
 
     assert changed_by(change) == ["Holder.hidden", "Holder.batches"]

@@ -543,7 +543,13 @@ def test_metrics_that_the_state_lacks_count_from_there_and_the_others_go_on() ->
 
 
 @pytest.mark.parametrize(
-    ("other", "new"), [(["f1"], ["f1_score"]), ({"a": MeanSquaredError()}, ["a"]), (["mse", "r2"], ["mse"])]
+    ("other", "new"),
+    [
+        (["f1"], ["f1_score"]),
+        ({"a": MeanSquaredError()}, ["a"]),
+        (["mse", "r2"], ["mse"]),
+        (["r2", "f1"], ["r2", "f1_score"]),  # of another task: what r2 had counted is left out
+    ],
 )
 def test_metrics_of_another_task_or_kind_begin_anew(other: Any, new: list[str]) -> None:
     first = MetricSet({"a": R2Score()} if isinstance(other, dict) else ["r2"], prefix="", device=CPU)

@@ -147,7 +147,7 @@ def test_state_dict_of_a_trainer_must_be_a_mapping(tmp_path: Path) -> None:
             return [1]
 
     losses, _ = run(tmp_path, Cut(3), kind=Wrong)
-    assert len(losses) == 3  # nobody but the caller of the save hears of it
+    assert len(losses) == 3  # only the caller of the save is told
 
 
 def test_own_keys_go_through_a_file_of_ones_own_too(tmp_path: Path) -> None:
