@@ -21,6 +21,7 @@ from offloop.engine.errors import ConfigError, EmptyLoaderError
 from offloop.engine.events import known_events
 from offloop.engine.lazy_imports import first_use
 from offloop.engine.spelling import HANDLERS, UNCALLED
+from offloop.engine.val_loaders import check_names
 
 
 def expect_instance(value: object, name: str, arguments: str = "...") -> None:
@@ -113,6 +114,16 @@ def check_methods(trainer: object, base: type) -> None:
             )
         if name in UNCALLED:
             raise ConfigError(f"{owner}.{name} is never called: use {UNCALLED[name]}")
+
+
+def check_val_loader(loader: Any, name: str) -> None:
+    """Raise for what gives no batches, or for several by name of which one does."""
+    if not isinstance(loader, Mapping):
+        check_loader(loader, name)
+        return
+    check_names(loader)
+    for key, each in loader.items():
+        check_loader(each, f"{name}[{key!r}]")
 
 
 def check_loader(loader: Any, name: str) -> None:

@@ -108,6 +108,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Validate after every n-th epoch; None means 1, or never where `val_every_n_steps` is given."""
     val_every_n_steps: int | None = None
     """Validate after every n-th optimizer step."""
+    validate_at_start: bool = False
+    """Validate before the first step of a new run, too, as a baseline; it belongs to no epoch."""
     limit_train_batches: int | float | None = None
     """Batches of an epoch: a number of them (int) or a share of the loader's length (float up to 1.0)."""
     limit_val_batches: int | float | None = None
@@ -207,7 +209,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"compile must be a bool or a dict of torch.compile's arguments, got {self.compile!r}"
             )
-        for name in ("deterministic", "channels_last"):
+        for name in ("deterministic", "channels_last", "validate_at_start"):
             _check_choice(name, getattr(self, name), (False, True))
         _check_choice("tf32", self.tf32, (None, False, True))
         _check_patterns(
@@ -274,6 +276,7 @@ class TrainerKnobs(TypedDict, total=False):
     on_nonfinite: Literal["raise", "warn", "skip_step"]
     val_every_n_epochs: int | None
     val_every_n_steps: int | None
+    validate_at_start: bool
     limit_train_batches: int | float | None
     limit_val_batches: int | float | None
     scheduler_interval: Literal["epoch", "step"]

@@ -57,6 +57,7 @@ from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_failures import explain_failure
 from offloop.engine.step_hooks import StepHooks
 from offloop.engine.training_mode import enter_training, eval_mode
+from offloop.engine.val_loaders import PREFIX, ValLoader, by_prefix, name_of
 from offloop.engine.workers import spared_workers
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ class TrainingLoop:
         optimizers: dict[str, torch.optim.Optimizer],
         schedules: Sequence[Schedule],
         train_loader: Iterable[Batch],
-        val_loader: Iterable[Batch] | None,
+        val_loader: ValLoader | None,
         train_metrics: "MetricSet | None",
-        val_metrics: "MetricSet | None",
+        val_metrics: "Mapping[str, MetricSet]",
         monitor: str,
         publish: Callable[[Event], None],
         publish_step: Callable[[Event], None],
@@ -161,7 +162,9 @@ class TrainingLoop:
         self.val_loader = val_loader
         self.has_validation = val_loader is not None
         self.train_metrics = train_metrics
-        self.val_metrics = val_metrics
+        self.val_loaders = by_prefix(val_loader)
+        self.val_prefix = PREFIX  # of the keys of the loader that is, or was last, validated on
+        self.val_metrics = val_metrics  # by prefix
         self.logged_names: tuple[set[str], set[str]] = (set(), set())  # checked, in training and validations
         self.monitor = monitor
         self.publish_step = publish_step  # the short way for the one event of every step
@@ -272,6 +275,9 @@ class TrainingLoop:
                 self.finish_resuming()
         epochs = self.limits.epochs
         try:
+            if self.config.validate_at_start and start.resumed_from is None:
+                self.validate()
+                self.epoch_metrics.clear()  # they are of no epoch
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
                 self.run_epoch()
         except BaseException as error:
@@ -290,7 +296,7 @@ class TrainingLoop:
     def close(self) -> None:
         """Let go what must not outlive the run; its last checkpoint has been taken."""
         self.window.clear()  # a step that failed has left its losses, and they hold all that was computed
-        self.train_metrics = self.val_metrics = None  # some keep all outputs of a pass
+        self.train_metrics, self.val_metrics = None, {}  # some keep all outputs of a pass
         if self.hooks.point is not None:
             self.hooks.point.batch = None
         self.data.close()
@@ -715,8 +721,7 @@ class TrainingLoop:
         self.val_batches = 0
         self.logged_in_validation.clear()  # of one that was stopped
         self.validating = True  # from here on only a pause or a stop applies; the rest waits for its end
-        batches = limited_length(self.val_loader, self.config.limit_val_batches, "limit_val_batches")
-        self.announce(ValidationStart(batches=batches, **self.position()))
+        self.announce(ValidationStart(batches=self.batches_to_validate(), **self.position()))
         if self.ending in ("stopped", "cancelled"):
             self.validating = False
             return None
@@ -725,7 +730,7 @@ class TrainingLoop:
             try:
                 self.hooks.run_all("before_validation")
                 with eval_mode(self.program.model):
-                    self.run_validation(self.val_loader)
+                    made = self.run_validation()
             finally:
                 self.hooks.run_all("after_validation")  # always: it may put back what was swapped before
         finally:
@@ -738,10 +743,7 @@ class TrainingLoop:
         self.validated_step = self.step
         if self.logged_in_validation:
             self.add_logged_to_validation(1.0)  # logged beside the batches: nothing to weigh it by
-        self.reporter.readback.flush()
-        made = self.reporter.val_means.take("val_")
-        if self.val_metrics:
-            add_computed(made, self.val_metrics.compute())
+        made |= self.take_validated(PREFIX)
         self.epoch_metrics.update(made)
         self.latest.update(made)
         seconds = time.perf_counter() - started
@@ -750,15 +752,41 @@ class TrainingLoop:
         )
         return made
 
-    def run_validation(self, loader: Iterable[Batch]) -> None:
-        """Run the model, which is in eval mode, over `loader`."""
+    def run_validation(self) -> dict[str, float]:
+        """Run the model, which is in eval mode, over each val_loader; return what the named ones have made."""
         self.val_samples = self.val_batches = 0
-        if self.val_metrics:
-            self.val_metrics.reset()
-        with torch.no_grad():
-            self.program.validate_epoch(loader)
-        if self.val_batches == 0 and self.ending not in ("stopped", "cancelled"):
-            raise EmptyLoaderError(describe_empty("val_loader", loader, was_read=self.validated_step >= 0))
+        made: dict[str, float] = {}
+        for prefix, loader in self.val_loaders.items():
+            self.val_prefix, before = prefix, self.val_batches
+            if prefix in self.val_metrics:
+                self.val_metrics[prefix].reset()
+            with torch.no_grad():
+                self.program.validate_epoch(loader)
+            if self.ending in ("stopped", "cancelled"):
+                break
+            if self.val_batches == before:
+                name = f"val_loader {name_of(prefix)}".rstrip()
+                raise EmptyLoaderError(describe_empty(name, loader, was_read=self.validated_step >= 0))
+            if prefix != PREFIX:
+                made |= self.take_validated(prefix)
+        return made
+
+    def take_validated(self, prefix: str) -> dict[str, float]:
+        """Return what was validated under this prefix, and begin anew."""
+        self.reporter.readback.flush()
+        made = self.reporter.val_means.take(prefix)
+        if prefix in self.val_metrics:
+            add_computed(made, self.val_metrics[prefix].compute())
+        return made
+
+    def batches_to_validate(self) -> int | None:
+        """Return how many batches a validation has after limits; None where a loader has no length."""
+        lengths = [
+            limited_length(each, self.config.limit_val_batches, "limit_val_batches")
+            for each in self.val_loaders.values()
+        ]
+        known = [each for each in lengths if each is not None]
+        return sum(known) if len(known) == len(lengths) else None
 
     def validate_batch(self, batch: Batch) -> None:
         """Run one batch of a validation."""
@@ -770,8 +798,8 @@ class TrainingLoop:
             samples = own_samples
         counted = float(samples) if weight is None else weight
         self.val_samples += samples
-        if self.val_metrics:
-            self.val_metrics.add(outputs, targets, "validation_step")
+        if self.val_prefix in self.val_metrics:
+            self.val_metrics[self.val_prefix].add(outputs, targets, "validation_step")
         if loss is not None:
             self.reporter.add_to_validation("loss", loss, counted)
         if self.logged_in_validation:
@@ -909,7 +937,7 @@ class TrainingLoop:
     ) -> None:
         """Log a value with the step or the validation in progress."""
         if name not in (checked := self.logged_names[self.validating]):
-            metrics = self.val_metrics if self.validating else self.train_metrics
+            metrics = self.val_metrics.get(self.val_prefix) if self.validating else self.train_metrics
             check_name(name, () if metrics is None else metrics.names)
             checked.add(name)
         if isinstance(value, torch.Tensor):
@@ -962,7 +990,7 @@ class TrainingLoop:
         if self.ending == "limit":
             return True  # the run ends here: its last word should hold a validation
         is_last = self.epoch + 1 == self.limits.epochs
-        if is_last and self.validated_step < 0:
+        if is_last and self.validated_step <= 0:
             return True  # likewise: nothing would be judged by a validation
         return self.validation_is_regular()
 

@@ -1,6 +1,7 @@
 """Which metric decides what. Each decision has one owner, and no callback changes another's.
 
-default     Trainer(monitor=, mode=), else val_loss, or train_loss in a run without a validation:
+default     Trainer(monitor=, mode=), else val_loss (of several val_loaders that of the first: val_fit_loss),
+            or train_loss in a run without a validation:
             what plateaus and callbacks watch that name no metric of their own
 best        Trainer(monitor=), else the first callback that names one (`Callback.best_by`), else the default:
             what `result.best` and `resume="best"` go by
@@ -16,6 +17,7 @@ from offloop.engine.callback import Callback
 from offloop.engine.config import Mode, TrainerConfig
 from offloop.engine.errors import ConfigError
 from offloop.engine.metric_names import RunMetrics, chosen_metrics, metric_direction, metrics_for
+from offloop.engine.val_loaders import PREFIX, ValLoader, bare_key, by_prefix
 
 Direction = Literal["min", "max"]
 
@@ -24,7 +26,11 @@ class Monitors:
     """The metrics that a run is judged by, and whether less or more of them is better. Never changes."""
 
     def __init__(
-        self, config: TrainerConfig, callbacks: Iterable[Callback], metrics: RunMetrics, val_loader: object
+        self,
+        config: TrainerConfig,
+        callbacks: Iterable[Callback],
+        metrics: RunMetrics,
+        val_loader: ValLoader | None,
     ) -> None:
         """Choose them.
 
@@ -38,8 +44,8 @@ class Monitors:
             ConfigError: A metric is of validations in a run that has none, or nothing says whether less or more of
                 it is better.
         """
-        self._config, self._metrics, self._val_loader = config, metrics, val_loader
-        self.default = config.monitor or ("train_loss" if val_loader is None else "val_loss")
+        self._config, self._metrics, self._prefixes = config, metrics, tuple(by_prefix(val_loader))
+        self.default = config.monitor or f"{self._prefixes[0] if self._prefixes else 'train_'}loss"
         self._best_mode: Mode = config.mode
         self.best = self._checked(self.default, config.mode)
         self.is_best_named = config.monitor is not None
@@ -57,7 +63,7 @@ class Monitors:
         """
         if key == self.default and self._config.mode != "auto":
             return self._config.mode
-        known = metric_direction(key, self._metrics)
+        known = metric_direction(bare_key(key, self._prefixes), self._metrics)
         if known is None and key == self.best and self._best_mode != "auto":
             return self._best_mode
         return known
@@ -95,20 +101,27 @@ class Monitors:
 
     def _checked(self, monitor: str, mode: Mode) -> str:
         """Return the key, if validations make it where they should and its direction is known."""
-        if monitor.startswith("val_") and self._val_loader is None:
+        if monitor.startswith("val_") and not self._prefixes:
             raise ConfigError(f"monitor={monitor!r} needs a validation: give train() a val_loader")
+        bare = bare_key(monitor, self._prefixes)
+        if monitor in (f"val_{name}" for name in self._names("val")) and self._prefixes != (PREFIX,):
+            of_each = ", ".join(prefix + monitor.removeprefix("val_") for prefix in self._prefixes)
+            raise ConfigError(
+                f"monitor={monitor!r} is of no val_loader, there are several: use one of {of_each}"
+            )
         if not monitor.startswith(("train_", "val_")):
             raise ConfigError(f"monitor must begin with train_ or val_, like val_loss; got {monitor!r}")
-        if mode == "auto" and metric_direction(monitor, self._metrics) is None:
+        if mode == "auto" and metric_direction(bare, self._metrics) is None:
             raise ConfigError(
                 f"monitor={monitor!r} is no metric that is known: {self._known_keys()} will be made. "
                 'If a step logs it, say whether less or more of it is better: mode="min" or mode="max"'
             )
         return monitor
 
+    def _names(self, data_set: Literal["train", "val"]) -> tuple[str, ...]:
+        return ("loss", *chosen_metrics(metrics_for(data_set, self._metrics)))
+
     def _known_keys(self) -> str:
-        metrics = self._metrics
-        keys = [f"train_{name}" for name in ("loss", *chosen_metrics(metrics_for("train", metrics)))]
-        if self._val_loader is not None:
-            keys += [f"val_{name}" for name in ("loss", *chosen_metrics(metrics_for("val", metrics)))]
+        keys = [f"train_{name}" for name in self._names("train")]
+        keys += [f"{prefix}{name}" for prefix in self._prefixes for name in self._names("val")]
         return ", ".join(keys)

@@ -263,7 +263,7 @@ class Session:
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
-        for metrics in (self.loop.train_metrics, self.loop.val_metrics):
+        for metrics in (self.loop.train_metrics, *self.loop.val_metrics.values()):
             if metrics is not None:
                 metrics.load_packages()
         try:
@@ -543,7 +543,7 @@ class Session:
             # Only from here on: what deciders set up at the start, they set up in a resumed run too.
             loop = self.loop
             schedulers = [each.scheduler for each in loop.schedules]
-            self.user_state.watch([*schedulers, loop.train_loader, loop.val_loader])
+            self.user_state.watch([*schedulers, loop.train_loader, *loop.val_loaders.values()])
 
     def _ask(self, decider: Decider, observer: Observer, event: Event) -> None:
         name = f"decider {decider.callback}.{event.handler_name}"

@@ -35,6 +35,7 @@ from offloop.engine.arguments import (
     check_model,
     check_optimizers,
     check_resume_lr,
+    check_val_loader,
     expect_instance,
     named_optimizers,
     remote_run,
@@ -79,6 +80,7 @@ from offloop.engine.thread_state import caller_state, check_caller
 from offloop.engine.threads import Thread
 from offloop.engine.training_mode import eval_mode
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
+from offloop.engine.val_loaders import ValLoader, by_prefix, name_of
 from offloop.engine.weights import Source, plan_init
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -435,13 +437,18 @@ class BaseTrainer:
         """Optimizer steps done; during a run."""
         return self._in_run("step").step
 
+    @property
+    def val_loader_name(self) -> str:
+        """Name of the loader that is being validated on; empty where there is only one. During a run, in a step."""
+        return name_of(self._in_run("val_loader_name").val_prefix)
+
     # To start a run ------------------------------------------------------------------------------
 
     @explains_arguments(misplaced_argument)
     def train(
         self,
         train_loader: Iterable[Batch],
-        val_loader: Iterable[Batch] | None = None,
+        val_loader: ValLoader | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
@@ -461,7 +468,8 @@ class BaseTrainer:
 
         Args:
             train_loader: Anything iterable over batches: a DataLoader, a list, an iterable of tensors.
-            val_loader: Likewise, for validations.
+            val_loader: Likewise, for validations; or several by name: `{"fit": ..., "new": ...}` makes `val_fit_loss`,
+                `val_new_loss` and so on.
             epochs: Limit: epochs in total. The first limit reached ends the run.
             max_steps: Limit: optimizer steps.
             max_time: Limit: seconds of training, pauses not counted.
@@ -505,7 +513,7 @@ class BaseTrainer:
     async def train_async(
         self,
         train_loader: Iterable[Batch],
-        val_loader: Iterable[Batch] | None = None,
+        val_loader: ValLoader | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
@@ -559,7 +567,7 @@ class BaseTrainer:
     def start(
         self,
         train_loader: Iterable[Batch],
-        val_loader: Iterable[Batch] | None = None,
+        val_loader: ValLoader | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
@@ -596,11 +604,11 @@ class BaseTrainer:
         return AsyncBlock(block, "async with trainer.start(...) as run:")
 
     @explains_arguments()
-    def evaluate(self, loader: Iterable[Batch], *, metrics: MetricSpec = (), prefix: str = "val_") -> Metrics:
+    def evaluate(self, loader: ValLoader, *, metrics: MetricSpec = (), prefix: str = "val_") -> Metrics:
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.
 
         Args:
-            loader: Its batches.
+            loader: Its batches; or several loaders by name, as `train(val_loader=...)` takes them.
             metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances.
             prefix: Comes before each key: `"test_"` gives `test_loss`, `test_accuracy`.
 
@@ -611,7 +619,7 @@ class BaseTrainer:
 
     @explains_arguments()
     async def evaluate_async(
-        self, loader: Iterable[Batch], *, metrics: MetricSpec = (), prefix: str = "val_"
+        self, loader: ValLoader, *, metrics: MetricSpec = (), prefix: str = "val_"
     ) -> Metrics:
         """Like `evaluate`, in a thread beside this event loop. Cancellation: the thread ends by itself."""
         caller = caller_state(with_autocast=True)
@@ -854,7 +862,7 @@ class BaseTrainer:
     def _prepare(
         self,
         train_loader: Iterable[Batch],
-        val_loader: Iterable[Batch] | None,
+        val_loader: ValLoader | None,
         epochs: int | None,
         max_steps: int | None,
         max_time: float | None,
@@ -873,14 +881,17 @@ class BaseTrainer:
         max_time = config.max_time if max_time is None else max_time
         check_loader(train_loader, "train_loader")
         if val_loader is not None:
-            check_loader(val_loader, "val_loader")
+            check_val_loader(val_loader, "val_loader")
+        elif config.validate_at_start:
+            raise ConfigError("validate_at_start=True needs a validation: give train() a val_loader")
         check_limits(epochs, max_steps, max_time)
         limited_length(train_loader, config.limit_train_batches, "limit_train_batches")
         if config.sampling == "seeded":
             check_seedable(train_loader)
         if val_loader is not None:
             self._check_validation()
-            limited_length(val_loader, config.limit_val_batches, "limit_val_batches")
+            for each in by_prefix(val_loader).values():
+                limited_length(each, config.limit_val_batches, "limit_val_batches")
         for data_set in ("train", "val"):
             check_metrics(metrics_for(data_set, metrics))
         self._check_model()
@@ -1008,7 +1019,7 @@ class BaseTrainer:
         session: Session,
         limits: _Limits,
         train_loader: Iterable[Batch],
-        val_loader: Iterable[Batch] | None,
+        val_loader: ValLoader | None,
         metrics: RunMetrics,
         handlers: Sequence[Any],
     ) -> TrainingLoop:
@@ -1022,8 +1033,8 @@ class BaseTrainer:
             schedules=self._schedules(),
             train_loader=train_loader,
             val_loader=val_loader,
-            train_metrics=self._metric_set("train", metrics),
-            val_metrics=self._metric_set("val", metrics),
+            train_metrics=self._metric_sets(["train_"], metrics_for("train", metrics)).get("train_"),
+            val_metrics=self._metric_sets(by_prefix(val_loader), metrics_for("val", metrics)),
             monitor=session.monitors.default,
             publish=session.emit,
             publish_step=session.bus.publish_unchecked,
@@ -1044,11 +1055,11 @@ class BaseTrainer:
             loop.reporter.loss_scale = scaler.get_scale()
         return loop
 
-    def _metric_set(self, data_set: Literal["train", "val"], metrics: RunMetrics) -> MetricSet | None:
-        chosen = metrics_for(data_set, metrics)
-        if not chosen:
-            return None
-        return MetricSet(chosen, prefix=f"{data_set}_", device=self.device, rows=rows_of(self.loss))
+    def _metric_sets(self, prefixes: Iterable[str], metrics: MetricSpec) -> dict[str, MetricSet]:
+        if not metrics:
+            return {}
+        rows = rows_of(self.loss)
+        return {each: MetricSet(metrics, prefix=each, device=self.device, rows=rows) for each in prefixes}
 
     def _schedules(self) -> list[Schedule]:
         if self.scheduler is None:
@@ -1073,14 +1084,14 @@ class BaseTrainer:
             self.model.compile(**options)
             self._is_compiled = True
 
-    def _evaluate(self, loader: Iterable[Batch], metrics: MetricSpec, prefix: str) -> Metrics:
-        check_loader(loader, "loader")
+    def _evaluate(self, loader: ValLoader, metrics: MetricSpec, prefix: str) -> Metrics:
+        check_val_loader(loader, "loader")
         self._check_validation()
         if not isinstance(prefix, str):
             raise TypeError(f'prefix must be a text like "test_", got {prefix!r}')
         check_metrics(metrics)
         with self._occupied("evaluating", beside_a_run="await run.validate() asks it to validate"):
-            val_metrics = self._metric_set("val", metrics)
+            val_metrics = self._metric_sets(by_prefix(loader), metrics)
             loop = self._make_quiet_loop(self.config, val_loader=loader, val_metrics=val_metrics)
             try:
                 self._prepare_model()
@@ -1113,8 +1124,8 @@ class BaseTrainer:
         max_steps: int | None = None,
         train_loader: Iterable[Batch] = (),
         schedules: Sequence[Schedule] = (),
-        val_loader: Iterable[Batch] | None = None,
-        val_metrics: MetricSet | None = None,
+        val_loader: ValLoader | None = None,
+        val_metrics: Mapping[str, MetricSet] | None = None,
         publish_step: Callable[[Event], None] = lambda event: None,
         control: Control | None = None,
     ) -> TrainingLoop:
@@ -1130,7 +1141,7 @@ class BaseTrainer:
             train_loader=train_loader,
             val_loader=val_loader,
             train_metrics=None,
-            val_metrics=val_metrics,
+            val_metrics=val_metrics or {},
             monitor="train_loss" if val_loader is None else "val_loss",
             publish=lambda event: publish_step(event) if isinstance(event, StepEnd) else None,
             publish_step=publish_step,

@@ -18,7 +18,7 @@ class Wish(Callback):
         self.best_by = (key, mode)
 
 
-def monitors(*callbacks: Callback, val_loader: object = (), **knobs: Any) -> Monitors:
+def monitors(*callbacks: Callback, val_loader: Any = (), **knobs: Any) -> Monitors:
     return Monitors(TrainerConfig(**knobs), callbacks, ["accuracy"], val_loader)
 
 

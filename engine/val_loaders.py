@@ -1,0 +1,55 @@
+"""Validation on one loader, or on several by name, whose metrics have the name in their keys: `val_fit_loss`."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeAlias
+
+from offloop.engine.errors import ConfigError
+
+ValLoader: TypeAlias = Iterable[Any] | Mapping[str, Iterable[Any]]
+"""What `val_loader=` takes: anything iterable over batches, or a mapping of names to several."""
+
+PREFIX: Final = "val_"
+"""What stands before the metrics of a single loader, and of values that belong to no loader."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def by_prefix(val_loader: ValLoader | None) -> dict[str, Iterable[Any]]:
+    """Return the loaders by what stands before the keys of their metrics, in the order given."""
+    if val_loader is None:
+        return {}
+    if not isinstance(val_loader, Mapping):
+        return {PREFIX: val_loader}
+    return {f"{PREFIX}{name}_": each for name, each in val_loader.items()}
+
+
+def name_of(prefix: str) -> str:
+    """Return the name of the loader whose metrics have this prefix; empty for a single one."""
+    return prefix.removeprefix(PREFIX).removesuffix("_")
+
+
+def bare_key(key: str, prefixes: Iterable[str]) -> str:
+    """Return the key that a metric would have with a single loader: `val_loss` of `val_fit_loss`."""
+    own = next((prefix for prefix in prefixes if key.startswith(prefix)), PREFIX)
+    return PREFIX + key.removeprefix(own) if key.startswith(own) else key
+
+
+def check_names(val_loader: ValLoader) -> None:
+    """Raise `ConfigError` where the names of several loaders cannot stand in keys of metrics."""
+    if not isinstance(val_loader, Mapping):
+        return
+    if not val_loader:
+        raise ConfigError("val_loader is an empty mapping: give a loader, or several by name")
+    for name in val_loader:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"val_loader has the name {name!r}, which is to stand in keys like val_{name}_loss: use letters, "
+                "digits, '_', '.' and '-'"
+            )
+        for other in val_loader:
+            if other != name and str(other).startswith(f"{name}_"):
+                raise ConfigError(
+                    f"val_loader has the names {name!r} and {other!r}: the keys of their metrics could not be told "
+                    "apart; rename one of them"
+                )
