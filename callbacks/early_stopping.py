@@ -53,8 +53,9 @@ class EarlyStopping(Callback):
             stopping_threshold: Stop at once when the metric is better than this.
             divergence_threshold: Stop at once when the metric is worse than this.
             restore_best: Put the weights (and buffers) of the best check back when the run was completed or
-                stopped, after its last checkpoint, which keeps the weights in training. Not after a failure or a
-                cancellation. Keeps one copy of them on the device, and one in each checkpoint.
+                stopped, after its last checkpoint, which keeps the weights in training. They are those that the
+                metric belongs to: with a `WeightAverage` that validations run with, its average. Not after a failure
+                or a cancellation. Keeps one copy of them on the device, and one in each checkpoint.
 
         Raises:
             ConfigError: A value is out of its range.
@@ -94,6 +95,10 @@ class EarlyStopping(Callback):
                 self._best_weights, into=point.model
             )  # an earlier attempt may have wrapped it otherwise
 
+    @property
+    def sets_final_weights(self) -> bool:
+        return self.restore_best
+
     def state_dict(self) -> Mapping[str, Any]:
         return {
             "monitor": self.monitor.state_dict(),
@@ -118,7 +123,7 @@ class EarlyStopping(Callback):
             self.misses = 0
             self.best_step = event.step
             if self.restore_best:
-                weights = run.trainer.model.state_dict()
+                weights = run.trainer.measured_weights(self.monitor.key)
                 self._best_weights = {
                     name: each.detach().clone() if isinstance(each, torch.Tensor) else each
                     for name, each in weights.items()

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -10,6 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from offloop.engine import Callback, ConfigError, Run, StepPoint, TrainStart, decides, in_step, load_model
 
 Kind = Literal["ema", "swa"]
+
+STATISTICS: Final = "running_"
+"""How torch, and what follows it, begins the names of buffers that are running statistics: of the activations."""
 
 
 class WeightAverage(Callback):
@@ -21,8 +24,13 @@ class WeightAverage(Callback):
     Training goes on with its own weights and does not notice. Validations run with the average from its first
     update on, so `val_...` metrics, and whatever is decided by them, are the average's; the weights are
     swapped back bit for bit, also after a validation that was stopped or failed. The average is in every
-    checkpoint, beside the weights: a resumed run has the same one, bit for bit. It costs one copy of the
-    model on its device.
+    checkpoint, beside the weights: a resumed run has the same one, bit for bit, and `load_model` gives the
+    average, to which the scores belong (`key="model"`: the weights in training). It costs one copy of the model on
+    its device.
+
+    Averaged are parameters, and buffers whose name begins with `running_`: the statistics of batch normalisation.
+    All other buffers are no weights (the vectors of spectral normalisation, masks, counters): validations use the
+    model's own.
 
     It draws no random numbers and, on CUDA, does not synchronise.
     """
@@ -48,9 +56,8 @@ class WeightAverage(Callback):
             every_n_steps: Optimizer steps between two looks; None: each for EMA, the last of each epoch for SWA.
             start_step: Optimizer steps before the first look.
             start_epoch: Epochs before the first look.
-            use_buffers: Average floating-point buffers too, such as the statistics of batch normalisation.
-                False: validations use the model's own. Counters and masks are taken over as they are.
-            validate: Run validations with the average.
+            use_buffers: Average the statistics of batch normalisation too. False: validations use the model's own.
+            validate: Run validations with the average. One average of a run may.
             apply_at_end: Put the average into the model when the run was completed or stopped, after its last
                 checkpoint, which keeps the weights in training.
 
@@ -107,6 +114,17 @@ class WeightAverage(Callback):
     def updates(self) -> int:
         """How many looks at the weights the average is made of."""
         return 0 if self._average is None else self._average.updates
+
+    @property
+    def validates_average(self) -> bool:
+        return self.validate
+
+    @property
+    def sets_final_weights(self) -> bool:
+        return self.apply_at_end
+
+    def averaged_weights(self) -> Mapping[str, torch.Tensor]:
+        return self._average.averaged_by_name() if self._average is not None and self.updates else {}
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
@@ -170,22 +188,18 @@ class WeightAverage(Callback):
         self._is_swapped = not self._is_swapped
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the tensors of the model beside their averages."""
-        assert self._average is not None and self._model is not None
-        return zip(
-            _tensors(self._model, self.use_buffers),
-            _tensors(self.averaged_model, self.use_buffers),
-            strict=True,
-        )
+        """Return what is averaged of the model beside its average."""
+        assert self._average is not None
+        return self._average.pairs()
 
 
 class _Average(AveragedModel):
     """torch's averaged model with an update that never waits for the device.
 
     torch moves its count to the device in every update; here it stays on the host. The arithmetic is torch's, but
-    for integer and boolean buffers, which are copied: the mean of a counter or a mask means nothing, and torch's
-    SWA of several tensors raises for them. torch also looks for all tensors in every update, which takes longer
-    than averaging a small model; here it is known where they are.
+    for buffers that are no running statistics, which are copied: the mean of a counter, of a mask with infinities or
+    of two unit vectors means nothing. torch also looks for all tensors in every update, which takes longer than
+    averaging a small model; here it is known where they are.
     """
 
     def __init__(self, model: torch.nn.Module, **options: Any) -> None:
@@ -197,8 +211,8 @@ class _Average(AveragedModel):
         groups: dict[object, list[tuple[_Place, _Place]]] = {}
         for averaged, live in self._pairs:
             tensor = averaged.tensor
-            is_left_out = not self.use_buffers and not isinstance(live.tensor, torch.nn.Parameter)
-            is_averaged = not is_left_out and (tensor.is_floating_point() or tensor.is_complex())
+            is_weight = live.is_parameter or (self.use_buffers and live.name.startswith(STATISTICS))
+            is_averaged = is_weight and (tensor.is_floating_point() or tensor.is_complex())
             key = (tensor.device, tensor.dtype) if is_averaged else None
             groups.setdefault(key, []).append((averaged, live))
         self._copied = groups.pop(None, [])
@@ -207,6 +221,21 @@ class _Average(AveragedModel):
     @property
     def updates(self) -> int:
         return int(self.n_averaged)
+
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what is averaged of the model, beside its average."""
+        for averaged, live in itertools.chain.from_iterable(self._averaged):
+            yield live.tensor, averaged.tensor
+
+    def averaged_by_name(self) -> dict[str, torch.Tensor]:
+        """Return what is averaged, under every name that it has in the state dict of the model."""
+        averaged = {id(each.tensor) for each, _ in itertools.chain.from_iterable(self._averaged)}
+        module = self.module
+        assert isinstance(module, torch.nn.Module)
+        named = itertools.chain(
+            module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+        )
+        return {name: tensor.detach() for name, tensor in named if id(tensor) in averaged}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -226,6 +255,7 @@ class _Place(NamedTuple):
 
     tensors: Mapping[str, torch.Tensor | None]
     name: str
+    is_parameter: bool
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -238,12 +268,8 @@ def _places(model: torch.nn.Module) -> Iterator[_Place]:
     """Yield where the parameters and buffers are; one that is shared once."""
     seen: set[torch.Tensor] = set()
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor not in seen:
                     seen.add(tensor)
-                    yield _Place(tensors, name)
-
-
-def _tensors(model: torch.nn.Module, with_buffers: bool) -> Iterator[torch.Tensor]:
-    return itertools.chain(model.parameters(), model.buffers() if with_buffers else ())
+                    yield _Place(tensors, name, is_parameter)

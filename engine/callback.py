@@ -33,6 +33,8 @@ from offloop.engine.events import (
 from offloop.engine.spelling import HANDLERS, explains_arguments
 
 if TYPE_CHECKING:
+    import torch
+
     from offloop.engine.bus import OnFull
     from offloop.engine.config import Mode
 
@@ -113,6 +115,23 @@ class Callback:
         handled all events before that and this has returned, for up to five seconds. A plain method runs in the
         callback's worker thread, an `async def` on the event loop. What it raises is reported.
         """
+
+    @property
+    def validates_average(self) -> bool:
+        """True if validations run with `averaged_weights`. Read before the run and during it."""
+        return False
+
+    @property
+    def sets_final_weights(self) -> bool:
+        """True if it says which weights the model has after the run, at `before_train_end`. One callback may."""
+        return False
+
+    def averaged_weights(self) -> "Mapping[str, torch.Tensor]":
+        """Return what it has averaged of the model's state dict, by name; empty if there is nothing yet.
+
+        Checkpoints hold it under the key `average`. In the training thread; the tensors are live.
+        """
+        return {}
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what its deciders and step hooks need after a resume. In the training thread, at a boundary."""

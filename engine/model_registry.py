@@ -220,7 +220,13 @@ class ModelRegistry:
     # Writing
 
     def register(
-        self, source: "Source", name: str, *, alias: str | None = None, notes: str = ""
+        self,
+        source: "Source",
+        name: str,
+        *,
+        alias: str | None = None,
+        notes: str = "",
+        key: str | None = None,
     ) -> ModelVersion:
         """Make the weights of a checkpoint the next version of a model; return when that is durable.
 
@@ -233,6 +239,7 @@ class ModelRegistry:
             name: Of the model: letters, digits, `.`, `_` and `-`, at most 64. Need not exist.
             alias: Moved to this version.
             notes: Kept with a new version.
+            key: Which weights of the source, as for `load_model`.
 
         Raises:
             ConfigError: `name` or `alias` is no proper name.
@@ -244,7 +251,7 @@ class ModelRegistry:
         _check_name("name", name)
         if alias is not None:
             _check_alias(alias)
-        weights = read_weights(source, registry=self.directory)
+        weights = read_weights(source, key=key, registry=self.directory)
         identity = content_identity(weights.tensors)
         with self._writing(name):
             there = self.versions(name) if self._numbers(name) else []

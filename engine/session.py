@@ -40,6 +40,7 @@ import torch
 from offloop.engine import forked
 from offloop.engine import state as run_state
 from offloop.engine.activation_checkpointing import checkpointed
+from offloop.engine.averages import measured_weights
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, Bus, Subscription
 from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
@@ -174,7 +175,7 @@ class Session:
         self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
-        self._is_state_checked = False  # or will be, at the first step
+        self._on_unsaveable: OnError | None = None  # what then happens; None: it is not looked for
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
         self.records = Records(
@@ -414,7 +415,7 @@ class Session:
 
     def _capture(self) -> dict[str, Any]:
         """Return the state of this moment. Tensors are live, not copied."""
-        state = run_state.capture(self.loop, self._handlers)
+        state = run_state.capture(self.loop, self._handlers, self.monitors.best)
         self.user_state.capture(state)
         if self._resume_lr is not None:
             state["resume_lr"] = self._resume_lr  # it has been set, and is not set again
@@ -434,13 +435,20 @@ class Session:
             try:
                 check_saveable(self._capture())
             except Exception as error:
-                if on_error == "raise" and not is_out_of_memory(error):  # memory may be there at the next one
+                is_certain = not is_out_of_memory(error)  # memory may be there at the next one
+                if self._on_unsaveable == "raise" and is_certain:
                     raise
                 logger.error("%s", error)
 
-        if not self._is_state_checked:
-            self._is_state_checked = True
+        if self._on_unsaveable is None:
             self.loop.hooks.once("after_step", check)
+        if self._on_unsaveable != "raise":  # of several that save, one is enough to end the run
+            self._on_unsaveable = on_error
+
+    def measured_weights(self, monitor: str) -> dict[str, Any]:
+        """Return the state dict that a metric made just now belongs to. Training thread; live tensors."""
+        callbacks = [each.callback for each in self._handlers]
+        return measured_weights(callbacks, self.trainer.model, monitor)
 
     def guard(self) -> None:
         """Call before somebody's code that may change model or optimizers: a checkpoint may still be copied from them.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from offloop.engine.averages import MEASURED, captured, measured_key
 from offloop.engine.callback import Handlers
 from offloop.engine.data import length_of
 from offloop.engine.errors import ConfigError
@@ -47,10 +48,18 @@ COUNTERS = (
 )
 
 
-def capture(loop: "TrainingLoop", handlers: Sequence[Handlers]) -> dict[str, Any]:
-    """Return the state of a run as of this boundary. Training thread; tensors are live, not copied."""
+def capture(loop: "TrainingLoop", handlers: Sequence[Handlers], monitor: str) -> dict[str, Any]:
+    """Return the state of a run as of this boundary. Training thread; tensors are live, not copied.
+
+    Args:
+        loop: The run's.
+        handlers: Of its callbacks.
+        monitor: Key of the metric by which the run's best is chosen.
+    """
     state: dict[str, Any] = {
         "model": dict(loop.program.model.state_dict()),
+        **captured([each.callback for each in handlers], loop.program.model),
+        MEASURED: measured_key([each.callback for each in handlers], monitor),
         "optimizers": {name: each.state_dict() for name, each in loop.optimizers.items()},
         "parameters": {
             name: parameter_names(each, loop.program.model) for name, each in loop.optimizers.items()

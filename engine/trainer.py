@@ -41,6 +41,7 @@ from offloop.engine.arguments import (
     remote_run,
     resolve_device,
 )
+from offloop.engine.averages import check_averages
 from offloop.engine.batch_size import BatchSize, checked_batch_size, guess_batch_size
 from offloop.engine.callback import Callback, OnError, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
@@ -400,6 +401,19 @@ class BaseTrainer:
             raise ConfigError(f"{error}: give one of them another save_dir or filename") from None
         session.check_state_at_first_step(on_unsaveable)
         return owner
+
+    def measured_weights(self, monitor: str) -> dict[str, Any]:
+        """Return the state dict that a metric belongs to which the run that is going on has just made.
+
+        The model's own, or for a metric of validations the average that they run with, if there is one. In the
+        training thread; the tensors are live, not copied.
+
+        Args:
+            monitor: Key of the metric.
+        """
+        self._in_run("measured_weights")
+        session = self._session
+        return dict(self.model.state_dict()) if session is None else session.measured_weights(monitor)
 
     def freeze(self, *patterns: str) -> None:
         """Freeze parameters from here to the end of the run, as `Trainer(freeze=...)` does from its start.
@@ -914,6 +928,7 @@ class BaseTrainer:
         if base_dir is not None and not any(isinstance(each, EventLog) for each in given):
             given.insert(0, EventLog())
         handlers = lookup(given)
+        check_averages(given)
         run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
         remote = None if config.remote is None else remote_run(config.remote, run_id)
         limits = _Limits(epochs, max_steps, max_time)

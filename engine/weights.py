@@ -18,8 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from offloop.engine.averages import AVERAGE, MEASURED
 from offloop.engine.checkpoint import (
     CheckpointInfo,
+    CheckpointNotFoundError,
     CheckpointReader,
     find_checkpoint,
 )
@@ -133,6 +135,9 @@ def load_model(
     | `"x.safetensors"`, `"x.pt"`, `"x.pth"`, `"x.ckpt"`, `"x.bin"`, a folder with `model.safetensors` | plain weights |
     | a mapping, a `ModelVersion` | a state dict, a registered version that was found before |
 
+    Of a checkpoint it is the weights that its validation metrics belong to: the model's, or those of a
+    `WeightAverage` that validations ran with. `key="model"` gives the weights in training, `key="average"` the average.
+
     A string without a slash and without such a suffix is the name of a registered model. Of our own formats
     every byte is checked against its checksum.
 
@@ -141,7 +146,8 @@ def load_model(
         into: A model, whatever its device and dtypes: values are copied into its tensors.
         strict: With `into`: raise unless names and shapes are exactly the model's. False: load what fits
             and log what does not.
-        key: In a file of `torch.save`: which entry is the state dict. Not needed where only one can be.
+        key: In a file of `torch.save`: which entry is the state dict. Not needed where only one can be. Of a
+            checkpoint: `"model"` or `"average"`.
         prefix: Take only names that begin with it, without it: `"model."` for a Lightning module's `self.model`.
         registry: The directory of registered models.
 
@@ -198,17 +204,15 @@ def read_weights(
     if isinstance(source, Mapping):
         weights = Weights(_state_dict_in(source, key, "the mapping"), "a state dict")
     elif isinstance(source, CheckpointInfo | ModelVersion):
-        weights = _read_own(source)
+        weights = _read_own(source, key)
     elif isinstance(source, str | Path):
         place = locate(source, registry=registry)
         if isinstance(place, Path):
             weights = Weights(_read_file(place, key), str(place))
         else:
-            weights = _read_own(place)
+            weights = _read_own(place, key)
     else:
         raise TypeError(f"weights come from a name, a path or a state dict, got {type(source).__name__}")
-    if key is not None and weights.info is not None:
-        raise WeightsError(f"{weights.origin} has no entries to choose from: leave key={key!r} out")
     if prefix:
         chosen = {
             name[len(prefix) :]: each for name, each in weights.tensors.items() if name.startswith(prefix)
@@ -221,15 +225,39 @@ def read_weights(
     return weights
 
 
-def _read_own(place: CheckpointInfo | ModelVersion) -> Weights:
+def _read_own(place: CheckpointInfo | ModelVersion, key: str | None) -> Weights:
     """Read the model of a checkpoint or of a registered version, every byte checked."""
     info = place.info if isinstance(place, ModelVersion) else place
-    state = CheckpointReader(info.path.parent.parent).load_part(info, "model")
+    reader = CheckpointReader(info.path.parent.parent)
+    if key is None:
+        key = _measured_key(reader, info)
+    elif not re.fullmatch(rf"model|{AVERAGE}(_\d+)?", key):
+        raise WeightsError(
+            f"{info.path} has no weights under key={key!r}: there are 'model' and, with a WeightAverage, {AVERAGE!r}"
+        )
+    try:
+        state = reader.load_part(info, key)
+    except CheckpointNotFoundError as error:
+        if error.wanted != key:
+            raise
+        raise WeightsError(f"{info.path} holds no {key}: its weights are those of key='model'") from error
     if not isinstance(state, Mapping):
-        raise WeightsError(f"{info.path} holds no state dict as its model")
+        raise WeightsError(f"{info.path} holds no state dict as its {key}")
+    which = "" if key == "model" else f" ({key})"
     if isinstance(place, ModelVersion):
-        return Weights(dict(state), f"{place} ({place.identity[:19]})", dict(place.run), info, place)
-    return Weights(dict(state), str(info.path), read_run_json(info.path.parent.parent), info)
+        return Weights(dict(state), f"{place} ({place.identity[:19]}){which}", dict(place.run), info, place)
+    return Weights(dict(state), f"{info.path}{which}", read_run_json(info.path.parent.parent), info)
+
+
+def _measured_key(reader: CheckpointReader, info: CheckpointInfo) -> str:
+    """Return the key of the weights that the scores of a checkpoint belong to; `model` where it does not say so."""
+    try:
+        key = reader.load_part(info, MEASURED)
+    except CheckpointNotFoundError as error:
+        if error.wanted != MEASURED:
+            raise
+        return "model"
+    return key if isinstance(key, str) else "model"
 
 
 def _read_file(path: Path, key: str | None) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from offloop.engine.checkpoint.manifest import StoredTensor, TensorView
 
 DEFAULT_FILES: Mapping[str, str] = {
     "model": "model.safetensors",
+    "average": "average.safetensors",
     "optimizer": "optimizer.safetensors",
     "optimizers": "optimizer.safetensors",
 }
 """The file for each top-level key of the state. Names in ``model.safetensors`` lose the leading
-``model.``, so that other tools find the names they expect; all else goes to ``aux.safetensors``."""
+``model.``, those in ``average.safetensors`` ``average.``, so that other tools find
+the names they expect; all else goes to ``aux.safetensors``."""
 
 OTHER_FILE = "aux.safetensors"
 
@@ -209,7 +211,7 @@ def _covering(group: list[_Extent], tensors: Sequence[tuple[str, torch.Tensor]])
 def _place(path: str, files: Mapping[str, str], taken: set[tuple[str, str]]) -> tuple[str, str]:
     top, _, rest = path.partition(".")
     file = files.get(top, OTHER_FILE)
-    name = rest if top == "model" and rest else path
+    name = rest if top in ("model", "average") and rest else path
     candidate, number = name, 1
     # "__metadata__" is the one key in a safetensors header that is no tensor.
     while (file, candidate) in taken or candidate == "__metadata__":

@@ -10,9 +10,22 @@ import torch
 from interruptions import StopAfter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from offloop.callbacks import ModelCheckpoint
+from offloop.callbacks import EarlyStopping, ModelCheckpoint
 from offloop.callbacks.weight_average import WeightAverage
-from offloop.engine import Callback, ConfigError, Run, StepPoint, Trainer, ValidationEnd, decides, in_step
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    ModelRegistry,
+    Run,
+    StepPoint,
+    Trainer,
+    TrainStart,
+    ValidationEnd,
+    WeightsError,
+    decides,
+    in_step,
+    load_model,
+)
 from offloop.engine.testing import FailingCallback, SlowCallback, tiny_batches, tiny_trainer
 
 BATCHES = 4
@@ -215,14 +228,59 @@ def test_another_hook_that_fails_does_not_keep_the_weights(point: str, is_first:
     assert is_equal(state_of(trainer.model), snapshots.after[4])
 
 
-def test_two_averages_give_the_weights_back() -> None:
-    """The one that swapped last swaps back first; else the average of one would be trained on."""
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_averages_of_which_one_is_validated(order: int) -> None:
     alone, snapshots = Snapshots(), Snapshots()
     train(alone)
-    averages = WeightAverage(decay=0.5), WeightAverage(decay=0.9)
-    trainer = train(snapshots, *averages)
+    validated, other = WeightAverage(decay=0.5), WeightAverage(decay=0.9, validate=False)
+    trainer = train(snapshots, *[validated, other][::order])
+    assert is_equal(floats_of(trainer.seen[-1]), floats_of(state_of(validated.averaged_model)))
+    assert not is_equal(floats_of(trainer.seen[-1]), floats_of(state_of(other.averaged_model)))
     assert all(is_equal(snapshots.after[step], state) for step, state in alone.after.items())
     assert is_equal(state_of(trainer.model), snapshots.after[3 * BATCHES])
+
+
+def test_validations_with_two_averages_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="both want to run validations with their average: give validate=False"
+    ):
+        train(WeightAverage(decay=0.5), WeightAverage("swa"))
+
+
+class WithStateThatIsNoWeight(torch.nn.Module):
+    """Has spectral norms, whose vectors have length 1, a mask with infinities, and running statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 8))
+        self.old = torch.nn.utils.spectral_norm(torch.nn.Linear(8, 3))
+        self.register_buffer("mask", torch.full((8,), -torch.inf))
+        self.register_buffer("running_size", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        if self.training:
+            self.running_size.copy_(inputs.abs().mean())  # type: ignore[operator]  # a buffer
+        return self.old(self.new(inputs).masked_fill(inputs == self.mask, 0.0))
+
+
+@pytest.mark.parametrize("arguments", [{"decay": 0.7}, {"kind": "swa", "every_n_steps": 1}])
+def test_what_is_no_weight_is_not_averaged(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    snapshots, average = Snapshots(), WeightAverage(**arguments)
+    trainer = make(WithStateThatIsNoWeight())
+    train(snapshots, average, trainer=trainer)
+    for epoch, seen in enumerate(trainer.seen, 1):
+        live = snapshots.after[epoch * BATCHES]
+        same = {name for name in seen if torch.equal(seen[name], live[name])}
+        assert same == {
+            "mask",
+            "new.parametrizations.weight.0._u",
+            "new.parametrizations.weight.0._v",
+            "old.weight_u",
+            "old.weight_v",
+        }
+        assert seen["old.weight_u"].norm() == pytest.approx(1.0)
+    assert average.averaged_model.state_dict()["mask"].isinf().all()
 
 
 def test_frozen_parts_stay_and_the_average_asks_for_no_gradients() -> None:
@@ -317,6 +375,120 @@ def test_next_run_begins_a_new_average() -> None:
     train(average, trainer=trainer, epochs=1)
     assert average.updates == BATCHES
     assert not is_equal(state_of(before), state_of(average.averaged_model))
+
+
+# The weights that a score belongs to ----------------------------------------------------------------
+
+
+def best_of(tmp_path: Path, *callbacks: Callback, **knobs: Any) -> tuple[Watching, str, float]:
+    """Train with checkpoints; return the trainer, and path and score of the best."""
+    trainer = make(run_dir=str(tmp_path), run_name="run", **knobs)
+    train(*callbacks, ModelCheckpoint(knobs.get("monitor", "val_loss")), trainer=trainer)
+    assert trainer.last_run is not None
+    best = trainer.last_run.result.best
+    assert best is not None and best.path is not None
+    return trainer, best.path, best.score
+
+
+def loss_of(weights: Any) -> float:
+    model = with_buffers()
+    model.load_state_dict(weights)
+    return tiny_trainer(model=model).evaluate(tiny_batches(1, seed=1))["val_loss"]
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_best_checkpoint_gives_the_weights_of_its_score(tmp_path: Path, use_buffers: bool) -> None:
+    _, path, score = best_of(tmp_path, WeightAverage(decay=0.95, use_buffers=use_buffers))
+    assert loss_of(load_model(path)) == score
+    assert loss_of(load_model(path, key="average")) == score
+    assert loss_of(load_model(path, key="model")) != score
+    assert loss_of(load_model(str(tmp_path / "run@best"))) == score
+
+
+def test_weights_in_training_are_those_of_a_metric_of_training(tmp_path: Path) -> None:
+    trainer, path, _ = best_of(tmp_path, WeightAverage(decay=0.95), monitor="train_loss")
+    assert is_equal(load_model(path), load_model(path, key="model"))
+    assert is_equal(load_model(path, key="model"), state_of(trainer.model))
+
+
+def test_average_that_is_not_validated_can_be_loaded(tmp_path: Path) -> None:
+    average = WeightAverage(decay=0.95, validate=False)
+    _, path, score = best_of(tmp_path, average)
+    assert loss_of(load_model(path)) == loss_of(load_model(path, key="model")) == score
+    assert is_equal(load_model(path, key="average"), state_of(average.averaged_model))
+
+
+def test_second_average_has_a_key_of_its_own(tmp_path: Path) -> None:
+    first, second = WeightAverage(decay=0.9, validate=False), WeightAverage(decay=0.5)
+    _, path, score = best_of(tmp_path, first, second)
+    assert loss_of(load_model(path)) == loss_of(load_model(path, key="average_2")) == score
+    assert is_equal(load_model(path, key="average"), state_of(first.averaged_model))
+
+
+def test_checkpoint_before_the_first_update_has_the_weights_in_training(tmp_path: Path) -> None:
+    _, path, score = best_of(tmp_path, WeightAverage(decay=0.9, start_epoch=9))
+    assert loss_of(load_model(path)) == score
+    with pytest.raises(WeightsError, match="holds no average: its weights are those of key='model'"):
+        load_model(path, key="average")
+
+
+def test_key_that_no_checkpoint_has_says_which_there_are(tmp_path: Path) -> None:
+    _, path, _ = best_of(tmp_path, WeightAverage(decay=0.9))
+    for key in ("ema", "optimizers", "average_2"):
+        with pytest.raises(WeightsError, match="'model'"):
+            load_model(path, key=key)
+
+
+def test_run_that_begins_from_a_checkpoint_begins_with_the_weights_of_its_score(tmp_path: Path) -> None:
+    _, path, _ = best_of(tmp_path, WeightAverage(decay=0.95))
+    begun: list[State] = []
+
+    class Look(Callback):
+        @decides
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            begun.append(state_of(run.trainer.model))
+
+    make().train(tiny_batches(1), epochs=1, init_from=path, callbacks=[Look()])
+    assert is_equal(begun[0], load_model(path, key="average"))
+
+
+def test_registered_are_the_weights_of_the_score_or_those_that_are_asked_for(tmp_path: Path) -> None:
+    _, path, score = best_of(tmp_path, WeightAverage(decay=0.95))
+    registry = ModelRegistry(tmp_path / "models")
+    registry.register(path, "net")
+    registry.register(path, "net", key="model")
+    assert loss_of(load_model("net:1", registry=tmp_path / "models")) == score
+    assert is_equal(load_model("net:2", registry=tmp_path / "models"), load_model(path, key="model"))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_restore_best_gives_back_the_weights_of_the_score(order: int) -> None:
+    """The average's, where validations run with it."""
+    trainer, stopping = make(), EarlyStopping("val_loss", patience=9, restore_best=True)
+    callbacks: list[Callback] = [WeightAverage(decay=0.9), stopping]
+    train(*callbacks[::order], trainer=trainer, epochs=6)
+    assert stopping.monitor.best == loss_of(state_of(trainer.model))
+
+
+def test_restore_best_by_a_metric_of_training_gives_back_the_weights_in_training() -> None:
+    snapshots, trainer = Snapshots(), make()
+    stopping = EarlyStopping("train_loss", patience=9, restore_best=True)
+    train(snapshots, WeightAverage(decay=0.9), stopping, trainer=trainer)
+    assert is_equal(state_of(trainer.model), snapshots.after[stopping.best_step])
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        [WeightAverage(apply_at_end=True), EarlyStopping(restore_best=True)],
+        [EarlyStopping(restore_best=True), EarlyStopping("train_loss", restore_best=True)],
+        [WeightAverage(apply_at_end=True), WeightAverage("swa", apply_at_end=True, validate=False)],
+    ],
+    ids=["average-and-stopping", "two-stoppings", "two-averages"],
+)
+def test_two_that_say_what_the_model_is_in_the_end_are_refused(callbacks: list[Callback]) -> None:
+    with pytest.raises(ConfigError, match="both say which weights the model has after the run"):
+        train(*callbacks)
 
 
 # Arguments -----------------------------------------------------------------------------------------
