@@ -151,7 +151,8 @@ class LearningCurves(Callback):
     def read(cls, run_dir: "Path | str", **options: Any) -> "LearningCurves":
         """Return the curves of a run from its `events.jsonl`, to `draw` them. Blocks on the file system."""
         curves = cls(**options)
-        curves._title, curves._dir = Path(run_dir).name, Path(run_dir)
+        curves._dir = Path(run_dir).expanduser().absolute()
+        curves._title = curves._dir.name
         curves._note_all(read_events(run_dir))
         return curves
 
@@ -173,7 +174,7 @@ class LearningCurves(Callback):
                 path = self._dir / self.file
             curves = {key: curve.points() for key, curve in self._curves.items()}
             title = self._title
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix not in FORMATS:
             raise ConfigError(f"path must end in {', '.join(FORMATS)}; got {str(path)!r}")
         if not curves:

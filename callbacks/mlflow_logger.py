@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from offloop.callbacks.alerts import Alert
@@ -73,7 +74,7 @@ class MLflowLogger(TrackingLogger):
         if not isinstance(experiment_name, str) or not experiment_name:
             raise ConfigError(f"experiment_name must be a name, got {experiment_name!r}")
         self.experiment_name = experiment_name
-        self.tracking_uri = tracking_uri or mlflow.get_tracking_uri()
+        self.tracking_uri = _absolute(tracking_uri or mlflow.get_tracking_uri())
         self.server = f"MLflow at {self.tracking_uri}"
         self.run_name = run_name
         self.tags = dict(tags or {})
@@ -156,3 +157,13 @@ class MLflowLogger(TrackingLogger):
 def _legal(name: str) -> str:
     """Return a metric's name with what MLflow refuses replaced: it takes letters, digits and `_-. :/`."""
     return "".join(each if each.isalnum() or each in "_-. :/" else "_" for each in name)
+
+
+def _absolute(uri: str) -> str:
+    """Return a URI whose folder or SQLite file stays the same when the process changes its directory."""
+    scheme, separator, path = uri.partition("sqlite:///")
+    if separator and not scheme and path and not path.startswith((":", "/")):
+        return f"sqlite:///{Path(path).expanduser().absolute()}"
+    if ":" not in uri and ("/" in uri or uri.startswith((".", "~"))):
+        return str(Path(uri).expanduser().absolute())
+    return uri

@@ -110,7 +110,7 @@ class ModelCheckpoint(Callback):
                 "filename is for copies in a directory of yours: give save_dir too. The run's own checkpoints are "
                 "<run_dir>/<run_id>/checkpoints/step-..."
             )
-        self.save_dir = None if save_dir is None else Path(save_dir)
+        self.save_dir = None if save_dir is None else Path(save_dir).expanduser().absolute()
         self._name = CheckpointName(DEFAULT_FILENAME if filename is None else filename)
         self.mode: Mode = mode
         self.monitor = None if monitor is None else Monitor(monitor, mode)

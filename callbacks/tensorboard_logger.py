@@ -71,7 +71,7 @@ class TensorBoardLogger(ValueLogger):
             self._writer_class: type[SummaryWriter] = importlib.import_module(
                 "torch.utils.tensorboard"
             ).SummaryWriter
-        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.log_dir = None if log_dir is None else Path(log_dir).expanduser().absolute()
         self.needs_run_dir = log_dir is None  # type: ignore[misc]  # of this instance
         super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps)
 

@@ -245,7 +245,7 @@ def read_events(path: "Path | str") -> Iterator[Event]:
     Raises:
         FileNotFoundError: There is no such file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         path = path / FILE_NAME
     with open(path, "rb") as file:

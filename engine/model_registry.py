@@ -48,6 +48,7 @@ from offloop.engine.checkpoint.reference import split_reference
 from offloop.engine.checkpoint.store import write_checkpoint
 from offloop.engine.checkpoint.tree import TensorNode, decode, encode, tensor_node
 from offloop.engine.errors import ConfigError, ModelNotFoundError
+from offloop.engine.paths import absolute_path
 
 if TYPE_CHECKING:
     from offloop.engine.checkpoint import Snapshot
@@ -132,7 +133,7 @@ class ModelRegistry:
     def __init__(
         self, directory: str | Path = DEFAULT_REGISTRY, *, filesystem: FileSystem | None = None
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = absolute_path(directory)
         self._filesystem = filesystem or FileSystem()
         self._attempts = itertools.count()  # no temporary name is used twice
 

@@ -14,6 +14,7 @@ from offloop.engine.checkpoint import (
 from offloop.engine.checkpoint.reader import CHECKPOINTS, link_to_nothing
 from offloop.engine.errors import ConfigError
 from offloop.engine.event_log import starts_in_log
+from offloop.engine.paths import absolute_path
 
 Resume = str | int | Path | None
 
@@ -52,7 +53,7 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
             f"resume must be 'auto', 'must', 'never', 'last', 'best', a tag, a step or a path; got {resume!r}"
         )
     if isinstance(resume, Path) or (isinstance(resume, str) and ("/" in resume or "\\" in resume)):
-        return _from_path(Path(resume))
+        return _from_path(absolute_path(resume))
     which: str | int = "last" if resume in ("auto", "must") else resume
     if run_name is not None:
         directory = base_dir / run_name

@@ -66,6 +66,7 @@ from offloop.engine.metrics import MetricSet, rows_of
 from offloop.engine.monitors import Monitors
 from offloop.engine.observer import Worker
 from offloop.engine.optimizer_state import load_optimizer
+from offloop.engine.paths import absolute_path
 from offloop.engine.plain_epoch import is_plain, train_plain_epoch
 from offloop.engine.precision import MixedPrecision
 from offloop.engine.prediction import PredictionStream, predictions
@@ -393,7 +394,7 @@ class BaseTrainer:
         if session is None or session.checkpoints is None or session.dir is None:
             raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
         owner = actor.get()
-        copies = None if save_dir is None else NamedCopies(save_dir, session.dir, name_of)
+        copies = None if save_dir is None else NamedCopies(absolute_path(save_dir), session.dir, name_of)
         keeper = Keeper(msgspec.structs.replace(retention, owner=owner), save_at_end, copies, copy_best_only)
         try:
             session.checkpoints.keep(keeper)
@@ -918,8 +919,8 @@ class BaseTrainer:
         base_dir = None
         needs_dir = config.run_dir is not None or config.remote is not None
         if needs_dir or any(getattr(each, "needs_run_dir", False) for each in given):
-            base_dir = Path(config.run_dir or DEFAULT_RUN_DIR)
-        plan = plan_resume(resume, Path(config.run_dir or DEFAULT_RUN_DIR), config.run_name)
+            base_dir = self._base_dir()
+        plan = plan_resume(resume, self._base_dir(), config.run_name)
         will_resume = plan is not None and plan.which is not None
         check_resume_lr(resume_lr, resume, self.optimizers)
         initial_weights = plan_init(*init, will_resume=will_resume)
@@ -982,6 +983,10 @@ class BaseTrainer:
             release=release,
         )
 
+    def _base_dir(self) -> Path:
+        """Return where runs are, as of now."""
+        return absolute_path(self.config.run_dir or DEFAULT_RUN_DIR)
+
     def _remote_to_fetch(self, resume: Resume) -> RemoteRun | None:
         """Return the remote directory that holds what is to be continued, None if there is none to ask.
 
@@ -1010,7 +1015,7 @@ class BaseTrainer:
         if remote is not None:
             assert self.config.run_name is not None and isinstance(resume, str | int)
             self._check_free()
-            fetch_run(remote, Path(self.config.run_dir or DEFAULT_RUN_DIR) / self.config.run_name, resume)
+            fetch_run(remote, self._base_dir() / self.config.run_name, resume)
 
     async def _fetch_async(self, resume: Resume) -> None:
         """Likewise in a thread beside this event loop. Cancellation: the thread ends by itself."""

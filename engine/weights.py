@@ -172,6 +172,7 @@ def locate(source: str | Path, *, registry: str | Path = DEFAULT_REGISTRY) -> Pl
     Raises:
         WeightsError, ModelNotFoundError, CheckpointError: There is none.
     """
+    source = os.path.expanduser(source) if isinstance(source, str) else source.expanduser()
     text = str(source)
     path = Path(source)
     has_suffix = path.suffix in FILE_SUFFIXES
@@ -551,7 +552,7 @@ def export_model(
     Raises:
         WeightsError: The file exists, or cannot hold something that is in the state dict.
     """
-    target = Path(path)
+    target = Path(path).expanduser()
     if target.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(f"path must end in .safetensors, .pt or .pth, got {target.name!r}")
     if not target.parent.is_dir():

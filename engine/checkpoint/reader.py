@@ -99,7 +99,7 @@ class CheckpointReader:
     """Read the checkpoints of the run in `directory`. All methods block, for file reads."""
 
     def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self._checkpoints = self.directory / CHECKPOINTS
         self._refs = self.directory / REFS
         # Directories are immutable, so what was read once holds while inode and time are the same.
@@ -377,7 +377,7 @@ def _tensor_files(manifest: Manifest) -> set[str]:
 
 def list_runs(directory: Path | str) -> list[CheckpointReader]:
     """Return a reader for each run under `directory` that has checkpoints, by name. Blocks."""
-    runs = Path(directory)
+    runs = Path(directory).expanduser()
     return [
         CheckpointReader(runs / name)
         for name in CheckpointReader._names_in(runs)

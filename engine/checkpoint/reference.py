@@ -36,9 +36,9 @@ def find_checkpoint(reference: str | Path) -> CheckpointInfo:
         CheckpointNotFoundError: If there is none of that description.
         CheckpointError: If it cannot be read.
     """
-    path, which = Path(reference), None
+    path, which = Path(reference).expanduser(), None
     if not path.exists():
-        before, which = split_reference(str(reference))
+        before, which = split_reference(str(path))
         path = Path(before)
     if which is None and ((path / MANIFEST).is_file() or path.parent.name == CHECKPOINTS):
         return CheckpointReader(path.parent.parent).find(path)

@@ -683,7 +683,7 @@ def test_run_is_logged_offline_when_wandb_does_not_answer(
     (path,) = (runs / server).glob("wandb/offline-run-*/run-*.wandb")
     kinds = [record.WhichOneof("record_type") for record in records_of(path)]
     assert kinds.count("history") == 105
-    assert f"the run is logged offline; later: wandb sync {path.parent.relative_to(runs.parent)}" in said
+    assert f"the run is logged offline; later: wandb sync {path.parent}" in said
 
 
 @pytest.mark.slow

@@ -1,0 +1,23 @@
+"""Paths that users give: `~` is the home directory, and a relative one means where the process was then.
+
+A data set or a library may call `os.chdir` during a run, so whatever outlives the call is made absolute at once.
+"""
+
+import os
+from pathlib import Path
+
+from offloop.engine.errors import ConfigError
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that stays the same wherever the process goes. Links and `..` stay in it.
+
+    Raises:
+        ConfigError: It begins with the home directory of an unknown user.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the home directory in {os.fspath(path)!r} is not known: give a full path"
+        ) from error
