@@ -198,7 +198,7 @@ def test_diff_of_what_is_not_there_ends_with_2(here: Path) -> None:
     result = offloop("checkpoints", "diff", "runs/first", "nobody@champion")
     assert (result.exit_code, result.stderr) == (
         2,
-        "offloop: no model 'nobody' in models; there is: nothing\n",
+        f"offloop: no model 'nobody' in {here / 'models'}; there is: nothing\n",
     )
     assert offloop("checkpoints", "diff", "runs/first", "runs/frist", "--json").exit_code == 2
 
@@ -244,7 +244,7 @@ def test_models_verify_ends_with_1_when_a_byte_is_wrong(here: Path) -> None:
     assert offloop("models", "verify").exit_code == 0
     flip_a_bit(ModelRegistry().find("tiny:1").path / "model.safetensors")
     result = offloop("models", "verify", "tiny")
-    assert result.exit_code == 1 and result.stdout.startswith("damaged  models/tiny/v000001")
+    assert result.exit_code == 1 and result.stdout.startswith(f"damaged  {here}/models/tiny/v000001")
 
 
 def test_wrong_use_of_models_ends_with_2_and_one_line(here: Path) -> None:
