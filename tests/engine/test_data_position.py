@@ -37,6 +37,8 @@ from offloop.engine import (
     TrainStart,
     decides,
 )
+from offloop.engine.data_position import DataPosition
+from offloop.engine.loader_position import capture_in_epoch
 from offloop.engine.testing import Recorder, reproducible
 
 FEATURES, SAMPLES, BATCH, BATCHES = 6, 20, 4, 5
@@ -830,3 +832,17 @@ def test_attempt_that_trains_nothing_leaves_the_position_as_it_was(tmp_path: Pat
     rest, events = a_run(tmp_path, "cut", loader(shuffle=True), resume="must")
     assert (again, first + rest == seen) == ([], True)
     assert said(events) == ("bitwise", "")
+
+
+def test_checkpoint_of_an_older_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds one loader and where it stood."""
+
+    def older(self: DataPosition, *, in_epoch: bool, batches: int) -> dict[str, Any]:
+        return {"before": self.current.before, "now": capture_in_epoch(self.current.loader)}
+
+    seen, _ = a_run(tmp_path, "whole", loader(shuffle=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(DataPosition, "capture", older)
+        first, _ = a_run(tmp_path, "cut", loader(shuffle=True), Cut(7))
+    rest, events = a_run(tmp_path, "cut", loader(shuffle=True), resume="must")
+    assert (first + rest == seen, said(events)) == (True, ("bitwise", ""))
