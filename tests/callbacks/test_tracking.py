@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,26 @@ def test_resumed_run_goes_on_in_the_same_curves_and_cuts_what_came_after_the_che
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert {line["attempt"] for line in lines} == {0, 1}
+
+
+def test_curves_of_an_attempt_whose_clock_was_ahead_are_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine's clock is set back by an hour after the first attempt."""
+
+    def train(epochs: int) -> None:
+        callbacks = [ModelCheckpoint(), TensorBoardLogger(every_n_steps=1)]
+        tiny_trainer(run_dir=tmp_path, run_name="run").train(
+            tiny_loader(2), epochs=epochs, callbacks=callbacks, resume="auto"
+        )
+
+    now = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() + 3600.0)
+        train(1)
+    train(2)
+    train(3)
+    assert sorted(step for step, _ in scalars_of(tmp_path / "run")["loss"]) == [1, 2, 3, 4, 5, 6]
 
 
 # MLflow --------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from offloop.engine import (
     Event,
     EventLog,
     Run,
-    Sample,
     StepPoint,
     TrainStart,
     in_step,
@@ -36,22 +35,6 @@ def train(run_dir: Path, epochs: int, *callbacks: Callback, resume: str | None =
     )
 
 
-class LooksAtTheLog(Callback):
-    """Reads the run's log whenever a checkpoint is announced."""
-
-    def __init__(self) -> None:
-        self.missing: list[int] = []
-
-    async def on_checkpoint_saved(self, event: CheckpointSaved, run: Run) -> None:
-        assert run.dir is not None
-        written = {each.seq for each in read_events(run.dir) if not isinstance(each, Sample)}
-        before = range(max(written) + 1)
-        steps = {each.seq for each in read_events(run.dir) if isinstance(each, Sample)}
-        self.missing += [seq for seq in before if seq not in written | steps]
-        ends = [each.step for each in read_events(run.dir) if isinstance(each, EpochEnd)]
-        assert event.saved_step in ends
-
-
 class SlowLog(EventLog):
     """Takes its time, as on a disk that is busy."""
 
@@ -60,10 +43,60 @@ class SlowLog(EventLog):
         super().on_event(event, run)
 
 
-def test_checkpoint_is_announced_after_the_log_has_what_came_before_it(tmp_path: Path) -> None:
-    looks = LooksAtTheLog()
-    result = train(tmp_path, 8, SlowLog(), looks)
-    assert (looks.missing, result.callback_errors) == ([], {})
+class BlockedLog(EventLog):
+    """Does not get beyond the end of the first epoch before it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def on_event(self, event: Event, run: Run) -> None:
+        if isinstance(event, EpochEnd) and event.epoch == 0:
+            assert self.go_on.wait(60)
+        super().on_event(event, run)
+
+
+class WaitsForTheDisk(Callback):
+    """Goes on when the checkpoint of the epoch before is on disk, announced or not."""
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.epoch and point.step % 2:
+            place = point.run.dir / "checkpoints"
+            while not list(place.glob(f"step-{point.step - 1:09d}-*")):
+                time.sleep(0.001)
+
+
+class Looks(Callback):
+    """Lets the log go on when three checkpoints are on disk, and knows what was announced until then and after."""
+
+    def __init__(self, log: BlockedLog) -> None:
+        self.log = log
+        self.early: list[int] = []
+        self.announced: list[tuple[int, int]] = []
+
+    async def on_checkpoint_saved(self, event: CheckpointSaved, run: Run) -> None:
+        assert run.dir is not None
+        logged = [each.step for each in read_events(run.dir) if isinstance(each, EpochEnd)]
+        self.announced.append((event.saved_step, event.saved_step in logged))
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step == 7:
+            self.early = [step for step, _ in self.announced]
+            self.log.go_on.set()
+
+
+def test_checkpoint_is_announced_when_the_log_has_what_came_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records_module, "RECORD_DEADLINE", 60.0)
+    log = BlockedLog()
+    looks = Looks(log)
+    result = train(tmp_path, 5, log, WaitsForTheDisk(), looks)
+    assert result.callback_errors == {}
+    assert looks.early == []
+    assert looks.announced == [(step, True) for step in (2, 4, 6, 8, 10)]
 
 
 class HoldsTheEventLoop(Callback):
@@ -79,17 +112,6 @@ class HoldsTheEventLoop(Callback):
     @in_step
     def before_train_end(self, point: StepPoint) -> None:
         self.over.set()
-
-
-class WaitsForTheDisk(Callback):
-    """Goes on when the checkpoint of the epoch before is on disk, announced or not."""
-
-    @in_step
-    def after_step(self, point: StepPoint) -> None:
-        if point.epoch and point.step % 2:
-            place = point.run.dir / "checkpoints"
-            while not list(place.glob(f"step-{point.step - 1:09d}-*")):
-                time.sleep(0.001)
 
 
 def test_neither_training_nor_writing_waits_for_a_log_that_is_behind(
