@@ -116,6 +116,7 @@ class Subscription(Generic[E]):
         self, bus: "Bus", name: str, types: tuple[type[Event], ...], buffer: int, on_full: OnFull
     ) -> None:
         self.name = name
+        self.owner = ""  # the callback that reads it beside its handlers, if one does; set when it is made
         self.buffer = buffer
         self.on_full = on_full
         self._bus = bus
@@ -217,6 +218,11 @@ class Subscription(Generic[E]):
     def _has_arrived(self) -> bool:
         """True if there is what the consumer waits for."""
         return bool(self._events if self._waits_for_samples else self._milestones)
+
+    @property
+    def _is_starved(self) -> bool:
+        """True while its consumer waits and there is nothing to take."""
+        return self._wake_consumer is not None and not self._has_arrived()
 
     def _close_waker(self) -> None:
         if self._waker is not None:
@@ -639,6 +645,13 @@ class Bus:
     def dropped(self) -> int:
         """Samples dropped before the drainer, because the event loop had stalled."""
         return self._refused_total
+
+    def is_awaited_by(self, owner: str) -> bool:
+        """True if a callback waits in one of its own subscriptions and nothing is under way to it. Event loop only."""
+        with self._lock:
+            return not self._queue and any(
+                each.owner == owner and each._is_starved for each in self._living()
+            )
 
     @property
     def published(self) -> int:

@@ -15,6 +15,7 @@ import anyio
 from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.checkpoint.store import check_tag
+from offloop.engine.control import actor
 from offloop.engine.errors import ConfigError, DeadlockError
 from offloop.engine.events import CheckpointSaved, EpochEnd, Event, Metrics, Settings
 from offloop.engine.observer import CallbackCosts
@@ -267,7 +268,9 @@ class Run:
             on_full: `"drop_oldest"`, or `"block"`: training waits when the reader lags that far.
             name: Shown in `subscriptions`.
         """
-        return self._bus.subscribe(*types, name=name, buffer=buffer, on_full=on_full, replay=True)
+        subscription = self._bus.subscribe(*types, name=name, buffer=buffer, on_full=on_full, replay=True)
+        subscription.owner = actor.get()
+        return subscription
 
     def publish(self, event: Event) -> None:
         """Publish an event of your own. Any thread; never waits.

@@ -103,6 +103,8 @@ logger = logging.getLogger("offloop")
 
 STACK_INTERVAL: Final = 10.0
 """Seconds after which the stack of a training thread that does not end is logged, and again."""
+LOOK_INTERVAL: Final = 0.05
+"""Seconds between two looks at the end of a run: has a second signal come, does a callback wait for `TrainEnd`."""
 IMPATIENT_CLOSE: Final = 2.0
 """Seconds that are left for everything after a second signal."""
 SWALLOWING: Final = 1.0
@@ -1030,7 +1032,14 @@ class Session:
             for observer, mark in self._marks.items():
                 assert observer.subscription is not None
                 self.bus.rendezvous(observer.subscription, mark.set)
-            behind = {each for each, mark in self._marks.items() if not await self._came(mark, deadline)}
+            behind = {
+                each
+                for each, mark in self._marks.items()
+                if not await self._came(
+                    mark, deadline, unless=functools.partial(self.bus.is_awaited_by, each.name)
+                )
+                and not self.bus.is_awaited_by(each.name)  # it waits for `TrainEnd` in a handler: not late
+            }
             if is_first_round:
                 late = behind
             elif behind:
@@ -1057,7 +1066,13 @@ class Session:
                 observer.failed("drain", error)
 
     async def _came(
-        self, event: anyio.Event, deadline: float, *, haste: float = 0.0, at_least: float = 0.0
+        self,
+        event: anyio.Event,
+        deadline: float,
+        *,
+        haste: float = 0.0,
+        at_least: float = 0.0,
+        unless: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Wait for an event; False if it had not come by the deadline.
 
@@ -1066,12 +1081,13 @@ class Session:
             deadline: On the clock of `time.perf_counter`.
             haste: Seconds after a second signal that end the wait earlier.
             at_least: Until when a second signal does not end it.
+            unless: Ends the wait as well when it returns True.
         """
         while not event.is_set():
             left = min(deadline, max(self._hurried_at + haste, at_least)) - time.perf_counter()
-            if left <= 0:
+            if left <= 0 or unless():
                 return False
-            with anyio.move_on_after(min(left, 0.1)):  # short looks, for the second signal
+            with anyio.move_on_after(min(left, LOOK_INTERVAL)):
                 await event.wait()
         return True
 

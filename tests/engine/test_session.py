@@ -1559,6 +1559,37 @@ async def test_callbacks_that_never_stop_publishing_are_cut_off_by_the_drain_tim
     assert "callbacks still published events 0.05 s after training" in caplog.text
 
 
+@pytest.mark.parametrize("in_child_task", [False, True])
+@pytest.mark.anyio
+async def test_handler_that_waits_for_the_end_of_the_run_is_not_waited_for(in_child_task: bool) -> None:
+    class Follows(Callback):
+        """Reads the run's events in one handler, from its start to its end."""
+
+        async def on_train_start(self, event: TrainStart, run: Run) -> None:
+            if not in_child_task:
+                await self.follow(run)
+                return
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.follow, run)
+
+        async def follow(self, run: Run) -> None:
+            async for event in run.events(EpochEnd, TrainEnd):
+                seen.append(type(event).__name__)
+                await anyio.lowlevel.checkpoint()
+                if isinstance(event, EpochEnd):
+                    run.publish(Reaction())
+
+    recorder = Recorder()
+    seen: list[str] = []
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer(drain_timeout=3600.0).train_async(
+            tiny_loader(1), epochs=2, callbacks=[Follows(), recorder]
+        )
+    assert result.callback_errors == {}
+    assert seen == ["EpochEnd", "EpochEnd", "TrainEnd"]
+    assert recorder.names()[-1] == "TrainEnd" and len(recorder.of(Reaction)) == 2
+
+
 @pytest.mark.anyio
 async def test_callback_that_hangs_takes_train_end_from_no_other() -> None:
     hanging, recorder = HangingCallback(), Recorder()
