@@ -654,11 +654,6 @@ class Bus:
             )
 
     @property
-    def published(self) -> int:
-        """Events published so far, whether they were handed over or not. On the event loop."""
-        return self._seq + len(self._queue)
-
-    @property
     def has_ended(self) -> bool:
         """True when nothing is handed over any more."""
         return self._ended

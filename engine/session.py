@@ -171,6 +171,7 @@ class Session:
         self._loop_thread: threading.Thread | None = None
         self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
         self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
+        self._reactions = 0  # events that handlers of callbacks have published; only whether it grows matters
         self._marks: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
@@ -529,6 +530,8 @@ class Session:
             self.loop.reporter.publish(event)
         else:
             self.bus.publish(event)
+            if actor.get() != "user":
+                self._reactions += 1
 
     def decide(self, event: Event) -> None:
         """Ask the deciders about an event, in declared order."""
@@ -1014,7 +1017,8 @@ class Session:
         """Let the callbacks handle everything before `TrainEnd`, and what they publish meanwhile.
 
         `TrainEnd` is the last event and tells how the run ended, so it waits for what callbacks still have to
-        publish and for failures of those with `on_error="raise"`, `drain_timeout` seconds at most.
+        publish and for failures of those with `on_error="raise"`, `drain_timeout` seconds at most. It does not wait
+        for events that come from elsewhere, such as a thread that publishes at a pace until the run ends.
 
         Returns:
             The observers that did not get that far in time.
@@ -1023,7 +1027,7 @@ class Session:
         late: set[Observer] = set()
         is_first_round = True
         while not self.bus.has_ended:
-            published = self.bus.published
+            reactions = self._reactions
             self._marks = {
                 observer: anyio.Event()
                 for observer in self.observers
@@ -1046,7 +1050,7 @@ class Session:
                 logger.warning(
                     "callbacks still published events %g s after training", self.config.drain_timeout
                 )
-            if behind or self.bus.published == published:
+            if behind or self._reactions == reactions:
                 break
             is_first_round = False
         self._marks = {}

@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import gc
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import trio
 
 from offloop.callbacks import LearningRateScheduler, ModelCheckpoint, WeightAverage
 from offloop.engine import (
+    BusClosedError,
     Callback,
     CallbackFailed,
     CheckpointSaved,
@@ -1557,6 +1559,32 @@ async def test_callbacks_that_never_stop_publishing_are_cut_off_by_the_drain_tim
     assert result.status == "completed"
     assert recorder.names()[-2:] == ["Reaction", "TrainEnd"]
     assert "callbacks still published events 0.05 s after training" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_thread_that_publishes_until_the_run_ends_does_not_hold_its_end_up() -> None:
+    class Ticks(Callback):
+        async def on_train_start(self, event: TrainStart, run: Run) -> None:
+            self.thread = threading.Thread(target=self.tick, args=(run,))
+            self.thread.start()
+
+        def tick(self, run: Run) -> None:
+            with pytest.raises(BusClosedError):
+                while True:
+                    run.publish(Reaction())
+                    while len(run._bus._queue) > 100 and not run._bus._closing:
+                        os.sched_yield()
+
+        def close(self) -> None:
+            self.thread.join()
+
+    recorder = Recorder()
+    with anyio.fail_after(LONG):
+        result = await tiny_trainer(drain_timeout=3600.0).train_async(
+            tiny_loader(1), epochs=1, callbacks=[Ticks(), recorder]
+        )
+    assert result.callback_errors == {}
+    assert recorder.names()[-1] == "TrainEnd"
 
 
 @pytest.mark.parametrize("in_child_task", [False, True])
