@@ -23,6 +23,7 @@ from offloop.engine.run import Run, RunResult
 from offloop.engine.session import Session
 from offloop.engine.spelling import explains_arguments
 from offloop.engine.trainer import BaseTrainer
+from offloop.engine.val_loaders import ValLoader
 from offloop.engine.weights import Source
 
 logger = logging.getLogger("offloop")
@@ -162,7 +163,7 @@ class Runs(Mapping[str, Run]):
         self,
         trainer: BaseTrainer,
         train_loader: Iterable[Batch],
-        val_loader: Iterable[Batch] | None = None,
+        val_loader: ValLoader | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
