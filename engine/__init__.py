@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from offloop.engine.model_registry import ModelRegistry as ModelRegistry
     from offloop.engine.model_registry import ModelVersion as ModelVersion
     from offloop.engine.observer import CallbackCosts as CallbackCosts
+    from offloop.engine.result import RunResult as RunResult
     from offloop.engine.run import Run as Run
-    from offloop.engine.run import RunResult as RunResult
     from offloop.engine.runs import Runs as Runs
     from offloop.engine.step_hooks import StepPoint as StepPoint
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
@@ -152,7 +152,8 @@ _MODULES = {
     "line_file": ("LineFile",),
     "model_registry": ("ModelRegistry", "ModelVersion"),
     "observer": ("CallbackCosts",),
-    "run": ("Run", "RunResult"),
+    "result": ("RunResult",),
+    "run": ("Run",),
     "runs": ("Runs",),
     "step_hooks": ("StepPoint",),
     "trainer": ("BaseTrainer", "Trainer"),

@@ -470,7 +470,7 @@ def encode(event: Event, format: Format = "json") -> bytes:
         # msgspec writes null for NaN and infinities. Looking for "null" in the bytes is far cheaper than
         # looking at every value; fields at their default, None among them, are not in the bytes at all.
         if b"null" in data:
-            data = _json_encode(_with_non_finite_as_text(msgspec.to_builtins(event)))
+            data = _json_encode(with_non_finite_as_text(msgspec.to_builtins(event)))
         return data
     except _NOT_PLAIN as error:
         raise _not_plain(event, error) from error
@@ -520,20 +520,21 @@ def _decode_mapping(wanted: type, value: Any) -> Any:
     raise NotImplementedError(f"cannot decode {wanted}")
 
 
-def _with_non_finite_as_text(value: Any) -> Any:
+def with_non_finite_as_text(value: Any) -> Any:
+    """Return plain values with NaN and infinities as the texts that they are in JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return _NON_FINITE.get(value, "NaN")
     if isinstance(value, Mapping):
-        return {key: _with_non_finite_as_text(item) for key, item in value.items()}
+        return {key: with_non_finite_as_text(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_non_finite_as_text(item) for item in value]
+        return [with_non_finite_as_text(item) for item in value]
     return value
 
 
 def _transcode(event: UnknownEvent) -> bytes:
     if event.format == "json":
         return _msgpack_encode(msgspec.json.decode(event.raw))
-    return _json_encode(_with_non_finite_as_text(msgspec.msgpack.decode(event.raw)))
+    return _json_encode(with_non_finite_as_text(msgspec.msgpack.decode(event.raw)))
 
 
 def _not_plain(event: Event, problem: Exception) -> EventError:

@@ -1,24 +1,23 @@
-"""Run: the handle of a training run, for any task and thread; RunResult: what is left of it."""
+"""Run: the handle of a training run, for any task and thread."""
 
-import dataclasses
 import functools
 import math
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, NoReturn, ParamSpec, TypeVar, overload
 
 import anyio
 
-from offloop.engine.best import Best
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.checkpoint.store import check_tag
 from offloop.engine.control import actor
 from offloop.engine.errors import ConfigError, DeadlockError
-from offloop.engine.events import CheckpointSaved, EpochEnd, Event, Metrics, Settings
+from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
 from offloop.engine.observer import CallbackCosts
+from offloop.engine.result import RunResult
 from offloop.engine.waker import result_of
 
 if TYPE_CHECKING:
@@ -30,42 +29,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 _STOP: Final = 'a run is not stopped by an attribute: call run.stop_nowait("why"), or await run.stop("why")'
-
-Status = Literal["completed", "stopped", "cancelled", "failed"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What a run has come to."""
-
-    run_id: str
-    """Identity of the run."""
-    status: Status
-    """`completed` (a limit was reached), `stopped` (somebody asked), `cancelled` or `failed`."""
-    reason: str
-    """Why, in words."""
-    epochs: int
-    """Epochs done."""
-    steps: int
-    """Optimizer steps done."""
-    metrics: Metrics
-    """The latest value of each metric. A missing key raises and lists the keys."""
-    best: Best | None
-    """The best moment by `Trainer(monitor=...)`, else by the first callback that names a metric, else by the loss.
-
-    Its `monitor` says which. None if that metric was never made, or never finite. Each `ModelCheckpoint` has a `best`
-    of its own.
-    """
-    history: tuple[EpochEnd, ...]
-    """The end of each epoch, with its metrics."""
-    seconds: float
-    """Duration."""
-    callback_costs: Mapping[str, CallbackCosts]
-    """What each callback cost and missed, by name."""
-    callback_errors: Mapping[str, tuple[str, ...]]
-    """What each callback raised (the first hundred), by name; callbacks without errors are not listed."""
-    dir: Path | None
-    """The run's directory; None if nothing was written."""
 
 
 def awaited(

@@ -18,8 +18,9 @@ from offloop.engine.config import misplaced_argument
 from offloop.engine.errors import ConfigError, DeadlockError, RunNotFoundError, RunsClosedError
 from offloop.engine.loop import Batch
 from offloop.engine.metric_names import RunMetrics
+from offloop.engine.result import RunResult
 from offloop.engine.resume import Resume
-from offloop.engine.run import Run, RunResult
+from offloop.engine.run import Run
 from offloop.engine.session import Session
 from offloop.engine.spelling import explains_arguments
 from offloop.engine.trainer import BaseTrainer

@@ -81,9 +81,10 @@ from offloop.engine.monitors import Monitors
 from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
 from offloop.engine.records import Records
+from offloop.engine.result import RunResult, Status
 from offloop.engine.resume import ResumePlan, read_run_json
 from offloop.engine.resume_report import ResumeReport
-from offloop.engine.run import Run, RunResult, Status
+from offloop.engine.run import Run
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
 from offloop.engine.saveable import check_saveable
 from offloop.engine.saved_state import check_state, restoring
@@ -1176,7 +1177,7 @@ class Session:
         )
         if self._description:
             assert self.dir is not None
-            ending = {"status": status, "reason": reason, "ended": time.time(), "steps": self.loop.step}
+            ending = {**self.result.to_run_json(), "ended": time.time()}
             write = functools.partial(self._write_ending, self.dir, self._description | ending)
             # The run has its result; a directory that is gone by now, or a sweep, is no reason to lose it.
             try:

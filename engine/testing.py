@@ -34,7 +34,8 @@ from offloop.engine.events import (
     ValidationStart,
 )
 from offloop.engine.loop import Batch, TrainingLoop
-from offloop.engine.run import Run, RunResult
+from offloop.engine.result import RunResult
+from offloop.engine.run import Run
 from offloop.engine.session import Session
 from offloop.engine.trainer import BaseTrainer, Trainer
 

@@ -71,8 +71,9 @@ from offloop.engine.plain_epoch import is_plain, train_plain_epoch
 from offloop.engine.precision import MixedPrecision
 from offloop.engine.prediction import PredictionStream, predictions
 from offloop.engine.process import handled_signals
+from offloop.engine.result import RunResult
 from offloop.engine.resume import Resume, plan_resume
-from offloop.engine.run import Run, RunResult
+from offloop.engine.run import Run
 from offloop.engine.run_dir import new_run_id
 from offloop.engine.seeded_sampling import check_seedable
 from offloop.engine.session import Session
