@@ -18,6 +18,7 @@ import torch
 from offloop.engine.checkpoint import CheckpointError, CheckpointIncompatibleError
 from offloop.engine.checkpoint.errors import UnsafeCheckpointError
 from offloop.engine.checkpoint.manifest import STATE
+from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.errors import ConfigError, OffloopError, WeightsMismatchError
 from offloop.engine.model_modes import ModelModes
 from offloop.engine.random_state import check_random_state
@@ -202,7 +203,12 @@ def restoring(checkpoint: Path | str, part: str) -> Iterator[None]:
     except (CheckpointError, ConfigError, WeightsMismatchError):
         # They say already what does not fit
         raise
+    except OSError:
+        # The system's refusal, which says nothing about the checkpoint
+        raise
     except (OffloopError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise  # torch's word for it, on the host or a device
         # It is whole, and of something else
         raise CheckpointIncompatibleError(
             Path(checkpoint), f"{part} cannot be put back: {error}".rstrip(". \n"), _hint(part)

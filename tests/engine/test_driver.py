@@ -17,6 +17,12 @@ from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_tr
 LONG = 30.0
 
 
+@pytest.fixture(autouse=True, scope="module")
+def everything_is_loaded() -> None:
+    """Imports would hold a test's event loop for seconds."""
+    tiny_trainer().train(tiny_loader(1), epochs=1)
+
+
 def ignore(wall: float, cpu: float) -> None:
     pass
 

@@ -35,7 +35,7 @@ from offloop.engine.testing import EndlessLoader, Recorder, reproducible, tiny_t
 ENDLESS = 1_000_000_000
 
 SCRIPT = """
-import asyncio, signal, sys, threading
+import asyncio, contextlib, signal, sys, threading
 from offloop.engine import Callback, in_step
 from offloop.engine.testing import EndlessLoader, tiny_trainer
 
@@ -49,6 +49,9 @@ class Report(Callback):
         say(f"TrainEnd {event.status} {event.reason}")
         if "hanging callback" in sys.argv:
             await asyncio.sleep(3600)
+        while "swallowing callback" in sys.argv:
+            with contextlib.suppress(BaseException):
+                await asyncio.sleep(3600)
     async def close(self):
         say("closed")
 
@@ -139,8 +142,11 @@ def test_first_signal_stops_the_run_in_order(
 
 
 @pytest.mark.slow
-def test_second_signal_does_not_wait_for_a_callback_that_hangs(tmp_path: Path, children: list[Child]) -> None:
-    child = Child(tmp_path / "script.py", "hanging callback")
+@pytest.mark.parametrize("how", ["hanging callback", "swallowing callback"])
+def test_second_signal_does_not_wait_for_a_callback_that_hangs(
+    how: str, tmp_path: Path, children: list[Child]
+) -> None:
+    child = Child(tmp_path / "script.py", how)
     children.append(child)
     child.expect("stepping")
     child.send(signal.SIGTERM)
