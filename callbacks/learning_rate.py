@@ -1,5 +1,6 @@
 """LearningRateScheduler: torch's own schedules by name, with warm-up in front of any of them."""
 
+import copy
 import inspect
 import math
 import numbers
@@ -192,12 +193,19 @@ class LearningRateScheduler(Callback):
         self._key = monitor
         self.mode: Mode = mode
         self._watched: Monitor | None = None  # of a plateau
+        self._given: dict[str, Any] | None = None  # the state of an instance before its first run
         if not isinstance(scheduler, LRScheduler):
             filled_in = {"optimizer", "max_lr" if make is OneCycleLR else "", self._length_argument}
             _check_arguments(make, self.arguments, filled_in)
 
     def reset(self) -> None:
         self._watched = None
+        if isinstance(self.scheduler, LRScheduler):
+            # An instance begins each run where it stood before its first one; the rates are put back by the run
+            if self._given is None:
+                self._given = copy.deepcopy(self.scheduler.state_dict())
+            else:
+                self.scheduler.load_state_dict(copy.deepcopy(self._given))
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:

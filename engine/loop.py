@@ -47,6 +47,7 @@ from offloop.engine.events import (
 )
 from offloop.engine.exactness import Doubt
 from offloop.engine.freezing import Frozen
+from offloop.engine.given_rates import GivenRates
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr, mark_stepped, rates_by_group
 from offloop.engine.logged_names import add_computed, check_name
 from offloop.engine.optimizer_state import options_of
@@ -155,6 +156,10 @@ class TrainingLoop:
         self.device = device
         self.optimizers = optimizers
         self.schedules = list(schedules)
+        self.lasting_schedules = len(
+            self.schedules
+        )  # the first of them; those that are attached end with the run
+        self.given_rates = GivenRates(list(optimizers.values()))
         self.options = {
             name: options_of(each) for name, each in optimizers.items()
         }  # as the script made them
@@ -302,6 +307,11 @@ class TrainingLoop:
         self.data.close()
         if self.seeding is not None:
             self.seeding.close()
+        schedulers = [each.scheduler for each in self.schedules]
+        if len(schedulers) > self.lasting_schedules:
+            self.guard()  # a checkpoint may still be copied from the optimizers
+            lasting = self.lasting_schedules
+            self.given_rates.put_back(schedulers[lasting:], schedulers[:lasting])
 
     def let_go(self) -> None:
         """Keep only what is told of a run that is over: it must not keep the model alive, nor the data."""

@@ -335,6 +335,9 @@ class BaseTrainer:
     ) -> None:
         """Let a schedule step with the run that is going on, until its end. In the training thread.
 
+        When the run is over, the optimizer has the rates back that it had before, unless `Trainer(scheduler=...)` is
+        at work on it too.
+
         A resumed run puts the schedule's state back here: attach schedules in the same order each time,
         in a decider of `TrainStart`.
 

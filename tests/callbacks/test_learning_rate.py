@@ -1,5 +1,6 @@
 """callbacks/learning_rate.py: the same rates, bit for bit, as torch's schedulers stepped by hand."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from offloop.callbacks import EarlyStopping, LearningRateScheduler, ModelCheckpo
 from offloop.callbacks.learning_rate import SCHEDULES
 from offloop.engine import (
     Callback,
+    CheckpointReader,
     ConfigError,
     EpochEnd,
     EpochStart,
@@ -32,10 +34,12 @@ from offloop.engine import (
     MetricNotFoundError,
     Run,
     StepEnd,
+    StepPoint,
     Trainer,
     TrainerConfig,
     ValidationEnd,
     decides,
+    in_step,
 )
 from offloop.engine.testing import (
     FailingCallback,
@@ -189,8 +193,15 @@ def test_a_function_gives_the_largest_groups_rate_and_the_others_keep_their_shar
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3))
     groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1].parameters(), "lr": 0.1}]
     trainer = Trainer(model, torch.optim.SGD(groups), loss=torch.nn.functional.cross_entropy)
-    trainer.train(tiny_batches(2), max_steps=2, callbacks=[LearningRateScheduler(lambda step: 4.0)])
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [pytest.approx(0.4), 4.0]
+    seen: list[float] = []
+
+    class Look(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            seen[:] = [group["lr"] for group in point.optimizer.param_groups]
+
+    trainer.train(tiny_batches(2), max_steps=2, callbacks=[LearningRateScheduler(lambda step: 4.0), Look()])
+    assert seen == [pytest.approx(0.4), 4.0]
 
 
 def test_a_rate_set_by_hand_scales_what_a_function_gives() -> None:
@@ -427,6 +438,105 @@ def test_plateau_without_the_validation_that_it_watches_fails_at_the_start() -> 
 def test_plateau_of_a_metric_without_a_direction_asks_for_it() -> None:
     with pytest.raises(ConfigError, match="is less or more of it better"):
         train_plateau([1.0], LearningRateScheduler("reduce_on_plateau", monitor="val_blub"))
+
+
+# One run after the other ----------------------------------------------------------------------------
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{key: each for key, each in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("name", [*BY_STEP, *BY_EPOCH, "reduce_on_plateau"])
+def test_second_run_has_the_rates_of_the_first(name: str, warmup: int) -> None:
+    arguments, _ = {**BY_STEP, **BY_EPOCH}.get(name, ({"patience": 0, "threshold": 10.0}, None))
+    recorder = Recorder()
+    trainer = tiny_trainer(
+        lr=LR, callbacks=[LearningRateScheduler(name, warmup=warmup, **arguments), recorder]
+    )
+    given = options_of(trainer.optimizer)
+    runs = []
+    for _ in range(3):
+        trainer.train(tiny_batches(BATCHES), epochs=EPOCHS)
+        runs.append(rates_of(recorder))
+        assert options_of(trainer.optimizer) == given
+    assert runs[0] == runs[1] == runs[2]
+    assert len(set(runs[0])) > 1
+
+
+def test_second_run_begins_with_the_momentum_of_the_first() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    given = options_of(optimizer)
+    trainer = tiny_trainer(model=model, optimizer=optimizer, callbacks=[LearningRateScheduler("one_cycle")])
+    trainer.train(tiny_batches(BATCHES), epochs=2)
+    assert options_of(optimizer) == given
+
+
+def test_instance_begins_each_run_where_it_stood_before_the_first() -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    schedule = LearningRateScheduler(CosineAnnealingLR(optimizer, T_max=STEPS), interval="step")
+    recorder = Recorder()
+    trainer = tiny_trainer(model=model, optimizer=optimizer, callbacks=[schedule, recorder])
+    trainer.train(tiny_batches(BATCHES), epochs=EPOCHS)
+    first = rates_of(recorder)
+    trainer.train(tiny_batches(BATCHES), epochs=EPOCHS)
+    assert rates_of(recorder) == first
+
+
+def test_rate_that_was_set_between_two_runs_is_what_the_second_begins_with() -> None:
+    recorder = Recorder()
+    trainer = tiny_trainer(lr=LR, callbacks=[LearningRateScheduler("cosine"), recorder])
+    trainer.train(tiny_batches(BATCHES), epochs=EPOCHS)
+    first = rates_of(recorder)
+    trainer.optimizer.param_groups[0]["lr"] = 2 * LR
+    trainer.train(tiny_batches(BATCHES), epochs=EPOCHS)
+    assert rates_of(recorder) == pytest.approx([2 * rate for rate in first])
+
+
+def test_run_without_the_schedule_has_the_rate_that_was_given() -> None:
+    trainer, recorder = tiny_trainer(lr=LR), Recorder()
+    trainer.train(tiny_batches(BATCHES), epochs=1, callbacks=[LearningRateScheduler("linear")])
+    trainer.train(tiny_batches(BATCHES), epochs=1, callbacks=[recorder])
+    assert rates_of(recorder) == [LR] * BATCHES
+
+
+@pytest.mark.parametrize("how", ["failed", "stopped", "cancelled"])
+def test_run_that_breaks_off_gives_the_rates_back(how: str) -> None:
+    class Break(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 2:
+                if how == "failed":
+                    raise RuntimeError("broken")
+                point.run.cancel() if how == "cancelled" else point.run.stop_nowait()
+
+    trainer = tiny_trainer(lr=LR)
+    with contextlib.suppress(RuntimeError):
+        trainer.train(tiny_batches(9), epochs=1, callbacks=[LearningRateScheduler("cosine"), Break()])
+    assert options_of(trainer.optimizer)[0]["lr"] == LR
+
+
+def test_last_checkpoint_has_the_rates_of_the_run_and_not_those_given_back(tmp_path: Path) -> None:
+    trainer = tiny_trainer(lr=LR, run_dir=str(tmp_path), run_name="run")
+    trainer.train(
+        tiny_batches(BATCHES), epochs=1, callbacks=[LearningRateScheduler("linear"), ModelCheckpoint()]
+    )
+    state: Any = CheckpointReader(tmp_path / "run").load().state
+    assert state["optimizers"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.0)
+    assert options_of(trainer.optimizer)[0]["lr"] == LR
+
+
+def test_schedule_of_the_trainer_goes_on_in_the_next_run() -> None:
+    model, recorder = tiny_model(), Recorder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    schedule = ExponentialLR(optimizer, gamma=0.5)
+    trainer = tiny_trainer(model=model, optimizer=optimizer, scheduler=schedule, callbacks=[recorder])
+    for expected in (LR, LR / 2, LR / 4):
+        trainer.train(tiny_batches(1), epochs=1)
+        assert rates_of(recorder) == [expected]
 
 
 # Arguments -----------------------------------------------------------------------------------------
