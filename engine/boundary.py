@@ -35,6 +35,7 @@ class Boundary:
         """
         self.state = "running"  # or paused, stopping; read by anybody
         self.paused_seconds = 0.0
+        self.stopped_by: str | None = None  # the callback whose decision has ended the run
         self.obeying_decider = False  # True while a decider's command is applied
         self._loop = loop
         self._control = control
@@ -165,6 +166,7 @@ class Boundary:
         loop = self._loop
         if loop.ending in (None, "limit"):
             loop.ending, loop.reason = "stopped", command.arguments["reason"]
+            self.stopped_by = command.by if command.from_decider else None
             self._paused_by = None  # it ends a pause
             self._change_state("stopping", loop.reason, command.by)
 

@@ -276,7 +276,7 @@ class TrainingLoop:
                 spared=self.workers_spared,
                 batches=self.epoch_batches,
             )
-            if not has_passes:
+            if not has_passes or self.ending is not None:
                 self.finish_resuming()
         epochs = self.limits.epochs
         try:

@@ -21,6 +21,15 @@ Resume = str | int | Path | None
 RUN_JSON = "run.json"
 
 
+class Over(NamedTuple):
+    """How a run came to its end before its limits."""
+
+    stopped_by: str
+    """The callback that decided it."""
+    reason: str
+    """Why, in its words."""
+
+
 class ResumePlan(NamedTuple):
     """The run that a new attempt continues."""
 
@@ -30,6 +39,8 @@ class ResumePlan(NamedTuple):
     """The checkpoint, as `CheckpointReader.find` takes it; None to begin the run afresh under its name."""
     attempt: int
     """Number of the new attempt."""
+    over: Over | None = None
+    """Not None: a callback has ended the run, and the new attempt is not to train any further."""
 
 
 def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumePlan | None:
@@ -37,7 +48,8 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
 
     Args:
         resume: `"auto"` (continue if there is something), `"must"` (or raise), `"last"`, `"best"`, a tag, a step, a
-            path to a checkpoint or a run; None or `"never"` for a new run.
+            path to a checkpoint or a run; None or `"never"` for a new run. With `"auto"` and `"must"` a run that a
+            callback has stopped is over; the others go on from what they name all the same.
         base_dir: Where runs are.
         run_name: The run's id, if it has a name.
 
@@ -69,10 +81,11 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
                 raise CheckpointNotFoundError(str(which), directory)
             return ResumePlan(directory, None, _attempts(directory))
         reader.find(which)  # raises if there is none of that description
-        return ResumePlan(directory, which, _attempts(directory))
+        over = _over(directory) if resume in ("auto", "must") else None
+        return ResumePlan(directory, which, _attempts(directory), over)
     unfinished_only = resume in ("auto", "must")
     for directory in _newest_first(base_dir):
-        if unfinished_only and _status(directory) == "completed":
+        if unfinished_only and (_status(directory) == "completed" or _over(directory)):
             continue
         reader = CheckpointReader(directory)
         if _has_checkpoints(reader):
@@ -149,6 +162,15 @@ def read_run_json(directory: Path) -> dict[str, Any]:
     if attempts:
         described["attempt"] = max(attempts)
     return described
+
+
+def _over(directory: Path) -> Over | None:
+    """Return how a callback has ended the run, None if none has."""
+    described = read_run_json(directory)
+    stopped_by, reason = described.get("stopped_by"), described.get("reason")
+    if not isinstance(stopped_by, str):
+        return None
+    return Over(stopped_by, reason if isinstance(reason, str) else f"stopped by {stopped_by}")
 
 
 def _status(directory: Path) -> object:

@@ -82,7 +82,7 @@ from offloop.engine.observer import CallbackCosts, Observer, Worker
 from offloop.engine.process import enter_process, leave_process
 from offloop.engine.records import Records
 from offloop.engine.result import RunResult, Status
-from offloop.engine.resume import ResumePlan, read_run_json
+from offloop.engine.resume import Over, ResumePlan, read_run_json
 from offloop.engine.resume_report import ResumeReport
 from offloop.engine.run import Run
 from offloop.engine.run_dir import create_run_dir, describe_environment, write_run_json
@@ -294,9 +294,22 @@ class Session:
         if self.resume is not None:
             if self.resume.which is not None:
                 self._load(self.resume.which)
+                if self.resume.over is not None:
+                    self._stay_over(self.resume.over)
             else:  # it begins afresh under its name
                 assert self.dir is not None
                 rewind(self.dir, attempt=self.loop.attempt, taken=None)
+
+    def _stay_over(self, over: Over) -> None:
+        """Train no further: a callback has ended this run in an earlier attempt."""
+        logger.warning(
+            'run %s is over, since %s has stopped it: %s. resume="last" goes on all the same',
+            self.run_id,
+            over.stopped_by,
+            over.reason,
+        )
+        self.loop.ending, self.loop.reason = "stopped", over.reason
+        self.loop.boundary.stopped_by = over.stopped_by
 
     def _open_dir(self, directory: Path) -> None:
         """Make the run's directory, or enter that of the run that is continued."""
@@ -315,6 +328,8 @@ class Session:
             self.checkpoints.claim()
             self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
             self.checkpoints.attempt = self.loop.attempt = attempt
+            if self.resume.over is not None:  # so it stays, even if this attempt is killed
+                description |= self.resume.over._asdict()
             before = read_run_json(directory)
             description["created"] = before.get("created", description["created"])
             description["init_from"] = self.loop.init_from or before.get("init_from")
@@ -466,7 +481,8 @@ class Session:
         """True if a last checkpoint is wanted, and this moment is one that a run can go on from."""
         # After a second signal only what is being written already is waited for. A run that was cancelled between two
         # batches of a step has lost the gradients of the first: the checkpoint before has everything.
-        wanted = self.checkpoints is not None and self.checkpoints.save_at_end
+        is_over = self.resume is not None and self.resume.over is not None  # nothing was trained
+        wanted = self.checkpoints is not None and self.checkpoints.save_at_end and not is_over
         return bool(wanted) and self.signal_count < 2 and self.loop.is_between_steps
 
     def _can_be_continued(self) -> bool:
@@ -1159,6 +1175,13 @@ class Session:
             return "stopped", self.loop.reason
         return "completed", self.loop.reason or f"epochs={self.loop.limits.epochs}"
 
+    def _ending(self) -> dict[str, Any]:
+        """Return what `run.json` says about how the run ended."""
+        status, reason = self._status()
+        ending = {"status": status, "reason": reason, "ended": time.time(), "steps": self.loop.step}
+        stopped_by = self.loop.boundary.stopped_by
+        return ending | ({"stopped_by": stopped_by} if status == "stopped" and stopped_by is not None else {})
+
     async def _finish(self) -> None:
         status, reason = self._status()
         self.result = RunResult(
@@ -1177,7 +1200,7 @@ class Session:
         )
         if self._description:
             assert self.dir is not None
-            ending = {**self.result.to_run_json(), "ended": time.time()}
+            ending = {**self.result.to_run_json(), **self._ending()}
             write = functools.partial(self._write_ending, self.dir, self._description | ending)
             # The run has its result; a directory that is gone by now, or a sweep, is no reason to lose it.
             try:
@@ -1218,6 +1241,12 @@ class Session:
     def _settle_checkpoints(self) -> None:
         assert self.checkpoints is not None
         self.checkpoints.flush()
+        ending = self._ending()
+        if "stopped_by" in ending and self._description:
+            # Already here: a process that is killed while its callbacks drain must not train on when it runs again
+            assert self.dir is not None
+            with contextlib.suppress(OSError):
+                write_run_json(self.dir, self._description | ending)
         if self.best is not None:
             self.best = self.checkpoints.located(self.best)
         if self.uploads is not None:

@@ -50,7 +50,7 @@ from offloop.engine.checkpoint import (
     RunLockedError,
 )
 from offloop.engine.optimizer_state import load_optimizer
-from offloop.engine.resume import plan_resume
+from offloop.engine.resume import ResumePlan, plan_resume
 from offloop.engine.testing import (
     EndlessLoader,
     Recorder,
@@ -334,7 +334,7 @@ def test_run_that_has_not_saved_yet_is_not_begun_a_second_time(tmp_path: Path) -
     class Second(Callback):
         @decides
         def on_epoch_end(self, event: Any, run: Any) -> None:
-            assert plan_resume("auto", tmp_path, "run") == (tmp_path / "run", None, 1)
+            assert plan_resume("auto", tmp_path, "run") == ResumePlan(tmp_path / "run", None, 1)
             with pytest.raises(RunLockedError, match="is being written by another run"):
                 DirectoryLock(tmp_path / "run")
             refused.append(run.id)
