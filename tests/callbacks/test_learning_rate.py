@@ -424,7 +424,7 @@ def test_plateau_is_not_turned_to_what_another_callback_watches(first: bool, tmp
         tiny_batches(1),
         tiny_batches(1),
         epochs=4,
-        metrics=["accuracy"],
+        metrics={"train": ["accuracy"]},
         callbacks=[recorder, *([plateau, *others] if first else [*others, plateau])],
     )
     assert recorder.of(LearningRateChanged) == []
