@@ -180,10 +180,12 @@ class Profiler(Callback):
             return
         recording.data_times[event.step] = event.data_time
         if recording.is_complete and event.step == recording.steps[-1]:
-            self._writer = threading.Thread(
-                target=self._write, args=(recording, run), name="offloop-profiler"
-            )
-            self._writer.start()
+            writer = threading.Thread(target=self._write, args=(recording, run), name="offloop-profiler")
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the system gives no more of them: `close` writes the files
+                writer.start()
+                self._writer = writer
 
     # In threads of its own
 

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import io
+import logging
 import os
 import sys
 import threading
@@ -34,6 +35,8 @@ from offloop.engine import (
     ValidationEnd,
     ValidationStart,
 )
+
+logger = logging.getLogger("offloop")
 
 REDRAW_INTERVAL: Final = 0.1
 """Seconds between two redraws at least: ten a second look smooth."""
@@ -386,7 +389,12 @@ class _Live(_Display):
 
     def added(self, bar: ProgressBar) -> None:
         if not self._thread.is_alive():
-            self._thread.start()
+            try:
+                self._thread.start()
+            except (
+                RuntimeError
+            ) as error:  # the system gives no more of them; how the run ended is still drawn
+                logger.error("the progress bar is not redrawn: %s", error)
 
     def changed(self, bar: ProgressBar, now: bool) -> None:
         if now:
@@ -400,7 +408,8 @@ class _Live(_Display):
     def close(self) -> None:
         self._is_closed = True
         self._wake.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def draw(self) -> None:
         """Draw all bars; under the lock."""

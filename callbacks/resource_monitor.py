@@ -142,8 +142,9 @@ class ResourceMonitor(Callback):
 
     async def on_train_start(self, event: TrainStart, run: Run) -> None:
         """Start the thread, then be the timer on the event loop until the run ends."""
-        self._sampler = sampler = _Sampler(event, run, self.every_seconds)
+        sampler = _Sampler(event, run, self.every_seconds)
         sampler.start()
+        self._sampler = sampler  # only now: one that the system gave no thread has nothing to stop
         with run.events(TrainEnd, name="ResourceMonitor.end") as end:
             while True:
                 sampler.loop_lag.expect(time.perf_counter() + BEAT)

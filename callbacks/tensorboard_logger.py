@@ -94,7 +94,8 @@ class TensorBoardLogger(ValueLogger):
         self._add_session_start(event, hyperparameters_of(event, run))
 
     def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
-        assert self._writer is not None
+        if self._writer is None:  # it could not be opened, as the failure at the start has said
+            return
         for name, value in values_to_plot(event, values).items():
             self._writer.add_scalar(name, value, event.step, walltime=event.time)
         if not isinstance(event, StepEnd) or event.time - self._flushed_at > FLUSH_INTERVAL:
@@ -102,7 +103,8 @@ class TensorBoardLogger(ValueLogger):
             self._flushed_at = event.time
 
     def on_alert(self, event: Alert, run: Run) -> None:
-        assert self._writer is not None
+        if self._writer is None:
+            return
         self._writer.add_text("alerts", f"{event.rule}: {event.message}", event.step, walltime=event.time)
         self._writer.flush()
 

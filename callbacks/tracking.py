@@ -217,6 +217,15 @@ class Sender:
                 self._give_up()
 
     def _work(self) -> None:
+        try:
+            self._send_all()
+        except (
+            BaseException
+        ) as error:  # a client that calls sys.exit(), for one: what waits is not lost unsaid
+            self._problem = self._problem or f"{type(error).__name__}: {error}"
+            self._give_up()
+
+    def _send_all(self) -> None:
         if self._again(self._connect):
             while batch := self._take():
                 if self._again(functools.partial(self._send, batch)):

@@ -310,7 +310,8 @@ class Dashboard(Callback):
                     f"From your own machine: ssh -L {server.port}:127.0.0.1:{server.port} {_user()}@{machine}"
                 )
         if self._open_browser:
-            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no more threads: the address is printed all the same
+                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
 
 
 async def _in_thread(work: Callable[[], None]) -> None:

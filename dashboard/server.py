@@ -116,7 +116,7 @@ class Server:
         self._half_open: dict[_Connection, None] = {}  # have not been answered yet, oldest first
         self._connections: set[_Connection] = set()  # all that are not over
         self._listening: list[int] = []  # descriptors
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._reason = ""  # why it was closed; written and read by the server's thread
         started = threading.Event()
         # A daemon: a viewer that does not go must never keep the interpreter from leaving.
@@ -196,6 +196,10 @@ class Server:
     def _run(self, started: threading.Event) -> None:
         try:
             asyncio.run(self._main(started), debug=False)
+        except BaseException as error:
+            if started.is_set():
+                raise
+            self._error = error  # there is no event loop, for want of descriptors
         finally:
             started.set()
 

@@ -160,7 +160,9 @@ class Uploads:
                 asked, is_urgent = self._asked, self._is_urgent
             try:
                 self._make_round(with_files=is_urgent or time.monotonic() >= self._files_due)
-            except Exception as error:
+            except (
+                BaseException
+            ) as error:  # a store's client that calls sys.exit(), too: the end waits for us
                 failures += 1
                 self._report(error)
                 self._rest(failures)
@@ -179,7 +181,7 @@ class Uploads:
             elif not self._is_closing:
                 self._changed.wait_for(lambda: self._is_closing, min(rest, LONGEST_REST_AT_END))
 
-    def _report(self, error: Exception) -> None:
+    def _report(self, error: BaseException) -> None:
         if self._is_closing:
             return
         logger.error(

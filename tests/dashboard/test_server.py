@@ -762,3 +762,13 @@ def test_connections_that_come_while_the_server_closes_are_not_left_open(
     gc.collect()  # what was left open says so
     for client in clients:
         client.close()
+
+
+def test_server_without_descriptors_for_its_event_loop_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(main: Any, **_: Any) -> None:
+        main.close()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(asyncio, "run", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        Server(Options())
