@@ -19,10 +19,17 @@ from rich.table import Table
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from offloop.callbacks import MetricLogger, ProgressBar
+from offloop import (
+    Callback,
+    Dashboard,
+    MetricLogger,
+    ProgressBar,
+    Run,
+    RunResult,
+    Trainer,
+    ValidationEnd,
+)
 from offloop.cli.char_gpt import CharGPT, Windows, char_loss, load_text, sample
-from offloop.dashboard import Dashboard
-from offloop.engine import Callback, Run, RunResult, Trainer, ValidationEnd
 
 # Found by trying some, so that two CPU cores get below 1.8 nats per character within about a minute.
 BATCH_SIZE: Final = 32

@@ -15,7 +15,7 @@ import anyio
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from offloop.engine import Callback, EpochEnd, Run, TrainEnd, Trainer
+from offloop import Callback, EpochEnd, Run, TrainEnd, Trainer
 
 
 class Hook(http.server.BaseHTTPRequestHandler):

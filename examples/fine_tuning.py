@@ -6,7 +6,7 @@ Run it: python examples/fine_tuning.py
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from offloop.engine import Callback, EpochStart, Run, Trainer, decides
+from offloop import Callback, EpochStart, Run, Trainer, decides
 
 
 class Classifier(torch.nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
 
-from offloop.engine import Callback, EpochEnd, Run, Trainer
+from offloop import Callback, EpochEnd, Run, Trainer
 
 NOISE = 4
 

@@ -16,7 +16,7 @@ import anyio.abc
 import torch
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from offloop.engine import Runs, Trainer
+from offloop import Runs, Trainer
 
 
 class Service:
