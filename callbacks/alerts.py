@@ -32,6 +32,7 @@ from offloop.engine import (
     TrainStart,
     ValidationEnd,
 )
+from offloop.engine.threads import Thread
 
 logger = logging.getLogger("offloop")
 
@@ -338,7 +339,7 @@ class _Watchdog:
         self._wanted = self._looks = 0
         self._changed = threading.Condition()
         # A daemon: it holds nothing, and must not keep an interpreter whose event loop died.
-        self._thread = threading.Thread(target=self._watch, name=f"offloop-alerts-{run.id}", daemon=True)
+        self._thread = Thread(self._watch, name=f"offloop-alerts-{run.id}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

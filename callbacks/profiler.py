@@ -34,6 +34,7 @@ from offloop.engine import (
     in_step,
     replace_file,
 )
+from offloop.engine.threads import Thread
 
 logger = logging.getLogger("offloop")
 
@@ -180,10 +181,9 @@ class Profiler(Callback):
             return
         recording.data_times[event.step] = event.data_time
         if recording.is_complete and event.step == recording.steps[-1]:
-            writer = threading.Thread(target=self._write, args=(recording, run), name="offloop-profiler")
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the system gives no more of them: `close` writes the files
+            writer = Thread(self._write, recording, run, name="offloop-profiler", daemon=False)
+            # Where the system gives no more threads, `close` writes the files.
+            with contextlib.suppress(RuntimeError):
                 writer.start()
                 self._writer = writer
 

@@ -35,6 +35,7 @@ from offloop.engine import (
     ValidationEnd,
     ValidationStart,
 )
+from offloop.engine.threads import Thread
 
 logger = logging.getLogger("offloop")
 
@@ -385,15 +386,14 @@ class _Live(_Display):
         self._drawing = threading.Lock()
         self._wake = threading.Event()
         self._is_closed = False
-        self._thread = threading.Thread(target=self._draw_on, name="offloop-progress", daemon=True)
+        self._thread = Thread(self._draw_on, name="offloop-progress", daemon=True)
 
     def added(self, bar: ProgressBar) -> None:
-        if not self._thread.is_alive():
+        if self._thread.ident is None:
             try:
                 self._thread.start()
-            except (
-                RuntimeError
-            ) as error:  # the system gives no more of them; how the run ended is still drawn
+            except RuntimeError as error:
+                # The system gives no more of them. How the run ended is still drawn.
                 logger.error("the progress bar is not redrawn: %s", error)
 
     def changed(self, bar: ProgressBar, now: bool) -> None:
@@ -408,7 +408,7 @@ class _Live(_Display):
     def close(self) -> None:
         self._is_closed = True
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join()
 
     def draw(self) -> None:

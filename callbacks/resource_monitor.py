@@ -36,6 +36,7 @@ from offloop.engine import (
     TrainStart,
     first_use,
 )
+from offloop.engine.threads import Thread
 
 logger = logging.getLogger("offloop")
 
@@ -185,11 +186,11 @@ class _Lateness:
         return (max(late), sum(late) / len(late)) if late else (0.0, 0.0)
 
 
-class _Sampler(threading.Thread):
+class _Sampler(Thread):
     """The monitor's thread. No daemon: `stop` ends it, and it waits for nothing but its own timer."""
 
     def __init__(self, start: TrainStart, run: Run, every_seconds: float) -> None:
-        super().__init__(name="offloop-resource-monitor", daemon=False)
+        super().__init__(self._sample, name="offloop-resource-monitor", daemon=False)
         self.loop_lag = _Lateness()  # the timer is the event loop
         self._interpreter_lag = _Lateness()  # the timer is this thread
         self._run = run
@@ -207,7 +208,7 @@ class _Sampler(threading.Thread):
         if self._error is not None:
             raise self._error
 
-    def run(self) -> None:
+    def _sample(self) -> None:
         try:
             self._work()
         except BusClosedError:

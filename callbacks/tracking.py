@@ -42,6 +42,7 @@ from offloop.engine import (
     first_use,
     replace_file,
 )
+from offloop.engine.threads import Thread
 
 logger = logging.getLogger("offloop")
 
@@ -177,7 +178,7 @@ class Sender:
         self._waiting: collections.deque[Entry] = collections.deque()
         self._in_flight = 0
         self._is_closing = self._is_given_up = False
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread = Thread(self._work, name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -212,7 +213,7 @@ class Sender:
             self._changed.notify()
         self._thread.join(timeout)
         with self._changed:
-            if self._thread.is_alive() and not self._is_given_up:
+            if not self._thread.is_over and not self._is_given_up:
                 self._problem = self._problem or f"it had not answered {timeout:g} s after the end"
                 self._give_up()
 

@@ -43,6 +43,7 @@ from offloop.dashboard.security import (
     user_key,
 )
 from offloop.engine import Event, Run, Subscription, TrainStart
+from offloop.engine.threads import Latch, Thread
 
 logger = logging.getLogger("offloop")
 # What strangers send must not fill anybody's log: the library's own records are for those who look for them.
@@ -118,13 +119,18 @@ class Server:
         self._listening: list[int] = []  # descriptors
         self._error: BaseException | None = None
         self._reason = ""  # why it was closed; written and read by the server's thread
-        started = threading.Event()
+        started = Latch()
         # A daemon: a viewer that does not go must never keep the interpreter from leaving.
-        self._thread = threading.Thread(
-            target=self._run, args=(started,), name="offloop-dashboard", daemon=True
-        )
+        self._thread = Thread(self._run, started, name="offloop-dashboard", daemon=True)
         self._thread.start()
-        started.wait()
+        try:
+            started.wait()
+        except BaseException:
+            # Ctrl-C: the caller never gets this server, so it is closed here.
+            started.wait()
+            if self._error is None:
+                self.close("interrupted")
+            raise
         if self._error is not None:
             self._thread.join()
             raise self._error
@@ -157,7 +163,7 @@ class Server:
     @property
     def is_serving(self) -> bool:
         """True until `close`."""
-        return self._thread.is_alive()
+        return not self._thread.is_over
 
     def add_run(self, run: Run, start: TrainStart, subscription: Subscription[Event]) -> None:
         """Show a run, while it goes on. Any thread; does not wait. After `close` nobody is left to see it."""
@@ -179,7 +185,7 @@ class Server:
             self._stop.set()  # first: whatever happens, the thread that closes does not wait for ever
             self.hub.say_goodbye(1001, reason)
 
-        if self._thread.is_alive():
+        if not self._thread.is_over:
             self._post(stop)
             self._thread.join()
 
@@ -193,17 +199,17 @@ class Server:
 
     # The server's own thread
 
-    def _run(self, started: threading.Event) -> None:
+    def _run(self, started: Latch) -> None:
         try:
             asyncio.run(self._main(started), debug=False)
         except BaseException as error:
-            if started.is_set():
+            if started.is_open:
                 raise
             self._error = error  # there is no event loop, for want of descriptors
         finally:
-            started.set()
+            started.open()
 
-    async def _main(self, started: threading.Event) -> None:
+    async def _main(self, started: Latch) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self.hub = Hub(
@@ -217,7 +223,7 @@ class Server:
             self._error = error
             return
         self._spawn(self.hub.beat())
-        started.set()
+        started.open()
         await self._stop.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):

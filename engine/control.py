@@ -90,7 +90,9 @@ class Control:
         self.standing = False  # True while the training thread waits for a decider or a full subscription
         self.places = Places(lambda: self.standing and deciding.get() is self)
         self._commands: deque[Command] = deque()
-        self._changed = threading.Condition()
+        # Entered by this lock, which no interrupt can leave taken, see threads.py.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._numbers = itertools.count()
         self._on_cancel: list[Callable[[], None]] = []
         self._awaiting: set[Waker] = set()  # tasks that await a command; under the condition's lock
@@ -110,7 +112,7 @@ class Control:
         arguments = {
             key: encodable(each) if isinstance(each, str) else each for key, each in arguments.items()
         }
-        with self._changed:
+        with self._lock:
             if self.ended:
                 raise RunEndedError(f"{name} came too late: the run is over")
             future: CommandFuture[Any] = CommandFuture(self.places, name)
@@ -136,7 +138,7 @@ class Control:
         Safe in a signal handler of the main thread: the lock is reentrant and never held for long.
         """
         self.attention = True
-        with self._changed:
+        with self._lock:
             self.changes += 1
             self._changed.notify_all()
 
@@ -150,14 +152,14 @@ class Control:
             RunEndedError: The run ended before the command could be applied.
         """
         with Waker() as waker:
-            with self._changed:
+            with self._lock:
                 self._awaiting.add(waker)
             try:
                 future.add_done_callback(lambda _: waker.wake())
                 while not future.done() and not self.standing:
                     await waker.wait()
             finally:
-                with self._changed:
+                with self._lock:
                     self._awaiting.discard(waker)
         return future.result() if future.done() else None
 
@@ -189,7 +191,7 @@ class Control:
         """
         applicable: list[Command] = []
         left: deque[Command] = deque()
-        with self._changed:
+        with self._lock:
             for command in self._commands:
                 is_stop = command.name == "stop"
                 if command.name in AT_ANY_BATCH:
@@ -209,19 +211,19 @@ class Control:
     def put_back(self, commands: Sequence[Command]) -> None:
         """Put back what was collected and could not be applied."""
         if commands:
-            with self._changed:
+            with self._lock:
                 self._commands.extendleft(reversed(commands))
                 self.attention = True
 
     @property
     def is_waited_for(self) -> bool:
         """True if a command waits for its boundary, and nobody has taken it back."""
-        with self._changed:
+        with self._lock:
             return any(not command.future.cancelled() for command in self._commands)
 
     def wait_for_change(self, seen: int) -> None:
         """Wait until `changes` is no longer `seen`: a command or a `poke` has come. For a pause."""
-        with self._changed:
+        with self._lock:
             while self.changes == seen:
                 self._changed.wait()
 
@@ -234,7 +236,7 @@ class Control:
             callback: Name of the one that is waited for; None for full `block` subscriptions.
         """
         started = warned = time.perf_counter()
-        with self.standing_still(callback), self._changed:
+        with self.standing_still(callback), self._lock:
             while not until():
                 self._changed.wait(WAIT_WARNING)
                 now = time.perf_counter()
@@ -245,7 +247,7 @@ class Control:
     @contextlib.contextmanager
     def standing_still(self, callback: str | None = None) -> Iterator[None]:
         """Release everybody who awaits a command, now and while this lasts."""
-        with self._changed:
+        with self._lock:
             self.standing = True
             for waker in self._awaiting:
                 waker.wake()
@@ -259,7 +261,7 @@ class Control:
 
     def end(self) -> None:
         """Apply no more commands: those still waiting fail with `RunEndedError`."""
-        with self._changed:
+        with self._lock:
             self.ended = True
             rest = list(self._commands)
             self._commands.clear()

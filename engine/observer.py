@@ -15,7 +15,6 @@ import inspect
 import itertools
 import logging
 import queue
-import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -32,9 +31,10 @@ from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.control import actor
 from offloop.engine.deadlock import Places
 from offloop.engine.driver import Driver, leaving
-from offloop.engine.errors import SubscriberTooSlowError, as_failure, describe, encodable
+from offloop.engine.errors import SubscriberTooSlowError, as_failure, describe, encodable, note_cancellation
 from offloop.engine.events import CallbackFailed, Event
 from offloop.engine.lazy_imports import was_importing
+from offloop.engine.threads import Thread
 from offloop.engine.waker import Waker
 
 logger = logging.getLogger("offloop")
@@ -89,7 +89,7 @@ class Worker:
         self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waker = Waker()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._context = contextvars.copy_context()
 
     async def run(self, function: Callable[[], T], *, else_here: bool = False) -> T:
@@ -103,9 +103,7 @@ class Worker:
             RuntimeError: The system gives no thread.
         """
         if self._thread is None:
-            thread = threading.Thread(
-                target=self._context.run, args=(self._work,), name=self._name, daemon=True
-            )
+            thread = Thread(self._context.run, self._work, name=self._name, daemon=True)
             try:
                 thread.start()
             except RuntimeError:
@@ -215,6 +213,7 @@ class Observer:
         if self.subscription is None:
             return
         actor.set(self.name)
+        note_cancellation(anyio.get_cancelled_exc_class())
         try:
             with self._places.task(anyio.get_current_task().id):
                 await self._serve(self.subscription)

@@ -18,6 +18,7 @@ import anyio
 import torch
 
 from offloop.engine.data import to_device
+from offloop.engine.threads import Thread
 from offloop.engine.waker import Waker
 
 logger = logging.getLogger("offloop")
@@ -54,19 +55,21 @@ class PredictionStream(AsyncIterator[Any]):
     def __init__(self, work: Callable[[], Generator[Any, None, None]], *, read_ahead: int) -> None:
         self._work = work
         self._read_ahead = read_ahead
-        self._changed = threading.Condition()  # guards what follows, between the thread and the event loop
+        # Guards what follows, between the thread and the event loop.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._ready: deque[Any] = deque()
         self._is_left = False
         self._has_ended = False
         self._error: BaseException | None = None
         self._waker = Waker()
         context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._run,), name="offloop-prediction")
+        self._thread = Thread(context.run, self._run, name="offloop-prediction", daemon=False)
 
     async def __anext__(self) -> Any:
         """Return the outputs of the next batch. Raises what the model or the loader raised. Cancellation: safe."""
         while True:
-            with self._changed:
+            with self._lock:
                 if self._ready:
                     self._changed.notify()
                     return self._ready.popleft()
@@ -83,7 +86,7 @@ class PredictionStream(AsyncIterator[Any]):
 
     async def leave(self) -> None:
         """End the thread after the batch in work, and wait for that through any number of cancellations."""
-        with self._changed:
+        with self._lock:
             self._is_left = True
             self._changed.notify()
         swept: BaseException | None = None
@@ -106,7 +109,7 @@ class PredictionStream(AsyncIterator[Any]):
         try:
             with contextlib.closing(self._work()) as outputs:
                 for each in outputs:
-                    with self._changed:
+                    with self._lock:
                         self._ready.append(each)
                         self._waker.wake()
                         self._changed.wait_for(lambda: self._is_left or len(self._ready) < self._read_ahead)
@@ -114,6 +117,6 @@ class PredictionStream(AsyncIterator[Any]):
                             break
         except BaseException as problem:
             error = problem
-        with self._changed:
+        with self._lock:
             self._error, self._has_ended = error, True
         self._waker.wake()

@@ -4,11 +4,52 @@ Before Python 3.13, a `KeyboardInterrupt` that is raised inside `Thread.join` or
 thread as ended while it still runs (https://github.com/python/cpython/issues/90882). From then on `join` returns
 at once and `is_alive` is False. Only the main thread can be interrupted like this, but any thread may be the
 victim, so offloop asks neither method: its own threads are of the class `Thread`, and `has_ended` judges others.
+
+Locks have a trap of the same kind: `with condition:` runs Python code in `Condition.__enter__` and `__exit__`. An
+interrupt in there leaves the lock taken for ever. A condition that the main thread may enter is therefore built on
+a lock of its own, `threading.Condition(lock)`, and entered by `with lock:`, which cannot be interrupted halfway.
 """
 
+import os
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+__all__ = ["Latch", "Thread", "has_ended"]
+
+LOOK_INTERVAL: Final = 1.0
+"""Seconds after which a waiter looks again: an interrupt may keep another waiter from passing the lock on."""
+
+
+class Latch:
+    """An event that happens once. Unlike `threading.Event`, an interrupt of a waiter harms no other thread."""
+
+    def __init__(self) -> None:
+        self.is_open = False  # written once, before the lock is released
+        self._lock = threading.Lock()  # held while the latch is closed; acquired in C, so never half taken
+        self._lock.acquire()
+
+    def open(self) -> None:
+        """Let all waiters through. One thread; twice is fine."""
+        if not self.is_open:
+            self.is_open = True
+            self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the latch is open, at most `timeout` seconds; return whether it is. Blocks.
+
+        Raises:
+            KeyboardInterrupt: A signal handler raised it; waiting again is fine.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.is_open:
+            left = LOOK_INTERVAL if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if self._lock.acquire(timeout=min(left, LOOK_INTERVAL)):
+                self._lock.release()
+        return True
 
 
 class Thread(threading.Thread):
@@ -16,17 +57,20 @@ class Thread(threading.Thread):
 
     def __init__(self, target: Callable[..., object], *args: Any, name: str, daemon: bool) -> None:
         super().__init__(target=target, args=args, name=name, daemon=daemon)
-        self.is_over = False  # written by the thread as its last act, before it releases the lock
-        self._running = threading.Lock()  # held from here to the thread's last act
-        self._running.acquire()
+        self._end = Latch()  # opened by the thread as its last act
+        self._process = os.getpid()
 
     def run(self) -> None:
         """Run the target. Called by `start`."""
         try:
             super().run()
         finally:
-            self.is_over = True
-            self._running.release()
+            self._end.open()
+
+    @property
+    def is_over(self) -> bool:
+        """True once the target has returned or raised. Any thread. In a forked child, only its own thread lives."""
+        return self._end.is_open or (os.getpid() != self._process and threading.current_thread() is not self)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the thread has ended, at most `timeout` seconds. Blocks.
@@ -35,11 +79,8 @@ class Thread(threading.Thread):
             KeyboardInterrupt: A signal handler raised it. The thread goes on and can be joined again.
         """
         is_foreign = self.ident is not None and threading.current_thread() is not self
-        if is_foreign and not self.is_over:
-            # A lock that is acquired in C: if a handler raises, it is either not taken, or was released already.
-            if not self._running.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
-                return
-            self._running.release()
+        if is_foreign and not self.is_over and not self._end.wait(timeout):
+            return
         super().join(timeout)  # what is left is the interpreter's own work; not started or itself: raises
 
 

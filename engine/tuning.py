@@ -32,6 +32,7 @@ from offloop.engine.lazy_imports import first_use
 from offloop.engine.learning_rate import Schedule, largest_lr, scale_lr
 from offloop.engine.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.thread_state import check_caller
+from offloop.engine.threads import Thread
 
 if TYPE_CHECKING:
     from offloop.engine.loop import TrainingLoop
@@ -381,7 +382,7 @@ class _Memory:
                 if is_over.wait(_SAMPLING_INTERVAL):
                     return
 
-        thread = threading.Thread(target=look, name="offloop-memory")
+        thread = Thread(look, name="offloop-memory", daemon=False)
         thread.start()
         try:
             yield peak

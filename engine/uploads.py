@@ -41,6 +41,7 @@ from offloop.engine.events import CheckpointUploaded, Event, UploadFailed
 from offloop.engine.resume import RUN_JSON
 from offloop.engine.run_dir import format_run_json
 from offloop.engine.saving import Checkpoints, Patience
+from offloop.engine.threads import Thread
 
 logger = logging.getLogger("offloop")
 
@@ -103,7 +104,7 @@ class Uploads:
         self._files: dict[str, tuple[int, int]] = {}  # what was uploaded last: time of change, size
         self._files_due = 0.0
         self._random = random.Random()
-        self._thread = threading.Thread(target=self._run, name="offloop-uploads", daemon=True)
+        self._thread = Thread(self._run, name="offloop-uploads", daemon=True)
 
     def start(self) -> None:
         """Begin to copy."""
@@ -145,7 +146,7 @@ class Uploads:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join(1.0)
 
     # The upload thread ---------------------------------------------------------------------------

@@ -31,6 +31,7 @@ WITHOUT_TORCH: Final = (
     "driver",
     "forked",
     "observer",
+    "threads",
 )
 """Modules of the engine that work, and load, without torch."""
 SHARED: Final = ("errors", "spelling", "config", "events", "callback", "control")
@@ -148,7 +149,11 @@ def test_the_engine_is_used_through_its_public_names(module: str) -> None:
         if each.module.startswith("offloop.engine"):
             if each.module == "offloop.engine.testing":
                 continue
-            assert each.module in ("offloop.engine", "offloop.engine.checkpoint"), each
+            assert each.module in (
+                "offloop.engine",
+                "offloop.engine.checkpoint",
+                "offloop.engine.threads",
+            ), each
             assert each.name in importlib.import_module(each.module).__all__, each
 
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -382,3 +383,31 @@ def test_number_is_given_with_the_place_in_the_queue(control: Control) -> None:
     control._numbers = count()  # type: ignore[assignment]  # a spy
     give(control, "pause", "resume")
     assert held == [True, True]
+
+
+def test_interrupts_never_leave_the_mailbox_locked(control: Control) -> None:
+    """KeyboardInterrupt may be raised between any two lines that the main thread runs, also inside `give`."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        interrupted = 0
+        for _ in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 50e-6)
+                # Bounded: an interrupt that strikes inside the garbage collector's work is lost.
+                for _ in range(10_000):
+                    control.give("resume", {}).cancel()
+            except KeyboardInterrupt:
+                interrupted += 1
+            control.collect(step_boundary=True)
+        assert interrupted > 100
+        other = threading.Thread(target=control.poke, daemon=True)
+        other.start()
+        other.join(10.0)
+        assert not other.is_alive(), "the mailbox is locked for ever"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,12 +1,14 @@
 """engine/threads.py: the end of a thread is known, whatever interrupts the wait for it."""
 
+import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
 
-from offloop.engine.threads import Thread, has_ended
+from offloop.engine.threads import Latch, Thread, has_ended
 
 
 @pytest.fixture
@@ -44,6 +46,21 @@ def test_interrupted_join_leaves_the_thread_to_be_joined_again(release: threadin
     thread.join()
     assert thread.is_over
     assert has_ended(thread)
+
+
+def test_latch_is_open_for_everyone_once_it_was_opened() -> None:
+    latch = Latch()
+    assert not latch.wait(0.0)
+    assert not latch.wait(0.001)
+    waiting = [threading.Thread(target=latch.wait, args=(60.0,)) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    latch.open()
+    latch.open()
+    for thread in waiting:
+        thread.join(60.0)
+        assert not thread.is_alive()
+    assert latch.is_open and latch.wait() and latch.wait(0.0)
 
 
 def test_thread_that_raises_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +107,21 @@ def test_thread_of_the_application_is_alive_although_its_join_was_interrupted(
     release.set()
     while not has_ended(thread):
         pass
+
+
+def test_in_a_forked_child_no_other_thread_is_waited_for(release: threading.Event) -> None:
+    thread = make_thread(release)
+    thread.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of a fork beside threads, which is what is tested
+        child = os.fork()
+    if child == 0:
+        thread.join()
+        os._exit(0 if thread.is_over else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not thread.is_over
 
 
 def test_main_thread_has_not_ended() -> None:
