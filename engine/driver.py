@@ -64,6 +64,7 @@ class Driver:
         """
         value: Any = None
         error: BaseException | None = None
+        cancelled: BaseException | None = None
         generation = forked.generation
         while True:
             wall, cpu = time.perf_counter(), time.thread_time()
@@ -78,8 +79,9 @@ class Driver:
             finally:
                 if forked.generation != generation:
                     forked.end_process(None)
+                error = cancelled = None  # an exception that holds this frame must not be held by it
                 account(time.perf_counter() - wall, time.thread_time() - cpu)
-            value, error = None, None
+            value = None
             try:
                 value = yield yielded
             except GeneratorExit:
