@@ -1,7 +1,7 @@
 """WeightAverage: an average of the weights beside the weights in training, and validations that use it."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ class WeightAverage(Callback):
     """Averages the weights after optimizer steps: exponentially (EMA) or equally (SWA).
 
         WeightAverage(decay=0.999)                              EMA, after every step
+        WeightAverage(decay=lambda n: min(0.9999, (1 + n) / (10 + n)))
+                                                                EMA with a warm-up
         WeightAverage("swa", start_epoch=75)                    SWA, at the end of each epoch from the 76th on
 
     Training goes on with its own weights and does not notice. Validations run with the average from its first
@@ -39,12 +41,12 @@ class WeightAverage(Callback):
         self,
         kind: Kind = "ema",
         *,
-        decay: float | None = None,
+        decay: float | Callable[[int], float] | None = None,
         every_n_steps: int | None = None,
         start_step: int = 0,
         start_epoch: int = 0,
         use_buffers: bool = True,
-        validate: bool = True,
+        validate: bool | Literal["both"] = True,
         apply_at_end: bool = False,
     ) -> None:
         """Choose what is averaged, and when.
@@ -52,12 +54,16 @@ class WeightAverage(Callback):
         Args:
             kind: `"ema"`: the average moves towards the weights by `1 - decay`; `"swa"`: the equal mean of all that
                 were looked at.
-            decay: For EMA: above 0 and below 1, 0.999 by default.
+            decay: For EMA: above 0 and below 1, 0.999 by default; or a function of how many updates the average
+                has, from 1, that returns it: 0 takes the weights as they are. A function is not saved: a resumed
+                run takes that of its script.
             every_n_steps: Optimizer steps between two looks; None: each for EMA, the last of each epoch for SWA.
             start_step: Optimizer steps before the first look.
             start_epoch: Epochs before the first look.
             use_buffers: Average the statistics of batch normalisation too. False: validations use the model's own.
-            validate: Run validations with the average. One average of a run may.
+            validate: Run validations with the average. One average of a run may. `"both"` runs each validation
+                twice: `val_loss` and its like are the average's, `val_live_loss` and its like those of the weights in
+                training.
             apply_at_end: Put the average into the model when the run was completed or stopped, after its last
                 checkpoint, which keeps the weights in training.
 
@@ -69,8 +75,14 @@ class WeightAverage(Callback):
         if kind == "swa" and decay is not None:
             raise ConfigError("decay is for EMA: SWA takes the equal mean")
         decay = 0.999 if decay is None else decay
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1:
-            raise ConfigError(f"decay must be above 0 and below 1, got {decay!r}")
+        if not callable(decay) and (
+            isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1
+        ):
+            raise ConfigError(
+                f"decay must be above 0 and below 1, or a function of the updates, got {decay!r}"
+            )
+        if validate not in (True, False, "both"):
+            raise ConfigError(f"validate must be True, False or 'both', got {validate!r}")
         for name, value, least in (
             ("every_n_steps", every_n_steps, 1),
             ("start_step", start_step, 0),
@@ -81,7 +93,7 @@ class WeightAverage(Callback):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
         self.kind = kind
-        self.decay = float(decay)
+        self.decay = decay
         self.every_n_steps = every_n_steps
         self.start_step = start_step
         self.start_epoch = start_epoch
@@ -117,7 +129,11 @@ class WeightAverage(Callback):
 
     @property
     def validates_average(self) -> bool:
-        return self.validate
+        return self.validate is not False
+
+    @property
+    def validates_live(self) -> bool:
+        return self.validate == "both"
 
     @property
     def sets_final_weights(self) -> bool:
@@ -134,7 +150,7 @@ class WeightAverage(Callback):
             if event.steps_per_epoch is None:
                 raise ConfigError("an epoch of unknown length has no known last step: give every_n_steps=")
             self._every = event.steps_per_epoch
-        average = get_swa_multi_avg_fn() if self.kind == "swa" else get_ema_multi_avg_fn(self.decay)
+        average = get_swa_multi_avg_fn() if self.kind == "swa" else _ema(self.decay)
         self._model = run.trainer.model
         self._average = _Average(self._model, multi_avg_fn=average, use_buffers=self.use_buffers)
         self._average.requires_grad_(False)
@@ -191,6 +207,23 @@ class WeightAverage(Callback):
         """Return what is averaged of the model beside its average."""
         assert self._average is not None
         return self._average.pairs()
+
+
+def _ema(decay: float | Callable[[int], float]) -> Any:
+    """Return torch's update of an exponential average, whose decay may depend on the updates so far."""
+    if not callable(decay):
+        return get_ema_multi_avg_fn(float(decay))
+
+    def update(mine: Any, theirs: Any, updates: Any) -> None:
+        value = decay(int(updates))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(
+                "the decay function of WeightAverage must return a number of at least 0 and below 1; after "
+                f"{int(updates)} updates it returned {value!r}"
+            )
+        get_ema_multi_avg_fn(value)(mine, theirs, updates)
+
+    return update
 
 
 class _Average(AveragedModel):

@@ -12,6 +12,7 @@ import torch
 
 from offloop.engine.callback import Callback
 from offloop.engine.errors import ConfigError
+from offloop.engine.val_loaders import PREFIX, live_prefix
 
 AVERAGE: Final = "average"
 """The key of an average in a checkpoint; further ones are `average_2`, ..."""
@@ -46,9 +47,11 @@ def captured(callbacks: Iterable[Callback], model: torch.nn.Module) -> dict[str,
     return {key: _complete(model, each) for key, each in zip(keys, averages, strict=False)}
 
 
-def measured_key(callbacks: Iterable[Callback], monitor: str) -> str:
+def measured_key(callbacks: Sequence[Callback], monitor: str) -> str:
     """Return the key of the weights that a metric of now belongs to: `model`, or that of an average."""
-    if not monitor.startswith("val_"):
+    if not monitor.startswith("val_") or (
+        monitor.startswith(live_prefix(PREFIX)) and any(each.validates_live for each in callbacks)
+    ):
         return "model"
     validates = [each.validates_average for each in callbacks if each.averaged_weights()]
     number = validates.index(True) + 1 if True in validates else 0

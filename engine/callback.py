@@ -122,6 +122,11 @@ class Callback:
         return False
 
     @property
+    def validates_live(self) -> bool:
+        """True if validations run with the weights in training, too: `val_live_loss`. Read before the run."""
+        return False
+
+    @property
     def sets_final_weights(self) -> bool:
         """True if it says which weights the model has after the run, at `before_train_end`. One callback may."""
         return False

@@ -58,7 +58,7 @@ from offloop.engine.seeded_sampling import SeededSampling
 from offloop.engine.step_failures import explain_failure
 from offloop.engine.step_hooks import StepHooks
 from offloop.engine.training_mode import enter_training, eval_mode
-from offloop.engine.val_loaders import PREFIX, ValLoader, by_prefix, name_of
+from offloop.engine.val_loaders import PREFIX, ValLoader, by_prefix, live_prefix, name_of
 from offloop.engine.workers import spared_workers
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ class TrainingLoop:
         save: Callable[[Command], None],
         guard: Callable[[], None],
         count_samples: Callable[[Batch], int] = guess_batch_size,
+        validates_live: bool = False,
     ) -> None:
         self.program = program
         self.count_samples = count_samples
@@ -170,6 +171,7 @@ class TrainingLoop:
         self.val_loaders = by_prefix(val_loader)
         self.val_prefix = PREFIX  # of the keys of the loader that is, or was last, validated on
         self.val_metrics = val_metrics  # by prefix
+        self.validates_live = validates_live  # with the weights in training, before hooks swap an average in
         self.logged_names: tuple[set[str], set[str]] = (set(), set())  # checked, in training and validations
         self.monitor = monitor
         self.publish_step = publish_step  # the short way for the one event of every step
@@ -738,9 +740,13 @@ class TrainingLoop:
         before = self.data.before_validation() if self.is_resumable else None
         try:
             try:
+                made: dict[str, float] = {}
+                if self.validates_live:
+                    with eval_mode(self.program.model):
+                        made |= self.run_validation(is_live=True)
                 self.hooks.run_all("before_validation")
                 with eval_mode(self.program.model):
-                    made = self.run_validation()
+                    made |= self.run_validation()
             finally:
                 self.hooks.run_all("after_validation")  # always: it may put back what was swapped before
         finally:
@@ -762,11 +768,18 @@ class TrainingLoop:
         )
         return made
 
-    def run_validation(self) -> dict[str, float]:
-        """Run the model, which is in eval mode, over each val_loader; return what the named ones have made."""
-        self.val_samples = self.val_batches = 0
+    def run_validation(self, *, is_live: bool = False) -> dict[str, float]:
+        """Run the model, which is in eval mode, over each val_loader; return what the named ones have made.
+
+        Args:
+            is_live: True for the weights in training, where another pass with an average follows.
+        """
+        self.val_samples = 0
         made: dict[str, float] = {}
-        for prefix, loader in self.val_loaders.items():
+        for name, loader in self.val_loaders.items():
+            if self.ending in ("stopped", "cancelled"):
+                break
+            prefix = live_prefix(name) if is_live else name
             self.val_prefix, before = prefix, self.val_batches
             if prefix in self.val_metrics:
                 self.val_metrics[prefix].reset()
@@ -796,7 +809,8 @@ class TrainingLoop:
             for each in self.val_loaders.values()
         ]
         known = [each for each in lengths if each is not None]
-        return sum(known) if len(known) == len(lengths) else None
+        passes = 2 if self.validates_live else 1
+        return passes * sum(known) if len(known) == len(lengths) else None
 
     def validate_batch(self, batch: Batch) -> None:
         """Run one batch of a validation."""

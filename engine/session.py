@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -180,6 +180,7 @@ class Session:
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
         self._on_unsaveable: OnError | None = None  # what then happens; None: it is not looked for
+        self._callbacks_are_unknown = True  # False once the state of callbacks was looked at
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
         self.records = Records(
@@ -410,7 +411,10 @@ class Session:
                     f"the weights of step {loop.step} are not finite, and a run cannot go on from them: "
                     'the checkpoint before stays the newest. on_nonfinite="warn" saves them'
                 )
-            state = self._capture()
+            state = self._capture(self._handlers)
+            if self._on_unsaveable is not None and self._callbacks_are_unknown:
+                self._callbacks_are_unknown = False
+                self._check_saveable({"callbacks": state["callbacks"]})
         except BaseException as error:  # out of a state_dict; no giver of a command may be waiting for it
             logger.exception("the checkpoint of step %d was not saved", loop.step)
             described = describe(as_failure(error))
@@ -432,9 +436,9 @@ class Session:
         if is_accepted:
             self._saved_moment = self._moment()
 
-    def _capture(self) -> dict[str, Any]:
-        """Return the state of this moment. Tensors are live, not copied."""
-        state = run_state.capture(self.loop, self._handlers, self.monitors.best)
+    def _capture(self, handlers: Sequence[Handlers]) -> dict[str, Any]:
+        """Return the state of this moment, with that of these callbacks. Tensors are live, not copied."""
+        state = run_state.capture(self.loop, handlers, self.monitors.best)
         self.user_state.capture(state)
         if self._resume_lr is not None:
             state["resume_lr"] = self._resume_lr  # it has been set, and is not set again
@@ -446,23 +450,27 @@ class Session:
     def check_state_at_first_step(self, on_error: OnError) -> None:
         """Find out at the first step whether a checkpoint can be saved. Training thread, before that step.
 
+        Callbacks are asked for their state only when a checkpoint is taken, so theirs is looked at with the first one.
+
         Args:
             on_error: Whether the run ends if not, or the log says so.
         """
 
-        def check() -> None:
-            try:
-                check_saveable(self._capture())
-            except Exception as error:
-                is_certain = not is_out_of_memory(error)  # memory may be there at the next one
-                if self._on_unsaveable == "raise" and is_certain:
-                    raise
-                logger.error("%s", error)
-
         if self._on_unsaveable is None:
-            self.loop.hooks.once("after_step", check)
+            self.loop.hooks.once("after_step", lambda: self._check_saveable(None))
         if self._on_unsaveable != "raise":  # of several that save, one is enough to end the run
             self._on_unsaveable = on_error
+
+    def _check_saveable(self, state: Mapping[str, Any] | None) -> None:
+        """Raise, or log, what can never be saved in a state; None: in that of this moment without callbacks."""
+        try:
+            check_saveable(self._capture(()) if state is None else state)
+        except Exception as error:
+            is_certain = not is_out_of_memory(error)  # memory may be there at the next one
+            if self._on_unsaveable == "raise" and is_certain:
+                self._fail(error)  # a command that asked for the checkpoint would take the error for its own
+                raise
+            logger.error("%s", error)
 
     def measured_weights(self, monitor: str) -> dict[str, Any]:
         """Return the state dict that a metric made just now belongs to. Training thread; live tensors."""

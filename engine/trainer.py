@@ -83,7 +83,7 @@ from offloop.engine.thread_state import caller_state, check_caller
 from offloop.engine.threads import Thread
 from offloop.engine.training_mode import eval_mode
 from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
-from offloop.engine.val_loaders import ValLoader, by_prefix, name_of
+from offloop.engine.val_loaders import LIVE, PREFIX, ValLoader, by_prefix, live_prefix, name_of
 from offloop.engine.weights import Source, plan_init
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -933,6 +933,13 @@ class BaseTrainer:
         if base_dir is not None and not any(isinstance(each, EventLog) for each in given):
             given.insert(0, EventLog())
         handlers = lookup(given)
+        if any(each.validates_live for each in given) and any(
+            each.startswith(live_prefix(PREFIX)) for each in by_prefix(val_loader)
+        ):
+            raise ConfigError(
+                f"val_loader has the name {LIVE!r}, which is that of the weights in training with validate='both': "
+                "rename the loader"
+            )
         check_averages(given)
         run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
         remote = None if config.remote is None else remote_run(config.remote, run_id)
@@ -1048,6 +1055,10 @@ class BaseTrainer:
         handlers: Sequence[Any],
     ) -> TrainingLoop:
         self._next_tokens = NextTokens()
+        prefixes = list(by_prefix(val_loader))
+        validates_live = any(each.callback.validates_live for each in handlers)
+        if validates_live:
+            prefixes += [live_prefix(each) for each in prefixes]
         loop = TrainingLoop(
             self,
             config=self.config,
@@ -1058,7 +1069,8 @@ class BaseTrainer:
             train_loader=train_loader,
             val_loader=val_loader,
             train_metrics=self._metric_sets(["train_"], metrics_for("train", metrics)).get("train_"),
-            val_metrics=self._metric_sets(by_prefix(val_loader), metrics_for("val", metrics)),
+            val_metrics=self._metric_sets(prefixes, metrics_for("val", metrics)),
+            validates_live=validates_live,
             monitor=session.monitors.default,
             publish=session.emit,
             publish_step=session.bus.publish_unchecked,

@@ -12,6 +12,9 @@ ValLoader: TypeAlias = Iterable[Any] | Mapping[str, Iterable[Any]]
 PREFIX: Final = "val_"
 """What stands before the metrics of a single loader, and of values that belong to no loader."""
 
+LIVE: Final = "live"
+"""Where validations run with an average and with the weights in training: what the keys of the latter begin with."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -22,6 +25,11 @@ def by_prefix(val_loader: ValLoader | None) -> dict[str, Iterable[Any]]:
     if not isinstance(val_loader, Mapping):
         return {PREFIX: val_loader}
     return {f"{PREFIX}{name}_": each for name, each in val_loader.items()}
+
+
+def live_prefix(prefix: str) -> str:
+    """Return what stands before the keys of a validation with the weights in training, beside one with an average."""
+    return f"{PREFIX}{LIVE}_{prefix.removeprefix(PREFIX)}"
 
 
 def name_of(prefix: str) -> str:

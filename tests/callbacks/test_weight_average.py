@@ -1,6 +1,7 @@
 """callbacks/weight_average.py: the average is torch's, validations use it, and training never notices."""
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,23 @@ from offloop.engine import (
     Trainer,
     TrainStart,
     ValidationEnd,
+    ValidationStart,
     WeightsError,
     decides,
     in_step,
     load_model,
 )
-from offloop.engine.testing import FailingCallback, SlowCallback, tiny_batches, tiny_trainer
+from offloop.engine.testing import (
+    FailingCallback,
+    Recorder,
+    SlowCallback,
+    tiny_batches,
+    tiny_model,
+    tiny_trainer,
+)
 
 BATCHES = 4
+DATA = tiny_batches(3)
 State = dict[str, torch.Tensor]
 
 
@@ -103,7 +113,7 @@ def swa_of_floats(mine: Any, theirs: Any, count: Any) -> None:
         get_swa_multi_avg_fn()(mine, theirs, count)
 
 
-def average_by_hand(kind: str, decay: float, states: list[State], use_buffers: bool) -> State:
+def average_by_hand(kind: str, decay: Any, states: list[State], use_buffers: bool) -> State:
     """Return what torch's AveragedModel makes of these states."""
     live = with_buffers()
     function = get_ema_multi_avg_fn(decay) if kind == "ema" else swa_of_floats
@@ -141,6 +151,33 @@ def test_average_is_torchs_bit_for_bit(arguments: dict[str, Any], steps: Any, us
     assert not is_equal(floats_of(mine), floats_of(states[-1]))
 
 
+def test_decay_may_be_a_function_of_the_updates() -> None:
+    def decay(updates: int) -> float:
+        asked.append(updates)
+        return (1 + updates) / (10 + updates)
+
+    asked: list[int] = []
+    snapshots, average = Snapshots(), WeightAverage(decay=decay)
+    train(snapshots, average)
+    states = [floats_of(snapshots.after[step]) for step in range(1, 13)]
+    expected = {name: each.clone() for name, each in states[0].items()}
+    for updates, state in enumerate(states[1:], 1):
+        for name, each in expected.items():
+            each.lerp_(state[name], 1 - (1 + updates) / (10 + updates))
+    assert asked == list(range(1, 12))
+    mine = floats_of(state_of(average.averaged_model))
+    weights = [name for name in expected if name in dict(average.averaged_model.named_parameters())]
+    assert weights
+    for name in weights:
+        torch.testing.assert_close(mine[name], expected[name])
+
+
+@pytest.mark.parametrize("bad", [1, 1.5, -0.1, "0.9", True, None])
+def test_function_that_returns_no_decay_ends_the_run(bad: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"after 1 updates it returned {bad!r}")):
+        train(WeightAverage(decay=lambda updates: bad))
+
+
 def test_counters_are_taken_over_not_averaged() -> None:
     average = WeightAverage(decay=0.9)
     train(average)
@@ -162,6 +199,34 @@ def test_validation_runs_with_the_average_and_training_does_not(use_buffers: boo
             expected |= {name: states[-1][name] for name in expected if "running" in name}
         assert is_equal(floats_of(seen), floats_of(expected))
         assert not is_equal(floats_of(seen), floats_of(states[-1]))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_both_are_validated_and_the_average_decides(several: bool) -> None:
+    model = tiny_model()
+    average = WeightAverage(decay=0.9, validate="both")
+    trainer = tiny_trainer(model=model)
+    loader: Any = {"fit": DATA[:1], "new": DATA[1:]} if several else DATA
+    result = trainer.train(DATA, loader, epochs=2, metrics=["accuracy"], callbacks=[average])
+    live = trainer.evaluate(loader, metrics=["accuracy"])
+    averaged = tiny_trainer(model=average.averaged_model).evaluate(loader, metrics=["accuracy"])
+    for key in live:
+        assert result.metrics[key] == averaged[key] != live[key] or "accuracy" in key
+        assert result.metrics[key.replace("val_", "val_live_")] == live[key]
+    assert result.best is not None and result.best.monitor == next(iter(live)).replace("accuracy", "loss")
+    assert result.history[0].metrics.keys() >= result.metrics.keys()
+
+
+def test_both_count_in_the_length_of_a_validation() -> None:
+    recorder = Recorder()
+    tiny_trainer(callbacks=[recorder, WeightAverage(validate="both")]).train(DATA, DATA, epochs=1)
+    (start,), (end,) = recorder.of(ValidationStart), recorder.of(ValidationEnd)
+    assert (start.batches, end.samples) == (2 * len(DATA), sum(len(batch[0]) for batch in DATA))
+
+
+def test_a_loader_called_live_beside_both_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"val_loader has the name 'live'.*rename the loader"):
+        tiny_trainer().train(DATA, {"live": DATA}, epochs=1, callbacks=[WeightAverage(validate="both")])
 
 
 def test_validate_false_leaves_validations_alone() -> None:
@@ -498,9 +563,10 @@ def test_two_that_say_what_the_model_is_in_the_end_are_refused(callbacks: list[C
     ("arguments", "text"),
     [
         ({"kind": "mean"}, "kind must be 'ema' or 'swa', got 'mean'"),
-        ({"decay": 1.0}, "decay must be above 0 and below 1, got 1.0"),
+        ({"decay": 1.0}, "decay must be above 0 and below 1, or a function of the updates, got 1.0"),
         ({"decay": 0}, "decay must be above 0"),
         ({"decay": "0.9"}, "decay must be above 0"),
+        ({"validate": "live"}, "validate must be True, False or 'both', got 'live'"),
         ({"kind": "swa", "decay": 0.9}, "decay is for EMA"),
         ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1"),
         ({"start_step": -1}, "start_step must be a whole number of at least 0"),
