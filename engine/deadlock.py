@@ -10,7 +10,7 @@ Code that runs in one of these places, or that training waits for, must not bloc
     what an async decider waits for              training waits for that decider
     worker thread of a callback                  training waits for that callback, see `Places.held_up`
 
-`await run.stop()` is safe in all of them: while training waits for others, it returns on acceptance.
+`await run.stop()` is safe wherever code can await: while training waits for others, it returns on acceptance.
 """
 
 import threading
@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import anyio
+import anyio.lowlevel
 
 from offloop.engine.errors import DeadlockError
 
@@ -73,14 +76,29 @@ class Places:
                 each.set()
 
     def is_plain(self) -> bool:
-        """True in the training thread and in the worker threads of callbacks, where nothing can be awaited."""
+        """True where nothing can be awaited: in the training thread, and in a callback's worker thread as it is.
+
+        A worker thread may run an event loop of its own, which can wait for a command as any other can.
+        """
         thread = threading.get_ident()
-        return thread == self.training_thread or thread in self.workers
+        return thread == self.training_thread or (thread in self.workers and not _runs_event_loop())
+
+    def is_handling(self) -> bool:
+        """True where a callback handles an event, for which the end of the run waits. In an event loop only."""
+        return threading.get_ident() in self.workers or anyio.get_current_task().id in self.tasks
 
     def held_up(self) -> bool:
         """True in the worker thread of a callback for which training waits at this moment."""
         name, is_blocking = self.workers.get(threading.get_ident(), (None, None))
         return is_blocking is not None and (self.awaited == name or is_blocking())
+
+    def completes_without(self, command: str) -> bool:
+        """True if a command that was taken at its boundary is completed without the help of this thread.
+
+        A checkpoint is on its way to the disk, also while training waits. The event loop is needed even so: by the
+        logs that must have what came before.
+        """
+        return command in ("checkpoint", "tag") and threading.get_ident() != self.event_loop_thread
 
     def why_endless(self, command: str) -> str | None:
         """Return why the result of a command cannot be waited for here, and what to write; None where it can."""
@@ -105,7 +123,7 @@ class Places:
             )
         return None
 
-    def wait(self, future: "Future[Any]", command: str, timeout: float | None) -> None:
+    def wait(self, future: "CommandFuture[Any]", timeout: float | None) -> None:
         """Wait in the worker thread of a callback until a command is done or the time is over.
 
         Raises:
@@ -119,8 +137,7 @@ class Places:
         try:
             while not future.done():
                 woken.clear()
-                if (why := self.why_endless(command)) is not None:
-                    raise DeadlockError(why)
+                future.check()
                 left = None if deadline is None else deadline - time.monotonic()
                 if future.done() or (left is not None and left <= 0):
                     return
@@ -128,6 +145,15 @@ class Places:
         finally:
             with self._lock:
                 self._waiting.discard(woken)
+
+
+def _runs_event_loop() -> bool:
+    """True if this code runs in an event loop of this thread."""
+    try:
+        anyio.lowlevel.current_token()
+    except RuntimeError:
+        return False
+    return True
 
 
 class CommandFuture(Future[T]):
@@ -156,11 +182,17 @@ class CommandFuture(Future[T]):
         """Return how long to wait still, after what the place of this thread allows."""
         if self.done() or (timeout is not None and timeout <= 0):
             return timeout
-        if self.running():
-            return timeout  # it was taken at a boundary: a checkpoint that is on its way to the disk needs no thread
-        if (why := self._places.why_endless(self._command)) is not None:
-            raise DeadlockError(why)
+        self.check()
         if threading.get_ident() not in self._places.workers:
             return timeout
-        self._places.wait(self, self._command, timeout)
+        self._places.wait(self, timeout)
         return 0.0
+
+    def check(self) -> None:
+        """Raise `DeadlockError` if this thread must not wait for the command."""
+        # Looked at before `done`: another thread may complete it between the two, and it then is no longer running.
+        is_running = self.running()
+        if self.done() or (is_running and self._places.completes_without(self._command)):
+            return
+        if (why := self._places.why_endless(self._command)) is not None:
+            raise DeadlockError(why)

@@ -9,8 +9,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, NoReturn, ParamSpec, TypeVar, overload
 
-import anyio
-
 from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.checkpoint.store import check_tag
 from offloop.engine.control import actor
@@ -198,7 +196,7 @@ class Run:
         Raises:
             DeadlockError: In a handler of one of the run's callbacks, for which the end of the run waits.
         """
-        if anyio.get_current_task().id in self._control.places.tasks:
+        if self._control.places.is_handling():
             raise DeadlockError(
                 "run.wait() in a callback would wait for ever: the run ends when its callbacks have handled their "
                 "events. Handle TrainEnd (on_train_end) instead, or wait in a task of your own"

@@ -252,6 +252,7 @@ class Session:
                 step()
             except BaseException as error:
                 self._fail(error)
+        self.control.places.training_thread = None  # the system gives this number to other threads later
         if self._is_alone():
             try:
                 # In an empty context: the one of this thread may say that an event loop runs here, the caller's.

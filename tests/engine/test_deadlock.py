@@ -248,3 +248,123 @@ def test_an_attribute_stops_no_run() -> None:
 
     with pytest.raises(AttributeError, match=r'call run\.stop_nowait\("why"\)'):
         tiny_trainer().train(tiny_loader(1), epochs=2, callbacks=[Stops()])
+
+
+def run_in_thread(work: Callable[[], object]) -> None:
+    """Run work in a thread, and wait for it; a wait that never ends fails the test."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(LONG)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("place", ["training thread", "event loop"])
+def test_a_command_that_is_completed_during_the_check_is_no_deadlock(place: str) -> None:
+    """Another thread completes it between two looks at its state: it is neither pending nor running then."""
+    control = Control()
+    control.places.training_thread = threading.get_ident() if place == "training thread" else None
+    control.places.event_loop_thread = threading.get_ident() if place == "event loop" else None
+    future = control.give("checkpoint", {})
+    assert future.set_running_or_notify_cancel()
+    look = future.running
+
+    def running() -> bool:
+        is_running = look()
+        if not future.done():
+            future.set_result("saved")
+        return is_running
+
+    future.running = running  # type: ignore[method-assign]
+    assert future.result(timeout=LONG) == "saved"
+
+
+def test_a_checkpoint_on_its_way_may_be_waited_for_while_training_waits_for_the_callback() -> None:
+    control, failures = Control(), list[BaseException]()
+    future, begun = control.give("checkpoint", {}), threading.Event()
+
+    def work() -> None:
+        with control.places.worker("Waits", lambda: False):
+            begun.set()
+            try:
+                assert future.result() == "saved"
+            except BaseException as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert begun.wait(LONG)
+    assert future.set_running_or_notify_cancel()
+    with control.standing_still("Waits"):
+        while control.places._waiting and not all(
+            each.is_set() for each in control.places._waiting
+        ):  # it looks again, and goes on waiting
+            pass
+        future.set_result("saved")
+        thread.join(LONG)
+    assert not thread.is_alive() and not failures
+
+
+@pytest.mark.parametrize("command", ["validate", "call"])
+def test_a_command_at_work_in_the_training_thread_cannot_be_waited_for_there(command: Any) -> None:
+    control = Control()
+    control.places.training_thread = threading.get_ident()
+    future = control.give(command, {})
+    assert future.set_running_or_notify_cancel()
+    with pytest.raises(DeadlockError, match="this is the training thread"):
+        future.result(timeout=LONG)
+
+
+def test_a_validation_at_work_cannot_be_waited_for_by_its_own_hook() -> None:
+    class Waits(Callback):
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            self.given = run.validate_nowait()
+            self.is_given.set()
+
+        def __init__(self) -> None:
+            self.is_given = threading.Event()
+
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            assert self.is_given.wait(LONG)
+
+        @in_step
+        def before_validation(self, point: StepPoint) -> None:
+            self.given.result(LONG)
+
+    with pytest.raises(
+        DeadlockError, match=r"run\.validate_nowait\(\.\.\.\)\.result\(\) would wait for ever"
+    ):
+        tiny_trainer().train(tiny_loader(2), tiny_loader(1), max_steps=10**6, callbacks=[Waits()])
+
+
+def test_a_plain_observer_may_run_an_event_loop_of_its_own() -> None:
+    class Runs(Callback):
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            anyio.run(self.stop, run)
+
+        async def stop(self, run: Run) -> None:
+            with pytest.raises(DeadlockError, match="Handle TrainEnd"):
+                await run.wait()
+            await run.stop("enough")
+
+    result = tiny_trainer().train(tiny_loader(1), max_steps=10**6, callbacks=[Runs()])
+    assert (result.status, result.reason, result.callback_errors) == ("stopped", "enough", {})
+
+
+def test_a_thread_with_the_number_of_one_that_has_ended_is_not_taken_for_it() -> None:
+    kept: list[Run] = []
+
+    class Keeps(Callback):
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            kept.append(run)
+
+    tiny_trainer().train(tiny_loader(1), epochs=1, callbacks=[Keeps()])
+    (run,) = kept
+    statuses: list[str] = []
+
+    async def wait() -> None:
+        statuses.append((await run.wait()).status)
+
+    assert run._control.places.training_thread is None  # numbers of threads are given again
+    run_in_thread(lambda: anyio.run(wait))
+    assert statuses == ["completed"]
