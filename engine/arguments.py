@@ -20,6 +20,7 @@ from offloop.engine.data import length_of, why_empty
 from offloop.engine.errors import ConfigError, EmptyLoaderError
 from offloop.engine.events import known_events
 from offloop.engine.lazy_imports import first_use
+from offloop.engine.optimizer_state import parameters_by_name
 from offloop.engine.spelling import HANDLERS, UNCALLED
 from offloop.engine.val_loaders import check_names
 
@@ -171,19 +172,21 @@ def check_model(model: torch.nn.Module) -> None:
 
 def check_optimizers(
     model: torch.nn.Module,
+    loss: object,
     optimizers: Mapping[str, torch.optim.Optimizer],
     scheduler: LRScheduler | None,
     config: TrainerConfig,
 ) -> None:
-    """Raise where an optimizer does not belong to the model, or the scheduler not to an optimizer."""
-    own = {id(parameter) for parameter in model.parameters()}
+    """Raise where an optimizer does not belong to the model or the loss, or the scheduler not to an optimizer."""
+    own = {id(parameter) for parameter in parameters_by_name(model, loss).values()}
     for name, optimizer in optimizers.items():
         strange = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
         if strange:
             which = f"optimizer {name!r}" if len(optimizers) > 1 else "the optimizer"
             raise ConfigError(
                 f"{which} holds {strange} parameters that are not the model's: was the model copied or moved "
-                "after the optimizer was made, or is a part of it missing from `model`?"
+                "after the optimizer was made, or is a part of it missing from `model`? A loss module with parameters "
+                "is given as loss="
             )
     if scheduler is not None:
         expect_instance(scheduler, "scheduler", "optimizer, ...")

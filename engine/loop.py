@@ -76,6 +76,7 @@ class Program(Protocol):
     """What the loop runs: the part of a `Trainer` that users override."""
 
     model: torch.nn.Module
+    loss: Any
     automatic_optimization: bool
 
     def training_step(self, batch: Batch, /) -> StepOutput: ...

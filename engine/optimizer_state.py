@@ -40,9 +40,27 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
                 live[name] = value.to(live[name].device).clone()
 
 
-def parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
-    """Return the names of the parameters of each group, without the parts of wrappers; empty for a foreign one."""
-    names = {id(parameter): bare_name(name) for name, parameter in model.named_parameters()}
+def parameters_by_name(model: torch.nn.Module, loss: object) -> dict[str, torch.nn.Parameter]:
+    """Return what an optimizer may hold, without the parts of wrappers: the model's, and a loss module's (`loss:...`).
+
+    A module that is in both has the model's names.
+    """
+    named = {bare_name(name): parameter for name, parameter in model.named_parameters()}
+    if isinstance(loss, torch.nn.Module):
+        in_model = {id(parameter) for parameter in named.values()}
+        named |= {
+            f"loss:{bare_name(name)}": parameter
+            for name, parameter in loss.named_parameters()
+            if id(parameter) not in in_model
+        }
+    return named
+
+
+def parameter_names(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
+) -> list[list[str]]:
+    """Return the names of the parameters of each group, by `parameters_by_name`; empty for a foreign one."""
+    names = {id(parameter): name for name, parameter in named.items()}
     return [
         [names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups
     ]
@@ -79,7 +97,7 @@ def restore_optimizer(
     label: str,
     names: Sequence[Sequence[str]] | None,
     made: Sequence[Mapping[str, Any]] | None,
-    model: torch.nn.Module,
+    named: Mapping[str, torch.nn.Parameter],
     report: ResumeReport,
 ) -> None:
     """Put an optimizer's state back. Groups that the run had added are added again.
@@ -90,7 +108,7 @@ def restore_optimizer(
         label: What it is called in texts: `the optimizer`, `optimizer 'generator'`.
         names: `parameter_names` at the checkpoint; None where they are not known.
         made: `options_of` what the script had made then; None where they are not known.
-        model: The one that it optimizes.
+        named: `parameters_by_name` of what it optimizes.
         report: Is told what is the checkpoint's and what the script's.
 
     Raises:
@@ -106,7 +124,7 @@ def restore_optimizer(
                 kept = group.get("initial_lr", group[key]) if key == "lr" else group.get(key)
                 report.keep(f"{key}{where} of {label} is {_plain(kept)}, the script has {now[key]}")
     if len(saved["param_groups"]) > own:
-        _add_groups(optimizer, saved["param_groups"], label=label, names=names, model=model, report=report)
+        _add_groups(optimizer, saved["param_groups"], label=label, names=names, named=named, report=report)
     elif len(saved["param_groups"]) < own:
         for number in range(len(saved["param_groups"]), own):
             text = f"group {number} of {label} is new"
@@ -114,7 +132,7 @@ def restore_optimizer(
             report.lower("approximate", text)
         saved = _with_groups_of(optimizer, saved)
     if names is not None:
-        saved = _in_order(saved, names, parameter_names(optimizer, model), label)
+        saved = _in_order(saved, names, parameter_names(optimizer, named), label)
     try:
         load_optimizer(optimizer, saved)
     except ValueError as error:
@@ -130,15 +148,14 @@ def _add_groups(
     *,
     label: str,
     names: Sequence[Sequence[str]] | None,
-    model: torch.nn.Module,
+    named: Mapping[str, torch.nn.Parameter],
     report: ResumeReport,
 ) -> None:
     """Add the parameter groups again that the run had added before its checkpoint."""
-    by_name = {bare_name(name): parameter for name, parameter in model.named_parameters()}
     taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for number in range(len(optimizer.param_groups), len(groups)):
         wanted = [] if names is None else names[number]
-        found = [by_name[name] for name in wanted if name in by_name and id(by_name[name]) not in taken]
+        found = [named[name] for name in wanted if name in named and id(named[name]) not in taken]
         if not found or len(found) < len(wanted):
             raise ConfigError(
                 f"{label} has {len(optimizer.param_groups)} parameter groups, in the checkpoint it has "

@@ -25,7 +25,7 @@ from offloop.engine.events import Resumed
 from offloop.engine.exactness import Doubt
 from offloop.engine.learning_rate import Schedule
 from offloop.engine.model_modes import capture_modes, restore_modes
-from offloop.engine.optimizer_state import BEGIN_ANEW, parameter_names, restore_optimizer
+from offloop.engine.optimizer_state import BEGIN_ANEW, parameter_names, parameters_by_name, restore_optimizer
 from offloop.engine.random_state import capture_random_state, restore_random_state
 from offloop.engine.resume_report import ResumeReport
 from offloop.engine.saved_state import check_kinds, check_optimizer, check_schedule, restoring
@@ -56,14 +56,13 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers], monitor: str) ->
         handlers: Of its callbacks.
         monitor: Key of the metric by which the run's best is chosen.
     """
+    named = parameters_by_name(loop.program.model, loop.program.loss)
     state: dict[str, Any] = {
         "model": dict(loop.program.model.state_dict()),
         **captured([each.callback for each in handlers], loop.program.model),
         MEASURED: measured_key([each.callback for each in handlers], monitor),
         "optimizers": {name: each.state_dict() for name, each in loop.optimizers.items()},
-        "parameters": {
-            name: parameter_names(each, loop.program.model) for name, each in loop.optimizers.items()
-        },
+        "parameters": {name: parameter_names(each, named) for name, each in loop.optimizers.items()},
         "schedulers": [each.scheduler.state_dict() for each in loop.schedules],
         "made": {"optimizers": loop.options, "schedulers": [each.made for each in loop.schedules]},
         "position": {name: getattr(loop, name) for name in COUNTERS},
@@ -220,6 +219,7 @@ class Continuation:
                 f"the checkpoint has the optimizers {', '.join(state['optimizers'])}, the script has "
                 f"{', '.join(loop.optimizers)}: give them the same names; or {BEGIN_ANEW}"
             )
+        named = parameters_by_name(loop.program.model, loop.program.loss)
         for name, optimizer in loop.optimizers.items():
             with restoring(self.path, f"optimizers.{name}"):
                 check_optimizer(state["optimizers"][name], optimizer)
@@ -229,7 +229,7 @@ class Continuation:
                     label="the optimizer" if len(loop.optimizers) == 1 else f"optimizer {name!r}",
                     names=state.get("parameters", {}).get(name),
                     made=made.get(name),
-                    model=loop.program.model,
+                    named=named,
                     report=self.report,
                 )
 

@@ -143,7 +143,7 @@ class BaseTrainer:
 
         Raises:
             ConfigError: A knob is unknown (the text names the nearest) or out of range, or the optimizer
-                holds parameters that are not the model's.
+                holds parameters that are neither the model's nor the loss's.
             TypeError: Model, optimizer, loss or scheduler is not what its name says.
         """
         of_subclass = set(vars(self))  # what it has set before it called this
@@ -184,7 +184,7 @@ class BaseTrainer:
         self._base_attributes = frozenset(vars(self).keys() - of_subclass)
         check_methods(self, BaseTrainer)
         self._check_model()
-        check_optimizers(self.model, self.optimizers, self.scheduler, self.config)
+        check_optimizers(self.model, self.loss, self.optimizers, self.scheduler, self.config)
         lookup(self.callbacks)
         if self.config.remote is not None:
             # Imports the store's package here, where no event loop of a run waits for it.

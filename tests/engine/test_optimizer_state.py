@@ -171,3 +171,48 @@ def test_options_that_the_script_has_changed_are_the_checkpoints_and_said(tmp_pa
         "weight_decay of the optimizer is 0.1, the script has 0.0",
     ]
     assert said.exactness == "bitwise"
+
+
+class Temperature(torch.nn.Module):
+    """A loss that learns its temperature, as contrastive ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs * self.scale.exp(), targets)
+
+
+@pytest.mark.parametrize("in_reverse", [False, True])
+def test_parameters_of_the_loss_are_trained_and_go_on(in_reverse: bool, tmp_path: Path) -> None:
+    def made() -> tuple[torch.nn.Module, Temperature, torch.optim.Optimizer]:
+        model, loss = tiny_model(), Temperature()
+        trained = [*model.parameters(), *loss.parameters()]
+        return model, loss, torch.optim.AdamW(trained[::-1] if in_reverse else trained, lr=0.05)
+
+    def train(name: str, *callbacks: Callback, resume: str | None = None) -> tuple[Temperature, Recorder]:
+        model, loss, optimizer = made()
+        recorder = Recorder()
+        trainer = Trainer(model, optimizer, loss=loss, run_dir=tmp_path, run_name=name, device="cpu")
+        trainer.train(BATCHES, epochs=2, resume=resume, callbacks=[*callbacks, ModelCheckpoint(), recorder])
+        return loss, recorder
+
+    model, loss, optimizer = made()
+    by_hand = []
+    model.train()
+    for inputs, targets in BATCHES * 2:
+        optimizer.zero_grad()
+        value = loss(model(inputs), targets)
+        value.backward()
+        optimizer.step()
+        by_hand.append(value.item())
+
+    whole, recorder = train("whole")
+    assert [event.loss for event in recorder.of(StepEnd)] == by_hand
+    assert torch.equal(whole.scale, loss.scale)
+    train("cut", Cut(5))
+    resumed, recorder = train("cut", resume="must")
+    assert [event.loss for event in recorder.of(StepEnd)] == by_hand[5:]
+    assert torch.equal(resumed.scale, loss.scale)
+    assert recorder.of(Resumed)[0].exactness == "bitwise"
