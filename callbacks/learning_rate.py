@@ -49,6 +49,21 @@ class ReduceOnPlateau(ReduceLROnPlateau):
         return bool(super()._is_better(a, best))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
+def _check_function(function: Callable[..., Any], unit: str) -> None:
+    """Raise `ConfigError` where a function cannot be called with the number of steps or epochs done."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind(0)
+    except TypeError:
+        raise ConfigError(
+            f"the function given to LearningRateScheduler must take one argument, the number of {unit}s done, and "
+            f"return the learning rate; its signature is {signature}"
+        ) from None
+
+
 class FunctionLR(LRScheduler):
     """A schedule whose rate is a function of how often it has stepped, an absolute rate and no multiplier.
 
@@ -175,6 +190,7 @@ class LearningRateScheduler(Callback):
             if arguments:
                 raise ConfigError(f"a function takes no arguments, got {', '.join(arguments)}")
             make, self.interval = FunctionLR, interval or "step"
+            _check_function(scheduler, self.interval)
             self.arguments |= {"function": scheduler, "unit": self.interval}
         else:
             raise ConfigError(

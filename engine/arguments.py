@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from offloop.engine.callback import Callback
 from offloop.engine.checkpoint import RemoteRun
@@ -119,6 +120,11 @@ def check_methods(trainer: object, base: type) -> None:
 
 def check_val_loader(loader: Any, name: str) -> None:
     """Raise for what gives no batches, or for several by name of which one does."""
+    if not isinstance(loader, Mapping) and _is_several(loader):
+        raise TypeError(
+            f"{name} must be one loader, or several by name, like "
+            f'{{"first": loader_1, "second": loader_2}}; got a {type(loader).__name__} of {len(loader)} loaders'
+        )
     if not isinstance(loader, Mapping):
         check_loader(loader, name)
         return
@@ -138,7 +144,13 @@ def check_loader(loader: Any, name: str) -> None:
     if isinstance(loader, tuple) and loader and all(_is_whole(each) for each in loader):
         raise TypeError(
             f"{name} must give batches, got a tuple of {len(loader)} tensors or arrays: "
-            "DataLoader(TensorDataset(inputs, targets), batch_size=32) makes them"
+            "DataLoader(TensorDataset(inputs, targets), batch_size=32) makes them; if each is a batch, give list(...)"
+        )
+    if _is_several(loader):
+        advice = ": an epoch over several is a train_epoch(self, loader) of your own, with self.batches(...) for each"
+        raise TypeError(
+            f"{name} must be one loader, got a {type(loader).__name__} of {len(loader)} loaders"
+            f"{advice if name == 'train_loader' else ''}"
         )
     if hasattr(loader, "column_names") and hasattr(
         loader, "__getitem__"
@@ -153,6 +165,15 @@ def check_loader(loader: Any, name: str) -> None:
         raise TypeError(f"{name} must be iterable over batches, got {type(loader).__name__}{indexable}")
     if length_of(loader) == 0:
         raise EmptyLoaderError(f"{name} is empty: {why_empty(loader)}")
+
+
+def _is_several(loader: Any) -> bool:
+    """Tell whether this is a collection of loaders. A list in a mapping may be a batch list, too."""
+    if isinstance(loader, Mapping):
+        return bool(loader) and all(isinstance(each, DataLoader | list) for each in loader.values())
+    return (
+        isinstance(loader, list | tuple) and bool(loader) and all(isinstance(x, DataLoader) for x in loader)
+    )
 
 
 def _is_whole(part: Any) -> bool:

@@ -112,7 +112,10 @@ def chosen_metrics(metrics: MetricSpec) -> "dict[str, Metric | None]":
     for key, metric in pairs:
         if not isinstance(metric, metric_class if is_mapping else metric_class | str):
             wanted = "an instance of torchmetrics.Metric" + " or a name" * (not is_mapping)
-            raise TypeError(f"a metric must be {wanted}, got {metric!r}")
+            names = (
+                ": names stand in a list, like ['accuracy']" if is_mapping and isinstance(metric, str) else ""
+            )
+            raise TypeError(f"a metric must be {wanted}, got {metric!r}{names}")
         if not isinstance(key, str) or not key or key == "loss":  # the loop makes train_loss
             raise ValueError(f"a metric cannot be called {key!r}; the key is a text, not 'loss'")
         if key in chosen:

@@ -15,10 +15,14 @@ from offloop.engine.checkpoint.reader import CHECKPOINTS, link_to_nothing
 from offloop.engine.errors import ConfigError
 from offloop.engine.event_log import starts_in_log
 from offloop.engine.paths import absolute_path
+from offloop.engine.spelling import nearest
 
 Resume = str | int | Path | None
 
 RUN_JSON = "run.json"
+
+WORDS = ("auto", "must", "never", "last", "best")
+"""What `resume=` may be besides a tag, a step or a path."""
 
 
 class Over(NamedTuple):
@@ -74,13 +78,13 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
                 raise link_to_nothing(directory)
             if resume == "auto":
                 return None
-            raise CheckpointNotFoundError(str(which), directory)
+            raise CheckpointNotFoundError(str(which), directory, advice=_advice(resume))
         reader = CheckpointReader(directory)
         if not _has_checkpoints(reader):
             if resume != "auto":
-                raise CheckpointNotFoundError(str(which), directory)
+                raise CheckpointNotFoundError(str(which), directory, advice=_advice(resume))
             return ResumePlan(directory, None, _attempts(directory))
-        reader.find(which)  # raises if there is none of that description
+        _find(reader, which)
         over = _over(directory) if resume in ("auto", "must") else None
         return ResumePlan(directory, which, _attempts(directory), over)
     unfinished_only = resume in ("auto", "must")
@@ -89,11 +93,27 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
             continue
         reader = CheckpointReader(directory)
         if _has_checkpoints(reader):
-            reader.find(which)
+            _find(reader, which)
             return ResumePlan(directory, which, _attempts(directory))
     if resume == "auto":
         return None
-    raise CheckpointNotFoundError(str(which), base_dir)
+    raise CheckpointNotFoundError(str(which), base_dir, advice=_advice(resume))
+
+
+def _find(reader: CheckpointReader, which: str | int) -> None:
+    """Raise `CheckpointNotFoundError` where a run has no such checkpoint."""
+    try:
+        reader.find(which)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(error.wanted, error.searched, error.known, _advice(which)) from None
+
+
+def _advice(resume: str | int) -> str:
+    """Return what to write in place of a `resume=` that leads to nothing."""
+    if resume == "must":
+        return '; resume="must" needs an unfinished run with a checkpoint; resume="auto" begins a new run without one'
+    near = nearest(str(resume), WORDS)
+    return "" if near in (None, resume) else f"; did you mean {near!r}?"
 
 
 def _has_checkpoints(reader: CheckpointReader) -> bool:

@@ -26,8 +26,11 @@ def describe(value: Any) -> str:
 
 
 def explain_model(error: Exception, inputs: Any) -> None:
-    """Note what a model was given when it raised, and that it is no tensor, if it is none."""
+    """Note what a model was given when it raised, and that it is no tensor or one of another type, if it is."""
     note = f"offloop: the model was given inputs: {describe(inputs)}"
+    is_of_another_type = "same dtype" in str(error) or "should be the same" in str(error)
+    if isinstance(inputs, torch.Tensor) and inputs.dtype != torch.float32 and is_of_another_type:
+        note += ". Weights are float32 by default: give inputs.float()"
     if hasattr(inputs, "__array__") and not isinstance(inputs, torch.Tensor):
         note += ". Models take tensors: torch.from_numpy makes them, and DataLoader does of what a Dataset returns"
     elif isinstance(inputs, tuple | list) and inputs and isinstance(inputs[0], str):
@@ -42,6 +45,11 @@ def explain_failure(error: BaseException) -> None:
             "offloop: has training_step called loss.backward() itself? It returns the loss, and the trainer does the "
             "rest; for backward and optimizer steps of your own set automatic_optimization = False and call "
             "self.backward(loss) and self.optimizer_step()"
+        )
+    if isinstance(error, TypeError) and "'dict' object is not callable" in str(error):
+        error.add_note(
+            "offloop: in a trainer self.optimizers is a mapping, no method: self.optimizers['name'], and "
+            "self.optimizer_step('name') steps it"
         )
 
 
@@ -63,8 +71,8 @@ def _usual_mistake(outputs: torch.Tensor, targets: torch.Tensor) -> str:
     shape, wanted = outputs.shape, targets.shape
     are_classes = outputs.dim() > 1 and shape[:1] + shape[2:] == wanted
     are_classes = are_classes and (shape[1] > 1 or not targets.is_floating_point())
-    if are_classes and targets.is_floating_point():
-        return ". Class indices are integers: give targets.long()"
+    if are_classes and (targets.is_floating_point() or targets.dtype not in (torch.int64, torch.uint8)):
+        return ". Class indices are integers of 64 bits: give targets.long()"
     if are_classes and targets.device.type == "cpu" and targets.numel():  # elsewhere this could fail again
         low, high = int(targets.min()), int(targets.max())
         if high >= shape[1] or low < 0:
@@ -76,6 +84,8 @@ def _usual_mistake(outputs: torch.Tensor, targets: torch.Tensor) -> str:
         return (
             f". They differ by a dimension of size 1: give targets.view{tuple(shape)}, or outputs.squeeze(-1)"
         )
+    if outputs.dim() > 1 and shape[1] > 1 and wanted == (*shape[:1], 1, *shape[2:]):
+        return ". Class indices have no dimension of classes: give targets.squeeze(1)"
     if shape == wanted and not targets.is_floating_point() and outputs.is_floating_point():
         return ". Losses of numbers take floats: give targets.float()"
     return ""

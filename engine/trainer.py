@@ -320,6 +320,8 @@ class BaseTrainer:
         loop = self._in_manual_run("optimizer_step")
         if name is None and len(self.optimizers) == 1:
             name = next(iter(self.optimizers))
+        if name is None:
+            raise ConfigError(f"which optimizer? Give its name, one of {', '.join(self.optimizers)}")
         if name not in self.optimizers:
             raise ConfigError(f"there is no optimizer {name!r}; there are {', '.join(self.optimizers)}")
         return loop.manual_step(name, closure)
@@ -1125,6 +1127,8 @@ class BaseTrainer:
         self._check_validation()
         if not isinstance(prefix, str):
             raise TypeError(f'prefix must be a text like "test_", got {prefix!r}')
+        if prefix[-1:].isalnum():
+            raise ConfigError(f'prefix={prefix!r} makes keys like "{prefix}loss": write prefix="{prefix}_"')
         check_metrics(metrics)
         with self._occupied("evaluating", beside_a_run="await run.validate() asks it to validate"):
             val_metrics = self._metric_sets(by_prefix(loader), metrics)

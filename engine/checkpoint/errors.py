@@ -88,14 +88,16 @@ class CheckpointIncompatibleError(CheckpointError):
 
 
 class CheckpointNotFoundError(CheckpointError):
-    """Report that nothing answers to what was asked for."""
+    """Report that nothing answers to what was asked for. `advice` says what to write instead."""
 
-    def __init__(self, wanted: str, searched: Path | str, known: Sequence[str] = ()) -> None:
+    def __init__(
+        self, wanted: str, searched: Path | str, known: Sequence[str] = (), advice: str = ""
+    ) -> None:
         self.wanted = wanted
         self.searched = searched
         self.known = tuple(known)
         there = ", ".join(self.known) if self.known else "no checkpoint"
-        super().__init__(f"no checkpoint {wanted!r} in {searched}; there is: {there}")
+        super().__init__(f"no checkpoint {wanted!r} in {searched}; there is: {there}{advice}")
 
 
 class CheckpointDeadlineExceeded(CheckpointError):

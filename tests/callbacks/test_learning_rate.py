@@ -222,6 +222,18 @@ def test_a_function_that_returns_no_rate_ends_the_run_and_says_for_which_step(ba
         train(schedule)
 
 
+@pytest.mark.parametrize(
+    ("function", "interval", "words"),
+    [
+        (lambda: 0.1, None, "the number of steps done, and return the learning rate; its signature is ()"),
+        (lambda epoch, lr: lr, "epoch", "the number of epochs done"),
+    ],
+)
+def test_a_function_of_something_else_is_refused(function: Any, interval: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        LearningRateScheduler(function, interval=interval)
+
+
 def test_instance() -> None:
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

@@ -614,3 +614,18 @@ def test_best_on_disk_is_the_best_of_the_result(tmp_path: Path) -> None:
     assert result.best.path == str(best.path)
     assert best.metrics["val_loss"] == result.best.score
     assert isinstance(result.metrics, Metrics)
+
+
+@pytest.mark.parametrize(
+    ("resume", "words"),
+    [
+        ("atuo", "there is: no checkpoint; did you mean 'auto'?"),
+        ("bset", "did you mean 'best'?"),
+        ("must", 'resume="must" needs an unfinished run with a checkpoint; resume="auto" begins a new run'),
+    ],
+)
+def test_a_resume_that_leads_to_nothing_says_what_to_write(resume: str, words: str, tmp_path: Path) -> None:
+    for name in (None, "run"):
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            tiny_trainer(run_dir=tmp_path, run_name=name).train(tiny_loader(), epochs=1, resume=resume)
+        assert words in str(caught.value)

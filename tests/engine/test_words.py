@@ -78,6 +78,8 @@ def test_what_a_model_raises_itself_stays_what_it_is() -> None:
             CLASSES.float(),
             "targets: a tensor of shape (8,), float32. Class indices are integers",
         ),
+        (cross_entropy, CLASSES.int(), "int32. Class indices are integers of 64 bits: give targets.long()"),
+        (cross_entropy, CLASSES[:, None], "(8, 1), int64. Class indices have no dimension of classes"),
         (
             cross_entropy,
             CLASSES + 1,
@@ -127,6 +129,7 @@ def test_outputs_that_are_no_tensor() -> None:
         ),
         (("a", "b"), "given inputs: a tuple of 2. Models take tensors: give the DataLoader a collate_fn"),
         (torch.randn(8, 5), "the model was given inputs: a tensor of shape (8, 5), float32"),
+        (INPUTS.double(), "(8, 4), float64. Weights are float32 by default: give inputs.float()"),
     ],
 )
 def test_the_error_of_a_model_names_what_it_was_given(inputs: Any, words: str) -> None:
@@ -146,6 +149,32 @@ def test_a_step_that_has_called_backward_itself() -> None:
     with pytest.raises(RuntimeError, match="a second time") as caught:
         Steps(model, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu").train([BATCH], epochs=1)
     assert any("set automatic_optimization = False" in each for each in caught.value.__notes__)
+
+
+def test_a_step_that_takes_the_optimizers_for_a_method() -> None:
+    class Calls(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any) -> Any:
+            self.optimizers()  # type: ignore[operator]  # the mistake
+
+    model = torch.nn.Linear(4, 3)
+    with pytest.raises(TypeError, match="not callable") as caught:
+        Calls(model, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu").train([BATCH], epochs=1)
+    assert any("self.optimizers['name']" in each for each in caught.value.__notes__)
+
+
+def test_a_step_of_several_optimizers_that_names_none() -> None:
+    class Nameless(Trainer):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any) -> Any:
+            self.optimizer_step()
+
+    model = torch.nn.Linear(4, 3)
+    both = {name: torch.optim.SGD(model.parameters(), lr=0.1) for name in "gd"}
+    with pytest.raises(ConfigError, match=r"which optimizer\? Give its name, one of g, d"):
+        Nameless(model, both, device="cpu").train([BATCH], epochs=1)
 
 
 # Arguments -----------------------------------------------------------------------------------------
@@ -180,6 +209,23 @@ def test_a_list_of_whole_tensors() -> None:
         (
             lambda trainer: trainer.train([BATCH], epochs=1, metrics="accuracy"),
             r"write metrics=\['accuracy'\]",
+        ),
+        (
+            lambda trainer: trainer.train([BATCH], [tiny_loader(), tiny_loader()], epochs=1),
+            r'val_loader must be one loader, or several by name, like \{"first": .* got a list of 2 loaders',
+        ),
+        (lambda trainer: trainer.evaluate((tiny_loader(),)), "loader must be one loader, or several by name"),
+        (
+            lambda trainer: trainer.train({"a": tiny_loader(), "b": tiny_loader()}, epochs=1),
+            r"train_loader must be one loader, got a dict of 2 loaders: an epoch over several is a train_epoch",
+        ),
+        (
+            lambda trainer: trainer.evaluate([BATCH], prefix="test"),
+            """prefix='test' makes keys like "testloss": write prefix="test_\"""",
+        ),
+        (
+            lambda trainer: trainer.train([BATCH], epochs=1, metrics={"val": "accuracy"}),
+            r"names stand in a list, like \['accuracy'\]",
         ),
         (lambda trainer: trainer(INPUTS), r"a trainer is no model: call self\.model"),
         (lambda trainer: trainer.forward(INPUTS), r"has no 'forward': use self\.model"),
