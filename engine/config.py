@@ -301,7 +301,7 @@ class TrainerKnobs(TypedDict, total=False):
 
 def unknown_knob(name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a knob that `Trainer` does not have, naming the one that was probably meant."""
-    known = sorted([*known, *_BESIDE_KNOBS])
+    known = sorted([*known, *_BESIDE_KNOBS, "batch_size"])  # in `train()` a DataLoader's is meant
     meant = {name, *PEER_SPELLINGS.get(name, "").split()}
     there = [each for each in _GIVEN_TO_TRAIN if each in meant]
     if there and meant.isdisjoint(known):

@@ -1113,6 +1113,10 @@ def describe_empty(name: str, loader: Iterable[Batch], *, was_read: bool) -> str
     return f"the {name} gave no batch: {why_empty(loader)}"
 
 
+NO_NUMBER: Final = ": return the tensor itself, without .item()"
+"""What an error adds where a step returns its loss as a number."""
+
+
 def read_output(
     output: StepOutput, method: str
 ) -> tuple[torch.Tensor | None, Any, Any, float | None, int | None]:
@@ -1122,7 +1126,7 @@ def read_output(
     if type(output) is not dict and not isinstance(output, Mapping):  # the second look is slow
         raise LossError(
             f"{method} must return the loss or a mapping with 'loss' and optionally 'outputs', 'targets', "
-            f"'weight', 'samples'; got {type(output).__name__}"
+            f"'weight', 'samples'; got {type(output).__name__}{NO_NUMBER if isinstance(output, float) else ''}"
         )
     weight, samples = output.get("weight"), output.get("samples")
     return (
@@ -1157,7 +1161,12 @@ def checked_samples(samples: Any, where: str) -> int:
 def check_loss(loss: object) -> None:
     """Raise `LossError` unless this is a scalar that gradients can flow from."""
     if not isinstance(loss, torch.Tensor):
-        raise LossError(f"training_step must give a loss, a tensor of one element; got {type(loss).__name__}")
+        hint = {type(None): ": write return loss, or return {'loss': loss, ...}", float: NO_NUMBER}.get(
+            type(loss), ""
+        )
+        raise LossError(
+            f"training_step must give a loss, a tensor of one element; got {type(loss).__name__}{hint}"
+        )
     if loss.numel() != 1:
         raise LossError(f"the loss must be a scalar, got shape {tuple(loss.shape)}: take its mean() or sum()")
     if not loss.requires_grad:

@@ -150,7 +150,7 @@ def test_a_type_error_from_inside_is_left_alone() -> None:
         (
             lambda trainer: trainer.train(tiny_loader(), None, 3),
             "train() takes only train_loader, val_loader by position, got 3; by name: epochs=, max_steps=, max_time=, "
-            "metrics=, callbacks=, resume=, init_from=, init_strict=",
+            "metrics=, callbacks=, resume=, resume_lr=, init_from=, init_strict=",
         ),
         (
             lambda trainer: trainer.start(tiny_loader(), max_epochs=1),

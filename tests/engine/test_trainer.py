@@ -463,9 +463,13 @@ BAD_STEPS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "detached": (lambda out: out.mean().detach(), "the loss has no gradient: was it detached"),
     "a float": (
         lambda out: {"loss": out.mean().item()},
-        "must give a loss, a tensor of one element; got float",
+        "must give a loss, a tensor of one element; got float: return the tensor itself, without .item()",
     ),
-    "nothing": (lambda out: None, "must give a loss, a tensor of one element; got NoneType"),
+    "a number": (lambda out: out.mean().item(), "got float: return the tensor itself, without .item()"),
+    "nothing": (
+        lambda out: None,
+        "must give a loss, a tensor of one element; got NoneType: write return loss, or return",
+    ),
     "no loss": (lambda out: {"outputs": out}, "must give a loss, a tensor of one element; got NoneType"),
     "a tuple": (
         lambda out: (out.mean(), out),
