@@ -12,10 +12,9 @@ from offloop.engine.checkpoint import (
     find_checkpoint,
 )
 from offloop.engine.checkpoint.reader import CHECKPOINTS, link_to_nothing
-from offloop.engine.errors import ConfigError
+from offloop.engine.errors import ConfigError, nearest
 from offloop.engine.event_log import starts_in_log
 from offloop.engine.paths import absolute_path
-from offloop.engine.spelling import nearest
 
 Resume = str | int | Path | None
 
