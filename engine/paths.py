@@ -13,11 +13,17 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
     """Return a path that stays the same wherever the process goes. Links and `..` stay in it.
 
     Raises:
-        ConfigError: It begins with the home directory of an unknown user.
+        ConfigError: It begins with the home directory of an unknown user, or is relative to a working directory
+            that was removed.
     """
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(
             f"the home directory in {os.fspath(path)!r} is not known: give a full path"
+        ) from error
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{os.fspath(path)!r} leads nowhere, since the working directory of this process was removed: "
+            "give a full path, or os.chdir to a directory that is there"
         ) from error

@@ -926,7 +926,7 @@ class BaseTrainer:
         needs_dir = config.run_dir is not None or config.remote is not None
         if needs_dir or any(getattr(each, "needs_run_dir", False) for each in given):
             base_dir = self._base_dir()
-        plan = plan_resume(resume, self._base_dir(), config.run_name)
+        plan = None if resume is None else plan_resume(resume, self._base_dir(), config.run_name)
         will_resume = plan is not None and plan.which is not None
         check_resume_lr(resume_lr, resume, self.optimizers)
         initial_weights = plan_init(*init, will_resume=will_resume)

@@ -24,7 +24,7 @@ from offloop.engine import (
     read_events,
 )
 from offloop.engine.paths import absolute_path
-from offloop.engine.testing import tiny_batches, tiny_model, tiny_trainer
+from offloop.engine.testing import tiny_batches, tiny_loader, tiny_model, tiny_trainer
 
 BATCHES = tiny_batches(4)
 
@@ -152,3 +152,24 @@ def test_the_home_of_an_unknown_user_is_refused_with_the_path() -> None:
 def test_links_and_dots_stay_in_a_path(tmp_path: Path) -> None:
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
     assert absolute_path("link/../x") == tmp_path / "here" / "link" / ".." / "x"
+
+
+@pytest.fixture
+def gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a directory that was removed."""
+    directory = tmp_path / "gone"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    directory.rmdir()
+
+
+@pytest.mark.usefixtures("gone")
+def test_a_run_without_files_needs_no_working_directory(tmp_path: Path) -> None:
+    assert tiny_trainer().train(tiny_loader(1), epochs=1).status == "completed"
+    assert tiny_trainer(run_dir=str(tmp_path)).train(tiny_loader(1), epochs=1).status == "completed"
+
+
+@pytest.mark.usefixtures("gone")
+def test_a_relative_path_in_a_removed_directory_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'runs' leads nowhere, since the working directory.* was removed"):
+        tiny_trainer(run_dir="runs").train(tiny_loader(1), epochs=1)
