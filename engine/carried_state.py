@@ -9,7 +9,9 @@ attributes are compared between the start of the run and each checkpoint, and th
                              of the run, containers of these; numbers and texts, where the class is the user's own
     not looked at            parameters, buffers and whatever else the checkpoint holds; loaders, samplers and data
                              sets, which `loader_position.py` judges; offloop's own objects
-    not seen                 closures, global variables, objects without a `__dict__`
+    seen also where they     generators in closures and global variables that methods refer to; tensors and generators
+    are no attributes        in the closure or the bound arguments of a loss that is a function
+    not seen                 what else is in closures and global variables, objects without a `__dict__`
 
 An object with a `state_dict` of its own decides itself which numbers are state. Tensors and generators that its
 `state_dict` leaves out are still named.
@@ -31,6 +33,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from offloop.engine.loader_doubts import closure_of, referred_to
 
 MAX_DEPTH: Final = 4
 """Objects inside objects that are looked into; a hidden state is seldom deeper than a list in a helper object."""
@@ -70,7 +74,7 @@ class Owner:
     """The path in the checkpoint's state to what its own `state_dict` has returned."""
 
 
-def owner_of_module(name: str, module: torch.nn.Module) -> Owner:
+def owner_of_module(name: str, module: torch.nn.Module, saved: tuple[str, ...] = ()) -> Owner:
     """Return how a module of the model or of the loss is looked at."""
     return Owner(
         name,
@@ -79,14 +83,22 @@ def owner_of_module(name: str, module: torch.nn.Module) -> Owner:
         skipped=_MODULE_ATTRIBUTES,
         counts_plain=is_of_user(type(module))
         and type(module).get_extra_state is torch.nn.Module.get_extra_state,
+        saved=saved,
     )
 
 
-def owners_in_module(name: str, module: torch.nn.Module) -> Iterator[Owner]:
-    """Yield the modules in it that may hold more than parameters and buffers; torch's own do not."""
+def owners_in_module(name: str, module: torch.nn.Module, saved_in: str) -> Iterator[Owner]:
+    """Yield the modules in it that may hold more than parameters and buffers; torch's own do not.
+
+    Args:
+        name: How the module is called in a report.
+        module: The model or the loss.
+        saved_in: The key of its state dict in a checkpoint's state.
+    """
     for path, each in module.named_modules():
         if type(each).__module__.partition(".")[0] != "torch":
-            yield owner_of_module(f"{name}.{path}" if path else name, each)
+            extra = f"{path}._extra_state" if path else "_extra_state"
+            yield owner_of_module(f"{name}.{path}" if path else name, each, (saved_in, extra))
 
 
 def owner_of_optimizer(name: str, optimizer: torch.optim.Optimizer) -> Owner:
@@ -112,7 +124,7 @@ class CarriedState:
             owners: What is looked at.
             known: Modules, optimizers, schedules and generators that the checkpoint holds by itself.
         """
-        self._owners = [(owner, _state_of_class(type(owner.target))) for owner in owners]
+        self._owners = [(owner, _state_beside(owner.target)) for owner in owners]
         self._known = list(known)
         self._before: dict[tuple[str, str], _Contents] = {
             (owner.name, name): contents.without_values() for owner, name, contents in self._look()
@@ -158,15 +170,54 @@ class CarriedState:
                     yield owner, name, contents
 
 
-def _state_of_class(kind: type) -> dict[str, Any]:
-    """Return the tensors and generators that stand on a class of the user's."""
-    return {
-        name: value
-        for each in reversed(kind.__mro__)
-        if is_of_user(each)
-        for name, value in vars(each).items()
-        if isinstance(value, torch.Tensor) or _is_generator(value)
+def _state_beside(target: Any) -> dict[str, Any]:
+    """Return the tensors and generators that belong to an object and are none of its attributes.
+
+    Those on a class of the user's, generators that its methods refer to, and what a function holds.
+    """
+    if isinstance(target, types.FunctionType | types.MethodType | functools.partial):
+        return _state_of_function(target)
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for each in reversed(type(target).__mro__):
+        if is_of_user(each):
+            for name, value in vars(each).items():
+                if isinstance(value, torch.Tensor) or _is_generator(value):
+                    found[name] = value
+                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                found |= _generators_behind(function, seen)
+    return found
+
+
+def _state_of_function(function: Any) -> dict[str, Any]:
+    """Return tensors and generators in a function's closure and bound arguments, and generators it refers to."""
+    if isinstance(function, types.MethodType):
+        return _generators_behind(function.__func__, set())
+    if isinstance(function, functools.partial):
+        bound = {f"argument {number}": value for number, value in enumerate(function.args)}
+        held, inner = bound | function.keywords, function.func
+        found = _state_of_function(inner)
+    elif isinstance(function, types.FunctionType):
+        held, found = dict(closure_of(function)), _generators_behind(function, set())
+    else:
+        return {}
+    return found | {
+        name: value for name, value in held.items() if isinstance(value, torch.Tensor) or _is_generator(value)
     }
+
+
+def _generators_behind(function: Any, seen: set[int], depth: int = 0) -> dict[str, Any]:
+    """Return the generators that a function, or one that it refers to, takes from closures and global variables."""
+    found: dict[str, Any] = {}
+    if not isinstance(function, types.FunctionType) or id(function) in seen or depth > MAX_DEPTH:
+        return found
+    seen.add(id(function))
+    for name, value in referred_to(function):
+        if _is_generator(value):
+            found[name] = value
+        elif isinstance(value, types.FunctionType) and _is_users_package(value.__module__.partition(".")[0]):
+            found |= _generators_behind(value, seen, depth + 1)
+    return found
 
 
 def _plain_mark(value: Any) -> Any:
@@ -371,7 +422,10 @@ _MODULE_ATTRIBUTES: Final = frozenset(vars(torch.nn.Module()))
 """What each module has. `training` is saved with the modes of the model."""
 # Not read off an optimizer: the first one that is made imports torch._dynamo, which takes seconds.
 _OPTIMIZER_ATTRIBUTES: Final = frozenset(
-    {"defaults", "state", "param_groups", "step", "_opt_called", "_zero_grad_profile_name"}
+    {
+        *("defaults", "state", "param_groups", "step", "_opt_called", "_zero_grad_profile_name"),
+        *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
+    }
 )
 _INSTALLED: Final = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -423,8 +477,8 @@ class _Saved:
     def _own(self, owner: Owner) -> Mapping[Any, Any]:
         found: Any = self._state if owner.saved else {}
         for key in owner.saved:
-            found = found.get(key, {})
-        return found if isinstance(found, Mapping) else {}
+            found = found.get(key, {}) if isinstance(found, Mapping) else {}
+        return found if isinstance(found, Mapping) else {"": found}
 
     def _has(self, value: Any, others: list[Any]) -> bool:
         if isinstance(value, torch.Tensor):

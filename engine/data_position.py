@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from offloop.engine.exactness import Doubt, approximate
+from offloop.engine.loader_contents import Contents, content_doubts
 from offloop.engine.loader_doubts import (
     Counters,
     counter_doubts,
@@ -353,6 +354,7 @@ class _Known:
         self._epoch: int | None = None  # that set_epoch was called with last
         self._described: dict[str, Any] | None = None
         self._counters: Counters | None = None
+        self._contents: Contents | None = None
         self._had_workers = True  # False if those that it has are of a reading that does not count
 
     def begin(self, loader: Iterable[Any], epoch: int) -> None:
@@ -370,6 +372,7 @@ class _Known:
         """
         self._look()
         assert self._counters is not None
+        assert self._contents is not None
         now = capture_in_epoch(self.loader)
         return now | {
             "has_workers": now["has_workers"] and self._had_workers,
@@ -377,6 +380,7 @@ class _Known:
             "epoch": self._epoch,
             "description": self._described,
             "counters": self._counters.changed(self.loader),
+            "contents": self._contents.changed(self.loader),
         }
 
     def restore(self, now: Mapping[str, Any], *, is_open: bool, in_epoch: int = 0) -> list[Doubt]:
@@ -396,12 +400,15 @@ class _Known:
             set_epoch(self.loader, self._epoch)
         if not is_open:
             doubts += begin_epoch(self.loader, now, self.read + in_epoch)
-        return [*doubts, *counter_doubts(self.loader, now.get("counters", {})), *doubts_about(self.loader)]
+        doubts += counter_doubts(self.loader, now.get("counters", {}))
+        doubts += content_doubts(self.loader, now.get("contents", {}))
+        return doubts + doubts_about(self.loader)
 
     def rewind(self, before: Mapping[str, Any]) -> None:
         """Put back what `capture` returned, in the run that it was taken from."""
         rewind_loader(self.loader, before)
         self._epoch = before["epoch"]
+        set_epoch(self.loader, self._epoch or 0)
         self._had_workers = before["has_workers"]
 
     def _look(self) -> None:
@@ -409,6 +416,7 @@ class _Known:
         if self._counters is None:
             self._described = describe(self.loader)
             self._counters = Counters(self.loader)
+            self._contents = Contents(self.loader)
 
 
 def _read_in(passes: Iterable[Mapping[str, Any]], name: str) -> int:

@@ -208,9 +208,7 @@ class Counters:
 
     def changed(self, loader: Iterable[Any]) -> dict[str, float]:
         """Return those that have another value than at first."""
-        return {
-            name: value for name, value in _numbers(loader).items() if self._before.get(name, value) != value
-        }
+        return {name: value for name, value in _numbers(loader).items() if self._before.get(name) != value}
 
 
 def counter_doubts(loader: Iterable[Any], saved: Mapping[str, float]) -> list[Doubt]:
@@ -218,17 +216,18 @@ def counter_doubts(loader: Iterable[Any], saved: Mapping[str, float]) -> list[Do
     numbers = _numbers(loader)
     return [
         approximate(
-            f"{name} was {value}, now it is {numbers[name]}: give its owner state_dict and load_state_dict"
+            f"{name} was {value}, now it is {numbers.get(name, 'not set')}: give its owner state_dict and "
+            "load_state_dict"
         )
         for name, value in saved.items()
-        if name in numbers and numbers[name] != value
+        if numbers.get(name) != value
     ]
 
 
 def _numbers(loader: Iterable[Any]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for part in _unsaved_parts(loader):
-        for name, value in _attributes(part):
+    for part in unsaved_parts(loader):
+        for name, value in (*_defaults(type(part)), *_attributes(part)):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 found[f"{name_of(part)}.{name}"] = value
     return found
@@ -248,7 +247,7 @@ def hidden_sources(loader: Iterable[Any]) -> list[str]:
     saved = {id(each) for each in answered} | _global_generators()
     seen: set[int] = set()
     found: list[str] = []
-    waiting: list[tuple[str, str, Any]] = [(name_of(part), "", part) for part in _unsaved_parts(loader)]
+    waiting: list[tuple[str, str, Any]] = [(name_of(part), "", part) for part in unsaved_parts(loader)]
     while waiting and len(seen) < _MOST_OBJECTS:
         owner, name, value = waiting.pop(0)
         if id(value) in seen or id(value) in saved:
@@ -279,7 +278,7 @@ def _within(owner: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]
         yield owner, name, value.__self__
         yield owner, name, value.__func__
     elif isinstance(value, types.FunctionType):
-        for inner, item in _referred_to(value):
+        for inner, item in referred_to(value):
             yield owner if name else value.__name__, inner, item
     elif isinstance(value, staticmethod | classmethod | property):
         yield owner, name, value.fget if isinstance(value, property) else value.__func__
@@ -290,19 +289,23 @@ def _within(owner: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]
                 yield from ((name_of(value), inner, item) for inner, item in vars(kind).items())
 
 
-def _referred_to(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function holds: its closure, its defaults, and the globals that its code names."""
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+def closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables of a function's closure, by name."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
         except ValueError:
             continue  # not filled yet
+
+
+def referred_to(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function holds: its closure, its defaults, and the globals that its code names."""
+    yield from closure_of(function)
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield function.__name__, value
     if _package(function) in _LIBRARIES | _ELSEWHERE:
         return
-    waiting = [code]
+    waiting = [function.__code__]
     while waiting:
         code = waiting.pop()
         waiting.extend(each for each in code.co_consts if isinstance(each, types.CodeType))
@@ -319,7 +322,14 @@ def _attributes(part: Any) -> Iterator[tuple[str, Any]]:
     yield from list(getattr(part, "__dict__", {}).items())
 
 
-def _unsaved_parts(loader: Any) -> Iterator[Any]:
+def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
+    """Yield what stands on a class: attributes of an object that it has not set yet."""
+    for each in reversed(kind.__mro__):
+        if _package(each) not in _LIBRARIES | _ELSEWHERE:
+            yield from ((name, value) for name, value in vars(each).items() if not name.startswith("__"))
+
+
+def unsaved_parts(loader: Any) -> Iterator[Any]:
     """Yield the parts of a DataLoader whose attributes no `state_dict` that is called stands for."""
     if not isinstance(loader, DataLoader):
         return

@@ -48,6 +48,7 @@ from offloop.engine.events import (
 from offloop.engine.exactness import Doubt
 from offloop.engine.freezing import Frozen
 from offloop.engine.given_rates import GivenRates
+from offloop.engine.kept_state import KeptBuffers, cloned
 from offloop.engine.learning_rate import Schedule, check_length, largest_lr, mark_stepped, rates_by_group
 from offloop.engine.logged_names import add_computed, check_name
 from offloop.engine.optimizer_state import options_of
@@ -232,6 +233,7 @@ class TrainingLoop:
         self.seconds_before = 0.0  # trained by earlier attempts
         self.at_limit: dict[str, Any] = {}  # see state_at_limit
         self.callback_states: Callable[[], dict[str, Any]] = dict  # of those that steer; set by the session
+        self.state_of_trainer: Callable[[], dict[str, Any]] = dict  # of a subclass's own; likewise
         self.is_resumable = False  # True where checkpoints may be taken
         self.data = DataPosition(program, train_loader, val_loader, is_resumable=lambda: self.is_resumable)
         self.is_longer_than_said = False  # True once the train_loader gave more batches than its length
@@ -369,7 +371,7 @@ class TrainingLoop:
         if self.validation_is_due():
             is_extra = not complete or not self.validation_is_regular()
             if is_extra and not self.at_limit:
-                self.at_limit = {"validated_step": self.validated_step}
+                self.at_limit = {"validated_step": self.validated_step, "trainer": self.trainer_state()}
             validated = self.validate(is_extra=is_extra)
             if validated is None or self.ending == "cancelled":
                 return
@@ -535,7 +537,13 @@ class TrainingLoop:
             "epoch_metrics": dict(self.epoch_metrics),
             "validated_step": self.validated_step,
             "callbacks": self.callback_states(),
+            "trainer": self.trainer_state(),
         }
+
+    def trainer_state(self) -> dict[str, Any]:
+        """Return a copy of what a subclass of the trainer adds to checkpoints, where there are any."""
+        own: dict[str, Any] = cloned(self.state_of_trainer()) if self.is_resumable else {}
+        return own
 
     def is_at_end(self, iterator: Iterator[Batch]) -> bool:
         """True if a loader that a limit ends behind its last batch has no more.
@@ -739,6 +747,9 @@ class TrainingLoop:
             self.validating = False
             return None
         before = self.data.before_validation() if self.is_resumable else None
+        buffers = KeptBuffers(
+            (self.program.model, getattr(self.program, "loss", None)) if self.is_resumable else ()
+        )
         try:
             try:
                 made: dict[str, float] = {}
@@ -755,6 +766,7 @@ class TrainingLoop:
             self.val_seconds += time.perf_counter() - started
         if before is not None and (is_extra or self.ending in ("stopped", "cancelled")):
             self.data.rewind_validation(before)  # one that was stopped is made again by a resumed run
+            buffers.put_back()
         if self.ending in ("stopped", "cancelled"):
             return None
         self.validated_step = self.step

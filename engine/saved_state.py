@@ -75,6 +75,7 @@ class LoaderNow(TypedDict):
     epoch: NotRequired[Count | None]
     description: NotRequired[dict[str, Any] | None]
     counters: NotRequired[dict[str, float]]
+    contents: NotRequired[dict[str, int]]
 
 
 class OnePass(TypedDict):

@@ -177,6 +177,7 @@ class Session:
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
         self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
+        self.loop.state_of_trainer = trainer._own_state
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
         self._on_unsaveable: OnError | None = None  # what then happens; None: it is not looked for

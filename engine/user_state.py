@@ -85,20 +85,24 @@ class UserState:
                 )
         owners += [owner_of_optimizer(name, each) for name, each in trainer.optimizers.items()]
         if isinstance(self._loss, torch.nn.Module):
-            owners += owners_in_module(type(self._loss).__name__, self._loss)
+            owners += owners_in_module(type(self._loss).__name__, self._loss, "loss")
         elif self._loss is not None:
             kind = type(self._loss)
             hint = (
                 "make the loss a torch.nn.Module with buffers, or return it from the trainer's state_dict()"
             )
             owners.append(Owner(kind.__name__, self._loss, hint=hint, counts_plain=is_of_user(kind)))
-        owners += owners_in_module("model", trainer.model)
+        if isinstance(trainer.loss, types.FunctionType | types.MethodType | functools.partial):
+            hint = "make the loss a torch.nn.Module with buffers"
+            owners.append(Owner("loss", trainer.loss, hint=hint, counts_plain=False))
+        owners += owners_in_module("model", trainer.model, "model")
         own = [trainer.model, self._loss, *trainer.optimizers.values(), trainer.scheduler]
         self._carried = CarriedState(owners, [*own, *known])
 
     def capture(self, state: dict[str, Any]) -> None:
         """Add it to the state of a checkpoint."""
-        state["trainer"] = self._trainer._own_state()
+        if "trainer" not in state:  # else it is that of the last step
+            state["trainer"] = self._trainer._own_state()
         if isinstance(self._loss, torch.nn.Module) and (of_loss := self._loss.state_dict()):
             state["loss"] = dict(of_loss)
         state["buffers"] = {

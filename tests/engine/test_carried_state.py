@@ -156,7 +156,10 @@ def test_what_a_state_dict_returns_is_not_named() -> None:
 def test_a_key_of_none_says_that_it_is_no_state() -> None:
     holder: Any = Holder(losses=[])
     model = torch.nn.Sequential(Remembers())
-    owners = [Owner("Holder", holder, hint="", saved=("trainer",)), *owners_in_module("model", model)]
+    owners = [
+        Owner("Holder", holder, hint="", saved=("trainer",)),
+        *owners_in_module("model", model, "model"),
+    ]
     carried = CarriedState(owners, [model])
     holder.losses.append(1.0)
     model(torch.ones(1))
@@ -181,12 +184,32 @@ class Remembers(torch.nn.Module):
 
 def test_attributes_of_modules_are_named_by_their_place() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Sequential(Remembers()))
-    carried = CarriedState(owners_in_module("model", model), [model])
+    carried = CarriedState(owners_in_module("model", model, "model"), [model])
     model(torch.ones(1))
     model.eval().train()
     assert names(carried) == ["model.1.0.last", "model.1.0.calls"]
     (first, _) = carried.unsaved({})
     assert "register_buffer" in first
+
+
+def test_generator_in_the_extra_state_of_a_module_is_saved() -> None:
+    class Noisy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.source = torch.Generator().manual_seed(0)
+
+        def get_extra_state(self) -> Any:
+            return {"state": self.source.get_state()}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.source.set_state(state["state"])
+
+    noisy = Noisy()
+    model = torch.nn.Sequential(noisy)
+    carried = CarriedState(owners_in_module("model", model, "model"), [model])
+    torch.rand(1, generator=noisy.source)
+    assert names(carried, model=model.state_dict()) == []
+    assert names(carried) == ["model.0.source"]
 
 
 def test_module_with_an_extra_state_says_itself_which_numbers_are_state() -> None:
@@ -198,7 +221,7 @@ def test_module_with_an_extra_state_says_itself_which_numbers_are_state() -> Non
             self.last = state["last"]
 
     model = Own()
-    carried = CarriedState(owners_in_module("model", model), [model])
+    carried = CarriedState(owners_in_module("model", model, "model"), [model])
     model(torch.ones(1))
     assert names(carried, model=model.state_dict()) == []
     assert names(carried, model={}) == ["model.last"]

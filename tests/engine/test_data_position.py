@@ -72,6 +72,47 @@ class HardensSlowly(Samples):
         return INPUTS[index] * (1 + self.read / 100), TARGETS[index]
 
 
+class Wears(Samples):
+    """Samples that change in place."""
+
+    def __init__(self) -> None:
+        self.inputs = INPUTS.clone()
+
+    def __getitem__(self, index: int) -> Any:
+        self.inputs[index] *= 1.01
+        return self.inputs[index], TARGETS[index]
+
+
+class KeepsNoise(Samples):
+    """Augments each sample once."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self.kept:
+            self.kept[index] = INPUTS[index] + torch.randn(FEATURES)
+        return self.kept[index], TARGETS[index]
+
+
+class Stronger:
+    """A transform that counts, from a default of its class."""
+
+    calls = 0
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return inputs * (1 + self.calls / 100)
+
+
+class WithTransform(Samples):
+    def __init__(self) -> None:
+        self.transform = Stronger()
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(INPUTS[index]), TARGETS[index]
+
+
 class Transformed(Samples):
     """Holds a function that draws from a generator which only its closure knows."""
 
@@ -100,6 +141,22 @@ class Counting(Indices):
     def __iter__(self) -> Iterator[int]:
         self.epoch += 1
         return iter(random.Random(self.epoch).sample(range(SAMPLES), SAMPLES))
+
+
+class ShufflesInPlace(Indices):
+    """Goes by `set_epoch` and by the order of the epoch before."""
+
+    def __init__(self) -> None:
+        self.order = torch.arange(SAMPLES)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.epoch)
+        self.order = self.order[torch.randperm(SAMPLES, generator=generator)]
+        return iter(self.order.tolist())
 
 
 class FromScript(Indices):
@@ -199,6 +256,30 @@ class Prefetching:
         return iter(list(self.loader))
 
 
+class Collates:
+    """Counts its batches, from a default of its class."""
+
+    batches = 0
+
+    def __call__(self, samples: Any) -> Any:
+        self.batches += 1
+        return torch.stack([each[0] for each in samples]) * self.batches, torch.stack(
+            [each[1] for each in samples]
+        )
+
+
+def counting_collate() -> Callable[[Any], Any]:
+    batches = [0]
+
+    def collate(samples: Any) -> Any:
+        batches[0] += 1
+        return torch.stack([each[0] for each in samples]) * batches[0], torch.stack(
+            [each[1] for each in samples]
+        )
+
+    return collate
+
+
 def batches_of_list() -> list[Any]:
     return [(INPUTS[at : at + BATCH], TARGETS[at : at + BATCH]) for at in range(0, SAMPLES, BATCH)]
 
@@ -226,6 +307,7 @@ def noisy_collate() -> Callable[[Any], Any]:
     return collate
 
 
+MINED: list[Any] = []  # the sampler of the run in progress
 SEEN: list[Any] = []  # batches of the run in progress; a trainer that kept them would be named for it
 
 
@@ -400,6 +482,21 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Prefetching(loader(shuffle=True)()),
         "the state of Prefetching is not saved",
     ),
+    "set_epoch and an order that is shuffled on": (
+        loader(sampler=ShufflesInPlace),
+        "ShufflesInPlace.order has changed during the run",
+    ),
+    "a data set that changes in place": (loader(Wears, shuffle=True), "Wears.inputs has changed"),
+    "a cache of augmented samples": (loader(KeepsNoise, shuffle=True), "KeepsNoise.kept has changed"),
+    "a transform that counts": (loader(WithTransform, shuffle=True), "WithTransform.transform has changed"),
+    "a collate function that counts": (
+        lambda: DataLoader(Samples(), BATCH, shuffle=True, collate_fn=Collates()),
+        "Collates.batches was",
+    ),
+    "a collate function's counter": (
+        lambda: DataLoader(Samples(), BATCH, shuffle=True, collate_fn=counting_collate()),
+        "collate.closure has changed",
+    ),
     "an unseeded split": (
         lambda: DataLoader(unseeded_split(), BATCH),
         "samples chosen by Subset are others than before",
@@ -414,6 +511,45 @@ def test_order_that_is_not_known_is_named(kind: str, place: str, tmp_path: Path)
     _, exactness, reasons = interrupt_and_go_on(tmp_path, make_loader, place)
     assert exactness == "approximate"
     assert reason in reasons
+
+
+def test_weights_that_follow_the_losses_are_named(tmp_path: Path) -> None:
+    class Mines(WithDropout):
+        """Gives samples another weight as it goes."""
+
+        def training_step(self, batch: Any) -> Any:
+            MINED[0].weights[self.step % SAMPLES] *= 3
+            return super().training_step(batch)
+
+    def mined() -> Any:
+        MINED[:] = [WeightedRandomSampler(range(1, SAMPLES + 1), SAMPLES)]
+        return DataLoader(Samples(), BATCH, sampler=MINED[0])
+
+    is_same, exactness, reasons = interrupt_and_go_on(tmp_path, mined, "between two epochs", make=Mines)
+    assert (is_same, exactness) == (False, "approximate")
+    assert reasons.startswith("WeightedRandomSampler.weights has changed during the run")
+
+
+class FollowsEpoch(Samples):
+    """Holds what follows from the number of the epoch alone."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.inputs = INPUTS * (1 + epoch)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inputs[index], TARGETS[index]
+
+
+def halves() -> Any:
+    parts = torch.utils.data.random_split(Samples(), [8, 12], torch.Generator().manual_seed(4))
+    return torch.utils.data.ConcatDataset(parts)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dataset", [FollowsEpoch, halves])
+def test_data_set_that_is_as_it_was_is_not_named(dataset: Any, place: str, tmp_path: Path) -> None:
+    made = loader(dataset, shuffle=True)
+    assert interrupt_and_go_on(tmp_path, made, place) == (True, "bitwise", "")
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -759,6 +895,57 @@ def test_last_word_of_a_run_is_no_part_of_the_run_that_goes_on(
     _, events = run("cut", resume="must")
     assert said(events) == ("bitwise", "")
     assert_same_rest(whole, events)
+
+
+class Looked(torch.nn.Module):
+    """Counts what it is asked, in buffers, and lets it be seen in its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("transient", torch.zeros(()), persistent=False)
+
+    calls: torch.Tensor
+    transient: torch.Tensor
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.transient = self.transient + 1
+        return inputs * (1 + self.calls / 50) * (1 + self.transient / 50)
+
+
+class CountsValidations(WithDropout):
+    """Remembers its validations in a state of its own, and trains by them."""
+
+    def __init__(self, *arguments: Any, **knobs: Any) -> None:
+        super().__init__(*arguments, **knobs)
+        self.model: torch.nn.Module = torch.nn.Sequential(self.model, Looked())
+        self.threshold = torch.ones(())
+
+    def training_step(self, batch: Any) -> Any:
+        return super().training_step((batch[0] * self.threshold, batch[1]))
+
+    def validate_epoch(self, loader: Any) -> None:
+        super().validate_epoch(loader)
+        self.threshold *= 0.9
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"threshold": self.threshold}
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        self.threshold = state["threshold"].clone()
+
+
+@pytest.mark.parametrize("first", [{"max_steps": 7}, {"epochs": 1, "val_every_n_epochs": 2}])
+def test_state_that_the_last_validation_changes_goes_on_as_it_was(first: Any, tmp_path: Path) -> None:
+    made: dict[str, Any] = {"make": CountsValidations, "val_loader": batches_of_list()}
+    every = first.get("val_every_n_epochs", 1)
+    _, whole = a_run(tmp_path, "whole", loader(shuffle=True), val_every_n_epochs=every, **made)
+    a_run(tmp_path, "cut", loader(shuffle=True), ModelCheckpoint(), **made, **first)
+    _, rest = a_run(tmp_path, "cut", loader(shuffle=True), resume="must", val_every_n_epochs=every, **made)
+    assert said(rest) == ("bitwise", "")
+    assert_same_rest(whole, rest)
 
 
 def test_early_stopping_counts_as_if_the_run_had_not_ended(tmp_path: Path) -> None:

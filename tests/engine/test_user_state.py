@@ -1,9 +1,11 @@
 """State of the user's own goes on with a resumed run, or the run says what is missing."""
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from interruptions import Cut
@@ -210,6 +212,51 @@ def test_state_of_a_loss_that_is_no_module_is_named(tmp_path: Path) -> None:
     assert not is_same
     assert resumed.exactness == "approximate"
     assert "Moving.centre is not saved" in resumed.reasons
+
+
+SCRIPT = numpy.random.default_rng(3)  # as scripts have one, for everything
+
+
+def from_script() -> float:
+    return float(SCRIPT.random())
+
+
+class DrawsFromScript(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        return torch.nn.functional.cross_entropy(self.model(batch[0]) * (1 + from_script()), batch[1])
+
+
+def drawing_from_closure() -> Any:
+    generator = torch.Generator().manual_seed(2)
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(outputs.shape, generator=generator)
+        return torch.nn.functional.cross_entropy(outputs + noise, targets)
+
+    return loss
+
+
+def with_moving_weights() -> Any:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight[0] *= 1.1
+        return torch.nn.functional.cross_entropy(outputs, targets, weight=weight)
+
+    return functools.partial(loss, weight=torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"kind": DrawsFromScript}, "DrawsFromScript.SCRIPT is not saved"),
+        ({"loss": drawing_from_closure}, "loss.generator is not saved"),
+        ({"loss": with_moving_weights}, "loss.weight is not saved"),
+    ],
+)
+def test_what_a_step_or_a_loss_takes_from_outside_is_named(parts: Any, named: str, tmp_path: Path) -> None:
+    is_same, resumed = in_two(tmp_path, **parts)
+    assert not is_same
+    assert resumed.exactness == "approximate"
+    assert named in resumed.reasons
 
 
 # Buffers of the model ------------------------------------------------------------------------------
