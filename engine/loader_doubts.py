@@ -81,8 +81,8 @@ def doubts_about(loader: Iterable[Any]) -> list[Doubt]:
     if hidden:
         doubts.append(
             approximate(
-                f"{', '.join(hidden)}: nobody saved it, draw from a global one or give its owner state_dict and "
-                "load_state_dict"
+                f"{', '.join(hidden)}, which is not saved: draw from a global generator, or give its owner "
+                "state_dict and load_state_dict"
             )
         )
     return doubts
@@ -237,7 +237,7 @@ def _numbers(loader: Iterable[Any]) -> dict[str, float]:
 
 
 def hidden_sources(loader: Iterable[Any]) -> list[str]:
-    """Return the random generators and iterators behind a loader whose state nobody saves, in words.
+    """Return the random generators and iterators behind a loader whose state is not saved, in words.
 
     Follows attributes, containers, closures and the globals that methods refer to, within bounds. What is deeper,
     or in code that is not Python, is not found.
