@@ -1,8 +1,9 @@
-"""GivenRates: what the optimizers were given, to be put back when the schedules of a run are over.
+"""GivenRates: what the optimizers were given before a run's schedules, to be put back when the next run begins.
 
 A schedule that a callback attaches belongs to its run: a cosine leaves a rate of 0 behind, in which the next `train()`
-would train nothing. The schedule of `Trainer(scheduler=...)` is the user's, and goes on in the next run as model and
-optimizer do.
+would train nothing. After a run the optimizer has the rates that the run ended with, as after a loop by hand; the next
+run begins with those that were given, or were set in between. The schedule of `Trainer(scheduler=...)` is the user's,
+and goes on in the next run as model and optimizer do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,19 @@ class GivenRates:
         self._given = [
             (optimizer, [_noted(each) for each in optimizer.param_groups]) for optimizer in optimizers
         ]
+        # By optimizer: which options, what they were before and after the run, by group
+        self._changes: list[
+            tuple[torch.optim.Optimizer, list[str], list[dict[str, Any]], list[dict[str, Any]]]
+        ] = []
 
-    def put_back(self, attached: Sequence[LRScheduler], lasting: Sequence[LRScheduler]) -> None:
-        """Put back what the schedules of a run have changed.
+    def end(self, attached: Sequence[LRScheduler], lasting: Sequence[LRScheduler]) -> None:
+        """Take note of what the schedules of a run leave behind. Call it when the run is over, in any case.
 
         Args:
             attached: Those that end with the run.
             lasting: Those that go on; the rates of their optimizers stay.
         """
+        self._changes = []
         for optimizer, given in self._given:
             own = [each for each in attached if each.optimizer is optimizer]
             if not own or any(each.optimizer is optimizer for each in lasting):
@@ -40,15 +46,24 @@ class GivenRates:
             keys = ["lr", *_ADDED]
             if any(getattr(each, "cycle_momentum", False) for each in own):
                 keys += _MOMENTUM
-            for group, before in zip(optimizer.param_groups, given, strict=False):
+            groups = optimizer.param_groups
+            # A group that was added during the run has the rate that it came with.
+            added = [{"lr": group.get("initial_lr", group["lr"])} for group in groups[len(given) :]]
+            before = [{key: each[key] for key in keys if key in each} for each in (*given, *added)]
+            self._changes.append((optimizer, keys, before, [_noted(each) for each in groups]))
+
+    def put_back(self) -> None:
+        """Put back what the schedules of the run that has ended have changed, unless it was changed again since."""
+        for optimizer, keys, before, left in self._changes:
+            for group, first, last in zip(optimizer.param_groups, before, left, strict=False):
                 for key in keys:
-                    _restore(group, key, before)
-            for group in optimizer.param_groups[
-                len(given) :
-            ]:  # added during the run: the rate that it came with
-                _restore(group, "lr", {"lr": group.get("initial_lr", group["lr"])})
-                for key in _ADDED:
-                    group.pop(key, None)
+                    if key in group and key in last and _is_equal(group[key], last[key]):
+                        _restore(group, key, first)
+        self._changes = []
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    return bool(torch.equal(one, other)) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
 def _noted(group: Mapping[str, Any]) -> dict[str, Any]:

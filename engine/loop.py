@@ -313,10 +313,8 @@ class TrainingLoop:
         if self.seeding is not None:
             self.seeding.close()
         schedulers = [each.scheduler for each in self.schedules]
-        if len(schedulers) > self.lasting_schedules:
-            self.guard()  # a checkpoint may still be copied from the optimizers
-            lasting = self.lasting_schedules
-            self.given_rates.put_back(schedulers[lasting:], schedulers[:lasting])
+        lasting = self.lasting_schedules
+        self.given_rates.end(schedulers[lasting:], schedulers[:lasting])
 
     def let_go(self) -> None:
         """Keep only what is told of a run that is over: it must not keep the model alive, nor the data."""

@@ -174,6 +174,7 @@ def handled_signals(
     force: bool,
     only: Sequence[signal.Signals] = _HANDLED,
     third_is_final: bool = True,
+    asks_application: bool = False,
 ) -> Iterator[bool]:
     """Take SIGINT and SIGTERM for the length of the block, where they are ours to take.
 
@@ -185,6 +186,8 @@ def handled_signals(
         force: Take them even if the application has handlers of its own.
         only: Take these signals only.
         third_is_final: False: the third signal and later ones are given to `on_signal` as well.
+        asks_application: A handler of the application's own is called first. If it raises `KeyboardInterrupt`, the
+            signal is given to `on_signal` instead of raising in the midst of the block; else it is dealt with.
     """
     taken: dict[signal.Signals, Any] = {}
     count = 0
@@ -196,6 +199,14 @@ def handled_signals(
             signal.signal(number, taken[signal.Signals(number)])
             os.kill(os.getpid(), number)
             return
+        before = taken[signal.Signals(number)]
+        if asks_application and before != _DEFAULTS[signal.Signals(number)]:
+            try:
+                before(number, frame)
+            except KeyboardInterrupt:
+                pass
+            else:
+                return
         count += 1
         if count > 2 and third_is_final:
             # The system's default, not Python's: a KeyboardInterrupt would wait for a step that never returns.
@@ -206,7 +217,8 @@ def handled_signals(
 
     if threading.current_thread() is threading.main_thread():
         for each in only:
-            if force or signal.getsignal(each) == _DEFAULTS[each]:
+            present = signal.getsignal(each)
+            if force or present == _DEFAULTS[each] or (asks_application and callable(present)):
                 taken[each] = signal.signal(each, handle)
     try:
         yield bool(taken)

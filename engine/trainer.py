@@ -58,6 +58,7 @@ from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics, StepEnd
 from offloop.engine.fetch import fetch_run
 from offloop.engine.freezing import check_freeze, select_parameters
+from offloop.engine.given_rates import GivenRates
 from offloop.engine.keepers import Keeper
 from offloop.engine.learning_rate import Schedule, mark_stepped
 from offloop.engine.loop import Batch, StepOutput, TrainingLoop
@@ -179,6 +180,7 @@ class BaseTrainer:
         self._occupation = ""  # what it is doing beside runs; under the lock
         self._mixed: MixedPrecision | None = None  # of the latest run: its loss scale goes on in the next one
         self._is_compiled = False
+        self._given_rates: GivenRates | None = None  # of the latest run: what the next one begins with
         self._next_tokens = NextTokens()  # of the run, or the evaluation, in progress
         self._is_restoring = False
         self._base_attributes = frozenset(vars(self).keys() - of_subclass)
@@ -337,8 +339,8 @@ class BaseTrainer:
     ) -> None:
         """Let a schedule step with the run that is going on, until its end. In the training thread.
 
-        When the run is over, the optimizer has the rates back that it had before, unless `Trainer(scheduler=...)` is
-        at work on it too.
+        The next run begins with the rates that the optimizer had before this one, or that were set since, unless
+        `Trainer(scheduler=...)` is at work on it too.
 
         A resumed run puts the schedule's state back here: attach schedules in the same order each time,
         in a decider of `TrainStart`.
@@ -1057,6 +1059,8 @@ class BaseTrainer:
         handlers: Sequence[Any],
     ) -> TrainingLoop:
         self._next_tokens = NextTokens()
+        if self._given_rates is not None:
+            self._given_rates.put_back()
         prefixes = list(by_prefix(val_loader))
         validates_live = any(each.callback.validates_live for each in handlers)
         if validates_live:
@@ -1087,6 +1091,7 @@ class BaseTrainer:
             guard=session.guard,
             count_samples=self._count_samples(),
         )
+        self._given_rates = loop.given_rates
         scaler = loop.mixed.scaler
         if scaler is not None and self._mixed is not None and self._mixed.scaler is not None:
             scaler.load_state_dict(self._mixed.scaler.state_dict())  # it goes on, as model and optimizer do
@@ -1232,19 +1237,15 @@ class BaseTrainer:
                 failure.append(error)
 
         host = Thread(run, name=f"offloop-host-{session.run_id}", daemon=False)
-        # Ctrl-C, or a notebook's stop button. It must not raise in here: train() returns when the run is over.
-        # SIGTERM stays with the application, and no number of interrupts ends it.
-        interrupts = handled_signals(note, force=False, only=(signal.SIGINT,), third_is_final=False)
+        # Ctrl-C, or a notebook's stop button. It must not raise in here, where train() would be parted from its run:
+        # train() returns when the run is over. SIGTERM stays with the application, and no number of interrupts ends it.
+        interrupts = handled_signals(
+            note, force=False, only=(signal.SIGINT,), third_is_final=False, asks_application=True
+        )
         with interrupts as session.loop.handles_signals:
-            raised = 0
             host.start()
             while not host.is_over:
-                try:
-                    while len(seen) < raised:
-                        note(signal.SIGINT, len(seen) + 1)
-                    host.join()
-                except KeyboardInterrupt:  # by a handler of the application's, in `note` too
-                    raised = max(raised, len(seen)) + 1
+                host.join()
         if failure:
             raise failure.pop()
         result = session.outcome()

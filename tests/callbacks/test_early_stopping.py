@@ -398,7 +398,7 @@ def test_resumed_run_stops_where_the_uninterrupted_one_does(
     whole, expected = train("whole")
     assert expected.status == "stopped"
     assert train("parts", StopAt(interrupted_at))[1].reason == "interrupted"
-    resumed, result = train("parts", resume="auto")
+    resumed, result = train("parts", resume="last")
     assert (result.steps, result.reason) == (expected.steps, expected.reason)
     assert is_equal(resumed.model.state_dict(), whole.model.state_dict())
 

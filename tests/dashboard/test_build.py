@@ -453,6 +453,7 @@ def whole_checkout(built_once: Path, tmp_path_factory: pytest.TempPathFactory) -
     ignore = shutil.ignore_patterns("__pycache__", "web", "static", "node_modules")
     for name in ("engine", "callbacks", "cli", "dashboard"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "offloop", folder / "offloop", symlinks=True, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
     (folder / BUILD_PAGE.parent / "node_modules").mkdir()
