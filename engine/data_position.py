@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
+from offloop.engine.epoch_locals import local_doubts
 from offloop.engine.exactness import Doubt, approximate
 from offloop.engine.loader_contents import Contents, content_doubts
 from offloop.engine.loader_doubts import (
@@ -95,6 +96,7 @@ class DataPosition:
         self.is_cut = False  # True if a pass of this epoch was asked for and refused: the run was ending
         self.doubts: list[Doubt] = []  # about what was restored
         self._saved: dict[str, Any] = {}  # what a resumed run continues
+        self._left_behind: list[Doubt] = []  # about variables of the user's epoch, when it was left
         self._nameless: dict[int, list[Doubt]] = {}  # by number of the pass: about loaders that have no place
 
     # Epochs and passes ------------------------------------------------------------------------------
@@ -107,7 +109,13 @@ class DataPosition:
                 known.read += self._given(each, batches)
         self.passes = []
         self._saved = {}
+        self._left_behind = []
         self.is_cut = self._is_interleaved = self._is_nested = False
+
+    def leave_epoch(self) -> None:
+        """Call inside of the user's epoch when it is about to be left before its end: its variables go with it."""
+        if self._is_resumable():
+            self._left_behind = local_doubts(self._program)
 
     def _given(self, each: Pass, batches: int) -> int:
         return batches - each.start if each.given is None else each.given
@@ -270,6 +278,8 @@ class DataPosition:
             doubts.append(approximate(_NESTED))
         elif len(open_ones) > 1 and self.asking is not open_ones[0]:
             doubts.append(approximate(_PENDING))
+        if in_epoch:
+            doubts += self._left_behind or local_doubts(self._program)
         return {
             "passes": passes if in_epoch else [],
             "loaders": loaders,

@@ -464,6 +464,8 @@ class TrainingLoop:
                 raise
         if self.ending is not None:
             self.left.append(iterator)
+            if training:
+                self.data.leave_epoch()
         if current is not None:
             current.is_done = is_over or given == limit or (given == length and self.is_at_end(iterator))
             self.finish_window()

@@ -183,5 +183,6 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
             optimizer = loop.first_optimizer  # and so may deciders
     if loop.ending is not None:
         loop.left.append(iterator)
+        loop.data.leave_epoch()
     length = limited_length(loader, config.limit_train_batches, "limit_train_batches")
     current.is_done = is_over or given == limit or (given == length and loop.is_at_end(iterator))

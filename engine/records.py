@@ -77,10 +77,20 @@ class Records:
         """Call `say` once the logs have what was published before, in the order of these calls. Writer's thread."""
         with self._changed:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="offloop-announcements", daemon=True)
-                self._thread.start()
-            self._pending += 1
-            self._jobs.put(say)
+                thread = threading.Thread(target=self._run, name="offloop-announcements", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system gives no more threads: what waits for the logs cannot
+                    logger.warning(
+                        "a checkpoint is announced without waiting for the logs: there is no thread for it"
+                    )
+                else:
+                    self._thread = thread
+            if self._thread is not None:
+                self._pending += 1
+                self._jobs.put(say)
+                return
+        say()
 
     def flush(self, seconds: float) -> bool:
         """Wait until all is announced; False if it takes longer. Blocks."""

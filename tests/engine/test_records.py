@@ -294,3 +294,21 @@ def test_step_hook_may_wait_for_a_checkpoint_that_was_taken_before(tmp_path: Pat
     waits = Waits()
     tiny_trainer(run_dir=tmp_path).train(tiny_batches(2), epochs=1, callbacks=[SlowLog(), waits])
     assert waits.steps == (1,)
+
+
+def test_checkpoint_is_announced_where_the_system_gives_no_thread_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "offloop-announcements":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    recorder = Recorder()
+    trainer = tiny_trainer(run_dir=tmp_path, run_name="run")
+    result = trainer.train(tiny_batches(2), epochs=2, callbacks=[ModelCheckpoint(), recorder])
+    assert result.status == "completed"
+    assert [event.saved_step for event in recorder.of(CheckpointSaved)] == [2, 4]
