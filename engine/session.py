@@ -413,10 +413,7 @@ class Session:
                     f"the weights of step {loop.step} are not finite, and a run cannot go on from them: "
                     'the checkpoint before stays the newest. on_nonfinite="warn" saves them'
                 )
-            state = self._capture(self._handlers)
-            if self._on_unsaveable is not None and self._callbacks_are_unknown:
-                self._callbacks_are_unknown = False
-                self._check_saveable({"callbacks": state["callbacks"]})
+            state = self._state_to_save()
         except BaseException as error:  # out of a state_dict; no giver of a command may be waiting for it
             logger.exception("the checkpoint of step %d was not saved", loop.step)
             described = describe(as_failure(error))
@@ -437,6 +434,23 @@ class Session:
 
         if is_accepted:
             self._saved_moment = self._moment()
+
+    def _state_to_save(self) -> dict[str, Any]:
+        """Return the state of this moment; the first time it is looked at whether that of callbacks can be saved.
+
+        A callback that cannot say its state ends the run, as one whose state cannot be saved does, unless
+        `on_error` of the `ModelCheckpoint` says otherwise.
+        """
+        try:
+            state = self._capture(self._handlers)
+        except BaseException as error:
+            if self._on_unsaveable == "raise" and not is_out_of_memory(error):
+                self._fail(error)  # a command that asked for the checkpoint would take the error for its own
+            raise
+        if self._on_unsaveable is not None and self._callbacks_are_unknown:
+            self._callbacks_are_unknown = False
+            self._check_saveable({"callbacks": state["callbacks"]})
+        return state
 
     def _capture(self, handlers: Sequence[Handlers]) -> dict[str, Any]:
         """Return the state of this moment, with that of these callbacks. Tensors are live, not copied."""

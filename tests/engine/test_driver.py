@@ -211,7 +211,7 @@ async def test_in_haste_callbacks_that_swallow_share_two_seconds(soon: None) -> 
         await trainer.train_async(EndlessLoader(), epochs=2, callbacks=[*retries, recorder])
     assert trainer.last_run is not None
     result = trainer.last_run.result
-    assert result.status == "cancelled"
+    assert result.status in ("stopped", "cancelled")  # training may end between the two signals
     assert [[each.split(":")[0] for each in errors] for errors in result.callback_errors.values()] == [
         ["drain", "close"]
     ] * 3

@@ -118,10 +118,12 @@ def test_a_thousand_epochs_with_fresh_workers_do_not_hang(tmp_path: Path) -> Non
 def test_workers_are_started_the_way_that_the_user_chose(tmp_path: Path) -> None:
     loader = DataLoader(Quiet(), batch_size=2, num_workers=1, multiprocessing_context="forkserver")
     seen: list[str] = []
+    others = multiprocessing.active_children()  # workers of loaders that other tests have left
 
     class Look(Trainer):
         def training_step(self, batch: Any) -> Any:
-            seen.extend(type(each).__name__ for each in multiprocessing.active_children())
+            children = multiprocessing.active_children()
+            seen.extend(type(each).__name__ for each in children if each not in others)
             return super().training_step(batch)
 
     assert tiny_trainer(Look).train(loader, epochs=1).status == "completed"
