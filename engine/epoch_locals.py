@@ -68,8 +68,8 @@ def _carrying(program: object, function: types.FunctionType, frame: types.FrameT
     for name, value in frame.f_locals.items():
         if name in arguments or name == "__class__" or id(value) in known or isinstance(value, _STATELESS):
             continue
-        if isinstance(value, types.GeneratorType) and value.gi_code.co_filename.endswith("loop.py"):
-            continue  # of `self.batches(...)`, whose position is saved
+        if isinstance(value, types.GeneratorType) and _is_of_the_run(value):
+            continue
         if isinstance(value, Iterator):
             yield name
         elif places is None:
@@ -81,15 +81,20 @@ def _carrying(program: object, function: types.FunctionType, frame: types.FrameT
             yield name
 
 
+def _is_of_the_run(generator: "types.GeneratorType[Any, Any, Any]") -> bool:
+    """Return True for what `self.batches(...)` gave, whose position is saved, and for one that is over."""
+    frame = generator.gi_frame
+    return frame is None or frame.f_globals.get("__name__") == "offloop.engine.loop"
+
+
 class _Places(ast.NodeVisitor):
     """Where a function assigns its variables."""
 
     def __init__(self, line: int) -> None:
         self.before: set[str] = set()  # outside of all loops
         self.inside: set[str] = set()  # in the body of a loop
-        self.counters: set[str] = (
-            set()
-        )  # beside the batches, as by enumerate(self.batches(...)), by the loop in work
+        # Beside the batches, as by enumerate(self.batches(...)), by the loop in work
+        self.counters: set[str] = set()
         self._line = line  # that is running
         self._depth = 0
 

@@ -159,13 +159,11 @@ class TrainingLoop:
         self.device = device
         self.optimizers = optimizers
         self.schedules = list(schedules)
-        self.lasting_schedules = len(
-            self.schedules
-        )  # the first of them; those that are attached end with the run
+        # The first of them; those that are attached end with the run
+        self.lasting_schedules = len(self.schedules)
         self.given_rates = GivenRates(list(optimizers.values()))
-        self.options = {
-            name: options_of(each) for name, each in optimizers.items()
-        }  # as the script made them
+        # As the script made them
+        self.options = {name: options_of(each) for name, each in optimizers.items()}
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.has_validation = val_loader is not None

@@ -93,6 +93,20 @@ class CarriesOn(Plain):
         super().train_epoch(loader)
 
 
+_OF_A_SCRIPT: dict[str, Any] = {}
+exec(compile("def forever():\n    while True:\n        yield 1\n", "train_loop.py", "exec"), _OF_A_SCRIPT)
+
+
+class GeneratesElsewhere(Trainer):
+    """Its generator is of a file that is called like one of the engine's."""
+
+    def train_epoch(self, loader: Iterable[Any]) -> None:
+        numbers = _OF_A_SCRIPT["forever"]()
+        for batch in self.batches(loader):
+            next(numbers)
+            self.train_batch(batch)
+
+
 def resumed(trainer_class: type[Trainer], directory: Path) -> Resumed:
     def run(max_steps: int, resume: Any = None) -> Recorder:
         recorder = Recorder()
@@ -119,6 +133,7 @@ def test_variables_that_carry_nothing_are_no_doubt(trainer_class: type[Trainer],
         (Counts, "local variables count, total start over"),
         (Enumerates, "local variable index starts over"),
         (Carries, "local variables hidden, seen start over"),
+        (GeneratesElsewhere, "local variable numbers starts over"),
         (CarriesOn, "local variable hidden starts over"),
     ],
 )
