@@ -27,9 +27,9 @@ from typing import Any
 from measure import Interval, Report, clock, median_of, parse, ratio_of, shuffled
 
 from offloop.engine import Bus, Callback, StepEnd
-from offloop.engine.bus import BUFFER, MAX_WAITING_SAMPLES
+from offloop.engine.bus.event_bus import BUFFER, MAX_WAITING_SAMPLES
 from offloop.engine.callback import Handlers
-from offloop.engine.observer import Observer
+from offloop.engine.observers.observer import Observer
 
 FAST, SLOW = 80_000, 20_000  # events of one measurement; FAST must fit into the bus without a drainer
 Contender = Callable[[], Awaitable[float]]  # returns events per second

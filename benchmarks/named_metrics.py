@@ -21,7 +21,7 @@ from measure import HAND, HAND_AGAIN, OFFLOOP, Batch, Report, median_of, parse, 
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
-from offloop.engine.metrics import MetricSet
+from offloop.engine.metrics.metric_set import MetricSet
 
 BATCHES = 40  # a pass
 GOAL = 1.05

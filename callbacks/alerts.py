@@ -32,7 +32,7 @@ from offloop.engine import (
     TrainStart,
     ValidationEnd,
 )
-from offloop.engine.threads import Thread
+from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
 

@@ -34,7 +34,7 @@ from offloop.engine import (
     in_step,
     replace_file,
 )
-from offloop.engine.threads import Thread
+from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
 

@@ -35,7 +35,7 @@ from offloop.engine import (
     ValidationEnd,
     ValidationStart,
 )
-from offloop.engine.threads import Thread
+from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
 

@@ -36,7 +36,7 @@ from offloop.engine import (
     TrainStart,
     first_use,
 )
-from offloop.engine.threads import Thread
+from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
 

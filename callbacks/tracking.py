@@ -42,7 +42,7 @@ from offloop.engine import (
     first_use,
     replace_file,
 )
-from offloop.engine.threads import Thread
+from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
 

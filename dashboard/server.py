@@ -43,7 +43,7 @@ from offloop.dashboard.security import (
     user_key,
 )
 from offloop.engine import Event, Run, Subscription, TrainStart
-from offloop.engine.threads import Latch, Thread
+from offloop.engine.bus.threads import Latch, Thread
 
 logger = logging.getLogger("offloop")
 # What strangers send must not fill anybody's log: the library's own records are for those who look for them.

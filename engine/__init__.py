@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offloop.engine.best import Best as Best
-    from offloop.engine.bus import Bus as Bus
-    from offloop.engine.bus import Subscription as Subscription
-    from offloop.engine.bus import SubscriptionStatistics as SubscriptionStatistics
+    from offloop.engine.bus.event_bus import Bus as Bus
+    from offloop.engine.bus.event_bus import Subscription as Subscription
+    from offloop.engine.bus.event_bus import SubscriptionStatistics as SubscriptionStatistics
     from offloop.engine.callback import Callback as Callback
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from offloop.engine.checkpoint import CheckpointReader as CheckpointReader
     from offloop.engine.checkpoint import Retention as Retention
     from offloop.engine.checkpoint.filesystem import replace_file as replace_file
-    from offloop.engine.comparison import ModelComparison as ModelComparison
-    from offloop.engine.comparison import TensorDifference as TensorDifference
-    from offloop.engine.comparison import compare_models as compare_models
     from offloop.engine.config import RemoteDirectory as RemoteDirectory
     from offloop.engine.config import TrainerConfig as TrainerConfig
     from offloop.engine.config import TrainerKnobs as TrainerKnobs
@@ -45,9 +42,6 @@ if TYPE_CHECKING:
     from offloop.engine.errors import TrainerBusyError as TrainerBusyError
     from offloop.engine.errors import WeightsError as WeightsError
     from offloop.engine.errors import WeightsMismatchError as WeightsMismatchError
-    from offloop.engine.event_log import EventLog as EventLog
-    from offloop.engine.event_log import read_attempts as read_attempts
-    from offloop.engine.event_log import read_events as read_events
     from offloop.engine.events import CallbackFailed as CallbackFailed
     from offloop.engine.events import CheckpointFailed as CheckpointFailed
     from offloop.engine.events import CheckpointSaved as CheckpointSaved
@@ -74,29 +68,34 @@ if TYPE_CHECKING:
     from offloop.engine.events import decode as decode
     from offloop.engine.events import encode as encode
     from offloop.engine.lazy_imports import first_use as first_use
-    from offloop.engine.line_file import LineFile as LineFile
-    from offloop.engine.model_registry import ModelRegistry as ModelRegistry
-    from offloop.engine.model_registry import ModelVersion as ModelVersion
-    from offloop.engine.observer import CallbackCosts as CallbackCosts
+    from offloop.engine.observers.event_log import EventLog as EventLog
+    from offloop.engine.observers.event_log import read_attempts as read_attempts
+    from offloop.engine.observers.event_log import read_events as read_events
+    from offloop.engine.observers.line_file import LineFile as LineFile
+    from offloop.engine.observers.observer import CallbackCosts as CallbackCosts
     from offloop.engine.result import RunResult as RunResult
     from offloop.engine.run import Run as Run
     from offloop.engine.runs import Runs as Runs
-    from offloop.engine.step_hooks import StepPoint as StepPoint
+    from offloop.engine.tools.tuning import BatchSizeSearch as BatchSizeSearch
+    from offloop.engine.tools.tuning import BatchSizeTrial as BatchSizeTrial
+    from offloop.engine.tools.tuning import LearningRateSearch as LearningRateSearch
     from offloop.engine.trainer import BaseTrainer as BaseTrainer
     from offloop.engine.trainer import Trainer as Trainer
-    from offloop.engine.tuning import BatchSizeSearch as BatchSizeSearch
-    from offloop.engine.tuning import BatchSizeTrial as BatchSizeTrial
-    from offloop.engine.tuning import LearningRateSearch as LearningRateSearch
-    from offloop.engine.weights import export_model as export_model
-    from offloop.engine.weights import load_model as load_model
+    from offloop.engine.training.step_hooks import StepPoint as StepPoint
+    from offloop.engine.weights.comparison import ModelComparison as ModelComparison
+    from offloop.engine.weights.comparison import TensorDifference as TensorDifference
+    from offloop.engine.weights.comparison import compare_models as compare_models
+    from offloop.engine.weights.loading import export_model as export_model
+    from offloop.engine.weights.loading import load_model as load_model
+    from offloop.engine.weights.registry import ModelRegistry as ModelRegistry
+    from offloop.engine.weights.registry import ModelVersion as ModelVersion
 
 _MODULES = {
     "best": ("Best",),
-    "bus": ("Bus", "Subscription", "SubscriptionStatistics"),
+    "bus.event_bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),
     "checkpoint.filesystem": ("replace_file",),
-    "comparison": ("ModelComparison", "TensorDifference", "compare_models"),
     "config": ("RemoteDirectory", "TrainerConfig", "TrainerKnobs"),
     "errors": (
         "BatchError",
@@ -120,7 +119,6 @@ _MODULES = {
         "WeightsError",
         "WeightsMismatchError",
     ),
-    "event_log": ("EventLog", "read_attempts", "read_events"),
     "events": (
         "CallbackFailed",
         "CheckpointFailed",
@@ -149,16 +147,18 @@ _MODULES = {
         "encode",
     ),
     "lazy_imports": ("first_use",),
-    "line_file": ("LineFile",),
-    "model_registry": ("ModelRegistry", "ModelVersion"),
-    "observer": ("CallbackCosts",),
+    "observers.event_log": ("EventLog", "read_attempts", "read_events"),
+    "observers.line_file": ("LineFile",),
+    "observers.observer": ("CallbackCosts",),
     "result": ("RunResult",),
     "run": ("Run",),
     "runs": ("Runs",),
-    "step_hooks": ("StepPoint",),
+    "tools.tuning": ("BatchSizeSearch", "BatchSizeTrial", "LearningRateSearch"),
     "trainer": ("BaseTrainer", "Trainer"),
-    "tuning": ("BatchSizeSearch", "BatchSizeTrial", "LearningRateSearch"),
-    "weights": ("export_model", "load_model"),
+    "training.step_hooks": ("StepPoint",),
+    "weights.comparison": ("ModelComparison", "TensorDifference", "compare_models"),
+    "weights.loading": ("export_model", "load_model"),
+    "weights.registry": ("ModelRegistry", "ModelVersion"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

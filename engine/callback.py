@@ -18,6 +18,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, overload
 
+from offloop.engine.argument_hints import HANDLERS, explains_arguments
 from offloop.engine.errors import ConfigError, nearest
 from offloop.engine.events import (
     EpochEnd,
@@ -30,12 +31,11 @@ from offloop.engine.events import (
     ValidationStart,
     known_events,
 )
-from offloop.engine.spelling import HANDLERS, explains_arguments
 
 if TYPE_CHECKING:
     import torch
 
-    from offloop.engine.bus import OnFull
+    from offloop.engine.bus.event_bus import OnFull
     from offloop.engine.config import Mode
 
 logger = logging.getLogger("offloop")

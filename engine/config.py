@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 import msgspec
 
+from offloop.engine.argument_hints import ADVICE, PEER_SPELLINGS, PRECISIONS, hint
 from offloop.engine.errors import ConfigError, nearest
-from offloop.engine.spelling import ADVICE, PEER_SPELLINGS, PRECISIONS, hint
 
 if TYPE_CHECKING:
     import torch

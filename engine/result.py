@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offloop.engine.best import Best
-from offloop.engine.event_log import FILE_NAME as EVENTS
-from offloop.engine.event_log import read_events
 from offloop.engine.events import (
     EpochEnd,
     Metrics,
@@ -17,8 +15,10 @@ from offloop.engine.events import (
     ValidationEnd,
     with_non_finite_as_text,
 )
-from offloop.engine.observer import CallbackCosts
-from offloop.engine.resume import read_run_json
+from offloop.engine.observers.event_log import FILE_NAME as EVENTS
+from offloop.engine.observers.event_log import read_events
+from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.recovery.resume_plan import read_run_json
 
 Status = Literal["completed", "stopped", "cancelled", "failed", "running"]
 

@@ -9,17 +9,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, NoReturn, ParamSpec, TypeVar, overload
 
-from offloop.engine.bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
+from offloop.engine.bus.command_mailbox import actor
+from offloop.engine.bus.event_bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
+from offloop.engine.bus.waker import result_of
 from offloop.engine.checkpoint.store import check_tag
-from offloop.engine.control import actor
 from offloop.engine.errors import ConfigError, DeadlockError
 from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
-from offloop.engine.observer import CallbackCosts
+from offloop.engine.observers.observer import CallbackCosts
 from offloop.engine.result import RunResult
-from offloop.engine.waker import result_of
 
 if TYPE_CHECKING:
-    from offloop.engine.session import Session
+    from offloop.engine.session.session import Session
     from offloop.engine.trainer import BaseTrainer
 
 E = TypeVar("E", bound=Event)

@@ -13,19 +13,19 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.callback import Callback
 from offloop.engine.config import misplaced_argument
+from offloop.engine.data.val_loaders import ValLoader
 from offloop.engine.errors import ConfigError, DeadlockError, RunNotFoundError, RunsClosedError
-from offloop.engine.loop import Batch
-from offloop.engine.metric_names import RunMetrics
+from offloop.engine.metrics.names import RunMetrics
+from offloop.engine.recovery.resume_plan import Resume
 from offloop.engine.result import RunResult
-from offloop.engine.resume import Resume
 from offloop.engine.run import Run
-from offloop.engine.session import Session
-from offloop.engine.spelling import explains_arguments
+from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer
-from offloop.engine.val_loaders import ValLoader
-from offloop.engine.weights import Source
+from offloop.engine.training.loop import Batch
+from offloop.engine.weights.loading import Source
 
 logger = logging.getLogger("offloop")
 

@@ -33,11 +33,11 @@ from offloop.engine.events import (
     ValidationEnd,
     ValidationStart,
 )
-from offloop.engine.loop import Batch, TrainingLoop
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
-from offloop.engine.session import Session
+from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer, Trainer
+from offloop.engine.training.loop import Batch, TrainingLoop
 
 E = TypeVar("E", bound=Event)
 

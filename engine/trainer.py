@@ -27,8 +27,12 @@ import msgspec
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from offloop.engine.activation_checkpointing import select_modules
-from offloop.engine.arguments import (
+from offloop.engine.argument_hints import METHODS, AsyncBlock, explains_arguments
+from offloop.engine.bus.command_mailbox import Control, actor
+from offloop.engine.bus.threads import Thread
+from offloop.engine.callback import Callback, OnError, close_unused, lookup
+from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
+from offloop.engine.checks import (
     check_callbacks,
     check_loader,
     check_methods,
@@ -41,51 +45,52 @@ from offloop.engine.arguments import (
     remote_run,
     resolve_device,
 )
-from offloop.engine.averages import check_averages
-from offloop.engine.batch_size import BatchSize, checked_batch_size, guess_batch_size
-from offloop.engine.callback import Callback, OnError, close_unused, lookup
-from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
 from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
-from offloop.engine.control import Control, actor
-from offloop.engine.data import Feed, limited_length, to_device, use_channels_last
-from offloop.engine.default_steps import NextTokens, inputs_and_targets, own_loss
+from offloop.engine.data.batch_size import BatchSize, checked_batch_size, guess_batch_size
+from offloop.engine.data.batches import Feed, limited_length, to_device, use_channels_last
+from offloop.engine.data.seeded_sampling import check_seedable
+from offloop.engine.data.val_loaders import LIVE, PREFIX, ValLoader, by_prefix, live_prefix, name_of
 from offloop.engine.errors import (
     ConfigError,
     Preempted,
     TrainerBusyError,
 )
-from offloop.engine.event_log import EventLog
 from offloop.engine.events import Event, Metrics, StepEnd
-from offloop.engine.fetch import fetch_run
-from offloop.engine.freezing import check_freeze, select_parameters
-from offloop.engine.given_rates import GivenRates
-from offloop.engine.keepers import Keeper
-from offloop.engine.learning_rate import Schedule, mark_stepped
-from offloop.engine.loop import Batch, StepOutput, TrainingLoop
-from offloop.engine.metric_names import MetricSpec, RunMetrics, check_metrics, metrics_for
-from offloop.engine.metrics import MetricSet, rows_of
-from offloop.engine.monitors import Monitors
-from offloop.engine.observer import Worker
-from offloop.engine.optimizer_state import load_optimizer
+from offloop.engine.metrics.metric_set import MetricSet, rows_of
+from offloop.engine.metrics.names import MetricSpec, RunMetrics, check_metrics, metrics_for
+from offloop.engine.observers.event_log import EventLog
+from offloop.engine.observers.observer import Worker
 from offloop.engine.paths import absolute_path
-from offloop.engine.plain_epoch import is_plain, train_plain_epoch
-from offloop.engine.precision import MixedPrecision
-from offloop.engine.prediction import PredictionStream, predictions
-from offloop.engine.process import handled_signals
+from offloop.engine.recovery.fetch import fetch_run
+from offloop.engine.recovery.keepers import Keeper
+from offloop.engine.recovery.resume_plan import Resume, plan_resume
+from offloop.engine.recovery.run_dir import new_run_id
 from offloop.engine.result import RunResult
-from offloop.engine.resume import Resume, plan_resume
 from offloop.engine.run import Run
-from offloop.engine.run_dir import new_run_id
-from offloop.engine.seeded_sampling import check_seedable
-from offloop.engine.session import Session
-from offloop.engine.spelling import METHODS, AsyncBlock, explains_arguments
-from offloop.engine.step_failures import explain_loss, explain_model
-from offloop.engine.thread_state import caller_state, check_caller
-from offloop.engine.threads import Thread
-from offloop.engine.training_mode import eval_mode
-from offloop.engine.tuning import BatchSizeSearch, LearningRateSearch, find_batch_size, find_learning_rate
-from offloop.engine.val_loaders import LIVE, PREFIX, ValLoader, by_prefix, live_prefix, name_of
-from offloop.engine.weights import Source, plan_init
+from offloop.engine.session.ownership import Monitors
+from offloop.engine.session.process import handled_signals
+from offloop.engine.session.session import Session
+from offloop.engine.session.thread_state import caller_state, check_caller
+from offloop.engine.tools.prediction import PredictionStream, predictions
+from offloop.engine.tools.tuning import (
+    BatchSizeSearch,
+    LearningRateSearch,
+    find_batch_size,
+    find_learning_rate,
+)
+from offloop.engine.training.activation_checkpointing import select_modules
+from offloop.engine.training.averages import check_averages
+from offloop.engine.training.default_steps import NextTokens, inputs_and_targets, own_loss
+from offloop.engine.training.fast_epoch import is_plain, train_plain_epoch
+from offloop.engine.training.freezing import check_freeze, select_parameters
+from offloop.engine.training.given_rates import GivenRates
+from offloop.engine.training.learning_rate import Schedule, mark_stepped
+from offloop.engine.training.loop import Batch, StepOutput, TrainingLoop
+from offloop.engine.training.optimizer_state import load_optimizer
+from offloop.engine.training.precision import MixedPrecision
+from offloop.engine.training.step_failures import explain_loss, explain_model
+from offloop.engine.training.training_mode import eval_mode
+from offloop.engine.weights.loading import Source, plan_init
 
 Loss = Callable[[Any, Any], torch.Tensor]
 

@@ -152,7 +152,7 @@ WARM_PYTHON = """
 import os, runpy, sys
 import torch
 import torch._dynamo
-import offloop.callbacks, offloop.engine, offloop.engine.session
+import offloop.callbacks, offloop.engine, offloop.engine.session.session
 
 for line in sys.stdin:
     script = line.strip()

@@ -20,35 +20,35 @@ FOLDERS: Final = [name for name in ("engine", "callbacks", "cli", "dashboard") i
 WITHOUT_TORCH: Final = (
     "events",
     "errors",
-    "spelling",
+    "argument_hints",
     "config",
     "callback",
-    "waker",
-    "bus",
-    "control",
-    "deadlock",
+    "bus.waker",
+    "bus.event_bus",
+    "bus.command_mailbox",
+    "bus.deadlock",
     "lazy_imports",
-    "driver",
-    "forked",
-    "observer",
-    "threads",
+    "observers.worker",
+    "bus.forked",
+    "observers.observer",
+    "bus.threads",
 )
 """Modules of the engine that work, and load, without torch."""
-SHARED: Final = ("errors", "spelling", "config", "events", "callback", "control")
+SHARED: Final = ("errors", "argument_hints", "config", "events", "callback", "bus.command_mailbox")
 """What the training loop shares with the event loop's side; everything else it uses is its own."""
 ABOVE_THE_LOOP: Final = (
-    "bus",
-    "driver",
-    "observer",
+    "bus.event_bus",
+    "observers.worker",
+    "observers.observer",
     "run",
     "runs",
-    "session",
+    "session.session",
     "trainer",
-    "event_log",
+    "observers.event_log",
     "testing",
-    "process",
-    "prediction",
-    "tuning",
+    "session.process",
+    "tools.prediction",
+    "tools.tuning",
 )
 """Modules that the training loop and what it uses never know of."""
 
@@ -118,7 +118,7 @@ def in_folder(*folders: str) -> list[str]:
 def training_threads_modules() -> set[str]:
     """Return loop.py and every module of the engine that it uses and does not share."""
     shared = {f"offloop.engine.{name}" for name in SHARED}
-    reached, waiting = set[str](), ["offloop.engine.loop"]
+    reached, waiting = set[str](), ["offloop.engine.training.loop"]
     while waiting:
         module = waiting.pop()
         if module not in reached:
@@ -152,7 +152,7 @@ def test_the_engine_is_used_through_its_public_names(module: str) -> None:
             assert each.module in (
                 "offloop.engine",
                 "offloop.engine.checkpoint",
-                "offloop.engine.threads",
+                "offloop.engine.bus.threads",
             ), each
             assert each.name in importlib.import_module(each.module).__all__, each
 
@@ -173,14 +173,18 @@ def test_what_needs_no_torch_imports_none(name: str) -> None:
 
 
 def test_events_errors_and_config_know_nobody() -> None:
-    for name in ("events", "errors", "spelling", "config"):
-        known = {"offloop.engine.errors", *(["offloop.engine.spelling"] if name == "config" else [])}
+    for name in ("events", "errors", "argument_hints", "config"):
+        known = {"offloop.engine.errors", *(["offloop.engine.argument_hints"] if name == "config" else [])}
         assert modules_known_to(f"offloop.engine.{name}") <= known
 
 
 def test_training_loop_knows_nothing_of_the_event_loop() -> None:
     modules = training_threads_modules()
-    assert {"offloop.engine.loop", "offloop.engine.data", "offloop.engine.metrics"} <= modules
+    assert {
+        "offloop.engine.training.loop",
+        "offloop.engine.data.batches",
+        "offloop.engine.metrics.metric_set",
+    } <= modules
     above = {f"offloop.engine.{name}" for name in ABOVE_THE_LOOP}
     for module in modules:
         assert not modules_known_to(module) & above, module

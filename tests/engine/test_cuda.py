@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from offloop.engine import Callback, EpochEnd, StepEnd, StepPoint, Trainer, ValidationEnd, in_step
 from offloop.engine.checkpoint import CheckpointReader
-from offloop.engine.data import Feed
+from offloop.engine.data.batches import Feed
 from offloop.engine.testing import (
     Recorder,
     reproducible,

@@ -13,8 +13,8 @@ from offloop.engine import Callback, Event, TrainerConfig, first_use
 from offloop.engine import lazy_imports as lazy_imports_module
 from offloop.engine.callback import Handlers
 from offloop.engine.lazy_imports import was_importing
-from offloop.engine.metric_names import check_metrics, metric_direction
-from offloop.engine.observer import Observer
+from offloop.engine.metrics.names import check_metrics, metric_direction
+from offloop.engine.observers.observer import Observer
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
 
@@ -156,7 +156,7 @@ def test_runs_that_begin_together_import_torchmetrics_once_and_before_their_firs
         "class Looks(Callback):\n"
         "    @decides\n"
         "    def on_train_start(self, event, run):\n"
-        "        seen.append('offloop.engine.named_metrics' in sys.modules)\n"
+        "        seen.append('offloop.engine.metrics.named' in sys.modules)\n"
         "def train():\n"
         "    model = torch.nn.Linear(4, 3)\n"
         "    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"

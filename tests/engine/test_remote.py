@@ -42,7 +42,6 @@ from offloop.engine import (
     in_step,
     read_events,
 )
-from offloop.engine import uploads as uploads_module
 from offloop.engine.checkpoint import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -55,11 +54,12 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.checkpoint import remote as remote_module
 from offloop.engine.events import Event
-from offloop.engine.fetch import fetch_run
-from offloop.engine.keepers import Keeper
-from offloop.engine.saving import Checkpoints
+from offloop.engine.recovery import uploads as uploads_module
+from offloop.engine.recovery.fetch import fetch_run
+from offloop.engine.recovery.keepers import Keeper
+from offloop.engine.recovery.run_checkpoints import Checkpoints
+from offloop.engine.recovery.uploads import Uploads
 from offloop.engine.testing import Recorder, reproducible, tiny_loader, tiny_model, tiny_trainer
-from offloop.engine.uploads import Uploads
 
 URL = "faulty://bucket/runs"
 NEVER = 1 << 60

@@ -48,8 +48,8 @@ from offloop.engine import (
     decides,
     in_step,
 )
+from offloop.engine.bus.waker import result_of
 from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_model, tiny_trainer
-from offloop.engine.waker import result_of
 
 LONG = 30.0  # seconds that nothing here should take, also on a busy machine
 ENDLESS = 1_000_000_000  # steps

@@ -1,4 +1,4 @@
-"""A run that a callback has stopped is over: the same script, run again, trains no further; see engine/resume.py."""
+"""A run that a callback has stopped is over: the same script, run again, trains no further; see resume_plan.py."""
 
 import logging
 from pathlib import Path

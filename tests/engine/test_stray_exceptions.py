@@ -27,8 +27,8 @@ from offloop.engine import (
     decides,
     in_step,
 )
-from offloop.engine.loop import Batch, StepOutput
 from offloop.engine.testing import Recorder, tiny_batches, tiny_loader, tiny_trainer
+from offloop.engine.training.loop import Batch, StepOutput
 
 
 class Stray(BaseException):

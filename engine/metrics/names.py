@@ -1,0 +1,154 @@
+"""What `metrics=` may say: the names there are, which way is better, and the check before a run starts.
+
+What the names mean stands in `metric_set.py`. Nothing here imports torchmetrics, see there why.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+MetricSpec: TypeAlias = "Sequence[str | Metric] | Mapping[str, Metric]"
+"""Metrics of one data set: names and instances, or a mapping that names the instances."""
+
+RunMetrics: TypeAlias = "MetricSpec | Mapping[str, MetricSpec]"
+"""What `train(metrics=)` takes: metrics of both data sets, or a mapping `{"train": [...], "val": [...]}`."""
+
+_DATA_SETS: Final = ("train", "val")
+
+ONE_NUMBER: Final = 'use average="macro" or torchmetrics.ClasswiseWrapper, which gives each class a key'
+
+
+class _Name(NamedTuple):
+    aliases: str
+    direction: Literal["min", "max"]
+    view: Literal["labels", "scores", "numbers"]  # what of a batch it is fed
+
+
+NAMES: Final = {
+    "accuracy": _Name("acc accuracy_score", "max", "labels"),
+    "precision": _Name("precision_score", "max", "labels"),
+    "recall": _Name("recall_score", "max", "labels"),
+    "f1_score": _Name("f1 f1_macro", "max", "labels"),
+    "roc_auc": _Name("auroc auc roc_auc_score", "max", "scores"),
+    "mse": _Name("mean_squared_error", "min", "numbers"),
+    "rmse": _Name("root_mean_squared_error", "min", "numbers"),
+    "mae": _Name("mean_absolute_error", "min", "numbers"),
+    "r2": _Name("r2_score", "max", "numbers"),
+}
+ALIASES: Final = {alias: name for name, known in NAMES.items() for alias in (name, *known.aliases.split())}
+
+
+def metrics_for(data_set: Literal["train", "val"], metrics: RunMetrics) -> MetricSpec:
+    """Return the metrics of one data set, from what `train(metrics=)` got. Raises as `check_metrics`.
+
+    A mapping is by data set if one of its values is a list or a mapping: a metric is neither.
+    """
+    if not isinstance(metrics, Mapping):
+        return metrics
+    by_data_set = [
+        key
+        for key, each in metrics.items()
+        if isinstance(each, Sequence | Mapping) and not isinstance(each, str)
+    ]
+    if not by_data_set:
+        return cast("Mapping[str, Metric]", metrics)
+    for key, each in metrics.items():
+        if key not in _DATA_SETS:
+            raise ValueError(
+                f'metrics has a list under {by_data_set[0]!r}, so its keys are "train" and "val"; got {key!r}'
+            )
+        if key not in by_data_set:
+            raise TypeError(
+                f"metrics[{key!r}] must be a list of names and torchmetrics.Metrics, got {each!r}"
+            )
+    return cast("Mapping[str, MetricSpec]", metrics).get(data_set, ())
+
+
+def check_metrics(metrics: MetricSpec) -> None:
+    """Raise where `metrics` cannot be used, before a run starts. Touches no device.
+
+    ValueError: an unknown name, a key that is reserved or given twice, a metric that gives one value per class.
+    TypeError: something that is neither a name nor a `torchmetrics.Metric` instance.
+    """
+    chosen_metrics(metrics)
+
+
+def metric_direction(key: str, metrics: RunMetrics = ()) -> Literal["min", "max"] | None:
+    """Say whether a metric should become small or large; None where that cannot be known.
+
+    A metric object's own `higher_is_better` counts first, then the table of names, then the last word of
+    the key that says something: `val_dice_loss` -> min. `metrics` are the run's, as `train` gets them.
+    """
+    name = re.sub("^(train|val)_", "", key)
+    own = chosen_metrics(metrics_for("train" if key.startswith("train_") else "val", metrics)).get(name)
+    if own is not None and own.higher_is_better is not None:
+        return "max" if own.higher_is_better else "min"
+    for word in (name.lower(), *reversed(re.split(r"[^a-z0-9]+", name.lower()))):
+        if word in ALIASES:
+            return NAMES[ALIASES[word]].direction
+        if re.fullmatch(r".*(loss|error)|err|mape|perplexity|ppl|nll|wer|cer|fid|hamming|brier|ece", word):
+            return "min"
+        if re.fullmatch(
+            r"top\d|sensitivity|specificity|fbeta|auprc|map|m?iou|jaccard|dice|kappa|mcc|bleu|psnr", word
+        ):
+            return "max"
+    return None
+
+
+def chosen_metrics(metrics: MetricSpec) -> "dict[str, Metric | None]":
+    """Return key -> the user's metric, or None for one of our names, in the order given. Raises as `check_metrics`."""
+    metric_class = _metric_class()
+    if isinstance(metrics, str | metric_class) or not isinstance(metrics, Sequence | Mapping):
+        hint = f": write metrics=[{metrics!r}]" if isinstance(metrics, str | metric_class) else ""
+        raise TypeError(f"metrics must be a list of names and torchmetrics.Metrics, got {metrics!r}{hint}")
+    is_mapping = isinstance(metrics, Mapping)
+    pairs = metrics.items() if isinstance(metrics, Mapping) else [(_key(item), item) for item in metrics]
+    chosen: dict[str, Metric | None] = {}
+    for key, metric in pairs:
+        if not isinstance(metric, metric_class if is_mapping else metric_class | str):
+            wanted = "an instance of torchmetrics.Metric" + " or a name" * (not is_mapping)
+            names = (
+                ": names stand in a list, like ['accuracy']" if is_mapping and isinstance(metric, str) else ""
+            )
+            raise TypeError(f"a metric must be {wanted}, got {metric!r}{names}")
+        if not isinstance(key, str) or not key or key == "loss":  # the loop makes train_loss
+            raise ValueError(f"a metric cannot be called {key!r}; the key is a text, not 'loss'")
+        if key in chosen:
+            raise ValueError(f"metric {key!r} is given twice; a mapping can give each its own key")
+        # Found here, not at the end of the first epoch. In `vars`, since wrappers show what they wrap.
+        if isinstance(metric, metric_class) and vars(metric).get("average", "macro") in (None, "none"):
+            raise ValueError(f"metric {key!r} gives one value per class (average); {ONE_NUMBER}")
+        chosen[key] = metric if isinstance(metric, metric_class) else None
+    return chosen
+
+
+def _key(metric: object) -> str:
+    """Return the key of a metric in a list: its name, aliases resolved, or its class in snake case."""
+    if not isinstance(metric, str):
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(metric).__name__).lower()
+    if (spelled := re.sub(r"[\s-]+", "_", metric.strip().lower())) in ALIASES:
+        return ALIASES[spelled]
+    near = "".join(f"did you mean {n!r}? " for n in difflib.get_close_matches(spelled, ALIASES, n=1))
+    known = ", ".join(map(repr, NAMES))
+    raise ValueError(
+        f"metric {metric!r} is unknown; {near}the names are {known}; or pass a torchmetrics.Metric"
+    )
+
+
+class _Nothing:
+    """A class without instances."""
+
+
+def _metric_class() -> "type[Metric]":
+    """Return torchmetrics' base class; a class without instances where it has not been made yet.
+
+    Imports nothing and waits for no import, since this is called on event loops too. The module that defines the
+    class is asked, not the package: while another thread imports torchmetrics, the package has no `Metric` yet.
+    """
+    metric_class: Any = getattr(sys.modules.get("torchmetrics.metric"), "Metric", _Nothing)
+    return metric_class  # type: ignore[no-any-return]  # of a module found by name

@@ -1,0 +1,261 @@
+"""EventLog: every event of a run in `events.jsonl`, one encoded event a line; and how to read it back.
+
+Milestones are written and flushed at once, samples at most a second later, so that a crash loses no
+milestone and at most a second of samples. A reader survives a last line that is half there and events of
+types that it does not know.
+
+A run that is continued cuts the log back to its checkpoint before anything else is written (`rewind`), and adds the
+milestones that the checkpoint knows and the log does not have: it was killed before they were written. Where the log
+is cut is decided by the attempt that made the checkpoint and, within that attempt, by the time of the event, which is
+that of a monotonic clock: between attempts the machine's clock may have been set back.
+"""
+
+import dataclasses
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from offloop.engine.callback import Callback
+from offloop.engine.checkpoint.filesystem import replace_file
+from offloop.engine.events import Event, Sample, StepEnd, TrainStart, decode, encode
+from offloop.engine.observers.line_file import LineFile
+
+if TYPE_CHECKING:
+    from offloop.engine.run import Run
+
+logger = logging.getLogger("offloop")
+
+FILE_NAME: Final = "events.jsonl"
+FLUSH_INTERVAL: Final = 1.0
+"""Seconds after which samples are written at the latest."""
+MAX_KEPT: Final = 10_000
+"""Milestones that wait for a disk that is full; of more, the oldest are lost."""
+
+
+class EventLog(Callback):
+    """Writes the events that it receives. On wherever a run has a directory.
+
+    While the file cannot be written, milestones are kept and written as soon as it can be; samples are lost. The first
+    failure is reported, like that of any callback, and a log record says when it is over.
+    """
+
+    needs_run_dir = True
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._file: LineFile | None = None
+        self._path = Path(FILE_NAME)
+        self._waiting: list[_Line] = []
+        self._flushed_at = 0.0
+        self._is_failing = False
+        self._lost = 0  # events, since it is failing
+
+    def on_event(self, event: Event, run: "Run") -> None:
+        if run.dir is None:
+            return  # the run was refused its directory: only TrainEnd comes, and belongs nowhere
+        self._path = run.dir / FILE_NAME
+        is_sample = isinstance(event, Sample)
+        self._waiting.append(_Line(encode(event) + b"\n", is_sample))
+        if not is_sample or time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
+            self._flush()
+
+    def make_durable(self) -> None:
+        self._flush()
+        if self._is_failing:
+            raise OSError(f"{self._path} cannot be written")
+        if self._file is not None:
+            self._file.sync()
+
+    def close(self) -> None:
+        try:
+            self._flush()
+            if self._is_failing:
+                raise OSError(
+                    f"{self._path} lacks the last {self._lost + len(self._waiting)} events of the run"
+                )
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _flush(self) -> None:
+        """Write what waits. The first failure raises; what could not be written is kept or lost after that."""
+        self._flushed_at = time.monotonic()
+        if not self._waiting:
+            return
+        try:
+            if self._file is None:
+                self._file = LineFile(self._path)
+            self._file.append(b"".join(line.content for line in self._waiting))
+        except OSError as error:
+            kept = [line for line in self._waiting if not line.is_sample][-MAX_KEPT:]
+            self._lost += len(self._waiting) - len(kept)
+            self._waiting = kept
+            if self._is_failing:
+                return
+            self._is_failing = True
+            error.add_note("offloop: until it can be written again, steps are lost and milestones wait")
+            raise
+        self._waiting = []
+        if self._is_failing:
+            logger.warning("%s can be written again; %d events are missing in it", self._path, self._lost)
+            self._is_failing, self._lost = False, 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Line:
+    content: bytes
+    is_sample: bool
+
+
+class _Head(msgspec.Struct):
+    """What decides whether a line is kept; decoded several times as fast as the event."""
+
+    type: str
+    seq: int = -1
+    time: float = 0.0
+    attempt: int = 0
+
+
+_decode_head = msgspec.json.Decoder(_Head, strict=False).decode
+_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class _Position:
+    """The attempt that each line of a log is of: `TrainStart` names it, and `seq` begins anew with each."""
+
+    def __init__(self) -> None:
+        self._attempt = 0
+        self._seq = -1
+
+    def take(self, head: "_Head | Event") -> int:
+        """Return the attempt of the next event."""
+        if head.seq <= self._seq:
+            self._attempt += 1
+        self._seq = head.seq
+        if isinstance(head, TrainStart) or (isinstance(head, _Head) and head.type == TrainStart.__name__):
+            self._attempt = head.attempt
+        return self._attempt
+
+
+def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Sequence[str] = ()) -> None:
+    """Cut a run's log back to the moment of a checkpoint, and complete it up to there. Blocks on the file system.
+
+    Args:
+        directory: The run's.
+        attempt: The one that took the checkpoint.
+        taken: When, by that attempt's own clock; None to leave out everything.
+        milestones: Those before the checkpoint that may not have been written yet, encoded, in order.
+
+    Raises:
+        OSError: The file cannot be read or written.
+        msgspec.DecodeError: A milestone is no JSON object.
+    """
+    path = directory / FILE_NAME
+    size, seq = 0, -1
+    written: Counter[bytes] = Counter()
+    if taken is not None and path.exists():
+        position = _Position()
+        with open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    head = _decode_head(line)
+                except msgspec.MsgspecError:
+                    size += len(line)  # readers leave it out
+                    continue
+                of = position.take(head)
+                if of > attempt or (of == attempt and head.time > taken):
+                    break
+                size += len(line)
+                if of == attempt:
+                    seq = head.seq
+                    if milestones and head.type != StepEnd.__name__:
+                        written[_content_of(_decode_object(line))] += 1
+    added = b""
+    for milestone in milestones:
+        fields = _decode_object(milestone)
+        content = _content_of(fields)
+        if written[content]:
+            written[content] -= 1
+        else:
+            seq += 1
+            added += msgspec.json.encode(fields | {"run_id": directory.name, "seq": seq}) + b"\n"
+    _replace_end(path, size, added)
+
+
+def _replace_end(path: Path, size: int, added: bytes) -> None:
+    """Keep the first `size` bytes of a log and put `added` after them; durable when this returns."""
+    if path.is_symlink():  # nothing is written through a link: the run goes on in a file of its own
+        kept = b""
+        if path.exists():
+            with open(path, "rb") as file:
+                kept = file.read(size)
+        replace_file(path, kept + added)
+    elif added or path.exists():
+        log = LineFile(path)
+        try:
+            log.cut(size)
+            log.append(added)
+            log.sync()
+        finally:
+            log.close()
+
+
+def _content_of(fields: Mapping[str, Any]) -> bytes:
+    """Return what tells an event from others, wherever in the run's order it stands."""
+    kept = {name: value for name, value in fields.items() if name not in ("run_id", "seq", "time")}
+    return msgspec.json.encode(kept, order="sorted")
+
+
+def starts_in_log(directory: Path) -> Iterator[TrainStart]:
+    """Yield the `TrainStart` of each attempt that the log of a run has; none where it cannot be read. Blocks."""
+    try:
+        with open(directory / FILE_NAME, "rb") as file:
+            for line in file:
+                if b'"TrainStart"' in line:
+                    try:
+                        event = decode(line.rstrip(b"\n"))
+                    except msgspec.MsgspecError:
+                        continue
+                    if isinstance(event, TrainStart):
+                        yield event
+    except OSError:
+        return
+
+
+def read_attempts(path: "Path | str") -> Iterator[tuple[int, Event]]:
+    """Read a run's events like `read_events`, each with the number of the attempt that it is of."""
+    position = _Position()
+    for event in read_events(path):
+        yield position.take(event), event
+
+
+def read_events(path: "Path | str") -> Iterator[Event]:
+    """Read a run's events, in order, from its directory or the file itself. Blocks on the file system.
+
+    Unknown events come as `UnknownEvent`. A last line that is half there is left out; a broken line elsewhere
+    is left out with a warning.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / FILE_NAME
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                event = decode(line.rstrip(b"\n"))  # an unknown one keeps these bytes
+            except msgspec.DecodeError:
+                if line.endswith(b"\n"):
+                    logger.warning("%s:%d is no event and was left out", path, number)
+                continue
+            yield event

@@ -1,0 +1,175 @@
+"""What samplers, data sets and collate functions hold, compared between a run's start, a checkpoint and a resume.
+
+A curriculum, an order that is shuffled in place, weights that follow the losses or a cache of augmented samples
+are state that no `state_dict` stands for. Attributes are compared at each checkpoint with what they were when the
+run first read the loader; of those that have changed a checksum is saved, and a resume names those that are not
+what they were. Nothing is looked at between checkpoints.
+
+    changes are seen in      tensors and numpy arrays, numbers, texts, the length and items of containers, and these
+                             within objects of the user's classes, partial functions and closures
+    not seen                 global variables, memory maps, objects of libraries, what is behind many other values,
+                             what workers hold
+"""
+
+import functools
+import itertools
+import sys
+import types
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from offloop.engine.data.loader_parts import name_of
+from offloop.engine.position.carried_state import TensorMark, is_of_user
+from offloop.engine.position.exactness import Doubt, approximate
+from offloop.engine.position.loader_doubts import closure_of, unsaved_parts
+
+_MAX_DEPTH: Final = 4
+_MAX_VALUES: Final = 2_000
+"""Values that are looked at in one attribute: a bound for lists of a million file names."""
+_MAX_ITEMS: Final = 1_000
+"""Items of one list that are looked at, evenly spread."""
+_PLAIN: Final = (bool, int, float, complex, str, bytes)
+_JUDGED_ELSEWHERE: Final = (type, types.ModuleType, DataLoader, Dataset, Sampler, torch.Generator)
+
+
+class Contents:
+    """What the parts of a loader hold as attributes. Training thread only."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        """Remember how things are now. Keeps no tensor alive."""
+        self._before = {name: _marks(leaves) for name, leaves in _held(loader)}
+
+    def changed(self, loader: Iterable[Any]) -> dict[str, int]:
+        """Return the checksums of what is not as it was at first, by name."""
+        return {
+            name: _checksum(leaves)
+            for name, leaves in _held(loader)
+            if self._before.get(name, []) != _marks(leaves)
+        }
+
+
+def content_doubts(loader: Iterable[Any], saved: Mapping[str, int]) -> list[Doubt]:
+    """Return a doubt for each attribute that has changed during the run and is not what it was at the checkpoint."""
+    if not saved:
+        return []
+    now = {name: leaves for name, leaves in _held(loader) if name in saved}
+    return [
+        approximate(
+            f"{name} has changed during the run and is not what it was: give its owner state_dict and load_state_dict"
+        )
+        for name, checksum in saved.items()
+        if _checksum(now.get(name, [])) != checksum
+    ]
+
+
+def _held(loader: Iterable[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield what is in the attributes of the parts, by name; an object's own numbers are counters, see there."""
+    names: set[str] = set()
+    for part in unsaved_parts(loader):
+        owner = _unique(getattr(part, "__name__", name_of(part)), names)
+        if isinstance(part, types.FunctionType | types.MethodType | functools.partial):
+            attributes = {"closure": part}
+        else:
+            attributes = _attributes(part)
+        for name, value in attributes.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                continue
+            try:
+                leaves = list(itertools.islice(_leaves(value), _MAX_VALUES))
+            except Exception:  # the user's object: no reason to end a run
+                continue
+            yield f"{owner}.{name}", leaves
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """Return the name, with a number if another part of the loader has it already."""
+    found = next(each for number in itertools.count(1) if (each := f"{name} {number}") not in taken)
+    taken.add(found)
+    return name if found == f"{name} 1" else found
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    of_class = {
+        name: value
+        for kind in reversed(type(part).__mro__)
+        if is_of_user(kind)
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and isinstance(value, (*_PLAIN, list, dict, deque, torch.Tensor))
+    }
+    return of_class | getattr(part, "__dict__", {})
+
+
+def _leaves(value: Any, depth: int = 0) -> Iterator[Any]:
+    """Yield the numbers, texts, tensors and arrays in a value, in order, and the lengths of containers."""
+    if isinstance(value, (*_PLAIN, torch.Tensor)) or _is_array(value):
+        yield value
+    elif depth > _MAX_DEPTH or isinstance(value, _JUDGED_ELSEWHERE):
+        return
+    elif isinstance(value, list | tuple | deque):
+        yield len(value)
+        for item in itertools.islice(value, 0, None, max(1, len(value) // _MAX_ITEMS)):
+            yield from _leaves(item, depth + 1)
+    elif isinstance(value, Mapping):
+        yield len(value)
+        for key, item in itertools.islice(value.items(), _MAX_ITEMS):
+            yield from _leaves(key, depth + 1)
+            yield from _leaves(item, depth + 1)
+    elif isinstance(value, set | frozenset):
+        yield len(value)  # the order of its items is another one in each process
+    elif isinstance(value, functools.partial):
+        for each in (value.func, value.args, value.keywords):
+            yield from _leaves(each, depth + 1)
+    elif isinstance(value, types.MethodType):
+        yield from _leaves(value.__self__, depth + 1)
+    elif isinstance(value, types.FunctionType):
+        for _, inside in closure_of(value):
+            yield from _leaves(inside, depth + 1)
+    elif is_of_user(type(value)):
+        for each in _attributes(value).values():
+            yield from _leaves(each, depth + 1)
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and not isinstance(value, numpy.memmap)
+
+
+def _marks(leaves: Iterable[Any]) -> list[object]:
+    """Return what tells these values from later ones, at little cost."""
+    return [_mark(each) for each in leaves]
+
+
+def _mark(value: Any) -> object:
+    if isinstance(value, torch.Tensor):
+        return TensorMark(value)
+    if isinstance(value, _PLAIN):
+        return repr(value)  # NaN equals itself
+    some = value if value.nbytes <= 2**20 else value.reshape(-1)[:: max(1, value.size // 2**12)]
+    return id(value), value.shape, zlib.crc32(some.tobytes())
+
+
+def _checksum(leaves: Iterable[Any]) -> int:
+    """Return a checksum of values, whole tensors included."""
+    checksum = 0
+    for each in leaves:
+        if isinstance(each, _PLAIN):
+            content = repr(each).encode()
+        elif isinstance(each, torch.Tensor):
+            content = _bytes_of(each)
+        else:
+            content = repr(each.shape).encode() + each.tobytes()
+        checksum = zlib.crc32(content, checksum)
+    return checksum
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    shape = repr((tensor.dtype, tuple(tensor.shape))).encode()
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        return shape
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return shape + flat.view(torch.uint8).numpy().tobytes() if flat.numel() else shape

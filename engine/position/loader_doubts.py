@@ -1,0 +1,380 @@
+"""What a resume cannot know to have restored about a loader: each thing is named, with the remedy.
+
+Order is judged strictly, because it is decided in few places: a list, a loader with `state_dict`, or a DataLoader
+whose samplers are torch's, have `state_dict`, or go by `set_epoch`. Any other code that decides on the order may
+keep something from epoch to epoch, and is named.
+
+Data sets are always code that nobody here knows. What gives them away is looked for: random generators and
+iterators that they hold or that their methods refer to, and counters that have changed during the run.
+"""
+
+import functools
+import itertools
+import random
+import sys
+import types
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from offloop.engine.data.batches import length_of
+from offloop.engine.data.loader_parts import datasets_of, name_of, samplers_of, unwrapped
+from offloop.engine.data.seeded_sampling import SeededDataset
+from offloop.engine.data.workers import users_init_fn
+from offloop.engine.position.exactness import Doubt, approximate
+
+_KNOWN_SAMPLERS: Final = tuple(
+    kind.__iter__
+    for kind in (
+        BatchSampler,
+        DistributedSampler,
+        RandomSampler,
+        SequentialSampler,
+        SubsetRandomSampler,
+        WeightedRandomSampler,
+        list,
+        tuple,
+        range,
+    )
+)
+"""Methods that decide on an order from the sampler's arguments, the epoch and a generator that is saved."""
+_MOST_OBJECTS: Final = 2_000
+"""Objects that are looked at in search of generators: a bound for data sets that are large trees of objects."""
+_MOST_ITEMS: Final = 50
+"""Items of one container that are looked at; a list of a million file names holds no generator."""
+_LIBRARIES: Final = frozenset({"torch", "torchdata", "numpy"})
+"""Packages whose functions are not searched: what they draw from is global, or an attribute of an object."""
+_ELSEWHERE: Final = frozenset({*sys.stdlib_module_names, "offloop"})
+"""Packages whose objects are not searched either: they lead to loggers, threads and the run itself."""
+
+
+def doubts_about(loader: Iterable[Any]) -> list[Doubt]:
+    """Return what about a loader is not known to be restored, whatever a checkpoint holds."""
+    if is_sequence(loader) or restores_itself(loader):
+        return []
+    if not isinstance(loader, DataLoader):
+        if isinstance(loader, Iterator):
+            return [approximate(f"{name_of(loader)} goes on from epoch to epoch: its state is not saved")]
+        return [
+            approximate(
+                f"the state of {name_of(loader)} is not saved: give it state_dict and load_state_dict, or take a "
+                "DataLoader"
+            )
+        ]
+    doubts = [approximate(text) for text in _order_of(loader)]
+    hidden = hidden_sources(loader)
+    if hidden:
+        doubts.append(
+            approximate(
+                f"{', '.join(hidden)}, which is not saved: draw from a global generator, or give its owner "
+                "state_dict and load_state_dict"
+            )
+        )
+    return doubts
+
+
+def _order_of(loader: "DataLoader[Any]") -> Iterator[str]:
+    """Yield, in words, what decides on the order of a loader's batches and is not known to be restored."""
+    if not gives_its_sampler_order(loader):
+        yield (
+            f"{name_of(loader)} has an __iter__ of its own, whose state is not saved: give it state_dict and "
+            "load_state_dict"
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        if not is_stateful(loader.dataset):
+            yield f"the state of {name_of(loader.dataset)} is not saved: give it state_dict and load_state_dict"
+        return
+    sampler = unwrapped(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
+    while sampler is not None and not is_stateful(sampler):
+        if not _is_known(sampler) and not hasattr(sampler, "set_epoch"):
+            yield (
+                f"the state of {name_of(sampler)} is not saved: give it state_dict and load_state_dict, or set_epoch"
+            )
+            return
+        sampler = getattr(sampler, "sampler", None)
+
+
+def _is_known(sampler: Any) -> bool:
+    kind = type(sampler)
+    return getattr(kind, "__iter__", None) in _KNOWN_SAMPLERS or kind.__module__.startswith("torchdata.")
+
+
+def is_sequence(loader: Any) -> bool:
+    """True for batches in a list or tuple: they come in its order, each time."""
+    return getattr(type(loader), "__iter__", None) in (list.__iter__, tuple.__iter__)
+
+
+def is_stateful(part: Any) -> bool:
+    """True if a part can say where it stands, and be brought back there."""
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+
+
+def restores_itself(loader: Any) -> bool:
+    """True if the loader's own `state_dict` is the only way to its position, or the best."""
+    if not is_stateful(loader):
+        return False
+    if not gives_its_sampler_order(loader) or isinstance(loader.dataset, IterableDataset):
+        return True
+    return loader.num_workers > 0 and is_stateful(loader.dataset)
+
+
+def gives_its_sampler_order(loader: Any) -> bool:
+    """True for a DataLoader whose batches are those of its sampler: its iterator is torch's or torchdata's."""
+    if not isinstance(loader, DataLoader):
+        return False
+    return type(loader).__iter__ is DataLoader.__iter__ or type(loader).__module__.startswith("torchdata.")
+
+
+def draws_nothing(loader: Any) -> bool:
+    """True if no sample of the loader draws a random number: tensors, put together by torch."""
+    if isinstance(getattr(loader, "dataset", None), SeededDataset):
+        return True  # nothing that is not seeded for its place
+    if getattr(loader, "collate_fn", None) is not default_collate or users_init_fn(loader) is not None:
+        return False
+    leaves = [each for each in datasets_of(loader) if type(each) is not Subset]
+    return all(type(each) in (TensorDataset, list, tuple) for each in leaves)
+
+
+# What a loader was made of ----------------------------------------------------------------------------
+
+
+def describe(loader: Iterable[Any]) -> dict[str, Any]:
+    """Return what must be the same for a run to go on in a loader's order: plain values."""
+    described: dict[str, Any] = {"loader": name_of(loader), "batches": length_of(loader)}
+    if isinstance(loader, DataLoader):
+        described["data set"] = name_of(unwrapped(loader.dataset))
+        described["samplers"] = ", ".join(name_of(each) for each in samplers_of(loader))
+        if not isinstance(loader.dataset, SeededDataset):  # else the number of workers changes nothing
+            described["num_workers"] = loader.num_workers
+            described["persistent_workers"] = loader.persistent_workers
+        for part in (*samplers_of(loader), *datasets_of(loader)):
+            chosen = _fingerprint(part)
+            if chosen is not None:
+                described.setdefault("samples chosen by " + name_of(part), chosen)
+    return described
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Doubt]:
+    """Return how a loader differs from the one that was described before."""
+    doubts = []
+    for key, value in before.items():
+        here = now.get(key)
+        if key in now and here != value:
+            text = (
+                f"{key} are others than before: is the split seeded?"
+                if key.startswith("samples chosen")
+                else f"{key} was {value}, now it is {here}"
+            )
+            doubts.append(approximate(text))
+    return doubts
+
+
+def _fingerprint(part: Any) -> int | None:
+    """Return a checksum of the indices or weights that torch's classes choose samples by, None where there are none."""
+    if isinstance(part, Subset | SubsetRandomSampler):
+        chosen: Any = part.indices
+    elif isinstance(part, WeightedRandomSampler):
+        chosen = part.weights
+    else:
+        return None
+    try:
+        values = torch.as_tensor(chosen)
+        return zlib.crc32(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # indices of another kind, such as names
+
+
+class Counters:
+    """Numbers that the parts of a loader hold as attributes, and that change during a run."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        """Remember the numbers of now."""
+        self._before = _numbers(loader)
+
+    def changed(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Return those that have another value than at first."""
+        return {name: value for name, value in _numbers(loader).items() if self._before.get(name) != value}
+
+
+def counter_doubts(loader: Iterable[Any], saved: Mapping[str, float]) -> list[Doubt]:
+    """Return a doubt for each number that has changed during the run and is not what it was at the checkpoint."""
+    numbers = _numbers(loader)
+    return [
+        approximate(
+            f"{name} was {value}, now it is {numbers.get(name, 'not set')}: give its owner state_dict and "
+            "load_state_dict"
+        )
+        for name, value in saved.items()
+        if numbers.get(name) != value
+    ]
+
+
+def _numbers(loader: Iterable[Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in unsaved_parts(loader):
+        for name, value in (*_defaults(type(part)), *_attributes(part)):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found[f"{name_of(part)}.{name}"] = value
+    return found
+
+
+# Generators and iterators ----------------------------------------------------------------------------
+
+
+def hidden_sources(loader: Iterable[Any]) -> list[str]:
+    """Return the random generators and iterators behind a loader whose state is not saved, in words.
+
+    Follows attributes, containers, closures and the globals that methods refer to, within bounds. What is deeper,
+    or in code that is not Python, is not found.
+    """
+    parts = [*samplers_of(loader), *datasets_of(loader)]
+    answered = [*generators_of(loader).values(), *(each for each in parts if is_stateful(each))]
+    saved = {id(each) for each in answered} | _global_generators()
+    seen: set[int] = set()
+    found: list[str] = []
+    waiting: list[tuple[str, str, Any]] = [(name_of(part), "", part) for part in unsaved_parts(loader)]
+    while waiting and len(seen) < _MOST_OBJECTS:
+        owner, name, value = waiting.pop(0)
+        if id(value) in seen or id(value) in saved:
+            continue
+        seen.add(id(value))
+        kind = "a generator" if isinstance(value, _generator_kinds()) else ""
+        if isinstance(value, types.GeneratorType | itertools.count | itertools.cycle):
+            kind = "an iterator"
+        if kind:
+            found.append(f"{owner} has {kind} of its own ({name})")
+        else:
+            waiting.extend(_within(owner, name, value))
+    return list(dict.fromkeys(found))
+
+
+def _within(owner: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield what an object leads to: owner, name there, and the object."""
+    if isinstance(value, torch.Tensor | str | bytes | int | float | type | types.ModuleType | None):
+        return
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        items = value.values() if isinstance(value, dict) else value
+        for item in itertools.islice(items, _MOST_ITEMS):
+            yield owner, name, item
+    elif isinstance(value, functools.partial):
+        for item in (value.func, *value.args, *value.keywords.values()):
+            yield owner, name, item
+    elif isinstance(value, types.MethodType):
+        yield owner, name, value.__self__
+        yield owner, name, value.__func__
+    elif isinstance(value, types.FunctionType):
+        for inner, item in referred_to(value):
+            yield owner if name else value.__name__, inner, item
+    elif isinstance(value, staticmethod | classmethod | property):
+        yield owner, name, value.fget if isinstance(value, property) else value.__func__
+    elif _package(type(value)) not in _ELSEWHERE:
+        yield from ((name_of(value), inner, item) for inner, item in _attributes(value))
+        for kind in type(value).__mro__:
+            if _package(kind) not in _LIBRARIES | _ELSEWHERE:
+                yield from ((name_of(value), inner, item) for inner, item in vars(kind).items())
+
+
+def closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables of a function's closure, by name."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:
+            continue  # not filled yet
+
+
+def referred_to(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function holds: its closure, its defaults, and the globals that its code names."""
+    yield from closure_of(function)
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield function.__name__, value
+    if _package(function) in _LIBRARIES | _ELSEWHERE:
+        return
+    waiting = [function.__code__]
+    while waiting:
+        code = waiting.pop()
+        waiting.extend(each for each in code.co_consts if isinstance(each, types.CodeType))
+        for name in code.co_names:
+            if name in function.__globals__:
+                yield name, function.__globals__[name]
+
+
+def _package(part: Any) -> str:
+    return (getattr(part, "__module__", None) or "").partition(".")[0]
+
+
+def _attributes(part: Any) -> Iterator[tuple[str, Any]]:
+    yield from list(getattr(part, "__dict__", {}).items())
+
+
+def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
+    """Yield what stands on a class: attributes of an object that it has not set yet."""
+    for each in reversed(kind.__mro__):
+        if _package(each) not in _LIBRARIES | _ELSEWHERE:
+            yield from ((name, value) for name, value in vars(each).items() if not name.startswith("__"))
+
+
+def unsaved_parts(loader: Any) -> Iterator[Any]:
+    """Yield the parts of a DataLoader whose attributes no `state_dict` that is called stands for."""
+    if not isinstance(loader, DataLoader):
+        return
+    for sampler in samplers_of(loader):
+        if is_stateful(sampler):
+            break  # it answers for those that it draws from, too
+        yield sampler
+    for dataset in datasets_of(loader):
+        if is_stateful(dataset):
+            break
+        yield dataset
+    yield loader.dataset.collate if isinstance(loader.dataset, SeededDataset) else loader.collate_fn
+
+
+def generators_of(loader: Any) -> dict[str, torch.Generator]:
+    """Return the generators of a loader's own that are saved, by where they are; a shared one once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    places = {
+        "loader": loader,
+        "sampler": getattr(loader, "sampler", None),
+        "batch_sampler": batch_sampler,
+        "sampler of batches": getattr(batch_sampler, "sampler", None),
+    }
+    found: dict[str, torch.Generator] = {}
+    for place, part in places.items():
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator) and all(generator is not other for other in found.values()):
+            found[place] = generator
+    return found
+
+
+def _generator_kinds() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    kinds: tuple[type, ...] = (random.Random, torch.Generator)
+    if numpy is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState, numpy.random.BitGenerator)
+    return kinds
+
+
+def _global_generators() -> set[int]:
+    """Return the ids of the generators that every checkpoint holds."""
+    owners = [random.random.__self__, torch.default_generator]  # type: ignore[attr-defined]  # it is bound
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        owners.append(numpy.random.mtrand._rand)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        owners.extend(torch.cuda.default_generators)
+    return {id(each) for each in owners}

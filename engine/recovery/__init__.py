@@ -1,0 +1,1 @@
+"""Checkpoints of a run as a whole: taking, naming, uploading, finding and loading them."""

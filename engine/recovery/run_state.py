@@ -1,0 +1,314 @@
+"""State: everything that a resumed run needs, taken at a step boundary and put back before the first event.
+
+    model, optimizers, schedulers, loss scaler      tensors and plain values, as torch gives them
+    parameters, made                                what the optimizers own, and what the script had made
+    position, means, metric accumulators            where the run stands, and what the epoch has summed up
+    loader, random                                  the order of the epoch, and every generator
+    callbacks                                       what deciders and step hooks remember
+    trainer, loss, buffers, unsaved                 the user's own, see `user_state.py`
+
+Random states are put back last, after the loader has begun its epoch: beginning it draws from them.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from offloop.engine.callback import Handlers
+from offloop.engine.data.batches import length_of
+from offloop.engine.data.random_state import capture_random_state, restore_random_state
+from offloop.engine.errors import ConfigError
+from offloop.engine.events import Resumed
+from offloop.engine.position.exactness import Doubt
+from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.recovery.saved_state import check_kinds, check_optimizer, check_schedule, restoring
+from offloop.engine.training.averages import MEASURED, captured, measured_key
+from offloop.engine.training.learning_rate import Schedule
+from offloop.engine.training.model_modes import capture_modes, restore_modes
+from offloop.engine.training.optimizer_state import (
+    BEGIN_ANEW,
+    parameter_names,
+    parameters_by_name,
+    restore_optimizer,
+)
+from offloop.engine.training.schedule_state import follow_length, restore_schedule
+from offloop.engine.training.wrappers import names_in
+from offloop.engine.weights.loading import load_weights
+
+if TYPE_CHECKING:
+    from offloop.engine.training.loop import TrainingLoop
+
+COUNTERS = (
+    "epoch",
+    "step",
+    "batch",
+    "epoch_batches",
+    "epoch_samples",
+    "epoch_first_step",
+    "validated_step",
+    "last_lr",
+)
+
+
+def capture(loop: "TrainingLoop", handlers: Sequence[Handlers], monitor: str) -> dict[str, Any]:
+    """Return the state of a run as of this boundary. Training thread; tensors are live, not copied.
+
+    Args:
+        loop: The run's.
+        handlers: Of its callbacks.
+        monitor: Key of the metric by which the run's best is chosen.
+    """
+    named = parameters_by_name(loop.program.model, loop.program.loss)
+    state: dict[str, Any] = {
+        "model": dict(loop.program.model.state_dict()),
+        **captured([each.callback for each in handlers], loop.program.model),
+        MEASURED: measured_key([each.callback for each in handlers], monitor),
+        "optimizers": {name: each.state_dict() for name, each in loop.optimizers.items()},
+        "parameters": {name: parameter_names(each, named) for name, each in loop.optimizers.items()},
+        "schedulers": [each.scheduler.state_dict() for each in loop.schedules],
+        "made": {"optimizers": loop.options, "schedulers": [each.made for each in loop.schedules]},
+        "position": {name: getattr(loop, name) for name in COUNTERS},
+        "steps_of": dict(loop.steps_of),
+        "phase": loop.phase,
+        "taken": loop.reporter.clock_offset + time.perf_counter(),
+        "seconds": loop.seconds(),
+        "means": loop.reporter.train_means.state_dict(),
+        "epoch_metrics": dict(loop.epoch_metrics),
+        "latest": dict(loop.latest),
+        "loss_scale": loop.reporter.loss_scale,
+        "frozen": loop.frozen.names,
+        "modes": capture_modes(loop.program.model),
+        "random": capture_random_state(),
+        "environment": environment(loop),
+        "callbacks": capture_callbacks(handlers),
+    }
+    if loop.mixed.scaler is not None:
+        state["scaler"] = loop.mixed.scaler.state_dict()
+    if loop.train_metrics:
+        state["metrics"] = loop.train_metrics.state_dict()
+    if loop.resumed is not None:
+        # Not put back yet: where the loaders stand, and what comes next from the generators, is as it was saved.
+        state |= {name: loop.resumed.state[name] for name in ("random", "loader")}
+    else:
+        state["loader"] = loop.data.capture(in_epoch=loop.phase == "in_epoch", batches=loop.epoch_batches)
+    if loop.at_limit and loop.ending != "stopped":
+        before = dict(loop.at_limit)
+        state["position"]["validated_step"] = before.pop("validated_step")
+        state["callbacks"] |= before.pop("callbacks", {})
+        state |= before
+    return state
+
+
+def capture_callbacks(handlers: Sequence[Handlers], *, steering: bool = False) -> dict[str, Any]:
+    """Return what deciders and step hooks remember, by the name of their callback.
+
+    Args:
+        handlers: Of the run's callbacks.
+        steering: True for those only that may change the training, in containers of their own.
+    """
+    return {
+        each.name: _copied(each.callback.state_dict()) if steering else dict(each.callback.state_dict())
+        for each in handlers
+        if each.has_state and (each.callback.steers or not steering)
+    }
+
+
+def _copied(value: Any) -> Any:
+    """Return a value whose containers are its own; tensors are shared."""
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+
+
+def environment(loop: "TrainingLoop") -> dict[str, Any]:
+    """Return what decides about bits beside the state: if it differs, a resumed run is not bitwise."""
+    device = loop.device
+    return {
+        "torch": str(torch.__version__),  # a str subclass, which a checkpoint would refuse
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "optimizer": ", ".join(type(each).__name__ for each in loop.optimizers.values()),
+        **describe_loader(loop.train_loader),
+        "limit_train_batches": loop.config.limit_train_batches,
+        "accumulate_grad_batches": loop.config.accumulate_grad_batches,
+        "gradient_clip_val": loop.config.gradient_clip_val,
+        "gradient_clip_algorithm": loop.config.gradient_clip_algorithm,
+        "precision": loop.config.precision,
+        "tf32": loop.config.tf32,
+        "channels_last": loop.config.channels_last,
+        "sampling": loop.config.sampling,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def describe_loader(loader: Iterable[Any]) -> dict[str, int | None]:
+    """Return what tells a loader from another, in whose order a run cannot go on; None for what is not known."""
+    batch_size = getattr(loader, "batch_size", None)
+    return {
+        "samples": length_of(getattr(loader, "dataset", None)),
+        "batches": length_of(loader),
+        "batch_size": batch_size if isinstance(batch_size, int) else None,
+    }
+
+
+class Continuation:
+    """A loaded checkpoint on its way back into a run. Training thread."""
+
+    def __init__(self, state: Mapping[str, Any], report: ResumeReport, attempt: int) -> None:
+        """Continue what `capture` returned, from disk, and tell the report how exact that is.
+
+        Args:
+            state: Of the run.
+            report: On the checkpoint.
+            attempt: The one that took the checkpoint.
+        """
+        self.attempt = attempt
+        self.path = report.checkpoint
+        self.report = report
+        self.taken: float = state["taken"]
+        self.state = state
+        self._adjusted: list[LRScheduler] = []  # schedules of another length than before
+        self.data: Mapping[str, Any] = state["loader"]
+
+    def restore(self, loop: "TrainingLoop", handlers: Sequence[Handlers]) -> None:
+        """Put the state back, all but loader and random states. Before the first event.
+
+        Raises:
+            WeightsMismatchError: The checkpoint is of another model.
+            ConfigError: It is of other optimizers.
+        """
+        state = self.state
+        with restoring(self.path, "model"):
+            load_weights(loop.program.model, state["model"], self.path)
+        self._restore_optimizers(loop)
+        for index, schedule in enumerate(loop.schedules[: len(state["schedulers"])]):
+            self._load_schedule(schedule, index)
+        for scheduler in self._adjusted:
+            follow_length(scheduler)
+        if loop.mixed.scaler is not None and "scaler" in state:
+            with restoring(self.path, "scaler"):
+                check_kinds(state["scaler"], loop.mixed.scaler.state_dict())
+                loop.mixed.scaler.load_state_dict(state["scaler"])
+        for name in COUNTERS:
+            setattr(loop, name, state["position"][name])
+        loop.steps_of |= state.get("steps_of", dict.fromkeys(loop.steps_of, loop.step))
+        loop.phase = state["phase"]
+        if loop.phase == "after_epoch":
+            loop.epoch += 1
+            loop.phase = "before_epoch"
+        loop.seconds_before = state["seconds"]
+        loop.reporter.train_means.load_state_dict(state["means"])
+        loop.reporter.loss_scale = state["loss_scale"]
+        loop.frozen.thaw_all()  # what the run had frozen at its checkpoint, not what it began with
+        own = [name for name, _ in loop.program.model.named_parameters()]
+        loop.frozen.freeze(names_in(own, state["frozen"]).values())
+        if "modes" in state:
+            with restoring(self.path, "modes"):
+                restore_modes(loop.program.model, state["modes"], self.report)
+        loop.epoch_metrics = dict(state["epoch_metrics"])
+        loop.latest = dict(state["latest"])
+        self._restore_metrics(loop)
+        self._restore_callbacks(handlers)
+        here = environment(loop)
+        for name, saved in state["environment"].items():
+            if here.get(name) != saved:
+                self.report.lower("approximate", f"{name} was {saved}, now it is {here.get(name)}")
+
+    def _restore_optimizers(self, loop: "TrainingLoop") -> None:
+        state, made = self.state, self.state.get("made", {}).get("optimizers", {})
+        if state["optimizers"].keys() != loop.optimizers.keys():
+            raise ConfigError(
+                f"the checkpoint has the optimizers {', '.join(state['optimizers'])}, the script has "
+                f"{', '.join(loop.optimizers)}: give them the same names; or {BEGIN_ANEW}"
+            )
+        named = parameters_by_name(loop.program.model, loop.program.loss)
+        for name, optimizer in loop.optimizers.items():
+            with restoring(self.path, f"optimizers.{name}"):
+                check_optimizer(state["optimizers"][name], optimizer)
+                restore_optimizer(
+                    optimizer,
+                    state["optimizers"][name],
+                    label="the optimizer" if len(loop.optimizers) == 1 else f"optimizer {name!r}",
+                    names=state.get("parameters", {}).get(name),
+                    made=made.get(name),
+                    named=named,
+                    report=self.report,
+                )
+
+    def _restore_metrics(self, loop: "TrainingLoop") -> None:
+        """Go on with the metrics of the epoch in progress; others than then begin here."""
+        saved, metrics = self.state.get("metrics"), loop.train_metrics
+        with restoring(self.path, "metrics"):
+            names = [] if saved is None else [each.partition(":")[0] for each in saved["metrics"]]
+        own = [] if metrics is None else list(metrics.names)
+        for name in names:
+            if name not in own:
+                self.report.take(f"metric {name} is not computed any more")
+        new = [name for name in own if name not in names]
+        if metrics is not None and saved is not None:
+            with restoring(self.path, "metrics"):
+                new = metrics.load_state_dict(saved)
+        for name in new:
+            self.report.take(f"metric {name} is new")
+            if loop.phase == "in_epoch":
+                self.report.lower("approximate", f"metric {name} leaves out the first batches of this epoch")
+
+    def _restore_callbacks(self, handlers: Sequence[Handlers]) -> None:
+        saved, own = self.state["callbacks"], {each.name: each for each in handlers if each.has_state}
+        for name, each in own.items():
+            if name in saved:
+                with restoring(self.path, f"callbacks.{name}"):
+                    if type(each.callback).__module__.startswith("offloop."):
+                        check_kinds(saved[name], each.callback.state_dict())
+                    each.callback.load_state_dict(saved[name])
+            else:
+                self.report.take(f"callback {name} is new")
+        for name in saved.keys() - own.keys():
+            self.report.take(f"callback {name} is not there any more")
+
+    def restore_schedule(self, loop: "TrainingLoop") -> None:
+        """Put back the state of the schedule attached last, and the rates that making it has changed."""
+        index = len(loop.schedules) - 1
+        if index < len(self.state["schedulers"]):
+            self._load_schedule(loop.schedules[index], index)
+        else:
+            name = type(loop.schedules[index].scheduler).__name__
+            self.report.take(f"schedule {name} is new")
+            self.report.lower("approximate", f"schedule {name} is new")
+        for name, optimizer in loop.optimizers.items():
+            groups = self.state["optimizers"][name]["param_groups"]
+            for group, kept in zip(optimizer.param_groups, groups, strict=False):
+                group.update({key: value for key, value in kept.items() if key != "params"})
+        for scheduler in self._adjusted:
+            follow_length(scheduler)
+
+    def _load_schedule(self, schedule: Schedule, index: int) -> None:
+        made = self.state.get("made", {}).get("schedulers")
+        saved = self.state["schedulers"][index]
+        with restoring(self.path, f"schedulers.{index}"):
+            check_schedule(saved, schedule.scheduler)
+            then = None if made is None else made[index]
+            if restore_schedule(schedule.scheduler, saved, then, self.report):
+                self._adjusted.append(schedule.scheduler)
+
+    def finish(self, loop: "TrainingLoop", doubts: Iterable[Doubt]) -> Resumed:
+        """Put the random states back and return what to say. The last thing before training goes on.
+
+        Args:
+            loop: Whose schedules are all attached.
+            doubts: About the loaders.
+        """
+        for doubt in doubts:
+            self.report.lower(*doubt)
+        for saved in self.state["schedulers"][len(loop.schedules) :]:
+            text = (
+                f"a schedule of the checkpoint, at its step {saved.get('last_epoch')}, is not there any more"
+            )
+            self.report.take(text)
+            self.report.lower("approximate", text)
+        for missed in restore_random_state(self.state["random"]):
+            self.report.lower("approximate", missed)
+        return self.report.event(loop.position())

@@ -1,0 +1,1 @@
+"""The lifetime of one run: its thread, its process-wide settings, its outcome."""

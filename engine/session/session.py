@@ -1,0 +1,1363 @@
+"""Session: one run's lifetime, from checked arguments to the result; owns its thread and its shutdown.
+
+    caller's task                 supervisor (shielded)                  training thread
+    ─────────────                 ─────────────────────                  ───────────────
+    starts the supervisor ──────> drainer, observers ──starts──────────> set-up, loop.run()
+    waits for "done"              waits for the thread                        │
+       │ cancelled?               <───────────────────────── ends ────────────┘
+       └─> tells the mailbox      checkpoints durable, observers drain
+           and re-raises          TrainEnd, close() of each
+                                  result, "done"
+
+A native asyncio cancellation goes through any shield, so nothing that must run to its end waits in the
+caller's task: that one only tells the mailbox. The supervisor waits for the thread through any number of
+cancellations. In `asyncio.run`'s final sweep, where every task is cancelled, only this is promised: the
+thread has stopped and `close()` was called.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import logging
+import math
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import msgspec
+import torch
+
+from offloop.engine.best import Best
+from offloop.engine.bus import forked
+from offloop.engine.bus.command_mailbox import Command, Control, actor, deciding
+from offloop.engine.bus.event_bus import BUFFER, Bus, Subscription
+from offloop.engine.bus.threads import Thread, has_ended
+from offloop.engine.bus.waker import Waker, result_of
+from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
+from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
+from offloop.engine.checkpoint.memory import is_out_of_memory
+from offloop.engine.config import TrainerConfig
+from offloop.engine.errors import (
+    BusClosedError,
+    ConfigError,
+    LossError,
+    OffloopError,
+    RunEndedError,
+    RunNameTakenError,
+    as_failure,
+    describe,
+    note_cancellation,
+)
+from offloop.engine.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    EpochEnd,
+    Event,
+    Metrics,
+    Sample,
+    TrainEnd,
+    TrainStart,
+    UploadFailed,
+    ValidationEnd,
+    decode,
+    encode,
+)
+from offloop.engine.observers.event_log import rewind
+from offloop.engine.observers.observer import CallbackCosts, Observer, Worker
+from offloop.engine.observers.records import Records
+from offloop.engine.observers.worker import Driver, leaving
+from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.recovery import run_state
+from offloop.engine.recovery.resume_plan import Over, ResumePlan, read_run_json
+from offloop.engine.recovery.run_checkpoints import Checkpoints
+from offloop.engine.recovery.run_dir import create_run_dir, describe_environment, write_run_json
+from offloop.engine.recovery.saveable import check_saveable
+from offloop.engine.recovery.saved_state import check_state, restoring
+from offloop.engine.recovery.uploads import Uploads, claim_remote
+from offloop.engine.recovery.user_state import UserState
+from offloop.engine.result import RunResult, Status
+from offloop.engine.run import Run
+from offloop.engine.session.ownership import Monitors
+from offloop.engine.session.process import enter_process, leave_process
+from offloop.engine.session.thread_state import caller_state
+from offloop.engine.training.activation_checkpointing import checkpointed
+from offloop.engine.training.averages import measured_weights
+from offloop.engine.training.freezing import select_parameters
+from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.step_hooks import StepPoint
+from offloop.engine.weights.loading import InitialWeights
+
+if TYPE_CHECKING:
+    from offloop.engine.trainer import BaseTrainer
+
+logger = logging.getLogger("offloop")
+
+STACK_INTERVAL: Final = 10.0
+"""Seconds after which the stack of a training thread that does not end is logged, and again."""
+LOOK_INTERVAL: Final = 0.05
+"""Seconds between two looks at the end of a run: has a second signal come, does a callback wait for `TrainEnd`."""
+IMPATIENT_CLOSE: Final = 2.0
+"""Seconds that are left for everything after a second signal."""
+SWALLOWING: Final = 1.0
+"""Seconds for which a coroutine of a callback may swallow its cancellation before it is left."""
+MOMENT_IN_HASTE: Final = 0.25
+"""The same after a second signal, and what callbacks have then for their last events, and each for its `close()`."""
+
+
+class Session:
+    """One run. Made by the trainer with checked arguments, used once."""
+
+    def __init__(
+        self,
+        trainer: "BaseTrainer",
+        *,
+        run_id: str,
+        config: TrainerConfig,
+        base_dir: Path | None,
+        resume: ResumePlan | None,
+        resume_lr: float | None,
+        initial_weights: InitialWeights | None,
+        remote: RemoteRun | None,
+        handlers: Sequence[Handlers],
+        monitors: Monitors,
+        make_loop: Callable[["Session"], TrainingLoop],
+        claim: Callable[["Session"], None],
+        release: Callable[["Session"], None],
+    ) -> None:
+        self.trainer = trainer  # until the end: a trainer keeps its last run, and must not be kept by it
+        self.weak_trainer = weakref.ref(trainer)
+        self.run_id = run_id
+        self.config = config
+        self.dir = None if base_dir is None else base_dir / run_id
+        self.resume = resume
+        self._resume_lr = resume_lr
+        self._new_lr: float | None = None  # to be set when the schedules are attached
+        self.initial_weights = initial_weights
+        self.remote = remote
+        self.uploads: Uploads | None = None  # made by the training thread before the first event
+        self.monitors = monitors
+        self.control = Control()
+        self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.control.poke)
+        self.result: RunResult | None = None  # written by the supervisor at the end, read by everybody
+        self.finished: Future[RunResult] = Future()
+        self.failure: BaseException | None = None  # the first one; from the training thread or a callback
+        # A SystemExit or the like of a callback that came after `TrainEnd`: raised once everything is closed.
+        self._late_exit: BaseException | None = None
+        self.best: Best | None = None  # written by the training thread
+        self.signal_count = 0
+        self._hurried_at = math.inf  # when the second signal came; written by the main thread
+        self._claim, self._release = claim, release
+        self._handlers = handlers
+        self._phase = "starting"  # then "running", "closing", and the result's status
+        self._started = time.perf_counter()
+        self._description: dict[str, Any] = {}
+        self._thread_ended = Waker()
+        self._hand_over = (
+            threading.Lock()
+        )  # guards the next two: who ends the run, the supervisor or the thread
+        self.is_abandoned = (
+            False  # set on the event loop: the supervisor does not wait for the thread any more
+        )
+        self._has_ended_training = False  # set by the training thread as it leaves the end to the supervisor
+        self._loop_thread: threading.Thread | None = None
+        self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
+        self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
+        self._reactions = 0  # events that handlers of callbacks have published; only whether it grows matters
+        self._marks: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
+        self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
+        self.loop = make_loop(self)
+        self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
+        self.loop.state_of_trainer = trainer._own_state
+        self.user_state = UserState(trainer, handlers)
+        self.checkpoints: Checkpoints | None = None
+        self._on_unsaveable: OnError | None = None  # what then happens; None: it is not looked for
+        self._callbacks_are_unknown = True  # False once the state of callbacks was looked at
+        self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
+        self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
+        self.records = Records(
+            self.bus,
+            is_alive=lambda observer: observer not in self._unserved and not self.bus.has_ended,
+            in_haste=lambda: self.signal_count > 1 or self._loop_is_gone(),
+        )
+        if self.dir is not None:
+            self.loop.is_resumable = True
+            self.checkpoints = Checkpoints(
+                self.dir,
+                run_id=run_id,
+                optimizers=self.loop.optimizers,
+                model=trainer.model,
+                publish=self._publish_late,
+                retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
+                patience=self._patience,
+                records=self.records,
+            )
+        self.run = Run(self)
+        self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
+        self.observers = [self._observe(each) for each in handlers]
+        self.records.watch(self.observers)
+        context = contextvars.copy_context()
+        self._caller_state = caller_state()
+        self.thread = Thread(context.run, self._train, name=f"offloop-training-{run_id}", daemon=False)
+
+    # The training thread's side ------------------------------------------------------------------
+
+    def _train(self) -> None:
+        """Body of the training thread."""
+        self.control.places.training_thread = threading.get_ident()
+        forked.watch(self.control)
+        try:
+            with self._caller_state, torch.enable_grad():
+                if self.loop.device.type == "cuda":
+                    torch.cuda.set_device(self.loop.device)
+                self._set_up()
+                self._phase = "running"
+                with checkpointed(self.trainer.model, self.config.activation_checkpointing):
+                    self.loop.run()
+                if self._is_worth_saving() and not self._is_saved() and self._can_be_continued():
+                    assert self.checkpoints is not None
+                    reason = "preempt" if self.signal_count else "final"
+                    self.save(reason, owners=self.checkpoints.save_at_end)
+                self.guard()
+                if self.loop.ending != "cancelled" and self.failure is None:
+                    self.loop.hooks.run_all("before_train_end")
+        except BaseException as error:
+            if self.control.is_forked:
+                forked.end_process(error)
+            self._fail(error)
+        finally:
+            if self.control.is_forked:
+                forked.end_process(None)
+            self._end_training()
+
+    def _end_training(self) -> None:
+        """Let go of what must not outlive training, and tell the supervisor. Nothing here may keep it waiting."""
+        steps = (
+            self.loop.left.clear,  # may wait some seconds for loader workers
+            self.loop.close,
+            self.loop.frozen.thaw_all,
+            self.control.end,
+            functools.partial(leave_process, self.run_id),
+        )
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:
+                self._fail(error)
+        self.control.places.training_thread = None  # the system gives this number to other threads later
+        if self._is_alone():
+            try:
+                # In an empty context: the one of this thread may say that an event loop runs here, the caller's.
+                contextvars.Context().run(anyio.run, self._end_alone)
+            except BaseException:
+                logger.exception("run %s could not close its callbacks", self.run_id)
+        else:
+            self._thread_ended.wake()
+
+    def _is_alone(self) -> bool:
+        """True if the training thread has to end the run itself, because the event loop or the supervisor is gone."""
+        with self._hand_over:
+            self._has_ended_training = not self.is_abandoned
+            return self.is_abandoned or self._loop_is_dead()
+
+    def _set_up(self) -> None:
+        """Do what must be done before the first event and may block."""
+        for metrics in (self.loop.train_metrics, *self.loop.val_metrics.values()):
+            if metrics is not None:
+                metrics.load_packages()
+        try:
+            if self.initial_weights is not None:  # first: what does not fit leaves no directory behind
+                weights = self.initial_weights.load_into(self.trainer.model)
+                self.loop.init_from = weights.origin
+                self.initial_weights = (
+                    None  # a state dict may be large, and the session is kept for its result
+                )
+            if self.dir is not None:
+                self._open_dir(self.dir)
+        except BaseException:
+            if not self._description:  # it was not made, or is another run's: nothing may be written there
+                self.dir = None
+            raise
+        self.trainer._prepare_model()
+        if self.config.seed is not None:
+            torch.manual_seed(self.config.seed)
+        if not self.trainer.model.training:
+            self.trainer.model.train()  # left in eval mode as a whole, as from_pretrained() does
+        self.loop.frozen.freeze(select_parameters(self.trainer.model, self.config.freeze))
+        self.user_state.begin()
+        if self.resume is not None:
+            if self.resume.which is not None:
+                self._load(self.resume.which)
+                if self.resume.over is not None:
+                    self._stay_over(self.resume.over)
+            else:  # it begins afresh under its name
+                assert self.dir is not None
+                rewind(self.dir, attempt=self.loop.attempt, taken=None)
+
+    def _stay_over(self, over: Over) -> None:
+        """Train no further: a callback has ended this run in an earlier attempt."""
+        logger.warning(
+            'run %s is over, since %s has stopped it: %s. resume="last" goes on all the same',
+            self.run_id,
+            over.stopped_by,
+            over.reason,
+        )
+        self.loop.ending, self.loop.reason = "stopped", over.reason
+        self.loop.boundary.stopped_by = over.stopped_by
+
+    def _open_dir(self, directory: Path) -> None:
+        """Make the run's directory, or enter that of the run that is continued."""
+        attempt = 0 if self.resume is None else self.resume.attempt
+        description = {
+            "run_id": self.run_id,
+            "attempt": attempt,
+            "created": time.time(),
+            "status": "running",
+            "config": self.config.as_settings(),
+            "init_from": self.loop.init_from,
+            **describe_environment(),
+        }
+        assert self.checkpoints is not None
+        if self.resume is not None:
+            self.checkpoints.claim()
+            self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
+            self.checkpoints.attempt = self.loop.attempt = attempt
+            if self.resume.over is not None:  # so it stays, even if this attempt is killed
+                description |= self.resume.over._asdict()
+            before = read_run_json(directory)
+            description["created"] = before.get("created", description["created"])
+            description["init_from"] = self.loop.init_from or before.get("init_from")
+        if self.remote is not None:
+            claim_remote(self.remote, description, is_new=self.resume is None, until=self._is_cancelled)
+        if self.resume is None:
+            create_run_dir(directory, description)
+            self.checkpoints.claim()
+        else:
+            write_run_json(directory, description)
+        self._description = description
+        if self.remote is not None:
+            uploads = Uploads(
+                self.remote,
+                directory,
+                self.checkpoints,
+                publish=self._publish_late,
+                failed=self._upload_failed,
+            )
+            uploads.start()  # fails where the system gives no thread: then there is nothing to wait for
+            self.uploads, self.checkpoints.on_saved = uploads, uploads.wake
+
+    def _is_cancelled(self) -> bool:
+        return self.control.cancelled
+
+    def _upload_failed(self, error: CheckpointError) -> None:
+        """End the run if that was asked for. Upload thread, or the event loop at the end."""
+        assert self.config.remote is not None
+        if self.config.remote.on_error == "raise":
+            self._upload_deadline = 0.0  # nobody waits for a store that has ended the run
+            self._fail(error)
+
+    def _load(self, which: str | int | Path) -> None:
+        """Put back what a checkpoint holds; random states and the loader follow when the loop gets there."""
+        assert self.checkpoints is not None
+        loaded = self.checkpoints.load(which)
+        state = check_state(loaded.state, loaded.info.path)
+        attempt = loaded.info.manifest.attempt
+        resumed = run_state.Continuation(state, ResumeReport(str(loaded.info.path)), attempt)
+        resumed.restore(self.loop, self._handlers)
+        with restoring(resumed.path, "trainer"):
+            self.user_state.restore(state, resumed.report)
+        if self._resume_lr is not None and state.get("resume_lr") != self._resume_lr:
+            self._new_lr = self._resume_lr
+            resumed.report.take(f"the learning rate, {self._new_lr}")
+            resumed.report.lower("approximate", f"the learning rate is set to {self._new_lr}")
+        with restoring(resumed.path, "best"):
+            self.best = msgspec.convert(state["best"], Best | None)
+        with restoring(resumed.path, "history"):
+            history = [decode(each.encode()) for each in state["history"]]
+        self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
+        self.loop.resumed = resumed
+        self.checkpoints.parent = loaded.info.name
+        assert self.dir is not None
+        with restoring(loaded.info.path, "milestones"):
+            missing = state.get("milestones", [])
+            rewind(self.dir, attempt=attempt, taken=state["taken"], milestones=missing)
+
+    def save(
+        self,
+        reason: str,
+        future: "Future[CheckpointSaved] | None" = None,
+        *,
+        owners: tuple[str, ...] = (),
+    ) -> None:
+        """Take a checkpoint of this moment, for `owners`. Training thread, at a step boundary.
+
+        Raises:
+            ConfigError: The run has no directory to save into.
+        """
+        if self.checkpoints is None:
+            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        loop = self.loop
+        loop.reporter.readback.flush()  # host sync: what the epoch has summed up must be here
+        try:
+            if not loop.can_be_continued():
+                raise LossError(
+                    f"the weights of step {loop.step} are not finite, and a run cannot go on from them: "
+                    'the checkpoint before stays the newest. on_nonfinite="warn" saves them'
+                )
+            state = self._state_to_save()
+        except BaseException as error:  # out of a state_dict; no giver of a command may be waiting for it
+            logger.exception("the checkpoint of step %d was not saved", loop.step)
+            described = describe(as_failure(error))
+            self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=described))
+            if not is_out_of_memory(error):
+                raise
+            if future is not None:
+                future.set_exception(error)
+            return
+        is_accepted = self.checkpoints.save(
+            state,
+            position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
+            metrics=self._metrics_of_now(),
+            reason=reason,
+            owners=owners,
+            future=future,
+        )
+
+        if is_accepted:
+            self._saved_moment = self._moment()
+
+    def _state_to_save(self) -> dict[str, Any]:
+        """Return the state of this moment; the first time it is looked at whether that of callbacks can be saved.
+
+        A callback that cannot say its state ends the run, as one whose state cannot be saved does, unless
+        `on_error` of the `ModelCheckpoint` says otherwise.
+        """
+        try:
+            state = self._capture(self._handlers)
+        except BaseException as error:
+            if self._on_unsaveable == "raise" and not is_out_of_memory(error):
+                self._fail(error)  # a command that asked for the checkpoint would take the error for its own
+            raise
+        if self._on_unsaveable is not None and self._callbacks_are_unknown:
+            self._callbacks_are_unknown = False
+            self._check_saveable({"callbacks": state["callbacks"]})
+        return state
+
+    def _capture(self, handlers: Sequence[Handlers]) -> dict[str, Any]:
+        """Return the state of this moment, with that of these callbacks. Tensors are live, not copied."""
+        state = run_state.capture(self.loop, handlers, self.monitors.best)
+        self.user_state.capture(state)
+        if self._resume_lr is not None:
+            state["resume_lr"] = self._resume_lr  # it has been set, and is not set again
+        state["best"] = None if self.best is None else dataclasses.asdict(self.best)
+        state["history"] = [encode(event).decode() for event in self.loop.history]
+        state["milestones"] = [encode(event).decode() for event in self.records.unsettled()]
+        return state
+
+    def check_state_at_first_step(self, on_error: OnError) -> None:
+        """Find out at the first step whether a checkpoint can be saved. Training thread, before that step.
+
+        Callbacks are asked for their state only when a checkpoint is taken, so theirs is looked at with the first one.
+
+        Args:
+            on_error: Whether the run ends if not, or the log says so.
+        """
+
+        if self._on_unsaveable is None:
+            self.loop.hooks.once("after_step", lambda: self._check_saveable(None))
+        if self._on_unsaveable != "raise":  # of several that save, one is enough to end the run
+            self._on_unsaveable = on_error
+
+    def _check_saveable(self, state: Mapping[str, Any] | None) -> None:
+        """Raise, or log, what can never be saved in a state; None: in that of this moment without callbacks."""
+        try:
+            check_saveable(self._capture(()) if state is None else state)
+        except Exception as error:
+            is_certain = not is_out_of_memory(error)  # memory may be there at the next one
+            if self._on_unsaveable == "raise" and is_certain:
+                self._fail(error)  # a command that asked for the checkpoint would take the error for its own
+                raise
+            logger.error("%s", error)
+
+    def measured_weights(self, monitor: str) -> dict[str, Any]:
+        """Return the state dict that a metric made just now belongs to. Training thread; live tensors."""
+        callbacks = [each.callback for each in self._handlers]
+        return measured_weights(callbacks, self.trainer.model, monitor)
+
+    def guard(self) -> None:
+        """Call before somebody's code that may change model or optimizers: a checkpoint may still be copied from them.
+
+        Training thread. The device waits, if there is a copy on its way; the host does not.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.guard()
+
+    def _is_worth_saving(self) -> bool:
+        """True if a last checkpoint is wanted, and this moment is one that a run can go on from."""
+        # After a second signal only what is being written already is waited for. A run that was cancelled between two
+        # batches of a step has lost the gradients of the first: the checkpoint before has everything.
+        is_over = self.resume is not None and self.resume.over is not None  # nothing was trained
+        wanted = self.checkpoints is not None and self.checkpoints.save_at_end and not is_over
+        return bool(wanted) and self.signal_count < 2 and self.loop.is_between_steps
+
+    def _can_be_continued(self) -> bool:
+        """True if a run can go on from the weights of now; else the log says that no checkpoint is taken of them."""
+        is_usable = self.loop.can_be_continued()
+        if not is_usable:
+            logger.warning(
+                "there is no last checkpoint: the weights of step %d are not finite, and a run cannot go on from them",
+                self.loop.step,
+            )
+        return is_usable
+
+    def _is_saved(self) -> bool:
+        """True if this very moment is on disk already; waits for the writer to know."""
+        if self.checkpoints is None or self._saved_moment != self._moment():
+            return False
+        if not self.checkpoints.flush():
+            return True  # it is on its way still, or nothing can be written any more
+        return self.loop.step in self.checkpoints.saved
+
+    def _moment(self) -> tuple[int, int, bool]:
+        """Return what tells this moment's state from another's: steps and epochs done, and whether one has begun."""
+        loop = self.loop
+        return loop.step, loop.epoch + (loop.phase == "after_epoch"), loop.phase == "in_epoch"
+
+    def _metrics_of_now(self) -> dict[str, float]:
+        """Return the metrics that were made at this very step: only they may say which checkpoint is best."""
+        loop = self.loop
+        made: dict[str, float] = {}
+        for name, value in {**loop.latest, **loop.epoch_metrics}.items():
+            is_fresh = (
+                loop.validated_step == loop.step if name.startswith("val_") else loop.phase == "after_epoch"
+            )
+            if is_fresh:
+                made[name] = value
+        return made
+
+    def _publish_late(self, event: Event) -> None:
+        """Publish from the writer's thread; after the end the log is all that is left."""
+        try:
+            self.bus.publish(event)
+        except BusClosedError:
+            logger.info("%s came after the end of the run", event)
+
+    def emit(self, event: Event) -> None:
+        """Publish an event of the training loop, and keep the best moment up to date."""
+        if not isinstance(event, Sample):
+            if isinstance(event, (ValidationEnd, EpochEnd)):
+                self._judge(event)
+            if self._loop_is_gone():
+                self.cancel("the event loop is gone")
+        self.bus.publish_unchecked(event)
+        if not isinstance(event, Sample):
+            self.records.note(event)
+
+    def publish(self, event: Event) -> None:
+        """Publish somebody's event; in the training thread with its position and after all before it."""
+        if threading.current_thread() is self.thread:
+            self.bus.prepare(event)
+            for name, value in self.loop.position().items():
+                msgspec.structs.force_setattr(event, name, value)
+            self.loop.reporter.publish(event)
+        else:
+            self.bus.publish(event)
+            if actor.get() != "user":
+                self._reactions += 1
+
+    def decide(self, event: Event) -> None:
+        """Ask the deciders about an event, in declared order."""
+        if event.handler_name in self._deciders:
+            self.guard()
+        for decider, observer in self._deciders.get(event.handler_name, ()):
+            if self.control.cancelled:
+                return
+            started = time.perf_counter()
+            try:
+                self._ask(decider, observer, event)
+            except BaseException as error:
+                isolates = observer.handlers.callback.on_error == "isolate"
+                if not isolates or not isinstance(as_failure(error), Exception):
+                    raise
+                observer.failed(type(event).__name__, error, is_off=False)  # it is asked again
+            finally:
+                observer.decided += time.perf_counter() - started
+        if isinstance(event, TrainStart) and self._new_lr is not None:
+            self.run.set_lr_nowait(self._new_lr, by="train")
+        if isinstance(event, TrainStart) and self.checkpoints is not None:
+            # Only from here on: what deciders set up at the start, they set up in a resumed run too.
+            loop = self.loop
+            schedulers = [each.scheduler for each in loop.schedules]
+            self.user_state.watch([*schedulers, loop.train_loader, *loop.val_loaders.values()])
+
+    def _ask(self, decider: Decider, observer: Observer, event: Event) -> None:
+        name = f"decider {decider.callback}.{event.handler_name}"
+        if decider.is_async:
+            answers: list[BaseException | None] = []
+            self._meet(
+                observer, name, lambda: self._decide_on_loop(decider, observer, event, answers), answers
+            )
+            if answers and answers[0] is not None:
+                raise answers[0]
+            if not answers and not self.control.cancelled:
+                raise OffloopError(f"{name} cannot be asked any more: the task of its callback has ended")
+            return
+        if observer.handlers.observers:
+            # Its observers share its state: what came before this event is handled first.
+            caught_up: list[BaseException | None] = []
+            self._meet(observer, name, lambda: self._answer(caught_up, None), caught_up)
+            if self.control.cancelled:
+                return
+        with _acting(decider.callback, self.control):
+            decider.method(event, self.run)
+
+    def _meet(
+        self,
+        observer: Observer,
+        name: str,
+        arrive: Callable[[], object],
+        answers: list[BaseException | None],
+    ) -> None:
+        """Wait until an observer has reached this point of its stream and `arrive` has answered."""
+        assert observer.subscription is not None
+        self.bus.rendezvous(observer.subscription, arrive)
+        self.control.stand(
+            lambda: (
+                bool(answers) or self.control.cancelled or observer in self._unserved or self._loop_is_gone()
+            ),
+            name,
+            callback=observer.name,
+        )
+        if not answers and self._loop_is_gone():
+            self.cancel("the event loop is gone")
+
+    async def _decide_on_loop(
+        self, decider: Decider, observer: Observer, event: Event, answers: list[BaseException | None]
+    ) -> None:
+        """Run an async decider on the event loop, until it answers, its timeout, or a cancellation."""
+        failures: list[BaseException] = []
+        decided, driver = anyio.Event(), Driver(observer.name)
+
+        async def ask() -> None:  # in a task of its own: it may have to be left
+            try:
+                here = self.control.places.task(anyio.get_current_task().id)
+                with _acting(decider.callback, self.control), here:
+                    await driver.drive(decider.method(event, self.run), observer.account)
+            except BaseException as error:
+                if driver.is_ending(error):
+                    raise
+                failures.append(error)
+            finally:
+                decided.set()
+
+        try:
+            with Waker() as cancelled, self.control.on_cancel(cancelled.wake), leaving(lambda: driver):
+                async with anyio.create_task_group() as tasks:
+
+                    async def watch() -> None:
+                        await cancelled.wait()
+                        end()
+
+                    def end() -> None:
+                        driver.leave_after(self._swallowing)
+                        tasks.cancel_scope.cancel()
+
+                    tasks.start_soon(watch)
+                    tasks.start_soon(ask)
+                    with anyio.move_on_after(decider.timeout) as patience:
+                        await decided.wait()
+                    if patience.cancelled_caught:
+                        logger.warning(
+                            "decider %s.%s took longer than its %.1f s: training goes on without it",
+                            decider.callback,
+                            event.handler_name,
+                            decider.timeout,
+                        )
+                        end()
+                    tasks.cancel_scope.cancel()
+        except OSError as error:  # no descriptors for the waker
+            failures.append(error)
+        finally:
+            self._answer(answers, as_failure(failures[0]) if failures else None)
+
+    def _answer(self, answers: list[BaseException | None], error: BaseException | None) -> None:
+        answers.append(error)
+        self.control.poke()
+
+    def _loop_is_gone(self) -> bool:
+        """True if nobody takes this run's events any more."""
+        return self.bus.loop_is_gone or self.bus.has_ended or self._loop_is_dead()
+
+    def _loop_is_dead(self) -> bool:
+        """True if nothing will run on the event loop any more: its thread has ended, or it was closed."""
+        thread = self._loop_thread
+        is_closed = getattr(
+            self._native_loop, "is_closed", None
+        )  # asyncio's; trio always ends its tasks first
+        return (thread is not None and has_ended(thread)) or (is_closed is not None and bool(is_closed()))
+
+    def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool) -> None:
+        """Hold or pass on what a step hook raised. Training thread."""
+        if hook.on_error == "raise":
+            raise error
+        observer = next(each for each in self.observers if each.name == hook.callback)
+        observer.failed(hook.point, error, is_off=is_off)
+
+    def save_for(self, command: Command) -> None:
+        """Do for a command what its future is completed for once it is durable. Training thread."""
+        if command.name == "checkpoint":
+            givers = (command.by, *command.also_by)
+            owners = () if self.checkpoints is None else self.checkpoints.owners_among(givers)
+            self.save(command.arguments["reason"], command.future, owners=owners)
+            return
+        if self.checkpoints is None:
+            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        is_taken = self._saved_moment == self._moment() and self.checkpoints.failed_step != self.loop.step
+        if not is_taken:  # else the checkpoint just taken is of this very state
+            self.save("manual")
+        tag, move = command.arguments["tag"], command.arguments["move"]
+        self.checkpoints.tag(tag, step=self.loop.step, move=move, future=command.future)
+
+    def _judge(self, event: ValidationEnd | EpochEnd) -> None:
+        """Note the best moment: strictly better only, so ties keep the older; NaN is never best."""
+        monitors = self.monitors
+        by_validation = monitors.best.startswith("val_")
+        if isinstance(event, ValidationEnd) is not by_validation:
+            return
+        if monitors.best not in event.metrics:
+            if monitors.is_best_named:
+                event.metrics[monitors.best]  # raises and lists what there is
+            return
+        score = event.metrics[monitors.best]
+        if not math.isfinite(score):
+            return
+        best = self.best.score if self.best is not None else None
+        if best is None or (score < best if monitors.best_direction == "min" else score > best):
+            self.best = Best(monitor=monitors.best, score=score, epoch=event.epoch, step=event.step)
+
+    # Anybody's side ------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """What the run is doing, in a word."""
+        if self._phase != "running":
+            return self._phase
+        state = self.loop.boundary.state
+        return "validating" if state == "running" and self.loop.validating else state
+
+    @property
+    def callback_costs(self) -> dict[str, CallbackCosts]:
+        """What each callback has cost so far."""
+        if self.result is not None:
+            return dict(self.result.callback_costs)
+        seconds = self.loop.hooks.seconds
+        return {
+            each.name: msgspec.structs.replace(each.costs, in_step=seconds.get(each.name, 0.0))
+            for each in self.observers
+        }
+
+    def cancel(self, reason: str) -> None:
+        """End the run at its next batch. Any thread, also a signal handler."""
+        self.control.cancel(reason)
+        self.bus.unblock()
+
+    def hurry(self, reason: str) -> None:
+        """End the run in haste: callbacks do not drain, and only the checkpoint in work is finished. Any thread."""
+        self.signal_count = max(self.signal_count, 2)
+        self._hurried_at = min(self._hurried_at, time.perf_counter())
+        self.cancel(reason)
+
+    def abandon(self) -> bool:
+        """Stop waiting for a training thread that hangs; it ends the run by itself if it ever gets there. Event loop.
+
+        Returns:
+            False if training has ended: the supervisor is about to end the run.
+        """
+        with self._hand_over:
+            if self._has_ended_training:
+                return False
+            self.is_abandoned = True
+        self._thread_ended.wake()
+        return True
+
+    def on_signal(self, name: str, count: int, *, third_is_final: bool = True) -> None:
+        """Obey a signal: the first stops the run in order, the second in haste. Main thread."""
+        self.signal_count = count
+        if count == 1:
+            with contextlib.suppress(OffloopError):
+                self.control.give("stop", {"reason": name}, by="signal")
+            logger.warning("%s: stopping; once more to leave in haste", name)
+        else:
+            self.hurry(f"{name}, twice")
+            outlook = "; a third time ends the process at once" if third_is_final else ""
+            logger.warning("%s: leaving in haste%s", name, outlook)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep the first failure and end training. Any thread."""
+        error = as_failure(error)
+        if self._phase == "closing":  # the run has said how it ended: the log and the result have this one
+            logger.error("a callback failed after the end", exc_info=error)
+            if not isinstance(error, Exception) and self._late_exit is None:
+                self._late_exit = error
+            return
+        if self.failure is None:
+            self.failure = error
+        self.cancel(describe(error))
+
+    # The event loop's side -----------------------------------------------------------------------
+
+    def _observe(self, handlers: Handlers) -> Observer:
+        callback = handlers.callback
+        types = handlers.observed_types()
+        meets = any(decider.is_async or handlers.observers for decider in handlers.deciders.values())
+        subscription: Subscription[Event] | None = None
+        if types or meets:
+            buffer = callback.buffer or BUFFER
+            subscription = Subscription(self.bus, handlers.name, types, buffer, callback.on_full)
+            self.bus.add(subscription)
+        observer = Observer(handlers, subscription, self.run, self.publish, self._fail, self.control.places)
+        for name, decider in handlers.deciders.items():
+            self._deciders.setdefault(name, []).append((decider, observer))
+        return observer
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Take the trainer, the callbacks and the process for this run; raises if somebody has them.
+
+        They are given back by the supervisor; here only if it never came to run, because the run was refused
+        or `asyncio.run`'s sweep cancelled the supervisor before its first line. On the event loop.
+        """
+        self.control.places.event_loop_thread = threading.get_ident()
+        try:
+            if self.dir is not None and self.resume is None and self.dir.exists():
+                raise RunNameTakenError(str(self.dir))
+            self._claim(self)
+            try:
+                config = self.config
+                enter_process(
+                    self.run_id,
+                    deterministic=config.deterministic,
+                    tf32=config.tf32,
+                    seed=config.seed,
+                    switch_interval=config.switch_interval,
+                )
+                try:
+                    yield
+                finally:
+                    if self._never_ran():
+                        leave_process(self.run_id)
+            finally:
+                if self._never_ran():
+                    if self.thread.ident is None:
+                        close_unused([handlers.callback for handlers in self._handlers])
+                    self._release(self)
+        finally:
+            if self._never_ran():
+                self._phase = "cancelled"
+                self.control.end()
+                self.finished.cancel()
+
+    def _never_ran(self) -> bool:
+        return self.result is None and not self.is_abandoned
+
+    async def run_to_end(self, started: Callable[[Run], None]) -> None:
+        """Run in the caller's task: wait for the end; if cancelled, tell the mailbox and re-raise.
+
+        What has come of it is told by `outcome`.
+
+        Args:
+            started: Called when the run goes on by itself.
+        """
+        # The waker before the supervisor: with no descriptors left, nothing has begun yet.
+        with self.claimed(), Waker() as ended:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.supervise)
+                try:
+                    started(self.run)
+                    await result_of(self.finished, ended)
+                except BaseException:
+                    self.cancel("the task that awaited it was cancelled")
+                    raise
+
+    @contextlib.asynccontextmanager
+    async def run_beside(self) -> AsyncIterator[Run]:
+        """Run beside the body of `async with`, and wait for the end after it.
+
+        An exception in the body stops the run, a failing run cancels the body; neither is wrapped in a group.
+        """
+        in_body: BaseException | None = None
+        with self.claimed(), Waker() as ended:
+            async with anyio.create_task_group() as tasks:
+                with anyio.CancelScope() as body:
+                    tasks.start_soon(self.supervise, body.cancel)
+                    try:
+                        try:
+                            yield self.run
+                        except (anyio.get_cancelled_exc_class(), GeneratorExit):
+                            raise
+                        except BaseException as error:
+                            in_body = error
+                            with contextlib.suppress(RunEndedError):
+                                reason = f"{type(error).__name__} beside the run"
+                                self.control.give("stop", {"reason": reason}, by="user")
+                        await result_of(self.finished, ended)
+                    except BaseException:
+                        if not body.cancel_called:
+                            self.cancel("the task beside it was cancelled")
+                        raise
+        if in_body is None or in_body in (self.failure, self._late_exit):
+            self.outcome()
+        elif self.failure is None:
+            raise in_body
+        elif isinstance(in_body, RunEndedError | BusClosedError):
+            self.outcome()  # the body only ran into the run's failure
+        else:
+            both = [in_body, self.failure]
+            raise BaseExceptionGroup("the run failed, and so did the code beside it", both)
+
+    async def supervise(self, on_failure: Callable[[], None] | None = None) -> None:
+        """Host the run on this event loop, from the thread's start to the result. Shielded; never raises.
+
+        Args:
+            on_failure: Called on the event loop when the run has failed, before its callbacks drain.
+        """
+        swept = False
+        with anyio.CancelScope(shield=True):
+            note_cancellation(anyio.get_cancelled_exc_class())
+            self._loop_thread = threading.current_thread()
+            self._native_loop = anyio.lowlevel.current_token().native_token
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self.bus.drain)
+                    scopes = [anyio.CancelScope() for _ in self.observers]
+                    served = [anyio.Event() for _ in self.observers]
+                    for observer, scope, event in zip(self.observers, scopes, served, strict=True):
+                        tasks.start_soon(self._serve, observer, scope, event)
+                    self._start_thread()
+                    swept = await self._thread_is_over()
+                    if self.is_abandoned:
+                        self.bus.close()
+                        for observer, scope in zip(self.observers, scopes, strict=True):
+                            self._cancel(observer, scope)
+                        return
+                    if self.failure is not None and on_failure is not None:
+                        on_failure()
+                    await self._finish_checkpoints()
+                    late = set() if swept else await self._settle()
+                    if self.failure is not None and on_failure is not None:
+                        on_failure()
+                    self._end_bus()
+                    if not swept:
+                        await self._drain(scopes, served, late)
+                    for observer, scope in zip(self.observers, scopes, strict=True):
+                        self._cancel(observer, scope)
+            except GeneratorExit:  # the event loop was closed under us: the training thread does the rest
+                raise
+            except BaseException as error:
+                # A cancellation that pierced the shield while draining (asyncio.run's sweep), or a defect of ours
+                swept = True
+                if not isinstance(error, anyio.get_cancelled_exc_class()):
+                    self._fail(error)
+            finally:
+                self._abandon_thread()
+            await self._thread_is_over()  # after a defect of ours it may still be on its way
+            await self._close()
+            await self._finish()
+
+    def _start_thread(self) -> None:
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # the system gives no more of them, or the interpreter is about to end
+            self._fail(error)
+            self.control.end()  # what the thread does at its end
+            leave_process(self.run_id)
+
+    async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
+        async def serve() -> None:  # in a task of its own: a handler may have to be left
+            try:
+                await observer.serve()
+            except Exception as error:  # a defect of ours, which must not cancel the others
+                self._fail(error)
+
+        try:
+            with scope, observer.leaving():
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(serve)
+        finally:
+            served.set()
+            self._unserved.add(observer)
+            if observer in self._marks:
+                self._marks[observer].set()  # it handles nothing any more, the mark neither
+            self.control.poke()  # the training thread may be waiting for it
+
+    @property
+    def _swallowing(self) -> float:
+        """Seconds for which a coroutine may swallow its cancellation."""
+        return SWALLOWING if self.signal_count < 2 else MOMENT_IN_HASTE
+
+    def _cancel(self, observer: Observer, scope: anyio.CancelScope) -> None:
+        """Cancel what an observer is doing, and leave it if that is swallowed."""
+        observer.leave_after(self._swallowing)
+        scope.cancel()
+
+    async def _thread_is_over(self) -> bool:
+        """Wait for the training thread through all cancellations; True if there was one."""
+        cancelled = False
+        warned = time.perf_counter()
+        while self._is_training() and not self.is_abandoned:
+            try:
+                with anyio.move_on_after(STACK_INTERVAL):
+                    await self._thread_ended.wait()
+                    if not self.is_abandoned:
+                        self.thread.join()  # returns immediately: the thread is already exiting
+            except anyio.get_cancelled_exc_class():
+                cancelled = True
+                self.cancel("the event loop is ending")
+            except KeyboardInterrupt as error:  # a signal handler of the host's
+                self._fail(error)
+            now = time.perf_counter()
+            if self.control.cancelled and self._is_training() and now - warned >= STACK_INTERVAL:
+                warned = now
+                self._log_stack()
+        return cancelled
+
+    def _is_training(self) -> bool:
+        return self.thread.ident is not None and not self.thread.is_over
+
+    def _log_stack(self) -> None:
+        frame = sys._current_frames().get(self.thread.ident or 0)
+        if frame is not None:
+            stack = "".join(traceback.format_stack(frame))
+            logger.warning("the training thread has not reached its next batch yet; it is here:\n%s", stack)
+
+    def _end_bus(self) -> None:
+        """Publish `TrainEnd` after everything else, and close the bus behind it."""
+        self._phase = "closing"
+        status, reason = self._status()
+        error = self.failure
+        self.bus.close(
+            TrainEnd(
+                status=status,
+                reason=reason,
+                error=None if error is None else describe(error),
+                metrics=Metrics(self.loop.latest),
+                seconds=time.perf_counter() - self._started,
+            )
+        )
+
+    async def _settle(self) -> set[Observer]:
+        """Let the callbacks handle everything before `TrainEnd`, and what they publish meanwhile.
+
+        `TrainEnd` is the last event and tells how the run ended, so it waits for what callbacks still have to
+        publish and for failures of those with `on_error="raise"`, `drain_timeout` seconds at most. It does not wait
+        for events that come from elsewhere, such as a thread that publishes at a pace until the run ends.
+
+        Returns:
+            The observers that did not get that far in time.
+        """
+        deadline = time.perf_counter() + self.config.drain_timeout
+        late: set[Observer] = set()
+        is_first_round = True
+        while not self.bus.has_ended:
+            reactions = self._reactions
+            self._marks = {
+                observer: anyio.Event()
+                for observer in self.observers
+                if observer.subscription is not None and observer not in self._unserved
+            }
+            for observer, mark in self._marks.items():
+                assert observer.subscription is not None
+                self.bus.rendezvous(observer.subscription, mark.set)
+            behind = {
+                each
+                for each, mark in self._marks.items()
+                if not await self._came(
+                    mark, deadline, unless=functools.partial(self.bus.is_awaited_by, each.name)
+                )
+                and not self.bus.is_awaited_by(each.name)  # it waits for `TrainEnd` in a handler: not late
+            }
+            if is_first_round:
+                late = behind
+            elif behind:
+                logger.warning(
+                    "callbacks still published events %g s after training", self.config.drain_timeout
+                )
+            if behind or self._reactions == reactions:
+                break
+            is_first_round = False
+        self._marks = {}
+        return late
+
+    async def _drain(
+        self, scopes: Sequence[anyio.CancelScope], served: Sequence[anyio.Event], late: set[Observer]
+    ) -> None:
+        """Let the callbacks handle `TrainEnd`; cancel and report those that miss the deadline or were late before."""
+        now = time.perf_counter()
+        for observer, scope, event in zip(self.observers, scopes, served, strict=True):
+            moment = now + MOMENT_IN_HASTE
+            deadline = moment if observer in late else now + self.config.drain_timeout
+            if not await self._came(event, deadline, at_least=moment):
+                self._cancel(observer, scope)
+                error = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
+                observer.failed("drain", error)
+
+    async def _came(
+        self,
+        event: anyio.Event,
+        deadline: float,
+        *,
+        haste: float = 0.0,
+        at_least: float = 0.0,
+        unless: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Wait for an event; False if it had not come by the deadline.
+
+        Args:
+            event: What is waited for.
+            deadline: On the clock of `time.perf_counter`.
+            haste: Seconds after a second signal that end the wait earlier.
+            at_least: Until when a second signal does not end it.
+            unless: Ends the wait as well when it returns True.
+        """
+        while not event.is_set():
+            left = min(deadline, max(self._hurried_at + haste, at_least)) - time.perf_counter()
+            if left <= 0 or unless():
+                return False
+            with anyio.move_on_after(min(left, LOOK_INTERVAL)):
+                await event.wait()
+        return True
+
+    async def _close(self) -> None:
+        """Call `close()` of each callback, always; a close that hangs is given up and reported."""
+        for observer in self.observers:
+            try:
+                await self._close_one(observer)
+            except anyio.get_cancelled_exc_class():
+                continue  # the sweep again: go on with the next one
+
+    async def _close_one(self, observer: Observer) -> None:
+        closed = anyio.Event()
+
+        async def close() -> None:  # in a task of its own: it may have to be left
+            try:
+                await observer.close()
+            except Exception as error:  # a defect of ours, which must not keep the others from being closed
+                self._fail(error)
+            finally:
+                closed.set()
+
+        started = time.perf_counter()
+        with observer.leaving():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(close)
+                # In haste all callbacks share what is left, but each is called and has a moment.
+                is_closed = await self._came(
+                    closed,
+                    started + self.config.drain_timeout,
+                    haste=IMPATIENT_CLOSE - 2 * MOMENT_IN_HASTE,
+                    at_least=started + MOMENT_IN_HASTE,
+                )
+                if not is_closed:
+                    taken = time.perf_counter() - started
+                    observer.leave_after(self._swallowing)
+                    tasks.cancel_scope.cancel()
+                    observer.failed(
+                        "close", TimeoutError(f"close() took longer than {taken:.1f} s: given up")
+                    )
+
+    async def _end_alone(self) -> None:
+        """Close the callbacks and write the result from the training thread, on an event loop of its own."""
+        for observer in self.observers:
+            if observer.subscription is not None:
+                observer.subscription._wake_consumer = None  # its task is dead and cannot be woken
+        await self._finish_checkpoints()
+        with contextlib.suppress(RuntimeError):  # nor can a reader of `run.events()` on that event loop
+            self.bus._end()
+        await self._close()
+        await self._finish()
+
+    def _abandon_thread(self) -> None:
+        """Make sure that the thread knows, if this coroutine is torn down without having waited for it."""
+        if self._is_training():
+            self.cancel("the event loop is gone")
+
+    def _status(self) -> tuple[Status, str]:
+        if self.failure is not None:
+            return "failed", describe(self.failure)
+        if self.loop.ending == "cancelled":
+            return "cancelled", self.loop.reason
+        if self.loop.ending == "stopped":
+            return "stopped", self.loop.reason
+        return "completed", self.loop.reason or f"epochs={self.loop.limits.epochs}"
+
+    def _ending(self) -> dict[str, Any]:
+        """Return what `run.json` says about how the run ended."""
+        status, reason = self._status()
+        ending = {"status": status, "reason": reason, "ended": time.time(), "steps": self.loop.step}
+        stopped_by = self.loop.boundary.stopped_by
+        return ending | ({"stopped_by": stopped_by} if status == "stopped" and stopped_by is not None else {})
+
+    async def _finish(self) -> None:
+        status, reason = self._status()
+        self.result = RunResult(
+            run_id=self.run_id,
+            status=status,
+            reason=reason,
+            epochs=self.loop.epoch,
+            steps=self.loop.step,
+            metrics=Metrics(self.loop.latest),
+            best=self.best,
+            history=tuple(self.loop.history),
+            seconds=time.perf_counter() - self._started,
+            callback_costs=self.callback_costs,
+            callback_errors={each.name: tuple(each.errors) for each in self.observers if each.errors},
+            dir=self.dir if self._description else None,
+        )
+        if self._description:
+            assert self.dir is not None
+            ending = {**self.result.to_run_json(), **self._ending()}
+            write = functools.partial(self._write_ending, self.dir, self._description | ending)
+            # The run has its result; a directory that is gone by now, or a sweep, is no reason to lose it.
+            try:
+                await _in_thread("offloop-run-json", write)
+            except (OSError, anyio.get_cancelled_exc_class()):
+                logger.warning("%s does not say how the run ended", self.dir)
+            except BaseException:
+                logger.exception("%s does not say how the run ended", self.dir)
+        self._phase = status
+        self._thread_ended.close()
+        self._release(self)
+        self._let_go()
+        self.finished.set_result(self.result)
+
+    def _let_go(self) -> None:
+        """Keep what a `Run` tells after its end, and nothing by which it would keep model, data and callbacks alive.
+
+        Who drops a trainer wants its memory back at once, not at the next garbage collection: all of these are
+        tied to each other.
+        """
+        self.loop.let_go()
+        self.records.let_go()
+        self.observers, self._handlers, self._deciders, self._unserved = [], [], {}, set()
+        self.initial_weights = None
+        del self.trainer, self.user_state, self._claim, self._release
+
+    async def _finish_checkpoints(self) -> None:
+        """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""
+        if self.checkpoints is None:
+            return
+        try:
+            await _in_thread("offloop-finish-checkpoints", self._settle_checkpoints)
+        except anyio.get_cancelled_exc_class():
+            pass  # the sweep: the writer goes on by itself
+        except BaseException as error:
+            self._fail(error)
+
+    def _settle_checkpoints(self) -> None:
+        assert self.checkpoints is not None
+        self.checkpoints.flush()
+        ending = self._ending()
+        if "stopped_by" in ending and self._description:
+            # Already here: a process that is killed while its callbacks drain must not train on when it runs again
+            assert self.dir is not None
+            with contextlib.suppress(OSError):
+                write_run_json(self.dir, self._description | ending)
+        if self.best is not None:
+            self.best = self.checkpoints.located(self.best)
+        if self.uploads is not None:
+            assert self.config.remote is not None
+            seconds = self.config.remote.timeout
+            if self.control.cancelled and self.failure is None:  # somebody waits for it to be over
+                seconds = min(seconds, self.config.drain_timeout)
+            self._upload_deadline = min(self._upload_deadline, time.perf_counter() + seconds)
+            if not self._await_uploads(self.uploads):
+                self._report_missing(self.uploads)
+        self.checkpoints.close()
+
+    def _report_missing(self, uploads: Uploads) -> None:
+        """Say what the remote directory lacks at the end of the run."""
+        assert self.remote is not None
+        missing = uploads.missing()
+        what = f"checkpoints {', '.join(missing)}" if missing else "the logs"
+        error = RemoteError(self.remote.url, f"at the end of the run, {what} were not uploaded in time")
+        logger.error("%s; they are in %s", error, self.dir)
+        self._publish_late(UploadFailed(url=self.remote.url, error=f"RemoteError: {error}"))
+        self._upload_failed(error)
+
+    def _patience(
+        self, wait: Callable[[float], bool], *, deadline: float = math.inf, haste: float = IMPATIENT_CLOSE
+    ) -> bool:
+        """Wait in short looks until it is done, or the deadline, or `haste` s after a second signal. Blocks."""
+        while not wait(min(0.25, max(0.0, deadline - time.perf_counter()))):
+            if time.perf_counter() >= min(deadline, self._hurried_at + haste):
+                return False
+        return True
+
+    def _await_uploads(self, uploads: Uploads) -> bool:
+        """Wait until everything is uploaded, or the time for it is up; a second signal ends it at once. Blocks."""
+        return uploads.finish(functools.partial(self._patience, deadline=self._upload_deadline, haste=0.0))
+
+    def _write_ending(self, directory: Path, description: dict[str, Any]) -> None:
+        """Write how the run ended, here and there. Blocks."""
+        write_run_json(directory, description)
+        if self.uploads is not None:
+            if not self._await_uploads(self.uploads):
+                logger.warning("%s does not say how the run ended", self.remote and self.remote.url)
+            self.uploads.close()
+
+    def outcome(self) -> RunResult:
+        """Return the result, or raise what the run failed with, once, with a note on where it was."""
+        assert self.result is not None
+        # Taken from here: whoever catches it decides how long its frames are kept, with all the tensors in them.
+        failure, self.failure = self.failure or self._late_exit, None
+        self._late_exit = None
+        if failure is None:
+            return self.result
+        self.note_where(failure)
+        try:
+            raise failure
+        finally:
+            del failure  # else this frame, which the exception holds, would hold the exception
+
+    def note_where(self, failure: BaseException) -> None:
+        """Add to what the run failed with where that was."""
+        note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
+        if self.checkpoints is not None and self.checkpoints.last is not None:
+            note += f", last checkpoint {self.checkpoints.last}"
+        failure.add_note(note)
+
+
+async def _in_thread(name: str, function: Callable[[], None]) -> None:
+    """Run a function that blocks in a thread of its own; on the event loop where the system gives no thread.
+
+    Cancellation: the thread ends by itself.
+    """
+    try:
+        worker = Worker(name)
+    except OSError:  # no descriptors for its waker
+        function()
+        return
+    try:
+        await worker.run(function, else_here=True)
+    finally:
+        worker.close()
+
+
+@contextlib.contextmanager
+def _acting(name: str, control: Control) -> Iterator[None]:
+    """Mark what happens inside as done by a decider of this run."""
+    who, where = actor.set(name), deciding.set(control)
+    try:
+        yield
+    finally:
+        actor.reset(who)
+        deciding.reset(where)

@@ -1,0 +1,1 @@
+"""Work beside training: finders for the learning rate and the batch size, and prediction."""

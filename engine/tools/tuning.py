@@ -1,0 +1,525 @@
+"""Finders: the learning rate at which the loss falls fastest, and the largest batch size that fits into memory.
+
+Both train the trainer's own steps for a while, without events and callbacks, and then put everything back:
+parameters, buffers, gradients, optimizer states, learning rates, random states, bit for bit.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+import psutil
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, IterableDataset
+
+from offloop.engine.bus.command_mailbox import Control
+from offloop.engine.bus.threads import Thread
+from offloop.engine.checkpoint.memory import is_out_of_memory
+from offloop.engine.data.batches import length_of
+from offloop.engine.errors import ConfigError
+from offloop.engine.events import Event, StepEnd
+from offloop.engine.lazy_imports import first_use
+from offloop.engine.position.loader_position import capture_before_epoch, rewind_epoch
+from offloop.engine.session.thread_state import check_caller
+from offloop.engine.training.activation_checkpointing import checkpointed
+from offloop.engine.training.freezing import select_parameters
+from offloop.engine.training.learning_rate import Schedule, largest_lr, scale_lr
+
+if TYPE_CHECKING:
+    from offloop.engine.trainer import BaseTrainer
+    from offloop.engine.training.loop import TrainingLoop
+
+SMOOTHING: Final = 0.98
+"""Share of the running mean that each loss leaves as it is; the value of fastai and Lightning."""
+EXPLODED: Final = 4.0
+"""The search ends when the smoothed loss is this many times its best; theirs, too."""
+_FIRST_LOSSES: Final = 10
+"""Losses at the beginning that nothing is judged by: a running mean of few values jumps."""
+_SHARE_OF_FREE_MEMORY: Final = 0.9
+"""What of a device's free memory is taken: fragmentation and a longer batch want the rest."""
+_LARGEST_BATCH: Final = 2**16
+"""Where the search ends if neither the data nor the caller says so."""
+_SAMPLING_INTERVAL: Final = 0.002
+"""Seconds between two looks at the process's memory."""
+_PROBABLE: Final = 1.25
+"""A size that would take this many times the limit, by the line through the last two, is not tried on a CPU: beyond
+its memory the system ends the process."""
+
+
+# The learning rate --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LearningRateSearch:
+    """What a search for the learning rate saw."""
+
+    lrs: tuple[float, ...]
+    """The rate of each step: of the largest group, where there are several."""
+    losses: tuple[float, ...]
+    """The loss of each step."""
+    smoothed: tuple[float, ...]
+    """The running mean of the losses, corrected for its start at 0."""
+    suggestion: float | None
+    """The rate at which the smoothed loss fell fastest; None if it never fell."""
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the losses over the rates into a file; its ending says the format. Needs `offloop[plot]`.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        try:
+            with first_use("matplotlib"):
+                from matplotlib.figure import (
+                    Figure,  # not pyplot, which keeps every figure and may open windows
+                )
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise ModuleNotFoundError(
+                "plot() needs matplotlib: pip install 'offloop[plot]'", name="matplotlib"
+            ) from None
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.plot(self.lrs, self.losses, color="#93b4f4", linewidth=1, label="loss")
+        axes.plot(self.lrs, self.smoothed, color="#2563eb", label="smoothed")
+        if self.suggestion is not None:
+            axes.axvline(self.suggestion, color="#ea580c", label=f"suggestion {self.suggestion:.2g}")
+        axes.legend()
+        figure.savefig(path)
+        return Path(path)
+
+
+class _Ramp:
+    """A schedule that multiplies the rate by the same factor after each step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, first: float, factor: float) -> None:
+        self.optimizer = optimizer
+        self._next, self._factor = first, factor
+        self.step()
+
+    def step(self) -> None:
+        if largest_lr(self.optimizer) == 0.0:  # a warm-up's first rate cannot be scaled
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._next
+        scale_lr(self.optimizer, self._next, group=None)
+        self._next *= self._factor
+
+
+class _Losses:
+    """Follows a search: keeps rates and losses, and ends it when the loss explodes."""
+
+    def __init__(self, control: Control) -> None:
+        self.lrs: list[float] = []
+        self.losses: list[float] = []
+        self.smoothed: list[float] = []
+        self._control = control
+        self._mean = 0.0
+        self._is_over = False
+
+    def add(self, event: Event) -> None:
+        """Take note of a step."""
+        if self._is_over or not isinstance(event, StepEnd):
+            return
+        if event.loss is None:
+            raise ConfigError("find_learning_rate needs the loss: let training_step return it")
+        self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * event.loss
+        smoothed = self._mean / (1 - SMOOTHING ** (len(self.losses) + 1))
+        best = min(self.smoothed[_FIRST_LOSSES:], default=math.inf)
+        exploded = smoothed > best + (EXPLODED - 1) * max(abs(best), 1e-12)  # a loss may be negative or 0
+        if exploded or not math.isfinite(event.loss):
+            self._is_over = True
+            self._control.give("stop", {"reason": "the loss exploded"}, by="search")
+            return
+        self.lrs.append(event.lr)
+        self.losses.append(event.loss)
+        self.smoothed.append(smoothed)
+
+
+def find_learning_rate(
+    trainer: "BaseTrainer",
+    train_loader: Iterable[Any],
+    *,
+    min_lr: float,
+    max_lr: float,
+    steps: int,
+    optimizer: str | None,
+) -> LearningRateSearch:
+    """Raise the rate exponentially and look where the loss falls fastest, see `BaseTrainer.find_learning_rate`.
+
+    The range test of Smith 2017 (https://arxiv.org/abs/1506.01186, section 3.3). Smoothing, the end at four times
+    the best loss and "steepest descent" as the suggestion follow fastai and Lightning; rates are spaced evenly on a
+    logarithmic axis, so the slope is that over log(rate).
+    """
+    for name, value in (("min_lr", min_lr), ("max_lr", max_lr)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")
+    if min_lr >= max_lr:
+        raise ConfigError(f"min_lr must be below max_lr, got {min_lr!r} and {max_lr!r}")
+    _check_count("steps", steps, least=_FIRST_LOSSES)
+    if optimizer is None and len(trainer.optimizers) > 1:
+        raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(trainer.optimizers)}")
+    name = optimizer or next(iter(trainer.optimizers))
+    if name not in trainer.optimizers:
+        raise ConfigError(f"there is no optimizer {name!r}; there are {', '.join(trainer.optimizers)}")
+
+    control = Control()
+    losses = _Losses(control)
+    with _putting_back(trainer, train_loader):
+        factor = (max_lr / min_lr) ** (1 / (steps - 1))
+        ramp = cast(LRScheduler, _Ramp(trainer.optimizers[name], min_lr, factor))  # it steps, and that is all
+        _train(
+            trainer,
+            train_loader,
+            steps=steps,
+            schedules=[Schedule(ramp, "step")],
+            publish_step=losses.add,
+            control=control,
+        )
+    return LearningRateSearch(
+        lrs=tuple(losses.lrs),
+        losses=tuple(losses.losses),
+        smoothed=tuple(losses.smoothed),
+        suggestion=suggest(losses.lrs, losses.smoothed),
+    )
+
+
+def suggest(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
+    """Return the rate at which a curve of evenly spaced log(rate) falls fastest, None if it never falls."""
+    inner = range(_FIRST_LOSSES, len(smoothed) - 1)
+    if not inner:
+        return None
+    steepest = min(inner, key=lambda index: smoothed[index + 1] - smoothed[index - 1])
+    return lrs[steepest] if smoothed[steepest + 1] < smoothed[steepest - 1] else None
+
+
+# The batch size -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSizeTrial:
+    """One size that was tried."""
+
+    batch_size: int
+    """Samples in a batch."""
+    fits: bool
+    """True if it trained within the memory."""
+    peak_memory: int | None
+    """Bytes, at the most: what torch took on CUDA, the whole process on the CPU; None if it was not tried, because
+    smaller ones said enough."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSizeSearch:
+    """What a search for the batch size saw."""
+
+    suggestion: int
+    """The largest size that fits."""
+    trials: tuple[BatchSizeTrial, ...]
+    """Each size that was tried, in order."""
+
+
+def find_batch_size(
+    trainer: "BaseTrainer",
+    train_loader: "Iterable[Any] | Callable[[int], Iterable[Any]]",
+    *,
+    mode: Literal["binsearch", "power"],
+    start: int,
+    max_batch_size: int | None,
+    steps: int,
+    memory_limit: int | None,
+) -> BatchSizeSearch:
+    """Double until it does not fit, then halve the gap, see `BaseTrainer.find_batch_size`."""
+    if mode not in ("binsearch", "power"):
+        raise ConfigError(f"mode must be one of 'binsearch', 'power', got {mode!r}")
+    _check_count("start", start)
+    _check_count("steps", steps, least=2)
+    for name, value in (("max_batch_size", max_batch_size), ("memory_limit", memory_limit)):
+        if value is not None:
+            _check_count(name, value)
+    if memory_limit is None and trainer.device.type != "cuda":
+        raise ConfigError(
+            f"memory_limit is needed on {trainer.device.type}: there, memory ends without an error that could be "
+            "caught. Give the bytes that this process may take, for example 8 * 2**30"
+        )
+    samples = _Samples(train_loader)
+    largest = min(max_batch_size or _LARGEST_BATCH, samples.count or _LARGEST_BATCH)
+
+    trials: list[BatchSizeTrial] = []
+    with _putting_back(trainer, () if samples.is_made else cast("Iterable[Any]", train_loader)):
+        memory = _Memory(trainer.device, memory_limit)
+
+        def fits(size: int) -> bool:
+            if not memory.is_probable(size, trials):
+                trials.append(BatchSizeTrial(batch_size=size, fits=False, peak_memory=None))
+            else:
+                trials.append(_try(trainer, samples, size, steps, memory))
+            return trials[-1].fits
+
+        size = min(start, largest)
+        if not fits(size) and (size == 1 or not fits(size := 1)):
+            raise ConfigError(
+                f"not even one sample fits into {memory.limit / 2**20:.0f} MiB: try precision, "
+                "activation_checkpointing, or a smaller model"
+            )
+        good, bad = size, next((each.batch_size for each in trials if not each.fits), None)
+        while good < largest and (bad is None or 2 * good < bad):
+            size = min(2 * good, largest)
+            good, bad = (size, bad) if fits(size) else (good, size)
+            largest = min(largest, samples.count or largest)  # a stream says only at its end how long it is
+            good = min(good, largest)
+        while mode == "binsearch" and bad is not None and bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return BatchSizeSearch(suggestion=good, trials=tuple(trials))
+
+
+class _Samples:
+    """Makes batches of any size."""
+
+    def __init__(self, train_loader: Any) -> None:
+        self._loader = train_loader
+        self.is_made = callable(train_loader) and not hasattr(train_loader, "__iter__")
+        self.count: int | None = None
+        if self.is_made:
+            return
+        if not isinstance(train_loader, DataLoader) or train_loader.batch_size is None:
+            raise ConfigError(
+                "train_loader must be a DataLoader that makes up batches of a batch_size, or a function that "
+                f"returns a loader for a batch size; got {type(train_loader).__name__}"
+            )
+        if not isinstance(train_loader.dataset, IterableDataset):
+            self.count = length_of(train_loader.dataset)
+
+    def batches(self, size: int, number: int) -> list[Any]:
+        """Return `number` batches of `size` samples; the same ones again where there are not so many."""
+        if self.is_made:
+            made = list(itertools.islice(iter(self._loader(size)), number))
+            if not made:
+                raise ConfigError(f"train_loader({size}) gave no batch")
+            return list(itertools.islice(itertools.cycle(made), number))
+        dataset = self._loader.dataset
+        if isinstance(dataset, IterableDataset):
+            samples = list(itertools.islice(iter(dataset), size))
+            if len(samples) < size:
+                self.count = len(samples)
+        elif hasattr(dataset, "__getitems__"):
+            samples = dataset.__getitems__(list(range(size)))
+        else:
+            samples = [dataset[index] for index in range(size)]
+        return [self._loader.collate_fn(samples)] * number
+
+
+def _try(
+    trainer: "BaseTrainer", samples: _Samples, size: int, steps: int, memory: "_Memory"
+) -> BatchSizeTrial:
+    """Train some steps with batches of a size."""
+    accumulate = trainer.config.accumulate_grad_batches if trainer.automatic_optimization else 1
+    with memory.measured() as peak:
+        is_out = _runs_out_of_memory(trainer, samples, size, steps, accumulate)
+    # Here nothing holds on to the tensors of the trial any more, an exception's traceback neither.
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
+    _free(trainer.device, after_failure=is_out)
+    return BatchSizeTrial(batch_size=size, fits=not is_out and peak[0] <= memory.limit, peak_memory=peak[0])
+
+
+def _runs_out_of_memory(
+    trainer: "BaseTrainer", samples: _Samples, size: int, steps: int, accumulate: int
+) -> bool:
+    try:
+        _train(trainer, samples.batches(size, steps * accumulate), steps=steps)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return True
+    return False
+
+
+class _Memory:
+    """What may be taken, and what was."""
+
+    def __init__(self, device: torch.device, limit: int | None) -> None:
+        self._device = device
+        self._process = psutil.Process()
+        if limit is None:
+            free, _ = torch.cuda.mem_get_info(device)
+            limit = int(_SHARE_OF_FREE_MEMORY * (free + torch.cuda.memory_reserved(device)))
+        self.limit = limit
+
+    def is_probable(self, size: int, trials: Sequence[BatchSizeTrial]) -> bool:
+        """False if the sizes so far say that this one cannot fit, and trying would be dangerous."""
+        known = [(each.batch_size, each.peak_memory) for each in trials if each.fits and each.peak_memory]
+        if self._device.type == "cuda" or len(known) < 2:
+            return True
+        (smaller, less), (larger, more) = sorted(known)[-2:]
+        return more + (more - less) / (larger - smaller) * (size - larger) <= _PROBABLE * self.limit
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[list[int]]:
+        """Measure the peak of the block; it is in the list when the block is over."""
+        peak = [0]
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            yield peak
+            torch.cuda.synchronize(self._device)
+            peak[0] = torch.cuda.max_memory_reserved(self._device)
+            return
+        is_over = threading.Event()
+
+        def look() -> None:
+            while True:
+                peak[0] = max(peak[0], self._process.memory_info().rss)
+                if is_over.wait(_SAMPLING_INTERVAL):
+                    return
+
+        thread = Thread(look, name="offloop-memory", daemon=False)
+        thread.start()
+        try:
+            yield peak
+        finally:
+            is_over.set()
+            thread.join()
+
+
+# Training for a while, and putting everything back ----------------------------------------------------------
+
+
+def _train(trainer: "BaseTrainer", loader: Iterable[Any], *, steps: int, **parts: Any) -> None:
+    """Train some steps without telling anybody."""
+    # A loss that explodes is what a search looks for, and must not spoil the weights of the next trial.
+    config = trainer.config.replace(on_nonfinite="skip_step")
+    loop: TrainingLoop = trainer._make_quiet_loop(config, max_steps=steps, train_loader=loader, **parts)
+    try:
+        if not trainer.model.training:
+            trainer.model.train()
+        loop.frozen.freeze(select_parameters(trainer.model, config.freeze))
+        with torch.enable_grad(), checkpointed(trainer.model, config.activation_checkpointing):
+            loop.run()
+    finally:
+        loop.frozen.thaw_all()
+        trainer._loop = None
+
+
+@contextlib.contextmanager
+def _putting_back(trainer: "BaseTrainer", loader: Iterable[Any]) -> Iterator[None]:
+    """Have the trainer to oneself, and put back all that training changes."""
+    check_caller(trainer.config.precision, trainer.device)
+    with trainer._occupied("searching"):
+        trainer._check_optimization()
+        before = capture_before_epoch(loader)
+        trainer._prepare_model()
+        kept = _Kept(trainer)
+        try:
+            yield
+        finally:
+            kept.restore()
+            rewind_epoch(loader, before)
+            _free(trainer.device)
+
+
+class _Saved:
+    """A tensor and its value. The value waits on the host: it must not take the memory that is looked for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._value = tensor.detach().to("cpu", copy=True)
+
+    def restore(self) -> torch.Tensor:
+        with torch.no_grad():
+            self.tensor.copy_(self._value)
+        return self.tensor
+
+
+def _save(value: Any) -> Any:
+    return _Saved(value) if isinstance(value, torch.Tensor) else value
+
+
+def _restored(value: Any) -> Any:
+    return value.restore() if isinstance(value, _Saved) else value
+
+
+class _Kept:
+    """Model and optimizers as they were."""
+
+    def __init__(self, trainer: "BaseTrainer") -> None:
+        parts = [trainer.model, *([trainer.loss] if isinstance(trainer.loss, torch.nn.Module) else [])]
+        modules = [module for part in parts for module in part.modules()]
+        self._modes = [(module, module.training) for module in modules]
+        self._parameters = [
+            (each, _Saved(each), _save(each.grad)) for part in parts for each in part.parameters()
+        ]
+        self._buffers = [
+            (module._buffers, name, _save(buffer))
+            for module in modules
+            for name, buffer in module._buffers.items()
+        ]
+        self._optimizers = [_KeptOptimizer(each) for each in trainer.optimizers.values()]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for parameter, value, gradient in self._parameters:
+            value.restore()
+            parameter.grad = _restored(gradient)
+        for buffers, name, buffer in self._buffers:
+            buffers[name] = _restored(buffer)
+        for optimizer in self._optimizers:
+            optimizer.restore()
+        for module, is_training in self._modes:
+            module.training = is_training
+
+
+class _KeptOptimizer:
+    """An optimizer as it was."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._has_stepped = getattr(
+            optimizer, "_opt_called", None
+        )  # torch's own mark, for a schedule's warning
+        self._groups = [
+            {key: _save(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        self._states = {
+            parameter: {name: _save(value) for name, value in values.items()}
+            for parameter, values in optimizer.state.items()
+        }
+
+    def restore(self) -> None:
+        optimizer = self._optimizer
+        if self._has_stepped is not None:
+            optimizer._opt_called = self._has_stepped  # type: ignore[attr-defined]
+        for group, kept in zip(optimizer.param_groups, self._groups, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update({"params": parameters, **{key: _restored(value) for key, value in kept.items()}})
+        optimizer.state.clear()
+        for parameter, values in self._states.items():
+            optimizer.state[parameter] = {name: _restored(value) for name, value in values.items()}
+
+
+def _free(device: torch.device, *, after_failure: bool = False) -> None:
+    """Give memory back that nobody needs any more."""
+    if after_failure or device.type == "cuda":
+        gc.collect()  # what a traceback has held is in cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif (
+        trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    ) is not None:
+        trim(0)  # glibc keeps blocks of some megabytes for later; they would count as taken
+
+
+def _check_count(name: str, value: object, *, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")

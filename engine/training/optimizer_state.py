@@ -1,0 +1,214 @@
+"""Putting back an optimizer's state, where the script may have made another one than the checkpoint is of."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from offloop.engine.errors import ConfigError
+from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.training.wrappers import bare_name
+
+BEGIN_ANEW = "begin a new run with the weights alone: init_from=..."
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load an optimizer's state with its exact dtypes: torch casts it to those of the parameters.
+
+    Raises:
+        ConfigError: It is the state of another kind of optimizer, which torch takes, to fail in the first step.
+        ValueError: The groups have other numbers of parameters.
+    """
+    defaults = getattr(optimizer, "defaults", {})  # a wrapper may have none
+    settings = [set(defaults) & set(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(saved))
+    missing = {
+        name
+        for known, group in zip(settings, optimizer.param_groups, strict=True)
+        for name in known - set(group)
+    }
+    if missing:
+        raise ConfigError(
+            f"the state is of another optimizer: {type(optimizer).__name__} needs {', '.join(sorted(missing))}. "
+            f"Make the optimizer that it was saved with, or {BEGIN_ANEW}"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved["state"].items():
+        live = optimizer.state[parameters[int(index)]]
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and live[name].dtype != value.dtype:
+                live[name] = value.to(live[name].device).clone()
+
+
+def parameters_by_name(model: torch.nn.Module, loss: object) -> dict[str, torch.nn.Parameter]:
+    """Return what an optimizer may hold, without the parts of wrappers: the model's, and a loss module's (`loss:...`).
+
+    A module that is in both has the model's names.
+    """
+    named = {bare_name(name): parameter for name, parameter in model.named_parameters()}
+    if isinstance(loss, torch.nn.Module):
+        in_model = {id(parameter) for parameter in named.values()}
+        named |= {
+            f"loss:{bare_name(name)}": parameter
+            for name, parameter in loss.named_parameters()
+            if id(parameter) not in in_model
+        }
+    return named
+
+
+def parameter_names(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
+) -> list[list[str]]:
+    """Return the names of the parameters of each group, by `parameters_by_name`; empty for a foreign one."""
+    names = {id(parameter): name for name, parameter in named.items()}
+    return [
+        [names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups
+    ]
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the options of each group, such as learning rate and momentum, as numbers and texts.
+
+    A schedule has changed the rate when it was made; the one that it began with counts.
+    """
+    return [
+        {
+            key: _plain(value)
+            for key, value in group.items()
+            if key not in ("params", "param_names", "initial_lr")
+        }
+        | {"lr": _plain(group.get("initial_lr", group["lr"]))}
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    *,
+    label: str,
+    names: Sequence[Sequence[str]] | None,
+    made: Sequence[Mapping[str, Any]] | None,
+    named: Mapping[str, torch.nn.Parameter],
+    report: ResumeReport,
+) -> None:
+    """Put an optimizer's state back. Groups that the run had added are added again.
+
+    Args:
+        optimizer: As the script has made it.
+        saved: Its state in the checkpoint.
+        label: What it is called in texts: `the optimizer`, `optimizer 'generator'`.
+        names: `parameter_names` at the checkpoint; None where they are not known.
+        made: `options_of` what the script had made then; None where they are not known.
+        named: `parameters_by_name` of what it optimizes.
+        report: Is told what is the checkpoint's and what the script's.
+
+    Raises:
+        ConfigError: It is the state of another optimizer, or of other parameters.
+    """
+    options = options_of(optimizer)
+    own = len(optimizer.param_groups)
+    for number, (now, then) in enumerate(zip(options, made or (), strict=False)):
+        where = f" of group {number}" if own > 1 else ""
+        for key in now.keys() & then.keys():
+            if now[key] != then[key]:
+                group = saved["param_groups"][number]
+                kept = group.get("initial_lr", group[key]) if key == "lr" else group.get(key)
+                report.keep(f"{key}{where} of {label} is {_plain(kept)}, the script has {now[key]}")
+    if len(saved["param_groups"]) > own:
+        _add_groups(optimizer, saved["param_groups"], label=label, names=names, named=named, report=report)
+    elif len(saved["param_groups"]) < own:
+        for number in range(len(saved["param_groups"]), own):
+            text = f"group {number} of {label} is new"
+            report.take(text)
+            report.lower("approximate", text)
+        saved = _with_groups_of(optimizer, saved)
+    if names is not None:
+        saved = _in_order(saved, names, parameter_names(optimizer, named), label)
+    try:
+        load_optimizer(optimizer, saved)
+    except ValueError as error:
+        raise ConfigError(
+            f"the checkpoint is of another optimizer than {label} ({error}). Build it over the same parameters, in "
+            f"the same groups; or {BEGIN_ANEW}"
+        ) from error
+
+
+def _add_groups(
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    *,
+    label: str,
+    names: Sequence[Sequence[str]] | None,
+    named: Mapping[str, torch.nn.Parameter],
+    report: ResumeReport,
+) -> None:
+    """Add the parameter groups again that the run had added before its checkpoint."""
+    taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for number in range(len(optimizer.param_groups), len(groups)):
+        wanted = [] if names is None else names[number]
+        found = [named[name] for name in wanted if name in named and id(named[name]) not in taken]
+        if not found or len(found) < len(wanted):
+            raise ConfigError(
+                f"{label} has {len(optimizer.param_groups)} parameter groups, in the checkpoint it has "
+                f"{len(groups)}: build it with the groups that the run had added; or {BEGIN_ANEW}"
+            )
+        options = {
+            key: value for key, value in groups[number].items() if key not in ("params", "param_names")
+        }
+        optimizer.add_param_group({"params": found, **options})
+        report.keep(f"group {number} of {label}, which the run had added ({len(found)} parameters)")
+
+
+def _with_groups_of(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state in which the groups that only the script has are as the script has made them."""
+    groups = list(saved["param_groups"])
+    count = sum(len(group["params"]) for group in groups)
+    for group in optimizer.param_groups[len(groups) :]:
+        size = len(group["params"])
+        groups.append({**group, "params": list(range(count, count + size))})
+        count += size
+    return {**saved, "param_groups": groups}
+
+
+def _in_order(
+    saved: Mapping[str, Any], names: Sequence[Sequence[str]], own: Sequence[Sequence[str]], label: str
+) -> Mapping[str, Any]:
+    """Return a state whose parameters come in the order in which the script gave them.
+
+    Raises:
+        ConfigError: A group has other parameters.
+    """
+    numbers: dict[int, int] = {}  # from the checkpoint's to the script's
+    for number, (theirs, mine) in enumerate(zip(names, own, strict=False)):
+        if sorted(theirs) != sorted(mine):
+            raise ConfigError(
+                f"group {number} of {label} has other parameters than in the checkpoint ({_difference(theirs, mine)}). "
+                f"Build it over the same ones; or {BEGIN_ANEW}"
+            )
+        if list(theirs) == list(mine) or len(set(mine)) < len(mine):
+            continue
+        first = sum(map(len, names[:number]))
+        for index, name in enumerate(theirs):
+            numbers[first + index] = first + list(mine).index(name)
+    if not numbers:
+        return saved
+    return {**saved, "state": {numbers.get(int(key), key): value for key, value in saved["state"].items()}}
+
+
+def _difference(theirs: Iterable[str], mine: Iterable[str]) -> str:
+    theirs, mine = set(theirs), set(mine)
+    parts = {"only in the checkpoint": theirs - mine, "only in the script": mine - theirs}
+    return "; ".join(
+        f"{what}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
+        for what, names in parts.items()
+        if names
+    )

@@ -1,0 +1,132 @@
+"""ownership.py: which metric decides what, and that no callback's choice turns another's decision round."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from offloop.engine import Callback, ConfigError, Run, Trainer, TrainerConfig, TrainStart, decides
+from offloop.engine.session.ownership import Monitors
+from offloop.engine.testing import tiny_batches, tiny_model, tiny_trainer
+
+
+class Wish(Callback):
+    """Names a metric of its own."""
+
+    def __init__(self, key: str, mode: Any = "auto") -> None:
+        self.best_by = (key, mode)
+
+
+def monitors(*callbacks: Callback, val_loader: Any = (), **knobs: Any) -> Monitors:
+    return Monitors(TrainerConfig(**knobs), callbacks, ["accuracy"], val_loader)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "wishes", "default", "best", "direction"),
+    [
+        ({}, [], "val_loss", "val_loss", "min"),
+        ({"val_loader": None}, [], "train_loss", "train_loss", "min"),
+        ({}, ["val_accuracy"], "val_loss", "val_accuracy", "max"),
+        ({}, ["val_accuracy", "train_loss"], "val_loss", "val_accuracy", "max"),
+        ({"monitor": "train_accuracy"}, ["val_loss"], "train_accuracy", "train_accuracy", "max"),
+        ({"monitor": "val_loss", "mode": "max"}, ["val_accuracy"], "val_loss", "val_loss", "max"),
+    ],
+    ids=str,
+)
+def test_each_has_one_owner(knobs: Any, wishes: list[str], default: str, best: str, direction: str) -> None:
+    found = monitors(*map(Wish, wishes), **knobs)
+    assert (found.default, found.best, found.best_direction) == (default, best, direction)
+    assert found.is_best_named == bool(wishes or "monitor" in knobs)
+
+
+def test_direction_comes_from_the_trainer_then_from_the_metric_then_from_the_callback() -> None:
+    said = monitors(monitor="val_loss", mode="max")
+    assert (said.direction_of("val_loss"), said.direction_of("train_loss")) == ("max", "min")
+    assert monitors(Wish("val_accuracy", "min")).direction_of("val_accuracy") == "max"
+    wished = monitors(Wish("val_blub", "max"))
+    assert (wished.direction_of("val_blub"), wished.direction_of("val_other")) == ("max", None)
+
+
+def test_wish_that_cannot_be_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match="monitor='val_blub' is no metric that is known: train_loss, "):
+        monitors(Wish("val_blub"))
+    with pytest.raises(ConfigError, match="needs a validation"):
+        monitors(Wish("val_accuracy"), val_loader=None)
+
+
+# Plateaus --------------------------------------------------------------------------------------------
+
+
+class Improving(Trainer):
+    """Validates with less loss and more right answers from epoch to epoch."""
+
+    def validation_step(self, batch: Any) -> Any:
+        targets, right = batch[1], self.epoch + 1
+        outputs = torch.nn.functional.one_hot((targets + 1) % 3, 3).float()
+        outputs[:right] = torch.nn.functional.one_hot(targets[:right], 3).float()
+        return {"loss": torch.tensor(1 / right), "outputs": outputs, "targets": targets}
+
+
+def rates(plateau_mode: Any, *callbacks: Callback, **knobs: Any) -> list[float]:
+    """Return the rate of each epoch under a plateau that loses patience at once."""
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau = ReduceLROnPlateau(optimizer, mode=plateau_mode, patience=0)
+    trainer = tiny_trainer(Improving, model=model, optimizer=optimizer, scheduler=plateau, **knobs)
+    result = trainer.train(
+        tiny_batches(1), tiny_batches(1), epochs=4, metrics=["accuracy"], callbacks=callbacks
+    )
+    return [end.metrics["lr"] for end in result.history]
+
+
+@pytest.mark.parametrize("wish", ["val_accuracy", "val_loss", "train_accuracy"])
+def test_plateau_of_the_trainer_keeps_its_metric_beside_callbacks_of_another(wish: str) -> None:
+    assert rates("min", Wish(wish)) == [0.1] * 4
+
+
+def test_plateau_of_the_trainer_watches_the_trainers_monitor() -> None:
+    assert rates("max", Wish("val_loss"), monitor="val_accuracy") == [0.1] * 4
+
+
+@pytest.mark.parametrize(
+    ("mode", "knobs", "text"),
+    [
+        ("max", {}, "made with mode='max', but it watches 'val_loss', of which less is better"),
+        (
+            "min",
+            {"monitor": "val_accuracy"},
+            "made with mode='min', but it watches 'val_accuracy', of which more is better: make it with mode='max'",
+        ),
+        ("min", {"monitor": "val_loss", "mode": "max"}, "of which more is better"),
+    ],
+)
+def test_plateau_for_the_other_direction_is_refused_before_the_run(mode: Any, knobs: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        rates(mode, **knobs)
+
+
+@pytest.mark.parametrize("monitor", [None, "val_accuracy"])
+def test_plateau_that_a_callback_attaches_is_checked_too(monitor: str | None) -> None:
+    class Attaches(Callback):
+        @decides
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            plateau = ReduceLROnPlateau(run.trainer.optimizer, mode="min" if monitor else "max")
+            run.trainer.attach_scheduler(plateau, monitor=monitor)
+
+    with pytest.raises(ConfigError, match="the plateau schedule was made with"):
+        tiny_trainer(callbacks=[Attaches()]).train(tiny_batches(1), tiny_batches(1), epochs=1)
+
+
+def test_callbacks_are_told_both() -> None:
+    told: list[str] = []
+
+    class Asks(Callback):
+        @decides
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            told.extend([run.monitor, run.default_monitor])
+
+    tiny_trainer(callbacks=[Wish("train_accuracy"), Asks()]).train(
+        tiny_batches(1), tiny_batches(1), epochs=1, metrics=["accuracy"]
+    )
+    assert told == ["train_accuracy", "val_loss"]
