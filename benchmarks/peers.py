@@ -194,7 +194,7 @@ def by_transformers(loader: TimedLoader, directory: Path) -> None:
     log = StepLog(directory)
 
     class Log(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_log(self, arguments: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        def on_log(self, arguments: Any, state: Any, mailbox: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:
                 log.write(state.global_step, logs["loss"], logs["learning_rate"])
 

@@ -118,7 +118,7 @@ class _Session:
         self.wake()
 
 
-class _Given:
+class PendingCommand:
     """A command that a viewer has given."""
 
     def __init__(self, request: CommandRequest, session: _Session) -> None:
@@ -155,7 +155,7 @@ class Hub:
         self._sessions: list[_Session] = []
         self._frames: WeakKeyDictionary[LiveRun, Frames] = WeakKeyDictionary()
         self._changed: set[str] = set()  # keys of runs whose status is to be sent at the next beat
-        self._commands: OrderedDict[str, _Given] = OrderedDict()
+        self._commands: OrderedDict[str, PendingCommand] = OrderedDict()
         self._somebody = anyio.Event()  # set while there are viewers
         self._nobody = anyio.Event()  # set while there are none
         self._nobody.set()
@@ -420,7 +420,7 @@ class Hub:
     async def _read(self, session: _Session) -> None:
         while (message := await session.link.receive()) is not None:
             try:
-                self._obey(session, message)
+                self._apply_pending(session, message)
             except ProtocolError as error:
                 session.end(CLOSE_PROTOCOL, short(str(error)))
                 return
@@ -428,7 +428,7 @@ class Hub:
                 session.end(CLOSE_SLOW, str(error))
                 return
 
-    def _obey(self, session: _Session, data: str | bytes) -> None:
+    def _apply_pending(self, session: _Session, data: str | bytes) -> None:
         viewer = session.viewer
         message = decode_viewer_message(data)
         match message:
@@ -466,8 +466,8 @@ class Hub:
             known.session = session
             session.viewer.put(known.ack)
             return
-        given = _Given(request, session)
-        why = self._why_not(session, request)
+        given = PendingCommand(request, session)
+        why = self._rejection_reason(session, request)
         if why is not None:
             self._answer(given, state="rejected", why=why)
             return
@@ -482,7 +482,7 @@ class Hub:
         self._answer(given, state="accepted")
         given.future.add_done_callback(lambda _: self._post(lambda: self._done(given)))
 
-    def _why_not(self, session: _Session, request: CommandRequest) -> str | None:
+    def _rejection_reason(self, session: _Session, request: CommandRequest) -> str | None:
         """Return why a command is refused before the run sees it, None if it is not."""
         if not session.viewer.is_control:
             return "this address may only read"
@@ -527,7 +527,7 @@ class Hub:
                     run.checkpoint_nowait(by=by)  # at the same boundary: stop comes last there
                 return run.stop_nowait("stopped on the live page", by=by)
 
-    def _done(self, given: _Given) -> None:
+    def _done(self, given: PendingCommand) -> None:
         """Say what has become of a command. Called when its future is done."""
         future, request = given.future, given.request
         given.future = None
@@ -553,7 +553,7 @@ class Hub:
                     why = f"not applied within {given.request.ttl:g} s: taken back"
                     self._answer(given, state="expired", why=why)
 
-    def _answer(self, given: _Given, **outcome: Any) -> None:
+    def _answer(self, given: PendingCommand, **outcome: Any) -> None:
         given.ack = Ack(id=given.request.id, name=given.request.name, **outcome)
         if given.session is not None:
             try:

@@ -1,6 +1,6 @@
-"""The engine: the training loop, its events, the bus that carries them and the control over a run.
+"""The engine: the training loop, its events, the bus that carries them and the handle of a run.
 
-Names are loaded when first used: events, bus and control come without torch.
+Names are loaded when first used: events, bus and commands come without torch.
 """
 
 import importlib

@@ -36,7 +36,7 @@ def awaited(
 
     @functools.wraps(method)
     def call(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        if run._control.places.is_plain():
+        if run._mailbox.places.is_plain():
             name = method.__name__
             instead = f"write run.{name}_nowait(...)" if name != "wait" else "handle TrainEnd (on_train_end)"
             raise RuntimeError(
@@ -58,11 +58,11 @@ class Run:
     `resume` apply at the next batch, all others at the next step boundary.
     """
 
-    __slots__ = ("__weakref__", "_bus", "_control", "_session")  # run.should_stop = True is an error
+    __slots__ = ("__weakref__", "_bus", "_mailbox", "_session")  # run.should_stop = True is an error
 
     def __init__(self, session: "Session") -> None:
         self._session = session
-        self._control = session.control
+        self._mailbox = session.mailbox
         self._bus = session.bus
 
     # What it is
@@ -196,7 +196,7 @@ class Run:
         Raises:
             DeadlockError: In a handler of one of the run's callbacks, for which the end of the run waits.
         """
-        if self._control.places.is_handling():
+        if self._mailbox.places.is_handling():
             raise DeadlockError(
                 "run.wait() in a callback would wait for ever: the run ends when its callbacks have handled their "
                 "events. Handle TrainEnd (on_train_end) instead, or wait in a task of your own"
@@ -256,15 +256,15 @@ class Run:
 
     def pause_nowait(self, reason: str = "", *, by: str | None = None) -> "Future[None]":
         """Pause at the next batch, also of a validation; everything stays on the device."""
-        return self._control.give("pause", {"reason": reason}, by)
+        return self._mailbox.give("pause", {"reason": reason}, by)
 
     def resume_nowait(self, *, by: str | None = None) -> "Future[None]":
         """Go on after a pause."""
-        return self._control.give("resume", {}, by)
+        return self._mailbox.give("resume", {}, by)
 
     def stop_nowait(self, reason: str = "asked to stop", *, by: str | None = None) -> "Future[None]":
         """Stop at the next step boundary, with `status="stopped"`; it ends a pause and a validation."""
-        return self._control.give("stop", {"reason": reason}, by)
+        return self._mailbox.give("stop", {"reason": reason}, by)
 
     def set_lr_nowait(
         self, lr: float, group: int | None = None, optimizer: str | None = None, *, by: str | None = None
@@ -283,8 +283,8 @@ class Run:
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
             raise ConfigError(f"lr must be a finite number above 0, got {lr!r}")
         arguments = {"lr": float(lr), "group": group, "optimizer": optimizer}
-        if self._control.ended:
-            return self._control.give("set_lr", arguments, by)  # raises
+        if self._mailbox.ended:
+            return self._mailbox.give("set_lr", arguments, by)  # raises
         optimizers = self.trainer.optimizers
         if optimizer is None and len(optimizers) > 1:
             raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(optimizers)}")
@@ -293,7 +293,7 @@ class Run:
         groups = len(optimizers[optimizer or next(iter(optimizers))].param_groups)
         if group is not None and not 0 <= group < groups:
             raise ConfigError(f"group must be from 0 to {groups - 1}, got {group}")
-        return self._control.give("set_lr", arguments, by)
+        return self._mailbox.give("set_lr", arguments, by)
 
     def validate_nowait(self, *, by: str | None = None) -> "Future[Metrics]":
         """Validate at the next step boundary; the result is its metrics.
@@ -303,7 +303,7 @@ class Run:
         """
         if not self._session.loop.has_validation:
             raise ConfigError("there is no val_loader to validate on: give one to train()")
-        return self._control.give("validate", {}, by)
+        return self._mailbox.give("validate", {}, by)
 
     def checkpoint_nowait(
         self, reason: str = "command", *, by: str | None = None
@@ -314,7 +314,7 @@ class Run:
             ConfigError: The run has no directory to save into.
         """
         self._expect_dir()
-        return self._control.give("checkpoint", {"reason": reason}, by)
+        return self._mailbox.give("checkpoint", {"reason": reason}, by)
 
     def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> "Future[CheckpointSaved]":
         """Give the state of the next step boundary a name, by which it is found and which keeps it from being deleted.
@@ -336,7 +336,7 @@ class Run:
             check_tag(tag)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        return self._control.give("tag", {"tag": tag, "move": move}, by)
+        return self._mailbox.give("tag", {"tag": tag, "move": move}, by)
 
     def call_nowait(self, function: Callable[[Any], T], *, by: str | None = None) -> "Future[T]":
         """Run `function(trainer)` in the training thread at the next step boundary: the safe way to a live model.
@@ -345,7 +345,7 @@ class Run:
         """
         if not callable(function):
             raise TypeError(f"call takes a function of the trainer, got {function!r}")
-        return self._control.give("call", {"function": function}, by)
+        return self._mailbox.give("call", {"function": function}, by)
 
     def _expect_dir(self) -> None:
         if self.dir is None:
@@ -354,44 +354,44 @@ class Run:
     @awaited
     async def pause(self, reason: str = "", *, by: str | None = None) -> None:
         """Pause at the next batch, also of a validation; everything stays on the device."""
-        await self._control.wait_for(self.pause_nowait(reason, by=by))
+        await self._mailbox.wait_for(self.pause_nowait(reason, by=by))
 
     @awaited
     async def resume(self, *, by: str | None = None) -> None:
         """Go on after a pause."""
-        await self._control.wait_for(self.resume_nowait(by=by))
+        await self._mailbox.wait_for(self.resume_nowait(by=by))
 
     @awaited
     async def stop(self, reason: str = "asked to stop", *, by: str | None = None) -> None:
         """Stop at the next step boundary; returns when training has taken note, `wait()` waits for the end."""
-        await self._control.wait_for(self.stop_nowait(reason, by=by))
+        await self._mailbox.wait_for(self.stop_nowait(reason, by=by))
 
     @awaited
     async def set_lr(
         self, lr: float, group: int | None = None, optimizer: str | None = None, *, by: str | None = None
     ) -> None:
         """Set a learning rate, see `set_lr_nowait`."""
-        await self._control.wait_for(self.set_lr_nowait(lr, group, optimizer, by=by))
+        await self._mailbox.wait_for(self.set_lr_nowait(lr, group, optimizer, by=by))
 
     @awaited
     async def validate(self, *, by: str | None = None) -> Metrics | None:
         """Validate at the next step boundary and return the metrics."""
-        return await self._control.wait_for(self.validate_nowait(by=by))
+        return await self._mailbox.wait_for(self.validate_nowait(by=by))
 
     @awaited
     async def checkpoint(self, reason: str = "command", *, by: str | None = None) -> CheckpointSaved | None:
         """Save a checkpoint at the next step boundary; returns when it is durable."""
-        return await self._control.wait_for(self.checkpoint_nowait(reason, by=by))
+        return await self._mailbox.wait_for(self.checkpoint_nowait(reason, by=by))
 
     @awaited
     async def tag(self, tag: str, *, move: bool = False, by: str | None = None) -> CheckpointSaved | None:
         """Tag the checkpoint of the next step boundary, see `tag_nowait`; returns when both are durable."""
-        return await self._control.wait_for(self.tag_nowait(tag, move=move, by=by))
+        return await self._mailbox.wait_for(self.tag_nowait(tag, move=move, by=by))
 
     @awaited
     async def call(self, function: Callable[[Any], T], *, by: str | None = None) -> T | None:
         """Run `function(trainer)` in the training thread at a step boundary and return its result."""
-        return await self._control.wait_for(self.call_nowait(function, by=by))
+        return await self._mailbox.wait_for(self.call_nowait(function, by=by))
 
     def cancel(self, reason: str = "cancelled") -> None:
         """End the run at its next batch, out of any wait, with `status="cancelled"`. Any thread; does not wait.

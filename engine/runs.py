@@ -308,7 +308,7 @@ class Runs(Mapping[str, Run]):
 
     def _expect_outside_callbacks(self, what: str) -> None:
         task = anyio.get_current_task().id
-        if any(task in hosted.session.control.places.tasks for hosted in self._hosted.values()):
+        if any(task in hosted.session.mailbox.places.tasks for hosted in self._hosted.values()):
             raise DeadlockError(
                 f"runs.{what}() in a callback would wait for ever: a run ends when its callbacks have handled their "
                 "events. Call it in a task of your own"

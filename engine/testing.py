@@ -9,7 +9,7 @@
 
     tiny_trainer().train(tiny_loader(), epochs=2, callbacks=[mine, FailingCallback(), SlowCallback(0.1)])
 
-Everything here uses the real bus, the real threads and the real control: nothing is mocked.
+Everything here uses the real bus, the real threads and the real mailbox: nothing is mocked.
 """
 
 import dataclasses
@@ -308,8 +308,8 @@ class _ScriptedLoop(TrainingLoop):
                 session._meet(
                     observer, observer.name, functools.partial(session._answer, handled, None), handled
                 )
-        if self.control.attention:
-            self.boundary.look_up()
+        if self.mailbox.attention:
+            self.boundary.process_commands()
 
 
 def _scripted(events: Iterable[Event], knobs: dict[str, Any]) -> _ScriptedTrainer:

@@ -28,7 +28,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from offloop.engine.argument_hints import METHODS, AsyncBlock, explains_arguments
-from offloop.engine.bus.command_mailbox import Control, actor
+from offloop.engine.bus.command_mailbox import Mailbox, actor
 from offloop.engine.bus.threads import Thread
 from offloop.engine.callback import Callback, OnError, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
@@ -47,7 +47,7 @@ from offloop.engine.checks import (
 )
 from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
 from offloop.engine.data.batch_size import BatchSize, checked_batch_size, guess_batch_size
-from offloop.engine.data.batches import Feed, limited_length, to_device, use_channels_last
+from offloop.engine.data.batches import DeviceTransfer, limited_length, to_device, use_channels_last
 from offloop.engine.data.seeded_sampling import check_seedable
 from offloop.engine.data.val_loaders import LIVE, PREFIX, ValLoader, by_prefix, live_prefix, name_of
 from offloop.engine.errors import (
@@ -289,7 +289,7 @@ class BaseTrainer:
         Args:
             reason: Why, for the result.
         """
-        self._in_run("stop").control.give("stop", {"reason": reason})
+        self._in_run("stop").mailbox.give("stop", {"reason": reason})
 
     @property
     def should_stop(self) -> NoReturn:
@@ -1088,7 +1088,7 @@ class BaseTrainer:
             decide=session.decide,
             clock_offset=session.bus.clock_offset,
             run_id=session.run_id,
-            control=session.control,
+            mailbox=session.mailbox,
             is_blocked=lambda: session.bus.blocked and not session.bus.loop_is_gone,
             hooks=[hook for each in handlers for hook in each.hooks],
             hook_failed=session.hook_failed,
@@ -1177,7 +1177,7 @@ class BaseTrainer:
         val_loader: ValLoader | None = None,
         val_metrics: Mapping[str, MetricSet] | None = None,
         publish_step: Callable[[Event], None] = lambda event: None,
-        control: Control | None = None,
+        mailbox: Mailbox | None = None,
     ) -> TrainingLoop:
         """Return a loop that says nothing to anybody, and take it as the trainer's."""
         self._next_tokens = NextTokens()
@@ -1198,7 +1198,7 @@ class BaseTrainer:
             decide=lambda event: None,
             clock_offset=0.0,
             run_id="",
-            control=control or Control(),
+            mailbox=mailbox or Mailbox(),
             is_blocked=lambda: False,
             hooks=(),
             hook_failed=lambda hook, error, is_off: None,
@@ -1320,7 +1320,7 @@ class BaseTrainer:
         """Prepare the model and yield the outputs of each batch."""
         self._prepare_model()
         mixed = MixedPrecision(self.config.precision, self.device)
-        feed = Feed(self.device, channels_last=self.config.channels_last)
+        feed = DeviceTransfer(self.device, channels_last=self.config.channels_last)
         with eval_mode(self.model):
             yield from predictions(self.predict_step, loader, feed=feed, autocast=mixed.autocast)
 

@@ -1,4 +1,4 @@
-"""Control: the only code by which wishes cross threads.
+"""The mailbox: the only module through which commands cross threads.
 
     any task, thread, decider, viewer              training thread
     ──────────────────────────────────             ───────────────
@@ -46,7 +46,7 @@ POLICY_REASONS: Final = frozenset({"best", "interval"})
 actor: contextvars.ContextVar[str] = contextvars.ContextVar("offloop_actor", default="user")
 """Who acts in this context: the name of the callback whose handler runs, else `user`."""
 deciding: contextvars.ContextVar[object] = contextvars.ContextVar("offloop_deciding", default=None)
-"""The `Control` whose boundary a decider of this context stands at, else None."""
+"""The `Mailbox` whose boundary a decider of this context stands at, else None."""
 
 
 class Command:
@@ -75,7 +75,7 @@ class Command:
         return f"<{self.name} #{self.id} by {self.by}>"
 
 
-class Control:
+class Mailbox:
     """The mailbox of one run."""
 
     def __init__(self) -> None:
@@ -87,8 +87,10 @@ class Control:
         self.ended = False  # set by the training thread when it applies no more commands
         # Set in a child that was forked from this process, whose training thread then leaves; see `forked.py`.
         self.is_forked = False
-        self.standing = False  # True while the training thread waits for a decider or a full subscription
-        self.places = Places(lambda: self.standing and deciding.get() is self)
+        self.is_blocked_on_others = (
+            False  # True while the training thread waits for a decider or a full subscription
+        )
+        self.places = Places(lambda: self.is_blocked_on_others and deciding.get() is self)
         self._commands: deque[Command] = deque()
         # Entered by this lock, which no interrupt can leave taken, see threads.py.
         self._lock = threading.RLock()
@@ -156,7 +158,7 @@ class Control:
                 self._awaiting.add(waker)
             try:
                 future.add_done_callback(lambda _: waker.wake())
-                while not future.done() and not self.standing:
+                while not future.done() and not self.is_blocked_on_others:
                     await waker.wait()
             finally:
                 with self._lock:
@@ -248,7 +250,7 @@ class Control:
     def standing_still(self, callback: str | None = None) -> Iterator[None]:
         """Release everybody who awaits a command, now and while this lasts."""
         with self._lock:
-            self.standing = True
+            self.is_blocked_on_others = True
             for waker in self._awaiting:
                 waker.wake()
         self.places.awaited = callback
@@ -257,7 +259,7 @@ class Control:
             yield
         finally:
             self.places.awaited = None
-            self.standing = False
+            self.is_blocked_on_others = False
 
     def end(self) -> None:
         """Apply no more commands: those still waiting fail with `RunEndedError`."""

@@ -622,7 +622,7 @@ class Bus:
         self._leaving.append(reference)  # type: ignore[arg-type]  # invariant
         self._waker.wake()
 
-    def _see_off(self) -> None:
+    def _reap_subscriptions(self) -> None:
         """End the subscriptions that other threads have closed, and take out those that nobody holds."""
         with self._lock:
             while self._leaving:
@@ -705,7 +705,7 @@ class Bus:
     async def _hand_over_at_pace(self) -> None:
         while True:
             if self._leaving:
-                self._see_off()
+                self._reap_subscriptions()
                 self._attention()  # the publisher's side may have waited for one that is gone
             if self._hand_over():
                 if len(self._queue) >= HAND_OVER_AT_ONCE:
@@ -876,7 +876,7 @@ class Bus:
         with self._lock:
             for subscription in self._living():
                 subscription._end()
-            self._see_off()
+            self._reap_subscriptions()
             self._blocked.clear()
         self._attention()
         self._waker.close()

@@ -16,7 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
-    from offloop.engine.bus.command_mailbox import Control
+    from offloop.engine.bus.command_mailbox import Mailbox
 
 generation = 0
 """Grows by one in each forked child. Read by every thread that runs a user's code."""
@@ -27,14 +27,14 @@ RETURNED: Final = (
 )
 
 # Mailboxes of the runs of this process. In a child their training threads are made to look up.
-_mailboxes: "weakref.WeakSet[Control]" = weakref.WeakSet()
+_mailboxes: "weakref.WeakSet[Mailbox]" = weakref.WeakSet()
 
 
 class ForkedProcessError(BaseException):
     """Raised in a forked child that has returned into the training loop. It never reaches a caller."""
 
 
-def watch(mailbox: "Control") -> None:
+def watch(mailbox: "Mailbox") -> None:
     """Have a run's training thread leave in a child that is forked from it. Any thread."""
     _mailboxes.add(mailbox)
 

@@ -23,7 +23,7 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = True) ->
     return _moved(batch, device, lambda tensor: tensor.to(device, non_blocking=non_blocking), 0)
 
 
-class Feed:
+class DeviceTransfer:
     """Brings the batches of a run to the device. Training thread only.
 
     On CUDA the copies have a stream of their own, so that the device copies the next batch while it still works on

@@ -39,7 +39,7 @@ import torch
 
 from offloop.engine.best import Best
 from offloop.engine.bus import forked
-from offloop.engine.bus.command_mailbox import Command, Control, actor, deciding
+from offloop.engine.bus.command_mailbox import Command, Mailbox, actor, deciding
 from offloop.engine.bus.event_bus import BUFFER, Bus, Subscription
 from offloop.engine.bus.threads import Thread, has_ended
 from offloop.engine.bus.waker import Waker, result_of
@@ -146,8 +146,8 @@ class Session:
         self.remote = remote
         self.uploads: Uploads | None = None  # made by the training thread before the first event
         self.monitors = monitors
-        self.control = Control()
-        self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.control.poke)
+        self.mailbox = Mailbox()
+        self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.mailbox.poke)
         self.result: RunResult | None = None  # written by the supervisor at the end, read by everybody
         self.finished: Future[RunResult] = Future()
         self.failure: BaseException | None = None  # the first one; from the training thread or a callback
@@ -213,8 +213,8 @@ class Session:
 
     def _train(self) -> None:
         """Body of the training thread."""
-        self.control.places.training_thread = threading.get_ident()
-        forked.watch(self.control)
+        self.mailbox.places.training_thread = threading.get_ident()
+        forked.watch(self.mailbox)
         try:
             with self._caller_state, torch.enable_grad():
                 if self.loop.device.type == "cuda":
@@ -231,11 +231,11 @@ class Session:
                 if self.loop.ending != "cancelled" and self.failure is None:
                     self.loop.hooks.run_all("before_train_end")
         except BaseException as error:
-            if self.control.is_forked:
+            if self.mailbox.is_forked:
                 forked.end_process(error)
             self._fail(error)
         finally:
-            if self.control.is_forked:
+            if self.mailbox.is_forked:
                 forked.end_process(None)
             self._end_training()
 
@@ -245,7 +245,7 @@ class Session:
             self.loop.left.clear,  # may wait some seconds for loader workers
             self.loop.close,
             self.loop.frozen.thaw_all,
-            self.control.end,
+            self.mailbox.end,
             functools.partial(leave_process, self.run_id),
         )
         for step in steps:
@@ -253,7 +253,7 @@ class Session:
                 step()
             except BaseException as error:
                 self._fail(error)
-        self.control.places.training_thread = None  # the system gives this number to other threads later
+        self.mailbox.places.training_thread = None  # the system gives this number to other threads later
         if self._is_alone():
             try:
                 # In an empty context: the one of this thread may say that an event loop runs here, the caller's.
@@ -356,7 +356,7 @@ class Session:
             self.uploads, self.checkpoints.on_saved = uploads, uploads.wake
 
     def _is_cancelled(self) -> bool:
-        return self.control.cancelled
+        return self.mailbox.cancelled
 
     def _upload_failed(self, error: CheckpointError) -> None:
         """End the run if that was asked for. Upload thread, or the event loop at the end."""
@@ -579,7 +579,7 @@ class Session:
         if event.handler_name in self._deciders:
             self.guard()
         for decider, observer in self._deciders.get(event.handler_name, ()):
-            if self.control.cancelled:
+            if self.mailbox.cancelled:
                 return
             started = time.perf_counter()
             try:
@@ -608,16 +608,16 @@ class Session:
             )
             if answers and answers[0] is not None:
                 raise answers[0]
-            if not answers and not self.control.cancelled:
+            if not answers and not self.mailbox.cancelled:
                 raise OffloopError(f"{name} cannot be asked any more: the task of its callback has ended")
             return
         if observer.handlers.observers:
             # Its observers share its state: what came before this event is handled first.
             caught_up: list[BaseException | None] = []
             self._meet(observer, name, lambda: self._answer(caught_up, None), caught_up)
-            if self.control.cancelled:
+            if self.mailbox.cancelled:
                 return
-        with _acting(decider.callback, self.control):
+        with _acting(decider.callback, self.mailbox):
             decider.method(event, self.run)
 
     def _meet(
@@ -630,9 +630,9 @@ class Session:
         """Wait until an observer has reached this point of its stream and `arrive` has answered."""
         assert observer.subscription is not None
         self.bus.rendezvous(observer.subscription, arrive)
-        self.control.stand(
+        self.mailbox.stand(
             lambda: (
-                bool(answers) or self.control.cancelled or observer in self._unserved or self._loop_is_gone()
+                bool(answers) or self.mailbox.cancelled or observer in self._unserved or self._loop_is_gone()
             ),
             name,
             callback=observer.name,
@@ -649,8 +649,8 @@ class Session:
 
         async def ask() -> None:  # in a task of its own: it may have to be left
             try:
-                here = self.control.places.task(anyio.get_current_task().id)
-                with _acting(decider.callback, self.control), here:
+                here = self.mailbox.places.task(anyio.get_current_task().id)
+                with _acting(decider.callback, self.mailbox), here:
                     await driver.drive(decider.method(event, self.run), observer.account)
             except BaseException as error:
                 if driver.is_ending(error):
@@ -660,7 +660,7 @@ class Session:
                 decided.set()
 
         try:
-            with Waker() as cancelled, self.control.on_cancel(cancelled.wake), leaving(lambda: driver):
+            with Waker() as cancelled, self.mailbox.on_cancel(cancelled.wake), leaving(lambda: driver):
                 async with anyio.create_task_group() as tasks:
 
                     async def watch() -> None:
@@ -691,7 +691,7 @@ class Session:
 
     def _answer(self, answers: list[BaseException | None], error: BaseException | None) -> None:
         answers.append(error)
-        self.control.poke()
+        self.mailbox.poke()
 
     def _loop_is_gone(self) -> bool:
         """True if nobody takes this run's events any more."""
@@ -767,7 +767,7 @@ class Session:
 
     def cancel(self, reason: str) -> None:
         """End the run at its next batch. Any thread, also a signal handler."""
-        self.control.cancel(reason)
+        self.mailbox.cancel(reason)
         self.bus.unblock()
 
     def hurry(self, reason: str) -> None:
@@ -794,7 +794,7 @@ class Session:
         self.signal_count = count
         if count == 1:
             with contextlib.suppress(OffloopError):
-                self.control.give("stop", {"reason": name}, by="signal")
+                self.mailbox.give("stop", {"reason": name}, by="signal")
             logger.warning("%s: stopping; once more to leave in haste", name)
         else:
             self.hurry(f"{name}, twice")
@@ -824,7 +824,7 @@ class Session:
             buffer = callback.buffer or BUFFER
             subscription = Subscription(self.bus, handlers.name, types, buffer, callback.on_full)
             self.bus.add(subscription)
-        observer = Observer(handlers, subscription, self.run, self.publish, self._fail, self.control.places)
+        observer = Observer(handlers, subscription, self.run, self.publish, self._fail, self.mailbox.places)
         for name, decider in handlers.deciders.items():
             self._deciders.setdefault(name, []).append((decider, observer))
         return observer
@@ -836,7 +836,7 @@ class Session:
         They are given back by the supervisor; here only if it never came to run, because the run was refused
         or `asyncio.run`'s sweep cancelled the supervisor before its first line. On the event loop.
         """
-        self.control.places.event_loop_thread = threading.get_ident()
+        self.mailbox.places.event_loop_thread = threading.get_ident()
         try:
             if self.dir is not None and self.resume is None and self.dir.exists():
                 raise RunNameTakenError(str(self.dir))
@@ -863,7 +863,7 @@ class Session:
         finally:
             if self._never_ran():
                 self._phase = "cancelled"
-                self.control.end()
+                self.mailbox.end()
                 self.finished.cancel()
 
     def _never_ran(self) -> bool:
@@ -908,7 +908,7 @@ class Session:
                             in_body = error
                             with contextlib.suppress(RunEndedError):
                                 reason = f"{type(error).__name__} beside the run"
-                                self.control.give("stop", {"reason": reason}, by="user")
+                                self.mailbox.give("stop", {"reason": reason}, by="user")
                         await result_of(self.finished, ended)
                     except BaseException:
                         if not body.cancel_called:
@@ -978,7 +978,7 @@ class Session:
             self.thread.start()
         except RuntimeError as error:  # the system gives no more of them, or the interpreter is about to end
             self._fail(error)
-            self.control.end()  # what the thread does at its end
+            self.mailbox.end()  # what the thread does at its end
             leave_process(self.run_id)
 
     async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
@@ -997,7 +997,7 @@ class Session:
             self._unserved.add(observer)
             if observer in self._marks:
                 self._marks[observer].set()  # it handles nothing any more, the mark neither
-            self.control.poke()  # the training thread may be waiting for it
+            self.mailbox.poke()  # the training thread may be waiting for it
 
     @property
     def _swallowing(self) -> float:
@@ -1025,7 +1025,7 @@ class Session:
             except KeyboardInterrupt as error:  # a signal handler of the host's
                 self._fail(error)
             now = time.perf_counter()
-            if self.control.cancelled and self._is_training() and now - warned >= STACK_INTERVAL:
+            if self.mailbox.cancelled and self._is_training() and now - warned >= STACK_INTERVAL:
                 warned = now
                 self._log_stack()
         return cancelled
@@ -1080,7 +1080,7 @@ class Session:
             behind = {
                 each
                 for each, mark in self._marks.items()
-                if not await self._came(
+                if not await self._wait_until(
                     mark, deadline, unless=functools.partial(self.bus.is_awaited_by, each.name)
                 )
                 and not self.bus.is_awaited_by(each.name)  # it waits for `TrainEnd` in a handler: not late
@@ -1105,12 +1105,12 @@ class Session:
         for observer, scope, event in zip(self.observers, scopes, served, strict=True):
             moment = now + MOMENT_IN_HASTE
             deadline = moment if observer in late else now + self.config.drain_timeout
-            if not await self._came(event, deadline, at_least=moment):
+            if not await self._wait_until(event, deadline, at_least=moment):
                 self._cancel(observer, scope)
                 error = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
                 observer.failed("drain", error)
 
-    async def _came(
+    async def _wait_until(
         self,
         event: anyio.Event,
         deadline: float,
@@ -1160,7 +1160,7 @@ class Session:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(close)
                 # In haste all callbacks share what is left, but each is called and has a moment.
-                is_closed = await self._came(
+                is_closed = await self._wait_until(
                     closed,
                     started + self.config.drain_timeout,
                     haste=IMPATIENT_CLOSE - 2 * MOMENT_IN_HASTE,
@@ -1276,7 +1276,7 @@ class Session:
         if self.uploads is not None:
             assert self.config.remote is not None
             seconds = self.config.remote.timeout
-            if self.control.cancelled and self.failure is None:  # somebody waits for it to be over
+            if self.mailbox.cancelled and self.failure is None:  # somebody waits for it to be over
                 seconds = min(seconds, self.config.drain_timeout)
             self._upload_deadline = min(self._upload_deadline, time.perf_counter() + seconds)
             if not self._await_uploads(self.uploads):
@@ -1353,9 +1353,9 @@ async def _in_thread(name: str, function: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def _acting(name: str, control: Control) -> Iterator[None]:
+def _acting(name: str, mailbox: Mailbox) -> Iterator[None]:
     """Mark what happens inside as done by a decider of this run."""
-    who, where = actor.set(name), deciding.set(control)
+    who, where = actor.set(name), deciding.set(mailbox)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
-from offloop.engine.bus.command_mailbox import Control
+from offloop.engine.bus.command_mailbox import Mailbox
 from offloop.engine.bus.threads import Thread
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.data.batches import length_of
@@ -118,11 +118,11 @@ class _Ramp:
 class _Losses:
     """Follows a search: keeps rates and losses, and ends it when the loss explodes."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, mailbox: Mailbox) -> None:
         self.lrs: list[float] = []
         self.losses: list[float] = []
         self.smoothed: list[float] = []
-        self._control = control
+        self._mailbox = mailbox
         self._mean = 0.0
         self._is_over = False
 
@@ -138,7 +138,7 @@ class _Losses:
         exploded = smoothed > best + (EXPLODED - 1) * max(abs(best), 1e-12)  # a loss may be negative or 0
         if exploded or not math.isfinite(event.loss):
             self._is_over = True
-            self._control.give("stop", {"reason": "the loss exploded"}, by="search")
+            self._mailbox.give("stop", {"reason": "the loss exploded"}, by="search")
             return
         self.lrs.append(event.lr)
         self.losses.append(event.loss)
@@ -172,8 +172,8 @@ def find_learning_rate(
     if name not in trainer.optimizers:
         raise ConfigError(f"there is no optimizer {name!r}; there are {', '.join(trainer.optimizers)}")
 
-    control = Control()
-    losses = _Losses(control)
+    mailbox = Mailbox()
+    losses = _Losses(mailbox)
     with _putting_back(trainer, train_loader):
         factor = (max_lr / min_lr) ** (1 / (steps - 1))
         ramp = cast(LRScheduler, _Ramp(trainer.optimizers[name], min_lr, factor))  # it steps, and that is all
@@ -183,7 +183,7 @@ def find_learning_rate(
             steps=steps,
             schedules=[Schedule(ramp, "step")],
             publish_step=losses.add,
-            control=control,
+            mailbox=mailbox,
         )
     return LearningRateSearch(
         lrs=tuple(losses.lrs),

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from offloop.engine.bus.command_mailbox import Command, Control
+from offloop.engine.bus.command_mailbox import Command, Mailbox
 from offloop.engine.bus.forked import ForkedProcessError
 from offloop.engine.errors import ConfigError, RunEndedError, as_failure, describe
 from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, Settings, StateChanged
@@ -20,16 +20,16 @@ class Boundary:
     def __init__(
         self,
         loop: "TrainingLoop",
-        control: Control,
+        mailbox: Mailbox,
         *,
         is_blocked: Callable[[], bool],
         save: Callable[[Command], None],
     ) -> None:
-        """Serve `loop` from the mailbox `control`.
+        """Serve `loop` from `mailbox`.
 
         Args:
             loop: What commands change.
-            control: Where they come from.
+            mailbox: Where they come from.
             is_blocked: True while a subscriber with the right to slow training down is full.
             save: Takes a checkpoint for a command, or tags one, and completes its future when that is durable.
         """
@@ -38,7 +38,7 @@ class Boundary:
         self.stopped_by: str | None = None  # the callback whose decision has ended the run
         self.obeying_decider = False  # True while a decider's command is applied
         self._loop = loop
-        self._control = control
+        self._mailbox = mailbox
         self._is_blocked = is_blocked
         self._save = save
         self._paused_by: Command | None = None
@@ -46,31 +46,31 @@ class Boundary:
         self._depth = 0  # of commands being applied: one may validate, and that has boundaries of its own
         self._following: list[Command] = []  # collected beside the command in work: in the mailbox no more
 
-    def look_up(self) -> None:
+    def process_commands(self) -> None:
         """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full.
 
         A pause inside an accumulation window or a validation lets a command that needs a step boundary get there.
         """
-        loop, control = self._loop, self._control
+        loop, mailbox = self._loop, self._mailbox
         while True:
-            if control.is_forked:
+            if mailbox.is_forked:
                 raise ForkedProcessError
-            seen = control.changes
-            self._obey()
+            seen = mailbox.changes
+            self._apply_pending()
             if loop.ending == "cancelled":
                 break
-            is_waited_for = control.is_waited_for
+            is_waited_for = mailbox.is_waited_for
             goes_on = is_waited_for or any(not each.future.cancelled() for each in self._following)
             is_held = self._paused_by not in (None, self._set_aside)
             if is_held and not goes_on:
                 asked = time.perf_counter()
-                control.wait_for_change(seen)
+                mailbox.wait_for_change(seen)
                 self.paused_seconds += time.perf_counter() - asked
             elif is_held and is_waited_for and self._at_step and not self._depth:
                 continue  # it came while others were applied, and the pause need not end for it
             elif self._is_blocked():
-                control.stand(
-                    lambda: control.cancelled or not self._is_blocked(),
+                mailbox.stand(
+                    lambda: mailbox.cancelled or not self._is_blocked(),
                     "a subscriber with on_full='block'",
                 )
             else:
@@ -80,15 +80,15 @@ class Boundary:
     def _at_step(self) -> bool:
         return self._loop.window.count == 0 and not self._loop.validating
 
-    def _obey(self) -> None:
+    def _apply_pending(self) -> None:
         """Apply the commands that are there and can be applied here.
 
         What arrives meanwhile waits for the next boundary, so that training goes on however fast commands come.
         Inside a command, and once the run is stopping, only deciders' commands are applied: the others wait for
         the command to end, or fail with `RunEndedError`.
         """
-        loop, control = self._loop, self._control
-        left = control.collect(
+        loop, mailbox = self._loop, self._mailbox
+        left = mailbox.collect(
             step_boundary=self._at_step,
             stop_only=loop.validating,
             deciders_only=self._depth > 0 or loop.ending == "stopped",
@@ -98,20 +98,20 @@ class Boundary:
         try:
             if left:
                 loop.reporter.readback.flush()  # a loss that turns out not to be finite fails the run, not a command
-            while left and not control.cancelled:
+            while left and not mailbox.cancelled:
                 command, *left = left
                 self._following = [*left, *outer]
                 self._apply(command)
                 if loop.ending == "stopped":
-                    control.put_back([each for each in left if not each.from_decider])
+                    mailbox.put_back([each for each in left if not each.from_decider])
                     left = [each for each in left if each.from_decider]
         finally:
-            control.put_back(left)  # the run is ending, and their givers are told
+            mailbox.put_back(left)  # the run is ending, and their givers are told
             self._following = outer
             self._depth -= 1
-        if control.cancelled and loop.ending != "cancelled":
-            loop.ending, loop.reason = "cancelled", control.cancel_reason
-            self._change_state("stopping", control.cancel_reason, "")
+        if mailbox.cancelled and loop.ending != "cancelled":
+            loop.ending, loop.reason = "cancelled", mailbox.cancel_reason
+            self._change_state("stopping", mailbox.cancel_reason, "")
 
     def _apply(self, command: Command) -> None:
         """Apply a command, acknowledge it, and give the result to whoever waits for it."""
@@ -124,7 +124,7 @@ class Boundary:
         try:
             result = getattr(self, f"_{command.name}")(command)
         except BaseException as problem:
-            if self._control.is_forked:
+            if self._mailbox.is_forked:
                 raise
             if not isinstance(as_failure(problem), Exception):  # sys.exit() in a call ends the run
                 future.set_exception(RunEndedError(f"the run ended in {command.name}: {describe(problem)}"))

@@ -42,7 +42,7 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
     # Here, since loop.py is what calls us
     from offloop.engine.training.loop import check_loss, checked_samples, checked_weight, read_output
 
-    config, control, reporter, window = loop.config, loop.control, loop.reporter, loop.window
+    config, mailbox, reporter, window = loop.config, loop.mailbox, loop.reporter, loop.window
     training_step, train_metrics, schedules = loop.program.training_step, loop.train_metrics, loop.schedules
     optimizer, run_id, publish_step = loop.first_optimizer, loop.run_id, loop.publish_step
     clip_limit, validate_every, rates = config.gradient_clip_val, config.val_every_n_steps, NO_METRICS
@@ -65,8 +65,8 @@ def train_plain_epoch(loop: "TrainingLoop", loader: Iterable[Any]) -> None:
     iterator, given = loop.begin_loader(loader)
     current, is_over = loop.data.current, False
     while True:
-        if control.attention:
-            loop.boundary.look_up()
+        if mailbox.attention:
+            loop.boundary.process_commands()
             optimizer = loop.first_optimizer  # commands may change anything
             if not given:
                 loop.data.drawn_before_first_batch()

@@ -24,11 +24,11 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from offloop.engine.bus.command_mailbox import Command, Control
+from offloop.engine.bus.command_mailbox import Command, Mailbox
 from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.data.batch_size import guess_batch_size
-from offloop.engine.data.batches import Feed, limited_length, why_empty
+from offloop.engine.data.batches import DeviceTransfer, limited_length, why_empty
 from offloop.engine.data.data_wait import DataWait
 from offloop.engine.data.random_state import capture_random_state, restore_random_state
 from offloop.engine.data.seeded_sampling import SeededSampling
@@ -155,7 +155,7 @@ class TrainingLoop:
         decide: Callable[[Event], None],
         clock_offset: float,
         run_id: str,
-        control: Control,
+        mailbox: Mailbox,
         is_blocked: Callable[[], bool],
         hooks: Sequence[StepHook],
         hook_failed: Callable[[StepHook, BaseException, bool], None],
@@ -189,13 +189,13 @@ class TrainingLoop:
         self.publish_step = publish_step  # the short way for the one event of every step
         self.decide = decide
         self.run_id = run_id
-        self.control = control
-        self.boundary = Boundary(self, control, is_blocked=is_blocked, save=save)
+        self.mailbox = mailbox
+        self.boundary = Boundary(self, mailbox, is_blocked=is_blocked, save=save)
         self.guard = guard  # called before somebody's code that may change model and optimizers
         self.hooks = StepHooks(hooks, hook_failed, guard)
         self.mixed = MixedPrecision(config.precision, device)
         self.frozen = Frozen(program.model)
-        self.feed = Feed(device, channels_last=config.channels_last)
+        self.feed = DeviceTransfer(device, channels_last=config.channels_last)
         self.reporter = Reporter(
             device, publish, clock_offset, config.on_nonfinite, loss_scale=self.mixed.initial_scale
         )
@@ -301,7 +301,7 @@ class TrainingLoop:
             while (epochs is None or self.epoch < epochs) and not self.is_time_to_leave():
                 self.run_epoch()
         except BaseException as error:
-            if self.control.is_forked:
+            if self.mailbox.is_forked:
                 raise
             explain_failure(error)
             # What was launched before the failure is told, if it can be.
@@ -420,7 +420,7 @@ class TrainingLoop:
         length = limited_length(loader, limit, knob)
         if isinstance(limit, float):
             limit = length
-        control, hooks, clock = self.control, self.hooks, time.perf_counter
+        mailbox, hooks, clock = self.mailbox, self.hooks, time.perf_counter
         feed, data_wait = self.feed, self.data_wait if training else None
         if self.is_time_to_leave():
             self.data.is_cut |= training
@@ -431,8 +431,8 @@ class TrainingLoop:
         current = data.current if training else None
         while True:
             if current is None or data.is_boundary(current):
-                if control.attention:
-                    self.boundary.look_up()
+                if mailbox.attention:
+                    self.boundary.process_commands()
                     if current is not None and not given:
                         data.drawn_before_first_batch()
                 if (may_end or self.ending is not None) and self.is_time_to_leave():
@@ -732,8 +732,8 @@ class TrainingLoop:
 
     def validate_after_step(self) -> None:
         """Run the validation that is due after a step; what applies at a step boundary applies before it."""
-        if self.control.attention:
-            self.boundary.look_up()
+        if self.mailbox.attention:
+            self.boundary.process_commands()
         if self.ending is None:
             self.validate()
 
@@ -976,8 +976,8 @@ class TrainingLoop:
         self.reporter.publish(event)
         if not self.boundary.obeying_decider:  # what a decider's command causes is not decided about again
             self.decide(event)
-        if self.control.attention:
-            self.boundary.look_up()
+        if self.mailbox.attention:
+            self.boundary.process_commands()
 
     def log(
         self, name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None" = None

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from offloop.engine import Callback, EpochEnd, StepEnd, StepPoint, Trainer, ValidationEnd, in_step
 from offloop.engine.checkpoint import CheckpointReader
-from offloop.engine.data.batches import Feed
+from offloop.engine.data.batches import DeviceTransfer
 from offloop.engine.testing import (
     Recorder,
     reproducible,
@@ -301,7 +301,7 @@ def test_a_checkpoint_has_the_weights_of_its_step_whatever_changes_them_right_af
 @pytest.mark.usefixtures("sync_debug_mode")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_batches_are_copied_beside_the_computation_and_arrive_whole(channels_last: bool) -> None:
-    feed = Feed(torch.device("cuda"), channels_last=channels_last)
+    feed = DeviceTransfer(torch.device("cuda"), channels_last=channels_last)
     batches = [{"x": [torch.full((64, 3, 32, 32), float(number)).pin_memory()]} for number in range(40)]
     feed(batches[0])  # makes the stream
     sums = []
@@ -322,7 +322,7 @@ def test_batches_are_copied_beside_the_computation_and_arrive_whole(channels_las
 
 
 def test_a_copy_does_not_wait_for_the_computation() -> None:
-    feed = Feed(torch.device("cuda"))
+    feed = DeviceTransfer(torch.device("cuda"))
     batch = torch.ones(1024, 1024).pin_memory()
     feed(batch)
     torch.cuda.synchronize()

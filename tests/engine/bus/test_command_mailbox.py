@@ -15,19 +15,19 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from offloop.engine.bus import command_mailbox as control_module
-from offloop.engine.bus.command_mailbox import Command, CommandName, Control, actor, deciding
+from offloop.engine.bus import command_mailbox as mailbox_module
+from offloop.engine.bus.command_mailbox import Command, CommandName, Mailbox, actor, deciding
 from offloop.engine.errors import RunEndedError
 
 
-def give(control: Control, *names: CommandName) -> list[Future[Any]]:
-    return [control.give(name, {}) for name in names]
+def give(mailbox: Mailbox, *names: CommandName) -> list[Future[Any]]:
+    return [mailbox.give(name, {}) for name in names]
 
 
-def give_as_decider(control: Control, name: CommandName, by: str = "Decider") -> Future[Any]:
-    who, where = actor.set(by), deciding.set(control)
+def give_as_decider(mailbox: Mailbox, name: CommandName, by: str = "Decider") -> Future[Any]:
+    who, where = actor.set(by), deciding.set(mailbox)
     try:
-        return control.give(name, {})
+        return mailbox.give(name, {})
     finally:
         actor.reset(who)
         deciding.reset(where)
@@ -38,27 +38,27 @@ def names(commands: list[Command]) -> list[str]:
 
 
 @pytest.fixture
-def control() -> Control:
-    return Control()
+def mailbox() -> Mailbox:
+    return Mailbox()
 
 
 # The order at a boundary ---------------------------------------------------------------------------
 
 
-def test_outside_commands_apply_by_arrival_and_stop_last(control: Control) -> None:
-    give(control, "stop", "set_lr", "call", "validate", "stop", "checkpoint")
-    collected = control.collect(step_boundary=True)
+def test_outside_commands_apply_by_arrival_and_stop_last(mailbox: Mailbox) -> None:
+    give(mailbox, "stop", "set_lr", "call", "validate", "stop", "checkpoint")
+    collected = mailbox.collect(step_boundary=True)
     assert names(collected) == ["set_lr", "call", "validate", "checkpoint", "stop", "stop"]
     assert [command.id for command in collected] == [1, 2, 3, 5, 0, 4]
 
 
-def test_deciders_commands_apply_before_outside_ones(control: Control) -> None:
-    give(control, "set_lr", "stop")
-    give_as_decider(control, "stop", "First")
-    give_as_decider(control, "checkpoint", "First")
-    give_as_decider(control, "call", "Second")
-    give(control, "pause")
-    collected = control.collect(step_boundary=True)
+def test_deciders_commands_apply_before_outside_ones(mailbox: Mailbox) -> None:
+    give(mailbox, "set_lr", "stop")
+    give_as_decider(mailbox, "stop", "First")
+    give_as_decider(mailbox, "checkpoint", "First")
+    give_as_decider(mailbox, "call", "Second")
+    give(mailbox, "pause")
+    collected = mailbox.collect(step_boundary=True)
     assert [(command.name, command.by) for command in collected] == [
         ("checkpoint", "First"),
         ("call", "Second"),
@@ -69,13 +69,13 @@ def test_deciders_commands_apply_before_outside_ones(control: Control) -> None:
     ]
 
 
-def test_decider_of_another_run_is_an_outsider_here(control: Control) -> None:
-    other = Control()
-    give(control, "set_lr")
+def test_decider_of_another_run_is_an_outsider_here(mailbox: Mailbox) -> None:
+    other = Mailbox()
+    give(mailbox, "set_lr")
     token = deciding.set(other)
-    give(control, "call")
+    give(mailbox, "call")
     deciding.reset(token)
-    assert names(control.collect(step_boundary=True)) == ["set_lr", "call"]
+    assert names(mailbox.collect(step_boundary=True)) == ["set_lr", "call"]
 
 
 @pytest.mark.parametrize(
@@ -87,86 +87,86 @@ def test_decider_of_another_run_is_an_outsider_here(control: Control) -> None:
     ],
 )
 def test_commands_wait_for_their_boundary(
-    control: Control, where: dict[str, bool], applied: list[str], left: list[str]
+    mailbox: Mailbox, where: dict[str, bool], applied: list[str], left: list[str]
 ) -> None:
-    give(control, "stop", "set_lr", "pause", "validate", "resume")
-    assert control.attention
-    assert names(control.collect(**where)) == applied
-    assert control.attention is bool(left)
-    assert sorted(names(control.collect(step_boundary=True))) == sorted(left)
-    assert not control.attention
+    give(mailbox, "stop", "set_lr", "pause", "validate", "resume")
+    assert mailbox.attention
+    assert names(mailbox.collect(**where)) == applied
+    assert mailbox.attention is bool(left)
+    assert sorted(names(mailbox.collect(step_boundary=True))) == sorted(left)
+    assert not mailbox.attention
 
 
-def test_attention_is_only_asked_for_when_there_is_something(control: Control) -> None:
-    assert not control.attention
-    assert control.collect(step_boundary=True) == []
-    control.poke()
-    assert control.attention
-    control.collect(step_boundary=True)
-    assert not control.attention
-    control.cancel("x")
-    control.collect(step_boundary=True)
-    assert control.attention  # a cancelled run is never told to look away
+def test_attention_is_only_asked_for_when_there_is_something(mailbox: Mailbox) -> None:
+    assert not mailbox.attention
+    assert mailbox.collect(step_boundary=True) == []
+    mailbox.poke()
+    assert mailbox.attention
+    mailbox.collect(step_boundary=True)
+    assert not mailbox.attention
+    mailbox.cancel("x")
+    mailbox.collect(step_boundary=True)
+    assert mailbox.attention  # a cancelled run is never told to look away
 
 
-def test_command_says_who_gave_it(control: Control) -> None:
-    control.give("pause", {}, by="viewer")
-    give_as_decider(control, "stop", "EarlyStopping")
-    (pause, stop) = control.collect(step_boundary=True)
+def test_command_says_who_gave_it(mailbox: Mailbox) -> None:
+    mailbox.give("pause", {}, by="viewer")
+    give_as_decider(mailbox, "stop", "EarlyStopping")
+    (pause, stop) = mailbox.collect(step_boundary=True)
     assert (pause.by, stop.by) == ("viewer", "EarlyStopping")
     assert repr(stop) == "<stop #1 by EarlyStopping>"
 
 
-def test_command_that_waits_for_its_boundary_is_seen_until_it_is_taken_back(control: Control) -> None:
-    assert not control.is_waited_for
-    (future,) = give(control, "set_lr")
-    control.collect(step_boundary=False)
-    assert control.is_waited_for
+def test_command_that_waits_for_its_boundary_is_seen_until_it_is_taken_back(mailbox: Mailbox) -> None:
+    assert not mailbox.is_waited_for
+    (future,) = give(mailbox, "set_lr")
+    mailbox.collect(step_boundary=False)
+    assert mailbox.is_waited_for
     future.cancel()
-    assert not control.is_waited_for
-    give(control, "stop")
-    assert control.is_waited_for
-    control.collect(step_boundary=True)
-    assert not control.is_waited_for
+    assert not mailbox.is_waited_for
+    give(mailbox, "stop")
+    assert mailbox.is_waited_for
+    mailbox.collect(step_boundary=True)
+    assert not mailbox.is_waited_for
 
 
 # The end -------------------------------------------------------------------------------------------
 
 
-def test_end_fails_what_still_waits_and_refuses_more(control: Control) -> None:
-    (future,) = give(control, "validate")
-    control.end()
+def test_end_fails_what_still_waits_and_refuses_more(mailbox: Mailbox) -> None:
+    (future,) = give(mailbox, "validate")
+    mailbox.end()
     with pytest.raises(RunEndedError, match="the run ended before validate could be applied"):
         future.result(timeout=0)
     with pytest.raises(RunEndedError, match="stop came too late: the run is over"):
-        give(control, "stop")
-    control.end()
-    assert control.collect(step_boundary=True) == []
+        give(mailbox, "stop")
+    mailbox.end()
+    assert mailbox.collect(step_boundary=True) == []
 
 
-def test_command_taken_back_does_not_disturb_the_end(control: Control) -> None:
+def test_command_taken_back_does_not_disturb_the_end(mailbox: Mailbox) -> None:
     """`asyncio.wait_for(asyncio.wrap_future(run.validate_nowait()), 5)` cancels the future."""
-    taken_back, other = give(control, "validate", "checkpoint")
+    taken_back, other = give(mailbox, "validate", "checkpoint")
     assert taken_back.cancel()
-    control.end()
+    mailbox.end()
     assert taken_back.cancelled()
     assert isinstance(other.exception(timeout=0), RunEndedError)
 
 
-def test_cancelling_twice_keeps_the_first_reason(control: Control) -> None:
-    control.cancel("first")
-    control.cancel("second")
-    assert control.cancelled and control.cancel_reason == "first"
+def test_cancelling_twice_keeps_the_first_reason(mailbox: Mailbox) -> None:
+    mailbox.cancel("first")
+    mailbox.cancel("second")
+    assert mailbox.cancelled and mailbox.cancel_reason == "first"
 
 
-def test_cancel_tells_whoever_asked(control: Control) -> None:
+def test_cancel_tells_whoever_asked(mailbox: Mailbox) -> None:
     told: list[str] = []
-    with control.on_cancel(lambda: told.append("inside")):
-        control.cancel("x")
+    with mailbox.on_cancel(lambda: told.append("inside")):
+        mailbox.cancel("x")
     assert told == ["inside"]
-    with control.on_cancel(lambda: told.append("late")):
+    with mailbox.on_cancel(lambda: told.append("late")):
         assert told == ["inside", "late"]
-    control.cancel("x")
+    mailbox.cancel("x")
     assert told == ["inside", "late"]
 
 
@@ -188,58 +188,58 @@ class Waiting:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda control: control.give("resume", {}),
-        lambda control: control.poke(),
-        lambda control: control.cancel("x"),
+        lambda mailbox: mailbox.give("resume", {}),
+        lambda mailbox: mailbox.poke(),
+        lambda mailbox: mailbox.cancel("x"),
     ],
 )
-def test_pause_ends_with_any_change(control: Control, change: Callable[[Control], None]) -> None:
-    waiting = Waiting(functools.partial(control.wait_for_change, control.changes))
-    change(control)
+def test_pause_ends_with_any_change(mailbox: Mailbox, change: Callable[[Mailbox], None]) -> None:
+    waiting = Waiting(functools.partial(mailbox.wait_for_change, mailbox.changes))
+    change(mailbox)
     assert waiting.returns()
 
 
-def test_change_that_came_before_the_wait_is_seen(control: Control) -> None:
-    seen = control.changes
-    give(control, "resume")
-    assert Waiting(functools.partial(control.wait_for_change, seen)).returns()
+def test_change_that_came_before_the_wait_is_seen(mailbox: Mailbox) -> None:
+    seen = mailbox.changes
+    give(mailbox, "resume")
+    assert Waiting(functools.partial(mailbox.wait_for_change, seen)).returns()
 
 
-def test_standing_ends_when_its_condition_holds(control: Control) -> None:
+def test_standing_ends_when_its_condition_holds(mailbox: Mailbox) -> None:
     answers: list[int] = []
-    waiting = Waiting(functools.partial(control.stand, lambda: bool(answers), "somebody"))
-    control.poke()
+    waiting = Waiting(functools.partial(mailbox.stand, lambda: bool(answers), "somebody"))
+    mailbox.poke()
     answers.append(1)
-    control.poke()
+    mailbox.poke()
     assert waiting.returns()
-    assert not control.standing
+    assert not mailbox.is_blocked_on_others
 
 
-def test_cancel_ends_every_wait(control: Control) -> None:
+def test_cancel_ends_every_wait(mailbox: Mailbox) -> None:
     def stand() -> None:
-        with control.on_cancel(told.set):
-            control.stand(lambda: control.cancelled, "somebody")
+        with mailbox.on_cancel(told.set):
+            mailbox.stand(lambda: mailbox.cancelled, "somebody")
 
     told = threading.Event()
     waits = [
         Waiting(stand),
-        Waiting(functools.partial(control.wait_for_change, control.changes)),
+        Waiting(functools.partial(mailbox.wait_for_change, mailbox.changes)),
     ]
-    control.cancel("x")
+    mailbox.cancel("x")
     assert all(waiting.returns() for waiting in waits)
     assert told.is_set()
 
 
 def test_whoever_is_waited_for_too_long_is_named(
-    control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(control_module, "WAIT_WARNING", 0.001)
+    monkeypatch.setattr(mailbox_module, "WAIT_WARNING", 0.001)
 
     def has_warned_twice() -> bool:
         return len(caplog.records) >= 2
 
     with caplog.at_level(logging.WARNING):
-        assert Waiting(functools.partial(control.stand, has_warned_twice, "decider Mine")).returns()
+        assert Waiting(functools.partial(mailbox.stand, has_warned_twice, "decider Mine")).returns()
     assert "training has waited 0 s for decider Mine" in caplog.records[0].getMessage()
 
 
@@ -248,54 +248,54 @@ def test_whoever_is_waited_for_too_long_is_named(
 
 @pytest.mark.anyio
 @pytest.mark.uvloop
-async def test_awaited_command_returns_its_result(control: Control) -> None:
+async def test_awaited_command_returns_its_result(mailbox: Mailbox) -> None:
     def train() -> None:
-        control.wait_for_change(0)
-        for command in control.collect(step_boundary=True):
+        mailbox.wait_for_change(0)
+        for command in mailbox.collect(step_boundary=True):
             command.future.set_result(f"{command.name} done")
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.to_thread.run_sync, train)
-            assert await control.wait_for(control.give("call", {})) == "call done"
+            assert await mailbox.wait_for(mailbox.give("call", {})) == "call done"
 
 
 @pytest.mark.anyio
-async def test_awaited_command_raises_what_it_failed_with(control: Control) -> None:
-    failing, unreached = give(control, "pause", "set_lr")
-    control.collect(step_boundary=False)
+async def test_awaited_command_raises_what_it_failed_with(mailbox: Mailbox) -> None:
+    failing, unreached = give(mailbox, "pause", "set_lr")
+    mailbox.collect(step_boundary=False)
     failing.set_exception(KeyError("mine"))
     with anyio.fail_after(5):
         with pytest.raises(KeyError, match="mine"):
-            await control.wait_for(failing)
+            await mailbox.wait_for(failing)
 
         async def expect_end() -> None:
             with pytest.raises(RunEndedError):
-                await control.wait_for(unreached)
+                await mailbox.wait_for(unreached)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(expect_end)
             await anyio.wait_all_tasks_blocked()
-            await anyio.to_thread.run_sync(control.end)
+            await anyio.to_thread.run_sync(mailbox.end)
 
 
 @pytest.mark.anyio
-async def test_awaiting_returns_on_acceptance_while_the_training_thread_stands(control: Control) -> None:
+async def test_awaiting_returns_on_acceptance_while_the_training_thread_stands(mailbox: Mailbox) -> None:
     with anyio.fail_after(5):
-        with control.standing_still():
-            assert await control.wait_for(control.give("set_lr", {})) is None
-            applied = control.give("call", {})
+        with mailbox.standing_still():
+            assert await mailbox.wait_for(mailbox.give("set_lr", {})) is None
+            applied = mailbox.give("call", {})
             applied.set_result(3)
-            assert await control.wait_for(applied) == 3
+            assert await mailbox.wait_for(applied) == 3
 
 
 @pytest.mark.anyio
 @pytest.mark.uvloop
-async def test_those_already_waiting_are_released_when_the_training_thread_stands(control: Control) -> None:
+async def test_those_already_waiting_are_released_when_the_training_thread_stands(mailbox: Mailbox) -> None:
     results: list[object] = []
 
     async def wait() -> None:
-        results.append(await control.wait_for(control.give("validate", {})))
+        results.append(await mailbox.wait_for(mailbox.give("validate", {})))
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
@@ -304,27 +304,27 @@ async def test_those_already_waiting_are_released_when_the_training_thread_stand
             await anyio.wait_all_tasks_blocked()
             assert results == []
             answers: list[int] = []
-            stand = functools.partial(control.stand, lambda: bool(answers), "a decider")
+            stand = functools.partial(mailbox.stand, lambda: bool(answers), "a decider")
             tasks.start_soon(anyio.to_thread.run_sync, stand)
             while len(results) < 3:
                 await anyio.lowlevel.checkpoint()
             answers.append(1)
-            control.poke()
+            mailbox.poke()
     assert results == [None, None, None]
-    assert not control._awaiting
+    assert not mailbox._awaiting
 
 
 @pytest.mark.anyio
-async def test_cancelled_await_leaves_the_command_given(control: Control) -> None:
+async def test_cancelled_await_leaves_the_command_given(mailbox: Mailbox) -> None:
     with anyio.fail_after(5):
-        future = control.give("validate", {})
+        future = mailbox.give("validate", {})
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await control.wait_for(future)
+            await mailbox.wait_for(future)
         assert scope.cancelled_caught and not future.cancelled()
-        (command,) = control.collect(step_boundary=True)
+        (command,) = mailbox.collect(step_boundary=True)
         command.future.set_result(None)
-        assert not control._awaiting
+        assert not mailbox._awaiting
 
 
 # Many threads --------------------------------------------------------------------------------------
@@ -340,14 +340,14 @@ def frequent_switches() -> Iterator[None]:
 
 
 def test_commands_of_many_threads_are_numbered_in_the_order_they_arrive(
-    control: Control, frequent_switches: None
+    mailbox: Mailbox, frequent_switches: None
 ) -> None:
     """Each is applied once; who gave several has them applied in that order."""
 
     def give_many(by: str) -> None:
         ready.wait()
         for _ in range(200):
-            futures[by].append(control.give("call", {}, by=by))
+            futures[by].append(mailbox.give("call", {}, by=by))
 
     futures: dict[str, list[Future[Any]]] = {f"thread {number}": [] for number in range(6)}
     ready = threading.Barrier(len(futures))
@@ -356,13 +356,13 @@ def test_commands_of_many_threads_are_numbered_in_the_order_they_arrive(
         thread.start()
     applied: list[Command] = []
     while len(applied) < 1200:
-        seen = control.changes
-        collected = control.collect(step_boundary=True)
+        seen = mailbox.changes
+        collected = mailbox.collect(step_boundary=True)
         for command in collected:
             command.future.set_result(len(applied))
             applied.append(command)
         if not collected:
-            control.wait_for_change(seen)
+            mailbox.wait_for_change(seen)
     for thread in threads:
         thread.join()
     assert [command.id for command in applied] == list(range(1200))
@@ -371,21 +371,21 @@ def test_commands_of_many_threads_are_numbered_in_the_order_they_arrive(
         assert places == sorted(places) and len(places) == 200
 
 
-def test_number_is_given_with_the_place_in_the_queue(control: Control) -> None:
+def test_number_is_given_with_the_place_in_the_queue(mailbox: Mailbox) -> None:
     """A command that came later never has the lower number, wherever its giver is interrupted."""
 
     def count() -> Iterator[int]:
         for number in itertools.count():
-            held.append(control._changed._is_owned())  # type: ignore[attr-defined]  # it has no public way
+            held.append(mailbox._changed._is_owned())  # type: ignore[attr-defined]  # it has no public way
             yield number
 
     held: list[bool] = []
-    control._numbers = count()  # type: ignore[assignment]  # a spy
-    give(control, "pause", "resume")
+    mailbox._numbers = count()  # type: ignore[assignment]  # a spy
+    give(mailbox, "pause", "resume")
     assert held == [True, True]
 
 
-def test_interrupts_never_leave_the_mailbox_locked(control: Control) -> None:
+def test_interrupts_never_leave_the_mailbox_locked(mailbox: Mailbox) -> None:
     """KeyboardInterrupt may be raised between any two lines that the main thread runs, also inside `give`."""
 
     def interrupt(number: int, frame: object) -> None:
@@ -399,12 +399,12 @@ def test_interrupts_never_leave_the_mailbox_locked(control: Control) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 50e-6)
                 # Bounded: an interrupt that strikes inside the garbage collector's work is lost.
                 for _ in range(10_000):
-                    control.give("resume", {}).cancel()
+                    mailbox.give("resume", {}).cancel()
             except KeyboardInterrupt:
                 interrupted += 1
-            control.collect(step_boundary=True)
+            mailbox.collect(step_boundary=True)
         assert interrupted > 100
-        other = threading.Thread(target=control.poke, daemon=True)
+        other = threading.Thread(target=mailbox.poke, daemon=True)
         other.start()
         other.join(10.0)
         assert not other.is_alive(), "the mailbox is locked for ever"

@@ -20,7 +20,7 @@ from offloop.engine import (
     decides,
     in_step,
 )
-from offloop.engine.bus.command_mailbox import Control
+from offloop.engine.bus.command_mailbox import Mailbox
 from offloop.engine.bus.deadlock import Places
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
@@ -146,11 +146,11 @@ def test_a_run_ends_whose_decider_waits_for_an_observer_that_waits_for_a_command
 
 
 def test_a_wait_of_a_worker_ends_when_training_begins_to_wait_for_its_callback() -> None:
-    control = Control()
-    given, begun, failures = control.give("validate", {}), threading.Event(), list[BaseException]()
+    mailbox = Mailbox()
+    given, begun, failures = mailbox.give("validate", {}), threading.Event(), list[BaseException]()
 
     def work() -> None:
-        with control.places.worker("Waits", lambda: False):
+        with mailbox.places.worker("Waits", lambda: False):
             begun.set()
             try:
                 given.result()
@@ -160,13 +160,13 @@ def test_a_wait_of_a_worker_ends_when_training_begins_to_wait_for_its_callback()
     thread = threading.Thread(target=work)
     thread.start()
     assert begun.wait(LONG)
-    with control.standing_still("Waits"):
+    with mailbox.standing_still("Waits"):
         thread.join(LONG)
     assert [type(each) for each in failures] == [DeadlockError]
 
 
 def test_a_worker_whose_full_buffer_holds_training_up_fails() -> None:
-    places, future = Places(lambda: False), Control().give("stop", {})
+    places, future = Places(lambda: False), Mailbox().give("stop", {})
     with places.worker("Blocks", lambda: True):
         assert "training waits until this callback" in (places.why_endless("stop") or "")
     with places.worker("Blocks", lambda: False):
@@ -176,7 +176,7 @@ def test_a_worker_whose_full_buffer_holds_training_up_fails() -> None:
 
 
 def test_another_runs_callback_of_the_same_name_may_wait() -> None:
-    one, other = Control(), Control()
+    one, other = Mailbox(), Mailbox()
     with one.places.worker("Same", lambda: False), other.standing_still("Same"):
         assert other.places.why_endless("stop") is None
     with one.places.worker("Same", lambda: False), one.standing_still("Same"):
@@ -261,10 +261,10 @@ def run_in_thread(work: Callable[[], object]) -> None:
 @pytest.mark.parametrize("place", ["training thread", "event loop"])
 def test_a_command_that_is_completed_during_the_check_is_no_deadlock(place: str) -> None:
     """Another thread completes it between two looks at its state: it is neither pending nor running then."""
-    control = Control()
-    control.places.training_thread = threading.get_ident() if place == "training thread" else None
-    control.places.event_loop_thread = threading.get_ident() if place == "event loop" else None
-    future = control.give("checkpoint", {})
+    mailbox = Mailbox()
+    mailbox.places.training_thread = threading.get_ident() if place == "training thread" else None
+    mailbox.places.event_loop_thread = threading.get_ident() if place == "event loop" else None
+    future = mailbox.give("checkpoint", {})
     assert future.set_running_or_notify_cancel()
     look = future.running
 
@@ -279,11 +279,11 @@ def test_a_command_that_is_completed_during_the_check_is_no_deadlock(place: str)
 
 
 def test_a_checkpoint_on_its_way_may_be_waited_for_while_training_waits_for_the_callback() -> None:
-    control, failures = Control(), list[BaseException]()
-    future, begun = control.give("checkpoint", {}), threading.Event()
+    mailbox, failures = Mailbox(), list[BaseException]()
+    future, begun = mailbox.give("checkpoint", {}), threading.Event()
 
     def work() -> None:
-        with control.places.worker("Waits", lambda: False):
+        with mailbox.places.worker("Waits", lambda: False):
             begun.set()
             try:
                 assert future.result() == "saved"
@@ -294,9 +294,9 @@ def test_a_checkpoint_on_its_way_may_be_waited_for_while_training_waits_for_the_
     thread.start()
     assert begun.wait(LONG)
     assert future.set_running_or_notify_cancel()
-    with control.standing_still("Waits"):
-        while control.places._waiting and not all(
-            each.is_set() for each in control.places._waiting
+    with mailbox.standing_still("Waits"):
+        while mailbox.places._waiting and not all(
+            each.is_set() for each in mailbox.places._waiting
         ):  # it looks again, and goes on waiting
             pass
         future.set_result("saved")
@@ -306,9 +306,9 @@ def test_a_checkpoint_on_its_way_may_be_waited_for_while_training_waits_for_the_
 
 @pytest.mark.parametrize("command", ["validate", "call"])
 def test_a_command_at_work_in_the_training_thread_cannot_be_waited_for_there(command: Any) -> None:
-    control = Control()
-    control.places.training_thread = threading.get_ident()
-    future = control.give(command, {})
+    mailbox = Mailbox()
+    mailbox.places.training_thread = threading.get_ident()
+    future = mailbox.give(command, {})
     assert future.set_running_or_notify_cancel()
     with pytest.raises(DeadlockError, match="this is the training thread"):
         future.result(timeout=LONG)
@@ -365,6 +365,6 @@ def test_a_thread_with_the_number_of_one_that_has_ended_is_not_taken_for_it() ->
     async def wait() -> None:
         statuses.append((await run.wait()).status)
 
-    assert run._control.places.training_thread is None  # numbers of threads are given again
+    assert run._mailbox.places.training_thread is None  # numbers of threads are given again
     run_in_thread(lambda: anyio.run(wait))
     assert statuses == ["completed"]

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from offloop.engine import ConfigError, StepEnd, Trainer
-from offloop.engine.data.batches import Feed, length_of, limited_length, to_device
+from offloop.engine.data.batches import DeviceTransfer, length_of, limited_length, to_device
 from offloop.engine.testing import Recorder, tiny_trainer
 
 META = torch.device("meta")
@@ -172,14 +172,14 @@ def test_a_share_of_an_unknown_length_is_an_error_that_names_the_knob() -> None:
 
 def test_a_feed_to_the_cpu_hands_batches_on_as_they_are() -> None:
     batch = (x(), {"name": "a"})
-    feed = Feed(torch.device("cpu"))
+    feed = DeviceTransfer(torch.device("cpu"))
     assert not feed.is_needed
     assert feed(batch) is batch
     assert not feed.has_work()
 
 
 def test_a_feed_moves_batches_whole() -> None:
-    feed = Feed(META)
+    feed = DeviceTransfer(META)
     moved = feed(({"a": x(3)}, [x(2)], "text"))
     assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
     assert moved[2] == "text"
@@ -187,7 +187,7 @@ def test_a_feed_moves_batches_whole() -> None:
 
 def test_channels_last_lays_out_images_and_volumes_only() -> None:
     image, volume, flat = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3)
-    feed = Feed(torch.device("cpu"), channels_last=True)
+    feed = DeviceTransfer(torch.device("cpu"), channels_last=True)
     moved = feed({"image": image, "volume": [volume], "flat": flat, "index": torch.arange(3)})
     assert moved["image"].is_contiguous(memory_format=torch.channels_last)
     assert moved["volume"][0].is_contiguous(memory_format=torch.channels_last_3d)
