@@ -305,7 +305,7 @@ class _ScriptedLoop(TrainingLoop):
         for observer in session.observers:
             if observer.subscription is not None:
                 handled: list[BaseException | None] = []
-                session._meet(
+                session._wait_at_barrier(
                     observer, observer.name, functools.partial(session._answer, handled, None), handled
                 )
         if self.mailbox.attention:

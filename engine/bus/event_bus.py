@@ -89,18 +89,18 @@ class SubscriptionStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """True after the end."""
 
 
-class Rendezvous:
-    """A mark in the stream of one subscriber: whoever put it there learns that all before it was handled.
+class Barrier:
+    """A point in the stream of one subscriber; its consumer calls `on_reached` once all before it is handled.
 
-    It goes through the queue like an event but gets no `seq` and is seen by its subscription only.
+    It passes through the queue like an event, but has no `seq` and only its subscription receives it.
     """
 
-    __slots__ = ("arrive", "subscription")
-    step = -1  # sends the drainer down the path of foreign events, where marks are recognised
+    __slots__ = ("on_reached", "subscription")
+    step = -1  # sends the drainer down the path of foreign events, where barriers are recognised
 
-    def __init__(self, subscription: "Subscription[Event]", arrive: Callable[[], object]) -> None:
+    def __init__(self, subscription: "Subscription[Event]", on_reached: Callable[[], object]) -> None:
         self.subscription = subscription
-        self.arrive = arrive
+        self.on_reached = on_reached
 
 
 class Subscription(Generic[E]):
@@ -122,7 +122,7 @@ class Subscription(Generic[E]):
         self._bus = bus
         self._wanted = _Wanted(types)
         self._lock = threading.Lock()  # drainer and consumer, for the length of a deque operation
-        self._events: deque[Event | Rendezvous] = deque()
+        self._events: deque[Event | Barrier] = deque()
         self._milestones = 0  # of the events in the buffer; the rest are samples and may be dropped
         self._received = 0
         self._dropped = 0
@@ -297,9 +297,9 @@ class Subscription(Generic[E]):
         if is_full or self._has_arrived():
             self._wake()
 
-    def _put_mark(self, mark: Rendezvous) -> None:
+    def _put_barrier(self, barrier: Barrier) -> None:
         with self._lock:
-            self._events.append(mark)
+            self._events.append(barrier)
             self._milestones += 1
         self._wake()
 
@@ -319,7 +319,7 @@ class Subscription(Generic[E]):
         if self.on_full == "block":
             self._bus._block(self)
             return
-        kept: list[Event | Rendezvous] = []
+        kept: list[Event | Barrier] = []
         first = last = None
         dropped = excess
         while excess:
@@ -482,9 +482,9 @@ class Bus:
         elif event.time - self._handed_over_at > STALL_WARNING:
             self._log_stall(event.time)
 
-    def rendezvous(self, subscription: "Subscription[Event]", arrive: Callable[[], object]) -> None:
-        """Put a mark into the stream of `subscription`, at once. Any thread; never waits."""
-        self._queue.append(Rendezvous(subscription, arrive))  # type: ignore[arg-type]  # told apart by the drainer
+    def put_barrier(self, subscription: "Subscription[Event]", on_reached: Callable[[], object]) -> None:
+        """Put a barrier into the stream of `subscription`, at once. Any thread; never waits."""
+        self._queue.append(Barrier(subscription, on_reached))  # type: ignore[arg-type]  # told apart by the drainer
         self._waker.wake()
 
     def _wake_for(self, event: Event) -> None:
@@ -591,7 +591,7 @@ class Bus:
         return self.add(Subscription(self, name, types or (Event,), buffer, on_full), replay=replay)
 
     def add(self, subscription: Subscription[E], *, replay: bool = False) -> Subscription[E]:
-        """Let a subscription in that was made by hand, also one for no types: it gets rendezvous only."""
+        """Let a subscription in that was made by hand, also one for no types: it gets barriers only."""
         with self._lock:
             if replay and self._history:
                 subscription._put(list(self._history), has_milestones=True)
@@ -800,27 +800,27 @@ class Bus:
         if count:
             take = queue.popleft
             batch = [take() for _ in range(count)]
-            marks: list[tuple[int, Rendezvous]] = []
-            milestones = self._stamp(batch, marks)
+            barriers: list[tuple[int, Barrier]] = []
+            milestones = self._stamp(batch, barriers)
             with self._lock:
                 start = 0
-                for place, mark in marks:  # a mark parts the batch: what was before it goes first
+                for place, barrier in barriers:  # a barrier splits the batch: events before it go first
                     self._dispatch(batch[start:place], milestones)
-                    mark.subscription._put_mark(mark)
+                    barrier.subscription._put_barrier(barrier)
                     start = place + 1
                 self._dispatch(batch[start:] if start else batch, milestones)
                 self._history.extend(milestones)
         self._report_drops(now)
         return count
 
-    def _stamp(self, batch: list[Event], marks: list[tuple[int, Rendezvous]]) -> list[Event]:
+    def _stamp(self, batch: list[Event], barriers: list[tuple[int, Barrier]]) -> list[Event]:
         """Number the events, give foreign ones their position, and return the milestones."""
         seq, last, last_time = self._seq, self._last, self._last_time
         milestones: list[Event] = []
         for place, event in enumerate(batch):
             if event.step < 0:
-                if isinstance(event, Rendezvous):
-                    marks.append((place, event))
+                if isinstance(event, Barrier):
+                    barriers.append((place, event))
                     continue
                 if last is not None:
                     _set(event, "epoch", last.epoch)
@@ -895,5 +895,5 @@ class _Wanted(dict[type, bool]):
         return wanted
 
 
-def _count_milestones(events: Iterable[Event | Rendezvous]) -> int:
+def _count_milestones(events: Iterable[Event | Barrier]) -> int:
     return sum(not isinstance(event, Sample) for event in events)

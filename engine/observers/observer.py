@@ -2,7 +2,7 @@
 
     async def handlers    awaited here, on the event loop; how long each holds the loop is measured
     plain def handlers    a batch of events per hop to one worker thread of the callback
-    async deciders        a mark in the stream brings them here, after all that came before it
+    async deciders        a barrier in the stream brings them here, after all that came before it
 
 Failures are isolated, reported and counted here; nothing a handler does reaches another callback.
 What is no `Exception`, such as `SystemExit`, ends the run and reaches its caller.
@@ -28,7 +28,7 @@ import msgspec
 from offloop.engine.bus import forked
 from offloop.engine.bus.command_mailbox import actor
 from offloop.engine.bus.deadlock import Places
-from offloop.engine.bus.event_bus import Rendezvous, Subscription
+from offloop.engine.bus.event_bus import Barrier, Subscription
 from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
@@ -225,15 +225,15 @@ class Observer:
         while events := await subscription.take_batch(EVENTS_AT_ONCE):
             started = time.perf_counter()
             for kind, group in itertools.groupby(events, self._where):
-                if kind == "mark":
-                    for mark in group:
-                        await self._arrive(mark)
+                if kind == "barrier":
+                    for barrier in group:
+                        await self._reach(barrier)
                 elif kind == "loop":
                     await self._driver.drive(self._handle_on_loop(list(group)), self.account)
                 elif kind == "thread":
                     await self._hand_to_thread(list(group), subscription)
             self._wall += time.perf_counter() - started
-            if self.disabled and not self.handlers.deciders:  # these still meet the training thread here
+            if self.disabled and not self.handlers.deciders:  # deciders still need the barriers
                 subscription.close()
 
     @property
@@ -343,13 +343,13 @@ class Observer:
         except Exception:  # the bus has ended: the log and the result have it
             logger.debug("a failure of %s came too late for an event", self.name)
 
-    def _where(self, event: Event | Rendezvous) -> str:
-        if isinstance(event, Rendezvous):
-            return "mark"
+    def _where(self, event: Event | Barrier) -> str:
+        if isinstance(event, Barrier):
+            return "barrier"
         return "nowhere" if self.disabled else self.handlers.place_of(type(event))
 
-    async def _arrive(self, mark: Any) -> None:
-        result = mark.arrive()
+    async def _reach(self, barrier: Any) -> None:
+        result = barrier.on_reached()
         if inspect.isawaitable(result):
             await result
 

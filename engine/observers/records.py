@@ -3,8 +3,8 @@
     training thread           writer's thread        announcing thread           the logs' own threads
     ───────────────           ───────────────        ─────────────────           ─────────────────────
     milestones ──note──┐
-    save ── unsettled ─┼────> durable ──announce───> a mark in each log's ─────> everything before it
-                       │                             stream of events            handled, make_durable()
+    save ── unsettled ─┼────> durable ──announce───> a barrier in each ───────> everything before it
+                       │                             log's stream                handled, make_durable()
                        └── settled <──────────────── all of them answered <─────┘
                                                      CheckpointSaved
 
@@ -54,7 +54,7 @@ class Records:
         # Milestones of the training thread with their numbers: appended by that thread, taken out by the announcing one
         self._unsettled: deque[tuple[int, Event]] = deque(maxlen=MAX_MILESTONES_BEHIND)
         self._noted = 0  # written by the training thread
-        self._late: list[Future[None]] = []  # answers to the mark that was not waited for to the end
+        self._late: list[Future[None]] = []  # answers to the barriers that were not waited for to the end
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._pending = 0  # announcements; guarded by _changed
@@ -129,14 +129,14 @@ class Records:
         self._late = [answer for answer in self._late if not answer.done()]
         if self._late:
             return  # they were told already, and are still behind
-        noted = self._noted  # before the marks are put: all of these are before them
+        noted = self._noted  # before the barriers are put: all of these are before them
         logs = [log for log in self._logs if self._is_alive(log)]
         answers: dict[Future[None], Observer] = {}
         for log in logs:
             answer: Future[None] = Future()
             answers[answer] = log
             assert log.subscription is not None
-            self._bus.rendezvous(log.subscription, functools.partial(log.make_durable, answer))
+            self._bus.put_barrier(log.subscription, functools.partial(log.make_durable, answer))
         deadline = time.monotonic() + RECORD_DEADLINE
         waiting = set(answers)
         while waiting and not self._in_haste() and time.monotonic() < deadline:

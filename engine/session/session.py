@@ -173,7 +173,7 @@ class Session:
         self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
         self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
         self._reactions = 0  # events that handlers of callbacks have published; only whether it grows matters
-        self._marks: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
+        self._barriers: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
         self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
         self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
@@ -603,7 +603,7 @@ class Session:
         name = f"decider {decider.callback}.{event.handler_name}"
         if decider.is_async:
             answers: list[BaseException | None] = []
-            self._meet(
+            self._wait_at_barrier(
                 observer, name, lambda: self._decide_on_loop(decider, observer, event, answers), answers
             )
             if answers and answers[0] is not None:
@@ -614,22 +614,22 @@ class Session:
         if observer.handlers.observers:
             # Its observers share its state: what came before this event is handled first.
             caught_up: list[BaseException | None] = []
-            self._meet(observer, name, lambda: self._answer(caught_up, None), caught_up)
+            self._wait_at_barrier(observer, name, lambda: self._answer(caught_up, None), caught_up)
             if self.mailbox.cancelled:
                 return
         with _acting(decider.callback, self.mailbox):
             decider.method(event, self.run)
 
-    def _meet(
+    def _wait_at_barrier(
         self,
         observer: Observer,
         name: str,
-        arrive: Callable[[], object],
+        on_reached: Callable[[], object],
         answers: list[BaseException | None],
     ) -> None:
-        """Wait until an observer has reached this point of its stream and `arrive` has answered."""
+        """Wait until an observer has reached this point of its stream and `on_reached` has answered."""
         assert observer.subscription is not None
-        self.bus.rendezvous(observer.subscription, arrive)
+        self.bus.put_barrier(observer.subscription, on_reached)
         self.mailbox.stand(
             lambda: (
                 bool(answers) or self.mailbox.cancelled or observer in self._unserved or self._loop_is_gone()
@@ -818,9 +818,9 @@ class Session:
     def _observe(self, handlers: Handlers) -> Observer:
         callback = handlers.callback
         types = handlers.observed_types()
-        meets = any(decider.is_async or handlers.observers for decider in handlers.deciders.values())
+        needs_barriers = any(decider.is_async or handlers.observers for decider in handlers.deciders.values())
         subscription: Subscription[Event] | None = None
-        if types or meets:
+        if types or needs_barriers:
             buffer = callback.buffer or BUFFER
             subscription = Subscription(self.bus, handlers.name, types, buffer, callback.on_full)
             self.bus.add(subscription)
@@ -995,8 +995,8 @@ class Session:
         finally:
             served.set()
             self._unserved.add(observer)
-            if observer in self._marks:
-                self._marks[observer].set()  # it handles nothing any more, the mark neither
+            if observer in self._barriers:
+                self._barriers[observer].set()  # it handles nothing any more, barriers included
             self.mailbox.poke()  # the training thread may be waiting for it
 
     @property
@@ -1069,19 +1069,19 @@ class Session:
         is_first_round = True
         while not self.bus.has_ended:
             reactions = self._reactions
-            self._marks = {
+            self._barriers = {
                 observer: anyio.Event()
                 for observer in self.observers
                 if observer.subscription is not None and observer not in self._unserved
             }
-            for observer, mark in self._marks.items():
+            for observer, barrier in self._barriers.items():
                 assert observer.subscription is not None
-                self.bus.rendezvous(observer.subscription, mark.set)
+                self.bus.put_barrier(observer.subscription, barrier.set)
             behind = {
                 each
-                for each, mark in self._marks.items()
+                for each, barrier in self._barriers.items()
                 if not await self._wait_until(
-                    mark, deadline, unless=functools.partial(self.bus.is_awaited_by, each.name)
+                    barrier, deadline, unless=functools.partial(self.bus.is_awaited_by, each.name)
                 )
                 and not self.bus.is_awaited_by(each.name)  # it waits for `TrainEnd` in a handler: not late
             }
@@ -1094,7 +1094,7 @@ class Session:
             if behind or self._reactions == reactions:
                 break
             is_first_round = False
-        self._marks = {}
+        self._barriers = {}
         return late
 
     async def _drain(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from offloop.engine.bus import event_bus as bus_module
-from offloop.engine.bus.event_bus import Bus, OnFull, Rendezvous, Subscription
+from offloop.engine.bus.event_bus import Barrier, Bus, OnFull, Subscription
 from offloop.engine.errors import (
     BusClosedError,
     EventError,
@@ -463,33 +463,33 @@ def test_replay_after_the_end_gives_what_there_was_and_ends(bus: Bus) -> None:
     assert late.statistics.closed
 
 
-# Rendezvous ----------------------------------------------------------------------------------------
+# Barriers ---------------------------------------------------------------------------------------
 
 
-def test_rendezvous_stands_in_its_subscription_between_the_events_around_it(bus: Bus) -> None:
+def test_barrier_stands_in_its_subscription_between_the_events_around_it(bus: Bus) -> None:
     mine, other = bus.subscribe(Note), bus.subscribe()
     wakes = count_wakes(bus)
     bus.publish(Tick(number=0))
     bus.publish_unchecked(step(3))
     assert wakes == [0]
-    bus.rendezvous(mine, lambda: None)  # type: ignore[arg-type]  # invariant
+    bus.put_barrier(mine, lambda: None)  # type: ignore[arg-type]  # invariant
     assert wakes == [1]
     bus.publish(Note(number=1))
-    bus.rendezvous(mine, lambda: None)  # type: ignore[arg-type]  # invariant
+    bus.put_barrier(mine, lambda: None)  # type: ignore[arg-type]  # invariant
     bus.publish(Note(number=2))
     bus.settle()
-    kinds = [each if isinstance(each, Rendezvous) else each.number for each in mine.take()]
-    assert [kind if isinstance(kind, int) else "mark" for kind in kinds] == ["mark", 1, "mark", 2]
+    kinds = [each if isinstance(each, Barrier) else each.number for each in mine.take()]
+    assert [kind if isinstance(kind, int) else "barrier" for kind in kinds] == ["barrier", 1, "barrier", 2]
     assert [(event.seq, event.step) for event in other.take()] == [(0, 0), (1, 3), (2, 3), (3, 3)]
 
 
-def test_subscription_to_nothing_gets_its_marks(bus: Bus) -> None:
+def test_subscription_to_nothing_gets_its_barriers(bus: Bus) -> None:
     nothing: Subscription[Event] = bus.add(Subscription(bus, "decider", (), 1, "drop_oldest"))
     publish_numbered(bus, Tick, 5)
-    bus.rendezvous(nothing, lambda: None)
+    bus.put_barrier(nothing, lambda: None)
     publish_numbered(bus, Note, 5)
     bus.settle()
-    assert [type(each).__name__ for each in nothing.take()] == ["Rendezvous"]
+    assert [type(each).__name__ for each in nothing.take()] == ["Barrier"]
 
 
 # Wakes and stalls ----------------------------------------------------------------------------------

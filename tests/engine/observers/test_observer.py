@@ -176,21 +176,21 @@ async def test_context_of_the_caller_and_the_actors_name_reach_handlers() -> Non
 
 
 @pytest.mark.anyio
-async def test_rendezvous_comes_after_all_events_before_it_were_handled() -> None:
+async def test_barrier_comes_after_all_events_before_it_were_handled() -> None:
     callback = Mixed()
     stage = Stage(callback)
     met: list[int] = []
 
-    async def arrive() -> None:
+    async def on_reached() -> None:
         await anyio.lowlevel.checkpoint()
         met.append(len(callback.seen))
 
     async with at_work(stage):
         for number in range(5):
             stage.bus.publish(Note(number=number))
-        stage.bus.rendezvous(stage.subscription, lambda: met.append(len(callback.seen)))
+        stage.bus.put_barrier(stage.subscription, lambda: met.append(len(callback.seen)))
         stage.bus.publish(Tick())
-        stage.bus.rendezvous(stage.subscription, arrive)
+        stage.bus.put_barrier(stage.subscription, on_reached)
         stage.bus.publish(Tick())
     assert met == [5, 6]
 
@@ -417,7 +417,7 @@ async def test_decider_whose_observers_are_off_is_still_met() -> None:
         while not stage.observer.disabled:
             await anyio.lowlevel.checkpoint()
         await anyio.wait_all_tasks_blocked()
-        stage.bus.rendezvous(stage.subscription, met.set)
+        stage.bus.put_barrier(stage.subscription, met.set)
         await met.wait()
     assert stage.observer.costs.events == 10
 
