@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from offloop.callbacks.monitor import Mode, Monitor
 from offloop.engine import (
     Callback,
     ConfigError,
@@ -19,6 +18,7 @@ from offloop.engine import (
     in_step,
     load_model,
 )
+from offloop.engine.monitor import Mode, Monitor
 
 
 class EarlyStopping(Callback):
@@ -141,7 +141,7 @@ class EarlyStopping(Callback):
         if not is_finite and self.check_finite:
             return f"{key} is {value}"
         goal = self.stopping_threshold
-        if is_finite and goal is not None and self.monitor.is_beyond(value, goal):
+        if goal is not None and self.monitor.is_beyond(value, goal):
             return f"{key} is {value:.6g}, beyond stopping_threshold={goal:g}"
         if self.divergence_threshold is not None and self.monitor.is_beyond(self.divergence_threshold, value):
             return f"{key} is {value:.6g}, worse than divergence_threshold={self.divergence_threshold:g}"

@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from offloop.callbacks.monitor import Mode, Monitor
-from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, decides
+from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, ValidationEnd, decides
+from offloop.engine.monitor import Mode, Monitor, is_better
 
 Interval = Literal["epoch", "step"]
 
@@ -45,7 +45,7 @@ class ReduceOnPlateau(ReduceLROnPlateau):
     def _is_better(self, a: float, best: float) -> bool:
         if self.threshold_mode == "rel" and -math.inf < best < 0:
             margin = self.threshold * -best
-            return bool(a < best - margin if self.mode == "min" else a > best + margin)
+            return is_better(a, best, self.mode, margin)
         return bool(super()._is_better(a, best))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
@@ -247,9 +247,17 @@ class LearningRateScheduler(Callback):
         )
 
     @decides
+    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        self._expect_metric(event)
+
+    @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        self._expect_metric(event)
+
+    def _expect_metric(self, event: ValidationEnd | EpochEnd) -> None:
+        """Raise where the event lacks the metric that a plateau watches, also during the warm-up."""
         if self._watched is not None:
-            self._watched.value_at(event)  # raises where the metric was due and is not there
+            self._watched.value_at(event)
 
     def _monitor_for(self, run: Run) -> Monitor:
         """Return what a plateau watches in this run."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from offloop.callbacks.checkpoint_name import CheckpointName
-from offloop.callbacks.monitor import Mode, Monitor
 from offloop.engine import (
     Best,
     Callback,
@@ -24,6 +23,7 @@ from offloop.engine import (
     decides,
     in_step,
 )
+from offloop.engine.monitor import Mode, Monitor
 
 DEFAULT_FILENAME: Final = "epoch={epoch}-step={step}"
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from offloop.engine.bus.event_bus import OnFull
-    from offloop.engine.config import Mode
+    from offloop.engine.monitor import Mode
 
 logger = logging.getLogger("offloop")
 

@@ -11,12 +11,12 @@ import msgspec
 
 from offloop.engine.argument_hints import ADVICE, PEER_SPELLINGS, PRECISIONS, hint
 from offloop.engine.errors import ConfigError, nearest
+from offloop.engine.monitor import Mode
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-Mode = Literal["auto", "min", "max"]
 
 SWITCH_INTERVAL: Final = 50e-6
 """Seconds. Where another thread computes in Python, a shorter one no longer helps (`benchmarks/switch_interval.py`)."""

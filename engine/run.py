@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, NoReturn, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar, overload
 
 from offloop.engine.bus.command_mailbox import actor
 from offloop.engine.bus.event_bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
@@ -15,6 +15,7 @@ from offloop.engine.bus.waker import result_of
 from offloop.engine.checkpoint.store import check_tag
 from offloop.engine.errors import ConfigError, DeadlockError
 from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
+from offloop.engine.monitor import Direction
 from offloop.engine.observers.observer import CallbackCosts
 from offloop.engine.result import RunResult
 
@@ -173,7 +174,7 @@ class Run:
         """Key of the metric for callbacks that name none: `Trainer(monitor=...)`, else `val_loss` or `train_loss`."""
         return self._session.monitors.default
 
-    def direction_of(self, metric: str) -> Literal["min", "max"] | None:
+    def direction_of(self, metric: str) -> Direction | None:
         """Return whether less or more of a metric is better, None if neither it nor its name says so."""
         return self._session.monitors.direction_of(metric)
 

@@ -45,7 +45,7 @@ from offloop.engine.checks import (
     remote_run,
     resolve_device,
 )
-from offloop.engine.config import Mode, TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
+from offloop.engine.config import TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
 from offloop.engine.data.batch_size import BatchSize, checked_batch_size, guess_batch_size
 from offloop.engine.data.batches import DeviceTransfer, limited_length, to_device, use_channels_last
 from offloop.engine.data.seeded_sampling import check_seedable
@@ -58,6 +58,7 @@ from offloop.engine.errors import (
 from offloop.engine.events import Event, Metrics, StepEnd
 from offloop.engine.metrics.metric_set import MetricSet, rows_of
 from offloop.engine.metrics.names import MetricSpec, RunMetrics, check_metrics, metrics_for
+from offloop.engine.monitor import Mode
 from offloop.engine.observers.event_log import EventLog
 from offloop.engine.observers.observer import Worker
 from offloop.engine.paths import absolute_path

@@ -22,6 +22,7 @@ WITHOUT_TORCH: Final = (
     "errors",
     "argument_hints",
     "config",
+    "monitor",
     "callback",
     "bus.waker",
     "bus.event_bus",
@@ -34,7 +35,7 @@ WITHOUT_TORCH: Final = (
     "bus.threads",
 )
 """Modules of the engine that work, and load, without torch."""
-SHARED: Final = ("errors", "argument_hints", "config", "events", "callback", "bus.command_mailbox")
+SHARED: Final = ("errors", "argument_hints", "config", "monitor", "events", "callback", "bus.command_mailbox")
 """What the training loop shares with the event loop's side; everything else it uses is its own."""
 ABOVE_THE_LOOP: Final = (
     "bus.event_bus",
@@ -153,6 +154,7 @@ def test_the_engine_is_used_through_its_public_names(module: str) -> None:
                 "offloop.engine",
                 "offloop.engine.checkpoint",
                 "offloop.engine.bus.threads",
+                "offloop.engine.monitor",
             ), each
             assert each.name in importlib.import_module(each.module).__all__, each
 
@@ -173,9 +175,10 @@ def test_what_needs_no_torch_imports_none(name: str) -> None:
 
 
 def test_events_errors_and_config_know_nobody() -> None:
-    for name in ("events", "errors", "argument_hints", "config"):
-        known = {"offloop.engine.errors", *(["offloop.engine.argument_hints"] if name == "config" else [])}
-        assert modules_known_to(f"offloop.engine.{name}") <= known
+    known = {"monitor": {"events"}, "config": {"argument_hints", "monitor"}}
+    for name in ("events", "errors", "argument_hints", "monitor", "config"):
+        allowed = {f"offloop.engine.{each}" for each in ("errors", *known.get(name, ()))}
+        assert modules_known_to(f"offloop.engine.{name}") <= allowed
 
 
 def test_training_loop_knows_nothing_of_the_event_loop() -> None:
@@ -193,9 +196,8 @@ def test_training_loop_knows_nothing_of_the_event_loop() -> None:
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("offloop.engine.checkpoint")])
 def test_checkpoint_mechanics_know_nothing_of_the_rest(module: str) -> None:
-    assert not [
-        known for known in modules_known_to(module) if not known.startswith("offloop.engine.checkpoint")
-    ]
+    allowed = ("offloop.engine.checkpoint", "offloop.engine.monitor")
+    assert not [known for known in modules_known_to(module) if not known.startswith(allowed)]
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -6,13 +6,14 @@ wants it. The first owner that names a metric says which is best.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import msgspec
 
 from offloop.engine.checkpoint.manifest import ManifestHead
+from offloop.engine.monitor import Direction, is_better
 
 MINIMUM_KEPT = 2
 """Whatever the policy says: a newest one that turns out to be damaged must have a predecessor."""
@@ -31,7 +32,7 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
     """The best ones by `monitor`."""
     monitor: str | None = None
     """Key in the metrics of a checkpoint; also decides what ``best`` is."""
-    mode: Literal["min", "max"] = "min"
+    mode: Direction = "min"
     keep_every_n_steps: int | None = None
     """Those at multiples of this, for good."""
     owner: str = ""
@@ -58,13 +59,17 @@ def rank(checkpoints: Sequence[ManifestHead], policy: Retention) -> list[Manifes
     """
     if policy.monitor is None:
         return []
-    judged: list[tuple[float, int, ManifestHead]] = []
-    for checkpoint in checkpoints:
-        value = float(checkpoint.metrics.get(policy.monitor, math.nan))
-        if math.isfinite(value):
-            judged.append((value if policy.mode == "min" else -value, checkpoint.serial, checkpoint))
-    judged.sort(key=lambda entry: entry[:2])
-    return [checkpoint for _, _, checkpoint in judged]
+
+    def score(checkpoint: ManifestHead) -> float:
+        return float(checkpoint.metrics.get(policy.monitor or "", math.nan))
+
+    def order(first: ManifestHead, second: ManifestHead) -> int:
+        one, other = score(first), score(second)
+        return is_better(other, one, policy.mode) - is_better(one, other, policy.mode)
+
+    by_age = sorted(checkpoints, key=lambda checkpoint: checkpoint.serial)
+    finite = [checkpoint for checkpoint in by_age if math.isfinite(score(checkpoint))]
+    return sorted(finite, key=functools.cmp_to_key(order))
 
 
 def best_of(checkpoints: Sequence[ManifestHead], policies: Sequence[Retention]) -> ManifestHead | None:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
+from offloop.engine.monitor import Direction
+
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
@@ -25,7 +27,7 @@ ONE_NUMBER: Final = 'use average="macro" or torchmetrics.ClasswiseWrapper, which
 
 class _Name(NamedTuple):
     aliases: str
-    direction: Literal["min", "max"]
+    direction: Direction
     view: Literal["labels", "scores", "numbers"]  # what of a batch it is fed
 
 
@@ -78,7 +80,7 @@ def check_metrics(metrics: MetricSpec) -> None:
     chosen_metrics(metrics)
 
 
-def metric_direction(key: str, metrics: RunMetrics = ()) -> Literal["min", "max"] | None:
+def metric_direction(key: str, metrics: RunMetrics = ()) -> Direction | None:
     """Say whether a metric should become small or large; None where that cannot be known.
 
     A metric object's own `higher_is_better` counts first, then the table of names, then the last word of

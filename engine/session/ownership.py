@@ -14,12 +14,11 @@ from typing import Literal
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.callback import Callback
-from offloop.engine.config import Mode, TrainerConfig
+from offloop.engine.config import TrainerConfig
 from offloop.engine.data.val_loaders import PREFIX, ValLoader, bare_key, by_prefix
 from offloop.engine.errors import ConfigError
 from offloop.engine.metrics.names import RunMetrics, chosen_metrics, metric_direction, metrics_for
-
-Direction = Literal["min", "max"]
+from offloop.engine.monitor import Direction, Mode, check_key, needs_validation
 
 
 class Monitors:
@@ -102,15 +101,14 @@ class Monitors:
     def _checked(self, monitor: str, mode: Mode) -> str:
         """Return the key, if validations make it where they should and its direction is known."""
         if monitor.startswith("val_") and not self._prefixes:
-            raise ConfigError(f"monitor={monitor!r} needs a validation: give train() a val_loader")
+            raise needs_validation(monitor)
         bare = bare_key(monitor, self._prefixes)
         if monitor in (f"val_{name}" for name in self._names("val")) and self._prefixes != (PREFIX,):
             of_each = ", ".join(prefix + monitor.removeprefix("val_") for prefix in self._prefixes)
             raise ConfigError(
                 f"monitor={monitor!r} is of no val_loader, there are several: use one of {of_each}"
             )
-        if not monitor.startswith(("train_", "val_")):
-            raise ConfigError(f"monitor must begin with train_ or val_, like val_loss; got {monitor!r}")
+        check_key(monitor)
         if mode == "auto" and metric_direction(bare, self._metrics) is None:
             raise ConfigError(
                 f"monitor={monitor!r} is no metric that is known: {self._known_keys()} will be made. "

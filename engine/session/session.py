@@ -72,6 +72,7 @@ from offloop.engine.events import (
     decode,
     encode,
 )
+from offloop.engine.monitor import is_better
 from offloop.engine.observers.event_log import rewind
 from offloop.engine.observers.observer import CallbackCosts, Observer, Worker
 from offloop.engine.observers.records import Records
@@ -728,7 +729,7 @@ class Session:
         self.checkpoints.tag(tag, step=self.loop.step, move=move, future=command.future)
 
     def _judge(self, event: ValidationEnd | EpochEnd) -> None:
-        """Note the best moment: strictly better only, so ties keep the older; NaN is never best."""
+        """Note the moment if it is the best so far."""
         monitors = self.monitors
         by_validation = monitors.best.startswith("val_")
         if isinstance(event, ValidationEnd) is not by_validation:
@@ -738,10 +739,7 @@ class Session:
                 event.metrics[monitors.best]  # raises and lists what there is
             return
         score = event.metrics[monitors.best]
-        if not math.isfinite(score):
-            return
-        best = self.best.score if self.best is not None else None
-        if best is None or (score < best if monitors.best_direction == "min" else score > best):
+        if is_better(score, None if self.best is None else self.best.score, monitors.best_direction):
             self.best = Best(monitor=monitors.best, score=score, epoch=event.epoch, step=event.step)
 
     # Anybody's side ------------------------------------------------------------------------------

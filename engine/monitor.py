@@ -1,0 +1,143 @@
+"""The only meaning of "better", and a monitor: one metric, watched for improvement.
+
+NaN and infinities are never better; 0.0 is a value like any other; ties keep the older value.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from offloop.engine.errors import ConfigError
+from offloop.engine.events import EpochEnd, ValidationEnd
+
+__all__ = ["Direction", "Mode", "Monitor", "is_better"]
+
+Direction = Literal["min", "max"]
+"""`"min"` where less of a metric is better, `"max"` where more is."""
+Mode = Literal["auto", "min", "max"]
+"""A direction; `"auto"` takes that of the metric."""
+
+
+def is_better(score: float, best: float | None, direction: Direction, min_delta: float = 0.0) -> bool:
+    """Return whether a score beats the best so far by more than `min_delta`.
+
+    Args:
+        score: NaN and infinities are never better.
+        best: None if there is no score yet: then every finite one is better.
+        direction: Whether less or more is better.
+        min_delta: Least improvement, absolute, at least 0.
+    """
+    if not math.isfinite(score):
+        return False
+    if best is None:
+        return True
+    return score < best - min_delta if direction == "min" else score > best + min_delta
+
+
+def check_key(key: object) -> None:
+    """Raise `ConfigError` for what cannot be the key of a metric."""
+    if not isinstance(key, str) or not key.startswith(("train_", "val_")):
+        raise ConfigError(f'monitor must begin with train_ or val_, like "val_loss"; got {key!r}')
+
+
+def needs_validation(key: str) -> ConfigError:
+    """Return the error for a metric of validations in a run that has none."""
+    return ConfigError(f"monitor={key!r} needs a validation: give train() a val_loader")
+
+
+class MonitoredRun(Protocol):
+    """What a monitor asks of a run; a `Run` has it."""
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Why commands cannot be given in this run, by their names."""
+
+    def direction_of(self, metric: str, /) -> Direction | None:
+        """Return whether less or more of a metric is better, None if that is not known."""
+
+
+class Monitor:
+    """A metric, whether less or more of it is better, and the best value so far.
+
+    Use it from one thread: callbacks call it in deciders, that is in the training thread.
+    """
+
+    def __init__(self, key: str, mode: Mode = "auto", min_delta: float = 0.0) -> None:
+        """Watch a metric.
+
+        Args:
+            key: Key of the metric, like `"val_loss"`.
+            mode: Whether less or more of it is better; `"auto"` asks the run, in `begin`.
+            min_delta: Least improvement, absolute, at least 0.
+
+        Raises:
+            ConfigError: The key is of no training or validation, or another value is out of range.
+        """
+        check_key(key)
+        if mode not in ("auto", "min", "max"):
+            raise ConfigError(f"mode must be 'auto', 'min' or 'max', got {mode!r}")
+        if (
+            isinstance(min_delta, bool)
+            or not isinstance(min_delta, int | float)
+            or not 0 <= min_delta < math.inf
+        ):
+            raise ConfigError(f"min_delta must be a number of at least 0, got {min_delta!r}")
+        self.key = key
+        self.min_delta = float(min_delta)
+        self.best: float | None = None
+        self._mode = mode
+        self._direction: Direction | None = None if mode == "auto" else mode
+
+    @property
+    def direction(self) -> Direction:
+        """Whether less or more is better; with `mode="auto"` known once `begin` was called."""
+        assert self._direction is not None
+        return self._direction
+
+    def begin(self, run: MonitoredRun) -> None:
+        """Take the direction from a run that starts.
+
+        Raises:
+            ConfigError: `mode="auto"`, and neither the metric nor its name tells the direction; or it is a metric of
+                validations and the run has none.
+        """
+        if self.key.startswith("val_") and "validate" in run.refused:
+            raise needs_validation(self.key)
+        if self._mode == "auto":
+            self._direction = run.direction_of(self.key)
+            if self._direction is None:
+                raise ConfigError(
+                    f'monitor={self.key!r}: is less or more of it better? Give mode="min" or mode="max"'
+                )
+
+    def value_at(self, event: ValidationEnd | EpochEnd) -> float | None:
+        """Return the metric at the event that carries it: `val_...` at `ValidationEnd`, others at `EpochEnd`.
+
+        Returns:
+            None at the other event.
+
+        Raises:
+            MetricNotFoundError: The event lacks the metric; the text lists those that it has.
+        """
+        if isinstance(event, ValidationEnd) is self.key.startswith("val_"):
+            return event.metrics[self.key]
+        return None
+
+    def is_beyond(self, value: float, threshold: float) -> bool:
+        """Return whether a value is better than a threshold."""
+        return is_better(value, threshold, self.direction)
+
+    def improves(self, value: float) -> bool:
+        """Return whether a value beats the best by more than `min_delta`; it is the best from then on."""
+        if not is_better(value, self.best, self.direction, self.min_delta):
+            return False
+        self.best = value
+        return True
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the best value so far."""
+        return {"key": self.key, "best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; the best of another metric is ignored."""
+        self.best = state["best"] if state["key"] == self.key else None
