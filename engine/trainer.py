@@ -27,24 +27,12 @@ import msgspec
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from offloop.engine import checks
 from offloop.engine.argument_hints import METHODS, AsyncBlock, explains_arguments
 from offloop.engine.bus.command_mailbox import Mailbox, actor
 from offloop.engine.bus.threads import Thread
 from offloop.engine.callback import Callback, OnError, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
-from offloop.engine.checks import (
-    check_callbacks,
-    check_loader,
-    check_methods,
-    check_model,
-    check_optimizers,
-    check_resume_lr,
-    check_val_loader,
-    expect_instance,
-    named_optimizers,
-    remote_run,
-    resolve_device,
-)
 from offloop.engine.config import TrainerConfig, TrainerKnobs, check_limits, misplaced_argument
 from offloop.engine.data.batch_size import BatchSize, checked_batch_size, guess_batch_size
 from offloop.engine.data.batches import DeviceTransfer, limited_length, to_device, use_channels_last
@@ -68,6 +56,18 @@ from offloop.engine.recovery.resume_plan import Resume, plan_resume
 from offloop.engine.recovery.run_dir import new_run_id
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
+from offloop.engine.session.arguments import (
+    check_callbacks,
+    check_loader,
+    check_methods,
+    check_model,
+    check_optimizers,
+    check_resume_lr,
+    check_val_loader,
+    named_optimizers,
+    remote_run,
+    resolve_device,
+)
 from offloop.engine.session.ownership import Monitors
 from offloop.engine.session.process import handled_signals
 from offloop.engine.session.session import Session
@@ -157,10 +157,10 @@ class BaseTrainer:
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config must be a TrainerConfig, got {type(config).__name__}")
         self.config = (config or TrainerConfig()).replace(**overrides)
-        expect_instance(model, "model")
+        checks.instance("model", model)
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        expect_instance(loss, "loss")
+        checks.instance("loss", loss)
         if loss is not None and not callable(loss):
             raise TypeError(
                 "loss must be a function of outputs and targets, like torch.nn.functional.cross_entropy, got "
@@ -698,8 +698,7 @@ class BaseTrainer:
             Exception: What the model or the loader raised comes out of the stream.
         """
         check_loader(loader, "loader")
-        if isinstance(read_ahead, bool) or not isinstance(read_ahead, int) or read_ahead < 1:
-            raise ConfigError(f"read_ahead must be a whole number of at least 1, got {read_ahead!r}")
+        checks.whole_number("read_ahead", read_ahead)
         return AsyncBlock(
             self._predict_beside(loader, read_ahead), "async with trainer.predict_async(loader) as stream:"
         )

@@ -21,6 +21,7 @@ WITHOUT_TORCH: Final = (
     "events",
     "errors",
     "argument_hints",
+    "checks",
     "config",
     "monitor",
     "callback",
@@ -35,7 +36,16 @@ WITHOUT_TORCH: Final = (
     "bus.threads",
 )
 """Modules of the engine that work, and load, without torch."""
-SHARED: Final = ("errors", "argument_hints", "config", "monitor", "events", "callback", "bus.command_mailbox")
+SHARED: Final = (
+    "errors",
+    "argument_hints",
+    "checks",
+    "config",
+    "monitor",
+    "events",
+    "callback",
+    "bus.command_mailbox",
+)
 """What the training loop shares with the event loop's side; everything else it uses is its own."""
 ABOVE_THE_LOOP: Final = (
     "bus.event_bus",
@@ -148,7 +158,7 @@ def test_engine_knows_nobody_above_it(module: str) -> None:
 def test_the_engine_is_used_through_its_public_names(module: str) -> None:
     for each in imports_of(module):
         if each.module.startswith("offloop.engine"):
-            if each.module == "offloop.engine.testing":
+            if each.module == "offloop.engine.testing" or each[:2] == ("offloop.engine", "checks"):
                 continue
             assert each.module in (
                 "offloop.engine",
@@ -175,8 +185,8 @@ def test_what_needs_no_torch_imports_none(name: str) -> None:
 
 
 def test_events_errors_and_config_know_nobody() -> None:
-    known = {"monitor": {"events"}, "config": {"argument_hints", "monitor"}}
-    for name in ("events", "errors", "argument_hints", "monitor", "config"):
+    known = {"monitor": {"events", "checks"}, "config": {"argument_hints", "checks", "monitor"}}
+    for name in ("events", "errors", "argument_hints", "checks", "monitor", "config"):
         allowed = {f"offloop.engine.{each}" for each in ("errors", *known.get(name, ()))}
         assert modules_known_to(f"offloop.engine.{name}") <= allowed
 
