@@ -1,7 +1,6 @@
 """Run: the handle of a training run, for any task and thread."""
 
 import functools
-import math
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
@@ -10,10 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar, overload
 
 from offloop.engine.bus.command_mailbox import actor
+from offloop.engine.bus.commands import (
+    Call,
+    Command,
+    Need,
+    Pause,
+    Resume,
+    SaveCheckpoint,
+    SetLearningRate,
+    Stop,
+    TagCheckpoint,
+    Validate,
+    check,
+    refused,
+)
 from offloop.engine.bus.event_bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.bus.waker import result_of
-from offloop.engine.checkpoint.store import check_tag
-from offloop.engine.errors import ConfigError, DeadlockError
+from offloop.engine.errors import DeadlockError
 from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
 from offloop.engine.monitor import Direction
 from offloop.engine.observers.observer import CallbackCosts
@@ -118,13 +130,17 @@ class Run:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Commands that cannot be given to this run at all, and why: `{"validate": "there is no val_loader"}`."""
-        refused = {}
+        """Commands that this run cannot apply at all, and why: `{"validate": "there is no val_loader ..."}`."""
+        return refused(self._lacking)
+
+    @property
+    def _lacking(self) -> set[Need]:
+        lacking = set()
         if not self._session.loop.has_validation:
-            refused["validate"] = "there is no val_loader to validate on"
+            lacking.add(Need.VAL_LOADER)
         if self.dir is None:
-            refused["checkpoint"] = "the run has no directory to save into"
-        return refused
+            lacking.add(Need.DIRECTORY)
+        return lacking
 
     @property
     def interrupted(self) -> bool:
@@ -253,24 +269,43 @@ class Run:
         """What each callback has cost so far, by name."""
         return self._session.callback_costs
 
-    # What it can be told
+    # Commands
 
-    def pause_nowait(self, reason: str = "", *, by: str | None = None) -> "Future[None]":
+    def give_nowait(self, command: Command[T], *, by: str | None = None) -> Future[T]:
+        """Give a command as a value, for code that gets commands from elsewhere: `run.give_nowait(Stop("enough"))`.
+
+        The other `*_nowait` methods do this for one kind of command.
+
+        Args:
+            command: The command.
+            by: Who gives it, for the record; None for the callback whose handler runs, or `user`.
+
+        Raises:
+            ConfigError: This run cannot apply the command.
+            RunEndedError: The run is over.
+        """
+        trainer = self._session.weak_trainer()
+        if trainer is not None and not self._mailbox.ended:
+            groups = {name: len(each.param_groups) for name, each in trainer.optimizers.items()}
+            check(command, lacking=self._lacking, groups=groups)
+        return self._mailbox.give(command, by)
+
+    def pause_nowait(self, reason: str = "", *, by: str | None = None) -> Future[None]:
         """Pause at the next batch, also of a validation; everything stays on the device."""
-        return self._mailbox.give("pause", {"reason": reason}, by)
+        return self.give_nowait(Pause(reason), by=by)
 
-    def resume_nowait(self, *, by: str | None = None) -> "Future[None]":
-        """Go on after a pause."""
-        return self._mailbox.give("resume", {}, by)
+    def resume_nowait(self, *, by: str | None = None) -> Future[None]:
+        """Continue after a pause."""
+        return self.give_nowait(Resume(), by=by)
 
-    def stop_nowait(self, reason: str = "asked to stop", *, by: str | None = None) -> "Future[None]":
+    def stop_nowait(self, reason: str = "asked to stop", *, by: str | None = None) -> Future[None]:
         """Stop at the next step boundary, with `status="stopped"`; it ends a pause and a validation."""
-        return self._mailbox.give("stop", {"reason": reason}, by)
+        return self.give_nowait(Stop(reason), by=by)
 
     def set_lr_nowait(
         self, lr: float, group: int | None = None, optimizer: str | None = None, *, by: str | None = None
-    ) -> "Future[None]":
-        """Set a learning rate; a schedule goes on from there, multiplied.
+    ) -> Future[None]:
+        """Set a learning rate; a schedule continues from there, multiplied.
 
         Args:
             lr: For the largest group, the others are scaled alike; or for `group` alone. Finite, above 0.
@@ -281,48 +316,29 @@ class Run:
         Raises:
             ConfigError: No such value, group or optimizer.
         """
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
-            raise ConfigError(f"lr must be a finite number above 0, got {lr!r}")
-        arguments = {"lr": float(lr), "group": group, "optimizer": optimizer}
-        if self._mailbox.ended:
-            return self._mailbox.give("set_lr", arguments, by)  # raises
-        optimizers = self.trainer.optimizers
-        if optimizer is None and len(optimizers) > 1:
-            raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(optimizers)}")
-        if optimizer is not None and optimizer not in optimizers:
-            raise ConfigError(f"there is no optimizer {optimizer!r}; there are {', '.join(optimizers)}")
-        groups = len(optimizers[optimizer or next(iter(optimizers))].param_groups)
-        if group is not None and not 0 <= group < groups:
-            raise ConfigError(f"group must be from 0 to {groups - 1}, got {group}")
-        return self._mailbox.give("set_lr", arguments, by)
+        return self.give_nowait(SetLearningRate(lr, group, optimizer), by=by)
 
-    def validate_nowait(self, *, by: str | None = None) -> "Future[Metrics]":
-        """Validate at the next step boundary; the result is its metrics.
+    def validate_nowait(self, *, by: str | None = None) -> Future[Metrics]:
+        """Validate at the next step boundary; the result is the metrics.
 
         Raises:
             ConfigError: The run has no val_loader.
         """
-        if not self._session.loop.has_validation:
-            raise ConfigError("there is no val_loader to validate on: give one to train()")
-        return self._mailbox.give("validate", {}, by)
+        return self.give_nowait(Validate(), by=by)
 
-    def checkpoint_nowait(
-        self, reason: str = "command", *, by: str | None = None
-    ) -> "Future[CheckpointSaved]":
+    def checkpoint_nowait(self, reason: str = "command", *, by: str | None = None) -> Future[CheckpointSaved]:
         """Save a checkpoint at the next step boundary; the result is there when it is durable.
 
         Raises:
             ConfigError: The run has no directory to save into.
         """
-        self._expect_dir()
-        return self._mailbox.give("checkpoint", {"reason": reason}, by)
+        return self.give_nowait(SaveCheckpoint(reason), by=by)
 
-    def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> "Future[CheckpointSaved]":
+    def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> Future[CheckpointSaved]:
         """Give the state of the next step boundary a name, by which it is found and which keeps it from being deleted.
 
-        If a checkpoint of that very step has been taken, it gets the tag; else one is taken. The result says
-        which, and is there when both are durable. It fails with `ValueError` if the tag is on another checkpoint
-        of this run.
+        If there is a checkpoint of that step, it gets the tag; else one is saved. The result says which, and is
+        there when both are durable. It fails with `ValueError` if the tag is on another checkpoint of this run.
 
         Args:
             tag: Letters, digits, `.`, `_` and `-`, at most 64; not `last`, `best`, `auto`, `must` or `never`.
@@ -332,25 +348,14 @@ class Run:
         Raises:
             ConfigError: The run has no directory to save into, or this is no name for a tag.
         """
-        self._expect_dir()
-        try:
-            check_tag(tag)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        return self._mailbox.give("tag", {"tag": tag, "move": move}, by)
+        return self.give_nowait(TagCheckpoint(tag, move), by=by)
 
-    def call_nowait(self, function: Callable[[Any], T], *, by: str | None = None) -> "Future[T]":
+    def call_nowait(self, function: Callable[[Any], T], *, by: str | None = None) -> Future[T]:
         """Run `function(trainer)` in the training thread at the next step boundary: the safe way to a live model.
 
         What it raises goes to the result, not to the run.
         """
-        if not callable(function):
-            raise TypeError(f"call takes a function of the trainer, got {function!r}")
-        return self._mailbox.give("call", {"function": function}, by)
-
-    def _expect_dir(self) -> None:
-        if self.dir is None:
-            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+        return self.give_nowait(Call(function), by=by)
 
     @awaited
     async def pause(self, reason: str = "", *, by: str | None = None) -> None:
@@ -359,7 +364,7 @@ class Run:
 
     @awaited
     async def resume(self, *, by: str | None = None) -> None:
-        """Go on after a pause."""
+        """Continue after a pause."""
         await self._mailbox.wait_for(self.resume_nowait(by=by))
 
     @awaited

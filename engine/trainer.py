@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from offloop.engine import checks
 from offloop.engine.argument_hints import METHODS, AsyncBlock, explains_arguments
 from offloop.engine.bus.command_mailbox import Mailbox, actor
+from offloop.engine.bus.commands import Need, Stop
 from offloop.engine.bus.threads import Thread
 from offloop.engine.callback import Callback, OnError, close_unused, lookup
 from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, RemoteRun, Retention
@@ -290,7 +291,7 @@ class BaseTrainer:
         Args:
             reason: Why, for the result.
         """
-        self._in_run("stop").mailbox.give("stop", {"reason": reason})
+        self._in_run("stop").mailbox.give(Stop(reason))
 
     @property
     def should_stop(self) -> NoReturn:
@@ -406,7 +407,7 @@ class BaseTrainer:
         self._in_run("keep_checkpoints")
         session = self._session
         if session is None or session.checkpoints is None or session.dir is None:
-            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+            raise ConfigError(Need.DIRECTORY.value)
         owner = actor.get()
         copies = None if save_dir is None else NamedCopies(absolute_path(save_dir), session.dir, name_of)
         keeper = Keeper(msgspec.structs.replace(retention, owner=owner), save_at_end, copies, copy_best_only)

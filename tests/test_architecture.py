@@ -28,6 +28,8 @@ WITHOUT_TORCH: Final = (
     "bus.waker",
     "bus.event_bus",
     "bus.command_mailbox",
+    "bus.commands",
+    "checkpoint.tags",
     "bus.deadlock",
     "lazy_imports",
     "observers.worker",

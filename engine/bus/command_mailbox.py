@@ -2,20 +2,20 @@
 
     any task, thread, decider, viewer              training thread
     ──────────────────────────────────             ───────────────
-    give(command) ──append──> commands ──────────> collect() at a batch or step boundary, applies them
+    give(command) ──append──> envelopes ─────────> collect() at a boundary, then apply
          │                       │
-         │              attention = True           one attribute look per batch; else nothing
+         │              attention = True           one attribute read per batch, nothing else
          ▼
-    Future <──────────────────── result ────────── after it was applied
+    Future <──────────────────── result ────────── after the command applied
 
-The training thread waits for others in exactly one place, here, for three reasons: it is paused,
-an async decider is at work, or a `block` subscription is full. Whoever it waits for must never wait for
-it in turn, or both would wait for ever; so while it stands there, awaiting a command returns as soon as
-the command is accepted, for everybody (`wait_for`).
+The training thread waits for others in exactly one place, here, for three reasons: the run is paused, an async
+decider is at work, or a `block` subscription is full. What it waits for must never wait for the training thread in
+turn. So while it waits for a decider or a subscription, an awaited command returns on acceptance (`wait_for`).
 """
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import itertools
 import logging
@@ -24,8 +24,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
+from offloop.engine.bus.commands import Command, Place, SaveCheckpoint
 from offloop.engine.bus.deadlock import CommandFuture, Places
 from offloop.engine.bus.waker import Waker
 from offloop.engine.errors import RunEndedError, encodable
@@ -34,96 +35,93 @@ logger = logging.getLogger("offloop")
 T = TypeVar("T")
 
 WAIT_WARNING: Final = 10.0
-"""Seconds that the training thread waits for a decider or a full subscription before it says for whom, and again."""
+"""Seconds that the training thread waits for a decider or a full subscription between two warnings."""
 
-CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "tag", "validate", "call"]
-AT_ANY_BATCH: Final = frozenset({"pause", "resume"})
-"""Commands that apply at the next batch; the others wait for the end of the accumulation window."""
-
-POLICY_REASONS: Final = frozenset({"best", "interval"})
-"""Why callbacks take checkpoints at a boundary; those of one state are one checkpoint."""
+BEST: Final = SaveCheckpoint("best")
+INTERVAL: Final = SaveCheckpoint("interval")
+"""What callbacks give that save by a policy."""
 
 actor: contextvars.ContextVar[str] = contextvars.ContextVar("offloop_actor", default="user")
 """Who acts in this context: the name of the callback whose handler runs, else `user`."""
 deciding: contextvars.ContextVar[object] = contextvars.ContextVar("offloop_deciding", default=None)
-"""The `Mailbox` whose boundary a decider of this context stands at, else None."""
+"""In the context of a decider, the `Mailbox` of the run that it decides about; else None."""
 
 
-class Command:
-    """A wish on its way to the training thread."""
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Envelope(Generic[T]):
+    """A command on its way to the training thread."""
 
-    __slots__ = ("also_by", "arguments", "by", "from_decider", "future", "id", "name")
-
-    def __init__(
-        self,
-        name: CommandName,
-        id: int,
-        arguments: dict[str, Any],
-        by: str,
-        from_decider: bool,
-        future: Future[Any],
-    ) -> None:
-        self.name = name
-        self.id = id
-        self.arguments = arguments
-        self.by = by
-        self.also_by: tuple[str, ...] = ()  # who gave commands that this one serves as well
-        self.from_decider = from_decider
-        self.future = future
+    command: Command[T]
+    id: int
+    """Number within the run, from 0 in order of arrival."""
+    by: str
+    """Who gave the command: a callback, `user`, a viewer, a signal."""
+    from_decider: bool
+    future: Future[T]
+    """The result. Completed by the training thread or, for checkpoints, by their writer."""
+    also_by: tuple[str, ...] = ()
+    """Who gave the commands that were merged into this one."""
 
     def __repr__(self) -> str:
-        return f"<{self.name} #{self.id} by {self.by}>"
+        return f"<{self.command.name} #{self.id} by {self.by}>"
 
 
 class Mailbox:
     """The mailbox of one run."""
 
     def __init__(self) -> None:
-        # Read by the training thread at every batch without a lock; set by everybody who wants it to look.
+        # True when the training thread must visit the mailbox. Set by any thread, cleared by the training thread
+        # under the lock. The training thread reads it at every batch without the lock: it is set after the change
+        # that it announces, so a read that misses it is followed by one that does not.
         self.attention = False
-        self.cancelled = False  # set by any thread, once; read by the training thread
+        # Set once by any thread, reason first; read by the training thread.
+        self.cancelled = False
         self.cancel_reason = ""
-        self.changes = 0  # grows with each command and poke, under the condition's lock
-        self.ended = False  # set by the training thread when it applies no more commands
-        # Set in a child that was forked from this process, whose training thread then leaves; see `forked.py`.
+        # Grows with each command and poke. Written under the lock by any thread, read by the training thread.
+        self.changes = 0
+        # True when no more commands apply. Set by the training thread under the lock; read by any thread.
+        self.ended = False
+        # True in a forked child, whose training thread then leaves. Set by `forked.py`.
         self.is_forked = False
-        self.is_blocked_on_others = (
-            False  # True while the training thread waits for a decider or a full subscription
-        )
+        # True while the training thread waits for a decider or a full subscription. Written by the training thread
+        # under the lock; read by the tasks that await commands.
+        self.is_blocked_on_others = False
         self.places = Places(lambda: self.is_blocked_on_others and deciding.get() is self)
-        self._commands: deque[Command] = deque()
-        # Entered by this lock, which no interrupt can leave taken, see threads.py.
+        # Appended to by any thread, emptied by the training thread; under the lock.
+        self._envelopes: deque[Envelope[Any]] = deque()
+        # Reentrant, for signal handlers. No interrupt can leave it locked, see `threads.py`.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._numbers = itertools.count()
         self._on_cancel: list[Callable[[], None]] = []
-        self._awaiting: set[Waker] = set()  # tasks that await a command; under the condition's lock
+        # Wakers of the tasks that await a command; under the lock.
+        self._awaiting: set[Waker] = set()
 
-    # Anybody's side
+    # Any thread
 
-    def give(self, name: CommandName, arguments: dict[str, Any], by: str | None = None) -> Future[Any]:
+    def give(self, command: Command[T], by: str | None = None) -> Future[T]:
         """Put a command into the mailbox. Any thread; never waits.
 
+        Args:
+            command: The command.
+            by: Who gives it; None for the callback whose handler runs, or `user`.
+
         Returns:
-            Its result, once it was applied. It fails with `RunEndedError` if the run ends first.
+            The result, once the command applied. It fails with `RunEndedError` if the run ends first.
 
         Raises:
             RunEndedError: The run is over.
         """
         by, from_decider = encodable(by or actor.get()), deciding.get() is self
-        arguments = {
-            key: encodable(each) if isinstance(each, str) else each for key, each in arguments.items()
-        }
         with self._lock:
             if self.ended:
-                raise RunEndedError(f"{name} came too late: the run is over")
-            future: CommandFuture[Any] = CommandFuture(self.places, name)
-            command = Command(name, next(self._numbers), arguments, by, from_decider, future)
-            self._commands.append(command)
+                raise RunEndedError(f"{command.name} came too late: the run is over")
+            future: CommandFuture[T] = CommandFuture(self.places, command)
+            self._envelopes.append(Envelope(command, next(self._numbers), by, from_decider, future))
             self.changes += 1
             self.attention = True
             self._changed.notify_all()
-        return command.future
+        return future
 
     def cancel(self, reason: str) -> None:
         """Make the training thread leave at its next batch, out of any wait. Any thread, also a signal handler."""
@@ -135,7 +133,7 @@ class Mailbox:
             tell()
 
     def poke(self) -> None:
-        """Make the training thread look up, from a wait too. Any thread.
+        """Make the training thread process commands, and check what it waits for. Any thread.
 
         Safe in a signal handler of the main thread: the lock is reentrant and never held for long.
         """
@@ -145,13 +143,14 @@ class Mailbox:
             self._changed.notify_all()
 
     async def wait_for(self, future: Future[T]) -> T | None:
-        """Wait until a command was applied and return its result; None if it is only accepted for now.
+        """Wait until a command applied and return its result; None if the command is only accepted so far.
 
-        That is so while the training thread stands at a decider or a full `block` subscription: it may be
-        waiting for the very task that waits here. Any event loop. Cancellation: the command stays given.
+        It returns None while the training thread waits for a decider or a full `block` subscription, because the
+        training thread may be waiting for the very task that waits here.
+        Any event loop. Cancellation: the command stays given.
 
         Raises:
-            RunEndedError: The run ended before the command could be applied.
+            RunEndedError: The run ended before the command applied.
         """
         with Waker() as waker:
             with self._lock:
@@ -167,7 +166,7 @@ class Mailbox:
 
     @contextlib.contextmanager
     def on_cancel(self, tell: Callable[[], None]) -> Iterator[None]:
-        """Have `tell` called when the run is cancelled, or at once if it is already. It must not block."""
+        """Call `tell` when the run is cancelled, or at once if it already is. `tell` must not block."""
         self._on_cancel.append(tell)
         if self.cancelled:
             tell()
@@ -176,66 +175,58 @@ class Mailbox:
         finally:
             self._on_cancel.remove(tell)
 
-    # Training thread's side
+    # Training thread
 
-    def collect(
-        self, *, step_boundary: bool, stop_only: bool = False, deciders_only: bool = False
-    ) -> list[Command]:
-        """Take out the commands that can be applied here, in the order in which they apply.
+    def collect(self, place: Place, *, deciders_only: bool = False) -> list[Envelope[Any]]:
+        """Take out the commands that apply at a place, in the order in which they apply.
 
-        Deciders' commands come first, in declared order, then outside ones by arrival, `stop` last.
+        Commands of deciders come first, in declared order; then those of others by arrival; `Stop` comes last.
 
         Args:
-            step_boundary: All commands can be applied here; else only those for any batch.
-            stop_only: In a validation: `stop` can be applied too, the others after it.
-            deciders_only: At a step boundary, leave for later what did not come from a decider. What applies at
-                any batch, and `stop`, applies here too.
+            place: Where the training thread is.
+            deciders_only: Leave what did not come from a decider, except for commands that interrupt (`Rule`).
         """
-        applicable: list[Command] = []
-        left: deque[Command] = deque()
+        applicable: list[Envelope[Any]] = []
+        left: deque[Envelope[Any]] = deque()
         with self._lock:
-            for command in self._commands:
-                is_stop = command.name == "stop"
-                if command.name in AT_ANY_BATCH:
-                    is_applicable = True
-                elif step_boundary:
-                    is_applicable = not deciders_only or is_stop or command.from_decider
-                else:
-                    is_applicable = stop_only and is_stop
-                (applicable if is_applicable else left).append(command)
-            self._commands = left
-            # Still true if something waits for another boundary: then each batch looks again.
+            for envelope in self._envelopes:
+                rule = envelope.command.rule
+                is_applicable = place in rule.place and (
+                    not deciders_only or rule.interrupts or envelope.from_decider
+                )
+                (applicable if is_applicable else left).append(envelope)
+            self._envelopes = left
+            # Stays true while a command waits for another place, so that the next batch looks again.
             self.attention = bool(left) or self.cancelled or self.is_forked
-        return _merged(
-            sorted(applicable, key=lambda command: (command.name == "stop", not command.from_decider))
-        )
+        applicable.sort(key=lambda envelope: (envelope.command.rule.is_last, not envelope.from_decider))
+        return _merged(applicable)
 
-    def put_back(self, commands: Sequence[Command]) -> None:
+    def put_back(self, envelopes: Sequence[Envelope[Any]]) -> None:
         """Put back what was collected and could not be applied."""
-        if commands:
+        if envelopes:
             with self._lock:
-                self._commands.extendleft(reversed(commands))
+                self._envelopes.extendleft(reversed(envelopes))
                 self.attention = True
 
     @property
     def is_waited_for(self) -> bool:
-        """True if a command waits for its boundary, and nobody has taken it back."""
+        """True if a command waits for its boundary and was not taken back."""
         with self._lock:
-            return any(not command.future.cancelled() for command in self._commands)
+            return any(not envelope.future.cancelled() for envelope in self._envelopes)
 
     def wait_for_change(self, seen: int) -> None:
-        """Wait until `changes` is no longer `seen`: a command or a `poke` has come. For a pause."""
+        """Wait until `changes` differs from `seen`, by a command or a `poke`. For a pause."""
         with self._lock:
             while self.changes == seen:
                 self._changed.wait()
 
     def stand(self, until: Callable[[], bool], waiting_for: str, *, callback: str | None = None) -> None:
-        """Wait for somebody who must not wait for us: awaited commands return on acceptance.
+        """Wait for what must not wait for the training thread: awaited commands return on acceptance.
 
         Args:
-            until: True when the wait is over; looked at after each command and `poke`.
-            waiting_for: For the log.
-            callback: Name of the one that is waited for; None for full `block` subscriptions.
+            until: True when the wait is over. Called after each command and `poke`.
+            waiting_for: What the warning in the log names.
+            callback: Name of the callback that is waited for; None for full `block` subscriptions.
         """
         started = warned = time.perf_counter()
         with self.standing_still(callback), self._lock:
@@ -248,7 +239,7 @@ class Mailbox:
 
     @contextlib.contextmanager
     def standing_still(self, callback: str | None = None) -> Iterator[None]:
-        """Release everybody who awaits a command, now and while this lasts."""
+        """Release the tasks that await a command, now and for the duration of the block."""
         with self._lock:
             self.is_blocked_on_others = True
             for waker in self._awaiting:
@@ -262,41 +253,41 @@ class Mailbox:
             self.is_blocked_on_others = False
 
     def end(self) -> None:
-        """Apply no more commands: those still waiting fail with `RunEndedError`."""
+        """Accept no more commands. The futures of those still waiting fail with `RunEndedError`."""
         with self._lock:
             self.ended = True
-            rest = list(self._commands)
-            self._commands.clear()
-        for command in rest:
+            rest = list(self._envelopes)
+            self._envelopes.clear()
+        for envelope in rest:
             try:
-                # False if the giver has taken the command back.
-                if command.future.set_running_or_notify_cancel():
-                    command.future.set_exception(
-                        RunEndedError(f"the run ended before {command.name} could be applied")
+                # False if the command was taken back.
+                if envelope.future.set_running_or_notify_cancel():
+                    envelope.future.set_exception(
+                        RunEndedError(f"the run ended before {envelope.command.name} could be applied")
                     )
-            except BaseException:  # out of a callback of the future; the other givers are told all the same
-                logger.exception("a callback of the future of %s failed", command)
+            except BaseException:  # raised by a callback of the future; the other futures fail all the same
+                logger.exception("a callback of the future of %s failed", envelope)
 
 
-def _merged(commands: list[Command]) -> list[Command]:
-    """Let one checkpoint serve all policies that ask for one of the very same state, one right after the other."""
-    merged: list[Command] = []
-    for command in commands:
-        first = merged[-1] if merged else command
-        is_same = first is not command and all(
-            each.name == "checkpoint" and each.arguments.get("reason") in POLICY_REASONS
-            for each in (first, command)
-        )
-        if not is_same:
-            merged.append(command)
-            continue
-        if not command.future.set_running_or_notify_cancel():
-            continue  # whoever gave it has taken it back
-        first.also_by += (command.by,)
-        if command.arguments["reason"] == "best":
-            first.arguments = command.arguments
-        first.future.add_done_callback(functools.partial(_pass_on, to=command.future))
+def _merged(envelopes: list[Envelope[Any]]) -> list[Envelope[Any]]:
+    """Merge neighbouring checkpoints of policies: they are of the same state, so one checkpoint serves them all.
+
+    The reason `best` wins over `interval`. `also_by` keeps the other callbacks, which own the checkpoint too.
+    """
+    merged: list[Envelope[Any]] = []
+    for envelope in envelopes:
+        first = merged[-1] if merged else None
+        if first is None or not (_is_by_policy(first) and _is_by_policy(envelope)):
+            merged.append(envelope)
+        elif envelope.future.set_running_or_notify_cancel():  # else it was taken back
+            command = envelope.command if envelope.command == BEST else first.command
+            merged[-1] = dataclasses.replace(first, command=command, also_by=(*first.also_by, envelope.by))
+            first.future.add_done_callback(functools.partial(_pass_on, to=envelope.future))
     return merged
+
+
+def _is_by_policy(envelope: Envelope[Any]) -> bool:
+    return envelope.command in (BEST, INTERVAL)
 
 
 def _pass_on(done: Future[Any], *, to: Future[Any]) -> None:

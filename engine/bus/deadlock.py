@@ -1,12 +1,12 @@
-"""Waits that could never end: they raise instead, at once, and say what to write.
+"""Waits that could never end raise `DeadlockError` at once, and the text says what to write instead.
 
-A run's commands are applied by its training thread, at a boundary, and its events are handed on by its event loop.
-Code that runs in one of these places, or that training waits for, must not block until a command is applied:
+The training thread applies a run's commands at a boundary, and the run's event loop delivers events. Code that runs
+in one of these places, or that training waits for, must not block until a command applies:
 
-    place                                        why its wait would not end
+    place                                        why the wait would not end
     ───────────────────────────────────────────  ─────────────────────────────────────────────────────
-    training thread (step, step hook, decider)   it is the one that applies the command
-    event loop                                   it hands events on, serves async deciders and the page
+    training thread (step, step hook, decider)   this thread applies the command
+    event loop                                   it delivers events, serves async deciders and the page
     what an async decider waits for              training waits for that decider
     worker thread of a callback                  training waits for that callback, see `Places.held_up`
 
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
+from offloop.engine.bus.commands import Command
 from offloop.engine.errors import DeadlockError
 
 T = TypeVar("T")
@@ -32,23 +33,25 @@ class Places:
     """Which threads and tasks of a run must not wait for which of its commands. Any thread."""
 
     def __init__(self, is_decider: Callable[[], bool]) -> None:
-        """Begin with none.
+        """Start with no threads and no tasks.
 
         Args:
             is_decider: True in the context of an async decider for which training waits.
         """
-        # Identities of threads and tasks. Each is written by the thread or task that it means.
+        # Identities of threads and tasks. A thread or task adds and removes only its own, so these need no lock.
         self.training_thread: int | None = None
         self.event_loop_thread: int | None = None
-        # By worker thread of a callback: its name, and whether it holds training up by a full `block` subscription.
+        # By worker thread of a callback: the callback's name, and whether its full `block` subscription holds
+        # training up.
         self.workers: dict[int, tuple[str, Callable[[], bool]]] = {}
-        # Tasks that the end of the run waits for: those in which callbacks handle events.
+        # Tasks in which callbacks handle events: the end of the run waits for them.
         self.tasks: set[int] = set()
-        # Name of the callback that the training thread waits for; written by that thread.
+        # Name of the callback that the training thread waits for. Written by the training thread, read by workers.
         self.awaited: str | None = None
         self._is_decider = is_decider
         self._lock = threading.Lock()
-        self._waiting: set[threading.Event] = set()  # of workers that wait for a command; under the lock
+        # One event for a worker that waits for a command; under the lock.
+        self._waiting: set[threading.Event] = set()
 
     @contextmanager
     def worker(self, name: str, is_blocking: Callable[[], bool]) -> Iterator[None]:
@@ -62,7 +65,7 @@ class Places:
 
     @contextmanager
     def task(self, task: int) -> Iterator[None]:
-        """Mark a task as one that the end of the run waits for."""
+        """Mark a task as one in which a callback handles events."""
         self.tasks.add(task)
         try:
             yield
@@ -70,21 +73,21 @@ class Places:
             self.tasks.discard(task)
 
     def changed(self) -> None:
-        """Have workers that wait for a command look again. Training thread, when it begins to wait for others."""
+        """Make workers that wait for a command check again. Training thread, when it begins to wait for others."""
         with self._lock:
-            for each in self._waiting:
-                each.set()
+            for woken in self._waiting:
+                woken.set()
 
     def is_plain(self) -> bool:
-        """True where nothing can be awaited: in the training thread, and in a callback's worker thread as it is.
+        """True where nothing can be awaited: in the training thread, and in a callback's worker thread.
 
-        A worker thread may run an event loop of its own, which can wait for a command as any other can.
+        False in a worker thread that runs an event loop itself: code there can await.
         """
         thread = threading.get_ident()
         return thread == self.training_thread or (thread in self.workers and not _runs_event_loop())
 
     def is_handling(self) -> bool:
-        """True where a callback handles an event, for which the end of the run waits. In an event loop only."""
+        """True where a callback handles an event, which the end of the run waits for. In an event loop only."""
         return threading.get_ident() in self.workers or anyio.get_current_task().id in self.tasks
 
     def held_up(self) -> bool:
@@ -92,18 +95,18 @@ class Places:
         name, is_blocking = self.workers.get(threading.get_ident(), (None, None))
         return is_blocking is not None and (self.awaited == name or is_blocking())
 
-    def completes_without(self, command: str) -> bool:
-        """True if a command that was taken at its boundary is completed without the help of this thread.
+    def completes_without(self, command: Command[Any]) -> bool:
+        """True if a command that has reached its boundary completes without the help of this thread.
 
-        A checkpoint is on its way to the disk, also while training waits. The event loop is needed even so: by the
-        logs that must have what came before.
+        A checkpoint is then being written, also while training waits. The writer needs the event loop, though: event
+        logs must first hold what came before the checkpoint.
         """
-        return command in ("checkpoint", "tag") and threading.get_ident() != self.event_loop_thread
+        return command.rule.is_done_when_durable and threading.get_ident() != self.event_loop_thread
 
-    def why_endless(self, command: str) -> str | None:
+    def why_endless(self, command: Command[Any]) -> str | None:
         """Return why the result of a command cannot be waited for here, and what to write; None where it can."""
         thread = threading.get_ident()
-        given = f"run.{command}_nowait(...)"
+        given = f"run.{command.name}_nowait(...)"
         if thread == self.training_thread:
             return (
                 f"{given}.result() would wait for ever: this is the training thread, which applies commands at its "
@@ -115,7 +118,10 @@ class Places:
                 f"{given} alone takes effect when the decider returns"
             )
         if thread == self.event_loop_thread:
-            return f"{given}.result() would block the event loop, which the run needs: write await run.{command}(...)"
+            return (
+                f"{given}.result() would block the event loop, which the run needs: "
+                f"write await run.{command.name}(...)"
+            )
         if self.held_up():
             return (
                 f"{given}.result() would wait for ever: training waits until this callback has handled its events. "
@@ -124,10 +130,10 @@ class Places:
         return None
 
     def wait(self, future: "CommandFuture[Any]", timeout: float | None) -> None:
-        """Wait in the worker thread of a callback until a command is done or the time is over.
+        """Wait in the worker thread of a callback until a command is done or the timeout has passed.
 
         Raises:
-            DeadlockError: Training has begun to wait for this very callback.
+            DeadlockError: Training has begun to wait for this callback.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         woken = threading.Event()
@@ -157,29 +163,32 @@ def _runs_event_loop() -> bool:
 
 
 class CommandFuture(Future[T]):
-    """The result of a command, once it was applied. Waiting for it where it can never come raises `DeadlockError`."""
+    """The result of a command, once it applied. Waiting where it can never come raises `DeadlockError`."""
 
-    def __init__(self, places: Places, command: str) -> None:
+    def __init__(self, places: Places, command: Command[T]) -> None:
         super().__init__()
         self._places = places
         self._command = command
 
     def result(self, timeout: float | None = None) -> T:
-        """Return the result, waiting for it at most `timeout` seconds. Blocks this thread.
+        """Return the result. Blocks this thread for at most `timeout` seconds.
 
         Raises:
-            DeadlockError: This thread is one that the command waits for.
-            TimeoutError: The time is over.
-            RunEndedError: The run ended before the command was applied.
+            DeadlockError: The command waits for this thread.
+            TimeoutError: The timeout has passed.
+            RunEndedError: The run ended before the command applied.
         """
         return super().result(self._left(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the command raised, None if nothing; waits and raises as `result`."""
+        """Return the exception of the command, None if there is none. Waits and raises as `result` does."""
         return super().exception(self._left(timeout))
 
     def _left(self, timeout: float | None) -> float | None:
-        """Return how long to wait still, after what the place of this thread allows."""
+        """Wait where a callback's worker does, and return how long the caller may still wait.
+
+        A plain `Future` could not be woken when training begins to wait for that callback.
+        """
         if self.done() or (timeout is not None and timeout <= 0):
             return timeout
         self.check()
@@ -190,7 +199,7 @@ class CommandFuture(Future[T]):
 
     def check(self) -> None:
         """Raise `DeadlockError` if this thread must not wait for the command."""
-        # Looked at before `done`: another thread may complete it between the two, and it then is no longer running.
+        # Read before `done`: if another thread completes the command between the two, it no longer runs.
         is_running = self.running()
         if self.done() or (is_running and self._places.completes_without(self._command)):
             return

@@ -1,12 +1,12 @@
-"""Processes that are forked inside a run: they end by themselves and leave the run alone.
+"""Processes that are forked inside a run: they end without touching the run.
 
-`os.fork` in a step copies one thread, the training thread. The copy has no event loop, no writer and no
-observers, but it has the run's files, its sockets and its callbacks. Code of the copy that raises or exits
-must end the process as it would in a script; it must not close the run that goes on in the parent.
+`os.fork` in a step copies one thread, the training thread. The child has no event loop, no writer and no
+observers, but it has the run's files, sockets and callbacks. When the child's code raises or exits, the
+process must end as it would in a script; it must not close the run that continues in the parent.
 
-    generation          counts the forks between this process and the first one; whoever hosts a user's code
+    generation          the number of forks between this process and the first one; code that calls user code
                         compares it before and after
-    end_process         ends the copy, with its exit code and its traceback
+    end_process         ends the child, with its exit code and its traceback
 """
 
 import contextlib
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from offloop.engine.bus.command_mailbox import Mailbox
 
 generation = 0
-"""Grows by one in each forked child. Read by every thread that runs a user's code."""
+"""One more in a forked child than in its parent. Read by the threads that run user code."""
 
 RETURNED: Final = (
-    "a process that was forked inside a run has returned into the run, which goes on in its parent only: "
+    "a process that was forked inside a run has returned into the run, which continues in the parent only: "
     "end it with os._exit() or sys.exit(), or use multiprocessing"
 )
 
-# Mailboxes of the runs of this process. In a child their training threads are made to look up.
+# Mailboxes of the runs of this process. In a child they make the training thread leave.
 _mailboxes: "weakref.WeakSet[Mailbox]" = weakref.WeakSet()
 
 
@@ -35,14 +35,14 @@ class ForkedProcessError(BaseException):
 
 
 def watch(mailbox: "Mailbox") -> None:
-    """Have a run's training thread leave in a child that is forked from it. Any thread."""
+    """Make a run's training thread leave in every child that is forked from it. Any thread."""
     _mailboxes.add(mailbox)
 
 
 def end_process(error: BaseException | None) -> NoReturn:
-    """End this forked process: by what its code raised, or for having returned into the run.
+    """End this forked process: with the error that its code raised, or because it returned into the run.
 
-    Exit handlers are not run, as in the children of multiprocessing: they are the parent's.
+    Exit handlers belong to the parent and do not run, as in the children of multiprocessing.
     """
     code = 1
     with contextlib.suppress(BaseException):
@@ -64,7 +64,7 @@ def end_process(error: BaseException | None) -> NoReturn:
 def _note_fork() -> None:
     global generation
     generation += 1
-    # Attributes only: a lock may be held by a thread that this process does not have.
+    # Takes no lock: a thread that does not exist in this process may hold it.
     for mailbox in list(_mailboxes):
         mailbox.is_forked = True
         mailbox.attention = True

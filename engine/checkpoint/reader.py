@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +39,7 @@ from offloop.engine.checkpoint.manifest import (
     decode_manifest,
     excess_of,
 )
+from offloop.engine.checkpoint.tags import TAG_NAME
 from offloop.engine.checkpoint.tree import decode, tensor_names
 
 CHECKPOINTS = "checkpoints"
@@ -50,8 +50,6 @@ TAGS = "tags"
 
 MAX_JSON_BYTES = 256 << 20
 """A manifest of 100,000 tensors has about 30 MB; more is an attempt to fill the memory."""
-
-TAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from offloop.engine.checkpoint.manifest import (
     ManifestHead,
     decode_head,
 )
-from offloop.engine.checkpoint.reader import CHECKPOINTS, REFS, TAG_NAME, TAGS, CheckpointInfo
+from offloop.engine.checkpoint.reader import CHECKPOINTS, REFS, TAGS, CheckpointInfo
+from offloop.engine.checkpoint.tags import TAG_NAME
 
 logger = logging.getLogger("offloop")
 T = TypeVar("T")

@@ -60,19 +60,16 @@ from offloop.engine.checkpoint.manifest import (
 from offloop.engine.checkpoint.reader import (
     MAX_JSON_BYTES,
     SET_ASIDE,
-    TAG_NAME,
     TAGS,
     CheckpointInfo,
     CheckpointReader,
 )
 from offloop.engine.checkpoint.retention import Retention, best_of, select_kept_by_any
+from offloop.engine.checkpoint.tags import check_tag
 from offloop.engine.checkpoint.tree import encode
 
 FREE_SPACE_MARGIN = 1.05
 """Manifest, folders and blocks come on top of the bytes; a guess on the safe side."""
-
-RESERVED_TAGS = frozenset({"last", "best", "auto", "never", "must"})
-"""Words that mean something else to whoever resumes."""
 
 _TEMPORARY, _TRASH = ".tmp-", ".trash-"
 
@@ -510,19 +507,6 @@ def _check_readable(state: bytes, directory: Path) -> None:
         excess = f"{len(state):,} bytes, at most {MAX_JSON_BYTES:,} can be read"
     if excess:
         raise CheckpointWriteError(directory / STATE, None, f"{excess}: keep large lists as tensors")
-
-
-def check_tag(tag: str) -> None:
-    """Refuse what cannot be the name of a tag.
-
-    Raises:
-        ValueError: It is too long, has other characters, or has a meaning of its own.
-    """
-    if not TAG_NAME.fullmatch(tag) or tag in RESERVED_TAGS:
-        raise ValueError(
-            f"tag must be letters, digits, '.', '_' and '-', at most 64 of them, and none of "
-            f"{sorted(RESERVED_TAGS)}, got {tag!r}"
-        )
 
 
 def _no_tensor(path: str, value: object) -> None:

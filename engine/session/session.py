@@ -39,7 +39,8 @@ import torch
 
 from offloop.engine.best import Best
 from offloop.engine.bus import forked
-from offloop.engine.bus.command_mailbox import Command, Mailbox, actor, deciding
+from offloop.engine.bus.command_mailbox import Envelope, Mailbox, actor, deciding
+from offloop.engine.bus.commands import Need, SaveCheckpoint, Stop, TagCheckpoint
 from offloop.engine.bus.event_bus import BUFFER, Bus, Subscription
 from offloop.engine.bus.threads import Thread, has_ended
 from offloop.engine.bus.waker import Waker, result_of
@@ -405,7 +406,7 @@ class Session:
             ConfigError: The run has no directory to save into.
         """
         if self.checkpoints is None:
-            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+            raise ConfigError(Need.DIRECTORY.value)
         loop = self.loop
         loop.reporter.readback.flush()  # host sync: what the epoch has summed up must be here
         try:
@@ -713,20 +714,20 @@ class Session:
         observer = next(each for each in self.observers if each.name == hook.callback)
         observer.failed(hook.point, error, is_off=is_off)
 
-    def save_for(self, command: Command) -> None:
-        """Do for a command what its future is completed for once it is durable. Training thread."""
-        if command.name == "checkpoint":
-            givers = (command.by, *command.also_by)
-            owners = () if self.checkpoints is None else self.checkpoints.owners_among(givers)
-            self.save(command.arguments["reason"], command.future, owners=owners)
-            return
+    def save_for(self, envelope: Envelope[Any]) -> None:
+        """Save or tag a checkpoint for a command; its future is completed when that is durable. Training thread."""
+        command = envelope.command
         if self.checkpoints is None:
-            raise ConfigError("this run has no directory to save into: give Trainer(run_dir=...)")
+            raise ConfigError(Need.DIRECTORY.value)
+        if isinstance(command, SaveCheckpoint):
+            owners = self.checkpoints.owners_among((envelope.by, *envelope.also_by))
+            self.save(command.reason, envelope.future, owners=owners)
+            return
+        assert isinstance(command, TagCheckpoint)
         is_taken = self._saved_moment == self._moment() and self.checkpoints.failed_step != self.loop.step
         if not is_taken:  # else the checkpoint just taken is of this very state
             self.save("manual")
-        tag, move = command.arguments["tag"], command.arguments["move"]
-        self.checkpoints.tag(tag, step=self.loop.step, move=move, future=command.future)
+        self.checkpoints.tag(command.tag, step=self.loop.step, move=command.move, future=envelope.future)
 
     def _judge(self, event: ValidationEnd | EpochEnd) -> None:
         """Note the moment if it is the best so far."""
@@ -792,7 +793,7 @@ class Session:
         self.signal_count = count
         if count == 1:
             with contextlib.suppress(OffloopError):
-                self.mailbox.give("stop", {"reason": name}, by="signal")
+                self.mailbox.give(Stop(name), by="signal")
             logger.warning("%s: stopping; once more to leave in haste", name)
         else:
             self.hurry(f"{name}, twice")
@@ -906,7 +907,7 @@ class Session:
                             in_body = error
                             with contextlib.suppress(RunEndedError):
                                 reason = f"{type(error).__name__} beside the run"
-                                self.mailbox.give("stop", {"reason": reason}, by="user")
+                                self.mailbox.give(Stop(reason), by="user")
                         await result_of(self.finished, ended)
                     except BaseException:
                         if not body.cancel_called:

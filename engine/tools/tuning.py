@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from offloop.engine.bus.command_mailbox import Mailbox
+from offloop.engine.bus.commands import Stop
 from offloop.engine.bus.threads import Thread
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.data.batches import length_of
@@ -138,7 +139,7 @@ class _Losses:
         exploded = smoothed > best + (EXPLODED - 1) * max(abs(best), 1e-12)  # a loss may be negative or 0
         if exploded or not math.isfinite(event.loss):
             self._is_over = True
-            self._mailbox.give("stop", {"reason": "the loss exploded"}, by="search")
+            self._mailbox.give(Stop("the loss exploded"), by="search")
             return
         self.lrs.append(event.lr)
         self.losses.append(event.loss)

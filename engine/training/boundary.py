@@ -4,10 +4,21 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from offloop.engine.bus.command_mailbox import Command, Mailbox
+from offloop.engine.bus.command_mailbox import Envelope, Mailbox
+from offloop.engine.bus.commands import (
+    Call,
+    Pause,
+    Place,
+    Resume,
+    SaveCheckpoint,
+    SetLearningRate,
+    Stop,
+    TagCheckpoint,
+    Validate,
+)
 from offloop.engine.bus.forked import ForkedProcessError
 from offloop.engine.errors import ConfigError, RunEndedError, as_failure, describe
-from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, Settings, StateChanged
+from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, StateChanged
 from offloop.engine.training.learning_rate import largest_lr, scale_lr
 
 if TYPE_CHECKING:
@@ -23,7 +34,7 @@ class Boundary:
         mailbox: Mailbox,
         *,
         is_blocked: Callable[[], bool],
-        save: Callable[[Command], None],
+        save: Callable[[Envelope[Any]], None],
     ) -> None:
         """Serve `loop` from `mailbox`.
 
@@ -36,15 +47,17 @@ class Boundary:
         self.state = "running"  # or paused, stopping; read by anybody
         self.paused_seconds = 0.0
         self.stopped_by: str | None = None  # the callback whose decision has ended the run
-        self.obeying_decider = False  # True while a decider's command is applied
+        self.is_applying_decider_command = False
         self._loop = loop
         self._mailbox = mailbox
         self._is_blocked = is_blocked
         self._save = save
-        self._paused_by: Command | None = None
-        self._set_aside: Command | None = None  # the pause in which a validation was asked for
+        self._paused_by: Envelope[Any] | None = None
+        self._set_aside: Envelope[Any] | None = None  # the pause in which a validation was asked for
         self._depth = 0  # of commands being applied: one may validate, and that has boundaries of its own
-        self._following: list[Command] = []  # collected beside the command in work: in the mailbox no more
+        self._following: list[
+            Envelope[Any]
+        ] = []  # collected beside the command in work: in the mailbox no more
 
     def process_commands(self) -> None:
         """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full.
@@ -88,20 +101,17 @@ class Boundary:
         the command to end, or fail with `RunEndedError`.
         """
         loop, mailbox = self._loop, self._mailbox
-        left = mailbox.collect(
-            step_boundary=self._at_step,
-            stop_only=loop.validating,
-            deciders_only=self._depth > 0 or loop.ending == "stopped",
-        )
+        place = Place.STEP if self._at_step else Place.VALIDATION if loop.validating else Place.BATCH
+        left = mailbox.collect(place, deciders_only=self._depth > 0 or loop.ending == "stopped")
         outer = self._following
         self._depth += 1
         try:
             if left:
                 loop.reporter.readback.flush()  # a loss that turns out not to be finite fails the run, not a command
             while left and not mailbox.cancelled:
-                command, *left = left
+                envelope, *left = left
                 self._following = [*left, *outer]
-                self._apply(command)
+                self._apply(envelope)
                 if loop.ending == "stopped":
                     mailbox.put_back([each for each in left if not each.from_decider])
                     left = [each for each in left if each.from_decider]
@@ -113,16 +123,17 @@ class Boundary:
             loop.ending, loop.reason = "cancelled", mailbox.cancel_reason
             self._change_state("stopping", mailbox.cancel_reason, "")
 
-    def _apply(self, command: Command) -> None:
-        """Apply a command, acknowledge it, and give the result to whoever waits for it."""
-        future = command.future
+    def _apply(self, envelope: Envelope[Any]) -> None:
+        """Apply a command, acknowledge it by an event, and complete its future."""
+        command, future = envelope.command, envelope.future
         if not future.set_running_or_notify_cancel():
-            return  # whoever gave it has taken it back
+            return  # it was taken back
         result: Any = None
         error: BaseException | None = None
-        outer, self.obeying_decider = self.obeying_decider, self.obeying_decider or command.from_decider
+        outer = self.is_applying_decider_command
+        self.is_applying_decider_command = outer or envelope.from_decider
         try:
-            result = getattr(self, f"_{command.name}")(command)
+            result = self._result_of(envelope)
         except BaseException as problem:
             if self._mailbox.is_forked:
                 raise
@@ -131,73 +142,82 @@ class Boundary:
                 raise
             error = as_failure(problem)
         finally:
-            self.obeying_decider = outer
+            self.is_applying_decider_command = outer
         self._loop.reporter.publish(
             CommandApplied(
                 command=command.name,
-                command_id=command.id,
-                by=command.by,
-                arguments=Settings({name: _plain(value) for name, value in command.arguments.items()}),
+                command_id=envelope.id,
+                by=envelope.by,
+                arguments=command.arguments(),
                 error=None if error is None else describe(error),
                 **self._loop.position(),
             )
         )
         if error is not None:
             future.set_exception(error)
-            if command.name == "validate" and not isinstance(error, ConfigError):
-                raise error  # the user's own validation failed, as it would have at its usual time
-        elif command.name not in ("checkpoint", "tag"):  # these are completed when they are durable
+            if isinstance(command, Validate) and not isinstance(error, ConfigError):
+                raise error  # the user's validation failed, as it would have at its usual time
+        elif not command.rule.is_done_when_durable:
             future.set_result(result)
 
-    # One method for each command, named after it
+    def _result_of(self, envelope: Envelope[Any]) -> Any:
+        """Do what a command asks for."""
+        match envelope.command:
+            case Pause(reason=reason):
+                self._pause(envelope, reason)
+            case Resume():
+                self._resume(envelope.by)
+            case Stop(reason=reason):
+                self._stop(envelope, reason)
+            case SetLearningRate() as command:
+                self._set_learning_rate(command)
+            case Validate():
+                return self._validate()
+            case SaveCheckpoint() | TagCheckpoint():
+                self._save(envelope)
+            case Call(function=function):
+                self._loop.guard()
+                return function(self._loop.program)
+            case _ as unknown:
+                raise TypeError(f"no way to apply {unknown!r}")
+        return None
 
-    def _pause(self, command: Command) -> None:
+    def _pause(self, envelope: Envelope[Any], reason: str) -> None:
         if self._loop.ending in ("stopped", "cancelled"):
             return  # a stop ends a pause, also one that comes after it
-        self._paused_by = command
-        self._change_state("paused", command.arguments["reason"], command.by)
+        self._paused_by = envelope
+        self._change_state("paused", reason, envelope.by)
 
-    def _resume(self, command: Command) -> None:
+    def _resume(self, by: str) -> None:
         if self._paused_by is not None:
             self._paused_by = None
-            self._change_state("running", "", command.by)
+            self._change_state("running", "", by)
 
-    def _stop(self, command: Command) -> None:
+    def _stop(self, envelope: Envelope[Any], reason: str) -> None:
         loop = self._loop
         if loop.ending in (None, "limit"):
-            loop.ending, loop.reason = "stopped", command.arguments["reason"]
-            self.stopped_by = command.by if command.from_decider else None
-            self._paused_by = None  # it ends a pause
-            self._change_state("stopping", loop.reason, command.by)
+            loop.ending, loop.reason = "stopped", reason
+            self.stopped_by = envelope.by if envelope.from_decider else None
+            self._paused_by = None
+            self._change_state("stopping", reason, envelope.by)
 
-    def _validate(self, command: Command) -> Metrics:
-        # Whoever asks for it in a pause wants its answer: that pause does not hold it, a new one does.
+    def _validate(self) -> Metrics:
+        # In a pause, the pause does not hold this validation; a pause that comes meanwhile does.
         self._set_aside = self._paused_by
         try:
-            made = self._loop.validate()
+            metrics = self._loop.validate()
         finally:
             self._set_aside = None
-        if made is None:
+        if metrics is None:
             raise ConfigError("the validation was stopped before its end")
-        return Metrics(made)
+        return Metrics(metrics)
 
-    def _call(self, command: Command) -> Any:
-        self._loop.guard()
-        return command.arguments["function"](self._loop.program)
-
-    def _checkpoint(self, command: Command) -> None:
-        self._save(command)
-
-    def _tag(self, command: Command) -> None:
-        self._save(command)
-
-    def _set_lr(self, command: Command) -> None:
-        lr, group, name = (command.arguments[key] for key in ("lr", "group", "optimizer"))
+    def _set_learning_rate(self, command: SetLearningRate) -> None:
         optimizers = self._loop.optimizers
-        name = name or next(iter(optimizers))
+        name = command.optimizer or next(iter(optimizers))
         previous = largest_lr(optimizers[name])
         schedulers = [schedule.scheduler for schedule in self._loop.schedules]
-        scale_lr(optimizers[name], lr, group=group, schedulers=schedulers)
+        scale_lr(optimizers[name], command.lr, group=command.group, schedulers=schedulers)
         self.publish_lr_change(previous, "command", name)
 
     # Saying so
@@ -218,12 +238,3 @@ class Boundary:
     def _change_state(self, state: str, reason: str, by: str) -> None:
         self.state = state
         self._loop.reporter.publish(StateChanged(state=state, reason=reason, by=by, **self._loop.position()))
-
-
-def _plain(value: Any) -> Any:
-    """Return what an argument looks like on an event."""
-    return (
-        value
-        if isinstance(value, bool | int | float | str | None)
-        else getattr(value, "__name__", str(value))
-    )

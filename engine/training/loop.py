@@ -24,7 +24,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from offloop.engine.bus.command_mailbox import Command, Mailbox
+from offloop.engine.bus.command_mailbox import Envelope, Mailbox
 from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.data.batch_size import guess_batch_size
@@ -159,7 +159,7 @@ class TrainingLoop:
         is_blocked: Callable[[], bool],
         hooks: Sequence[StepHook],
         hook_failed: Callable[[StepHook, BaseException, bool], None],
-        save: Callable[[Command], None],
+        save: Callable[[Envelope[Any]], None],
         guard: Callable[[], None],
         count_samples: Callable[[Batch], int] = guess_batch_size,
         validates_live: bool = False,
@@ -974,7 +974,9 @@ class TrainingLoop:
     def announce(self, event: Event) -> None:
         """Publish an event at which the training thread stands at a boundary, ask deciders, and obey."""
         self.reporter.publish(event)
-        if not self.boundary.obeying_decider:  # what a decider's command causes is not decided about again
+        if (
+            not self.boundary.is_applying_decider_command
+        ):  # what a decider's command causes is not decided about again
             self.decide(event)
         if self.mailbox.attention:
             self.boundary.process_commands()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from offloop.engine.bus.command_mailbox import Command
+from offloop.engine.bus.command_mailbox import Envelope
 from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.data.batch_size import guess_batch_size
@@ -83,7 +83,7 @@ class Host(Protocol):
     def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool, /) -> None:
         """Handle what a step hook raised: report it, or raise it again."""
 
-    def save_for(self, command: Command, /) -> None:
+    def save_for(self, envelope: Envelope[Any], /) -> None:
         """Take or tag a checkpoint for a command, and complete its future once that is durable."""
 
     def guard(self) -> None:
@@ -119,7 +119,7 @@ class SilentHost:
         """Raise the error."""
         raise error
 
-    def save_for(self, command: Command, /) -> None:
+    def save_for(self, envelope: Envelope[Any], /) -> None:
         """Save nothing."""
 
     def guard(self) -> None:

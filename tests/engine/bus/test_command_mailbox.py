@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -16,25 +16,52 @@ import anyio.to_thread
 import pytest
 
 from offloop.engine.bus import command_mailbox as mailbox_module
-from offloop.engine.bus.command_mailbox import Command, CommandName, Mailbox, actor, deciding
+from offloop.engine.bus.command_mailbox import Envelope, Mailbox, actor, deciding
+from offloop.engine.bus.commands import (
+    Call,
+    Command,
+    Pause,
+    Place,
+    Resume,
+    SaveCheckpoint,
+    SetLearningRate,
+    Stop,
+    TagCheckpoint,
+    Validate,
+)
 from offloop.engine.errors import RunEndedError
 
+CALL: Final = Call(lambda trainer: trainer.step)
+COMMANDS: Final[dict[str, Command[Any]]] = {
+    command.name: command
+    for command in (
+        Pause(),
+        Resume(),
+        Stop(),
+        SetLearningRate(0.1),
+        Validate(),
+        SaveCheckpoint(),
+        TagCheckpoint("good"),
+        CALL,
+    )
+}
 
-def give(mailbox: Mailbox, *names: CommandName) -> list[Future[Any]]:
-    return [mailbox.give(name, {}) for name in names]
+
+def give(mailbox: Mailbox, *names: str) -> list[Future[Any]]:
+    return [mailbox.give(COMMANDS[name]) for name in names]
 
 
-def give_as_decider(mailbox: Mailbox, name: CommandName, by: str = "Decider") -> Future[Any]:
+def give_as_decider(mailbox: Mailbox, name: str, by: str = "Decider") -> Future[Any]:
     who, where = actor.set(by), deciding.set(mailbox)
     try:
-        return mailbox.give(name, {})
+        return mailbox.give(COMMANDS[name])
     finally:
         actor.reset(who)
         deciding.reset(where)
 
 
-def names(commands: list[Command]) -> list[str]:
-    return [command.name for command in commands]
+def names(envelopes: list[Envelope[Any]]) -> list[str]:
+    return [envelope.command.name for envelope in envelopes]
 
 
 @pytest.fixture
@@ -47,9 +74,9 @@ def mailbox() -> Mailbox:
 
 def test_outside_commands_apply_by_arrival_and_stop_last(mailbox: Mailbox) -> None:
     give(mailbox, "stop", "set_lr", "call", "validate", "stop", "checkpoint")
-    collected = mailbox.collect(step_boundary=True)
+    collected = mailbox.collect(Place.STEP)
     assert names(collected) == ["set_lr", "call", "validate", "checkpoint", "stop", "stop"]
-    assert [command.id for command in collected] == [1, 2, 3, 5, 0, 4]
+    assert [envelope.id for envelope in collected] == [1, 2, 3, 5, 0, 4]
 
 
 def test_deciders_commands_apply_before_outside_ones(mailbox: Mailbox) -> None:
@@ -58,8 +85,8 @@ def test_deciders_commands_apply_before_outside_ones(mailbox: Mailbox) -> None:
     give_as_decider(mailbox, "checkpoint", "First")
     give_as_decider(mailbox, "call", "Second")
     give(mailbox, "pause")
-    collected = mailbox.collect(step_boundary=True)
-    assert [(command.name, command.by) for command in collected] == [
+    collected = mailbox.collect(Place.STEP)
+    assert [(envelope.command.name, envelope.by) for envelope in collected] == [
         ("checkpoint", "First"),
         ("call", "Second"),
         ("set_lr", "user"),
@@ -75,44 +102,44 @@ def test_decider_of_another_run_is_an_outsider_here(mailbox: Mailbox) -> None:
     token = deciding.set(other)
     give(mailbox, "call")
     deciding.reset(token)
-    assert names(mailbox.collect(step_boundary=True)) == ["set_lr", "call"]
+    assert names(mailbox.collect(Place.STEP)) == ["set_lr", "call"]
 
 
 @pytest.mark.parametrize(
-    ("where", "applied", "left"),
+    ("place", "applied", "left"),
     [
-        ({"step_boundary": True}, ["set_lr", "pause", "validate", "resume", "stop"], []),
-        ({"step_boundary": False}, ["pause", "resume"], ["set_lr", "validate", "stop"]),
-        ({"step_boundary": False, "stop_only": True}, ["pause", "resume", "stop"], ["set_lr", "validate"]),
+        (Place.STEP, ["set_lr", "pause", "validate", "resume", "stop"], []),
+        (Place.BATCH, ["pause", "resume"], ["set_lr", "validate", "stop"]),
+        (Place.VALIDATION, ["pause", "resume", "stop"], ["set_lr", "validate"]),
     ],
 )
 def test_commands_wait_for_their_boundary(
-    mailbox: Mailbox, where: dict[str, bool], applied: list[str], left: list[str]
+    mailbox: Mailbox, place: Place, applied: list[str], left: list[str]
 ) -> None:
     give(mailbox, "stop", "set_lr", "pause", "validate", "resume")
     assert mailbox.attention
-    assert names(mailbox.collect(**where)) == applied
+    assert names(mailbox.collect(place)) == applied
     assert mailbox.attention is bool(left)
-    assert sorted(names(mailbox.collect(step_boundary=True))) == sorted(left)
+    assert sorted(names(mailbox.collect(Place.STEP))) == sorted(left)
     assert not mailbox.attention
 
 
 def test_attention_is_only_asked_for_when_there_is_something(mailbox: Mailbox) -> None:
     assert not mailbox.attention
-    assert mailbox.collect(step_boundary=True) == []
+    assert mailbox.collect(Place.STEP) == []
     mailbox.poke()
     assert mailbox.attention
-    mailbox.collect(step_boundary=True)
+    mailbox.collect(Place.STEP)
     assert not mailbox.attention
     mailbox.cancel("x")
-    mailbox.collect(step_boundary=True)
+    mailbox.collect(Place.STEP)
     assert mailbox.attention  # a cancelled run is never told to look away
 
 
 def test_command_says_who_gave_it(mailbox: Mailbox) -> None:
-    mailbox.give("pause", {}, by="viewer")
+    mailbox.give(Pause(), by="viewer")
     give_as_decider(mailbox, "stop", "EarlyStopping")
-    (pause, stop) = mailbox.collect(step_boundary=True)
+    (pause, stop) = mailbox.collect(Place.STEP)
     assert (pause.by, stop.by) == ("viewer", "EarlyStopping")
     assert repr(stop) == "<stop #1 by EarlyStopping>"
 
@@ -120,13 +147,13 @@ def test_command_says_who_gave_it(mailbox: Mailbox) -> None:
 def test_command_that_waits_for_its_boundary_is_seen_until_it_is_taken_back(mailbox: Mailbox) -> None:
     assert not mailbox.is_waited_for
     (future,) = give(mailbox, "set_lr")
-    mailbox.collect(step_boundary=False)
+    mailbox.collect(Place.BATCH)
     assert mailbox.is_waited_for
     future.cancel()
     assert not mailbox.is_waited_for
     give(mailbox, "stop")
     assert mailbox.is_waited_for
-    mailbox.collect(step_boundary=True)
+    mailbox.collect(Place.STEP)
     assert not mailbox.is_waited_for
 
 
@@ -141,7 +168,7 @@ def test_end_fails_what_still_waits_and_refuses_more(mailbox: Mailbox) -> None:
     with pytest.raises(RunEndedError, match="stop came too late: the run is over"):
         give(mailbox, "stop")
     mailbox.end()
-    assert mailbox.collect(step_boundary=True) == []
+    assert mailbox.collect(Place.STEP) == []
 
 
 def test_command_taken_back_does_not_disturb_the_end(mailbox: Mailbox) -> None:
@@ -188,7 +215,7 @@ class Waiting:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda mailbox: mailbox.give("resume", {}),
+        lambda mailbox: mailbox.give(Resume()),
         lambda mailbox: mailbox.poke(),
         lambda mailbox: mailbox.cancel("x"),
     ],
@@ -251,19 +278,19 @@ def test_whoever_is_waited_for_too_long_is_named(
 async def test_awaited_command_returns_its_result(mailbox: Mailbox) -> None:
     def train() -> None:
         mailbox.wait_for_change(0)
-        for command in mailbox.collect(step_boundary=True):
-            command.future.set_result(f"{command.name} done")
+        for envelope in mailbox.collect(Place.STEP):
+            envelope.future.set_result(f"{envelope.command.name} done")
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.to_thread.run_sync, train)
-            assert await mailbox.wait_for(mailbox.give("call", {})) == "call done"
+            assert await mailbox.wait_for(mailbox.give(CALL)) == "call done"
 
 
 @pytest.mark.anyio
 async def test_awaited_command_raises_what_it_failed_with(mailbox: Mailbox) -> None:
     failing, unreached = give(mailbox, "pause", "set_lr")
-    mailbox.collect(step_boundary=False)
+    mailbox.collect(Place.BATCH)
     failing.set_exception(KeyError("mine"))
     with anyio.fail_after(5):
         with pytest.raises(KeyError, match="mine"):
@@ -283,8 +310,8 @@ async def test_awaited_command_raises_what_it_failed_with(mailbox: Mailbox) -> N
 async def test_awaiting_returns_on_acceptance_while_the_training_thread_stands(mailbox: Mailbox) -> None:
     with anyio.fail_after(5):
         with mailbox.standing_still():
-            assert await mailbox.wait_for(mailbox.give("set_lr", {})) is None
-            applied = mailbox.give("call", {})
+            assert await mailbox.wait_for(mailbox.give(CALL)) is None
+            applied = mailbox.give(CALL)
             applied.set_result(3)
             assert await mailbox.wait_for(applied) == 3
 
@@ -295,7 +322,7 @@ async def test_those_already_waiting_are_released_when_the_training_thread_stand
     results: list[object] = []
 
     async def wait() -> None:
-        results.append(await mailbox.wait_for(mailbox.give("validate", {})))
+        results.append(await mailbox.wait_for(mailbox.give(Validate())))
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
@@ -317,13 +344,13 @@ async def test_those_already_waiting_are_released_when_the_training_thread_stand
 @pytest.mark.anyio
 async def test_cancelled_await_leaves_the_command_given(mailbox: Mailbox) -> None:
     with anyio.fail_after(5):
-        future = mailbox.give("validate", {})
+        future = mailbox.give(Validate())
         with anyio.CancelScope() as scope:
             scope.cancel()
             await mailbox.wait_for(future)
         assert scope.cancelled_caught and not future.cancelled()
-        (command,) = mailbox.collect(step_boundary=True)
-        command.future.set_result(None)
+        (envelope,) = mailbox.collect(Place.STEP)
+        envelope.future.set_result(None)
         assert not mailbox._awaiting
 
 
@@ -347,25 +374,25 @@ def test_commands_of_many_threads_are_numbered_in_the_order_they_arrive(
     def give_many(by: str) -> None:
         ready.wait()
         for _ in range(200):
-            futures[by].append(mailbox.give("call", {}, by=by))
+            futures[by].append(mailbox.give(CALL, by=by))
 
     futures: dict[str, list[Future[Any]]] = {f"thread {number}": [] for number in range(6)}
     ready = threading.Barrier(len(futures))
     threads = [threading.Thread(target=give_many, args=(by,)) for by in futures]
     for thread in threads:
         thread.start()
-    applied: list[Command] = []
+    applied: list[Envelope[Any]] = []
     while len(applied) < 1200:
         seen = mailbox.changes
-        collected = mailbox.collect(step_boundary=True)
-        for command in collected:
-            command.future.set_result(len(applied))
-            applied.append(command)
+        collected = mailbox.collect(Place.STEP)
+        for envelope in collected:
+            envelope.future.set_result(len(applied))
+            applied.append(envelope)
         if not collected:
             mailbox.wait_for_change(seen)
     for thread in threads:
         thread.join()
-    assert [command.id for command in applied] == list(range(1200))
+    assert [envelope.id for envelope in applied] == list(range(1200))
     for given in futures.values():
         places = [future.result(timeout=0) for future in given]
         assert places == sorted(places) and len(places) == 200
@@ -399,10 +426,10 @@ def test_interrupts_never_leave_the_mailbox_locked(mailbox: Mailbox) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 50e-6)
                 # Bounded: an interrupt that strikes inside the garbage collector's work is lost.
                 for _ in range(10_000):
-                    mailbox.give("resume", {}).cancel()
+                    mailbox.give(Resume()).cancel()
             except KeyboardInterrupt:
                 interrupted += 1
-            mailbox.collect(step_boundary=True)
+            mailbox.collect(Place.STEP)
         assert interrupted > 100
         other = threading.Thread(target=mailbox.poke, daemon=True)
         other.start()

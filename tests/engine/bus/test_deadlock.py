@@ -10,6 +10,7 @@ import pytest
 
 from offloop.engine import (
     Callback,
+    CheckpointSaved,
     DeadlockError,
     EpochEnd,
     EpochStart,
@@ -21,9 +22,11 @@ from offloop.engine import (
     in_step,
 )
 from offloop.engine.bus.command_mailbox import Mailbox
+from offloop.engine.bus.commands import Call, Command, SaveCheckpoint, Stop, Validate
 from offloop.engine.bus.deadlock import Places
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
+SAVED = CheckpointSaved(path="/here", saved_step=1)
 LONG = 60.0
 """Seconds; no test takes that long unless it fails."""
 
@@ -147,7 +150,7 @@ def test_a_run_ends_whose_decider_waits_for_an_observer_that_waits_for_a_command
 
 def test_a_wait_of_a_worker_ends_when_training_begins_to_wait_for_its_callback() -> None:
     mailbox = Mailbox()
-    given, begun, failures = mailbox.give("validate", {}), threading.Event(), list[BaseException]()
+    given, begun, failures = mailbox.give(Validate()), threading.Event(), list[BaseException]()
 
     def work() -> None:
         with mailbox.places.worker("Waits", lambda: False):
@@ -166,11 +169,11 @@ def test_a_wait_of_a_worker_ends_when_training_begins_to_wait_for_its_callback()
 
 
 def test_a_worker_whose_full_buffer_holds_training_up_fails() -> None:
-    places, future = Places(lambda: False), Mailbox().give("stop", {})
+    places, future = Places(lambda: False), Mailbox().give(Stop())
     with places.worker("Blocks", lambda: True):
-        assert "training waits until this callback" in (places.why_endless("stop") or "")
+        assert "training waits until this callback" in (places.why_endless(Stop()) or "")
     with places.worker("Blocks", lambda: False):
-        assert places.why_endless("stop") is None
+        assert places.why_endless(Stop()) is None
     with pytest.raises(TimeoutError):
         future.result(0)
 
@@ -178,9 +181,9 @@ def test_a_worker_whose_full_buffer_holds_training_up_fails() -> None:
 def test_another_runs_callback_of_the_same_name_may_wait() -> None:
     one, other = Mailbox(), Mailbox()
     with one.places.worker("Same", lambda: False), other.standing_still("Same"):
-        assert other.places.why_endless("stop") is None
+        assert other.places.why_endless(Stop()) is None
     with one.places.worker("Same", lambda: False), one.standing_still("Same"):
-        assert one.places.why_endless("stop") is not None
+        assert one.places.why_endless(Stop()) is not None
 
 
 @pytest.mark.anyio
@@ -264,29 +267,29 @@ def test_a_command_that_is_completed_during_the_check_is_no_deadlock(place: str)
     mailbox = Mailbox()
     mailbox.places.training_thread = threading.get_ident() if place == "training thread" else None
     mailbox.places.event_loop_thread = threading.get_ident() if place == "event loop" else None
-    future = mailbox.give("checkpoint", {})
+    future = mailbox.give(SaveCheckpoint())
     assert future.set_running_or_notify_cancel()
     look = future.running
 
     def running() -> bool:
         is_running = look()
         if not future.done():
-            future.set_result("saved")
+            future.set_result(SAVED)
         return is_running
 
     future.running = running  # type: ignore[method-assign]
-    assert future.result(timeout=LONG) == "saved"
+    assert future.result(timeout=LONG) is SAVED
 
 
 def test_a_checkpoint_on_its_way_may_be_waited_for_while_training_waits_for_the_callback() -> None:
     mailbox, failures = Mailbox(), list[BaseException]()
-    future, begun = mailbox.give("checkpoint", {}), threading.Event()
+    future, begun = mailbox.give(SaveCheckpoint()), threading.Event()
 
     def work() -> None:
         with mailbox.places.worker("Waits", lambda: False):
             begun.set()
             try:
-                assert future.result() == "saved"
+                assert future.result() is SAVED
             except BaseException as error:
                 failures.append(error)
 
@@ -299,16 +302,16 @@ def test_a_checkpoint_on_its_way_may_be_waited_for_while_training_waits_for_the_
             each.is_set() for each in mailbox.places._waiting
         ):  # it looks again, and goes on waiting
             pass
-        future.set_result("saved")
+        future.set_result(SAVED)
         thread.join(LONG)
     assert not thread.is_alive() and not failures
 
 
-@pytest.mark.parametrize("command", ["validate", "call"])
-def test_a_command_at_work_in_the_training_thread_cannot_be_waited_for_there(command: Any) -> None:
+@pytest.mark.parametrize("command", [Validate(), Call(lambda trainer: trainer.step)])
+def test_a_command_at_work_in_the_training_thread_cannot_be_waited_for_there(command: Command[Any]) -> None:
     mailbox = Mailbox()
     mailbox.places.training_thread = threading.get_ident()
-    future = mailbox.give(command, {})
+    future = mailbox.give(command)
     assert future.set_running_or_notify_cancel()
     with pytest.raises(DeadlockError, match="this is the training thread"):
         future.result(timeout=LONG)
