@@ -5,7 +5,7 @@ BIN := .venv/bin
 BUILD_PAGE := dashboard/web/build_page.py
 NODE_MODULES := dashboard/web/node_modules/.package-lock.json
 
-.PHONY: demo test lint typecheck format page page-dev page-test clean
+.PHONY: demo test lint typecheck format docs page page-dev page-test clean
 
 # The installation has built the live page; this builds it again if a source has changed since (0.2 s if not).
 demo: .venv/ready
@@ -26,6 +26,10 @@ typecheck: .venv/ready-dev
 format: .venv/ready-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Rewrites the parts of the pages in docs/ that are made from docstrings; a test fails where they are out of date.
+docs: .venv/ready-dev
+	$(BIN)/python docs/make_reference.py
 
 # The live page alone; needs Python and Node.js, no .venv.
 page:

@@ -41,14 +41,17 @@ LOOKS: Final = 10
 
 
 class Alert(Event, frozen=True, kw_only=True):
-    """A rule was broken. From the event loop, or from the watching thread for a run that stands still."""
+    """Published when a rule of `Alerts` is broken.
+
+    Thread: event loop; the watching thread if the run stands still.
+    """
 
     rule: str
-    """Which one, as it was written: `Below('val_accuracy', 0.5)`."""
+    """The rule as written in the script: `Below('val_accuracy', 0.5)`."""
     message: str
-    """What is the matter, in words."""
+    """What is wrong, as text."""
     value: float | None = None
-    """The value that broke it, if it was one."""
+    """The value that broke the rule; None if the rule is not about a value."""
 
 
 Notify = Callable[[Alert], Awaitable[object]]
@@ -89,6 +92,11 @@ class NonFinite(_OfMetric):
     """
 
     def __init__(self, key: str = "loss") -> None:
+        """Choose the metric.
+
+        Args:
+            key: Name of the metric: `loss`, `lr`, `grad_norm`, a value that steps log, `train_...` or `val_...`.
+        """
         super().__init__(key)
 
     def look(self, value: float) -> str:
@@ -102,6 +110,12 @@ class Above(_OfMetric):
     """The metric is above a limit."""
 
     def __init__(self, key: str, limit: float) -> None:
+        """Choose the metric and its limit.
+
+        Args:
+            key: Name of the metric: `loss`, `lr`, `grad_norm`, a value that steps log, `train_...` or `val_...`.
+            limit: The rule is broken by values above this.
+        """
         super().__init__(key)
         self.limit = _number("limit", limit)
 
@@ -116,6 +130,12 @@ class Below(_OfMetric):
     """The metric is below a limit."""
 
     def __init__(self, key: str, limit: float) -> None:
+        """Choose the metric and its limit.
+
+        Args:
+            key: Name of the metric: `loss`, `lr`, `grad_norm`, a value that steps log, `train_...` or `val_...`.
+            limit: The rule is broken by values below this.
+        """
         super().__init__(key)
         self.limit = _number("limit", limit)
 
@@ -134,6 +154,13 @@ class Spike(_OfMetric):
     """
 
     def __init__(self, key: str = "loss", *, factor: float = 3.0, window: int = 100) -> None:
+        """Choose the metric and what counts as a spike.
+
+        Args:
+            key: Name of the metric: `loss`, `lr`, `grad_norm`, a value that steps log, `train_...` or `val_...`.
+            factor: Multiple of the median that breaks the rule, above 1.
+            window: Number of values in the median, at least 4.
+        """
         super().__init__(key)
         self.factor = _number("factor", factor)
         if not self.factor > 1:
@@ -184,6 +211,11 @@ class Stalled(Rule):
     """
 
     def __init__(self, seconds: float) -> None:
+        """Choose how long a step may take.
+
+        Args:
+            seconds: Longest time between two steps, above 0.
+        """
         self.seconds = _number("seconds", seconds)
         if not self.seconds > 0:
             raise ConfigError(f"seconds must be above 0, got {seconds!r}")

@@ -16,26 +16,28 @@ launch and not a hundred; the copy that this needs stays below 16 MB (float32)."
 
 
 class GradientStatistics(Sample, frozen=True, kw_only=True):
-    """The gradients of one step and what it did to the weights. From the training thread, before its `StepEnd`.
+    """Published by `GradientMonitor` for every n-th step, before its `StepEnd`.
 
     Gradients are those of the whole accumulation window, unscaled and before clipping.
+
+    Thread: training thread.
     """
 
     norm: float
-    """Total L2 norm; NaN or infinite where a gradient is."""
+    """Total L2 norm of the gradients; NaN or infinite if one of their elements is."""
     zero_share: float
-    """Share of the gradients' elements that are exactly zero, 0 to 1."""
+    """Fraction of the gradients' elements that are exactly zero, 0 to 1."""
     infinite_share: float
-    """Share that is infinite, 0 to 1."""
+    """Fraction of the gradients' elements that are infinite, 0 to 1."""
     nan_share: float
-    """Share that is NaN, 0 to 1."""
+    """Fraction of the gradients' elements that are NaN, 0 to 1."""
     update_ratio: float | None = None
-    """Norm of the weights' change over the norm of the weights before it, about 0.001 in healthy runs; infinite
-    where the weights were all zero, None where it is not measured."""
+    """Norm of the step's change to the weights, divided by the norm of the weights before it. About 0.001 is usual,
+    0.1 hints at too high a learning rate. Infinite if the weights were all zero, None if it is not measured."""
     norms: Metrics = Metrics()
-    """L2 norm of each parameter's gradient, by the parameter's name."""
+    """L2 norm of the gradient of each parameter, by the parameter's name."""
     update_ratios: Metrics = Metrics()
-    """The ratio for each parameter alone, by its name."""
+    """`update_ratio` of each parameter alone, by the parameter's name."""
 
 
 class GradientMonitor(Callback):

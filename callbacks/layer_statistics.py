@@ -20,25 +20,32 @@ _ZEROING: Final = (torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Threshold)
 
 
 class LayersMeasured(Sample, frozen=True, kw_only=True):
-    """How one kind of tensor is distributed in every layer, at one step. From the training thread, before `StepEnd`.
+    """Published by `LayerStatistics` for every n-th step, before its `StepEnd`: one event for each kind of tensor.
 
-    Weights and gradients go by the parameter's name (`blocks.0.attention.weight`), activations by the module's.
+    All mappings go by layer: for weights and gradients by the parameter's name (`blocks.0.attention.weight`), for
+    activations by the module's name.
+
+    Thread: training thread.
     """
 
     kind: str
     """`weights` (before the step), `gradients` (of the whole accumulation window, unscaled, before clipping) or
     `activations` (outputs of modules without children, for the first batch of the step)."""
     mean: Metrics = Metrics()
+    """Mean of the elements."""
     std: Metrics = Metrics()
-    """Standard deviation, of the elements as they are (not an estimate for more of them)."""
+    """Standard deviation of the elements, without Bessel's correction."""
     minimum: Metrics = Metrics()
+    """Smallest element."""
     maximum: Metrics = Metrics()
+    """Largest element."""
     histogram: Settings = Settings()
-    """Elements in each of the bins, equally wide from minimum to maximum. All are in the first bin where these are
-    equal, none in any where one of them is NaN or infinite."""
+    """Number of elements in each bin; the bins are equally wide, from `minimum` to `maximum`. If these are equal, all
+    elements are in the first bin; if one of them is NaN or infinite, all bins are 0."""
     dead: Metrics = Metrics()
-    """Share of units, 0 to 1, that are zero for the whole batch; of activations of `ReLU`, `ReLU6` and `Threshold`.
-    A unit is a channel (dimension 1) of outputs with four or more dimensions, else a place in the last one."""
+    """Fraction of units that are zero for the whole batch, 0 to 1, for activations of `ReLU`, `ReLU6` and `Threshold`.
+    A unit is a channel (dimension 1) of outputs with four or more dimensions, otherwise an index of the last
+    dimension."""
 
 
 class LayerStatistics(Callback):

@@ -56,19 +56,22 @@ DEVICE_WORK: Final = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 
 
 class ProfileWritten(Event, frozen=True, kw_only=True):
-    """A profile is on disk. From the profiler's own thread; not published where the run has ended before."""
+    """Published by `Profiler` when its files are on disk, unless the run has ended before.
+
+    Thread: the profiler's own thread.
+    """
 
     trace: str
     """Path of the trace, for https://ui.perfetto.dev or chrome://tracing."""
     table: str
-    """Path of the table."""
+    """Path of the table as text."""
     steps: int
-    """Steps that were measured."""
+    """Number of steps measured."""
     seconds: Metrics = Metrics()
-    """Mean seconds of a step in each phase: `data`, `host_to_device`, `forward`, `backward`, `optimizer`, `callbacks`,
-    `idle`. They add up to the step, from the end of the one before it to its own."""
+    """Mean seconds of a step in each phase: `data`, `host_to_device`, `forward`, `backward`, `optimizer`, `callbacks`
+    and `idle`. They add up to the time from the end of the previous step to the end of this one."""
     device_idle_percent: float | None = None
-    """Share of the time in which a CUDA device did nothing; None for other devices."""
+    """Percentage of the time in which the CUDA device was idle, 0 to 100; None for other devices."""
 
 
 class Profiler(Callback):

@@ -52,68 +52,82 @@ STEPS_HELD: Final = 100_000
 
 
 class GpuUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One NVIDIA GPU of the machine, whoever uses it. None is what its driver does not tell."""
+    """One NVIDIA GPU of the machine; its values include what other processes use. None if the driver does not say."""
 
     index: int
-    """Its number with the driver, which `CUDA_VISIBLE_DEVICES` does not change."""
+    """Index of the GPU in the driver's order, which `CUDA_VISIBLE_DEVICES` does not change."""
     name: str = ""
+    """Product name."""
     utilisation_percent: float | None = None
-    """Share of the time in which a kernel ran: 100 says that it was never idle, not that it was full."""
+    """Percentage of the time in which a kernel ran, 0 to 100. 100 means never idle, not fully used."""
     memory_used_bytes: int | None = None
+    """Memory in use, in bytes."""
     memory_total_bytes: int | None = None
+    """Memory of the GPU, in bytes."""
     temperature_celsius: float | None = None
+    """Temperature in degrees Celsius."""
     power_watts: float | None = None
+    """Power draw in watts."""
 
 
 class ResourceUsage(Sample, frozen=True, kw_only=True):
-    """What the run takes, over the time since the sample before. From the monitor's thread, at its cadence."""
+    """Published by `ResourceMonitor` every `every_seconds`: resources used since the previous sample.
+
+    Thread: the monitor's own thread.
+    """
 
     cpu_percent: float = 0.0
-    """CPU time of this process, in per cent of one core: above 100 where several work."""
+    """CPU time of this process, as a percentage of one core: above 100 if several are busy."""
     system_cpu_percent: float = 0.0
-    """Of all processes and all cores, 0 to 100."""
+    """CPU time of all processes, as a percentage of all cores, 0 to 100."""
     memory_bytes: int = 0
-    """Resident memory of this process, without its loader workers."""
+    """Resident memory of this process in bytes, without its loader workers."""
     system_memory_bytes: int = 0
-    """Memory of the machine that is not available, whoever uses it."""
+    """Memory of the machine in bytes that is not available for new processes."""
     system_memory_total_bytes: int = 0
+    """Memory of the machine in bytes."""
     threads: int = 0
-    """Threads of this process, native ones included."""
+    """Number of threads of this process, including native ones."""
     disk_read_bytes_per_second: float = 0.0
-    """Of the whole machine, as are the three below; 0 where the system does not tell."""
+    """Bytes read from the machine's disks a second; 0 if the system does not say."""
     disk_written_bytes_per_second: float = 0.0
+    """Bytes written to the machine's disks a second; 0 if the system does not say."""
     network_sent_bytes_per_second: float = 0.0
+    """Bytes sent over the machine's network a second; 0 if the system does not say."""
     network_received_bytes_per_second: float = 0.0
+    """Bytes received over the machine's network a second; 0 if the system does not say."""
     gpus: tuple[GpuUsage, ...] = ()
-    """Empty without an NVIDIA GPU or without the package `nvidia-ml-py`."""
+    """NVIDIA GPUs of the machine; empty without one, or without the package `nvidia-ml-py`."""
     cuda_allocated_bytes: int | None = None
-    """Memory in tensors on the run's CUDA device, as torch's allocator knows; None elsewhere."""
+    """Memory of tensors on the run's CUDA device in bytes, by torch's allocator; None without CUDA."""
     cuda_reserved_bytes: int | None = None
-    """Memory that torch's allocator holds there."""
+    """Memory in bytes that torch's allocator holds on that device; None without CUDA."""
     cuda_peak_bytes: int | None = None
-    """Highest `cuda_allocated_bytes` since the process began, or since somebody reset it."""
+    """Highest `cuda_allocated_bytes` since the process started or torch's peak was reset; None without CUDA."""
     steps_per_second: float = 0.0
+    """Optimizer steps a second."""
     samples_per_second: float = 0.0
+    """Training samples a second."""
     data_wait_percent: float | None = None
-    """Share of the time in which the training thread waited for batches; None where no step ended."""
+    """Percentage of the time in which training waited for batches, 0 to 100; None if no step ended."""
     compute_percent: float | None = None
-    """Share of the time inside steps, as the host sees it. What is missing to 100 is between steps: validation,
-    pauses, deciders, checkpoints, a `block` subscription."""
+    """Percentage of the time inside steps as the host sees it, 0 to 100; None if no step ended. The rest to 100 lies
+    between steps: validation, pauses, deciders, checkpoints, a subscriber with `on_full="block"`."""
     loop_lag: float = 0.0
-    """The longest time by which a timer on the run's event loop was late; what holds it right now counts already."""
+    """Longest delay of a timer on the run's event loop, in seconds, including one in progress."""
     loop_lag_mean: float = 0.0
-    """The mean of these times."""
+    """Mean of these delays in seconds."""
     interpreter_lag: float = 0.0
-    """The longest time by which a thread that had slept got the interpreter back too late."""
+    """Longest time in seconds that a thread waited for the interpreter after a sleep."""
     interpreter_lag_mean: float = 0.0
-    """The mean of these times. Below 0.5 ms nobody is disturbed; at Python's switch interval (5 ms) a thread computes
-    in plain Python all the time."""
+    """Mean of these times in seconds. Below 0.0005 nothing disturbs training; near Python's switch interval (0.005
+    unless a run shortens it) some thread computes in plain Python all the time."""
     callback_cpu_percent: Metrics = Metrics()
-    """CPU time of each callback's handlers, by the callback's name, in per cent of one core."""
+    """CPU time of the handlers of each callback, by the callback's name, as a percentage of one core."""
     callback_held_percent: Metrics = Metrics()
-    """Share of the time in which each callback's handlers held the event loop."""
+    """Percentage of the time in which the handlers of each callback held the event loop, 0 to 100."""
     own_cpu_percent: float = 0.0
-    """CPU time of the monitor's own thread, in per cent of one core."""
+    """CPU time of the monitor's own thread, as a percentage of one core."""
 
 
 class ResourceMonitor(Callback):

@@ -1,14 +1,17 @@
-"""Events: what a run says about itself, as frozen records of plain values.
+"""Events: frozen records of what happens in a run.
 
-An event is a `msgspec.Struct` that crosses threads and wires: it holds numbers, strings and read-only
-mappings of them, never a tensor, a model or an optimizer. Two base classes say how it travels:
+An event is a `msgspec.Struct` that is safe to share between threads and to send over a wire. It holds numbers,
+strings and read-only mappings of them, never a tensor, a model or an optimizer. The base class decides how it is
+delivered:
 
-    Event            a milestone: few, never dropped
-    └── Sample       one of many (`StepEnd`): may be thinned for a subscriber that lags
+    Event            a milestone: rare, never dropped
+    └── Sample       frequent, such as `StepEnd`: dropped for a subscriber that lags behind
 
-Anybody may define more by subclassing either; that they are frozen and their tag come by themselves.
-`encode` and `decode` turn any event into JSON or MessagePack and back, keep events of unknown types,
-and carry NaN and infinities (JSON has no word for them: they travel as strings).
+Subclass either to define more. `encode` and `decode` convert any event to JSON or MessagePack and back. Events of
+unknown types pass through unchanged, and NaN and infinities, which JSON lacks, travel as strings.
+
+`docs/events.md` is made from the docstrings here by `docs/make_reference.py`. A class says when it is published, and
+from which thread in a line that begins with `Thread:`; a field says its meaning and unit.
 
 This module imports neither torch nor anything that does I/O.
 """
@@ -24,19 +27,19 @@ import msgspec
 from offloop.engine.errors import EventError, MetricNotFoundError
 
 SCHEMA: Final = 1
-"""Version of the events' wire form. Fields are only ever added, with defaults."""
+"""Version of the wire format. Later versions only add fields, with defaults."""
 
 Format = Literal["json", "msgpack"]
 V = TypeVar("V")
 
 _WORD_START: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NOT_PLAIN: Final = (TypeError, OverflowError, UnicodeEncodeError, RecursionError)
-"""What encoding raises for: another type, an int of more than 64 bits, half a surrogate pair, a cycle."""
+"""Raised by the encoders for an unsupported type, an int above 64 bits, half a surrogate pair, or a cycle."""
 _NON_FINITE: Final = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
 class _ReadOnlyDict(dict[str, V]):
-    """A dict that cannot be changed: what rides on an event is seen by every thread."""
+    """A dict that cannot be changed, because every thread sees the same event."""
 
     __slots__ = ()
 
@@ -51,7 +54,7 @@ class _ReadOnlyDict(dict[str, V]):
 
 
 class Metrics(_ReadOnlyDict[float]):
-    """Names and values of metrics, read-only. A missing key raises and lists the keys there are."""
+    """Read-only mapping of metric names to values. A missing key raises `MetricNotFoundError`, which lists the keys."""
 
     __slots__ = ()
 
@@ -60,7 +63,7 @@ class Metrics(_ReadOnlyDict[float]):
 
 
 class Settings(_ReadOnlyDict[Any]):
-    """Names and plain values (numbers, strings, booleans, None, lists and mappings of them), read-only."""
+    """Read-only mapping of names to plain values: numbers, strings, booleans, None, lists and mappings of them."""
 
     __slots__ = ()
 
@@ -77,16 +80,16 @@ def handler_name(class_name: str) -> str:
 
 
 def _tag(class_name: str) -> str:
-    """Return the tag of the event class that is being defined: its name for offloop's, else `module.Class`."""
-    # msgspec calls this from inside the class statement, so the caller's module is the class's own;
-    # collections.namedtuple finds its module in the same way. (A metaclass could know it without looking,
-    # but costs 0.3 us each time an event is built: only StructMeta itself is called the fast way.)
+    """Return the tag of the class being defined: its name for offloop's own, otherwise `module.Class`."""
+    # msgspec calls this from inside the class statement, so the calling frame's module is the class's module;
+    # collections.namedtuple does the same. A metaclass would know the module, but costs 0.3 us for each event
+    # that is built: Python calls only StructMeta itself through its fast path.
     module = sys._getframe(1).f_globals.get("__name__", "")
     return class_name if module.startswith("offloop.") else f"{module}.{class_name}"
 
 
 class _Codec(msgspec.Struct):
-    """The decoders of one event class, made when first needed."""
+    """Decoders of one event class, built on first use."""
 
     json: "msgspec.json.Decoder[Event]"
     msgpack: "msgspec.msgpack.Decoder[Event]"
@@ -98,36 +101,40 @@ _codecs: dict[str, _Codec] = {}
 class Event(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type", tag=_tag
 ):
-    """A milestone: rare, never dropped, and the base class of every event.
+    """Base class of all events. A direct subclass is a milestone: rare, and never dropped.
 
-    Events are not tracked by the garbage collector: plain values form no cycles, and a fast loop makes many.
+    Leave `run_id`, `seq` and `time` out when you publish an event: the run fills them in. An event published outside
+    the training thread also gets the position (`epoch`, `step`, `batch`) of the last training event before it.
 
-    Who publishes leaves `run_id`, `seq` and `time` alone: they are filled in on the way. An event
-    published from anywhere but the training thread gets the position of the training event before it.
+    Thread: any.
     """
 
+    # The garbage collector does not track events (gc=False): plain values form no cycles, and a fast loop makes many.
+
     run_id: str = ""
-    """Identity of the run."""
+    """Id of the run."""
     seq: int = -1
-    """Place in the run's one total order, from 0 without gaps; -1 until the bus has taken it out."""
+    """Position in the order of all events of the run, from 0 without gaps; -1 until the bus assigns it."""
     time: float = 0.0
-    """Unix time in seconds; it advances with the monotonic clock and never runs backwards."""
+    """Unix time in seconds. It is read once at the start and then advances with the monotonic clock, so it never runs
+    backwards within an attempt."""
     epoch: int = -1
-    """Index of the epoch it belongs to, from 0; -1 until filled in."""
+    """Index of the epoch, from 0; -1 until filled in."""
     step: int = -1
-    """Optimizer steps done since the start of the run."""
+    """Optimizer steps completed since the start of the run."""
     batch: int = -1
-    """Batches that the training loader has given since the start of the run."""
+    """Batches taken from the training loader since the start of the run."""
 
     handler_name: ClassVar[str] = "on_event"
-    """Name of its handler on a callback: `EpochEnd` -> `on_epoch_end`."""
+    """Name of the callback method that handles it: `EpochEnd` -> `on_epoch_end`."""
 
     def __init_subclass__(cls, **config: Any) -> None:
         super().__init_subclass__(**config)
         cls.handler_name = handler_name(cls.__name__)
         module = cls.__module__
         tag = cls.__name__ if module.startswith("offloop.") else f"{module}.{cls.__name__}"
-        _registry[tag] = cls  # defined again, as a notebook cell does, it replaces the earlier class
+        # A class defined again, as when a notebook cell is rerun, replaces the earlier one.
+        _registry[tag] = cls
         _codecs.pop(tag, None)
 
 
@@ -135,277 +142,330 @@ _registry[Event.__name__] = Event
 
 
 class Sample(Event, frozen=True, kw_only=True):
-    """One of many: a subscriber that lags may get fewer of them, and is told how many it missed."""
+    """Base class of frequent events. A subscriber that lags loses the oldest ones and gets their number.
+
+    Thread: any.
+    """
 
 
 class TrainStart(Event, frozen=True, kw_only=True):
-    """The run begins. From the training thread, after set-up and before the first batch."""
+    """First event of a run, published after set-up and before the first batch.
+
+    Thread: training thread.
+    """
 
     schema: int = SCHEMA
-    """Version of the events that follow."""
+    """Version of the wire format of the events that follow."""
     attempt: int = 0
-    """How many times the run had been started before; a resumed run counts on."""
+    """How many times the run was started before; above 0 in a resumed run."""
     resumed_from: str | None = None
-    """The checkpoint that this attempt continues, as a path."""
+    """Path of the checkpoint that this attempt continues; None for a new run."""
     resumed_at: float | None = None
-    """When that checkpoint was taken, by the clock of the attempt that took it: Unix time in seconds."""
+    """Unix time in seconds at which that checkpoint was taken, by the clock of the attempt that took it."""
     resumed_attempt: int | None = None
-    """The attempt that took that checkpoint. What it wrote after `resumed_at` does not count, and nothing of later
-    attempts does; their clocks say nothing, as the machine's may have been set back."""
+    """The attempt that took that checkpoint. Events of that attempt after `resumed_at`, and all events of later
+    attempts, are no longer part of the run. Do not compare times between attempts: the machine's clock may have been
+    set back."""
     init_from: str | None = None
-    """What the weights were initialized from; None if the model was taken as it was."""
+    """Source of the initial weights (`init_from=`); None if the model was taken as it was."""
     config: Settings = NO_SETTINGS
-    """Every knob of the run."""
+    """All fields of `TrainerConfig`, by name."""
     device: str = "cpu"
-    """Where the model is."""
+    """Device of the model, as torch names it."""
     parameters: int = 0
-    """Number of trainable parameters; lazy ones, which have no shape yet, are left out."""
+    """Number of trainable parameters; lazy ones, which have no shape yet, do not count."""
     batches_per_epoch: int | None = None
-    """Batches in an epoch after limits; None where the loader has no length."""
+    """Batches in an epoch, after limits; None if the loader has no length."""
     steps_per_epoch: int | None = None
-    """Optimizer steps in an epoch; None where the loader has no length or the steps are manual."""
+    """Optimizer steps in an epoch; None if the loader has no length or optimization is manual."""
     epochs: int | None = None
-    """Limit: epochs in total."""
+    """Limit of the run: total epochs."""
     max_steps: int | None = None
-    """Limit: optimizer steps in total."""
+    """Limit of the run: total optimizer steps."""
     max_time: float | None = None
-    """Limit: seconds of training in total."""
+    """Limit of the run: total seconds of training, pauses excluded."""
 
 
 class Resumed(Event, frozen=True, kw_only=True):
-    """Everything is put back and training goes on. From the training thread, once in a resumed attempt.
+    """Published once in a resumed attempt, when all state is restored and before the next batch is read.
 
-    Before the first batch that is read on. Deciders may refuse to go on: `run.stop_nowait(...)`.
+    A decider may refuse to continue: `run.stop_nowait(...)`.
+
+    Thread: training thread.
     """
 
     checkpoint: str
-    """Path of the checkpoint that is continued."""
+    """Path of the checkpoint."""
     exactness: str
-    """`bitwise`: the same bits as without the interruption; `equivalent`: the same order and arithmetic, but
-    other draws inside loader workers; `approximate`: something could not be put back."""
+    """`bitwise`: the same bits as an uninterrupted run. `equivalent`: the same order and arithmetic, but other random
+    numbers in loader workers. `approximate`: some state could not be restored."""
     reasons: str = ""
-    """Why it is not bitwise, in words; several are separated by semicolons."""
+    """Why it is not bitwise, separated by semicolons."""
     kept: tuple[str, ...] = ()
-    """What the run keeps from its checkpoint where the script differs: `lr is 0.1, the script has 0.05`."""
+    """Settings taken from the checkpoint although the script differs: `lr is 0.1, the script has 0.05`."""
     from_script: tuple[str, ...] = ()
-    """What the run takes from the script where the checkpoint differs or has nothing: `metric f1_score is new`."""
+    """Settings taken from the script although the checkpoint differs or lacks them: `metric f1_score is new`."""
 
 
 class EpochStart(Event, frozen=True, kw_only=True):
-    """An epoch begins. From the training thread, before the loader is asked for an iterator.
+    """Published when an epoch starts, before the loader's iterator is created.
 
-    One that goes on in the middle after a resume has none: `TrainStart` has its number, and `resumed_from`.
+    A run resumed in the middle of an epoch does not repeat it: `TrainStart` has the epoch, and `resumed_from`.
+
+    Thread: training thread.
     """
 
 
 class StepEnd(Sample, frozen=True, kw_only=True):
-    """An optimizer step is done. From the training thread, one for each step.
+    """Published after each optimizer step.
 
-    On CUDA it is published when its values have arrived from the device, always before the next
-    milestone; `time` is when the step was launched.
+    On CUDA it is published when its values have arrived from the device, always before the next milestone; `time` is
+    the launch of the step.
+
+    Thread: training thread.
     """
 
     loss: float | None = None
-    """Mean loss over the batches of the step (of its accumulation window); None where a manual step returned none."""
+    """Mean loss over the batches of the step (its accumulation window); None if a manual step returned no loss."""
     lr: float
-    """Learning rate that the step used: the largest group of the first optimizer."""
+    """Learning rate of this step: the largest over the parameter groups of the first optimizer."""
     lrs: Metrics = NO_METRICS
-    """Learning rate of each parameter group, where their rates differ; else empty. The name is the group's
-    `name`, or its index; where there are several optimizers, `optimizer` or `optimizer/group`."""
+    """Learning rate of each parameter group if the rates differ, otherwise empty. Keys are the group's `name` or
+    index; with several optimizers, `optimizer` or `optimizer/group`."""
     grad_norm: float | None = None
-    """Total gradient norm before clipping; None where nothing is clipped by norm."""
+    """Total L2 norm of the gradients before clipping; None unless gradients are clipped by norm."""
     samples: int = 0
-    """Samples in the step."""
+    """Number of samples in the step."""
     data_time: float = 0.0
-    """Seconds that the training thread waited for batches."""
+    """Seconds that the training thread waited for the step's batches."""
     step_time: float = 0.0
-    """Seconds from having the first batch to here."""
+    """Seconds from receiving the first batch to the end of the step."""
     skipped: bool = False
-    """True where the update was left out: a loss scaler found infinities, or `on_nonfinite="skip_step"`."""
+    """True if the weights were not updated: the loss scaler found infinities, or `on_nonfinite="skip_step"`."""
     metrics: Metrics = NO_METRICS
-    """What the step logged with `self.log(name, value)`."""
+    """Values logged by the step with `self.log(name, value)`, and `loss_scale` with `precision="16-mixed"`."""
 
 
 class ValidationStart(Event, frozen=True, kw_only=True):
-    """A validation begins. From the training thread, at a step boundary."""
+    """Published when a validation starts, at a step boundary.
+
+    Thread: training thread.
+    """
 
     batches: int | None = None
-    """Batches in it after limits; None where the loader has no length."""
+    """Number of batches, after limits; None if the loader has no length."""
 
 
 class ValidationEnd(Event, frozen=True, kw_only=True):
-    """A validation is complete. From the training thread; a stopped one has no end."""
+    """Published when a validation is complete. A validation that is stopped has none.
+
+    Thread: training thread.
+    """
 
     metrics: Metrics = NO_METRICS
-    """`val_loss` and the other values made by it."""
+    """`val_loss` and the other metrics of this validation."""
     samples: int = 0
-    """Samples validated."""
+    """Number of samples validated."""
     seconds: float = 0.0
-    """Its duration."""
+    """Duration in seconds."""
 
 
 class EpochEnd(Event, frozen=True, kw_only=True):
-    """An epoch is complete, its validation included. From the training thread."""
+    """Published when an epoch is complete, after its validation.
+
+    Thread: training thread.
+    """
 
     metrics: Metrics = NO_METRICS
-    """All that was made since the last `EpochEnd`: `train_loss`, `lr`, `val_loss`, ..."""
+    """Metrics computed since the previous `EpochEnd`: `train_loss`, `lr`, `val_loss`, ..."""
     samples: int = 0
-    """Training samples in the epoch."""
+    """Number of training samples in the epoch."""
     seconds: float = 0.0
-    """Duration of the epoch, validations and pauses included."""
+    """Duration in seconds, including validations and pauses."""
     complete: bool = True
-    """False where `max_steps` or `max_time` ended the epoch before its loader did."""
+    """False if `max_steps` or `max_time` ended the epoch before its loader did."""
     final: bool = False
-    """True where a limit of the run is reached: nothing is trained after it."""
+    """True if the run has reached a limit: no training follows."""
 
 
 class DataBottleneck(Event, frozen=True, kw_only=True):
-    """The run waits for its data. After its first epoch, from the training thread; at most once in a run.
+    """Published after the first epoch if the run spent much of it waiting for data. At most one in a run.
 
-    Whether it comes depends on the machine, so it is left out where runs are compared.
+    It depends on measured times, so leave it out when you compare runs.
+
+    Thread: training thread.
     """
 
     share: float
-    """Share of the epoch's time that was spent waiting for batches, 0 to 1."""
+    """Fraction of the epoch's time spent waiting for batches, 0 to 1."""
     wait: float
-    """Mean seconds that a batch was waited for, the first left out."""
+    """Mean wait for a batch in seconds, without the first batch."""
     advice: tuple[str, ...] = ()
-    """What to change about the loader, most promising first."""
+    """Suggested changes to the loader, most promising first."""
 
 
 class TrainEnd(Event, frozen=True, kw_only=True):
-    """The last event of a run, always. From the event loop, after accepted checkpoints are durable."""
+    """Last event of a run, published when all accepted checkpoints are durable.
+
+    Thread: event loop.
+    """
 
     status: str
     """`completed`, `stopped`, `cancelled` or `failed`."""
     reason: str = ""
-    """Why, in words."""
+    """Why the run ended, as text."""
     error: str | None = None
     """The exception of a failed run, as `Type: text`."""
     metrics: Metrics = NO_METRICS
-    """The latest value of each metric of the run."""
+    """Latest value of each metric."""
     seconds: float = 0.0
-    """Duration of this attempt."""
+    """Duration of this attempt in seconds."""
 
 
 class LearningRateChanged(Event, frozen=True, kw_only=True):
-    """A person, a plateau or a schedule that steps once an epoch changed a learning rate.
+    """Published when a command, a plateau schedule or a schedule that steps once an epoch changes a learning rate.
 
-    From the training thread. A schedule that steps with the optimizer shows in `StepEnd.lr` instead.
+    A schedule that steps with the optimizer shows in `StepEnd.lr` instead.
+
+    Thread: training thread.
     """
 
     lr: float
-    """The new value: the largest group of the optimizer."""
+    """New learning rate: the largest over the optimizer's parameter groups."""
     previous: float
-    """The value before."""
+    """Learning rate before the change."""
     source: str
     """`command` or `schedule`."""
     optimizer: str = ""
-    """Name of the optimizer where the trainer has several."""
+    """Name of the optimizer if the trainer has several, otherwise empty."""
 
 
 class StateChanged(Event, frozen=True, kw_only=True):
-    """The run entered another state. From the training thread."""
+    """Published when the run is paused, resumed or stopped.
+
+    Thread: training thread.
+    """
 
     state: str
     """`running`, `paused` or `stopping`."""
     reason: str = ""
-    """Why, in words."""
+    """Reason given with the command."""
     by: str = ""
-    """Who caused it: a callback, `user`, a viewer, a signal."""
+    """Source of the command: a callback's name, `user`, `viewer <address>`, or `signal`."""
 
 
 class CommandApplied(Event, frozen=True, kw_only=True):
-    """A command took effect at this position. From the training thread."""
+    """Published when a command has been applied; its position is where it took effect.
+
+    Thread: training thread.
+    """
 
     command: str
-    """`pause`, `resume`, `stop`, `set_lr`, `checkpoint`, `validate` or `call`."""
+    """`pause`, `resume`, `stop`, `set_lr`, `checkpoint`, `tag`, `validate` or `call`."""
     command_id: int
-    """Number of the command within the run, from 0 in the order they were given."""
+    """Number of the command within the run, from 0 in the order of giving."""
     by: str = ""
-    """Who gave it."""
+    """Source of the command: a callback's name, `user`, `viewer <address>`, `signal`, or `train` for `resume_lr=`."""
     arguments: Settings = NO_SETTINGS
-    """What it was given with."""
+    """Arguments of the command, by name."""
     error: str | None = None
-    """Why it could not be done, as `Type: text`."""
+    """Why the command failed, as `Type: text`."""
 
 
 class CheckpointSaved(Event, frozen=True, kw_only=True):
-    """A checkpoint is durable: it survives a power cut from here on. From the writer's thread."""
+    """Published when a checkpoint is durable: it survives a power cut from here on.
+
+    The run's logs on disk then hold all events before it.
+
+    Thread: a thread of its own, after the writer.
+    """
 
     path: str
-    """Its directory."""
+    """Directory of the checkpoint."""
     saved_step: int
-    """The step whose state it holds; `step` may be later."""
+    """Step whose state it holds; `step`, where training is by now, may be later."""
     reason: str = ""
-    """Why it was taken: `interval`, `best`, `final`, `command`, ..."""
+    """Why it was taken: `interval`, `best`, `final`, `preempt` (a signal), or the reason given with the command."""
     bytes: int = 0
-    """Size on disk."""
+    """Size on disk in bytes."""
     seconds: float = 0.0
-    """From snapshot to durable."""
+    """Seconds from the copy in memory to durable."""
 
 
 class CheckpointFailed(Event, frozen=True, kw_only=True):
-    """A checkpoint could not be written; training goes on. From the writer's thread."""
+    """Published when a checkpoint was not written. Training continues.
+
+    Thread: writer's thread, or the training thread if the copy in memory failed.
+    """
 
     saved_step: int
-    """The step whose state it would have held."""
+    """Step whose state it would have held."""
     error: str
     """The exception, as `Type: text`."""
     reason: str = ""
-    """Why it was to be taken."""
+    """Why it was to be taken, as in `CheckpointSaved`."""
 
 
 class CheckpointUploaded(Event, frozen=True, kw_only=True):
-    """A checkpoint is complete in the remote directory. From the upload thread."""
+    """Published when a checkpoint is complete in the remote directory.
 
-    url: str
-    """Its directory there."""
-    uploaded_step: int
-    """The step whose state it holds; `step` may be later."""
-    bytes: int = 0
-    """Its size."""
-    seconds: float = 0.0
-    """How long the upload took."""
-
-
-class UploadFailed(Event, frozen=True, kw_only=True):
-    """Something could not be copied to the remote directory, after several tries; it is tried again later.
-
-    Training goes on and local files are untouched. From the upload thread; at the end of the run, if not
-    everything is there when the time for it is up, from the event loop.
+    Thread: upload thread.
     """
 
     url: str
-    """The run's remote directory."""
+    """URL of the checkpoint's directory."""
+    uploaded_step: int
+    """Step whose state it holds; `step`, where training is by now, may be later."""
+    bytes: int = 0
+    """Size in bytes."""
+    seconds: float = 0.0
+    """Duration of the upload in seconds."""
+
+
+class UploadFailed(Event, frozen=True, kw_only=True):
+    """Published when an upload to the remote directory has failed several times. It is tried again later.
+
+    Training continues, and local files are not affected.
+
+    Thread: upload thread; the event loop if files are still missing when the time for uploads at the end is up.
+    """
+
+    url: str
+    """URL of the run's remote directory."""
     error: str
     """The exception, as `Type: text`."""
 
 
 class CallbackFailed(Event, frozen=True, kw_only=True):
-    """A callback raised and was isolated. From where it ran, at most once a second for each callback."""
+    """Published when a callback raised and training continues. At most one a second for each callback.
+
+    Thread: the thread in which the callback ran.
+    """
 
     callback: str
     """Name of the callback."""
     event: str
-    """Type of the event it was handling, or the method that raised."""
+    """Type of the event that it was handling, or the method that raised."""
     error: str
     """The exception, as `Type: text`."""
     traceback: str = ""
-    """Its traceback, as Python prints it."""
+    """Traceback, as Python prints it."""
     failures: int = 1
-    """How many times it has failed in this run."""
+    """Failures of this callback in this run so far."""
     disabled: bool = False
-    """True where it failed ten times in a row and gets no more events, or its step hooks are called no more."""
+    """True if it failed ten times in a row: it receives no more events, and its step hooks are no longer called."""
 
 
 class EventsDropped(Event, frozen=True, kw_only=True):
-    """A subscriber lagged and missed samples. From the event loop, at most once a second for each."""
+    """Published when a subscriber lagged and lost samples. At most one a second for each subscriber.
+
+    Thread: event loop.
+    """
 
     subscriber: str
-    """Its name; `bus` where the event loop as a whole had stalled."""
+    """Name of the subscriber; `bus` if the whole event loop had stalled."""
     count: int
-    """Samples dropped since the last report."""
+    """Samples dropped since the previous report."""
     total: int
     """Samples dropped since the start of the run."""
     first_step: int = -1
@@ -415,21 +475,25 @@ class EventsDropped(Event, frozen=True, kw_only=True):
 
 
 class UnknownEvent(Event, frozen=True, kw_only=True, tag_field="", tag=""):
-    """An event of a type that this process does not know, kept as it came and encoded as it came."""
+    """Result of decoding an event whose class is not defined in this process. It encodes to the same bytes.
+
+    Thread: never published; `decode` and `read_events` return it.
+    """
 
     type: str
-    """The tag it carries."""
+    """Tag of the event."""
     raw: bytes
-    """The whole encoded event."""
+    """The encoded event."""
     format: Format = "json"
-    """How `raw` is encoded."""
+    """Encoding of `raw`: `json` or `msgpack`."""
 
 
-del _registry["UnknownEvent"]  # it is what an unknown type becomes, not a type on the wire
+# UnknownEvent is no type on the wire.
+del _registry["UnknownEvent"]
 
 
 def known_events() -> Iterator[type[Event]]:
-    """Iterate over every event class defined so far, offloop's own and users'."""
+    """Iterate over all event classes defined so far, offloop's and users'."""
     return iter(tuple(_registry.values()))
 
 
@@ -440,7 +504,7 @@ _msgpack_encode = msgspec.msgpack.Encoder().encode
 
 
 class _Head(msgspec.Struct):
-    """The fields that are read before the class is known, and the base fields of an unknown event."""
+    """Fields read before the class is known: the tag, and the base fields for an `UnknownEvent`."""
 
     type: str
     run_id: str = ""
@@ -459,7 +523,7 @@ def encode(event: Event, format: Format = "json") -> bytes:
     """Encode an event. Any thread; does not block.
 
     Raises:
-        EventError: A field holds something that is no plain value; the text names field and type.
+        EventError: A field holds something other than plain values; the text names the field and the type.
     """
     try:
         if isinstance(event, UnknownEvent):
@@ -467,8 +531,8 @@ def encode(event: Event, format: Format = "json") -> bytes:
         if format == "msgpack":
             return _msgpack_encode(event)
         data = _json_encode(event)
-        # msgspec writes null for NaN and infinities. Looking for "null" in the bytes is far cheaper than
-        # looking at every value; fields at their default, None among them, are not in the bytes at all.
+        # msgspec writes null for NaN and infinities. Searching the bytes for "null" is far cheaper than checking
+        # every value, and rarely hits: fields at their default, such as None, are not in the bytes at all.
         if b"null" in data:
             data = _json_encode(with_non_finite_as_text(msgspec.to_builtins(event)))
         return data
@@ -477,10 +541,12 @@ def encode(event: Event, format: Format = "json") -> bytes:
 
 
 def decode(data: bytes, format: Format = "json") -> Event:
-    """Decode an event: its type first, then the registered class; an unknown one becomes `UnknownEvent`.
+    """Decode an event to an instance of its class, or to an `UnknownEvent` if the class is not defined here.
+
+    Any thread; does not block.
 
     Raises:
-        msgspec.DecodeError: The bytes are no event.
+        msgspec.DecodeError: The bytes are not an event.
     """
     head = (_json_head if format == "json" else _msgpack_head).decode(data)
     codec = _codec(head.type)
@@ -491,7 +557,7 @@ def decode(data: bytes, format: Format = "json") -> Event:
 
 
 def check(event: Event) -> None:
-    """Raise `EventError` unless every field holds plain values; about a microsecond."""
+    """Raise `EventError` unless all fields hold plain values. Takes about a microsecond."""
     try:
         _msgpack_encode(event)
     except _NOT_PLAIN as error:
@@ -502,7 +568,7 @@ def _codec(tag: str) -> _Codec | None:
     codec = _codecs.get(tag)
     if codec is None and tag in _registry:
         cls = _registry[tag]
-        # strict=False reads "NaN" and "Infinity" where a number is due
+        # strict=False accepts "NaN" and "Infinity" for a number.
         codec = _codecs[tag] = _Codec(
             json=msgspec.json.Decoder(cls, strict=False, dec_hook=_decode_mapping),
             msgpack=msgspec.msgpack.Decoder(cls, strict=False, dec_hook=_decode_mapping),
@@ -521,7 +587,7 @@ def _decode_mapping(wanted: type, value: Any) -> Any:
 
 
 def with_non_finite_as_text(value: Any) -> Any:
-    """Return plain values with NaN and infinities as the texts that they are in JSON."""
+    """Return plain values with NaN and infinities replaced by the strings that stand for them in JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return _NON_FINITE.get(value, "NaN")
     if isinstance(value, Mapping):
@@ -538,25 +604,26 @@ def _transcode(event: UnknownEvent) -> bytes:
 
 
 def _not_plain(event: Event, problem: Exception) -> EventError:
-    """Return the error that names the field, and the place in it, that cannot be encoded."""
+    """Return an error that names the field, and the place in it, that cannot be encoded."""
     for name in event.__struct_fields__:
         where, value = _first_not_plain(name, getattr(event, name)) or ("", None)
         if where:
             if not isinstance(problem, TypeError):
-                return EventError(f"{type(event).__name__}.{where} cannot ride on an event: {problem}")
+                return EventError(f"{type(event).__name__}.{where} cannot be encoded: {problem}")
             hint = " (for a tensor: value.item())" if type(value).__name__ == "Tensor" else ""
             return EventError(
-                f"{type(event).__name__}.{where} holds a {type(value).__name__}; only plain numbers, strings "
-                f"and mappings of them ride on events{hint}"
+                f"{type(event).__name__}.{where} holds a {type(value).__name__}; events hold only plain numbers, "
+                f"strings and mappings of them{hint}"
             )
-    return EventError(f"{type(event).__name__} holds something that is no plain value: {problem}")
+    return EventError(f"{type(event).__name__} cannot be encoded: {problem}")
 
 
 def _first_not_plain(where: str, value: Any) -> tuple[str, Any] | None:
     try:
         _msgpack_encode(value)
     except RecursionError:
-        return where, value  # it holds itself
+        # The value contains itself.
+        return where, value
     except _NOT_PLAIN:
         items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, Mapping):

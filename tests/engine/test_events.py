@@ -1,4 +1,4 @@
-"""engine/events.py: the wire form of every event, what may ride on one, and the names of handlers."""
+"""engine/events.py: the wire format of every event, what an event may hold, and the names of handlers."""
 
 import copy
 import json
@@ -344,7 +344,7 @@ def test_base_classes_travel_too() -> None:
     assert type(decode(encode(Sample(step=1)))) is Sample
 
 
-# What may ride on an event -------------------------------------------------------------------------
+# What an event may hold ----------------------------------------------------------------------------
 
 
 class Carrier(Event, frozen=True):
@@ -362,8 +362,8 @@ class Carrier(Event, frozen=True):
         ({"a": {"b": torch.tensor(1.0)}}, "Carrier.cargo['a']['b'] holds a Tensor; "),
         ([1, torch.tensor(1.0)], "Carrier.cargo[1] holds a Tensor; "),
         ({torch.tensor(1.0): 1}, "Carrier.cargo holds a dict; "),
-        (2**70, "Carrier.cargo cannot ride on an event: can't serialize ints"),
-        ({"path": "\ud800"}, "Carrier.cargo['path'] cannot ride on an event: 'utf-8' codec"),
+        (2**70, "Carrier.cargo cannot be encoded: can't serialize ints"),
+        ({"path": "\ud800"}, "Carrier.cargo['path'] cannot be encoded: 'utf-8' codec"),
     ],
 )
 def test_what_is_no_plain_value_is_refused_with_its_place(cargo: object, text: str) -> None:
