@@ -31,6 +31,7 @@ from offloop.engine import (
     TrainEnd,
     TrainStart,
     ValidationEnd,
+    checks,
 )
 from offloop.engine.bus.threads import Thread
 
@@ -117,7 +118,8 @@ class Above(_OfMetric):
             limit: The rule is broken by values above this.
         """
         super().__init__(key)
-        self.limit = _number("limit", limit)
+        checks.number("limit", limit)
+        self.limit = float(limit)
 
     def look(self, value: float) -> str:
         return f"{self.key} is {value:.6g}, above {self.limit:g}" if value > self.limit else ""
@@ -137,7 +139,8 @@ class Below(_OfMetric):
             limit: The rule is broken by values below this.
         """
         super().__init__(key)
-        self.limit = _number("limit", limit)
+        checks.number("limit", limit)
+        self.limit = float(limit)
 
     def look(self, value: float) -> str:
         return f"{self.key} is {value:.6g}, below {self.limit:g}" if value < self.limit else ""
@@ -162,11 +165,9 @@ class Spike(_OfMetric):
             window: Number of values in the median, at least 4.
         """
         super().__init__(key)
-        self.factor = _number("factor", factor)
-        if not self.factor > 1:
-            raise ConfigError(f"factor must be above 1, got {factor!r}")
-        if isinstance(window, bool) or not isinstance(window, int) or window < 4:
-            raise ConfigError(f"window must be a whole number of at least 4, got {window!r}")
+        checks.number("factor", factor, above=1)
+        checks.whole_number("window", window, at_least=4)
+        self.factor = float(factor)
         self.window = window
         self.reset()
 
@@ -216,9 +217,8 @@ class Stalled(Rule):
         Args:
             seconds: Longest time between two steps, above 0.
         """
-        self.seconds = _number("seconds", seconds)
-        if not self.seconds > 0:
-            raise ConfigError(f"seconds must be above 0, got {seconds!r}")
+        checks.number("seconds", seconds, above=0)
+        self.seconds = float(seconds)
 
     def __repr__(self) -> str:
         return f"Stalled({self.seconds:g})"
@@ -413,9 +413,3 @@ class _Watchdog:
                 self._told.add(rule)
                 message = f"no step for {quiet:.3g} s after step {self._run.step} ({state})"
                 self._publish(Alert(rule=repr(rule), message=message, value=quiet), self._run)
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}")
-    return float(value)

@@ -8,12 +8,12 @@ import torch
 
 from offloop.engine import (
     Callback,
-    ConfigError,
     EpochEnd,
     Run,
     StepPoint,
     TrainStart,
     ValidationEnd,
+    checks,
     decides,
     in_step,
     load_model,
@@ -60,8 +60,7 @@ class EarlyStopping(Callback):
         Raises:
             ConfigError: A value is out of its range.
         """
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ConfigError(f"patience must be a whole number of at least 1, got {patience!r}")
+        checks.whole_number("patience", patience)
         self.monitor = Monitor(monitor, mode, min_delta)
         self.patience = patience
         self.check_finite = check_finite

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from offloop.engine import Callback, ConfigError, Metrics, Sample, StepPoint, in_step
+from offloop.engine import Callback, Metrics, Sample, StepPoint, checks, in_step
 
 CHUNK: Final = 1 << 22
 """Elements that are looked at in one go: small gradients are gathered, so that a hundred biases cost one kernel
@@ -60,7 +60,8 @@ class GradientMonitor(Callback):
         Raises:
             ConfigError: `every_n_steps` is out of its range.
         """
-        self.every_n_steps = checked_cadence(every_n_steps)
+        checks.whole_number("every_n_steps", every_n_steps)
+        self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self.update_ratio = update_ratio
         self.reset()
@@ -198,10 +199,3 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()  # waits for a CUDA device: their number is known only there
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def checked_cadence(every_n_steps: int) -> int:
-    """Return `every_n_steps`; raise `ConfigError` unless it is a whole number of at least 1."""
-    if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-        raise ConfigError(f"every_n_steps must be a whole number of at least 1, got {every_n_steps!r}")
-    return every_n_steps

@@ -10,8 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from offloop.callbacks.gradient_monitor import checked_cadence
-from offloop.engine import Callback, ConfigError, Metrics, Sample, Settings, StepPoint, in_step
+from offloop.engine import Callback, Metrics, Sample, Settings, StepPoint, checks, in_step
 
 Kind = Literal["weights", "gradients", "activations"]
 
@@ -79,9 +78,9 @@ class LayerStatistics(Callback):
         Raises:
             ConfigError: A value is out of its range.
         """
-        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 0:
-            raise ConfigError(f"bins must be a whole number of at least 0, got {bins!r}")
-        self.every_n_steps = checked_cadence(every_n_steps)
+        checks.whole_number("every_n_steps", every_n_steps)
+        checks.whole_number("bins", bins, at_least=0)
+        self.every_n_steps = every_n_steps
         self.weights = weights
         self.gradients = gradients
         self.activations = activations

@@ -20,6 +20,7 @@ from offloop.engine import (
     TrainEnd,
     TrainStart,
     ValidationEnd,
+    checks,
     first_use,
     read_attempts,
     read_events,
@@ -106,8 +107,7 @@ class LearningCurves(Callback):
             raise TypeError(f"metrics must be a list of names, got the string {metrics!r}")
         if Path(file).suffix not in FORMATS or Path(file).name != file:
             raise ConfigError(f"file must be a name that ends in {', '.join(FORMATS)}; got {file!r}")
-        if isinstance(max_points, bool) or not isinstance(max_points, int) or max_points < 16:
-            raise ConfigError(f"max_points must be a whole number of at least 16, got {max_points!r}")
+        checks.whole_number("max_points", max_points, at_least=16)
         _expect_matplotlib()
         self.metrics = None if metrics is None else tuple(metrics)
         self.file = file

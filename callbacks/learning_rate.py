@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, ValidationEnd, decides
+from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, ValidationEnd, checks, decides
 from offloop.engine.monitor import Mode, Monitor, is_better
 
 Interval = Literal["epoch", "step"]
@@ -164,10 +164,9 @@ class LearningRateScheduler(Callback):
                 f"there is no schedule {scheduler!r}; there are {', '.join(SCHEDULES)}; others by torch's class: "
                 "LearningRateScheduler(torch.optim.lr_scheduler.MultiStepLR, milestones=[30, 80])"
             )
-        if interval not in (None, "epoch", "step"):
-            raise ConfigError(f"interval must be 'epoch' or 'step', got {interval!r}")
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise ConfigError(f"warmup must be a whole number of steps, at least 0; got {warmup!r}")
+        if interval is not None:
+            checks.choice("interval", interval, ("epoch", "step"))
+        checks.whole_number("warmup", warmup, at_least=0)
         if isinstance(scheduler, LRScheduler) and (arguments or warmup):
             raise ConfigError("an instance is complete: give its arguments and warm-up when it is made")
         named = SCHEDULES[scheduler] if isinstance(scheduler, str) else None

@@ -20,6 +20,7 @@ from offloop.engine import (
     StepPoint,
     TrainStart,
     ValidationEnd,
+    checks,
     decides,
     in_step,
 )
@@ -94,14 +95,11 @@ class ModelCheckpoint(Callback):
             ("keep_last", keep_last),
             ("keep_every_n_steps", keep_every_n_steps),
         ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                all_of_them = "; keep_last=None keeps all" if name in ("save_top_k", "keep_last") else ""
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}{all_of_them}")
-        for name, flag in (("save_best_only", save_best_only), ("save_last", save_last)):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"{name} must be True or False, got {flag!r}")
-        if every_seconds is not None and not every_seconds > 0:
-            raise ConfigError(f"every_seconds must be above 0, got {every_seconds!r}")
+            all_of_them = "; keep_last=None keeps all" if name in ("save_top_k", "keep_last") else ""
+            checks.whole_number(name, value, optional=True, hint=all_of_them)
+        checks.flag("save_best_only", save_best_only)
+        checks.flag("save_last", save_last)
+        checks.number("every_seconds", every_seconds, above=0, finite=False, optional=True, unit="seconds")
         has_cadence = not (every_n_epochs is None and every_n_steps is None and every_seconds is None)
         if save_best_only and has_cadence:
             raise ConfigError("save_best_only saves when the metric improves: leave every_... out")

@@ -25,12 +25,12 @@ from offloop.engine import (
     BusClosedError,
     Callback,
     CallbackCosts,
-    ConfigError,
     Event,
     Metrics,
     Run,
     StepEnd,
     StepPoint,
+    checks,
     in_step,
     replace_file,
 )
@@ -112,9 +112,9 @@ class Profiler(Callback):
         Raises:
             ConfigError: A number of steps is out of its range.
         """
-        for name, value, least in (("wait", wait, 0), ("warmup", warmup, 1), ("active", active, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        checks.whole_number("wait", wait, at_least=0)
+        checks.whole_number("warmup", warmup)
+        checks.whole_number("active", active)
         self.wait = wait
         self.warmup = warmup
         self.active = active

@@ -27,13 +27,13 @@ from offloop.engine import (
     BusClosedError,
     Callback,
     CallbackCosts,
-    ConfigError,
     Metrics,
     Run,
     Sample,
     StepEnd,
     TrainEnd,
     TrainStart,
+    checks,
     first_use,
 )
 from offloop.engine.bus.threads import Thread
@@ -146,9 +146,7 @@ class ResourceMonitor(Callback):
         Raises:
             ConfigError: It is out of its range.
         """
-        is_number = isinstance(every_seconds, int | float) and not isinstance(every_seconds, bool)
-        if not is_number or not 0 < every_seconds < threading.TIMEOUT_MAX:
-            raise ConfigError(f"every_seconds must be a number of seconds above 0, got {every_seconds!r}")
+        checks.number("every_seconds", every_seconds, above=0, below=threading.TIMEOUT_MAX, unit="seconds")
         self.every_seconds = every_seconds
         self._sampler: _Sampler | None = None
 

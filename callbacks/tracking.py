@@ -32,13 +32,13 @@ from offloop.engine import (
     CheckpointNotFoundError,
     CheckpointReader,
     CheckpointSaved,
-    ConfigError,
     EpochEnd,
     Run,
     StepEnd,
     TrainEnd,
     TrainStart,
     ValidationEnd,
+    checks,
     first_use,
     replace_file,
 )
@@ -311,10 +311,8 @@ class TrackingLogger(ValueLogger):
         timeout: float = TIMEOUT,
     ) -> None:
         """Choose what is logged; see the subclasses."""
-        if log_model not in (False, True, "all"):
-            raise ConfigError(f"log_model must be False, True (the best) or 'all', got {log_model!r}")
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-            raise ConfigError(f"timeout must be above 0 seconds, got {timeout!r}")
+        checks.choice("log_model", log_model, (False, True, "all"))
+        checks.number("timeout", timeout, above=0, finite=False, unit="seconds")
         self.log_model: LogModel = log_model
         self.timeout = timeout
         super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps)

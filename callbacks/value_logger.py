@@ -7,7 +7,7 @@ epoch always, so that short runs never look empty. Validations and epochs have t
 from collections.abc import Mapping
 from typing import Final
 
-from offloop.engine import Callback, EpochEnd, Run, StepEnd, ValidationEnd
+from offloop.engine import Callback, EpochEnd, Run, StepEnd, ValidationEnd, checks
 
 EVERY_SECONDS: Final = 1.0
 """Default cadence: a point a second makes 36,000 in ten hours, and a short run shows its every epoch."""
@@ -26,10 +26,8 @@ class ValueLogger(Callback):
         """
         if every_seconds is not None and every_n_steps is not None:
             raise ValueError("give every_seconds or every_n_steps, not both")
-        if every_seconds is not None and not every_seconds > 0:
-            raise ValueError(f"every_seconds must be above 0, got {every_seconds}")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        checks.number("every_seconds", every_seconds, above=0, finite=False, optional=True, unit="seconds")
+        checks.whole_number("every_n_steps", every_n_steps, optional=True)
         self.every_n_steps = every_n_steps
         self.every_seconds = EVERY_SECONDS if every_seconds is None else every_seconds
         self.reset()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
-from offloop.engine import ConfigError
+from offloop.engine import ConfigError, checks
 
 if TYPE_CHECKING:
     import wandb
@@ -80,8 +80,7 @@ class WandbLogger(TrackingLogger):
         """
         self._wandb = expect_package("wandb", "wandb")
         self.mode = mode or os.environ.get("WANDB_MODE") or "online"
-        if self.mode not in ("online", "offline", "disabled"):
-            raise ConfigError(f"mode must be 'online', 'offline' or 'disabled', got {self.mode!r}")
+        checks.choice("mode", self.mode, ("online", "offline", "disabled"))
         if given := sorted(set(init) & set(OURS)):
             raise ConfigError(f"{given[0]} cannot be given to WandbLogger: it is set by the run")
         legal = inspect.signature(self._wandb.init).parameters

@@ -7,7 +7,17 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from offloop.engine import Callback, ConfigError, Run, StepPoint, TrainStart, decides, in_step, load_model
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    Run,
+    StepPoint,
+    TrainStart,
+    checks,
+    decides,
+    in_step,
+    load_model,
+)
 
 Kind = Literal["ema", "swa"]
 
@@ -70,28 +80,16 @@ class WeightAverage(Callback):
         Raises:
             ConfigError: A value is out of its range.
         """
-        if kind not in ("ema", "swa"):
-            raise ConfigError(f"kind must be 'ema' or 'swa', got {kind!r}")
+        checks.choice("kind", kind, ("ema", "swa"))
         if kind == "swa" and decay is not None:
             raise ConfigError("decay is for EMA: SWA takes the equal mean")
         decay = 0.999 if decay is None else decay
-        if not callable(decay) and (
-            isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1
-        ):
-            raise ConfigError(
-                f"decay must be above 0 and below 1, or a function of the updates, got {decay!r}"
-            )
-        if validate not in (True, False, "both"):
-            raise ConfigError(f"validate must be True, False or 'both', got {validate!r}")
-        for name, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("start_step", start_step, 0),
-            ("start_epoch", start_epoch, 0),
-        ):
-            if value is None and name == "every_n_steps":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not callable(decay):
+            checks.number("decay", decay, above=0, below=1, hint="; a function of the updates is legal, too")
+        checks.choice("validate", validate, (True, False, "both"))
+        checks.whole_number("every_n_steps", every_n_steps, optional=True)
+        checks.whole_number("start_step", start_step, at_least=0)
+        checks.whole_number("start_epoch", start_epoch, at_least=0)
         self.kind = kind
         self.decay = decay
         self.every_n_steps = every_n_steps
@@ -216,7 +214,7 @@ def _ema(decay: float | Callable[[int], float]) -> Any:
 
     def update(mine: Any, theirs: Any, updates: Any) -> None:
         value = decay(int(updates))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        if not checks.is_number(value) or not 0 <= value < 1:
             raise ValueError(
                 "the decay function of WeightAverage must return a number of at least 0 and below 1; after "
                 f"{int(updates)} updates it returned {value!r}"

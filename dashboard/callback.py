@@ -20,7 +20,7 @@ import anyio.to_thread
 from offloop.dashboard.history import HISTORY_BYTES
 from offloop.dashboard.security import host_name, is_loopback
 from offloop.dashboard.server import Options, Server
-from offloop.engine import Callback, Run, TrainStart, decides
+from offloop.engine import Callback, Run, TrainStart, checks, decides
 
 logger = logging.getLogger("offloop")
 
@@ -101,22 +101,14 @@ class Dashboard(Callback):
             raise ValueError(
                 f"host must be a name or an address, got {host!r}; a port is Dashboard(port=...)"
             )
-        if port is not None and (
-            isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536
-        ):
-            raise ValueError(f"port must be a whole number from 0 to 65535 or None, got {port!r}")
+        checks.whole_number("port", port, at_least=0, at_most=65535, optional=True)
         if token is not None and (
             len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token
         ):
             raise ValueError("token must be at least 16 printable ASCII characters, without spaces")
-        if not 0 < frames_per_second <= 60:
-            raise ValueError(f"frames_per_second must be above 0 and at most 60, got {frames_per_second!r}")
-        if isinstance(history_bytes, bool) or not isinstance(history_bytes, int) or history_bytes < 1_000_000:
-            raise ValueError(
-                f"history_bytes must be a whole number of at least 1,000,000, got {history_bytes!r}"
-            )
-        if isinstance(max_viewers, bool) or not isinstance(max_viewers, int) or max_viewers < 1:
-            raise ValueError(f"max_viewers must be a whole number of at least 1, got {max_viewers!r}")
+        checks.number("frames_per_second", frames_per_second, above=0, at_most=60)
+        checks.whole_number("history_bytes", history_bytes, at_least=1_000_000)
+        checks.whole_number("max_viewers", max_viewers)
         for name, values in (("allow_hosts", allow_hosts), ("frame_ancestors", frame_ancestors)):
             if isinstance(values, str):
                 raise ValueError(f"{name} must be a sequence of strings, got the string {values!r}")

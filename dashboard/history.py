@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from offloop.dashboard.column import BLOCK, Column
 from offloop.dashboard.protocol import Float64s, Gap, NonFinite
+from offloop.engine import checks
 
 HISTORY_BYTES: Final = 256 * 1024 * 1024
 """Bytes that the curves of one run may take: about 15 million points."""
@@ -319,8 +320,7 @@ class History:
 
     def __init__(self, limit: int = HISTORY_BYTES) -> None:
         """Keep at most about `limit` bytes."""
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1_000_000:
-            raise ValueError(f"history_bytes must be a whole number of at least 1,000,000, got {limit!r}")
+        checks.whole_number("history_bytes", limit, at_least=1_000_000)
         self.axis = Axis()
         self.curves: list[Curve] = []
         self.gaps: list[Gap] = []

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, overload
 
+from offloop.engine import checks
 from offloop.engine.argument_hints import HANDLERS, explains_arguments
 from offloop.engine.errors import ConfigError, nearest
 from offloop.engine.events import (
@@ -178,8 +179,7 @@ def decides(handler: F | None = None, /, *, timeout: float | None = None) -> F |
     """
     if handler is not None and not callable(handler):
         raise TypeError(f"write @decides above a method, or @decides(timeout=...); got decides({handler!r})")
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+    checks.number("timeout", timeout, above=0, finite=False, optional=True, unit="seconds")
 
     def mark(handler: F) -> F:
         if timeout is not None and not inspect.iscoroutinefunction(handler):
@@ -226,12 +226,11 @@ def in_step(
     """
     if hook is not None and not callable(hook):
         raise TypeError(f"write @in_step(every_n_steps=...) above a method, got in_step({hook!r})")
-    if not isinstance(every_n_steps, str) and every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-    if isinstance(phase, bool) or not isinstance(phase, int) or phase < 0:
-        raise ValueError(f"phase must be a whole number of steps, at least 0, got {phase!r}")
+    if not isinstance(every_n_steps, str):
+        checks.whole_number("every_n_steps", every_n_steps)
+    checks.whole_number("phase", phase, at_least=0)
     if isinstance(every_n_steps, int) and phase >= every_n_steps:
-        raise ValueError(f"phase must be below every_n_steps={every_n_steps}, got {phase}")
+        raise ConfigError(f"phase must be below every_n_steps={every_n_steps}, got {phase}")
 
     def mark(hook: F) -> F:
         if inspect.iscoroutinefunction(hook):
@@ -377,11 +376,7 @@ class Handlers:
         value = getattr(self.callback, every_n_steps, 0)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{self.name}.{every_n_steps}, the cadence of {attribute}, must be a whole number of at least 1, "
-                f"got {value!r}"
-            )
+        checks.whole_number(f"{self.name}.{every_n_steps}, the cadence of {attribute},", value)
         return value
 
     def _check_known(self, attribute: str) -> None:
@@ -403,14 +398,9 @@ class Handlers:
 
     def _check_settings(self) -> None:
         on_error, buffer, on_full = self.callback.on_error, self.callback.buffer, self.callback.on_full
-        if on_error not in (None, "raise", "isolate"):
-            raise ConfigError(f"{self.name}.on_error must be 'raise', 'isolate' or None, got {on_error!r}")
-        if buffer is not None and (isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1):
-            raise ConfigError(
-                f"{self.name}.buffer must be a whole number of at least 1 or None, got {buffer!r}"
-            )
-        if on_full not in ("drop_oldest", "block"):
-            raise ConfigError(f"{self.name}.on_full must be 'drop_oldest' or 'block', got {on_full!r}")
+        checks.choice(f"{self.name}.on_error", on_error, ("raise", "isolate", None))
+        checks.whole_number(f"{self.name}.buffer", buffer, optional=True)
+        checks.choice(f"{self.name}.on_full", on_full, ("drop_oldest", "block"))
 
     def _check_samples(self) -> None:
         if not self.deciders:

@@ -114,7 +114,8 @@ def choice(name: str, value: object, legal: tuple[object, ...], *, hint: str = "
         ConfigError: It is none of them.
     """
     if value not in legal:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}{hint}")
+        *others, last = map(repr, legal)
+        raise ConfigError(f"{name} must be {', '.join(others)} or {last}, got {value!r}{hint}")
 
 
 def instance(name: str, value: object, arguments: str = "...") -> None:

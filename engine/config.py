@@ -1,6 +1,5 @@
 """TrainerConfig: every knob, its unit and its legal range, checked once."""
 
-import math
 import os
 import re
 import sys
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 import msgspec
 
+from offloop.engine import checks
 from offloop.engine.argument_hints import ADVICE, PEER_SPELLINGS, PRECISIONS, hint
 from offloop.engine.errors import ConfigError, nearest
 from offloop.engine.monitor import Mode
@@ -71,8 +71,8 @@ class RemoteDirectory(msgspec.Struct, frozen=True):
             raise ConfigError(
                 f"storage_options must be a dict for fsspec, got {type(self.storage_options).__name__}"
             )
-        _check_positive("timeout", self.timeout, optional=False)
-        _check_choice("on_error", self.on_error, ("isolate", "raise"))
+        checks.number("timeout", self.timeout, above=0, unit="seconds")
+        checks.choice("on_error", self.on_error, ("isolate", "raise"))
 
     def __repr__(self) -> str:
         return f"RemoteDirectory({self.url!r})"  # options may be secrets
@@ -175,33 +175,30 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             "val_every_n_epochs",
             "val_every_n_steps",
         ):
-            _check_count(name, getattr(self, name), optional=name != "accumulate_grad_batches")
-        _check_positive("gradient_clip_val", self.gradient_clip_val)
-        _check_positive("max_time", self.max_time, unit="seconds")
-        _check_positive("switch_interval", self.switch_interval, unit="seconds")
-        for name in ("flush_interval", "drain_timeout"):
-            _check_positive(name, getattr(self, name), optional=False, unit="seconds")
+            checks.whole_number(name, getattr(self, name), optional=name != "accumulate_grad_batches")
+        checks.number("gradient_clip_val", self.gradient_clip_val, above=0, optional=True)
+        for name in ("max_time", "switch_interval", "flush_interval", "drain_timeout"):
+            optional = name in ("max_time", "switch_interval")
+            checks.number(name, getattr(self, name), above=0, optional=optional, unit="seconds")
         for name in ("limit_train_batches", "limit_val_batches"):
             _check_limit(name, getattr(self, name))
         meant = PRECISIONS.get(str(self.precision).removeprefix("torch."))
-        _check_choice(
+        checks.choice(
             "precision",
             self.precision,
             ("32-true", "bf16-mixed", "16-mixed"),
-            f"; {meant!r} is meant" if meant else "",
+            hint=f"; {meant!r} is meant" if meant else "",
         )
-        _check_choice("gradient_clip_algorithm", self.gradient_clip_algorithm, ("norm", "value"))
-        _check_choice("on_nonfinite", self.on_nonfinite, ("raise", "warn", "skip_step"))
-        _check_choice("scheduler_interval", self.scheduler_interval, ("epoch", "step"))
-        _check_choice("mode", self.mode, ("auto", "min", "max"))
-        _check_choice("sampling", self.sampling, ("loader", "seeded"))
+        checks.choice("gradient_clip_algorithm", self.gradient_clip_algorithm, ("norm", "value"))
+        checks.choice("on_nonfinite", self.on_nonfinite, ("raise", "warn", "skip_step"))
+        checks.choice("scheduler_interval", self.scheduler_interval, ("epoch", "step"))
+        checks.choice("mode", self.mode, ("auto", "min", "max"))
+        checks.choice("sampling", self.sampling, ("loader", "seeded"))
         if not isinstance(self.device, str):
             raise ConfigError(
                 f'device must be a torch.device or a string like "auto", "cpu" or "cuda:0", got {self.device!r}'
             )
-        if self.seed is not None and (
-            isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed not in _SEEDS
-        ):
+        if self.seed is not None and not (checks.is_whole_number(self.seed) and self.seed in _SEEDS):
             raise ConfigError(f"seed must be an int from -2**63 to 2**64 - 1, or None, got {self.seed!r}")
         if self.sampling == "seeded" and self.seed is None:
             raise ConfigError('sampling="seeded" derives what samples draw from the seed: give seed=...')
@@ -210,8 +207,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"compile must be a bool or a dict of torch.compile's arguments, got {self.compile!r}"
             )
         for name in ("deterministic", "channels_last", "validate_at_start"):
-            _check_choice(name, getattr(self, name), (False, True))
-        _check_choice("tf32", self.tf32, (None, False, True))
+            checks.flag(name, getattr(self, name))
+        checks.choice("tf32", self.tf32, (None, False, True))
         _check_patterns(
             "activation_checkpointing",
             self.activation_checkpointing,
@@ -332,31 +329,15 @@ def check_limits(epochs: int | None, max_steps: int | None, max_time: float | No
     Raises:
         ConfigError: None of them is given, or one is out of range.
     """
-    _check_count("epochs", epochs)
-    _check_count("max_steps", max_steps)
-    _check_positive("max_time", max_time, unit="seconds")
+    checks.whole_number("epochs", epochs, optional=True)
+    checks.whole_number("max_steps", max_steps, optional=True)
+    checks.number("max_time", max_time, above=0, optional=True, unit="seconds")
     if epochs is None and max_steps is None and max_time is None:
         raise ConfigError("nothing says when to stop: give epochs, max_steps or max_time")
 
 
-def _check_count(name: str, value: object, *, optional: bool = True) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _check_positive(name: str, value: object, *, optional: bool = True, unit: str = "") -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a number above 0{unit and f' ({unit})'}, got {value!r}")
-
-
 def _check_limit(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if value is None or (checks.is_whole_number(value) and value >= 1):
         return
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return
@@ -364,11 +345,6 @@ def _check_limit(name: str, value: object) -> None:
         f"{name} must be a number of batches (int of at least 1) or a share of them "
         f"(float above 0.0, up to 1.0), got {value!r}"
     )
-
-
-def _check_choice(name: str, value: object, legal: tuple[object, ...], hint: str = "") -> None:
-    if value not in legal:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}{hint}")
 
 
 def _check_patterns(name: str, value: object, kinds: tuple[type, ...], legal: str) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
+from offloop.engine import checks
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import EpochEnd, ValidationEnd
 
@@ -74,14 +75,8 @@ class Monitor:
             ConfigError: The key is of no training or validation, or another value is out of range.
         """
         check_key(key)
-        if mode not in ("auto", "min", "max"):
-            raise ConfigError(f"mode must be 'auto', 'min' or 'max', got {mode!r}")
-        if (
-            isinstance(min_delta, bool)
-            or not isinstance(min_delta, int | float)
-            or not 0 <= min_delta < math.inf
-        ):
-            raise ConfigError(f"min_delta must be a number of at least 0, got {min_delta!r}")
+        checks.choice("mode", mode, ("auto", "min", "max"))
+        checks.number("min_delta", min_delta, at_least=0)
         self.key = key
         self.min_delta = float(min_delta)
         self.best: float | None = None

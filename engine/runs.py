@@ -13,11 +13,12 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
+from offloop.engine import checks
 from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.callback import Callback
 from offloop.engine.config import misplaced_argument
 from offloop.engine.data.val_loaders import ValLoader
-from offloop.engine.errors import ConfigError, DeadlockError, RunNotFoundError, RunsClosedError
+from offloop.engine.errors import DeadlockError, RunNotFoundError, RunsClosedError
 from offloop.engine.metrics.names import RunMetrics
 from offloop.engine.recovery.resume_plan import Resume
 from offloop.engine.result import RunResult
@@ -75,14 +76,16 @@ class Runs(Mapping[str, Run]):
         Raises:
             ConfigError: An argument is out of range.
         """
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
-            raise ConfigError(f"keep must be a whole number of at least 0, or None to keep all; got {keep!r}")
-        is_number = isinstance(shutdown_timeout, int | float) and not isinstance(shutdown_timeout, bool)
-        if shutdown_timeout is not None and not (is_number and shutdown_timeout > 0):
-            raise ConfigError(
-                "shutdown_timeout must be a number of seconds above 0, or None for no limit; "
-                f"got {shutdown_timeout!r}"
-            )
+        checks.whole_number("keep", keep, at_least=0, optional=True, hint="; keep=None keeps all")
+        checks.number(
+            "shutdown_timeout",
+            shutdown_timeout,
+            above=0,
+            finite=False,
+            optional=True,
+            unit="seconds",
+            hint="; None sets no limit",
+        )
         self.keep = keep
         self.shutdown_timeout = shutdown_timeout
         self._lock = threading.Lock()  # guards changes of the next two; never held across an await

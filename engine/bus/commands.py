@@ -8,12 +8,12 @@ cannot apply.
 
 import dataclasses
 import enum
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
+from offloop.engine import checks
 from offloop.engine.checkpoint.tags import check_tag
 from offloop.engine.errors import ConfigError, encodable
 from offloop.engine.events import CheckpointSaved, Metrics, Settings
@@ -84,10 +84,8 @@ class SetLearningRate(Command[None], frozen=True, tag="set_lr"):
     """Its name, where the trainer has several."""
 
     def __post_init__(self) -> None:
-        lr = self.lr
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
-            raise ConfigError(f"lr must be a finite number above 0, got {lr!r}")
-        msgspec.structs.force_setattr(self, "lr", float(lr))
+        checks.number("lr", self.lr, above=0)
+        msgspec.structs.force_setattr(self, "lr", float(self.lr))
 
 
 class Validate(Command[Metrics], frozen=True, tag="validate"):

@@ -21,6 +21,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
+from offloop.engine import checks
 from offloop.engine.bus.command_mailbox import Mailbox
 from offloop.engine.bus.commands import Stop
 from offloop.engine.bus.threads import Thread
@@ -161,12 +162,11 @@ def find_learning_rate(
     the best loss and "steepest descent" as the suggestion follow fastai and Lightning; rates are spaced evenly on a
     logarithmic axis, so the slope is that over log(rate).
     """
-    for name, value in (("min_lr", min_lr), ("max_lr", max_lr)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")
+    checks.number("min_lr", min_lr, above=0)
+    checks.number("max_lr", max_lr, above=0)
     if min_lr >= max_lr:
         raise ConfigError(f"min_lr must be below max_lr, got {min_lr!r} and {max_lr!r}")
-    _check_count("steps", steps, least=_FIRST_LOSSES)
+    checks.whole_number("steps", steps, at_least=_FIRST_LOSSES)
     if optimizer is None and len(trainer.optimizers) > 1:
         raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(trainer.optimizers)}")
     name = optimizer or next(iter(trainer.optimizers))
@@ -240,13 +240,11 @@ def find_batch_size(
     memory_limit: int | None,
 ) -> BatchSizeSearch:
     """Double until it does not fit, then halve the gap, see `BaseTrainer.find_batch_size`."""
-    if mode not in ("binsearch", "power"):
-        raise ConfigError(f"mode must be one of 'binsearch', 'power', got {mode!r}")
-    _check_count("start", start)
-    _check_count("steps", steps, least=2)
-    for name, value in (("max_batch_size", max_batch_size), ("memory_limit", memory_limit)):
-        if value is not None:
-            _check_count(name, value)
+    checks.choice("mode", mode, ("binsearch", "power"))
+    checks.whole_number("start", start)
+    checks.whole_number("steps", steps, at_least=2)
+    checks.whole_number("max_batch_size", max_batch_size, optional=True)
+    checks.whole_number("memory_limit", memory_limit, optional=True)
     if memory_limit is None and trainer.device.type != "cuda":
         raise ConfigError(
             f"memory_limit is needed on {trainer.device.type}: there, memory ends without an error that could be "
@@ -519,8 +517,3 @@ def _free(device: torch.device, *, after_failure: bool = False) -> None:
         trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     ) is not None:
         trim(0)  # glibc keeps blocks of some megabytes for later; they would count as taken
-
-
-def _check_count(name: str, value: object, *, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -263,9 +263,9 @@ def test_own_rule() -> None:
         (lambda: Above("", 1.0), "needs the key of a metric"),
         (lambda: Above("loss", NAN), "limit must be a finite number, got nan"),
         (lambda: Below("loss", INF), "limit must be a finite number, got inf"),
-        (lambda: Spike(factor=1.0), "factor must be above 1"),
+        (lambda: Spike(factor=1.0), "factor must be a finite number above 1"),
         (lambda: Spike(window=3), "window must be a whole number of at least 4"),
-        (lambda: Stalled(0), "seconds must be above 0"),
+        (lambda: Stalled(0), "seconds must be a finite number above 0"),
         (lambda: Stalled(True), "seconds must be a finite number"),
     ],
 )

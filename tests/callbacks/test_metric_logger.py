@@ -208,9 +208,9 @@ def test_second_run_of_the_same_logger_starts_afresh(tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         ({"every_seconds": 1.0, "every_n_steps": 1}, "not both"),
-        ({"every_seconds": 0.0}, "every_seconds must be above 0, got 0.0"),
-        ({"every_seconds": float("nan")}, "every_seconds must be above 0, got nan"),
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"every_seconds": 0.0}, "every_seconds must be a number of seconds above 0, got 0.0"),
+        ({"every_seconds": float("nan")}, "every_seconds must be a number of seconds above 0, got nan"),
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1, got 0"),
     ],
 )
 def test_cadence_that_cannot_be_is_refused(arguments: dict[str, Any], text: str) -> None:

@@ -416,7 +416,7 @@ def test_of_two_that_disagree_the_first_says_which_moment_of_a_run_is_best(
         ({"every_n_steps": 1.5}, "every_n_steps must be"),
         ({"every_n_epochs": True}, "every_n_epochs must be"),
         ({"keep_every_n_steps": -1}, "keep_every_n_steps must be"),
-        ({"every_seconds": 0}, "every_seconds must be above 0"),
+        ({"every_seconds": 0}, "every_seconds must be a number of seconds above 0"),
         ({"save_best_only": True, "every_n_epochs": 1}, "save_best_only saves when the metric improves"),
         ({"monitor": "loss"}, "monitor must begin with train_ or val_"),
         ({"monitor": "val_loss", "mode": "up"}, "mode must be"),

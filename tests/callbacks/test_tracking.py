@@ -722,9 +722,9 @@ def test_wandb_without_an_account_is_an_error_before_the_run(wandb_runs: tuple[P
     [
         ({"hyperparameters": {"width": 16}}, "every logger has those of the run: Trainer.hyperparameters="),
         ({"log_model": "best"}, "log_model must be False, True"),
-        ({"timeout": 0}, "timeout must be above 0 seconds, got 0"),
+        ({"timeout": 0}, "timeout must be a number of seconds above 0, got 0"),
         ({"experiment_name": ""}, "experiment_name must be a name"),
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], text: str) -> None:

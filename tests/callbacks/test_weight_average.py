@@ -563,9 +563,12 @@ def test_two_that_say_what_the_model_is_in_the_end_are_refused(callbacks: list[C
     ("arguments", "text"),
     [
         ({"kind": "mean"}, "kind must be 'ema' or 'swa', got 'mean'"),
-        ({"decay": 1.0}, "decay must be above 0 and below 1, or a function of the updates, got 1.0"),
-        ({"decay": 0}, "decay must be above 0"),
-        ({"decay": "0.9"}, "decay must be above 0"),
+        (
+            {"decay": 1.0},
+            "decay must be a finite number above 0 and below 1, got 1.0; a function of the updates is legal, too",
+        ),
+        ({"decay": 0}, "decay must be a finite number above 0"),
+        ({"decay": "0.9"}, "decay must be a finite number above 0"),
         ({"validate": "live"}, "validate must be True, False or 'both', got 'live'"),
         ({"kind": "swa", "decay": 0.9}, "decay is for EMA"),
         ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1"),

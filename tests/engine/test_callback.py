@@ -292,7 +292,7 @@ def test_signatures_that_can_be_called_are_accepted(method: Any) -> None:
         ("on_error", "ignore", "Mine.on_error must be 'raise', 'isolate' or None, got 'ignore'"),
         ("on_error", observe, "Mine.on_error must be"),
         ("on_full", "drop", "Mine.on_full must be 'drop_oldest' or 'block', got 'drop'"),
-        ("buffer", 0, "Mine.buffer must be a whole number of at least 1 or None, got 0"),
+        ("buffer", 0, "Mine.buffer must be a whole number of at least 1, got 0"),
         ("buffer", 1.5, "Mine.buffer must be"),
         ("buffer", True, "Mine.buffer must be"),
     ],
@@ -304,7 +304,7 @@ def test_wrong_setting_is_refused(name: str, value: object, text: str) -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1.0])
 def test_timeout_of_a_decider_must_be_positive(timeout: float) -> None:
-    with pytest.raises(ValueError, match=f"timeout must be above 0 seconds, got {timeout}"):
+    with pytest.raises(ValueError, match=f"timeout must be a number of seconds above 0, got {timeout}"):
         decides(timeout=timeout)
 
 
@@ -318,7 +318,7 @@ def test_timeout_of_a_plain_decider_is_refused() -> None:
 
 
 def test_interval_of_a_step_hook_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="every_n_steps must be a whole number of at least 1, got 0"):
         in_step(every_n_steps=0)
 
 

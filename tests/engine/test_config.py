@@ -30,24 +30,28 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ),
     ("accumulate_grad_batches", None, "must be a whole number of at least 1"),
     *(
-        (name, value, "must be a number above 0")
-        for name in ("max_time", "gradient_clip_val", "switch_interval", "flush_interval", "drain_timeout")
+        (name, value, "must be a finite number of seconds above 0")
+        for name in ("max_time", "switch_interval", "flush_interval", "drain_timeout")
         for value in (0, -0.1, math.nan, math.inf, True, "1")
     ),
-    ("flush_interval", None, "must be a number above 0"),
-    ("drain_timeout", None, "must be a number above 0"),
+    *(
+        ("gradient_clip_val", value, "must be a finite number above 0")
+        for value in (0, -0.1, math.nan, math.inf, True, "1")
+    ),
+    ("flush_interval", None, "must be a finite number of seconds above 0"),
+    ("drain_timeout", None, "must be a finite number of seconds above 0"),
     *(
         (name, value, "must be a number of batches (int of at least 1) or a share of them")
         for name in ("limit_train_batches", "limit_val_batches")
         for value in (0, -1, 0.0, 1.5, math.nan, True, "10%")
     ),
-    ("precision", "bf16", "must be one of '32-true', 'bf16-mixed', '16-mixed'"),
-    ("precision", 16, "must be one of '32-true', 'bf16-mixed', '16-mixed'"),
-    ("gradient_clip_algorithm", "l2", "must be one of 'norm', 'value'"),
-    ("on_nonfinite", "ignore", "must be one of 'raise', 'warn', 'skip_step'"),
-    ("scheduler_interval", "batch", "must be one of 'epoch', 'step'"),
-    ("mode", "maximum", "must be one of 'auto', 'min', 'max'"),
-    ("mode", ["min"], "must be one of 'auto', 'min', 'max'"),
+    ("precision", "bf16", "must be '32-true', 'bf16-mixed' or '16-mixed'"),
+    ("precision", 16, "must be '32-true', 'bf16-mixed' or '16-mixed'"),
+    ("gradient_clip_algorithm", "l2", "must be 'norm' or 'value'"),
+    ("on_nonfinite", "ignore", "must be 'raise', 'warn' or 'skip_step'"),
+    ("scheduler_interval", "batch", "must be 'epoch' or 'step'"),
+    ("mode", "maximum", "must be 'auto', 'min' or 'max'"),
+    ("mode", ["min"], "must be 'auto', 'min' or 'max'"),
     ("device", 0, 'must be a torch.device or a string like "auto", "cpu" or "cuda:0"'),
     ("seed", 1.0, "must be an int from -2**63 to 2**64 - 1, or None"),
     ("seed", True, "must be an int from -2**63 to 2**64 - 1, or None"),
@@ -186,7 +190,7 @@ def test_replace_checks_like_a_new_one_and_leaves_the_first_alone() -> None:
     config = TrainerConfig(seed=1)
     assert config.replace(gradient_clip_val=0.5) == TrainerConfig(seed=1, gradient_clip_val=0.5)
     assert config == TrainerConfig(seed=1)
-    with pytest.raises(ConfigError, match="gradient_clip_val must be a number above 0, got -1"):
+    with pytest.raises(ConfigError, match="gradient_clip_val must be a finite number above 0, got -1"):
         config.replace(gradient_clip_val=-1)
 
 
@@ -206,7 +210,7 @@ def test_settings_ride_on_an_event() -> None:
         ((None, None, None), "nothing says when to stop: give epochs, max_steps or max_time"),
         ((0, None, None), "epochs must be a whole number of at least 1, got 0"),
         ((None, 1.5, None), "max_steps must be a whole number of at least 1, got 1.5"),
-        ((None, None, math.inf), "max_time must be a number above 0 (seconds), got inf"),
+        ((None, None, math.inf), "max_time must be a finite number of seconds above 0, got inf"),
     ],
 )
 def test_limits_are_checked(limits: tuple[Any, Any, Any], text: str) -> None:

@@ -99,7 +99,7 @@ def test_unknown_mode_is_refused(mode: Any) -> None:
 
 @pytest.mark.parametrize("min_delta", [-0.1, NAN, INF, "1", True, None])
 def test_min_delta_out_of_range_is_refused(min_delta: Any) -> None:
-    with pytest.raises(ConfigError, match="min_delta must be a number of at least 0"):
+    with pytest.raises(ConfigError, match="min_delta must be a finite number of at least 0"):
         Monitor("val_loss", "min", min_delta)
 
 

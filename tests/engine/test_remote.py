@@ -664,8 +664,8 @@ def test_wrong_place_is_refused_at_once(knobs: dict[str, Any], text: str) -> Non
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"timeout": 0}, "timeout must be a number above 0, got 0"),
-        ({"on_error": "stop"}, "on_error must be one of 'isolate', 'raise', got 'stop'"),
+        ({"timeout": 0}, "timeout must be a finite number of seconds above 0, got 0"),
+        ({"on_error": "stop"}, "on_error must be 'isolate' or 'raise', got 'stop'"),
         ({"storage_options": "x"}, "storage_options must be a dict"),
     ],
 )

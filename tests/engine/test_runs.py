@@ -199,11 +199,11 @@ async def test_resumed_run_takes_the_place_of_its_earlier_attempt(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"keep": -1}, "keep must be a whole number of at least 0, or None to keep all; got -1"),
+        ({"keep": -1}, "keep must be a whole number of at least 0, got -1; keep=None keeps all"),
         ({"keep": True}, "keep must be a whole number"),
         (
             {"shutdown_timeout": 0},
-            "shutdown_timeout must be a number of seconds above 0, or None for no limit; got 0",
+            "shutdown_timeout must be a number of seconds above 0, got 0; None sets no limit",
         ),
         ({"shutdown_timeout": "1"}, "shutdown_timeout must be a number"),
     ],

@@ -74,7 +74,7 @@ BAD_TRAINERS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "value out of range": (
         lambda: Trainer(MODEL, sgd(MODEL), gradient_clip_val=-1.0),
-        "gradient_clip_val must be a number above 0, got -1.0",
+        "gradient_clip_val must be a finite number above 0, got -1.0",
     ),
     "an argument of train": (
         lambda: Trainer(MODEL, sgd(MODEL), metrics=["accuracy"]),  # type: ignore[call-arg]  # that is the test
@@ -244,7 +244,7 @@ BAD_RUNS: dict[str, tuple[Callable[[Callable[..., Trainer]], RunResult], str]] =
     ),
     "monitor without a prefix": (
         lambda make: make(monitor="accuracy").train(LOADER, LOADER, epochs=1),
-        "monitor must begin with train_ or val_, like val_loss; got 'accuracy'",
+        "monitor must begin with train_ or val_, like \"val_loss\"; got 'accuracy'",
     ),
     "monitor that nobody knows": (
         lambda make: make(monitor="val_quality").train(LOADER, LOADER, epochs=1, metrics=["f1"]),

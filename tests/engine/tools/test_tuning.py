@@ -354,7 +354,7 @@ def test_a_stream_that_ends_is_the_largest_batch() -> None:
     ("loader", "arguments", "text"),
     [
         (loader_of(9), {"memory_limit": None}, "memory_limit is needed on cpu: .* Give the bytes"),
-        (loader_of(9), {"mode": "bisect"}, "mode must be one of 'binsearch', 'power'"),
+        (loader_of(9), {"mode": "bisect"}, "mode must be 'binsearch' or 'power'"),
         (loader_of(9), {"start": 0}, "start must be a whole number of at least 1"),
         (loader_of(9), {"steps": 1}, "steps must be a whole number of at least 2"),
         (loader_of(9), {"memory_limit": 0}, "memory_limit must be a whole number of at least 1"),
