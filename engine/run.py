@@ -121,7 +121,7 @@ class Run:
     @property
     def failure(self) -> BaseException | None:
         """What the run fails with; None while nothing has gone wrong, and after the run has raised it."""
-        return self._session.failure
+        return self._session.lifetime.failure
 
     def stack(self) -> str:
         """Return where the training thread is now, as Python prints a stack; empty when it has ended. Any thread."""
@@ -145,7 +145,7 @@ class Run:
     @property
     def interrupted(self) -> bool:
         """True if a signal, Ctrl-C or SIGTERM, has asked it to stop."""
-        return self._session.signal_count > 0
+        return self._session.lifetime.signal_count > 0
 
     @property
     def epoch(self) -> int:
@@ -404,7 +404,7 @@ class Run:
 
         Calling it after the end, or twice, is fine.
         """
-        self._session.cancel(reason)
+        self._session.lifetime.cancel(reason)
 
     @property
     def should_stop(self) -> NoReturn:

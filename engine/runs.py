@@ -263,7 +263,7 @@ class Runs(Mapping[str, Run]):
             return []
         for hosted in self._hosted.values():
             logger.warning("run %s has not ended in time: leaving in haste", hosted.session.run_id)
-            hosted.session.hurry("shut down")
+            hosted.session.lifetime.hurry("shut down")
         if await self._wait_for_all(deadline + HASTE):
             return []
         left = []
@@ -373,7 +373,7 @@ class Runs(Mapping[str, Run]):
 
 def _log_failure(session: Session) -> None:
     """Log what a run failed with, and clear the frames of the exception, which may hold tensors."""
-    failure = session.failure
+    failure = session.lifetime.failure
     if failure is None or session.result is None:
         return
     session.note_where(failure)

@@ -302,12 +302,9 @@ class _ScriptedLoop(TrainingLoop):
     def _let_callbacks_handle_it(self) -> None:
         """Wait for the observers, so that what they ask for takes effect here, each time the script is driven."""
         session = self.session
-        for observer in session.observers:
+        for observer in session.callbacks.observers:
             if observer.subscription is not None:
-                handled: list[BaseException | None] = []
-                session._wait_at_barrier(
-                    observer, observer.name, functools.partial(session._answer, handled, None), handled
-                )
+                session.deciders.wait_for(observer)
         if self.mailbox.attention:
             self.boundary.process_commands()
 

@@ -1423,7 +1423,7 @@ def _note_signal(
 ) -> Callable[[Any, int], None]:
     def note(number: Any, count: int) -> None:
         seen.append(number.name)
-        session.on_signal(number.name, count, third_is_final=third_is_final)
+        session.lifetime.on_signal(number.name, count, third_is_final=third_is_final)
 
     return note
 

@@ -180,7 +180,9 @@ class Observer:
         self.errors: list[str] = []  # what the result will list: `Type: text` each
         self.decided = 0.0  # written by the training thread
         self.disabled = False
-        self._run = run
+        # True once its task has ended. Written on the event loop, read by threads that wait for it
+        self.has_ended = False
+        self.run = run
         self._publish = publish
         self._fail = fail
         self._places = Places(lambda: False) if places is None else places
@@ -354,7 +356,7 @@ class Observer:
             await result
 
     async def _handle_on_loop(self, events: list[Event]) -> None:
-        handler_for, run = self.handlers.handler_for, self._run
+        handler_for, run = self.handlers.handler_for, self.run
         event_class, handler = None, None
         turn = time.perf_counter()
         for event in events:
@@ -384,7 +386,7 @@ class Observer:
     def _handle_all(self, events: list[Event]) -> None:
         """Handle events in the worker thread."""
         actor.set(self.name)
-        handler_for, run = self.handlers.handler_for, self._run
+        handler_for, run = self.handlers.handler_for, self.run
         cpu = time.thread_time()
         for event in events:
             if self.disabled:

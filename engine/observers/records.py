@@ -37,18 +37,14 @@ RECORD_DEADLINE: Final = 5.0
 class Records:
     """What the logs of one run have, and the announcements that wait for it."""
 
-    def __init__(
-        self, bus: Bus, *, is_alive: Callable[[Observer], bool], in_haste: Callable[[], bool]
-    ) -> None:
+    def __init__(self, bus: Bus, *, in_haste: Callable[[], bool]) -> None:
         """Watch the logs of a run; they are named by `watch`.
 
         Args:
             bus: Through which the logs get their events.
-            is_alive: Whether an observer still handles events. Any thread.
             in_haste: True when nothing must be waited for any more. Any thread.
         """
         self._bus = bus
-        self._is_alive = is_alive
         self._in_haste = in_haste
         self._logs: list[Observer] = []
         # Milestones of the training thread with their numbers: appended by that thread, taken out by the announcing one
@@ -107,6 +103,9 @@ class Records:
         """Forget the logs and the milestones; after the end of the run."""
         self._logs = []
         self._unsettled.clear()
+
+    def _is_alive(self, observer: Observer) -> bool:
+        return not observer.has_ended and not self._bus.has_ended
 
     # The announcing thread -----------------------------------------------------------------------
 

@@ -39,12 +39,12 @@ import torch
 
 from offloop.engine.best import Best
 from offloop.engine.bus import forked
-from offloop.engine.bus.command_mailbox import Envelope, Mailbox, actor, deciding
+from offloop.engine.bus.command_mailbox import Envelope, Mailbox, actor
 from offloop.engine.bus.commands import Need, SaveCheckpoint, Stop, TagCheckpoint
-from offloop.engine.bus.event_bus import BUFFER, Bus, Subscription
-from offloop.engine.bus.threads import Thread, has_ended
+from offloop.engine.bus.event_bus import Bus
+from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker, result_of
-from offloop.engine.callback import Decider, Handlers, OnError, StepHook, close_unused
+from offloop.engine.callback import Handlers, OnError, StepHook, close_unused
 from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.config import TrainerConfig
@@ -52,7 +52,6 @@ from offloop.engine.errors import (
     BusClosedError,
     ConfigError,
     LossError,
-    OffloopError,
     RunEndedError,
     RunNameTakenError,
     as_failure,
@@ -75,9 +74,8 @@ from offloop.engine.events import (
 )
 from offloop.engine.monitor import is_better
 from offloop.engine.observers.event_log import rewind
-from offloop.engine.observers.observer import CallbackCosts, Observer, Worker
+from offloop.engine.observers.observer import CallbackCosts, Worker
 from offloop.engine.observers.records import Records
-from offloop.engine.observers.worker import Driver, leaving
 from offloop.engine.position.resume_report import ResumeReport
 from offloop.engine.recovery import run_state
 from offloop.engine.recovery.resume_plan import Over, ResumePlan, read_run_json
@@ -89,6 +87,9 @@ from offloop.engine.recovery.uploads import Uploads, claim_remote
 from offloop.engine.recovery.user_state import UserState
 from offloop.engine.result import RunResult, Status
 from offloop.engine.run import Run
+from offloop.engine.session.callback_tasks import CallbackTasks
+from offloop.engine.session.deciders import Deciders
+from offloop.engine.session.lifetime import Lifetime
 from offloop.engine.session.ownership import Monitors
 from offloop.engine.session.process import enter_process, leave_process
 from offloop.engine.session.thread_state import caller_state
@@ -106,14 +107,6 @@ logger = logging.getLogger("offloop")
 
 STACK_INTERVAL: Final = 10.0
 """Seconds after which the stack of a training thread that does not end is logged, and again."""
-LOOK_INTERVAL: Final = 0.05
-"""Seconds between two looks at the end of a run: has a second signal come, does a callback wait for `TrainEnd`."""
-IMPATIENT_CLOSE: Final = 2.0
-"""Seconds that are left for everything after a second signal."""
-SWALLOWING: Final = 1.0
-"""Seconds for which a coroutine of a callback may swallow its cancellation before it is left."""
-MOMENT_IN_HASTE: Final = 0.25
-"""The same after a second signal, and what callbacks have then for their last events, and each for its `close()`."""
 
 
 class Session:
@@ -150,17 +143,16 @@ class Session:
         self.monitors = monitors
         self.mailbox = Mailbox()
         self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.mailbox.poke)
+        self.lifetime = Lifetime(self.mailbox, self.bus)
+        self.callbacks = CallbackTasks(
+            self.bus, self.mailbox, self.lifetime, drain_timeout=config.drain_timeout
+        )
+        self.deciders = Deciders(self.bus, self.mailbox, self.lifetime)
         self.result: RunResult | None = None  # written by the supervisor at the end, read by everybody
         self.finished: Future[RunResult] = Future()
-        self.failure: BaseException | None = None  # the first one; from the training thread or a callback
-        # A SystemExit or the like of a callback that came after `TrainEnd`: raised once everything is closed.
-        self._late_exit: BaseException | None = None
         self.best: Best | None = None  # written by the training thread
-        self.signal_count = 0
-        self._hurried_at = math.inf  # when the second signal came; written by the main thread
         self._claim, self._release = claim, release
         self._handlers = handlers
-        self._phase = "starting"  # then "running", "closing", and the result's status
         self._started = time.perf_counter()
         self._description: dict[str, Any] = {}
         self._thread_ended = Waker()
@@ -171,12 +163,6 @@ class Session:
             False  # set on the event loop: the supervisor does not wait for the thread any more
         )
         self._has_ended_training = False  # set by the training thread as it leaves the end to the supervisor
-        self._loop_thread: threading.Thread | None = None
-        self._native_loop: object = None  # the event loop behind anyio, to see that it was closed
-        self._unserved: set[Observer] = set()  # whose task has ended; written on the event loop
-        self._reactions = 0  # events that handlers of callbacks have published; only whether it grows matters
-        self._barriers: dict[Observer, anyio.Event] = {}  # set when it has caught up; on the event loop
-        self._deciders: dict[str, list[tuple[Decider, Observer]]] = {}
         self.loop = make_loop(self)
         self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
         self.loop.state_of_trainer = trainer._own_state
@@ -186,11 +172,7 @@ class Session:
         self._callbacks_are_unknown = True  # False once the state of callbacks was looked at
         self._upload_deadline = math.inf  # until when the end of the run waits for the remote directory
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
-        self.records = Records(
-            self.bus,
-            is_alive=lambda observer: observer not in self._unserved and not self.bus.has_ended,
-            in_haste=lambda: self.signal_count > 1 or self._loop_is_gone(),
-        )
+        self.records = Records(self.bus, in_haste=self.lifetime.is_in_haste)
         if self.dir is not None:
             self.loop.is_resumable = True
             self.checkpoints = Checkpoints(
@@ -200,13 +182,14 @@ class Session:
                 model=trainer.model,
                 publish=self._publish_late,
                 retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
-                patience=self._patience,
+                patience=self.lifetime.wait,
                 records=self.records,
             )
         self.run = Run(self)
         self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
-        self.observers = [self._observe(each) for each in handlers]
-        self.records.watch(self.observers)
+        for each in handlers:
+            self.deciders.add(self.callbacks.add(each, self.run))
+        self.records.watch(self.callbacks.observers)
         context = contextvars.copy_context()
         self._caller_state = caller_state()
         self.thread = Thread(context.run, self._train, name=f"offloop-training-{run_id}", daemon=False)
@@ -222,20 +205,20 @@ class Session:
                 if self.loop.device.type == "cuda":
                     torch.cuda.set_device(self.loop.device)
                 self._set_up()
-                self._phase = "running"
+                self.lifetime.phase = "running"
                 with checkpointed(self.trainer.model, self.config.activation_checkpointing):
                     self.loop.run()
                 if self._is_worth_saving() and not self._is_saved() and self._can_be_continued():
                     assert self.checkpoints is not None
-                    reason = "preempt" if self.signal_count else "final"
+                    reason = "preempt" if self.lifetime.signal_count else "final"
                     self.save(reason, owners=self.checkpoints.save_at_end)
                 self.guard()
-                if self.loop.ending != "cancelled" and self.failure is None:
+                if self.loop.ending != "cancelled" and self.lifetime.failure is None:
                     self.loop.hooks.run_all("before_train_end")
         except BaseException as error:
             if self.mailbox.is_forked:
                 forked.end_process(error)
-            self._fail(error)
+            self.lifetime.fail(error)
         finally:
             if self.mailbox.is_forked:
                 forked.end_process(None)
@@ -254,7 +237,7 @@ class Session:
             try:
                 step()
             except BaseException as error:
-                self._fail(error)
+                self.lifetime.fail(error)
         self.mailbox.places.training_thread = None  # the system gives this number to other threads later
         if self._is_alone():
             try:
@@ -269,7 +252,7 @@ class Session:
         """True if the training thread has to end the run itself, because the event loop or the supervisor is gone."""
         with self._hand_over:
             self._has_ended_training = not self.is_abandoned
-            return self.is_abandoned or self._loop_is_dead()
+            return self.is_abandoned or self.lifetime.event_loop_is_dead
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
@@ -365,7 +348,7 @@ class Session:
         assert self.config.remote is not None
         if self.config.remote.on_error == "raise":
             self._upload_deadline = 0.0  # nobody waits for a store that has ended the run
-            self._fail(error)
+            self.lifetime.fail(error)
 
     def _load(self, which: str | int | Path) -> None:
         """Put back what a checkpoint holds; random states and the loader follow when the loop gets there."""
@@ -447,7 +430,9 @@ class Session:
             state = self._capture(self._handlers)
         except BaseException as error:
             if self._on_unsaveable == "raise" and not is_out_of_memory(error):
-                self._fail(error)  # a command that asked for the checkpoint would take the error for its own
+                self.lifetime.fail(
+                    error
+                )  # a command that asked for the checkpoint would take the error for its own
             raise
         if self._on_unsaveable is not None and self._callbacks_are_unknown:
             self._callbacks_are_unknown = False
@@ -486,7 +471,9 @@ class Session:
         except Exception as error:
             is_certain = not is_out_of_memory(error)  # memory may be there at the next one
             if self._on_unsaveable == "raise" and is_certain:
-                self._fail(error)  # a command that asked for the checkpoint would take the error for its own
+                self.lifetime.fail(
+                    error
+                )  # a command that asked for the checkpoint would take the error for its own
                 raise
             logger.error("%s", error)
 
@@ -509,7 +496,7 @@ class Session:
         # batches of a step has lost the gradients of the first: the checkpoint before has everything.
         is_over = self.resume is not None and self.resume.over is not None  # nothing was trained
         wanted = self.checkpoints is not None and self.checkpoints.save_at_end and not is_over
-        return bool(wanted) and self.signal_count < 2 and self.loop.is_between_steps
+        return bool(wanted) and self.lifetime.signal_count < 2 and self.loop.is_between_steps
 
     def _can_be_continued(self) -> bool:
         """True if a run can go on from the weights of now; else the log says that no checkpoint is taken of them."""
@@ -558,8 +545,7 @@ class Session:
         if not isinstance(event, Sample):
             if isinstance(event, (ValidationEnd, EpochEnd)):
                 self._judge(event)
-            if self._loop_is_gone():
-                self.cancel("the event loop is gone")
+            self.lifetime.cancel_if_event_loop_is_gone()
         self.bus.publish_unchecked(event)
         if not isinstance(event, Sample):
             self.records.note(event)
@@ -574,25 +560,13 @@ class Session:
         else:
             self.bus.publish(event)
             if actor.get() != "user":
-                self._reactions += 1
+                self.callbacks.reactions += 1
 
     def decide(self, event: Event) -> None:
         """Ask the deciders about an event, in declared order."""
-        if event.handler_name in self._deciders:
+        if self.deciders.has_any_for(event):
             self.guard()
-        for decider, observer in self._deciders.get(event.handler_name, ()):
-            if self.mailbox.cancelled:
-                return
-            started = time.perf_counter()
-            try:
-                self._ask(decider, observer, event)
-            except BaseException as error:
-                isolates = observer.handlers.callback.on_error == "isolate"
-                if not isolates or not isinstance(as_failure(error), Exception):
-                    raise
-                observer.failed(type(event).__name__, error, is_off=False)  # it is asked again
-            finally:
-                observer.decided += time.perf_counter() - started
+        self.deciders.decide(event)
         if isinstance(event, TrainStart) and self._new_lr is not None:
             self.run.set_lr_nowait(self._new_lr, by="train")
         if isinstance(event, TrainStart) and self.checkpoints is not None:
@@ -601,117 +575,11 @@ class Session:
             schedulers = [each.scheduler for each in loop.schedules]
             self.user_state.watch([*schedulers, loop.train_loader, *loop.val_loaders.values()])
 
-    def _ask(self, decider: Decider, observer: Observer, event: Event) -> None:
-        name = f"decider {decider.callback}.{event.handler_name}"
-        if decider.is_async:
-            answers: list[BaseException | None] = []
-            self._wait_at_barrier(
-                observer, name, lambda: self._decide_on_loop(decider, observer, event, answers), answers
-            )
-            if answers and answers[0] is not None:
-                raise answers[0]
-            if not answers and not self.mailbox.cancelled:
-                raise OffloopError(f"{name} cannot be asked any more: the task of its callback has ended")
-            return
-        if observer.handlers.observers:
-            # Its observers share its state: what came before this event is handled first.
-            caught_up: list[BaseException | None] = []
-            self._wait_at_barrier(observer, name, lambda: self._answer(caught_up, None), caught_up)
-            if self.mailbox.cancelled:
-                return
-        with _acting(decider.callback, self.mailbox):
-            decider.method(event, self.run)
-
-    def _wait_at_barrier(
-        self,
-        observer: Observer,
-        name: str,
-        on_reached: Callable[[], object],
-        answers: list[BaseException | None],
-    ) -> None:
-        """Wait until an observer has reached this point of its stream and `on_reached` has answered."""
-        assert observer.subscription is not None
-        self.bus.put_barrier(observer.subscription, on_reached)
-        self.mailbox.stand(
-            lambda: (
-                bool(answers) or self.mailbox.cancelled or observer in self._unserved or self._loop_is_gone()
-            ),
-            name,
-            callback=observer.name,
-        )
-        if not answers and self._loop_is_gone():
-            self.cancel("the event loop is gone")
-
-    async def _decide_on_loop(
-        self, decider: Decider, observer: Observer, event: Event, answers: list[BaseException | None]
-    ) -> None:
-        """Run an async decider on the event loop, until it answers, its timeout, or a cancellation."""
-        failures: list[BaseException] = []
-        decided, driver = anyio.Event(), Driver(observer.name)
-
-        async def ask() -> None:  # in a task of its own: it may have to be left
-            try:
-                here = self.mailbox.places.task(anyio.get_current_task().id)
-                with _acting(decider.callback, self.mailbox), here:
-                    await driver.drive(decider.method(event, self.run), observer.account)
-            except BaseException as error:
-                if driver.is_ending(error):
-                    raise
-                failures.append(error)
-            finally:
-                decided.set()
-
-        try:
-            with Waker() as cancelled, self.mailbox.on_cancel(cancelled.wake), leaving(lambda: driver):
-                async with anyio.create_task_group() as tasks:
-
-                    async def watch() -> None:
-                        await cancelled.wait()
-                        end()
-
-                    def end() -> None:
-                        driver.leave_after(self._swallowing)
-                        tasks.cancel_scope.cancel()
-
-                    tasks.start_soon(watch)
-                    tasks.start_soon(ask)
-                    with anyio.move_on_after(decider.timeout) as patience:
-                        await decided.wait()
-                    if patience.cancelled_caught:
-                        logger.warning(
-                            "decider %s.%s took longer than its %.1f s: training goes on without it",
-                            decider.callback,
-                            event.handler_name,
-                            decider.timeout,
-                        )
-                        end()
-                    tasks.cancel_scope.cancel()
-        except OSError as error:  # no descriptors for the waker
-            failures.append(error)
-        finally:
-            self._answer(answers, as_failure(failures[0]) if failures else None)
-
-    def _answer(self, answers: list[BaseException | None], error: BaseException | None) -> None:
-        answers.append(error)
-        self.mailbox.poke()
-
-    def _loop_is_gone(self) -> bool:
-        """True if nobody takes this run's events any more."""
-        return self.bus.loop_is_gone or self.bus.has_ended or self._loop_is_dead()
-
-    def _loop_is_dead(self) -> bool:
-        """True if nothing will run on the event loop any more: its thread has ended, or it was closed."""
-        thread = self._loop_thread
-        is_closed = getattr(
-            self._native_loop, "is_closed", None
-        )  # asyncio's; trio always ends its tasks first
-        return (thread is not None and has_ended(thread)) or (is_closed is not None and bool(is_closed()))
-
     def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool) -> None:
         """Hold or pass on what a step hook raised. Training thread."""
         if hook.on_error == "raise":
             raise error
-        observer = next(each for each in self.observers if each.name == hook.callback)
+        observer = next(each for each in self.callbacks.observers if each.name == hook.callback)
         observer.failed(hook.point, error, is_off=is_off)
 
     def save_for(self, envelope: Envelope[Any]) -> None:
@@ -748,8 +616,8 @@ class Session:
     @property
     def state(self) -> str:
         """What the run is doing, in a word."""
-        if self._phase != "running":
-            return self._phase
+        if self.lifetime.phase != "running":
+            return self.lifetime.phase
         state = self.loop.boundary.state
         return "validating" if state == "running" and self.loop.validating else state
 
@@ -758,22 +626,7 @@ class Session:
         """What each callback has cost so far."""
         if self.result is not None:
             return dict(self.result.callback_costs)
-        seconds = self.loop.hooks.seconds
-        return {
-            each.name: msgspec.structs.replace(each.costs, in_step=seconds.get(each.name, 0.0))
-            for each in self.observers
-        }
-
-    def cancel(self, reason: str) -> None:
-        """End the run at its next batch. Any thread, also a signal handler."""
-        self.mailbox.cancel(reason)
-        self.bus.unblock()
-
-    def hurry(self, reason: str) -> None:
-        """End the run in haste: callbacks do not drain, and only the checkpoint in work is finished. Any thread."""
-        self.signal_count = max(self.signal_count, 2)
-        self._hurried_at = min(self._hurried_at, time.perf_counter())
-        self.cancel(reason)
+        return self.callbacks.costs(self.loop.hooks.seconds)
 
     def abandon(self) -> bool:
         """Stop waiting for a training thread that hangs; it ends the run by itself if it ever gets there. Event loop.
@@ -788,45 +641,7 @@ class Session:
         self._thread_ended.wake()
         return True
 
-    def on_signal(self, name: str, count: int, *, third_is_final: bool = True) -> None:
-        """Obey a signal: the first stops the run in order, the second in haste. Main thread."""
-        self.signal_count = count
-        if count == 1:
-            with contextlib.suppress(OffloopError):
-                self.mailbox.give(Stop(name), by="signal")
-            logger.warning("%s: stopping; once more to leave in haste", name)
-        else:
-            self.hurry(f"{name}, twice")
-            outlook = "; a third time ends the process at once" if third_is_final else ""
-            logger.warning("%s: leaving in haste%s", name, outlook)
-
-    def _fail(self, error: BaseException) -> None:
-        """Keep the first failure and end training. Any thread."""
-        error = as_failure(error)
-        if self._phase == "closing":  # the run has said how it ended: the log and the result have this one
-            logger.error("a callback failed after the end", exc_info=error)
-            if not isinstance(error, Exception) and self._late_exit is None:
-                self._late_exit = error
-            return
-        if self.failure is None:
-            self.failure = error
-        self.cancel(describe(error))
-
     # The event loop's side -----------------------------------------------------------------------
-
-    def _observe(self, handlers: Handlers) -> Observer:
-        callback = handlers.callback
-        types = handlers.observed_types()
-        needs_barriers = any(decider.is_async or handlers.observers for decider in handlers.deciders.values())
-        subscription: Subscription[Event] | None = None
-        if types or needs_barriers:
-            buffer = callback.buffer or BUFFER
-            subscription = Subscription(self.bus, handlers.name, types, buffer, callback.on_full)
-            self.bus.add(subscription)
-        observer = Observer(handlers, subscription, self.run, self.publish, self._fail, self.mailbox.places)
-        for name, decider in handlers.deciders.items():
-            self._deciders.setdefault(name, []).append((decider, observer))
-        return observer
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -861,7 +676,7 @@ class Session:
                     self._release(self)
         finally:
             if self._never_ran():
-                self._phase = "cancelled"
+                self.lifetime.phase = "cancelled"
                 self.mailbox.end()
                 self.finished.cancel()
 
@@ -884,7 +699,7 @@ class Session:
                     started(self.run)
                     await result_of(self.finished, ended)
                 except BaseException:
-                    self.cancel("the task that awaited it was cancelled")
+                    self.lifetime.cancel("the task that awaited it was cancelled")
                     raise
 
     @contextlib.asynccontextmanager
@@ -911,16 +726,16 @@ class Session:
                         await result_of(self.finished, ended)
                     except BaseException:
                         if not body.cancel_called:
-                            self.cancel("the task beside it was cancelled")
+                            self.lifetime.cancel("the task beside it was cancelled")
                         raise
-        if in_body is None or in_body in (self.failure, self._late_exit):
+        if in_body is None or in_body in (self.lifetime.failure, self.lifetime.late_exit):
             self.outcome()
-        elif self.failure is None:
+        elif self.lifetime.failure is None:
             raise in_body
         elif isinstance(in_body, RunEndedError | BusClosedError):
             self.outcome()  # the body only ran into the run's failure
         else:
-            both = [in_body, self.failure]
+            both = [in_body, self.lifetime.failure]
             raise BaseExceptionGroup("the run failed, and so did the code beside it", both)
 
     async def supervise(self, on_failure: Callable[[], None] | None = None) -> None:
@@ -932,81 +747,48 @@ class Session:
         swept = False
         with anyio.CancelScope(shield=True):
             note_cancellation(anyio.get_cancelled_exc_class())
-            self._loop_thread = threading.current_thread()
-            self._native_loop = anyio.lowlevel.current_token().native_token
+            self.lifetime.begin_on_event_loop()
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self.bus.drain)
-                    scopes = [anyio.CancelScope() for _ in self.observers]
-                    served = [anyio.Event() for _ in self.observers]
-                    for observer, scope, event in zip(self.observers, scopes, served, strict=True):
-                        tasks.start_soon(self._serve, observer, scope, event)
+                    self.callbacks.start(tasks)
                     self._start_thread()
                     swept = await self._thread_is_over()
                     if self.is_abandoned:
                         self.bus.close()
-                        for observer, scope in zip(self.observers, scopes, strict=True):
-                            self._cancel(observer, scope)
+                        self.callbacks.cancel()
                         return
-                    if self.failure is not None and on_failure is not None:
+                    if self.lifetime.failure is not None and on_failure is not None:
                         on_failure()
                     await self._finish_checkpoints()
-                    late = set() if swept else await self._settle()
-                    if self.failure is not None and on_failure is not None:
+                    if not swept:
+                        await self.callbacks.settle()
+                    if self.lifetime.failure is not None and on_failure is not None:
                         on_failure()
                     self._end_bus()
                     if not swept:
-                        await self._drain(scopes, served, late)
-                    for observer, scope in zip(self.observers, scopes, strict=True):
-                        self._cancel(observer, scope)
+                        await self.callbacks.drain()
+                    self.callbacks.cancel()
             except GeneratorExit:  # the event loop was closed under us: the training thread does the rest
                 raise
             except BaseException as error:
                 # A cancellation that pierced the shield while draining (asyncio.run's sweep), or a defect of ours
                 swept = True
                 if not isinstance(error, anyio.get_cancelled_exc_class()):
-                    self._fail(error)
+                    self.lifetime.fail(error)
             finally:
                 self._abandon_thread()
             await self._thread_is_over()  # after a defect of ours it may still be on its way
-            await self._close()
+            await self.callbacks.close()
             await self._finish()
 
     def _start_thread(self) -> None:
         try:
             self.thread.start()
         except RuntimeError as error:  # the system gives no more of them, or the interpreter is about to end
-            self._fail(error)
+            self.lifetime.fail(error)
             self.mailbox.end()  # what the thread does at its end
             leave_process(self.run_id)
-
-    async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
-        async def serve() -> None:  # in a task of its own: a handler may have to be left
-            try:
-                await observer.serve()
-            except Exception as error:  # a defect of ours, which must not cancel the others
-                self._fail(error)
-
-        try:
-            with scope, observer.leaving():
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(serve)
-        finally:
-            served.set()
-            self._unserved.add(observer)
-            if observer in self._barriers:
-                self._barriers[observer].set()  # it handles nothing any more, barriers included
-            self.mailbox.poke()  # the training thread may be waiting for it
-
-    @property
-    def _swallowing(self) -> float:
-        """Seconds for which a coroutine may swallow its cancellation."""
-        return SWALLOWING if self.signal_count < 2 else MOMENT_IN_HASTE
-
-    def _cancel(self, observer: Observer, scope: anyio.CancelScope) -> None:
-        """Cancel what an observer is doing, and leave it if that is swallowed."""
-        observer.leave_after(self._swallowing)
-        scope.cancel()
 
     async def _thread_is_over(self) -> bool:
         """Wait for the training thread through all cancellations; True if there was one."""
@@ -1020,9 +802,9 @@ class Session:
                         self.thread.join()  # returns immediately: the thread is already exiting
             except anyio.get_cancelled_exc_class():
                 cancelled = True
-                self.cancel("the event loop is ending")
+                self.lifetime.cancel("the event loop is ending")
             except KeyboardInterrupt as error:  # a signal handler of the host's
-                self._fail(error)
+                self.lifetime.fail(error)
             now = time.perf_counter()
             if self.mailbox.cancelled and self._is_training() and now - warned >= STACK_INTERVAL:
                 warned = now
@@ -1040,9 +822,9 @@ class Session:
 
     def _end_bus(self) -> None:
         """Publish `TrainEnd` after everything else, and close the bus behind it."""
-        self._phase = "closing"
+        self.lifetime.phase = "closing"
         status, reason = self._status()
-        error = self.failure
+        error = self.lifetime.failure
         self.bus.close(
             TrainEnd(
                 status=status,
@@ -1053,145 +835,23 @@ class Session:
             )
         )
 
-    async def _settle(self) -> set[Observer]:
-        """Let the callbacks handle everything before `TrainEnd`, and what they publish meanwhile.
-
-        `TrainEnd` is the last event and tells how the run ended, so it waits for what callbacks still have to
-        publish and for failures of those with `on_error="raise"`, `drain_timeout` seconds at most. It does not wait
-        for events that come from elsewhere, such as a thread that publishes at a pace until the run ends.
-
-        Returns:
-            The observers that did not get that far in time.
-        """
-        deadline = time.perf_counter() + self.config.drain_timeout
-        late: set[Observer] = set()
-        is_first_round = True
-        while not self.bus.has_ended:
-            reactions = self._reactions
-            self._barriers = {
-                observer: anyio.Event()
-                for observer in self.observers
-                if observer.subscription is not None and observer not in self._unserved
-            }
-            for observer, barrier in self._barriers.items():
-                assert observer.subscription is not None
-                self.bus.put_barrier(observer.subscription, barrier.set)
-            behind = {
-                each
-                for each, barrier in self._barriers.items()
-                if not await self._wait_until(
-                    barrier, deadline, unless=functools.partial(self.bus.is_awaited_by, each.name)
-                )
-                and not self.bus.is_awaited_by(each.name)  # it waits for `TrainEnd` in a handler: not late
-            }
-            if is_first_round:
-                late = behind
-            elif behind:
-                logger.warning(
-                    "callbacks still published events %g s after training", self.config.drain_timeout
-                )
-            if behind or self._reactions == reactions:
-                break
-            is_first_round = False
-        self._barriers = {}
-        return late
-
-    async def _drain(
-        self, scopes: Sequence[anyio.CancelScope], served: Sequence[anyio.Event], late: set[Observer]
-    ) -> None:
-        """Let the callbacks handle `TrainEnd`; cancel and report those that miss the deadline or were late before."""
-        now = time.perf_counter()
-        for observer, scope, event in zip(self.observers, scopes, served, strict=True):
-            moment = now + MOMENT_IN_HASTE
-            deadline = moment if observer in late else now + self.config.drain_timeout
-            if not await self._wait_until(event, deadline, at_least=moment):
-                self._cancel(observer, scope)
-                error = TimeoutError(f"still busy {self.config.drain_timeout:g} s after the end: cancelled")
-                observer.failed("drain", error)
-
-    async def _wait_until(
-        self,
-        event: anyio.Event,
-        deadline: float,
-        *,
-        haste: float = 0.0,
-        at_least: float = 0.0,
-        unless: Callable[[], bool] = lambda: False,
-    ) -> bool:
-        """Wait for an event; False if it had not come by the deadline.
-
-        Args:
-            event: What is waited for.
-            deadline: On the clock of `time.perf_counter`.
-            haste: Seconds after a second signal that end the wait earlier.
-            at_least: Until when a second signal does not end it.
-            unless: Ends the wait as well when it returns True.
-        """
-        while not event.is_set():
-            left = min(deadline, max(self._hurried_at + haste, at_least)) - time.perf_counter()
-            if left <= 0 or unless():
-                return False
-            with anyio.move_on_after(min(left, LOOK_INTERVAL)):
-                await event.wait()
-        return True
-
-    async def _close(self) -> None:
-        """Call `close()` of each callback, always; a close that hangs is given up and reported."""
-        for observer in self.observers:
-            try:
-                await self._close_one(observer)
-            except anyio.get_cancelled_exc_class():
-                continue  # the sweep again: go on with the next one
-
-    async def _close_one(self, observer: Observer) -> None:
-        closed = anyio.Event()
-
-        async def close() -> None:  # in a task of its own: it may have to be left
-            try:
-                await observer.close()
-            except Exception as error:  # a defect of ours, which must not keep the others from being closed
-                self._fail(error)
-            finally:
-                closed.set()
-
-        started = time.perf_counter()
-        with observer.leaving():
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(close)
-                # In haste all callbacks share what is left, but each is called and has a moment.
-                is_closed = await self._wait_until(
-                    closed,
-                    started + self.config.drain_timeout,
-                    haste=IMPATIENT_CLOSE - 2 * MOMENT_IN_HASTE,
-                    at_least=started + MOMENT_IN_HASTE,
-                )
-                if not is_closed:
-                    taken = time.perf_counter() - started
-                    observer.leave_after(self._swallowing)
-                    tasks.cancel_scope.cancel()
-                    observer.failed(
-                        "close", TimeoutError(f"close() took longer than {taken:.1f} s: given up")
-                    )
-
     async def _end_alone(self) -> None:
         """Close the callbacks and write the result from the training thread, on an event loop of its own."""
-        for observer in self.observers:
-            if observer.subscription is not None:
-                observer.subscription._wake_consumer = None  # its task is dead and cannot be woken
+        self.callbacks.leave_event_loop()
         await self._finish_checkpoints()
         with contextlib.suppress(RuntimeError):  # nor can a reader of `run.events()` on that event loop
             self.bus._end()
-        await self._close()
+        await self.callbacks.close()
         await self._finish()
 
     def _abandon_thread(self) -> None:
         """Make sure that the thread knows, if this coroutine is torn down without having waited for it."""
         if self._is_training():
-            self.cancel("the event loop is gone")
+            self.lifetime.cancel("the event loop is gone")
 
     def _status(self) -> tuple[Status, str]:
-        if self.failure is not None:
-            return "failed", describe(self.failure)
+        if self.lifetime.failure is not None:
+            return "failed", describe(self.lifetime.failure)
         if self.loop.ending == "cancelled":
             return "cancelled", self.loop.reason
         if self.loop.ending == "stopped":
@@ -1218,7 +878,7 @@ class Session:
             history=tuple(self.loop.history),
             seconds=time.perf_counter() - self._started,
             callback_costs=self.callback_costs,
-            callback_errors={each.name: tuple(each.errors) for each in self.observers if each.errors},
+            callback_errors=self.callbacks.errors(),
             dir=self.dir if self._description else None,
         )
         if self._description:
@@ -1232,7 +892,7 @@ class Session:
                 logger.warning("%s does not say how the run ended", self.dir)
             except BaseException:
                 logger.exception("%s does not say how the run ended", self.dir)
-        self._phase = status
+        self.lifetime.phase = status
         self._thread_ended.close()
         self._release(self)
         self._let_go()
@@ -1246,7 +906,9 @@ class Session:
         """
         self.loop.let_go()
         self.records.let_go()
-        self.observers, self._handlers, self._deciders, self._unserved = [], [], {}, set()
+        self.callbacks.clear()
+        self.deciders.clear()
+        self._handlers = []
         self.initial_weights = None
         del self.trainer, self.user_state, self._claim, self._release
 
@@ -1259,7 +921,7 @@ class Session:
         except anyio.get_cancelled_exc_class():
             pass  # the sweep: the writer goes on by itself
         except BaseException as error:
-            self._fail(error)
+            self.lifetime.fail(error)
 
     def _settle_checkpoints(self) -> None:
         assert self.checkpoints is not None
@@ -1275,7 +937,7 @@ class Session:
         if self.uploads is not None:
             assert self.config.remote is not None
             seconds = self.config.remote.timeout
-            if self.mailbox.cancelled and self.failure is None:  # somebody waits for it to be over
+            if self.mailbox.cancelled and self.lifetime.failure is None:  # somebody waits for it to be over
                 seconds = min(seconds, self.config.drain_timeout)
             self._upload_deadline = min(self._upload_deadline, time.perf_counter() + seconds)
             if not self._await_uploads(self.uploads):
@@ -1292,18 +954,11 @@ class Session:
         self._publish_late(UploadFailed(url=self.remote.url, error=f"RemoteError: {error}"))
         self._upload_failed(error)
 
-    def _patience(
-        self, wait: Callable[[float], bool], *, deadline: float = math.inf, haste: float = IMPATIENT_CLOSE
-    ) -> bool:
-        """Wait in short looks until it is done, or the deadline, or `haste` s after a second signal. Blocks."""
-        while not wait(min(0.25, max(0.0, deadline - time.perf_counter()))):
-            if time.perf_counter() >= min(deadline, self._hurried_at + haste):
-                return False
-        return True
-
     def _await_uploads(self, uploads: Uploads) -> bool:
         """Wait until everything is uploaded, or the time for it is up; a second signal ends it at once. Blocks."""
-        return uploads.finish(functools.partial(self._patience, deadline=self._upload_deadline, haste=0.0))
+        return uploads.finish(
+            functools.partial(self.lifetime.wait, deadline=self._upload_deadline, haste=0.0)
+        )
 
     def _write_ending(self, directory: Path, description: dict[str, Any]) -> None:
         """Write how the run ended, here and there. Blocks."""
@@ -1317,8 +972,7 @@ class Session:
         """Return the result, or raise what the run failed with, once, with a note on where it was."""
         assert self.result is not None
         # Taken from here: whoever catches it decides how long its frames are kept, with all the tensors in them.
-        failure, self.failure = self.failure or self._late_exit, None
-        self._late_exit = None
+        failure = self.lifetime.take_failure()
         if failure is None:
             return self.result
         self.note_where(failure)
@@ -1349,14 +1003,3 @@ async def _in_thread(name: str, function: Callable[[], None]) -> None:
         await worker.run(function, else_here=True)
     finally:
         worker.close()
-
-
-@contextlib.contextmanager
-def _acting(name: str, mailbox: Mailbox) -> Iterator[None]:
-    """Mark what happens inside as done by a decider of this run."""
-    who, where = actor.set(name), deciding.set(mailbox)
-    try:
-        yield
-    finally:
-        actor.reset(who)
-        deciding.reset(where)

@@ -11,7 +11,7 @@ import pytest
 
 from offloop.engine import Callback, EpochEnd, EpochStart, Run, TrainEnd, decides
 from offloop.engine.observers.worker import Driver, leaving
-from offloop.engine.session import session as session_module
+from offloop.engine.session import lifetime
 from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_trainer
 
 LONG = 30.0
@@ -120,7 +120,7 @@ async def test_own_timeouts_of_a_coroutine_are_its_own() -> None:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "SWALLOWING", 0.05)
+    monkeypatch.setattr(lifetime, "SWALLOWING", 0.05)
 
 
 @pytest.mark.anyio
@@ -197,8 +197,8 @@ async def test_in_haste_callbacks_that_swallow_share_two_seconds(soon: None) -> 
     class Retries(Callback):
         async def on_epoch_start(self, event: EpochStart, run: Run) -> None:
             session = run._session
-            session.on_signal("SIGINT", 1)
-            session.on_signal("SIGINT", 2)
+            session.lifetime.on_signal("SIGINT", 1)
+            session.lifetime.on_signal("SIGINT", 2)
             self.began = time.perf_counter()
             await Swallows()()
 

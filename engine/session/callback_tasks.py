@@ -1,0 +1,229 @@
+"""Callback tasks: the tasks in which a run's callbacks handle events, and how they end.
+
+    start       one task per callback, on the event loop of the run
+    settle      before `TrainEnd`: the callbacks handle what was published so far, and what they publish meanwhile
+    drain       after `TrainEnd`: they handle it; those that miss the deadline are cancelled and reported
+    close       each callback's `close()`, always
+
+A handler or a `close()` may hang, or swallow its cancellation. Every wait here has a deadline, which a second signal
+shortens.
+"""
+
+import functools
+import logging
+import time
+from typing import Any, Final
+
+import anyio
+import anyio.abc
+import msgspec
+
+from offloop.engine.bus.command_mailbox import Mailbox
+from offloop.engine.bus.event_bus import BUFFER, Bus, Subscription
+from offloop.engine.callback import Handlers
+from offloop.engine.events import Event
+from offloop.engine.observers.observer import CallbackCosts, Observer
+from offloop.engine.session.lifetime import HASTY_CLOSE, HASTY_MOMENT, Lifetime
+
+logger = logging.getLogger("offloop")
+
+CLOSE_IN_HASTE: Final = HASTY_CLOSE - 2 * HASTY_MOMENT
+"""Seconds after a second signal for the `close()` of all callbacks: what their last events leave of the time."""
+
+
+class CallbackTasks:
+    """The callbacks of one run at work. Event loop, unless a method says otherwise."""
+
+    def __init__(self, bus: Bus, mailbox: Mailbox, lifetime: Lifetime, *, drain_timeout: float) -> None:
+        """Begin without callbacks; `add` brings them.
+
+        Args:
+            bus: The source of their events.
+            mailbox: Poked when a callback's task ends; its `places` learn which tasks and threads run handlers.
+            lifetime: The run's.
+            drain_timeout: Seconds for `settle`, for `drain` and for each `close()`.
+        """
+        self.observers: list[Observer] = []
+        # Events that handlers have published: only whether it grows matters, so threads need no lock to write it.
+        self.reactions = 0
+        self._bus = bus
+        self._lifetime = lifetime
+        self._mailbox = mailbox
+        self._drain_timeout = drain_timeout
+        self._scopes: list[anyio.CancelScope] = []
+        self._served: list[anyio.Event] = []
+        # Set when the observer has handled everything before the barrier.
+        self._barriers: dict[Observer, anyio.Event] = {}
+        # Observers that `settle` gave up on.
+        self._late: set[Observer] = set()
+
+    def add(self, handlers: Handlers, run: Any) -> Observer:
+        """Bind a callback to the run, and return the observer that handles its events. Before the run starts."""
+        callback = handlers.callback
+        types = handlers.observed_types()
+        needs_barriers = any(decider.is_async or handlers.observers for decider in handlers.deciders.values())
+        subscription: Subscription[Event] | None = None
+        if types or needs_barriers:
+            buffer = callback.buffer or BUFFER
+            subscription = Subscription(self._bus, handlers.name, types, buffer, callback.on_full)
+            self._bus.add(subscription)
+        observer = Observer(
+            handlers, subscription, run, run.publish, self._lifetime.fail, self._mailbox.places
+        )
+        self.observers.append(observer)
+        return observer
+
+    def start(self, tasks: anyio.abc.TaskGroup) -> None:
+        """Start one task per callback."""
+        for observer in self.observers:
+            scope, served = anyio.CancelScope(), anyio.Event()
+            self._scopes.append(scope)
+            self._served.append(served)
+            tasks.start_soon(self._serve, observer, scope, served)
+
+    async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
+        # In a task of its own: a handler may have to be abandoned
+        async def serve() -> None:
+            try:
+                await observer.serve()
+            except Exception as error:  # a defect of ours, which must not cancel the other callbacks
+                self._lifetime.fail(error)
+
+        try:
+            with scope, observer.leaving():
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(serve)
+        finally:
+            served.set()
+            observer.has_ended = True
+            if observer in self._barriers:
+                # It handles nothing any more, so it never reaches the barrier
+                self._barriers[observer].set()
+            # The training thread may be waiting for it
+            self._mailbox.poke()
+
+    async def settle(self) -> None:
+        """Let the callbacks handle everything before `TrainEnd`, and what they publish meanwhile.
+
+        `TrainEnd` is the last event and tells how the run ended, so it waits for what callbacks still have to
+        publish and for failures of those with `on_error="raise"`, for `drain_timeout` seconds at most. It does not
+        wait for events that come from elsewhere, such as a thread that publishes at a pace until the run ends.
+        """
+        deadline = time.perf_counter() + self._drain_timeout
+        is_first_round = True
+        while not self._bus.has_ended:
+            reactions = self.reactions
+            behind = await self._reach_barriers(deadline)
+            if is_first_round:
+                self._late = behind
+            elif behind:
+                logger.warning("callbacks still published events %g s after training", self._drain_timeout)
+            if behind or self.reactions == reactions:
+                break
+            is_first_round = False
+        self._barriers = {}
+
+    async def _reach_barriers(self, deadline: float) -> set[Observer]:
+        """Put a barrier in each stream of events, and return the observers that do not reach it by the deadline."""
+        self._barriers = {
+            observer: anyio.Event()
+            for observer in self.observers
+            if observer.subscription is not None and not observer.has_ended
+        }
+        for observer, reached in self._barriers.items():
+            assert observer.subscription is not None
+            self._bus.put_barrier(observer.subscription, reached.set)
+        behind: set[Observer] = set()
+        for observer, reached in self._barriers.items():
+            awaits_end = functools.partial(self._bus.is_awaited_by, observer.name)
+            is_reached = await self._lifetime.wait_until(reached, deadline, unless=awaits_end)
+            # A handler that waits for `TrainEnd` is not late
+            if not is_reached and not awaits_end():
+                behind.add(observer)
+        return behind
+
+    async def drain(self) -> None:
+        """Let the callbacks handle `TrainEnd`; cancel and report those that miss the deadline or were late before."""
+        now = time.perf_counter()
+        moment = now + HASTY_MOMENT
+        for observer, scope, served in zip(self.observers, self._scopes, self._served, strict=True):
+            deadline = moment if observer in self._late else now + self._drain_timeout
+            if not await self._lifetime.wait_until(served, deadline, at_least=moment):
+                self._cancel(observer, scope)
+                error = TimeoutError(f"still busy {self._drain_timeout:g} s after the end: cancelled")
+                observer.failed("drain", error)
+
+    def cancel(self) -> None:
+        """Cancel what the callbacks are doing; a handler that swallows its cancellation is abandoned."""
+        for observer, scope in zip(self.observers, self._scopes, strict=True):
+            self._cancel(observer, scope)
+
+    def _cancel(self, observer: Observer, scope: anyio.CancelScope) -> None:
+        observer.leave_after(self._lifetime.swallowing)
+        scope.cancel()
+
+    async def close(self) -> None:
+        """Call `close()` of each callback, always; one that hangs is given up and reported. On any event loop."""
+        for observer in self.observers:
+            try:
+                await self._close_one(observer)
+            except anyio.get_cancelled_exc_class():
+                # The final sweep of `asyncio.run` cancels this task: the next callback is closed all the same
+                continue
+
+    async def _close_one(self, observer: Observer) -> None:
+        closed = anyio.Event()
+
+        # In a task of its own: it may have to be abandoned
+        async def close() -> None:
+            try:
+                await observer.close()
+            except (
+                Exception
+            ) as error:  # a defect of ours, which must not keep the other callbacks from being closed
+                self._lifetime.fail(error)
+            finally:
+                closed.set()
+
+        started = time.perf_counter()
+        with observer.leaving():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(close)
+                # In haste all callbacks share the time that is left, but each is called and has a moment.
+                is_closed = await self._lifetime.wait_until(
+                    closed,
+                    started + self._drain_timeout,
+                    haste=CLOSE_IN_HASTE,
+                    at_least=started + HASTY_MOMENT,
+                )
+                if not is_closed:
+                    taken = time.perf_counter() - started
+                    self._cancel(observer, tasks.cancel_scope)
+                    observer.failed(
+                        "close", TimeoutError(f"close() took longer than {taken:.1f} s: given up")
+                    )
+
+    def costs(self, in_step: dict[str, float]) -> dict[str, CallbackCosts]:
+        """Return what each callback has cost so far, by name. Any thread.
+
+        Args:
+            in_step: Seconds in step hooks, by the name of the callback.
+        """
+        return {
+            each.name: msgspec.structs.replace(each.costs, in_step=in_step.get(each.name, 0.0))
+            for each in self.observers
+        }
+
+    def errors(self) -> dict[str, tuple[str, ...]]:
+        """Return what each callback raised, by name; only those that raised something."""
+        return {each.name: tuple(each.errors) for each in self.observers if each.errors}
+
+    def leave_event_loop(self) -> None:
+        """Continue on another event loop: the first one is dead, and its tasks cannot be woken. Training thread."""
+        for observer in self.observers:
+            if observer.subscription is not None:
+                observer.subscription._wake_consumer = None
+
+    def clear(self) -> None:
+        """Forget the callbacks, when the run is over."""
+        self.observers, self._scopes, self._served, self._late = [], [], [], set()
