@@ -100,7 +100,7 @@ class Run:
         A copy: it does not change later. A missing key raises and lists the keys; `get` returns None for it.
         """
         result = self._session.result
-        return Metrics(self._session.loop.latest) if result is None else result.metrics
+        return Metrics(self._session.progress.latest) if result is None else result.metrics
 
     @property
     def state(self) -> str:
@@ -136,7 +136,7 @@ class Run:
     @property
     def _lacking(self) -> set[Need]:
         lacking = set()
-        if not self._session.loop.has_validation:
+        if not self._session.has_validation:
             lacking.add(Need.VAL_LOADER)
         if self.dir is None:
             lacking.add(Need.DIRECTORY)
@@ -150,17 +150,17 @@ class Run:
     @property
     def epoch(self) -> int:
         """Index of the epoch in progress, from 0, as of now."""
-        return self._session.loop.epoch
+        return self._session.progress.epoch
 
     @property
     def step(self) -> int:
         """Optimizer steps done, as of now."""
-        return self._session.loop.step
+        return self._session.progress.step
 
     @property
     def validation_batch(self) -> int:
         """Batches that the validation in progress has been given, or that the last one was, as of now."""
-        return self._session.loop.val_batches
+        return self._session.progress.val_batches
 
     @property
     def trainer(self) -> "BaseTrainer":

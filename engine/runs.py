@@ -25,7 +25,7 @@ from offloop.engine.result import RunResult
 from offloop.engine.run import Run
 from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer
-from offloop.engine.training.loop import Batch
+from offloop.engine.training.setup import Batch
 from offloop.engine.weights.loading import Source
 
 logger = logging.getLogger("offloop")

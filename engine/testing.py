@@ -37,7 +37,8 @@ from offloop.engine.result import RunResult
 from offloop.engine.run import Run
 from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer, Trainer
-from offloop.engine.training.loop import Batch, TrainingLoop
+from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.setup import Batch
 
 E = TypeVar("E", bound=Event)
 
@@ -260,48 +261,41 @@ class _ScriptedTrainer(BaseTrainer):
     def _check_validation(self) -> None:
         """A script has validations without a step for them."""
 
-    def _make_loop(self, session: Session, *rest: Any) -> TrainingLoop:
-        loop = super()._make_loop(session, *rest)
-        loop.__class__ = _ScriptedLoop
-        assert isinstance(loop, _ScriptedLoop)
-        loop.script = self.script
-        loop.session = session
-        return loop
-
 
 class _ScriptedLoop(TrainingLoop):
     """Publishes events where the loop would train, and waits after each until all callbacks have handled it."""
 
-    script: Sequence[Event]
-    session: Session
+    program: _ScriptedTrainer
+    host: Session
 
-    def run(self) -> None:
-        if not any(isinstance(event, TrainStart) for event in self.script):
-            self.announce(self.train_start())
-        for event in self.script:
-            if self.ending is not None:
+    def run(self, handle: object = None) -> None:
+        progress, script = self.progress, self.program.script
+        if not any(isinstance(event, TrainStart) for event in script):
+            self.boundary.announce(self._train_start())
+        for event in script:
+            if progress.ending is not None:
                 break
             if isinstance(event, TrainEnd):
                 continue
-            self.epoch = max(event.epoch, self.epoch)
-            self.step = max(event.step, self.step)
-            self.batch = max(event.batch, self.batch)
-            stamped = type(event)(**{**msgspec.structs.asdict(event), **self.position()})
+            progress.epoch = max(event.epoch, progress.epoch)
+            progress.step = max(event.step, progress.step)
+            progress.batch = max(event.batch, progress.batch)
+            stamped = type(event)(**{**msgspec.structs.asdict(event), **self.reporter.position()})
             if isinstance(event, ValidationEnd | EpochEnd):
-                self.latest.update(event.metrics)
+                progress.latest.update(event.metrics)
             if isinstance(stamped, EpochEnd):
-                self.history.append(stamped)
+                progress.history.append(stamped)
             if isinstance(event, BOUNDARY_EVENTS):
-                self.announce(stamped)
+                self.boundary.announce(stamped)
             else:
                 self.reporter.publish(stamped)
             self._let_callbacks_handle_it()
-        if self.history:
-            self.epoch = max(self.epoch, self.history[-1].epoch + 1)
+        if progress.history:
+            progress.epoch = max(progress.epoch, progress.history[-1].epoch + 1)
 
     def _let_callbacks_handle_it(self) -> None:
         """Wait for the observers, so that what they ask for takes effect here, each time the script is driven."""
-        session = self.session
+        session = self.host
         for observer in session.callbacks.observers:
             if observer.subscription is not None:
                 session.deciders.wait_for(observer)
@@ -312,6 +306,7 @@ class _ScriptedLoop(TrainingLoop):
 def _scripted(events: Iterable[Event], knobs: dict[str, Any]) -> _ScriptedTrainer:
     model = tiny_model()
     trainer = _ScriptedTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu", **knobs)
+    trainer._loop_class = _ScriptedLoop
     trainer.script = list(events)
     return trainer
 

@@ -44,7 +44,7 @@ from offloop.engine.errors import (
     Preempted,
     TrainerBusyError,
 )
-from offloop.engine.events import Event, Metrics, StepEnd
+from offloop.engine.events import Event, Metrics
 from offloop.engine.metrics.metric_set import MetricSet, rows_of
 from offloop.engine.metrics.names import MetricSpec, RunMetrics, check_metrics, metrics_for
 from offloop.engine.monitor import Mode
@@ -83,14 +83,16 @@ from offloop.engine.tools.tuning import (
 from offloop.engine.training.activation_checkpointing import select_modules
 from offloop.engine.training.averages import check_averages
 from offloop.engine.training.default_steps import NextTokens, inputs_and_targets, own_loss
-from offloop.engine.training.fast_epoch import is_plain, train_plain_epoch
+from offloop.engine.training.fast_epoch import can_run_fast, train_fast_epoch
 from offloop.engine.training.freezing import check_freeze, select_parameters
 from offloop.engine.training.given_rates import GivenRates
-from offloop.engine.training.learning_rate import Schedule, mark_stepped
-from offloop.engine.training.loop import Batch, StepOutput, TrainingLoop
+from offloop.engine.training.learning_rate import Schedule
+from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.optimizer_state import load_optimizer
 from offloop.engine.training.precision import MixedPrecision
+from offloop.engine.training.setup import Batch, Host, Limits, Setup, SilentHost
 from offloop.engine.training.step_failures import explain_loss, explain_model
+from offloop.engine.training.step_output import StepOutput
 from offloop.engine.training.training_mode import eval_mode
 from offloop.engine.weights.loading import Source, plan_init
 
@@ -104,13 +106,6 @@ _STOP: Final = (
 )
 _BASE_STATE: Final = frozenset({"model", "optimizers", "loss", "scheduler", "scaler"})
 """What `BaseTrainer.state_dict` returns."""
-
-
-class _Limits:
-    """When the run is complete."""
-
-    def __init__(self, epochs: int | None, max_steps: int | None, max_time: float | None) -> None:
-        self.epochs, self.max_steps, self.max_time = epochs, max_steps, max_time
 
 
 class BaseTrainer:
@@ -183,6 +178,7 @@ class BaseTrainer:
         self.last_run: Run | None = None
         self._lock = threading.Lock()  # guards _session, which threads and tasks may want at once
         self._session: Session | None = None
+        self._loop_class = TrainingLoop
         self._loop: TrainingLoop | None = None  # of the run, or the evaluation, in progress
         self._occupation = ""  # what it is doing beside runs; under the lock
         self._mixed: MixedPrecision | None = None  # of the latest run: its loss scale goes on in the next one
@@ -242,8 +238,8 @@ class BaseTrainer:
         """Train one epoch: an own version must do no more than `for batch in self.batches(loader): ...` here."""
         loop, own = self._in_run("train_epoch"), type(self)
         is_default = own.batches is BaseTrainer.batches and own.train_batch is BaseTrainer.train_batch
-        if is_default and is_plain(loop):
-            train_plain_epoch(loop, loader)  # the same, in one frame
+        if is_default and can_run_fast(loop):
+            train_fast_epoch(loop, loader)  # the same, in one frame
             return
         for batch in self.batches(loader):
             self.train_batch(batch)
@@ -265,7 +261,7 @@ class BaseTrainer:
 
     def validate_batch(self, batch: Batch) -> None:
         """Run one batch of a validation."""
-        self._in_run("validate_batch").validate_batch(batch)
+        self._in_run("validate_batch").validator.validate_batch(batch)
 
     @explains_arguments()
     def log(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float | None = None) -> None:
@@ -317,7 +313,7 @@ class BaseTrainer:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients in a manual step, scaled as the precision needs."""
-        self._in_manual_run("backward").backward(loss)
+        self._in_manual_run("backward").manual.backward(loss)
 
     def optimizer_step(self, name: str | None = None, closure: Callable[[], Any] | None = None) -> Any:
         """Unscale, clip, step and zero an optimizer in a manual step; returns what its `step` returns.
@@ -333,7 +329,7 @@ class BaseTrainer:
             raise ConfigError(f"which optimizer? Give its name, one of {', '.join(self.optimizers)}")
         if name not in self.optimizers:
             raise ConfigError(f"there is no optimizer {name!r}; there are {', '.join(self.optimizers)}")
-        return loop.manual_step(name, closure)
+        return loop.manual.step(name, closure)
 
     def attach_scheduler(
         self,
@@ -367,10 +363,9 @@ class BaseTrainer:
             raise ConfigError("the scheduler belongs to another optimizer than the trainer's")
         if self._session is not None:
             self._session.monitors.check_schedule(scheduler, monitor, mode)
-        mark_stepped(scheduler.optimizer)
-        loop.schedules.append(Schedule(scheduler, interval, monitor, after_steps))
+        loop.schedules.attach(Schedule(scheduler, interval, monitor, after_steps))
         if loop.resumed is not None:
-            loop.resumed.restore_schedule(loop)
+            loop.host.restore_schedule()
 
     def keep_checkpoints(
         self,
@@ -460,17 +455,17 @@ class BaseTrainer:
     @property
     def epoch(self) -> int:
         """Index of the epoch in progress, from 0; during a run."""
-        return self._in_run("epoch").epoch
+        return self._in_run("epoch").progress.epoch
 
     @property
     def step(self) -> int:
         """Optimizer steps done; during a run."""
-        return self._in_run("step").step
+        return self._in_run("step").progress.step
 
     @property
     def val_loader_name(self) -> str:
         """Name of the loader that is being validated on; empty where there is only one. During a run, in a step."""
-        return name_of(self._in_run("val_loader_name").val_prefix)
+        return name_of(self._in_run("val_loader_name").validator.prefix)
 
     # To start a run ------------------------------------------------------------------------------
 
@@ -587,7 +582,7 @@ class BaseTrainer:
             await session.run_to_end(task_status.started)
             return session.outcome()
         seen: list[str] = []
-        with handled_signals(_note_signal(session, seen), force=True) as session.loop.handles_signals:
+        with handled_signals(_note_signal(session, seen), force=True) as session.handles_signals:
             await session.run_to_end(task_status.started)
         result = session.outcome()
         _raise_for_signal(seen)
@@ -953,7 +948,7 @@ class BaseTrainer:
         check_averages(given)
         run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
         remote = None if config.remote is None else remote_run(config.remote, run_id)
-        limits = _Limits(epochs, max_steps, max_time)
+        limits = Limits(epochs=epochs, max_steps=max_steps, max_time=max_time)
 
         def make_loop(session: Session) -> TrainingLoop:
             return self._make_loop(session, limits, train_loader, val_loader, metrics, handlers)
@@ -1058,7 +1053,7 @@ class BaseTrainer:
     def _make_loop(
         self,
         session: Session,
-        limits: _Limits,
+        limits: Limits,
         train_loader: Iterable[Batch],
         val_loader: ValLoader | None,
         metrics: RunMetrics,
@@ -1071,8 +1066,7 @@ class BaseTrainer:
         validates_live = any(each.callback.validates_live for each in handlers)
         if validates_live:
             prefixes += [live_prefix(each) for each in prefixes]
-        loop = TrainingLoop(
-            self,
+        setup = Setup(
             config=self.config,
             limits=limits,
             device=self.device,
@@ -1084,20 +1078,12 @@ class BaseTrainer:
             val_metrics=self._metric_sets(prefixes, metrics_for("val", metrics)),
             validates_live=validates_live,
             monitor=session.monitors.default,
-            publish=session.emit,
-            publish_step=session.bus.publish_unchecked,
-            decide=session.decide,
-            clock_offset=session.bus.clock_offset,
-            run_id=session.run_id,
-            mailbox=session.mailbox,
-            is_blocked=lambda: session.bus.blocked and not session.bus.loop_is_gone,
-            hooks=[hook for each in handlers for hook in each.hooks],
-            hook_failed=session.hook_failed,
-            save=session.save_for,
-            guard=session.guard,
             count_samples=self._count_samples(),
+            is_resumable=session.dir is not None,
         )
-        self._given_rates = loop.given_rates
+        hooks = [hook for each in handlers for hook in each.hooks]
+        loop = self._loop_class(self, setup, session, mailbox=session.mailbox, hooks=hooks)
+        self._given_rates = loop.schedules.given_rates
         scaler = loop.mixed.scaler
         if scaler is not None and self._mixed is not None and self._mixed.scaler is not None:
             scaler.load_state_dict(self._mixed.scaler.state_dict())  # it goes on, as model and optimizer do
@@ -1110,10 +1096,10 @@ class BaseTrainer:
         rows = rows_of(self.loss)
         return {each: MetricSet(metrics, prefix=each, device=self.device, rows=rows) for each in prefixes}
 
-    def _schedules(self) -> list[Schedule]:
+    def _schedules(self) -> tuple[Schedule, ...]:
         if self.scheduler is None:
-            return []
-        return [Schedule(self.scheduler, self.config.scheduler_interval)]
+            return ()
+        return (Schedule(self.scheduler, self.config.scheduler_interval),)
 
     def _prepare_model(self) -> None:
         """Bring model and optimizer states to the device, and compile. In the training thread."""
@@ -1174,39 +1160,27 @@ class BaseTrainer:
         *,
         max_steps: int | None = None,
         train_loader: Iterable[Batch] = (),
-        schedules: Sequence[Schedule] = (),
+        schedules: tuple[Schedule, ...] = (),
         val_loader: ValLoader | None = None,
         val_metrics: Mapping[str, MetricSet] | None = None,
-        publish_step: Callable[[Event], None] = lambda event: None,
+        host: Host | None = None,
         mailbox: Mailbox | None = None,
     ) -> TrainingLoop:
-        """Return a loop that says nothing to anybody, and take it as the trainer's."""
+        """Return a loop that is no run, and take it as the trainer's."""
         self._next_tokens = NextTokens()
-        self._loop = TrainingLoop(
-            self,
+        setup = Setup(
             config=config,
-            limits=_Limits(1 if max_steps is None else None, max_steps, None),
+            limits=Limits(epochs=1 if max_steps is None else None, max_steps=max_steps),
             device=self.device,
             optimizers=self.optimizers,
             schedules=schedules,
             train_loader=train_loader,
             val_loader=val_loader,
-            train_metrics=None,
             val_metrics=val_metrics or {},
             monitor="train_loss" if val_loader is None else "val_loss",
-            publish=lambda event: publish_step(event) if isinstance(event, StepEnd) else None,
-            publish_step=publish_step,
-            decide=lambda event: None,
-            clock_offset=0.0,
-            run_id="",
-            mailbox=mailbox or Mailbox(),
-            is_blocked=lambda: False,
-            hooks=(),
-            hook_failed=lambda hook, error, is_off: None,
-            save=lambda command: None,
-            guard=lambda: None,
             count_samples=self._count_samples(),
         )
+        self._loop = TrainingLoop(self, setup, host or SilentHost(), mailbox=mailbox)
         return self._loop
 
     def _count_samples(self) -> BatchSize:
@@ -1216,9 +1190,7 @@ class BaseTrainer:
 
     def _train_here(self, session: Session, *, force_signals: bool) -> RunResult:
         seen: list[str] = []
-        with handled_signals(
-            _note_signal(session, seen), force=force_signals
-        ) as session.loop.handles_signals:
+        with handled_signals(_note_signal(session, seen), force=force_signals) as session.handles_signals:
             anyio.run(session.run_to_end, lambda run: None)
         result = session.outcome()  # raised here and not in the event loop, whose task would hold on to it
         _raise_for_signal(seen)
@@ -1248,7 +1220,7 @@ class BaseTrainer:
         interrupts = handled_signals(
             note, force=False, only=(signal.SIGINT,), third_is_final=False, asks_application=True
         )
-        with interrupts as session.loop.handles_signals:
+        with interrupts as session.handles_signals:
             host.start()
             while not host.is_over:
                 host.join()
@@ -1369,7 +1341,9 @@ class Trainer(BaseTrainer):
                 raise
             return {"loss": loss, "outputs": outputs, "targets": targets}
         loop = self._loop
-        has_metrics = loop is not None and (loop.val_metrics if loop.validating else loop.train_metrics)
+        has_metrics = loop is not None and (
+            loop.validator.metrics if loop.progress.is_validating else loop.train_metrics
+        )
         return own_loss(self.model, batch, self._next_tokens if has_metrics else None)
 
     def validation_step(self, batch: Batch) -> StepOutput:

@@ -144,6 +144,17 @@ def why_empty(loader: Any) -> str:
     return "its data set has no sample" if samples == 0 else "it has no batch"
 
 
+def describe_empty(name: str, loader: Any, *, was_read: bool) -> str:
+    """Return the error text for a loader without a batch; `was_read` is True if it gave some earlier in the run."""
+    if was_read or hasattr(loader, "__next__"):
+        again = " when it was read again" if was_read else ""
+        return (
+            f"the {name} gave no batch{again}: is it a generator, which can be read only once? Give a DataLoader, "
+            "a list, or an object whose __iter__ begins anew"
+        )
+    return f"the {name} gave no batch: {why_empty(loader)}"
+
+
 def limited_length(loader: Any, limit: int | float | None, knob: str) -> int | None:
     """Return how many batches will be used under `limit`; None where nothing says so.
 

@@ -72,7 +72,7 @@ class DataPosition:
         train_loader: Iterable[Any],
         val_loader: Iterable[Any] | None,
         *,
-        is_resumable: Callable[[], bool],
+        is_resumable: bool,
     ) -> None:
         """Begin before the first epoch.
 
@@ -80,7 +80,7 @@ class DataPosition:
             program: The trainer, whose attributes name its other loaders.
             train_loader: Of the run.
             val_loader: Of the run.
-            is_resumable: True once checkpoints may be taken; without them nothing is captured.
+            is_resumable: True where checkpoints may be taken; without them nothing is captured.
         """
         self._roots = {"train_loader": train_loader, "val_loader": val_loader}
         self._program = program
@@ -114,7 +114,7 @@ class DataPosition:
 
     def leave_epoch(self) -> None:
         """Call inside of the user's epoch when it is about to be left before its end: its variables go with it."""
-        if self._is_resumable():
+        if self._is_resumable:
             self._left_behind = local_doubts(self._program)
 
     def _given(self, each: Pass, batches: int) -> int:
@@ -149,7 +149,7 @@ class DataPosition:
         known.begin(read, epoch)
         if not name:
             self._nameless[len(self.passes)] = _doubts_about_nameless(read)
-        before = capture_before_epoch(read) if self._is_resumable() else None
+        before = capture_before_epoch(read) if self._is_resumable else None
         self._add(Pass(name, read, start, before))
 
     def _add(self, each: Pass) -> None:

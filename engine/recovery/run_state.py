@@ -10,9 +10,8 @@
 Random states are put back last, after the loader has begun its epoch: beginning it draws from them.
 """
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,6 +26,7 @@ from offloop.engine.position.resume_report import ResumeReport
 from offloop.engine.recovery.saved_state import check_kinds, check_optimizer, check_schedule, restoring
 from offloop.engine.training.averages import MEASURED, captured, measured_key
 from offloop.engine.training.learning_rate import Schedule
+from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.model_modes import capture_modes, restore_modes
 from offloop.engine.training.optimizer_state import (
     BEGIN_ANEW,
@@ -34,26 +34,13 @@ from offloop.engine.training.optimizer_state import (
     parameters_by_name,
     restore_optimizer,
 )
+from offloop.engine.training.progress import ResumePoint
 from offloop.engine.training.schedule_state import follow_length, restore_schedule
 from offloop.engine.training.wrappers import names_in
 from offloop.engine.weights.loading import load_weights
 
-if TYPE_CHECKING:
-    from offloop.engine.training.loop import TrainingLoop
 
-COUNTERS = (
-    "epoch",
-    "step",
-    "batch",
-    "epoch_batches",
-    "epoch_samples",
-    "epoch_first_step",
-    "validated_step",
-    "last_lr",
-)
-
-
-def capture(loop: "TrainingLoop", handlers: Sequence[Handlers], monitor: str) -> dict[str, Any]:
+def capture(loop: TrainingLoop, handlers: Sequence[Handlers], monitor: str) -> dict[str, Any]:
     """Return the state of a run as of this boundary. Training thread; tensors are live, not copied.
 
     Args:
@@ -61,23 +48,20 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers], monitor: str) ->
         handlers: Of its callbacks.
         monitor: Key of the metric by which the run's best is chosen.
     """
+    progress, optimizers, schedules = loop.progress, loop.setup.optimizers, loop.schedules.all
     named = parameters_by_name(loop.program.model, loop.program.loss)
     state: dict[str, Any] = {
         "model": dict(loop.program.model.state_dict()),
         **captured([each.callback for each in handlers], loop.program.model),
         MEASURED: measured_key([each.callback for each in handlers], monitor),
-        "optimizers": {name: each.state_dict() for name, each in loop.optimizers.items()},
-        "parameters": {name: parameter_names(each, named) for name, each in loop.optimizers.items()},
-        "schedulers": [each.scheduler.state_dict() for each in loop.schedules],
-        "made": {"optimizers": loop.options, "schedulers": [each.made for each in loop.schedules]},
-        "position": {name: getattr(loop, name) for name in COUNTERS},
-        "steps_of": dict(loop.steps_of),
-        "phase": loop.phase,
-        "taken": loop.reporter.clock_offset + time.perf_counter(),
+        "optimizers": {name: each.state_dict() for name, each in optimizers.items()},
+        "parameters": {name: parameter_names(each, named) for name, each in optimizers.items()},
+        "schedulers": [each.scheduler.state_dict() for each in schedules],
+        "made": {"optimizers": loop.made_options, "schedulers": [each.made for each in schedules]},
+        **progress.state_dict(),
+        "taken": loop.reporter.now(),
         "seconds": loop.seconds(),
         "means": loop.reporter.train_means.state_dict(),
-        "epoch_metrics": dict(loop.epoch_metrics),
-        "latest": dict(loop.latest),
         "loss_scale": loop.reporter.loss_scale,
         "frozen": loop.frozen.names,
         "modes": capture_modes(loop.program.model),
@@ -90,11 +74,13 @@ def capture(loop: "TrainingLoop", handlers: Sequence[Handlers], monitor: str) ->
     if loop.train_metrics:
         state["metrics"] = loop.train_metrics.state_dict()
     if loop.resumed is not None:
-        # Not put back yet: where the loaders stand, and what comes next from the generators, is as it was saved.
-        state |= {name: loop.resumed.state[name] for name in ("random", "loader")}
+        # Not restored yet: the loaders and the random generators are still those of the checkpoint
+        state |= {"random": loop.resumed.random, "loader": loop.resumed.loaders}
     else:
-        state["loader"] = loop.data.capture(in_epoch=loop.phase == "in_epoch", batches=loop.epoch_batches)
-    if loop.at_limit and loop.ending != "stopped":
+        state["loader"] = loop.source.position.capture(
+            in_epoch=progress.phase == "in_epoch", batches=progress.epoch_batches
+        )
+    if loop.at_limit and progress.ending != "stopped":
         before = dict(loop.at_limit)
         state["position"]["validated_step"] = before.pop("validated_step")
         state["callbacks"] |= before.pop("callbacks", {})
@@ -123,23 +109,24 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def environment(loop: "TrainingLoop") -> dict[str, Any]:
+def environment(loop: TrainingLoop) -> dict[str, Any]:
     """Return what decides about bits beside the state: if it differs, a resumed run is not bitwise."""
-    device = loop.device
+    setup = loop.setup
+    device, config = setup.device, setup.config
     return {
         "torch": str(torch.__version__),  # a str subclass, which a checkpoint would refuse
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "optimizer": ", ".join(type(each).__name__ for each in loop.optimizers.values()),
-        **describe_loader(loop.train_loader),
-        "limit_train_batches": loop.config.limit_train_batches,
-        "accumulate_grad_batches": loop.config.accumulate_grad_batches,
-        "gradient_clip_val": loop.config.gradient_clip_val,
-        "gradient_clip_algorithm": loop.config.gradient_clip_algorithm,
-        "precision": loop.config.precision,
-        "tf32": loop.config.tf32,
-        "channels_last": loop.config.channels_last,
-        "sampling": loop.config.sampling,
+        "optimizer": ", ".join(type(each).__name__ for each in setup.optimizers.values()),
+        **describe_loader(setup.train_loader),
+        "limit_train_batches": config.limit_train_batches,
+        "accumulate_grad_batches": config.accumulate_grad_batches,
+        "gradient_clip_val": config.gradient_clip_val,
+        "gradient_clip_algorithm": config.gradient_clip_algorithm,
+        "precision": config.precision,
+        "tf32": config.tf32,
+        "channels_last": config.channels_last,
+        "sampling": config.sampling,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
@@ -171,9 +158,13 @@ class Continuation:
         self.taken: float = state["taken"]
         self.state = state
         self._adjusted: list[LRScheduler] = []  # schedules of another length than before
-        self.data: Mapping[str, Any] = state["loader"]
 
-    def restore(self, loop: "TrainingLoop", handlers: Sequence[Handlers]) -> None:
+    @property
+    def point(self) -> ResumePoint:
+        """What the loop continues by itself."""
+        return ResumePoint(self.path, self.attempt, self.taken, self.state["loader"], self.state["random"])
+
+    def restore(self, loop: TrainingLoop, handlers: Sequence[Handlers]) -> None:
         """Put the state back, all but loader and random states. Before the first event.
 
         Raises:
@@ -184,7 +175,7 @@ class Continuation:
         with restoring(self.path, "model"):
             load_weights(loop.program.model, state["model"], self.path)
         self._restore_optimizers(loop)
-        for index, schedule in enumerate(loop.schedules[: len(state["schedulers"])]):
+        for index, schedule in enumerate(loop.schedules.all[: len(state["schedulers"])]):
             self._load_schedule(schedule, index)
         for scheduler in self._adjusted:
             follow_length(scheduler)
@@ -192,14 +183,8 @@ class Continuation:
             with restoring(self.path, "scaler"):
                 check_kinds(state["scaler"], loop.mixed.scaler.state_dict())
                 loop.mixed.scaler.load_state_dict(state["scaler"])
-        for name in COUNTERS:
-            setattr(loop, name, state["position"][name])
-        loop.steps_of |= state.get("steps_of", dict.fromkeys(loop.steps_of, loop.step))
-        loop.phase = state["phase"]
-        if loop.phase == "after_epoch":
-            loop.epoch += 1
-            loop.phase = "before_epoch"
-        loop.seconds_before = state["seconds"]
+        loop.progress.load_state_dict(state)
+        loop.progress.earlier_seconds = state["seconds"]
         loop.reporter.train_means.load_state_dict(state["means"])
         loop.reporter.loss_scale = state["loss_scale"]
         loop.frozen.thaw_all()  # what the run had frozen at its checkpoint, not what it began with
@@ -208,8 +193,6 @@ class Continuation:
         if "modes" in state:
             with restoring(self.path, "modes"):
                 restore_modes(loop.program.model, state["modes"], self.report)
-        loop.epoch_metrics = dict(state["epoch_metrics"])
-        loop.latest = dict(state["latest"])
         self._restore_metrics(loop)
         self._restore_callbacks(handlers)
         here = environment(loop)
@@ -217,28 +200,29 @@ class Continuation:
             if here.get(name) != saved:
                 self.report.lower("approximate", f"{name} was {saved}, now it is {here.get(name)}")
 
-    def _restore_optimizers(self, loop: "TrainingLoop") -> None:
-        state, made = self.state, self.state.get("made", {}).get("optimizers", {})
-        if state["optimizers"].keys() != loop.optimizers.keys():
+    def _restore_optimizers(self, loop: TrainingLoop) -> None:
+        state, optimizers = self.state, loop.setup.optimizers
+        made = state.get("made", {}).get("optimizers", {})
+        if state["optimizers"].keys() != optimizers.keys():
             raise ConfigError(
                 f"the checkpoint has the optimizers {', '.join(state['optimizers'])}, the script has "
-                f"{', '.join(loop.optimizers)}: give them the same names; or {BEGIN_ANEW}"
+                f"{', '.join(optimizers)}: give them the same names; or {BEGIN_ANEW}"
             )
         named = parameters_by_name(loop.program.model, loop.program.loss)
-        for name, optimizer in loop.optimizers.items():
+        for name, optimizer in optimizers.items():
             with restoring(self.path, f"optimizers.{name}"):
                 check_optimizer(state["optimizers"][name], optimizer)
                 restore_optimizer(
                     optimizer,
                     state["optimizers"][name],
-                    label="the optimizer" if len(loop.optimizers) == 1 else f"optimizer {name!r}",
+                    label="the optimizer" if len(optimizers) == 1 else f"optimizer {name!r}",
                     names=state.get("parameters", {}).get(name),
                     made=made.get(name),
                     named=named,
                     report=self.report,
                 )
 
-    def _restore_metrics(self, loop: "TrainingLoop") -> None:
+    def _restore_metrics(self, loop: TrainingLoop) -> None:
         """Go on with the metrics of the epoch in progress; others than then begin here."""
         saved, metrics = self.state.get("metrics"), loop.train_metrics
         with restoring(self.path, "metrics"):
@@ -253,7 +237,7 @@ class Continuation:
                 new = metrics.load_state_dict(saved)
         for name in new:
             self.report.take(f"metric {name} is new")
-            if loop.phase == "in_epoch":
+            if loop.progress.phase == "in_epoch":
                 self.report.lower("approximate", f"metric {name} leaves out the first batches of this epoch")
 
     def _restore_callbacks(self, handlers: Sequence[Handlers]) -> None:
@@ -269,16 +253,17 @@ class Continuation:
         for name in saved.keys() - own.keys():
             self.report.take(f"callback {name} is not there any more")
 
-    def restore_schedule(self, loop: "TrainingLoop") -> None:
+    def restore_schedule(self, loop: TrainingLoop) -> None:
         """Put back the state of the schedule attached last, and the rates that making it has changed."""
-        index = len(loop.schedules) - 1
+        schedules = loop.schedules.all
+        index = len(schedules) - 1
         if index < len(self.state["schedulers"]):
-            self._load_schedule(loop.schedules[index], index)
+            self._load_schedule(schedules[index], index)
         else:
-            name = type(loop.schedules[index].scheduler).__name__
+            name = type(schedules[index].scheduler).__name__
             self.report.take(f"schedule {name} is new")
             self.report.lower("approximate", f"schedule {name} is new")
-        for name, optimizer in loop.optimizers.items():
+        for name, optimizer in loop.setup.optimizers.items():
             groups = self.state["optimizers"][name]["param_groups"]
             for group, kept in zip(optimizer.param_groups, groups, strict=False):
                 group.update({key: value for key, value in kept.items() if key != "params"})
@@ -294,7 +279,7 @@ class Continuation:
             if restore_schedule(schedule.scheduler, saved, then, self.report):
                 self._adjusted.append(schedule.scheduler)
 
-    def finish(self, loop: "TrainingLoop", doubts: Iterable[Doubt]) -> Resumed:
+    def finish(self, loop: TrainingLoop, doubts: Iterable[Doubt]) -> Resumed:
         """Put the random states back and return what to say. The last thing before training goes on.
 
         Args:
@@ -303,7 +288,7 @@ class Continuation:
         """
         for doubt in doubts:
             self.report.lower(*doubt)
-        for saved in self.state["schedulers"][len(loop.schedules) :]:
+        for saved in self.state["schedulers"][len(loop.schedules.all) :]:
             text = (
                 f"a schedule of the checkpoint, at its step {saved.get('last_epoch')}, is not there any more"
             )
@@ -311,4 +296,4 @@ class Continuation:
             self.report.lower("approximate", text)
         for missed in restore_random_state(self.state["random"]):
             self.report.lower("approximate", missed)
-        return self.report.event(loop.position())
+        return self.report.event(loop.reporter.position())

@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -76,6 +76,7 @@ from offloop.engine.monitor import is_better
 from offloop.engine.observers.event_log import rewind
 from offloop.engine.observers.observer import CallbackCosts, Worker
 from offloop.engine.observers.records import Records
+from offloop.engine.position.exactness import Doubt
 from offloop.engine.position.resume_report import ResumeReport
 from offloop.engine.recovery import run_state
 from offloop.engine.recovery.resume_plan import Over, ResumePlan, read_run_json
@@ -97,7 +98,6 @@ from offloop.engine.training.activation_checkpointing import checkpointed
 from offloop.engine.training.averages import measured_weights
 from offloop.engine.training.freezing import select_parameters
 from offloop.engine.training.loop import TrainingLoop
-from offloop.engine.training.step_hooks import StepPoint
 from offloop.engine.weights.loading import InitialWeights
 
 if TYPE_CHECKING:
@@ -163,9 +163,13 @@ class Session:
             False  # set on the event loop: the supervisor does not wait for the thread any more
         )
         self._has_ended_training = False  # set by the training thread as it leaves the end to the supervisor
+        self.handles_signals = False  # set before the run by who takes them
+        self.clock_offset = self.bus.clock_offset
+        self.emit_step = self.bus.publish_unchecked
+        self._continuation: run_state.Continuation | None = None
         self.loop = make_loop(self)
-        self.loop.callback_states = functools.partial(run_state.capture_callbacks, handlers, steering=True)
-        self.loop.state_of_trainer = trainer._own_state
+        self.progress = self.loop.progress
+        self.has_validation = bool(self.loop.validator.loaders)
         self.user_state = UserState(trainer, handlers)
         self.checkpoints: Checkpoints | None = None
         self._on_unsaveable: OnError | None = None  # what then happens; None: it is not looked for
@@ -174,11 +178,10 @@ class Session:
         self._saved_moment = (-1, 0, False)  # of the last checkpoint, by the training thread
         self.records = Records(self.bus, in_haste=self.lifetime.is_in_haste)
         if self.dir is not None:
-            self.loop.is_resumable = True
             self.checkpoints = Checkpoints(
                 self.dir,
                 run_id=run_id,
-                optimizers=self.loop.optimizers,
+                optimizers=self.loop.setup.optimizers,
                 model=trainer.model,
                 publish=self._publish_late,
                 retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
@@ -186,7 +189,6 @@ class Session:
                 records=self.records,
             )
         self.run = Run(self)
-        self.loop.hooks.point = StepPoint(self.loop, trainer, self.run)
         for each in handlers:
             self.deciders.add(self.callbacks.add(each, self.run))
         self.records.watch(self.callbacks.observers)
@@ -202,18 +204,18 @@ class Session:
         forked.watch(self.mailbox)
         try:
             with self._caller_state, torch.enable_grad():
-                if self.loop.device.type == "cuda":
-                    torch.cuda.set_device(self.loop.device)
+                if self.loop.setup.device.type == "cuda":
+                    torch.cuda.set_device(self.loop.setup.device)
                 self._set_up()
                 self.lifetime.phase = "running"
                 with checkpointed(self.trainer.model, self.config.activation_checkpointing):
-                    self.loop.run()
+                    self.loop.run(self.run)
                 if self._is_worth_saving() and not self._is_saved() and self._can_be_continued():
                     assert self.checkpoints is not None
                     reason = "preempt" if self.lifetime.signal_count else "final"
                     self.save(reason, owners=self.checkpoints.save_at_end)
                 self.guard()
-                if self.loop.ending != "cancelled" and self.lifetime.failure is None:
+                if self.progress.ending != "cancelled" and self.lifetime.failure is None:
                     self.loop.hooks.run_all("before_train_end")
         except BaseException as error:
             if self.mailbox.is_forked:
@@ -227,7 +229,7 @@ class Session:
     def _end_training(self) -> None:
         """Let go of what must not outlive training, and tell the supervisor. Nothing here may keep it waiting."""
         steps = (
-            self.loop.left.clear,  # may wait some seconds for loader workers
+            self.loop.source.release,  # may wait some seconds for loader workers
             self.loop.close,
             self.loop.frozen.thaw_all,
             self.mailbox.end,
@@ -256,13 +258,13 @@ class Session:
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
-        for metrics in (self.loop.train_metrics, *self.loop.val_metrics.values()):
+        for metrics in (self.loop.train_metrics, *self.loop.validator.metrics.values()):
             if metrics is not None:
                 metrics.load_packages()
         try:
             if self.initial_weights is not None:  # first: what does not fit leaves no directory behind
                 weights = self.initial_weights.load_into(self.trainer.model)
-                self.loop.init_from = weights.origin
+                self.progress.init_from = weights.origin
                 self.initial_weights = (
                     None  # a state dict may be large, and the session is kept for its result
                 )
@@ -286,7 +288,7 @@ class Session:
                     self._stay_over(self.resume.over)
             else:  # it begins afresh under its name
                 assert self.dir is not None
-                rewind(self.dir, attempt=self.loop.attempt, taken=None)
+                rewind(self.dir, attempt=self.progress.attempt, taken=None)
 
     def _stay_over(self, over: Over) -> None:
         """Train no further: a callback has ended this run in an earlier attempt."""
@@ -296,8 +298,8 @@ class Session:
             over.stopped_by,
             over.reason,
         )
-        self.loop.ending, self.loop.reason = "stopped", over.reason
-        self.loop.boundary.stopped_by = over.stopped_by
+        self.progress.ending, self.progress.reason = "stopped", over.reason
+        self.progress.stopped_by = over.stopped_by
 
     def _open_dir(self, directory: Path) -> None:
         """Make the run's directory, or enter that of the run that is continued."""
@@ -308,19 +310,19 @@ class Session:
             "created": time.time(),
             "status": "running",
             "config": self.config.as_settings(),
-            "init_from": self.loop.init_from,
+            "init_from": self.progress.init_from,
             **describe_environment(),
         }
         assert self.checkpoints is not None
         if self.resume is not None:
             self.checkpoints.claim()
             self.checkpoints.open()  # takes the lock: a run that is going on elsewhere is left alone
-            self.checkpoints.attempt = self.loop.attempt = attempt
+            self.checkpoints.attempt = self.progress.attempt = attempt
             if self.resume.over is not None:  # so it stays, even if this attempt is killed
                 description |= self.resume.over._asdict()
             before = read_run_json(directory)
             description["created"] = before.get("created", description["created"])
-            description["init_from"] = self.loop.init_from or before.get("init_from")
+            description["init_from"] = self.progress.init_from or before.get("init_from")
         if self.remote is not None:
             claim_remote(self.remote, description, is_new=self.resume is None, until=self._is_cancelled)
         if self.resume is None:
@@ -368,8 +370,8 @@ class Session:
             self.best = msgspec.convert(state["best"], Best | None)
         with restoring(resumed.path, "history"):
             history = [decode(each.encode()) for each in state["history"]]
-        self.loop.history = [event for event in history if isinstance(event, EpochEnd)]
-        self.loop.resumed = resumed
+        self.progress.history = [event for event in history if isinstance(event, EpochEnd)]
+        self.loop.resumed, self._continuation = resumed.point, resumed
         self.checkpoints.parent = loaded.info.name
         assert self.dir is not None
         with restoring(loaded.info.path, "milestones"):
@@ -395,14 +397,16 @@ class Session:
         try:
             if not loop.can_be_continued():
                 raise LossError(
-                    f"the weights of step {loop.step} are not finite, and a run cannot go on from them: "
+                    f"the weights of step {loop.progress.step} are not finite, and a run cannot go on from them: "
                     'the checkpoint before stays the newest. on_nonfinite="warn" saves them'
                 )
             state = self._state_to_save()
         except BaseException as error:  # out of a state_dict; no giver of a command may be waiting for it
-            logger.exception("the checkpoint of step %d was not saved", loop.step)
+            logger.exception("the checkpoint of step %d was not saved", loop.progress.step)
             described = describe(as_failure(error))
-            self._publish_late(CheckpointFailed(saved_step=loop.step, reason=reason, error=described))
+            self._publish_late(
+                CheckpointFailed(saved_step=loop.progress.step, reason=reason, error=described)
+            )
             if not is_out_of_memory(error):
                 raise
             if future is not None:
@@ -410,7 +414,7 @@ class Session:
             return
         is_accepted = self.checkpoints.save(
             state,
-            position={"epoch": loop.epoch, "step": loop.step, "batch": loop.batch},
+            position={"epoch": loop.progress.epoch, "step": loop.progress.step, "batch": loop.progress.batch},
             metrics=self._metrics_of_now(),
             reason=reason,
             owners=owners,
@@ -446,7 +450,7 @@ class Session:
         if self._resume_lr is not None:
             state["resume_lr"] = self._resume_lr  # it has been set, and is not set again
         state["best"] = None if self.best is None else dataclasses.asdict(self.best)
-        state["history"] = [encode(event).decode() for event in self.loop.history]
+        state["history"] = [encode(event).decode() for event in self.progress.history]
         state["milestones"] = [encode(event).decode() for event in self.records.unsettled()]
         return state
 
@@ -496,7 +500,7 @@ class Session:
         # batches of a step has lost the gradients of the first: the checkpoint before has everything.
         is_over = self.resume is not None and self.resume.over is not None  # nothing was trained
         wanted = self.checkpoints is not None and self.checkpoints.save_at_end and not is_over
-        return bool(wanted) and self.lifetime.signal_count < 2 and self.loop.is_between_steps
+        return bool(wanted) and self.lifetime.signal_count < 2 and self.loop.has_whole_steps
 
     def _can_be_continued(self) -> bool:
         """True if a run can go on from the weights of now; else the log says that no checkpoint is taken of them."""
@@ -504,7 +508,7 @@ class Session:
         if not is_usable:
             logger.warning(
                 "there is no last checkpoint: the weights of step %d are not finite, and a run cannot go on from them",
-                self.loop.step,
+                self.progress.step,
             )
         return is_usable
 
@@ -514,20 +518,24 @@ class Session:
             return False
         if not self.checkpoints.flush():
             return True  # it is on its way still, or nothing can be written any more
-        return self.loop.step in self.checkpoints.saved
+        return self.progress.step in self.checkpoints.saved
 
     def _moment(self) -> tuple[int, int, bool]:
         """Return what tells this moment's state from another's: steps and epochs done, and whether one has begun."""
-        loop = self.loop
-        return loop.step, loop.epoch + (loop.phase == "after_epoch"), loop.phase == "in_epoch"
+        progress = self.progress
+        epochs = progress.epoch + (progress.phase == "after_epoch")
+        return progress.step, epochs, progress.phase == "in_epoch"
 
     def _metrics_of_now(self) -> dict[str, float]:
         """Return the metrics that were made at this very step: only they may say which checkpoint is best."""
-        loop = self.loop
+        progress = self.progress
         made: dict[str, float] = {}
-        for name, value in {**loop.latest, **loop.epoch_metrics}.items():
+        for name, value in {**progress.latest, **progress.epoch_metrics}.items():
+            is_of_validation = name.startswith("val_")
             is_fresh = (
-                loop.validated_step == loop.step if name.startswith("val_") else loop.phase == "after_epoch"
+                progress.validated_step == progress.step
+                if is_of_validation
+                else progress.phase == "after_epoch"
             )
             if is_fresh:
                 made[name] = value
@@ -554,13 +562,36 @@ class Session:
         """Publish somebody's event; in the training thread with its position and after all before it."""
         if threading.current_thread() is self.thread:
             self.bus.prepare(event)
-            for name, value in self.loop.position().items():
+            for name, value in self.loop.reporter.position().items():
                 msgspec.structs.force_setattr(event, name, value)
             self.loop.reporter.publish(event)
         else:
             self.bus.publish(event)
             if actor.get() != "user":
                 self.callbacks.reactions += 1
+
+    def is_blocked(self) -> bool:
+        """Return True while a `block` subscriber with an event loop is full."""
+        return self.bus.blocked and not self.bus.loop_is_gone
+
+    def callback_states(self) -> dict[str, Any]:
+        """Return the state of each callback that steers training."""
+        return run_state.capture_callbacks(self._handlers, steering=True)
+
+    def trainer_state(self) -> dict[str, Any]:
+        """Return what a subclass of the trainer adds to checkpoints."""
+        return self.trainer._own_state()
+
+    def restore_schedule(self) -> None:
+        """Restore the state of the schedule attached last, in a run that is being resumed."""
+        if self._continuation is not None:
+            self._continuation.restore_schedule(self.loop)
+
+    def finish_resuming(self, doubts: Iterable[Doubt]) -> Event:
+        """Restore the random states and return the event that tells how exact the resume is."""
+        assert self._continuation is not None
+        continuation, self._continuation = self._continuation, None
+        return continuation.finish(self.loop, doubts)
 
     def decide(self, event: Event) -> None:
         """Ask the deciders about an event, in declared order."""
@@ -572,8 +603,8 @@ class Session:
         if isinstance(event, TrainStart) and self.checkpoints is not None:
             # Only from here on: what deciders set up at the start, they set up in a resumed run too.
             loop = self.loop
-            schedulers = [each.scheduler for each in loop.schedules]
-            self.user_state.watch([*schedulers, loop.train_loader, *loop.val_loaders.values()])
+            schedulers = [each.scheduler for each in loop.schedules.all]
+            self.user_state.watch([*schedulers, loop.setup.train_loader, *loop.validator.loaders.values()])
 
     def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool) -> None:
         """Hold or pass on what a step hook raised. Training thread."""
@@ -592,10 +623,10 @@ class Session:
             self.save(command.reason, envelope.future, owners=owners)
             return
         assert isinstance(command, TagCheckpoint)
-        is_taken = self._saved_moment == self._moment() and self.checkpoints.failed_step != self.loop.step
+        is_taken = self._saved_moment == self._moment() and self.checkpoints.failed_step != self.progress.step
         if not is_taken:  # else the checkpoint just taken is of this very state
             self.save("manual")
-        self.checkpoints.tag(command.tag, step=self.loop.step, move=command.move, future=envelope.future)
+        self.checkpoints.tag(command.tag, step=self.progress.step, move=command.move, future=envelope.future)
 
     def _judge(self, event: ValidationEnd | EpochEnd) -> None:
         """Note the moment if it is the best so far."""
@@ -619,7 +650,7 @@ class Session:
         if self.lifetime.phase != "running":
             return self.lifetime.phase
         state = self.loop.boundary.state
-        return "validating" if state == "running" and self.loop.validating else state
+        return "validating" if state == "running" and self.progress.is_validating else state
 
     @property
     def callback_costs(self) -> dict[str, CallbackCosts]:
@@ -830,7 +861,7 @@ class Session:
                 status=status,
                 reason=reason,
                 error=None if error is None else describe(error),
-                metrics=Metrics(self.loop.latest),
+                metrics=Metrics(self.progress.latest),
                 seconds=time.perf_counter() - self._started,
             )
         )
@@ -852,17 +883,17 @@ class Session:
     def _status(self) -> tuple[Status, str]:
         if self.lifetime.failure is not None:
             return "failed", describe(self.lifetime.failure)
-        if self.loop.ending == "cancelled":
-            return "cancelled", self.loop.reason
-        if self.loop.ending == "stopped":
-            return "stopped", self.loop.reason
-        return "completed", self.loop.reason or f"epochs={self.loop.limits.epochs}"
+        if self.progress.ending == "cancelled":
+            return "cancelled", self.progress.reason
+        if self.progress.ending == "stopped":
+            return "stopped", self.progress.reason
+        return "completed", self.progress.reason or f"epochs={self.loop.setup.limits.epochs}"
 
     def _ending(self) -> dict[str, Any]:
         """Return what `run.json` says about how the run ended."""
         status, reason = self._status()
-        ending = {"status": status, "reason": reason, "ended": time.time(), "steps": self.loop.step}
-        stopped_by = self.loop.boundary.stopped_by
+        ending = {"status": status, "reason": reason, "ended": time.time(), "steps": self.progress.step}
+        stopped_by = self.progress.stopped_by
         return ending | ({"stopped_by": stopped_by} if status == "stopped" and stopped_by is not None else {})
 
     async def _finish(self) -> None:
@@ -871,11 +902,11 @@ class Session:
             run_id=self.run_id,
             status=status,
             reason=reason,
-            epochs=self.loop.epoch,
-            steps=self.loop.step,
-            metrics=Metrics(self.loop.latest),
+            epochs=self.progress.epoch,
+            steps=self.progress.step,
+            metrics=Metrics(self.progress.latest),
             best=self.best,
-            history=tuple(self.loop.history),
+            history=tuple(self.progress.history),
             seconds=time.perf_counter() - self._started,
             callback_costs=self.callback_costs,
             callback_errors=self.callbacks.errors(),
@@ -904,13 +935,12 @@ class Session:
         Who drops a trainer wants its memory back at once, not at the next garbage collection: all of these are
         tied to each other.
         """
-        self.loop.let_go()
         self.records.let_go()
         self.callbacks.clear()
         self.deciders.clear()
         self._handlers = []
         self.initial_weights = None
-        del self.trainer, self.user_state, self._claim, self._release
+        del self.loop, self.trainer, self.user_state, self._claim, self._release
 
     async def _finish_checkpoints(self) -> None:
         """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""
@@ -983,7 +1013,7 @@ class Session:
 
     def note_where(self, failure: BaseException) -> None:
         """Add to what the run failed with where that was."""
-        note = f"offloop: run {self.run_id}, epoch {self.loop.epoch}, step {self.loop.step}"
+        note = f"offloop: run {self.run_id}, epoch {self.progress.epoch}, step {self.progress.step}"
         if self.checkpoints is not None and self.checkpoints.last is not None:
             note += f", last checkpoint {self.checkpoints.last}"
         failure.add_note(note)

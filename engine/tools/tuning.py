@@ -35,6 +35,7 @@ from offloop.engine.session.thread_state import check_caller
 from offloop.engine.training.activation_checkpointing import checkpointed
 from offloop.engine.training.freezing import select_parameters
 from offloop.engine.training.learning_rate import Schedule, largest_lr, scale_lr
+from offloop.engine.training.setup import SilentHost
 
 if TYPE_CHECKING:
     from offloop.engine.trainer import BaseTrainer
@@ -117,8 +118,8 @@ class _Ramp:
         self._next *= self._factor
 
 
-class _Losses:
-    """Follows a search: keeps rates and losses, and ends it when the loss explodes."""
+class _Losses(SilentHost):
+    """The host of a search: keeps rates and losses, and ends it when the loss explodes."""
 
     def __init__(self, mailbox: Mailbox) -> None:
         self.lrs: list[float] = []
@@ -128,8 +129,8 @@ class _Losses:
         self._mean = 0.0
         self._is_over = False
 
-    def add(self, event: Event) -> None:
-        """Take note of a step."""
+    def emit(self, event: Event, /) -> None:
+        """Keep the numbers of a step."""
         if self._is_over or not isinstance(event, StepEnd):
             return
         if event.loss is None:
@@ -145,6 +146,10 @@ class _Losses:
         self.lrs.append(event.lr)
         self.losses.append(event.loss)
         self.smoothed.append(smoothed)
+
+    def emit_step(self, event: Event, /) -> None:
+        """Keep the numbers of a step."""
+        self.emit(event)
 
 
 def find_learning_rate(
@@ -182,8 +187,8 @@ def find_learning_rate(
             trainer,
             train_loader,
             steps=steps,
-            schedules=[Schedule(ramp, "step")],
-            publish_step=losses.add,
+            schedules=(Schedule(ramp, "step"),),
+            host=losses,
             mailbox=mailbox,
         )
     return LearningRateSearch(

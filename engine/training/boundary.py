@@ -1,8 +1,7 @@
-"""The boundary: where the training thread looks up, obeys commands, and waits while it is paused or held up."""
+"""The boundary: where the training thread applies commands, and waits while it is paused or held up."""
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offloop.engine.bus.command_mailbox import Envelope, Mailbox
 from offloop.engine.bus.commands import (
@@ -18,11 +17,12 @@ from offloop.engine.bus.commands import (
 )
 from offloop.engine.bus.forked import ForkedProcessError
 from offloop.engine.errors import ConfigError, RunEndedError, as_failure, describe
-from offloop.engine.events import CommandApplied, LearningRateChanged, Metrics, StateChanged
-from offloop.engine.training.learning_rate import largest_lr, scale_lr
-
-if TYPE_CHECKING:
-    from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.events import CommandApplied, Event, Metrics, StateChanged
+from offloop.engine.training.progress import Progress
+from offloop.engine.training.reporter import Reporter, Window
+from offloop.engine.training.schedules import Schedules
+from offloop.engine.training.setup import Host, Program
+from offloop.engine.training.validation import Validator
 
 
 class Boundary:
@@ -30,47 +30,70 @@ class Boundary:
 
     def __init__(
         self,
-        loop: "TrainingLoop",
+        program: Program,
+        host: Host,
         mailbox: Mailbox,
         *,
-        is_blocked: Callable[[], bool],
-        save: Callable[[Envelope[Any]], None],
+        progress: Progress,
+        window: Window,
+        reporter: Reporter,
+        schedules: Schedules,
+        validator: Validator,
     ) -> None:
-        """Serve `loop` from `mailbox`.
+        """Apply the commands of `mailbox` to a training.
 
         Args:
-            loop: What commands change.
-            mailbox: Where they come from.
-            is_blocked: True while a subscriber with the right to slow training down is full.
-            save: Takes a checkpoint for a command, or tags one, and completes its future when that is durable.
+            program: What `call` gives to the function.
+            host: Asks deciders, saves checkpoints, and knows whether a subscriber holds training up.
+            mailbox: Where commands come from.
+            progress: Of the training.
+            window: Is empty at a step boundary.
+            reporter: Publishes what was applied.
+            schedules: Set learning rates.
+            validator: Runs the validation that a command asks for.
         """
-        self.state = "running"  # or paused, stopping; read by anybody
+        self.state = "running"
+        """`running`, `paused` or `stopping`. Written by the training thread, read by any."""
         self.paused_seconds = 0.0
-        self.stopped_by: str | None = None  # the callback whose decision has ended the run
+        """Seconds of this attempt spent in pauses."""
         self.is_applying_decider_command = False
-        self._loop = loop
+        self._program = program
+        self._host = host
         self._mailbox = mailbox
-        self._is_blocked = is_blocked
-        self._save = save
+        self._progress = progress
+        self._window = window
+        self._reporter = reporter
+        self._schedules = schedules
+        self._validator = validator
         self._paused_by: Envelope[Any] | None = None
-        self._set_aside: Envelope[Any] | None = None  # the pause in which a validation was asked for
-        self._depth = 0  # of commands being applied: one may validate, and that has boundaries of its own
-        self._following: list[
-            Envelope[Any]
-        ] = []  # collected beside the command in work: in the mailbox no more
+        # The pause in which a validation was asked for
+        self._set_aside: Envelope[Any] | None = None
+        # Commands being applied: one may validate, and that has boundaries of its own
+        self._depth = 0
+        # Collected together with the command in work, so no longer in the mailbox
+        self._following: list[Envelope[Any]] = []
+
+    def announce(self, event: Event) -> None:
+        """Publish an event, ask the deciders about it, and process commands. The training stands at a boundary."""
+        self._reporter.publish(event)
+        # Deciders are not asked about what a decider's command causes
+        if not self.is_applying_decider_command:
+            self._host.decide(event)
+        if self._mailbox.attention:
+            self.process_commands()
 
     def process_commands(self) -> None:
         """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full.
 
         A pause inside an accumulation window or a validation lets a command that needs a step boundary get there.
         """
-        loop, mailbox = self._loop, self._mailbox
+        progress, mailbox = self._progress, self._mailbox
         while True:
             if mailbox.is_forked:
                 raise ForkedProcessError
             seen = mailbox.changes
             self._apply_pending()
-            if loop.ending == "cancelled":
+            if progress.ending == "cancelled":
                 break
             is_waited_for = mailbox.is_waited_for
             goes_on = is_waited_for or any(not each.future.cancelled() for each in self._following)
@@ -81,9 +104,9 @@ class Boundary:
                 self.paused_seconds += time.perf_counter() - asked
             elif is_held and is_waited_for and self._at_step and not self._depth:
                 continue  # it came while others were applied, and the pause need not end for it
-            elif self._is_blocked():
+            elif self._host.is_blocked():
                 mailbox.stand(
-                    lambda: mailbox.cancelled or not self._is_blocked(),
+                    lambda: mailbox.cancelled or not self._host.is_blocked(),
                     "a subscriber with on_full='block'",
                 )
             else:
@@ -91,7 +114,7 @@ class Boundary:
 
     @property
     def _at_step(self) -> bool:
-        return self._loop.window.count == 0 and not self._loop.validating
+        return self._window.count == 0 and not self._progress.is_validating
 
     def _apply_pending(self) -> None:
         """Apply the commands that are there and can be applied here.
@@ -100,27 +123,28 @@ class Boundary:
         Inside a command, and once the run is stopping, only deciders' commands are applied: the others wait for
         the command to end, or fail with `RunEndedError`.
         """
-        loop, mailbox = self._loop, self._mailbox
-        place = Place.STEP if self._at_step else Place.VALIDATION if loop.validating else Place.BATCH
-        left = mailbox.collect(place, deciders_only=self._depth > 0 or loop.ending == "stopped")
+        progress, mailbox = self._progress, self._mailbox
+        place = Place.STEP if self._at_step else Place.VALIDATION if progress.is_validating else Place.BATCH
+        left = mailbox.collect(place, deciders_only=self._depth > 0 or progress.ending == "stopped")
         outer = self._following
         self._depth += 1
         try:
             if left:
-                loop.reporter.readback.flush()  # a loss that turns out not to be finite fails the run, not a command
+                # A loss that turns out not to be finite fails the run, not a command
+                self._reporter.readback.flush()
             while left and not mailbox.cancelled:
                 envelope, *left = left
                 self._following = [*left, *outer]
                 self._apply(envelope)
-                if loop.ending == "stopped":
+                if progress.ending == "stopped":
                     mailbox.put_back([each for each in left if not each.from_decider])
                     left = [each for each in left if each.from_decider]
         finally:
             mailbox.put_back(left)  # the run is ending, and their givers are told
             self._following = outer
             self._depth -= 1
-        if mailbox.cancelled and loop.ending != "cancelled":
-            loop.ending, loop.reason = "cancelled", mailbox.cancel_reason
+        if mailbox.cancelled and progress.ending != "cancelled":
+            progress.ending, progress.reason = "cancelled", mailbox.cancel_reason
             self._change_state("stopping", mailbox.cancel_reason, "")
 
     def _apply(self, envelope: Envelope[Any]) -> None:
@@ -143,14 +167,14 @@ class Boundary:
             error = as_failure(problem)
         finally:
             self.is_applying_decider_command = outer
-        self._loop.reporter.publish(
+        self._reporter.publish(
             CommandApplied(
                 command=command.name,
                 command_id=envelope.id,
                 by=envelope.by,
                 arguments=command.arguments(),
                 error=None if error is None else describe(error),
-                **self._loop.position(),
+                **self._reporter.position(),
             )
         )
         if error is not None:
@@ -169,22 +193,23 @@ class Boundary:
                 self._resume(envelope.by)
             case Stop(reason=reason):
                 self._stop(envelope, reason)
-            case SetLearningRate() as command:
-                self._set_learning_rate(command)
+            case SetLearningRate(lr=lr, group=group, optimizer=optimizer):
+                self._schedules.set_lr(lr, group, optimizer)
             case Validate():
                 return self._validate()
             case SaveCheckpoint() | TagCheckpoint():
-                self._save(envelope)
+                self._host.save_for(envelope)
             case Call(function=function):
-                self._loop.guard()
-                return function(self._loop.program)
+                self._host.guard()
+                return function(self._program)
             case _ as unknown:
                 raise TypeError(f"no way to apply {unknown!r}")
         return None
 
     def _pause(self, envelope: Envelope[Any], reason: str) -> None:
-        if self._loop.ending in ("stopped", "cancelled"):
-            return  # a stop ends a pause, also one that comes after it
+        # A stop ends a pause, also one that comes after it
+        if self._progress.is_interrupted:
+            return
         self._paused_by = envelope
         self._change_state("paused", reason, envelope.by)
 
@@ -194,10 +219,10 @@ class Boundary:
             self._change_state("running", "", by)
 
     def _stop(self, envelope: Envelope[Any], reason: str) -> None:
-        loop = self._loop
-        if loop.ending in (None, "limit"):
-            loop.ending, loop.reason = "stopped", reason
-            self.stopped_by = envelope.by if envelope.from_decider else None
+        progress = self._progress
+        if progress.ending in (None, "limit"):
+            progress.ending, progress.reason = "stopped", reason
+            progress.stopped_by = envelope.by if envelope.from_decider else None
             self._paused_by = None
             self._change_state("stopping", reason, envelope.by)
 
@@ -205,36 +230,13 @@ class Boundary:
         # In a pause, the pause does not hold this validation; a pause that comes meanwhile does.
         self._set_aside = self._paused_by
         try:
-            metrics = self._loop.validate()
+            metrics = self._validator.validate(self.announce)
         finally:
             self._set_aside = None
         if metrics is None:
             raise ConfigError("the validation was stopped before its end")
         return Metrics(metrics)
 
-    def _set_learning_rate(self, command: SetLearningRate) -> None:
-        optimizers = self._loop.optimizers
-        name = command.optimizer or next(iter(optimizers))
-        previous = largest_lr(optimizers[name])
-        schedulers = [schedule.scheduler for schedule in self._loop.schedules]
-        scale_lr(optimizers[name], command.lr, group=command.group, schedulers=schedulers)
-        self.publish_lr_change(previous, "command", name)
-
-    # Saying so
-
-    def publish_lr_change(self, previous: float, source: str, name: str) -> None:
-        """Publish what a learning rate has become."""
-        loop = self._loop
-        loop.reporter.publish(
-            LearningRateChanged(
-                lr=largest_lr(loop.optimizers[name]),
-                previous=previous,
-                source=source,
-                optimizer=name if len(loop.optimizers) > 1 else "",
-                **loop.position(),
-            )
-        )
-
     def _change_state(self, state: str, reason: str, by: str) -> None:
         self.state = state
-        self._loop.reporter.publish(StateChanged(state=state, reason=reason, by=by, **self._loop.position()))
+        self._reporter.publish(StateChanged(state=state, reason=reason, by=by, **self._reporter.position()))

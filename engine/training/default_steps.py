@@ -8,8 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from offloop.engine.errors import BatchError
-from offloop.engine.training.loop import Batch, StepOutput
+from offloop.engine.training.setup import Batch
 from offloop.engine.training.step_failures import describe, explain_call
+from offloop.engine.training.step_output import StepOutput
 
 
 def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:

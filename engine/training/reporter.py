@@ -1,7 +1,7 @@
-"""The reporter: turns what the training thread did into events, in order, without waiting for the device.
+"""The reporter: makes events of what the training thread did, in order, without waiting for the device.
 
-A step's numbers may still be on the device when the step is over. Its `StepEnd` is then built when they have
-arrived; what is published meanwhile queues behind it, and a milestone waits for all before it.
+A step's numbers may still be on the device when the step is over. Its `StepEnd` is built once they have arrived.
+Samples that are published meanwhile queue behind it; a milestone waits for everything before it.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ import torch
 
 from offloop.engine.errors import EventError, LossError
 from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, StepEnd, check
+from offloop.engine.training.progress import Progress
 from offloop.engine.training.readback import Readback
+from offloop.engine.training.setup import Host
+from offloop.engine.training.step_output import checked_weight
 
 logger = logging.getLogger("offloop")
 
@@ -30,16 +33,16 @@ class Logged(NamedTuple):
     weight: float | None
     """The user's; None for that of the loss."""
     batch_weight: float = 0.0
-    """What the loss of its batch counts, or of its window where it was logged for the whole step."""
+    """Weight of its batch's loss, or of the window's losses if it was logged for the whole step."""
     share: float = 1.0
-    """Its part of that: a name that a batch logs n times counts 1/n each time."""
+    """Its share of that weight: 1/n for a name that the batch logged n times."""
 
     def in_epoch(self) -> float:
-        """Return what it counts in the mean of the epoch."""
+        """Return its weight in the mean of the epoch."""
         return self.batch_weight * self.share if self.weight is None else self.weight
 
     def in_step(self, *, is_weighted: bool) -> float:
-        """Return what it counts in the step's mean, in which batches count alike unless the losses have weights."""
+        """Return its weight in the mean of the step, where batches count alike unless the losses have weights."""
         return self.in_epoch() if is_weighted or self.weight is not None else self.share
 
 
@@ -64,7 +67,7 @@ class Means:
         self.sums, self.weights = dict(state["sums"]), dict(state["weights"])
 
     def take(self, prefix: str) -> dict[str, float]:
-        """Return the means under prefixed names, and begin anew."""
+        """Return the means under prefixed names, and reset them."""
         means = {
             f"{prefix}{name}": total / self.weights[name] if self.weights[name] else math.nan
             for name, total in self.sums.items()
@@ -79,27 +82,27 @@ class Window:
     """An accumulation window: the batches of one optimizer step."""
 
     size: int = 0
-    """Batches it will have; 0 before the first."""
+    """Number of batches it is planned for; 0 before the first window."""
     count: int = 0
-    """Batches it has."""
+    """Batches so far."""
     is_weighted: bool = False
-    """True if its losses carry weights of the user's."""
+    """True if the user gave weights for its losses."""
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    """One scalar on the device for each batch. Its graph is spent: detaching it would cost more than keeping it."""
+    """One scalar on the device per batch. Its graph is freed already, so keeping it costs less than detaching it."""
     weights: list[float] = dataclasses.field(default_factory=list)
-    """What each loss counts in means: samples, or the user's weight."""
+    """Weight of each loss in means: the user's, else the number of samples."""
     logged: list[Logged] = dataclasses.field(default_factory=list)
-    """What its batches logged."""
+    """Values logged by its batches."""
     fresh: list[Logged] = dataclasses.field(default_factory=list)
-    """What was logged since; how much it counts is known when its batch has a loss, or the step is over."""
+    """Values logged since; their weight is known once their batch has a loss, or the step is over."""
     samples: int = 0
-    """Samples in it so far."""
+    """Samples so far."""
     weight: float = 0.0
-    """What its batches count in means so far."""
+    """Sum of `weights` so far, batches without a loss included."""
     data_time: float = 0.0
-    """Seconds that its batches were waited for."""
+    """Seconds spent waiting for its batches."""
     started: float = 0.0
-    """When its first batch had come, on the clock of `time.perf_counter`."""
+    """When its first batch had arrived, on the clock of `time.perf_counter`."""
 
     def begin(self, size: int, now: float) -> None:
         """Begin a window of `size` batches."""
@@ -108,12 +111,12 @@ class Window:
         self.data_time = 0.0
 
     def settle(self, weight: float) -> None:
-        """Take what was logged since the last call as logged by a batch, or a step, that counts `weight`."""
+        """Assign the values logged since the last call to a batch, or a step, of this weight."""
         self.logged += settled(self.fresh, weight)
         self.fresh.clear()
 
     def clear(self) -> None:
-        """Forget what it holds, after its step or instead of it."""
+        """Empty it, after its step or instead of it."""
         self.count = self.samples = 0
         self.weight = 0.0
         self.is_weighted = False
@@ -124,7 +127,7 @@ class Window:
 
 
 def settled(fresh: Sequence[Logged], weight: float) -> list[Logged]:
-    """Return values that were logged beside a loss of this weight, with what they count."""
+    """Return logged values with the weight of the loss that they belong to."""
     times = Counter(each.name for each in fresh if each.weight is None)
     return [each._replace(batch_weight=weight, share=1.0 / (times[each.name] or 1)) for each in fresh]
 
@@ -134,25 +137,44 @@ class Reporter:
 
     def __init__(
         self,
+        host: Host,
+        progress: Progress,
         device: torch.device,
-        emit: Callable[[Event], None],
-        clock_offset: float,
         on_nonfinite: Literal["raise", "warn", "skip_step"],
         *,
         loss_scale: float,
     ) -> None:
-        """Publish through `emit`; event times are `clock_offset` plus `time.perf_counter()`."""
-        self.emit = emit
-        self.clock_offset = clock_offset
+        """Publish through `host`, with the position that `progress` has."""
+        self.emit = host.emit
+        self.run_id = host.run_id
+        self.clock_offset = host.clock_offset
         self.readback = Readback(device)
         self.train_means = Means()
         self.val_means = Means()
+        self.loss_scale = loss_scale
+        """After the latest step; it falls where the scaler skipped one."""
+        self._progress = progress
         self._on_nonfinite = on_nonfinite
-        self._nonfinite = 0  # losses of this attempt
-        self.loss_scale = loss_scale  # after the latest step; it falls where the scaler skipped one
+        # Losses of this attempt
+        self._nonfinite = 0
+
+    def now(self) -> float:
+        """Return the time of an event that happens now, in seconds since the epoch."""
+        return self.clock_offset + time.perf_counter()
+
+    def position(self) -> dict[str, Any]:
+        """Return the base fields of an event that happens here and now."""
+        progress = self._progress
+        return {
+            "run_id": self.run_id,
+            "time": self.now(),
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "batch": progress.batch,
+        }
 
     def publish(self, event: Event) -> None:
-        """Publish an event; everything before it goes first, and a milestone waits for that."""
+        """Publish an event after everything before it. A milestone waits for that (host sync), a sample queues."""
         if isinstance(event, Sample):
             self.readback.put(lambda: self.emit(event))
         else:
@@ -160,15 +182,17 @@ class Reporter:
             self.emit(event)
 
     def publish_late(self, event_class: type[Event], fields: dict[str, Any]) -> None:
-        """Publish an event whose tensors are read when they have arrived."""
+        """Publish an event once the values of its tensors have arrived. Never waits for the device."""
         tensors: list[torch.Tensor] = []
         builders = {name: _late(value, tensors) for name, value in fields.items()}
 
         def build(numbers: Iterable[float]) -> Event:
-            rest = iter(numbers)  # the builders take theirs in the order in which they gave their tensors
+            # The builders take their numbers in the order in which they gave their tensors
+            rest = iter(numbers)
             return event_class(**{name: builder(rest) for name, builder in builders.items()})
 
-        check(build(itertools.repeat(0.0)))  # where it is published, not late
+        # Errors are raised here, in the call that publishes it, not when the numbers arrive
+        check(build(itertools.repeat(0.0)))
         if tensors:
             self.readback.read(tensors, lambda numbers: self.emit(build(numbers)))
         else:
@@ -183,7 +207,8 @@ class Reporter:
 
     def add_to_epoch(self, window: Window) -> None:
         """Add batches that led to no step to the means of the epoch, now or when they have arrived."""
-        window.settle(window.weight or 1.0)  # logged beside the batches: nothing to weigh it by
+        # Values logged outside of batches have no loss to be weighed by
+        window.settle(window.weight or 1.0)
         named = [
             *(("loss", loss, weight) for loss, weight in zip(window.losses, window.weights, strict=True)),
             *((each.name, _as_tensor(each.value), each.in_epoch()) for each in window.logged),
@@ -200,9 +225,6 @@ class Reporter:
         self,
         window: Window,
         *,
-        position: tuple[str, int, int, int],
-        lr: float,
-        rates: Metrics,
         norm: torch.Tensor | None,
         scale: torch.Tensor | None,
         skipped: bool,
@@ -211,16 +233,16 @@ class Reporter:
 
         Args:
             window: What the step was made of; not cleared here.
-            position: run_id, epoch, step, batch.
-            lr: Learning rate that the step used.
-            rates: Those of its parameter groups, where they differ.
             norm: Gradient norm, () on the device.
             scale: Loss scale after the step, () on the device.
             skipped: True if the update was left out.
         """
         now = time.perf_counter()
-        run_id, epoch, step, batch = position
-        window.settle(window.weight)  # what hooks have logged for the whole step
+        run_id, progress = self.run_id, self._progress
+        epoch, step, batch = progress.epoch, progress.step, progress.batch
+        lr, rates = progress.last_lr, progress.last_rates
+        # Values that hooks logged for the whole step
+        window.settle(window.weight)
         losses, weights, logged = list(window.losses), list(window.weights), list(window.logged)
         is_weighted, samples = window.is_weighted, window.samples
         counts = weights if is_weighted else [1.0] * len(losses)
@@ -238,14 +260,16 @@ class Reporter:
                 number = next(rest) if isinstance(each.value, torch.Tensor) else float(each.value)
                 pairs = of_step.setdefault(each.name, [])
                 pairs.append((number, each.in_step(is_weighted=is_weighted)))
-                if math.isfinite(number) or self._on_nonfinite != "skip_step":  # as its loss
+                # The rule for losses applies to logged values too
+                if math.isfinite(number) or self._on_nonfinite != "skip_step":
                     self.train_means.add(each.name, number, each.in_epoch())
             metrics = {name: _mean(pairs) for name, pairs in of_step.items()}
             grad_norm = next(rest) if norm is not None else None
             scaler_skipped = False
             if scale is not None:
                 metrics["loss_scale"] = loss_scale = next(rest)
-                scaler_skipped = loss_scale < self.loss_scale  # it found infinities and backed off
+                # The scaler found infinities and backed off
+                scaler_skipped = loss_scale < self.loss_scale
                 self.loss_scale = loss_scale
             self.emit(
                 StepEnd(
@@ -269,20 +293,23 @@ class Reporter:
         self.readback.read([*losses, *on_device, *extra], deliver)
 
     def complain(self, loss: float, step: int) -> bool:
-        """Say that a loss is not finite, as `on_nonfinite` wants; True if it counts in the epoch's mean."""
+        """Report a loss that is not finite, as `on_nonfinite` says; True if it counts in the epoch's mean.
+
+        Raises:
+            LossError: With `on_nonfinite="raise"`.
+        """
         where = f"the loss of step {step} is {loss}"
         self._nonfinite += 1
         if self._on_nonfinite == "raise":
             raise LossError(f'{where}; on_nonfinite="warn" goes on, "skip_step" leaves such updates out')
-        if (
-            self._on_nonfinite == "warn" and self._nonfinite.bit_count() == 1
-        ):  # 1, 2, 4, 8, ...: else a line each step
+        # The 1st, 2nd, 4th, 8th, ...: a line for every step would flood the log
+        if self._on_nonfinite == "warn" and self._nonfinite.bit_count() == 1:
             logger.warning("%s%s", where, f" ({self._nonfinite} so far)" if self._nonfinite > 1 else "")
         return self._on_nonfinite != "skip_step"
 
 
 def _late(value: Any, tensors: list[torch.Tensor]) -> Callable[[Iterator[float]], Any]:
-    """Append the tensors in a field's value to `tensors`; return what makes the value of their numbers."""
+    """Append the tensors in a field's value to `tensors`; return the function that makes the value from numbers."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         count = value.numel()
@@ -313,3 +340,20 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float:
 
 def _as_tensor(value: "torch.Tensor | float") -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def checked_value(name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None") -> Logged:
+    """Return a value that was given to `log`, as it is now.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor.
+        ValueError: It has more than one element, or the weight is no such number.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}")
+        # Cloned, because the caller may change it in place before it is read
+        value = value.detach().clone()
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"log({name!r}) takes a number or a tensor of one element, got {value!r}")
+    return Logged(name, value, None if weight is None else checked_weight(weight, f"log({name!r})"))

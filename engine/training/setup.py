@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,12 +12,32 @@ from offloop.engine.config import TrainerConfig
 from offloop.engine.data.batch_size import guess_batch_size
 from offloop.engine.data.val_loaders import ValLoader
 from offloop.engine.events import Event
+from offloop.engine.metrics.metric_set import MetricSet
+from offloop.engine.position.exactness import Doubt
 from offloop.engine.training.learning_rate import Schedule
-
-if TYPE_CHECKING:
-    from offloop.engine.metrics.metric_set import MetricSet
+from offloop.engine.training.step_output import StepOutput
 
 Batch = Any
+
+
+class Program(Protocol):
+    """What a training loop runs: the part of a `Trainer` that users override."""
+
+    model: torch.nn.Module
+    loss: Any
+    automatic_optimization: bool
+
+    def training_step(self, batch: Batch, /) -> StepOutput:
+        """Return the loss of a batch."""
+
+    def validation_step(self, batch: Batch, /) -> StepOutput:
+        """Return the loss of a batch of a validation."""
+
+    def train_epoch(self, loader: Iterable[Batch], /) -> None:
+        """Train one epoch."""
+
+    def validate_epoch(self, loader: Iterable[Batch], /) -> None:
+        """Run one validation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +62,8 @@ class Setup:
     """Those of the trainer. Schedules attached during the run are the loop's."""
     train_loader: Iterable[Batch] = ()
     val_loader: ValLoader | None = None
-    train_metrics: "MetricSet | None" = None
-    val_metrics: "Mapping[str, MetricSet]" = dataclasses.field(default_factory=dict)
+    train_metrics: MetricSet | None = None
+    val_metrics: Mapping[str, MetricSet] = dataclasses.field(default_factory=dict)
     """By the prefix of their keys, such as `val_`."""
     monitor: str = "train_loss"
     """Key of the metric that plateau schedules watch by default."""
@@ -52,6 +72,19 @@ class Setup:
     """True: each validation also runs with the weights in training, before hooks swap an average in."""
     is_resumable: bool = False
     """True where checkpoints may be taken."""
+
+    @property
+    def looks_at_losses(self) -> bool:
+        """True if a loss that is not finite is refused before it changes the weights.
+
+        On the CPU a loss is there when it is computed; on a device, looking at it would wait for the device.
+        """
+        return self.config.on_nonfinite == "raise" and self.device.type == "cpu"
+
+    @property
+    def first_optimizer(self) -> torch.optim.Optimizer:
+        """The only optimizer, or the first of several."""
+        return next(iter(self.optimizers.values()))
 
 
 class Host(Protocol):
@@ -67,6 +100,10 @@ class Host(Protocol):
     @property
     def clock_offset(self) -> float:
         """Seconds to add to `time.perf_counter()` for the time of an event."""
+
+    @property
+    def handles_signals(self) -> bool:
+        """True if the run handles SIGINT and SIGTERM, so that loader workers must leave them to it."""
 
     def emit(self, event: Event, /) -> None:
         """Publish an event. Never waits."""
@@ -95,12 +132,26 @@ class Host(Protocol):
     def trainer_state(self) -> dict[str, Any]:
         """Return what a subclass of the trainer adds to checkpoints."""
 
+    def restore_schedule(self) -> None:
+        """Restore the state of the schedule attached last, in a run that is being resumed."""
+
+    def finish_resuming(self, doubts: Iterable[Doubt], /) -> Event:
+        """Restore the random states, the last thing before training continues.
+
+        Args:
+            doubts: What may differ in how the loaders continue.
+
+        Returns:
+            The event that tells how exact the resume is.
+        """
+
 
 class SilentHost:
     """A host for trainings that are no run: evaluations, the finders, tests. It publishes and saves nothing."""
 
     run_id = ""
     clock_offset = 0.0
+    handles_signals = False
 
     def emit(self, event: Event, /) -> None:
         """Ignore the event."""
@@ -132,3 +183,11 @@ class SilentHost:
     def trainer_state(self) -> dict[str, Any]:
         """Return nothing: there are no checkpoints."""
         return {}
+
+    def restore_schedule(self) -> None:
+        """Not called: only runs are resumed."""
+        raise NotImplementedError
+
+    def finish_resuming(self, doubts: Iterable[Doubt], /) -> Event:
+        """Not called: only runs are resumed."""
+        raise NotImplementedError

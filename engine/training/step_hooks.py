@@ -4,16 +4,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, STEP_POINTS, StepHook
 from offloop.engine.errors import as_failure
 from offloop.engine.events import Event
-
-if TYPE_CHECKING:
-    from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.progress import Progress
+from offloop.engine.training.reporter import Reporter, Window
+from offloop.engine.training.setup import Host, Setup
 
 logger = logging.getLogger("offloop")
 
@@ -21,7 +21,18 @@ logger = logging.getLogger("offloop")
 class StepPoint:
     """What a step hook sees: the live objects of the step it runs in. Valid only during the call."""
 
-    def __init__(self, loop: "TrainingLoop", trainer: Any, run: Any) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        run: Any,
+        *,
+        setup: Setup,
+        progress: Progress,
+        window: Window,
+        reporter: Reporter,
+        hooks: "StepHooks",
+        log: Callable[[str, Any, Any], None],
+    ) -> None:
         self.trainer = trainer
         """The trainer."""
         self.run = run
@@ -30,48 +41,54 @@ class StepPoint:
         """Which point this is."""
         self.batch: Any = None
         """The batch in work; on the device, except at `before_batch`. None where there is none."""
-        self._loop = loop
+        self._setup = setup
+        self._progress = progress
+        self._window = window
+        self._reporter = reporter
+        self._hooks = hooks
+        self._log = log
 
     @property
     def model(self) -> torch.nn.Module:
         """The model in training."""
-        return self._loop.program.model
+        model: torch.nn.Module = self.trainer.model
+        return model
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
         """The optimizers by name; a single one is called `optimizer`."""
-        return self._loop.optimizers
+        return self._setup.optimizers
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer: at `before_optimizer_step` the one about to step, else the first."""
-        return self._loop.stepping or self._loop.first_optimizer
+        return self._hooks.optimizer or self._setup.first_optimizer
 
     @property
     def epoch(self) -> int:
         """Index of the epoch, from 0."""
-        return self._loop.epoch
+        return self._progress.epoch
 
     @property
     def step(self) -> int:
         """Optimizer steps done; at `after_step` the one just made is among them."""
-        return self._loop.step
+        return self._progress.step
 
     @property
     def loss(self) -> torch.Tensor | None:
         """The latest batch's loss, () on the device, detached; None before the first of the step."""
-        losses = self._loop.window.losses
+        losses = self._window.losses
         return losses[-1].detach() if losses else None
 
     def log(
         self, name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None" = None
     ) -> None:
-        """Log a value with the step, as `Trainer.log` does. A tensor stays on the device until read late."""
-        self._loop.log(name, value, weight)
+        """Log a value with the step, as `Trainer.log` does. A tensor stays on the device until it is read late."""
+        self._log(name, value, weight)
 
     def leave(self) -> None:
-        """Call no hook of this callback any more, from the next step to the end of the run."""
-        self._loop.hooks.leave()
+        """Stop calling the hooks of this callback, from the next step to the end of the run."""
+        self._hooks.leave()
 
     def publish(self, event_class: type[Event], **values: Any) -> None:
         """Publish an event whose numbers may still be on the device; they are read late, in order.
@@ -81,40 +98,41 @@ class StepPoint:
             values: Its fields. A tensor of one element becomes a float, one of shape (n,) a tuple of floats; a
                 mapping of names to tensors becomes `Metrics`, or `Settings` where one of them has several elements.
         """
-        self._loop.reporter.publish_late(event_class, {**self._loop.position(), **values})
+        self._reporter.publish_late(event_class, {**self._reporter.position(), **values})
 
 
 class StepHooks:
     """The step hooks of a run, in declared order. Training thread only."""
 
-    def __init__(
-        self,
-        hooks: Sequence[StepHook],
-        failed: Callable[[StepHook, BaseException, bool], None],
-        guard: Callable[[], None],
-    ) -> None:
+    def __init__(self, hooks: Sequence[StepHook], host: Host) -> None:
         """Keep the hooks.
 
         Args:
             hooks: In declared order.
-            failed: Is told what one raised and whether it is off now, and raises if the run is to end.
-            guard: Called before each: a hook may change what a checkpoint is still being copied from.
+            host: Handles what one raises. Its `guard` is called before each hook, which may change what a checkpoint
+                is still being copied from.
         """
-        self.point: StepPoint | None = None  # set by the session, before the thread starts
-        self.active: dict[str, list[StepHook]] = {}  # by point, those that asked for the step in progress
-        # By callback, what its hooks have taken; written by the training thread, read by anybody.
+        self.point: StepPoint | None = None
+        """What hooks see; made when the run begins."""
+        self.active: dict[str, list[StepHook]] = {}
+        """By point, those that asked for the step in progress."""
+        self.optimizer: torch.optim.Optimizer | None = None
+        """In a manual step: the one about to step."""
+        # By callback, seconds spent in its hooks. Written by the training thread; any thread reads it, since a float
+        # is replaced as a whole.
         self.seconds: dict[str, float] = {hook.callback: 0.0 for hook in hooks}
-        self._failed = failed
-        self._guard = guard
-        self._failures_in_row: dict[str, int] = {}  # by callback, of those whose latest call failed
-        self._due: list[StepHook] = []  # those in `active`, in declared order
+        self._host = host
+        # By callback, how often its hooks have failed in a row
+        self._failures_in_row: dict[str, int] = {}
+        # Those in `active`, in declared order
+        self._due: list[StepHook] = []
         self._running: StepHook | None = None
         self._keep(hooks)
 
     def _keep(self, hooks: Sequence[StepHook]) -> None:
         self._hooks = hooks
         self._in_steps = [hook for hook in hooks if hook.point in STEP_POINTS]
-        # Steps whose number it does not divide have no hook.
+        # Steps whose number is not a multiple of this have no hook
         self._pace = math.gcd(*(n for hook in self._in_steps for n in (hook.every_n_steps, hook.phase)))
 
     @property
@@ -123,7 +141,7 @@ class StepHooks:
         return bool(self._in_steps)
 
     def begin_step(self, number: int) -> bool:
-        """Choose the hooks that asked for step `number`, counted from 1; True if there are any."""
+        """Choose the hooks for step `number`, counted from 1; True if there are any."""
         due: list[StepHook] = []
         if self._pace and number % self._pace == 0:
             due = [hook for hook in self._in_steps if number % hook.every_n_steps == hook.phase]
@@ -134,32 +152,33 @@ class StepHooks:
         return bool(self.active)
 
     def leave(self) -> None:
-        """Forget the hooks of the callback whose hook is running, from the next step on."""
+        """Remove the hooks of the callback whose hook is running, from the next step on."""
         assert self._running is not None
         leaving = self._running.callback
         self._keep([hook for hook in self._hooks if hook.callback != leaving])
 
     def once(self, point: str, function: Callable[[], None]) -> None:
-        """Run a function of the engine's own at a point of the next step that begins, and not again."""
+        """Run a function of the engine once, at a point of the next step that begins."""
 
         def run(_: StepPoint) -> None:
             self.leave()
             function()
 
-        name = f"offloop.{point}"  # no callback's: in `leave` it means this one
+        # No callback has this name, so `leave` removes this hook alone
+        name = f"offloop.{point}"
         self.seconds[name] = 0.0
         self._keep([*self._hooks, StepHook(name, point, run, 1, 0, "raise")])
 
     def run(self, point: str, batch: Any = None) -> None:
-        """Run those of the step in progress at `point`."""
+        """Run the hooks of the step in progress at `point`."""
         for hook in self.active.get(point, ()):
             self._run(hook, batch)
 
     def run_all(self, point: str) -> None:
-        """Run those of a point outside of steps; `after_validation` undoes, so the last one comes first.
+        """Run the hooks of a point outside of steps; `after_validation` undoes, so it runs them in reverse.
 
-        Each is run, whatever the ones before it raise: some put back what others have changed. The first
-        exception is raised in the end.
+        All of them run, even if one raises, because some restore what others have changed. The first exception is
+        raised at the end.
         """
         first: BaseException | None = None
         for hook in reversed(self._hooks) if point == "after_validation" else self._hooks:
@@ -174,13 +193,14 @@ class StepHooks:
             if first is not None:
                 raise first
         finally:
-            del first  # else this frame, which the exception holds, would hold the exception
+            # The exception holds this frame; without this, the frame would hold the exception
+            del first
 
     def _run(self, hook: StepHook, batch: Any) -> None:
         assert self.point is not None
         self.point.name, self.point.batch, self._running = hook.point, batch, hook
         started = time.perf_counter()
-        self._guard()
+        self._host.guard()
         try:
             with torch.no_grad():
                 hook.method(self.point)
@@ -188,7 +208,7 @@ class StepHooks:
             if not isinstance(as_failure(error), Exception):
                 raise
             count = self._failures_in_row[hook.callback] = self._failures_in_row.get(hook.callback, 0) + 1
-            self._failed(hook, as_failure(error), count == MAX_FAILURES_IN_ROW)
+            self._host.hook_failed(hook, as_failure(error), count == MAX_FAILURES_IN_ROW)
             if count >= MAX_FAILURES_IN_ROW:
                 self.leave()
         else:

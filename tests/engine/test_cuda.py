@@ -158,7 +158,7 @@ def test_steps_are_launched_before_the_values_of_earlier_ones_have_arrived() -> 
 
         @in_step
         def after_step(self, point: StepPoint) -> None:
-            self.under_way = max(self.under_way, len(point._loop.reporter.readback._under_way))
+            self.under_way = max(self.under_way, len(point._reporter.readback._under_way))
 
     recorder, launches = Recorder(), Launches()
     model = tiny_model().cuda()

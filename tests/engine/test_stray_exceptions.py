@@ -28,7 +28,8 @@ from offloop.engine import (
     in_step,
 )
 from offloop.engine.testing import Recorder, tiny_batches, tiny_loader, tiny_trainer
-from offloop.engine.training.loop import Batch, StepOutput
+from offloop.engine.training.setup import Batch
+from offloop.engine.training.step_output import StepOutput
 
 
 class Stray(BaseException):

@@ -65,7 +65,8 @@ from offloop.engine.testing import (
     tiny_model,
     tiny_trainer,
 )
-from offloop.engine.training.loop import Batch, StepOutput
+from offloop.engine.training.setup import Batch
+from offloop.engine.training.step_output import StepOutput
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
 LONG = 30.0  # seconds that nothing here should take, also on a busy machine

@@ -9,7 +9,7 @@ import torch
 
 from offloop.engine import Callback, StepPoint, Trainer, decides, in_step
 from offloop.engine.testing import Recorder, reproducible, tiny_batches, tiny_loader, tiny_model, tiny_trainer
-from offloop.engine.training import fast_epoch as plain
+from offloop.engine.training import fast_epoch
 
 
 class LookIn(Callback):
@@ -177,16 +177,16 @@ def a_run(case: dict[str, Any]) -> tuple[Any, list[Any], Any, torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_one_frame_does_what_the_calls_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
-    original = plain.is_plain
+    original = fast_epoch.can_run_fast
 
     def watched(loop: Any) -> bool:
         taken.append(original(loop))
         return taken[-1]
 
-    monkeypatch.setattr("offloop.engine.trainer.is_plain", watched)
+    monkeypatch.setattr("offloop.engine.trainer.can_run_fast", watched)
     result, events, weights, random_state = a_run(CASES[name])
-    assert set(taken) == {True}, "this case is meant to be plain"
-    monkeypatch.setattr("offloop.engine.trainer.is_plain", lambda loop: False)
+    assert set(taken) == {True}, "this case is meant to be fast"
+    monkeypatch.setattr("offloop.engine.trainer.can_run_fast", lambda loop: False)
     expected, expected_events, expected_weights, expected_random_state = a_run(CASES[name])
     assert repr(events) == repr(expected_events)  # repr, because NaN is not equal to itself
     assert repr(result.metrics) == repr(expected.metrics)
@@ -203,9 +203,9 @@ def test_one_frame_does_what_the_calls_do(name: str, monkeypatch: pytest.MonkeyP
 )
 def test_what_is_not_usual_goes_call_by_call(knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def never(loop: Any, loader: Any) -> None:
-        raise AssertionError("the plain epoch does not know this knob")
+        raise AssertionError("the fast epoch does not know this knob")
 
-    monkeypatch.setattr("offloop.engine.trainer.train_plain_epoch", never)
+    monkeypatch.setattr("offloop.engine.trainer.train_fast_epoch", never)
     assert tiny_trainer(**knobs).train(tiny_loader(), epochs=1).status == "completed"
     with pytest.raises(AssertionError, match="does not know"):
         tiny_trainer().train(tiny_loader(), epochs=1)

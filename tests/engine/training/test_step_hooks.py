@@ -507,7 +507,7 @@ def test_a_hook_outside_of_steps_leaves_the_steps_as_they_are() -> None:
     class Last(Callback):
         @in_step
         def after_training(self, point: StepPoint) -> None:
-            assert not point._loop.hooks.any
+            assert not point._hooks.any
 
     assert tiny_trainer(callbacks=[Last()]).train(BATCHES, epochs=1).status == "completed"
 

@@ -1,0 +1,123 @@
+"""The source of an epoch's batches: begins each pass over a loader, continues one that was interrupted."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from offloop.engine.data.random_state import capture_random_state, restore_random_state
+from offloop.engine.data.seeded_sampling import SeededSampling
+from offloop.engine.data.workers import spared_workers
+from offloop.engine.position.data_position import DataPosition
+
+
+class EpochSource:
+    """Makes the iterators over a run's loaders. Training thread only."""
+
+    def __init__(
+        self,
+        program: object,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
+        *,
+        seed: int | None,
+        is_resumable: bool,
+    ) -> None:
+        """Begin before the first epoch.
+
+        Args:
+            program: The trainer, whose attributes name its other loaders.
+            train_loader: Of the run.
+            val_loader: Of the run.
+            seed: For `sampling="seeded"`; None: samples draw from the global generators.
+            is_resumable: True where checkpoints may be taken.
+        """
+        self.position = DataPosition(program, train_loader, val_loader, is_resumable=is_resumable)
+        self.handles_signals = False
+        """True: loader workers leave SIGINT and SIGTERM to this process. Set before the first pass."""
+        self._seeding = None if seed is None else SeededSampling(seed)
+        # Releasing an unfinished iterator waits for the batches that its workers are loading. It stays here until the
+        # last checkpoint was taken.
+        self._unfinished: list[Iterator[Any]] = []
+
+    def restore(self, saved: Mapping[str, Any], *, in_epoch: bool, epoch: int, batches: int) -> bool:
+        """Put back where the loaders stood, all but those in the middle of a pass, see `DataPosition.restore`."""
+        return self.position.restore(
+            saved,
+            in_epoch=in_epoch,
+            seeded=lambda loader: self._seeded(loader, epoch),
+            spared=self._spared,
+            batches=batches,
+        )
+
+    def begin_validation(self, loader: Iterable[Any], epoch: int) -> Iterator[Any]:
+        """Return an iterator over a validation's batches."""
+        self.position.begin_validation(loader, epoch)
+        with self._spared(loader):
+            return iter(loader)
+
+    @property
+    def is_interrupted_pass_next(self) -> bool:
+        """True if the next pass is one that a checkpoint has interrupted, or that was over then."""
+        return self.position.saved_pass() is not None
+
+    def begin(
+        self, loader: Iterable[Any], *, epoch: int, start: int, keep_random: bool
+    ) -> tuple[Iterator[Any], int]:
+        """Return an iterator over a pass of training, and how many of its batches a resumed epoch has had.
+
+        Args:
+            loader: What the user iterates over.
+            epoch: Index of the epoch.
+            start: Batches that the epoch has given so far.
+            keep_random: True to leave the global generators alone: their states are restored already.
+        """
+        read = self._seeded(loader, epoch)
+        saved = self.position.saved_pass()
+        if saved is None:
+            self.position.begin(loader, read, epoch=epoch, start=start)
+            with self._spared(read):
+                return iter(read), 0
+        given: int = saved["given"]
+        if saved["is_done"]:
+            self.position.skip(saved, read)
+            return iter(()), given
+        with self._spared(read):
+            return self.position.go_on(saved, read, epoch=epoch, start=start, keep_random=keep_random), given
+
+    def leave(self, iterator: Iterator[Any], *, in_training: bool) -> None:
+        """Keep an iterator that the run leaves before its end, until `release`."""
+        self._unfinished.append(iterator)
+        if in_training:
+            self.position.leave_epoch()
+
+    def release(self) -> None:
+        """Release the iterators that were left. May wait some seconds for their workers."""
+        self._unfinished.clear()
+
+    def has_no_more(self, iterator: Iterator[Any]) -> bool:
+        """Return True if an iterator that a limit ends behind its last batch has no more.
+
+        It is asked, as it would be without the limit, because samplers draw at their end too. If the loader's length
+        was wrong, a resumed run reads that batch again.
+        """
+        before = capture_random_state()
+        try:
+            next(iterator)
+        except StopIteration:
+            return True
+        restore_random_state(before)
+        return False
+
+    def close(self) -> None:
+        """Release all loaders."""
+        self.position.close()
+        if self._seeding is not None:
+            self._seeding.close()
+
+    def _seeded(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+        """Return the twin of a loader that seeds what the samples of an epoch draw, if that was asked for."""
+        return loader if self._seeding is None else self._seeding.twin_of(loader, epoch)
+
+    def _spared(self, loader: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which workers are started that leave signals to a run which handles them."""
+        return spared_workers(loader) if self.handles_signals else contextlib.nullcontext()

@@ -1,0 +1,35 @@
+"""The parameters that a run's optimizers own."""
+
+import operator
+from collections.abc import Mapping
+
+import torch
+
+from offloop.engine.training.setup import Program
+
+
+class OwnedParameters:
+    """What the optimizers own right now; parameter groups may be added during a run. Training thread only."""
+
+    def __init__(self, program: Program, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self._program = program
+        self._optimizers = optimizers
+        self._owned: list[torch.nn.Parameter] = []
+        self._ordered: list[torch.nn.Parameter] = []
+
+    def __call__(self) -> list[torch.nn.Parameter]:
+        """Return them in the model's order, as `clip_grad_norm_(model.parameters())` sees them.
+
+        Parameters that no optimizer owns are left out, because no optimizer zeroes their gradients.
+        """
+        owned = [
+            parameter
+            for optimizer in self._optimizers.values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        if len(owned) != len(self._owned) or not all(map(operator.is_, owned, self._owned)):
+            left = {id(parameter): parameter for parameter in owned}
+            in_model = [left.pop(id(each)) for each in self._program.model.parameters() if id(each) in left]
+            self._owned, self._ordered = owned, [*in_model, *left.values()]
+        return self._ordered
