@@ -43,7 +43,7 @@ from offloop.dashboard.protocol import (
     encode_message,
 )
 from offloop.dashboard.viewer import Frames, Viewer, ViewerTooSlowError
-from offloop.engine import Event, OffloopError, SubscriberTooSlowError, Subscription
+from offloop.engine import Event, OffloopError, SaveCheckpoint, Stop, SubscriberTooSlowError, Subscription
 
 FRAME_INTERVAL: Final = 0.1
 """Seconds between two chart frames: 20 a second cost a page a third of a core and training 7 %, 10 half of that."""
@@ -119,13 +119,15 @@ class _Session:
 
 
 class PendingCommand:
-    """A command that a viewer has given."""
+    """A viewer's command, from its request to its last `Ack`."""
 
     def __init__(self, request: CommandRequest, session: _Session) -> None:
         self.request = request
-        # Where the answer goes: the last connection that sent it. None when it is over: it has a whole run's history.
+        # Where the answer goes: the last connection that sent the request. None once that has closed, because a
+        # session holds a run's whole history.
         self.session: _Session | None = session
-        self.future: Future[Any] | None = None  # until it is done: its error has the training thread's frames
+        # None once it is done, because its error holds the training thread's frames.
+        self.future: Future[Any] | None = None
         self.deadline = time.monotonic() + request.ttl
         self.ack: Ack = Ack(id=request.id, name=request.name, state="accepted")
 
@@ -420,7 +422,7 @@ class Hub:
     async def _read(self, session: _Session) -> None:
         while (message := await session.link.receive()) is not None:
             try:
-                self._apply_pending(session, message)
+                self._handle(session, message)
             except ProtocolError as error:
                 session.end(CLOSE_PROTOCOL, short(str(error)))
                 return
@@ -428,7 +430,8 @@ class Hub:
                 session.end(CLOSE_SLOW, str(error))
                 return
 
-    def _apply_pending(self, session: _Session, data: str | bytes) -> None:
+    def _handle(self, session: _Session, data: str | bytes) -> None:
+        """Handle a viewer's message."""
         viewer = session.viewer
         message = decode_viewer_message(data)
         match message:
@@ -462,7 +465,7 @@ class Hub:
 
     def _command(self, session: _Session, request: CommandRequest) -> None:
         known = self._commands.get(request.id)
-        if known is not None and session.viewer.is_control:  # sent again after a reconnect: once is enough
+        if known is not None and session.viewer.is_control:  # sent again after a reconnect
             known.session = session
             session.viewer.put(known.ack)
             return
@@ -476,14 +479,14 @@ class Hub:
             self._commands.popitem(last=False)
         try:
             given.future = self._give(request, f"viewer {session.viewer.address}")
-        except (OffloopError, ValueError) as error:
+        except OffloopError as error:
             self._answer(given, state="rejected", why=str(error))
             return
         self._answer(given, state="accepted")
         given.future.add_done_callback(lambda _: self._post(lambda: self._done(given)))
 
     def _rejection_reason(self, session: _Session, request: CommandRequest) -> str | None:
-        """Return why a command is refused before the run sees it, None if it is not."""
+        """Return why a request is rejected before the run sees it; None if it is not."""
         if not session.viewer.is_control:
             return "this address may only read"
         if not 0 < len(request.id) <= 64:
@@ -500,35 +503,20 @@ class Hub:
             return f"there is no run {request.run!r}"
         if live.is_over:
             return "the run is over"
-        if request.name == "set_lr" and request.lr is None:
-            return "set_lr needs lr"
         if not 0 < request.ttl <= 3600:
             return f"ttl must be above 0 and at most 3600 seconds, got {request.ttl}"
-        assert live.run is not None
-        return live.run.refused.get(request.name)
+        return None
 
     def _give(self, request: CommandRequest, by: str) -> Future[Any]:
         run = self.runs[request.run].run
         assert run is not None
-        match request.name:
-            case "pause":
-                return run.pause_nowait("asked on the live page", by=by)
-            case "resume":
-                return run.resume_nowait(by=by)
-            case "checkpoint":
-                return run.checkpoint_nowait(by=by)
-            case "validate":
-                return run.validate_nowait(by=by)
-            case "set_lr":
-                assert request.lr is not None
-                return run.set_lr_nowait(request.lr, optimizer=request.optimizer, by=by)
-            case "stop":
-                if request.checkpoint and "checkpoint" not in run.refused:
-                    run.checkpoint_nowait(by=by)  # at the same boundary: stop comes last there
-                return run.stop_nowait("stopped on the live page", by=by)
+        command = request.command()
+        if isinstance(command, Stop) and request.checkpoint and "checkpoint" not in run.refused:
+            run.give_nowait(SaveCheckpoint(), by=by)  # at the same boundary: stop comes last there
+        return run.give_nowait(command, by=by)
 
     def _done(self, given: PendingCommand) -> None:
-        """Say what has become of a command. Called when its future is done."""
+        """Send the last `Ack` of a command. Called when its future is done."""
         future, request = given.future, given.request
         given.future = None
         assert future is not None

@@ -39,6 +39,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from offloop.engine import (
+    Command,
+    ConfigError,
+    Pause,
+    Resume,
+    SaveCheckpoint,
+    SetLearningRate,
+    Stop,
+    Validate,
+)
+
 SUBPROTOCOL: Final = "offloop.v1"
 """Name that viewer and server agree on in the websocket handshake."""
 
@@ -52,9 +63,6 @@ MAX_POINTS: Final = 4_000
 """Points of one curve that a snapshot or an answer holds at most, unless all are asked for."""
 HEARTBEAT: Final = 5.0
 """Seconds between two pings of a page. It takes its server for gone when nothing has come for two of them."""
-
-COMMANDS: Final = ("pause", "resume", "stop", "set_lr", "checkpoint", "validate")
-"""What a viewer with the control role may ask a run for."""
 
 # Close codes, beside the usual ones (1001 the server goes, 1009 a message was too long). Who is not let in gets no
 # websocket at all, but an answer in HTTP: 401, 403, 503.
@@ -144,13 +152,13 @@ class RangeQuery(FromViewer, frozen=True, kw_only=True, tag="range"):
 
 
 class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
-    """Ask the run for something."""
+    """Give the run a command. Only for the control role."""
 
     id: str
-    """Unique, made up by the viewer (a UUID, say), at most 64 characters. Sent again, it is not applied again."""
+    """Unique, chosen by the viewer (a UUID, say), 1 to 64 characters. Sent again, it is not applied again."""
     name: Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate"]
     run: str
-    """Key of the run it is for."""
+    """Key of the run."""
     lr: float | None = None
     """For `set_lr`: finite and above 0."""
     optimizer: str | None = None
@@ -158,7 +166,29 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
     checkpoint: bool = True
     """For `stop`: save a checkpoint first."""
     ttl: float = 60.0
-    """Seconds after which it is taken back if it could not be applied."""
+    """Seconds after which the command is taken back if it has not applied. Above 0, at most 3600."""
+
+    def command(self) -> Command[Any]:
+        """Return the command.
+
+        Raises:
+            ConfigError: `lr` is missing or not legal.
+        """
+        match self.name:
+            case "pause":
+                return Pause("asked on the live page")
+            case "resume":
+                return Resume()
+            case "stop":
+                return Stop("stopped on the live page")
+            case "set_lr":
+                if self.lr is None:
+                    raise ConfigError("set_lr needs lr")
+                return SetLearningRate(self.lr, optimizer=self.optimizer)
+            case "checkpoint":
+                return SaveCheckpoint()
+            case "validate":
+                return Validate()
 
 
 class Visibility(FromViewer, frozen=True, kw_only=True, tag="visible"):

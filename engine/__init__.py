@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offloop.engine.best import Best as Best
+    from offloop.engine.bus.commands import Call as Call
+    from offloop.engine.bus.commands import Command as Command
+    from offloop.engine.bus.commands import Pause as Pause
+    from offloop.engine.bus.commands import Resume as Resume
+    from offloop.engine.bus.commands import SaveCheckpoint as SaveCheckpoint
+    from offloop.engine.bus.commands import SetLearningRate as SetLearningRate
+    from offloop.engine.bus.commands import Stop as Stop
+    from offloop.engine.bus.commands import TagCheckpoint as TagCheckpoint
+    from offloop.engine.bus.commands import Validate as Validate
     from offloop.engine.bus.event_bus import Bus as Bus
     from offloop.engine.bus.event_bus import Subscription as Subscription
     from offloop.engine.bus.event_bus import SubscriptionStatistics as SubscriptionStatistics
@@ -92,6 +101,17 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "best": ("Best",),
+    "bus.commands": (
+        "Call",
+        "Command",
+        "Pause",
+        "Resume",
+        "SaveCheckpoint",
+        "SetLearningRate",
+        "Stop",
+        "TagCheckpoint",
+        "Validate",
+    ),
     "bus.event_bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),

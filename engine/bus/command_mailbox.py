@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
 from offloop.engine.bus.commands import Command, Place, SaveCheckpoint
@@ -61,6 +61,11 @@ class Envelope(Generic[T]):
     """The result. Completed by the training thread or, for checkpoints, by their writer."""
     also_by: tuple[str, ...] = ()
     """Who gave the commands that were merged into this one."""
+
+    @property
+    def givers(self) -> tuple[str, ...]:
+        """All who gave the command."""
+        return (self.by, *self.also_by)
 
     def __repr__(self) -> str:
         return f"<{self.command.name} #{self.id} by {self.by}>"
@@ -270,29 +275,32 @@ class Mailbox:
 
 
 def _merged(envelopes: list[Envelope[Any]]) -> list[Envelope[Any]]:
-    """Merge neighbouring checkpoints of policies: they are of the same state, so one checkpoint serves them all.
-
-    The reason `best` wins over `interval`. `also_by` keeps the other callbacks, which own the checkpoint too.
-    """
+    """Merge neighbouring checkpoints of policies: they would hold the same state, so one serves them all."""
     merged: list[Envelope[Any]] = []
-    for envelope in envelopes:
-        first = merged[-1] if merged else None
-        if first is None or not (_is_by_policy(first) and _is_by_policy(envelope)):
-            merged.append(envelope)
-        elif envelope.future.set_running_or_notify_cancel():  # else it was taken back
-            command = envelope.command if envelope.command == BEST else first.command
-            merged[-1] = dataclasses.replace(first, command=command, also_by=(*first.also_by, envelope.by))
-            first.future.add_done_callback(functools.partial(_pass_on, to=envelope.future))
+    for is_by_policy, group in itertools.groupby(envelopes, lambda each: each.command in (BEST, INTERVAL)):
+        neighbours = list(group)
+        merged += _merge(neighbours) if is_by_policy else neighbours
     return merged
 
 
-def _is_by_policy(envelope: Envelope[Any]) -> bool:
-    return envelope.command in (BEST, INTERVAL)
+def _merge(envelopes: list[Envelope[Any]]) -> list[Envelope[Any]]:
+    """Merge checkpoints into one, `best` if one of them is. None is left if all were taken back."""
+    if len(envelopes) == 1:
+        return envelopes
+    # From here on they cannot be taken back, and neither can the one that replaces them.
+    envelopes = [each for each in envelopes if each.future.set_running_or_notify_cancel()]
+    if not envelopes:
+        return []
+    future: Future[Any] = Future()
+    for each in envelopes:
+        future.add_done_callback(functools.partial(_pass_on, to=each.future))
+    command = BEST if any(each.command == BEST for each in envelopes) else INTERVAL
+    also_by = tuple(giver for each in envelopes for giver in each.givers)[1:]
+    return [dataclasses.replace(envelopes[0], command=command, future=future, also_by=also_by)]
 
 
 def _pass_on(done: Future[Any], *, to: Future[Any]) -> None:
-    error = CancelledError() if done.cancelled() else done.exception()
-    if error is not None:
+    if (error := done.exception()) is not None:
         to.set_exception(error)
     else:
         to.set_result(done.result())

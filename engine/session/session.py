@@ -619,7 +619,7 @@ class Session:
         if self.checkpoints is None:
             raise ConfigError(Need.DIRECTORY.value)
         if isinstance(command, SaveCheckpoint):
-            owners = self.checkpoints.owners_among((envelope.by, *envelope.also_by))
+            owners = self.checkpoints.owners_among(envelope.givers)
             self.save(command.reason, envelope.future, owners=owners)
             return
         assert isinstance(command, TagCheckpoint)

@@ -34,16 +34,19 @@ from offloop.dashboard.viewer import DELTA_POINTS, MAX_WAITING_TEXTS, Frames
 from offloop.engine import (
     Bus,
     CallbackFailed,
+    Command,
     CommandApplied,
     ConfigError,
     EpochEnd,
     EpochStart,
     Metrics,
     RunEndedError,
+    SetLearningRate,
     StateChanged,
     StepEnd,
     TrainEnd,
     TrainStart,
+    Validate,
     ValidationEnd,
 )
 
@@ -62,7 +65,7 @@ class FakeRun:
         self.trainer = SimpleNamespace(optimizers={"default": None})
         self.callback_costs: dict[str, Any] = {}
         self.refused = {"checkpoint": "the run has no directory to save into"}
-        self.given: list[tuple[str, Future[Any]]] = []
+        self.given: list[tuple[Command[Any], str, Future[Any]]] = []
 
     def direction_of(self, key: str) -> str | None:
         return "min" if "loss" in key else None
@@ -70,27 +73,14 @@ class FakeRun:
     def stack(self) -> str:
         return 'File "/home/me/train.py", line 7, in slow_loader'
 
-    def _give(self, name: str) -> "Future[Any]":
+    def give_nowait(self, command: Command[Any], *, by: str) -> "Future[Any]":
+        if command.name in self.refused:
+            raise ConfigError(self.refused[command.name])
+        if isinstance(command, Validate):
+            raise RunEndedError("validate came too late: the run is over")
         future: Future[Any] = Future()
-        self.given.append((name, future))
+        self.given.append((command, by, future))
         return future
-
-    def pause_nowait(self, reason: str = "", *, by: str) -> "Future[Any]":
-        return self._give(f"pause by {by}")
-
-    def resume_nowait(self, *, by: str) -> "Future[Any]":
-        return self._give(f"resume by {by}")
-
-    def stop_nowait(self, reason: str, *, by: str) -> "Future[Any]":
-        return self._give(f"stop by {by}")
-
-    def set_lr_nowait(self, lr: float, *, optimizer: str | None, by: str) -> "Future[Any]":
-        if not 0 < lr < math.inf:
-            raise ConfigError(f"lr must be a finite number above 0, got {lr!r}")
-        return self._give(f"set_lr {lr} by {by}")
-
-    def validate_nowait(self, *, by: str) -> "Future[Any]":
-        raise RunEndedError("validate came too late: the run is over")
 
 
 class Stage:
@@ -261,7 +251,7 @@ def test_after_any_schedule_a_viewer_has_the_servers_state(
                     page.pending[request.id] = request
                     link.say(request)
                 case "apply" if stage.run.given:
-                    future = stage.run.given[-1][1]
+                    future = stage.run.given[-1][-1]
                     if not future.done():
                         future.set_result(None)
         await settle()
@@ -272,7 +262,7 @@ def test_after_any_schedule_a_viewer_has_the_servers_state(
             assert link.closed[0] == CLOSE_SLOW
             link = await rejoin()
             await read(link, page)
-        for _, future in stage.run.given:
+        for *_, future in stage.run.given:
             if not future.done():
                 future.set_result(None)
         await read(link, page)
@@ -483,8 +473,8 @@ async def test_commands_are_acknowledged_with_what_came_of_them(
     ask("e", "validate")  # the run has just ended
     ask("f", "set_lr", lr=0.5)
     await settle()
-    (_, paused), (name, lr_set) = stage.run.given
-    assert name == "set_lr 0.5 by viewer 127.0.0.1"
+    (_, _, paused), (command, by, lr_set) = stage.run.given
+    assert (command, by) == (SetLearningRate(0.5), "viewer 127.0.0.1")
     stage.run.step = 17
     paused.set_result(None)
     lr_set.set_exception(RunEndedError("the run ended before set_lr could be applied"))
@@ -532,7 +522,7 @@ async def test_a_command_that_cannot_be_applied_in_time_is_taken_back(
     stage.hub._expire_commands(math.inf)
     await read(link, page)
     assert page.acks["a"] == ["accepted", "expired"]
-    assert stage.run.given[0][1].cancelled()
+    assert stage.run.given[0][-1].cancelled()
 
 
 @pytest.mark.parametrize(
@@ -816,7 +806,7 @@ async def test_an_answer_goes_to_nobody_who_may_not_give_the_command(
     await read(reading, reader)
     reading.say(CommandRequest(id="known", name="pause", run="run"))
     await read(reading, reader)
-    stage.run.given[0][1].set_result(None)
+    stage.run.given[0][-1].set_result(None)
     await read(link, page)
     await read(reading, reader)
     assert page.acks == {"known": ["accepted", "applied"]} and reader.acks == {"known": ["rejected"]}
@@ -829,7 +819,7 @@ async def test_what_is_remembered_of_a_command_is_neither_its_viewer_nor_the_run
     link.say(CommandRequest(id="failed", name="pause", run="run"))
     link.say(CommandRequest(id="pending", name="pause", run="run"))
     await read(link, page)
-    stage.run.given[0][1].set_exception(RunEndedError("too late"))
+    stage.run.given[0][-1].set_exception(RunEndedError("too late"))
     link.drop()
     await settle()
     assert [given.session for given in stage.hub._commands.values()] == [None, None]
@@ -838,7 +828,7 @@ async def test_what_is_remembered_of_a_command_is_neither_its_viewer_nor_the_run
     for request in ("failed", "pending"):
         link.say(CommandRequest(id=request, name="pause", run="run"))
     await read(link, page)
-    stage.run.given[1][1].set_result(None)
+    stage.run.given[1][-1].set_result(None)
     await read(link, page)
     assert page.acks == {"failed": ["accepted", "rejected"], "pending": ["accepted", "accepted", "applied"]}
     assert len(stage.run.given) == 2
