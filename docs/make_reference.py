@@ -201,7 +201,7 @@ def _words_of(annotation: Any) -> Iterable[str]:
     elif isinstance(annotation, type) and not typing.get_args(annotation):
         yield annotation.__name__
     else:
-        yield re.sub(r"\b[a-z_]\w*\.(?=\w)", "", str(annotation)).replace("NoneType", "None")
+        yield re.sub(r"[~+](?=\w)|\b[a-z_]\w*\.(?=\w)", "", str(annotation)).replace("NoneType", "None")
 
 
 def describe_value(value: Any) -> str:

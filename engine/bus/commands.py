@@ -18,11 +18,11 @@ from offloop.engine.checkpoint.tags import check_tag
 from offloop.engine.errors import ConfigError, encodable
 from offloop.engine.events import CheckpointSaved, Metrics, Settings
 
-R_co = TypeVar("R_co", covariant=True)
+Result = TypeVar("Result", covariant=True)
 
 
-class Command(msgspec.Struct, Generic[R_co], frozen=True, tag_field="command"):
-    """Base of all commands. `R_co` is the type of the result."""
+class Command(msgspec.Struct, Generic[Result], frozen=True, tag_field="command"):
+    """Base of all commands. `Command[Result]` is a command whose future has that result."""
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ def _plain(value: Any) -> Any:
     return encodable(value) if isinstance(value, str) else value
 
 
-class _WithReason(Command[R_co], Generic[R_co], frozen=True):
+class _WithReason(Command[Result], Generic[Result], frozen=True):
     reason: str = ""
     """Why, in words."""
 
@@ -118,10 +118,10 @@ class TagCheckpoint(Command[CheckpointSaved], frozen=True, tag="tag"):
             raise ConfigError(str(error)) from None
 
 
-class Call(Command[R_co], Generic[R_co], frozen=True, tag="call"):
+class Call(Command[Result], Generic[Result], frozen=True, tag="call"):
     """Call a function in the training thread. The result is what it returns."""
 
-    function: Callable[[Any], R_co]
+    function: Callable[[Any], Result]
     """Takes the trainer."""
 
     def __post_init__(self) -> None:
