@@ -253,23 +253,29 @@ class Mixer(Callback):
     def __init__(self, script: list[list[tuple[Command[Any], bool]]]) -> None:
         """Take the commands of each epoch, and whether a decider gives them."""
         self.script = script
-        self.expected: list[str] = []
-        self.given: list[tuple[Command[Any], Future[Any]]] = []
+        self.futures: dict[int, Future[Any]] = {}
+        self.expected: list[Given] = []
         self.rejected: list[tuple[str, str]] = []
 
     @decides
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-        accepted: list[tuple[Command[Any], bool]] = []
+        accepted: list[Given] = []
         # The last command ends any pause
         for command, from_decider in [*self.script[event.epoch], (Resume(), False)]:
             context = contextvars.copy_context() if from_decider else contextvars.Context()
             try:
-                self.given.append((command, context.run(run.give_nowait, command)))
-                accepted.append((command, from_decider))
+                future = context.run(run.give_nowait, command)
             except ConfigError as error:
                 self.rejected.append((command.name, str(error)))
-        accepted.sort(key=lambda each: (isinstance(each[0], Stop), not each[1]))
-        self.expected += [command.name for command, _ in accepted]
+            else:
+                accepted.append((len(self.futures), command, from_decider))
+                self.futures[len(self.futures)] = future
+        accepted.sort(key=lambda each: (isinstance(each[1], Stop), not each[2]))
+        # Once the run is stopping, only deciders' commands apply
+        stop = next(
+            (index for index, each in enumerate(accepted) if isinstance(each[1], Stop)), len(accepted)
+        )
+        self.expected += [each for index, each in enumerate(accepted) if index <= stop or each[2]]
 
 
 @settings(max_examples=15)
@@ -286,9 +292,10 @@ def test_a_run_applies_any_mix_of_commands_in_order_and_rejects_what_the_table_s
         tiny_loader(1), loader, epochs=len(script), callbacks=[mixer, recorder]
     )
     applied = recorder.of(CommandApplied)
-    assert [event.command for event in applied] == mixer.expected
+    assert [(event.command_id, event.command) for event in applied] == [
+        (number, command.name) for number, command, _ in mixer.expected
+    ]
     assert [event.error for event in applied] == [None] * len(applied)
-    assert sorted(event.command_id for event in applied) == list(range(len(applied)))
     why = refused({Need.DIRECTORY} if validates else set(Need))
     assert mixer.rejected == [
         (command.name, why[command.name])
@@ -296,7 +303,9 @@ def test_a_run_applies_any_mix_of_commands_in_order_and_rejects_what_the_table_s
         for command, _ in commands
         if command.name in why
     ]
-    for command, future in mixer.given:
+    for number, command, _ in mixer.expected:
         kind = {"validate": Metrics, "call": int}.get(command.name, type(None))
-        assert isinstance(future.result(0), kind)
-    assert (result.status == "stopped") is ("stop" in mixer.expected)
+        assert isinstance(mixer.futures.pop(number).result(0), kind)
+    assert all(isinstance(future.exception(0), RunEndedError) for future in mixer.futures.values())
+    is_stopped = any(isinstance(command, Stop) for _, command, _ in mixer.expected)
+    assert result.status == ("stopped" if is_stopped else "completed")
