@@ -237,39 +237,6 @@ HANDLERS: Final = {
 }
 """How others name what a callback handles."""
 
-METHODS: Final = {
-    "fit": "train(train_loader, val_loader, epochs=...)",
-    "run": "train(train_loader, val_loader, epochs=...)",
-    "validate": "evaluate(loader), or await run.validate() during a run",
-    "test": "evaluate(loader)",
-    "compile": "Trainer(model, optimizer, loss=...)",
-    "tune": "find_learning_rate(train_loader) and find_batch_size(train_loader)",
-    "lr_find": "find_learning_rate(train_loader)",
-    "scale_batch_size": "find_batch_size(train_loader)",
-    "resume": 'train(..., resume="auto")',
-    "load_checkpoint": "train(..., resume=...), or load_model(path, into=model) for weights alone",
-    "save": "ModelCheckpoint() among the callbacks; export_model() writes weights alone",
-    "save_checkpoint": "ModelCheckpoint() among the callbacks, or await run.checkpoint() during a run",
-    "save_model": "ModelCheckpoint() among the callbacks; export_model() writes weights alone",
-    "add_callback": "Trainer(callbacks=[...]) or train(..., callbacks=[...])",
-    "add_event_handler": "train(..., callbacks=[...]), with a subclass of Callback",
-    "on": "train(..., callbacks=[...]), with a subclass of Callback",
-    "log_dict": "log(name, value), once for each",
-    "manual_backward": "backward(loss)",
-    "forward": "self.model(...)",
-    "parameters": "self.model.parameters()",
-    "eval": "predict(loader) and evaluate(loader), which see to the model's mode",
-    "cuda": 'Trainer(device="cuda"), which moves model and batches',
-    "to": 'Trainer(device="cuda"), which moves model and batches',
-    "global_step": "step",
-    "current_epoch": "epoch",
-    "callback_metrics": "the result that train() returns: result.metrics",
-    "logged_metrics": "the result that train() returns: result.metrics",
-    "terminate": "self.stop(reason) in a step, or run.stop_nowait(reason) in a callback",
-    "request_stop": "self.stop(reason) in a step, or run.stop_nowait(reason) in a callback",
-}
-"""What others call what a `Trainer` has."""
-
 PRECISIONS: Final = {
     "16": "16-mixed",
     "fp16": "16-mixed",

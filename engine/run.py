@@ -30,10 +30,10 @@ from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
 from offloop.engine.monitor import Direction
 from offloop.engine.observers.observer import CallbackCosts
 from offloop.engine.result import RunResult
+from offloop.engine.training.program import TrainingProgram
 
 if TYPE_CHECKING:
     from offloop.engine.session.session import Session
-    from offloop.engine.trainer import BaseTrainer
 
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
@@ -163,7 +163,7 @@ class Run:
         return self._session.progress.val_batches
 
     @property
-    def trainer(self) -> "BaseTrainer":
+    def trainer(self) -> TrainingProgram:
         """The trainer. Its model and optimizers are live: touch them in the training thread only, that is in a
         plain decider, a step hook or `call`.
 

@@ -23,6 +23,8 @@ from offloop.engine.metrics.names import RunMetrics
 from offloop.engine.recovery.resume_plan import Resume
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
+from offloop.engine.session.prepare import prepare_async
+from offloop.engine.session.run_arguments import RunArguments
 from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer
 from offloop.engine.training.setup import Batch
@@ -206,20 +208,21 @@ class Runs(Mapping[str, Run]):
                 "start takes a trainer and the arguments of its train(), "
                 f"as in runs.start(trainer, train_loader, epochs=10); got {type(trainer).__name__}"
             )
-        await trainer._fetch_async(resume)
-        tasks = self._expect_open()
-        session = trainer._prepare(
-            train_loader,
-            val_loader,
-            epochs,
-            max_steps,
-            max_time,
-            metrics,
-            callbacks,
-            resume,
-            resume_lr,
-            (init_from, init_strict),
+        arguments = RunArguments(
+            train_loader=train_loader,
+            val_loader=val_loader,
+            epochs=epochs,
+            max_steps=max_steps,
+            max_time=max_time,
+            metrics=metrics,
+            callbacks=callbacks,
+            resume=resume,
+            resume_lr=resume_lr,
+            init_from=init_from,
+            init_strict=init_strict,
         )
+        session = await prepare_async(trainer, arguments)
+        tasks = self._expect_open()
         run: Run = await tasks.start(self._host, session)
         return run
 

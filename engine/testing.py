@@ -245,21 +245,18 @@ async def drive_async(*callbacks: Callback, events: Iterable[Event], **knobs: An
 
 
 class _ScriptedTrainer(BaseTrainer):
-    """Says what a script says."""
+    """Publishes the events of a script."""
 
     script: Sequence[Event] = ()
 
     @property
     def val_loader(self) -> list[None] | None:
         """Something to validate on where the script has validations; it is never read."""
-        return (
-            [None]
-            if any(isinstance(event, ValidationStart | ValidationEnd) for event in self.script)
-            else None
-        )
+        has_validation = any(isinstance(event, ValidationStart | ValidationEnd) for event in self.script)
+        return [None] if has_validation else None
 
-    def _check_validation(self) -> None:
-        """A script has validations without a step for them."""
+    def validation_step(self, batch: Any) -> None:
+        """Never called: a script holds the results of its validations."""
 
 
 class _ScriptedLoop(TrainingLoop):
@@ -294,7 +291,7 @@ class _ScriptedLoop(TrainingLoop):
             progress.epoch = max(progress.epoch, progress.history[-1].epoch + 1)
 
     def _let_callbacks_handle_it(self) -> None:
-        """Wait for the observers, so that what they ask for takes effect here, each time the script is driven."""
+        """Wait for the observers, so that the commands of callbacks take effect at the same event in every run."""
         session = self.host
         for observer in session.callbacks.observers:
             if observer.subscription is not None:

@@ -17,12 +17,37 @@ from offloop.engine.checkpoint import (
     RemoteRun,
 )
 from offloop.engine.checkpoint.remote import age, attempts_so_far
-from offloop.engine.recovery.resume_plan import RUN_JSON, read_run_json
+from offloop.engine.config import TrainerConfig
+from offloop.engine.errors import ConfigError
+from offloop.engine.recovery.resume_plan import RUN_JSON, Resume, read_run_json
 from offloop.engine.recovery.run_dir import write_run_json
+from offloop.engine.training.arguments import remote_run
 
 logger = logging.getLogger("offloop")
 
 _NEWEST: Final = ("auto", "must", "last")
+
+
+def remote_to_fetch(config: TrainerConfig, resume: Resume) -> RemoteRun | None:
+    """Return the remote directory of the run that `resume` means; None if it can only be here.
+
+    Raises:
+        ConfigError: It cannot be told which run is meant, or the store cannot be used.
+    """
+    if config.remote is None or resume is None or resume == "never":
+        return None
+    if isinstance(resume, str) and "://" in resume:
+        raise ConfigError(
+            f"resume={resume!r}: give Trainer(remote_dir=..., run_name=...) and resume='auto', a tag or a step"
+        )
+    if not isinstance(resume, str | int) or (isinstance(resume, str) and set(resume) & set("/\\")):
+        return None  # a local path
+    if config.run_name is None:
+        raise ConfigError(
+            f"resume={resume!r} with remote_dir needs run_name: the store may hold runs of other people, "
+            "and runs that are going on elsewhere"
+        )
+    return remote_run(config.remote, config.run_name)
 
 
 def fetch_run(remote: RemoteRun, directory: Path, which: str | int) -> None:

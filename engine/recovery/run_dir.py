@@ -12,10 +12,17 @@ from typing import Any, Final
 import msgspec
 
 from offloop.engine.checkpoint.filesystem import FileSystem, make_directories, replace_file
+from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import RunNameTakenError, encodable
+from offloop.engine.paths import absolute_path
 
 _ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"  # no letters that look like others
 _VERSIONS: Final = ("offloop", "torch", "anyio", "msgspec", "torchmetrics", "numpy")
+
+
+def base_dir_of(config: TrainerConfig) -> Path:
+    """Return the directory of runs, as of now: a relative one is below the current working directory."""
+    return absolute_path(config.run_dir or "runs")
 
 
 def new_run_id() -> str:

@@ -10,7 +10,7 @@ import functools
 import logging
 import types
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,10 +24,9 @@ from offloop.engine.position.carried_state import (
     owners_in_module,
 )
 from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.training.program import TrainingProgram
+from offloop.engine.training.trainer_state import BASE_STATE
 from offloop.engine.training.wrappers import renamed
-
-if TYPE_CHECKING:
-    from offloop.engine.trainer import BaseTrainer
 
 logger = logging.getLogger("offloop")
 
@@ -37,7 +36,7 @@ Buffers = dict[str, torch.Tensor | None]
 class UserState:
     """Saves and restores it for one run. Training thread only."""
 
-    def __init__(self, trainer: "BaseTrainer", handlers: Sequence[Handlers]) -> None:
+    def __init__(self, trainer: TrainingProgram, handlers: Sequence[Handlers]) -> None:
         """Serve a run of `trainer` with these callbacks."""
         self._trainer = trainer
         self._handlers = handlers
@@ -67,7 +66,7 @@ class UserState:
                 trainer,
                 hint="return it from the trainer's state_dict()",
                 skipped=trainer._base_attributes,
-                counts_plain=is_of_user(type(trainer)) and not trainer._has_own_state,
+                counts_plain=is_of_user(type(trainer)) and not has_own_state(trainer),
                 saved=("trainer",),
             )
         ]
@@ -102,7 +101,7 @@ class UserState:
     def capture(self, state: dict[str, Any]) -> None:
         """Add it to the state of a checkpoint."""
         if "trainer" not in state:  # else it is that of the last step
-            state["trainer"] = self._trainer._own_state()
+            state["trainer"] = own_state(self._trainer)
         if isinstance(self._loss, torch.nn.Module) and (of_loss := self._loss.state_dict()):
             state["loss"] = dict(of_loss)
         state["buffers"] = {
@@ -124,12 +123,12 @@ class UserState:
         """Put back what `capture` has added, after model and optimizers."""
         self._restore_buffers(state.get("buffers", {}), state.get("loss", {}), report)
         own, name = state.get("trainer", {}), type(self._trainer).__name__
-        if own and not self._trainer._has_own_state:
+        if own and not has_own_state(self._trainer):
             keys = ", ".join(map(str, own))
             report.lower("approximate", f"{name} has no state_dict and load_state_dict any more: {keys}")
         elif own:
-            self._trainer._restore_own_state(own)
-        elif self._trainer._has_own_state and self._trainer._own_state():
+            _restore_own_state(self._trainer, own)
+        elif has_own_state(self._trainer) and own_state(self._trainer):
             report.lower("approximate", f"the checkpoint holds no state of {name}")
         for unsaved in state.get("unsaved", ()):
             report.lower("approximate", unsaved)
@@ -174,6 +173,37 @@ class UserState:
             found |= {f"loss.{name}": each for name, each in self._loss.named_buffers()}
             found |= {f"loss.{name}": each for name, each in self._loss.named_parameters()}
         return found
+
+
+def has_own_state(trainer: TrainingProgram) -> bool:
+    """Tell whether a trainer's class says what a checkpoint holds of it."""
+    return type(trainer).state_dict is not TrainingProgram.state_dict
+
+
+def own_state(trainer: TrainingProgram) -> dict[str, Any]:
+    """Return what a trainer's class adds to a checkpoint. Training thread.
+
+    Raises:
+        TypeError: Its `state_dict` returns no mapping.
+    """
+    if not has_own_state(trainer):
+        return {}
+    state = trainer.state_dict()
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{type(trainer).__name__}.state_dict() must return a mapping, got {type(state).__name__}"
+        )
+    return {name: value for name, value in state.items() if name not in BASE_STATE}
+
+
+def _restore_own_state(trainer: TrainingProgram, own: Mapping[str, Any]) -> None:
+    """Return to a trainer what its class had added to a checkpoint. Training thread, when the rest is restored."""
+    state = TrainingProgram.state_dict(trainer) | dict(own)
+    trainer._is_restoring = True
+    try:
+        trainer.load_state_dict(state)
+    finally:
+        trainer._is_restoring = False
 
 
 def _bare(loss: Any) -> Any:

@@ -29,13 +29,14 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 import msgspec
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from offloop.engine.best import Best
 from offloop.engine.bus import forked
@@ -45,7 +46,14 @@ from offloop.engine.bus.event_bus import Bus
 from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker, result_of
 from offloop.engine.callback import Handlers, OnError, StepHook, close_unused
-from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
+from offloop.engine.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    NamedCopies,
+    RemoteError,
+    RemoteRun,
+    Retention,
+)
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import (
@@ -72,20 +80,22 @@ from offloop.engine.events import (
     decode,
     encode,
 )
-from offloop.engine.monitor import is_better
+from offloop.engine.monitor import Mode, is_better
 from offloop.engine.observers.event_log import rewind
 from offloop.engine.observers.observer import CallbackCosts, Worker
 from offloop.engine.observers.records import Records
+from offloop.engine.paths import absolute_path
 from offloop.engine.position.exactness import Doubt
 from offloop.engine.position.resume_report import ResumeReport
 from offloop.engine.recovery import run_state
+from offloop.engine.recovery.keepers import Keeper
 from offloop.engine.recovery.resume_plan import Over, ResumePlan, read_run_json
 from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.recovery.run_dir import create_run_dir, describe_environment, write_run_json
 from offloop.engine.recovery.saveable import check_saveable
 from offloop.engine.recovery.saved_state import check_state, restoring
 from offloop.engine.recovery.uploads import Uploads, claim_remote
-from offloop.engine.recovery.user_state import UserState
+from offloop.engine.recovery.user_state import UserState, own_state
 from offloop.engine.result import RunResult, Status
 from offloop.engine.run import Run
 from offloop.engine.session.callback_tasks import CallbackTasks
@@ -98,10 +108,9 @@ from offloop.engine.training.activation_checkpointing import checkpointed
 from offloop.engine.training.averages import measured_weights
 from offloop.engine.training.freezing import select_parameters
 from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.placement import prepare_model
+from offloop.engine.training.program import TrainingProgram
 from offloop.engine.weights.loading import InitialWeights
-
-if TYPE_CHECKING:
-    from offloop.engine.trainer import BaseTrainer
 
 logger = logging.getLogger("offloop")
 
@@ -114,7 +123,7 @@ class Session:
 
     def __init__(
         self,
-        trainer: "BaseTrainer",
+        trainer: TrainingProgram,
         *,
         run_id: str,
         config: TrainerConfig,
@@ -274,7 +283,7 @@ class Session:
             if not self._description:  # it was not made, or is another run's: nothing may be written there
                 self.dir = None
             raise
-        self.trainer._prepare_model()
+        prepare_model(self.trainer)
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed)
         if not self.trainer.model.training:
@@ -580,7 +589,7 @@ class Session:
 
     def trainer_state(self) -> dict[str, Any]:
         """Return what a subclass of the trainer adds to checkpoints."""
-        return self.trainer._own_state()
+        return own_state(self.trainer)
 
     def restore_schedule(self) -> None:
         """Restore the state of the schedule attached last, in a run that is being resumed."""
@@ -605,6 +614,33 @@ class Session:
             loop = self.loop
             schedulers = [each.scheduler for each in loop.schedules.all]
             self.user_state.watch([*schedulers, loop.setup.train_loader, *loop.validator.loaders.values()])
+
+    def check_schedule(self, scheduler: LRScheduler, monitor: str | None, mode: Mode) -> None:
+        """Raise where a plateau schedule would reduce the rate while its metric improves."""
+        self.monitors.check_schedule(scheduler, monitor, mode)
+
+    def keep_checkpoints(
+        self,
+        retention: Retention,
+        *,
+        save_at_end: bool,
+        save_dir: Path | None,
+        name_of: Callable[[CheckpointInfo], str],
+        copy_best_only: bool,
+        on_unsaveable: OnError,
+    ) -> str:
+        """Keep the checkpoints that a callback wants, see `TrainingProgram.keep_checkpoints`."""
+        if self.checkpoints is None or self.dir is None:
+            raise ConfigError(Need.DIRECTORY.value)
+        owner = actor.get()
+        copies = None if save_dir is None else NamedCopies(absolute_path(save_dir), self.dir, name_of)
+        keeper = Keeper(msgspec.structs.replace(retention, owner=owner), save_at_end, copies, copy_best_only)
+        try:
+            self.checkpoints.keep(keeper)
+        except ValueError as error:
+            raise ConfigError(f"{error}: give one of them another save_dir or filename") from None
+        self.check_state_at_first_step(on_unsaveable)
+        return owner
 
     def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool) -> None:
         """Hold or pass on what a step hook raised. Training thread."""

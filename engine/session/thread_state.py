@@ -57,15 +57,21 @@ def check_caller(precision: str, device: torch.device) -> None:
         )
 
 
-def caller_state(*, with_autocast: bool = False) -> contextlib.AbstractContextManager[None]:
+def caller_state(
+    *, with_autocast: bool = False, used: torch.device | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Return a context that brings state of this thread to another one.
 
     Args:
         with_autocast: Bring autocast too: for a model whose weights do not change. Autocast keeps the casts of
-            weights until it is left, so that training under one would go on with old ones.
+            weights until it is left, so training inside of it would continue with old ones.
+        used: The device that the other thread computes on: if it is a CUDA device, that thread's current one.
     """
-    # Made in the other thread: some of them act when they are made.
+    # Created in the other thread: some contexts act when they are created.
     contexts: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
+    if used is not None and used.type == "cuda":
+        # Not undone: the thread computes on no other device.
+        contexts.append(functools.partial(_using, used))
     device = torch.get_default_device()
     if device.type != "cpu":
         contexts.append(lambda: device)
@@ -78,6 +84,12 @@ def caller_state(*, with_autocast: bool = False) -> contextlib.AbstractContextMa
         if with_autocast and torch.is_autocast_enabled(kind):
             contexts.append(functools.partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind)))
     return _entered(contexts)
+
+
+@contextlib.contextmanager
+def _using(device: torch.device) -> Iterator[None]:
+    torch.cuda.set_device(device)
+    yield
 
 
 @contextlib.contextmanager

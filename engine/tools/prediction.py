@@ -1,4 +1,4 @@
-"""Prediction: a model's outputs over a loader, at once or as a stream that reads ahead a little.
+"""Prediction: a model's outputs over a loader, all at once or as a stream that reads ahead.
 
 event loop                              prediction thread
 ──────────                              ─────────────────
@@ -11,36 +11,77 @@ import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
 from typing import Any
 
 import anyio
 import torch
 
+from offloop.engine import checks
 from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker
-from offloop.engine.data.batches import to_device
+from offloop.engine.data.batches import DeviceTransfer, to_device
+from offloop.engine.session.thread_state import caller_state
+from offloop.engine.training.arguments import check_loader
+from offloop.engine.training.placement import prepare_model
+from offloop.engine.training.precision import MixedPrecision
+from offloop.engine.training.program import TrainingProgram
+from offloop.engine.training.training_mode import eval_mode
 
 logger = logging.getLogger("offloop")
 
 _HOST = torch.device("cpu")
 
 
-def predictions(
-    step: Callable[[Any], Any],
-    loader: Iterable[Any],
-    *,
-    feed: Callable[[Any], Any],
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> Generator[Any, None, None]:
-    """Yield the outputs of each batch, on the host, from a model in eval mode."""
-    for batch in loader:
-        with torch.inference_mode():
-            with autocast():
-                outputs = step(feed(batch))
-            # A plain copy (host sync): a non-blocking one could be read before it has arrived.
-            outputs = _to_host(outputs)
-        yield outputs
+def predict(program: TrainingProgram, loader: Iterable[Any]) -> list[Any]:
+    """Return the outputs of all batches, see `BaseTrainer.predict`."""
+    check_loader(loader, "loader")
+    with program._occupancy.use("predicting"):
+        return list(_outputs(program, loader))
+
+
+def predict_async(
+    program: TrainingProgram, loader: Iterable[Any], read_ahead: int
+) -> contextlib.AbstractAsyncContextManager[AsyncIterator[Any]]:
+    """Return a block in which outputs come as a stream, see `BaseTrainer.predict_async`."""
+    check_loader(loader, "loader")
+    checks.whole_number("read_ahead", read_ahead)
+    return _stream(program, loader, read_ahead)
+
+
+@contextlib.asynccontextmanager
+async def _stream(
+    program: TrainingProgram, loader: Iterable[Any], read_ahead: int
+) -> AsyncGenerator[AsyncIterator[Any]]:
+    caller = caller_state(with_autocast=True, used=program.device)
+
+    def work() -> Generator[Any, None, None]:
+        with caller:
+            yield from _outputs(program, loader)
+
+    with program._occupancy.use("predicting"):
+        stream = PredictionStream(work, read_ahead=read_ahead)
+        stream.start()
+        try:
+            yield stream
+        finally:
+            await stream.leave()
+
+
+def _outputs(program: TrainingProgram, loader: Iterable[Any]) -> Generator[Any, None, None]:
+    """Prepare the model and yield the outputs of each batch, on the host."""
+    prepare_model(program)
+    config = program.config
+    mixed = MixedPrecision(config.precision, program.device)
+    transfer = DeviceTransfer(program.device, channels_last=config.channels_last)
+    with eval_mode(program.model):
+        for batch in loader:
+            with torch.inference_mode():
+                with mixed.autocast():
+                    outputs = program.predict_step(transfer(batch))
+                # A plain copy (host sync): a non-blocking one could be read before it has arrived.
+                outputs = _to_host(outputs)
+            yield outputs
 
 
 def _to_host(outputs: Any) -> Any:
@@ -55,7 +96,7 @@ class PredictionStream(AsyncIterator[Any]):
     def __init__(self, work: Callable[[], Generator[Any, None, None]], *, read_ahead: int) -> None:
         self._work = work
         self._read_ahead = read_ahead
-        # Guards what follows, between the thread and the event loop.
+        # Guards the next four, which the thread and the event loop both read and write.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._ready: deque[Any] = deque()
@@ -94,9 +135,11 @@ class PredictionStream(AsyncIterator[Any]):
             while not self._has_ended:
                 try:
                     await self._waker.wait()
-                except anyio.get_cancelled_exc_class() as error:  # a native one goes through any shield
+                # A native cancellation pierces any shield.
+                except anyio.get_cancelled_exc_class() as error:
                     swept = error
-        self._thread.join()  # it has done all but return
+        # Returns immediately: the thread is already exiting.
+        self._thread.join()
         self._waker.close()
         if self._error is not None:
             logger.error("a prediction failed after its reader had left", exc_info=self._error)
@@ -104,7 +147,7 @@ class PredictionStream(AsyncIterator[Any]):
             raise swept
 
     def _run(self) -> None:
-        """Be the prediction thread."""
+        """Body of the prediction thread."""
         error: BaseException | None = None
         try:
             with contextlib.closing(self._work()) as outputs:

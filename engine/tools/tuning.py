@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import psutil
 import torch
@@ -32,14 +32,16 @@ from offloop.engine.events import Event, StepEnd
 from offloop.engine.lazy_imports import first_use
 from offloop.engine.position.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.session.thread_state import check_caller
+from offloop.engine.tools.evaluation import silent_loop
 from offloop.engine.training.activation_checkpointing import checkpointed
+from offloop.engine.training.arguments import check_loader
+from offloop.engine.training.default_steps import check_optimization
 from offloop.engine.training.freezing import select_parameters
 from offloop.engine.training.learning_rate import Schedule, largest_lr, scale_lr
-from offloop.engine.training.setup import SilentHost
-
-if TYPE_CHECKING:
-    from offloop.engine.trainer import BaseTrainer
-    from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.placement import prepare_model
+from offloop.engine.training.program import TrainingProgram
+from offloop.engine.training.program_setup import make_setup
+from offloop.engine.training.setup import Host, Limits, SilentHost
 
 SMOOTHING: Final = 0.98
 """Share of the running mean that each loss leaves as it is; the value of fastai and Lightning."""
@@ -153,7 +155,7 @@ class _Losses(SilentHost):
 
 
 def find_learning_rate(
-    trainer: "BaseTrainer",
+    trainer: TrainingProgram,
     train_loader: Iterable[Any],
     *,
     min_lr: float,
@@ -167,6 +169,7 @@ def find_learning_rate(
     the best loss and "steepest descent" as the suggestion follow fastai and Lightning; rates are spaced evenly on a
     logarithmic axis, so the slope is that over log(rate).
     """
+    check_loader(train_loader, "train_loader")
     checks.number("min_lr", min_lr, above=0)
     checks.number("max_lr", max_lr, above=0)
     if min_lr >= max_lr:
@@ -235,7 +238,7 @@ class BatchSizeSearch:
 
 
 def find_batch_size(
-    trainer: "BaseTrainer",
+    trainer: TrainingProgram,
     train_loader: "Iterable[Any] | Callable[[int], Iterable[Any]]",
     *,
     mode: Literal["binsearch", "power"],
@@ -324,7 +327,7 @@ class _Samples:
 
 
 def _try(
-    trainer: "BaseTrainer", samples: _Samples, size: int, steps: int, memory: "_Memory"
+    trainer: TrainingProgram, samples: _Samples, size: int, steps: int, memory: "_Memory"
 ) -> BatchSizeTrial:
     """Train some steps with batches of a size."""
     accumulate = trainer.config.accumulate_grad_batches if trainer.automatic_optimization else 1
@@ -338,7 +341,7 @@ def _try(
 
 
 def _runs_out_of_memory(
-    trainer: "BaseTrainer", samples: _Samples, size: int, steps: int, accumulate: int
+    trainer: TrainingProgram, samples: _Samples, size: int, steps: int, accumulate: int
 ) -> bool:
     try:
         _train(trainer, samples.batches(size, steps * accumulate), steps=steps)
@@ -398,30 +401,40 @@ class _Memory:
 # Training for a while, and putting everything back ----------------------------------------------------------
 
 
-def _train(trainer: "BaseTrainer", loader: Iterable[Any], *, steps: int, **parts: Any) -> None:
-    """Train some steps without telling anybody."""
+def _train(
+    trainer: TrainingProgram,
+    loader: Iterable[Any],
+    *,
+    steps: int,
+    schedules: Sequence[Schedule] = (),
+    host: Host | None = None,
+    mailbox: Mailbox | None = None,
+) -> None:
+    """Train some steps without events and callbacks."""
     # A loss that explodes is what a search looks for, and must not spoil the weights of the next trial.
     config = trainer.config.replace(on_nonfinite="skip_step")
-    loop: TrainingLoop = trainer._make_quiet_loop(config, max_steps=steps, train_loader=loader, **parts)
-    try:
+    setup = make_setup(
+        trainer, Limits(max_steps=steps), config=config, train_loader=loader, schedules=schedules
+    )
+    with silent_loop(trainer, setup, host, mailbox=mailbox) as loop:
         if not trainer.model.training:
             trainer.model.train()
-        loop.frozen.freeze(select_parameters(trainer.model, config.freeze))
-        with torch.enable_grad(), checkpointed(trainer.model, config.activation_checkpointing):
-            loop.run()
-    finally:
-        loop.frozen.thaw_all()
-        trainer._loop = None
+        try:
+            loop.frozen.freeze(select_parameters(trainer.model, config.freeze))
+            with torch.enable_grad(), checkpointed(trainer.model, config.activation_checkpointing):
+                loop.run()
+        finally:
+            loop.frozen.thaw_all()
 
 
 @contextlib.contextmanager
-def _putting_back(trainer: "BaseTrainer", loader: Iterable[Any]) -> Iterator[None]:
+def _putting_back(trainer: TrainingProgram, loader: Iterable[Any]) -> Iterator[None]:
     """Have the trainer to oneself, and put back all that training changes."""
     check_caller(trainer.config.precision, trainer.device)
-    with trainer._occupied("searching"):
-        trainer._check_optimization()
+    with trainer._occupancy.use("searching"):
+        check_optimization(trainer)
         before = capture_before_epoch(loader)
-        trainer._prepare_model()
+        prepare_model(trainer)
         kept = _Kept(trainer)
         try:
             yield
@@ -455,7 +468,7 @@ def _restored(value: Any) -> Any:
 class _Kept:
     """Model and optimizers as they were."""
 
-    def __init__(self, trainer: "BaseTrainer") -> None:
+    def __init__(self, trainer: TrainingProgram) -> None:
         parts = [trainer.model, *([trainer.loss] if isinstance(trainer.loss, torch.nn.Module) else [])]
         modules = [module for part in parts for module in part.modules()]
         self._modes = [(module, module.training) for module in modules]

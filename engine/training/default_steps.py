@@ -1,16 +1,61 @@
-"""Default steps: what a batch must be where nobody has written a step of their own."""
+"""The steps of `Trainer`: what a batch must be where a subclass defines no step of its own."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from offloop.engine.errors import BatchError
+from offloop.engine.errors import BatchError, ConfigError
+from offloop.engine.training.own_loss import own_loss
+from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.setup import Batch
-from offloop.engine.training.step_failures import describe, explain_call
+from offloop.engine.training.step_failures import describe, explain_loss, explain_model
 from offloop.engine.training.step_output import StepOutput
+
+
+class DefaultSteps(TrainingProgram):
+    """Steps for batches that follow a convention, see `Trainer`."""
+
+    def training_step(self, batch: Batch) -> StepOutput:
+        """Compute the loss by the convention that the batch follows."""
+        if self.loss is not None:
+            inputs, targets = inputs_and_targets(batch)
+            try:
+                outputs = self.model(inputs)
+            except Exception as error:
+                explain_model(error, inputs)
+                raise
+            try:
+                loss = self.loss(outputs, targets)
+            except Exception as error:
+                explain_loss(error, outputs, targets)
+                raise
+            return {"loss": loss, "outputs": outputs, "targets": targets}
+        loop = self._loop
+        has_metrics = loop is not None and (
+            loop.validator.metrics if loop.progress.is_validating else loop.train_metrics
+        )
+        return own_loss(self.model, batch, self._next_tokens if has_metrics else None)
+
+    def validation_step(self, batch: Batch) -> StepOutput:
+        """Compute the loss as `training_step` does."""
+        if not self.automatic_optimization:
+            raise NotImplementedError(
+                f"{type(self).__name__} steps manually: define validation_step(self, batch)"
+            )
+        return self.training_step(batch)
+
+    def predict_step(self, batch: Batch) -> Any:
+        """Return the model's outputs; with `loss=` a batch may be `(inputs, targets)`, as in training, or inputs."""
+        if isinstance(batch, Mapping):
+            if self.loss is not None and "inputs" in batch:
+                return self.model(batch["inputs"])
+            return self.model(**batch)
+        if isinstance(batch, tuple | list):
+            if self.loss is not None and len(batch) == 2:
+                return self.model(batch[0])
+            return self.model(*batch)
+        return self.model(batch)
 
 
 def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
@@ -35,100 +80,48 @@ def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
     )
 
 
-class NextTokens:
-    """Whether a model's loss is about the next token of each position, as that of a causal language model.
-
-    Such a model takes labels that are not shifted and shifts them inside, so its logits must be compared with the
-    labels of the positions behind them. Found out at the first batch, by computing both losses from the logits.
-    """
-
-    def __init__(self) -> None:
-        self._are_meant: bool | None = None  # not known before the first batch
-
-    def aligned(
-        self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, T, V) and labels (B, T) so that the same positions belong together; others as they are."""
-        if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.is_floating_point():
-            return logits, labels
-        if self._are_meant is None:
-            self._are_meant = _is_about_next_tokens(loss, logits, labels, batch)
-        return (logits[:, :-1], labels[:, 1:]) if self._are_meant else (logits, labels)
-
-
-@torch.no_grad()
-def _is_about_next_tokens(
-    loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, batch: Batch
-) -> bool:
-    """Compare a loss with the two that it may be. Waits for the device."""
-    here, behind = _cross_entropy(logits, labels), _cross_entropy(logits[:, :-1], labels[:, 1:])
-    own = float(loss)
-    near, far = sorted((abs(here - own), abs(behind - own)))
-    if near <= 1e-3 * abs(own) and near <= far / 10:
-        return abs(behind - own) == near
-    # Another loss, with weights or smoothing: the labels of a causal language model are its inputs.
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    is_counted = labels >= 0
-    return (
-        isinstance(ids, torch.Tensor)
-        and ids.shape == labels.shape
-        and bool((ids == labels)[is_counted].all())
-    )
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the mean over positions, sequence by sequence: all at once would take as much memory again."""
-    pairs = zip(logits, labels, strict=True)
-    summed = sum(float(cross_entropy(each.float(), wanted, reduction="sum")) for each, wanted in pairs)
-    count = int((labels != -100).sum())
-    return summed / count if count else math.nan
-
-
-def own_loss(model: torch.nn.Module, batch: Batch, next_tokens: NextTokens | None) -> StepOutput:
-    """Return the loss that a model makes itself, the Hugging Face way, with outputs and targets if there are any.
-
-    Args:
-        model: The model.
-        batch: What it is given.
-        next_tokens: Aligns outputs and targets for metrics; None where there are none.
+def check_optimization(program: TrainingProgram) -> None:
+    """Check that the way of stepping fits the optimizers and the steps that are defined.
 
     Raises:
-        BatchError: The batch cannot be given to a model, or the model has returned no loss.
+        ConfigError: It does not.
     """
-    if isinstance(batch, Mapping):
-        try:
-            outputs = model(**batch)
-        except TypeError as error:
-            explain_call(model, batch, error)
-        targets = batch.get("labels", batch.get("targets"))
-    elif isinstance(batch, tuple | list):
-        try:
-            outputs = model(*batch)
-        except TypeError as error:
-            explain_call(model, batch, error)
-        targets = batch[-1] if batch else None
-    elif isinstance(batch, torch.Tensor):
-        outputs, targets = model(batch), None
-    else:
-        raise BatchError(
-            f"a batch must be a tensor, a tuple, a list or a mapping, got {describe(batch)}: "
-            "override training_step(self, batch)"
+    if program.automatic_optimization:
+        if len(program.optimizers) > 1:
+            raise ConfigError(
+                f"there are {len(program.optimizers)} optimizers ({', '.join(program.optimizers)}): say when each "
+                "steps with automatic_optimization = False and self.optimizer_step(name)"
+            )
+        if isinstance(program.optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "LBFGS evaluates the loss several times in a step: use automatic_optimization = False and "
+                "self.optimizer_step(closure=...)"
+            )
+    elif type(program).training_step in (TrainingProgram.training_step, DefaultSteps.training_step):
+        raise ConfigError(
+            "automatic_optimization = False leaves the steps to you: define training_step(self, batch) "
+            "with self.backward(loss) and self.optimizer_step()"
         )
-    loss = outputs if isinstance(outputs, torch.Tensor) else _part(outputs, "loss")
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise BatchError(
-            f"the model returned {describe(outputs)} for a batch of {describe(batch)}, which is no loss: give "
-            "Trainer(loss=...), let the model return its loss, or override training_step(self, batch)"
+    elif program.config.accumulate_grad_batches > 1:
+        raise ConfigError(
+            f"accumulate_grad_batches={program.config.accumulate_grad_batches} needs automatic_optimization: "
+            "in a manual step, call self.optimizer_step() every so many batches"
         )
-    logits = _part(outputs, "logits")
-    if isinstance(logits, torch.Tensor) and isinstance(targets, torch.Tensor):
-        if next_tokens is not None:
-            logits, targets = next_tokens.aligned(loss, logits, targets, batch)
-        return {"loss": loss, "outputs": logits, "targets": targets}
-    return loss
 
 
-def _part(outputs: Any, name: str) -> Any:
-    if isinstance(outputs, Mapping):
-        return outputs.get(name)
-    return getattr(outputs, name, None)
+def check_validation(program: TrainingProgram) -> None:
+    """Check that there is a step for validation batches.
+
+    Raises:
+        ConfigError: There is none, or it would step the optimizer.
+    """
+    own = type(program)
+    if own.validate_epoch is not TrainingProgram.validate_epoch:
+        return
+    if own.validation_step is TrainingProgram.validation_step:
+        raise ConfigError(f"{own.__name__} must define validation_step(self, batch) to validate")
+    if not program.automatic_optimization and own.validation_step is DefaultSteps.validation_step:
+        raise ConfigError(
+            f"{own.__name__} steps manually, and a validation must not step: define validation_step(self, batch), "
+            "or train without a val_loader"
+        )

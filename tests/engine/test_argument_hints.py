@@ -13,7 +13,6 @@ from offloop.engine import Callback, ConfigError, Trainer, TrainerConfig
 from offloop.engine.argument_hints import (
     ADVICE,
     HANDLERS,
-    METHODS,
     PEER_SPELLINGS,
     UNCALLED,
     explains_arguments,
@@ -66,7 +65,7 @@ def test_every_handler_and_method_of_a_peer_is_none_of_ours() -> None:
     events = {event.handler_name for event in known_events()}
     assert not set(HANDLERS) & events
     assert {meant for meant in HANDLERS.values() if "@in_step" not in meant} <= events
-    for name in (*METHODS, *UNCALLED):
+    for name in UNCALLED:
         assert not hasattr(Trainer, name)
 
 
@@ -207,37 +206,11 @@ def test_signatures_are_what_they_were() -> None:
 # Names -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("fit", "Trainer has no 'fit': use train(train_loader, val_loader, epochs=...)"),
-        ("test", "Trainer has no 'test': use evaluate(loader)"),
-        ("no_such_thing", "'Trainer' object has no attribute 'no_such_thing'"),
-    ],
-)
-def test_a_method_of_a_peer_is_answered(name: str, text: str) -> None:
-    with pytest.raises(AttributeError) as raised:
-        getattr(tiny_trainer(), name)
-    assert line_of(raised) == text
-    assert not hasattr(tiny_trainer(), name)
-
-
 def test_an_error_of_a_property_keeps_its_words() -> None:
     nets = torch.nn.ModuleDict({"a": torch.nn.Linear(1, 1), "b": torch.nn.Linear(1, 1)})
     trainer = Trainer(nets, {name: torch.optim.SGD(net.parameters(), lr=1.0) for name, net in nets.items()})
     with pytest.raises(AttributeError, match=r"there are several: self\.optimizers has a, b"):
         trainer.optimizer  # noqa: B018 - tested
-
-
-def test_a_subclass_that_does_not_call_our_init_is_told_so() -> None:
-    class Mine(Trainer):
-        def __init__(self) -> None:
-            self.model = torch.nn.Linear(1, 1)
-
-    with pytest.raises(
-        AttributeError, match=r"Mine\.__init__ must call super\(\)\.__init__\(model, optimizer"
-    ):
-        Mine().train(tiny_loader(), epochs=1)
 
 
 @pytest.mark.parametrize(

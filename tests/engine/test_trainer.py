@@ -44,6 +44,7 @@ from offloop.engine.testing import (
     tiny_model,
     tiny_trainer,
 )
+from offloop.engine.training.placement import prepare_model
 
 # Bad input ------------------------------------------------------------------------------------------
 
@@ -536,7 +537,7 @@ def test_optimizer_state_goes_to_the_device_with_the_model_except_counters() -> 
     cross_entropy(model(x), y).backward()
     optimizer.step()
     loss = nn.CrossEntropyLoss(weight=torch.ones(3))
-    Trainer(model, optimizer, loss=loss, device="meta")._prepare_model()
+    prepare_model(Trainer(model, optimizer, loss=loss, device="meta"))
     for state in optimizer.state.values():
         assert (state["exp_avg"].device.type, state["exp_avg_sq"].device.type) == ("meta", "meta")
         assert state["step"].device.type == "cpu"
@@ -554,7 +555,7 @@ def test_lists_in_an_optimizer_state_go_along() -> None:
         return loss
 
     optimizer.step(closure)
-    Trainer(model, optimizer, device="meta")._prepare_model()
+    prepare_model(Trainer(model, optimizer, device="meta"))
     (state,) = optimizer.state.values()
     assert state["old_dirs"] and {each.device.type for each in state["old_dirs"]} == {"meta"}
 

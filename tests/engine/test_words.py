@@ -227,8 +227,6 @@ def test_a_list_of_whole_tensors() -> None:
             lambda trainer: trainer.train([BATCH], epochs=1, metrics={"val": "accuracy"}),
             r"names stand in a list, like \['accuracy'\]",
         ),
-        (lambda trainer: trainer(INPUTS), r"a trainer is no model: call self\.model"),
-        (lambda trainer: trainer.forward(INPUTS), r"has no 'forward': use self\.model"),
         (lambda trainer: trainer_of(batchsize=len), "did you mean batch_size"),
         (lambda trainer: trainer_of(precision="fp16"), "got 'fp16'; '16-mixed' is meant"),
         (lambda trainer: trainer_of(precision=torch.bfloat16), "'bf16-mixed' is meant"),

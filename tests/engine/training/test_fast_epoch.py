@@ -183,10 +183,10 @@ def test_one_frame_does_what_the_calls_do(name: str, monkeypatch: pytest.MonkeyP
         taken.append(original(loop))
         return taken[-1]
 
-    monkeypatch.setattr("offloop.engine.trainer.can_run_fast", watched)
+    monkeypatch.setattr("offloop.engine.training.program.can_run_fast", watched)
     result, events, weights, random_state = a_run(CASES[name])
     assert set(taken) == {True}, "this case is meant to be fast"
-    monkeypatch.setattr("offloop.engine.trainer.can_run_fast", lambda loop: False)
+    monkeypatch.setattr("offloop.engine.training.program.can_run_fast", lambda loop: False)
     expected, expected_events, expected_weights, expected_random_state = a_run(CASES[name])
     assert repr(events) == repr(expected_events)  # repr, because NaN is not equal to itself
     assert repr(result.metrics) == repr(expected.metrics)
@@ -205,7 +205,7 @@ def test_what_is_not_usual_goes_call_by_call(knobs: dict[str, Any], monkeypatch:
     def never(loop: Any, loader: Any) -> None:
         raise AssertionError("the fast epoch does not know this knob")
 
-    monkeypatch.setattr("offloop.engine.trainer.train_fast_epoch", never)
+    monkeypatch.setattr("offloop.engine.training.program.train_fast_epoch", never)
     assert tiny_trainer(**knobs).train(tiny_loader(), epochs=1).status == "completed"
     with pytest.raises(AssertionError, match="does not know"):
         tiny_trainer().train(tiny_loader(), epochs=1)

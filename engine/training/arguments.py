@@ -23,6 +23,8 @@ from offloop.engine.data.val_loaders import check_names
 from offloop.engine.errors import ConfigError, EmptyLoaderError
 from offloop.engine.events import known_events
 from offloop.engine.lazy_imports import first_use
+from offloop.engine.training.activation_checkpointing import select_modules
+from offloop.engine.training.freezing import check_freeze
 from offloop.engine.training.optimizer_state import parameters_by_name
 
 
@@ -178,6 +180,40 @@ def _is_several(loader: Any) -> bool:
 
 def _is_whole(part: Any) -> bool:
     return isinstance(part, torch.Tensor) or hasattr(part, "__array__")
+
+
+def check_parts(model: object, config: object, loss: object, batch_size: object) -> None:
+    """Check the types of what a trainer is made from.
+
+    Raises:
+        TypeError, ConfigError: One is not what its name says.
+    """
+    if config is not None and not isinstance(config, TrainerConfig):
+        raise TypeError(f"config must be a TrainerConfig, got {type(config).__name__}")
+    checks.instance("model", model)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.instance("loss", loss)
+    if loss is not None and not callable(loss):
+        raise TypeError(
+            "loss must be a function of outputs and targets, like torch.nn.functional.cross_entropy, got "
+            f"{type(loss).__name__}"
+        )
+    if batch_size is not None and not callable(batch_size):
+        raise ConfigError(
+            "batch_size is a function that counts the samples of a batch, like lambda batch: len(batch[0]); got "
+            f"{batch_size!r}. The size of batches is the DataLoader's"
+        )
+
+
+def check_model_knobs(model: torch.nn.Module, config: TrainerConfig) -> None:
+    """Check the knobs that name parts of the model.
+
+    Raises:
+        ConfigError: One names a part that the model does not have.
+    """
+    check_freeze(model, config.freeze)
+    select_modules(model, config.activation_checkpointing)
 
 
 def check_model(model: torch.nn.Module) -> None:

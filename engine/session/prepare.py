@@ -1,0 +1,230 @@
+"""From the arguments of a run to its session: everything that is decided, and can be wrong, before the run starts."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import AsyncIterator
+
+from offloop.engine.callback import Callback, close_unused, lookup
+from offloop.engine.config import check_limits
+from offloop.engine.data.batches import limited_length
+from offloop.engine.data.seeded_sampling import check_seedable
+from offloop.engine.data.val_loaders import LIVE, PREFIX, by_prefix, live_prefix
+from offloop.engine.errors import ConfigError
+from offloop.engine.metrics.names import check_metrics, metrics_for
+from offloop.engine.observers.event_log import EventLog
+from offloop.engine.observers.observer import Worker
+from offloop.engine.recovery.fetch import fetch_run, remote_to_fetch
+from offloop.engine.recovery.resume_plan import Resume, plan_resume
+from offloop.engine.recovery.run_dir import base_dir_of, new_run_id
+from offloop.engine.run import Run
+from offloop.engine.session.ownership import Monitors
+from offloop.engine.session.run_arguments import RunArguments
+from offloop.engine.session.session import Session
+from offloop.engine.session.thread_state import check_caller
+from offloop.engine.training.arguments import (
+    check_callbacks,
+    check_loader,
+    check_model_knobs,
+    check_resume_lr,
+    check_val_loader,
+    remote_run,
+)
+from offloop.engine.training.averages import check_averages
+from offloop.engine.training.default_steps import check_optimization, check_validation
+from offloop.engine.training.learning_rate import Schedule
+from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.program import TrainingProgram
+from offloop.engine.training.program_setup import make_run_loop, make_setup
+from offloop.engine.training.setup import Limits
+from offloop.engine.weights.loading import plan_init
+
+# The callbacks that serve a run, by identity, and the id of that run: one instance serves one run at a time.
+_owners: dict[int, str] = {}
+_owners_lock = threading.Lock()
+
+
+def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
+    """Check everything that can be checked before a run, and return its session. Nothing has started then.
+
+    Raises:
+        ConfigError, TypeError, ValueError: An argument cannot work.
+        WeightsError, ModelNotFoundError, CheckpointError: `init_from` or `resume` cannot be read.
+        TrainerBusyError: The trainer is in use.
+    """
+    config = program.config
+    program._occupancy.check_free()
+    check_caller(config.precision, program.device)
+    limits = _check_arguments(program, arguments)
+    callbacks = [*program.callbacks, *check_callbacks(arguments.callbacks)]
+    monitors = Monitors(config, callbacks, arguments.metrics, arguments.val_loader)
+    if program.scheduler is not None:
+        monitors.check_schedule(program.scheduler, None)
+
+    plan = None
+    if arguments.resume is not None:
+        plan = plan_resume(arguments.resume, base_dir_of(config), config.run_name)
+    will_resume = plan is not None and plan.which is not None
+    check_resume_lr(arguments.resume_lr, arguments.resume, program.optimizers)
+    initial_weights = plan_init(arguments.init_from, arguments.init_strict, will_resume=will_resume)
+    if plan is not None:
+        base_dir = plan.directory.parent
+    elif config.run_dir is not None or config.remote is not None or _needs_run_dir(callbacks):
+        base_dir = base_dir_of(config)
+    else:
+        base_dir = None
+    if base_dir is not None and not any(isinstance(each, EventLog) for each in callbacks):
+        callbacks.insert(0, EventLog())
+    handlers = lookup(callbacks)
+    validates_live = any(each.validates_live for each in callbacks)
+    _check_averages(callbacks, arguments, validates_live=validates_live)
+    run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
+    setup = make_setup(
+        program,
+        limits,
+        train_loader=arguments.train_loader,
+        val_loader=arguments.val_loader,
+        metrics=arguments.metrics,
+        schedules=()
+        if program.scheduler is None
+        else [Schedule(program.scheduler, config.scheduler_interval)],
+        monitor=monitors.default,
+        validates_live=validates_live,
+        is_resumable=base_dir is not None,
+    )
+
+    def make(session: Session) -> TrainingLoop:
+        hooks = [hook for each in handlers for hook in each.hooks]
+        return make_run_loop(program, setup, session, mailbox=session.mailbox, hooks=hooks)
+
+    def claim(session: Session) -> None:
+        with _owners_lock:
+            for each in callbacks:
+                owner = _owners.get(id(each))
+                if owner is not None:
+                    raise ConfigError(
+                        f"this {type(each).__name__} serves run {owner!r}, which is going on: "
+                        "give each run a callback of its own"
+                    )
+            program._occupancy.claim(session)
+            program._loop, program._mixed = session.loop, session.loop.mixed
+            program._last_run = session.run
+            for each in callbacks:
+                _owners[id(each)] = run_id
+        begun: list[Callback] = []
+        try:
+            for each in callbacks:
+                each.reset()
+                begun.append(each)
+        except BaseException:
+            close_unused(begun)
+            release(session)
+            raise
+
+    def release(session: Session) -> None:
+        with _owners_lock:
+            program._loop = None
+            program._occupancy.release()
+            for each in callbacks:
+                _owners.pop(id(each), None)
+
+    return Session(
+        program,
+        run_id=run_id,
+        config=config,
+        base_dir=base_dir,
+        resume=plan,
+        resume_lr=arguments.resume_lr if will_resume else None,
+        initial_weights=initial_weights,
+        remote=None if config.remote is None else remote_run(config.remote, run_id),
+        handlers=handlers,
+        monitors=monitors,
+        make_loop=make,
+        claim=claim,
+        release=release,
+    )
+
+
+def prepare_blocking(program: TrainingProgram, arguments: RunArguments) -> Session:
+    """Fetch the run that is to be continued if it is elsewhere, and prepare. Blocks, for the network."""
+    _fetch(program, arguments.resume)
+    return prepare(program, arguments)
+
+
+async def prepare_async(program: TrainingProgram, arguments: RunArguments) -> Session:
+    """Fetch the run that is to be continued in a thread, and prepare. Cancellation: the thread ends by itself."""
+    if remote_to_fetch(program.config, arguments.resume) is not None:
+        worker = Worker("offloop-fetch")
+        try:
+            await worker.run(functools.partial(_fetch, program, arguments.resume))
+        finally:
+            worker.close()
+    return prepare(program, arguments)
+
+
+def run_beside(
+    program: TrainingProgram, arguments: RunArguments
+) -> contextlib.AbstractAsyncContextManager[Run]:
+    """Return the block of `BaseTrainer.start`. Arguments are checked at once, unless a run must be fetched first."""
+    if remote_to_fetch(program.config, arguments.resume) is None:
+        return prepare(program, arguments).run_beside()
+    return _fetch_and_run_beside(program, arguments)
+
+
+@contextlib.asynccontextmanager
+async def _fetch_and_run_beside(program: TrainingProgram, arguments: RunArguments) -> AsyncIterator[Run]:
+    session = await prepare_async(program, arguments)
+    async with session.run_beside() as run:
+        yield run
+
+
+def _fetch(program: TrainingProgram, resume: Resume) -> None:
+    remote = remote_to_fetch(program.config, resume)
+    if remote is not None:
+        name = program.config.run_name
+        assert name is not None and isinstance(resume, str | int)
+        program._occupancy.check_free()
+        fetch_run(remote, base_dir_of(program.config) / name, resume)
+
+
+def _check_arguments(program: TrainingProgram, arguments: RunArguments) -> Limits:
+    """Check what needs no look at the disk, and return the limits of the run."""
+    config, val_loader = program.config, arguments.val_loader
+    check_loader(arguments.train_loader, "train_loader")
+    if val_loader is not None:
+        check_val_loader(val_loader, "val_loader")
+    elif config.validate_at_start:
+        raise ConfigError("validate_at_start=True needs a validation: give train() a val_loader")
+    limits = Limits(
+        epochs=config.epochs if arguments.epochs is None else arguments.epochs,
+        max_steps=config.max_steps if arguments.max_steps is None else arguments.max_steps,
+        max_time=config.max_time if arguments.max_time is None else arguments.max_time,
+    )
+    check_limits(limits.epochs, limits.max_steps, limits.max_time)
+    limited_length(arguments.train_loader, config.limit_train_batches, "limit_train_batches")
+    if config.sampling == "seeded":
+        check_seedable(arguments.train_loader)
+    if val_loader is not None:
+        check_validation(program)
+        for each in by_prefix(val_loader).values():
+            limited_length(each, config.limit_val_batches, "limit_val_batches")
+    check_metrics(metrics_for("train", arguments.metrics))
+    check_metrics(metrics_for("val", arguments.metrics))
+    check_model_knobs(program.model, config)
+    check_optimization(program)
+    return limits
+
+
+def _needs_run_dir(callbacks: list[Callback]) -> bool:
+    return any(getattr(each, "needs_run_dir", False) for each in callbacks)
+
+
+def _check_averages(callbacks: list[Callback], arguments: RunArguments, *, validates_live: bool) -> None:
+    """Check that no validation loader has the name of the weights in training, and no two averages collide."""
+    prefixes = by_prefix(arguments.val_loader)
+    if validates_live and any(each.startswith(live_prefix(PREFIX)) for each in prefixes):
+        raise ConfigError(
+            f"val_loader has the name {LIVE!r}, which is that of the weights in training with validate='both': "
+            "rename the loader"
+        )
+    check_averages(callbacks)
