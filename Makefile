@@ -12,9 +12,10 @@ demo: .venv/ready
 	$(BIN)/python $(BUILD_PAGE)
 	$(BIN)/offloop demo
 
+# In as many processes as the machine has cores; one that has no more work takes some from another.
 test: .venv/ready-dev
 	$(BIN)/python $(BUILD_PAGE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check

@@ -6,11 +6,9 @@ import inspect
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -18,6 +16,7 @@ import anyio.lowlevel
 import hypothesis
 import pytest
 import torch
+from warm_python import WarmPython
 
 BACKENDS: Final[list[Any]] = [
     # asyncio's debug mode refuses calls from other threads and says which callback held the event loop
@@ -142,80 +141,6 @@ def nothing_holds_the_event_loop() -> Iterator[None]:
     finally:
         asyncio_logger.removeHandler(handler)
     assert not handler.found
-
-
-# Scripts -------------------------------------------------------------------------------------------
-
-# Imports what every script here imports, and what torch imports at the first step of an optimizer. Then each script
-# runs in a fork of it, and ends as an interpreter ends.
-WARM_PYTHON = """
-import os, runpy, sys
-import torch
-import torch._dynamo
-import offloop.callbacks, offloop.engine, offloop.engine.session.session
-
-for line in sys.stdin:
-    script = line.strip()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    os._exit(0)
-os.chdir(os.path.dirname(script))
-for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
-    path = os.devnull if number == 0 else script + "." + name
-    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-sys.argv = [script]
-sys.path[0] = os.path.dirname(script)
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-class WarmPython:
-    """Runs scripts in processes that need not import torch first, which takes most of the time of a short one."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-
-    def run(self, script: Path) -> subprocess.CompletedProcess[str]:
-        """Run a script in its own folder, where its output is left too; every warning is an error."""
-        command = [sys.executable, "-W", "error"]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",  # tiny tensors gain nothing from more
-            "MLFLOW_DISABLE_TELEMETRY": "true",  # a test tells nobody
-            "WANDB_ERROR_REPORTING": "false",
-        }
-        if not hasattr(os, "fork"):
-            command.append(str(script))
-            return subprocess.run(
-                command, cwd=script.parent, env=environment, capture_output=True, text=True, check=False
-            )
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [*command, "-c", WARM_PYTHON],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(script, file=self._process.stdin, flush=True)
-        code = int(self._process.stdout.readline())
-        stdout, stderr = (script.with_name(f"{script.name}.{each}") for each in ("stdout", "stderr"))
-        done = subprocess.CompletedProcess([str(script)], code, stdout.read_text(), stderr.read_text())
-        stdout.unlink()
-        stderr.unlink()
-        return done
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        if self._process is not None:
-            with self._process:
-                assert self._process.stdin is not None
-                self._process.stdin.close()
 
 
 @pytest.fixture(scope="session")

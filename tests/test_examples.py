@@ -38,39 +38,3 @@ def test_example_uses_public_names_and_is_short(example: Path) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("offloop"):
             assert node.module == "offloop"
             assert {alias.name for alias in node.names} <= set(offloop.__all__)
-
-
-@pytest.mark.parametrize(
-    ("source", "code", "words"),
-    [
-        ("raise ValueError('no')", 1, "ValueError: no"),
-        ("import warnings; warnings.warn('old')", 1, "UserWarning: old"),
-        ("import sys; print('half', file=sys.stderr); sys.exit(3)", 3, "half"),
-        ("import os; os.kill(os.getpid(), 9)", -9, ""),
-        ("assert __name__ == '__main__' and open(__file__)", 0, ""),
-    ],
-)
-def test_failure_of_a_script_is_seen(
-    source: str, code: int, words: str, tmp_path: Path, warm_python: Any
-) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(source)
-    done = warm_python.run(script)
-    assert done.returncode == code
-    assert words in done.stderr
-
-
-def test_script_runs_to_the_end_of_its_threads(tmp_path: Path, warm_python: Any) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import atexit, threading\n"
-        "atexit.register(print, 'exit')\n"
-        "began = threading.Event()\n"
-        "def work():\n"
-        "    began.wait()\n"
-        "    print('thread')\n"
-        "threading.Thread(target=work).start()\n"
-        "print('main')\n"
-        "began.set()\n"
-    )
-    assert sorted(warm_python.run(script).stdout.split()) == ["exit", "main", "thread"]

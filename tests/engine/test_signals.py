@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 import trio
 from interruptions import StopAfter
+from warm_python import ScriptProcess, WarmPython
 
 from offloop.engine import (
     Callback,
@@ -82,21 +82,13 @@ except BaseException as error:
 """
 
 
-class Child:
+class Script:
     """A training script in a process of its own."""
 
-    def __init__(self, path: Path, *arguments: str) -> None:
-        path.write_text(SCRIPT)
-        self.process = subprocess.Popen(
-            [sys.executable, str(path), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+    def __init__(self, process: ScriptProcess) -> None:
+        self.process = process
 
     def expect(self, line: str) -> None:
-        assert self.process.stdout is not None
         said = self.process.stdout.readline().rstrip()
         if not said:
             assert self.process.stderr is not None
@@ -111,12 +103,16 @@ class Child:
 
 
 @pytest.fixture
-def children() -> Iterator[list[Child]]:
-    started: list[Child] = []
-    yield started
-    for child in started:
-        child.process.kill()
-        child.process.communicate()
+def start(tmp_path: Path, warm_python: WarmPython) -> Iterator[Callable[..., Script]]:
+    """Start the script with arguments."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str) -> Script:
+            script = tmp_path / "script.py"
+            script.write_text(SCRIPT)
+            return Script(stack.enter_context(warm_python.start(script, *arguments)))
+
+        yield start
 
 
 @pytest.mark.slow
@@ -128,10 +124,9 @@ def children() -> Iterator[list[Child]]:
     ],
 )
 def test_first_signal_stops_the_run_in_order(
-    how: str, number: signal.Signals, raised: str, code: int, tmp_path: Path, children: list[Child]
+    how: str, number: signal.Signals, raised: str, code: int, tmp_path: Path, start: Callable[..., Script]
 ) -> None:
-    child = Child(tmp_path / "script.py", how)
-    children.append(child)
+    child = start(how)
     child.expect("stepping")
     child.send(number)
     child.expect("state stopping")
@@ -144,10 +139,9 @@ def test_first_signal_stops_the_run_in_order(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["hanging callback", "swallowing callback"])
 def test_second_signal_does_not_wait_for_a_callback_that_hangs(
-    how: str, tmp_path: Path, children: list[Child]
+    how: str, tmp_path: Path, start: Callable[..., Script]
 ) -> None:
-    child = Child(tmp_path / "script.py", how)
-    children.append(child)
+    child = start(how)
     child.expect("stepping")
     child.send(signal.SIGTERM)
     child.expect("state stopping")
@@ -160,11 +154,10 @@ def test_second_signal_does_not_wait_for_a_callback_that_hangs(
 
 @pytest.mark.slow
 def test_third_signal_ends_the_process_also_in_a_step_that_never_returns(
-    tmp_path: Path, children: list[Child]
+    tmp_path: Path, start: Callable[..., Script]
 ) -> None:
     number = signal.SIGINT
-    child = Child(tmp_path / "script.py", "hanging step")
-    children.append(child)
+    child = start("hanging step")
     child.expect("stepping")
     assert child.process.stderr is not None
     child.send(number)
@@ -276,29 +269,14 @@ if __name__ == "__main__":  # the tests import the rest
 """
 
 
-class SavingChild(Child):
+class SavingScript(Script):
     """A run that saves, held at chosen points, in a session of its own so that its workers can be signalled too."""
 
-    def __init__(self, directory: Path, where: str) -> None:
-        script = directory / "saving.py"
-        script.write_text(SAVING_SCRIPT)
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), str(directory), where],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            start_new_session=True,
-        )
-
     def open(self, gate: str) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(f"{gate}\n")
         self.process.stdin.flush()
 
     def expect_all(self, *lines: str) -> None:
-        assert self.process.stdout is not None
         assert sorted(self.process.stdout.readline().rstrip() for _ in lines) == sorted(lines)
 
     def warns(self, text: str) -> None:
@@ -317,6 +295,20 @@ class SavingChild(Child):
 
     def send_to_all(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
+
+
+@pytest.fixture
+def start_saving(tmp_path: Path, warm_python: WarmPython) -> Iterator[Callable[[str], SavingScript]]:
+    """Start a run that saves and is held at a place."""
+    with contextlib.ExitStack() as stack:
+
+        def start(where: str) -> SavingScript:
+            script = tmp_path / "saving.py"
+            script.write_text(SAVING_SCRIPT)
+            child = warm_python.start(script, str(tmp_path), where, new_session=True)
+            return SavingScript(stack.enter_context(child))
+
+        yield start
 
 
 def goes_on(directory: Path, where: str) -> tuple[int, CheckpointInfo]:
@@ -355,10 +347,9 @@ def goes_on(directory: Path, where: str) -> tuple[int, CheckpointInfo]:
 
 @pytest.mark.slow
 def test_signal_in_a_validation_leaves_a_checkpoint_of_that_step(
-    tmp_path: Path, children: list[Child]
+    tmp_path: Path, start_saving: Callable[[str], SavingScript]
 ) -> None:
-    child = SavingChild(tmp_path, "validation")
-    children.append(child)
+    child = start_saving("validation")
     child.expect("at validation")
     child.send(signal.SIGINT)
     child.warns("SIGINT: stopping")
@@ -377,10 +368,9 @@ def test_signal_in_a_validation_leaves_a_checkpoint_of_that_step(
     ],
 )
 def test_signal_between_two_epochs_leaves_a_checkpoint_of_that_boundary(
-    place: str, number: signal.Signals, tmp_path: Path, children: list[Child]
+    place: str, number: signal.Signals, tmp_path: Path, start_saving: Callable[[str], SavingScript]
 ) -> None:
-    child = SavingChild(tmp_path, place)
-    children.append(child)
+    child = start_saving(place)
     child.expect(f"at {place}")
     child.send(number)
     child.warns(f"{number.name}: stopping")
@@ -393,10 +383,9 @@ def test_signal_between_two_epochs_leaves_a_checkpoint_of_that_boundary(
 
 @pytest.mark.slow
 def test_signal_while_a_checkpoint_is_written_leaves_that_and_one_of_the_step(
-    tmp_path: Path, children: list[Child]
+    tmp_path: Path, start_saving: Callable[[str], SavingScript]
 ) -> None:
-    child = SavingChild(tmp_path, "disk")
-    children.append(child)
+    child = start_saving("disk")
     child.expect_all("at disk", "at step")
     child.send(signal.SIGTERM)
     child.warns("SIGTERM: stopping")
@@ -410,11 +399,10 @@ def test_signal_while_a_checkpoint_is_written_leaves_that_and_one_of_the_step(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_all_processes_while_loader_workers_are_busy(
-    number: signal.Signals, tmp_path: Path, children: list[Child]
+    number: signal.Signals, tmp_path: Path, start_saving: Callable[[str], SavingScript]
 ) -> None:
     """As a terminal's Ctrl-C, Slurm or systemd send it."""
-    child = SavingChild(tmp_path, "sample")
-    children.append(child)
+    child = start_saving("sample")
     child.expect_all("at sample", "at sample", "at step")
     child.send_to_all(number)
     child.warns(f"{number.name}: stopping")
@@ -426,9 +414,10 @@ def test_signal_to_all_processes_while_loader_workers_are_busy(
 
 
 @pytest.mark.slow
-def test_second_signal_leaves_a_disk_that_hangs(tmp_path: Path, children: list[Child]) -> None:
-    child = SavingChild(tmp_path, "disk")
-    children.append(child)
+def test_second_signal_leaves_a_disk_that_hangs(
+    tmp_path: Path, start_saving: Callable[[str], SavingScript]
+) -> None:
+    child = start_saving("disk")
     child.expect_all("at disk", "at step")
     child.send(signal.SIGTERM)
     child.warns("SIGTERM: stopping")
@@ -440,10 +429,9 @@ def test_second_signal_leaves_a_disk_that_hangs(tmp_path: Path, children: list[C
 
 @pytest.mark.slow
 def test_third_signal_while_a_checkpoint_is_written_leaves_the_one_before(
-    tmp_path: Path, children: list[Child]
+    tmp_path: Path, start_saving: Callable[[str], SavingScript]
 ) -> None:
-    child = SavingChild(tmp_path, "disk")
-    children.append(child)
+    child = start_saving("disk")
     child.expect_all("at disk", "at step")
     for said in ("SIGTERM: stopping", "SIGTERM: leaving in haste"):
         child.send(signal.SIGTERM)
