@@ -60,11 +60,13 @@ def test_two_threads_copy_at_the_same_time_and_split_nothing(
 ) -> None:
     monkeypatch.setattr(host_copy, "GROUP_BYTES", 1 << 20)
     together = threading.Barrier(2)
+    arrived = threading.local()  # in the thread that looks
     seen: list[tuple[str, int, int]] = []
     copy = torch._foreach_copy_
 
     def watch(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        if len(seen) < 2:
+        if not hasattr(arrived, "here"):
+            arrived.here = True
             together.wait(30)
         size = sum(source.nbytes for source in sources)
         seen.append((threading.current_thread().name, torch.get_num_threads(), size))
