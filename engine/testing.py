@@ -38,6 +38,7 @@ from offloop.engine.run import Run
 from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer, Trainer
 from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.reports import train_start
 from offloop.engine.training.setup import Batch
 
 E = TypeVar("E", bound=Event)
@@ -268,7 +269,8 @@ class _ScriptedLoop(TrainingLoop):
     def run(self, handle: object = None) -> None:
         progress, script = self.progress, self.program.script
         if not any(isinstance(event, TrainStart) for event in script):
-            self.boundary.announce(self._train_start())
+            start = train_start(self.program, self.setup, progress, self.resumed, self.reporter)
+            self.boundary.announce(start)
         for event in script:
             if progress.ending is not None:
                 break

@@ -55,7 +55,7 @@ def train_fast_epoch(loop: TrainingLoop, loader: Iterable[Any]) -> None:
     limit = config.limit_train_batches
     if isinstance(limit, float):
         limit = limited_length(loader, limit, "limit_train_batches")
-    may_end = loop.has_limits
+    may_end = setup.limits.may_end_in_epoch
     if loop.is_time_to_leave():
         # The loader is not asked: making an iterator draws a random number and starts workers
         position.is_cut = True

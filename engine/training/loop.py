@@ -14,21 +14,19 @@ for bit. `fast_epoch.py` has the usual epoch a second time, in one frame.
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from offloop.engine.bus.command_mailbox import Mailbox
 from offloop.engine.callback import StepHook
 from offloop.engine.data.batches import DeviceTransfer, describe_empty, limited_length
 from offloop.engine.data.data_wait import DataWait
 from offloop.engine.errors import EmptyLoaderError
-from offloop.engine.events import DataBottleneck, EpochEnd, EpochStart, Metrics, Settings, TrainStart
-from offloop.engine.metrics.logged_names import add_computed, check_name
+from offloop.engine.events import EpochEnd, EpochStart, Metrics
+from offloop.engine.metrics.logged_names import add_computed
 from offloop.engine.position.epoch_source import EpochSource
 from offloop.engine.training.boundary import Boundary
 from offloop.engine.training.freezing import Frozen
@@ -46,6 +44,7 @@ from offloop.engine.training.precision import (
 )
 from offloop.engine.training.progress import Progress, ResumePoint
 from offloop.engine.training.reporter import Reporter, Window, checked_value
+from offloop.engine.training.reports import report_data_wait, train_start
 from offloop.engine.training.schedules import Schedules
 from offloop.engine.training.setup import Batch, Host, Program, Setup
 from offloop.engine.training.step_failures import explain_failure
@@ -96,14 +95,8 @@ class TrainingLoop:
         self.reporter = Reporter(
             host, self.progress, device, config.on_nonfinite, loss_scale=self.mixed.initial_scale
         )
-        self.schedules = Schedules(
-            setup.schedules,
-            setup.optimizers,
-            self.progress,
-            self.reporter,
-            monitor=setup.monitor,
-            is_manual=not program.automatic_optimization,
-        )
+        is_manual = not program.automatic_optimization
+        self.schedules = Schedules(setup, self.progress, self.reporter, is_manual=is_manual)
         self.hooks = StepHooks(hooks, host)
         self.source = EpochSource(
             program,
@@ -160,22 +153,14 @@ class TrainingLoop:
         progress, setup, optimizers = self.progress, self.setup, self.setup.optimizers
         self._started = time.perf_counter()
         self.source.handles_signals = self.host.handles_signals
-        self.hooks.point = StepPoint(
-            self.program,
-            handle,
-            setup=setup,
-            progress=progress,
-            window=self.window,
-            reporter=self.reporter,
-            hooks=self.hooks,
-            log=self.log,
-        )
+        parts = (setup, progress, self.window, self.reporter, self.hooks, self.log)
+        self.hooks.point = StepPoint(self.program, handle, *parts)
         progress.last_lr = progress.last_lr or largest_lr(setup.first_optimizer)
         for optimizer in optimizers.values():
             free_gradients(optimizer)
-        start = self._train_start()
+        start = train_start(self.program, setup, progress, self.resumed, self.reporter)
         self.boundary.announce(start)
-        self.schedules.begin(setup.limits, start.steps_per_epoch)
+        self.schedules.begin(start.steps_per_epoch)
         if self.resumed is not None:
             is_pass_interrupted = self.source.restore(
                 self.resumed.loaders,
@@ -209,7 +194,7 @@ class TrainingLoop:
     def run_epoch(self) -> None:
         """Train one epoch, validate if that is due, and publish its end."""
         started = time.perf_counter()
-        progress = self.progress
+        progress, setup = self.progress, self.setup
         enter_training(self.program.model)
         # A resumed epoch has begun already
         if progress.phase != "in_epoch":
@@ -223,12 +208,14 @@ class TrainingLoop:
             if progress.ending:
                 return
 
-        self.program.train_epoch(self.setup.train_loader)
+        self.program.train_epoch(setup.train_loader)
         if self.resumed is not None and progress.ending is None:
             # All passes of the epoch were over when the checkpoint was taken
             self.finish_resuming()
         self.finish_window()
-        self._judge_data_wait()
+        if self.data_wait is not None:
+            report_data_wait(self.data_wait, setup, progress, self.reporter, aside=self.seconds_aside())
+            self.data_wait = None
         # An unfinished epoch has no end
         if progress.is_interrupted:
             return
@@ -313,7 +300,7 @@ class TrainingLoop:
             # The loader is not asked: making an iterator draws a random number and starts workers
             position.is_cut |= is_training
             return
-        may_end = self.has_limits
+        may_end = self.setup.limits.may_end_in_epoch
         iterator, given = self.begin_loader(loader)
         is_over, current = False, position.current if is_training else None
         while True:
@@ -451,7 +438,7 @@ class TrainingLoop:
         norm = None
         if config.gradient_clip_val is not None:
             norm = clip(self.parameters(), config.gradient_clip_val, config.gradient_clip_algorithm)
-        skipped = config.on_nonfinite == "skip_step" and not self._step_is_finite()
+        skipped = config.on_nonfinite == "skip_step" and not self._window_is_finite()
         self.progress.last_lr = largest_lr(optimizer)
         self.progress.last_rates = rates_by_group(self.setup.optimizers)
         if not skipped:
@@ -537,10 +524,8 @@ class TrainingLoop:
         if self.progress.is_validating:
             self.validator.log(name, value, weight)
             return
-        if name not in self._logged_names:
-            check_name(name, () if self.train_metrics is None else self.train_metrics.names)
-            self._logged_names.add(name)
-        self.window.fresh.append(checked_value(name, value, weight))
+        logged = checked_value(name, value, weight, self.train_metrics, self._logged_names)
+        self.window.fresh.append(logged)
 
     def close(self) -> None:
         """Release what must not outlive the run. Its last checkpoint was taken."""
@@ -548,8 +533,8 @@ class TrainingLoop:
         self.window.clear()
         self.train_metrics = None
         self.validator.close()
-        if self.hooks.point is not None:
-            self.hooks.point.batch = None
+        # It refers to this loop: without the cycle, memory is free as soon as the run is dropped
+        self.hooks.point = None
         self.source.close()
         self.schedules.close()
 
@@ -567,12 +552,6 @@ class TrainingLoop:
         if progress.ending is None and self._has_reached_limit():
             progress.ending = "limit"
         return progress.ending is not None
-
-    @property
-    def has_limits(self) -> bool:
-        """True if the run may end between two steps of an epoch by itself."""
-        limits = self.setup.limits
-        return limits.max_steps is not None or limits.max_time is not None
 
     def _has_reached_limit(self) -> bool:
         """Return True when `max_steps` or `max_time` ends the run here."""
@@ -597,85 +576,16 @@ class TrainingLoop:
         """Return the seconds of this attempt spent in pauses and validations."""
         return self.boundary.paused_seconds + self.validator.seconds
 
-    # What it reports -----------------------------------------------------------------------------
-
-    def _train_start(self) -> TrainStart:
-        """Return the first event of the run."""
-        config, limits, resumed = self.setup.config, self.setup.limits, self.resumed
-        length = limited_length(self.setup.train_loader, config.limit_train_batches, "limit_train_batches")
-        steps = None
-        if length is not None and self.program.automatic_optimization:
-            steps = math.ceil(length / config.accumulate_grad_batches)
-        return TrainStart(
-            attempt=self.progress.attempt,
-            resumed_from=None if resumed is None else resumed.path,
-            resumed_at=None if resumed is None else resumed.taken,
-            resumed_attempt=None if resumed is None else resumed.attempt,
-            init_from=self.progress.init_from,
-            config=Settings(config.as_settings()),
-            device=str(self.setup.device),
-            parameters=sum(
-                parameter.numel()
-                for parameter in self.program.model.parameters()
-                if parameter.requires_grad and not is_lazy(parameter)
-            ),
-            batches_per_epoch=length,
-            steps_per_epoch=steps,
-            epochs=limits.epochs,
-            max_steps=limits.max_steps,
-            max_time=limits.max_time,
-            **self.reporter.position(),
-        )
-
-    def _judge_data_wait(self) -> None:
-        """After the first epoch, report what to change if it waited for its data."""
-        progress = self.progress
-        data_wait, self.data_wait = self.data_wait, None
-        if data_wait is None or not data_wait.since or progress.ending == "cancelled":
-            return
-        found = data_wait.judge(
-            self.setup.train_loader,
-            now=time.perf_counter(),
-            set_aside=self.seconds_aside(),
-            on_cuda=self.setup.device.type == "cuda",
-            is_last=progress.ending is not None or self.setup.limits.epochs == progress.epoch + 1,
-        )
-        if found is None:
-            return
-        logger.warning(
-            "the run waits for its data %.0f %% of the time, %.1f ms for each batch; what may help: %s",
-            100 * found.share,
-            1e3 * found.wait,
-            "; ".join(found.advice),
-        )
-        self.reporter.publish(
-            DataBottleneck(
-                share=found.share,
-                wait=found.wait,
-                advice=tuple(found.advice),
-                **self.reporter.position(),
-            )
-        )
-
     # What checkpoints need -----------------------------------------------------------------------
 
     def can_be_continued(self) -> bool:
-        """Return True unless a weight is not finite and `on_nonfinite="raise"` would end a resumed run at once.
+        """Return True unless a weight is not finite and `on_nonfinite="raise"` would end a resumed run (host sync)."""
+        return self.setup.config.on_nonfinite != "raise" or self.parameters.are_finite()
 
-        Host sync.
-        """
-        trained: list[torch.Tensor] = [
-            each for each in self.parameters() if each.requires_grad and not is_lazy(each) and each.numel()
-        ]
-        if self.setup.config.on_nonfinite != "raise" or not trained:
-            return True
-        largest = torch._foreach_norm(trained, math.inf)
-        return bool(torch.stack([each.isfinite().to(self.setup.device) for each in largest]).all())
-
-    def _step_is_finite(self) -> bool:
+    def _window_is_finite(self) -> bool:
         """Return True if the window's losses and gradients are finite (host sync)."""
-        losses = torch.stack(self.window.losses)
-        return bool(torch.isfinite(losses).all()) and gradients_are_finite(self.parameters())
+        is_finite = bool(torch.isfinite(torch.stack(self.window.losses)).all())
+        return is_finite and gradients_are_finite(self.parameters())
 
     def _state_at_limit(self) -> dict[str, Any]:
         """Return the parts of the state that the end of a run in the middle of an epoch changes.

@@ -1,9 +1,11 @@
 """The parameters that a run's optimizers own."""
 
+import math
 import operator
 from collections.abc import Mapping
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from offloop.engine.training.setup import Program
 
@@ -33,3 +35,14 @@ class OwnedParameters:
             in_model = [left.pop(id(each)) for each in self._program.model.parameters() if id(each) in left]
             self._owned, self._ordered = owned, [*in_model, *left.values()]
         return self._ordered
+
+    def are_finite(self) -> bool:
+        """Return True if all weights that train are finite. Host sync."""
+        trained: list[torch.Tensor] = [
+            each for each in self() if each.requires_grad and not is_lazy(each) and each.numel()
+        ]
+        if not trained:
+            return True
+        largest = torch._foreach_norm(trained, math.inf)
+        device = largest[0].device
+        return bool(torch.stack([each.isfinite().to(device) for each in largest]).all())

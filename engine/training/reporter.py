@@ -17,6 +17,8 @@ import torch
 
 from offloop.engine.errors import EventError, LossError
 from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, StepEnd, check
+from offloop.engine.metrics.logged_names import check_name
+from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.training.progress import Progress
 from offloop.engine.training.readback import Readback
 from offloop.engine.training.setup import Host
@@ -342,17 +344,32 @@ def _as_tensor(value: "torch.Tensor | float") -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def checked_value(name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None") -> Logged:
+def checked_value(
+    name: str,
+    value: "torch.Tensor | float",
+    weight: "torch.Tensor | float | None",
+    metrics: MetricSet | None,
+    checked: set[str],
+) -> Logged:
     """Return a value that was given to `log`, as it is now.
 
+    Args:
+        name: As given to `log`.
+        value: Likewise. A tensor is copied, because the caller may change it before it is read.
+        weight: Likewise.
+        metrics: The named metrics, whose names are taken.
+        checked: Names that were checked already; this one is added.
+
     Raises:
-        TypeError: It is neither a number nor a tensor.
-        ValueError: It has more than one element, or the weight is no such number.
+        TypeError: The name is no text, or the value neither a number nor a tensor.
+        ValueError: The name is taken, the value has more than one element, or the weight is no such number.
     """
+    if name not in checked:
+        check_name(name, () if metrics is None else metrics.names)
+        checked.add(name)
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}")
-        # Cloned, because the caller may change it in place before it is read
         value = value.detach().clone()
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"log({name!r}) takes a number or a tensor of one element, got {value!r}")

@@ -1,6 +1,6 @@
 """The learning rate schedules at work in a run, and changes of learning rates by hand."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -16,42 +16,32 @@ from offloop.engine.training.learning_rate import (
 )
 from offloop.engine.training.progress import Progress
 from offloop.engine.training.reporter import Reporter
-from offloop.engine.training.setup import Limits
+from offloop.engine.training.setup import Setup
 
 
 class Schedules:
     """Steps the schedules of a run. Training thread only."""
 
-    def __init__(
-        self,
-        lasting: Iterable[Schedule],
-        optimizers: Mapping[str, torch.optim.Optimizer],
-        progress: Progress,
-        reporter: Reporter,
-        *,
-        monitor: str,
-        is_manual: bool,
-    ) -> None:
-        """Begin with those of the trainer.
+    def __init__(self, setup: Setup, progress: Progress, reporter: Reporter, *, is_manual: bool) -> None:
+        """Begin with the schedules of the trainer. They outlive the run; those attached later end with it.
 
         Args:
-            lasting: They outlive the run; those that are attached later end with it.
-            optimizers: By name.
+            setup: Of the run.
             progress: Of the run.
             reporter: Publishes changes of learning rates.
-            monitor: Key of the metric that plateau schedules watch by default.
             is_manual: True if not every step of the run steps every optimizer.
         """
-        self.all = list(lasting)
-        self.given_rates = GivenRates(list(optimizers.values()))
+        self.all = list(setup.schedules)
+        self.given_rates = GivenRates(list(setup.optimizers.values()))
         self._lasting = len(self.all)
-        self._optimizers = optimizers
+        self._optimizers = setup.optimizers
+        self._limits = setup.limits
+        self._monitor = setup.monitor
         self._progress = progress
         self._reporter = reporter
-        self._monitor = monitor
         self._is_manual = is_manual
 
-    def begin(self, limits: Limits, steps_per_epoch: int | None) -> None:
+    def begin(self, steps_per_epoch: int | None) -> None:
         """Check that each schedule is long enough for the run.
 
         Raises:
@@ -59,7 +49,7 @@ class Schedules:
         """
         for schedule in self.all:
             mark_stepped(schedule.scheduler.optimizer)
-            check_length(schedule, self._steps_left(schedule, limits, steps_per_epoch))
+            check_length(schedule, self._steps_left(schedule, steps_per_epoch))
 
     def attach(self, schedule: Schedule) -> None:
         """Step one more, from here to the end of the run."""
@@ -144,9 +134,9 @@ class Schedules:
         progress = self._progress
         return progress.steps_of[self._name_of(optimizer)] if self._is_manual else progress.step
 
-    def _steps_left(self, schedule: Schedule, limits: Limits, steps_per_epoch: int | None) -> int | None:
+    def _steps_left(self, schedule: Schedule, steps_per_epoch: int | None) -> int | None:
         """Return how often a schedule will step until the run is complete; None where that is unknown."""
-        progress, epochs, max_steps = self._progress, limits.epochs, limits.max_steps
+        progress, epochs, max_steps = self._progress, self._limits.epochs, self._limits.max_steps
         # Not every step is one of its optimizer
         if schedule.interval == "step" and len(self._optimizers) > 1:
             return None

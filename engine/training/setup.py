@@ -49,6 +49,11 @@ class Limits:
     max_time: float | None = None
     """Seconds of training, pauses not counted."""
 
+    @property
+    def may_end_in_epoch(self) -> bool:
+        """True if a limit may end the run between two steps of an epoch."""
+        return self.max_steps is not None or self.max_time is not None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:

@@ -25,7 +25,6 @@ class StepPoint:
         self,
         trainer: Any,
         run: Any,
-        *,
         setup: Setup,
         progress: Progress,
         window: Window,

@@ -9,7 +9,7 @@ from offloop.engine.data.batches import describe_empty, limited_length
 from offloop.engine.data.val_loaders import PREFIX, by_prefix, live_prefix, name_of
 from offloop.engine.errors import EmptyLoaderError
 from offloop.engine.events import Event, Metrics, ValidationEnd, ValidationStart
-from offloop.engine.metrics.logged_names import add_computed, check_name
+from offloop.engine.metrics.logged_names import add_computed
 from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.position.epoch_source import EpochSource
 from offloop.engine.training.kept_state import KeptBuffers
@@ -211,11 +211,8 @@ class Validator:
 
     def log(self, name: str, value: "torch.Tensor | float", weight: "torch.Tensor | float | None") -> None:
         """Log a value with the batch in work."""
-        if name not in self._logged_names:
-            metrics = self.metrics.get(self.prefix)
-            check_name(name, () if metrics is None else metrics.names)
-            self._logged_names.add(name)
-        self._logged.append(checked_value(name, value, weight))
+        metrics = self.metrics.get(self.prefix)
+        self._logged.append(checked_value(name, value, weight, metrics, self._logged_names))
 
     def _add_logged(self, weight: float) -> None:
         """Add the values logged since the last call to the means, with the weight of the loss they belong to."""
