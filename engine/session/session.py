@@ -107,6 +107,7 @@ from offloop.engine.session.thread_state import caller_state
 from offloop.engine.training.activation_checkpointing import checkpointed
 from offloop.engine.training.averages import measured_weights
 from offloop.engine.training.freezing import select_parameters
+from offloop.engine.training.kept_state import cloned
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.placement import prepare_model
 from offloop.engine.training.program import TrainingProgram
@@ -588,8 +589,9 @@ class Session:
         return run_state.capture_callbacks(self._handlers, steering=True)
 
     def trainer_state(self) -> dict[str, Any]:
-        """Return what a subclass of the trainer adds to checkpoints."""
-        return own_state(self.trainer)
+        """Return a copy of what a subclass of the trainer adds to checkpoints; empty where none are taken."""
+        own: dict[str, Any] = {} if self.dir is None else cloned(own_state(self.trainer))
+        return own
 
     def restore_schedule(self) -> None:
         """Restore the state of the schedule attached last, in a run that is being resumed."""

@@ -30,7 +30,6 @@ from offloop.engine.metrics.logged_names import add_computed
 from offloop.engine.position.epoch_source import EpochSource
 from offloop.engine.training.boundary import Boundary
 from offloop.engine.training.freezing import Frozen
-from offloop.engine.training.kept_state import cloned
 from offloop.engine.training.learning_rate import largest_lr, rates_by_group
 from offloop.engine.training.manual import ManualOptimization, refuse_nonfinite
 from offloop.engine.training.optimizer_state import options_of
@@ -174,8 +173,7 @@ class TrainingLoop:
         try:
             if setup.config.validate_at_start and start.resumed_from is None:
                 self.validate()
-                # They belong to no epoch
-                progress.epoch_metrics.clear()
+                progress.epoch_metrics.clear()  # they belong to no epoch
             while (epochs is None or progress.epoch < epochs) and not self.is_time_to_leave():
                 self.run_epoch()
         except BaseException as error:
@@ -253,7 +251,10 @@ class TrainingLoop:
         if self.validator.is_due():
             is_extra = not is_complete or not self.validator.is_regular()
             if is_extra and not self.at_limit:
-                self.at_limit = {"validated_step": progress.validated_step, "trainer": self._trainer_state()}
+                self.at_limit = {
+                    "validated_step": progress.validated_step,
+                    "trainer": self.host.trainer_state(),
+                }
             validated = self.validate(is_extra=is_extra)
             if validated is None or progress.ending == "cancelled":
                 return
@@ -598,10 +599,5 @@ class TrainingLoop:
             "epoch_metrics": dict(self.progress.epoch_metrics),
             "validated_step": self.progress.validated_step,
             "callbacks": self.host.callback_states(),
-            "trainer": self._trainer_state(),
+            "trainer": self.host.trainer_state(),
         }
-
-    def _trainer_state(self) -> dict[str, Any]:
-        """Return a copy of what a subclass of the trainer adds to checkpoints, if there are any."""
-        own: dict[str, Any] = cloned(self.host.trainer_state()) if self.setup.is_resumable else {}
-        return own

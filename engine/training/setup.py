@@ -135,7 +135,7 @@ class Host(Protocol):
         """Return the state of each callback that steers training."""
 
     def trainer_state(self) -> dict[str, Any]:
-        """Return what a subclass of the trainer adds to checkpoints."""
+        """Return a copy of what a subclass of the trainer adds to checkpoints; empty where none are taken."""
 
     def restore_schedule(self) -> None:
         """Restore the state of the schedule attached last, in a run that is being resumed."""
