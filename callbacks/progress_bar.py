@@ -319,8 +319,7 @@ def _after_fork() -> None:
     _displays.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Display:

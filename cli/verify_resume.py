@@ -22,6 +22,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from offloop.engine import OffloopError
+
 EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2
 """Exit codes."""
 
@@ -36,7 +38,7 @@ Position = tuple[int, int]
 """Which of the script's runs, and the step in it."""
 
 
-class UnusableError(Exception):
+class UnusableError(OffloopError):
     """The script cannot be verified: the text says why."""
 
 

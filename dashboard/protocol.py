@@ -42,6 +42,7 @@ import numpy.typing as npt
 from offloop.engine import (
     Command,
     ConfigError,
+    OffloopError,
     Pause,
     Resume,
     SaveCheckpoint,
@@ -544,8 +545,8 @@ _server_messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(Ser
 _encode = msgspec.json.Encoder().encode
 
 
-class ProtocolError(Exception):
-    """A viewer has sent something that this protocol has no meaning for; the text says what."""
+class ProtocolError(OffloopError):
+    """A viewer sent something that is no message of this protocol; the text says what. Never leaves the dashboard."""
 
 
 def decode_viewer_message(text: str | bytes) -> ViewerMessage:

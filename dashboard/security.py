@@ -14,7 +14,6 @@ import hmac
 import ipaddress
 import os
 import secrets
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,11 +188,7 @@ def new_token() -> str:
 
 def state_directory() -> Path:
     """Return the directory for what offloop keeps of a user between runs."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return base / "offloop"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "offloop"
 
 
 def user_key() -> bytes:
@@ -225,7 +220,7 @@ def user_key() -> bytes:
 def _read_key(path: Path) -> bytes | None:
     """Return the key in a file; None if there is none, it is damaged, or others may read it."""
     try:
-        is_private = sys.platform == "win32" or not path.stat().st_mode & 0o077
+        is_private = not path.stat().st_mode & 0o077
         key = path.read_bytes()
     except FileNotFoundError:
         return None

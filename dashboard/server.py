@@ -246,8 +246,7 @@ class Server:
         That happens in a task; one that finds asyncio's server closed fails (Python 3.11) and leaves its socket open.
         """
         for listening in server.sockets:
-            with contextlib.suppress(NotImplementedError):  # Windows
-                self._loop.remove_reader(listening)
+            self._loop.remove_reader(listening)
         await asyncio.sleep(0)
 
     async def _end_connections(self) -> None:

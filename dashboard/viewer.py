@@ -31,6 +31,7 @@ from offloop.dashboard.protocol import (
     encode_chart,
     encode_message,
 )
+from offloop.engine import OffloopError
 
 MAX_WAITING_TEXTS: Final = 256
 """Milestones and answers that may wait for one viewer, beside those that it gets when it comes."""
@@ -40,7 +41,7 @@ DELTA_POINTS: Final = 2_000
 """New points of one curve in a chart frame; of more, the least and the greatest of neighbours."""
 
 
-class ViewerTooSlowError(Exception):
+class ViewerTooSlowError(OffloopError):
     """A viewer has not taken what may not be left out."""
 
 

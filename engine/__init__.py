@@ -3,8 +3,9 @@
 Names are loaded when first used: events, bus and commands come without torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from offloop.engine.lazy_facade import lazy_facade
 
 if TYPE_CHECKING:
     from offloop.engine.best import Best as Best
@@ -24,9 +25,23 @@ if TYPE_CHECKING:
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
     from offloop.engine.checkpoint import CheckpointInfo as CheckpointInfo
-    from offloop.engine.checkpoint import CheckpointNotFoundError as CheckpointNotFoundError
     from offloop.engine.checkpoint import CheckpointReader as CheckpointReader
     from offloop.engine.checkpoint import Retention as Retention
+    from offloop.engine.checkpoint.errors import CheckpointCorruptError as CheckpointCorruptError
+    from offloop.engine.checkpoint.errors import CheckpointDeadlineError as CheckpointDeadlineError
+    from offloop.engine.checkpoint.errors import CheckpointError as CheckpointError
+    from offloop.engine.checkpoint.errors import CheckpointIncompatibleError as CheckpointIncompatibleError
+    from offloop.engine.checkpoint.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from offloop.engine.checkpoint.errors import CheckpointReadError as CheckpointReadError
+    from offloop.engine.checkpoint.errors import CheckpointWriteError as CheckpointWriteError
+    from offloop.engine.checkpoint.errors import DiskFullError as DiskFullError
+    from offloop.engine.checkpoint.errors import RemoteError as RemoteError
+    from offloop.engine.checkpoint.errors import RunLockedError as RunLockedError
+    from offloop.engine.checkpoint.errors import SnapshotBusyError as SnapshotBusyError
+    from offloop.engine.checkpoint.errors import SnapshotMemoryError as SnapshotMemoryError
+    from offloop.engine.checkpoint.errors import UnsafeCheckpointError as UnsafeCheckpointError
+    from offloop.engine.checkpoint.errors import UnserializableStateError as UnserializableStateError
+    from offloop.engine.checkpoint.errors import WriterDiedError as WriterDiedError
     from offloop.engine.checkpoint.filesystem import replace_file as replace_file
     from offloop.engine.config import RemoteDirectory as RemoteDirectory
     from offloop.engine.config import TrainerConfig as TrainerConfig
@@ -99,7 +114,7 @@ if TYPE_CHECKING:
     from offloop.engine.weights.registry import ModelRegistry as ModelRegistry
     from offloop.engine.weights.registry import ModelVersion as ModelVersion
 
-_MODULES = {
+_NAMES = {
     "best": ("Best",),
     "bus.commands": (
         "Call",
@@ -114,7 +129,24 @@ _MODULES = {
     ),
     "bus.event_bus": ("Bus", "Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
-    "checkpoint": ("CheckpointInfo", "CheckpointNotFoundError", "CheckpointReader", "Retention"),
+    "checkpoint": ("CheckpointInfo", "CheckpointReader", "Retention"),
+    "checkpoint.errors": (
+        "CheckpointCorruptError",
+        "CheckpointDeadlineError",
+        "CheckpointError",
+        "CheckpointIncompatibleError",
+        "CheckpointNotFoundError",
+        "CheckpointReadError",
+        "CheckpointWriteError",
+        "DiskFullError",
+        "RemoteError",
+        "RunLockedError",
+        "SnapshotBusyError",
+        "SnapshotMemoryError",
+        "UnsafeCheckpointError",
+        "UnserializableStateError",
+        "WriterDiedError",
+    ),
     "checkpoint.filesystem": ("replace_file",),
     "config": ("RemoteDirectory", "TrainerConfig", "TrainerKnobs"),
     "errors": (
@@ -180,14 +212,4 @@ _MODULES = {
     "weights.loading": ("export_model", "load_model"),
     "weights.registry": ("ModelRegistry", "ModelVersion"),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"offloop.engine.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES)

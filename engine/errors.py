@@ -1,41 +1,57 @@
-"""The exceptions of the engine.
+"""The exceptions of offloop.
 
-Wrong arguments raise the built-in exceptions (`ValueError`, `TypeError`); what follows are states
-that a caller may want to handle. Facts are attributes, so nobody has to match texts.
+Wrong arguments raise `ConfigError` or `TypeError`. The other exceptions are states that a caller may handle;
+facts are attributes, so no caller has to match a text. `except Exception` sees all but `Preempted`.
 
     OffloopError
-    ├── ConfigError (also ValueError)       a knob or an argument that cannot work
-    ├── EventError (also TypeError)         an event that cannot ride the bus
-    ├── BusClosedError                      publish or subscribe after the end
-    ├── EventLoopStalledError               the event loop took nothing for a million events
-    ├── SubscriberTooSlowError              a subscriber fell 100,000 milestones behind
-    ├── DeadlockError (also RuntimeError)   a wait that could never end
-    ├── TrainerBusyError                    a second run while one is going on
-    ├── RunEndedError                       a command to a run that is over
-    ├── RunsClosedError                     a run to be started in a `Runs` that is shut down
-    ├── RunNotFoundError (also KeyError)    no run of that id in a `Runs`
-    ├── RunNameTakenError                   the run directory exists already
-    ├── EmptyLoaderError                    a loader that gave no batch
-    ├── BatchError (also TypeError)         a batch that fits no convention
-    ├── LossError (also ValueError)         a loss that is no finite scalar
-    ├── MetricNotFoundError (also KeyError) a metric that was never made
-    ├── ModelNotFoundError                  no registered model of that name, version or alias
-    └── WeightsError                        weights that cannot be read, or written elsewhere
-        └── WeightsMismatchError            weights of another model
-    Preempted (SystemExit, code 75)         SIGTERM, after everything was saved
+    ├── ConfigError (also ValueError)           a knob or an argument that cannot work
+    ├── EventError (also TypeError)             an event that cannot ride the bus
+    ├── BusClosedError                          publish or subscribe after the end
+    ├── EventLoopStalledError                   the event loop took nothing for a million events
+    ├── SubscriberTooSlowError                  a subscriber fell 100,000 milestones behind
+    ├── DeadlockError (also RuntimeError)       a wait that could never end
+    ├── TrainerBusyError                        a second run of a trainer that has one
+    ├── RunEndedError                           a command to a run that has ended
+    ├── RunsClosedError                         a run started in a `Runs` that is shut down
+    ├── RunNotFoundError (also KeyError)        no run of that id in a `Runs`
+    ├── RunNameTakenError                       the run's directory exists already
+    ├── EmptyLoaderError                        a loader that gave no batch
+    ├── BatchError (also TypeError)             a batch that fits no convention
+    ├── LossError (also ValueError)             a loss that is no finite scalar
+    ├── MetricNotFoundError (also KeyError)     a metric that does not exist
+    ├── ModelNotFoundError                      no registered model of that name, version or alias
+    ├── WeightsError                            weights that cannot be read, or written elsewhere
+    │   └── WeightsMismatchError                weights of another model
+    └── CheckpointError                         defined in `checkpoint/errors.py`, as all below
+        ├── CheckpointWriteError                a save failed; earlier checkpoints are untouched
+        │   └── DiskFullError                   no room
+        ├── CheckpointReadError                 the system refused to read
+        ├── CheckpointCorruptError              the content is not what was written
+        │   └── UnsafeCheckpointError           ... as only in a file made by hand
+        ├── CheckpointIncompatibleError         of a newer offloop or another model
+        ├── CheckpointNotFoundError             no such checkpoint
+        ├── CheckpointDeadlineError             not on disk in time
+        ├── RemoteError                         a remote store failed after all tries
+        ├── RunLockedError                      another process writes to this run
+        ├── SnapshotBusyError                   all buffers still wait for the disk
+        ├── SnapshotMemoryError                 no memory for the copy
+        ├── UnserializableStateError            a value that cannot be saved
+        └── WriterDiedError                     the writer thread has ended
+    Preempted (SystemExit, code 75)             SIGTERM, after everything was saved
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later", what schedulers requeue on
+# EX_TEMPFAIL of sysexits.h, "try again later": schedulers requeue such jobs.
+PREEMPTED_EXIT_CODE = 75
 LIKELY: Final = 0.7
-"""Names that are less alike are not taken for each other: difflib's own 0.6 takes num_nodes for mode."""
+"""Similarity from which a name is suggested for another one; difflib's own 0.6 suggests mode for num_nodes."""
 
 
 def nearest(name: str, legal: Iterable[str]) -> str | None:
-    """Return the name that is so much like `name` that it was probably meant."""
+    """Return the legal name that was probably meant, None if none is similar enough."""
     near = difflib.get_close_matches(name, list(legal), n=1, cutoff=LIKELY)
     return near[0] if near else None
 
@@ -75,19 +91,19 @@ class SubscriberTooSlowError(OffloopError):
 
 
 class DeadlockError(OffloopError, RuntimeError):
-    """A wait that could never end, or that would hold up the run: the run itself waits for the caller."""
+    """A wait that could never end, or that would hold up the run, because the run waits for the caller."""
 
 
 class TrainerBusyError(OffloopError):
-    """A trainer was asked for a second run while one is going on."""
+    """A trainer was asked for a second run before its first has ended."""
 
 
 class RunEndedError(OffloopError):
-    """A command reached a run that is over, or that ended before the command could be applied."""
+    """The run had ended, or ended before the command could be applied."""
 
 
 class RunsClosedError(OffloopError):
-    """A run was to be started in a `Runs` that is shut down."""
+    """A `Runs` that is shut down was asked to start a run."""
 
 
 class RunNotFoundError(OffloopError, KeyError):
@@ -116,8 +132,8 @@ class RunNameTakenError(OffloopError):
 
     def __init__(self, path: str) -> None:
         super().__init__(
-            f"a run stands at {path} already: go on with it by resume='auto', choose another run_name, "
-            "or remove that directory if its run is not needed"
+            f"{path} is the directory of a run already: continue it with resume='auto', choose another run_name, "
+            "or remove the directory if its run is not needed"
         )
         self.path = path
 
@@ -135,7 +151,7 @@ class LossError(OffloopError, ValueError):
 
 
 class MetricNotFoundError(OffloopError, KeyError):
-    """A metric was asked for by a name under which nothing was made.
+    """There is no metric of that name.
 
     Attributes:
         name: The name asked for.
@@ -205,7 +221,8 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED_EXIT_CODE)
 
 
-_cancellations: set[type[BaseException]] = set()  # of the kinds of event loops that have hosted a run
+# Classes by which the event loops that hosted runs cancel tasks. Any thread adds to it; elements are never removed.
+_cancellations: set[type[BaseException]] = set()
 
 
 def note_cancellation(kind: type[BaseException]) -> None:
@@ -214,11 +231,10 @@ def note_cancellation(kind: type[BaseException]) -> None:
 
 
 def as_failure(error: BaseException) -> BaseException:
-    """Return what to report or raise for an exception out of a user's code. Any thread.
+    """Return the exception to report or raise for one that user code raised. Any thread.
 
-    That is the exception itself, unless an event loop would take it for an order of its own: a cancellation
-    that nothing asked for ends tasks without a word, and `GeneratorExit` closes them. These become the cause
-    of a `RuntimeError`.
+    It is the same exception, except where an event loop would misread it: a stray cancellation ends tasks silently,
+    and `GeneratorExit` closes them. Those become the cause of a `RuntimeError`.
     """
     if not isinstance(error, (GeneratorExit, *_cancellations)):
         return error
@@ -230,7 +246,7 @@ def as_failure(error: BaseException) -> BaseException:
 
 
 def describe(error: BaseException) -> str:
-    """Return `Type: text` of any exception, also of one whose text cannot be made or encoded."""
+    """Return `Type: text` of an exception, even if its `__str__` raises or the text cannot be encoded."""
     try:
         text = str(error)
     except Exception as problem:
@@ -239,5 +255,5 @@ def describe(error: BaseException) -> str:
 
 
 def encodable(text: str) -> str:
-    """Escape lone surrogates (from the names of odd files, say): they fit into no event and no file."""
+    """Escape lone surrogates, as in file names that are not UTF-8: neither events nor files can hold them."""
     return text.encode("utf-8", "backslashreplace").decode()

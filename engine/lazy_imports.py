@@ -63,5 +63,4 @@ def _forget_other_threads() -> None:
     _lock, _depth = threading.RLock(), 0
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_other_threads)
+os.register_at_fork(after_in_child=_forget_other_threads)

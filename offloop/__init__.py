@@ -11,9 +11,19 @@ rest, and `offloop.engine.testing` helps to test callbacks. `python -m offloop -
 Names are loaded when first used: `import offloop` itself loads neither torch nor msgspec nor anyio.
 """
 
-import importlib
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("offloop runs on Linux and macOS; on Windows, install it in WSL")
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# In a source tree without symbolic links (an unpacked sdist) the packages stand beside this folder.
+if not (Path(__file__).parent / "engine").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from offloop.engine.lazy_facade import lazy_facade
 
 if TYPE_CHECKING:
     from offloop.callbacks import Above as Above
@@ -52,6 +62,7 @@ if TYPE_CHECKING:
     from offloop.engine import Callback as Callback
     from offloop.engine import CallbackCosts as CallbackCosts
     from offloop.engine import CallbackFailed as CallbackFailed
+    from offloop.engine import CheckpointError as CheckpointError
     from offloop.engine import CheckpointFailed as CheckpointFailed
     from offloop.engine import CheckpointNotFoundError as CheckpointNotFoundError
     from offloop.engine import CheckpointSaved as CheckpointSaved
@@ -112,8 +123,6 @@ if TYPE_CHECKING:
     from offloop.engine import load_model as load_model
     from offloop.engine import read_events as read_events
 
-_PACKAGES = ("callbacks", "cli", "dashboard", "engine")
-
 _NAMES = {
     "callbacks": (
         "Above",
@@ -154,6 +163,7 @@ _NAMES = {
         "Callback",
         "CallbackCosts",
         "CallbackFailed",
+        "CheckpointError",
         "CheckpointFailed",
         "CheckpointNotFoundError",
         "CheckpointSaved",
@@ -215,30 +225,14 @@ _NAMES = {
         "read_events",
     ),
 }
-_HOME = {name: package for package, names in _NAMES.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-# In a source tree without symbolic links (an unpacked sdist) the packages stand beside this folder.
-if not (Path(__file__).parent / "engine").exists():
-    __path__.append(str(Path(__file__).parent.parent))
+__all__, _load, __dir__ = lazy_facade(
+    __name__, _NAMES, ("callbacks", "cli", "dashboard", "engine", "__version__")
+)
 
 
 def __getattr__(name: str) -> Any:
-    value: Any
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"offloop.{_HOME[name]}"), name)
-    elif name in _PACKAGES:
-        value = importlib.import_module(f"offloop.{name}")
-    elif name == "__version__":
-        from importlib import metadata
+    if name != "__version__":
+        return _load(name)
+    from importlib import metadata
 
-        value = metadata.version("offloop")
-    else:
-        raise AttributeError(f"module 'offloop' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES, "__version__"})
+    return metadata.version("offloop")

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +24,7 @@ BACKENDS: Final[list[Any]] = [
     pytest.param(("asyncio", {"debug": True, "use_uvloop": False}), id="asyncio"),
     pytest.param(("trio", {}), id="trio"),
 ]
-UVLOOP: Final[Any] = pytest.param(
-    ("asyncio", {"use_uvloop": True}),
-    id="uvloop",
-    marks=pytest.mark.skipif(sys.platform == "win32", reason="uvloop is not for Windows"),
-)
+UVLOOP: Final[Any] = pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop")
 LONGEST_HOLD: Final = 2.0
 """Seconds for which a test may hold asyncio's event loop; generous, for a machine that is busy with other work."""
 IN_MEMORY: Final = Path("/dev/shm")

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 import offloop.engine
+from offloop.engine import CheckpointError, OffloopError
 
 ROOT: Final = Path(__file__).parent.parent
 FOLDERS: Final = [name for name in ("engine", "callbacks", "cli", "dashboard") if (ROOT / name).is_dir()]
@@ -90,6 +92,10 @@ SOURCES: Final = {
 }
 
 
+def is_for_types(node: ast.If) -> bool:
+    return "TYPE_CHECKING" in ast.unparse(node.test)
+
+
 @functools.cache
 def imports_of(module: str) -> list[Import]:
     """Return all imports of a module, those inside functions too."""
@@ -101,7 +107,7 @@ def imports_of(module: str) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             source = "." * node.level + (node.module or "")
             found.extend(Import(source, alias.name, for_types_only) for alias in node.names)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        elif isinstance(node, ast.If) and is_for_types(node):
             for each in node.body:
                 look(each, True)
             for each in node.orelse:
@@ -208,8 +214,8 @@ def test_training_loop_knows_nothing_of_the_event_loop() -> None:
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("offloop.engine.checkpoint")])
 def test_checkpoint_mechanics_know_nothing_of_the_rest(module: str) -> None:
-    allowed = ("offloop.engine.checkpoint", "offloop.engine.monitor")
-    assert not [known for known in modules_known_to(module) if not known.startswith(allowed)]
+    rest = {known for known in modules_known_to(module) if not known.startswith("offloop.engine.checkpoint")}
+    assert rest <= {f"offloop.engine.{name}" for name in ("errors", "lazy_facade", "monitor")}
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -243,7 +249,7 @@ def _executed_imports(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportF
             yield node
         elif isinstance(node, ast.If):
             yield from _executed_imports(node.orelse)
-            if "TYPE_CHECKING" not in ast.unparse(node.test):
+            if not is_for_types(node):
                 yield from _executed_imports(node.body)
 
 
@@ -282,31 +288,58 @@ def test_no_file_is_named_like_a_standard_module(module: str) -> None:
 
 # Public names --------------------------------------------------------------------------------------
 
+FACADES: Final = ("offloop", "offloop.engine", "offloop.engine.checkpoint")
+"""Packages that load their names when first used."""
 
-def test_public_names_of_the_engine_are_sorted_and_stand_once() -> None:
-    names = [name for names in offloop.engine._MODULES.values() for name in names]
-    assert sorted(set(names)) == sorted(names) == offloop.engine.__all__
-    for module, of_module in offloop.engine._MODULES.items():
+
+@pytest.mark.parametrize("package", FACADES)
+def test_public_names_of_a_facade_are_sorted_and_stand_once(package: str) -> None:
+    facade = importlib.import_module(package)
+    names = [name for names in facade._NAMES.values() for name in names]
+    assert sorted(set(names)) == sorted(names) == facade.__all__
+    for module, of_module in facade._NAMES.items():
         assert list(of_module) == sorted(of_module), module
-    assert list(offloop.engine._MODULES) == sorted(offloop.engine._MODULES)
+    assert list(facade._NAMES) == sorted(facade._NAMES)
 
 
-def test_type_checkers_see_the_names_that_the_interpreter_loads() -> None:
-    declared = [each for each in imports_of("offloop.engine") if each.for_types_only]
-    loaded = {
-        (f"offloop.engine.{module}", name)
-        for module, names in offloop.engine._MODULES.items()
+@pytest.mark.parametrize("package", FACADES)
+def test_type_checkers_see_the_names_that_the_interpreter_loads(package: str) -> None:
+    source = SOURCES.get(package, ROOT / "offloop" / "__init__.py")
+    (block,) = (
+        node for node in ast.parse(source.read_text()).body if isinstance(node, ast.If) and is_for_types(node)
+    )
+    declared = [
+        (node.module, alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    ]
+    loaded = [
+        (f"{package}.{module}", name)
+        for module, names in importlib.import_module(package)._NAMES.items()
         for name in names
-    }
-    assert len(declared) == len(set(declared))
-    assert {(each.module, each.name) for each in declared} == loaded
+    ]
+    assert sorted(declared) == sorted(loaded)
 
 
-@pytest.mark.parametrize("name", offloop.engine.__all__)
-def test_public_name_of_the_engine_loads_and_says_what_it_is(name: str) -> None:
-    value = getattr(offloop.engine, name)
-    assert getattr(importlib.import_module(f"offloop.engine.{offloop.engine._HOME[name]}"), name) is value
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [(package, name) for package in FACADES for name in importlib.import_module(package).__all__],
+)
+def test_public_name_of_a_facade_loads_and_says_what_it_is(package: str, name: str) -> None:
+    facade = importlib.import_module(package)
+    value = getattr(facade, name)
+    (module,) = (module for module, names in facade._NAMES.items() if name in names)
+    assert getattr(importlib.import_module(f"{package}.{module}"), name) is value
+    assert name in dir(facade)
     assert own_docstring(value), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("package", FACADES)
+def test_unknown_name_of_a_facade_is_an_attribute_error(package: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'Trainr'"):
+        importlib.import_module(package).Trainr  # noqa: B018 - the look-up is the test
 
 
 @pytest.mark.parametrize("name", offloop.engine.__all__)
@@ -324,11 +357,6 @@ def test_public_methods_say_what_they_do(name: str) -> None:
     assert not missing
 
 
-def test_unknown_name_of_the_engine_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
-        offloop.engine.Trainr  # noqa: B018 - the look-up is the test
-
-
 @pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "engine"])
 def test_public_names_of_the_other_folders_are_sorted_and_documented(folder: str) -> None:
     module = importlib.import_module(f"offloop.{folder}")
@@ -341,3 +369,56 @@ def test_public_names_of_the_other_folders_are_sorted_and_documented(folder: str
 def own_docstring(value: Any) -> str | None:
     """Return the docstring of a class or function, not one that it inherits."""
     return value.__doc__ if inspect.isclass(value) or inspect.isfunction(value) else "a value"
+
+
+# Errors --------------------------------------------------------------------------------------------
+
+INTERNAL: Final = ("ForkedProcessError", "ProtocolError", "UnusableError", "ViewerTooSlowError")
+"""Exceptions that are always caught inside."""
+
+
+def exceptions() -> list[type[BaseException]]:
+    """Return the exception classes that the sources define."""
+    found = []
+    for module, path in SOURCES.items():
+        if path.parent.name == "web":  # builds the page; never imported
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                value = getattr(importlib.import_module(module), node.name)
+                if issubclass(value, BaseException):
+                    found.append(value)
+    return found
+
+
+def test_every_exception_is_an_offloop_error_and_public() -> None:
+    found = exceptions()
+    assert OffloopError in found and CheckpointError in found
+    apart = [each.__name__ for each in found if not issubclass(each, OffloopError)]
+    assert apart == ["ForkedProcessError", "Preempted"]  # must not be caught by `except Exception`
+    names = {each.__name__ for each in found}
+    assert names - set(INTERNAL) <= set(offloop.engine.__all__)
+
+
+def test_the_errors_are_drawn_as_they_derive() -> None:
+    text = importlib.import_module("offloop.engine.errors").__doc__
+    drawn, above = {"OffloopError": "Exception"}, ["OffloopError"]
+    for line in str(text).splitlines():
+        if match := re.match(r"    ((?:│   |    )*)[├└]── (\w+)", line):
+            depth = len(match[1]) // 4 + 1
+            above[depth:] = [match[2]]
+            drawn[match[2]] = above[depth - 1]
+    derived = {
+        each.__name__: each.__bases__[0].__name__
+        for each in exceptions()
+        if issubclass(each, OffloopError) and each.__name__ not in INTERNAL
+    }
+    assert drawn == derived
+
+
+def test_windows_is_refused_at_once() -> None:
+    script = "import sys; sys.platform = 'win32'; import offloop.engine"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith(
+        "ImportError: offloop runs on Linux and macOS; on Windows, install it in WSL\n"
+    )

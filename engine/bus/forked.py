@@ -70,5 +70,4 @@ def _note_fork() -> None:
         mailbox.attention = True
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+os.register_at_fork(after_in_child=_note_fork)

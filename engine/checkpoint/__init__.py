@@ -1,54 +1,50 @@
 """Checkpoints: copied at a step boundary, written beside the training, whole or not there at all.
 
 `SnapshotArena` copies a state, `CheckpointWriter` takes it to disk through a `CheckpointStore`,
-`CheckpointReader` finds, checks and loads.  Mechanics only: when to save, and what, is policy.
-Listing and verifying need no torch, which is why names are imported when they are first used.
+`CheckpointReader` finds, checks and loads. Mechanics only: when to save, and what, is policy.
+Names are loaded when first used, because listing and verifying need no torch.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from offloop.engine.checkpoint.errors import (
-        CheckpointCorruptError,
-        CheckpointDeadlineExceeded,
-        CheckpointError,
-        CheckpointIncompatibleError,
-        CheckpointNotFoundError,
-        CheckpointReadError,
-        CheckpointWriteError,
-        DiskFullError,
-        RemoteError,
-        RunLockedError,
-        SnapshotBusyError,
-        SnapshotMemoryError,
-        SnapshotTornError,
-        UnsafeCheckpointError,
-        UnserializableStateError,
-        WriterDiedError,
-    )
-    from offloop.engine.checkpoint.lock import DirectoryLock
-    from offloop.engine.checkpoint.manifest import CheckpointRequest
-    from offloop.engine.checkpoint.named_copies import NamedCopies
-    from offloop.engine.checkpoint.reader import (
-        CheckpointInfo,
-        CheckpointReader,
-        LoadedCheckpoint,
-        list_runs,
-    )
-    from offloop.engine.checkpoint.reference import find_checkpoint
-    from offloop.engine.checkpoint.remote import RemoteRun
-    from offloop.engine.checkpoint.retention import Retention
-    from offloop.engine.checkpoint.snapshot import Snapshot, SnapshotArena
-    from offloop.engine.checkpoint.store import CheckpointStore, Commit
-    from offloop.engine.checkpoint.writer import CheckpointWriter
+from offloop.engine.lazy_facade import lazy_facade
 
-_MODULES = {
+if TYPE_CHECKING:
+    from offloop.engine.checkpoint.errors import CheckpointCorruptError as CheckpointCorruptError
+    from offloop.engine.checkpoint.errors import CheckpointDeadlineError as CheckpointDeadlineError
+    from offloop.engine.checkpoint.errors import CheckpointError as CheckpointError
+    from offloop.engine.checkpoint.errors import CheckpointIncompatibleError as CheckpointIncompatibleError
+    from offloop.engine.checkpoint.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from offloop.engine.checkpoint.errors import CheckpointReadError as CheckpointReadError
+    from offloop.engine.checkpoint.errors import CheckpointWriteError as CheckpointWriteError
+    from offloop.engine.checkpoint.errors import DiskFullError as DiskFullError
+    from offloop.engine.checkpoint.errors import RemoteError as RemoteError
+    from offloop.engine.checkpoint.errors import RunLockedError as RunLockedError
+    from offloop.engine.checkpoint.errors import SnapshotBusyError as SnapshotBusyError
+    from offloop.engine.checkpoint.errors import SnapshotMemoryError as SnapshotMemoryError
+    from offloop.engine.checkpoint.errors import UnsafeCheckpointError as UnsafeCheckpointError
+    from offloop.engine.checkpoint.errors import UnserializableStateError as UnserializableStateError
+    from offloop.engine.checkpoint.errors import WriterDiedError as WriterDiedError
+    from offloop.engine.checkpoint.lock import DirectoryLock as DirectoryLock
+    from offloop.engine.checkpoint.manifest import CheckpointRequest as CheckpointRequest
+    from offloop.engine.checkpoint.named_copies import NamedCopies as NamedCopies
+    from offloop.engine.checkpoint.reader import CheckpointInfo as CheckpointInfo
+    from offloop.engine.checkpoint.reader import CheckpointReader as CheckpointReader
+    from offloop.engine.checkpoint.reader import LoadedCheckpoint as LoadedCheckpoint
+    from offloop.engine.checkpoint.reader import list_runs as list_runs
+    from offloop.engine.checkpoint.reference import find_checkpoint as find_checkpoint
+    from offloop.engine.checkpoint.remote import RemoteRun as RemoteRun
+    from offloop.engine.checkpoint.retention import Retention as Retention
+    from offloop.engine.checkpoint.snapshot import Snapshot as Snapshot
+    from offloop.engine.checkpoint.snapshot import SnapshotArena as SnapshotArena
+    from offloop.engine.checkpoint.store import CheckpointStore as CheckpointStore
+    from offloop.engine.checkpoint.store import Commit as Commit
+    from offloop.engine.checkpoint.writer import CheckpointWriter as CheckpointWriter
+
+_NAMES = {
     "errors": (
         "CheckpointCorruptError",
-        "CheckpointDeadlineExceeded",
+        "CheckpointDeadlineError",
         "CheckpointError",
         "CheckpointIncompatibleError",
         "CheckpointNotFoundError",
@@ -59,7 +55,6 @@ _MODULES = {
         "RunLockedError",
         "SnapshotBusyError",
         "SnapshotMemoryError",
-        "SnapshotTornError",
         "UnsafeCheckpointError",
         "UnserializableStateError",
         "WriterDiedError",
@@ -75,44 +70,5 @@ _MODULES = {
     "store": ("CheckpointStore", "Commit"),
     "writer": ("CheckpointWriter",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "CheckpointCorruptError",
-    "CheckpointDeadlineExceeded",
-    "CheckpointError",
-    "CheckpointIncompatibleError",
-    "CheckpointInfo",
-    "CheckpointNotFoundError",
-    "CheckpointReadError",
-    "CheckpointReader",
-    "CheckpointRequest",
-    "CheckpointStore",
-    "CheckpointWriteError",
-    "CheckpointWriter",
-    "Commit",
-    "DirectoryLock",
-    "DiskFullError",
-    "LoadedCheckpoint",
-    "NamedCopies",
-    "RemoteError",
-    "RemoteRun",
-    "Retention",
-    "RunLockedError",
-    "Snapshot",
-    "SnapshotArena",
-    "SnapshotBusyError",
-    "SnapshotMemoryError",
-    "SnapshotTornError",
-    "UnsafeCheckpointError",
-    "UnserializableStateError",
-    "WriterDiedError",
-    "find_checkpoint",
-    "list_runs",
-]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+__all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES)

@@ -1,40 +1,25 @@
-"""What can go wrong with a checkpoint, as exceptions.
-
-    CheckpointError
-    ├── CheckpointWriteError          a save failed; nothing that was there before is harmed
-    │   └── DiskFullError
-    ├── CheckpointReadError           the system would not give the bytes (permissions, I/O error)
-    ├── CheckpointCorruptError        the bytes are there and wrong
-    │   └── UnsafeCheckpointError     ... in a way that only a hand-made file is
-    ├── CheckpointIncompatibleError   written by a newer offloop
-    ├── CheckpointNotFoundError
-    ├── CheckpointDeadlineExceeded    a flush or close ran out of time
-    ├── RemoteError                   the remote store did not do what was asked of it
-    ├── RunLockedError                another process writes to this run
-    ├── SnapshotBusyError             every buffer still waits for the disk
-    ├── SnapshotMemoryError           there is no memory for the copy
-    ├── SnapshotTornError             a tensor changed while it was copied
-    ├── UnserializableStateError      a value in the state that cannot be saved
-    └── WriterDiedError               the writer thread is gone
-
-All derive from ``Exception``: ``except Exception`` around a training run sees them.
-"""
-
-from __future__ import annotations
+"""The exceptions of checkpoints. `engine/errors.py` draws them with all others."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from offloop.engine.errors import OffloopError
+
 CorruptKind = Literal["truncated", "checksum", "header", "manifest", "missing", "foreign"]
 
 
-class CheckpointError(Exception):
-    """Base of every exception of this package."""
+class CheckpointError(OffloopError):
+    """Base of the exceptions of checkpoints."""
 
 
 class CheckpointWriteError(CheckpointError):
-    """Report a save that failed; earlier checkpoints are untouched."""
+    """A checkpoint could not be written; earlier ones are untouched.
+
+    Attributes:
+        path: The file or directory.
+        errno: The system's error number, None if there is none.
+    """
 
     def __init__(self, path: Path, errno: int | None, reason: str) -> None:
         self.path = path
@@ -43,7 +28,12 @@ class CheckpointWriteError(CheckpointError):
 
 
 class DiskFullError(CheckpointWriteError):
-    """Report that the disk or the quota has no room (both figures in bytes)."""
+    """The disk or the quota has no room for a checkpoint.
+
+    Attributes:
+        needed: Bytes needed.
+        free: Bytes free.
+    """
 
     def __init__(self, path: Path, errno: int | None, *, needed: int, free: int) -> None:
         self.needed = needed
@@ -52,7 +42,12 @@ class DiskFullError(CheckpointWriteError):
 
 
 class CheckpointReadError(CheckpointError):
-    """Report that the system refused to read; says nothing about the content."""
+    """The system refused to read a checkpoint: permissions, an I/O error. Its content may be whole.
+
+    Attributes:
+        path: The file or directory.
+        errno: The system's error number, None if there is none.
+    """
 
     def __init__(self, path: Path, errno: int | None, reason: str) -> None:
         self.path = path
@@ -61,9 +56,12 @@ class CheckpointReadError(CheckpointError):
 
 
 class CheckpointCorruptError(CheckpointError):
-    """Report content that is not what was written.
+    """A checkpoint's content is not what was written.
 
-    `item` is the file, or ``file:tensor``, that is wrong.
+    Attributes:
+        path: The checkpoint.
+        item: The damaged file, or `file:tensor`.
+        kind: What is wrong with it.
     """
 
     def __init__(self, path: Path, item: str, kind: CorruptKind, detail: str) -> None:
@@ -74,11 +72,17 @@ class CheckpointCorruptError(CheckpointError):
 
 
 class UnsafeCheckpointError(CheckpointCorruptError):
-    """Report a file that points outside its directory or lies about its sizes."""
+    """A file of a checkpoint points outside its directory or lies about its sizes."""
 
 
 class CheckpointIncompatibleError(CheckpointError):
-    """Report a checkpoint that this version cannot read although it is whole."""
+    """A whole checkpoint that does not fit: written by a newer offloop, or of another model.
+
+    Attributes:
+        path: The checkpoint.
+        difference: What does not fit.
+        hint: What to do.
+    """
 
     def __init__(self, path: Path, difference: str, hint: str) -> None:
         self.path = path
@@ -88,7 +92,13 @@ class CheckpointIncompatibleError(CheckpointError):
 
 
 class CheckpointNotFoundError(CheckpointError):
-    """Report that nothing answers to what was asked for. `advice` says what to write instead."""
+    """There is no such checkpoint.
+
+    Attributes:
+        wanted: What was asked for.
+        searched: Where.
+        known: What there is instead.
+    """
 
     def __init__(
         self, wanted: str, searched: Path | str, known: Sequence[str] = (), advice: str = ""
@@ -100,8 +110,13 @@ class CheckpointNotFoundError(CheckpointError):
         super().__init__(f"no checkpoint {wanted!r} in {searched}; there is: {there}{advice}")
 
 
-class CheckpointDeadlineExceeded(CheckpointError):
-    """Report that `pending` saves were not on disk when the time was up."""
+class CheckpointDeadlineError(CheckpointError):
+    """Checkpoints were not on disk in time.
+
+    Attributes:
+        pending: Number of saves that were not finished.
+        seconds: The time they had.
+    """
 
     def __init__(self, pending: int, seconds: float) -> None:
         self.pending = pending
@@ -110,9 +125,11 @@ class CheckpointDeadlineExceeded(CheckpointError):
 
 
 class RemoteError(CheckpointError):
-    """Report that a remote store did not do what was asked, after all tries; local files are untouched.
+    """A remote store failed after all tries; local files are untouched. The store's exception is the cause.
 
-    `url` is the run's there, or a file's; the store's own exception is the cause.
+    Attributes:
+        url: URL of the run or of a file in it.
+        reason: What failed.
     """
 
     def __init__(self, url: str, reason: str) -> None:
@@ -122,7 +139,12 @@ class RemoteError(CheckpointError):
 
 
 class RunLockedError(CheckpointError):
-    """Report that another writer has this run; `owner` is what it wrote about itself."""
+    """Another process, or another run in this one, writes to the run's directory.
+
+    Attributes:
+        path: The lock file.
+        owner: What the other one wrote about itself.
+    """
 
     def __init__(self, path: Path, owner: str) -> None:
         self.path = path
@@ -131,7 +153,11 @@ class RunLockedError(CheckpointError):
 
 
 class SnapshotBusyError(CheckpointError):
-    """Report that each of the `slots` buffers still waits for the disk."""
+    """All snapshot buffers still wait for the disk.
+
+    Attributes:
+        slots: The number of buffers.
+    """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -139,22 +165,19 @@ class SnapshotBusyError(CheckpointError):
 
 
 class SnapshotMemoryError(CheckpointError):
-    """Report that there was no memory for the copy of a state; the system's own exception is the cause."""
+    """There is no memory for the copy of a state. The system's exception is the cause."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"no memory for a copy of the state: {reason}")
 
 
-class SnapshotTornError(CheckpointError):
-    """Report tensors that changed while they were copied."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        super().__init__(f"changed while the snapshot was taken: {', '.join(self.names)}")
-
-
 class UnserializableStateError(CheckpointError):
-    """Report a value that has no place in a checkpoint, by its path in the state."""
+    """A value in a state has no place in a checkpoint.
+
+    Attributes:
+        path: Its path in the state, like `['optimizer']['hook']`.
+        type: Its class.
+    """
 
     def __init__(self, path: str, value: object, reason: str | None = None) -> None:
         self.path = path
@@ -165,4 +188,4 @@ class UnserializableStateError(CheckpointError):
 
 
 class WriterDiedError(CheckpointError):
-    """Report that the writer thread ended before its work was done."""
+    """The writer thread ended before its work was done."""

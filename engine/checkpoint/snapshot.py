@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from offloop.engine.checkpoint import cuda_copy
-from offloop.engine.checkpoint.errors import SnapshotBusyError, SnapshotMemoryError, SnapshotTornError
+from offloop.engine.checkpoint.errors import SnapshotBusyError, SnapshotMemoryError
 from offloop.engine.checkpoint.format import TensorFile
 from offloop.engine.checkpoint.host_copy import HostCopier
 from offloop.engine.checkpoint.layout import (
@@ -147,8 +147,6 @@ class SnapshotArena:
         optimizers: On CUDA, tensors that these own change only in their `step`; every other
             tensor is cloned on the device at once. Irrelevant on the CPU.
         volatile: Parameters among them that change elsewhere too, such as in a forward pass.
-        check_versions: Compare each tensor's version before and after the copy; finds another
-            thread that changes the state meanwhile. CPU only; costs a microsecond per tensor.
     """
 
     def __init__(
@@ -158,14 +156,12 @@ class SnapshotArena:
         files: Mapping[str, str] = DEFAULT_FILES,
         optimizers: Iterable[torch.optim.Optimizer] = (),
         volatile: Iterable[torch.Tensor] = (),
-        check_versions: bool = False,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if bad := [name for name in files.values() if not name.endswith(".safetensors")]:
             raise ValueError(f"files must end in .safetensors, got {bad[0]!r}")
         self._files = dict(files)
-        self._check_versions = check_versions
         self._cuda = cuda_copy.CudaCopier(optimizers, volatile)
         self._slots = [_Slot() for _ in range(slots)]
         # Guarded by _changed: taken by the training thread, given back by the writer.
@@ -250,7 +246,6 @@ class SnapshotArena:
         tree, tensors, layout = self._walk(state)
         on_cuda = cuda_copy.any_on_cuda(tensors)
         slot.fit(layout, pinned=on_cuda)
-        versions = [_version(tensor) for tensor in tensors] if self._check_versions else []
         running = None
         with torch.no_grad():
             sources = [_source(copy, tensors) for copy in layout.copies]
@@ -258,8 +253,6 @@ class SnapshotArena:
                 running = self._cuda.start(slot.targets, sources)
             else:
                 self._host.copy(slot.targets, sources)
-        if self._check_versions and not on_cuda:
-            self._compare(versions, tensors)
         snapshot = Snapshot(tree, layout, time.perf_counter() - started, self, slot, running)
         with self._changed:
             self._held[slot] = snapshot
@@ -298,13 +291,6 @@ class SnapshotArena:
             return next(nodes, unknown)
 
         return encode(state, node_of), paths, tensors
-
-    def _compare(self, versions: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
-        changed = [
-            self._names[index] for index, tensor in enumerate(tensors) if _version(tensor) != versions[index]
-        ]
-        if changed:
-            raise SnapshotTornError(changed)
 
     def _release(self, snapshot: Snapshot) -> None:
         slot = snapshot._slot
@@ -348,7 +334,3 @@ def _source(copy: Copy, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     first, size = copy.span
     memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return memory.set_(tensor.untyped_storage(), first, (size,), (1,))
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -259,11 +259,6 @@ class CheckpointStore(CheckpointReader):
         with self._mutex:
             self._pins.add(name)
 
-    def unpin(self, name: str) -> None:
-        """Take a pin back; the next commit may delete the checkpoint."""
-        with self._mutex:
-            self._pins.discard(name)
-
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
         """Keep a checkpoint while the block reads it, if it is still there."""

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from offloop.engine.checkpoint.errors import (
-    CheckpointDeadlineExceeded,
+    CheckpointDeadlineError,
     CheckpointError,
     CheckpointWriteError,
     SnapshotBusyError,
@@ -132,7 +132,7 @@ class CheckpointWriter:
         """Return when all that was submitted is durable or has failed. Blocks.
 
         Raises:
-            CheckpointDeadlineExceeded: If `timeout` seconds were not enough; the work goes on.
+            CheckpointDeadlineError: If `timeout` seconds were not enough; the work goes on.
             WriterDiedError: If the thread died on it.
         """
         with self._changed:
@@ -141,13 +141,13 @@ class CheckpointWriter:
                 raise WriterDiedError("the checkpoint writer died") from self._death
             if not is_done:
                 assert timeout is not None
-                raise CheckpointDeadlineExceeded(self._pending, timeout)
+                raise CheckpointDeadlineError(self._pending, timeout)
 
     def close(self, timeout: float | None = None) -> None:
         """Finish what was submitted, end the thread. Blocks. Calling twice is fine.
 
         Raises:
-            CheckpointDeadlineExceeded: If it was not finished in time; the thread then ends
+            CheckpointDeadlineError: If it was not finished in time; the thread then ends
                 when it is.
             WriterDiedError: If the thread had died.
         """

@@ -22,7 +22,7 @@ import torch
 
 from offloop.engine.best import Best
 from offloop.engine.checkpoint import (
-    CheckpointDeadlineExceeded,
+    CheckpointDeadlineError,
     CheckpointError,
     CheckpointRequest,
     CheckpointStore,
@@ -296,7 +296,7 @@ class Checkpoints:
         def is_done(seconds: float) -> bool:
             try:
                 writer.flush(seconds)
-            except CheckpointDeadlineExceeded:
+            except CheckpointDeadlineError:
                 return False
             return True
 
@@ -319,7 +319,7 @@ class Checkpoints:
         try:
             self._writer.flush(0.0)
             self._writer.close()
-        except CheckpointDeadlineExceeded as error:
+        except CheckpointDeadlineError as error:
             logger.error("checkpoints were not finished: %s", error)
             self._writer.abandon()
             try:

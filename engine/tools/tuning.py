@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -531,7 +530,6 @@ def _free(device: torch.device, *, after_failure: bool = False) -> None:
         gc.collect()  # what a traceback has held is in cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif (
-        trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    ) is not None:
-        trim(0)  # glibc keeps blocks of some megabytes for later; they would count as taken
+    elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        # glibc keeps freed blocks of some megabytes; they would count as taken.
+        trim(0)

@@ -107,7 +107,6 @@ def test_quiet_prints_one_line_and_trains_the_same(run_dir: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to one process")
 def test_interrupted_demo_ends_in_order_and_says_where_its_files_are(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [
@@ -140,7 +139,6 @@ def test_interrupted_demo_ends_in_order_and_says_where_its_files_are(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_on_a_terminal_the_page_stays_open_until_it_is_interrupted(tmp_path: Path) -> None:
     import pty
 

@@ -39,7 +39,6 @@ from offloop.engine import (
 from offloop.engine.testing import Recorder, tiny_batches, tiny_loader, tiny_trainer
 
 T = TypeVar("T")
-ONLY_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -504,7 +503,6 @@ def address_in(line: str) -> str:
     return line.rpartition("Live page: ")[2]
 
 
-@ONLY_POSIX
 def test_kept_open_the_page_stays_until_ctrl_c() -> None:
     process = child(
         TINY + "tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[Dashboard(port=0, keep_open=True)])"
@@ -518,7 +516,6 @@ def test_kept_open_the_page_stays_until_ctrl_c() -> None:
     assert process.communicate(timeout=PATIENCE)[0] == "" and process.returncode == 0
 
 
-@ONLY_POSIX
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 75)])
 def test_a_run_that_is_interrupted_takes_even_a_page_that_is_kept_open_along(number: int, code: int) -> None:
     process = child(
@@ -562,7 +559,6 @@ def test_a_new_process_at_the_same_port_knows_the_cookie() -> None:
     assert process.returncode == 0
 
 
-@ONLY_POSIX
 def test_open_calls_the_browser(tmp_path: Path) -> None:
     pipe, browser = tmp_path / "pipe", tmp_path / "browser"
     os.mkfifo(pipe)

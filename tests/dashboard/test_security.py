@@ -26,7 +26,6 @@ from offloop.dashboard.security import (
 )
 
 TOKEN, READER = "t" * 24, "r" * 24
-ONLY_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file modes")
 
 
 def gate(**options: Any) -> Gate:
@@ -258,7 +257,7 @@ def test_the_policy_of_the_page() -> None:
 
 @pytest.fixture
 def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     yield tmp_path / "offloop" / "dashboard.key"
 
 
@@ -268,7 +267,6 @@ def test_the_key_is_made_once(key_file: Path) -> None:
     assert [file.name for file in key_file.parent.iterdir()] == ["dashboard.key"]
 
 
-@ONLY_POSIX
 def test_only_its_user_can_read_the_key(key_file: Path) -> None:
     before = os.umask(0)
     try:
@@ -307,7 +305,6 @@ def test_a_damaged_key_is_replaced(key_file: Path) -> None:
     assert len(second) == 32 and second != first and user_key() == second
 
 
-@ONLY_POSIX
 def test_a_key_that_others_could_read_is_replaced(key_file: Path) -> None:
     first = user_key()
     key_file.chmod(0o640)
@@ -320,5 +317,5 @@ def test_without_a_place_for_it_the_key_is_for_this_process(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("no directory")
-    monkeypatch.setenv("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME", str(file))
+    monkeypatch.setenv("XDG_STATE_HOME", str(file))
     assert len(user_key()) == 32

@@ -14,7 +14,6 @@ from offloop.engine.checkpoint import (
     CheckpointStore,
     SnapshotArena,
     SnapshotBusyError,
-    SnapshotTornError,
     UnserializableStateError,
 )
 from offloop.engine.checkpoint.layout import plan_layout
@@ -176,10 +175,10 @@ def test_changes_after_the_snapshot_are_not_in_it(run_directory: Path) -> None:
 def test_snapshots_leave_no_graph_and_work_in_inference_mode() -> None:
     weight = torch.ones(3, requires_grad=True)
     version = weight._version
-    with SnapshotArena(check_versions=True).take({"model": {"w": weight * 2, "leaf": weight}}):
+    with SnapshotArena().take({"model": {"w": weight * 2, "leaf": weight}}):
         assert weight._version == version and weight.grad is None
     with torch.inference_mode():
-        SnapshotArena(check_versions=True).take([torch.ones(2)]).release()
+        SnapshotArena().take([torch.ones(2)]).release()
 
 
 def test_structure_may_change_between_snapshots(run_directory: Path) -> None:
@@ -236,20 +235,6 @@ def test_waiting_ends_when_a_slot_is_released_or_the_arena_closed() -> None:
         arena.take([torch.ones(1)], timeout=10)
     held.release()
     arena.close()
-
-
-def test_a_change_by_another_thread_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.ones(3)
-    copy = torch._foreach_copy_
-
-    def meddle(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        copy(targets, sources)
-        weight.add_(1)
-
-    monkeypatch.setattr(torch, "_foreach_copy_", meddle)
-    with pytest.raises(SnapshotTornError) as caught:
-        SnapshotArena(check_versions=True).take({"model": {"w": weight, "v": torch.ones(1)}})
-    assert caught.value.names == ("model.w",)
 
 
 def test_a_default_device_does_not_move_the_buffers() -> None:

@@ -119,7 +119,7 @@ def test_the_one_resumed_from_stays(run_directory: Path) -> None:
         for step in (3, 4, 5):
             save(store, step, attempt=2)
         assert [info.step for info in store.checkpoints()] == [1, 4, 5]
-        store.unpin(parent)
+    with CheckpointStore(run_directory) as store:
         save(store, 6, attempt=2, parent=parent)
         assert 1 in [info.step for info in store.checkpoints()]
         save(store, 7, attempt=2)

@@ -16,7 +16,7 @@ import torch
 from checkpoint_support import FailingFileSystem, VolatileFileSystem, loaded_step, small_state
 
 from offloop.engine.checkpoint import (
-    CheckpointDeadlineExceeded,
+    CheckpointDeadlineError,
     CheckpointError,
     CheckpointRequest,
     CheckpointStore,
@@ -89,7 +89,7 @@ def test_a_slow_disk_costs_skips_and_no_memory(run_directory: Path) -> None:
                 continue
             writer.submit_nowait(snapshot, CheckpointRequest(step=step))
         assert skipped == 98 and writer.pending == 2
-        with pytest.raises(CheckpointDeadlineExceeded) as caught:
+        with pytest.raises(CheckpointDeadlineError) as caught:
             writer.flush(0.01)
         assert caught.value.pending == 2
         with pytest.raises(SnapshotBusyError):
@@ -258,7 +258,7 @@ def test_a_thousand_checkpoints_of_a_running_training_are_never_torn(run_directo
         writer = CheckpointWriter(
             store, on_saved=on_saved, on_failed=lambda request, error: wrong.append(error)
         )
-        arena = SnapshotArena(slots=2, check_versions=True)
+        arena = SnapshotArena(slots=2)
         for step in itertools.count(1):
             for tensor in tensors:
                 tensor.fill_(step)
