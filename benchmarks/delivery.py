@@ -26,8 +26,9 @@ from typing import Any
 
 from measure import Interval, Report, clock, median_of, parse, ratio_of, shuffled
 
-from offloop.engine import Bus, Callback, StepEnd
-from offloop.engine.bus.event_bus import BUFFER, MAX_WAITING_SAMPLES
+from offloop.engine import Callback, StepEnd
+from offloop.engine.bus.event_bus import MAX_WAITING_SAMPLES, Bus
+from offloop.engine.bus.subscription import BUFFER
 from offloop.engine.callback import Handlers
 from offloop.engine.observers.observer import Observer
 
@@ -57,7 +58,7 @@ def events(count: int) -> list[StepEnd]:
 
 def publish_all(bus: Bus, made: list[StepEnd]) -> None:
     """Publish from this thread, not faster than the event loop takes."""
-    emit, queue = bus.publish_unchecked, bus._queue
+    emit, queue = bus.emit, bus._queue
     for start in range(0, len(made), 1000):
         while len(queue) > MAX_WAITING_SAMPLES - 2000:
             time.sleep(0.0005)

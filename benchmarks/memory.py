@@ -18,7 +18,8 @@ import anyio
 import torch
 from measure import TINY, Batch, Report, clock, loss_of, optimizer_of, parse
 
-from offloop.engine import Bus, Callback, Run, StepEnd, Subscription, Trainer
+from offloop.engine import Callback, Run, StepEnd, Subscription, Trainer
+from offloop.engine.bus.event_bus import Bus
 
 NOTES = 10  # lines of the table for each part
 FLAT = 5.0  # MB
@@ -54,14 +55,12 @@ async def bus_alone(report: Report, count: int) -> list[float]:
     def publish() -> None:
         started = clock()
         for number in range(count):
-            stamp = bus.clock_offset + clock()
-            bus.publish_unchecked(
-                StepEnd(loss=1.0, lr=0.1, run_id="r", time=stamp, epoch=0, step=number, batch=number)
-            )
+            stamp = bus.clock.offset + clock()
+            bus.emit(StepEnd(loss=1.0, lr=0.1, run_id="r", time=stamp, epoch=0, step=number, batch=number))
             if (number + 1) % (count // NOTES) == 0:
                 found.append(resident())
                 waiting = len(bus._queue)
-                dropped = slow.statistics.dropped + bus.dropped
+                dropped = slow.statistics.dropped + bus._refused.total
                 cells = (f"{number + 1:,}", f"{clock() - started:.1f}", f"{found[-1]:.1f}")
                 report.row("bus alone", *cells, f"{waiting:,}", f"{dropped:,}")
         bus.close()

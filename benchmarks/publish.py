@@ -19,7 +19,8 @@ from collections.abc import Callable
 import anyio
 from measure import Report, clock, median_of, parse, quantile, ratio_of, shuffled
 
-from offloop.engine import Bus, StepEnd, Subscription
+from offloop.engine import StepEnd, Subscription
+from offloop.engine.bus.event_bus import Bus
 
 PUBLISHES = 1000
 REST = 0.02  # seconds between two batches of publishes
@@ -29,7 +30,7 @@ def publisher(bus: Bus, cpu: list[float], wall: list[float]) -> Callable[[], Non
     """Return a function that publishes a batch as the training loop does, and takes its times."""
 
     def publish() -> None:
-        emit, offset = bus.publish_unchecked, bus.clock_offset
+        emit, offset = bus.emit, bus.clock.offset
         cpu_started, started = time.thread_time(), clock()
         for step in range(PUBLISHES):
             emit(

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from offloop.engine.bus.commands import Stop as Stop
     from offloop.engine.bus.commands import TagCheckpoint as TagCheckpoint
     from offloop.engine.bus.commands import Validate as Validate
-    from offloop.engine.bus.event_bus import Bus as Bus
-    from offloop.engine.bus.event_bus import Subscription as Subscription
-    from offloop.engine.bus.event_bus import SubscriptionStatistics as SubscriptionStatistics
+    from offloop.engine.bus.subscription import Subscription as Subscription
+    from offloop.engine.bus.subscription import SubscriptionStatistics as SubscriptionStatistics
     from offloop.engine.callback import Callback as Callback
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
@@ -127,7 +126,7 @@ _NAMES = {
         "TagCheckpoint",
         "Validate",
     ),
-    "bus.event_bus": ("Bus", "Subscription", "SubscriptionStatistics"),
+    "bus.subscription": ("Subscription", "SubscriptionStatistics"),
     "callback": ("Callback", "decides", "in_step"),
     "checkpoint": ("CheckpointInfo", "CheckpointReader", "Retention"),
     "checkpoint.errors": (

@@ -36,7 +36,7 @@ from offloop.engine.events import (
 if TYPE_CHECKING:
     import torch
 
-    from offloop.engine.bus.event_bus import OnFull
+    from offloop.engine.bus.subscription import OnFull
     from offloop.engine.monitor import Mode
 
 logger = logging.getLogger("offloop")

@@ -23,7 +23,7 @@ from offloop.engine.bus.commands import (
     check,
     refused,
 )
-from offloop.engine.bus.event_bus import BUFFER, OnFull, Subscription, SubscriptionStatistics
+from offloop.engine.bus.subscription import BUFFER, OnFull, Subscription, SubscriptionStatistics
 from offloop.engine.bus.waker import result_of
 from offloop.engine.errors import DeadlockError
 from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
@@ -233,8 +233,8 @@ class Run:
     ) -> Subscription[E]: ...
 
     def events(
-        self, *types: type[Any], buffer: int = BUFFER, on_full: OnFull = "drop_oldest", name: str = "events"
-    ) -> Subscription[Any]:
+        self, *types: type[Event], buffer: int = BUFFER, on_full: OnFull = "drop_oldest", name: str = "events"
+    ) -> Subscription[Event]:
         """Subscribe to events, from now on; milestones since the start of the run are replayed.
 
         The result is an iterator (`async for`) and a context manager; it ends with the run, or when nobody holds it
@@ -246,9 +246,9 @@ class Run:
             on_full: `"drop_oldest"`, or `"block"`: training waits when the reader lags that far.
             name: Shown in `subscriptions`.
         """
-        subscription = self._bus.subscribe(*types, name=name, buffer=buffer, on_full=on_full, replay=True)
-        subscription.owner = actor.get()
-        return subscription
+        return self._bus.subscribe(
+            *types, name=name, buffer=buffer, on_full=on_full, replay=True, owner=actor.get()
+        )
 
     def publish(self, event: Event) -> None:
         """Publish an event of your own. Any thread; never waits.

@@ -29,6 +29,8 @@ WITHOUT_TORCH: Final = (
     "callback",
     "bus.waker",
     "bus.event_bus",
+    "bus.subscribers",
+    "bus.subscription",
     "bus.command_mailbox",
     "bus.commands",
     "checkpoint.tags",
@@ -53,6 +55,8 @@ SHARED: Final = (
 """What the training loop shares with the event loop's side; everything else it uses is its own."""
 ABOVE_THE_LOOP: Final = (
     "bus.event_bus",
+    "bus.subscribers",
+    "bus.subscription",
     "observers.worker",
     "observers.observer",
     "run",
@@ -267,7 +271,7 @@ def test_events_bus_and_control_load_without_torch() -> None:
         "import sys\n"
         f"for name in {WITHOUT_TORCH!r}:\n"
         "    __import__(f'offloop.engine.{name}')\n"
-        "from offloop.engine import Bus, Callback, Event, StepEnd, TrainerConfig, decode\n"
+        "from offloop.engine import Callback, Event, StepEnd, TrainerConfig, decode\n"
         "loaded = {'torch', 'torchmetrics', 'numpy', 'rich', 'websockets'} & set(sys.modules)\n"
         "sys.exit(f'loaded {sorted(loaded)}' if loaded else 0)\n"
     )

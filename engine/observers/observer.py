@@ -28,7 +28,7 @@ import msgspec
 from offloop.engine.bus import forked
 from offloop.engine.bus.command_mailbox import actor
 from offloop.engine.bus.deadlock import Places
-from offloop.engine.bus.event_bus import Barrier, Subscription
+from offloop.engine.bus.subscription import Barrier, Subscription
 from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers

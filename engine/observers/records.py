@@ -23,7 +23,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Final
 
-from offloop.engine.bus.event_bus import MAX_MILESTONES_BEHIND, Bus
+from offloop.engine.bus.event_bus import Bus
+from offloop.engine.bus.subscription import MAX_MILESTONES_BEHIND
 from offloop.engine.events import Event
 from offloop.engine.observers.event_log import EventLog
 from offloop.engine.observers.observer import Observer

@@ -19,7 +19,8 @@ import anyio.abc
 import msgspec
 
 from offloop.engine.bus.command_mailbox import Mailbox
-from offloop.engine.bus.event_bus import BUFFER, Bus, Subscription
+from offloop.engine.bus.event_bus import Bus
+from offloop.engine.bus.subscription import BUFFER, Subscription
 from offloop.engine.callback import Handlers
 from offloop.engine.events import Event
 from offloop.engine.observers.observer import CallbackCosts, Observer
@@ -65,8 +66,9 @@ class CallbackTasks:
         subscription: Subscription[Event] | None = None
         if types or needs_barriers:
             buffer = callback.buffer or BUFFER
-            subscription = Subscription(self._bus, handlers.name, types, buffer, callback.on_full)
-            self._bus.add(subscription)
+            subscription = self._bus.subscribe_to(
+                types, name=handlers.name, buffer=buffer, on_full=callback.on_full
+            )
         observer = Observer(
             handlers, subscription, run, run.publish, self._lifetime.fail, self._mailbox.places
         )
@@ -217,12 +219,6 @@ class CallbackTasks:
     def errors(self) -> dict[str, tuple[str, ...]]:
         """Return what each callback raised, by name; only those that raised something."""
         return {each.name: tuple(each.errors) for each in self.observers if each.errors}
-
-    def leave_event_loop(self) -> None:
-        """Continue on another event loop: the first one is dead, and its tasks cannot be woken. Training thread."""
-        for observer in self.observers:
-            if observer.subscription is not None:
-                observer.subscription._wake_consumer = None
 
     def clear(self) -> None:
         """Forget the callbacks, when the run is over."""

@@ -174,8 +174,8 @@ class Session:
         )
         self._has_ended_training = False  # set by the training thread as it leaves the end to the supervisor
         self.handles_signals = False  # set before the run by who takes them
-        self.clock_offset = self.bus.clock_offset
-        self.emit_step = self.bus.publish_unchecked
+        self.clock_offset = self.bus.clock.offset
+        self.emit_step = self.bus.emit
         self._continuation: run_state.Continuation | None = None
         self.loop = make_loop(self)
         self.progress = self.loop.progress
@@ -193,7 +193,7 @@ class Session:
                 run_id=run_id,
                 optimizers=self.loop.setup.optimizers,
                 model=trainer.model,
-                publish=self._publish_late,
+                publish=self.bus.publish_or_log,
                 retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
                 patience=self.lifetime.wait,
                 records=self.records,
@@ -346,7 +346,7 @@ class Session:
                 self.remote,
                 directory,
                 self.checkpoints,
-                publish=self._publish_late,
+                publish=self.bus.publish_or_log,
                 failed=self._upload_failed,
             )
             uploads.start()  # fails where the system gives no thread: then there is nothing to wait for
@@ -414,7 +414,7 @@ class Session:
         except BaseException as error:  # out of a state_dict; no giver of a command may be waiting for it
             logger.exception("the checkpoint of step %d was not saved", loop.progress.step)
             described = describe(as_failure(error))
-            self._publish_late(
+            self.bus.publish_or_log(
                 CheckpointFailed(saved_step=loop.progress.step, reason=reason, error=described)
             )
             if not is_out_of_memory(error):
@@ -551,20 +551,13 @@ class Session:
                 made[name] = value
         return made
 
-    def _publish_late(self, event: Event) -> None:
-        """Publish from the writer's thread; after the end the log is all that is left."""
-        try:
-            self.bus.publish(event)
-        except BusClosedError:
-            logger.info("%s came after the end of the run", event)
-
     def emit(self, event: Event) -> None:
         """Publish an event of the training loop, and keep the best moment up to date."""
         if not isinstance(event, Sample):
             if isinstance(event, (ValidationEnd, EpochEnd)):
                 self._judge(event)
             self.lifetime.cancel_if_event_loop_is_gone()
-        self.bus.publish_unchecked(event)
+        self.bus.emit(event)
         if not isinstance(event, Sample):
             self.records.note(event)
 
@@ -582,7 +575,7 @@ class Session:
 
     def is_blocked(self) -> bool:
         """Return True while a `block` subscriber with an event loop is full."""
-        return self.bus.blocked and not self.bus.loop_is_gone
+        return self.bus.is_blocked and not self.bus.loop_is_gone
 
     def callback_states(self) -> dict[str, Any]:
         """Return the state of each callback that steers training."""
@@ -906,10 +899,8 @@ class Session:
 
     async def _end_alone(self) -> None:
         """Close the callbacks and write the result from the training thread, on an event loop of its own."""
-        self.callbacks.leave_event_loop()
         await self._finish_checkpoints()
-        with contextlib.suppress(RuntimeError):  # nor can a reader of `run.events()` on that event loop
-            self.bus._end()
+        self.bus.end()
         await self.callbacks.close()
         await self._finish()
 
@@ -1019,7 +1010,7 @@ class Session:
         what = f"checkpoints {', '.join(missing)}" if missing else "the logs"
         error = RemoteError(self.remote.url, f"at the end of the run, {what} were not uploaded in time")
         logger.error("%s; they are in %s", error, self.dir)
-        self._publish_late(UploadFailed(url=self.remote.url, error=f"RemoteError: {error}"))
+        self.bus.publish_or_log(UploadFailed(url=self.remote.url, error=f"RemoteError: {error}"))
         self._upload_failed(error)
 
     def _await_uploads(self, uploads: Uploads) -> bool:

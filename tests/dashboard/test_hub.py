@@ -32,7 +32,6 @@ from offloop.dashboard.protocol import (
 )
 from offloop.dashboard.viewer import DELTA_POINTS, MAX_WAITING_TEXTS, Frames
 from offloop.engine import (
-    Bus,
     CallbackFailed,
     Command,
     CommandApplied,
@@ -49,6 +48,7 @@ from offloop.engine import (
     Validate,
     ValidationEnd,
 )
+from offloop.engine.bus.event_bus import Bus
 
 
 class FakeRun:

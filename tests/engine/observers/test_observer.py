@@ -16,7 +16,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from offloop.engine.bus import event_bus as bus_module
+from offloop.engine.bus import subscription as subscription_module
 from offloop.engine.bus.command_mailbox import actor
 from offloop.engine.bus.event_bus import Bus
 from offloop.engine.callback import Callback, Handlers, decides
@@ -378,10 +378,10 @@ def test_failures_are_reported_once_a_second_at_most(
     for step, expected in ((0.0, 1), (0.9, 1), (0.2, 2), (0.5, 2), (0.6, 3)):
         now[0] += step
         stage.observer.failed("Note", ValueError("odd"))
-        stage.bus.settle()
+        stage.bus._hand_over()
         assert len(caplog.records) == expected
     assert [each.failures for each in stage.reports.take()] == [1, 3, 5]
-    stage.bus._end()
+    stage.bus.end()
 
 
 @pytest.mark.anyio
@@ -399,7 +399,7 @@ async def test_ten_failures_in_a_row_switch_off(failing: Any, caplog: pytest.Log
 
 
 @pytest.mark.anyio
-async def test_decider_whose_observers_are_off_is_still_met() -> None:
+async def test_decider_whose_observers_are_off_still_gets_barriers() -> None:
     """Else the training thread would wait for it for ever."""
 
     class Decider(Callback):
@@ -410,15 +410,15 @@ async def test_decider_whose_observers_are_off_is_still_met() -> None:
             raise ValueError("always")
 
     stage = Stage(Decider())
-    met = anyio.Event()
+    reached = anyio.Event()
     async with at_work(stage):
         for event in notes(20):
             stage.bus.publish(event)
         while not stage.observer.disabled:
             await anyio.lowlevel.checkpoint()
         await anyio.wait_all_tasks_blocked()
-        stage.bus.put_barrier(stage.subscription, met.set)
-        await met.wait()
+        stage.bus.put_barrier(stage.subscription, reached.set)
+        await reached.wait()
     assert stage.observer.costs.events == 10
 
 
@@ -546,7 +546,7 @@ async def test_cancelled_observer_stops_where_it_is() -> None:
 async def test_observer_too_far_behind_is_off_and_nobody_else_is_hurt(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(bus_module, "MAX_MILESTONES_BEHIND", 10)
+    monkeypatch.setattr(subscription_module, "MAX_MILESTONES_BEHIND", 10)
 
     class Stuck(Callback):
         async def on_note(self, event: Note, run: Any) -> None:
@@ -636,7 +636,7 @@ async def test_hanging_async_close_can_be_given_up() -> None:
     with anyio.fail_after(5), anyio.move_on_after(0.01) as patience:
         await stage.observer.close()
     assert patience.cancelled_caught
-    stage.bus._end()
+    stage.bus.end()
 
 
 @pytest.mark.anyio
@@ -688,4 +688,4 @@ def test_event_loop_is_not_needed_to_read_costs() -> None:
 
     stage = Stage(Quiet())
     assert stage.observer.costs.events == 0
-    stage.bus._end()
+    stage.bus.end()
