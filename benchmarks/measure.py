@@ -446,9 +446,7 @@ class Report:
                 versions.append(f"{package} not installed")
         load = ", ".join(f"{each:.2f}" for each in os.getloadavg())
         share = self._stalled / self._seconds if self._seconds else 0.0
-        pressure = (
-            f"somebody waited for a core {share:.0%} of the time" if _PRESSURE.exists() else "not known"
-        )
+        pressure = f"CPU pressure: {share:.0%}" if _PRESSURE.exists() else "not known"
         return {
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
