@@ -33,6 +33,7 @@ from offloop.engine import (
     ValidationEnd,
     checks,
 )
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
@@ -235,6 +236,7 @@ class Alerts(Callback):
     time is a decider's task, see `EarlyStopping`.
     """
 
+    @explains_arguments()
     def __init__(
         self, notify: Notify | None = None, *rules: Rule, clock: Callable[[], float] = time.monotonic
     ) -> None:

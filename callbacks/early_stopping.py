@@ -18,6 +18,7 @@ from offloop.engine import (
     in_step,
     load_model,
 )
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.monitor import Mode, Monitor
 
 
@@ -29,6 +30,7 @@ class EarlyStopping(Callback):
     best moves only beyond `min_delta`.
     """
 
+    @explains_arguments()
     def __init__(
         self,
         monitor: str = "val_loss",

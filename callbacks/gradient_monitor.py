@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from offloop.engine import Callback, Metrics, Sample, StepPoint, checks, in_step
+from offloop.engine.argument_hints import explains_arguments
 
 CHUNK: Final = 1 << 22
 """Elements that are looked at in one go: small gradients are gathered, so that a hundred biases cost one kernel
@@ -48,6 +49,7 @@ class GradientMonitor(Callback):
 
     on_error = "isolate"
 
+    @explains_arguments()
     def __init__(self, *, every_n_steps: int = 50, per_layer: bool = True, update_ratio: bool = True) -> None:
         """Choose the cadence and what is measured.
 

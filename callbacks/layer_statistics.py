@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import torch
 
 from offloop.engine import Callback, Metrics, Sample, Settings, StepPoint, checks, in_step
+from offloop.engine.argument_hints import explains_arguments
 
 Kind = Literal["weights", "gradients", "activations"]
 
@@ -57,6 +58,7 @@ class LayerStatistics(Callback):
 
     on_error = "isolate"
 
+    @explains_arguments()
     def __init__(
         self,
         *,

@@ -25,6 +25,7 @@ from offloop.engine import (
     read_attempts,
     read_events,
 )
+from offloop.engine.argument_hints import explains_arguments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,6 +91,7 @@ class LearningCurves(Callback):
 
     needs_run_dir = True
 
+    @explains_arguments()
     def __init__(
         self, *, metrics: Sequence[str] | None = None, file: str = "curves.png", max_points: int = MAX_POINTS
     ) -> None:

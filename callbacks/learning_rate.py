@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from offloop.engine import Callback, ConfigError, EpochEnd, Run, TrainStart, ValidationEnd, checks, decides
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.monitor import Mode, Monitor, is_better
 
 Interval = Literal["epoch", "step"]
@@ -130,6 +131,7 @@ class LearningRateScheduler(Callback):
     are published as `LearningRateChanged`; a schedule that steps with the optimizer shows in `StepEnd.lr`.
     """
 
+    @explains_arguments()
     def __init__(
         self,
         scheduler: str | type[LRScheduler] | LRScheduler | Callable[[int], float] = "cosine",

@@ -23,6 +23,7 @@ from offloop.engine import (
     read_attempts,
     replace_file,
 )
+from offloop.engine.argument_hints import explains_arguments
 
 logger = logging.getLogger("offloop")
 
@@ -55,6 +56,7 @@ class MetricLogger(ValueLogger):
 
     needs_run_dir = True
 
+    @explains_arguments()
     def __init__(
         self,
         *,

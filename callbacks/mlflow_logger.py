@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
 from offloop.engine import ConfigError, first_use
+from offloop.engine.argument_hints import explains_arguments
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -37,6 +38,7 @@ class MLflowLogger(TrackingLogger):
     Needs MLflow: `pip install 'offloop[mlflow]'`, its small client, or `pip install mlflow`.
     """
 
+    @explains_arguments()
     def __init__(
         self,
         experiment_name: str = "Default",

@@ -24,6 +24,7 @@ from offloop.engine import (
     decides,
     in_step,
 )
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.monitor import Mode, Monitor
 
 DEFAULT_FILENAME: Final = "epoch={epoch}-step={step}"
@@ -45,6 +46,7 @@ class ModelCheckpoint(Callback):
     needs_run_dir = True
     steers = False
 
+    @explains_arguments()
     def __init__(
         self,
         monitor: str | None = None,

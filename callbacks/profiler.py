@@ -34,6 +34,7 @@ from offloop.engine import (
     in_step,
     replace_file,
 )
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
@@ -89,6 +90,7 @@ class Profiler(Callback):
     on_error = "isolate"
     needs_run_dir = True
 
+    @explains_arguments()
     def __init__(
         self,
         *,

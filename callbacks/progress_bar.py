@@ -35,6 +35,7 @@ from offloop.engine import (
     ValidationEnd,
     ValidationStart,
 )
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
@@ -68,6 +69,7 @@ class ProgressBar(Callback):
 
     buffer = 1  # the newest step is all it needs
 
+    @explains_arguments()
     def __init__(self, *, metrics: tuple[str, ...] | list[str] = (), file: TextIO | None = None) -> None:
         """Choose what to show beside the standard values.
 

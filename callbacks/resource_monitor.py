@@ -36,6 +36,7 @@ from offloop.engine import (
     checks,
     first_use,
 )
+from offloop.engine.argument_hints import explains_arguments
 from offloop.engine.bus.threads import Thread
 
 logger = logging.getLogger("offloop")
@@ -137,6 +138,7 @@ class ResourceMonitor(Callback):
     NVIDIA GPU, nothing is said about one.
     """
 
+    @explains_arguments()
     def __init__(self, every_seconds: float = EVERY_SECONDS) -> None:
         """Choose the cadence.
 

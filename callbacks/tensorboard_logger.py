@@ -24,6 +24,7 @@ from offloop.engine import (
     first_use,
     replace_file,
 )
+from offloop.engine.argument_hints import explains_arguments
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +47,7 @@ class TensorBoardLogger(ValueLogger):
     Needs tensorboard: `pip install 'offloop[tensorboard]'`.
     """
 
+    @explains_arguments()
     def __init__(
         self,
         *,

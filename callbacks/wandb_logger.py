@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
 from offloop.engine import ConfigError, checks
+from offloop.engine.argument_hints import explains_arguments
 
 if TYPE_CHECKING:
     import wandb
@@ -47,6 +48,7 @@ class WandbLogger(TrackingLogger):
 
     server = "Weights & Biases"
 
+    @explains_arguments()
     def __init__(
         self,
         project: str | None = None,

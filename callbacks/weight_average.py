@@ -18,6 +18,7 @@ from offloop.engine import (
     in_step,
     load_model,
 )
+from offloop.engine.argument_hints import explains_arguments
 
 Kind = Literal["ema", "swa"]
 
@@ -47,6 +48,7 @@ class WeightAverage(Callback):
     It draws no random numbers and, on CUDA, does not synchronise.
     """
 
+    @explains_arguments()
     def __init__(
         self,
         kind: Kind = "ema",

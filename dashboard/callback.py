@@ -21,6 +21,7 @@ from offloop.dashboard.history import HISTORY_BYTES
 from offloop.dashboard.security import host_name, is_loopback
 from offloop.dashboard.server import Options, Server
 from offloop.engine import Callback, Run, TrainStart, checks, decides
+from offloop.engine.argument_hints import explains_arguments
 
 logger = logging.getLogger("offloop")
 
@@ -55,6 +56,7 @@ class Dashboard(Callback):
 
     on_error = "isolate"  # a page that fails is no reason to lose a run
 
+    @explains_arguments()
     def __init__(
         self,
         host: str = "127.0.0.1",

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from offloop.engine.checkpoint.filesystem import replace_file as replace_file
     from offloop.engine.config import RemoteDirectory as RemoteDirectory
     from offloop.engine.config import TrainerConfig as TrainerConfig
-    from offloop.engine.config import TrainerKnobs as TrainerKnobs
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
     from offloop.engine.errors import ConfigError as ConfigError
@@ -147,7 +146,7 @@ _NAMES = {
         "WriterDiedError",
     ),
     "checkpoint.filesystem": ("replace_file",),
-    "config": ("RemoteDirectory", "TrainerConfig", "TrainerKnobs"),
+    "config": ("RemoteDirectory", "TrainerConfig"),
     "errors": (
         "BatchError",
         "BusClosedError",

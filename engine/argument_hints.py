@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar, cast
 
 from offloop.engine.errors import ConfigError, nearest
 
+__all__ = ["explains_arguments"]
+
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 PEER_SPELLINGS: Final = {
     # how long, and on what
@@ -320,6 +323,18 @@ def explains_arguments(
                 raise _misfit(function, args, kwargs, unknown) or error from None
 
         return call
+
+    return decorate
+
+
+def declared_as(declaration: F) -> Callable[[Callable[..., Any]], F]:
+    """Decorate a function to have the signature and the docstring of another, in editors and in `help()`.
+
+    The function gets the arguments as the call gives them, so it can tell a default from one that was left out.
+    """
+
+    def decorate(function: Callable[..., Any]) -> F:
+        return cast(F, functools.wraps(declaration, assigned=("__doc__",))(function))
 
     return decorate
 

@@ -1,15 +1,15 @@
-"""Callbacks: what reacts to a run, and where each of its methods runs.
+"""Callbacks, and where each of their methods runs.
 
-    async def on_epoch_end(self, event, run)             observer: on the event loop, beside training
-    def on_epoch_end(self, event, run)                   observer: in a worker thread of this callback
+    async def on_epoch_end(self, event, run)             observer: on the event loop, while training continues
+    def on_epoch_end(self, event, run)                   observer: in the callback's worker thread
     @decides                                             decider: the training thread waits for it
     def / async def on_epoch_end(self, event, run)           in the training thread / on the event loop
     @in_step(every_n_steps=50)                           step hook: in the training thread, inside the
-    def after_backward(self, point)                          step, with the tensors at hand
+    def after_backward(self, point)                          step, with access to the tensors
 
-The name of the method says what it handles: `EpochEnd` -> `on_epoch_end`; a handler for a base class
-(`on_sample`, `on_event`) gets what no more special handler of the callback takes. Everything that can be
-wrong with a callback is found by `Handlers` before the run starts.
+A method handles the event that it is named after: `EpochEnd` -> `on_epoch_end`. A handler of a base class
+(`on_sample`, `on_event`) gets the events for which the callback has no more specific handler. `Handlers` checks all
+methods of a callback before the run starts.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, overload
 
 from offloop.engine import checks
-from offloop.engine.argument_hints import HANDLERS, explains_arguments
+from offloop.engine.argument_hints import HANDLERS
 from offloop.engine.errors import ConfigError, nearest
 from offloop.engine.events import (
     EpochEnd,
@@ -46,10 +46,10 @@ OnError = Literal["raise", "isolate"]
 Handler = Callable[..., Any]
 
 MAX_FAILURES_IN_ROW: Final = 10
-"""Failures in a row, isolated ones, after which the observers or the step hooks of a callback are called no more."""
+"""Isolated failures in a row after which a callback's observers or step hooks are disabled."""
 
 BOUNDARY_EVENTS: Final = (TrainStart, Resumed, EpochStart, ValidationStart, ValidationEnd, EpochEnd)
-"""Events at which the training thread stands at a boundary, so that somebody can decide there."""
+"""Events that are published at a boundary, where the training thread can wait for a decision."""
 
 STEP_POINTS: Final = (
     "before_batch",
@@ -59,92 +59,89 @@ STEP_POINTS: Final = (
     "before_optimizer_step",
     "after_step",
 )
-"""Where step hooks can run inside a step, in its order."""
+"""Points inside a step where step hooks can run, in order."""
 POINTS: Final = (*STEP_POINTS, "before_validation", "after_validation", "after_training", "before_train_end")
-"""Where step hooks can run."""
+"""All points where step hooks can run."""
 
 
 class Callback:
-    """Base class of everything that reacts to a run.
+    """Base class of callbacks.
 
-    Define methods named like events, see the module's first lines. One instance serves one run at a time.
+    Define methods named after events; see the top of `engine/callback.py`. An instance serves one run at a time.
 
-    A callback may be slow, may lag and may fail without training noticing, unless it decides. Its
-    observers handle one event at a time, in order. A decider may give commands that take effect at the very
-    boundary where it stands (`run.stop_nowait("...")`).
+    Observers may be slow, lag or fail without affecting training. They handle one event at a time, in order.
+    Commands of a decider (`run.stop_nowait("...")`) take effect at the boundary where it decides.
     """
 
     on_error: ClassVar[OnError | None] = None
-    """What a failure means: `"isolate"` (reported, training goes on) or `"raise"` (the run ends as failed).
+    """What a failure does: `"isolate"` reports it and training continues, `"raise"` ends the run as failed.
     None: observers isolate, deciders and step hooks raise."""
     buffer: ClassVar[int | None] = None
-    """Samples held for the observers of this callback; None for the bus's default, 1 for "latest only"."""
+    """Samples buffered for the callback's observers, at least 1; None for the default of the bus."""
     on_full: ClassVar["OnFull"] = "drop_oldest"
-    """What happens beyond `buffer`; `"block"` gives the callback the right to slow training down."""
+    """What a full buffer does; `"block"` allows the callback to slow training down."""
     needs_run_dir: ClassVar[bool] = False
-    """True if it writes into `run.dir`: the run then has a directory, so that `run.dir` is not None."""
+    """True if the callback writes into `run.dir`. The run then has a directory, and `run.dir` is not None."""
     steers: ClassVar[bool] = True
-    """False if its deciders and step hooks only keep or report something, and never change the training.
+    """False if deciders and step hooks only store or report, and never change the training.
 
-    A validation that is made only because a run ends is not part of the run that continues it: what a callback
-    that steers remembers of it is left out of the checkpoint, what another one remembers is kept."""
+    A run may validate once more only because it ends; a run resumed from it does not have that validation. So the
+    checkpoint leaves out what a callback that steers remembers of it, and keeps what other callbacks remember."""
     best_by: "tuple[str, Mode] | None" = None
-    """Key and mode of the metric that says which moment of the run is best, where `Trainer(monitor=...)` does not.
+    """Key and mode of the metric by which the run chooses its best, unless `Trainer(monitor=...)` names one.
 
-    Of several callbacks that name one, the first decides what `result.best` is.
+    The first callback that sets it decides.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__init__ = explains_arguments()(cls.__init__)  # type: ignore[method-assign]  # that is the aim
-
     def reset(self) -> None:
-        """Forget the previous run. Called before each new run, in the thread that starts it."""
+        """Discard the state of the previous run. Called before each new run, in the thread that starts it."""
 
     def close(self) -> Awaitable[None] | None:
-        """Give resources back. Always called once, after the last event, however the run ended.
+        """Release resources. Called exactly once, after the last event, however the run ended.
 
-        A plain method runs in the callback's worker thread, an `async def` on the event loop. Where the run was
-        refused after `reset`, a plain one is called in the thread that wanted to start it.
+        A plain method runs in the callback's worker thread, an `async def` on the event loop. If the run is refused
+        after `reset`, a plain method is called in the thread that tried to start it.
         """
 
     def make_durable(self) -> Awaitable[None] | None:
-        """Put on the disk what was written so far. For callbacks that keep a log.
+        """Flush to disk what has been written so far. For callbacks that keep a log.
 
-        Where it is overridden, a checkpoint is announced as durable (`CheckpointSaved`) only after the callback has
-        handled all events before that and this has returned, for up to five seconds. A plain method runs in the
-        callback's worker thread, an `async def` on the event loop. What it raises is reported.
+        If it is overridden, a checkpoint becomes durable (`CheckpointSaved`) only once the callback has handled all
+        earlier events and this method has returned; the run waits at most five seconds. A plain method runs in the
+        callback's worker thread, an `async def` on the event loop. Exceptions are reported.
         """
 
     @property
     def validates_average(self) -> bool:
-        """True if validations run with `averaged_weights`. Read before the run and during it."""
+        """Whether validations use `averaged_weights`. Read before the run and during it."""
         return False
 
     @property
     def validates_live(self) -> bool:
-        """True if validations run with the weights in training, too: `val_live_loss`. Read before the run."""
+        """Whether validations also use the weights in training, as `val_live_loss`. Read before the run."""
         return False
 
     @property
     def sets_final_weights(self) -> bool:
-        """True if it says which weights the model has after the run, at `before_train_end`. One callback may."""
+        """Whether it sets the model's weights at `before_train_end`. Only one callback of a run may."""
         return False
 
     def averaged_weights(self) -> "Mapping[str, torch.Tensor]":
-        """Return what it has averaged of the model's state dict, by name; empty if there is nothing yet.
+        """Return the averaged entries of the model's state dict; empty if there are none yet.
 
-        Checkpoints hold it under the key `average`. In the training thread; the tensors are live.
+        Checkpoints store them under the key `average`. Called in the training thread; the tensors are live.
         """
         return {}
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return what its deciders and step hooks need after a resume. In the training thread, at a boundary."""
+        """Return the state that deciders and step hooks need after a resume.
+
+        Called in the training thread, at a boundary.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned. In the training thread, before `TrainStart`."""
+        """Restore what `state_dict` returned. Called in the training thread, before `TrainStart`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,15 +164,19 @@ def decides(*, timeout: float | None = None) -> Callable[[F], F]: ...
 
 
 def decides(handler: F | None = None, /, *, timeout: float | None = None) -> F | Callable[[F], F]:
-    """Give a handler the right to make training wait, at a boundary: `@decides` or `@decides(timeout=5)`.
+    """Let training wait for a handler, at a boundary: `@decides` or `@decides(timeout=5)`.
 
-    Legal on `TrainStart`, `Resumed`, `EpochStart`, `ValidationStart`, `ValidationEnd` and `EpochEnd`. A plain method
-    runs in the training thread, an `async def` on the event loop while the training thread waits.
+    For `TrainStart`, `Resumed`, `EpochStart`, `ValidationStart`, `ValidationEnd` and `EpochEnd`. A plain method runs
+    in the training thread. An `async def` runs on the event loop while the training thread waits.
 
     Args:
         handler: The method.
-        timeout: Seconds to wait for an `async def`, after which training goes on without it. None, the default,
-            waits as long as it takes: with a deadline, results depend on the machine's load.
+        timeout: Seconds to wait for an `async def`, above 0, before training continues without it. None waits
+            indefinitely: with a deadline, results depend on the machine's load.
+
+    Raises:
+        TypeError: This is no method, or a plain method has a timeout.
+        ValueError: The timeout is out of range.
     """
     if handler is not None and not callable(handler):
         raise TypeError(f"write @decides above a method, or @decides(timeout=...); got decides({handler!r})")
@@ -185,7 +186,7 @@ def decides(handler: F | None = None, /, *, timeout: float | None = None) -> F |
         if timeout is not None and not inspect.iscoroutinefunction(handler):
             raise TypeError(
                 f"timeout is for an async def: {handler.__name__} runs in the training thread, "
-                "where nothing can end it"
+                "where it cannot be interrupted"
             )
         handler.__offloop_decides__ = _Decides(timeout)  # type: ignore[attr-defined]  # a mark on a function
         return handler
@@ -206,19 +207,24 @@ def in_step(
 ) -> F | Callable[[F], F]:
     """Make a plain method a step hook: `@in_step` or `@in_step(every_n_steps=50)`.
 
-    It runs in the training thread and is named after its point: `before_batch`, `before_forward`,
-    `before_backward`, `after_backward` (gradients scaled, once per batch), `before_optimizer_step` (unscaled, before
-    clipping), `after_step`, `before_validation`, `after_validation`, `after_training` (always, also when training
-    failed or was cancelled), `before_train_end` (when training was completed or stopped and its last checkpoint is
-    taken: what the model is to be after the run, and in no checkpoint). It takes one argument, a `StepPoint`.
+    A step hook runs in the training thread and takes one argument, a `StepPoint`. It is named after its point:
+
+    - `before_batch`, `before_forward`, `before_backward`
+    - `after_backward`: once per batch, the gradients still scaled
+    - `before_optimizer_step`: the gradients unscaled and not clipped yet
+    - `after_step`
+    - `before_validation`, `after_validation`
+    - `after_training`: always, also when training failed or was cancelled
+    - `before_train_end`: when training completed or was stopped, after its last checkpoint. It sets what the model is
+      after the run; no checkpoint contains that.
 
     Args:
         hook: The method.
-        every_n_steps: Runs only in steps number n, 2 n, 3 n, ...; the others pay nothing for it.
-            Points outside of steps run each time. The name of an attribute of the callback gives each instance
-            a cadence of its own, None for no such hook: it is read when a run is set up.
-        phase: Moves those steps: number phase, phase + n, phase + 2 n, ... From 0 to n - 1; 1 includes the
-            first step of the run. A loop that counts from 0 and tests `i % n == 0` has phase 1.
+        every_n_steps: Run in every n-th step, at least 1; other steps have no overhead. Points outside of steps always
+            run. A string names an attribute of the callback that holds the number, or None for no hook; it is read
+            when a run is set up.
+        phase: Run in steps number phase, phase + n, phase + 2 n, ...; from 0 to n - 1. 1 includes the first step of
+            the run, like `i % n == 0` in a loop that counts from 0.
 
     Raises:
         TypeError: This is no plain method, or it is not named after a point.
@@ -236,7 +242,7 @@ def in_step(
         if inspect.iscoroutinefunction(hook):
             raise TypeError(
                 f"{hook.__name__} is an async def; a step hook runs inside the step, in the training thread, "
-                "where nothing can be awaited: make it a plain def and publish an event for async code"
+                "where nothing can be awaited: make it a plain def, and publish an event for async code"
             )
         if hook.__name__ not in POINTS:
             raise TypeError(f"a step hook is named after its point: {', '.join(POINTS)}; got {hook.__name__}")
@@ -265,19 +271,19 @@ class StepHook:
     method: Callable[[Any], None]
     every_n_steps: int
     phase: int
-    """Remainder, modulo `every_n_steps`, of the numbers of the steps in which it runs."""
+    """It runs in the steps whose number modulo `every_n_steps` is this."""
     on_error: OnError
 
 
 class Handlers:
-    """What one callback handles, and how: its methods, looked up and checked once."""
+    """The handlers and hooks of one callback, looked up and checked once."""
 
     def __init__(self, callback: Callback, name: str) -> None:
-        """Look the methods of `callback` up.
+        """Look up the methods of `callback`.
 
         Raises:
             TypeError: It is no callback.
-            ConfigError: One of its methods can never be called, or its rights contradict each other.
+            ConfigError: A method could never be called, or the callback decides and observes samples.
         """
         if isinstance(callback, type):
             raise TypeError(
@@ -296,13 +302,14 @@ class Handlers:
         for attribute in dir(type(callback)):
             if callable(inspect.getattr_static(type(callback), attribute)) and not attribute.startswith("__"):
                 self._look_at(attribute, getattr(callback, attribute))
-        for attribute, method in vars(callback).items():  # handlers set on the instance
+        # Handlers can be set on the instance, too.
+        for attribute, method in vars(callback).items():
             if callable(method) and attribute.startswith("on_"):
                 self._look_at(attribute, method)
         self._check_samples()
 
     def handler_for(self, event_class: type[Event]) -> Handler | None:
-        """Return the observer for a class of events: the most special one its ancestors name."""
+        """Return the observer for a class of events: that of its nearest ancestor; None if there is none."""
         try:
             return self._by_class[event_class]
         except KeyError:
@@ -310,7 +317,7 @@ class Handlers:
             for ancestor in event_class.__mro__:
                 if issubclass(ancestor, Event):
                     if ancestor.handler_name in self.deciders:
-                        break  # it is decided about instead
+                        break
                     handler = self.observers.get(ancestor.handler_name)
                     if handler is not None:
                         break
@@ -318,14 +325,14 @@ class Handlers:
             return handler
 
     def observed_types(self) -> tuple[type[Event], ...]:
-        """Return the classes its observers subscribe to."""
+        """Return the classes of events that the observers subscribe to."""
         if "on_event" in self.observers:
             return (Event,)
         return tuple(each for each in known_events() if each.handler_name in self.observers)
 
     @property
     def has_state(self) -> bool:
-        """True if the callback has a state to save."""
+        """Whether the callback has a state to save."""
         return type(self.callback).state_dict is not Callback.state_dict
 
     def place_of(self, event_class: type[Event]) -> Literal["loop", "thread", "nowhere"]:
@@ -347,15 +354,15 @@ class Handlers:
         in_step_mark: _InStep | None = getattr(method, "__offloop_in_step__", None)
         if in_step_mark is not None:
             self._expect_arguments(attribute, method, 1, "point")
+            every, phase = self._interval(attribute, in_step_mark.every_n_steps), in_step_mark.phase
+            if every is None:
+                return
+            if phase >= every:
+                raise ConfigError(
+                    f"{self.name}.{attribute} has phase={phase}, which must be below every_n_steps={every}"
+                )
             on_error = self.callback.on_error or "raise"
-            every = self._cadence(attribute, in_step_mark.every_n_steps)
-            if every is not None:
-                phase = in_step_mark.phase
-                if phase >= every:
-                    raise ConfigError(
-                        f"{self.name}.{attribute} has phase={phase}, which must be below every_n_steps={every}"
-                    )
-                self.hooks.append(StepHook(self.name, attribute, method, every, phase, on_error))
+            self.hooks.append(StepHook(self.name, attribute, method, every, phase, on_error))
         elif decides_mark is not None:
             self._check_boundary(attribute)
             self._expect_arguments(attribute, method, 2, "event, run")
@@ -366,17 +373,15 @@ class Handlers:
             self._expect_arguments(attribute, method, 2, "event, run")
             self.observers[attribute] = method
         elif attribute in POINTS:
-            raise ConfigError(
-                f"{self.name}.{attribute} is named like a step hook but is none: put @in_step above it"
-            )
+            raise ConfigError(f"{self.name}.{attribute} is named like a step hook: put @in_step above it")
 
-    def _cadence(self, attribute: str, every_n_steps: int | str) -> int | None:
+    def _interval(self, attribute: str, every_n_steps: int | str) -> int | None:
         if isinstance(every_n_steps, int):
             return every_n_steps
-        value = getattr(self.callback, every_n_steps, 0)
-        if value is None:
-            return None
-        checks.whole_number(f"{self.name}.{every_n_steps}, the cadence of {attribute},", value)
+        value: int | None = getattr(self.callback, every_n_steps, 0)
+        checks.whole_number(
+            f"{self.name}.{every_n_steps}, the interval of {attribute},", value, optional=True
+        )
         return value
 
     def _check_known(self, attribute: str) -> None:
@@ -386,21 +391,20 @@ class Handlers:
             hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
             if attribute in HANDLERS:
                 hint = f"use {HANDLERS[attribute]}"
-            raise ConfigError(f"{self.name}.{attribute} handles no event that is known: {hint}")
+            raise ConfigError(f"{self.name}.{attribute} handles no known event: {hint}")
 
     def _check_boundary(self, attribute: str) -> None:
         legal = [event_class.handler_name for event_class in BOUNDARY_EVENTS]
         if attribute not in legal:
             raise ConfigError(
-                f"{self.name}.{attribute} cannot decide: training stands at a boundary only at "
-                f"{', '.join(legal)}"
+                f"{self.name}.{attribute} cannot decide: training is at a boundary only in {', '.join(legal)}"
             )
 
     def _check_settings(self) -> None:
-        on_error, buffer, on_full = self.callback.on_error, self.callback.buffer, self.callback.on_full
-        checks.choice(f"{self.name}.on_error", on_error, ("raise", "isolate", None))
-        checks.whole_number(f"{self.name}.buffer", buffer, optional=True)
-        checks.choice(f"{self.name}.on_full", on_full, ("drop_oldest", "block"))
+        callback = self.callback
+        checks.choice(f"{self.name}.on_error", callback.on_error, (None, "raise", "isolate"))
+        checks.choice(f"{self.name}.on_full", callback.on_full, ("drop_oldest", "block"))
+        checks.whole_number(f"{self.name}.buffer", callback.buffer, optional=True)
 
     def _check_samples(self) -> None:
         if not self.deciders:
@@ -429,10 +433,11 @@ class Handlers:
 
 
 def lookup(callbacks: Iterable[Callback]) -> list[Handlers]:
-    """Look all callbacks up, in declared order, and name them: two of a class are `Name` and `Name#2`.
+    """Look up all callbacks, in declared order. Names are those of the classes; a second one gets `Name#2`.
 
     Raises:
-        TypeError, ConfigError: As `Handlers`; or one instance was given twice.
+        TypeError: An object is no callback.
+        ConfigError: As for `Handlers`, or an instance was given twice.
     """
     found: list[Handlers] = []
     counts: dict[str, int] = {}
@@ -446,14 +451,14 @@ def lookup(callbacks: Iterable[Callback]) -> list[Handlers]:
 
 
 def close_unused(callbacks: Iterable[Callback]) -> None:
-    """Close callbacks that were reset for a run which was then refused. In the thread that wanted to start it.
+    """Close callbacks that were reset for a run that was then refused. Called in the thread that tried to start it.
 
-    An `async def close` is left out: there may be no event loop, and without events there was nothing to do.
-    All are closed, whatever one raises: that is only logged, since the caller has the refusal to raise.
+    An `async def close` is skipped: there may be no event loop, and the callback has had no event. Exceptions are
+    only logged, because the caller raises the refusal.
     """
     for callback in callbacks:
         if not inspect.iscoroutinefunction(callback.close):
             try:
                 callback.close()
             except BaseException:
-                logger.exception("%s could not be closed", type(callback).__name__)
+                logger.exception("closing %s failed", type(callback).__name__)

@@ -5,7 +5,7 @@ NaN and infinities are never better; 0.0 is a value like any other; ties keep th
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from offloop.engine import checks
 from offloop.engine.errors import ConfigError
@@ -75,7 +75,7 @@ class Monitor:
             ConfigError: The key is of no training or validation, or another value is out of range.
         """
         check_key(key)
-        checks.choice("mode", mode, ("auto", "min", "max"))
+        checks.choice("mode", mode, get_args(Mode))
         checks.number("min_delta", min_delta, at_least=0)
         self.key = key
         self.min_delta = float(min_delta)

@@ -107,7 +107,6 @@ if TYPE_CHECKING:
     from offloop.engine import Trainer as Trainer
     from offloop.engine import TrainerBusyError as TrainerBusyError
     from offloop.engine import TrainerConfig as TrainerConfig
-    from offloop.engine import TrainerKnobs as TrainerKnobs
     from offloop.engine import TrainStart as TrainStart
     from offloop.engine import UploadFailed as UploadFailed
     from offloop.engine import ValidationEnd as ValidationEnd
@@ -209,7 +208,6 @@ _NAMES = {
         "Trainer",
         "TrainerBusyError",
         "TrainerConfig",
-        "TrainerKnobs",
         "UploadFailed",
         "ValidationEnd",
         "ValidationStart",

@@ -41,7 +41,7 @@ def test_each_event_has_an_example_that_decodes() -> None:
         assert isinstance(event, UnknownEvent) or decode(encode(event)) == event
 
 
-def test_each_callback_and_rule_has_a_table_of_its_arguments() -> None:
+def test_the_trainer_and_each_callback_and_rule_have_a_table_of_its_arguments() -> None:
     tables = re.findall(r"<!-- made: arguments (\w+) -->", "".join(PAGES.values()))
     public = {name: getattr(offloop.callbacks, name) for name in offloop.callbacks.__all__}
     with_arguments = [
@@ -49,7 +49,7 @@ def test_each_callback_and_rule_has_a_table_of_its_arguments() -> None:
         for name, cls in public.items()
         if issubclass(cls, Callback | offloop.callbacks.Rule) and cls.__init__ is not object.__init__
     ]
-    assert sorted(tables) == sorted(["Dashboard", *with_arguments])
+    assert sorted(tables) == sorted(["Dashboard", "Trainer", *with_arguments])
 
 
 @pytest.mark.parametrize("module", script.MODULES)

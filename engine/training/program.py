@@ -6,16 +6,16 @@ This module imports nothing that imports a run, so that sessions, runs and tools
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, Unpack
+from typing import Any, Final, Literal, NoReturn
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from offloop.engine.argument_hints import explains_arguments
+from offloop.engine.argument_hints import declared_as, explains_arguments
 from offloop.engine.bus.commands import Need, Stop
 from offloop.engine.callback import Callback, OnError, lookup
 from offloop.engine.checkpoint import CheckpointInfo, Retention
-from offloop.engine.config import TrainerConfig, TrainerKnobs
+from offloop.engine.config import TrainerConfig
 from offloop.engine.data.batch_size import BatchSize
 from offloop.engine.data.val_loaders import name_of
 from offloop.engine.errors import ConfigError
@@ -42,9 +42,8 @@ from offloop.engine.training.own_loss import NextTokens
 from offloop.engine.training.precision import MixedPrecision
 from offloop.engine.training.setup import Batch
 from offloop.engine.training.step_output import StepOutput
+from offloop.engine.training.trainer_arguments import Loss, trainer_arguments
 from offloop.engine.training.trainer_state import capture_state, restore_state
-
-Loss = Callable[[Any, Any], torch.Tensor]
 
 _STOP: Final = (
     'a trainer is not stopped by an attribute: call self.stop("why") in a step, or run.stop_nowait("why") in a '
@@ -61,6 +60,7 @@ class TrainingProgram:
     automatic_optimization: bool = True
     """False: `training_step` calls `self.backward(loss)` and `self.optimizer_step(name)` itself."""
 
+    @declared_as(trainer_arguments)
     @explains_arguments()
     def __init__(
         self,
@@ -72,29 +72,11 @@ class TrainingProgram:
         scheduler: LRScheduler | None = None,
         batch_size: BatchSize | None = None,
         callbacks: Sequence[Callback] = (),
-        **overrides: Unpack[TrainerKnobs],
+        **knobs: Any,
     ) -> None:
-        """Say how to train. Nothing is moved, seeded or started before a run.
-
-        Args:
-            model: Trained in place. Moved to the device when a run starts.
-            optimizer: Over parameters of `model`; or several by name, for manual optimization.
-            config: The knobs; each can be given as a keyword instead.
-            loss: `loss(outputs, targets)` for batches `(inputs, targets)`.
-            scheduler: A torch schedule of (the first) optimizer, stepped as `scheduler_interval` says.
-            batch_size: Returns how many samples a batch has, where a guess from its shapes would be wrong: see
-                `guess_batch_size`. Called in the training thread, before the step.
-            callbacks: Come before those of `train()` in the order of decisions.
-            overrides: Knobs of `TrainerConfig`, taking precedence over `config`.
-
-        Raises:
-            ConfigError: A knob is unknown (the text names the nearest) or out of range, or the optimizer
-                holds parameters that are neither the model's nor the loss's.
-            TypeError: Model, optimizer, loss or scheduler is not what its name says.
-        """
         set_by_subclass = set(vars(self))
         check_parts(model, config, loss, batch_size)
-        self.config = (config or TrainerConfig()).replace(**overrides)
+        self.config = (config or TrainerConfig()).replace(**knobs)
         check_model(model)
         self.model = model
         self.optimizers = named_optimizers(optimizer)
@@ -102,7 +84,7 @@ class TrainingProgram:
         self.scheduler = scheduler
         self.batch_size = batch_size
         self.callbacks = tuple(check_callbacks(callbacks))
-        self.device = resolve_device(self.config.device)
+        self.device = resolve_device(str(self.config.device))
         self._occupancy = Occupancy()
         self._loop_class = TrainingLoop
         # Of the run, evaluation or search in progress. Set before its thread starts, cleared after it has ended.

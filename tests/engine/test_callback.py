@@ -178,7 +178,7 @@ def test_plain_callback_does_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("on_epoch_ends", r"Mine\.on_epoch_ends handles no event that is known: did you mean on_epoch_end\?"),
+        ("on_epoch_ends", r"Mine\.on_epoch_ends handles no known event: did you mean on_epoch_end\?"),
         ("on_stepend", r"did you mean on_step_end\?"),
         ("on_evnt", r"did you mean on_event\?"),
         ("on_pulses", r"did you mean on_pulse\?"),
@@ -213,7 +213,7 @@ def test_same_instance_twice_is_refused() -> None:
 )
 def test_decider_where_training_stands_at_no_boundary_is_refused(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"Mine\.{name} cannot decide: .* only at on_train_start, .*on_epoch_end"
+        ConfigError, match=rf"Mine\.{name} cannot decide: .* only in on_train_start, .*on_epoch_end"
     ):
         handlers_of(with_method(name, decides(lambda self, event, run: None)))
 
@@ -243,9 +243,7 @@ def test_step_hook_at_no_point_is_refused_with_the_points() -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_method_named_like_a_step_hook_that_is_none_is_refused(point: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"Mine\.{point} is named like a step hook but is none: put @in_step"
-    ):
+    with pytest.raises(ConfigError, match=rf"Mine\.{point} is named like a step hook: put @in_step"):
         handlers_of(with_method(point, lambda self, point: None))
 
 
@@ -289,7 +287,7 @@ def test_signatures_that_can_be_called_are_accepted(method: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("on_error", "ignore", "Mine.on_error must be 'raise', 'isolate' or None, got 'ignore'"),
+        ("on_error", "ignore", "Mine.on_error must be None, 'raise' or 'isolate', got 'ignore'"),
         ("on_error", observe, "Mine.on_error must be"),
         ("on_full", "drop", "Mine.on_full must be 'drop_oldest' or 'block', got 'drop'"),
         ("buffer", 0, "Mine.buffer must be a whole number of at least 1, got 0"),
@@ -366,5 +364,5 @@ def test_cadence_of_none_is_no_hook() -> None:
 
     assert handlers_of(Looks(None)).hooks == []
     assert [hook.every_n_steps for hook in handlers_of(Looks(7)).hooks] == [7]
-    with pytest.raises(ConfigError, match="every, the cadence of after_step"):
+    with pytest.raises(ConfigError, match="every, the interval of after_step, must be a whole number"):
         handlers_of(Looks(0))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offloop.engine import ConfigError, TrainerConfig, TrainerKnobs
+from offloop.engine import ConfigError, TrainerConfig
 from offloop.engine.config import TRAIN_ARGUMENTS, check_limits, misplaced_argument
 from offloop.engine.events import Settings, TrainStart, decode, encode
 
@@ -40,6 +40,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ),
     ("flush_interval", None, "must be a finite number of seconds above 0"),
     ("drain_timeout", None, "must be a finite number of seconds above 0"),
+    ("deterministic", None, "must be True or False"),
     *(
         (name, value, "must be a number of batches (int of at least 1) or a share of them")
         for name in ("limit_train_batches", "limit_val_batches")
@@ -223,13 +224,6 @@ def test_a_configuration_is_frozen() -> None:
     with pytest.raises(AttributeError):
         TrainerConfig().seed = 1  # type: ignore[misc]  # that is the test
     assert msgspec.structs.asdict(TrainerConfig(epochs=2))["epochs"] == 2
-
-
-def test_editors_are_told_of_the_same_knobs() -> None:
-    told = {
-        name: getattr(kind, "__forward_arg__", kind) for name, kind in TrainerKnobs.__annotations__.items()
-    }
-    assert told == {name: TrainerConfig.__annotations__[name] for name in KNOBS}
 
 
 def test_hyperparameters_are_copied_as_plain_values() -> None:

@@ -652,7 +652,7 @@ def test_kill_while_uploading_leaves_a_run_that_goes_on_bit_for_bit(tmp_path: Pa
     [
         ({"run_dir": "s3://bucket/runs"}, "run_dir must be a local directory.*remote_dir='s3://bucket/runs'"),
         ({"remote_dir": "bucket/runs"}, "remote_dir must be a URL like s3://bucket/runs.*got 'bucket/runs'"),
-        ({"remote_dir": "ftp://me:secret@host/runs"}, "remote_dir holds a password: .*storage_options"),
+        ({"remote_dir": "ftp://me:secret@host/runs"}, "remote_dir contains a password: .*storage_options"),
         ({"remote_dir": 3}, "remote_dir must be a URL"),
     ],
 )
