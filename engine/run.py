@@ -1,14 +1,18 @@
-"""Run: the handle of a training run, for any task and thread."""
+"""Run: the handle of a training run, for any task and thread.
+
+A `Run` holds no state. It reads that of its session, and gives commands to the session's mailbox.
+"""
 
 import functools
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Final, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
-from offloop.engine.bus.command_mailbox import actor
+from offloop.engine.bus.command_mailbox import Mailbox, actor
 from offloop.engine.bus.commands import (
     Call,
     Command,
@@ -23,17 +27,21 @@ from offloop.engine.bus.commands import (
     check,
     refused,
 )
+from offloop.engine.bus.event_bus import Bus
 from offloop.engine.bus.subscription import BUFFER, OnFull, Subscription, SubscriptionStatistics
+from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import result_of
+from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import DeadlockError
 from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
 from offloop.engine.monitor import Direction
 from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.result import RunResult
+from offloop.engine.session.lifetime import Lifetime
+from offloop.engine.session.ownership import Monitors
 from offloop.engine.training.program import TrainingProgram
-
-if TYPE_CHECKING:
-    from offloop.engine.session.session import Session
+from offloop.engine.training.progress import Progress
 
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
@@ -42,10 +50,35 @@ P = ParamSpec("P")
 _STOP: Final = 'a run is not stopped by an attribute: call run.stop_nowait("why"), or await run.stop("why")'
 
 
+class Source(Protocol):
+    """What a `Run` needs of the session behind it. Any thread reads it, during the run and after its end."""
+
+    run_id: str
+    dir: Path | None
+    config: TrainerConfig
+    monitors: Monitors
+    mailbox: Mailbox
+    bus: Bus
+    lifetime: Lifetime
+    thread: Thread
+    progress: Progress
+    has_validation: bool
+    checkpoints: Checkpoints | None
+    weak_trainer: weakref.ref[TrainingProgram]
+    result: RunResult | None
+    finished: Future[RunResult]
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def callback_costs(self) -> dict[str, CallbackCosts]: ...
+    def publish(self, event: Event, /) -> None: ...
+
+
 def awaited(
     method: Callable[Concatenate["Run", P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate["Run", P], Coroutine[Any, Any, T]]:
-    """Decorate an `async def` of `Run` so that a call where nothing can be awaited is an error and not forgotten."""
+    """Make a method of `Run` raise where nothing can be awaited: the coroutine would be dropped silently."""
 
     @functools.wraps(method)
     def call(run: "Run", /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
@@ -64,32 +97,35 @@ def awaited(
 class Run:
     """A run, from its start to its result. Usable from any task, thread or event loop.
 
-    Commands come in two forms. `await run.stop()` returns when the command was applied; while the training
-    thread waits for a decider or a full `block` subscription it returns `None` on acceptance, because the
-    training thread may be waiting for the very task that awaits. `run.stop_nowait()` returns a
-    `concurrent.futures.Future` at once. Both raise `RunEndedError` when the run is over. `pause` and
-    `resume` apply at the next batch, all others at the next step boundary.
+    Commands come in two forms. `await run.stop()` returns when the command has been applied. While the training
+    thread waits for a decider or a full `block` subscription, it returns `None` on acceptance, because the training
+    thread may be waiting for the task that awaits. `run.stop_nowait()` returns a `concurrent.futures.Future` at once.
+    Both raise `RunEndedError` when the run is over. `pause` and `resume` apply at the next batch, the other commands
+    at the next step boundary.
+
+    All that a program may ask of a run is here, so the class has many methods. Most have one line.
     """
 
-    __slots__ = ("__weakref__", "_bus", "_mailbox", "_session")  # run.should_stop = True is an error
+    # Without a __dict__, `run.anything = True` is an error.
+    __slots__ = ("__weakref__", "_bus", "_mailbox", "_session")
 
-    def __init__(self, session: "Session") -> None:
+    def __init__(self, session: Source) -> None:
         self._session = session
         self._mailbox = session.mailbox
         self._bus = session.bus
 
-    # What it is
+    # State
 
     @property
     def id(self) -> str:
-        """Identity of the run, the name of its directory."""
+        """Identity of the run, and the name of its directory."""
         return self._session.run_id
 
     @property
     def dir(self) -> Path | None:
-        """Its directory; None if it has none.
+        """Directory of the run, None if it has none.
 
-        It has one with `Trainer(run_dir=...)`, with `remote_dir=...`, or if a callback sets `needs_run_dir = True`.
+        A run has one with `Trainer(run_dir=...)`, with `remote_dir=...`, or if a callback sets `needs_run_dir = True`.
         """
         return self._session.dir
 
@@ -120,11 +156,11 @@ class Run:
 
     @property
     def failure(self) -> BaseException | None:
-        """What the run fails with; None while nothing has gone wrong, and after the run has raised it."""
+        """The exception that the run fails with. None if there is none, and once the run has raised it."""
         return self._session.lifetime.failure
 
     def stack(self) -> str:
-        """Return where the training thread is now, as Python prints a stack; empty when it has ended. Any thread."""
+        """Return the stack of the training thread as Python prints it; empty when the thread has ended. Any thread."""
         frame = sys._current_frames().get(self._session.thread.ident or 0)
         return "" if frame is None else "".join(traceback.format_stack(frame))
 
@@ -144,22 +180,22 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        """True if a signal, Ctrl-C or SIGTERM, has asked it to stop."""
+        """True if a signal has asked the run to stop: Ctrl-C or SIGTERM."""
         return self._session.lifetime.signal_count > 0
 
     @property
     def epoch(self) -> int:
-        """Index of the epoch in progress, from 0, as of now."""
+        """Index of the epoch in progress, from 0."""
         return self._session.progress.epoch
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, as of now."""
+        """Optimizer steps done so far."""
         return self._session.progress.step
 
     @property
     def validation_batch(self) -> int:
-        """Batches that the validation in progress has been given, or that the last one was, as of now."""
+        """Batches given to the validation in progress, or to the last one."""
         return self._session.progress.val_batches
 
     @property
@@ -168,7 +204,7 @@ class Run:
         plain decider, a step hook or `call`.
 
         Raises:
-            RuntimeError: The run is over and nobody has kept the trainer.
+            RuntimeError: The run is over and the program has not kept the trainer.
         """
         trainer = self._session.weak_trainer()
         if trainer is None:
@@ -177,12 +213,12 @@ class Run:
 
     @property
     def hyperparameters(self) -> Settings:
-        """What `Trainer(hyperparameters=...)` was given; a copy of plain values. Any thread."""
+        """The argument `Trainer(hyperparameters=...)`; a copy of plain values. Any thread."""
         return Settings(self._session.config.hyperparameters or {})
 
     @property
     def monitor(self) -> str:
-        """Key of the metric that says which moment of the run is best, as `result.best` does."""
+        """Key of the metric by which `result.best` is chosen."""
         return self._session.monitors.best
 
     @property
@@ -191,27 +227,27 @@ class Run:
         return self._session.monitors.default
 
     def direction_of(self, metric: str) -> Direction | None:
-        """Return whether less or more of a metric is better, None if neither it nor its name says so."""
+        """Return whether less or more of a metric is better, None if neither the metric nor its name tells."""
         return self._session.monitors.direction_of(metric)
 
     @property
     def result(self) -> RunResult:
-        """What the run has come to.
+        """Outcome of the run.
 
         Raises:
-            RuntimeError: It is still going on.
+            RuntimeError: The run is not over.
         """
         result = self._session.result
         if result is None:
-            raise RuntimeError(f"run {self.id} is still going on (it is {self.state}): await run.wait()")
+            raise RuntimeError(f"run {self.id} is not over (it is {self.state}): await run.wait()")
         return result
 
     @awaited
     async def wait(self) -> RunResult:
-        """Wait for the end, whatever it is, and return the result. Cancellation: the run goes on.
+        """Wait for the end, whatever it is, and return the result. Cancellation: the run continues.
 
         Raises:
-            DeadlockError: In a handler of one of the run's callbacks, for which the end of the run waits.
+            DeadlockError: In a handler of one of the run's callbacks: the end of the run waits for it.
         """
         if self._mailbox.places.is_handling():
             raise DeadlockError(
@@ -220,7 +256,7 @@ class Run:
             )
         return await result_of(self._session.finished)
 
-    # What it says
+    # Events
 
     @overload
     def events(
@@ -237,13 +273,13 @@ class Run:
     ) -> Subscription[Event]:
         """Subscribe to events, from now on; milestones since the start of the run are replayed.
 
-        The result is an iterator (`async for`) and a context manager; it ends with the run, or when nobody holds it
-        any more, as after a `break`. From a plain thread call its `take()`.
+        The result is an iterator (`async for`) and a context manager. It ends with the run, or when the program drops
+        it, as after a `break`. In a plain thread call its `take()`.
 
         Args:
             types: Event classes; none means all.
             buffer: Samples held for a reader that lags, at least 1.
-            on_full: `"drop_oldest"`, or `"block"`: training waits when the reader lags that far.
+            on_full: `"drop_oldest"`, or `"block"`: training waits while the buffer is full.
             name: Shown in `subscriptions`.
         """
         return self._bus.subscribe(
@@ -251,22 +287,22 @@ class Run:
         )
 
     def publish(self, event: Event) -> None:
-        """Publish an event of your own. Any thread; never waits.
+        """Publish an event of a class that you define. Any thread; never waits.
 
         Raises:
-            EventError: It holds more than plain values, or was published before.
+            EventError: The event holds more than plain values, or was published before.
             BusClosedError: The run is over.
         """
         self._session.publish(event)
 
     @property
     def subscriptions(self) -> tuple[SubscriptionStatistics, ...]:
-        """What each subscriber got and missed, as of now."""
+        """Statistics of the subscribers: what they got and missed so far."""
         return self._bus.subscriptions
 
     @property
     def callback_costs(self) -> dict[str, CallbackCosts]:
-        """What each callback has cost so far, by name."""
+        """Costs of the callbacks so far, by name."""
         return self._session.callback_costs
 
     # Commands
@@ -311,7 +347,7 @@ class Run:
             lr: For the largest group, the others are scaled alike; or for `group` alone. Finite, above 0.
             group: Index of one parameter group.
             optimizer: Its name, where the trainer has several.
-            by: Who asks, for the record.
+            by: Who gives the command, for the record.
 
         Raises:
             ConfigError: No such value, group or optimizer.
@@ -327,7 +363,7 @@ class Run:
         return self.give_nowait(Validate(), by=by)
 
     def checkpoint_nowait(self, reason: str = "command", *, by: str | None = None) -> Future[CheckpointSaved]:
-        """Save a checkpoint at the next step boundary; the result is there when it is durable.
+        """Save a checkpoint at the next step boundary; the future completes when it is durable.
 
         Raises:
             ConfigError: The run has no directory to save into.
@@ -335,25 +371,25 @@ class Run:
         return self.give_nowait(SaveCheckpoint(reason), by=by)
 
     def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> Future[CheckpointSaved]:
-        """Give the state of the next step boundary a name, by which it is found and which keeps it from being deleted.
+        """Give the state of the next step boundary a name that keeps its checkpoint from being deleted.
 
-        If there is a checkpoint of that step, it gets the tag; else one is saved. The result says which, and is
-        there when both are durable. It fails with `ValueError` if the tag is on another checkpoint of this run.
+        If there is a checkpoint of that step, it gets the tag; else one is saved. The future completes with that
+        checkpoint when both are durable. It fails with `ValueError` if the tag is on another checkpoint of this run.
 
         Args:
             tag: Letters, digits, `.`, `_` and `-`, at most 64; not `last`, `best`, `auto`, `must` or `never`.
             move: Take the tag off the checkpoint that has it; that one may then be deleted.
-            by: Who asks, for the record.
+            by: Who gives the command, for the record.
 
         Raises:
-            ConfigError: The run has no directory to save into, or this is no name for a tag.
+            ConfigError: The run has no directory to save into, or `tag` is not legal.
         """
         return self.give_nowait(TagCheckpoint(tag, move), by=by)
 
     def call_nowait(self, function: Callable[[Any], T], *, by: str | None = None) -> Future[T]:
         """Run `function(trainer)` in the training thread at the next step boundary: the safe way to a live model.
 
-        What it raises goes to the result, not to the run.
+        An exception of the function goes to the future, not to the run.
         """
         return self.give_nowait(Call(function), by=by)
 
@@ -369,7 +405,7 @@ class Run:
 
     @awaited
     async def stop(self, reason: str = "asked to stop", *, by: str | None = None) -> None:
-        """Stop at the next step boundary; returns when training has taken note, `wait()` waits for the end."""
+        """Stop at the next step boundary; returns when the command has been applied. `wait()` waits for the end."""
         await self._mailbox.wait_for(self.stop_nowait(reason, by=by))
 
     @awaited

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
@@ -24,9 +24,6 @@ from offloop.engine.callback import Callback
 from offloop.engine.checkpoint.filesystem import replace_file
 from offloop.engine.events import Event, Sample, StepEnd, TrainStart, decode, encode
 from offloop.engine.observers.line_file import LineFile
-
-if TYPE_CHECKING:
-    from offloop.engine.run import Run
 
 logger = logging.getLogger("offloop")
 
@@ -57,7 +54,7 @@ class EventLog(Callback):
         self._is_failing = False
         self._lost = 0  # events, since it is failing
 
-    def on_event(self, event: Event, run: "Run") -> None:
+    def on_event(self, event: Event, run: Any) -> None:
         if run.dir is None:
             return  # the run was refused its directory: only TrainEnd comes, and belongs nowhere
         self._path = run.dir / FILE_NAME

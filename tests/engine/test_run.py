@@ -321,7 +321,7 @@ async def test_command_that_cannot_work_is_refused_before_it_is_given() -> None:
                 await run.checkpoint()
             with pytest.raises(TypeError, match="call takes a function"):
                 await run.call(3)  # type: ignore[arg-type]  # the point of the test
-            with pytest.raises(RuntimeError, match="still going on"):
+            with pytest.raises(RuntimeError, match="is not over"):
                 run.result  # noqa: B018 - raises
             await run.stop()
 
