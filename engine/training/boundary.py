@@ -43,20 +43,21 @@ class Boundary:
         """Apply the commands of `mailbox` to a training.
 
         Args:
-            program: What `call` gives to the function.
+            program: The argument of the functions in `Call` commands.
             host: Asks deciders, saves checkpoints, and knows whether a subscriber holds training up.
             mailbox: Where commands come from.
-            progress: Of the training.
-            window: Is empty at a step boundary.
-            reporter: Publishes what was applied.
+            progress: Position and state of the training.
+            window: The batches of the optimizer step in progress; empty at a step boundary.
+            reporter: Publishes events.
             schedules: Set learning rates.
-            validator: Runs the validation that a command asks for.
+            validator: Runs validations.
         """
         self.state = "running"
         """`running`, `paused` or `stopping`. Written by the training thread, read by any."""
         self.paused_seconds = 0.0
         """Seconds of this attempt spent in pauses."""
         self.is_applying_decider_command = False
+        """True while a decider's command is applied."""
         self._program = program
         self._host = host
         self._mailbox = mailbox
@@ -66,15 +67,15 @@ class Boundary:
         self._schedules = schedules
         self._validator = validator
         self._paused_by: Envelope[Any] | None = None
-        # The pause in which a validation was asked for
+        # The pause in which the validation in progress was asked for; it does not hold that validation
         self._set_aside: Envelope[Any] | None = None
-        # Commands being applied: one may validate, and that has boundaries of its own
+        # Commands being applied: a validation has boundaries inside
         self._depth = 0
-        # Collected together with the command in work, so no longer in the mailbox
+        # Collected together with the command being applied, so no longer in the mailbox
         self._following: list[Envelope[Any]] = []
 
     def announce(self, event: Event) -> None:
-        """Publish an event, ask the deciders about it, and process commands. The training stands at a boundary."""
+        """Publish an event at a boundary, ask the deciders about it, and process commands."""
         self._reporter.publish(event)
         # Deciders are not asked about what a decider's command causes
         if not self.is_applying_decider_command:
@@ -83,9 +84,10 @@ class Boundary:
             self.process_commands()
 
     def process_commands(self) -> None:
-        """Obey what waits in the mailbox, and wait while paused or while a `block` subscriber is full.
+        """Apply pending commands, and wait while the run is paused or a `block` subscriber is full.
 
-        A pause inside an accumulation window or a validation lets a command that needs a step boundary get there.
+        A pause inside an accumulation window or a validation ends for a command that needs a step boundary. There the
+        run is paused again.
         """
         progress, mailbox = self._progress, self._mailbox
         while True:
@@ -96,14 +98,15 @@ class Boundary:
             if progress.ending == "cancelled":
                 break
             is_waited_for = mailbox.is_waited_for
-            goes_on = is_waited_for or any(not each.future.cancelled() for each in self._following)
+            must_continue = is_waited_for or any(not each.future.cancelled() for each in self._following)
             is_held = self._paused_by not in (None, self._set_aside)
-            if is_held and not goes_on:
+            if is_held and not must_continue:
                 asked = time.perf_counter()
                 mailbox.wait_for_change(seen)
                 self.paused_seconds += time.perf_counter() - asked
             elif is_held and is_waited_for and self._at_step and not self._depth:
-                continue  # it came while others were applied, and the pause need not end for it
+                # A command came while others were applied. It applies here, so the pause need not end for it
+                continue
             elif self._host.is_blocked():
                 mailbox.stand(
                     lambda: mailbox.cancelled or not self._host.is_blocked(),
@@ -117,11 +120,11 @@ class Boundary:
         return self._window.count == 0 and not self._progress.is_validating
 
     def _apply_pending(self) -> None:
-        """Apply the commands that are there and can be applied here.
+        """Apply the commands in the mailbox that apply here.
 
-        What arrives meanwhile waits for the next boundary, so that training goes on however fast commands come.
-        Inside a command, and once the run is stopping, only deciders' commands are applied: the others wait for
-        the command to end, or fail with `RunEndedError`.
+        Commands that arrive meanwhile wait for the next boundary, so training continues however fast they come.
+        Inside a command, and once the run is stopping, only commands of deciders apply, and those that interrupt: the
+        others wait until the command ends, or fail with `RunEndedError`.
         """
         progress, mailbox = self._progress, self._mailbox
         place = Place.STEP if self._at_step else Place.VALIDATION if progress.is_validating else Place.BATCH
@@ -140,7 +143,8 @@ class Boundary:
                     mailbox.put_back([each for each in left if not each.from_decider])
                     left = [each for each in left if each.from_decider]
         finally:
-            mailbox.put_back(left)  # the run is ending, and their givers are told
+            # The run is ending: their futures fail with `RunEndedError`
+            mailbox.put_back(left)
             self._following = outer
             self._depth -= 1
         if mailbox.cancelled and progress.ending != "cancelled":
@@ -148,7 +152,7 @@ class Boundary:
             self._change_state("stopping", mailbox.cancel_reason, "")
 
     def _apply(self, envelope: Envelope[Any]) -> None:
-        """Apply a command, acknowledge it by an event, and complete its future."""
+        """Apply a command, publish `CommandApplied`, and complete the future."""
         command, future = envelope.command, envelope.future
         if not future.set_running_or_notify_cancel():
             return  # it was taken back
