@@ -11,7 +11,7 @@ A page marks such a part with a pair of comments and leaves the text between the
 
 Parts are `arguments CLASS` (a table of constructor arguments), `fields CLASS`, `errors` (a table of all exceptions),
 `names NAME ...` (signature, first paragraph, and fields or methods), `signatures NAME ...` (the first two),
-`event-list` and `events`.
+`objects NAME ...` (the last two, for classes that programs do not construct), `event-list` and `events`.
 
 `tests/test_reference.py` runs `--check`, and checks that the pages mention every public name.
 """
@@ -356,7 +356,7 @@ def names(listed: str) -> str:
     return "\n".join(_entry(name) for name in listed.split())
 
 
-def _entry(name: str, *, with_members: bool = True) -> str:
+def _entry(name: str, *, with_constructor: bool = True, with_members: bool = True) -> str:
     module_name, thing = find(name)
     lines = [f"### {name}\n"]
     if inspect.isfunction(thing):
@@ -365,7 +365,7 @@ def _entry(name: str, *, with_members: bool = True) -> str:
         is_record = (
             issubclass(thing, msgspec.Struct) or dataclasses.is_dataclass(thing) or hasattr(thing, "_fields")
         )
-        has_signature = not (
+        has_signature = with_constructor and not (
             is_record or typing.is_typeddict(thing) or issubclass(thing, BaseException | dict)
         )
         lines.append(
@@ -674,6 +674,8 @@ def make_part(description: str) -> str:
             return fields(find(rest)[1])
         case "names":
             return names(rest)
+        case "objects":
+            return "\n".join(_entry(name, with_constructor=False) for name in rest.split())
         case "signatures":
             return "\n".join(_entry(name, with_members=False) for name in rest.split())
         case "event-list":

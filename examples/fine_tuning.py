@@ -27,7 +27,7 @@ class Classifier(torch.nn.Module):
 
 
 class UnfreezeLastBlock(Callback):
-    """Let the body's last block train, too, once the head is no longer random; with a smaller learning rate."""
+    """Unfreeze the body's last block once the head is no longer random, with a smaller learning rate."""
 
     def __init__(self, epoch: int, lr: float) -> None:
         self.epoch, self.lr = epoch, lr
@@ -57,7 +57,7 @@ def main() -> None:
         model,
         torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1),
         loss=torch.nn.functional.cross_entropy,
-        freeze="body",  # neither weight decay nor running statistics move what is frozen
+        freeze="body",  # weight decay and running statistics do not change frozen parts
         callbacks=[UnfreezeLastBlock(epoch=3, lr=1e-3)],
     )
     result = trainer.train(loader(new_task), epochs=6, metrics=["accuracy"])
@@ -66,7 +66,7 @@ def main() -> None:
     for name, value in model.body.state_dict().items():
         if name.endswith("0.weight"):
             is_same = torch.equal(value, pretrained.body.state_dict()[name])
-            print(f"{name}: {'as it was' if is_same else 'has moved'}")
+            print(f"{name}: {'unchanged' if is_same else 'changed'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A generative adversarial network: two optimizers, each stepped by the training step itself.
+"""A generative adversarial network: the training step steps two optimizers.
 
 The generator learns to draw points on a circle. Run it: python examples/gan.py
 """
@@ -15,7 +15,7 @@ NOISE = 4
 
 
 class Gan(Trainer):
-    """Its model is a mapping of two networks."""
+    """Trains a model that is a mapping of two networks."""
 
     automatic_optimization = False
 
@@ -28,7 +28,7 @@ class Gan(Trainer):
         self.optimizer_step("judge")
 
         fooled = softplus(-judge(fake)).mean()
-        self.backward(fooled)  # this leaves gradients with the judge, too:
+        self.backward(fooled)  # also computes gradients of the judge; discard them
         self.optimizers["judge"].zero_grad()
         self.optimizer_step("generator")
 

@@ -1,10 +1,10 @@
 """A small async service that starts, lists and cancels training runs, one JSON object a line, over TCP.
 
-    {"do": "start"}                      -> {"run": "..."}          the answer comes at once, the run goes on
+    {"do": "start"}                      -> {"run": "..."}          answered at once; the run continues
     {"do": "list"}                       -> {"runs": {"...": "running, step 120"}}
     {"do": "cancel", "run": "..."}       -> {"status": "cancelled"}
 
-Run it: python examples/service.py; it shows a client that does the three, and ends.
+Run it: python examples/service.py; it runs a client that makes these requests, and ends.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from offloop import Runs, Trainer
 
 
 class Service:
-    """Answers requests about runs, which outlive the connection that started them and fail alone."""
+    """Answers requests about runs, which outlive the connection that started them and fail independently."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs

@@ -11,8 +11,8 @@ import offloop
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SAYS = {
-    "async_callback": ["the server has heard of epoch 4: loss 0.", "training took ", "5 answers; "],
-    "fine_tuning": ["0.0.weight: as it was", "1.0.weight: has moved"],
+    "async_callback": ["the server received epoch 4: loss 0.", "training took ", "5 answers; "],
+    "fine_tuning": ["0.0.weight: unchanged", "1.0.weight: changed"],
     "gan": ["epoch 9: judge", "mean radius of new points: "],
     "service": [", step ", "{'status': 'cancelled'}"],
 }
