@@ -107,10 +107,10 @@ if TYPE_CHECKING:
     from offloop.engine.weights.comparison import ModelComparison as ModelComparison
     from offloop.engine.weights.comparison import TensorDifference as TensorDifference
     from offloop.engine.weights.comparison import compare_models as compare_models
-    from offloop.engine.weights.loading import export_model as export_model
+    from offloop.engine.weights.export import export_model as export_model
     from offloop.engine.weights.loading import load_model as load_model
     from offloop.engine.weights.registry import ModelRegistry as ModelRegistry
-    from offloop.engine.weights.registry import ModelVersion as ModelVersion
+    from offloop.engine.weights.registry_reader import ModelVersion as ModelVersion
 
 _NAMES = {
     "best": ("Best",),
@@ -207,7 +207,9 @@ _NAMES = {
     "trainer": ("BaseTrainer", "Trainer"),
     "training.step_hooks": ("StepPoint",),
     "weights.comparison": ("ModelComparison", "TensorDifference", "compare_models"),
-    "weights.loading": ("export_model", "load_model"),
-    "weights.registry": ("ModelRegistry", "ModelVersion"),
+    "weights.export": ("export_model",),
+    "weights.loading": ("load_model",),
+    "weights.registry": ("ModelRegistry",),
+    "weights.registry_reader": ("ModelVersion",),
 }
 __all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES)

@@ -28,7 +28,7 @@ from offloop.engine.session.run_arguments import RunArguments
 from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer
 from offloop.engine.training.setup import Batch
-from offloop.engine.weights.loading import Source
+from offloop.engine.weights.source import Source
 
 logger = logging.getLogger("offloop")
 

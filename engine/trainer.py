@@ -24,7 +24,7 @@ from offloop.engine.tools.tuning import BatchSizeSearch, LearningRateSearch
 from offloop.engine.training.default_steps import DefaultSteps
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.setup import Batch
-from offloop.engine.weights.loading import Source
+from offloop.engine.weights.source import Source
 
 
 class BaseTrainer(TrainingProgram):

@@ -1,9 +1,9 @@
-"""What the names add up of a pass, batch by batch, and the torchmetrics that make their numbers of it.
+"""Named metrics: sums over the batches of a pass, and the torchmetrics that compute numbers from them.
 
-The sums are not left to torchmetrics' `update`, which makes the host wait for CUDA (`torch.bincount`), decides
-between logits and probabilities batch by batch, and takes each batch apart once for every name.
+torchmetrics' own `update` is not used: it makes the host wait for CUDA (`torch.bincount`), decides between logits
+and probabilities batch by batch, and repeats the same work for every name.
 
-Imported before a run that has metrics starts: torchmetrics is slow to import.
+This module is imported before a run with metrics starts, because torchmetrics is slow to import.
 """
 
 from abc import ABC, abstractmethod
@@ -19,8 +19,8 @@ from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 from torchmetrics.utilities.compute import normalize_logits_if_needed
 from torchmetrics.utilities.data import dim_zero_cat
 
-from offloop.engine.metrics.metric_set import Problem
 from offloop.engine.metrics.names import NAMES
+from offloop.engine.metrics.problem import Problem
 
 State: TypeAlias = Tensor | list[Tensor] | int
 
@@ -28,12 +28,12 @@ _KINDS: Final = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Re
 
 
 class Sums(ABC):
-    """What names of one kind add up together, and the torchmetrics of each. Thread: one at a time."""
+    """The sums that names of one kind share, and the torchmetrics of these names. Use it from one thread at a time."""
 
     kept: ClassVar[tuple[str, ...]]
     """The attributes that hold the sums of the pass so far."""
     takes_numbers: ClassVar[bool] = False
-    """True where targets are numbers, not classes or labels."""
+    """True if targets are numbers, not classes or labels."""
 
     def __init__(self, names: Sequence[str], problem: Problem, device: torch.device) -> None:
         self.problem, self.device = problem, device
@@ -46,15 +46,15 @@ class Sums(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the sums."""
+        """Clear the sums."""
 
     @abstractmethod
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add one batch, and keep nothing of its memory. Must not wait for the device."""
+        """Add one batch. Must not keep its memory or wait for the device."""
 
     @abstractmethod
     def states(self, name: str) -> Mapping[str, State]:
-        """Return the sums as the torchmetrics of this name has them."""
+        """Return the sums as states of this name's torchmetrics."""
 
     def compute(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each name and its number. Blocks."""
@@ -66,19 +66,20 @@ class Sums(ABC):
         return {name: _copy(getattr(self, name), self.device) for name in self.kept}
 
     def load_state_dict(self, state: Mapping[str, State]) -> None:
-        """Go on from copies of these sums."""
+        """Continue from copies of these sums."""
         for name in self.kept:
             setattr(self, name, _copy(state[name], self.device))
 
     def zeros(self, *shape: int) -> Tensor:
-        """Return counts of nothing, int64."""
+        """Return counts at zero, int64."""
         return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
 
 class ClassCounts(Sums):
     """Hits and misses of each class, in a multiclass task."""
 
-    kept = ("tp", "fp", "fn")  # no name here is made from true negatives
+    # No name needs true negatives.
+    kept = ("tp", "fp", "fn")
 
     def metric(self, name: str) -> Metric:
         return _by_class(name, self.problem.size)
@@ -89,7 +90,8 @@ class ClassCounts(Sums):
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add classes (N,); negative targets do not count.
 
-        Raises ValueError for a class that the outputs do not have; a CUDA device asserts it.
+        Raises:
+            ValueError: A class is not among the outputs. On CUDA a device assertion fails instead.
         """
         if outputs.shape[self.problem.class_dim] > self.problem.size:
             self._grow(outputs.shape[self.problem.class_dim])
@@ -112,7 +114,7 @@ class ClassCounts(Sums):
         self.fn.scatter_add_(0, truths, misses)
 
     def _grow(self, classes: int) -> None:
-        """Take more classes in: none of them was seen so far."""
+        """Add classes that no batch has had so far."""
         missing = self.zeros(classes - self.problem.size)
         self.tp, self.fp, self.fn = (torch.cat([each, missing]) for each in (self.tp, self.fp, self.fn))
         self.problem = self.problem._replace(size=classes)
@@ -125,7 +127,7 @@ class ClassCounts(Sums):
 class LabelCounts(Sums):
     """Hits and misses of each label, in a binary or multilabel task, for logits and for probabilities.
 
-    Which of them the outputs are shows at the end of the pass.
+    Which of the two the outputs are is known at the end of the pass.
     """
 
     kept = ("samples", "true", "below_0", "above", "hits", "exact")
@@ -134,8 +136,10 @@ class LabelCounts(Sums):
         self._labels = problem.size if problem.task == "multilabel" else 1
         self._has_exact = problem.task == "multilabel" and "accuracy" in names
         self._thresholds = torch.tensor([0.0, 0.5, 1.0], device=device).view(3, 1, 1)
-        self._outside = MaxMetric(nan_strategy="disable").to(device)  # the largest of all ranks
-        self._reading = 0  # 0: the outputs of the pass are logits, 1: they are probabilities
+        # The largest number of outputs outside of [0, 1], over all ranks.
+        self._outside = MaxMetric(nan_strategy="disable").to(device)
+        # 0 if the outputs of the pass are logits, 1 if they are probabilities.
+        self._reading = 0
         super().__init__(names, problem, device)
 
     def metric(self, name: str) -> Metric:
@@ -148,14 +152,18 @@ class LabelCounts(Sums):
     def reset(self) -> None:
         self.samples = 0
         self.true, self.below_0 = self.zeros(self._labels), self.zeros(self._labels)
-        self.above = self.zeros(3, self._labels)  # 0, 0.5 and 1
-        self.hits = self.zeros(2, self._labels)  # true and above 0, true and above 0.5
-        self.exact = self.zeros(2)  # samples of which all labels are right, by reading
+        # Above 0, 0.5 and 1.
+        self.above = self.zeros(3, self._labels)
+        # True and above 0, true and above 0.5.
+        self.hits = self.zeros(2, self._labels)
+        # Samples whose labels are all right, as logits and as probabilities.
+        self.exact = self.zeros(2)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add labels (N, L)."""
         rows, truths = _rows(outputs, self.problem), _rows(targets, self.problem) != 0
-        above = rows > self._thresholds  # (3, N, L); a NaN is above nothing
+        # (3, N, L); a NaN is above nothing.
+        above = rows > self._thresholds
         said = above[:2]
         self.samples += len(rows)
         self.true += truths.sum(0)
@@ -166,8 +174,8 @@ class LabelCounts(Sums):
             self.exact += (said == truths).all(2).sum(1)
 
     def compute(self) -> Iterator[tuple[str, Tensor]]:
-        """Find out what the outputs are, then yield each name and its number. Blocks."""
-        outside = self.below_0.sum() + self.above[2].sum()  # of [0, 1]
+        """Decide between logits and probabilities, then yield each name and its number. Blocks."""
+        outside = self.below_0.sum() + self.above[2].sum()
         self._reading = int(_compute(self._outside, {"max_value": outside}, self.device) == 0)
         return super().compute()
 
@@ -175,7 +183,8 @@ class LabelCounts(Sums):
         said, tp = self.above[self._reading], self.hits[self._reading]
         fp, fn = said - tp, self.true - tp
         tn = self.samples - said - fn
-        if self.problem.task == "binary":  # the classes are "no" and "yes"
+        # The classes of a binary task are "no" and "yes".
+        if self.problem.task == "binary":
             return {"tp": torch.cat([tn, tp]), "fp": torch.cat([fn, fp]), "fn": torch.cat([fp, fn])}
         if name == "accuracy":
             return {"correct": self.exact[self._reading], "total": self.samples}
@@ -183,7 +192,7 @@ class LabelCounts(Sums):
 
 
 class Scores(Sums):
-    """All outputs and targets of the pass, for what has to rank them."""
+    """All outputs and targets of the pass, for metrics that rank them."""
 
     kept = ("outputs", "targets")
 
@@ -260,13 +269,14 @@ class _R2(R2Score):
 
 
 class _RocAuc(tmc.MultilabelAUROC):
-    """Leaves out columns of one kind, and decides about logits by the pass, not batch by batch."""
+    """Skips columns with one kind of target, and decides between logits and probabilities once per pass."""
 
     def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics itself differs from its base
         """Return the mean area. Blocks."""
         truths, scores = dim_zero_cat(self.target), dim_zero_cat(self.preds)
         scores = scores.to(wide(scores.device))
-        if truths.ndim == 1:  # classes
+        # One dimension holds classes.
+        if truths.ndim == 1:
             scores, classes = scores[truths >= 0], truths[truths >= 0]
             scores = normalize_logits_if_needed(scores, "softmax")
             truths = classes.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
@@ -278,7 +288,7 @@ class _RocAuc(tmc.MultilabelAUROC):
 
 
 def sums_of(names: Sequence[str], problem: Problem, device: torch.device) -> list[Sums]:
-    """Return what has to be added up for these names; names that look at the same thing share it."""
+    """Return the sums that these names need; names that look at the same values share them."""
     labels = ClassCounts if problem.task == "multiclass" else LabelCounts
     kinds: dict[str, type[Sums]] = {"labels": labels, "scores": Scores, "numbers": Errors}
     by_kind = {kind: [name for name in names if NAMES[name].view == kind] for kind in kinds}
@@ -287,14 +297,16 @@ def sums_of(names: Sequence[str], problem: Problem, device: torch.device) -> lis
 
 def wide(device: torch.device) -> torch.dtype:
     """Return the dtype that sums are kept in."""
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack float64
+    # Apple's GPUs lack float64.
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _by_class(name: str, classes: int) -> Metric:
-    """Return a torchmetrics with counts by class; its average is "macro" but for the accuracy."""
+    """Return a torchmetrics with counts by class. The average is "macro", for the accuracy "micro"."""
     metric: Metric = getattr(tmc, f"Multiclass{_KINDS[name]}")(classes, validate_args=False)
     if name == "accuracy":
-        metric.average = "micro"  # only now: made with it, it would have one count for all classes
+        # Set after construction, where it would give one count for all classes.
+        metric.average = "micro"
     return metric
 
 
@@ -306,14 +318,16 @@ def _rows(values: Tensor, problem: Problem) -> Tensor:
 
 
 def _compute(metric: Metric, states: Mapping[str, State], device: torch.device) -> Any:
-    """Return what torchmetrics makes of the sums of all ranks. Blocks."""
+    """Return the number that torchmetrics computes from the sums of all ranks. Blocks."""
     for name, value in states.items():
         if isinstance(value, int):
             value = torch.tensor(value, device=device)
         if isinstance(value, Tensor) and not value.is_floating_point():
-            value = value.to(wide(device))  # else it divides in float32, where 90 of 100 are less than 0.9
+            # torchmetrics would divide in float32, where 90 / 100 is less than 0.9.
+            value = value.to(wide(device))
         setattr(metric, name, value)
-    metric._computed, metric._update_count = None, 1  # at 0 it warns
+    # At a count of 0 torchmetrics warns.
+    metric._computed, metric._update_count = None, 1
     return metric.compute()
 
 

@@ -1,6 +1,6 @@
-"""What `metrics=` may say: the names there are, which way is better, and the check before a run starts.
+"""The argument `metrics=`: known names, whether less or more is better, and the check before a run starts.
 
-What the names mean stands in `metric_set.py`. Nothing here imports torchmetrics, see there why.
+`metric_set.py` defines the names, and says why nothing here imports torchmetrics.
 """
 
 import difflib
@@ -28,7 +28,8 @@ ONE_NUMBER: Final = 'use average="macro" or torchmetrics.ClasswiseWrapper, which
 class _Name(NamedTuple):
     aliases: str
     direction: Direction
-    view: Literal["labels", "scores", "numbers"]  # what of a batch it is fed
+    view: Literal["labels", "scores", "numbers"]
+    """How the metric looks at a batch."""
 
 
 NAMES: Final = {
@@ -46,9 +47,12 @@ ALIASES: Final = {alias: name for name, known in NAMES.items() for alias in (nam
 
 
 def metrics_for(data_set: Literal["train", "val"], metrics: RunMetrics) -> MetricSpec:
-    """Return the metrics of one data set, from what `train(metrics=)` got. Raises as `check_metrics`.
+    """Return the metrics of one data set, out of the argument `metrics=` of `train()`.
 
-    A mapping is by data set if one of its values is a list or a mapping: a metric is neither.
+    A mapping is by data set if one of its values is a list or a mapping, because a metric is neither.
+
+    Raises:
+        ValueError, TypeError: As `check_metrics`.
     """
     if not isinstance(metrics, Mapping):
         return metrics
@@ -72,19 +76,24 @@ def metrics_for(data_set: Literal["train", "val"], metrics: RunMetrics) -> Metri
 
 
 def check_metrics(metrics: MetricSpec) -> None:
-    """Raise where `metrics` cannot be used, before a run starts. Touches no device.
+    """Check metrics before a run starts. Touches no device.
 
-    ValueError: an unknown name, a key that is reserved or given twice, a metric that gives one value per class.
-    TypeError: something that is neither a name nor a `torchmetrics.Metric` instance.
+    Raises:
+        ValueError: An unknown name, a reserved or repeated key, a metric that gives one value per class.
+        TypeError: Something that is neither a name nor a `torchmetrics.Metric`.
     """
     chosen_metrics(metrics)
 
 
 def metric_direction(key: str, metrics: RunMetrics = ()) -> Direction | None:
-    """Say whether a metric should become small or large; None where that cannot be known.
+    """Return whether less or more of a metric is better; None if unknown.
 
-    A metric object's own `higher_is_better` counts first, then the table of names, then the last word of
-    the key that says something: `val_dice_loss` -> min. `metrics` are the run's, as `train` gets them.
+    A metric object's own `higher_is_better` comes first, then the table of names, then the last word of the key
+    that is known: `val_dice_loss` -> min.
+
+    Args:
+        key: Prefixed key of the metric.
+        metrics: Those of the run, as given to `train()`.
     """
     name = re.sub("^(train|val)_", "", key)
     own = chosen_metrics(metrics_for("train" if key.startswith("train_") else "val", metrics)).get(name)

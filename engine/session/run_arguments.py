@@ -8,7 +8,7 @@ from offloop.engine.callback import Callback
 from offloop.engine.data.val_loaders import ValLoader
 from offloop.engine.metrics.names import RunMetrics
 from offloop.engine.recovery.resume_plan import Resume
-from offloop.engine.weights.loading import Source
+from offloop.engine.weights.source import Source
 
 
 @dataclasses.dataclass(frozen=True)

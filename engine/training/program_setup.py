@@ -7,8 +7,9 @@ from offloop.engine.callback import StepHook
 from offloop.engine.config import TrainerConfig
 from offloop.engine.data.batch_size import checked_batch_size, guess_batch_size
 from offloop.engine.data.val_loaders import ValLoader, by_prefix, live_prefix
-from offloop.engine.metrics.metric_set import MetricSet, rows_of
+from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.metrics.names import MetricSpec, RunMetrics, metrics_for
+from offloop.engine.metrics.problem import rows_of
 from offloop.engine.training.learning_rate import Schedule
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.own_loss import NextTokens

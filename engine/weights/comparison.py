@@ -1,4 +1,4 @@
-"""What differs between two models: tensors and by how much, metrics, the configuration of their runs."""
+"""Differences between two models: tensors, metrics, the configuration of their runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,38 +7,38 @@ from typing import Any, Final, Literal
 import msgspec
 import torch
 
-from offloop.engine.weights.loading import Source, Weights, read_weights
-from offloop.engine.weights.registry import DEFAULT_REGISTRY
+from offloop.engine.weights.registry_reader import DEFAULT_REGISTRY
+from offloop.engine.weights.source import Source, Weights, read_weights
 
 COMPARED_OF_RUN: Final = ("config", "versions", "git", "command", "init_from")
-"""What of `run.json` says how a model was made; run id, host and times always differ."""
+"""Entries of `run.json` that say how a model was made; run id, host and times always differ."""
 NAMES_OF_RUN: Final = ("config.run_name", "config.run_dir")
 
 Kind = Literal["values", "shape", "dtype", "only_in_a", "only_in_b"]
 
 
 class TensorDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """One tensor that is not the same in both models."""
+    """A tensor that differs between two models."""
 
     name: str
     kind: Kind
-    """`values`, `dtype` (values are compared too), `shape`, or that only one of them has it."""
+    """`values`, `dtype` (values are compared too), `shape`, or which model alone has it."""
     a: str | None
-    """Type and shape in the first, such as `float32[10, 64]`; None if it is not there."""
+    """Type and shape in the first model, such as `float32[10, 64]`; None if it is not there."""
     b: str | None
-    """Likewise in the second."""
+    """Type and shape in the second model."""
     elements: int = 0
-    """Of the tensor; 0 where values cannot be compared."""
+    """Elements of the tensor; 0 where values cannot be compared."""
     changed: int = 0
-    """How many elements differ. Two NaN are equal."""
+    """Elements that differ. Two NaN are equal."""
     max_abs: float = 0.0
-    """The largest absolute difference; NaN if a number stands against a NaN."""
+    """The largest absolute difference; NaN if a number is compared with a NaN."""
     relative: float = 0.0
     """The norm of the difference, divided by the norm in the first; infinite if that is zero."""
 
 
 class ModelComparison(msgspec.Struct, frozen=True, kw_only=True):
-    """Two models beside each other."""
+    """How two models differ."""
 
     a: str
     """The first, in words."""
@@ -47,12 +47,12 @@ class ModelComparison(msgspec.Struct, frozen=True, kw_only=True):
     same: int
     """Number of tensors that are equal, bit for bit or NaN for NaN."""
     tensors: list[TensorDifference]
-    """The others, in the order of the first model."""
+    """The other tensors, in the order of the first model."""
     metrics: dict[str, tuple[float | None, float | None]]
-    """Those of the two checkpoints that differ; None where one has not got it."""
+    """Metrics of the two checkpoints that differ; None where one lacks it."""
     settings: dict[str, tuple[Any, Any]]
-    """What differs in the configuration and the environment of the runs, as `config.seed`; None where one has not got
-    it. Empty also if nothing is known of the runs."""
+    """Differences in the configuration and the environment of the runs, like `config.seed`; None where one lacks it.
+    Empty if nothing is known of the runs."""
 
     @property
     def is_equal(self) -> bool:
@@ -61,7 +61,7 @@ class ModelComparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare_models(a: Source, b: Source, *, registry: str | Path = DEFAULT_REGISTRY) -> ModelComparison:
-    """Return what differs between two models, given as `load_model` takes them. Blocks; holds both in memory.
+    """Compare two models, given as for `load_model`. Blocks; holds both in memory.
 
     Raises:
         WeightsError, ModelNotFoundError, CheckpointError: One of them cannot be read.

@@ -188,7 +188,7 @@ def test_version_in_the_place_of_another_is_found(registry: ModelRegistry) -> No
     first, second = (registry.register(small_weights(value), "model") for value in (1, 2))
     shutil.rmtree(first.path)
     shutil.copytree(second.path, first.path)
-    with pytest.raises(CheckpointCorruptError, match="not the one of model:1"):
+    with pytest.raises(CheckpointCorruptError, match="not the manifest of model:1"):
         registry.find("model:1")
 
 
@@ -206,7 +206,7 @@ NURSERY = """
     import os, signal, sys
     from checkpoint_support import InterceptedFileSystem, small_weights
     from offloop.engine import ModelRegistry
-    from offloop.engine.weights.loading import read_weights  # imports torch, once for all children
+    from offloop.engine.weights.source import read_weights  # imports torch, once for all children
 
 
     class KillingFileSystem(InterceptedFileSystem):
