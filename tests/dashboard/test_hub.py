@@ -29,6 +29,7 @@ from offloop.dashboard.protocol import (
     Show,
     Watch,
     decode_chart,
+    decode_viewer_message,
 )
 from offloop.dashboard.viewer import DELTA_POINTS, MAX_WAITING_TEXTS, Frames
 from offloop.engine import (
@@ -39,10 +40,14 @@ from offloop.engine import (
     EpochEnd,
     EpochStart,
     Metrics,
+    Pause,
+    Resume,
     RunEndedError,
+    SaveCheckpoint,
     SetLearningRate,
     StateChanged,
     StepEnd,
+    Stop,
     TrainEnd,
     TrainStart,
     Validate,
@@ -457,6 +462,22 @@ async def test_who_only_reads_gives_no_commands_and_sees_no_names(
     assert "ada" not in str(reader.milestones) and "secret" not in str(reader.milestones)
     await read(link, page)
     assert "ada" in str(page.milestones) and "secret" in str(page.milestones)
+
+
+@pytest.mark.parametrize(
+    ("message", "command"),
+    [
+        ('"name": "pause"', Pause("asked on the live page")),
+        ('"name": "resume"', Resume()),
+        ('"name": "stop", "checkpoint": false', Stop("stopped on the live page")),
+        ('"name": "set_lr", "lr": 0.5, "optimizer": "first"', SetLearningRate(0.5, optimizer="first")),
+        ('"name": "checkpoint"', SaveCheckpoint()),
+        ('"name": "validate"', Validate()),
+    ],
+)
+def test_a_message_of_the_page_is_a_typed_command(message: str, command: Command[Any]) -> None:
+    request = decode_viewer_message(f'{{"type": "command", "id": "a", "run": "run", {message}}}')
+    assert isinstance(request, CommandRequest) and request.command() == command
 
 
 @with_page
