@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from offloop.engine.checkpoint.filesystem import replace_file as replace_file
     from offloop.engine.config import RemoteDirectory as RemoteDirectory
     from offloop.engine.config import TrainerConfig as TrainerConfig
+    from offloop.engine.encoding import decode as decode
+    from offloop.engine.encoding import encode as encode
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
     from offloop.engine.errors import ConfigError as ConfigError
@@ -87,8 +89,6 @@ if TYPE_CHECKING:
     from offloop.engine.events import UploadFailed as UploadFailed
     from offloop.engine.events import ValidationEnd as ValidationEnd
     from offloop.engine.events import ValidationStart as ValidationStart
-    from offloop.engine.events import decode as decode
-    from offloop.engine.events import encode as encode
     from offloop.engine.lazy_imports import first_use as first_use
     from offloop.engine.observers.event_log import EventLog as EventLog
     from offloop.engine.observers.event_log import read_attempts as read_attempts
@@ -147,6 +147,7 @@ _NAMES = {
     ),
     "checkpoint.filesystem": ("replace_file",),
     "config": ("RemoteDirectory", "TrainerConfig"),
+    "encoding": ("decode", "encode"),
     "errors": (
         "BatchError",
         "BusClosedError",
@@ -193,8 +194,6 @@ _NAMES = {
         "UploadFailed",
         "ValidationEnd",
         "ValidationStart",
-        "decode",
-        "encode",
     ),
     "lazy_imports": ("first_use",),
     "observers.event_log": ("EventLog", "read_attempts", "read_events"),

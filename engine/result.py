@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offloop.engine.best import Best
-from offloop.engine.events import (
-    EpochEnd,
-    Metrics,
-    TrainEnd,
-    ValidationEnd,
-    with_non_finite_as_text,
-)
+from offloop.engine.encoding import with_non_finite_as_text
+from offloop.engine.events import EpochEnd, Metrics, TrainEnd, ValidationEnd
 from offloop.engine.observers.event_log import FILE_NAME as EVENTS
 from offloop.engine.observers.event_log import read_events
 from offloop.engine.observers.observer import CallbackCosts

@@ -21,6 +21,7 @@ FOLDERS: Final = [name for name in ("engine", "callbacks", "cli", "dashboard") i
 
 WITHOUT_TORCH: Final = (
     "events",
+    "encoding",
     "errors",
     "argument_hints",
     "checks",

@@ -49,8 +49,9 @@ from offloop.engine.bus.subscription import (
     SubscriptionStatistics,
 )
 from offloop.engine.bus.waker import Waker
+from offloop.engine.encoding import check
 from offloop.engine.errors import BusClosedError, EventError, EventLoopStalledError
-from offloop.engine.events import Event, Sample, check
+from offloop.engine.events import Event, Sample
 
 logger = logging.getLogger("offloop")
 

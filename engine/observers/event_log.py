@@ -22,7 +22,8 @@ import msgspec
 
 from offloop.engine.callback import Callback
 from offloop.engine.checkpoint.filesystem import replace_file
-from offloop.engine.events import Event, Sample, StepEnd, TrainStart, decode, encode
+from offloop.engine.encoding import decode, encode
+from offloop.engine.events import Event, Sample, StepEnd, TrainStart
 from offloop.engine.observers.line_file import LineFile
 
 logger = logging.getLogger("offloop")

@@ -56,6 +56,7 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.config import TrainerConfig
+from offloop.engine.encoding import decode, encode
 from offloop.engine.errors import (
     BusClosedError,
     ConfigError,
@@ -77,8 +78,6 @@ from offloop.engine.events import (
     TrainStart,
     UploadFailed,
     ValidationEnd,
-    decode,
-    encode,
 )
 from offloop.engine.monitor import Mode, is_better
 from offloop.engine.observers.event_log import rewind

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from offloop.engine.encoding import check
 from offloop.engine.errors import EventError, LossError
-from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, StepEnd, check
+from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, StepEnd
 from offloop.engine.metrics.logged_names import check_name
 from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.training.progress import Progress

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from offloop.engine import ConfigError, TrainerConfig
 from offloop.engine.config import TRAIN_ARGUMENTS, check_limits, misplaced_argument
-from offloop.engine.events import Settings, TrainStart, decode, encode
+from offloop.engine.encoding import decode, encode
+from offloop.engine.events import Settings, TrainStart
 
 KNOBS = TrainerConfig.__struct_fields__
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offloop.engine import events
+from offloop.engine.encoding import check, decode, encode
 from offloop.engine.errors import EventError, MetricNotFoundError
 from offloop.engine.events import (
     SCHEMA,
@@ -31,9 +32,6 @@ from offloop.engine.events import (
     TrainEnd,
     TrainStart,
     UnknownEvent,
-    check,
-    decode,
-    encode,
     handler_name,
     known_events,
 )
