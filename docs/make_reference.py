@@ -11,7 +11,7 @@ A page marks such a part with a pair of comments and leaves the text between the
 
 Parts are `arguments CLASS` (a table of constructor arguments), `fields CLASS`, `errors` (a table of all exceptions),
 `names NAME ...` (signature, first paragraph, and fields or methods), `signatures NAME ...` (the first two),
-`objects NAME ...` (the last two, for classes that programs do not construct), `event-list` and `events`.
+`objects NAME ...` (the last two, for classes that programs do not construct), `event-list`, `events` and `commands`.
 
 `tests/test_reference.py` runs `--check`, and checks that the pages mention every public name.
 """
@@ -59,6 +59,7 @@ from offloop.engine import (
     ValidationStart,
     encode,
 )
+from offloop.engine.bus.commands import RULES, Place
 from offloop.engine.events import known_events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -448,6 +449,22 @@ def events() -> str:
     return "".join(parts).rstrip("\n") + "\n"
 
 
+def commands() -> str:
+    """Return a table of all commands, as `CommandApplied` shows them."""
+    places = {Place.ANYWHERE: "at the next batch, in a validation too", Place.STEP: "at the end of the step"}
+    places[Place.VALIDATION | Place.STEP] = "at the end of the step; in a validation at the next batch"
+    rows = [
+        [
+            f"`{command.__struct_config__.tag}`",
+            f"`{command.__name__}`",
+            ", ".join(f"`{name}`" for name in command.__struct_fields__),
+            places[rule.place],
+        ]
+        for command, rule in RULES.items()
+    ]
+    return table(["`command`", "class", "`arguments`", "takes effect"], rows)
+
+
 def _records_in(event: type[Event]) -> str:
     """Return tables for the structs that fields of an event hold."""
     held = re.findall(r"\w+", " ".join(map(str, inspect.get_annotations(event).values())))
@@ -678,6 +695,8 @@ def make_part(description: str) -> str:
             return "\n".join(_entry(name, with_constructor=False) for name in rest.split())
         case "signatures":
             return "\n".join(_entry(name, with_members=False) for name in rest.split())
+        case "commands":
+            return commands()
         case "event-list":
             return event_list()
         case "events":
