@@ -1,10 +1,10 @@
-"""Alerts: rules over a run's events, an event when one is broken, and a function of yours to tell somebody.
+"""Alerts: rules about a run, an event when one is broken, and a function of yours that is called with it.
 
-    Alerts(tell, Spike("loss", factor=5), Below("val_accuracy", 0.5), Stalled(600))
+    Alerts(notify, Spike("loss", factor=5), Below("val_accuracy", 0.5), Stalled(600))
 
-A rule speaks once when what it looks for begins, and again only after it has ended in between: a loss that
-stays NaN is one alert. Rules are asked on the event loop; only `Stalled` has a thread, because a run that
-stands still publishes nothing that could be handled.
+A rule alerts when its condition begins, and again only after the condition has ended: a loss that stays NaN is one
+alert. Rules are evaluated on the event loop. Only `Stalled` has a thread, because a run without steps publishes no
+events.
 """
 
 import bisect
@@ -39,7 +39,7 @@ from offloop.engine.bus.threads import Thread
 logger = logging.getLogger("offloop")
 
 LOOKS: Final = 10
-"""`Stalled(n)` looks ten times in n seconds, so it speaks at most a tenth of n late."""
+"""`Stalled(n)` checks ten times in n seconds, so it alerts at most a tenth of n late."""
 
 
 class Alert(Event, frozen=True, kw_only=True):
@@ -60,20 +60,20 @@ Notify = Callable[[Alert], Awaitable[object]]
 
 
 class Rule:
-    """What to look for. Subclass it for rules of your own: return words from `look` while it is broken."""
+    """A condition to alert on. Subclass it for your own rules, and return a message from `look` while it is broken."""
 
     key: str | None = None
-    """The metric that `look` wants: `loss`, `lr`, `grad_norm`, what steps log, `train_...` or `val_...`."""
+    """The metric given to `look`: `loss`, `lr`, `grad_norm`, a value that steps log, `train_...` or `val_...`."""
 
     def reset(self) -> None:
-        """Forget the previous run."""
+        """Discard the state of the previous run."""
 
     def look(self, value: float) -> str:
-        """Return what is the matter with the metric's new value, empty if nothing is."""
+        """Return what is wrong with a new value of the metric; empty if nothing is."""
         return ""
 
     def look_at_end(self, event: TrainEnd) -> str:
-        """Return what is the matter with how the run has ended, empty if nothing is."""
+        """Return what is wrong with how the run ended; empty if nothing is."""
         return ""
 
 
@@ -89,8 +89,8 @@ class _OfMetric(Rule):
 class NonFinite(_OfMetric):
     """The metric is NaN or infinite.
 
-    With `on_nonfinite="raise"`, the trainer's default, such a loss fails the run before it is published: that
-    is what `Failed` is for.
+    With `on_nonfinite="raise"`, the trainer's default, such a loss fails the run before it is published; `Failed`
+    alerts then.
     """
 
     def __init__(self, key: str = "loss") -> None:
@@ -108,53 +108,43 @@ class NonFinite(_OfMetric):
         return f"NonFinite({self.key!r})"
 
 
-class Above(_OfMetric):
-    """The metric is above a limit."""
+class _Limit(_OfMetric):
+    """A rule that a metric breaks beyond a limit."""
 
     def __init__(self, key: str, limit: float) -> None:
         """Choose the metric and its limit.
 
         Args:
             key: Name of the metric: `loss`, `lr`, `grad_norm`, a value that steps log, `train_...` or `val_...`.
-            limit: The rule is broken by values above this.
+            limit: The last value that does not break the rule.
         """
         super().__init__(key)
         checks.number("limit", limit)
         self.limit = float(limit)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.key!r}, {self.limit:g})"
+
+
+class Above(_Limit):
+    """The metric is above a limit."""
 
     def look(self, value: float) -> str:
         return f"{self.key} is {value:.6g}, above {self.limit:g}" if value > self.limit else ""
 
-    def __repr__(self) -> str:
-        return f"Above({self.key!r}, {self.limit:g})"
 
-
-class Below(_OfMetric):
+class Below(_Limit):
     """The metric is below a limit."""
-
-    def __init__(self, key: str, limit: float) -> None:
-        """Choose the metric and its limit.
-
-        Args:
-            key: Name of the metric: `loss`, `lr`, `grad_norm`, a value that steps log, `train_...` or `val_...`.
-            limit: The rule is broken by values below this.
-        """
-        super().__init__(key)
-        checks.number("limit", limit)
-        self.limit = float(limit)
 
     def look(self, value: float) -> str:
         return f"{self.key} is {value:.6g}, below {self.limit:g}" if value < self.limit else ""
 
-    def __repr__(self) -> str:
-        return f"Below({self.key!r}, {self.limit:g})"
-
 
 class Spike(_OfMetric):
-    """The metric is above a multiple of its running median: of the finite values before it, up to `window`.
+    """The metric is above a multiple of its running median, over at most `window` earlier finite values.
 
-    Says nothing before a quarter of the window is there, nor while the median is not above 0. The spikes
-    themselves join the window; a median does not mind a few.
+    It starts once a quarter of the window is filled, and needs a median above 0. Spikes enter the window too; a few
+    hardly move the median.
     """
 
     def __init__(self, key: str = "loss", *, factor: float = 3.0, window: int = 100) -> None:
@@ -174,7 +164,8 @@ class Spike(_OfMetric):
 
     def reset(self) -> None:
         self._recent: collections.deque[float] = collections.deque()
-        self._sorted: list[float] = []  # the same values, so that the median costs no sorting
+        # The same values, kept sorted for the median.
+        self._sorted: list[float] = []
 
     def look(self, value: float) -> str:
         if not math.isfinite(value):
@@ -206,10 +197,10 @@ class Failed(Rule):
 
 
 class Stalled(Rule):
-    """No optimizer step for so many seconds.
+    """No optimizer step for a number of seconds.
 
-    A pause does not count, a validation does: give more seconds than one takes, and than the first step with
-    its compilation. Whatever holds the event loop up cannot make it speak wrongly: it looks at the run itself.
+    Pauses do not count, but validations do: allow for the longest one, and for the first step with its compilation.
+    A blocked event loop causes no false alert: the rule reads the progress of the run itself.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -228,24 +219,24 @@ class Stalled(Rule):
 class Alerts(Callback):
     """Publishes an `Alert` when a rule is broken, and calls a function with it.
 
-    The function is awaited on the event loop; while it takes its time, later events wait and samples may be
-    thinned. One that raises is reported as any failing callback is. An alert that comes after the end of the
-    run, about its last steps or its failure, is no event any more, but the function is called.
+    The function is awaited on the event loop; meanwhile later events wait, and samples may be dropped. If it raises,
+    that is reported like any failure of a callback. About the last steps or a failure it may be called after the run
+    has ended; such an alert is not published as an event.
 
-    Which steps it sees can depend on the load: it only tells people. What must change the run the same way every
-    time is a decider's task, see `EarlyStopping`.
+    The steps that it sees can depend on the machine's load. Use a decider, such as `EarlyStopping`, to change the run
+    reproducibly.
     """
 
     @explains_arguments()
-    def __init__(
-        self, notify: Notify | None = None, *rules: Rule, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Choose whom to tell and what about.
+    def __init__(self, notify: Notify | None = None, *rules: Rule) -> None:
+        """Choose the function and the rules.
 
         Args:
-            notify: `async def` of one argument, the `Alert`; None if the event is enough.
-            rules: What to look for; without any: `NonFinite("loss")`, `Spike("loss")`, `Failed()`.
-            clock: Seconds; for tests.
+            notify: An `async def` of one argument, the `Alert`; None to only publish the event.
+            rules: The conditions to alert on. Default: `NonFinite("loss")`, `Spike("loss")`, `Failed()`.
+
+        Raises:
+            TypeError: `notify` cannot be called, or a rule is no `Rule`.
         """
         if notify is not None and (isinstance(notify, Rule) or not callable(notify)):
             raise TypeError(
@@ -257,22 +248,22 @@ class Alerts(Callback):
                 raise TypeError(f"rules must be instances of Rule, like Above('val_loss', 10); got {rule!r}")
         self.notify = notify
         self.rules = rules or (NonFinite(), Spike(), Failed())
-        self._clock = clock
-        self._watchdog: _Watchdog | None = None
         self.reset()
 
     def reset(self) -> None:
-        self._broken: set[int] = set()  # places of the rules that are broken right now
-        # Ours on their way to `on_alert`, by id; added by the event loop and the watchdog, taken out by the loop.
+        # Indices of the rules that are broken now.
+        self._broken: set[int] = set()
+        # This instance's alerts on their way to `on_alert`, by id: added by the event loop and the watchdog, removed by
+        # the event loop. Single operations of a dict are atomic.
         self._published: dict[int, Alert] = {}
-        self._watchdog = None
+        self._watchdog: _Watchdog | None = None
         for rule in self.rules:
             rule.reset()
 
     async def on_train_start(self, event: TrainStart, run: Run) -> None:
         stalled = [rule for rule in self.rules if isinstance(rule, Stalled)]
         if stalled:
-            self._watchdog = _Watchdog(stalled, run, self._publish, self._clock)
+            self._watchdog = _Watchdog(stalled, run, self._publish)
 
     async def on_step_end(self, event: StepEnd, run: Run) -> None:
         values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}
@@ -283,8 +274,9 @@ class Alerts(Callback):
         self._expect("val_", event)
 
     async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-        made_here = {key: value for key, value in event.metrics.items() if key.startswith("train_")}
-        await self._look(event, made_here, run)  # the validation's were looked at when it ended
+        # The metrics of a validation were checked when it ended.
+        metrics = {key: value for key, value in event.metrics.items() if key.startswith("train_")}
+        await self._look(event, metrics, run)
         self._expect("train_", event)
 
     async def on_train_end(self, event: TrainEnd, run: Run) -> None:
@@ -293,8 +285,9 @@ class Alerts(Callback):
                 await self._alert(event, rule, message, None, run)
 
     async def on_alert(self, event: Alert, run: Run) -> None:
-        if self._published.pop(id(event), None) is not None:  # else it is another instance's
-            await self._tell(event)
+        is_of_this_instance = self._published.pop(id(event), None) is not None
+        if is_of_this_instance:
+            await self._call(event)
 
     def close(self) -> None:
         if self._watchdog is not None:
@@ -313,13 +306,13 @@ class Alerts(Callback):
                 await self._alert(event, rule, message, value, run)
 
     def _expect(self, prefix: str, event: ValidationEnd | EpochEnd) -> None:
-        """Raise, as a mistyped key would else never be noticed."""
+        """Raise if a metric of a rule is missing: a mistyped key would go unnoticed."""
         for rule in self.rules:
             if rule.key is not None and rule.key.startswith(prefix):
                 event.metrics[rule.key]
 
     async def _alert(self, event: Event, rule: Rule, message: str, value: float | None, run: Run) -> None:
-        # It stands where the event is that broke the rule, however far training has got meanwhile.
+        # Its position is that of the event that broke the rule; training may have got further.
         alert = Alert(
             rule=repr(rule),
             message=message,
@@ -329,10 +322,10 @@ class Alerts(Callback):
             batch=event.batch,
         )
         if not self._publish(alert, run):
-            await self._tell(msgspec.structs.replace(alert, run_id=run.id, time=time.time()))
+            await self._call(msgspec.structs.replace(alert, run_id=run.id, time=time.time()))
 
     def _publish(self, alert: Alert, run: Run) -> bool:
-        """Publish it, which brings it to `on_alert`; False if the run is over. Any thread."""
+        """Publish an alert, which brings it to `on_alert`. Return False if the run is over. Any thread."""
         logger.warning("alert in run %s: %s", run.id, alert.message)
         self._published[id(alert)] = alert
         try:
@@ -342,76 +335,51 @@ class Alerts(Callback):
             return False
         return True
 
-    async def _tell(self, alert: Alert) -> None:
+    async def _call(self, alert: Alert) -> None:
         if self.notify is None:
             return
-        told = self.notify(alert)
-        if not inspect.isawaitable(told):
-            raise TypeError(f"notify must be an async def, {self.notify!r} gave nothing to await")
-        await told
+        awaitable = self.notify(alert)
+        if not inspect.isawaitable(awaitable):
+            raise TypeError(f"notify must be an async def, but {self.notify!r} returned nothing to await")
+        await awaitable
 
 
 class _Watchdog:
-    """A thread that looks at a run now and then and says when it stands still."""
+    """A thread that checks the progress of a run and alerts when it stalls."""
 
-    def __init__(
-        self,
-        rules: list[Stalled],
-        run: Run,
-        publish: Callable[[Alert, Run], bool],
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, rules: list[Stalled], run: Run, publish: Callable[[Alert, Run], bool]) -> None:
         self._rules = rules
         self._run = run
         self._publish = publish
-        self._clock = clock
         self._interval = min(rule.seconds for rule in rules) / LOOKS
-        self._seen: object = None  # step and state at the last look
-        self._since = clock()
-        self._told: set[Stalled] = set()
-        self._is_closed = False  # guarded by _changed, as are the two counts
-        self._wanted = self._looks = 0
-        self._changed = threading.Condition()
-        # A daemon: it holds nothing, and must not keep an interpreter whose event loop died.
+        # Step and state at the last look, and since when they are these. Only the thread uses them.
+        self._seen: object = None
+        self._since = time.monotonic()
+        self._alerted: set[Stalled] = set()
+        self._closed = threading.Event()
+        # A daemon: it holds no resources, and must not keep the process alive if the event loop dies.
         self._thread = Thread(self._watch, name=f"offloop-alerts-{run.id}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread. Blocks for at most one look. Twice is fine."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        """End the thread. Blocks for at most one look. Idempotent."""
+        self._closed.set()
         self._thread.join()
 
-    def look_now(self) -> None:
-        """Look and return when that is done. Blocks; for a clock that a test turns."""
-        with self._changed:
-            self._wanted += 1
-            wanted = self._wanted
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._looks >= wanted or self._is_closed)
-
     def _watch(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or self._wanted > self._looks, self._interval)
-                if self._is_closed:
-                    return
-                wanted = self._wanted
+        while not self._closed.wait(self._interval):
             self._look()
-            with self._changed:
-                self._looks = wanted
-                self._changed.notify_all()
 
     def _look(self) -> None:
-        state, now = self._run.state, self._clock()
+        state, now = self._run.state, time.monotonic()
         seen = (self._run.step, state)
-        if seen != self._seen:  # so a pause ends with a fresh start
+        # The time starts again after a step and after a pause.
+        if seen != self._seen:
             self._seen, self._since = seen, now
-            self._told.clear()
+            self._alerted.clear()
+        quiet = now - self._since
         for rule in self._rules:
-            quiet = now - self._since
-            if quiet >= rule.seconds and rule not in self._told and state in ("running", "validating"):
-                self._told.add(rule)
+            if quiet >= rule.seconds and rule not in self._alerted and state in ("running", "validating"):
+                self._alerted.add(rule)
                 message = f"no step for {quiet:.3g} s after step {self._run.step} ({state})"
                 self._publish(Alert(rule=repr(rule), message=message, value=quiet), self._run)

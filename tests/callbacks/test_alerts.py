@@ -290,18 +290,27 @@ def test_function_that_is_not_async_is_told_of() -> None:
         callbacks=[Alerts(print, Above("loss", 0))],  # type: ignore[arg-type]  # the mistake
     )
     (told,) = result.callback_errors["Alerts"]
-    assert "notify must be an async def, <built-in function print> gave nothing to await" in told
+    assert "notify must be an async def, but <built-in function print> returned nothing to await" in told
 
 
 # No step for n seconds -----------------------------------------------------------------------------
 
 
 class ManualClock:
+    """Stands in for the module `time` in alerts.py, whose thread waits by the real one."""
+
     def __init__(self) -> None:
         self.now = 100.0
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    clock = ManualClock()
+    monkeypatch.setattr("offloop.callbacks.alerts.time", clock)
+    return clock
 
 
 class Story(Callback):
@@ -316,7 +325,7 @@ class Story(Callback):
         watchdog = self._wait_for_watchdog()
         for seconds in [0.0, *self.passing.get(point.step, [])]:
             self.clock.now += seconds
-            watchdog.look_now()
+            watchdog._look()
 
     def _wait_for_watchdog(self) -> Any:
         assert self.has_started.wait(30)
@@ -345,9 +354,9 @@ class Story(Callback):
         ),
     ],
 )
-def test_stalled(passing: dict[int, list[float]], messages: list[str]) -> None:
-    clock, told = ManualClock(), Told()
-    alerts = Alerts(told, Stalled(60), clock=clock)
+def test_stalled(clock: ManualClock, passing: dict[int, list[float]], messages: list[str]) -> None:
+    told = Told()
+    alerts = Alerts(told, Stalled(60))
     recorder = Recorder()
     tiny_trainer().train(
         tiny_batches(5), epochs=1, callbacks=[alerts, recorder, Story(alerts, clock, passing)]
@@ -357,9 +366,9 @@ def test_stalled(passing: dict[int, list[float]], messages: list[str]) -> None:
 
 
 @pytest.mark.anyio
-async def test_pause_is_no_stall() -> None:
-    clock, told = ManualClock(), Told()
-    alerts = Alerts(told, Stalled(60), clock=clock)
+async def test_pause_is_no_stall(clock: ManualClock) -> None:
+    told = Told()
+    alerts = Alerts(told, Stalled(60))
     with anyio.fail_after(60):
         async with tiny_trainer().start(tiny_batches(5), epochs=3, callbacks=[alerts]) as run:
             await run.pause()
@@ -367,14 +376,14 @@ async def test_pause_is_no_stall() -> None:
                 await anyio.lowlevel.checkpoint()
             for _ in range(3):
                 clock.now += 100.0
-                await anyio.to_thread.run_sync(alerts._watchdog.look_now)
+                alerts._watchdog._look()
             await run.resume()
     assert told.alerts == []
 
 
-def test_two_stall_rules_speak_each_at_its_time() -> None:
-    clock, told = ManualClock(), Told()
-    alerts = Alerts(told, Stalled(10), Stalled(100), clock=clock)
+def test_two_stall_rules_speak_each_at_its_time(clock: ManualClock) -> None:
+    told = Told()
+    alerts = Alerts(told, Stalled(10), Stalled(100))
     story = Story(alerts, clock, {1: [10.0, 50.0, 40.0]})
     tiny_trainer().train(tiny_batches(3), epochs=1, callbacks=[alerts, story])
     assert [alert.rule for alert in told.alerts] == ["Stalled(10)", "Stalled(100)"]
