@@ -1,4 +1,4 @@
-"""CheckpointName: names of checkpoints made of where they were taken and how good they are."""
+"""CheckpointName: names of checkpoints, formatted from their position and their metrics."""
 
 import math
 import string
@@ -10,13 +10,13 @@ POSITION: Final = ("epoch", "step", "batch", "attempt")
 
 
 class CheckpointName:
-    """A pattern like `"epoch={epoch}-val_loss={val_loss:.3f}"`, in Python's format language."""
+    """A pattern in Python's format language, like `"epoch={epoch}-val_loss={val_loss:.3f}"`."""
 
     def __init__(self, pattern: str) -> None:
         """Check the pattern.
 
         Raises:
-            ConfigError: It has a key that no checkpoint has, or cannot be the name of a directory.
+            ConfigError: It has an unknown key, or does not make the name of a directory.
         """
         legal = f"{{{'}, {'.join(POSITION)}}}, and metrics like {{val_loss:.3f}} or {{train_loss:.3f}}"
         if not isinstance(pattern, str) or not pattern:
@@ -26,11 +26,13 @@ class CheckpointName:
         try:
             fields = [field for field in string.Formatter().parse(pattern) if field[1] is not None]
         except ValueError as error:
-            raise ConfigError(f"filename {pattern!r} is no pattern: {error}; it may have {legal}") from None
+            raise ConfigError(
+                f"filename {pattern!r} is no pattern: {error}; its keys can be {legal}"
+            ) from None
         for _, key, format_spec, conversion in fields:
             assert key is not None
             if key not in POSITION and not (key.startswith(("train_", "val_")) and key.isidentifier()):
-                raise ConfigError(f"filename has {{{key}}}, which no checkpoint has; there are {legal}")
+                raise ConfigError(f"filename has the unknown key {{{key}}}; legal are {legal}")
             if conversion is not None:
                 raise ConfigError(f"filename has a conversion, {{{key}!{conversion}}}: leave it out")
             try:
@@ -53,15 +55,15 @@ class CheckpointName:
         return hash(self.pattern)
 
     def __call__(self, info: CheckpointInfo) -> str:
-        """Return the name of a checkpoint; a metric that was not made at its very step is `nan`."""
+        """Return the name of a checkpoint; a metric that was not computed at its step is `nan`."""
         return self.format({key: getattr(info.manifest, key) for key in POSITION}, info.metrics)
 
     def format(self, position: dict[str, int], metrics: dict[str, float]) -> str:
-        """Fill the pattern in."""
+        """Return the pattern with values filled in."""
         return self.pattern.format(**position, **{key: metrics.get(key, math.nan) for key in self.metrics})
 
     def check(self, event: ValidationEnd | EpochEnd) -> None:
-        """Raise, and list the keys, if the event should have a metric of the pattern and has not."""
+        """Raise if the event lacks a metric of the pattern that it should have."""
         prefix = "val_" if isinstance(event, ValidationEnd) else "train_"
         for key in self.metrics:
             if key.startswith(prefix):

@@ -1,4 +1,4 @@
-"""EarlyStopping: end a run that no longer gets better."""
+"""EarlyStopping: stop a run whose metric no longer improves."""
 
 import math
 from collections.abc import Mapping
@@ -23,11 +23,10 @@ from offloop.engine.monitor import Mode, Monitor
 
 
 class EarlyStopping(Callback):
-    """Stops a run when its metric has not improved for `patience` checks in a row.
+    """Stops a run when its metric has not improved in `patience` checks in a row.
 
-    A check is each validation for a `val_` metric, each epoch for a `train_` metric. It is a decider: the
-    same data and seed stop at the same step, whatever observers do. NaN never improves; 0.0 is a value; the
-    best moves only beyond `min_delta`.
+    Each validation is a check of a `val_` metric, each epoch one of a `train_` metric. NaN never improves. It decides
+    in the training thread, so the same data and seed stop at the same step.
     """
 
     @explains_arguments()
@@ -43,24 +42,22 @@ class EarlyStopping(Callback):
         divergence_threshold: float | None = None,
         restore_best: bool = False,
     ) -> None:
-        """Choose what to watch and for how long.
+        """Choose the metric and when to stop.
 
         Args:
-            monitor: Key of a metric.
-            mode: Whether less or more of it is better; `"auto"` knows from the metric, then from its name.
-            min_delta: What counts as an improvement: more than this, absolute, >= 0.
-            patience: Checks without improvement after which the run stops, at least 1: with 3, it stops at
-                the third miss in a row.
+            monitor: Key of the metric.
+            mode: Whether less (`"min"`) or more (`"max"`) is better. `"auto"` takes it from the metric or its name.
+            min_delta: Least improvement that counts, absolute, at least 0.
+            patience: Checks without improvement after which the run stops, at least 1.
             check_finite: Stop at once when the metric is NaN or infinite.
             stopping_threshold: Stop at once when the metric is better than this.
             divergence_threshold: Stop at once when the metric is worse than this.
-            restore_best: Put the weights (and buffers) of the best check back when the run was completed or
-                stopped, after its last checkpoint, which keeps the weights in training. They are those that the
-                metric belongs to: with a `WeightAverage` that validations run with, its average. Not after a failure
-                or a cancellation. Keeps one copy of them on the device, and one in each checkpoint.
+            restore_best: When the run completes or stops, restore the weights and buffers of the best check, after the
+                last checkpoint, which keeps the weights in training. With a `WeightAverage` that validations use, its
+                average is restored. Keeps one copy of the weights on the device, and one in each checkpoint.
 
         Raises:
-            ConfigError: A value is out of its range.
+            ConfigError: A value is out of range.
         """
         checks.whole_number("patience", patience)
         self.monitor = Monitor(monitor, mode, min_delta)
@@ -92,9 +89,8 @@ class EarlyStopping(Callback):
     @in_step
     def before_train_end(self, point: StepPoint) -> None:
         if self._best_weights is not None:
-            load_model(
-                self._best_weights, into=point.model
-            )  # an earlier attempt may have wrapped it otherwise
+            # By load_model, since an earlier attempt may have wrapped the model differently.
+            load_model(self._best_weights, into=point.model)
 
     @property
     def sets_final_weights(self) -> bool:
@@ -110,14 +106,15 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["monitor"]["key"] != self.monitor.key:
-            return  # it counted misses of another metric
+            # The misses are those of another metric.
+            return
         self.monitor.load_state_dict(state["monitor"])
         self.misses, self.best_step = state["misses"], state["best_step"]
         if self.restore_best:
             self._best_weights = state["best_weights"]
 
     def _check(self, event: ValidationEnd | EpochEnd, run: Run) -> None:
-        value = self.monitor.value_at(event)  # if it is missing, raises and lists the keys there are
+        value = self.monitor.value_at(event)
         if value is None:
             return
         if self.monitor.improves(value):
@@ -136,7 +133,7 @@ class EarlyStopping(Callback):
             run.stop_nowait(reason)
 
     def _reason(self, value: float) -> str:
-        """Return why to stop, empty to go on."""
+        """Return why to stop; empty to continue."""
         key = self.monitor.key
         is_finite = math.isfinite(value)
         if not is_finite and self.check_finite:

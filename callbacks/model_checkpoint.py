@@ -31,16 +31,14 @@ DEFAULT_FILENAME: Final = "epoch={epoch}-step={step}"
 
 
 class ModelCheckpoint(Callback):
-    """Saves checkpoints of the whole run, from which it can be continued bit for bit.
+    """Saves checkpoints of the whole run, from which it resumes bit for bit.
 
-    Training waits for one copy in memory; writing goes on beside it. A checkpoint counts when it is
-    durable (`CheckpointSaved`), and older ones are removed only after that. The choice of the best is a
-    decider, so it does not depend on how fast the disk is. If saving it fails, the previous best counts again:
-    on disk at once, and for what is saved next as soon as the failure is known.
+    Training waits for one copy in memory and continues while that is written. Older checkpoints are removed only once
+    the new one is durable (`CheckpointSaved`). The best is chosen in the training thread, so the choice does not depend
+    on the speed of the disk. If saving the best fails, the previous best counts again.
 
-    Several serve one run: each has its own best, its own rules of what is kept and its own copies. A checkpoint that
-    two of them want of one moment is taken once. `result.best` is that of the first one that names a `monitor`,
-    unless `Trainer(monitor=...)` says otherwise; each has its own as `best`.
+    A run can have several, each with its own best, retention and copies; a checkpoint that two of them want is saved
+    once. `result.best` is that of the first one with a `monitor`, unless `Trainer(monitor=...)` is given.
     """
 
     needs_run_dir = True
@@ -66,29 +64,28 @@ class ModelCheckpoint(Callback):
         """Choose when to save and what to keep.
 
         Args:
-            monitor: Key of the metric that says which is best; None for `Trainer(monitor=...)`, else `val_loss`, or
-                `train_loss` in a run without a validation.
-            mode: Whether less or more of it is better.
-            save_best_only: Save when the metric has improved, and at the end (`save_last`); nothing else.
-            save_top_k: How many of the best are kept, at least 1.
+            monitor: Key of the metric by which the best is chosen. None: that of `Trainer(monitor=...)`, else
+                `val_loss`, or `train_loss` without a validation.
+            mode: Whether less (`"min"`) or more (`"max"`) is better. `"auto"` takes it from the metric or its name.
+            save_best_only: Save only when the metric improves, and at the end (`save_last`).
+            save_top_k: Number of best checkpoints to keep, at least 1.
             save_last: Save when training ends: at a limit, a stop, a signal or a cancellation.
-            every_n_epochs: Save after every n-th epoch; 1 if nothing else says when.
-            every_n_steps: Save after every n-th optimizer step.
-            every_seconds: Save when this long has passed since the last save; which step that is depends on
+            every_n_epochs: Save after every n-th epoch, at least 1. None means 1, unless another option says when.
+            every_n_steps: Save after every n-th optimizer step, at least 1.
+            every_seconds: Save when so many seconds, above 0, have passed since the last save. The step depends on
                 the machine.
-            keep_last: The newest ones that are kept, at least 2; None keeps all.
-            keep_every_n_steps: Those at multiples of this are kept for good.
-            save_dir: A directory in which the checkpoints that this callback keeps stand too, under a name of yours:
-                as hard links on the same disk, else as copies. With `save_best_only` only the best ones. Runs may
-                share it.
-            filename: The names there, in Python's format language, of `epoch`, `step`, `batch`, `attempt` and metrics:
-                `"epoch={epoch}-val_loss={val_loss:.3f}"`. A metric that was not made at the very step of the
-                checkpoint is `nan`. Where several have one name, the newest has it, or with `save_best_only` the
-                best, and the others get numbers: `"best"` is the best one. None for `"epoch={epoch}-step={step}"`.
+            keep_last: Number of newest checkpoints to keep, at least 1; 1 keeps 2. None keeps all.
+            keep_every_n_steps: Keep checkpoints at multiples of this for good, at least 1.
+            save_dir: Directory for further copies of the checkpoints that are kept, under names of your own: hard links
+                on the same disk, else copies. With `save_best_only` only the best ones. Several runs can share it.
+            filename: Names of these copies, in Python's format language with `epoch`, `step`, `batch`, `attempt` and
+                metrics: `"epoch={epoch}-val_loss={val_loss:.3f}"`. A metric that was not computed at the step of the
+                checkpoint is `nan`. If several get one name, it belongs to the newest (with `save_best_only` the best)
+                and the others get numbers: `"best"` is always the best one. None: `"epoch={epoch}-step={step}"`.
 
         Raises:
-            ConfigError: A value is out of its range, `save_best_only` comes with a cadence, or `filename` has a key
-                that no checkpoint has.
+            ConfigError: A value is out of range, `save_best_only` comes with an interval, or `filename` has an unknown
+                key.
         """
         for name, value in (
             ("save_top_k", save_top_k),
@@ -97,17 +94,17 @@ class ModelCheckpoint(Callback):
             ("keep_last", keep_last),
             ("keep_every_n_steps", keep_every_n_steps),
         ):
-            all_of_them = "; keep_last=None keeps all" if name in ("save_top_k", "keep_last") else ""
-            checks.whole_number(name, value, optional=True, hint=all_of_them)
+            hint = "; keep_last=None keeps all" if name in ("save_top_k", "keep_last") else ""
+            checks.whole_number(name, value, optional=True, hint=hint)
         checks.flag("save_best_only", save_best_only)
         checks.flag("save_last", save_last)
         checks.number("every_seconds", every_seconds, above=0, finite=False, optional=True, unit="seconds")
-        has_cadence = not (every_n_epochs is None and every_n_steps is None and every_seconds is None)
-        if save_best_only and has_cadence:
-            raise ConfigError("save_best_only saves when the metric improves: leave every_... out")
+        has_interval = not (every_n_epochs is None and every_n_steps is None and every_seconds is None)
+        if save_best_only and has_interval:
+            raise ConfigError("save_best_only saves when the metric improves: leave out every_...")
         if filename is not None and save_dir is None:
             raise ConfigError(
-                "filename is for copies in a directory of yours: give save_dir too. The run's own checkpoints are "
+                "filename names copies in a directory of yours: give save_dir too. The run's own checkpoints are "
                 "<run_dir>/<run_id>/checkpoints/step-..."
             )
         self.save_dir = None if save_dir is None else Path(save_dir).expanduser().absolute()
@@ -118,29 +115,32 @@ class ModelCheckpoint(Callback):
         self.save_best_only = save_best_only
         self.save_top_k = save_top_k
         self.save_last = save_last
-        self.every_n_epochs = every_n_epochs if has_cadence or save_best_only else 1
+        self.every_n_epochs = every_n_epochs if has_interval or save_best_only else 1
         self.every_n_steps = every_n_steps
         self.every_seconds = every_seconds
-        # None: a run without such a cadence has no step hook of ours, and pays nothing for it
+        # None where no option needs a step hook: steps then have no overhead.
         self.look_every_n_steps = every_n_steps if every_seconds is None else 1
         self.keep_last = keep_last
         self.keep_every_n_steps = keep_every_n_steps
         self.reset()
 
     def reset(self) -> None:
-        self._watched = self.monitor  # or the run's own
+        # The callback's own monitor, or from TrainStart on that of the run
+        self._watched = self.monitor
         if self._watched is not None:
             self._watched.best = None
-        # The training thread replaces both; `best` is read by anybody
+        # Written by the training thread, which replaces both objects and changes neither. Any thread reads `best`.
         self._best_on_disk: Best | None = None
-        self._pending: list[tuple[Best, Future[CheckpointSaved]]] = []  # bests that are being written
-        self._owner = ""  # whose checkpoints ours are, as the engine calls us
+        self._pending: list[tuple[Best, Future[CheckpointSaved]]] = []
+        # The engine's name for this callback as an owner of checkpoints
+        self._owner = ""
         self._saved_at = 0.0
-        self._best_step = -1  # where the latest best was saved
+        # The step at which the latest best was saved
+        self._best_step = -1
 
     @property
     def best(self) -> Best | None:
-        """The best moment by this callback's metric that is on disk, with its path. Any thread, also after the run."""
+        """The best moment by this callback's metric that is on disk, with its path. Any thread, also after a run."""
         for best, future in reversed(self._pending):
             if future.done() and not _has_failed(future):
                 return dataclasses.replace(best, path=future.result().path)
@@ -148,15 +148,14 @@ class ModelCheckpoint(Callback):
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
-        if self.monitor is None:
-            best = None if self._watched is None else self._watched.state_dict()
+        if self.monitor is None and (self._watched is None or self._watched.key != run.default_monitor):
             self._watched = Monitor(run.default_monitor, self.mode)
-            if best is not None:
-                self._watched.load_state_dict(best)
         assert self._watched is not None
         self._watched.begin(run)
-        assert run.dir is not None  # needs_run_dir
-        if self._best_on_disk is not None:  # of an earlier attempt
+        # `needs_run_dir` sees to it.
+        assert run.dir is not None
+        # The best of an earlier attempt is known without its path.
+        if self._best_on_disk is not None:
             self._best_on_disk = self._best_on_disk.located(CheckpointReader(run.dir).checkpoints())
         self._saved_at = time.monotonic()
         retention = Retention(
@@ -193,13 +192,14 @@ class ModelCheckpoint(Callback):
         self._name.check(event)
         self._judge(event, run)
         due = self.every_n_epochs is not None and (event.epoch + 1) % self.every_n_epochs == 0
-        if due and event.step != self._best_step:  # its validation's best is the same state
+        # A best that was saved at the epoch's validation is the same state.
+        if due and event.step != self._best_step:
             self._save(run, "interval")
 
     def state_dict(self) -> Mapping[str, Any]:
         if self._watched is None:
             return {}
-        # As the run decides: the best may be the very checkpoint that this is written into
+        # A best that is still being written counts: it may be the checkpoint that this state is saved in.
         best = self._pending[-1][0] if self._pending else self._best_on_disk
         return {
             "monitor": self._watched.state_dict(),
@@ -221,7 +221,8 @@ class ModelCheckpoint(Callback):
         assert watched is not None
         self._settle(watched)
         if self.monitor is None and watched.key not in event.metrics:
-            return  # nobody asked for this metric, so a run may do without it
+            # The run's default metric was not asked for, so a run may not compute it.
+            return
         value = watched.value_at(event)
         if value is not None and watched.improves(value):
             best = Best(monitor=watched.key, score=value, epoch=event.epoch, step=event.step)
@@ -229,7 +230,7 @@ class ModelCheckpoint(Callback):
             self._best_step = event.step
 
     def _settle(self, watched: Monitor) -> None:
-        """Take note of what became of earlier bests; one that was not written is no best."""
+        """Update the best after checkpoints have been written; one whose write failed is not the best."""
         if not any(future.done() for _, future in self._pending):
             return
         self._best_on_disk = self.best

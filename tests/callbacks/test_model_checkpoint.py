@@ -757,10 +757,10 @@ def test_directory_that_refuses_copies_does_not_touch_the_run(
         ({"save_dir": "d", "filename": ""}, "must be a pattern like 'epoch="),
         (
             {"save_dir": "d", "filename": "{epoc}"},
-            r"\{epoc\}, which no checkpoint has; there are \{epoch\}, \{step\}",
+            r"unknown key \{epoc\}; legal are \{epoch\}, \{step\}",
         ),
-        ({"save_dir": "d", "filename": "{}"}, "which no checkpoint has"),
-        ({"save_dir": "d", "filename": "{val_loss.real}"}, "which no checkpoint has"),
+        ({"save_dir": "d", "filename": "{}"}, "unknown key"),
+        ({"save_dir": "d", "filename": "{val_loss.real}"}, "unknown key"),
         ({"save_dir": "d", "filename": "{epoch!r}"}, "leave it out"),
         ({"save_dir": "d", "filename": "{epoch"}, "is no pattern: expected"),
         ({"save_dir": "d", "filename": "{val_loss:.3x}"}, r"cannot format \{val_loss:.3x\}: Unknown"),
