@@ -224,7 +224,7 @@ def drive(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven
 
     `TrainStart` is put before them and `TrainEnd` after them if they are not there. The next event comes when
     all callbacks have handled the one before. Deciders are asked at their events, commands take effect
-    at once, and a stop ends the script; step hooks, which need a step's tensors, do not run.
+    at once, and a stop ends the script; hooks inside steps, which need a step's tensors, do not run.
 
     Args:
         callbacks: In the order of their decisions.
@@ -268,6 +268,8 @@ class _ScriptedLoop(TrainingLoop):
 
     def run(self, handle: object = None) -> None:
         progress, script = self.progress, self.program.script
+        # No step runs its hooks, but those at the end of training do run.
+        self.prepare_hooks(handle)
         if not any(isinstance(event, TrainStart) for event in script):
             start = train_start(self.program, self.setup, progress, self.resumed, self.reporter)
             self.boundary.announce(start)

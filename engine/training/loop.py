@@ -152,8 +152,7 @@ class TrainingLoop:
         progress, setup, optimizers = self.progress, self.setup, self.setup.optimizers
         self._started = time.perf_counter()
         self.source.handles_signals = self.host.handles_signals
-        parts = (setup, progress, self.window, self.reporter, self.hooks, self.log)
-        self.hooks.point = StepPoint(self.program, handle, *parts)
+        self.prepare_hooks(handle)
         progress.last_lr = progress.last_lr or largest_lr(setup.first_optimizer)
         for optimizer in optimizers.values():
             free_gradients(optimizer)
@@ -188,6 +187,11 @@ class TrainingLoop:
             raise
         self.reporter.readback.flush()
         self.hooks.run_all("after_training")
+
+    def prepare_hooks(self, handle: object) -> None:
+        """Create what step hooks get. They can run until `close`."""
+        parts = (self.setup, self.progress, self.window, self.reporter, self.hooks, self.log)
+        self.hooks.point = StepPoint(self.program, handle, *parts)
 
     def run_epoch(self) -> None:
         """Train one epoch, validate if that is due, and publish its end."""
