@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from offloop.engine.checkpoint import CheckpointInfo
+from offloop.engine.events import EpochEnd, ValidationEnd
+from offloop.engine.monitor import Direction, is_better
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,3 +38,31 @@ class Best:
         ]
         holders = [each for each in holders if each.manifest.attempt == holders[-1].manifest.attempt]
         return dataclasses.replace(self, path=str(holders[0].path) if holders else None)
+
+
+class BestSoFar:
+    """Watches a run for its best moment."""
+
+    def __init__(self, monitor: str, direction: Direction, *, is_named: bool) -> None:
+        """Judge by one metric.
+
+        Args:
+            monitor: Its key.
+            direction: Whether less or more of it is better.
+            is_named: True if the user has named the metric: a run that does not compute it fails.
+        """
+        self.monitor = monitor
+        # Replaced as a whole: by the training thread, and by the supervisor after that thread has ended.
+        # Read by any thread.
+        self.moment: Best | None = None
+        self._direction: Direction = direction
+        self._is_named = is_named
+
+    def judge(self, event: ValidationEnd | EpochEnd) -> None:
+        """Note the moment of an event if it is the best so far. Training thread."""
+        if isinstance(event, ValidationEnd) is not self.monitor.startswith("val_"):
+            return
+        score = event.metrics[self.monitor] if self._is_named else event.metrics.get(self.monitor)
+        best = None if self.moment is None else self.moment.score
+        if score is not None and is_better(score, best, self._direction):
+            self.moment = Best(monitor=self.monitor, score=score, epoch=event.epoch, step=event.step)

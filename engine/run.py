@@ -4,8 +4,6 @@ A `Run` holds no state. It reads that of its session, and gives commands to the 
 """
 
 import functools
-import sys
-import traceback
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -29,17 +27,15 @@ from offloop.engine.bus.commands import (
 )
 from offloop.engine.bus.event_bus import Bus
 from offloop.engine.bus.subscription import BUFFER, OnFull, Subscription, SubscriptionStatistics
-from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import result_of
 from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import DeadlockError
 from offloop.engine.events import CheckpointSaved, Event, Metrics, Settings
 from offloop.engine.monitor import Direction
 from offloop.engine.observers.observer import CallbackCosts
-from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.result import RunResult
 from offloop.engine.session.lifetime import Lifetime
-from offloop.engine.session.ownership import Monitors
+from offloop.engine.session.monitors import Monitors
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.progress import Progress
 
@@ -54,25 +50,27 @@ class Source(Protocol):
     """What a `Run` needs of the session behind it. Any thread reads it, during the run and after its end."""
 
     run_id: str
-    dir: Path | None
     config: TrainerConfig
     monitors: Monitors
     mailbox: Mailbox
     bus: Bus
     lifetime: Lifetime
-    thread: Thread
     progress: Progress
     has_validation: bool
-    checkpoints: Checkpoints | None
     weak_trainer: weakref.ref[TrainingProgram]
     result: RunResult | None
     finished: Future[RunResult]
 
     @property
+    def dir(self) -> Path | None: ...
+    @property
     def state(self) -> str: ...
+    @property
+    def is_saving(self) -> bool: ...
     @property
     def callback_costs(self) -> dict[str, CallbackCosts]: ...
     def publish(self, event: Event, /) -> None: ...
+    def stack(self) -> str: ...
 
 
 def awaited(
@@ -151,8 +149,7 @@ class Run:
     @property
     def is_saving(self) -> bool:
         """True while a checkpoint is taken or written."""
-        checkpoints = self._session.checkpoints
-        return checkpoints is not None and checkpoints.in_flight
+        return self._session.is_saving
 
     @property
     def failure(self) -> BaseException | None:
@@ -161,8 +158,7 @@ class Run:
 
     def stack(self) -> str:
         """Return the stack of the training thread as Python prints it; empty when the thread has ended. Any thread."""
-        frame = sys._current_frames().get(self._session.thread.ident or 0)
-        return "" if frame is None else "".join(traceback.format_stack(frame))
+        return self._session.stack()
 
     @property
     def refused(self) -> dict[str, str]:

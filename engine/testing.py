@@ -35,7 +35,7 @@ from offloop.engine.events import (
 )
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
-from offloop.engine.session.session import Session
+from offloop.engine.session.training_thread import Training
 from offloop.engine.trainer import BaseTrainer, Trainer
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.reports import train_start
@@ -264,7 +264,7 @@ class _ScriptedLoop(TrainingLoop):
     """Publishes events where the loop would train, and waits after each until all callbacks have handled it."""
 
     program: _ScriptedTrainer
-    host: Session
+    host: Training
 
     def run(self, handle: object = None) -> None:
         progress, script = self.progress, self.program.script
@@ -296,10 +296,10 @@ class _ScriptedLoop(TrainingLoop):
 
     def _let_callbacks_handle_it(self) -> None:
         """Wait for the observers, so that the commands of callbacks take effect at the same event in every run."""
-        session = self.host
-        for observer in session.callbacks.observers:
+        host = self.host
+        for observer in host.callbacks.observers:
             if observer.subscription is not None:
-                session.deciders.wait_for(observer)
+                host.deciders.wait_for(observer)
         if self.mailbox.attention:
             self.boundary.process_commands()
 

@@ -44,13 +44,13 @@ from offloop.engine.recovery.keepers import Keeper
 
 logger = logging.getLogger("offloop")
 
-Patience = Callable[[Callable[[float], bool]], bool]
-"""How long to wait: given a function that waits so many seconds and tells whether it is done; tells it too."""
+WaitPolicy = Callable[[Callable[[float], bool]], bool]
+"""How long to wait. Given a function that waits that many seconds and returns whether it is done; returns that, too."""
 
 Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
 
 
-def patiently(wait: Callable[[float], bool]) -> bool:
+def wait_for_ever(wait: Callable[[float], bool]) -> bool:
     """Wait as long as it takes. Blocks."""
     while not wait(60.0):
         pass
@@ -72,7 +72,7 @@ class Checkpoints:
         model: torch.nn.Module,
         publish: Callable[[Event], None],
         retention: Retention | None = None,
-        patience: Patience = patiently,
+        wait_policy: WaitPolicy = wait_for_ever,
         records: Records | None = None,
     ) -> None:
         """Keep the checkpoints of the run in `directory`.
@@ -84,7 +84,7 @@ class Checkpoints:
             model: Some modules change their parameters in the forward pass.
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in threads of this object's.
             retention: What every run keeps, and which checkpoint is its best.
-            patience: How long training waits for a slow disk.
+            wait_policy: How long training waits for a slow disk.
             records: Says when a durable checkpoint may be announced; None for at once.
         """
         self._records = records
@@ -100,7 +100,7 @@ class Checkpoints:
         )
         self._newest: CheckpointSaved | None = None  # what was said about it; writer's thread
         self.on_saved: Callable[[], None] | None = None  # told of each durable one, in the announcing thread
-        self._directory = directory
+        self.directory = directory
         self._run_id = run_id
         self._optimizers = optimizers
         # torch's embeddings with a max_norm scale down the rows that they look up
@@ -111,7 +111,7 @@ class Checkpoints:
             for parameter in module.parameters(recurse=False)
         ]
         self._publish = publish
-        self._patience = patience
+        self._wait_policy = wait_policy
         self._claim: DirectoryLock | None = None
         self._arena: SnapshotArena | None = None
         self._store: CheckpointStore | None = None
@@ -125,7 +125,7 @@ class Checkpoints:
         Raises:
             RunLockedError: Another run has it.
         """
-        self._claim = DirectoryLock(self._directory)
+        self._claim = DirectoryLock(self.directory)
 
     def keep(self, keeper: Keeper) -> None:
         """Add what an owner wants kept and copied, in place of what it wanted before. Training thread.
@@ -245,7 +245,7 @@ class Checkpoints:
                     raise death
                 if saved is None or saved.saved_step != step:
                     raise CheckpointWriteError(
-                        self._directory,
+                        self.directory,
                         None,
                         f"the checkpoint of step {step} to be tagged {tag!r} was not saved",
                     )
@@ -275,7 +275,7 @@ class Checkpoints:
                 refusals.append(error)
             return bool(taken)
 
-        if not self._patience(is_done):
+        if not self._wait_policy(is_done):
             raise refusals[-1]
         return taken[0]
 
@@ -301,7 +301,9 @@ class Checkpoints:
             return True
 
         try:
-            return self._patience(is_done) and (self._records is None or self._patience(self._records.flush))
+            return self._wait_policy(is_done) and (
+                self._records is None or self._wait_policy(self._records.flush)
+            )
         except WriterDiedError as error:
             logger.error("checkpoints were not finished: %s", error)
             return False
@@ -325,7 +327,7 @@ class Checkpoints:
             try:
                 threading.Thread(target=self._close_late, name="offloop-close-late", daemon=True).start()
             except RuntimeError as shortage:  # the lock is kept until the process ends
-                logger.error("the lock of %s stays taken: %s", self._directory, shortage)
+                logger.error("the lock of %s stays taken: %s", self.directory, shortage)
             return
         except CheckpointError as error:
             logger.error("checkpoints were not finished: %s", error)
@@ -353,7 +355,7 @@ class Checkpoints:
         try:
             return best.located(self._store.checkpoints())
         except CheckpointError as error:
-            logger.warning("%s could not be searched for the best checkpoint: %s", self._directory, error)
+            logger.warning("%s could not be searched for the best checkpoint: %s", self.directory, error)
             return best
 
     @property
@@ -389,7 +391,7 @@ class Checkpoints:
         """
         if self._writer is None or self._arena is None:
             with contextlib.ExitStack() as opened:
-                store = opened.enter_context(CheckpointStore(self._directory, retention=self.retention))
+                store = opened.enter_context(CheckpointStore(self.directory, retention=self.retention))
                 arena = SnapshotArena(optimizers=self._optimizers.values(), volatile=self._volatile)
                 opened.callback(arena.close)
                 self._writer = CheckpointWriter(store, on_saved=self._saved, on_failed=self._failed)

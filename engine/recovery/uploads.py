@@ -40,7 +40,7 @@ from offloop.engine.checkpoint.retention import best_of, select_kept_by_any
 from offloop.engine.errors import RunNameTakenError, describe
 from offloop.engine.events import CheckpointUploaded, Event, UploadFailed
 from offloop.engine.recovery.resume_plan import RUN_JSON
-from offloop.engine.recovery.run_checkpoints import Checkpoints, Patience
+from offloop.engine.recovery.run_checkpoints import Checkpoints, WaitPolicy
 from offloop.engine.recovery.run_dir import format_run_json
 
 logger = logging.getLogger("offloop")
@@ -117,8 +117,8 @@ class Uploads:
             self._may_drop = True
             self._changed.notify_all()
 
-    def finish(self, patience: Patience) -> bool:
-        """Copy everything that is there by now; return whether it is done. Blocks, as long as `patience` says."""
+    def finish(self, wait_policy: WaitPolicy) -> bool:
+        """Copy everything that is there by now; return whether it is done. Blocks, as long as `wait_policy` says."""
         with self._changed:
             self._asked += 1
             asked, self._is_urgent = self._asked, True
@@ -129,7 +129,7 @@ class Uploads:
                 return self._changed.wait_for(lambda: self._done >= asked, seconds)
 
         try:
-            return patience(is_done)
+            return wait_policy(is_done)
         finally:
             with self._changed:
                 self._is_urgent = False

@@ -29,7 +29,7 @@ def run_blocking(session: Session) -> RunResult:
     if _is_inside_event_loop():
         return _run_in_helper_thread(session)
     signals = _Signals(session)
-    with handled_signals(signals.note, force=False) as session.handles_signals:
+    with handled_signals(signals.note, force=False) as session.lifetime.handles_signals:
         anyio.run(session.run_to_end, _ignore)
     return signals.outcome()
 
@@ -57,7 +57,7 @@ def _run_in_helper_thread(session: Session) -> RunResult:
     interrupts = handled_signals(
         signals.note, force=False, only=(signal.SIGINT,), third_is_final=False, asks_application=True
     )
-    with interrupts as session.handles_signals:
+    with interrupts as session.lifetime.handles_signals:
         host.start()
         while not host.is_over:
             host.join()
@@ -78,7 +78,7 @@ async def run_awaited(session: Session, started: Callable[[Run], None], *, handl
         await session.run_to_end(started)
         return session.outcome()
     signals = _Signals(session)
-    with handled_signals(signals.note, force=True) as session.handles_signals:
+    with handled_signals(signals.note, force=True) as session.lifetime.handles_signals:
         await session.run_to_end(started)
     return signals.outcome()
 

@@ -52,6 +52,8 @@ class Lifetime:
         self.late_exit: BaseException | None = None
         # Written by the main thread, read by any thread.
         self.signal_count = 0
+        # True if the run takes SIGINT or SIGTERM: written before the training thread starts, which reads it.
+        self.handles_signals = False
         self._mailbox = mailbox
         self._bus = bus
         # When the second signal came; written by the main thread.
@@ -97,6 +99,10 @@ class Lifetime:
         if self.failure is None:
             self.failure = error
         self.cancel(describe(error))
+
+    def is_cancelled(self) -> bool:
+        """Return whether training is to leave at its next batch."""
+        return self._mailbox.cancelled
 
     def take_failure(self) -> BaseException | None:
         """Return what the run has to raise, and forget it. Its frames may hold tensors: the caller decides how long."""

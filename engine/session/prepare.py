@@ -2,10 +2,9 @@
 
 import contextlib
 import functools
-import threading
 from collections.abc import AsyncIterator
 
-from offloop.engine.callback import Callback, close_unused, lookup
+from offloop.engine.callback import Callback, lookup
 from offloop.engine.config import check_limits
 from offloop.engine.data.batches import limited_length
 from offloop.engine.data.seeded_sampling import check_seedable
@@ -18,7 +17,7 @@ from offloop.engine.recovery.fetch import fetch_run, remote_to_fetch
 from offloop.engine.recovery.resume_plan import Resume, plan_resume
 from offloop.engine.recovery.run_dir import base_dir_of, new_run_id
 from offloop.engine.run import Run
-from offloop.engine.session.ownership import Monitors
+from offloop.engine.session.monitors import Monitors
 from offloop.engine.session.run_arguments import RunArguments
 from offloop.engine.session.session import Session
 from offloop.engine.session.thread_state import check_caller
@@ -33,15 +32,10 @@ from offloop.engine.training.arguments import (
 from offloop.engine.training.averages import check_averages
 from offloop.engine.training.default_steps import check_optimization, check_validation
 from offloop.engine.training.learning_rate import Schedule
-from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.program import TrainingProgram
-from offloop.engine.training.program_setup import make_run_loop, make_setup
+from offloop.engine.training.program_setup import make_setup
 from offloop.engine.training.setup import Limits
 from offloop.engine.weights.loading import plan_init
-
-# The callbacks that serve a run, by identity, and the id of that run: one instance serves one run at a time.
-_owners: dict[int, str] = {}
-_owners_lock = threading.Lock()
 
 
 def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
@@ -93,55 +87,17 @@ def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
         is_resumable=base_dir is not None,
     )
 
-    def make(session: Session) -> TrainingLoop:
-        hooks = [hook for each in handlers for hook in each.hooks]
-        return make_run_loop(program, setup, session, mailbox=session.mailbox, hooks=hooks)
-
-    def claim(session: Session) -> None:
-        with _owners_lock:
-            for each in callbacks:
-                owner = _owners.get(id(each))
-                if owner is not None:
-                    raise ConfigError(
-                        f"this {type(each).__name__} serves run {owner!r}, which is going on: "
-                        "give each run a callback of its own"
-                    )
-            program._occupancy.claim(session)
-            program._loop, program._mixed = session.loop, session.loop.mixed
-            program._last_run = session.run
-            for each in callbacks:
-                _owners[id(each)] = run_id
-        begun: list[Callback] = []
-        try:
-            for each in callbacks:
-                each.reset()
-                begun.append(each)
-        except BaseException:
-            close_unused(begun)
-            release(session)
-            raise
-
-    def release(session: Session) -> None:
-        with _owners_lock:
-            program._loop = None
-            program._occupancy.release()
-            for each in callbacks:
-                _owners.pop(id(each), None)
-
     return Session(
         program,
+        setup,
         run_id=run_id,
-        config=config,
-        base_dir=base_dir,
+        directory=None if base_dir is None else base_dir / run_id,
+        handlers=handlers,
+        monitors=monitors,
+        remote=None if config.remote is None else remote_run(config.remote, run_id),
         resume=plan,
         resume_lr=arguments.resume_lr if will_resume else None,
         initial_weights=initial_weights,
-        remote=None if config.remote is None else remote_run(config.remote, run_id),
-        handlers=handlers,
-        monitors=monitors,
-        make_loop=make,
-        claim=claim,
-        release=release,
     )
 
 

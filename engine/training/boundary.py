@@ -18,7 +18,7 @@ from offloop.engine.bus.commands import (
 from offloop.engine.bus.forked import ForkedProcessError
 from offloop.engine.errors import ConfigError, RunEndedError, as_failure, describe
 from offloop.engine.events import CommandApplied, Event, Metrics, StateChanged
-from offloop.engine.training.progress import Progress
+from offloop.engine.training.progress import Progress, State
 from offloop.engine.training.reporter import Reporter, Window
 from offloop.engine.training.schedules import Schedules
 from offloop.engine.training.setup import Host, Program
@@ -52,8 +52,6 @@ class Boundary:
             schedules: Set learning rates.
             validator: Runs validations.
         """
-        self.state = "running"
-        """`running`, `paused` or `stopping`. Written by the training thread, read by any."""
         self.paused_seconds = 0.0
         """Seconds of this attempt spent in pauses."""
         self.is_applying_decider_command = False
@@ -241,6 +239,6 @@ class Boundary:
             raise ConfigError("the validation was stopped before its end")
         return Metrics(metrics)
 
-    def _change_state(self, state: str, reason: str, by: str) -> None:
-        self.state = state
+    def _change_state(self, state: State, reason: str, by: str) -> None:
+        self._progress.state = state
         self._reporter.publish(StateChanged(state=state, reason=reason, by=by, **self._reporter.position()))

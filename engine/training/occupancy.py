@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from offloop.engine.bus.threads import Thread
 from offloop.engine.callback import OnError
 from offloop.engine.checkpoint import CheckpointInfo, Retention
 from offloop.engine.errors import TrainerBusyError
@@ -17,15 +16,14 @@ from offloop.engine.monitor import Mode
 
 
 class RunServices(Protocol):
-    """What a run offers to its trainer. All methods but `publish` belong to the training thread."""
+    """What a run offers to its trainer. Unless they say otherwise, methods belong to the training thread."""
 
     @property
     def run_id(self) -> str:
         """Identity of the run."""
 
-    @property
-    def thread(self) -> Thread:
-        """The training thread."""
+    def is_current_thread(self) -> bool:
+        """Return whether the caller is the training thread. Any thread."""
 
     def publish(self, event: Event, /) -> None:
         """Publish an event of the user's. Any thread."""
@@ -71,7 +69,7 @@ class Occupancy:
     def check_thread(self) -> None:
         """Raise `TrainerBusyError` if a run uses the trainer and this is not its training thread."""
         run = self.run
-        if run is not None and threading.current_thread() is not run.thread:
+        if run is not None and not run.is_current_thread():
             raise TrainerBusyError(
                 f"{_busy(run)}; in its training thread it works: "
                 "await run.call(lambda trainer: trainer.state_dict())"

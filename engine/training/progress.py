@@ -12,6 +12,7 @@ from offloop.engine.events import NO_METRICS, EpochEnd, Metrics
 
 Ending = Literal["stopped", "cancelled", "limit"]
 Phase = Literal["before_epoch", "in_epoch", "after_epoch"]
+State = Literal["running", "paused", "stopping"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,6 +41,8 @@ class Progress:
     history: list[EpochEnd] = dataclasses.field(default_factory=list)
     """The end of each finished epoch."""
 
+    state: State = "running"
+    """What commands have made of it."""
     is_validating: bool = False
     """True during a validation."""
     validated_step: int = -1

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -63,9 +63,9 @@ class WaitForDisk(Callback):
         self._wait(run)
 
     def _wait(self, run: Run) -> None:
-        checkpoints = run._session.checkpoints
-        assert checkpoints is not None
-        checkpoints.flush()
+        storage = cast(Any, run._session).storage
+        assert storage is not None
+        storage.checkpoints.flush()
 
 
 def trainer_for(tmp_path: Path, losses: list[float], **knobs: Any) -> Trainer:

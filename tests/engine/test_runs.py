@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.abc
@@ -547,7 +547,7 @@ async def test_training_thread_that_hangs_is_named_and_ends_the_run_by_itself(
             trainer.train(tiny_loader(1), epochs=1)  # the thread has its model still
         hanging.released.set()
         assert (await run.wait()).status == "cancelled"
-        await anyio.to_thread.run_sync(run._session.thread.join)
+        await anyio.to_thread.run_sync(cast(Any, run._session).thread.join)
         assert hanging.is_closed and recorder.is_closed
         again = await trainer.train_async(tiny_loader(1), epochs=1)  # everything was given back
     assert again.status == "completed"

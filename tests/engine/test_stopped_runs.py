@@ -84,7 +84,7 @@ def test_stopped_run_trains_no_step_more(
         assert len(recorder.of(Resumed)) == 1 and "StepEnd" not in recorder.names()
         assert names_on_disk(tmp_path) == before
     assert "run early is over, since EarlyStopping has stopped it" in caplog.text
-    assert 'resume="last" goes on all the same' in caplog.text
+    assert 'resume="last" continues it anyway' in caplog.text
 
 
 def test_model_is_then_what_it_was_in_the_end(tmp_path: Path) -> None:

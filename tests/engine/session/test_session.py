@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import anyio
 import anyio.lowlevel
@@ -1464,7 +1464,7 @@ class Reaction(Event, frozen=True):
 
 
 def wait_for_training_to_end(run: Run) -> None:
-    run._session.thread.join()
+    cast(Any, run._session).thread.join()
 
 
 class ReactsOnLoop(Callback):
@@ -1510,9 +1510,11 @@ async def test_reaction_to_the_last_checkpoint_comes_before_train_end(tmp_path: 
         async def on_epoch_end(self, event: EpochEnd, run: Run) -> None: ...
 
         async def on_checkpoint_saved(self, event: CheckpointSaved, run: Run) -> None:
-            checkpoints = run._session.checkpoints
-            assert checkpoints is not None
-            while checkpoints._optimizers:  # until all of them are durable and the directory is given back
+            storage = cast(Any, run._session).storage
+            assert storage is not None
+            while (
+                storage.checkpoints._optimizers
+            ):  # until all of them are durable and the directory is given back
                 await anyio.lowlevel.checkpoint()
             await anyio.wait_all_tasks_blocked()
             run.publish(Reaction())

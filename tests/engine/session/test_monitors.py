@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from offloop.engine import Callback, ConfigError, Run, Trainer, TrainerConfig, TrainStart, decides
-from offloop.engine.session.ownership import Monitors
+from offloop.engine.session.monitors import Monitors
 from offloop.engine.testing import tiny_batches, tiny_model, tiny_trainer
 
 

@@ -1,0 +1,352 @@
+"""Saving: what a checkpoint of a run holds, when one is taken, and how a run is put back to one.
+
+training thread                     here                                         run_checkpoints.py
+───────────────                     ────                                         ──────────────────
+a command, a decider, the end ────> is there something to save? ──state──> copy, then the writer's thread
+resume                       <───── put back what `load` reads  <────────────────┘
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from offloop.engine.best import Best, BestSoFar
+from offloop.engine.bus.command_mailbox import Envelope
+from offloop.engine.bus.commands import SaveCheckpoint, TagCheckpoint
+from offloop.engine.callback import Handlers, OnError
+from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, Retention
+from offloop.engine.checkpoint.memory import is_out_of_memory
+from offloop.engine.encoding import decode, encode
+from offloop.engine.errors import ConfigError, LossError, as_failure, describe
+from offloop.engine.events import CheckpointFailed, CheckpointSaved, EpochEnd, Event
+from offloop.engine.observers.event_log import rewind
+from offloop.engine.observers.records import Records
+from offloop.engine.paths import absolute_path
+from offloop.engine.position.exactness import Doubt
+from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.recovery import run_state
+from offloop.engine.recovery.keepers import Keeper
+from offloop.engine.recovery.run_checkpoints import Checkpoints
+from offloop.engine.recovery.saveable import check_saveable
+from offloop.engine.recovery.saved_state import check_state, restoring
+from offloop.engine.recovery.user_state import UserState
+from offloop.engine.training.loop import TrainingLoop
+
+logger = logging.getLogger("offloop")
+
+
+class Saving:
+    """Takes the checkpoints of one run, and restores it from one. Training thread only."""
+
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        checkpoints: Checkpoints,
+        *,
+        handlers: Sequence[Handlers],
+        user_state: UserState,
+        records: Records,
+        best: BestSoFar,
+        resume_lr: float | None,
+        fail: Callable[[BaseException], None],
+        publish: Callable[[Event], None],
+    ) -> None:
+        """Save the run of `loop`.
+
+        Args:
+            loop: Of the run.
+            checkpoints: Writes and reads them.
+            handlers: Of the run's callbacks.
+            user_state: The state of the user's own objects.
+            records: Knows which milestones the logs may lack.
+            best: The best moment so far.
+            resume_lr: The learning rate that a resumed run is to continue with; None for that of the checkpoint.
+            fail: Ends the run as failed.
+            publish: For `CheckpointFailed`; may be called after the end of the run.
+        """
+        self.lr_to_set: float | None = None
+        """The learning rate to set once the schedules are attached; None for none."""
+        self._loop = loop
+        self._progress = loop.progress
+        self._checkpoints = checkpoints
+        self._handlers = handlers
+        self._user_state = user_state
+        self._records = records
+        self._best = best
+        self._resume_lr = resume_lr
+        self._fail = fail
+        self._publish = publish
+        # What happens where the state cannot be saved; None: that is not checked.
+        self._on_unsaveable: OnError | None = None
+        # The state of callbacks is checked with the first checkpoint: only then are they asked for it.
+        self._are_callbacks_checked = False
+        # Of the last checkpoint.
+        self._saved_moment = (-1, 0, False)
+        # The checkpoint that is being restored; None again once the random states are.
+        self._continuation: run_state.Continuation | None = None
+
+    # Taking checkpoints --------------------------------------------------------------------------
+
+    def save_for(self, envelope: Envelope[Any]) -> None:
+        """Save or tag a checkpoint for a command; its future completes when that is durable."""
+        command = envelope.command
+        if isinstance(command, SaveCheckpoint):
+            owners = self._checkpoints.owners_among(envelope.givers)
+            self.save(command.reason, envelope.future, owners=owners)
+            return
+        assert isinstance(command, TagCheckpoint)
+        step = self._progress.step
+        # A checkpoint that was just taken is of this very state
+        is_taken = self._saved_moment == self._moment() and self._checkpoints.failed_step != step
+        if not is_taken:
+            self.save("manual")
+        self._checkpoints.tag(command.tag, step=step, move=command.move, future=envelope.future)
+
+    def save_last(self, reason: str) -> None:
+        """Take the last checkpoint of a run, if a callback wants one and there is something to save.
+
+        None is taken of a run that was cancelled between two batches of a step: it has lost the gradients of the
+        first batch, and the checkpoint before is complete.
+        """
+        owners = self._checkpoints.save_at_end
+        if not owners or not self._loop.has_whole_steps or self._is_saved():
+            return
+        if not self._loop.can_be_continued():
+            logger.warning(
+                "there is no last checkpoint: the weights of step %d are not finite, and a run cannot continue "
+                "from them",
+                self._progress.step,
+            )
+            return
+        self.save(reason, owners=owners)
+
+    def save(
+        self,
+        reason: str,
+        future: Future[CheckpointSaved] | None = None,
+        *,
+        owners: tuple[str, ...] = (),
+    ) -> None:
+        """Take a checkpoint of this moment. At a step boundary.
+
+        Args:
+            reason: Why, for the manifest and the events.
+            future: Completed when the checkpoint is durable or has failed.
+            owners: The callbacks whose retention counts it; none: that of every callback.
+        """
+        loop, progress = self._loop, self._progress
+        # Host sync: the sums of the epoch are part of the state
+        loop.reporter.readback.flush()
+        try:
+            if not loop.can_be_continued():
+                raise LossError(
+                    f"the weights of step {progress.step} are not finite, and a run cannot continue from them: the "
+                    'checkpoint before stays the newest. on_nonfinite="warn" saves them'
+                )
+            state = self._state_to_save()
+        except BaseException as error:
+            # An exception of a `state_dict()`, perhaps: no future may be waiting for it
+            logger.exception("the checkpoint of step %d was not saved", progress.step)
+            described = describe(as_failure(error))
+            self._publish(CheckpointFailed(saved_step=progress.step, reason=reason, error=described))
+            if not is_out_of_memory(error):
+                raise
+            if future is not None:
+                future.set_exception(error)
+            return
+        is_accepted = self._checkpoints.save(
+            state,
+            position={"epoch": progress.epoch, "step": progress.step, "batch": progress.batch},
+            metrics=self._metrics_of_now(),
+            reason=reason,
+            owners=owners,
+            future=future,
+        )
+        if is_accepted:
+            self._saved_moment = self._moment()
+
+    def _is_saved(self) -> bool:
+        """Return whether this very moment is on disk already. Waits for the writer."""
+        if self._saved_moment != self._moment():
+            return False
+        if not self._checkpoints.flush():
+            return True  # it is still being written, or nothing can be written any more
+        return self._progress.step in self._checkpoints.saved
+
+    def _moment(self) -> tuple[int, int, bool]:
+        """Return what tells the state of this moment from another's: steps, epochs, and whether one has begun."""
+        progress = self._progress
+        epochs = progress.epoch + (progress.phase == "after_epoch")
+        return progress.step, epochs, progress.phase == "in_epoch"
+
+    def _metrics_of_now(self) -> dict[str, float]:
+        """Return the metrics that were computed at this very step: only they may say which checkpoint is best."""
+        progress = self._progress
+        is_validated = progress.validated_step == progress.step
+        is_epoch_over = progress.phase == "after_epoch"
+        return {
+            name: value
+            for name, value in {**progress.latest, **progress.epoch_metrics}.items()
+            if (is_validated if name.startswith("val_") else is_epoch_over)
+        }
+
+    def keep(
+        self,
+        retention: Retention,
+        *,
+        save_at_end: bool,
+        save_dir: Path | None,
+        name_of: Callable[[CheckpointInfo], str],
+        copy_best_only: bool,
+        on_unsaveable: OnError,
+    ) -> str:
+        """Keep the checkpoints that the owner of `retention` wants, and return its name.
+
+        The arguments are those of `TrainingProgram.keep_checkpoints`.
+
+        Raises:
+            ConfigError: Another callback has copies under the same names in `save_dir`.
+        """
+        directory = self._checkpoints.directory
+        copies = None if save_dir is None else NamedCopies(absolute_path(save_dir), directory, name_of)
+        try:
+            self._checkpoints.keep(Keeper(retention, save_at_end, copies, copy_best_only))
+        except ValueError as error:
+            raise ConfigError(f"{error}: give one of them another save_dir or filename") from None
+        self._check_at_first_step(on_unsaveable)
+        return retention.owner
+
+    # The state -----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Note what the script has made, on its device and before a checkpoint is restored."""
+        self._user_state.begin()
+
+    def watch(self) -> None:
+        """Watch for state that checkpoints do not hold. After the deciders of `TrainStart`.
+
+        What deciders set up at the start, they set up in a resumed run too.
+        """
+        loop = self._loop
+        schedulers = [each.scheduler for each in loop.schedules.all]
+        self._user_state.watch([*schedulers, loop.setup.train_loader, *loop.validator.loaders.values()])
+
+    def _state_to_save(self) -> dict[str, Any]:
+        """Return the state of this moment. The first time, check that the state of callbacks can be saved.
+
+        A callback that fails to return its state ends the run, as one whose state cannot be saved does, unless
+        `on_error` of the `ModelCheckpoint` says otherwise.
+        """
+        try:
+            state = self._capture(self._handlers)
+        except BaseException as error:
+            if self._on_unsaveable == "raise" and not is_out_of_memory(error):
+                # Here, or the command that asked for the checkpoint would take the error for its own
+                self._fail(error)
+            raise
+        if self._on_unsaveable is not None and not self._are_callbacks_checked:
+            self._are_callbacks_checked = True
+            self._check_saveable({"callbacks": state["callbacks"]})
+        return state
+
+    def _capture(self, handlers: Sequence[Handlers]) -> dict[str, Any]:
+        """Return the state of this moment, with that of these callbacks. Tensors are live, not copied."""
+        state = run_state.capture(self._loop, handlers, self._best.monitor)
+        self._user_state.capture(state)
+        if self._resume_lr is not None:
+            # It has been set. An attempt that continues this one does not set it again
+            state["resume_lr"] = self._resume_lr
+        best = self._best.moment
+        state["best"] = None if best is None else dataclasses.asdict(best)
+        state["history"] = [encode(event).decode() for event in self._progress.history]
+        state["milestones"] = [encode(event).decode() for event in self._records.unsettled()]
+        return state
+
+    def _check_at_first_step(self, on_error: OnError) -> None:
+        """Check at the first step whether a checkpoint can be saved. Before that step.
+
+        Callbacks are asked for their state only when a checkpoint is taken, so theirs is checked with the first one.
+
+        Args:
+            on_error: `"raise"` ends the run if a checkpoint cannot be saved, `"isolate"` logs it.
+        """
+        if self._on_unsaveable is None:
+            self._loop.hooks.once("after_step", lambda: self._check_saveable(None))
+        # Of several callbacks that save, one is enough to end the run
+        if self._on_unsaveable != "raise":
+            self._on_unsaveable = on_error
+
+    def _check_saveable(self, state: Mapping[str, Any] | None) -> None:
+        """Raise, or log, what can never be saved in a state; None: in that of this moment without callbacks."""
+        try:
+            check_saveable(self._capture(()) if state is None else state)
+        except Exception as error:
+            # Memory that is missing now may be there for the next checkpoint
+            is_certain = not is_out_of_memory(error)
+            if self._on_unsaveable == "raise" and is_certain:
+                self._fail(error)
+                raise
+            logger.error("%s", error)
+
+    # Resuming ------------------------------------------------------------------------------------
+
+    def load(self, which: str | int | Path) -> None:
+        """Restore a checkpoint, and rewind the logs to it. Blocks.
+
+        Random states and the loader follow when the loop gets there.
+
+        Args:
+            which: As `CheckpointReader.find` takes it.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged.
+            ConfigError, WeightsError: It is of another model or other optimizers.
+        """
+        loaded = self._checkpoints.load(which)
+        state = check_state(loaded.state, loaded.info.path)
+        report = ResumeReport(str(loaded.info.path))
+        resumed = run_state.Continuation(state, report, loaded.info.manifest.attempt)
+        resumed.restore(self._loop, self._handlers)
+        with restoring(resumed.path, "trainer"):
+            self._user_state.restore(state, report)
+        if self._resume_lr is not None and state.get("resume_lr") != self._resume_lr:
+            self.lr_to_set = self._resume_lr
+            report.take(f"the learning rate, {self._resume_lr}")
+            report.lower("approximate", f"the learning rate is set to {self._resume_lr}")
+        with restoring(resumed.path, "best"):
+            self._best.moment = msgspec.convert(state["best"], Best | None)
+        with restoring(resumed.path, "history"):
+            history = [decode(each.encode()) for each in state["history"]]
+        self._progress.history = [event for event in history if isinstance(event, EpochEnd)]
+        self._loop.resumed, self._continuation = resumed.point, resumed
+        self._checkpoints.parent = loaded.info.name
+        with restoring(resumed.path, "milestones"):
+            rewind(
+                self._checkpoints.directory,
+                attempt=resumed.attempt,
+                taken=state["taken"],
+                milestones=state.get("milestones", []),
+            )
+
+    def restore_schedule(self) -> None:
+        """Restore the state of the schedule attached last, while a run is being resumed."""
+        if self._continuation is not None:
+            self._continuation.restore_schedule(self._loop)
+
+    def finish_resuming(self, doubts: Iterable[Doubt]) -> Event:
+        """Restore the random states, the last thing before training continues.
+
+        Args:
+            doubts: What may differ in how the loaders continue.
+
+        Returns:
+            The event that tells how exact the resume is.
+        """
+        assert self._continuation is not None
+        continuation, self._continuation = self._continuation, None
+        return continuation.finish(self._loop, doubts)

@@ -1,0 +1,215 @@
+"""Storage: the directory of one run, here and in the remote store, from its first file to the last.
+
+training thread        open: run.json, the lock, the remote directory claimed; uploads begin
+a thread at the end    settle: checkpoints durable, then uploaded; the lock given back
+a thread at the end    write_ending: run.json says how the run ended; uploads end
+"""
+
+import contextlib
+import functools
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offloop.engine.best import BestSoFar
+from offloop.engine.bus.event_bus import Bus
+from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
+from offloop.engine.config import TrainerConfig
+from offloop.engine.events import UploadFailed
+from offloop.engine.observers.records import Records
+from offloop.engine.recovery.resume_plan import ResumePlan, read_run_json
+from offloop.engine.recovery.run_checkpoints import Checkpoints
+from offloop.engine.recovery.run_dir import create_run_dir, describe_environment, write_run_json
+from offloop.engine.recovery.uploads import Uploads, claim_remote
+from offloop.engine.session.lifetime import Lifetime
+
+logger = logging.getLogger("offloop")
+
+
+class Storage:
+    """What a run keeps on disk and in its remote directory. Everything that blocks says so."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        run_id: str,
+        config: TrainerConfig,
+        model: torch.nn.Module,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        retention: Retention,
+        remote: RemoteRun | None,
+        bus: Bus,
+        records: Records,
+        lifetime: Lifetime,
+    ) -> None:
+        """Keep a run in `directory`; nothing is written before `open`.
+
+        Args:
+            directory: The run's.
+            run_id: Its name.
+            config: The knobs of the run.
+            model: Trained by the run.
+            optimizers: Those of the run, by name.
+            retention: What every run keeps, and which checkpoint is its best.
+            remote: Where the directory is uploaded to; None for nowhere.
+            bus: For `CheckpointSaved` and the like.
+            records: Says when a durable checkpoint may be announced.
+            lifetime: The run's.
+        """
+        # None once the run has failed before the directory was its own. Written by the training thread.
+        self.directory: Path | None = directory
+        self.checkpoints = Checkpoints(
+            directory,
+            run_id=run_id,
+            optimizers=optimizers,
+            model=model,
+            publish=bus.publish_or_log,
+            retention=retention,
+            wait_policy=lifetime.wait,
+            records=records,
+        )
+        self._config = config
+        self._remote = remote
+        self._bus = bus
+        self._lifetime = lifetime
+        # What run.json says; empty until the directory is this run's. Written by the training thread, read after it
+        # has ended.
+        self._description: dict[str, Any] = {}
+        # Made by the training thread before the first event.
+        self._uploads: Uploads | None = None
+        # How long the end of the run waits for the store. Written by the upload thread, too: 0 if it ended the run.
+        self._upload_deadline = math.inf
+
+    @property
+    def is_open(self) -> bool:
+        """True once the directory is this run's."""
+        return bool(self._description)
+
+    # The training thread -------------------------------------------------------------------------
+
+    def open(self, run_id: str, resume: ResumePlan | None, init_from: str | None) -> None:
+        """Create the run's directory, or enter that of the run that is continued. Blocks.
+
+        Args:
+            run_id: Name of the run.
+            resume: The run to continue; None for a new one.
+            init_from: Where the first weights came from, in words.
+
+        Raises:
+            RunNameTakenError: Another run has the directory, here or in the store.
+            RunLockedError: The run to continue is still training, elsewhere.
+            RemoteError: The store did not accept the run.
+        """
+        directory = self.directory
+        assert directory is not None
+        description = {
+            "run_id": run_id,
+            "attempt": 0 if resume is None else resume.attempt,
+            "created": time.time(),
+            "status": "running",
+            "config": self._config.as_settings(),
+            "init_from": init_from,
+            **describe_environment(),
+        }
+        if resume is not None:
+            self.checkpoints.claim()
+            # Takes the lock: a run that trains elsewhere is left alone
+            self.checkpoints.open()
+            self.checkpoints.attempt = resume.attempt
+            if resume.over is not None:
+                # run.json says that the run is over also if this attempt is killed
+                description |= resume.over._asdict()
+            before = read_run_json(directory)
+            description["created"] = before.get("created", description["created"])
+            description["init_from"] = init_from or before.get("init_from")
+        if self._remote is not None:
+            claim_remote(self._remote, description, is_new=resume is None, until=self._lifetime.is_cancelled)
+        if resume is None:
+            create_run_dir(directory, description)
+            self.checkpoints.claim()
+        else:
+            write_run_json(directory, description)
+        self._description = description
+        if self._remote is not None:
+            uploads = Uploads(
+                self._remote,
+                directory,
+                self.checkpoints,
+                publish=self._bus.publish_or_log,
+                failed=self._upload_failed,
+            )
+            # Raises where the system gives no thread. Then there are no uploads to wait for
+            uploads.start()
+            self._uploads, self.checkpoints.on_saved = uploads, uploads.wake
+
+    def disown(self) -> None:
+        """Give the directory up if it is not open: it was not made, or is another run's."""
+        if not self.is_open:
+            self.directory = None
+
+    def _upload_failed(self, error: CheckpointError) -> None:
+        """End the run if that was asked for. Upload thread, or a thread at the end."""
+        assert self._config.remote is not None
+        if self._config.remote.on_error == "raise":
+            # The run does not wait for a store that has ended it
+            self._upload_deadline = 0.0
+            self._lifetime.fail(error)
+
+    # The end -------------------------------------------------------------------------------------
+
+    def settle(self, ending: Mapping[str, Any], best: BestSoFar) -> None:
+        """Wait until accepted checkpoints are durable and uploaded, and give the directory back. Blocks.
+
+        Args:
+            ending: What run.json is to say about the end.
+            best: Learns which checkpoint holds the best moment.
+        """
+        self.checkpoints.flush()
+        if "stopped_by" in ending and self.is_open:
+            # Already here: if the process is killed while callbacks drain, the next attempt must not train on
+            assert self.directory is not None
+            with contextlib.suppress(OSError):
+                write_run_json(self.directory, {**self._description, **ending})
+        if best.moment is not None:
+            best.moment = self.checkpoints.located(best.moment)
+        if self._uploads is not None:
+            assert self._config.remote is not None
+            seconds = self._config.remote.timeout
+            if self._lifetime.is_cancelled() and self._lifetime.failure is None:
+                # Whoever cancelled the run waits for its end
+                seconds = min(seconds, self._config.drain_timeout)
+            self._upload_deadline = min(self._upload_deadline, time.perf_counter() + seconds)
+            if not self._await_uploads(self._uploads):
+                self._report_missing(self._uploads)
+        self.checkpoints.close()
+
+    def write_ending(self, ending: Mapping[str, Any]) -> None:
+        """Write how the run ended, here and in the store. Blocks."""
+        assert self.directory is not None
+        write_run_json(self.directory, {**self._description, **ending})
+        if self._uploads is not None:
+            if not self._await_uploads(self._uploads):
+                logger.warning("%s does not say how the run ended", self._remote and self._remote.url)
+            self._uploads.close()
+
+    def _await_uploads(self, uploads: Uploads) -> bool:
+        """Wait until everything is uploaded, or the time for it is up. A second signal ends it at once. Blocks."""
+        return uploads.finish(
+            functools.partial(self._lifetime.wait, deadline=self._upload_deadline, haste=0.0)
+        )
+
+    def _report_missing(self, uploads: Uploads) -> None:
+        """Report what the remote directory lacks at the end of the run."""
+        assert self._remote is not None
+        missing = uploads.missing()
+        what = f"checkpoints {', '.join(missing)}" if missing else "the logs"
+        error = RemoteError(self._remote.url, f"at the end of the run, {what} were not uploaded in time")
+        logger.error("%s; they are in %s", error, self.directory)
+        self._bus.publish_or_log(UploadFailed(url=self._remote.url, error=f"RemoteError: {error}"))
+        self._upload_failed(error)

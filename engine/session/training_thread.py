@@ -1,0 +1,388 @@
+"""What the training thread of a run does around the training loop, and what it does for the loop as its host.
+
+run ── set up: packages, weights, directory, model, seed, frozen parameters, checkpoint to continue
+    ── loop.run, with this object as its host: events out, deciders asked, checkpoints saved
+    ── last checkpoint, `before_train_end` hooks
+    ── clean up: loader workers, frozen parameters, mailbox, process
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from offloop.engine.best import BestSoFar
+from offloop.engine.bus import forked
+from offloop.engine.bus.command_mailbox import Envelope, Mailbox, actor
+from offloop.engine.bus.commands import Need, SetLearningRate
+from offloop.engine.bus.event_bus import Bus
+from offloop.engine.callback import Handlers, OnError, StepHook
+from offloop.engine.checkpoint import CheckpointInfo, Retention
+from offloop.engine.errors import ConfigError
+from offloop.engine.events import EpochEnd, Event, Sample, TrainStart, ValidationEnd
+from offloop.engine.monitor import Mode
+from offloop.engine.observers.event_log import rewind
+from offloop.engine.observers.records import Records
+from offloop.engine.position.exactness import Doubt
+from offloop.engine.recovery import run_state
+from offloop.engine.recovery.resume_plan import Over, ResumePlan
+from offloop.engine.recovery.saving import Saving
+from offloop.engine.recovery.user_state import UserState, own_state
+from offloop.engine.run import Run
+from offloop.engine.session.callback_tasks import CallbackTasks
+from offloop.engine.session.deciders import Deciders
+from offloop.engine.session.lifetime import Lifetime
+from offloop.engine.session.monitors import Monitors
+from offloop.engine.session.process import leave_process
+from offloop.engine.session.storage import Storage
+from offloop.engine.session.thread_state import caller_state
+from offloop.engine.training.activation_checkpointing import checkpointed
+from offloop.engine.training.averages import measured_weights
+from offloop.engine.training.freezing import select_parameters
+from offloop.engine.training.kept_state import cloned
+from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.placement import prepare_model
+from offloop.engine.training.program import TrainingProgram
+from offloop.engine.training.program_setup import make_run_loop
+from offloop.engine.training.setup import Setup
+from offloop.engine.weights.loading import InitialWeights
+
+logger = logging.getLogger("offloop")
+
+
+class Training:
+    """The training of one run: the host of its loop, and what the run offers to the steps of its trainer.
+
+    All methods belong to the training thread, unless they say otherwise. There are more than usual, since two
+    protocols ask for most of them: `Host` and `RunServices`.
+    """
+
+    def __init__(
+        self,
+        program: TrainingProgram,
+        setup: Setup,
+        *,
+        run_id: str,
+        bus: Bus,
+        mailbox: Mailbox,
+        lifetime: Lifetime,
+        callbacks: CallbackTasks,
+        records: Records,
+        best: BestSoFar,
+        monitors: Monitors,
+        handlers: Sequence[Handlers],
+        storage: Storage | None,
+        resume: ResumePlan | None,
+        resume_lr: float | None,
+        initial_weights: InitialWeights | None,
+    ) -> None:
+        """Prepare a training; nothing is touched before `run`. In the thread of the caller.
+
+        Args:
+            program: The trainer.
+            setup: What was decided about the training.
+            run_id: Name of the run.
+            bus: For events.
+            mailbox: For commands.
+            lifetime: The run's.
+            callbacks: The observers of events.
+            records: Told of each milestone.
+            best: Told of each moment that may be the best.
+            monitors: The metrics that decide.
+            handlers: Of the callbacks, in declared order.
+            storage: The directory of the run; None for a run without one.
+            resume: The run to continue.
+            resume_lr: The learning rate to set in a resumed run.
+            initial_weights: Weights to begin from.
+        """
+        self.run_id = run_id
+        self.clock_offset = bus.clock.offset
+        self.emit_step = bus.emit
+        self.callbacks = callbacks
+        self.deciders = Deciders(bus, mailbox, lifetime)
+        self._program = program
+        self._config = setup.config
+        self._bus = bus
+        self._mailbox = mailbox
+        self._lifetime = lifetime
+        self._records = records
+        self._best = best
+        self._monitors = monitors
+        self._handlers = handlers
+        self._storage = storage
+        self._resume = resume
+        # Dropped once loaded: a state dict may be large.
+        self._initial_weights = initial_weights
+        # The state that torch keeps per thread, of the thread that started the run.
+        self._caller_state = caller_state()
+        # Written by the training thread as it begins, read by any thread that publishes.
+        self._thread: threading.Thread | None = None
+        # Last, with all that the loop may ask its host for. None once the run is over
+        hooks = [hook for each in handlers for hook in each.hooks]
+        self._loop: TrainingLoop | None = make_run_loop(program, setup, self, mailbox=mailbox, hooks=hooks)
+        self._progress = self.loop.progress
+        self._saving: Saving | None = None
+        if storage is not None:
+            self._saving = Saving(
+                self.loop,
+                storage.checkpoints,
+                handlers=handlers,
+                user_state=UserState(program, handlers),
+                records=records,
+                best=best,
+                resume_lr=resume_lr,
+                fail=lifetime.fail,
+                publish=bus.publish_or_log,
+            )
+
+    @property
+    def loop(self) -> TrainingLoop:
+        """The training loop, until the run is over."""
+        assert self._loop is not None
+        return self._loop
+
+    def release(self) -> None:
+        """Drop the loop when the run is over: it refers to its host, and a circle would keep model and data alive."""
+        self._loop = self._saving = None
+
+    # Around the loop -----------------------------------------------------------------------------
+
+    def run(self, handle: Run) -> None:
+        """Train, from the set-up to the last checkpoint, and clean up. Raises nothing: failures end the run.
+
+        Args:
+            handle: What step hooks see.
+        """
+        self._thread = threading.current_thread()
+        self._mailbox.places.training_thread = threading.get_ident()
+        forked.watch(self._mailbox)
+        try:
+            with self._caller_state, torch.enable_grad():
+                self._train(handle)
+        except BaseException as error:
+            if self._mailbox.is_forked:
+                forked.end_process(error)
+            self._lifetime.fail(error)
+        finally:
+            if self._mailbox.is_forked:
+                forked.end_process(None)
+            self._clean_up()
+
+    def _train(self, handle: Run) -> None:
+        device = self.loop.setup.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self._set_up()
+        self._lifetime.phase = "running"
+        with checkpointed(self._program.model, self._config.activation_checkpointing):
+            self.loop.run(handle)
+        is_over = self._resume is not None and self._resume.over is not None
+        # After a second signal, only a checkpoint that is being written is finished
+        if self._saving is not None and not is_over and self._lifetime.signal_count < 2:
+            self._saving.save_last("preempt" if self._lifetime.signal_count else "final")
+        self.guard()
+        if self._progress.ending != "cancelled" and self._lifetime.failure is None:
+            self.loop.hooks.run_all("before_train_end")
+
+    def _set_up(self) -> None:
+        """Do what must be done before the first event and may block."""
+        for metrics in (self.loop.train_metrics, *self.loop.validator.metrics.values()):
+            if metrics is not None:
+                metrics.load_packages()
+        try:
+            if self._initial_weights is not None:
+                # First: weights that do not fit leave no directory behind
+                self._progress.init_from = self._initial_weights.load_into(self._program.model).origin
+                self._initial_weights = None
+            if self._storage is not None:
+                if self._resume is not None:
+                    self._progress.attempt = self._resume.attempt
+                self._storage.open(self.run_id, self._resume, self._progress.init_from)
+        except BaseException:
+            if self._storage is not None:
+                self._storage.disown()
+            raise
+        model = self._program.model
+        prepare_model(self._program)
+        if self._config.seed is not None:
+            torch.manual_seed(self._config.seed)
+        # `from_pretrained()` leaves the whole model in eval mode
+        if not model.training:
+            model.train()
+        self.loop.frozen.freeze(select_parameters(model, self._config.freeze))
+        if self._saving is not None:
+            self._saving.begin()
+        if self._resume is not None:
+            self._continue(self._resume)
+
+    def _continue(self, resume: ResumePlan) -> None:
+        """Restore the run that is continued, or begin it again under its name."""
+        assert self._saving is not None and self._storage is not None
+        if resume.which is None:
+            assert self._storage.directory is not None
+            rewind(self._storage.directory, attempt=resume.attempt, taken=None)
+            return
+        self._saving.load(resume.which)
+        if resume.over is not None:
+            self._stay_over(resume.over)
+
+    def _stay_over(self, over: Over) -> None:
+        """Train no further: a callback stopped this run in an earlier attempt."""
+        logger.warning(
+            'run %s is over, since %s has stopped it: %s. resume="last" continues it anyway',
+            self.run_id,
+            over.stopped_by,
+            over.reason,
+        )
+        self._progress.ending, self._progress.reason = "stopped", over.reason
+        self._progress.stopped_by = over.stopped_by
+
+    def _clean_up(self) -> None:
+        """Release what must not outlive training. Each step runs whatever the others raise."""
+        steps: tuple[Callable[[], object], ...] = (
+            # May wait some seconds for loader workers
+            self.loop.source.release,
+            self.loop.close,
+            self.loop.frozen.thaw_all,
+            self._mailbox.end,
+            functools.partial(leave_process, self.run_id),
+        )
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:
+                self._lifetime.fail(error)
+        # The system gives this number to other threads later
+        self._mailbox.places.training_thread = None
+
+    # The host of the loop ------------------------------------------------------------------------
+
+    @property
+    def handles_signals(self) -> bool:
+        """True if the run handles SIGINT and SIGTERM."""
+        return self._lifetime.handles_signals
+
+    def emit(self, event: Event) -> None:
+        """Publish an event of the loop. A milestone may be the best moment, and is kept for the logs."""
+        if isinstance(event, Sample):
+            self._bus.emit(event)
+            return
+        if isinstance(event, ValidationEnd | EpochEnd):
+            self._best.judge(event)
+        self._lifetime.cancel_if_event_loop_is_gone()
+        self._bus.emit(event)
+        self._records.note(event)
+
+    def decide(self, event: Event) -> None:
+        """Ask the deciders about an event, and wait for their answers."""
+        if self.deciders.has_any_for(event):
+            self.guard()
+        self.deciders.decide(event)
+        if isinstance(event, TrainStart) and self._saving is not None:
+            if self._saving.lr_to_set is not None:
+                self._mailbox.give(SetLearningRate(self._saving.lr_to_set), by="train")
+            # After the deciders: what they set up at the start, they set up in a resumed run too
+            self._saving.watch()
+
+    def is_blocked(self) -> bool:
+        """Return True while a `block` subscriber with an event loop is full."""
+        return self._bus.is_blocked and not self._bus.loop_is_gone
+
+    def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool) -> None:
+        """Report what a step hook raised, or raise it again."""
+        if hook.on_error == "raise":
+            raise error
+        observer = next(each for each in self.callbacks.observers if each.name == hook.callback)
+        observer.failed(hook.point, error, is_off=is_off)
+
+    def save_for(self, envelope: Envelope[Any]) -> None:
+        """Save or tag a checkpoint for a command; its future completes when that is durable."""
+        self._expect_saving().save_for(envelope)
+
+    def guard(self) -> None:
+        """Prepare for user code that may change model or optimizers: a checkpoint may still be copied from them.
+
+        The device waits for a copy in progress; the host does not.
+        """
+        if self._storage is not None:
+            self._storage.checkpoints.guard()
+
+    def callback_states(self) -> dict[str, Any]:
+        """Return the state of each callback that steers training."""
+        return run_state.capture_callbacks(self._handlers, steering=True)
+
+    def trainer_state(self) -> dict[str, Any]:
+        """Return a copy of what a subclass of the trainer adds to checkpoints; empty where none are taken."""
+        own: dict[str, Any] = {} if self._saving is None else cloned(own_state(self._program))
+        return own
+
+    def restore_schedule(self) -> None:
+        """Restore the state of the schedule attached last, in a run that is being resumed."""
+        if self._saving is not None:
+            self._saving.restore_schedule()
+
+    def finish_resuming(self, doubts: Iterable[Doubt]) -> Event:
+        """Restore the random states, and return the event that tells how exact the resume is."""
+        assert self._saving is not None
+        return self._saving.finish_resuming(doubts)
+
+    # What the run offers to its trainer ----------------------------------------------------------
+
+    def is_current_thread(self) -> bool:
+        """Return whether the caller is the training thread. Any thread."""
+        return threading.current_thread() is self._thread
+
+    def publish(self, event: Event) -> None:
+        """Publish an event of the user's. Any thread.
+
+        One from the training thread gets its position, and follows everything before it.
+        """
+        if self.is_current_thread():
+            self._bus.prepare(event)
+            for name, value in self.loop.reporter.position().items():
+                msgspec.structs.force_setattr(event, name, value)
+            self.loop.reporter.publish(event)
+        else:
+            self._bus.publish(event)
+            if actor.get() != "user":
+                self.callbacks.reactions += 1
+
+    def check_schedule(self, scheduler: LRScheduler, monitor: str | None, mode: Mode) -> None:
+        """Raise where a plateau schedule would reduce the rate while its metric improves."""
+        self._monitors.check_schedule(scheduler, monitor, mode)
+
+    def keep_checkpoints(
+        self,
+        retention: Retention,
+        *,
+        save_at_end: bool,
+        save_dir: Path | None,
+        name_of: Callable[[CheckpointInfo], str],
+        copy_best_only: bool,
+        on_unsaveable: OnError,
+    ) -> str:
+        """Keep the checkpoints that the acting callback wants, see `TrainingProgram.keep_checkpoints`."""
+        return self._expect_saving().keep(
+            msgspec.structs.replace(retention, owner=actor.get()),
+            save_at_end=save_at_end,
+            save_dir=save_dir,
+            name_of=name_of,
+            copy_best_only=copy_best_only,
+            on_unsaveable=on_unsaveable,
+        )
+
+    def measured_weights(self, monitor: str) -> dict[str, Any]:
+        """Return the state dict to which the latest value of a metric belongs; its tensors are live."""
+        callbacks = [each.callback for each in self._handlers]
+        return measured_weights(callbacks, self._program.model, monitor)
+
+    def _expect_saving(self) -> Saving:
+        if self._saving is None:
+            raise ConfigError(Need.DIRECTORY.value)
+        return self._saving
