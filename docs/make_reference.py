@@ -52,6 +52,7 @@ from offloop.engine import (
     StateChanged,
     StepEnd,
     TrainEnd,
+    TrainerConfig,
     TrainStart,
     UnknownEvent,
     UploadFailed,
@@ -229,8 +230,11 @@ def signature(name: str, function: Callable[..., Any]) -> str:
     """Return a call with the names of its arguments and their defaults, without types."""
     parts = []
     is_keyword_only = False
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name == "self":
+    parameters = inspect.signature(function).parameters
+    knobs = TrainerConfig.__struct_fields__
+    has_knobs = parameters.keys() >= {*knobs}
+    for parameter in parameters.values():
+        if parameter.name == "self" or (has_knobs and parameter.name in knobs):
             continue
         if parameter.kind is parameter.VAR_POSITIONAL:
             is_keyword_only = True
@@ -244,6 +248,8 @@ def signature(name: str, function: Callable[..., Any]) -> str:
             has_default = parameter.default is not parameter.empty
             default = f"={describe_value(parameter.default)[1:-1]}" if has_default else ""
             parts.append(parameter.name + default)
+    if has_knobs:
+        parts.append("**knobs")
     return f"{name}({', '.join(parts)})"
 
 
@@ -345,7 +351,8 @@ def methods(cls: type) -> str:
             rows.append([f"`{signature(name, getattr(cls, name))}`", summary(member)])
         elif inspect.isfunction(member):
             rows.append([f"`{signature(name, member)}`", summary(member)])
-    rows = [row for row in rows if row[1]]
+    # Some properties only explain an error.
+    rows = [row for row in rows if row[1] and not row[1].startswith("No attribute")]
     found = table(["method or property", "what it does"], rows) if rows else ""
     if documented and not issubclass(cls, msgspec.Struct | BaseException):
         found += ("\n" if found else "") + f"And everything of `{documented[0].__name__}`.\n"
@@ -378,21 +385,8 @@ def _entry(name: str, *, with_constructor: bool = True, with_members: bool = Tru
         if with_members:
             lines.append(methods(thing))
     else:
-        lines.append(f"`{module_name}.{name}`\n\n{_constant(module_name, name)}\n")
+        raise LookupError(f"{name} is neither a class nor a function")
     return "\n".join(line for line in lines if line)
-
-
-def _constant(module_name: str, name: str) -> str:
-    """Return the string below a constant."""
-    module = importlib.import_module(module_name)
-    body = ast.parse(inspect.getsource(module)).body
-    for node, text in itertools.pairwise(body):
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and target.id == name:
-            match text:
-                case ast.Expr(value=ast.Constant(value=str() as docstring)):
-                    return " ".join(docstring.split())
-    raise LookupError(f"{module_name}.{name} needs a docstring below it")
 
 
 def errors() -> str:

@@ -1,6 +1,6 @@
-"""Helpers for tests of code that uses offloop: real runs made small, and callbacks driven without training.
+"""Helpers for tests of code that uses offloop: small real runs, and callbacks driven without training.
 
-    recorder = Recorder()                                   what does a run say?
+    recorder = Recorder()                                   which events does a run publish?
     tiny_trainer().train(tiny_loader(), epochs=2, callbacks=[recorder])
     assert recorder.names()[:2] == ["TrainStart", "EpochStart"]
 
@@ -43,10 +43,10 @@ from offloop.engine.training.setup import Batch
 
 E = TypeVar("E", bound=Event)
 
-MEASURED_FIELDS = frozenset({"run_id", "seq", "time", "seconds", "data_time", "step_time"})
-"""Fields of events that name or time a run; all others are the same for the same seed and data."""
+_MEASURED_FIELDS = frozenset({"run_id", "seq", "time", "seconds", "data_time", "step_time"})
+"""Fields that identify or time a run; all others are the same for the same seed and data."""
 
-FOREIGN_EVENTS = frozenset(
+_FOREIGN_EVENTS = frozenset(
     {
         "CallbackFailed",
         "CheckpointFailed",
@@ -59,11 +59,11 @@ FOREIGN_EVENTS = frozenset(
         "UploadFailed",
     }
 )
-"""Events that are not born in the training thread, or of a measurement; where they stand depends on the machine."""
+"""Events that other threads publish, or that depend on measured times: their order depends on the machine."""
 
 
 class Recorder(Callback):
-    """Keeps every event that it is given, in order; loses none up to a million samples."""
+    """Records all events in order, without drops up to a million waiting samples."""
 
     buffer = 1_000_000
 
@@ -95,17 +95,17 @@ class Recorder(Callback):
         return [event for event in self.events if isinstance(event, event_class)]
 
     def wait_for(self, event_class: type[Event], *, times: int = 1, timeout: float = 20.0) -> None:
-        """Wait until so many events of a class and its subclasses have come. Blocks its thread.
+        """Wait until a number of events of a class and its subclasses have been recorded. Blocks its thread.
 
-        Called in a decider, a loader or a step it keeps training from going on before they have come.
+        Called in a decider, a loader or a step, it makes training wait for them.
 
         Args:
             event_class: The class.
-            times: How many, in all.
-            timeout: Seconds.
+            times: Number of events since the start of the run.
+            timeout: Seconds to wait.
 
         Raises:
-            TimeoutError: They did not come.
+            TimeoutError: There were fewer events in that time.
         """
         with self._more:
             if not self._more.wait_for(lambda: len(self.of(event_class)) >= times, timeout):
@@ -114,9 +114,9 @@ class Recorder(Callback):
 
 
 class WaitsFor(Callback):
-    """A decider that lets no epoch end before a recorder has so many events of a class.
+    """A decider that holds the end of each epoch until a recorder has a number of events of a class.
 
-    For what observers have to say, which comes whenever they get to it: after a short run, or never.
+    Use it to test events that observers publish: they may come only after a short run is over.
     """
 
     def __init__(
@@ -131,18 +131,21 @@ class WaitsFor(Callback):
 
 
 def reproducible(events: Iterable[Event]) -> list[tuple[str, dict[str, Any]]]:
-    """Return what is the same for the same seed and data: the training thread's events, without measured fields."""
+    """Return the part of events that is the same for the same seed and data, for comparisons.
+
+    These are the events that the training thread publishes, as names and fields, without ids and measured times.
+    """
     return [
         (
             type(event).__name__,
             {
                 name: value
                 for name, value in msgspec.structs.asdict(event).items()
-                if name not in MEASURED_FIELDS
+                if name not in _MEASURED_FIELDS
             },
         )
         for event in events
-        if type(event).__name__ not in FOREIGN_EVENTS
+        if type(event).__name__ not in _FOREIGN_EVENTS
     ]
 
 
@@ -152,9 +155,10 @@ def reproducible(events: Iterable[Event]) -> list[tuple[str, dict[str, Any]]]:
 def tiny_model(
     *, seed: int = 0, features: int = 8, classes: int = 3, dropout: float = 0.0
 ) -> torch.nn.Module:
-    """Return a two-layer classifier, the same for the same seed; draws from no global generator."""
+    """Return a two-layer classifier whose weights depend only on the seed. Draws from no global generator."""
     model = torch.nn.Sequential(
-        torch.nn.utils.skip_init(torch.nn.Linear, features, 16),  # else it draws its first weights
+        # skip_init: the layers would draw their first weights from the global generator.
+        torch.nn.utils.skip_init(torch.nn.Linear, features, 16),
         torch.nn.ReLU(),
         torch.nn.Dropout(dropout),
         torch.nn.utils.skip_init(torch.nn.Linear, 16, classes),
@@ -169,7 +173,7 @@ def tiny_model(
 def tiny_batches(
     batches: int = 8, *, batch_size: int = 4, seed: int = 0, features: int = 8, classes: int = 3
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return batches of a learnable task, the same for the same seed: inputs (B, features), targets (B,)."""
+    """Return batches of a learnable task that depend only on the seed: inputs (B, features), targets (B,)."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(batches * batch_size, features, generator=generator)
     targets = inputs[:, :classes].argmax(dim=1)
@@ -179,7 +183,7 @@ def tiny_batches(
 def tiny_loader(
     batches: int = 8, *, batch_size: int = 4, seed: int = 0, shuffle: bool = False, workers: int = 0
 ) -> "torch.utils.data.DataLoader[Any]":
-    """Return a DataLoader over `tiny_batches`; with `shuffle` it has a generator of its own."""
+    """Return a DataLoader over `tiny_batches`; with `shuffle` it has its own generator."""
     pairs = tiny_batches(batches, batch_size=batch_size, seed=seed)
     data = torch.utils.data.TensorDataset(
         torch.cat([inputs for inputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
@@ -193,7 +197,7 @@ def tiny_loader(
 def tiny_trainer(
     trainer_class: type[Trainer] = Trainer, *, lr: float = 0.05, seed_model: int = 0, **knobs: Any
 ) -> Trainer:
-    """Return a trainer for `tiny_model` on the CPU, with cross-entropy and SGD; arguments as for `Trainer`."""
+    """Return a trainer for `tiny_model` on the CPU, with cross-entropy and SGD. Takes the arguments of `Trainer`."""
     model = knobs.pop("model", None) or tiny_model(seed=seed_model)
     optimizer = knobs.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr)
     return trainer_class(
@@ -206,30 +210,30 @@ def tiny_trainer(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Driven:
-    """What came of a scripted run."""
+    """Outcome of a scripted run."""
 
     result: RunResult
-    """As of any run; `stopped` if the callback stopped it."""
+    """Result, as of any run; its status is `stopped` if the callback stopped it."""
     events: list[Event]
-    """Everything that was said, what the callback caused included."""
+    """All events, including those that the callback caused."""
 
     @property
     def commands(self) -> list[CommandApplied]:
-        """What the callback asked for, in the order in which it took effect."""
+        """The commands of the callback, in the order in which they took effect."""
         return [event for event in self.events if isinstance(event, CommandApplied)]
 
 
 def drive(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven:
     """Run callbacks through scripted events instead of a training, on a real bus and real threads. Blocks.
 
-    `TrainStart` is put before them and `TrainEnd` after them if they are not there. The next event comes when
-    all callbacks have handled the one before. Deciders are asked at their events, commands take effect
-    at once, and a stop ends the script; hooks inside steps, which need a step's tensors, do not run.
+    Adds `TrainStart` and `TrainEnd` if they are missing. An event is published when all callbacks have handled the
+    previous one. Deciders run at their events, commands take effect immediately, and a stop ends the script. Hooks
+    inside steps do not run: they need the tensors of a step.
 
     Args:
-        callbacks: In the order of their decisions.
-        events: With `epoch`, `step` and `batch` where they matter; 0 else.
-        knobs: Of `TrainerConfig`, for example `run_dir`.
+        callbacks: Callbacks, in the order in which they decide.
+        events: The script. Set `epoch`, `step` and `batch` if they matter; they are 0 otherwise.
+        knobs: Fields of `TrainerConfig`, such as `run_dir`.
     """
     recorder = Recorder()
     trainer = _scripted(events, knobs)
@@ -238,7 +242,7 @@ def drive(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven
 
 
 async def drive_async(*callbacks: Callback, events: Iterable[Event], **knobs: Any) -> Driven:
-    """Like `drive`, beside this event loop."""
+    """Run `drive` without blocking the event loop."""
     recorder = Recorder()
     trainer = _scripted(events, knobs)
     result = await trainer.train_async([None], trainer.val_loader, epochs=1, callbacks=[recorder, *callbacks])
@@ -252,7 +256,7 @@ class _ScriptedTrainer(BaseTrainer):
 
     @property
     def val_loader(self) -> list[None] | None:
-        """Something to validate on where the script has validations; it is never read."""
+        """A stand-in for a loader if the script has validations; it is never read."""
         has_validation = any(isinstance(event, ValidationStart | ValidationEnd) for event in self.script)
         return [None] if has_validation else None
 
@@ -316,10 +320,10 @@ def _scripted(events: Iterable[Event], knobs: dict[str, Any]) -> _ScriptedTraine
 
 
 class SlowCallback(Callback):
-    """Handles every sample slowly, awaiting as a callback that talks to a server would."""
+    """Awaits for some time at each sample, like a callback that sends requests to a server."""
 
     def __init__(self, seconds: float) -> None:
-        """Take `seconds` for each sample, awaited."""
+        """Await `seconds` at each sample."""
         self.seconds = seconds
         self.handled = 0
 
@@ -332,7 +336,7 @@ class SlowCallback(Callback):
 
 
 class FailingCallback(Callback):
-    """Raises on events of a class, each time or a number of times."""
+    """Raises an exception on events of a class, always or a limited number of times."""
 
     def __init__(
         self,
@@ -345,8 +349,8 @@ class FailingCallback(Callback):
 
         Args:
             on: The class of events.
-            times: How often, None for each time.
-            error: Makes the exception; a RuntimeError else.
+            times: Number of failures; None for one at every event.
+            error: Returns the exception to raise; by default a RuntimeError.
         """
         self.on = on
         self.times = times
@@ -368,10 +372,10 @@ class FailingCallback(Callback):
 
 
 class HangingCallback(Callback):
-    """Never finishes handling its first event until `release()`; in a thread, or awaiting."""
+    """Hangs in its first event until `release()`, in its worker thread or awaiting on the event loop."""
 
     def __init__(self, *, in_thread: bool = False) -> None:
-        """Hang on the event loop by awaiting, or in the callback's worker thread."""
+        """Hang on the event loop by awaiting, or in the worker thread."""
         self._released = threading.Event()
         self.is_closed = False
         self.on_train_start = self._hang_in_thread if in_thread else self._hang_awaiting
@@ -386,7 +390,7 @@ class HangingCallback(Callback):
         self._released.wait()
 
     def release(self) -> None:
-        """Let the thread go."""
+        """Let the thread continue."""
         self._released.set()
 
     async def close(self) -> None:
@@ -394,7 +398,7 @@ class HangingCallback(Callback):
 
 
 class EndlessLoader:
-    """A loader without length that gives the tiny task's batches for ever: for runs that somebody ends."""
+    """Yields batches of the tiny task endlessly, and has no length: for runs that a test ends."""
 
     def __init__(self, *, batch_size: int = 4, seed: int = 0) -> None:
         self._batches = tiny_batches(64, batch_size=batch_size, seed=seed)
