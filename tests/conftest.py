@@ -17,6 +17,7 @@ import anyio.lowlevel
 import hypothesis
 import pytest
 import torch
+from torch.utils.data import dataloader
 from warm_python import WarmPython
 
 BACKENDS: Final[list[Any]] = [
@@ -105,6 +106,7 @@ def nothing_is_left_behind() -> Iterator[None]:
     threads = set(threading.enumerate())
     sockets = _open_sockets()
     yield
+    _end_persistent_workers()
     left = [thread for thread in set(threading.enumerate()) - threads if thread.name.startswith("offloop")]
     for thread in left:
         thread.join(5.0)  # one that was told to end may still be on its way
@@ -112,6 +114,16 @@ def nothing_is_left_behind() -> Iterator[None]:
     if _open_sockets() - sockets:
         gc.collect()  # what is garbage is not left open: a failed test's frames hold a lot
         assert not _open_sockets() - sockets, "the test left sockets open"
+
+
+def _end_persistent_workers() -> None:
+    """End the workers of loaders that a test was done with, as torch does at the end of a process.
+
+    The garbage collector may have closed their queues before it comes to the loader. They are then not told to end,
+    and they ignore a SIGTERM while this process lives: the loader waits for ten seconds, in whichever test that is.
+    """
+    for iterator in list(getattr(dataloader, "_persistent_workers_atexit", ())):
+        iterator._shutdown_workers()
 
 
 def _open_sockets() -> set[str]:

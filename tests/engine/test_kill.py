@@ -32,7 +32,7 @@ NURSERY = """
     for name in ("torch._dynamo", "torchmetrics", "anyio._backends._asyncio"):
         importlib.import_module(name)  # each child's first optimizer, metric and event loop would: a second and more
     sys.path.insert(0, {tests!r})
-    from test_resume import a_run
+    from test_resume_plan import a_run
     from offloop.callbacks import ModelCheckpoint
     from offloop.engine import Callback, in_step
 
@@ -78,7 +78,7 @@ class Nursery:
     """Starts trainings, and tells what they say."""
 
     def __init__(self) -> None:
-        code = textwrap.dedent(NURSERY).format(tests=str(Path(__file__).parent))
+        code = textwrap.dedent(NURSERY).format(tests=str(Path(__file__).parent / "recovery"))
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
