@@ -13,7 +13,7 @@ from offloop.engine.events import EpochEnd, Metrics, TrainEnd, ValidationEnd
 from offloop.engine.observers.event_log import FILE_NAME as EVENTS
 from offloop.engine.observers.event_log import read_events
 from offloop.engine.observers.observer import CallbackCosts
-from offloop.engine.recovery.resume_plan import read_run_json
+from offloop.engine.run_dir import read_run_json
 
 Status = Literal["completed", "stopped", "cancelled", "failed", "running"]
 

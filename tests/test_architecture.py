@@ -7,7 +7,6 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -71,6 +70,22 @@ ABOVE_THE_LOOP: Final = (
     "tools.tuning",
 )
 """Modules that the training loop and what it uses never know of."""
+LAYERS: Final = (
+    "checkpoint",
+    "bus",
+    "data",
+    "metrics",
+    "position",
+    "observers",
+    "training",
+    "weights",
+    "recovery",
+    "session",
+    "tools",
+)
+"""Packages of the engine, from the lowest to the highest: each uses only those before it."""
+FACADES: Final = {"offloop.engine", "offloop.engine.checkpoint", "offloop.callbacks", "offloop.dashboard"}
+"""Packages whose `__init__.py` lists public names, which are loaded when first used."""
 OPEN_MODULES: Final = tuple(
     f"offloop.engine.{name}"
     for name in ("argument_hints", "bus.threads", "checkpoint", "checks", "monitor", "testing")
@@ -232,14 +247,13 @@ def test_only_the_dashboards_server_and_client_know_one_kind_of_event_loop(modul
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Python resolves a circle between two threads by handing one of them a module that is half initialized."""
+    """Neither when they run nor in what a type checker reads; the packages' lists of public names are no modules here.
+
+    A circle is one module in several files. Besides, Python resolves a circle between two threads by handing one of
+    them a module that is half initialized.
+    """
     needs = {
-        module: {
-            inner
-            for node in _executed_imports(ast.parse(path.read_text(encoding="utf-8")).body)
-            for inner in _own_modules(node)
-        }
-        for module, path in SOURCES.items()
+        module: modules_known_to(module) & SOURCES.keys() - FACADES for module in SOURCES.keys() - FACADES
     }
     while free := [module for module, needed in needs.items() if not needed & needs.keys()]:
         for module in free:
@@ -247,24 +261,20 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not needs, f"among these is a circle: {sorted(needs)}"
 
 
-def _executed_imports(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yield the imports that run when a module is imported."""
-    for node in body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
-        elif isinstance(node, ast.If):
-            yield from _executed_imports(node.orelse)
-            if not is_for_types(node):
-                yield from _executed_imports(node.body)
+@pytest.mark.parametrize("module", in_folder("engine"))
+def test_packages_of_the_engine_use_only_those_below_them(module: str) -> None:
+    package = module.split(".")[2] if module.count(".") > 2 else ""
+    if package:
+        above = LAYERS[LAYERS.index(package) + 1 :]
+        known = modules_known_to(module)
+        assert not [
+            each for each in known if each.startswith(tuple(f"offloop.engine.{name}." for name in above))
+        ]
 
 
-def _own_modules(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names if alias.name in SOURCES)
-        return
-    for alias in node.names:
-        inner = f"{node.module}.{alias.name}"
-        yield inner if inner in SOURCES else str(node.module)
+def test_every_package_of_the_engine_has_its_layer() -> None:
+    packages = {path.parent.name for path in (ROOT / "engine").glob("*/__init__.py")}
+    assert packages == set(LAYERS)
 
 
 def test_events_bus_and_control_load_without_torch() -> None:

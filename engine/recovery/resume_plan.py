@@ -1,9 +1,7 @@
 """Which run a `resume=` means, and from which of its checkpoints it goes on."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import NamedTuple
 
 from offloop.engine.checkpoint import (
     CheckpointError,
@@ -13,12 +11,11 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.checkpoint.reader import CHECKPOINTS, link_to_nothing
 from offloop.engine.errors import ConfigError, nearest
-from offloop.engine.observers.event_log import starts_in_log
 from offloop.engine.paths import absolute_path
+from offloop.engine.run_dir import RUN_JSON, read_run_json
 
 Resume = str | int | Path | None
 
-RUN_JSON = "run.json"
 
 WORDS = ("auto", "must", "never", "last", "best")
 """What `resume=` may be besides a tag, a step or a path."""
@@ -157,30 +154,6 @@ def _newest_first(base_dir: Path) -> list[Path]:
         return (described if described.is_file() else run / CHECKPOINTS).stat().st_mtime
 
     return sorted(filter(_is_run, base_dir.iterdir()), key=changed, reverse=True)
-
-
-def read_run_json(directory: Path) -> dict[str, Any]:
-    """Return what `run.json` says; where there is none that can be read, what is known without it.
-
-    That is when the run began and how many attempts it had, from its checkpoints and its log.
-    """
-    try:
-        found = msgspec.json.decode((directory / RUN_JSON).read_bytes(), type=dict[str, Any])
-        attempt = found["attempt"]
-        if isinstance(attempt, int) and attempt >= 0:
-            return found
-    except (OSError, msgspec.MsgspecError, RecursionError, KeyError):
-        pass
-    reader = CheckpointReader(directory)
-    starts = list(starts_in_log(directory))
-    moments = [start.time for start in starts] + [info.manifest.created for info in reader.checkpoints()]
-    attempts = [start.attempt for start in starts] + reader.attempts()
-    described: dict[str, Any] = {}
-    if moments:
-        described["created"] = min(moments)
-    if attempts:
-        described["attempt"] = max(attempts)
-    return described
 
 
 def _over(directory: Path) -> Over | None:

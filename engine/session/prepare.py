@@ -15,8 +15,8 @@ from offloop.engine.observers.event_log import EventLog
 from offloop.engine.observers.observer import Worker
 from offloop.engine.recovery.fetch import fetch_run, remote_to_fetch
 from offloop.engine.recovery.resume_plan import Resume, plan_resume
-from offloop.engine.recovery.run_dir import base_dir_of, new_run_id
 from offloop.engine.run import Run
+from offloop.engine.run_dir import base_dir_of, new_run_id
 from offloop.engine.session.monitors import Monitors
 from offloop.engine.session.run_arguments import RunArguments
 from offloop.engine.session.session import Session

@@ -22,10 +22,10 @@ from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, R
 from offloop.engine.config import TrainerConfig
 from offloop.engine.events import UploadFailed
 from offloop.engine.observers.records import Records
-from offloop.engine.recovery.resume_plan import ResumePlan, read_run_json
+from offloop.engine.recovery.resume_plan import ResumePlan
 from offloop.engine.recovery.run_checkpoints import Checkpoints
-from offloop.engine.recovery.run_dir import create_run_dir, describe_environment, write_run_json
 from offloop.engine.recovery.uploads import Uploads, claim_remote
+from offloop.engine.run_dir import create_run_dir, describe_environment, read_run_json, write_run_json
 from offloop.engine.session.lifetime import Lifetime
 
 logger = logging.getLogger("offloop")

@@ -149,12 +149,12 @@ class TrainingLoop:
         Args:
             handle: The `Run` that step hooks see.
         """
-        progress, setup, optimizers = self.progress, self.setup, self.setup.optimizers
+        progress, setup = self.progress, self.setup
         self._started = time.perf_counter()
         self.source.handles_signals = self.host.handles_signals
         self.prepare_hooks(handle)
         progress.last_lr = progress.last_lr or largest_lr(setup.first_optimizer)
-        for optimizer in optimizers.values():
+        for optimizer in setup.optimizers.values():
             free_gradients(optimizer)
         start = train_start(self.program, setup, progress, self.resumed, self.reporter)
         self.boundary.announce(start)
@@ -543,8 +543,6 @@ class TrainingLoop:
         self.source.close()
         self.schedules.close()
 
-    # When it ends --------------------------------------------------------------------------------
-
     def is_time_to_leave(self) -> bool:
         """Return True when `batches` should end: at once for a cancellation, else at the window's end."""
         progress = self.progress
@@ -564,12 +562,13 @@ class TrainingLoop:
         if limits.max_steps is not None and progress.step >= limits.max_steps:
             progress.reason = f"max_steps={limits.max_steps}"
             return True
-        is_between_epochs = progress.phase != "in_epoch" or progress.epoch_batches == 0
-        if limits.max_time is not None and (self._may_end_between_epochs or not is_between_epochs):
-            if self.seconds() >= limits.max_time:
-                progress.reason = f"max_time={limits.max_time}"
-                return True
-        return False
+        is_in_epoch = progress.phase == "in_epoch" and progress.epoch_batches > 0
+        if limits.max_time is None or not (is_in_epoch or self._may_end_between_epochs):
+            return False
+        if self.seconds() < limits.max_time:
+            return False
+        progress.reason = f"max_time={limits.max_time}"
+        return True
 
     def seconds(self) -> float:
         """Return how long this run has trained in seconds: earlier attempts included, pauses not."""
@@ -580,8 +579,6 @@ class TrainingLoop:
     def seconds_aside(self) -> float:
         """Return the seconds of this attempt spent in pauses and validations."""
         return self.boundary.paused_seconds + self.validator.seconds
-
-    # What checkpoints need -----------------------------------------------------------------------
 
     def can_be_continued(self) -> bool:
         """Return True unless a weight is not finite and `on_nonfinite="raise"` would end a resumed run (host sync)."""

@@ -24,7 +24,7 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.checkpoint.manifest import MANIFEST
 from offloop.engine.errors import WeightsError
-from offloop.engine.recovery.resume_plan import read_run_json
+from offloop.engine.run_dir import read_run_json
 from offloop.engine.training.averages import AVERAGE, MEASURED
 from offloop.engine.weights.registry_reader import DEFAULT_REGISTRY, ModelVersion, RegistryReader
 

@@ -12,7 +12,7 @@ import torch
 from offloop.callbacks import MetricLogger, ModelCheckpoint
 from offloop.engine import ModelRegistry, Resumed, TrainStart, export_model, read_events
 from offloop.engine.checkpoint import CheckpointError, CheckpointReader, CheckpointReadError, CheckpointStore
-from offloop.engine.recovery.resume_plan import read_run_json
+from offloop.engine.run_dir import read_run_json
 from offloop.engine.testing import Recorder, tiny_batches, tiny_trainer
 
 

@@ -19,8 +19,7 @@ from offloop.callbacks import LearningRateScheduler, WeightAverage
 from offloop.engine import Callback, RunResult, Trainer
 from offloop.engine.checkpoint import CheckpointRequest, CheckpointStore, SnapshotArena
 from offloop.engine.checkpoint.format import ELEMENT_CODES
-from offloop.engine.recovery.resume_plan import read_run_json
-from offloop.engine.recovery.run_dir import format_run_json
+from offloop.engine.run_dir import format_run_json, read_run_json
 from offloop.engine.testing import tiny_loader, tiny_model
 
 REQUEST = CheckpointRequest(

@@ -26,7 +26,7 @@ from offloop.engine import (
     load_model,
 )
 from offloop.engine.checkpoint import CheckpointCorruptError, CheckpointNotFoundError, CheckpointReader
-from offloop.engine.recovery.resume_plan import read_run_json
+from offloop.engine.run_dir import read_run_json
 from offloop.engine.testing import Recorder, tiny_loader, tiny_model, tiny_trainer
 
 

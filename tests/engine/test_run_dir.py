@@ -20,7 +20,7 @@ from offloop.engine import (
     in_step,
     read_events,
 )
-from offloop.engine.recovery.run_dir import create_run_dir, describe_environment, new_run_id, write_run_json
+from offloop.engine.run_dir import create_run_dir, describe_environment, new_run_id, write_run_json
 from offloop.engine.testing import FailingCallback, tiny_batches, tiny_trainer
 
 

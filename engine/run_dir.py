@@ -11,11 +11,15 @@ from typing import Any, Final
 
 import msgspec
 
+from offloop.engine.checkpoint import CheckpointReader
 from offloop.engine.checkpoint.filesystem import FileSystem, make_directories, replace_file
 from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import RunNameTakenError, encodable
+from offloop.engine.observers.event_log import starts_in_log
 from offloop.engine.paths import absolute_path
 
+RUN_JSON: Final = "run.json"
+"""The file in a run's directory that describes it."""
 _ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"  # no letters that look like others
 _VERSIONS: Final = ("offloop", "torch", "anyio", "msgspec", "torchmetrics", "numpy")
 
@@ -49,7 +53,7 @@ def create_run_dir(path: Path, description: dict[str, Any]) -> None:
 
 def write_run_json(path: Path, description: dict[str, Any]) -> None:
     """Replace `run.json` whole: a reader sees the old or the new one, never half of it."""
-    replace_file(path / "run.json", format_run_json(description))
+    replace_file(path / RUN_JSON, format_run_json(description))
 
 
 def format_run_json(description: dict[str, Any]) -> bytes:
@@ -87,3 +91,27 @@ def _git(*arguments: str) -> str:
         ["git", *arguments], capture_output=True, text=True, check=True, timeout=5, stdin=subprocess.DEVNULL
     )
     return done.stdout.strip()
+
+
+def read_run_json(directory: Path) -> dict[str, Any]:
+    """Return what `run.json` says; where there is none that can be read, what is known without it.
+
+    That is when the run began and how many attempts it had, from its checkpoints and its log.
+    """
+    try:
+        found = msgspec.json.decode((directory / RUN_JSON).read_bytes(), type=dict[str, Any])
+        attempt = found["attempt"]
+        if isinstance(attempt, int) and attempt >= 0:
+            return found
+    except (OSError, msgspec.MsgspecError, RecursionError, KeyError):
+        pass
+    reader = CheckpointReader(directory)
+    starts = list(starts_in_log(directory))
+    moments = [start.time for start in starts] + [info.manifest.created for info in reader.checkpoints()]
+    attempts = [start.attempt for start in starts] + reader.attempts()
+    described: dict[str, Any] = {}
+    if moments:
+        described["created"] = min(moments)
+    if attempts:
+        described["attempt"] = max(attempts)
+    return described
