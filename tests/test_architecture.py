@@ -84,8 +84,12 @@ LAYERS: Final = (
     "tools",
 )
 """Packages of the engine, from the lowest to the highest: each uses only those before it."""
-FACADES: Final = {"offloop.engine", "offloop.engine.checkpoint", "offloop.callbacks", "offloop.dashboard"}
+FACADES: Final = ("offloop", "offloop.engine", "offloop.engine.checkpoint")
 """Packages whose `__init__.py` lists public names, which are loaded when first used."""
+LONGEST: Final = 600
+"""Lines of a file of the engine."""
+MOST_METHODS: Final = 25
+"""Methods of a class, without special ones; a class with more gives the reason in its docstring."""
 OPEN_MODULES: Final = tuple(
     f"offloop.engine.{name}"
     for name in ("argument_hints", "bus.threads", "checkpoint", "checks", "monitor", "testing")
@@ -272,6 +276,24 @@ def test_packages_of_the_engine_use_only_those_below_them(module: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("module", in_folder("engine"))
+def test_no_file_of_the_engine_is_too_long_to_read(module: str) -> None:
+    assert SOURCES[module].read_text(encoding="utf-8").count("\n") <= LONGEST
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_class_with_many_methods_gives_the_reason(module: str) -> None:
+    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            methods = {
+                each.name
+                for each in node.body
+                if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) and not each.name.startswith("__")
+            }
+            is_explained = "methods" in (ast.get_docstring(node) or "")
+            assert len(methods) <= MOST_METHODS or is_explained, node.name
+
+
 def test_every_package_of_the_engine_has_its_layer() -> None:
     packages = {path.parent.name for path in (ROOT / "engine").glob("*/__init__.py")}
     assert packages == set(LAYERS)
@@ -302,9 +324,6 @@ def test_no_file_is_named_like_a_standard_module(module: str) -> None:
 
 
 # Public names --------------------------------------------------------------------------------------
-
-FACADES: Final = ("offloop", "offloop.engine", "offloop.engine.checkpoint")
-"""Packages that load their names when first used."""
 
 
 @pytest.mark.parametrize("package", FACADES)

@@ -141,8 +141,6 @@ class TrainingLoop:
         self._may_end_between_epochs = True
         self._is_longer_than_its_length = False
 
-    # The story -----------------------------------------------------------------------------------
-
     def run(self, handle: object = None) -> None:
         """Train until a limit, a stop or a cancellation; raise what the user's code raises.
 
@@ -218,13 +216,10 @@ class TrainingLoop:
         if self.data_wait is not None:
             report_data_wait(self.data_wait, setup, progress, self.reporter, aside=self.seconds_aside())
             self.data_wait = None
-        # An unfinished epoch has no end
-        if progress.is_interrupted:
+        # An unfinished epoch has no end, nor has one whose time was up before its first batch
+        if progress.is_interrupted or (progress.epoch_batches == 0 and progress.ending == "limit"):
             return
         if progress.epoch_batches == 0:
-            # The time was up before its first batch
-            if progress.ending == "limit":
-                return
             was_read = progress.epoch > 0
             raise EmptyLoaderError(describe_empty("train_loader", self.setup.train_loader, was_read=was_read))
         if not self.program.automatic_optimization and progress.step == progress.epoch == 0:
@@ -529,8 +524,7 @@ class TrainingLoop:
         if self.progress.is_validating:
             self.validator.log(name, value, weight)
             return
-        logged = checked_value(name, value, weight, self.train_metrics, self._logged_names)
-        self.window.fresh.append(logged)
+        self.window.fresh.append(checked_value(name, value, weight, self.train_metrics, self._logged_names))
 
     def close(self) -> None:
         """Release what must not outlive the run. Its last checkpoint was taken."""
@@ -586,8 +580,8 @@ class TrainingLoop:
 
     def _window_is_finite(self) -> bool:
         """Return True if the window's losses and gradients are finite (host sync)."""
-        is_finite = bool(torch.isfinite(torch.stack(self.window.losses)).all())
-        return is_finite and gradients_are_finite(self.parameters())
+        losses = torch.stack(self.window.losses)
+        return bool(torch.isfinite(losses).all()) and gradients_are_finite(self.parameters())
 
     def _state_at_limit(self) -> dict[str, Any]:
         """Return the parts of the state that the end of a run in the middle of an epoch changes.
