@@ -1,6 +1,6 @@
-"""Paths that users give: `~` is the home directory, and a relative one means where the process was then.
+"""Paths that users give: `~` is the home directory, and a relative path is relative to the current directory.
 
-A data set or a library may call `os.chdir` during a run, so whatever outlives the call is made absolute at once.
+A data set or a library may call `os.chdir` during a run, so a path that outlives the call is made absolute at once.
 """
 
 import os
@@ -10,11 +10,11 @@ from offloop.engine.errors import ConfigError
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path that stays the same wherever the process goes. Links and `..` stay in it.
+    """Return a path that does not depend on the current directory. Links and `..` stay in it.
 
     Raises:
-        ConfigError: It begins with the home directory of an unknown user, or is relative to a working directory
-            that was removed.
+        ConfigError: It begins with the home directory of an unknown user, or is relative to a directory that was
+            removed.
     """
     try:
         return Path(path).expanduser().absolute()
@@ -25,5 +25,5 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
     except FileNotFoundError as error:
         raise ConfigError(
             f"{os.fspath(path)!r} leads nowhere, since the working directory of this process was removed: "
-            "give a full path, or os.chdir to a directory that is there"
+            "give a full path, or os.chdir to a directory that exists"
         ) from error

@@ -1,9 +1,11 @@
-"""RunResult: what a run has come to, in memory or read back from its directory."""
+"""RunResult: the outcome of a run, in memory or read from its directory."""
 
 import dataclasses
 import math
 import os
+import textwrap
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +20,20 @@ from offloop.engine.run_dir import read_run_json
 Status = Literal["completed", "stopped", "cancelled", "failed", "running"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+_SHOWN_METRICS = 6
+"""Metrics in the representation of a result; a notebook cell has no room for more."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RunResult:
-    """What a run has come to: returned by `train`, or read from the run's directory by `load`."""
+    """The outcome of a run: returned by `train`, or read from the run's directory by `load`."""
 
     run_id: str
     """Identity of the run."""
     status: Status
-    """`completed` (a limit was reached), `stopped` (on request), `cancelled` or `failed`; `running` only in what `load`
-    reads of a run that has not ended, or was killed."""
+    """`completed` (a limit was reached), `stopped` (on request), `cancelled` or `failed`.
+
+    A run that `load` reads before its end, or after it was killed, is `running`."""
     reason: str
     """Why, in words."""
     epochs: int
@@ -38,25 +45,40 @@ class RunResult:
     best: Best | None
     """The best moment by `Trainer(monitor=...)`, else by the first callback that names a metric, else by the loss.
 
-    Its `monitor` says which. None if that metric was never made, or never finite. Each `ModelCheckpoint` has a `best`
-    of its own.
+    Its `monitor` is the name of that metric. None if the metric was never computed, or never finite. `ModelCheckpoint`
+    has a separate `best`.
     """
     history: tuple[EpochEnd, ...]
     """The end of each epoch, with its metrics."""
     seconds: float
     """Duration."""
     callback_costs: Mapping[str, CallbackCosts]
-    """What each callback cost and missed, by name."""
+    """What callbacks cost and missed, by the name of the callback."""
     callback_errors: Mapping[str, tuple[str, ...]]
-    """What each callback raised (the first hundred), by name; callbacks without errors are not listed."""
+    """The first hundred errors of each callback, by its name; callbacks without errors are not listed."""
     dir: Path | None
     """The run's directory; None if nothing was written."""
+
+    def __repr__(self) -> str:
+        reason = textwrap.shorten(self.reason, 80, placeholder="...")
+        lines = [
+            f"<RunResult {self.run_id}: {self.status} ({reason}), {self.epochs} epochs, {self.steps} steps, "
+            f"{self.seconds:.1f} s"
+        ]
+        if self.metrics:
+            shown = [f"{name}={value:.4g}" for name, value in islice(self.metrics.items(), _SHOWN_METRICS)]
+            more = len(self.metrics) - len(shown)
+            lines.append(f"  {', '.join(shown)}{f' and {more} more' if more else ''}")
+        if self.best is not None:
+            best = self.best
+            lines.append(f"  best {best.monitor}={best.score:.4g} in epoch {best.epoch}, at step {best.step}")
+        return "\n".join(lines) + ">"
 
     def to_columns(self) -> dict[str, list[float]]:
         """Return the history as columns by name, each with one value for every epoch.
 
-        They are `epoch`, `step`, `samples`, `seconds`, and each metric in the order in which it first appeared; NaN
-        stands where an epoch has no such metric. `pandas.DataFrame(result.to_columns())` makes a table of them.
+        The columns are `epoch`, `step`, `samples`, `seconds`, and the metrics in the order in which they first
+        appeared; NaN marks an epoch without that metric. `pandas.DataFrame(result.to_columns())` makes a table.
         """
         names = dict.fromkeys(name for end in self.history for name in end.metrics)
         columns: dict[str, list[float]] = {
@@ -68,7 +90,7 @@ class RunResult:
         return columns
 
     def to_run_json(self) -> dict[str, Any]:
-        """Return what `run.json` says of it: numbers and texts, with NaN and infinities as texts."""
+        """Return the result as `run.json` holds it: numbers and texts, with NaN and infinities as texts."""
         return {
             "status": self.status,
             "reason": self.reason,
@@ -82,22 +104,22 @@ class RunResult:
 
     @staticmethod
     def load(run_dir: "str | os.PathLike[str]") -> "RunResult":
-        """Read what a run has come to from its directory, in any process, at any time. Blocks on the file system.
+        """Read the outcome of a run from its directory, in any process, at any time. Blocks on the file system.
 
-        The history and the metrics come from the run's log, so that those of a run that goes on or was killed are
-        there too; `best` and `callback_errors` are known once it has ended. `callback_costs` are not kept.
+        History and metrics come from the run's log, so they are known while the run is in progress and after it was
+        killed; `best` and `callback_errors` are known once it has ended. `callback_costs` are not saved.
 
         Args:
             run_dir: The directory of the run, which holds `run.json` and `events.jsonl`.
 
         Raises:
-            FileNotFoundError: This is no directory of a run.
+            FileNotFoundError: This is not the directory of a run.
         """
         directory = Path(run_dir).expanduser()
         described = read_run_json(directory)
         if not described:
             raise FileNotFoundError(
-                f"{directory} is no directory of a run: it has neither run.json nor {EVENTS}; give run_dir/run_name"
+                f"{directory} is not the directory of a run: it has no run.json and no {EVENTS}; give run_dir/run_name"
             )
         history: list[EpochEnd] = []
         latest: dict[str, float] = {}
@@ -109,13 +131,13 @@ class RunResult:
                 latest.update(event.metrics)
             if isinstance(event, EpochEnd):
                 history.append(event)
-        # run.json says how an earlier attempt ended until the next one has begun to write.
+        # Until an attempt has begun to write, run.json describes the end of the attempt before.
         status, reason = ("running", "") if end is None else (end.status, end.reason)
         ending = described if end is not None else {}
         best = ending.get("best")
         return RunResult(
             run_id=directory.absolute().name,
-            status=status,  # type: ignore[arg-type]  # what a run has written
+            status=status,  # type: ignore[arg-type]  # written by a run
             reason=reason,
             epochs=sum(each.complete for each in history),
             steps=max(step or 0, 0),

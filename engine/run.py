@@ -448,4 +448,5 @@ class Run:
         raise AttributeError(_STOP)
 
     def __repr__(self) -> str:
-        return f"<Run {self.id} {self.state}>"
+        progress = self._session.progress
+        return f"<Run {self.id}: {self.state}, epoch {progress.epoch}, step {progress.step}>"

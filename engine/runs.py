@@ -33,15 +33,15 @@ from offloop.engine.weights.source import Source
 logger = logging.getLogger("offloop")
 
 KEEP: Final = 100
-"""Ended runs that are kept by default: a day of short runs, and some MB with histories of a thousand epochs."""
+"""Ended runs kept by default: a day of short runs, or some MB with histories of a thousand epochs."""
 SHUTDOWN_TIMEOUT: Final = 60.0
-"""Seconds that a shutdown leaves by default: a batch, a last checkpoint and the 30 s in which callbacks drain."""
+"""Seconds of an orderly shutdown by default: for a batch, a last checkpoint and the 30 s in which callbacks drain."""
 HASTE: Final = 5.0
-"""Seconds after that for runs that end in haste; the commit of a checkpoint has 2 of them, `close()` 2 more."""
+"""Seconds after that for runs that end in haste: 2 for the commit of a checkpoint, 2 more for `close()`."""
 
 
 class _Hosted:
-    """A run that is going on. Used on the event loop only."""
+    """A run in progress. Event loop only."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -50,7 +50,7 @@ class _Hosted:
 
 
 class Runs(Mapping[str, Run]):
-    """Training runs of an application, by id. They outlive the request that starts them, and fail alone.
+    """The training runs of an application, by id. They outlive the request that starts them, and fail alone.
 
     ```python
     async with Runs() as runs:
@@ -59,21 +59,21 @@ class Runs(Mapping[str, Run]):
     ```
 
     A mapping from run ids to `Run` objects in the order of their starts: `runs[run_id]`, `runs.values()`, `len(runs)`,
-    `run_id in runs`. Runs that have ended stay in it until they are forgotten.
+    `run_id in runs`. Ended runs stay in it until they are forgotten.
 
-    A run that fails is logged with its traceback. It affects neither the other runs nor the block: its
-    `run.result.status` is `"failed"`, and `run.failure` is the exception, without the values that its frames held.
+    A failed run is logged with its traceback. It affects neither the other runs nor the block: its
+    `run.result.status` is `"failed"`, and `run.failure` is the exception, without the local variables of its frames.
 
     Leaving the block calls `shutdown`. `start`, `wait` and `shutdown` belong to the event loop that entered the
-    block and may be awaited in any of its tasks; everything else may be called from any thread.
+    block and may be awaited in any of its tasks; all other methods may be called from any thread.
     """
 
     def __init__(self, *, keep: int | None = KEEP, shutdown_timeout: float | None = SHUTDOWN_TIMEOUT) -> None:
-        """Make an empty collection; enter it with `async with` to start runs.
+        """Create an empty collection; enter it with `async with` to start runs.
 
         Args:
             keep: Ended runs to keep, at least 0; beyond that, the one that ended first is forgotten. None keeps all.
-            shutdown_timeout: Seconds that leaving the block gives the runs to end in order, above 0. None: no limit.
+            shutdown_timeout: Seconds for the runs to end in order when the block is left, above 0. None: no limit.
 
         Raises:
             ConfigError: An argument is out of range.
@@ -90,14 +90,17 @@ class Runs(Mapping[str, Run]):
         )
         self.keep = keep
         self.shutdown_timeout = shutdown_timeout
-        self._lock = threading.Lock()  # guards changes of the next two; never held across an await
-        self._runs: dict[str, Run] = {}  # read by any thread without the lock
-        self._ended: dict[str, None] = {}  # ids of those that have ended, in that order
-        self._hosted: dict[str, _Hosted] = {}  # those going on; on the event loop only
-        self._tasks: anyio.abc.TaskGroup | None = (
-            None  # hosts the runs, from entering the block to leaving it
-        )
-        self._loop: object = None  # the event loop of the block
+        # Guards changes of the next two, by the event loop and by threads that forget runs. Never held across an await.
+        self._lock = threading.Lock()
+        # Any thread reads it without the lock, by copying it: that is one call, which no other thread interrupts.
+        self._runs: dict[str, Run] = {}
+        # The ids of ended runs, in the order of their ends
+        self._ended: dict[str, None] = {}
+        # The runs in progress. The rest is used on the event loop only.
+        self._hosted: dict[str, _Hosted] = {}
+        # Hosts the runs, from entering the block to leaving it
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._loop: object = None
         self._is_closed = False
 
     # The collection: any thread --------------------------------------------------------------------
@@ -107,8 +110,6 @@ class Runs(Mapping[str, Run]):
         if run is None:
             raise RunNotFoundError(run_id)
         return run
-
-    # Of copies, which are made in one go: another thread may read while the event loop adds a run.
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._runs.copy())
@@ -130,37 +131,37 @@ class Runs(Mapping[str, Run]):
 
     @property
     def active(self) -> list[Run]:
-        """The runs that are going on, in the order of their starts."""
+        """The runs in progress, in the order of their starts."""
         return [run for run in self.values() if not run.is_over]
 
     @property
     def results(self) -> dict[str, RunResult]:
-        """The results of the runs that have ended and are kept, by id."""
+        """The results of the ended runs that are kept, by id."""
         return {run.id: run.result for run in self.values() if run.is_over}
 
     def forget(self, run_id: str) -> None:
-        """Remove a run that has ended; its files stay.
+        """Remove an ended run; its files stay.
 
         Raises:
-            RunNotFoundError: It is not here.
-            ValueError: It is going on.
+            RunNotFoundError: There is no such run.
+            ValueError: It is in progress.
         """
         if not self[run_id].is_over:
             raise ValueError(
-                f"run {run_id!r} is going on: cancel it and wait for its end before you forget it"
+                f"run {run_id!r} is in progress: cancel it and wait for its end before you forget it"
             )
         with self._lock:
             self._runs.pop(run_id, None)
             self._ended.pop(run_id, None)
 
     def cancel_all(self, reason: str = "cancelled") -> None:
-        """Cancel all runs that are going on, as `Run.cancel` does. Does not wait."""
+        """Cancel all runs in progress, as `Run.cancel` does. Does not wait."""
         for run in self.active:
             run.cancel(reason)
 
     def __repr__(self) -> str:
         active = len(self.active)
-        return f"<Runs: {active} going on, {len(self) - active} over>"
+        return f"<Runs: {active} in progress, {len(self) - active} over>"
 
     # Starting and ending: the event loop -------------------------------------------------------------
 
@@ -181,29 +182,29 @@ class Runs(Mapping[str, Run]):
         init_from: Source | None = None,
         init_strict: bool = True,
     ) -> Run:
-        """Start a run and return it; it goes on by itself.
+        """Start a run and return it; it continues by itself.
 
-        What is wrong with the arguments, or stands in the way of the run, is raised here; there is no such run then.
-        What goes wrong later is the run's failure.
+        Wrong arguments and other reasons why the run cannot start are raised here. Later failures are the run's.
 
-        Cancellation: either the run was not started, or it goes on and is in the collection.
+        Cancellation: either the run has not started, or it continues and is in the collection.
 
         Args:
-            trainer: Its next run is started. A trainer has one run at a time.
+            trainer: The trainer, which has one run at a time.
             train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, resume_lr, init_from,
                 init_strict: As for `Trainer.train`.
 
         Raises:
             ConfigError: An argument cannot work.
             WeightsError, ModelNotFoundError, CheckpointError: `init_from` or `resume` cannot be read.
-            TrainerBusyError: This trainer has a run going on.
+            TrainerBusyError: This trainer has a run in progress.
             RunNameTakenError: The directory of the run exists already.
-            RunsClosedError: The block was left, or is being left.
+            RunsClosedError: The block has been left, or is being left.
         """
         self._expect_open()
         if not isinstance(trainer, BaseTrainer):
             if hasattr(trainer, "close") and hasattr(trainer, "cr_await"):
-                trainer.close()  # a coroutine, which would warn that it was never awaited
+                # A coroutine, as of train_async(): it would warn that it was never awaited.
+                trainer.close()
             raise TypeError(
                 "start takes a trainer and the arguments of its train(), "
                 f"as in runs.start(trainer, train_loader, epochs=10); got {type(trainer).__name__}"
@@ -227,31 +228,31 @@ class Runs(Mapping[str, Run]):
         return run
 
     async def wait(self) -> dict[str, RunResult]:
-        """Wait until no run is going on, and return `results`. Cancellation: the runs go on.
+        """Wait until no run is in progress, and return `results`. Cancellation: the runs continue.
 
         Raises:
-            DeadlockError: In a handler of a callback of one of the runs, for which the end of that run waits.
+            DeadlockError: A callback of one of the runs calls it in a handler, for which the end of that run waits.
         """
         self._expect_outside_callbacks("wait")
         await self._wait_for_all()
         return self.results
 
     async def shutdown(self) -> list[Run]:
-        """Cancel all runs and wait until they are over. Calling it twice is fine; leaving the block calls it.
+        """Cancel all runs and wait until they are over. Leaving the block calls it; calling it twice is fine.
 
         Runs end at their next batch, as after `Run.cancel`, and `start` raises `RunsClosedError` from now on.
-        Runs that have not ended after `shutdown_timeout` seconds leave in haste: callbacks do not drain, and only
-        a checkpoint that is being written is finished. A training thread that does not reach its next batch even
-        then (a step or a loader that hangs) cannot be ended from outside. Its stack is logged, and the run ends by
-        itself when the thread gets there; the interpreter cannot exit before.
+        Runs that have not ended after `shutdown_timeout` seconds end in haste: callbacks do not drain, and only a
+        checkpoint that is being written is finished. A training thread that does not reach its next batch even then
+        (a step or a loader that hangs) cannot be ended from outside. Its stack is logged, and the run ends by itself
+        once the thread reaches its next batch; the interpreter cannot exit before.
 
         Cancellation: the runs are cancelled nevertheless.
 
         Returns:
-            The runs that are still going on.
+            The runs that are still in progress.
 
         Raises:
-            DeadlockError: In a handler of a callback of one of the runs, for which the end of that run waits.
+            DeadlockError: A callback of one of the runs calls it in a handler, for which the end of that run waits.
         """
         self._expect_outside_callbacks("shutdown")
         return await self._shut_down(self._deadline())
@@ -265,7 +266,7 @@ class Runs(Mapping[str, Run]):
         if await self._wait_for_all(deadline):
             return []
         for hosted in self._hosted.values():
-            logger.warning("run %s has not ended in time: leaving in haste", hosted.session.run_id)
+            logger.warning("run %s has not ended in time: it ends in haste", hosted.session.run_id)
             hosted.session.lifetime.hurry("shut down")
         if await self._wait_for_all(deadline + HASTE):
             return []
@@ -275,16 +276,17 @@ class Runs(Mapping[str, Run]):
             stack = run.stack()
             if hosted.session.abandon():
                 logger.error(
-                    "run %s goes on after the shutdown; its training thread is here:\n%s", run.id, stack
+                    "run %s continues after the shutdown; its training thread is here:\n%s", run.id, stack
                 )
                 hosted.scope.cancel()
                 left.append(run)
-        await self._wait_for_all()  # their hosts return now; another run is about to end by itself
+        # The hosts of the abandoned runs return now; any other run is about to end by itself.
+        await self._wait_for_all()
         return left
 
     async def __aenter__(self) -> Self:
         if self._tasks is not None or self._is_closed:
-            raise RuntimeError("this Runs was entered before: make another one for another block")
+            raise RuntimeError("this Runs was entered before: create another one for another block")
         self._loop = anyio.lowlevel.current_token().native_token
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
@@ -305,9 +307,10 @@ class Runs(Mapping[str, Run]):
                 with anyio.CancelScope(shield=True):
                     await self._shut_down(deadline)
                 break
-            except anyio.get_cancelled_exc_class() as error:  # asyncio's own goes through a shield
+            # A native cancellation pierces the shield.
+            except anyio.get_cancelled_exc_class() as error:
                 cancellation = error
-        # Not told of the body's exception: a task group would wrap it, and nothing is left to cancel.
+        # Without the exception of the block: the task group would wrap it, and there is nothing left to cancel.
         await self._tasks.__aexit__(None, None, None)
         if cancellation is not None and exc is None:
             raise cancellation
@@ -316,8 +319,8 @@ class Runs(Mapping[str, Run]):
         task = anyio.get_current_task().id
         if any(task in hosted.session.mailbox.places.tasks for hosted in self._hosted.values()):
             raise DeadlockError(
-                f"runs.{what}() in a callback would wait for ever: a run ends when its callbacks have handled their "
-                "events. Call it in a task of your own"
+                f"runs.{what}() in a callback would wait forever: a run ends when its callbacks have handled their "
+                "events. Call it in another task"
             )
 
     def _expect_open(self) -> anyio.abc.TaskGroup:
@@ -332,19 +335,19 @@ class Runs(Mapping[str, Run]):
         return self._tasks
 
     async def _host(self, session: Session, *, task_status: anyio.abc.TaskStatus[Run]) -> None:
-        """Body of the task of one run. Raises only what keeps the run from starting, and cancellations."""
+        """Body of one run's task. Raises only if the run cannot start or the task is cancelled."""
         self._expect_open()
         hosted = _Hosted(session)
 
         def register(run: Run) -> None:
             with self._lock:
-                self._runs.pop(run.id, None)  # an earlier attempt of this run, which has ended
+                # There may be an earlier attempt of this run, which has ended.
+                self._runs.pop(run.id, None)
                 self._ended.pop(run.id, None)
                 self._runs[run.id] = run
             self._hosted[run.id] = hosted
-            session.finished.add_done_callback(
-                lambda _: _log_failure(session)
-            )  # before those that wait for it
+            # Before the callbacks of those that wait for the run
+            session.finished.add_done_callback(lambda _: _log_failure(session))
             task_status.started(run)
 
         try:
@@ -358,14 +361,14 @@ class Runs(Mapping[str, Run]):
             hosted.is_over.set()
 
     async def _wait_for_all(self, deadline: float = math.inf) -> bool:
-        """Wait until no run is going on; False if the deadline comes first."""
+        """Wait until no run is in progress; return False if the deadline comes first."""
         with anyio.move_on_after(deadline - time.perf_counter()):
             while self._hosted:
                 await next(iter(self._hosted.values())).is_over.wait()
         return not self._hosted
 
     def _note_end(self, run_id: str) -> None:
-        """Forget the runs that ended first, as `keep` says."""
+        """Note the end of a run, and forget the runs that ended first if there are more than `keep`."""
         with self._lock:
             if run_id in self._runs:
                 self._ended[run_id] = None
@@ -375,7 +378,7 @@ class Runs(Mapping[str, Run]):
 
 
 def _log_failure(session: Session) -> None:
-    """Log what a run failed with, and clear the frames of the exception, which may hold tensors."""
+    """Log the failure of a run, and clear the frames of the exception, which may hold tensors."""
     failure = session.lifetime.failure
     if failure is None or session.result is None:
         return
@@ -386,7 +389,7 @@ def _log_failure(session: Session) -> None:
 
 
 def _with_causes(error: BaseException) -> list[BaseException]:
-    """Return an exception and those that it is linked to."""
+    """Return an exception, its causes and contexts, and the members of groups among them."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

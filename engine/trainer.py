@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import anyio
 import anyio.abc
+from torch.nn.parameter import is_lazy
 
 from offloop.engine.argument_hints import AsyncBlock, explains_arguments
 from offloop.engine.callback import Callback
@@ -28,11 +29,23 @@ from offloop.engine.weights.source import Source
 
 
 class BaseTrainer(TrainingProgram):
-    """Trains a model as an ordered stream of events. Subclass it to write your own steps; see `Trainer`.
+    """Trains a model and publishes an ordered stream of events. Subclass it to write your own steps; see `Trainer`.
 
-    Override `training_step` and `validation_step`, and if you like `train_epoch` and `validate_epoch`. All
-    of them run in the training thread of a run. A trainer has one run at a time.
+    Override `training_step` and `validation_step`, and if you like `train_epoch` and `validate_epoch`. All of them
+    run in the training thread of a run. A trainer has one run at a time.
     """
+
+    def __repr__(self) -> str:
+        if "_last_run" not in vars(self):
+            # A subclass has failed before it called our `__init__`, and a debugger shows it.
+            return super().__repr__()
+        size = sum(each.numel() for each in self.model.parameters() if not is_lazy(each))
+        optimizers = ", ".join(type(each).__name__ for each in self.optimizers.values())
+        run = "" if self._last_run is None else f"; last run {self._last_run.id}: {self._last_run.state}"
+        return (
+            f"<{type(self).__name__} of {type(self.model).__name__} with {size:,} parameters, {optimizers}, "
+            f"on {self.device}{run}>"
+        )
 
     @property
     def last_run(self) -> Run | None:
@@ -58,35 +71,35 @@ class BaseTrainer(TrainingProgram):
     ) -> RunResult:
         """Train and return the result. Blocks this thread; the model trains in a thread of its own.
 
-        In the main thread, SIGINT and SIGTERM stop the run in order (second: in haste, third: at once), unless
-        somebody else handles them. In a notebook cell or inside another event loop it works too, but blocks
-        that loop: `await train_async(...)` there.
+        In the main thread, SIGINT and SIGTERM stop the run in order (second: in haste, third: at once), unless the
+        program handles them itself. Works in a notebook cell or inside an event loop, too, but blocks that loop:
+        use `await train_async(...)` there.
 
         Args:
-            train_loader: Anything iterable over batches: a DataLoader, a list, an iterable of tensors.
-            val_loader: Likewise, for validations; or several by name: `{"fit": ..., "new": ...}` makes `val_fit_loss`,
-                `val_new_loss` and so on.
+            train_loader: Training batches: a DataLoader, a list, any iterable of batches.
+            val_loader: Validation batches, likewise; or several loaders by name: `{"fit": ..., "new": ...}` gives the
+                metrics `val_fit_loss`, `val_new_loss` and so on.
             epochs: Limit: epochs in total. The first limit reached ends the run.
-            max_steps: Limit: optimizer steps.
-            max_time: Limit: seconds of training, pauses not counted.
+            max_steps: Limit: optimizer steps in total.
+            max_time: Limit: seconds of training in total, without pauses.
             metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances, for training and validation; or
-                `{"train": [...], "val": [...]}` to choose for each.
-            callbacks: More of them, after the trainer's.
+                `{"train": [...], "val": [...]}` for different ones.
+            callbacks: Callbacks of this run, after those of the trainer.
             resume: Continue a run: `"auto"` (if there is one), `"must"`, `"last"`, `"best"`, a tag, a step, or
                 a path to a checkpoint or a run. None or `"never"`: a new run.
-            resume_lr: Learning rate that a resumed run goes on with, as `run.set_lr` sets it: a schedule goes on from
-                there. It is set once, however often the script is run again. None: that of the checkpoint.
-            init_from: Weights to begin from, as `load_model` takes them: another run, a checkpoint, a registered
-                model, a file, a state dict. Not used when a run is resumed.
-            init_strict: False: load the weights that fit and log what does not.
+            resume_lr: Learning rate of a resumed run, set as by `run.set_lr`: a schedule continues from it. It is set
+                once, however often the script runs again. None: that of the checkpoint.
+            init_from: Initial weights, as `load_model` takes them: another run, a checkpoint, a registered model, a
+                file, a state dict. Not used when a run is resumed.
+            init_strict: False: load the weights that fit and log the others.
 
         Raises:
-            ConfigError: An argument cannot work; nothing has started then.
+            ConfigError: An argument cannot work. Nothing has started then.
             WeightsError, ModelNotFoundError, CheckpointError: `init_from` or `resume` cannot be read or does not
-                fit; nothing has been written then.
-            TrainerBusyError: This trainer has a run going on.
-            KeyboardInterrupt, Preempted: After a run that SIGINT or SIGTERM stopped.
-            Exception: What a step, a loader or a decider raised, as it was, with a note on where.
+                fit. Nothing has been written then.
+            TrainerBusyError: This trainer has a run in progress.
+            KeyboardInterrupt, Preempted: SIGINT or SIGTERM has stopped the run.
+            Exception: A step, a loader or a decider has raised it. A note tells where.
         """
         arguments = RunArguments(
             train_loader=train_loader,
@@ -121,17 +134,17 @@ class BaseTrainer(TrainingProgram):
         handle_signals: bool = False,
         task_status: anyio.abc.TaskStatus[Run] = anyio.TASK_STATUS_IGNORED,
     ) -> RunResult:
-        """Train beside this event loop and return the result, see `train`.
+        """Train without blocking this event loop, and return the result; see `train`.
 
-        It ends with the task that awaits it. For runs that outlive what starts them, as in a service, see `Runs`.
+        The run ends with the task that awaits it. For runs that outlive their caller, as in a service, see `Runs`.
 
-        Cancellation: the run ends at its next batch, callbacks drain and close, then it is re-raised.
+        Cancellation: the run ends at its next batch, callbacks drain and close, then the cancellation is re-raised.
 
         Args:
             train_loader, val_loader, epochs, max_steps, max_time, metrics, callbacks, resume, resume_lr, init_from,
                 init_strict: As for `train`.
-            handle_signals: Take SIGINT and SIGTERM for the length of the run, in the main thread.
-            task_status: Given by `task_group.start`, which then returns the `Run`. A run that fails cancels that task
+            handle_signals: Handle SIGINT and SIGTERM during the run. In the main thread.
+            task_status: Passed by `task_group.start`, which then returns the `Run`. A run that fails cancels that task
                 group and everything in it; runs in `Runs` fail alone.
         """
         arguments = RunArguments(
@@ -168,10 +181,9 @@ class BaseTrainer(TrainingProgram):
     ) -> AbstractAsyncContextManager[Run]:
         """Return the run as an async context manager: `async with trainer.start(...) as run:`.
 
-        Leaving the block waits for the end. An exception in the block stops the run; a run that fails
-        cancels the block and raises its exception. Arguments as for `train`, checked at once.
+        Leaving the block waits for the end of the run. An exception in the block stops the run; a run that fails
+        cancels the block and raises its exception. Arguments are those of `train`, and are checked at once.
         """
-
         arguments = RunArguments(
             train_loader=train_loader,
             val_loader=val_loader,
@@ -192,12 +204,12 @@ class BaseTrainer(TrainingProgram):
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.
 
         Args:
-            loader: Its batches; or several loaders by name, as `train(val_loader=...)` takes them.
+            loader: Batches; or several loaders by name, as in `train(val_loader=...)`.
             metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances.
-            prefix: Comes before each key: `"test_"` gives `test_loss`, `test_accuracy`.
+            prefix: Start of each key: `"test_"` gives `test_loss`, `test_accuracy`.
 
         Raises:
-            TrainerBusyError: A run is going on; use `run.validate()` then.
+            TrainerBusyError: A run is in progress; use `run.validate()` then.
         """
         return evaluation.evaluate(self, loader, metrics, prefix)
 
@@ -205,18 +217,18 @@ class BaseTrainer(TrainingProgram):
     async def evaluate_async(
         self, loader: ValLoader, *, metrics: MetricSpec = (), prefix: str = "val_"
     ) -> Metrics:
-        """Like `evaluate`, in a thread beside this event loop. Cancellation: the thread ends by itself."""
+        """Do what `evaluate` does, in a thread of its own. Cancellation: the thread ends by itself."""
         return await evaluation.evaluate_async(self, loader, metrics, prefix)
 
     @explains_arguments()
     def predict(self, loader: Iterable[Batch]) -> list[Any]:
-        """Return what `predict_step` gives for each batch of a loader, on the host. Blocks.
+        """Return the output of `predict_step` for each batch of a loader, on the host. Blocks.
 
-        The model is in eval mode meanwhile, and each of its modules gets its own flag back. Tensors of all
-        batches become one by `torch.cat(trainer.predict(loader))`.
+        The model is in eval mode meanwhile; the flag of each module is restored. `torch.cat(trainer.predict(loader))`
+        makes one tensor of the tensors of all batches.
 
         Raises:
-            TrainerBusyError: A run, or something else, is going on.
+            TrainerBusyError: The trainer is in use.
         """
         return prediction.predict(self, loader)
 
@@ -226,17 +238,17 @@ class BaseTrainer(TrainingProgram):
     ) -> AbstractAsyncContextManager[AsyncIterator[Any]]:
         """Predict in a thread of its own: `async with trainer.predict_async(loader) as stream:`.
 
-        `async for outputs in stream` gives the outputs of each batch, in order. The thread is ahead of its reader
-        by at most `read_ahead` batches, and leaving the block ends it after the batch in work; so does a
-        cancellation, which is then re-raised.
+        `async for outputs in stream` gives the outputs of each batch, in order. The thread is at most `read_ahead`
+        batches ahead of the reader. Leaving the block ends it after the current batch; so does a cancellation, which
+        is then re-raised.
 
         Args:
-            loader: Its batches.
+            loader: Batches.
             read_ahead: Outputs that may wait for the reader, at least 1.
 
         Raises:
-            TrainerBusyError: A run, or something else, is going on.
-            Exception: What the model or the loader raised comes out of the stream.
+            TrainerBusyError: The trainer is in use.
+            Exception: The model or the loader has raised it. It comes out of the stream.
         """
         block = prediction.predict_async(self, loader, read_ahead)
         return AsyncBlock(block, "async with trainer.predict_async(loader) as stream:")
@@ -253,19 +265,19 @@ class BaseTrainer(TrainingProgram):
     ) -> LearningRateSearch:
         """Raise the learning rate from step to step and suggest the one at which the loss falls fastest. Blocks.
 
-        Afterwards weights, buffers, optimizer and random states are what they were, bit for bit. The suggestion
-        is not applied: give it to your optimizer. See `tuning.find_learning_rate` for how it is found.
+        Weights, buffers, optimizer and random states are restored afterwards, bit for bit. The suggestion is not
+        applied: give it to your optimizer. `tuning.find_learning_rate` describes the method.
 
         Args:
-            train_loader: Read as in training, from the beginning as often as it takes.
-            min_lr: Where to begin, above 0.
-            max_lr: Where to end, above `min_lr`; the search ends before it when the loss explodes.
+            train_loader: Training batches, read again from the beginning as often as needed.
+            min_lr: First rate, above 0.
+            max_lr: Last rate, above `min_lr`; the search ends earlier if the loss explodes.
             steps: Optimizer steps, at least 10.
-            optimizer: Its name, where there are several; the others keep their rates.
+            optimizer: Name of the optimizer, where there are several; the others keep their rates.
 
         Raises:
             ConfigError: An argument cannot work.
-            TrainerBusyError: A run, or something else, is going on.
+            TrainerBusyError: The trainer is in use.
         """
         return tuning.find_learning_rate(
             self, train_loader, min_lr=min_lr, max_lr=max_lr, steps=steps, optimizer=optimizer
@@ -284,22 +296,21 @@ class BaseTrainer(TrainingProgram):
     ) -> BatchSizeSearch:
         """Find the largest batch size that fits into memory, by training some steps with each tried. Blocks.
 
-        Afterwards weights, buffers, optimizer and random states are what they were, bit for bit, and the memory
-        is free again.
+        Weights, buffers, optimizer and random states are restored afterwards, bit for bit, and the memory is free.
 
         Args:
-            train_loader: A DataLoader, whose first samples make up the batches; or a function that returns a loader
-                for a batch size, for example one that begins with the longest samples.
-            mode: `"power"` doubles until it does not fit, `"binsearch"` then finds the largest in between.
+            train_loader: A DataLoader, whose first samples fill the batches; or a function that returns a loader for
+                a batch size, for example one that begins with the longest samples.
+            mode: `"power"` doubles the size until it does not fit; `"binsearch"` then searches between the last two.
             start: First size tried, at least 1.
             max_batch_size: Largest size tried; None: the size of the data set.
-            steps: Optimizer steps with each size, at least 2: the first one makes the optimizer's state.
-            memory_limit: Bytes. On CUDA what torch may take, by default nine tenths of what is free. On the CPU
-                what this process may take in all; needed there, since a CPU's memory ends without an error.
+            steps: Optimizer steps with each size, at least 2: the first one creates the optimizer's state.
+            memory_limit: Bytes. On CUDA the memory that torch may take, by default nine tenths of what is free. On
+                the CPU that of the whole process; required there, because running out of it ends the process.
 
         Raises:
             ConfigError: An argument cannot work, or not even one sample fits.
-            TrainerBusyError: A run, or something else, is going on.
+            TrainerBusyError: The trainer is in use.
         """
         return tuning.find_batch_size(
             self,
@@ -313,7 +324,7 @@ class BaseTrainer(TrainingProgram):
 
 
 class Trainer(DefaultSteps, BaseTrainer):
-    """Trains a model whose batches follow a convention, without a line of training code.
+    """Trains a model whose batches follow a convention; no training code is needed.
 
     | batch | with `loss=` | without |
     |---|---|---|

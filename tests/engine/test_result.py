@@ -11,8 +11,10 @@ import pytest
 
 from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
+    Best,
     Callback,
     EpochEnd,
+    Metrics,
     Run,
     RunResult,
     Trainer,
@@ -95,7 +97,7 @@ tiny_trainer(run_dir=".", run_name="run", callbacks=[Die()]).train(tiny_batches(
 @pytest.mark.parametrize("name", ["", "nothing-here", "empty"])
 def test_a_directory_of_no_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="is no directory of a run"):
+    with pytest.raises(FileNotFoundError, match="is not the directory of a run"):
         RunResult.load(tmp_path / name)
 
 
@@ -141,3 +143,27 @@ def test_the_columns_of_a_run_without_an_epoch() -> None:
 
     result = tiny_trainer(callbacks=[StopAtOnce()]).train(BATCHES, epochs=1)
     assert result.to_columns() == {"epoch": [], "step": [], "samples": [], "seconds": []}
+
+
+def test_a_result_of_many_epochs_and_metrics_fits_a_notebook_cell() -> None:
+    metrics = Metrics({f"val_metric_{index}": 1 / (index + 3) for index in range(20)})
+    history = tuple(EpochEnd(metrics=metrics, samples=8, seconds=1.0, epoch=index) for index in range(1000))
+    result = RunResult(
+        run_id="first",
+        status="failed",
+        reason="RuntimeError: " + "a long story\n" * 100,
+        epochs=1000,
+        steps=64000,
+        metrics=metrics,
+        best=Best(monitor="val_metric_0", score=0.25, epoch=3, step=256),
+        history=history,
+        seconds=12.34,
+        callback_costs={},
+        callback_errors={},
+        dir=None,
+    )
+    first, second, third = repr(result).splitlines()
+    assert first.startswith("<RunResult first: failed (RuntimeError: a long story a long story")
+    assert first.endswith("...), 1000 epochs, 64000 steps, 12.3 s") and len(first) < 150
+    assert second.startswith("  val_metric_0=0.3333, val_metric_1=0.25") and second.endswith(" and 14 more")
+    assert third == "  best val_metric_0=0.25 in epoch 3, at step 256>"

@@ -123,7 +123,7 @@ async def test_runs_are_found_by_id_while_they_go_on_and_after_their_end() -> No
             assert runs[second.id] is second and second.id in runs and "another" not in runs
             assert (first.is_over, second.is_over, runs.active) == (True, False, [second])
             assert runs.results == {first.id: first.result}
-            assert repr(runs) == "<Runs: 1 going on, 1 over>"
+            assert repr(runs) == "<Runs: 1 in progress, 1 over>"
             assert runs.get("another") is None
             with pytest.raises(
                 RunNotFoundError, match="there is no run 'another' here: it was never"
@@ -173,7 +173,7 @@ async def test_runs_that_ended_first_are_forgotten_beyond_keep() -> None:
             assert len(runs) == 3 and going_on.id in runs
             runs.forget(next(iter(runs.results)))
             assert len(runs.results) == 1
-            with pytest.raises(ValueError, match="is going on: cancel it and wait"):
+            with pytest.raises(ValueError, match="is in progress: cancel it and wait"):
                 runs.forget(going_on.id)
             with pytest.raises(RunNotFoundError):
                 runs.forget("another")
@@ -523,7 +523,7 @@ async def test_callback_that_does_not_drain_in_time_is_left_in_haste(
         async with Runs(shutdown_timeout=0.05) as runs:
             run = await start_endless(runs, callbacks=[hanging], drain_timeout=3600.0)
     assert run.result.status == "cancelled"
-    assert f"run {run.id} has not ended in time: leaving in haste" in caplog.text
+    assert f"run {run.id} has not ended in time: it ends in haste" in caplog.text
     assert hanging.is_closed
 
 
@@ -541,7 +541,7 @@ async def test_training_thread_that_hangs_is_named_and_ends_the_run_by_itself(
             assert await runs.shutdown() == [run]
         assert other.result.status == "cancelled"
         assert runs.active == [run] and not run.is_over
-        assert f"run {run.id} goes on after the shutdown; its training thread is here:" in caplog.text
+        assert f"run {run.id} continues after the shutdown; its training thread is here:" in caplog.text
         assert "self.released.wait(LONG)" in caplog.text
         with pytest.raises(TrainerBusyError):
             trainer.train(tiny_loader(1), epochs=1)  # the thread has its model still
@@ -565,9 +565,9 @@ async def test_block_must_be_entered_once() -> None:
         with pytest.raises(RuntimeError, match="was not entered"):
             await runs.__aexit__(None, None, None)
         async with runs:
-            with pytest.raises(RuntimeError, match="entered before: make another one"):
+            with pytest.raises(RuntimeError, match="entered before: create another one"):
                 await runs.__aenter__()
-        with pytest.raises(RuntimeError, match="entered before: make another one"):
+        with pytest.raises(RuntimeError, match="entered before: create another one"):
             await runs.__aenter__()
 
 

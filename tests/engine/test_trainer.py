@@ -920,3 +920,23 @@ def test_what_is_published_is_an_event(wrong: Any) -> None:
 
     with pytest.raises(EventError, match=r"publish takes an event, got (a|the class)"):
         subclass_with(training_step=training_step).train(LOADER, epochs=1)
+
+
+def test_trainer_and_run_say_in_a_line_what_they_are_and_where_they_stand() -> None:
+    shown: list[str] = []
+
+    def training_step(self: Trainer, batch: Any) -> Any:
+        shown.append(repr(self.last_run))
+        return Trainer.training_step(self, batch)
+
+    mine: type[Trainer] = type("Mine", (Trainer,), {"training_step": training_step})
+    trainer = tiny_trainer(mine, run_name="first")
+    assert repr(trainer) == "<Mine of Sequential with 195 parameters, SGD, on cpu>"
+    trainer.train(LOADER[:2], epochs=1)
+    assert shown == ["<Run first: running, epoch 0, step 0>", "<Run first: running, epoch 0, step 1>"]
+    assert repr(trainer.last_run) == "<Run first: completed, epoch 1, step 2>"
+    assert repr(trainer).endswith("SGD, on cpu; last run first: completed>")
+
+
+def test_a_trainer_whose_own_init_has_failed_can_be_shown() -> None:
+    assert repr(Trainer.__new__(Trainer)).startswith("<offloop.engine.trainer.Trainer object")
