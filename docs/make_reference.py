@@ -1,7 +1,6 @@
 """Write the parts of the documentation that are made from docstrings and signatures.
 
-    python docs/make_reference.py            rewrite them (`make docs`)
-    python docs/make_reference.py --check    exit with 1 if a page is out of date
+    make docs
 
 A page marks such a part with a pair of comments and leaves the text between them to this script:
 
@@ -13,7 +12,7 @@ Parts are `arguments CLASS` (a table of constructor arguments), `fields CLASS`, 
 `names NAME ...` (signature, first paragraph, and fields or methods), `signatures NAME ...` (the first two),
 `objects NAME ...` (the last two, for classes that programs do not construct), `event-list`, `events` and `commands`.
 
-`tests/test_reference.py` runs `--check`, and checks that the pages mention every public name.
+`tests/test_reference.py` fails for a page that is out of date, and for a public name that no page mentions.
 """
 
 import ast
@@ -703,20 +702,15 @@ def make_page(text: str) -> str:
     return PART.sub(lambda part: f"{part[1]}\n{make_part(part[2])}\n{part[4]}", text)
 
 
-def main() -> int:
-    """Rewrite the pages, or with `--check` say which are out of date."""
-    outdated = []
+def main() -> None:
+    """Rewrite the pages."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         made = make_page(text)
         if made != text:
-            outdated.append(page.relative_to(ROOT))
-            if "--check" not in sys.argv:
-                page.write_text(made, encoding="utf-8")
-    for page in outdated:
-        print(f"{page} is out of date: run make docs" if "--check" in sys.argv else f"{page} is rewritten")
-    return 1 if outdated and "--check" in sys.argv else 0
+            page.write_text(made, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)} is rewritten")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
