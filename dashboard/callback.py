@@ -1,4 +1,4 @@
-"""Dashboard: the live page as a callback. Opens the server with the first run, closes it with the last one."""
+"""Dashboard: the live page as a callback. Its server opens with the first run and closes with the last one."""
 
 import atexit
 import contextlib
@@ -18,6 +18,7 @@ import anyio
 import anyio.to_thread
 
 from offloop.dashboard.history import HISTORY_BYTES
+from offloop.dashboard.lease import Lease, SharedServer
 from offloop.dashboard.security import host_name, is_loopback
 from offloop.dashboard.server import Options, Server
 from offloop.engine import Callback, Run, TrainStart, checks, decides
@@ -26,35 +27,32 @@ from offloop.engine.argument_hints import explains_arguments
 logger = logging.getLogger("offloop")
 
 SAMPLES_HELD: Final = 50_000
-"""Steps that wait for the page at most; it takes them within milliseconds unless the machine is very busy."""
+"""Most steps that wait for the page; it reads them within milliseconds unless the machine is overloaded."""
 
-# One server serves all runs of a process: two on one port would be two tabs for one training.
-_lock = threading.Lock()
-_server: Server | None = None
-_holders = 0
-_kept: Server | None = None  # the one that has a holder until the process is interrupted
+_shared: Final = SharedServer()
 
 
 class Dashboard(Callback):
-    """Shows runs in the browser, live, and lets their owner steer them.
+    """Shows runs live in the browser and lets their owner steer them.
 
     ```python
     result = trainer.train(train_loader, val_loader, epochs=10, callbacks=[Dashboard()])
     ```
 
-    prints an address; open it. The page shows curves, events and configuration as they come, and pauses,
-    resumes, stops, validates, saves checkpoints and sets the learning rate. See `docs/dashboard.md`.
+    This prints an address to open. The page shows curves, events and the configuration as the run progresses, and
+    can pause, resume, stop, validate, save checkpoints and set the learning rate. See `docs/dashboard.md`.
 
-    The server listens with the first run and closes with the last one, after telling its viewers how it went;
-    a tab that stays open finds the next run. `async with Dashboard():` or `with Dashboard():` keeps it open
-    for the length of the block, whatever runs come and go. One server serves all runs of a process: the first
-    open dashboard decides where.
+    The server opens with the first run and closes with the last one, after telling its viewers how the run ended;
+    a tab that stays open finds the next run. `async with Dashboard():` or `with Dashboard():` keeps the server open
+    for the whole block, however many runs it contains. One server serves all runs of a process, with the address
+    and the settings of the dashboard that opened it.
 
-    It runs in a thread of its own, and takes events from a bounded buffer; training never waits for a viewer.
-    What it costs is measured in `docs/benchmarks.md`.
+    The server has its own thread and reads events from a bounded buffer, so training never waits for a viewer.
+    `docs/benchmarks.md` has its measured cost.
     """
 
-    on_error = "isolate"  # a page that fails is no reason to lose a run
+    # A failing page must not end the run.
+    on_error = "isolate"
 
     @explains_arguments()
     def __init__(
@@ -75,26 +73,32 @@ class Dashboard(Callback):
         ssl: tls.SSLContext | None = None,
         quiet: bool = False,
     ) -> None:
-        """Describe the page; nothing is opened before a run begins.
+        """Configure the page; nothing opens before a run begins.
 
         Args:
-            host: Address to listen on. Others than loopback can be reached from other machines: give `ssl` then.
-            port: None for 8321, or the next one that is free; 0 for any; else exactly this one.
-            open: Open the page in the browser.
-            keep_open: Keep serving after the last run, and at the end of the script wait for Ctrl-C. A run that is
-                itself interrupted, or ended by SIGTERM, takes its page along; so does an interactive session.
-            token: What gives access, at least 16 characters; None for one that nobody guesses. Every process
-                has another one, but a browser that was let in once may come back for 30 days.
-            read_only: Nobody may give commands.
-            frames_per_second: Chart frames that a viewer gets, above 0 and at most 60.
-            history_bytes: Memory for the curves of one run, at least 1,000,000. Beyond it the oldest part keeps
-                only least and greatest values.
-            max_viewers: Tabs that may be open at a time.
-            allow_hosts: Further names under which browsers may reach it, as behind a proxy.
-            frame_ancestors: Origins that may show the page in a frame, as a notebook server; none by default.
-            compression: Compress what is sent: for slow links; costs three times the CPU time.
-            ssl: For https, as `ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)` with a certificate loaded.
-            quiet: Do not print the address; `url` has it.
+            host: Address to listen on. The default is reachable from this machine only; with any other address,
+                also give `ssl`.
+            port: 1 to 65535 for exactly this port, 0 for any free one. Default None: 8321, or the next free port
+                of the 20 after it.
+            open: Open the page in the browser. Default False.
+            keep_open: Keep serving after the last run; at the end of the script wait for Ctrl-C. Default False. A
+                run that ends by Ctrl-C or SIGTERM closes the page all the same, as does the end of an interactive
+                session.
+            token: Secret in the address that grants access: at least 16 printable ASCII characters without spaces.
+                Default None: a random one for each process. A browser that was admitted once keeps access to later
+                processes for 30 days.
+            read_only: Accept no commands from any viewer. Default False.
+            frames_per_second: Chart updates per second and viewer, above 0 and at most 60. Default 10.
+            history_bytes: Memory in bytes for the curves of one run, at least 1,000,000. Default 256 MiB. Beyond
+                it the oldest part is reduced to minima and maxima.
+            max_viewers: Most tabs open at the same time, at least 1. Default 64.
+            allow_hosts: More host names, without port, under which browsers may reach the server, such as that of
+                a proxy. Default none.
+            frame_ancestors: Origins that may embed the page in a frame, such as a notebook server's. Default none.
+            compression: Compress messages, for slow links; takes three times the CPU time. Default False.
+            ssl: Context for https: `ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)` with a certificate
+                loaded. Default None: plain http.
+            quiet: Do not print the address; read it from `url`. Default False.
 
         Raises:
             ValueError: An argument is out of its range; the text says which.
@@ -140,58 +144,62 @@ class Dashboard(Callback):
         )
         self._open_browser = open
         self._quiet = quiet
-        self._server: Server | None = None
-        self._holds = 0  # a run and blocks that keep the server open through this dashboard
-        self._run_holds = False
+        # A run calls `reset`, `on_train_start` and `close` one after the other, so their attributes need no lock.
         self._run: Run | None = None
+        self._run_lease: Lease | None = None
+        # `with` blocks may nest or stand in several threads: append and pop are atomic, and any lease will do.
+        self._block_leases: list[Lease] = []
+        # The server of the newest lease, which other dashboards may keep open longer.
+        self._server: Server | None = None
 
     # As a callback
 
     def reset(self) -> None:
-        """Open the server, before the run begins: what is wrong with the address is raised to the caller.
+        """Open the server before the run begins, so that an unusable address raises in the caller.
 
         Raises:
-            OSError: The address cannot be listened on.
+            OSError: The server cannot listen on the address.
+            ValueError: A server with other settings is open.
         """
-        self._hold()
-        self._run_holds = True
+        self._run_lease = self._acquire()
 
     @decides
     def on_train_start(self, event: TrainStart, run: Run) -> None:
-        """Let the hub subscribe before the first step, so that no step is missed."""
+        """Subscribe the hub before the first step, so that it misses none."""
         assert self._server is not None
         self._run = run
         subscription = run.events(buffer=SAMPLES_HELD, name="Dashboard")
         self._server.add_run(run, event, subscription)
 
     def close(self) -> None:
-        """Tell the viewers how the run has ended, and close the server with the last run."""
+        """Tell the viewers how the run ended; the last run closes the server."""
         run, self._run = self._run, None
-        if run is not None and self._server is not None:
-            self._server.finish_run(run)
+        lease, self._run_lease = self._run_lease, None
+        if lease is None:
+            return
+        if run is not None:
+            lease.server.finish_run(run)
             if run.interrupted:
-                self._stop_keeping()
-        if self._run_holds:
-            self._run_holds = False
-            self._let_go("the run is over")
+                lease.unpin()
+        lease.release("the run is over")
 
     # As a context manager, and by hand
 
     @property
     def url(self) -> str:
-        """Address of the page, with the token in it: whoever has it may steer the run.
+        """Address of the page with the token in it, which grants control of the runs.
 
         Raises:
-            RuntimeError: It is not open.
+            RuntimeError: The dashboard is not open.
         """
         return self._serving().url
 
     @property
     def read_only_url(self) -> str:
-        """Address of the page for those who may look but give no commands.
+        """Address of the page for viewers who may watch but not steer.
 
         Raises:
-            RuntimeError: It is not open.
+            RuntimeError: The dashboard is not open.
         """
         return self._serving().read_only_url
 
@@ -204,11 +212,12 @@ class Dashboard(Callback):
             _say("The live page stays open: press Ctrl-C to end it.")
         with contextlib.suppress(KeyboardInterrupt):
             while server.is_serving:
-                time.sleep(0.5)  # unlike a lock's, this wait ends with Ctrl-C on every system
+                # Unlike waiting for a lock, sleeping ends with Ctrl-C on every system.
+                time.sleep(0.5)
         server.close("the server was interrupted")
 
     def __enter__(self) -> Self:
-        self._hold()
+        self._block_leases.append(self._acquire())
         return self
 
     def __exit__(
@@ -217,10 +226,10 @@ class Dashboard(Callback):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._let_go("the dashboard was closed")
+        self._block_leases.pop().release("the dashboard was closed")
 
     async def __aenter__(self) -> Self:
-        await _in_thread(self._hold)
+        await _in_thread(self.__enter__)
         return self
 
     async def __aexit__(
@@ -229,72 +238,38 @@ class Dashboard(Callback):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await _in_thread(lambda: self._let_go("the dashboard was closed"))
+        await _in_thread(lambda: self.__exit__(exc_type, exc, traceback))
 
     def _serving(self) -> Server:
         if self._server is None or not self._server.is_serving:
             raise RuntimeError("the dashboard is not open: it opens with a run or in `with Dashboard()`")
         return self._server
 
-    def _hold(self) -> None:
-        global _server, _holders, _kept
-        with _lock:
-            server, is_new = _server, False
-            if server is None or not server.is_serving:
-                server, is_new = Server(self._options), True
-                _server, _holders = server, 0
-            elif self._server is not server and self._options not in (Options(), server.options):
-                raise ValueError(
-                    f"one server serves all runs of a process, and one is open at port {server.port} with other "
-                    "settings: give the same settings, or none"
-                )
-            if self._server is not server:
-                self._server, self._holds = server, 0
-            self._holds += 1
-            _holders += 1
-            if self.keep_open and _kept is not server:
-                _kept = server
-                _holders += 1
-                atexit.register(self._at_exit)
-        if is_new:
-            self._announce(server)
-
-    def _stop_keeping(self) -> None:
-        """Have the server close with its last run after all."""
-        global _kept, _holders
-        with _lock:
-            if _kept is not None and _kept is self._server is _server:
-                _kept = None
-                _holders -= 1
+    def _acquire(self) -> Lease:
+        lease = _shared.acquire(self._options)
+        self._server = lease.server
+        if self.keep_open and lease.pin():
+            atexit.register(self._at_exit)
+        if lease.is_first:
+            self._announce(lease.server)
+        return lease
 
     def _at_exit(self) -> None:
-        """Keep a script's page open; who leaves an interactive session wants to leave."""
+        """Keep a script's page open; leaving an interactive session closes it."""
         if not hasattr(sys, "ps1"):
             self.wait_for_interrupt()
         elif self._server is not None:
             self._server.close("the session has ended")
 
-    def _let_go(self, reason: str) -> None:
-        global _server, _holders
-        with _lock:
-            if self._server is None or self._server is not _server or self._holds == 0:
-                return
-            self._holds -= 1
-            _holders -= 1
-            if _holders:
-                return
-            _server = None
-        self._server.close(reason)
-
     def _announce(self, server: Server) -> None:
         if not is_loopback(self._options.host) and self._options.ssl is None:
             logger.warning(
-                "the live page listens on %s without encryption: whoever can read the network can read the "
-                "token and steer the run; give Dashboard(ssl=...)",
+                "the live page listens on %s without encryption: anyone who can read the network traffic can read "
+                "the token and steer the run; give Dashboard(ssl=...)",
                 self._options.host,
             )
         if server.page is None:
-            logger.warning("the live page was not built: in a checkout run `make page`")
+            logger.warning("the live page is not built: in a checkout run `make page`")
         if not self._quiet:
             _say(f"Live page: {server.url}")
             if "SSH_CONNECTION" in os.environ and is_loopback(self._options.host):
@@ -304,12 +279,13 @@ class Dashboard(Callback):
                     f"From your own machine: ssh -L {server.port}:127.0.0.1:{server.port} {_user()}@{machine}"
                 )
         if self._open_browser:
-            with contextlib.suppress(RuntimeError):  # no more threads: the address is printed all the same
+            # RuntimeError: no thread can be started. The address is printed all the same.
+            with contextlib.suppress(RuntimeError):
                 threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
 
 
-async def _in_thread(work: Callable[[], None]) -> None:
-    """Do what takes a moment beside the event loop, to its end."""
+async def _in_thread(work: Callable[[], object]) -> None:
+    """Run a blocking function in a worker thread; a cancellation waits until it returns."""
     with anyio.CancelScope(shield=True):
         await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
 

@@ -52,7 +52,7 @@ def a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     """No keys in the user's own directory, and no server left to the next test."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     yield
-    assert callback._server is None, "a server was left"
+    assert callback._shared._server is None, "a server was left"
 
 
 def quiet(**options: Any) -> Dashboard:
@@ -196,7 +196,7 @@ async def test_as_an_async_context_manager() -> None:
     async with quiet() as dashboard:
         await tiny_trainer().train_async(tiny_loader(), epochs=1, callbacks=[dashboard])
         assert (await in_thread(request, dashboard._server, "/"))[0] == 200
-    assert callback._server is None
+    assert callback._shared._server is None
 
 
 class Refuses(Callback):
@@ -209,12 +209,12 @@ class Refuses(Callback):
 def test_a_refused_run_leaves_no_server(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not today"):
         tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[quiet(), Refuses()])
-    assert callback._server is None
+    assert callback._shared._server is None
     (tmp_path / "taken").mkdir()
     trainer = tiny_trainer(run_dir=str(tmp_path), run_name="taken")
     with pytest.raises(RunNameTakenError):
         trainer.train(tiny_loader(), epochs=1, callbacks=[quiet()])
-    assert callback._server is None
+    assert callback._shared._server is None
 
 
 def test_a_run_that_the_process_cannot_take_leaves_no_server() -> None:
@@ -224,7 +224,7 @@ def test_a_run_that_the_process_cannot_take_leaves_no_server() -> None:
     try:
         with pytest.raises(ConfigError):
             tiny_trainer(deterministic=False).train(tiny_loader(), epochs=1, callbacks=[quiet()])
-        assert callback._server is None
+        assert callback._shared._server is None
     finally:
         loader.gate.set()
         going.join(PATIENCE)
@@ -284,7 +284,7 @@ async def test_a_cancelled_run_leaves_no_server() -> None:
             loader.gate.set()
             scope.cancel()
     viewer.close()
-    assert callback._server is None
+    assert callback._shared._server is None
     assert viewer.page.status is not None and viewer.page.status.state in ("cancelled", "completed")
 
 
