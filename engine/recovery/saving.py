@@ -59,15 +59,12 @@ class Saving:
         """Save the run of `loop`.
 
         Args:
-            loop: Of the run.
-            checkpoints: Writes and reads them.
-            handlers: Of the run's callbacks.
-            user_state: The state of the user's own objects.
-            records: Knows which milestones the logs may lack.
-            best: The best moment so far.
+            loop, handlers, user_state, best: Have the state that is saved.
+            checkpoints: Writes and reads it.
+            records: Knows the milestones that the logs may lack.
             resume_lr: The learning rate that a resumed run is to continue with; None for that of the checkpoint.
             fail: Ends the run as failed.
-            publish: For `CheckpointFailed`; may be called after the end of the run.
+            publish: For `CheckpointFailed`.
         """
         self.lr_to_set: float | None = None
         """The learning rate to set once the schedules are attached; None for none."""

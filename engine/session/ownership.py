@@ -1,13 +1,12 @@
 """Ownership: the lease of a trainer and of callbacks, each of which serves one run at a time."""
 
 import threading
-from collections.abc import Sequence
 
 from offloop.engine.callback import Callback, close_unused
 from offloop.engine.errors import ConfigError
 from offloop.engine.run import Run
+from offloop.engine.session.run_plan import RunPlan
 from offloop.engine.session.training_thread import Training
-from offloop.engine.training.program import TrainingProgram
 
 # The callbacks that serve a run, by identity, and the id of that run. Any thread that starts or ends one; under the
 # lock.
@@ -18,11 +17,11 @@ _owners_lock = threading.Lock()
 class Lease:
     """The right of one run to its trainer and its callbacks. Any thread."""
 
-    def __init__(self, program: TrainingProgram, callbacks: Sequence[Callback], run_id: str) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         """Lease nothing yet; `take` does."""
-        self._program = program
-        self._callbacks = callbacks
-        self._run_id = run_id
+        self._program = plan.program
+        self._callbacks = [each.callback for each in plan.handlers]
+        self._run_id = plan.run_id
 
     def take(self, training: Training, run: Run) -> None:
         """Take trainer and callbacks, and reset the callbacks.

@@ -19,6 +19,7 @@ from offloop.engine.run import Run
 from offloop.engine.run_dir import base_dir_of, new_run_id
 from offloop.engine.session.monitors import Monitors
 from offloop.engine.session.run_arguments import RunArguments
+from offloop.engine.session.run_plan import RunPlan
 from offloop.engine.session.session import Session
 from offloop.engine.session.thread_state import check_caller
 from offloop.engine.training.arguments import (
@@ -55,14 +56,14 @@ def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
     if program.scheduler is not None:
         monitors.check_schedule(program.scheduler, None)
 
-    plan = None
+    resume_plan = None
     if arguments.resume is not None:
-        plan = plan_resume(arguments.resume, base_dir_of(config), config.run_name)
-    will_resume = plan is not None and plan.which is not None
+        resume_plan = plan_resume(arguments.resume, base_dir_of(config), config.run_name)
+    will_resume = resume_plan is not None and resume_plan.which is not None
     check_resume_lr(arguments.resume_lr, arguments.resume, program.optimizers)
     initial_weights = plan_init(arguments.init_from, arguments.init_strict, will_resume=will_resume)
-    if plan is not None:
-        base_dir = plan.directory.parent
+    if resume_plan is not None:
+        base_dir = resume_plan.directory.parent
     elif config.run_dir is not None or config.remote is not None or _needs_run_dir(callbacks):
         base_dir = base_dir_of(config)
     else:
@@ -72,7 +73,7 @@ def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
     handlers = lookup(callbacks)
     validates_live = any(each.validates_live for each in callbacks)
     _check_averages(callbacks, arguments, validates_live=validates_live)
-    run_id = config.run_name or new_run_id() if plan is None else plan.directory.name
+    run_id = config.run_name or new_run_id() if resume_plan is None else resume_plan.directory.name
     setup = make_setup(
         program,
         limits,
@@ -87,18 +88,19 @@ def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
         is_resumable=base_dir is not None,
     )
 
-    return Session(
-        program,
-        setup,
+    plan = RunPlan(
+        program=program,
+        setup=setup,
         run_id=run_id,
         directory=None if base_dir is None else base_dir / run_id,
         handlers=handlers,
         monitors=monitors,
         remote=None if config.remote is None else remote_run(config.remote, run_id),
-        resume=plan,
+        resume=resume_plan,
         resume_lr=arguments.resume_lr if will_resume else None,
         initial_weights=initial_weights,
     )
+    return Session(plan)
 
 
 def prepare_blocking(program: TrainingProgram, arguments: RunArguments) -> Session:

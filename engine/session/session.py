@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
@@ -37,26 +37,21 @@ from offloop.engine.bus.commands import Stop
 from offloop.engine.bus.event_bus import Bus
 from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker, result_of
-from offloop.engine.callback import Handlers, close_unused
-from offloop.engine.checkpoint import RemoteRun, Retention
+from offloop.engine.callback import close_unused
 from offloop.engine.errors import BusClosedError, RunEndedError, RunNameTakenError, note_cancellation
 from offloop.engine.events import Event
 from offloop.engine.observers.observer import CallbackCosts, Worker
 from offloop.engine.observers.records import Records
-from offloop.engine.recovery.resume_plan import ResumePlan
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
 from offloop.engine.session.callback_tasks import CallbackTasks
 from offloop.engine.session.lifetime import Lifetime
-from offloop.engine.session.monitors import Monitors
 from offloop.engine.session.outcome import Outcome
 from offloop.engine.session.ownership import Lease
 from offloop.engine.session.process import enter_process, leave_process
+from offloop.engine.session.run_plan import RunPlan
 from offloop.engine.session.storage import Storage
 from offloop.engine.session.training_thread import Training
-from offloop.engine.training.program import TrainingProgram
-from offloop.engine.training.setup import Setup
-from offloop.engine.weights.loading import InitialWeights
 
 logger = logging.getLogger("offloop")
 
@@ -70,40 +65,14 @@ class Session:
     Attributes are written by `__init__`, unless a comment says otherwise, and read by any thread.
     """
 
-    def __init__(
-        self,
-        program: TrainingProgram,
-        setup: Setup,
-        *,
-        run_id: str,
-        directory: Path | None,
-        handlers: Sequence[Handlers],
-        monitors: Monitors,
-        remote: RemoteRun | None,
-        resume: ResumePlan | None,
-        resume_lr: float | None,
-        initial_weights: InitialWeights | None,
-    ) -> None:
-        """Prepare a run. Nothing is taken, started or written. In the thread of the caller.
-
-        Args:
-            program: The trainer.
-            setup: What was decided about the training.
-            run_id: Name of the run.
-            directory: The run's; None for a run without one.
-            handlers: Of the callbacks, in declared order.
-            monitors: The metrics that decide.
-            remote: Where the directory is uploaded to.
-            resume: The run to continue; None for a new one.
-            resume_lr: The learning rate to set in a resumed run.
-            initial_weights: Weights to begin from.
-        """
-        config = setup.config
+    def __init__(self, plan: RunPlan) -> None:
+        """Prepare a run. Nothing is taken, started or written. In the thread of the caller."""
+        config, monitors, setup, run_id = plan.setup.config, plan.monitors, plan.setup, plan.run_id
         self.run_id = run_id
         self.config = config
         self.monitors = monitors
         # A trainer keeps its last run, which must not keep the trainer.
-        self.weak_trainer = weakref.ref(program)
+        self.weak_trainer = weakref.ref(plan.program)
         self.has_validation = setup.val_loader is not None
         self.mailbox = Mailbox()
         self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.mailbox.poke)
@@ -113,45 +82,27 @@ class Session:
         )
         self._records = Records(self.bus, in_haste=self.lifetime.is_in_haste)
         self._best = BestSoFar(monitors.best, monitors.best_direction, is_named=monitors.is_best_named)
-        self._resume = resume
+        self._is_new = plan.resume is None
         self.storage: Storage | None = None
-        if directory is not None:
-            self.storage = Storage(
-                directory,
-                run_id=run_id,
-                config=config,
-                model=program.model,
-                optimizers=setup.optimizers,
-                retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
-                remote=remote,
-                bus=self.bus,
-                records=self._records,
-                lifetime=self.lifetime,
-            )
+        if plan.directory is not None:
+            self.storage = Storage(plan, plan.directory, self.bus, self._records, self.lifetime)
         # The next two hold the trainer, model and data. None once the run is over: written by the supervisor.
         self._training: Training | None = Training(
-            program,
-            setup,
-            run_id=run_id,
+            plan,
             bus=self.bus,
             mailbox=self.mailbox,
             lifetime=self.lifetime,
             callbacks=self.callbacks,
             records=self._records,
             best=self._best,
-            monitors=monitors,
-            handlers=handlers,
             storage=self.storage,
-            resume=resume,
-            resume_lr=resume_lr,
-            initial_weights=initial_weights,
         )
-        self._lease: Lease | None = Lease(program, [each.callback for each in handlers], run_id)
+        self._lease: Lease | None = Lease(plan)
         self.progress = self._training.loop.progress
         # Seconds in step hooks by callback. Written by the training thread.
         self._hook_seconds = self._training.loop.hooks.seconds
         self.run = Run(self)
-        for each in handlers:
+        for each in plan.handlers:
             self._training.deciders.add(self.callbacks.add(each, self.run))
         self._records.watch(self.callbacks.observers)
         self._outcome = Outcome(
@@ -288,7 +239,7 @@ class Session:
         assert self._lease is not None and self._training is not None
         self.mailbox.places.event_loop_thread = threading.get_ident()
         try:
-            if self._resume is None and self.dir is not None and self.dir.exists():
+            if self._is_new and self.dir is not None and self.dir.exists():
                 raise RunNameTakenError(str(self.dir))
             self._lease.take(self._training, self.run)
             try:

@@ -14,19 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from offloop.engine.best import BestSoFar
 from offloop.engine.bus.event_bus import Bus
-from offloop.engine.checkpoint import CheckpointError, RemoteError, RemoteRun, Retention
-from offloop.engine.config import TrainerConfig
+from offloop.engine.checkpoint import CheckpointError, RemoteError, Retention
 from offloop.engine.events import UploadFailed
 from offloop.engine.observers.records import Records
-from offloop.engine.recovery.resume_plan import ResumePlan
 from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.recovery.uploads import Uploads, claim_remote
 from offloop.engine.run_dir import create_run_dir, describe_environment, read_run_json, write_run_json
 from offloop.engine.session.lifetime import Lifetime
+from offloop.engine.session.run_plan import RunPlan
 
 logger = logging.getLogger("offloop")
 
@@ -35,47 +32,26 @@ class Storage:
     """What a run keeps on disk and in its remote directory. Everything that blocks says so."""
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        run_id: str,
-        config: TrainerConfig,
-        model: torch.nn.Module,
-        optimizers: Mapping[str, torch.optim.Optimizer],
-        retention: Retention,
-        remote: RemoteRun | None,
-        bus: Bus,
-        records: Records,
-        lifetime: Lifetime,
+        self, plan: RunPlan, directory: Path, bus: Bus, records: Records, lifetime: Lifetime
     ) -> None:
-        """Keep a run in `directory`; nothing is written before `open`.
-
-        Args:
-            directory: The run's.
-            run_id: Its name.
-            config: The knobs of the run.
-            model: Trained by the run.
-            optimizers: Those of the run, by name.
-            retention: What every run keeps, and which checkpoint is its best.
-            remote: Where the directory is uploaded to; None for nowhere.
-            bus: For `CheckpointSaved` and the like.
-            records: Says when a durable checkpoint may be announced.
-            lifetime: The run's.
-        """
+        """Keep a run in `directory`. Nothing is written before `open`."""
+        monitors = plan.monitors
         # None once the run has failed before the directory was its own. Written by the training thread.
         self.directory: Path | None = directory
         self.checkpoints = Checkpoints(
             directory,
-            run_id=run_id,
-            optimizers=optimizers,
-            model=model,
+            run_id=plan.run_id,
+            optimizers=plan.setup.optimizers,
+            model=plan.program.model,
             publish=bus.publish_or_log,
-            retention=retention,
+            retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
             wait_policy=lifetime.wait,
             records=records,
         )
-        self._config = config
-        self._remote = remote
+        self._run_id = plan.run_id
+        self._resume = plan.resume
+        self._config = plan.setup.config
+        self._remote = plan.remote
         self._bus = bus
         self._lifetime = lifetime
         # What run.json says; empty until the directory is this run's. Written by the training thread, read after it
@@ -93,12 +69,10 @@ class Storage:
 
     # The training thread -------------------------------------------------------------------------
 
-    def open(self, run_id: str, resume: ResumePlan | None, init_from: str | None) -> None:
+    def open(self, init_from: str | None) -> None:
         """Create the run's directory, or enter that of the run that is continued. Blocks.
 
         Args:
-            run_id: Name of the run.
-            resume: The run to continue; None for a new one.
             init_from: Where the first weights came from, in words.
 
         Raises:
@@ -106,10 +80,10 @@ class Storage:
             RunLockedError: The run to continue is still training, elsewhere.
             RemoteError: The store did not accept the run.
         """
-        directory = self.directory
+        directory, resume = self.directory, self._resume
         assert directory is not None
         description = {
-            "run_id": run_id,
+            "run_id": self._run_id,
             "attempt": 0 if resume is None else resume.attempt,
             "created": time.time(),
             "status": "running",

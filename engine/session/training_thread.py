@@ -9,7 +9,7 @@ run ── set up: packages, weights, directory, model, seed, frozen parameters,
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from offloop.engine.bus import forked
 from offloop.engine.bus.command_mailbox import Envelope, Mailbox, actor
 from offloop.engine.bus.commands import Need, SetLearningRate
 from offloop.engine.bus.event_bus import Bus
-from offloop.engine.callback import Handlers, OnError, StepHook
+from offloop.engine.callback import OnError, StepHook
 from offloop.engine.checkpoint import CheckpointInfo, Retention
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import EpochEnd, Event, Sample, TrainStart, ValidationEnd
@@ -38,8 +38,8 @@ from offloop.engine.run import Run
 from offloop.engine.session.callback_tasks import CallbackTasks
 from offloop.engine.session.deciders import Deciders
 from offloop.engine.session.lifetime import Lifetime
-from offloop.engine.session.monitors import Monitors
 from offloop.engine.session.process import leave_process
+from offloop.engine.session.run_plan import RunPlan
 from offloop.engine.session.storage import Storage
 from offloop.engine.session.thread_state import caller_state
 from offloop.engine.training.activation_checkpointing import checkpointed
@@ -48,10 +48,7 @@ from offloop.engine.training.freezing import select_parameters
 from offloop.engine.training.kept_state import cloned
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.placement import prepare_model
-from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.program_setup import make_run_loop
-from offloop.engine.training.setup import Setup
-from offloop.engine.weights.loading import InitialWeights
 
 logger = logging.getLogger("offloop")
 
@@ -65,67 +62,45 @@ class Training:
 
     def __init__(
         self,
-        program: TrainingProgram,
-        setup: Setup,
+        plan: RunPlan,
         *,
-        run_id: str,
         bus: Bus,
         mailbox: Mailbox,
         lifetime: Lifetime,
         callbacks: CallbackTasks,
         records: Records,
         best: BestSoFar,
-        monitors: Monitors,
-        handlers: Sequence[Handlers],
         storage: Storage | None,
-        resume: ResumePlan | None,
-        resume_lr: float | None,
-        initial_weights: InitialWeights | None,
     ) -> None:
-        """Prepare a training; nothing is touched before `run`. In the thread of the caller.
-
-        Args:
-            program: The trainer.
-            setup: What was decided about the training.
-            run_id: Name of the run.
-            bus: For events.
-            mailbox: For commands.
-            lifetime: The run's.
-            callbacks: The observers of events.
-            records: Told of each milestone.
-            best: Told of each moment that may be the best.
-            monitors: The metrics that decide.
-            handlers: Of the callbacks, in declared order.
-            storage: The directory of the run; None for a run without one.
-            resume: The run to continue.
-            resume_lr: The learning rate to set in a resumed run.
-            initial_weights: Weights to begin from.
-        """
-        self.run_id = run_id
+        """Prepare a training; nothing is touched before `run`. In the thread of the caller."""
+        program, handlers = plan.program, plan.handlers
+        self.run_id = plan.run_id
         self.clock_offset = bus.clock.offset
         self.emit_step = bus.emit
         self.callbacks = callbacks
         self.deciders = Deciders(bus, mailbox, lifetime)
         self._program = program
-        self._config = setup.config
+        self._config = plan.setup.config
         self._bus = bus
         self._mailbox = mailbox
         self._lifetime = lifetime
         self._records = records
         self._best = best
-        self._monitors = monitors
+        self._monitors = plan.monitors
         self._handlers = handlers
         self._storage = storage
-        self._resume = resume
+        self._resume = plan.resume
         # Dropped once loaded: a state dict may be large.
-        self._initial_weights = initial_weights
+        self._initial_weights = plan.initial_weights
         # The state that torch keeps per thread, of the thread that started the run.
         self._caller_state = caller_state()
         # Written by the training thread as it begins, read by any thread that publishes.
         self._thread: threading.Thread | None = None
         # Last, with all that the loop may ask its host for. None once the run is over
         hooks = [hook for each in handlers for hook in each.hooks]
-        self._loop: TrainingLoop | None = make_run_loop(program, setup, self, mailbox=mailbox, hooks=hooks)
+        self._loop: TrainingLoop | None = make_run_loop(
+            program, plan.setup, self, mailbox=mailbox, hooks=hooks
+        )
         self._progress = self.loop.progress
         self._saving: Saving | None = None
         if storage is not None:
@@ -136,7 +111,7 @@ class Training:
                 user_state=UserState(program, handlers),
                 records=records,
                 best=best,
-                resume_lr=resume_lr,
+                resume_lr=plan.resume_lr,
                 fail=lifetime.fail,
                 publish=bus.publish_or_log,
             )
@@ -203,7 +178,7 @@ class Training:
             if self._storage is not None:
                 if self._resume is not None:
                     self._progress.attempt = self._resume.attempt
-                self._storage.open(self.run_id, self._resume, self._progress.init_from)
+                self._storage.open(self._progress.init_from)
         except BaseException:
             if self._storage is not None:
                 self._storage.disown()
