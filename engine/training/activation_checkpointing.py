@@ -1,9 +1,9 @@
-"""Activation checkpointing: memory for time, with the same bits.
+"""Activation checkpointing: trades time for memory, with the same bits.
 
-What a part of the model computes on its way forward is thrown away, and computed again when the backward pass
-comes to it (`torch.utils.checkpoint`, not reentrant; Chen et al. 2016, https://arxiv.org/abs/1604.06174). Random
-states are put back for that, so dropout drops the same, and so are buffers that the first pass has changed:
-without that, batch normalization would count each batch twice and a spectral norm would have moved on.
+The activations of a checkpointed module are freed after its forward pass and computed again in the backward pass
+(`torch.utils.checkpoint`, not reentrant; Chen et al. 2016, https://arxiv.org/abs/1604.06174). The second forward pass
+starts with the random states and the buffers of the first: dropout drops the same elements, batch normalization does
+not count a batch twice, and a spectral norm does not advance twice.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ def select_modules(model: torch.nn.Module, parts: Parts) -> list[str]:
     """Return the names of the modules to checkpoint, none of them inside another.
 
     Raises:
-        ConfigError: A name or a class means no module, or one that cannot be, or `"auto"` finds no repeated blocks.
+        ConfigError: A name or a class matches no module, a module cannot be checkpointed, or `"auto"` finds no
+            repeated blocks.
     """
     if parts is None:
         return []
@@ -38,7 +39,7 @@ def select_modules(model: torch.nn.Module, parts: Parts) -> list[str]:
             )
         return _checked(model, chosen)
     given = [parts] if isinstance(parts, str | type) else list(parts)
-    # A shared module has several names, and each of them means it; the first one stands for it.
+    # A shared module has several names. Any of them selects it; the first one is returned.
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     first_names: dict[torch.nn.Module, str] = {}
     for name, module in modules.items():
@@ -46,7 +47,7 @@ def select_modules(model: torch.nn.Module, parts: Parts) -> list[str]:
     found: set[str] = set()
     for part in given:
         if isinstance(part, str):
-            # a name means the module, not what is in it
+            # A name selects the module itself, not the modules inside it
             meant = [name for name in modules if matches(name, part) and not name.startswith(f"{part}.")]
             if not meant:
                 raise nothing_matches(KNOB, part, "module", modules)
@@ -63,8 +64,8 @@ def select_modules(model: torch.nn.Module, parts: Parts) -> list[str]:
 def checkpointed(model: torch.nn.Module, parts: Parts) -> Iterator[None]:
     """Checkpoint parts of a model for the length of the block.
 
-    Each of them gets a subclass of its own class for that time: unlike a replaced method, that is still right in
-    a deep copy, and neither names of parameters nor `isinstance` change.
+    Meanwhile the class of each module is a subclass of its own. Unlike a replaced method, this survives a deep copy,
+    and it changes neither parameter names nor `isinstance`.
     """
     changed: list[tuple[torch.nn.Module, type]] = []
     try:
@@ -79,7 +80,8 @@ def checkpointed(model: torch.nn.Module, parts: Parts) -> Iterator[None]:
             module.__class__ = own_class
 
 
-@functools.cache  # the same class again in the next run: a compiled model stays valid
+# Cached, so that the next run gets the same class and a compiled model stays valid
+@functools.cache
 def _checkpointed_class(own_class: type[Any]) -> type[torch.nn.Module]:
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -94,13 +96,13 @@ def _checkpointed_class(own_class: type[Any]) -> type[torch.nn.Module]:
 
 
 def _contexts(module: torch.nn.Module) -> tuple["_FirstPass", "_SecondPass"]:
-    """Return what surrounds the first pass and the second one."""
+    """Return the contexts of the first and the second forward pass."""
     first = _FirstPass(module)
     return first, _SecondPass(first)
 
 
 class _FirstPass(contextlib.AbstractContextManager[None]):
-    """Keeps the former values of buffers that change in place."""
+    """Keeps the values that buffers had before the first pass changed them in place."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.places = [
@@ -116,8 +118,8 @@ class _FirstPass(contextlib.AbstractContextManager[None]):
         self._copies = [(buffer.clone(), buffer._version) for _, _, buffer in self.places]
 
     def __exit__(self, *error: object) -> None:
-        # The copy of what did not change is let go of. The running values of batch normalization change without
-        # a new version, which is no harm: in training nothing is computed from them.
+        # Copies of unchanged buffers are dropped. The running statistics of batch normalization change without a new
+        # version, which does no harm: training computes nothing from them.
         self.before = [
             buffer if buffer._version == version else copy
             for (_, _, buffer), (copy, version) in zip(self.places, self._copies, strict=True)
@@ -126,7 +128,7 @@ class _FirstPass(contextlib.AbstractContextManager[None]):
 
 
 class _SecondPass(contextlib.AbstractContextManager[None]):
-    """Gives the second pass copies of the first one's buffers, and then puts back what was there. Reusable."""
+    """Gives the second pass copies of the first pass's buffers, and restores the current ones after it. Reusable."""
 
     def __init__(self, first: _FirstPass) -> None:
         self._first = first
@@ -145,7 +147,7 @@ class _SecondPass(contextlib.AbstractContextManager[None]):
 
 
 def _repeated_blocks(model: torch.nn.Module) -> list[str]:
-    """Return the names of blocks: of one class in a list or a sequence, with parts of their own."""
+    """Return the names of repeated blocks: modules of one class in a list or a sequence, with children."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential):
@@ -169,5 +171,5 @@ def _checked(model: torch.nn.Module, names: list[str]) -> list[str]:
 
 
 def _outermost(names: Sequence[str]) -> list[str]:
-    """Return those names that are no part of another."""
+    """Return the names that are not inside another one."""
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]

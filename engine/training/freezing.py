@@ -1,9 +1,8 @@
-"""Freezing: parameters that do not train for a while, and get everything back that freezing took from them.
+"""Freezing: parameters that do not train for a while.
 
-A frozen parameter has `requires_grad=False` and no gradient at all, and torch's optimizers leave a parameter
-without a gradient alone: neither weight decay nor momentum moves it, and its optimizer state stays as it is.
-Batch normalization whose own parameters are all frozen is in eval mode meanwhile: its running statistics
-are a part of what it has learned.
+A frozen parameter has `requires_grad=False` and no gradient. torch's optimizers skip a parameter without a gradient:
+neither weight decay nor momentum moves it, and its optimizer state stays as it is. A batch normalization whose
+parameters are all frozen is in eval mode meanwhile, because its running statistics are learned too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,13 +17,13 @@ from offloop.engine.training.selection import matches, nothing_matches
 def select_parameters(
     model: torch.nn.Module, patterns: str | Sequence[str] | None, knob: str = "freeze"
 ) -> list[str]:
-    """Return the names of the parameters that patterns mean, in the model's order; of a tied one its first name.
+    """Return the names of the parameters that match, in the model's order. A tied parameter has its first name.
 
     Raises:
-        ConfigError: A pattern means none; the text names what was probably meant.
+        ConfigError: A pattern matches none; the text suggests similar names.
     """
     given = [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
-    # A tied parameter has several names, and each of them means it; the first one stands for it.
+    # A tied parameter has several names. Any of them selects it; the first one is returned.
     names: dict[torch.nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -37,32 +36,34 @@ def select_parameters(
 
 
 class Frozen:
-    """What is frozen in a run. In the training thread, between two steps."""
+    """The frozen parameters of a run. Training thread only, between two steps."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """Begin with nothing frozen by us; parameters that the user has frozen stay the user's."""
+        """Begin with none. Parameters that the user has frozen are never thawed here."""
         self._model = model
         self._parameters: dict[str, torch.nn.Parameter] = {}
-        self._norms: list[torch.nn.Module] = []  # put into eval mode by us
+        # Normalizations that are in eval mode because of freezing
+        self._norms: list[torch.nn.Module] = []
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters that are frozen, in the order in which they were."""
+        """Names of the frozen parameters, in the order of freezing."""
         return list(self._parameters)
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Freeze parameters by their full names; those that do not train already are left alone."""
+        """Freeze parameters by their full names. Parameters that do not train already are skipped."""
         by_name = dict(self._model.named_parameters())
         for name in names:
             parameter = by_name[name]
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
-                parameter.grad = None  # else an optimizer would go on moving it
+                # With a gradient, the optimizer would continue to move it
+                parameter.grad = None
                 self._parameters[name] = parameter
         self._set_norms()
 
     def thaw(self, names: Iterable[str]) -> None:
-        """Let parameters train that were frozen here."""
+        """Let parameters train again. Only those that were frozen here change."""
         for name in names:
             parameter = self._parameters.pop(name, None)
             if parameter is not None:
@@ -70,11 +71,11 @@ class Frozen:
         self._set_norms()
 
     def thaw_all(self) -> None:
-        """Give everything back as it was found."""
+        """Restore the model as it was."""
         self.thaw(self.names)
 
     def _set_norms(self) -> None:
-        """Have exactly the normalizations in eval mode whose parameters are all frozen by us."""
+        """Put exactly those normalizations into eval mode whose parameters are all frozen here."""
         frozen = {id(each) for each in self._parameters.values()}
         for module in self._norms:
             module.training = True
@@ -90,10 +91,10 @@ class Frozen:
 
 
 def check_freeze(model: torch.nn.Module, patterns: str | Sequence[str] | None) -> None:
-    """Check the knob.
+    """Check the patterns of `freeze`.
 
     Raises:
-        ConfigError: A pattern means nothing, or nothing is left to train.
+        ConfigError: A pattern matches nothing, or no parameter is left to train.
     """
     frozen = set(select_parameters(model, patterns))
     if frozen and not any(

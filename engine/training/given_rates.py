@@ -1,9 +1,9 @@
-"""GivenRates: what the optimizers were given before a run's schedules, to be put back when the next run begins.
+"""The learning rates that the optimizers had before a run's schedules, restored when the next run begins.
 
-A schedule that a callback attaches belongs to its run: a cosine leaves a rate of 0 behind, in which the next `train()`
-would train nothing. After a run the optimizer has the rates that the run ended with, as after a loop by hand; the next
-run begins with those that were given, or were set in between. The schedule of `Trainer(scheduler=...)` is the user's,
-and goes on in the next run as model and optimizer do.
+A schedule that a callback attaches belongs to its run. A cosine, for example, ends at a rate of 0, with which the next
+`train()` would train nothing. After a run the optimizer has the rates that the run ended with, as after a loop written
+by hand. The next run begins with the rates from before, or with those set in between. The schedule of
+`Trainer(scheduler=...)` belongs to the user and continues in the next run, as model and optimizer do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 _ADDED: Final = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
-"""What torch's schedules add to a parameter group, and take their rates from: also from that of the schedule before."""
+"""What torch's schedules add to a parameter group and compute their rates from; a later schedule finds it there."""
 _MOMENTUM: Final = ("momentum", "betas")
-"""What cyclic schedules change beside the rate."""
+"""What cyclic schedules change besides the rate."""
 
 
 class GivenRates:
     """The options of each parameter group before any schedule of the run was made. Training thread only."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Take note of them."""
+        """Copy the options of each parameter group."""
         self._given = [
             (optimizer, [_noted(each) for each in optimizer.param_groups]) for optimizer in optimizers
         ]
@@ -32,11 +32,11 @@ class GivenRates:
         ] = []
 
     def end(self, attached: Sequence[LRScheduler], lasting: Sequence[LRScheduler]) -> None:
-        """Take note of what the schedules of a run leave behind. Call it when the run is over, in any case.
+        """Note what the schedules of a run leave behind. Called at the end of every run.
 
         Args:
-            attached: Those that end with the run.
-            lasting: Those that go on; the rates of their optimizers stay.
+            attached: Schedules that end with the run.
+            lasting: Schedules that continue; the rates of their optimizers stay.
         """
         self._changes = []
         for optimizer, given in self._given:
@@ -53,7 +53,7 @@ class GivenRates:
             self._changes.append((optimizer, keys, before, [_noted(each) for each in groups]))
 
     def put_back(self) -> None:
-        """Put back what the schedules of the run that has ended have changed, unless it was changed again since."""
+        """Restore what the schedules of the last run have changed, unless it was changed again since."""
         for optimizer, keys, before, left in self._changes:
             for group, first, last in zip(optimizer.param_groups, before, left, strict=False):
                 for key in keys:
@@ -77,6 +77,7 @@ def _restore(group: dict[str, Any], key: str, before: Mapping[str, Any]) -> None
         if key in _ADDED:
             group.pop(key, None)
     elif isinstance(group.get(key), torch.Tensor):
-        group[key].fill_(before[key])  # in place: a captured graph reads it
+        # In place, because a captured CUDA graph reads it
+        group[key].fill_(before[key])
     else:
         group[key] = before[key]

@@ -1,4 +1,4 @@
-"""State as it was before a validation that is no part of the run that goes on."""
+"""Copies of state that a validation may change, to restore it where a resumed run must not see that validation."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def cloned(value: Any) -> Any:
-    """Return a value whose containers and tensors are its own."""
+    """Return a deep copy of containers and tensors."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
@@ -19,7 +19,7 @@ class KeptBuffers:
     """Keeps a copy of each buffer. Training thread only."""
 
     def __init__(self, roots: Iterable[object]) -> None:
-        """Copy the buffers of those roots that are modules, and of all that is in them."""
+        """Copy the buffers of the roots that are modules, and of the modules inside them."""
         modules = {
             id(module): module
             for root in roots
@@ -35,7 +35,7 @@ class KeptBuffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Give each buffer its tensor and its values back."""
+        """Restore each buffer: its tensor and its values."""
         for module, name, buffer, copy in self._kept:
             module._buffers[name] = buffer
             if buffer is not None and copy is not None and not torch.equal(buffer, copy):

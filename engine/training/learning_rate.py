@@ -1,4 +1,4 @@
-"""Reading and setting learning rates by hand, so that a schedule goes on from there."""
+"""Reading and setting learning rates, so that a schedule continues from the new rate."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ from offloop.engine.training.schedule_state import settings_of
 logger = logging.getLogger("offloop")
 
 _SCHEDULED_KEYS: Final = ("initial_lr", "max_lr", "min_lr")
-"""What torch's schedules keep in a parameter group and compute later rates from."""
+"""Entries of a parameter group from which torch's schedules compute later rates."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,22 +30,23 @@ class Schedule:
     after_steps: int = 0
     """Optimizer steps before it begins: the length of a warm-up in front of it."""
     made: Mapping[str, Any] = dataclasses.field(init=False)
-    """What it was made with, see `settings_of`."""
+    """Its settings when it was new, see `settings_of`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "made", settings_of(self.scheduler))
 
     def step(self) -> None:
-        """Step the schedule. A one-cycle schedule that is over stays at its last rate, where torch's raises."""
+        """Step the schedule. A one-cycle schedule that is over keeps its last rate; torch would raise."""
         scheduler = self.scheduler
         try:
             scheduler.step()
         except ValueError:
             if not isinstance(scheduler, OneCycleLR) or scheduler.last_epoch <= scheduler.total_steps:
                 raise
-            if scheduler.last_epoch == scheduler.total_steps + 1:  # the first time
+            # Warn once
+            if scheduler.last_epoch == scheduler.total_steps + 1:
                 logger.warning(
-                    "the one-cycle schedule is over after %d %ss, and the run goes on: the learning rate stays",
+                    "the one-cycle schedule is over after %d %ss, but the run continues: the learning rate stays",
                     scheduler.total_steps,
                     self.interval,
                 )
@@ -54,21 +55,22 @@ class Schedule:
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Keep torch from warning that a schedule steps before its optimizer.
 
-    A run steps the optimizer first, always. torch does not see that where the first step was left out, or was made
-    by an earlier attempt of the run.
+    A run always steps the optimizer first. torch does not see it if that step was skipped, or made by an earlier
+    attempt of the run.
     """
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's own mark
+    # torch's own mark
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def check_length(schedule: Schedule, to_go: int | None) -> None:
-    """Check that a one-cycle schedule is long enough: torch's raises in the step after its last one.
+    """Check that a one-cycle schedule is long enough: torch raises in the step after its last one.
 
     Args:
-        schedule: Of a run that is about to begin, or to go on.
-        to_go: How many times it will step; None where nothing says so.
+        schedule: Of a run that is about to begin or to resume.
+        to_go: How many times it will step; None if unknown.
 
     Raises:
-        ConfigError: It would end before the run does.
+        ConfigError: The schedule would end before the run.
     """
     scheduler = schedule.scheduler
     if not isinstance(scheduler, OneCycleLR) or to_go is None:
@@ -77,7 +79,7 @@ def check_length(schedule: Schedule, to_go: int | None) -> None:
     if to_go > left:
         raise ConfigError(
             f"the one-cycle schedule was made for {scheduler.total_steps} {schedule.interval}s and has {left} "
-            f"left, but the run has {to_go} to go: give a run that may go on later the whole length from the "
+            f"left, but the run has {to_go} to go: give a run that may be resumed the whole length from the "
             "beginning (total_steps=...), or make a new run with a new schedule"
         )
 
@@ -87,14 +89,15 @@ def largest_lr(optimizer: torch.optim.Optimizer) -> float:
     groups = optimizer.param_groups
     if len(groups) == 1:
         lr = groups[0]["lr"]
-        return lr if type(lr) is float else float(lr)  # a tensor (capturable optimizers): host sync
+        # A tensor, for a capturable optimizer: host sync
+        return lr if type(lr) is float else float(lr)
     return max(float(group["lr"]) for group in groups)
 
 
 def rates_by_group(optimizers: Mapping[str, torch.optim.Optimizer]) -> Metrics:
-    """Return the learning rate of each parameter group by name, nothing where all are the same.
+    """Return the learning rate of each parameter group by name; empty if all are the same.
 
-    A group is called by its `name`, else by its index: torch lets a parameter group have any further entries.
+    The name of a group is its entry `name`, otherwise its index.
     """
     rates: dict[str, float] = {}
     for optimizer_name, optimizer in optimizers.items():
@@ -103,7 +106,8 @@ def rates_by_group(optimizers: Mapping[str, torch.optim.Optimizer]) -> Metrics:
             parts = [optimizer_name] if len(optimizers) > 1 else []
             if len(groups) > 1:
                 parts.append(str(group.get("name", index)))
-            rates["/".join(parts)] = float(group["lr"])  # a tensor (capturable optimizers): host sync
+            # Host sync if it is a tensor, for a capturable optimizer
+            rates["/".join(parts)] = float(group["lr"])
     return Metrics(rates) if len(set(rates.values())) > 1 else NO_METRICS
 
 
@@ -116,8 +120,8 @@ def scale_lr(
 ) -> None:
     """Set a learning rate: of one group, or the largest with all others scaled alike.
 
-    What schedules compute their later rates from is scaled by the same factor, so that they go on from
-    here. A rate of 0 cannot be scaled: it is set, and the schedules are left as they are.
+    What schedules compute their later rates from is scaled by the same factor, so that they continue from the new
+    rate. A rate of 0 cannot be scaled: the new one is set, and schedules stay as they are.
     """
     groups = optimizer.param_groups
     chosen = range(len(groups)) if group is None else [group]
@@ -148,7 +152,7 @@ def _scale_schedule(scheduler: Any, groups: range | list[int], factor: float) ->
                 name,
                 [rate * factor if index in groups else rate for index, rate in enumerate(rates)],
             )
-    # A cosine's floor is one number for all groups: it can only go along with all of them.
+    # A cosine's floor is one number for all groups, so it is scaled only with all of them
     if hasattr(scheduler, "eta_min") and len(groups) == len(scheduler.optimizer.param_groups):
         scheduler.eta_min *= factor
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model train and which modules are in eval mode: a run may change both, as it thaws layers."""
+"""The parameters that train and the modules in eval mode; a run may change both, for example by thawing layers."""
 
 from typing import TypedDict
 
@@ -8,11 +8,11 @@ from offloop.engine.position.resume_report import ResumeReport
 from offloop.engine.training.wrappers import names_in
 
 SHOWN = 5
-"""Names that a text lists."""
+"""Names that a text lists at most."""
 
 
 class ModelModes(TypedDict):
-    """Names of what is not as in a new model."""
+    """The names that differ from a new model."""
 
     untrained: list[str]
     """Parameters with `requires_grad=False`."""
@@ -29,7 +29,7 @@ def capture_modes(model: torch.nn.Module) -> ModelModes:
 
 
 def restore_modes(model: torch.nn.Module, saved: ModelModes, report: ResumeReport) -> None:
-    """Give a model the modes of the checkpoint, and report where the script had made others."""
+    """Give a model the modes of the checkpoint, and report where the script's differ."""
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     untrained = set(names_in(parameters, saved["untrained"]).values())
     changed: dict[bool, list[str]] = {True: [], False: []}

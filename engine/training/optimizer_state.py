@@ -1,4 +1,4 @@
-"""Putting back an optimizer's state, where the script may have made another one than the checkpoint is of."""
+"""Restoring an optimizer's state, where the script's optimizer may differ from the checkpoint's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,13 +13,14 @@ BEGIN_ANEW = "begin a new run with the weights alone: init_from=..."
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load an optimizer's state with its exact dtypes: torch casts it to those of the parameters.
+    """Load an optimizer's state with its exact dtypes; torch would cast it to those of the parameters.
 
     Raises:
-        ConfigError: It is the state of another kind of optimizer, which torch takes, to fail in the first step.
+        ConfigError: It is the state of another kind of optimizer. torch accepts it and fails in the first step.
         ValueError: The groups have other numbers of parameters.
     """
-    defaults = getattr(optimizer, "defaults", {})  # a wrapper may have none
+    # A wrapper may have no defaults
+    defaults = getattr(optimizer, "defaults", {})
     settings = [set(defaults) & set(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(saved))
     missing = {
@@ -41,9 +42,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
 
 
 def parameters_by_name(model: torch.nn.Module, loss: object) -> dict[str, torch.nn.Parameter]:
-    """Return what an optimizer may hold, without the parts of wrappers: the model's, and a loss module's (`loss:...`).
+    """Return the parameters of the model, and of a loss module (`loss:...`), without the prefixes of wrappers.
 
-    A module that is in both has the model's names.
+    A parameter that is in both has its name in the model.
     """
     named = {bare_name(name): parameter for name, parameter in model.named_parameters()}
     if isinstance(loss, torch.nn.Module):
@@ -59,7 +60,7 @@ def parameters_by_name(model: torch.nn.Module, loss: object) -> dict[str, torch.
 def parameter_names(
     optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
 ) -> list[list[str]]:
-    """Return the names of the parameters of each group, by `parameters_by_name`; empty for a foreign one."""
+    """Return the names of each group's parameters, by `parameters_by_name`; empty for a parameter of neither."""
     names = {id(parameter): name for name, parameter in named.items()}
     return [
         [names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups
@@ -67,9 +68,9 @@ def parameter_names(
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the options of each group, such as learning rate and momentum, as numbers and texts.
+    """Return the options of each group, such as learning rate and momentum, as numbers and strings.
 
-    A schedule has changed the rate when it was made; the one that it began with counts.
+    Making a schedule changes the rate; the rate before that is returned.
     """
     return [
         {
@@ -100,16 +101,16 @@ def restore_optimizer(
     named: Mapping[str, torch.nn.Parameter],
     report: ResumeReport,
 ) -> None:
-    """Put an optimizer's state back. Groups that the run had added are added again.
+    """Restore an optimizer's state. Groups that the run had added are added again.
 
     Args:
-        optimizer: As the script has made it.
+        optimizer: The script's.
         saved: Its state in the checkpoint.
-        label: What it is called in texts: `the optimizer`, `optimizer 'generator'`.
-        names: `parameter_names` at the checkpoint; None where they are not known.
-        made: `options_of` what the script had made then; None where they are not known.
+        label: Its name in texts: `the optimizer`, `optimizer 'generator'`.
+        names: `parameter_names` at the checkpoint; None if unknown.
+        made: `options_of` the script's optimizer at that time; None if unknown.
         named: `parameters_by_name` of what it optimizes.
-        report: Is told what is the checkpoint's and what the script's.
+        report: Records what comes from the checkpoint and what from the script.
 
     Raises:
         ConfigError: It is the state of another optimizer, or of other parameters.
@@ -151,7 +152,7 @@ def _add_groups(
     named: Mapping[str, torch.nn.Parameter],
     report: ResumeReport,
 ) -> None:
-    """Add the parameter groups again that the run had added before its checkpoint."""
+    """Add the parameter groups that the run had added before its checkpoint."""
     taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for number in range(len(optimizer.param_groups), len(groups)):
         wanted = [] if names is None else names[number]
@@ -169,7 +170,7 @@ def _add_groups(
 
 
 def _with_groups_of(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state in which the groups that only the script has are as the script has made them."""
+    """Return a state that also has the groups which only the script has, as the script made them."""
     groups = list(saved["param_groups"])
     count = sum(len(group["params"]) for group in groups)
     for group in optimizer.param_groups[len(groups) :]:
@@ -182,12 +183,13 @@ def _with_groups_of(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
 def _in_order(
     saved: Mapping[str, Any], names: Sequence[Sequence[str]], own: Sequence[Sequence[str]], label: str
 ) -> Mapping[str, Any]:
-    """Return a state whose parameters come in the order in which the script gave them.
+    """Return a state whose parameters are in the script's order.
 
     Raises:
         ConfigError: A group has other parameters.
     """
-    numbers: dict[int, int] = {}  # from the checkpoint's to the script's
+    # From the checkpoint's index to the script's
+    numbers: dict[int, int] = {}
     for number, (theirs, mine) in enumerate(zip(names, own, strict=False)):
         if sorted(theirs) != sorted(mine):
             raise ConfigError(

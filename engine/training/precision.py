@@ -12,7 +12,7 @@ AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class MixedPrecision:
-    """Autocast and loss scaling of one run, as its `precision` says. Used by the training thread only."""
+    """Autocast and loss scaling of one run, for its `precision`. Training thread only."""
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
         self.dtype = AUTOCAST_DTYPES.get(precision)
@@ -30,13 +30,13 @@ class MixedPrecision:
         return torch.autocast(self.device_type, dtype=self.dtype)
 
     def outside_autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context for what a manual step does inside its forward pass but is no part of it."""
+        """Return the context for backward passes and optimizer steps inside the autocast of a manual step."""
         if self.dtype is None:
             return self._nothing
         return torch.autocast(self.device_type, enabled=False)
 
     def cast_anew(self) -> None:
-        """Forget the casts of weights that have changed inside a forward pass: autocast keeps one to its end."""
+        """Clear autocast's cached casts, because weights have changed inside a forward pass."""
         if self.dtype is not None:
             torch.clear_autocast_cache()
 
@@ -58,7 +58,7 @@ class MixedPrecision:
         Synchronises with the device for an optimizer that is not fused, under "16-mixed" only.
         """
         if self.scaler is not None:
-            # with a closure it raises: it cannot look at gradients that the optimizer computes in its step
+            # With a closure it raises: it cannot check gradients that the optimizer computes in its step
             return self.scaler.step(optimizer, **({} if closure is None else {"closure": closure}))
         return optimizer.step() if closure is None else optimizer.step(closure)
 
@@ -67,13 +67,13 @@ class MixedPrecision:
         if self.scaler is None:
             return None
         self.scaler.update()
-        # get_scale() would read it back and synchronise; the tensor itself is read late
+        # get_scale() would synchronise with the device; the tensor is read late instead
         return None if self.scaler._scale is None else self.scaler._scale.clone()
 
     def update_between(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Let an optimizer step once more in one batch: the scaler looks at each once between two updates.
+        """Let an optimizer step once more in one batch: the scaler checks each optimizer once between two updates.
 
-        Gradients that are there already go along with the scale.
+        Existing gradients are rescaled to the new scale.
         """
         if self.scaler is not None and self.scaler._scale is not None:
             before = self.scaler._scale.clone()
@@ -82,10 +82,10 @@ class MixedPrecision:
 
 
 def free_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Let go of the gradients that `optimizer` has used, as its `zero_grad()` does.
+    """Free the gradients of `optimizer`, as its `zero_grad()` does.
 
-    torch's own also reports to its profiler and asks Dynamo to look away, which takes as long as a small layer
-    (`benchmarks/step_overhead.py`). An optimizer with a `zero_grad` of its own is asked.
+    torch's `zero_grad` also reports to the profiler and disables Dynamo, which takes as long as a small layer
+    (`benchmarks/step_overhead.py`). An overridden `zero_grad` is called.
     """
     if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
         optimizer.zero_grad()
@@ -102,7 +102,8 @@ def clip(parameters: Iterable[torch.nn.Parameter], limit: float, algorithm: str)
             return torch.nn.utils.clip_grad_norm_(parameters, limit)
         torch.nn.utils.clip_grad_value_(parameters, limit)
         return None
-    except (NotImplementedError, RuntimeError):  # torch clips no sparse gradients
+    except (NotImplementedError, RuntimeError):
+        # torch does not clip sparse gradients
         gradients = _coalesced(parameters)
         if gradients is None:
             raise
@@ -116,27 +117,28 @@ def clip(parameters: Iterable[torch.nn.Parameter], limit: float, algorithm: str)
 
 
 def _coalesced(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor] | None:
-    """Have each row once in sparse gradients, and return what all gradients hold; None where none is sparse."""
+    """Coalesce sparse gradients, and return the values of all gradients; None if none is sparse."""
     gradients, found = [], False
     for each in parameters:
         if each.grad is not None and each.grad.is_sparse:
             each.grad, found = each.grad.coalesce(), True
-            gradients.append(each.grad._values())  # not a copy
+            # Not a copy: clipping changes it in place
+            gradients.append(each.grad._values())
         elif each.grad is not None:
             gradients.append(each.grad)
     return gradients if found else None
 
 
 def rescale(parameters: Iterable[torch.nn.Parameter], factor: float | torch.Tensor) -> None:
-    """Multiply gradients in place: for an accumulation window whose divisor is known only at its end."""
+    """Multiply gradients in place, for an accumulation window whose divisor is known only at its end."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
 
 
 def gradients_are_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
-    """True if no gradient is NaN or infinite. Synchronises with the device."""
-    # torch has no norm of sparse ones
+    """Return True if no gradient is NaN or infinite (host sync)."""
+    # torch has no norm of sparse gradients
     gradients = [
         each.grad.coalesce().values() if each.grad.is_sparse else each.grad
         for each in parameters

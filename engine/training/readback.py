@@ -1,9 +1,9 @@
-"""Readback: the place where the loop's numbers come back from the device to the host.
+"""Readback: where the loop's numbers come from the device to the host.
 
-On CPU a scalar is read where it is. On CUDA reading it would make the host wait for all work queued so
-far, so the scalars of a step are packed into one tensor, copied to pinned memory without blocking, and
-handed on when the copy has arrived: some steps late, in order. `flush` waits; the loop does it before each
-milestone, so that the order of events does not depend on the device.
+On CPU a scalar is read at once. On CUDA, reading it would make the host wait for all work queued so far. The scalars
+of a step are therefore packed into one tensor, copied to pinned memory without blocking, and delivered when the copy
+has arrived: some steps late, in order. `flush` waits. The loop calls it before each milestone, so that the order of
+events does not depend on the device.
 """
 
 from collections import deque

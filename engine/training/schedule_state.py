@@ -1,8 +1,8 @@
-"""Putting back a learning rate schedule, where the script may have another one than the checkpoint.
+"""Restoring a learning rate schedule, where the script may have another one than the checkpoint.
 
-What a schedule has come to is the checkpoint's, and so are its settings, with one exception: its length is the
-script's. A schedule over the length of the run must follow when the run is made longer: a cosine that is over would
-climb back to its full rate.
+The state of a schedule and its settings come from the checkpoint, except its length, which comes from the script. A
+schedule over the length of the run must follow when the run is made longer: a cosine that is over would climb back to
+its full rate.
 """
 
 from bisect import bisect_right
@@ -21,11 +21,11 @@ LENGTHS: Final[Mapping[type, str]] = {
 """The attribute that holds the length. `OneCycleLR` is refused at another length, see `check_length`."""
 
 _STATE: Final = frozenset({"last_epoch", "base_lrs", "optimizer"})
-"""What schedules hold beside settings, or what follows from the optimizer's; so do all private attributes."""
+"""Attributes of schedules that are no settings; private attributes are none either."""
 
 
 def settings_of(scheduler: LRScheduler) -> dict[str, Any]:
-    """Return what a schedule was made with, as far as it is numbers and texts. Of a new schedule."""
+    """Return the arguments of a new schedule, as far as they are numbers and strings."""
     found: dict[str, Any] = {}
     for name, value in vars(scheduler).items():
         if name == "_schedulers":
@@ -51,16 +51,16 @@ def _plain(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def restore_schedule(
     scheduler: LRScheduler, saved: Mapping[str, Any], made: Mapping[str, Any] | None, report: ResumeReport
 ) -> bool:
-    """Load a schedule's state into the one that the script has made, which keeps its own length.
+    """Load a saved state into the script's schedule, which keeps its own length.
 
     Args:
-        scheduler: As the script has made it.
-        saved: The state of the one in the checkpoint.
-        made: What `settings_of` returned for that one, None where it is not known.
-        report: Is told which settings are whose.
+        scheduler: The script's.
+        saved: State of the schedule in the checkpoint.
+        made: `settings_of` that schedule when it was new; None if unknown.
+        report: Records which settings come from the checkpoint and which from the script.
 
     Returns:
-        True if the rates of its optimizer must be computed anew, by `follow_length`.
+        True if the rates of its optimizer must be recomputed by `follow_length`.
     """
     name = type(scheduler).__name__
     now = settings_of(scheduler)
@@ -76,31 +76,33 @@ def restore_schedule(
         if before != length:
             setattr(inner, key, length)
             has_changed = has_changed or 0 < inner.last_epoch < max(before, length)
-            text = f"{type(inner).__name__} goes on over {key}={length}, before it was {before}"
+            text = f"{type(inner).__name__} continues over {key}={length}, before it was {before}"
             report.take(text)
             report.lower("approximate", text)
     return has_changed
 
 
 def follow_length(scheduler: LRScheduler) -> None:
-    """Set the rates to what they are at this point of a schedule whose length has changed."""
+    """Set the rates to those of the current step of a schedule whose length has changed."""
     active: Any = scheduler
     while isinstance(active, SequentialLR):
         index = bisect_right(active._milestones, active.last_epoch)
         active = active._schedulers[index]
+    # A chain of several schedules continues from the rates that it had
     if type(active) not in LENGTHS:
-        return  # a chain of several goes on from the rates that it had
+        return
     rates = active._get_closed_form_lr()
     for group, rate in zip(active.optimizer.param_groups, rates, strict=False):
         if hasattr(group["lr"], "fill_"):
-            group["lr"].fill_(rate)  # a tensor, of a capturable optimizer
+            # A tensor, for a capturable optimizer
+            group["lr"].fill_(rate)
         else:
             group["lr"] = rate
     scheduler._last_lr = active._last_lr = list(rates)
 
 
 def _lengths(scheduler: Any) -> list[tuple[Any, str]]:
-    """Return the schedules that have a length, inside others too, with its attribute."""
+    """Return the schedules that have a length, nested ones too, with the attribute that holds it."""
     found = [(scheduler, LENGTHS[type(scheduler)])] if type(scheduler) in LENGTHS else []
     for inner in getattr(scheduler, "_schedulers", ()):
         found += _lengths(inner)

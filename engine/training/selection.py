@@ -11,20 +11,21 @@ _NAMES_IN_ERRORS: Final = 5
 
 
 def matches(name: str, pattern: str) -> bool:
-    """True if a pattern means a dotted name: by itself, with `*` for any text, or as what the name is a part of."""
+    """Return True if a pattern matches a dotted name: exactly, with `*` for any text, or as a module around it."""
     return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 
 
 def nothing_matches(knob: str, pattern: str, what: str, names: Iterable[str]) -> ConfigError:
-    """Return the error for a pattern that means nothing, naming what was probably meant.
+    """Return the error for a pattern without a match, with similar names.
 
     Args:
-        knob: Which one.
+        knob: Name of the argument.
         pattern: What was given.
         what: What was looked for, in the singular.
-        names: All that there are.
+        names: All names.
     """
-    known: dict[str, None] = {}  # in order
+    # A dict, to keep the order
+    known: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         known |= dict.fromkeys(".".join(parts[:length]) for length in range(1, len(parts) + 1))

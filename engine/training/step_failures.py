@@ -1,8 +1,8 @@
-"""What went wrong in a step, in words that say what to write instead.
+"""Explanations of what went wrong in a step, and what to write instead.
 
-Everything here runs after a step has failed, so it costs a step that works nothing. An exception of torch or of the
-user's code stays what it is and gets a note with the facts that its text lacks; one that only follows from how the
-trainer was set up is replaced by an error of offloop's.
+Everything here runs after a step has failed and costs a step that works nothing. An exception of torch or of the user's
+code is kept and gets a note with the facts that its text lacks. One that follows only from how the trainer was set up
+is replaced by an error of offloop.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from offloop.engine.errors import BatchError
 
 
 def describe(value: Any) -> str:
-    """Return what a value is, as an error says it: its kind, and shape and dtype of a tensor."""
+    """Return a description of a value for an error text: its type, and shape and dtype of a tensor."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {_dtype(value)}"
     if isinstance(value, Mapping):
@@ -26,7 +26,7 @@ def describe(value: Any) -> str:
 
 
 def explain_model(error: Exception, inputs: Any) -> None:
-    """Note what a model was given when it raised, and that it is no tensor or one of another type, if it is."""
+    """Add a note with the model's inputs when it raised, and the fix if they are no tensor or have the wrong dtype."""
     note = f"offloop: the model was given inputs: {describe(inputs)}"
     is_of_another_type = "same dtype" in str(error) or "should be the same" in str(error)
     if isinstance(inputs, torch.Tensor) and inputs.dtype != torch.float32 and is_of_another_type:
@@ -39,7 +39,7 @@ def explain_model(error: Exception, inputs: Any) -> None:
 
 
 def explain_failure(error: BaseException) -> None:
-    """Note what a failure of training comes from, where torch's text leads away from it."""
+    """Add a note with the likely cause of a failure of training, where torch's text is misleading."""
     if isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
         error.add_note(
             "offloop: has training_step called loss.backward() itself? It returns the loss, and the trainer does the "
@@ -54,7 +54,7 @@ def explain_failure(error: BaseException) -> None:
 
 
 def explain_loss(error: Exception, outputs: Any, targets: Any) -> None:
-    """Note what a loss function was given when it raised, and the usual mistake if it is one."""
+    """Add a note with the arguments of a loss function that raised, and the usual mistake if it is one."""
     note = f"offloop: loss(outputs, targets) was given outputs: {describe(outputs)}; targets: {describe(targets)}"
     if isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor):
         note += _usual_mistake(outputs, targets)
@@ -67,13 +67,14 @@ def explain_loss(error: Exception, outputs: Any, targets: Any) -> None:
 
 
 def _usual_mistake(outputs: torch.Tensor, targets: torch.Tensor) -> str:
-    """Return what is probably wrong with these outputs and targets, empty if nothing is known."""
+    """Return what is probably wrong with outputs and targets, empty if unknown."""
     shape, wanted = outputs.shape, targets.shape
     are_classes = outputs.dim() > 1 and shape[:1] + shape[2:] == wanted
     are_classes = are_classes and (shape[1] > 1 or not targets.is_floating_point())
     if are_classes and (targets.is_floating_point() or targets.dtype not in (torch.int64, torch.uint8)):
         return ". Class indices are integers of 64 bits: give targets.long()"
-    if are_classes and targets.device.type == "cpu" and targets.numel():  # elsewhere this could fail again
+    # On a CUDA device that has failed, reading the targets could fail again
+    if are_classes and targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if high >= shape[1] or low < 0:
             return (
@@ -92,11 +93,11 @@ def _usual_mistake(outputs: torch.Tensor, targets: torch.Tensor) -> str:
 
 
 def explain_call(model: torch.nn.Module, batch: Any, error: TypeError) -> NoReturn:
-    """Say that a batch does not fit the arguments of a model that was to return its loss.
+    """Raise what explains a failed call of a model that was to return its loss.
 
     Raises:
-        BatchError: It does not.
-        TypeError: It does: `error` is from inside of the model.
+        BatchError: The batch does not fit the arguments of the model.
+        TypeError: It does fit: `error` comes from inside the model.
     """
     positional = batch if isinstance(batch, tuple | list) else ()
     named = batch if isinstance(batch, Mapping) else {}
@@ -110,7 +111,8 @@ def explain_call(model: torch.nn.Module, batch: Any, error: TypeError) -> NoRetu
             "given the whole batch and returns its loss. Give Trainer(loss=...), like "
             "torch.nn.functional.cross_entropy, or override training_step(self, batch)"
         ) from error
-    except ValueError:  # a forward without a signature
+    except ValueError:
+        # This forward has no signature
         pass
     raise error
 

@@ -1,9 +1,9 @@
-"""Training and eval mode: each module keeps its own flag, and a `train()` of its own is called as by hand.
+"""Training and eval mode: each module keeps its own flag, and an overridden `train()` is called.
 
-A loop written by hand calls `model.train()` before each epoch and after each validation. That would thaw parts that
-were put into eval mode on purpose, so a run leaves the flags alone and restores each one after a validation. A module
-that overrides `train()` relies on the call, though: it keeps a part frozen, or merges weights for eval mode. Where
-there is one, the call is made, and what was in eval mode before goes back to it.
+A loop written by hand calls `model.train()` before each epoch and after each validation. That would also switch modules
+that were put into eval mode on purpose. A run therefore leaves the flags alone, and restores each one after a
+validation. A module that overrides `train()` relies on the call, however, for example to keep a part frozen or to merge
+weights for eval mode. If a model has such a module, the call is made, and modules that were in eval mode return to it.
 """
 
 import contextlib

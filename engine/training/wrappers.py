@@ -1,23 +1,23 @@
-"""Names of a model's tensors in and out of wrappers: torch.compile and DataParallel add parts of their own."""
+"""Names of a model's tensors inside wrappers: torch.compile and DataParallel add prefixes to them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 WRAPPERS: Final = frozenset({"module", "_orig_mod"})
-"""The parts of names that DataParallel, DistributedDataParallel and torch.compile add: in front of the model's names,
-or between them, where a part of the model is wrapped."""
+"""What DataParallel, DistributedDataParallel and torch.compile add to names: at the start, or in the middle if a part
+of the model is wrapped."""
 
 
 def bare_name(name: str) -> str:
-    """Return a name without the parts that wrappers add."""
+    """Return a name without what wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def names_in(own: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """Return what each of `names` is called in a model whose names are `own`.
+    """Return the name of each of `names` in a model whose names are `own`.
 
-    A name that the model lacks, whatever is taken off, stays as it is; so do all of them where taking off the parts
-    of wrappers would make two of them one.
+    A name that the model lacks even without prefixes stays as it is. All names stay as they are if two of them would
+    become the same.
     """
     own, names = list(own), list(names)
     if set(names) <= set(own):

@@ -259,7 +259,7 @@ def test_a_one_cycle_schedule_that_is_too_short_ends_no_run(caplog: pytest.LogCa
     assert len({end.lr for end in recorder.of(StepEnd)[5:]}) == 1
     (text,) = [text for text in caplog.messages if "one-cycle" in text]
     assert (
-        text == "the one-cycle schedule is over after 4 steps, and the run goes on: the learning rate stays"
+        text == "the one-cycle schedule is over after 4 steps, but the run continues: the learning rate stays"
     )
 
 

@@ -98,7 +98,7 @@ def test_longer_run_follows_the_longer_schedule(name: str, done: int, tmp_path: 
         assert rest == pytest.approx(whole[done:])
         assert said.exactness == "approximate"
         (text,) = said.from_script
-        assert "=2" in text and "goes on over" in text
+        assert "=2" in text and "continues over" in text
 
 
 @pytest.mark.parametrize("name", ["cosine", "SequentialLR", "with a warm-up"])
