@@ -1,13 +1,12 @@
-"""EventLog: every event of a run in `events.jsonl`, one encoded event a line; and how to read it back.
+"""EventLog: writes every event of a run to `events.jsonl`, one encoded event per line; functions to read it.
 
-Milestones are written and flushed at once, samples at most a second later, so that a crash loses no
-milestone and at most a second of samples. A reader survives a last line that is half there and events of
-types that it does not know.
+Milestones are written at once, samples at most a second later, so a crash loses no milestone and at most a second of
+samples. A reader accepts an incomplete last line and events of types that it does not know.
 
-A run that is continued cuts the log back to its checkpoint before anything else is written (`rewind`), and adds the
-milestones that the checkpoint knows and the log does not have: it was killed before they were written. Where the log
-is cut is decided by the attempt that made the checkpoint and, within that attempt, by the time of the event, which is
-that of a monotonic clock: between attempts the machine's clock may have been set back.
+A run that continues from a checkpoint first cuts the log back to the moment of the checkpoint (`rewind`), and adds the
+milestones that the checkpoint contains and the log does not, because the run was killed before they were written. The
+position of the cut is given by the attempt that made the checkpoint and, within that attempt, by the time of the
+event, which never runs backwards. Between attempts it may: the machine's clock may have been set back.
 """
 
 import dataclasses
@@ -32,14 +31,14 @@ FILE_NAME: Final = "events.jsonl"
 FLUSH_INTERVAL: Final = 1.0
 """Seconds after which samples are written at the latest."""
 MAX_KEPT: Final = 10_000
-"""Milestones that wait for a disk that is full; of more, the oldest are lost."""
+"""Milestones that are kept while the disk is full; of more, the oldest are lost."""
 
 
 class EventLog(Callback):
-    """Writes the events that it receives. On wherever a run has a directory.
+    """Writes the events that it receives. Every run with a directory has one.
 
-    While the file cannot be written, milestones are kept and written as soon as it can be; samples are lost. The first
-    failure is reported, like that of any callback, and a log record says when it is over.
+    While the file cannot be written, milestones are kept for later and samples are lost. The first failure is reported,
+    like that of any callback; a log record tells when writing works again.
     """
 
     needs_run_dir = True
@@ -53,11 +52,12 @@ class EventLog(Callback):
         self._waiting: list[_Line] = []
         self._flushed_at = 0.0
         self._is_failing = False
-        self._lost = 0  # events, since it is failing
+        self._lost = 0  # events, since writing fails
 
     def on_event(self, event: Event, run: Any) -> None:
         if run.dir is None:
-            return  # the run was refused its directory: only TrainEnd comes, and belongs nowhere
+            # The run could not have its directory: only `TrainEnd` comes, and there is no place for it.
+            return
         self._path = run.dir / FILE_NAME
         is_sample = isinstance(event, Sample)
         self._waiting.append(_Line(encode(event) + b"\n", is_sample))
@@ -83,7 +83,7 @@ class EventLog(Callback):
                 self._file.close()
 
     def _flush(self) -> None:
-        """Write what waits. The first failure raises; what could not be written is kept or lost after that."""
+        """Write the waiting lines. Only the first failure raises; milestones that were not written are kept."""
         self._flushed_at = time.monotonic()
         if not self._waiting:
             return
@@ -126,7 +126,7 @@ _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class _Position:
-    """The attempt that each line of a log is of: `TrainStart` names it, and `seq` begins anew with each."""
+    """Tells to which attempt each line of a log belongs: `TrainStart` names it, and `seq` starts again with it."""
 
     def __init__(self) -> None:
         self._attempt = 0
@@ -147,8 +147,8 @@ def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Se
 
     Args:
         directory: The run's.
-        attempt: The one that took the checkpoint.
-        taken: When, by that attempt's own clock; None to leave out everything.
+        attempt: The attempt that took the checkpoint.
+        taken: When it was taken, by that attempt's clock; None to remove all events.
         milestones: Those before the checkpoint that may not have been written yet, encoded, in order.
 
     Raises:
@@ -191,7 +191,7 @@ def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Se
 
 def _replace_end(path: Path, size: int, added: bytes) -> None:
     """Keep the first `size` bytes of a log and put `added` after them; durable when this returns."""
-    if path.is_symlink():  # nothing is written through a link: the run goes on in a file of its own
+    if path.is_symlink():  # nothing is written through a link: the run continues in a regular file
         kept = b""
         if path.exists():
             with open(path, "rb") as file:
@@ -208,13 +208,13 @@ def _replace_end(path: Path, size: int, added: bytes) -> None:
 
 
 def _content_of(fields: Mapping[str, Any]) -> bytes:
-    """Return what tells an event from others, wherever in the run's order it stands."""
+    """Return the content of an event without its place in the run's order."""
     kept = {name: value for name, value in fields.items() if name not in ("run_id", "seq", "time")}
     return msgspec.json.encode(kept, order="sorted")
 
 
 def starts_in_log(directory: Path) -> Iterator[TrainStart]:
-    """Yield the `TrainStart` of each attempt that the log of a run has; none where it cannot be read. Blocks."""
+    """Yield the `TrainStart` of each attempt in a run's log; none if it cannot be read. Blocks."""
     try:
         with open(directory / FILE_NAME, "rb") as file:
             for line in file:
@@ -230,7 +230,7 @@ def starts_in_log(directory: Path) -> Iterator[TrainStart]:
 
 
 def read_attempts(path: "Path | str") -> Iterator[tuple[int, Event]]:
-    """Read a run's events like `read_events`, each with the number of the attempt that it is of."""
+    """Read a run's events like `read_events`, each with the number of its attempt."""
     position = _Position()
     for event in read_events(path):
         yield position.take(event), event
@@ -239,8 +239,8 @@ def read_attempts(path: "Path | str") -> Iterator[tuple[int, Event]]:
 def read_events(path: "Path | str") -> Iterator[Event]:
     """Read a run's events, in order, from its directory or the file itself. Blocks on the file system.
 
-    Unknown events come as `UnknownEvent`. A last line that is half there is left out; a broken line elsewhere
-    is left out with a warning.
+    Events of unknown types are returned as `UnknownEvent`. An incomplete last line is skipped; a broken line elsewhere
+    is skipped with a warning.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -254,6 +254,6 @@ def read_events(path: "Path | str") -> Iterator[Event]:
                 event = decode(line.rstrip(b"\n"))  # an unknown one keeps these bytes
             except msgspec.DecodeError:
                 if line.endswith(b"\n"):
-                    logger.warning("%s:%d is no event and was left out", path, number)
+                    logger.warning("%s:%d is no event and was skipped", path, number)
                 continue
             yield event

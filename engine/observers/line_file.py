@@ -1,6 +1,6 @@
-"""LineFile: a log that grows by whole lines, and never through a link.
+"""LineFile: a log file that grows by whole lines, and is never written through a link.
 
-A disk may be full in the middle of a line. What was written of it is then taken back, so that the next line does not
+A disk may be full in the middle of a line. The part that was written is then removed, so that the next line does not
 continue it.
 """
 
@@ -16,29 +16,29 @@ class LineFile:
     """An open file of lines. One thread at a time; everything blocks on the file system."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file for appending; it is made if it is missing. A last line that is half there is cut off.
+        """Open the file for appending, or create it. An incomplete last line is cut off.
 
         Raises:
-            OSError: It cannot be opened, or it is a link or no plain file.
+            OSError: It cannot be opened, or it is a link or no regular file.
         """
         self.path = path
         self._file = open_own(path, os.O_RDWR | os.O_APPEND)
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise OSError(errno.EINVAL, "is no plain file", str(path))
+                raise OSError(errno.EINVAL, "is no regular file", str(path))
             self._size = self._end_of_lines()
             os.ftruncate(self._file, self._size)
         except BaseException:
             os.close(self._file)
             raise
-        self._is_torn = False  # half a line could not be taken back
+        self._is_torn = False  # True while the file ends with a part of a line that could not be removed
         self._is_closed = False
 
     def append(self, lines: bytes) -> None:
-        """Append lines, each with its newline: all of them or nothing.
+        """Append lines that end with a newline: all of them or nothing.
 
         Raises:
-            OSError: The system refused; the file is as it was.
+            OSError: The file cannot be written; it is unchanged.
         """
         if self._is_torn:
             lines = b"\n" + lines
@@ -61,7 +61,7 @@ class LineFile:
         self._size = size
 
     def sync(self) -> None:
-        """Return when everything appended, and the file's name, survive a power cut."""
+        """Block until everything appended, and the file's name, survive a power cut."""
         os.fsync(self._file)
         FileSystem().sync_directory(self.path.parent)
 
@@ -72,7 +72,7 @@ class LineFile:
             os.close(self._file)
 
     def _end_of_lines(self) -> int:
-        """Return how many bytes there are up to the end of the last whole line."""
+        """Return the number of bytes up to the end of the last whole line."""
         position = os.fstat(self._file).st_size
         while position:
             start = max(0, position - 65536)

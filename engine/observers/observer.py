@@ -1,25 +1,24 @@
-"""Observers at work: one task for each callback takes its events and runs its handlers, in order.
+"""Observers: each callback has a task that takes its events and runs its handlers, in order.
 
-    async def handlers    awaited here, on the event loop; how long each holds the loop is measured
-    plain def handlers    a batch of events per hop to one worker thread of the callback
-    async deciders        a barrier in the stream brings them here, after all that came before it
+    async def handlers    awaited in that task; the time for which each holds the event loop is measured
+    plain def handlers    run in the callback's worker thread, which gets the events in batches
+    async deciders        a barrier in the stream runs them in that task, after the handlers of earlier events
 
-Failures are isolated, reported and counted here; nothing a handler does reaches another callback.
-What is no `Exception`, such as `SystemExit`, ends the run and reaches its caller.
+Failures are isolated, reported and counted here: what a handler raises never reaches another callback.
+An exception that is no `Exception`, such as `SystemExit`, ends the run and reaches its caller.
 """
 
 import contextlib
-import contextvars
 import functools
 import inspect
 import itertools
 import logging
-import queue
+import math
 import time
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -29,130 +28,56 @@ from offloop.engine.bus import forked
 from offloop.engine.bus.command_mailbox import actor
 from offloop.engine.bus.deadlock import Places
 from offloop.engine.bus.subscription import Barrier, Subscription
-from offloop.engine.bus.threads import Thread
-from offloop.engine.bus.waker import Waker
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.errors import SubscriberTooSlowError, as_failure, describe, encodable, note_cancellation
 from offloop.engine.events import CallbackFailed, Event
 from offloop.engine.lazy_imports import was_importing
-from offloop.engine.observers.worker import Driver, leaving
+from offloop.engine.observers.driver import Driver, allowing_abandoned
+from offloop.engine.observers.worker import Worker
 
 logger = logging.getLogger("offloop")
-T = TypeVar("T")
 
 EVENTS_AT_ONCE: Final = 1024
-"""Events taken from the buffer in one go; the rest stay where new ones can push them out."""
+"""Events taken from the buffer in one go; the rest stays in the buffer, where newer samples can replace it."""
 TURN: Final = 0.01
-"""Seconds after which handlers that never really await let the rest of the event loop run, between two events."""
+"""Seconds after which other tasks get a turn between two events, although no handler has really awaited."""
 FAILURE_INTERVAL: Final = 1.0
-"""Seconds between two reports of failures of one callback."""
+"""Seconds between two reports of failures of one callback, at least."""
 HOLD_WARNING: Final = 0.05
-"""Seconds for which a handler may hold the event loop before it is named; twice the pace of a smooth page."""
+"""Seconds for which a handler may hold the event loop before it is named; a smooth page updates twice as often."""
 WARNING_INTERVAL: Final = 10.0
 """Seconds between two such warnings about one callback."""
 
 
 class CallbackCosts(msgspec.Struct, frozen=True, kw_only=True):
-    """What one callback cost and missed. Times in seconds."""
+    """What one callback cost and missed. Times are in seconds."""
 
     events: int = 0
     """Events handled."""
     wall: float = 0.0
-    """Time spent in its handlers, awaiting included."""
+    """Time in its handlers, awaiting included."""
     cpu: float = 0.0
     """CPU time of its handlers, on the event loop or in its worker thread."""
     held: float = 0.0
     """Time during which its handlers held the event loop."""
     longest_hold: float = 0.0
-    """The longest of those times without a pause."""
+    """The longest of those times without an await."""
     decided: float = 0.0
-    """Time that the training thread spent in or waited for its deciders."""
+    """Time for which the training thread ran its deciders, or waited for them."""
     in_step: float = 0.0
-    """Time that the training thread spent in its step hooks."""
+    """Time for which the training thread ran its step hooks."""
     lag: float = 0.0
-    """The longest time an event had waited when its batch was taken."""
+    """The longest time that an event had waited when its batch was taken."""
     dropped: int = 0
     """Samples that it missed."""
     failures: int = 0
     """Exceptions that its methods raised."""
 
 
-class Worker:
-    """One thread of one callback, for its plain methods. Made when first needed.
-
-    A daemon: a handler that never returns must not keep the interpreter from leaving. Such a worker is
-    given up (`abandoned`) and reported.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.abandoned = False
-        self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._waker = Waker()
-        self._thread: Thread | None = None
-        self._context = contextvars.copy_context()
-
-    async def run(self, function: Callable[[], T], *, else_here: bool = False) -> T:
-        """Run a function in the thread and wait for it. Cancellation: gives the thread up, it cannot be ended.
-
-        Args:
-            function: What it raises is raised here; a stray cancellation as the cause of a `RuntimeError`.
-            else_here: Where the system gives no thread, run it on the event loop, which it then holds up.
-
-        Raises:
-            RuntimeError: The system gives no thread.
-        """
-        if self._thread is None:
-            thread = Thread(self._context.run, self._work, name=self._name, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                if not else_here:
-                    raise
-                return function()
-            self._thread = thread
-        outcome: list[T] = []
-        failure: list[BaseException] = []
-
-        generation = forked.generation
-
-        def job() -> None:
-            try:
-                outcome.append(function())
-            except BaseException as error:
-                failure.append(error)
-            if forked.generation != generation:
-                forked.end_process(failure[0] if failure else None)
-            self._waker.wake()
-
-        self._jobs.put(job)
-        try:
-            while not outcome and not failure:
-                await self._waker.wait()
-        except BaseException:
-            self.abandoned = not outcome and not failure
-            raise
-        if failure:
-            raise as_failure(failure[0])
-        return outcome[0]
-
-    def close(self) -> None:
-        """Let the thread end after its jobs, and wait for it unless it was given up."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            if not self.abandoned:
-                self._thread.join()
-        self._waker.close()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-
-
 class Observer:
-    """One callback at work: handles its events, keeps its costs, holds its failures.
+    """One callback at work: handles its events, measures its costs, isolates its failures.
 
-    All methods run on the event loop unless they say otherwise.
+    All methods belong to the event loop unless they say otherwise.
     """
 
     def __init__(
@@ -169,30 +94,38 @@ class Observer:
         Args:
             handlers: The callback's methods.
             subscription: Its events; None for a callback that neither observes nor decides asynchronously.
-            run: Handed to the handlers.
-            publish: For `CallbackFailed`.
+            run: Passed to the handlers.
+            publish: Publishes `CallbackFailed`.
             fail: Ends the run as failed; for `on_error="raise"`, and for what is no `Exception`.
-            places: The run's; they learn where the handlers run.
+            places: The run's; the places where the handlers run are added to it.
         """
         self.handlers = handlers
         self.name = handlers.name
         self.subscription = subscription
-        self.errors: list[str] = []  # what the result will list: `Type: text` each
-        self.decided = 0.0  # written by the training thread
-        self.disabled = False
-        # True once its task has ended. Written on the event loop, read by threads that wait for it
-        self.has_ended = False
         self.run = run
+        # True once its task has ended. Written on the event loop, read by threads that wait for it.
+        self.has_ended = False
+        # Written by the training thread, around each decider; read by the event loop for the costs.
+        self.decided = 0.0
+        # Written by the thread in which the callback fails: event loop, worker or, for deciders and step hooks, the
+        # training thread. Read by any thread. Without a lock, two failures at one moment may be counted as one.
+        self.errors: list[str] = []  # what the result lists: `Type: text` of each failure
+        self.disabled = False
+        self._failures = self._failures_in_row = 0
+        self._reported_at = -math.inf
+        # Written by the event loop and, during a handler in a thread, by the worker: never by both at a time.
+        self._events = 0
+        self._cpu = 0.0
+        # The rest belongs to the event loop; `costs` reads numbers from any thread.
+        self._wall = self._held = self._longest_hold = 0.0
+        self._warned_at = -math.inf
+        self._handling: Event | None = None
         self._publish = publish
         self._fail = fail
         self._places = Places(lambda: False) if places is None else places
         self._worker = Worker(f"offloop-{self.name}")
         self._driver = Driver(self.name)
         self._generation = forked.generation
-        self._events = self._failures = self._failures_in_row = 0
-        self._wall = self._cpu = self._held = self._longest_hold = 0.0
-        self._reported_at = self._warned_at = -WARNING_INTERVAL
-        self._handling: Event | None = None
 
     @property
     def costs(self) -> CallbackCosts:
@@ -211,7 +144,7 @@ class Observer:
         )
 
     async def serve(self) -> None:
-        """Handle events until the subscription ends. Cancellation: what is left is not handled."""
+        """Handle events until the subscription ends. Cancellation: the events that are left are not handled."""
         if self.subscription is None:
             return
         actor.set(self.name)
@@ -226,7 +159,7 @@ class Observer:
     async def _serve(self, subscription: Subscription[Event]) -> None:
         while events := await subscription.take_batch(EVENTS_AT_ONCE):
             started = time.perf_counter()
-            for kind, group in itertools.groupby(events, self._where):
+            for kind, group in itertools.groupby(events, self._place_of):
                 if kind == "barrier":
                     for barrier in group:
                         await self._reach(barrier)
@@ -239,13 +172,13 @@ class Observer:
                 subscription.close()
 
     @property
-    def keeps_records(self) -> bool:
-        """True if announcements of checkpoints wait for this callback. Any thread."""
-        has_own = type(self.handlers.callback).make_durable is not Callback.make_durable
-        return has_own and self.subscription is not None
+    def keeps_log(self) -> bool:
+        """True if a checkpoint is announced only once this callback's log is durable. Any thread."""
+        is_overridden = type(self.handlers.callback).make_durable is not Callback.make_durable
+        return is_overridden and self.subscription is not None
 
     async def make_durable(self, answer: "Future[None]") -> None:
-        """Have the callback put what it has written on the disk, and complete `answer`."""
+        """Call the callback's `make_durable`, and complete `answer` when what it has written is on disk."""
         make_durable = self.handlers.callback.make_durable
         try:
             if inspect.iscoroutinefunction(make_durable):
@@ -264,21 +197,23 @@ class Observer:
     async def _hand_to_thread(self, events: list[Event], subscription: Subscription[Event]) -> None:
         try:
             await self._worker.run(functools.partial(self._handle_in_thread, events, subscription))
-        except BaseException as error:  # there is no thread: the handlers' own failures are reported there
+        except BaseException as error:
+            # There is no thread: failures of the handlers are reported in it.
             if self._driver.is_ending(error):
                 raise
             self.failed(type(events[0]).__name__, error)
 
     async def close(self) -> None:
-        """Call the callback's `close`, once, wherever it belongs; failures are reported."""
+        """Call the callback's `close`, once, in its worker thread or here; failures are reported."""
         close = self.handlers.callback.close
-        self._driver = Driver(self.name)  # of the one before, a handler may have been left
+        # A new one: the driver before may have abandoned a handler.
+        self._driver = Driver(self.name)
         try:
             if inspect.iscoroutinefunction(close):
                 with self._places.task(anyio.get_current_task().id):
                     await self._driver.drive(close(), self.account)
             elif type(self.handlers.callback).close is not Callback.close:
-                worker = Worker(f"offloop-{self.name}") if self._worker.abandoned else self._worker
+                worker = Worker(f"offloop-{self.name}") if self._worker.is_abandoned else self._worker
                 try:
                     result = await worker.run(close, else_here=True)
                 finally:
@@ -293,29 +228,31 @@ class Observer:
         finally:
             self._worker.close()
 
-    def leaving(self) -> contextlib.AbstractContextManager[None]:
-        """Return what stands around the task group in which `serve` or `close` runs."""
-        return leaving(lambda: self._driver)
+    def allowing_abandoned(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context to enter around the task group in which `serve` or `close` runs."""
+        return allowing_abandoned(lambda: self._driver)
 
-    def leave_after(self, seconds: float) -> None:
-        """Leave a handler, or a `close`, that swallows its cancellation for so many seconds from now on."""
-        self._driver.leave_after(seconds)
+    def abandon_after(self, seconds: float) -> None:
+        """Abandon a handler, or a `close`, that still swallows its cancellation in so many seconds."""
+        self._driver.abandon_after(seconds)
 
     def failed(self, what: str, error: BaseException, *, is_off: bool | None = None) -> None:
-        """Take note of a failure: report it at most once a second, or end the run. Any thread.
+        """Count a failure, and report it at most once a second or end the run. Any thread.
 
         Args:
             what: Where it failed: a class of events, a point in a step.
-            error: What was raised. What is no `Exception` always ends the run, unless it is a stray cancellation.
-            is_off: None: count, and switch the observers off after too many in a row. Of a step hook, whose failures
-                are counted where it runs, True if this was the last one; of a decider, which is asked again, False.
+            error: What was raised. Unless it is an `Exception` or a stray cancellation, it ends the run.
+            is_off: None: switch the handlers off after too many failures in a row. True or False for a step hook,
+                whose failures in a row are counted elsewhere: whether it is off now. False for a decider, which is
+                asked again.
         """
         if self._generation != forked.generation:
             forked.end_process(error)
         error = as_failure(error)
         self._failures += 1
         described = describe(error)
-        if len(self.errors) < 100:  # enough to see what is wrong; a handler may fail a million times
+        # Enough to see what is wrong: a handler may fail a million times.
+        if len(self.errors) < 100:
             self.errors.append(f"{what}: {described}")
         if self.handlers.callback.on_error == "raise" or not isinstance(error, Exception):
             self._fail(error)
@@ -330,7 +267,8 @@ class Observer:
         self._reported_at = time.perf_counter()
         logger.error("callback %s failed in %s%s", self.name, what, off, exc_info=error)
         if what == CallbackFailed.__name__:
-            return  # an event about it would make it fail again
+            # An event about it would make it fail again.
+            return
         try:
             self._publish(
                 CallbackFailed(
@@ -342,10 +280,11 @@ class Observer:
                     disabled=self.disabled or is_off,
                 )
             )
-        except Exception:  # the bus has ended: the log and the result have it
+        except Exception:
+            # The bus has ended: the failure is in the log and in the result.
             logger.debug("a failure of %s came too late for an event", self.name)
 
-    def _where(self, event: Event | Barrier) -> str:
+    def _place_of(self, event: Event | Barrier) -> str:
         if isinstance(event, Barrier):
             return "barrier"
         return "nowhere" if self.disabled else self.handlers.place_of(type(event))
@@ -371,7 +310,7 @@ class Observer:
             self._handling = event
             self._events += 1
             try:
-                await handler(event, run)  # type: ignore[misc]  # _where() chose events with a handler
+                await handler(event, run)  # type: ignore[misc]  # _place_of() chose events with a handler
             except BaseException as error:
                 if self._driver.is_ending(error):
                     raise
@@ -393,13 +332,13 @@ class Observer:
                 break
             self._events += 1
             try:
-                result = handler_for(type(event))(event, run)  # type: ignore[misc]  # _where() chose it
+                result = handler_for(type(event))(event, run)  # type: ignore[misc]  # _place_of() chose it
                 if result is not None and inspect.isawaitable(result):
                     if inspect.iscoroutine(result):
                         result.close()
                     raise TypeError(
-                        f"{type(event).handler_name} is a plain def that returned an awaitable, which nobody "
-                        "awaits in its thread: make it an async def"
+                        f"{type(event).handler_name} is a plain def that returned an awaitable, which "
+                        "is never awaited in its thread: make it an async def"
                     )
             except BaseException as error:
                 self.failed(type(event).__name__, error)
@@ -410,10 +349,11 @@ class Observer:
         self._cpu += time.thread_time() - cpu
 
     def account(self, wall: float, cpu: float) -> None:
-        """Take note of a stretch for which a coroutine of the callback held the event loop, in seconds."""
+        """Add the wall and CPU seconds for which a coroutine of the callback held the event loop without an await."""
         self._cpu += cpu
         if wall > HOLD_WARNING and was_importing(time.perf_counter() - wall):
-            wall = min(wall, cpu)  # an import of ours kept the interpreter from the handler: not its doing
+            # An import of ours kept the interpreter from the handler.
+            wall = min(wall, cpu)
         self._held += wall
         if wall > self._longest_hold:
             self._longest_hold = wall
@@ -431,5 +371,5 @@ class Observer:
             )
 
 
-async def _as_coroutine(awaitable: Awaitable[T]) -> T:
+async def _as_coroutine(awaitable: Awaitable[object]) -> object:
     return await awaitable

@@ -1,117 +1,86 @@
-"""Driver: runs the coroutines of one callback, measures them, and leaves those that do not end.
+"""Worker: a thread in which the event loop runs plain functions, one at a time, and awaits them."""
 
-A coroutine may swallow its cancellation, as a retry loop around a bare `except` does. Its task then never
-ends, and a task group waits for it for ever. The driver stands between the task and the coroutine: after
-`leave_after` it no longer hands a cancellation on but ends the task with it, and the coroutine is never
-resumed.
-
-What is inside a coroutine that was left, such as its cancel scopes, stays open on its task. So the task must
-be one that ends with it: no scope or task group of ours may be entered around `drive` in the same task. The
-backend complains of the open scopes when that task ends; `leaving` stands around its task group.
-"""
-
-import contextlib
-import ctypes
-import logging
-import math
-import time
-import types
-from collections.abc import Callable, Coroutine, Generator, Iterator
-from typing import Any, TypeVar
-
-import anyio
+import contextvars
+import queue
+from collections.abc import Callable
+from typing import TypeVar
 
 from offloop.engine.bus import forked
+from offloop.engine.bus.threads import Thread
+from offloop.engine.bus.waker import Waker
+from offloop.engine.errors import as_failure
 
-logger = logging.getLogger("offloop")
 T = TypeVar("T")
 
 
-@contextlib.contextmanager
-def leaving(driver: "Callable[[], Driver]") -> Iterator[None]:
-    """Stand around a task group: that a task ends with open scopes is no failure where a coroutine was left.
+class Worker:
+    """One thread, started when it is first needed. All methods belong to one event loop.
 
-    Args:
-        driver: Returns the one of that task; called when the group has failed.
+    A daemon: a function that never returns must not keep the interpreter from exiting. Such a worker is
+    abandoned.
     """
-    try:
-        yield
-    except* RuntimeError:
-        if not driver().has_left:
-            raise
-
-
-class Driver:
-    """Drives coroutines of one callback, one at a time. Event loop only."""
 
     def __init__(self, name: str) -> None:
-        """Drive coroutines of the callback `name`."""
-        self.has_left = False
-        """True once a coroutine was left."""
-        self._leave_at = math.inf  # on the clock of `time.perf_counter`
-        self._is_torn_down = False  # True once the event loop was closed under a coroutine
+        self.is_abandoned = False
         self._name = name
+        # Filled by the event loop, emptied by the thread; None ends it.
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waker = Waker()  # woken by the thread after each job
+        self._thread: Thread | None = None
+        self._context = contextvars.copy_context()
 
-    @types.coroutine
-    def drive(
-        self, coroutine: Coroutine[Any, Any, T], account: Callable[[float, float], None]
-    ) -> Generator[Any, Any, T]:
-        """Await a coroutine. Cancellation: handed on, but for one that is swallowed for too long.
+    async def run(self, function: Callable[[], T], *, else_here: bool = False) -> T:
+        """Run a function in the thread and wait for it. Cancellation: abandons the thread, which cannot be ended.
 
         Args:
-            coroutine: The callback's.
-            account: Told the wall and CPU seconds of each stretch between two awaits.
+            function: What it raises is raised here; a stray cancellation as the cause of a `RuntimeError`.
+            else_here: Where the system gives no thread, run it on the event loop, which it then blocks.
+
+        Raises:
+            RuntimeError: The system gives no thread.
         """
-        value: Any = None
-        error: BaseException | None = None
-        cancelled: BaseException | None = None
+        if self._thread is None:
+            thread = Thread(self._context.run, self._work, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if not else_here:
+                    raise
+                return function()
+            self._thread = thread
+        # One of the two is appended by the thread before it wakes the event loop.
+        outcome: list[T] = []
+        failure: list[BaseException] = []
         generation = forked.generation
-        while True:
-            wall, cpu = time.perf_counter(), time.thread_time()
+
+        def job() -> None:
             try:
-                yielded = coroutine.send(value) if error is None else coroutine.throw(error)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]  # StopIteration is untyped
-            except BaseException as raised:
-                if forked.generation != generation:
-                    forked.end_process(raised)
-                raise
-            finally:
-                if forked.generation != generation:
-                    forked.end_process(None)
-                error = cancelled = None  # an exception that holds this frame must not be held by it
-                account(time.perf_counter() - wall, time.thread_time() - cpu)
-            value = None
-            try:
-                value = yield yielded
-            except GeneratorExit:
-                self._is_torn_down = True
-                coroutine.close()
-                raise
-            except BaseException as thrown:
-                error = thrown
-            # asyncio throws a cancellation in, trio sends it wrapped
-            cancelled = error or getattr(value, "error", None)
-            is_late = time.perf_counter() >= self._leave_at
-            if is_late and isinstance(cancelled, anyio.get_cancelled_exc_class()):
-                self._leave(coroutine)
-                raise cancelled
+                outcome.append(function())
+            except BaseException as error:
+                failure.append(error)
+            if forked.generation != generation:
+                forked.end_process(failure[0] if failure else None)
+            self._waker.wake()
 
-    def leave_after(self, seconds: float) -> None:
-        """From now on, leave a coroutine that swallows its cancellation for so many seconds."""
-        self._leave_at = min(self._leave_at, time.perf_counter() + seconds)
+        self._jobs.put(job)
+        try:
+            while not outcome and not failure:
+                await self._waker.wait()
+        except BaseException:
+            self.is_abandoned = not outcome and not failure
+            raise
+        if failure:
+            raise as_failure(failure[0])
+        return outcome[0]
 
-    def is_ending(self, error: BaseException) -> bool:
-        """True for the cancellation of this task, and for the end of its event loop. False for stray ones."""
-        if isinstance(error, GeneratorExit):
-            return self._is_torn_down
-        return (
-            isinstance(error, anyio.get_cancelled_exc_class())
-            and anyio.get_current_task().has_pending_cancellation()
-        )
+    def close(self) -> None:
+        """Let the thread end after its jobs, and wait for it unless it is abandoned."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            if not self.is_abandoned:
+                self._thread.join()
+        self._waker.close()
 
-    def _leave(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        self.has_left = True
-        logger.error("callback %s swallows its cancellation: %s was left", self._name, coroutine)
-        # Never freed: that would resume it, and a loop around a bare `except` would then never end.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(coroutine))
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()

@@ -4,7 +4,7 @@
     ───────────────                       ───────────────
     save(state) ── one copy ── snapshot ─────────> commit: files, manifest, fsync, rename, fsync
     goes on                                        retention; CheckpointSaved and the waiting future, once
-                                                   the logs have what came before (`records.py`)
+                                                   the logs have what came before (`durable_logs.py`)
 
 Training waits for the copy and, for saves that must not be left out, for a free slot to copy into.
 """
@@ -39,7 +39,7 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.errors import describe
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
-from offloop.engine.observers.records import Records
+from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.recovery.keepers import Keeper
 
 logger = logging.getLogger("offloop")
@@ -73,7 +73,7 @@ class Checkpoints:
         publish: Callable[[Event], None],
         retention: Retention | None = None,
         wait_policy: WaitPolicy = wait_for_ever,
-        records: Records | None = None,
+        logs: DurableLogs | None = None,
     ) -> None:
         """Keep the checkpoints of the run in `directory`.
 
@@ -85,9 +85,9 @@ class Checkpoints:
             publish: For `CheckpointSaved` and `CheckpointFailed`; called in threads of this object's.
             retention: What every run keeps, and which checkpoint is its best.
             wait_policy: How long training waits for a slow disk.
-            records: Says when a durable checkpoint may be announced; None for at once.
+            logs: Announces a durable checkpoint once they have what came before it; None for at once.
         """
-        self._records = records
+        self._logs = logs
         self._of_run = retention or Retention()
         # By owner; replaced, never changed, by the training thread, and read by the writer's
         self._keepers: dict[str, Keeper] = {}
@@ -301,9 +301,7 @@ class Checkpoints:
             return True
 
         try:
-            return self._wait_policy(is_done) and (
-                self._records is None or self._wait_policy(self._records.flush)
-            )
+            return self._wait_policy(is_done) and (self._logs is None or self._wait_policy(self._logs.flush))
         except WriterDiedError as error:
             logger.error("checkpoints were not finished: %s", error)
             return False
@@ -313,8 +311,8 @@ class Checkpoints:
 
         Where a write is still going on, that happens when it is done.
         """
-        if self._records is not None:
-            self._records.close()
+        if self._logs is not None:
+            self._logs.close()
         if self._writer is None:
             self._give_back()
             return
@@ -418,10 +416,10 @@ class Checkpoints:
         for problem in commit.problems:
             logger.warning("after checkpoint %s: %s", path, problem)
         waiting = self._waiting.pop(id(request), [])
-        if self._records is None:
+        if self._logs is None:
             self._announce(event, waiting)
         else:
-            self._records.announce(functools.partial(self._announce, event, waiting))
+            self._logs.announce(functools.partial(self._announce, event, waiting))
         for keeper in self._keepers.values():
             if keeper.copies is not None:
                 self._copy(keeper)

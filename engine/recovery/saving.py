@@ -24,8 +24,8 @@ from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.encoding import decode, encode
 from offloop.engine.errors import ConfigError, LossError, as_failure, describe
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, EpochEnd, Event
+from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.observers.event_log import rewind
-from offloop.engine.observers.records import Records
 from offloop.engine.paths import absolute_path
 from offloop.engine.position.exactness import Doubt
 from offloop.engine.position.resume_report import ResumeReport
@@ -50,7 +50,7 @@ class Saving:
         *,
         handlers: Sequence[Handlers],
         user_state: UserState,
-        records: Records,
+        logs: DurableLogs,
         best: BestSoFar,
         resume_lr: float | None,
         fail: Callable[[BaseException], None],
@@ -61,7 +61,7 @@ class Saving:
         Args:
             loop, handlers, user_state, best: Have the state that is saved.
             checkpoints: Writes and reads it.
-            records: Knows the milestones that the logs may lack.
+            logs: Knows the milestones that the logs on disk may lack.
             resume_lr: The learning rate that a resumed run is to continue with; None for that of the checkpoint.
             fail: Ends the run as failed.
             publish: For `CheckpointFailed`.
@@ -73,7 +73,7 @@ class Saving:
         self._checkpoints = checkpoints
         self._handlers = handlers
         self._user_state = user_state
-        self._records = records
+        self._logs = logs
         self._best = best
         self._resume_lr = resume_lr
         self._fail = fail
@@ -261,7 +261,7 @@ class Saving:
         best = self._best.moment
         state["best"] = None if best is None else dataclasses.asdict(best)
         state["history"] = [encode(event).decode() for event in self._progress.history]
-        state["milestones"] = [encode(event).decode() for event in self._records.unsettled()]
+        state["milestones"] = [encode(event).decode() for event in self._logs.pending()]
         return state
 
     def _check_at_first_step(self, on_error: OnError) -> None:

@@ -92,7 +92,7 @@ class CallbackTasks:
                 self._lifetime.fail(error)
 
         try:
-            with scope, observer.leaving():
+            with scope, observer.allowing_abandoned():
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(serve)
         finally:
@@ -161,7 +161,7 @@ class CallbackTasks:
             self._cancel(observer, scope)
 
     def _cancel(self, observer: Observer, scope: anyio.CancelScope) -> None:
-        observer.leave_after(self._lifetime.swallowing)
+        observer.abandon_after(self._lifetime.swallowing)
         scope.cancel()
 
     async def close(self) -> None:
@@ -188,7 +188,7 @@ class CallbackTasks:
                 closed.set()
 
         started = time.perf_counter()
-        with observer.leaving():
+        with observer.allowing_abandoned():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(close)
                 # In haste all callbacks share the time that is left, but each is called and has a moment.

@@ -24,8 +24,8 @@ from offloop.engine.bus.waker import Waker
 from offloop.engine.callback import Decider
 from offloop.engine.errors import OffloopError, as_failure
 from offloop.engine.events import Event
+from offloop.engine.observers.driver import Driver, allowing_abandoned
 from offloop.engine.observers.observer import Observer
-from offloop.engine.observers.worker import Driver, leaving
 from offloop.engine.session.lifetime import Lifetime
 
 logger = logging.getLogger("offloop")
@@ -150,7 +150,11 @@ class Deciders:
                 decided.set()
 
         try:
-            with Waker() as cancelled, self._mailbox.on_cancel(cancelled.wake), leaving(lambda: driver):
+            with (
+                Waker() as cancelled,
+                self._mailbox.on_cancel(cancelled.wake),
+                allowing_abandoned(lambda: driver),
+            ):
                 async with anyio.create_task_group() as tasks:
 
                     async def watch() -> None:
@@ -158,7 +162,7 @@ class Deciders:
                         end()
 
                     def end() -> None:
-                        driver.leave_after(self._lifetime.swallowing)
+                        driver.abandon_after(self._lifetime.swallowing)
                         tasks.cancel_scope.cancel()
 
                     tasks.start_soon(watch)

@@ -12,7 +12,7 @@ from offloop.engine.data.val_loaders import LIVE, PREFIX, by_prefix, live_prefix
 from offloop.engine.errors import ConfigError
 from offloop.engine.metrics.names import check_metrics, metrics_for
 from offloop.engine.observers.event_log import EventLog
-from offloop.engine.observers.observer import Worker
+from offloop.engine.observers.worker import Worker
 from offloop.engine.recovery.fetch import fetch_run, remote_to_fetch
 from offloop.engine.recovery.resume_plan import Resume, plan_resume
 from offloop.engine.run import Run

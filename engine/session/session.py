@@ -40,8 +40,9 @@ from offloop.engine.bus.waker import Waker, result_of
 from offloop.engine.callback import close_unused
 from offloop.engine.errors import BusClosedError, RunEndedError, RunNameTakenError, note_cancellation
 from offloop.engine.events import Event
-from offloop.engine.observers.observer import CallbackCosts, Worker
-from offloop.engine.observers.records import Records
+from offloop.engine.observers.durable_logs import DurableLogs
+from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.observers.worker import Worker
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
 from offloop.engine.session.callback_tasks import CallbackTasks
@@ -80,12 +81,12 @@ class Session:
         self.callbacks = CallbackTasks(
             self.bus, self.mailbox, self.lifetime, drain_timeout=config.drain_timeout
         )
-        self._records = Records(self.bus, in_haste=self.lifetime.is_in_haste)
+        self._logs = DurableLogs(self.bus, in_haste=self.lifetime.is_in_haste)
         self._best = BestSoFar(monitors.best, monitors.best_direction, is_named=monitors.is_best_named)
         self._is_new = plan.resume is None
         self.storage: Storage | None = None
         if plan.directory is not None:
-            self.storage = Storage(plan, plan.directory, self.bus, self._records, self.lifetime)
+            self.storage = Storage(plan, plan.directory, self.bus, self._logs, self.lifetime)
         # The next two hold the trainer, model and data. None once the run is over: written by the supervisor.
         self._training: Training | None = Training(
             plan,
@@ -93,7 +94,7 @@ class Session:
             mailbox=self.mailbox,
             lifetime=self.lifetime,
             callbacks=self.callbacks,
-            records=self._records,
+            logs=self._logs,
             best=self._best,
             storage=self.storage,
         )
@@ -104,7 +105,7 @@ class Session:
         self.run = Run(self)
         for each in plan.handlers:
             self._training.deciders.add(self.callbacks.add(each, self.run))
-        self._records.watch(self.callbacks.observers)
+        self._logs.watch(self.callbacks.observers)
         self._outcome = Outcome(
             run_id, limits=setup.limits, progress=self.progress, lifetime=self.lifetime, best=self._best
         )
@@ -467,7 +468,7 @@ class Session:
         self._lease.give_back()
         self._training.release()
         self._lease = self._training = None
-        self._records.let_go()
+        self._logs.close()
         self.callbacks.clear()
 
 

@@ -18,7 +18,7 @@ from offloop.engine.best import BestSoFar
 from offloop.engine.bus.event_bus import Bus
 from offloop.engine.checkpoint import CheckpointError, RemoteError, Retention
 from offloop.engine.events import UploadFailed
-from offloop.engine.observers.records import Records
+from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.recovery.uploads import Uploads, claim_remote
 from offloop.engine.run_dir import create_run_dir, describe_environment, read_run_json, write_run_json
@@ -32,7 +32,7 @@ class Storage:
     """What a run keeps on disk and in its remote directory. Everything that blocks says so."""
 
     def __init__(
-        self, plan: RunPlan, directory: Path, bus: Bus, records: Records, lifetime: Lifetime
+        self, plan: RunPlan, directory: Path, bus: Bus, logs: DurableLogs, lifetime: Lifetime
     ) -> None:
         """Keep a run in `directory`. Nothing is written before `open`."""
         monitors = plan.monitors
@@ -46,7 +46,7 @@ class Storage:
             publish=bus.publish_or_log,
             retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
             wait_policy=lifetime.wait,
-            records=records,
+            logs=logs,
         )
         self._run_id = plan.run_id
         self._resume = plan.resume

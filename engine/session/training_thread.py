@@ -27,8 +27,8 @@ from offloop.engine.checkpoint import CheckpointInfo, Retention
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import EpochEnd, Event, Sample, TrainStart, ValidationEnd
 from offloop.engine.monitor import Mode
+from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.observers.event_log import rewind
-from offloop.engine.observers.records import Records
 from offloop.engine.position.exactness import Doubt
 from offloop.engine.recovery import run_state
 from offloop.engine.recovery.resume_plan import Over, ResumePlan
@@ -68,7 +68,7 @@ class Training:
         mailbox: Mailbox,
         lifetime: Lifetime,
         callbacks: CallbackTasks,
-        records: Records,
+        logs: DurableLogs,
         best: BestSoFar,
         storage: Storage | None,
     ) -> None:
@@ -84,7 +84,7 @@ class Training:
         self._bus = bus
         self._mailbox = mailbox
         self._lifetime = lifetime
-        self._records = records
+        self._logs = logs
         self._best = best
         self._monitors = plan.monitors
         self._handlers = handlers
@@ -109,7 +109,7 @@ class Training:
                 storage.checkpoints,
                 handlers=handlers,
                 user_state=UserState(program, handlers),
-                records=records,
+                logs=logs,
                 best=best,
                 resume_lr=plan.resume_lr,
                 fail=lifetime.fail,
@@ -252,7 +252,7 @@ class Training:
             self._best.judge(event)
         self._lifetime.cancel_if_event_loop_is_gone()
         self._bus.emit(event)
-        self._records.note(event)
+        self._logs.note(event)
 
     def decide(self, event: Event) -> None:
         """Ask the deciders about an event, and wait for their answers."""

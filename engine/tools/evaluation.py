@@ -8,7 +8,7 @@ from offloop.engine.data.val_loaders import ValLoader
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import Metrics
 from offloop.engine.metrics.names import MetricSpec, check_metrics
-from offloop.engine.observers.observer import Worker
+from offloop.engine.observers.worker import Worker
 from offloop.engine.session.thread_state import caller_state
 from offloop.engine.training.arguments import check_val_loader
 from offloop.engine.training.default_steps import check_validation

@@ -90,7 +90,7 @@ def test_broken_line_in_the_middle_is_left_out_with_a_warning(
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
     assert list(read_events(path)) == recorder.events
-    assert [record.getMessage() for record in caplog.records] == [f"{path}:3 is no event and was left out"]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}:3 is no event and was skipped"]
 
 
 def test_unknown_events_are_kept_and_written_back_unchanged(tmp_path: Path) -> None:

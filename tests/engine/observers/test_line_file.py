@@ -83,7 +83,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, path: Path, target: s
 
 def test_pipe_is_refused(path: Path) -> None:
     os.mkfifo(path)
-    with pytest.raises(OSError, match="no plain file"):
+    with pytest.raises(OSError, match="no regular file"):
         LineFile(path)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import functools
 import logging
 import threading
 import time
@@ -22,7 +21,7 @@ from offloop.engine.bus.event_bus import Bus
 from offloop.engine.callback import Callback, Handlers, decides
 from offloop.engine.events import CallbackFailed, EpochEnd, EpochStart, Event, Sample
 from offloop.engine.observers import observer as observer_module
-from offloop.engine.observers.observer import Observer, Worker
+from offloop.engine.observers.observer import Observer
 
 RUN = object()
 """What the handlers get as `run`."""
@@ -660,26 +659,6 @@ async def test_handler_that_hangs_in_its_thread_is_given_up_and_close_still_call
     assert len(closed) == 1 and not finished.is_set()
     released.set()
     await anyio.to_thread.run_sync(finished.wait)
-
-
-@pytest.mark.anyio
-async def test_worker_returns_results_and_exceptions() -> None:
-    worker = Worker("offloop-test")
-    with anyio.fail_after(5):
-        assert await worker.run(lambda: 3) == 3
-        with pytest.raises(KeyError, match="mine"):
-            await worker.run(functools.partial({"yours": 1}.__getitem__, "mine"))
-        assert await worker.run(threading.get_ident) == await worker.run(threading.get_ident)
-    worker.close()
-    assert not worker.abandoned
-
-
-@pytest.mark.anyio
-async def test_worker_that_was_never_needed_has_no_thread() -> None:
-    before = threading.active_count()
-    worker = Worker("offloop-test")
-    worker.close()
-    assert threading.active_count() == before
 
 
 def test_event_loop_is_not_needed_to_read_costs() -> None:

@@ -1,4 +1,4 @@
-"""records.py: a checkpoint is announced when the logs have what came before it, and a resume completes them."""
+"""durable_logs.py: a checkpoint is announced when the logs have what came before it, and a resume completes them."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from offloop.engine import (
     read_attempts,
     read_events,
 )
-from offloop.engine.observers import records as records_module
+from offloop.engine.observers import durable_logs as logs_module
 from offloop.engine.observers.event_log import rewind
 from offloop.engine.testing import Recorder, tiny_batches, tiny_trainer
 
@@ -90,7 +90,7 @@ class Looks(Callback):
 def test_checkpoint_is_announced_when_the_log_has_what_came_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records_module, "RECORD_DEADLINE", 60.0)
+    monkeypatch.setattr(logs_module, "LOG_DEADLINE", 60.0)
     log = BlockedLog()
     looks = Looks(log)
     result = train(tmp_path, 5, log, WaitsForTheDisk(), looks)
@@ -117,7 +117,7 @@ class HoldsTheEventLoop(Callback):
 def test_neither_training_nor_writing_waits_for_a_log_that_is_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(records_module, "RECORD_DEADLINE", 0.0)
+    monkeypatch.setattr(logs_module, "LOG_DEADLINE", 0.0)
     recorder = Recorder()
     with caplog.at_level(logging.WARNING, logger="offloop"):
         result = train(tmp_path, 6, HoldsTheEventLoop(), WaitsForTheDisk(), recorder)
