@@ -3,9 +3,6 @@
 import csv
 import json
 import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from warm_python import WarmPython
 
 from offloop.callbacks import MetricLogger
 from offloop.engine import (
@@ -236,17 +234,11 @@ tiny_trainer(run_dir=sys.argv[1], run_name="run").train(
 
 
 @pytest.mark.slow
-def test_killed_run_keeps_every_row(tmp_path: Path) -> None:
+def test_killed_run_keeps_every_row(tmp_path: Path, warm_python: WarmPython) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        try:
-            logged = [int(child.stdout.readline()) for _ in range(100)]
-        finally:
-            child.send_signal(signal.SIGKILL)
+    with warm_python.start(script, str(tmp_path)) as child:  # it is killed at the end of the block
+        logged = [int(child.stdout.readline()) for _ in range(100)]
     rows = rows_of(tmp_path / "run" / "metrics.csv")
     ends = [int(row["epoch"]) for row in rows if row["train_loss"]]
     assert ends[: len(logged)] == logged

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 from offloop.engine import StepEnd, TrainEnd, TrainStart, ValidationEnd, read_events
 
 COMMAND = [sys.executable, "-m", "offloop.cli.main"]
 STEPS = 10
+Offloop = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def environment() -> dict[str, str]:
@@ -27,10 +29,29 @@ def environment() -> dict[str, str]:
     return {**kept, "TERM": "dumb", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
 
 
-def offloop(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command itself to its end."""
     return subprocess.run(
         [*COMMAND, *arguments], env=environment(), capture_output=True, text=True, timeout=110
     )
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command as a script, for an interpreter that has imported torch already."""
+    script = tmp_path_factory.mktemp("command") / "offloop"
+    script.write_text("from offloop.cli.main import app\napp()\n")
+    return script
+
+
+@pytest.fixture(scope="module")
+def offloop(script: Path, warm_python: WarmPython) -> Offloop:
+    """Run the script to its end."""
+
+    def offloop(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return warm_python.run(script, *arguments, environment=environment())
+
+    return offloop
 
 
 def only_run_in(run_dir: Path) -> Path:
@@ -49,7 +70,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(run_dir: Path) -> subprocess.CompletedProcess[str]:
+def finished(run_dir: Path, offloop: Offloop) -> subprocess.CompletedProcess[str]:
     """The demo after a few steps; several tests look at what it printed and wrote."""
     return offloop("demo", "--steps", str(STEPS), "--device", "cpu", "--run-dir", str(run_dir))
 
@@ -97,7 +118,7 @@ def test_loss_falls_from_the_first_steps_on(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("finished")
-def test_quiet_prints_one_line_and_trains_the_same(run_dir: Path, tmp_path: Path) -> None:
+def test_quiet_prints_one_line_and_trains_the_same(run_dir: Path, tmp_path: Path, offloop: Offloop) -> None:
     done = offloop("demo", "--quiet", "--steps", str(STEPS), "--device", "cpu", "--run-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"completed: {STEPS} steps in ")
@@ -107,28 +128,16 @@ def test_quiet_prints_one_line_and_trains_the_same(run_dir: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_interrupted_demo_ends_in_order_and_says_where_its_files_are(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [
-            *COMMAND,
-            "demo",
-            "--no-dashboard",
-            *("--steps", "100000", "--device", "cpu", "--run-dir", str(tmp_path)),
-        ],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+def test_interrupted_demo_ends_in_order_and_says_where_its_files_are(
+    tmp_path: Path, script: Path, warm_python: WarmPython
+) -> None:
+    arguments = "demo", "--no-dashboard", "--steps", "100000", "--device", "cpu", "--run-dir", str(tmp_path)
+    with warm_python.start(script, *arguments, environment=environment()) as process:
         while not any(tmp_path.glob("*/metrics.csv")):  # bounded by the suite's limit for one test
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)  # another process: there is nothing to wait on but its files
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+        stdout, stderr = process.communicate()
     assert process.returncode == 130, stderr
     assert "Live page" not in stderr
     run = only_run_in(tmp_path)
@@ -171,7 +180,7 @@ def test_on_a_terminal_the_page_stays_open_until_it_is_interrupted(tmp_path: Pat
     ],
 )
 def test_bad_option_gives_one_clear_line(arguments: Sequence[str], message: str) -> None:
-    done = offloop("demo", *arguments)
+    done = command("demo", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"offloop: {message}")
@@ -179,7 +188,7 @@ def test_bad_option_gives_one_clear_line(arguments: Sequence[str], message: str)
 
 
 @pytest.mark.slow
-def test_unknown_device_gives_one_clear_line(tmp_path: Path) -> None:
+def test_unknown_device_gives_one_clear_line(tmp_path: Path, offloop: Offloop) -> None:
     done = offloop("demo", "--quiet", "--device", "abacus", "--run-dir", str(tmp_path))
     assert done.returncode == 2
     assert "'abacus'" in done.stderr
@@ -188,7 +197,7 @@ def test_unknown_device_gives_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_help_names_every_option_and_does_not_wait_for_torch() -> None:
-    done = offloop("demo", "--help")
+    done = command("demo", "--help")
     assert done.returncode == 0
     for option in ("--steps", "--seed", "--device", "--run-dir", "--quiet", "--no-dashboard"):
         assert option in done.stdout

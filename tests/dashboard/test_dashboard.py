@@ -1,10 +1,10 @@
 """dashboard/callback.py in real runs: when the page comes and goes, what it shows, what it can do."""
 
+import contextlib
 import gc
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +20,7 @@ import pytest
 import torch
 from memory_link import PageModel
 from socket_viewer import PATIENCE, SocketViewer, request
+from warm_python import ScriptProcess, WarmPython
 
 from offloop.callbacks import ResourceMonitor
 from offloop.dashboard import Dashboard, callback
@@ -460,37 +461,24 @@ def test_wrong_settings_are_said_at_once(options: dict[str, Any], why: str) -> N
 TINY = "from offloop.engine.testing import tiny_batches, tiny_loader, tiny_trainer\n"
 
 
-_children: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def no_child_outlives_its_test() -> Iterator[None]:
-    yield
-    while _children:
-        process = _children.pop()
-        if process.poll() is None:  # the test has failed: it must not train on for ever
-            process.kill()
-            process.communicate()
-
-
-def child(script: str, *, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+@pytest.fixture
+def child(tmp_path: Path, warm_python: WarmPython) -> Iterator[Callable[..., ScriptProcess]]:
     """Start a script in a process of its own; its stderr is its stdout."""
-    head = "from offloop.dashboard import Dashboard\n"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-W", "error", "-c", head + script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (env or {}),
-    )
-    _children.append(process)
-    return process
+    with contextlib.ExitStack() as stack:
+
+        def child(source: str, *, env: dict[str, str] | None = None) -> ScriptProcess:
+            script = tmp_path / "script.py"
+            script.write_text("from offloop.dashboard import Dashboard\n" + source)
+            environment = os.environ | (env or {})
+            return stack.enter_context(
+                warm_python.start(script, environment=environment, merges_streams=True)
+            )
+
+        yield child
 
 
-def line_with(process: subprocess.Popen[str], text: str) -> str:
+def line_with(process: ScriptProcess, text: str) -> str:
     """Read what a process says up to the line that has some text, and return that line."""
-    assert process.stdout is not None
     said = []
     for line in process.stdout:
         said.append(line)
@@ -503,7 +491,7 @@ def address_in(line: str) -> str:
     return line.rpartition("Live page: ")[2]
 
 
-def test_kept_open_the_page_stays_until_ctrl_c() -> None:
+def test_kept_open_the_page_stays_until_ctrl_c(child: Callable[..., ScriptProcess]) -> None:
     process = child(
         TINY + "tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[Dashboard(port=0, keep_open=True)])"
     )
@@ -513,11 +501,13 @@ def test_kept_open_the_page_stays_until_ctrl_c() -> None:
         viewer.wait(lambda page: page.status and page.status.state == "completed")
         process.send_signal(signal.SIGINT)
         assert viewer.wait_closed() == (1001, "the server was interrupted")
-    assert process.communicate(timeout=PATIENCE)[0] == "" and process.returncode == 0
+    assert process.communicate()[0] == "" and process.returncode == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 75)])
-def test_a_run_that_is_interrupted_takes_even_a_page_that_is_kept_open_along(number: int, code: int) -> None:
+def test_a_run_that_is_interrupted_takes_even_a_page_that_is_kept_open_along(
+    number: int, code: int, child: Callable[..., ScriptProcess]
+) -> None:
     process = child(
         f"{TINY}import itertools\n"
         "endless = itertools.cycle(tiny_batches())\n"
@@ -529,11 +519,11 @@ def test_a_run_that_is_interrupted_takes_even_a_page_that_is_kept_open_along(num
         process.send_signal(number)
         assert viewer.wait_closed() == (1001, "the run is over")
     assert viewer.page.status is not None and viewer.page.status.state == "stopped"
-    said, _ = process.communicate(timeout=PATIENCE)
+    said, _ = process.communicate()
     assert process.returncode == code, said
 
 
-def test_a_new_process_at_the_same_port_knows_the_cookie() -> None:
+def test_a_new_process_at_the_same_port_knows_the_cookie(child: Callable[..., ScriptProcess]) -> None:
     script = "with Dashboard(port={port}) as dashboard:\n    input()"
     process = child(script.format(port=0))
     address = address_in(line_with(process, "Live page: "))
@@ -546,7 +536,7 @@ def test_a_new_process_at_the_same_port_knows_the_cookie() -> None:
     asking.close()
     with SocketViewer(address, cookie=cookie) as viewer:
         viewer.wait(lambda page: page.hello)
-        process.communicate("\n", timeout=PATIENCE)
+        process.communicate("\n")
         assert viewer.wait_closed() == (1001, "the dashboard was closed")
         known = viewer.page
     process = child(script.format(port=port))
@@ -555,11 +545,11 @@ def test_a_new_process_at_the_same_port_knows_the_cookie() -> None:
     with SocketViewer(address, cookie=cookie, page=known) as viewer:
         viewer.wait(lambda page: page.hello and page.hello.server != before)
         assert viewer.page.hello is not None and viewer.page.hello.role == "control"
-        process.communicate("\n", timeout=PATIENCE)
+        process.communicate("\n")
     assert process.returncode == 0
 
 
-def test_open_calls_the_browser(tmp_path: Path) -> None:
+def test_open_calls_the_browser(tmp_path: Path, child: Callable[..., ScriptProcess]) -> None:
     pipe, browser = tmp_path / "pipe", tmp_path / "browser"
     os.mkfifo(pipe)
     browser.write_text(f'#!/bin/sh\necho "$1" > {pipe}\n')
@@ -570,7 +560,7 @@ def test_open_calls_the_browser(tmp_path: Path) -> None:
     address = address_in(line_with(process, "Live page: "))
     with pipe.open() as file:
         assert file.read() == f"{address}\n"
-    process.communicate("\n", timeout=PATIENCE)
+    process.communicate("\n")
     assert process.returncode == 0
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from fsspec.implementations.memory import (  # type: ignore[import-untyped]  # a
 )
 from interruptions import Cut
 from torch.utils.data import DataLoader
+from warm_python import WarmPython
 
 from offloop.callbacks import MetricLogger, ModelCheckpoint
 from offloop.engine import (
@@ -617,24 +617,18 @@ print("done", flush=True)
 
 
 @pytest.mark.slow
-def test_kill_while_uploading_leaves_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(UPLOADER)
-    children = {}
-    for file in ("model.safetensors", "MANIFEST.json"):  # the second one of the run
-        arguments = [str(tmp_path / f"first-{file}"), (tmp_path / f"remote-{file}").as_uri(), file]
-        children[file] = subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    for file, child in children.items():
-        assert child.stdout is not None
-        assert child.stdout.readline().strip() == file
-        child.kill()
-        child.communicate()
+def test_kill_while_uploading_leaves_a_run_that_goes_on_bit_for_bit(
+    tmp_path: Path, warm_python: WarmPython
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UPLOADER)
+    files = ("model.safetensors", "MANIFEST.json")  # the second one of the run
+    for file in files:
+        arguments = str(tmp_path / f"first-{file}"), (tmp_path / f"remote-{file}").as_uri(), file
+        with warm_python.start(script, *arguments) as child:  # it is killed at the end of the block
+            assert child.stdout.readline().strip() == file
     _, _, weights = a_run(tmp_path / "whole", None, ModelCheckpoint(every_n_steps=2), seed=3)
-    for file in children:
+    for file in files:
         remote = (tmp_path / f"remote-{file}").as_uri()
         result, second, resumed = a_run(
             tmp_path / f"second-{file}", remote, ModelCheckpoint(every_n_steps=2), resume="auto", seed=3

@@ -2,12 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_python import WarmPython
 
 from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
@@ -72,8 +71,8 @@ async def test_a_run_that_goes_on_is_read_so_far(tmp_path: Path) -> None:
         run.cancel()
 
 
-def test_a_killed_run_is_read_up_to_its_end(tmp_path: Path) -> None:
-    script = """
+def test_a_killed_run_is_read_up_to_its_end(tmp_path: Path, warm_python: WarmPython) -> None:
+    source = """
 import os
 from offloop.engine import Callback, EpochStart, decides
 from offloop.engine.testing import tiny_batches, tiny_trainer
@@ -87,8 +86,9 @@ class Die(Callback):
 
 tiny_trainer(run_dir=".", run_name="run", callbacks=[Die()]).train(tiny_batches(3), tiny_batches(2), epochs=9)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)
-    assert done.returncode == -9
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    assert warm_python.run(script).returncode == -9
     loaded = RunResult.load(tmp_path / "run")
     assert loaded.status == "running"
     assert [end.epoch for end in loaded.history] == list(range(loaded.epochs))

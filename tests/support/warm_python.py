@@ -110,14 +110,17 @@ class WarmPython:
                 env=os.environ | self._environment,
             )
 
-    def run(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a script in its own folder to its end.
 
         Its output goes through files: a process that it leaves behind would keep a pipe open.
         """
         stdout, stderr = (script.with_name(f"{script.name}.{each}") for each in ("stdout", "stderr"))
         with stdout.open("wb") as out, stderr.open("wb") as err, open(os.devnull, "rb") as nothing:
-            pid, status = self._fork(script, arguments, [nothing.fileno(), out.fileno(), err.fileno()])
+            streams = [nothing.fileno(), out.fileno(), err.fileno()]
+            pid, status = self._fork(script, arguments, streams, environment)
         ended = os.read(status, 100)
         os.close(status)
         assert ended, f"the server of process {pid} has died"
@@ -139,7 +142,7 @@ class WarmPython:
         Args:
             script: The file.
             arguments: What follows its name in `sys.argv`.
-            environment: Variables in addition to those of the tests.
+            environment: Its variables, in place of those of the tests.
             merges_streams: What it writes to stderr comes with what it writes to stdout.
             new_session: It leads a session, so that a signal can be sent to it and its children at once.
         """
@@ -161,7 +164,7 @@ class WarmPython:
         script: Path,
         arguments: tuple[str, ...],
         streams: Sequence[int],
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None,
         new_session: bool = False,
     ) -> tuple[int, int]:
         """Return the process id of a script that has been started, and where its exit code is reported."""
@@ -169,7 +172,7 @@ class WarmPython:
             "script": str(script),
             "arguments": arguments,
             "folder": str(script.parent),
-            "environment": {**os.environ, **self._environment, **(environment or {})},
+            "environment": {**(os.environ if environment is None else environment), **self._environment},
             "new_session": new_session,
         }
         status, theirs = os.pipe()

@@ -2,14 +2,12 @@
 
 import json
 import resource
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 from offloop.engine import (
     Callback,
@@ -148,17 +146,11 @@ tiny_trainer(run_dir=sys.argv[1], run_name="the-run").train(tiny_loader(3), epoc
 
 
 @pytest.mark.slow
-def test_kill_9_leaves_all_milestones_readable(tmp_path: Path) -> None:
+def test_kill_9_leaves_all_milestones_readable(tmp_path: Path, warm_python: WarmPython) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        try:
-            seen = [int(child.stdout.readline()) for _ in range(200)]
-        finally:
-            child.send_signal(signal.SIGKILL)
+    with warm_python.start(script, str(tmp_path)) as child:  # it is killed at the end of the block
+        seen = [int(child.stdout.readline()) for _ in range(200)]
     events = list(read_events(tmp_path / RUN))
     milestones = [event for event in events if not isinstance(event, StepEnd)]
     written = {event.seq for event in milestones}

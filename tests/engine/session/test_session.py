@@ -7,8 +7,6 @@ import gc
 import logging
 import os
 import random
-import subprocess
-import sys
 import threading
 import traceback
 import weakref
@@ -24,6 +22,7 @@ import anyio.to_thread
 import pytest
 import torch
 import trio
+from warm_python import WarmPython
 
 from offloop.callbacks import LearningRateScheduler, ModelCheckpoint, WeightAverage
 from offloop.engine import (
@@ -1299,8 +1298,8 @@ def test_tf32_is_set_for_the_run_and_back_after_it(allowed: bool) -> None:
     assert now() == before
 
 
-def test_tf32_is_set_beside_torchs_newer_switches_too() -> None:
-    script = """if True:
+def test_tf32_is_set_beside_torchs_newer_switches_too(tmp_path: Path, warm_python: WarmPython) -> None:
+    source = """if True:
         import torch
         from offloop.engine import Callback, in_step
         from offloop.engine.testing import tiny_loader, tiny_trainer
@@ -1318,7 +1317,9 @@ def test_tf32_is_set_beside_torchs_newer_switches_too() -> None:
     """
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the older switches only")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    done = warm_python.run(script)
     assert done.returncode == 0, done.stderr
 
 
