@@ -4,15 +4,12 @@
                                  │                        │                       │ wait_event
     copy stream                  └────────────────────────┴── copies to host ──── event
 
-Two kinds of tensors: those that an optimizer owns change in its `step` and nowhere else, and a
-hook before each step lets the compute stream wait for the copies; the rest (batch norm's
-statistics, averaged weights, random states) may change in the next forward pass, and are cloned
-on the device first, in the order of the compute stream.  The host waits for nothing; the writer
-thread waits for the event.  Other code that may change the first kind (a step hook, a decider,
-`run.call`) runs after `guard`; parameters that a module changes in its forward pass are of the second.
+There are two kinds of tensors. Those that an optimizer owns change only in its `step`; a hook before every step
+makes the compute stream wait for the copies. The others (batch norm's statistics, averaged weights, random states,
+parameters that a module changes in its forward pass) may change in the next forward pass. They are cloned on the
+device first, in the order of the compute stream. The host waits for nothing; the writer thread waits for the event.
+Other code that may change the first kind (a step hook, a decider, `run.call`) runs after `guard`.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -20,22 +17,22 @@ from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("offloop")
 
 _cuda: Any = torch.cuda
-"""torch has no types for what we call here."""
+"""torch has no types for what is called here."""
 
 
 def any_on_cuda(tensors: Iterable[torch.Tensor]) -> bool:
-    """Tell whether a device copy is needed."""
+    """Return whether any tensor is on a CUDA device."""
     return any(tensor.is_cuda for tensor in tensors)
 
 
 class PinnedMemory:
-    """Page-lock memory that exists, so that the device can write it by itself.
+    """Existing memory, page-locked so that the device can write it directly.
 
-    Not `pin_memory=True`: torch's host allocator rounds up to a power of two and keeps the
-    block for good; a slot may be many gigabytes.
+    `pin_memory=True` would not do: torch's host allocator rounds up to a power of two and keeps the block for good,
+    and a slot may have many gigabytes.
     """
 
     def __init__(self, memory: torch.Tensor) -> None:
@@ -43,11 +40,11 @@ class PinnedMemory:
         code = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         self._is_pinned = code == 0
         if code:
-            # Still correct: the copies then hold the host until they are done.
+            # Still correct: the copies then block the host.
             logger.warning("cannot page-lock %d bytes (CUDA error %d)", memory.numel(), code)
 
     def release(self) -> None:
-        """Undo it, which must happen before the memory goes. Calling twice is fine."""
+        """Unlock the memory; must be called before it is freed. Calling twice is fine."""
         if self._is_pinned:
             self._is_pinned = False
             _cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
@@ -58,8 +55,8 @@ class RunningCopy:
 
     def __init__(self, events: Sequence[torch.cuda.Event], keep: Sequence[torch.Tensor]) -> None:
         self._events = events
-        # The allocator knows these tensors by the compute stream only: were one freed before the
-        # copy stream has read it, its memory could be given away.
+        # The allocator relates these tensors to the compute stream only. If one were freed before the copy stream
+        # has read it, its memory could be reused.
         self._keep: Sequence[torch.Tensor] = keep
 
     def wait(self) -> None:
@@ -70,10 +67,7 @@ class RunningCopy:
 
 
 class CudaCopier:
-    """Start copies, and keep optimizers from overtaking them.
-
-    Thread: the training thread only.
-    """
+    """Starts copies, and makes optimizers wait for them on the device. Training thread only."""
 
     def __init__(
         self, optimizers: Iterable[torch.optim.Optimizer], volatile: Iterable[torch.Tensor] = ()
@@ -87,16 +81,16 @@ class CudaCopier:
         ]
 
     def guard(self) -> None:
-        """Let work that follows on the current streams wait, on the device, for running copies.
+        """Make later work on the current streams wait, on the device, for running copies.
 
-        To be called before anything else than an optimizer's `step` changes its tensors.
+        Call it before anything but an optimizer's `step` changes the optimizer's tensors.
         """
         for device, event in self._pending.items():
             torch.cuda.current_stream(device).wait_event(event)
         self._pending.clear()
 
     def start(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> RunningCopy:
-        """Start copying and return at once, except for sources on the host: they are copied."""
+        """Start the copies and return at once. Sources on the host are copied before it returns."""
         owned = self._owned()
         by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for target, source in zip(targets, sources, strict=True):
@@ -125,7 +119,7 @@ class CudaCopier:
         return RunningCopy(events, keep)
 
     def _owned(self) -> set[int]:
-        """Storages that only an optimizer changes: parameters, but for the volatile ones, and its state of them."""
+        """Return the storages that only an optimizer changes: its state and its parameters, except volatile ones."""
         owned: set[int] = set()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -139,7 +133,7 @@ class CudaCopier:
         return owned - {each.untyped_storage().data_ptr() for each in self._volatile}
 
     def close(self) -> None:
-        """Remove the hooks, after a last wait, and let go of the tensors. Calling twice is fine."""
+        """Wait once more, remove the hooks and drop the tensors. Calling twice is fine."""
         self.guard()
         for hook in self._hooks:
             hook.remove()

@@ -1,11 +1,8 @@
-"""The file operations that checkpoints are made of, and nothing else.
+"""The file operations of checkpoints.
 
-Everything that changes the disk goes through one object of this class, for the sake of tests:
-they replace it by one that fails the n-th operation, stops dead at it, or keeps a record from
-which every state that a power cut could leave is built.
+All changes of the disk go through an object of this class. Tests replace it by one that fails the n-th operation,
+stops there, or records operations to build every state that a power cut could leave.
 """
-
-from __future__ import annotations
 
 import errno
 import os
@@ -19,30 +16,30 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class FileSystem:
-    """Call the operating system. Every method blocks; every failure is an `OSError`."""
+    """Calls the operating system. All methods block; all failures are `OSError`s."""
 
     def make_directory(self, path: Path) -> None:
-        """Create one directory; one that exists is an error."""
+        """Create a directory that does not exist yet."""
         os.mkdir(path)
 
     def open_new(self, path: Path) -> int:
-        """Create a file that must not exist yet, for writing."""
+        """Create a file that does not exist yet, and open it for writing."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(path, flags, 0o666)
 
     def write(self, file: int, data: memoryview) -> int:
-        """Write some of `data` and return how much, which may be less than all."""
+        """Write some of `data`; return the number of bytes written."""
         return os.write(file, data)
 
     def sync(self, file: int) -> None:
-        """Return when the file's content is on the disk."""
+        """Make an open file's content durable."""
         os.fsync(file)
 
     def close(self, file: int) -> None:
         os.close(file)
 
     def sync_file(self, path: Path) -> None:
-        """Return when the content of a file that somebody else has written is on the disk."""
+        """Make the content of a file durable."""
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.fsync(file)
@@ -50,19 +47,19 @@ class FileSystem:
             os.close(file)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name, on the same disk."""
+        """Create a hard link."""
         os.link(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a directory or file a name that is not in use (atomic, not yet durable)."""
+        """Rename a directory or file to an unused name (atomic, not yet durable)."""
         os.rename(source, target)
 
     def replace(self, source: Path, target: Path) -> None:
-        """Put a file in the place of another (atomic, not yet durable)."""
+        """Replace a file by another (atomic, not yet durable)."""
         os.replace(source, target)
 
     def sync_directory(self, path: Path) -> None:
-        """Return when the names in the directory are on the disk."""
+        """Make the names in a directory durable."""
         file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(file)
@@ -76,20 +73,20 @@ class FileSystem:
         os.rmdir(path)
 
     def list_directory(self, path: Path) -> list[str]:
-        """Return the names in a directory, sorted; none if it does not exist."""
+        """Return the names in a directory, sorted; empty if it does not exist."""
         try:
             return sorted(os.listdir(path))
         except FileNotFoundError:
             return []
 
     def free_bytes(self, path: Path) -> int:
-        """Return what an unprivileged user may still write."""
+        """Return the bytes that an unprivileged user may still write."""
         numbers = os.statvfs(path)
         return numbers.f_bavail * numbers.f_frsize
 
 
 def write_all(filesystem: FileSystem, file: int, data: memoryview) -> None:
-    """Write all of `data`, however little the system takes at a time. Blocks."""
+    """Write all of `data`. Blocks."""
     while len(data):
         try:
             count = filesystem.write(file, data)
@@ -101,7 +98,7 @@ def write_all(filesystem: FileSystem, file: int, data: memoryview) -> None:
 
 
 def write_file(filesystem: FileSystem, path: Path, content: bytes) -> None:
-    """Create a small file and return when its content is on the disk. Blocks."""
+    """Create a small file and make its content durable. Blocks."""
     file = filesystem.open_new(path)
     try:
         write_all(filesystem, file, memoryview(content))
@@ -111,10 +108,10 @@ def write_file(filesystem: FileSystem, path: Path, content: bytes) -> None:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file for writing, made if it is missing; through no link. Blocks.
+    """Open a file for writing, create it if it is missing. Never follows a link. Blocks.
 
     Raises:
-        OSError: It cannot be opened, or is a link: what it leads to is not the run's.
+        OSError: It cannot be opened, or is a link, whose target does not belong to the run.
     """
     flags |= os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -127,10 +124,9 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def replace_file(path: Path, content: bytes, filesystem: FileSystem | None = None) -> None:
-    """Put a file in the place of another, whole or not at all; durable when this returns. Blocks.
+    """Replace a file atomically and durably. Blocks.
 
-    A link under this name is replaced, and one under the temporary name, `.<name>.new`, is removed: nothing is written
-    through either.
+    Links are never followed: one under this name is replaced, one under the temporary name `.<name>.new` removed.
     """
     filesystem = filesystem or FileSystem()
     temporary = path.with_name(f".{path.name}.new")
@@ -147,7 +143,7 @@ def replace_file(path: Path, content: bytes, filesystem: FileSystem | None = Non
 
 
 def make_directories(filesystem: FileSystem, path: Path) -> None:
-    """Create a directory and its missing parents, each made durable in its parent. Blocks."""
+    """Create a directory and its missing parents, durably. Blocks."""
     if path.is_dir():
         return
     make_directories(filesystem, path.parent)
@@ -159,7 +155,7 @@ def make_directories(filesystem: FileSystem, path: Path) -> None:
 
 
 def remove_tree(filesystem: FileSystem, path: Path) -> None:
-    """Delete a directory with what is in it; of a link, the link. Blocks."""
+    """Delete a directory and its content; of a link, only the link. Blocks."""
     if path.is_symlink():
         filesystem.remove_file(path)
         return
@@ -173,7 +169,7 @@ def remove_tree(filesystem: FileSystem, path: Path) -> None:
 
 
 def write_error(error: OSError, path: Path, *, needed: int, filesystem: FileSystem) -> CheckpointWriteError:
-    """Translate what the system said into our own exception."""
+    """Return our exception for the system's."""
     if error.errno not in NO_ROOM:
         return CheckpointWriteError(path, error.errno, error.strerror or str(error))
     try:

@@ -1,17 +1,14 @@
-"""safetensors files, written in bounded pieces with their checksums, and checked piece by piece.
+"""safetensors files, written and checked in bounded pieces with their checksums.
 
-Why not `safetensors.torch.save_file` for writing (0.8, torch 2.13, 2 shared cores, 2026-11-22):
-the training thread notices no difference (p99 of a 1 ms step 10 ms while either writes, both
-leave the interpreter free; `safetensors.torch.save` holds it for up to 3 s per GB and doubles the
-memory, so that one is out).  But it makes a temporary file of its own and renames it, so neither
-``O_EXCL`` nor the order of operations is ours; a full disk is a message without an errno; and the
-checksums need a second pass over the file (six saves of 236 MB: 4.3-4.7 s, against 3.2-3.4 s
-here).  Tensors are read through the package (`restore.py`).
+Why files are not written with `safetensors.torch.save_file` (0.8, torch 2.13, 2 shared cores, 2026-11-22): it
+renames a temporary file of its own, so that we control neither `O_EXCL` nor the order of operations; a full disk
+gives a message without an errno; and checksums need a second pass over the file (six saves of 236 MB: 4.3-4.7 s,
+here 3.2-3.4 s). Training is slowed down alike: the p99 of a 1 ms step is 10 ms while either writes.
+`safetensors.torch.save` would hold the interpreter for up to 3 s per GB and double the memory.
+Tensors are read through the package (`restore.py`).
 
-This module knows bytes, not tensors, and imports no torch.
+This module handles bytes, not tensors, and imports no torch.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -32,7 +29,7 @@ from offloop.engine.checkpoint.filesystem import FileSystem, write_all
 from offloop.engine.checkpoint.manifest import FileRecord, Manifest, StoredTensor, TensorView
 
 CHUNK_BYTES = 1 << 20
-"""Fits a core's L2 cache, so that write() finds what crc32() has just read (8 MiB: 10 % slower)."""
+"""Fits a core's L2 cache, where write() finds the bytes that crc32() has just read (8 MiB: 10 % slower)."""
 
 HEADER_ALIGNMENT = 4096
 """A page, so that a memory map of the file has aligned tensors."""
@@ -68,18 +65,18 @@ PAIRS = frozenset({"complex32", "complex128"})
 
 
 MAX_REPEATED_BYTES = 1 << 28
-"""By which views may be larger than what they are views of, in one checkpoint: masks that were expanded."""
+"""How much larger than their bases all views of a checkpoint may be, like expanded masks."""
 
 
 def repeated_bytes(view: TensorView, base_bytes: int) -> int:
-    """Return by how many bytes a view is larger than its base, because it shows elements several times."""
+    """Return by how many bytes a view is larger than its base because it repeats elements."""
     _, width = ELEMENT_CODES.get(view.dtype, ("", 1))
     return max(0, math.prod(view.shape) * width - base_bytes)
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What goes into one safetensors file: tensors packed without a gap, and their bytes."""
+    """The content of one safetensors file: tensors packed without gaps, and their bytes."""
 
     name: str
     tensors: Sequence[tuple[str, StoredTensor]]
@@ -89,14 +86,14 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that is on the disk, and the checksums of its tensors."""
+    """A durable file and the checksums of its tensors."""
 
     record: FileRecord
     tensors: dict[str, StoredTensor]
 
 
 def encode_header(tensors: Iterable[StoredTensor]) -> bytes:
-    """Return the first part of a safetensors file: a length, JSON, and blanks to a full page."""
+    """Return the header of a safetensors file: a length, JSON, and blanks up to a full page."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for tensor in tensors:
         shape = [*tensor.shape, 2] if tensor.dtype in PAIRS else tensor.shape
@@ -111,9 +108,9 @@ def encode_header(tensors: Iterable[StoredTensor]) -> bytes:
 
 
 def write_tensor_file(filesystem: FileSystem, directory: Path, content: TensorFile) -> WrittenFile:
-    """Write one safetensors file and return when it is on the disk. Blocks.
+    """Write one safetensors file and return when it is durable. Blocks.
 
-    Every byte is read once: the checksum of the file is put together from those of its parts.
+    Every byte is read once: the file's checksum is combined from those of its parts.
     """
     header = encode_header(tensor for _, tensor in content.tensors)
     header_crc = crc = zlib.crc32(header)
@@ -146,15 +143,16 @@ _shift_by_length: dict[int, int] = {}
 
 
 def combine_crc32(first: int, second: int, second_bytes: int) -> int:
-    """Return the checksum of two byte strings laid end to end, from the checksum of each.
+    """Return the checksum of two concatenated byte strings from their checksums.
 
-    zlib has this function and Python does not show it: appending n bytes multiplies the first
-    checksum by x^(8n) modulo the polynomial. The factor is kept for each n, since tensors come in
-    few sizes; a bound keeps a hostile manifest from filling the memory.
+    zlib has this function but Python does not expose it. Appending n bytes multiplies the first checksum by x^(8n)
+    modulo the polynomial. The factor is cached per n, because tensors come in few sizes; a limit keeps a hostile
+    manifest from filling the memory.
     """
     shift = _shift_by_length.get(second_bytes)
     if shift is None:
-        shift, square, bits = 1 << 31, 1 << 23, second_bytes  # x^0, x^8
+        # x^0, x^8
+        shift, square, bits = 1 << 31, 1 << 23, second_bytes
         while bits:
             if bits & 1:
                 shift = _multiply(shift, square)
@@ -175,15 +173,15 @@ def _multiply(a: int, b: int) -> int:
 
 
 def open_plain_file(path: Path) -> tuple[int, int]:
-    """Open a regular file for reading, through no link; return descriptor and length. Blocks.
+    """Open a regular file for reading, never through a link; return descriptor and length. Blocks.
 
     Raises:
-        CheckpointCorruptError: If it is missing.
-        UnsafeCheckpointError: If it is a link, a pipe, a device or a folder.
-        CheckpointReadError: If the system refuses.
+        CheckpointCorruptError: It is missing.
+        UnsafeCheckpointError: It is a link, a pipe, a device or a folder.
+        CheckpointReadError: The system refuses.
     """
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+        # O_NONBLOCK: opening a pipe without a writer would block forever.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise CheckpointCorruptError(path.parent, path.name, "missing", "there is no such file") from error
@@ -225,12 +223,12 @@ def _read_exactly(file: int, size: int, path: Path) -> bytes:
 
 
 def read_error(error: OSError, path: Path) -> CheckpointReadError:
-    """Translate what the system said into our own exception."""
+    """Return our exception for the system's."""
     return CheckpointReadError(path, error.errno, error.strerror or str(error))
 
 
 def check_length(directory: Path, name: str, record: FileRecord) -> None:
-    """Compare a file's length with the manifest's. Blocks, briefly."""
+    """Compare a file's length with the manifest's. Blocks briefly."""
     file, size = open_plain_file(directory / name)
     os.close(file)
     if size != record.bytes:
@@ -240,10 +238,10 @@ def check_length(directory: Path, name: str, record: FileRecord) -> None:
 
 
 def check_header(directory: Path, name: str, manifest: Manifest) -> None:
-    """Check the places the manifest gives to a file's tensors, and the file's header. Blocks.
+    """Check a file's header, and where the manifest places its tensors. Blocks.
 
-    Afterwards the file may be given to a reader of safetensors: its header is the one that was
-    written, and its tensors fill the rest of it without gap or overlap.
+    Afterwards a safetensors reader may open the file: its header is the one that was written, and its tensors fill
+    the rest without gaps or overlaps.
     """
     record = manifest.files[name]
     listed = sorted(
@@ -274,7 +272,7 @@ def check_header(directory: Path, name: str, manifest: Manifest) -> None:
 
 
 def iterate_file(path: Path, start: int, size: int) -> Iterator[bytes]:
-    """Yield a part of a file in bounded pieces. Blocks."""
+    """Yield part of a file in bounded pieces. Blocks."""
     file, _ = open_plain_file(path)
     try:
         os.lseek(file, start, os.SEEK_SET)
@@ -287,10 +285,10 @@ def iterate_file(path: Path, start: int, size: int) -> Iterator[bytes]:
 
 
 def check_tensors(directory: Path, name: str, tensors: Mapping[str, StoredTensor], skip: int) -> None:
-    """Compare every tensor of a file with its checksum, without torch. Blocks, reads everything.
+    """Compare every tensor of a file with its checksum, without torch. Blocks: reads all bytes.
 
     Raises:
-        CheckpointCorruptError: With ``file:tensor`` of the first that differs.
+        CheckpointCorruptError: A tensor differs; the text names the first, as `file:tensor`.
     """
     for tensor in tensors.values():
         if tensor.file != name:
@@ -303,7 +301,7 @@ def check_tensors(directory: Path, name: str, tensors: Mapping[str, StoredTensor
 
 
 def checksum_error(directory: Path, tensor: StoredTensor) -> CheckpointCorruptError:
-    """Return the error for a tensor whose bytes are not those that were saved."""
+    """Return the error for a tensor whose bytes have changed."""
     return CheckpointCorruptError(
         directory, f"{tensor.file}:{tensor.name}", "checksum", "its bytes were changed"
     )

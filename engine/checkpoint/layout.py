@@ -1,12 +1,9 @@
-"""Where each tensor of a state goes: which file, which place, and which share their bytes.
+"""The layout of a state: the file and offset of every tensor, and which tensors share bytes.
 
-Tensors whose memory overlaps (tied weights, slices, transposes) are kept once.  Of such a group
-the member that covers all others is stored and the others become views of it; where none does,
-the memory they lie in is stored as plain bytes and all of them become views.  Tensors that lie
-side by side in one buffer (flattened RNN weights, FSDP) do not overlap and stay apart.
+Tensors whose memory overlaps (tied weights, slices, transposes) are stored once. If one of such a group covers all
+others, it is stored and the others become views of it. Otherwise their memory is stored as plain bytes, and all of
+them become views. Adjacent tensors in one buffer (flattened RNN weights, FSDP) do not overlap and stay separate.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +20,8 @@ DEFAULT_FILES: Mapping[str, str] = {
     "optimizer": "optimizer.safetensors",
     "optimizers": "optimizer.safetensors",
 }
-"""The file for each top-level key of the state. Names in ``model.safetensors`` lose the leading
-``model.``, those in ``average.safetensors`` ``average.``, so that other tools find
-the names they expect; all else goes to ``aux.safetensors``."""
+"""Files by top-level key of the state; other keys go to `aux.safetensors`. Names in `model.safetensors` lose the
+leading `model.`, those in `average.safetensors` lose `average.`, so that other tools find the names they expect."""
 
 OTHER_FILE = "aux.safetensors"
 
@@ -36,16 +32,16 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 @dataclass(frozen=True)
 class Copy:
-    """One copy to be made at each snapshot: a live tensor, or the memory under it, to a place."""
+    """One copy of a snapshot: a live tensor, or the memory under it, to a place in the buffer."""
 
     source: int
     """Index into the tensors of the state."""
     start: int
-    """In the buffer, bytes."""
+    """First byte in the buffer."""
     stored: StoredTensor
     path: str
     span: tuple[int, int] | None = None
-    """Instead of the tensor itself: first byte and number of bytes of its storage."""
+    """If not the tensor itself: first byte and number of bytes of its storage."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +56,20 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Layout:
-    """The outcome; good for as long as the state's tensors are of the same kinds in the same places."""
+    """The layout of a state; valid as long as its tensors have the same kinds and places."""
 
     copies: tuple[Copy, ...]
     views: dict[str, TensorView]
     files: tuple[FilePlan, ...]
     size: int
-    """Of the buffer, in bytes."""
+    """Bytes of the buffer."""
 
 
 def check_tensor(path: str, tensor: torch.Tensor) -> None:
-    """Refuse what has no plain memory to copy.
+    """Check that a tensor has plain memory to copy.
 
     Raises:
-        UnserializableStateError: For sparse, quantized, nested, meta and subclassed tensors.
+        UnserializableStateError: It is sparse, quantized, nested, on meta, or of a subclass.
     """
     if type(tensor) not in _PLAIN_TYPES:
         raise UnserializableStateError(path, tensor, "only plain tensors can be saved")
@@ -84,14 +80,14 @@ def check_tensor(path: str, tensor: torch.Tensor) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``float32`` for ``torch.float32``."""
+    """Return `float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def plan_layout(
     tensors: Sequence[tuple[str, torch.Tensor]], files: Mapping[str, str] = DEFAULT_FILES
 ) -> Layout:
-    """Return where the tensors go; their paths are distinct."""
+    """Plan the layout of tensors with distinct paths."""
     taken: set[tuple[str, str]] = set()
     drafts: list[tuple[int, str, StoredTensor, tuple[int, int] | None]] = []
     views: dict[str, TensorView] = {}
@@ -142,7 +138,7 @@ def _arrange(
     position = 0
     for file in sorted({stored.file for _, _, stored, _ in drafts}):
         inside = [draft for draft in drafts if draft[2].file == file]
-        # Wide elements first: then each tensor is aligned although there are no gaps.
+        # With wide elements first, every tensor is aligned without gaps.
         inside.sort(key=lambda draft: -ELEMENT_CODES[draft[2].dtype][1])
         position += -position % _FILE_START_ALIGNMENT
         start, offset = position, 0
@@ -167,14 +163,14 @@ class _Extent:
 
 
 def _overlapping(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[list[_Extent]]:
-    """Group tensors that share memory; in the order of their first members."""
+    """Group tensors that share memory, in the order of their first members."""
     groups: list[list[_Extent]] = []
     by_storage: dict[tuple[torch.device, int], list[_Extent]] = {}
     for index, (_, tensor) in enumerate(tensors):
         width = tensor.element_size()
         start = int(tensor.storage_offset()) * width
         if tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
-            # No memory, or memory that does not hold the values: nothing to share.
+            # No memory to share, or memory that does not hold the values.
             groups.append([_Extent(index, start, start)])
             continue
         reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -195,12 +191,13 @@ def _overlapping(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[list[_Exte
 
 
 def _covering(group: list[_Extent], tensors: Sequence[tuple[str, torch.Tensor]]) -> _Extent | None:
-    """Return the first member whose elements are all of the group's memory, in order."""
+    """Return the first member that covers the group's memory contiguously."""
     if len(group) == 1:
         return group[0]
     first, stop = min(e.start for e in group), max(e.stop for e in group)
     if any((e.start - first) % tensors[e.index][1].element_size() for e in group):
-        return None  # a member could not be laid over the stored one: elements must be aligned
+        # Views need aligned elements.
+        return None
     for extent in group:
         is_whole = (extent.start, extent.stop) == (first, stop)
         if is_whole and tensors[extent.index][1].is_contiguous():
@@ -213,7 +210,7 @@ def _place(path: str, files: Mapping[str, str], taken: set[tuple[str, str]]) -> 
     file = files.get(top, OTHER_FILE)
     name = rest if top in ("model", "average") and rest else path
     candidate, number = name, 1
-    # "__metadata__" is the one key in a safetensors header that is no tensor.
+    # "__metadata__" is the only key in a safetensors header that is not a tensor.
     while (file, candidate) in taken or candidate == "__metadata__":
         number += 1
         candidate = f"{name}~{number}"

@@ -1,10 +1,8 @@
-"""One writer per run: a lock that the kernel drops when its holder dies, however it dies.
+"""One writer per run: a lock that the kernel releases when its holder dies.
 
-The lock is `flock` on ``LOCK``; the text in the file says who holds it, for people, and decides
-only where the file system has no `flock`.
+The lock is `flock` on `LOCK`. The text in the file names the holder for error messages, and decides only where the
+file system has no `flock`.
 """
-
-from __future__ import annotations
 
 import errno
 import fcntl
@@ -30,12 +28,12 @@ class Owner(msgspec.Struct, frozen=True):
     pid: int
     host: str
     boot_id: str
-    """Changes when the machine restarts: a number of an earlier boot is nobody's."""
+    """Changes when the machine restarts; a process of an earlier boot is gone."""
     since: float
     """Unix seconds."""
 
     def is_gone(self) -> bool:
-        """Tell whether it is certain that this process is no more."""
+        """Return whether this process has certainly ended."""
         if self.host != socket.gethostname():
             return False
         if self.boot_id != _boot_id():
@@ -58,32 +56,32 @@ class _HeldFile:
     _file: int
 
     def release(self) -> None:
-        """Let others in. Any thread; calling twice is fine."""
-        # One thread succeeds here: a descriptor that is closed twice may be a stranger's by then.
+        """Release the lock. Any thread; calling twice is fine."""
+        # Only one thread gets past this: a descriptor that is closed twice may belong to another file by then.
         try:
             _held.remove(self)
         except KeyError:
             return
         with suppress(OSError):
             self._forget_owner()
-        # Explicitly: a forked child may hold a copy of the descriptor.
+        # Closing is not enough: a forked child may hold a copy of the descriptor.
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)
         os.close(self._file)
 
     def _forget_owner(self) -> None:
-        """Take back what the file says about us, while it is still ours."""
+        """Clear the owner in the file, while the lock is held."""
 
 
 class RunLock(_HeldFile):
-    """Hold the right to write to a run, from `__init__` until `release`.
+    """The right to write to a run, held from `__init__` until `release`.
 
-    A run whose holder was killed is free at once. Forked children (loader workers) do not keep
-    the lock when their parent dies.
+    If the holder is killed, the lock is free at once. Forked children (loader workers) do not keep the lock when
+    their parent dies.
 
     Raises:
-        RunLockedError: If another process, or another store in this one, has it.
-        OSError: If the file cannot be opened, or is a link.
+        RunLockedError: Another process, or another store in this one, holds it.
+        OSError: The file cannot be opened, or is a link.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -125,13 +123,13 @@ class RunLock(_HeldFile):
 
 
 class DirectoryLock(_HeldFile):
-    """Hold a run's directory as a whole, from `__init__` until `release`; leaves no file.
+    """A lock on a run's directory, held from `__init__` until `release`. Leaves no file.
 
-    A run takes it when it begins, long before its first checkpoint opens a store: or a second one of the same
-    name could begin in between. Where the file system cannot lock directories, nothing is held.
+    A run takes it at its start, so that no second run of the same name starts before the first checkpoint opens a
+    store. Where the file system cannot lock directories, it locks nothing.
 
     Raises:
-        RunLockedError: If another process, or another run in this one, has it.
+        RunLockedError: Another process, or another run in this one, holds it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -142,7 +140,8 @@ class DirectoryLock(_HeldFile):
             os.close(self._file)
             raise RunLockedError(directory / LOCK, "another run") from error
         except OSError as error:
-            if error.errno not in _UNSUPPORTED | {errno.EBADF}:  # NFS wants it open for writing
+            # EBADF: NFS wants it open for writing.
+            if error.errno not in _UNSUPPORTED | {errno.EBADF}:
                 os.close(self._file)
                 raise
         _held.add(self)
@@ -152,8 +151,8 @@ _held: weakref.WeakSet[_HeldFile] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
-    # The lock belongs to the open file, which fork shares: an orphaned loader worker would keep
-    # a dead run locked. Closing the child's copy leaves the parent's lock alone.
+    # fork shares the open file, which owns the lock: an orphaned loader worker would keep a dead run locked.
+    # Closing the child's copy does not release the parent's lock.
     for lock in list(_held):
         os.close(lock._file)
     _held.clear()

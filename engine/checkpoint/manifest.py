@@ -1,10 +1,8 @@
-"""The record that makes a directory a checkpoint: what is in it, and how to tell that it is whole.
+"""The manifest of a checkpoint: its content and checksums.
 
-``MANIFEST.json`` is one line of JSON and one line with the checksum of the first.  It is written
-last; a directory without a valid one is not a checkpoint.
+`MANIFEST.json` is a line of JSON and a line with its checksum. It is written last; a directory without a valid one is
+not a checkpoint.
 """
-
-from __future__ import annotations
 
 import math
 import re
@@ -29,17 +27,18 @@ READER_VERSION = 1
 """The newest `min_reader` that this code can read."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
-"""Of files in a checkpoint: no folder, no hidden file, no ``..``."""
+"""Legal names of files in a checkpoint: no folder, no hidden file, no `..`."""
 
 CHECKPOINT_NAME = re.compile(r"step-[0-9]{9,20}-a(?P<attempt>[0-9]{1,9})(-[0-9]{1,9})?")
-"""Of a checkpoint's directory: steps done, attempt, and a number if that was taken."""
+"""Legal names of checkpoints: steps done, attempt, and a number if the name was taken."""
 
 MAX_DIMENSIONS = 64
 """torch's own limit."""
 MAX_CONTAINERS = 2_000_000
-"""Objects and arrays in one JSON file. 100,000 tensors with AdamW's state have 1 million; 2 million take 0.4 GB."""
+"""Limit of objects and arrays in a JSON file. 100,000 tensors with AdamW's state have 1 million; 2 million take
+0.4 GB."""
 MAX_ITEMS = 10_000_000
-"""Commas in one JSON file: a sampler may keep the order of some million samples. They take 0.3 GB."""
+"""Limit of commas in a JSON file: a sampler may save the order of some million samples. 10 million take 0.3 GB."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Sizes = Annotated[list[Count], msgspec.Meta(max_length=MAX_DIMENSIONS)]
@@ -54,7 +53,7 @@ class FileRecord(msgspec.Struct, frozen=True):
     bytes: Count
     crc32: Crc32
     header_bytes: Count = 0
-    """Of a tensor file: what stands before the first tensor; 0 for other files."""
+    """Length of a tensor file's header; 0 for other files."""
     header_crc32: Crc32 = 0
 
 
@@ -65,10 +64,10 @@ class StoredTensor(msgspec.Struct, frozen=True):
     name: str
     """The tensor's name inside its file."""
     dtype: str
-    """As torch calls it, without ``torch.``."""
+    """torch's name, without `torch.`."""
     shape: Sizes
     offset: Count
-    """Of the first byte, counted from the end of the file's header."""
+    """First byte, counted from the end of the file's header."""
     bytes: Count
     crc32: Crc32 = 0
 
@@ -82,14 +81,14 @@ class TensorView(msgspec.Struct, frozen=True):
     stride: Sizes
     """In elements."""
     offset: Count
-    """Of the first element from the start of the base, in bytes."""
+    """Bytes from the start of the base to the first element."""
 
 
 class CheckpointRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a save is about: said by who asks for it, kept in the manifest."""
+    """The facts of a save, which the manifest keeps."""
 
     step: Count
-    """Optimizer steps that are done."""
+    """Optimizer steps done."""
     epoch: Count = 0
     batch: Count = 0
     attempt: Count = 1
@@ -100,10 +99,10 @@ class CheckpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The checkpoint this attempt was resumed from."""
     metrics: dict[str, float] = {}
     extra: dict[str, object] = {}
-    """Anything else that is plain: environment, configuration hash, counters, timings."""
+    """Other plain values: environment, configuration hash, counters, timings."""
     tags: tuple[str, ...] = ()
     owners: tuple[str, ...] = ()
-    """Whose retention counts it; empty where it was taken for nobody in particular."""
+    """Owners of the retention rules that count it; empty if it was saved for no owner."""
 
 
 class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +114,7 @@ class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
     engine_version: str = ""
     name: str
     serial: Count
-    """Grows by one with every commit in a run: the order of checkpoints, whatever clocks say."""
+    """Grows by one with every commit in a run: the order of checkpoints, independent of clocks."""
     run_id: str = ""
     attempt: Count = 1
     parent: str | None = None
@@ -129,18 +128,18 @@ class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, JsonNumber] = {}
     extra: object = None
     owners: list[str] = []
-    """Whose retention counts it."""
+    """Owners of the retention rules that count it."""
     files: dict[str, FileRecord]
 
 
 class Manifest(ManifestHead, frozen=True, kw_only=True):
-    """All of it."""
+    """A whole manifest."""
 
     tensors: dict[str, StoredTensor] = {}
     views: dict[str, TensorView] = {}
 
     def tensors_under(self, paths: Collection[str]) -> dict[str, StoredTensor]:
-        """Return the stored tensors that the tensors at these paths of the state are made of."""
+        """Return the stored tensors behind the tensors at these paths of the state."""
         bases = {self.views[path].base if path in self.views else path for path in paths}
         return {path: stored for path, stored in self.tensors.items() if path in bases}
 
@@ -149,9 +148,9 @@ HeadT = TypeVar("HeadT", bound=ManifestHead)
 
 
 def excess_of(content: bytes) -> str:
-    """Return what a JSON text has too much of to be decoded in bounded memory and time; empty if it is fine.
+    """Return why a JSON text cannot be decoded in bounded memory and time; empty if it can.
 
-    Counting is a thousand times as fast as decoding. It counts what stands inside of strings too, which is rare.
+    Counting is a thousand times as fast as decoding. Characters in strings count too, but are rare.
     """
     containers = content.count(b"{") + content.count(b"[")
     if containers > MAX_CONTAINERS:
@@ -167,30 +166,30 @@ class _Envelope(msgspec.Struct, frozen=True):
 
 
 def json_number(value: float) -> JsonNumber:
-    """Return the number, or the word that stands for it where JSON has none."""
+    """Return a number, or the word for a number that JSON lacks."""
     if math.isfinite(value):
         return float(value)
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return the content of ``MANIFEST.json``."""
+    """Return the content of `MANIFEST.json`."""
     line = msgspec.json.encode(manifest)
     return line + b"\ncrc32:%08x\n" % zlib.crc32(line)
 
 
 def decode_manifest(content: bytes, directory: Path) -> Manifest:
-    """Return the whole manifest, checked.
+    """Decode and check a whole manifest.
 
     Raises:
-        CheckpointCorruptError: If it is not what was written, or names files elsewhere.
-        CheckpointIncompatibleError: If a newer offloop is needed to read it.
+        CheckpointCorruptError: It is not what was written, or names files elsewhere.
+        CheckpointIncompatibleError: It needs a newer offloop.
     """
     return _decode(content, directory, Manifest)
 
 
 def decode_head(content: bytes, directory: Path) -> ManifestHead:
-    """Return what listings need, checked in the same way but much faster to read."""
+    """Decode and check the part that listings need, which is much faster."""
     return _decode(content, directory, ManifestHead)
 
 
@@ -203,7 +202,7 @@ def _decode(content: bytes, directory: Path, kind: type[HeadT]) -> HeadT:
         raise damaged("its own checksum does not match")
     if excess := excess_of(line):
         raise UnsafeCheckpointError(directory, MANIFEST, "manifest", excess)
-    # RecursionError: msgspec's answer to brackets nested without end.
+    # msgspec raises RecursionError for brackets nested too deeply.
     try:
         envelope = msgspec.json.decode(line, type=_Envelope)
         if envelope.schema != SCHEMA:

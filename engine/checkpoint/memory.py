@@ -1,6 +1,4 @@
-"""How torch and Python say that there is no memory left."""
-
-from __future__ import annotations
+"""Recognizing errors that mean "out of memory"."""
 
 from typing import Final
 
@@ -16,7 +14,7 @@ _OTHER_WORDS_FOR_IT: Final = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an exception says that memory has run out, on the host or on a device."""
+    """Return whether an exception means that memory has run out, on the host or on a device."""
     if isinstance(error, _OutOfMemory | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OTHER_WORDS_FOR_IT)

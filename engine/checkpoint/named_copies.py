@@ -1,18 +1,16 @@
-"""Copies of a run's checkpoints under names that people chose, in a directory of theirs.
+"""Copies of a run's checkpoints under chosen names in a directory that the user names.
 
     write   <directory>/.tmp-<run>-<name>/    each file a hard link where the disk allows it, else a copy, fsynced
     note    <run>/refs/copies/<directory>/<name>            the name of the checkpoint
-    replace rename <name> -> .tmp-<run>-<new name> or .trash-<run>-<name>, where another is to have its name
+    replace rename <name> -> .tmp-<run>-<new name> or .trash-<run>-<name>, if another copy takes its name
     publish rename .tmp-<run>-<name> -> <name>
     delete  rename <name> -> .trash-<run>-<name>, then its files, then the note
 
-A copy appears whole or not at all, and goes when its checkpoint has gone. What a killed run left is deleted when the
-run goes on: by the notes, copies whose checkpoint was deleted in between; by their names, what was half written or
-half deleted. What is in the directory and is not a copy of this run's is never touched: a name that is taken gets a
-number. Here <run> and <directory> stand for hashes of their paths: runs may share a directory, and their ids.
+A copy appears whole or not at all, and is deleted with its checkpoint. A resumed run deletes what a killed one left:
+the notes show copies whose checkpoint was deleted in between, hidden names show half-written and half-deleted copies.
+Other content of the directory is never touched: a copy whose name is taken gets a number. <run> and <directory> are
+hashes of paths, because runs may share a directory and even their ids.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -21,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from offloop.engine.checkpoint.errors import CheckpointError
 from offloop.engine.checkpoint.filesystem import FileSystem, make_directories, remove_tree, write_file
@@ -31,7 +30,7 @@ COPIES = "copies"
 
 
 class NamedCopies:
-    """The copies of one run. All methods block; one thread at a time."""
+    """The copies of one run. All methods block; use it from one thread at a time."""
 
     def __init__(
         self,
@@ -40,13 +39,13 @@ class NamedCopies:
         name_of: Callable[[CheckpointInfo], str],
         filesystem: FileSystem | None = None,
     ) -> None:
-        """Keep copies in `directory`, which is made, and take over those that the run has there already.
+        """Create the directory if it is missing. Copies that the run has there already are kept.
 
         Args:
-            directory: Where the copies stand.
-            run_directory: Of the run whose checkpoints they are.
-            name_of: Gives a copy its name.
-            filesystem: What changes the disk; tests give others.
+            directory: Holds the copies.
+            run_directory: The run's directory.
+            name_of: Returns the name of a checkpoint's copy.
+            filesystem: Changes the disk; tests give others.
 
         Raises:
             OSError: The directory cannot be made.
@@ -58,27 +57,30 @@ class NamedCopies:
         self._name_of = name_of
         self._temporary, self._trash = (f".{kind}-{_hash_of(run_directory)}-" for kind in ("tmp", "trash"))
         self._filesystem = filesystem or FileSystem()
-        self._copies: dict[str, Path] | None = None  # by the name of the checkpoint
-        self._dismissed: set[str] = set()  # checkpoints whose copy a person has removed
+        # By the name of the checkpoint; None until `take_over` has looked.
+        self._copies: dict[str, Path] | None = None
+        # Checkpoints whose copy the user has removed.
+        self._dismissed: set[str] = set()
 
-    def collides_with(self, other: NamedCopies) -> bool:
-        """True if the other one has copies under the same names in the same directory."""
+    def collides_with(self, other: Self) -> bool:
+        """Return whether both give the same names in the same directory."""
         return self.directory.resolve() == other.directory.resolve() and self._name_of == other._name_of
 
     def mirror(self, wanted: Sequence[CheckpointInfo]) -> None:
-        """Make the directory hold copies of these checkpoints, and of no others of this run that this object has made.
+        """Copy these checkpoints, and delete the copies of others that this object has made.
 
-        Where several have one name, the first has it, and the others get numbers. A copy that a person has removed
-        is not made again.
+        Checkpoints with the same name get numbers, except for the first. A copy that the user has removed is not made
+        again.
 
         Raises:
-            OSError: The system would not; nothing half-written is visible then.
+            OSError: The system refused; nothing half-written is visible.
         """
         copies = self.take_over()
         self._dismissed |= {name for name, path in copies.items() if not os.path.lexists(path)}
         copies = {name: path for name, path in copies.items() if name not in self._dismissed}
         targets = self._names_for([info for info in wanted if info.name not in self._dismissed], copies)
-        made: dict[str, Path] = {}  # by the name of the checkpoint, under a hidden name
+        # Hidden paths of new and renamed copies, by the name of the checkpoint.
+        made: dict[str, Path] = {}
         try:
             for info in wanted:
                 if info.name in targets and info.name not in copies:
@@ -87,12 +89,14 @@ class NamedCopies:
             for path in made.values():
                 self._try_remove(path)
             raise
-        self._copies = None  # where the rest fails, the next call looks what there is
+        # If the rest fails, the next call looks at the disk.
+        self._copies = None
         changed = {
             name: path
             for name, path in copies.items()
             if targets.get(name) != path.name
-            and self._checkpoint_of(path) == name  # else a stranger's by now
+            # Skip a directory that has been replaced by something else.
+            and self._checkpoint_of(path) == name
         }
         trash = [self._hide(path) for name, path in changed.items() if name not in targets]
         for name, path in changed.items():
@@ -112,7 +116,7 @@ class NamedCopies:
         self._copies = {name: self.directory / target for name, target in targets.items()}
 
     def _names_for(self, wanted: Sequence[CheckpointInfo], copies: Mapping[str, Path]) -> dict[str, str]:
-        """Return the name of each copy by that of its checkpoint; what others have is left to them."""
+        """Return the names of the copies by those of their checkpoints; names in use by others are avoided."""
         own = {path.name for path in copies.values()}
         names: dict[str, str] = {}
         for info in wanted:
@@ -125,10 +129,10 @@ class NamedCopies:
         return names
 
     def take_over(self) -> dict[str, Path]:
-        """Return the run's copies by the names of their checkpoints; the first call cleans up after a killed run.
+        """Return the run's copies by the names of their checkpoints. The first call cleans up after a killed run.
 
         Raises:
-            OSError: The system would not.
+            OSError: The system refused.
         """
         if self._copies is not None:
             return self._copies
@@ -136,7 +140,8 @@ class NamedCopies:
             if path.name.startswith((self._temporary, self._trash)):
                 self._try_remove(path)
         copies: dict[str, Path] = {}
-        whole: set[str] = set()  # names of copies, of other owners too
+        # Names of copies, including those of other owners.
+        whole: set[str] = set()
         noted = self._noted()
         for path in sorted(self.directory.iterdir()):
             checkpoint = self._checkpoint_of(path)
@@ -152,12 +157,12 @@ class NamedCopies:
         return copies
 
     def _is_own_name(self, path: Path) -> bool:
-        """True if the copy has a name that this object gives; another owner may have its own in this directory."""
+        """Return whether this object gave the copy its name; another owner may use the same directory."""
         base = self._name_of(CheckpointReader(self.directory).find(path))
         return re.fullmatch(rf"{re.escape(base)}(-\d+)?", path.name) is not None
 
     def _noted(self) -> dict[str, str]:
-        """Return which checkpoint each copy is of, by the notes; one that is half there names none."""
+        """Return the checkpoints of the copies by the notes. A half-written note names none."""
         return {
             path.name: path.read_text(encoding="ascii", errors="replace").strip()
             for path in (self._notes.iterdir() if self._notes.is_dir() else ())
@@ -175,12 +180,13 @@ class NamedCopies:
 
     @staticmethod
     def _is_copy(path: Path, checkpoint: Path) -> bool:
-        with suppress(OSError):  # the checkpoint is gone
+        # An OSError means that the checkpoint is gone.
+        with suppress(OSError):
             return (path / MANIFEST).read_bytes() == (checkpoint / MANIFEST).read_bytes()
         return False
 
     def _make(self, info: CheckpointInfo, name: str) -> Path:
-        """Copy a checkpoint to a hidden place, down to the disk; return where."""
+        """Copy a checkpoint durably to a hidden path and return that path."""
         temporary = self.directory / f"{self._temporary}{name}"
         self._try_remove(temporary)
         try:
@@ -188,7 +194,8 @@ class NamedCopies:
             for source in sorted(info.path.iterdir()):
                 try:
                     self._filesystem.link(source, temporary / source.name)
-                except OSError:  # another disk, or one without links
+                # Another disk, or one without links.
+                except OSError:
                     shutil.copyfile(source, temporary / source.name)
                     self._filesystem.sync_file(temporary / source.name)
             self._filesystem.sync_directory(temporary)
@@ -210,10 +217,11 @@ class NamedCopies:
         self._forget(name)
 
     def _hide(self, copy: Path) -> tuple[Path, str]:
-        """Move a copy out of sight; return where to, and the name that it had."""
+        """Rename a copy to a hidden path; return that path and the former name."""
         trash = self.directory / f"{self._trash}{copy.name}"
         self._try_remove(trash)
-        with suppress(FileNotFoundError):  # a person was faster
+        # The user may have removed it.
+        with suppress(FileNotFoundError):
             self._filesystem.rename(copy, trash)
         return trash, copy.name
 
@@ -222,7 +230,7 @@ class NamedCopies:
             self._filesystem.remove_file(self._notes / name)
 
     def _try_remove(self, path: Path) -> None:
-        """Remove what is left of something; what resists stays for next time."""
+        """Remove a directory; on failure it stays for the next time."""
         with suppress(OSError):
             remove_tree(self._filesystem, path)
 

@@ -1,13 +1,11 @@
-"""Find, check and load checkpoints of a run; takes no lock and changes nothing.
+"""Finding, checking and loading checkpoints of a run. Takes no lock and changes nothing.
 
     <run>/checkpoints/step-000001200-a1/   MANIFEST.json  state.json  model.safetensors ...
     <run>/refs/last  refs/best  refs/tags/<name>          one line each: a checkpoint's name
 
-Checkpoints never change once they have their name, so reading needs no lock.  One may be deleted
-while it is read; that is then reported as missing.
+A checkpoint never changes once it has its name, so reading needs no lock. If it is deleted while it is read, it is
+reported as missing.
 """
-
-from __future__ import annotations
 
 import errno
 import os
@@ -44,12 +42,12 @@ from offloop.engine.checkpoint.tree import decode, tensor_names
 
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = ".bad-"
-"""Before the name of a checkpoint that was found damaged by a run that went on from another."""
+"""Prefix of checkpoints that a resumed run found damaged and renamed."""
 REFS = "refs"
 TAGS = "tags"
 
 MAX_JSON_BYTES = 256 << 20
-"""A manifest of 100,000 tensors has about 30 MB; more is an attempt to fill the memory."""
+"""A manifest of 100,000 tensors has about 30 MB; a larger one is an attempt to fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -61,63 +59,63 @@ class CheckpointInfo:
 
     @property
     def name(self) -> str:
-        """``step-000001200-a1``: steps done, and which attempt of the run did them."""
+        """`step-000001200-a1`: steps done, and the run's attempt."""
         return self.manifest.name
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were done."""
+        """Optimizer steps done."""
         return self.manifest.step
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Known when it was saved."""
+        """Metrics known when it was saved."""
         return {key: float(value) for key, value in self.manifest.metrics.items()}
 
     @property
     def bytes(self) -> int:
-        """On disk, without the manifest."""
+        """Bytes on disk, without the manifest."""
         return sum(record.bytes for record in self.manifest.files.values())
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A state that is back in memory, on the CPU, every byte of it checked."""
+    """A loaded state, on the CPU, with every byte checked."""
 
     info: CheckpointInfo
     state: object
-    """What `SnapshotArena.take` was given; tensors that shared memory share it again."""
+    """The state given to `SnapshotArena.take`; tensors that shared memory share it again."""
     extra: object
-    """What the request's `extra` was."""
+    """The `extra` of the request."""
     rejected: tuple[CheckpointError, ...] = ()
-    """Newer checkpoints that were passed over, and why."""
+    """The errors of newer checkpoints that were skipped."""
 
 
 class CheckpointReader:
-    """Read the checkpoints of the run in `directory`. All methods block, for file reads."""
+    """Reads the checkpoints of the run in `directory`. All methods block on file reads."""
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory).expanduser()
         self._checkpoints = self.directory / CHECKPOINTS
         self._refs = self.directory / REFS
-        # Directories are immutable, so what was read once holds while inode and time are the same.
+        # Checkpoints are immutable: heads stay valid while inode and time of the manifest are the same.
         self._known: dict[str, tuple[tuple[int, int], CheckpointInfo]] = {}
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """Return all committed checkpoints, oldest first, by attempt and the order of their commits.
+        """Return all committed checkpoints, oldest first, by attempt and order of commits.
 
-        Only manifests are read; see `verify` for the rest. Damaged ones are left out.
+        Reads manifests only; `verify` checks the rest. Damaged ones are left out.
         """
         found = [entry for entry in self._scan() if isinstance(entry, CheckpointInfo)]
-        # The attempt first: a run that went on elsewhere may have come back beside later ones of its past.
+        # By attempt first: a run that was continued elsewhere may be fetched next to later steps of an old attempt.
         return sorted(found, key=lambda info: (info.manifest.attempt, info.manifest.serial))
 
     def damaged(self) -> list[CheckpointCorruptError | CheckpointReadError]:
-        """Return what is wrong with those whose manifest is not even readable, or that are links to nothing."""
+        """Return the errors of checkpoints with an unreadable manifest and of dangling links."""
         return [entry for entry in self._scan() if not isinstance(entry, CheckpointInfo)]
 
     def attempts(self) -> list[int]:
-        """Return the attempts that have saved something, damaged ones included; read off the names alone."""
+        """Return the attempts of all checkpoints, damaged ones included. Reads names only."""
         names = [
             name for name in self._names_in(self._checkpoints) if not (self._checkpoints / name).is_file()
         ]
@@ -125,22 +123,22 @@ class CheckpointReader:
         return [int(match["attempt"]) for match in found if match]
 
     def set_aside(self) -> list[str]:
-        """Return the names of the directories of those that were found damaged before, and moved out of the way."""
+        """Return the directory names of checkpoints that were found damaged and renamed."""
         return [name for name in self._names_in(self._checkpoints) if name.startswith(SET_ASIDE)]
 
     def tags(self) -> dict[str, str]:
-        """Return which checkpoint each tag names."""
+        """Return the checkpoints that tags name."""
         names = {name: self._read_ref(Path(TAGS) / name) for name in self._names(TAGS)}
         return {tag: name for tag, name in names.items() if name is not None}
 
     def find(self, which: str | int | Path = "last") -> CheckpointInfo:
-        """Return the checkpoint that is meant.
+        """Return a checkpoint.
 
         Args:
-            which: ``"last"``, ``"best"``, a tag, a step, a checkpoint's name, or a path to one.
+            which: `"last"`, `"best"`, a tag, a step, a checkpoint's name, or a path to one.
 
         Raises:
-            CheckpointNotFoundError: If there is none of that description.
+            CheckpointNotFoundError: There is no such checkpoint.
         """
         known = self.checkpoints()
         chosen: list[CheckpointInfo] = []
@@ -161,18 +159,16 @@ class CheckpointReader:
     def verify(
         self, which: str | int | Path | CheckpointInfo, *, level: Literal["quick", "full"] = "full"
     ) -> None:
-        """Return if the checkpoint is whole: files and lengths, with ``full`` every byte.
-
-        Needs no torch.
+        """Check a checkpoint: files and lengths, with `full` every byte. Needs no torch.
 
         Raises:
-            CheckpointCorruptError: With the file and, where it can be told, the tensor.
+            CheckpointCorruptError: It is damaged; the text names the file and, if known, the tensor.
         """
         info = which if isinstance(which, CheckpointInfo) else self.find(which)
         for name, record in info.manifest.files.items():
             checkpoint_format.check_length(info.path, name, record)
         foreign = set(self._names_in(info.path)) - set(info.manifest.files) - {MANIFEST}
-        # Hidden ones are left there by desktops and by NFS, and harm nobody.
+        # Desktops and NFS leave hidden files, which do no harm.
         if strange := sorted(name for name in foreign if not name.startswith(".")):
             raise CheckpointCorruptError(info.path, strange[0], "foreign", "not in the manifest")
         if level == "full":
@@ -189,17 +185,16 @@ class CheckpointReader:
         *,
         on_corrupt: Literal["fallback", "raise"] = "raise",
     ) -> LoadedCheckpoint:
-        """Read a checkpoint back, checking every byte.
+        """Load a checkpoint and check every byte.
 
-        With ``fallback`` and ``"last"``, a damaged one is passed over for the next older, and is
-        told of in `rejected`.
+        With `fallback` and `"last"`, damaged ones are skipped for the next older and listed in `rejected`.
 
         Raises:
-            CheckpointCorruptError: If it, or each of them, is damaged.
-            CheckpointReadError: If the system would not read it.
-            CheckpointIncompatibleError: If it needs a newer offloop; there is no falling back
-                from that, since an older state would be resumed unawares.
-            CheckpointNotFoundError: If there is none.
+            CheckpointCorruptError: It is damaged, or with `fallback` all are.
+            CheckpointReadError: The system refused to read it.
+            CheckpointIncompatibleError: It needs a newer offloop. There is no fallback, which would silently resume
+                an older state.
+            CheckpointNotFoundError: There is no such checkpoint.
         """
         if on_corrupt == "raise" or which != "last":
             return self._load(self.find(which), ())
@@ -217,12 +212,12 @@ class CheckpointReader:
         raise CheckpointNotFoundError(which, self._checkpoints)
 
     def load_part(self, which: str | int | Path | CheckpointInfo, part: str) -> object:
-        """Read one top-level entry of a state, such as ``model``, checking every byte of it and no others.
+        """Load one top-level entry of a state, like `model`, and check every byte of it.
 
         Raises:
-            CheckpointCorruptError: If it is damaged.
-            CheckpointReadError: If the system would not read it.
-            CheckpointNotFoundError: If there is no such checkpoint, or no such part in it.
+            CheckpointCorruptError: It is damaged.
+            CheckpointReadError: The system refused to read it.
+            CheckpointNotFoundError: There is no such checkpoint, or no such entry in it.
         """
         from offloop.engine.checkpoint.restore import read_tensors  # here, since it imports torch
 
@@ -242,7 +237,7 @@ class CheckpointReader:
             return decode(tree[part], tensors)
 
     def _reject(self, error: CheckpointError) -> None:
-        """Is told of a damaged checkpoint; a reader has no right to move it away."""
+        """Handle a damaged checkpoint. A reader changes nothing; a store renames it."""
 
     def _load(self, info: CheckpointInfo, rejected: tuple[CheckpointError, ...]) -> LoadedCheckpoint:
         from offloop.engine.checkpoint.restore import read_tensors  # here, since it imports torch
@@ -297,12 +292,14 @@ class CheckpointReader:
                     self._known[name] = (mark, info)
                 yield self._known[name][1]
             except FileNotFoundError:
-                if path.is_dir():  # else: deleted while we were looking
+                # Otherwise it was deleted meanwhile.
+                if path.is_dir():
                     yield CheckpointCorruptError(path, MANIFEST, "missing", "no such file")
                 elif path.is_symlink():
                     yield link_to_nothing(path)
             except NotADirectoryError:
-                continue  # a file that only has the name of a checkpoint
+                # A file with the name of a checkpoint.
+                continue
             except CheckpointCorruptError as error:
                 yield error
             except CheckpointIncompatibleError:
@@ -311,7 +308,7 @@ class CheckpointReader:
                 raise checkpoint_format.read_error(error, path) from error
 
     def _remember(self, info: CheckpointInfo) -> None:
-        """Spare the reading of a manifest that was just written: it can have many megabytes."""
+        """Cache the head of a manifest that was just written; it can have many megabytes."""
         with suppress(OSError):
             status = os.stat(info.path / MANIFEST, follow_symlinks=False)
             self._known[info.name] = ((status.st_ino, status.st_mtime_ns), info)
@@ -331,7 +328,8 @@ class CheckpointReader:
         try:
             content = checkpoint_format.read_small_file(self._refs / ref, limit=4096)
         except CheckpointError:
-            return None  # a ref is a convenience; a damaged one is as good as none
+            # A damaged ref counts as none.
+            return None
         name = content.decode("ascii", "replace").strip()
         return name if CHECKPOINT_NAME.fullmatch(name) else None
 
@@ -343,7 +341,8 @@ class CheckpointReader:
         try:
             return sorted(os.listdir(path))
         except FileNotFoundError as error:
-            if path.is_symlink():  # nobody may take this for a run that has no checkpoints yet
+            # This must not look like a run without checkpoints.
+            if path.is_symlink():
                 raise link_to_nothing(path) from error
             return []
         except NotADirectoryError:
@@ -353,16 +352,18 @@ class CheckpointReader:
 
 
 def link_to_nothing(path: Path) -> CheckpointReadError:
-    """Return the error for a link whose target is not there, which is not to be taken for absence."""
-    return CheckpointReadError(path, errno.ENOENT, f"it is a link to {os.readlink(path)}, which is not there")
+    """Return the error for a dangling link, which must not be mistaken for absence."""
+    return CheckpointReadError(
+        path, errno.ENOENT, f"it is a link to {os.readlink(path)}, which does not exist"
+    )
 
 
 @contextmanager
 def _decoding(path: Path, file: str) -> Iterator[None]:
-    """Turn what goes wrong with content that has the right checksum into an error that names the file."""
+    """Turn errors of decoding into one that names the file. The content has the right checksum."""
     try:
         yield
-    # RecursionError: brackets nested without end. OverflowError: a number that fits nowhere.
+    # RecursionError: brackets nested too deeply. OverflowError: a number too large.
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise UnsafeCheckpointError(path, file, "foreign", str(error)) from error
 
@@ -374,7 +375,7 @@ def _tensor_files(manifest: Manifest) -> set[str]:
 
 
 def list_runs(directory: Path | str) -> list[CheckpointReader]:
-    """Return a reader for each run under `directory` that has checkpoints, by name. Blocks."""
+    """Return readers of the runs under `directory` that have checkpoints, sorted by name. Blocks."""
     runs = Path(directory).expanduser()
     return [
         CheckpointReader(runs / name)

@@ -1,12 +1,10 @@
-"""How a checkpoint is named outside of its run: in `init_from=`, in `load_model` and on the command line.
+"""References to checkpoints: in `init_from=`, in `load_model` and on the command line.
 
 runs/first                 the last checkpoint of that run
 runs/first@best            the best one; likewise @last, and @v1 for a tag
 runs/first:1200            the one of step 1200
 runs/first/checkpoints/step-000001200-a1
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from offloop.engine.checkpoint.reader import CHECKPOINTS, CheckpointInfo, Checkp
 
 
 def split_reference(reference: str) -> tuple[str, str | int | None]:
-    """Return what stands before ``@name`` or ``:number``, and the name or number; None if there is neither."""
+    """Split a reference before `@name` or `:number`; return both parts, the second None if there is neither."""
     place = max(reference.rfind("@"), reference.rfind(":"))
     before, mark, after = reference[:place], reference[place : place + 1], reference[place + 1 :]
     if place <= 0 or not after or "/" in after or "\\" in after:
@@ -27,14 +25,14 @@ def split_reference(reference: str) -> tuple[str, str | int | None]:
 
 
 def find_checkpoint(reference: str | Path) -> CheckpointInfo:
-    """Return the checkpoint that a run's or a checkpoint's path means. Blocks, for file reads.
+    """Return the checkpoint that a reference names. Blocks on file reads.
 
     Args:
-        reference: As above. What exists under the whole text is taken as it is, whatever marks are in it.
+        reference: As above. An existing path is taken as it is, even with `@` or `:` in it.
 
     Raises:
-        CheckpointNotFoundError: If there is none of that description.
-        CheckpointError: If it cannot be read.
+        CheckpointNotFoundError: There is no such checkpoint.
+        CheckpointError: It cannot be read.
     """
     path, which = Path(reference).expanduser(), None
     if not path.exists():

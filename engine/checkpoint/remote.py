@@ -1,18 +1,16 @@
-"""One run's directory on a remote store, through fsspec: whole checkpoints, or none that anybody takes for one.
+"""One run's directory on a remote store, through fsspec. A checkpoint there counts only if it is complete.
 
     <url>/<run_id>/run.json  events.jsonl  metrics.csv  ...         copies of the local files
     <url>/<run_id>/checkpoints/step-000001200-a1/...                as on the local disk, byte for byte
     <url>/<run_id>/refs/last  refs/best  refs/tags/<name>
 
-    upload   every file of the checkpoint, their sizes looked up, MANIFEST.json last     then it counts
-    delete   MANIFEST.json first                                                         then it is gone
+    upload   all files of the checkpoint, check their sizes, MANIFEST.json last     from here on it counts
+    delete   MANIFEST.json first                                                    from here on it does not
 
-No rename and no lock is assumed, since object stores have neither. A checkpoint counts if its manifest is
-there, carries its own checksum and names only files that are there with their lengths; what was downloaded
-is checked byte by byte before anything uses it.
+Object stores have neither renames nor locks, so none are needed. A checkpoint counts if its manifest exists,
+carries its own checksum and names only files that exist with their lengths. Downloads are checked byte by byte
+before they are used.
 """
-
-from __future__ import annotations
 
 import logging
 import random
@@ -39,39 +37,39 @@ logger = logging.getLogger("offloop")
 T = TypeVar("T")
 
 ATTEMPTS: Final = 5
-"""Tries of one operation, with pauses of about 15 s in all between them: a busy store, a network that blinks."""
+"""Tries of one operation, with pauses of about 15 s in total: for a busy store or a short loss of the network."""
 FIRST_PAUSE: Final = 1.0
-"""Seconds before the second try, at most; each further pause may be twice as long (full jitter)."""
+"""Upper limit in seconds of the first pause; it doubles from pause to pause (full jitter)."""
 LONGEST_PAUSE: Final = 30.0
-"""Seconds that a pause may take."""
+"""Upper limit in seconds of all pauses."""
 
 _HOPELESS: Final = (PermissionError, FileNotFoundError, ImportError, NotImplementedError, TypeError)
-"""What a second try would not change."""
+"""Errors that another try cannot change."""
 
 
 def age(name: str) -> tuple[int, int, int]:
-    """Return what a run's checkpoints are ordered by, from a checkpoint's name: attempt, step, number."""
+    """Return the sort key of a checkpoint by its name: attempt, step, number."""
     step, attempt, *number = name.removeprefix("step-").split("-")
     return int(attempt.removeprefix("a")), int(step), int(number[0]) if number else 1
 
 
 class RemoteRun:
-    """The remote directory of a run. All methods block, for the network; one thread at a time.
+    """The remote directory of a run. All methods block on the network; use it from one thread at a time.
 
-    Each retries what may pass, with growing pauses, and raises `RemoteError` for what does not.
+    Failures that may pass are retried with growing pauses. All others, and the last, raise `RemoteError`.
     """
 
     def __init__(self, url: str, run_id: str, options: Mapping[str, Any] | None = None) -> None:
-        """Name the place; nothing is asked of the store yet.
+        """Set the location. Makes no request.
 
         Args:
-            url: Of the directory of runs, as fsspec takes it: `s3://bucket/runs`, `file:///mnt/share/runs`.
-            run_id: The run's.
-            options: For the fsspec file system.
+            url: fsspec's URL of the directory of runs: `s3://bucket/runs`, `file:///mnt/share/runs`.
+            run_id: The run's id.
+            options: Options of the fsspec file system.
 
         Raises:
-            ImportError: fsspec, or the package behind the URL's scheme, is missing; the text says what to install.
-            ValueError: No such scheme, or options that it does not take.
+            ImportError: fsspec or the package for the URL's scheme is missing; the text says what to install.
+            ValueError: An unknown scheme, or an option that it does not accept.
         """
         try:
             from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # fsspec has no types
@@ -96,16 +94,18 @@ class RemoteRun:
         except TypeError as error:
             raise ValueError(str(error)) from error
         self.url = f"{url.rstrip('/')}/{run_id}"
-        self.stopping = threading.Event()  # set by anybody: no more tries
+        # Any thread sets it; then nothing is retried.
+        self.stopping = threading.Event()
         self._root = f"{root.rstrip('/')}/{run_id}"
-        # An object store puts a file whole or not at all; a file system has a rename for that.
+        # Object stores write a file whole or not at all; on a file system a rename does that.
         self._renames = isinstance(self._store, LocalFileSystem)
-        self._random = random.Random()  # its own: nobody's generator is drawn from
+        # A separate generator, so that the user's random numbers do not change.
+        self._random = random.Random()
 
     # Files ---------------------------------------------------------------------------------------
 
     def put(self, source: Path, name: str) -> None:
-        """Copy a local file to `name`, in the place of what was there; seen whole or not at all."""
+        """Copy a local file to `name`, atomically; an existing file is replaced."""
         target = self._path(name)
 
         def put() -> None:
@@ -120,7 +120,7 @@ class RemoteRun:
         self._try(f"upload {name}", put)
 
     def put_bytes(self, content: bytes, name: str) -> None:
-        """Write a small file, likewise."""
+        """Write a small file, atomically."""
         with tempfile.NamedTemporaryFile(prefix="offloop-") as file:
             file.write(content)
             file.flush()
@@ -139,11 +139,11 @@ class RemoteRun:
         return self._try(f"read {name}", read)
 
     def get(self, name: str, target: Path) -> None:
-        """Copy a file to a local path, which must not be in use."""
+        """Copy a file to a local path that does not exist yet."""
         self._try(f"download {name}", lambda: self._store.get_file(self._path(name), str(target)))
 
     def delete(self, name: str) -> None:
-        """Delete a file; one that is not there is fine."""
+        """Delete a file if it exists."""
 
         def delete() -> None:
             with suppress(FileNotFoundError):
@@ -152,7 +152,7 @@ class RemoteRun:
         self._try(f"delete {name}", delete)
 
     def entries(self, folder: str = "") -> dict[str, int | None]:
-        """Return the names in a folder and the files' sizes in bytes, None for folders; empty if there is none."""
+        """Return the names in a folder with sizes in bytes, None for folders; empty if the folder does not exist."""
 
         def look() -> dict[str, int | None]:
             self._store.invalidate_cache()
@@ -171,7 +171,7 @@ class RemoteRun:
     # Checkpoints ---------------------------------------------------------------------------------
 
     def checkpoint_names(self) -> list[str]:
-        """Return the names of checkpoints, newest first, those among them that are not complete too."""
+        """Return the names of checkpoints, newest first, including incomplete ones."""
         return sorted(filter(CHECKPOINT_NAME.fullmatch, self.entries(CHECKPOINTS)), key=age, reverse=True)
 
     def head(self, name: str) -> ManifestHead | None:
@@ -189,14 +189,14 @@ class RemoteRun:
         return head if head.name == name and is_whole else None
 
     def upload_checkpoint(self, info: CheckpointInfo, sent: set[str]) -> None:
-        """Upload a checkpoint, which counts once this returns; calling again does what is left.
+        """Upload a checkpoint. After a failure, calling again continues.
 
         Args:
-            info: The local one; it must stay while this lasts.
-            sent: Which of its files are there already, by this method; updated.
+            info: The local checkpoint; must not be deleted meanwhile.
+            sent: Files that this method has uploaded; updated.
 
         Raises:
-            RemoteError: It is not complete; or another one of this name is.
+            RemoteError: The upload failed, or another checkpoint has this name.
         """
         folder = f"{CHECKPOINTS}/{info.name}"
         manifest = (info.path / MANIFEST).read_bytes()
@@ -204,7 +204,7 @@ class RemoteRun:
             if self.read(f"{folder}/{MANIFEST}") == manifest:
                 return
             raise RemoteError(
-                f"{self.url}/{folder}", f"another run has written it (attempt {present.attempt}) meanwhile"
+                f"{self.url}/{folder}", f"another run (attempt {present.attempt}) has written it meanwhile"
             )
         for name in info.manifest.files:
             if name not in sent:
@@ -218,7 +218,8 @@ class RemoteRun:
                     f"{self.url}/{folder}/{name}", f"has {sizes.get(name)} bytes there, {record.bytes} here"
                 )
         self.put_bytes(manifest, f"{folder}/{MANIFEST}")
-        if self.head(info.name) is None:  # older ones are dropped because of it: looked at, not believed
+        # Older checkpoints are deleted because of this one, so check that it is complete.
+        if self.head(info.name) is None:
             raise RemoteError(f"{self.url}/{folder}/{MANIFEST}", "is not what was written")
 
     def download_checkpoint(self, name: str, directory: Path) -> None:
@@ -235,7 +236,7 @@ class RemoteRun:
         (directory / MANIFEST).write_bytes(manifest)
 
     def delete_checkpoint(self, name: str) -> None:
-        """Delete a checkpoint, or what is there of one."""
+        """Delete a checkpoint, complete or not."""
         folder = f"{CHECKPOINTS}/{name}"
         files = self.entries(folder)
         for file in sorted(files, key=lambda file: file != MANIFEST):
@@ -252,11 +253,11 @@ class RemoteRun:
         return found if CHECKPOINT_NAME.fullmatch(found) else None
 
     def set_ref(self, name: str, checkpoint: str) -> None:
-        """Let a ref name a checkpoint."""
+        """Set a ref to a checkpoint's name."""
         self.put_bytes(f"{checkpoint}\n".encode(), f"{REFS}/{name}")
 
     def tags(self) -> dict[str, str]:
-        """Return which checkpoint each tag names."""
+        """Return the checkpoints that tags name."""
         names = filter(TAG_NAME.fullmatch, self.entries(f"{REFS}/{TAGS}"))
         tags = {tag: self.ref(f"{TAGS}/{tag}") for tag in names}
         return {tag: name for tag, name in tags.items() if name is not None}
@@ -267,7 +268,7 @@ class RemoteRun:
         return f"{self._root}/{name}" if name else self._root
 
     def _try(self, what: str, operation: Callable[[], T]) -> T:
-        """Do an operation, again after a pause if it fails in a way that may pass."""
+        """Run an operation; retry it after a pause if the failure may pass."""
         pause = FIRST_PAUSE
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -285,7 +286,7 @@ class RemoteRun:
 
 
 def attempts_so_far(run_json: bytes | None, names: list[str]) -> int:
-    """Return how many attempts a run had: by its `run.json`, or by its checkpoints where that is older."""
+    """Return the number of attempts of a run, by its `run.json` and its checkpoints."""
     said: object = None
     with suppress(msgspec.DecodeError):
         described = msgspec.json.decode(run_json or b"{}")

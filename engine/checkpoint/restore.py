@@ -1,10 +1,8 @@
-"""Tensors from safetensors files: each checked against its checksum before anyone sees it.
+"""Tensors from safetensors files, checked against their checksums.
 
-Files are read through the safetensors package, with `pread` rather than a memory map: what was
-checked is then what is returned, even if the file changes a moment later.
+Files are read through the safetensors package, with `pread` instead of a memory map, so that the bytes that were
+checked are those that are returned, even if the file changes.
 """
-
-from __future__ import annotations
 
 import ctypes
 import zlib
@@ -35,12 +33,12 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return all tensors by their paths in the state, on the CPU. Blocks.
 
-    Lengths and headers of the files must have been checked before (`format.check_header`).
+    Check lengths and headers of the files first (`format.check_header`).
 
     Args:
-        directory: Of the checkpoint.
-        manifest: Its own.
-        only: Paths of those that are wanted; the bytes of others are not read. None for all.
+        directory: The checkpoint's directory.
+        manifest: The checkpoint's manifest.
+        only: Paths of tensors to read; None for all.
 
     Raises:
         CheckpointCorruptError: At the first tensor that is not what was saved.
@@ -88,7 +86,7 @@ def _checked(directory: Path, raw: torch.Tensor, stored: StoredTensor) -> torch.
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor on the CPU, without a copy; valid as long as the tensor is."""
+    """Return the memory of a contiguous CPU tensor without a copy; valid as long as the tensor."""
     size = tensor.numel() * tensor.element_size()
     assert tensor.is_contiguous()
     if not size:
@@ -109,10 +107,9 @@ def _views(
     wanted: Mapping[str, TensorView],
     tensors: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Lay the views over their bases; equal ones become one tensor, as tied weights are.
+    """Create views of their bases; equal views become one tensor, as tied weights are.
 
-    Views may repeat the elements of their base: they are small here, and as large as they look wherever they are
-    copied to.
+    The total size of views that repeat elements of their base is limited: copies of such a view take its full size.
     """
     _bound_repetition(directory, stored_tensors, wanted)
     views: dict[str, torch.Tensor] = {}
@@ -147,7 +144,7 @@ def _bound_repetition(
 
 @contextmanager
 def _within(directory: Path, item: str) -> Iterator[None]:
-    """Name the tensor that torch cannot make of what the manifest says."""
+    """Turn torch's errors into one that names the tensor."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:

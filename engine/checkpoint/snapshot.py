@@ -1,4 +1,4 @@
-"""Copy a training state at a step boundary into warm memory, so that others may write it slowly.
+"""Snapshots: copies of a training state at a step boundary, in reused memory, which the writer saves later.
 
     training thread                             writer thread
     ───────────────                             ─────────────
@@ -10,22 +10,20 @@
     next step                                   write parts()
                                                 release()      the slot is free again
 
-A slot is one block of memory as large as the state's tensors, reused by each second snapshot:
-fresh memory would cost more than the copy (the system clears each page on first touch).  Inside
-it the tensors lie as they will lie in their files, so that the writer hands plain bytes on.
+A slot is a block of memory as large as the state's tensors. It is reused, because fresh memory would cost more than
+the copy: the system clears every page on first touch. Tensors are laid out as in their files, so that the writer
+writes plain bytes.
 
-On CUDA the copies run on a stream of their own into page-locked memory while the host goes on.
-Before the optimizer changes what is being copied, the compute stream waits for them, on the
-device (`cuda_copy.py`).
+On CUDA the copies run on a separate stream into page-locked memory while the host continues. Before the optimizer
+changes what is being copied, the compute stream waits for the copies, on the device (`cuda_copy.py`).
 """
-
-from __future__ import annotations
 
 import ctypes
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -45,13 +43,13 @@ from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.checkpoint.tree import TensorNode, encode, tensor_node
 
 DEFAULT_SLOTS = 2
-"""One being filled while one is being written. One halves the memory and skips more often."""
+"""One is filled while the other is written. One slot would halve the memory and skip more saves."""
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 
 class _Slot:
-    """A reused block of memory. Touched by one thread at a time: whoever holds the slot."""
+    """A reused block of memory. Only the thread that holds the slot uses it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -60,11 +58,11 @@ class _Slot:
         self.targets: list[torch.Tensor] = []
 
     def fit(self, layout: Layout, *, pinned: bool) -> None:
-        """Have room for the layout, all pages present, and a target for each copy."""
+        """Allocate memory for a layout, with all pages present, and the targets of its copies."""
         if layout.size > self._memory.numel() or (pinned and self._pin is None):
             self.free()
-            # The device is named: a caller may have made another one the default.
-            # Not torch.zeros, which would leave the pages to be made at the first copy.
+            # The device is explicit, because the caller's default may be another one.
+            # torch.zeros would leave the pages to be allocated by the first copy.
             self._memory = torch.empty(layout.size, dtype=torch.uint8, device="cpu").zero_()
             if pinned and layout.size:
                 self._pin = cuda_copy.PinnedMemory(self._memory)
@@ -81,12 +79,12 @@ class _Slot:
         """Return part of the memory; valid while the slot is held."""
         if not size:
             return memoryview(b"")
-        # Not through numpy, which torch does not need and we need not either.
+        # Not through numpy, which torch does not require.
         block = (ctypes.c_ubyte * size).from_address(self._memory.data_ptr() + start)
         return memoryview(block).cast("B")
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._pin is not None:
             self._pin.release()
             self._pin = None
@@ -96,14 +94,14 @@ class _Slot:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A state as of one moment, until `release`. Made by `SnapshotArena`."""
+    """A state at one moment, valid until `release`. `SnapshotArena` makes it."""
 
     tree: object
-    """The state as JSON, with the names of tensors in their places."""
+    """The state as JSON, with nodes for its tensors."""
     layout: Layout
     seconds: float
-    """How long the training thread was held up."""
-    _arena: SnapshotArena
+    """Time that the snapshot took in the training thread."""
+    _arena: "SnapshotArena"
     _slot: _Slot
     _running: cuda_copy.RunningCopy | None
 
@@ -113,22 +111,22 @@ class Snapshot:
         return self.layout.views
 
     def wait_ready(self) -> None:
-        """Return when all bytes are there. Blocks, on CUDA until the copies are done."""
+        """Wait until all bytes are copied. Blocks on CUDA only."""
         if self._running is not None:
             self._running.wait()
 
     def parts(self) -> list[TensorFile]:
-        """Return the files to write; their bytes are valid until `release`."""
+        """Return the files to write. Their bytes are valid until `release`."""
         return [
             TensorFile(plan.name, plan.tensors, self._slot.bytes(plan.start, plan.size))
             for plan in self.layout.files
         ]
 
     def release(self) -> None:
-        """Give the slot back. Any thread; calling twice is fine."""
+        """Release the slot. Any thread; calling twice is fine."""
         self._arena._release(self)
 
-    def __enter__(self) -> Snapshot:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -136,17 +134,16 @@ class Snapshot:
 
 
 class SnapshotArena:
-    """The slots, and the plan of what goes where.
+    """The slots and the layout of the state.
 
-    Thread: `take`, `take_nowait` and `prepare` from one thread at a time, the training thread;
-    `release` from any.
+    Thread: `take`, `take_nowait` and `prepare` run in the training thread; `release` in any.
 
     Args:
-        slots: How many snapshots may exist at a time; memory is that many times the state.
-        files: The file for each top-level key of the state.
-        optimizers: On CUDA, tensors that these own change only in their `step`; every other
-            tensor is cloned on the device at once. Irrelevant on the CPU.
-        volatile: Parameters among them that change elsewhere too, such as in a forward pass.
+        slots: Snapshots that may exist at a time; the memory is so many times the state.
+        files: The files by top-level key of the state.
+        optimizers: On CUDA, tensors that these own change only in their `step`; all other tensors are cloned on the
+            device at once. Irrelevant on the CPU.
+        volatile: Parameters among them that change elsewhere too, as in a forward pass.
     """
 
     def __init__(
@@ -164,7 +161,7 @@ class SnapshotArena:
         self._files = dict(files)
         self._cuda = cuda_copy.CudaCopier(optimizers, volatile)
         self._slots = [_Slot() for _ in range(slots)]
-        # Guarded by _changed: taken by the training thread, given back by the writer.
+        # Guarded by _changed: the training thread takes slots, the writer returns them.
         self._free = list(self._slots)
         self._held: dict[_Slot, Snapshot] = {}
         self._closed = False
@@ -177,9 +174,9 @@ class SnapshotArena:
         self._layout = plan_layout([])
 
     def prepare(self, state: object) -> None:
-        """Make all free slots ready for states like this one. Blocks.
+        """Allocate all free slots for states like this one. Blocks.
 
-        Optional: without it the first snapshots are as slow as a fresh allocation is.
+        Optional: without it the first snapshots include the allocation.
         """
         _, tensors, layout = self._walk(state)
         with self._changed:
@@ -191,21 +188,21 @@ class SnapshotArena:
             self._changed.notify_all()
 
     def take_nowait(self, state: object) -> Snapshot:
-        """Copy the state, or say at once that there is no room. Does not wait for the disk.
+        """Copy the state if a slot is free. Does not wait for the disk.
 
         Raises:
-            SnapshotBusyError: If all slots are being written.
-            UnserializableStateError: If the state holds what cannot be saved.
+            SnapshotBusyError: All slots are being written.
+            UnserializableStateError: A value of the state cannot be saved.
         """
         return self.take(state, timeout=0.0)
 
     def take(self, state: object, *, timeout: float | None = None) -> Snapshot:
-        """Copy the state once a slot is free. Blocks for up to `timeout` seconds, None for ever.
+        """Copy the state once a slot is free. Blocks for up to `timeout` seconds; None sets no limit.
 
         Raises:
-            SnapshotBusyError: If none was free in time, or the arena was closed.
-            SnapshotMemoryError: If there is no memory for the copy; a later one may succeed.
-            UnserializableStateError: If the state holds what cannot be saved.
+            SnapshotBusyError: No slot was free in time, or the arena was closed.
+            SnapshotMemoryError: There is no memory for the copy; a later one may succeed.
+            UnserializableStateError: A value of the state cannot be saved.
         """
         with self._changed:
             ready = self._changed.wait_for(lambda: bool(self._free) or self._closed, timeout)
@@ -223,10 +220,10 @@ class SnapshotArena:
             raise
 
     def guard(self) -> None:
-        """Let the device finish reading before what follows changes the state; the host goes on.
+        """Make the device finish copying before later work changes the state. Does not block the host.
 
-        Needed before anything but an optimizer's `step` changes what the optimizers own, such as
-        `load_state_dict`. Does nothing on the CPU. Training thread only.
+        Call it before anything but an optimizer's `step` changes tensors of the optimizers, as `load_state_dict`
+        does. Does nothing on the CPU. Training thread only.
         """
         self._cuda.guard()
 
@@ -259,11 +256,12 @@ class SnapshotArena:
         return snapshot
 
     def _walk(self, state: object) -> tuple[object, list[torch.Tensor], Layout]:
-        """Copy all but the tensors, list these, and plan anew if they are not the same."""
+        """Copy plain values, list the tensors, and plan a new layout if they have changed."""
         tree, paths, tensors = self._list(state)
         try:
             kinds = _kinds(paths, tensors)
-        except Exception:  # sparse, nested, uninitialized: each fails in its own way
+        # Sparse, nested and uninitialized tensors raise different errors.
+        except Exception:
             for path, tensor in zip(paths, tensors, strict=True):
                 check_tensor(path, tensor)
             raise
@@ -277,10 +275,11 @@ class SnapshotArena:
         return tree, tensors, self._layout
 
     def _list(self, state: object) -> tuple[object, list[str], list[torch.Tensor]]:
-        """Return the tree, with the nodes of the plan, and the tensors with their paths, in the order of the walk."""
+        """Return the tree with the plan's nodes, the paths of the tensors, and the tensors."""
         paths: list[str] = []
         tensors: list[torch.Tensor] = []
-        nodes = iter(self._nodes)  # not made anew: a thousand of them keep the garbage collector busy
+        # Reused, because a thousand new nodes would keep the garbage collector busy.
+        nodes = iter(self._nodes)
         unknown = tensor_node("")
 
         def node_of(path: str, value: object) -> TensorNode | None:
@@ -306,7 +305,7 @@ class SnapshotArena:
 
 
 def _kinds(paths: list[str], tensors: Sequence[torch.Tensor]) -> object:
-    """Return all that a layout depends on; cheap to make and to compare, since each snapshot does both."""
+    """Return everything that a layout depends on. Every snapshot makes and compares it, so it must be cheap."""
     return (
         paths,
         [tensor.data_ptr() for tensor in tensors],
@@ -321,7 +320,8 @@ def _unique_names(paths: Iterable[str]) -> list[str]:
     seen: dict[str, None] = {}
     for path in paths:
         name = path[1:] or "tensor"
-        while name in seen:  # keys "a.b" and "a" -> "b" meet here
+        # The keys "a.b" and "a" -> "b" have the same path.
+        while name in seen:
             name += "~"
         seen[name] = None
     return list(seen)

@@ -1,17 +1,14 @@
-"""Write checkpoints so that whatever happens, what was there stays and what is there is whole.
+"""Writing checkpoints: at any moment the earlier ones are kept and every visible one is whole.
 
-    write   .tmp-<name>/ ... every file created anew, written, fsynced; the manifest last
+    write   .tmp-<name>/ ... all files created, written, fsynced; the manifest last
     settle  fsync .tmp-<name>/
-    publish rename .tmp-<name> -> <name>;  fsync checkpoints/       from here on it is durable
+    publish rename .tmp-<name> -> <name>; fsync checkpoints/       from here on it is durable
     follow  refs, then retention: <old> -> .trash-<old>, fsync, delete
 
-A name is never used twice and never overwritten.  A directory without a valid manifest under a
-final name does not exist for anybody.  After a failure the temporary directory is deleted and
-nothing is tried again on the same files: after a failed fsync the kernel may have dropped the
-data and would report success the second time.
+A name is never used twice and never overwritten. A directory without a valid manifest does not count. After a
+failure the temporary directory is deleted, and the same files are never retried: after a failed fsync the kernel may
+have dropped the data and would report success the second time.
 """
-
-from __future__ import annotations
 
 import itertools
 import os
@@ -23,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 
@@ -69,7 +66,7 @@ from offloop.engine.checkpoint.tags import check_tag
 from offloop.engine.checkpoint.tree import encode
 
 FREE_SPACE_MARGIN = 1.05
-"""Manifest, folders and blocks come on top of the bytes; a guess on the safe side."""
+"""Room for the manifest, folders and blocks; a guess on the safe side."""
 
 _TEMPORARY, _TRASH = ".tmp-", ".trash-"
 
@@ -87,26 +84,26 @@ class Snapshotted(Protocol):
 
 @dataclass(frozen=True)
 class Commit:
-    """A checkpoint that is durable."""
+    """A durable checkpoint."""
 
     info: CheckpointInfo
     seconds: float
-    """From the call to the moment it was durable."""
+    """Time from the call until it was durable."""
     deleted: tuple[str, ...]
-    """Older ones that retention removed after that."""
+    """Older checkpoints that retention then removed."""
     problems: tuple[CheckpointError, ...]
-    """What went wrong after that: a ref or a deletion. The checkpoint is not affected."""
+    """Later failures, of a ref or a deletion. They do not affect the checkpoint."""
 
 
 class CheckpointStore(CheckpointReader):
-    """The one writer of a run's checkpoints. All methods block; any thread may call them.
+    """The only writer of a run's checkpoints. All methods block; any thread may call them.
 
-    Takes the run's lock, sweeps what interrupted saves left and mends the refs.
+    Takes the run's lock, removes what interrupted saves left and repairs the refs.
 
     Raises:
-        RunLockedError: If another store has this run.
-        CheckpointIncompatibleError: If a newer offloop has written to it.
-        CheckpointWriteError: If the folders cannot be made.
+        RunLockedError: Another store has this run.
+        CheckpointIncompatibleError: A newer offloop has written to it.
+        CheckpointWriteError: The folders cannot be made.
     """
 
     def __init__(
@@ -134,18 +131,19 @@ class CheckpointStore(CheckpointReader):
             self._lock = RunLock(self.directory)
         try:
             with self._translated(self._checkpoints):
-                # A predecessor that died between rename and fsync left a name that we can see and
-                # a power cut could take; deleting older ones because of it must not be possible.
+                # A writer that died between rename and fsync left a name that a power cut could still remove. Older
+                # checkpoints must not be deleted because of it.
                 self._filesystem.sync_directory(self._checkpoints)
             self.sweep()
             for problem in self._follow([self._update_refs]):
                 if isinstance(problem, CheckpointIncompatibleError):
-                    raise problem  # each save would, and say so only then
+                    # Every save would raise it, too.
+                    raise problem
         except BaseException:
             self._lock.release()
             raise
 
-    def __enter__(self) -> CheckpointStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -157,22 +155,22 @@ class CheckpointStore(CheckpointReader):
         self.close()
 
     def close(self) -> None:
-        """Give the lock back. Calling twice is fine."""
+        """Release the lock. Calling twice is fine."""
         with self._mutex:
             self._is_closed = True
             self._lock.release()
 
     def commit(self, snapshot: Snapshotted, request: CheckpointRequest) -> Commit:
-        """Make a checkpoint of the snapshot and return once it is durable.
+        """Write a snapshot as a checkpoint and return when it is durable.
 
-        The snapshot is not released. After an error nothing new is visible (unless the system
-        refuses even to take a name back), and the snapshot may be committed again, to new files.
+        Does not release the snapshot. After an error nothing new is visible (unless the system refuses to rename),
+        and the snapshot may be committed again, to new files.
 
         Raises:
-            DiskFullError: If there is no room; found out beforehand where possible.
-            CheckpointWriteError: For any other refusal of the system.
-            UnserializableStateError: If the request's `extra` cannot be saved.
-            ValueError: For a tag that is no proper name.
+            DiskFullError: There is no room; checked in advance where possible.
+            CheckpointWriteError: The system refused for another reason.
+            UnserializableStateError: The request's `extra` cannot be saved.
+            ValueError: A tag is no legal name.
         """
         for tag in request.tags:
             check_tag(tag)
@@ -218,12 +216,12 @@ class CheckpointStore(CheckpointReader):
             return Commit(info, seconds, tuple(deleted), tuple(problems))
 
     def tag(self, tag: str, which: str | int = "last", *, move: bool = False) -> CheckpointInfo:
-        """Name a checkpoint, which keeps it from being deleted.
+        """Tag a checkpoint, which keeps it from being deleted.
 
         Raises:
-            ValueError: For an improper name, or one that is in use when `move` is false.
-            CheckpointNotFoundError: If there is no such checkpoint.
-            CheckpointWriteError: If it cannot be written down.
+            ValueError: The tag is no legal name, or is in use and `move` is false.
+            CheckpointNotFoundError: There is no such checkpoint.
+            CheckpointWriteError: The tag cannot be written.
         """
         check_tag(tag)
         with self._writing():
@@ -236,18 +234,18 @@ class CheckpointStore(CheckpointReader):
             return info
 
     def set_tag(self, tag: str, name: str) -> None:
-        """Let a tag name a checkpoint that need not be here, as it is elsewhere; see `tag`."""
+        """Set a tag to a checkpoint that need not be on this disk; see `tag`."""
         check_tag(tag)
         with self._writing(), self._translated(self._refs / TAGS / tag):
             self._set_tag(tag, name)
 
     def set_best(self, name: str) -> None:
-        """Let ``best`` name a checkpoint, until retention knows by what to judge."""
+        """Set `best`, until retention has a monitor."""
         with self._writing(), self._translated(self._refs):
             self._set_ref(self._refs / "best", name)
 
     def untag(self, tag: str) -> None:
-        """Remove a tag; one that is not there is fine."""
+        """Remove a tag if it exists."""
         check_tag(tag)
         path = self._refs / TAGS / tag
         with self._writing(), self._translated(path), suppress(FileNotFoundError):
@@ -255,13 +253,13 @@ class CheckpointStore(CheckpointReader):
             self._filesystem.sync_directory(path.parent)
 
     def pin(self, name: str) -> None:
-        """Keep a checkpoint while this store is open, e.g. the one that was resumed from."""
+        """Keep a checkpoint while this store is open, like the one that was resumed from."""
         with self._mutex:
             self._pins.add(name)
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
-        """Keep a checkpoint while the block reads it, if it is still there."""
+        """Keep a checkpoint, if it still exists, while the block reads it."""
         with self._mutex:
             self._held.add(name)
         try:
@@ -272,12 +270,13 @@ class CheckpointStore(CheckpointReader):
 
     @contextmanager
     def receiving(self, name: str) -> Iterator[Path]:
-        """Take in a checkpoint that the block puts into an empty directory; durable when this returns.
+        """Add a checkpoint that the block writes into the empty directory it is given.
 
-        Every byte is checked. After an error, of the block too, nothing is there.
+        Every byte is checked. The checkpoint is durable when this returns; after an error, also of the block, it
+        does not exist.
 
         Raises:
-            CheckpointCorruptError: It is not whole, or not the one of this name.
+            CheckpointCorruptError: It is damaged or has another name.
             CheckpointWriteError: The system refused.
         """
         with self._writing():
@@ -303,7 +302,7 @@ class CheckpointStore(CheckpointReader):
             self._follow([self._update_refs])
 
     def quarantine(self, path: Path) -> Path:
-        """Move a damaged checkpoint out of the way, for people to look at; return where to."""
+        """Rename a damaged checkpoint so that it does not count; return its new path."""
         with self._writing(), self._translated(path):
             for number in itertools.count(1):
                 target = path.with_name(f"{SET_ASIDE}{path.name}" + (f"-{number}" if number > 1 else ""))
@@ -314,11 +313,11 @@ class CheckpointStore(CheckpointReader):
             return target
 
     def sweep(self) -> None:
-        """Delete what interrupted saves and deletions left; what resists stays for next time."""
+        """Delete what interrupted saves and deletions left. What cannot be deleted stays for the next time."""
         with self._writing():
             self._has_leftovers = False
             if any(name.startswith(_TRASH) for name in self._names_in(self._checkpoints)):
-                # Or a power cut could bring an old name back over half of its files.
+                # Without it a power cut could restore an old name with half of its files.
                 with suppress(OSError):
                     self._filesystem.sync_directory(self._checkpoints)
             for folder in (self._checkpoints, self._refs, self._refs / TAGS):
@@ -327,7 +326,7 @@ class CheckpointStore(CheckpointReader):
                         self._try_remove(folder / name)
 
     def _reject(self, error: CheckpointError) -> None:
-        # Only what is certainly damaged; what the system would not read may be fine tomorrow.
+        # Only what is certainly damaged: an unreadable file may be readable tomorrow.
         if isinstance(error, CheckpointCorruptError):
             with suppress(CheckpointWriteError):
                 self.quarantine(error.path)
@@ -365,16 +364,17 @@ class CheckpointStore(CheckpointReader):
             raise DiskFullError(self._checkpoints, None, needed=needed, free=free)
 
     def _discard(self, temporary: Path, final: Path) -> None:
-        """Make a failed save invisible, as far as the system lets us."""
+        """Make a failed save invisible, as far as the system allows."""
         with suppress(OSError):
-            if os.path.lexists(final):  # renamed, but not known to be durable
+            # It was renamed, but may not be durable.
+            if os.path.lexists(final):
                 self._filesystem.rename(final, self._trash_for(final.name))
         self.sweep()
 
     def _follow(
         self, actions: Sequence[Callable[[], None]], *, if_failed: str | None = None
     ) -> list[CheckpointError]:
-        """Do what comes after a commit: one failure neither undoes it nor stops the others."""
+        """Run the actions after a commit. A failure neither undoes the commit nor stops the other actions."""
         problems: list[CheckpointError] = []
         for action in actions:
             try:
@@ -384,7 +384,8 @@ class CheckpointStore(CheckpointReader):
                 problems.append(error)
                 self._has_leftovers = True
                 if if_failed is not None:
-                    self._pins.add(if_failed)  # a tag that could not be set pins all the same
+                    # The checkpoint stays even if its tag could not be set.
+                    self._pins.add(if_failed)
         return problems
 
     def _update_refs(self) -> None:
@@ -435,7 +436,8 @@ class CheckpointStore(CheckpointReader):
         try:
             self.verify(info, level="quick")
         except (CheckpointError, OSError):
-            return False  # is not counted among the valid ones, and not deleted either
+            # Neither counted as valid nor deleted.
+            return False
         return True
 
     def _temporary_for(self, name: str) -> Path:
@@ -445,7 +447,7 @@ class CheckpointStore(CheckpointReader):
         return self._checkpoints / f"{_TRASH}{name}-{os.getpid()}-{next(self._numbers)}"
 
     def _try_remove(self, path: Path) -> list[OSError]:
-        """Delete now or, if that fails, at the next sweep; return the failure."""
+        """Delete a path; after a failure the next sweep tries again. Return the failure."""
         try:
             if path.is_dir() and not path.is_symlink():
                 remove_tree(self._filesystem, path)
@@ -458,7 +460,7 @@ class CheckpointStore(CheckpointReader):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Let one thread at a time change things, and none after `close`."""
+        """Let one thread at a time change files, and none after `close`."""
         with self._mutex:
             if self._is_closed:
                 raise CheckpointError(f"the store of {self.directory} is closed")

@@ -1,16 +1,14 @@
 """The names of tags."""
 
-from __future__ import annotations
-
 import re
 
 TAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 RESERVED_TAGS = frozenset({"last", "best", "auto", "never", "must"})
-"""Words with another meaning where a checkpoint is chosen: ``resume="must"``, ``runs/first@best``."""
+"""Words with another meaning where a checkpoint is chosen: `resume="must"`, `runs/first@best`."""
 
 
 def check_tag(tag: str) -> None:
-    """Refuse what cannot be the name of a tag.
+    """Check the name of a tag.
 
     Raises:
         ValueError: It is too long, has other characters, or is reserved.

@@ -1,7 +1,6 @@
-"""Nested state as JSON and back, with nothing lost on the way.
+"""Nested state as JSON and back, without loss.
 
-JSON has no tuples, no integer keys, no NaN and no tensors.  What JSON can say is written as it
-is; the rest becomes an object with the single key ``$``:
+JSON has no tuples, no integer keys, no NaN and no tensors. These become an object with the single key `$`:
 
     (1, 2)               {"$": ["tuple", [1, 2]]}
     {0: "a"}             {"$": ["dict", [[0, "a"]]]}        also for a dict with a "$" key
@@ -10,10 +9,8 @@ is; the rest becomes an object with the single key ``$``:
     2**100               {"$": ["int", "0x10000000000000000000000000"]}
     a tensor             {"$": ["tensor", "model.0.weight"]}
 
-There is no way to say "call this", so that reading a file that somebody else wrote runs nothing.
+No node means "call this", so reading a stranger's file runs no code.
 """
-
-from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
@@ -22,12 +19,12 @@ from collections.abc import Callable, Mapping
 from offloop.engine.checkpoint.errors import UnserializableStateError
 
 MAX_DEPTH = 64
-"""Containers inside containers; state dicts have about six, a reference cycle has no end."""
+"""Levels of nested containers. State dicts have about six; a reference cycle has no end."""
 
 _INT_LIMIT = 2**63
-"""Readers of JSON are sure of 64 bits at most; numpy's generators carry 128."""
+"""JSON readers handle 64 bits at most; numpy's generators have 128."""
 _BIG_INT_BITS = 4096
-"""The largest integer that is taken: beyond it, arithmetic and printing are slow enough to be an attack."""
+"""Larger integers are refused: arithmetic and printing would be slow enough for an attack."""
 
 _MAPPINGS: dict[str, Callable[[dict[object, object]], object]] = {
     "dict": dict,
@@ -38,21 +35,21 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 TensorNode = dict[str, list[str]]
 TensorNodes = Callable[[str, object], TensorNode | None]
-"""Given a path and a value, what stands in its place (`tensor_node`), or None if it is no tensor."""
+"""Returns the node for a tensor (`tensor_node`), None for another value. Arguments: path, value."""
 
 
 def tensor_node(name: str) -> TensorNode:
-    """Return what stands in the place of the tensor that is saved under `name`."""
+    """Return the node for the tensor that is saved under `name`."""
     return {"$": ["tensor", name]}
 
 
 def encode(value: object, node_of: TensorNodes, path: str = "", depth: int = 0) -> object:
     """Return a copy of `value` that consists of JSON types only.
 
-    Nothing in the result is shared with `value`, which may change afterwards; nodes of tensors stand in it as they are.
+    The result shares nothing with `value`, which may change afterwards. Nodes of tensors are not copied.
 
     Raises:
-        UnserializableStateError: With the path of the first value that cannot be saved.
+        UnserializableStateError: A value cannot be saved; the text has its path.
     """
     kind = type(value)
     if value is None or kind is bool:
@@ -61,7 +58,8 @@ def encode(value: object, node_of: TensorNodes, path: str = "", depth: int = 0) 
         return _checked_text(value, path)
     if kind is int:
         return _encode_int(value, path)  # type: ignore[arg-type]  # kind is int
-    if isinstance(value, float):  # numpy.float64 is one and equals its float exactly
+    # numpy.float64 is a float, too.
+    if isinstance(value, float):
         return _encode_float(float(value))
     node = node_of(path, value)
     if node is not None:
@@ -94,7 +92,8 @@ def _encode_mapping(value: dict[object, object], node_of: TensorNodes, path: str
 
 
 def _encode_key(key: object, path: str) -> object:
-    if type(key) is int and 0 <= key < _INT_LIMIT:  # an optimizer's, one for each parameter
+    # The common case: an optimizer has one such key per parameter.
+    if type(key) is int and 0 <= key < _INT_LIMIT:
         return key
     if isinstance(key, (list, dict)):
         raise UnserializableStateError(path, key)
@@ -130,13 +129,18 @@ def _encode_float(value: float) -> object:
 
 
 def decode(node: object, tensors: Mapping[str, object], depth: int = 0) -> object:
-    """Return the state that `encode` was given; `tensors` by the names it was told.
+    """Return the state that was given to `encode`.
 
-    Plain lists and dicts of `node` become part of the result: a copy of them would double the memory.
+    Plain lists and dicts of `node` become part of the result, because a copy would double the memory.
+
+    Args:
+        node: The result of `encode`.
+        tensors: The tensors by their names.
+        depth: Levels above this node.
 
     Raises:
-        ValueError: For a node that `encode` does not make, or a tensor that is not there.
-        TypeError: For a dict key that cannot be one.
+        ValueError: A node that `encode` does not make, or a missing tensor.
+        TypeError: A dict key that is not hashable.
     """
     if not isinstance(node, (list, dict)):
         return node
@@ -178,7 +182,7 @@ def _decode_pair(pair: object, tensors: Mapping[str, object], depth: int) -> tup
 
 
 def _excerpt(node: Mapping[str, object]) -> str:
-    """Return the beginning of a node, without making text of all of it."""
+    """Return the beginning of a node; the whole text could be long."""
     mark = node["$"]
     inside = mark if isinstance(mark, str) else mark[:1] if isinstance(mark, list) else type(mark).__name__
     return f"{{'$': {str(inside)[:80]}, ...}}"

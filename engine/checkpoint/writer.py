@@ -1,12 +1,9 @@
-"""The thread that writes: takes snapshots from a short queue and commits them one by one.
+"""The checkpoint writer: a thread that takes snapshots from a short queue and commits them one by one.
 
-It is a plain thread, since what it does is `write`, `crc32` and `fsync`, all of which leave the
-interpreter to others.  The end of the interpreter waits for its queue to be empty, so that a program
-that forgets `close` loses nothing, unless the writer was abandoned: then a disk that hangs cannot
-keep the process from leaving (which is why it is a daemon).
+A plain thread is enough, because `write`, `crc32` and `fsync` release the interpreter. At exit the interpreter waits
+for the queue to be empty, so that a program that forgets `close` loses nothing. The thread is a daemon for the one
+exception: after `abandon`, a disk that hangs cannot keep the process from exiting.
 """
-
-from __future__ import annotations
 
 import atexit
 import logging
@@ -29,10 +26,10 @@ from offloop.engine.checkpoint.manifest import CheckpointRequest
 from offloop.engine.checkpoint.snapshot import Snapshot
 from offloop.engine.checkpoint.store import CheckpointStore, Commit
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("offloop")
 
 QUEUE_SIZE = 4
-"""More than slots of an arena, so that slots are what runs out; the bound is a second fence."""
+"""More than the slots of an arena, so that slots run out first."""
 
 OnSaved = Callable[[CheckpointRequest, Commit], None]
 OnFailed = Callable[[CheckpointRequest, CheckpointError], None]
@@ -50,16 +47,16 @@ class _Call:
 
 
 class CheckpointWriter:
-    """Commit snapshots in the background, in order.
+    """Commits snapshots in the background, in order.
 
     Args:
-        store: Closed by whoever opened it, after `close` of the writer.
-        on_saved: Called in the writer thread once a checkpoint is durable.
-        on_failed: Called in the writer thread for each snapshot that did not become a checkpoint;
-            errors that are not ours arrive as the cause of a `CheckpointWriteError`.
+        store: The caller closes it after `close` of the writer.
+        on_saved: Called in the writer thread when a checkpoint is durable.
+        on_failed: Called in the writer thread when a snapshot could not be saved. Errors that are no
+            `CheckpointError` arrive as the cause of a `CheckpointWriteError`.
 
     Raises:
-        WriterDiedError: If the system gives no thread.
+        WriterDiedError: The system provides no thread.
     """
 
     def __init__(
@@ -79,7 +76,8 @@ class CheckpointWriter:
         self._jobs: queue.SimpleQueue[_Job | _Call | None] = queue.SimpleQueue()
         # Guarded by _changed: raised by submit, lowered by the writer thread.
         self._pending = 0
-        self._calls = 0  # those among them that hold no snapshot, which the bound is about
+        # Those of them without a snapshot; they do not count for `queue_size`.
+        self._calls = 0
         self._is_closed = False
         self._death: BaseException | None = None
         self._changed = threading.Condition()
@@ -87,21 +85,22 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run, name="offloop-checkpoint-writer", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError as error:  # the system gives no more threads, or the interpreter is about to end
+        # The system has no more threads, or the interpreter is ending.
+        except RuntimeError as error:
             raise WriterDiedError(f"the checkpoint writer has no thread: {error}") from error
         atexit.register(self._at_exit)
 
     @property
     def pending(self) -> int:
-        """Snapshots and calls handed over and not yet done with."""
+        """Snapshots and calls that were submitted and are not finished."""
         return self._pending
 
     def submit_nowait(self, snapshot: Snapshot, request: CheckpointRequest) -> None:
-        """Hand a snapshot over; the writer releases it, whatever becomes of it. Never blocks.
+        """Queue a snapshot. The writer releases it in any case, unless this raises. Never blocks.
 
         Raises:
-            SnapshotBusyError: If the queue is full; the snapshot is still the caller's.
-            WriterDiedError: If the thread is gone or was closed; likewise.
+            SnapshotBusyError: The queue is full.
+            WriterDiedError: The thread has ended or was closed.
         """
         with self._changed:
             if self._death is not None or self._is_closed:
@@ -112,14 +111,13 @@ class CheckpointWriter:
             self._jobs.put(_Job(snapshot, request))
 
     def call_nowait(self, function: Callable[[WriterDiedError | None], None]) -> None:
-        """Have a function called in the writer thread, after everything that was submitted before. Never blocks.
+        """Call a function in the writer thread, after everything that was submitted before. Never blocks.
 
         Args:
-            function: Called once, with None; or with the error if the thread died before its turn came. It must
-                not raise.
+            function: Called once, with None, or with the error if the thread died first. Must not raise.
 
         Raises:
-            WriterDiedError: If the thread is gone or was closed; the function is not called then.
+            WriterDiedError: The thread has ended or was closed; the function is not called.
         """
         with self._changed:
             if self._death is not None or self._is_closed:
@@ -129,11 +127,11 @@ class CheckpointWriter:
             self._jobs.put(_Call(function))
 
     def flush(self, timeout: float | None = None) -> None:
-        """Return when all that was submitted is durable or has failed. Blocks.
+        """Wait until everything submitted is durable or has failed. Blocks.
 
         Raises:
-            CheckpointDeadlineError: If `timeout` seconds were not enough; the work goes on.
-            WriterDiedError: If the thread died on it.
+            CheckpointDeadlineError: `timeout` seconds were not enough; the writer continues.
+            WriterDiedError: The thread died.
         """
         with self._changed:
             is_done = self._changed.wait_for(lambda: not self._pending or self._death is not None, timeout)
@@ -144,12 +142,11 @@ class CheckpointWriter:
                 raise CheckpointDeadlineError(self._pending, timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish what was submitted, end the thread. Blocks. Calling twice is fine.
+        """Finish everything submitted and end the thread. Blocks. Calling twice is fine.
 
         Raises:
-            CheckpointDeadlineError: If it was not finished in time; the thread then ends
-                when it is.
-            WriterDiedError: If the thread had died.
+            CheckpointDeadlineError: `timeout` seconds were not enough; the thread ends when it has finished.
+            WriterDiedError: The thread died.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -161,11 +158,12 @@ class CheckpointWriter:
         atexit.unregister(self._at_exit)
 
     def abandon(self) -> None:
-        """Let the end of the interpreter cut off what is being written. Any thread; never blocks."""
+        """Do not wait for the writer at the interpreter's exit. Any thread; never blocks."""
         atexit.unregister(self._at_exit)
 
     def _at_exit(self) -> None:
-        if os.getpid() == self._process:  # a forked child has no such thread
+        # A forked child has no such thread.
+        if os.getpid() == self._process:
             with suppress(CheckpointError):
                 self.close()
 
@@ -220,7 +218,7 @@ class CheckpointWriter:
             logger.error("the checkpoint of step %d was not saved", request.step, exc_info=error)
 
     def _bury(self, death: BaseException) -> None:
-        """Refuse new work and report what still waits; nothing is forgotten."""
+        """Refuse new work and report everything that waits as failed."""
         with self._changed:
             self._death = death
         while True:

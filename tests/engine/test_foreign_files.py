@@ -106,7 +106,7 @@ def test_checkpoint_that_is_a_link_to_nothing_gives_way_to_the_one_before(tmp_pa
     newest.rename(tmp_path / "elsewhere")
     newest.symlink_to(tmp_path / "not-mounted")
     (error,) = CheckpointReader(tmp_path / "run").damaged()
-    assert isinstance(error, CheckpointReadError) and "which is not there" in str(error)
+    assert isinstance(error, CheckpointReadError) and "which does not exist" in str(error)
     assert resumed_at(train(tmp_path, 3)) == 2
     assert newest.is_symlink()  # it is not set aside: tomorrow it may lead somewhere again
 
@@ -120,7 +120,7 @@ def test_run_behind_links_to_nothing_never_begins_afresh(tmp_path: Path, what: s
     for path in [run] if what == "run" else moved:
         path.rename(tmp_path / f"moved-{path.name}")
         path.symlink_to(tmp_path / "not-mounted")
-    with pytest.raises(CheckpointError, match=r"which is not there|are damaged"):
+    with pytest.raises(CheckpointError, match=r"which does not exist|are damaged"):
         train(tmp_path, 3)
     assert (tmp_path / ("moved-run" if what == "run" else "run") / "events.jsonl").read_bytes() == log
 
