@@ -80,20 +80,20 @@ def demo(
     options_metavar="[OPTIONS]",
 )
 def verify_resume(
-    script: Annotated[Path, typer.Argument(help="Trains with offloop when Python runs it.")],
+    script: Annotated[Path, typer.Argument(help="A Python script that trains with offloop.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its command line.")] = None,
-    kills: Annotated[int, typer.Option(help="How many times it is killed, at least 1.")] = 3,
-    seed: Annotated[int, typer.Option(help="Decides where.")] = 0,
+    kills: Annotated[int, typer.Option(help="Number of kills, at least 1.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of places.")] = 0,
     directory: Annotated[
         Path | None, typer.Option(help="Keep runs and records here; must be new or empty.")
     ] = None,
 ) -> None:
-    """Kill a training script, resume it, and see whether it makes the same bits.
+    """Kill a training script, resume it, and check that it computes the same bits.
 
-    The script runs once uninterrupted and once with kill -9 at random points, resumed after each. Its runs get
-    a directory, a name and resume="auto" from outside; the script need not be changed.
+    The script runs once uninterrupted, and once with kill -9 at random points and a resume after every kill. Its
+    runs get a directory, a name and resume="auto" automatically; the script need not be changed.
 
-    Exit code: 0 the same bits, 1 different ones, 2 the script could not be used.
+    Exit code: 0 the same bits, 1 different bits, 2 the script could not be used.
     """
     if kills < 1:
         fail(f"--kills must be at least 1, got {kills}")
@@ -104,7 +104,8 @@ def verify_resume(
 
     from rich.console import Console
 
-    from offloop.cli.verify_resume import Nursery, UnusableError, print_verdict, verify
+    from offloop.cli.verify_resume import DIFFERENT, EQUAL, print_verdict
+    from offloop.engine.tools.verify_resume import Nursery, UnusableError, verify
 
     with tempfile.TemporaryDirectory(prefix="offloop-verify-") as temporary:
         place = (directory or Path(temporary)).resolve()
@@ -117,7 +118,7 @@ def verify_resume(
         except UnusableError as error:
             fail(str(error))
         print_verdict(Console(highlight=False, markup=False), verdict)
-    raise typer.Exit(verdict.code)
+    raise typer.Exit(EQUAL if verdict.is_equal else DIFFERENT)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from offloop.cli import verify_resume
-from offloop.cli.verify_resume import (
-    DIFFERENT,
-    EQUAL,
+from offloop.cli.verify_resume import DIFFERENT
+from offloop.engine.tools import verify_resume
+from offloop.engine.tools.verify_resume import (
     Kill,
     Nursery,
     Record,
@@ -111,7 +110,7 @@ def late(reference: Record, kills: int, seed: int) -> list[Kill]:
 def test_script_that_draws_from_every_global_generator_is_exact(script: Path, nursery: Nursery) -> None:
     write_script(script, item=AUGMENTED, inputs="inputs * random.random()")
     verdict = verified(script, nursery, kills=2)
-    assert (verdict.differences, verdict.causes, verdict.code) == ([], [], EQUAL)
+    assert (verdict.differences, verdict.causes, verdict.is_equal) == ([], [], True)
     assert len(verdict.attempts) == 3
     assert [attempt.was_killed for attempt in verdict.attempts] == [True, True, False]
     assert [entry["exactness"] for entry in verdict.attempts[1].resumed.values()] == ["bitwise"]
@@ -125,7 +124,7 @@ def test_data_set_with_a_generator_of_its_own_is_found_out(
     monkeypatch.setattr(verify_resume, "choose_kills", late)
     write_script(script, item="self.inputs[index] + torch.tensor(own.random(8)).float()")
     verdict = verified(script, nursery)
-    assert verdict.code == DIFFERENT
+    assert not verdict.is_equal
     first = verdict.differences[0]
     assert first.kind == "data"
     assert first.step == verdict.attempts[1].resumed[0]["step"] + 1, "the first step after the resume"
@@ -139,14 +138,14 @@ def test_augmentation_in_workers_is_found_out_and_seeded_sampling_mends_it(
 ) -> None:
     write_script(script, item=AUGMENTED, loader="num_workers=2")
     verdict = verified(script, nursery)
-    assert verdict.code == DIFFERENT
+    assert not verdict.is_equal
     assert verdict.differences[0].kind == "data"
     (cause,) = verdict.causes
     assert 'sampling="seeded"' in cause
     mended = script.parent / "mended" / "script.py"
     mended.parent.mkdir()
     write_script(mended, item=AUGMENTED, loader="num_workers=2", knobs='sampling="seeded", seed=1')
-    assert verified(mended, nursery).code == EQUAL
+    assert verified(mended, nursery).is_equal
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_script_without_a_seed_is_told_so(
 ) -> None:
     write_script(script, seeding=seeding, item=item)
     verdict = verified(script, nursery)
-    assert verdict.code == DIFFERENT
+    assert not verdict.is_equal
     assert verdict.differences[0].kind == kind
     (cause,) = verdict.causes
     assert "there is no seed" in cause
@@ -184,7 +183,7 @@ def test_state_that_no_state_dict_holds_is_found_out(
 ) -> None:
     write_script(script, seeding=f"{SEEDED}; seen = []", inputs=inputs, count=count)
     verdict = verified(script, nursery)
-    assert verdict.code == DIFFERENT
+    assert not verdict.is_equal
     assert verdict.differences[0].kind == "losses"
     (cause,) = verdict.causes
     assert text in cause
@@ -194,7 +193,7 @@ def test_state_that_no_state_dict_holds_is_found_out(
     ("content", "text"),
     [
         ("print('no training here')", "starts no training with offloop"),
-        ("import sys\nsys.exit('out of luck')", "fails by itself, with exit code 1:\nout of luck"),
+        ("import sys\nsys.exit('out of luck')", "fails without a kill, with exit code 1:\nout of luck"),
         ("1 / 0", "ZeroDivisionError"),
     ],
 )
@@ -222,7 +221,7 @@ def test_async_script_is_driven_too(script: Path, nursery: Nursery) -> None:
         """)
     )
     verdict = verified(script, nursery)
-    assert (verdict.differences, verdict.code) == ([], EQUAL)
+    assert (verdict.differences, verdict.is_equal) == ([], True)
     assert len(verdict.reference.ends) == 2
 
 

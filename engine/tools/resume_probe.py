@@ -1,8 +1,8 @@
-"""The other half of `offloop verify-resume`: runs a training script under observation, and has it killed.
+"""Runs a training script for `verify_resume.py`: records its steps and kills it.
 
-This process imports torch once and forks for each attempt. In the fork, `Trainer.train`, `train_async` and `start`
-are given a directory, a name, `resume="auto"` and one more callback; the script knows nothing of it. The callback
-writes down what each step saw and made, as digests, one line of JSON at a time, so that a kill loses no line.
+This process imports torch once and forks for every attempt. In the fork, `Trainer.train`, `train_async` and `start`
+get a directory, a name, `resume="auto"` and one more callback, without the script's knowledge. The callback writes
+digests of every step, one line of JSON each, so that a kill loses no line.
 
     line on stdin: an attempt ──> fork ──> the script     lines on stdout: {"pid": ...}, then {"code": ...}
 """
@@ -28,24 +28,18 @@ from typing import Any, Final
 import msgspec
 import torch
 
-from offloop.cli.verify_resume import Attempt, Kill
-from offloop.engine import (
-    BaseTrainer,
-    Callback,
-    CheckpointSaved,
-    Resumed,
-    Run,
-    StepPoint,
-    TrainStart,
-    decides,
-    in_step,
-)
+from offloop.engine.callback import Callback, decides, in_step
+from offloop.engine.events import CheckpointSaved, Resumed, TrainStart
+from offloop.engine.run import Run
+from offloop.engine.tools.verify_resume import Attempt, Kill
+from offloop.engine.trainer import BaseTrainer
+from offloop.engine.training.step_hooks import StepPoint
 
 SAVE_TIMEOUT: Final = 60.0
-"""Seconds that the kill waits for the checkpoint before it; arbitrary, only a hanging disk reaches it."""
+"""Seconds that a kill waits for the previous checkpoint; arbitrary, only a hanging disk reaches it."""
 
 
-# What is written down ------------------------------------------------------------------------------
+# The record ----------------------------------------------------------------------------------------
 
 
 def digest(value: Any) -> str:
@@ -61,7 +55,7 @@ def digest(value: Any) -> str:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the tensors and plain values inside nested mappings, lists and tuples, by their paths."""
+    """Yield the tensors and plain values in nested mappings, lists and tuples, with their paths."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from leaves(item, f"{path}.{key}" if path else str(key))
@@ -90,11 +84,10 @@ def random_digests() -> dict[str, str]:
 
 
 class Probe(Callback):
-    """Writes down what each step saw and made, and kills the process when its time has come."""
+    """Records every step, and kills the process at the chosen place."""
 
-    __module__ = (
-        "offloop.cli.resume_probe"  # not __main__, as which this file runs: it is no callback of the user's
-    )
+    # This file runs as __main__, but the callback is not the user's.
+    __module__ = "offloop.engine.tools.resume_probe"
     name = "offloop-verify-resume"
 
     def __init__(self, number: int, record: int, kill: Kill | None) -> None:
@@ -153,10 +146,11 @@ class Probe(Callback):
         if self._saving is not None and point.step == self._last:
             die(0.0)
         if self._kill is not None and self._saving is None and point.step >= self._kill.step:
-            self._saving = point.run.checkpoint_nowait("manual")  # taken before the next batch comes
+            # Applied before the next batch.
+            self._saving = point.run.checkpoint_nowait("manual")
 
     def finish(self, trainer: BaseTrainer, callbacks: Any) -> None:
-        """Write down what the run has made; or die, if it has come to its end before the kill came."""
+        """Record the final state; or die, if the run ended before its kill."""
         if self._saving is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         state: dict[str, Any] = {
@@ -173,7 +167,7 @@ class Probe(Callback):
 
 
 def die(delay: float) -> None:
-    """Kill this process, as a machine that goes down would."""
+    """Kill this process as a power cut would."""
     time.sleep(delay)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -182,7 +176,7 @@ def die(delay: float) -> None:
 
 
 def take_over(attempt: Attempt) -> None:
-    """Give each run of this process a directory, a name, `resume="auto"` and a probe."""
+    """Give all runs of this process a directory, a name, `resume="auto"` and a probe."""
     record = os.open(attempt.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     train, train_async, start = BaseTrainer.train, BaseTrainer.train_async, BaseTrainer.start
     count = 0
@@ -233,7 +227,8 @@ def run_script(attempt: Attempt) -> int:
     os.dup2(output, 2)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.seed()  # as in a process of its own; Python's generator does it by itself after a fork
+        # As in a new process; Python reseeds its own generator after a fork.
+        numpy.random.seed()
     sys.argv = [attempt.script, *attempt.arguments]
     sys.path[0] = str(Path(attempt.script).parent.resolve())
     try:
@@ -251,10 +246,9 @@ def run_script(attempt: Attempt) -> int:
 
 
 def main() -> None:
-    """Fork for each attempt that comes in, and say how it ended: its exit code, or minus the signal."""
-    importlib.import_module(
-        "torch._dynamo"
-    )  # the first optimizer does it, and it takes seconds: once is enough
+    """Fork for every attempt on stdin, and print its exit code, or minus the signal that ended it."""
+    # The first optimizer imports it, which takes seconds.
+    importlib.import_module("torch._dynamo")
     for line in sys.stdin:
         attempt = msgspec.json.decode(line, type=Attempt)
         child = os.fork()
@@ -262,7 +256,8 @@ def main() -> None:
             code = run_script(attempt)
             sys.stdout.flush()
             sys.stderr.flush()
-            threading._shutdown()  # type: ignore[attr-defined]  # what sys.exit waits for; there is no public name
+            # As sys.exit, wait for other threads; there is no public name.
+            threading._shutdown()  # type: ignore[attr-defined]
             os._exit(code)
         print(json.dumps({"pid": child}), flush=True)
         _, status = os.waitpid(child, 0)
