@@ -52,7 +52,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from offloop.dashboard import Dashboard
-from offloop.dashboard import hub as hub_module
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.server import Options, Server
 from offloop.engine import Callback, Metrics, Run, StepEnd, Trainer, TrainerConfig, TrainStart
@@ -309,7 +308,6 @@ def measure_opening(curves: int, points: int, rounds: int) -> tuple[list[float],
 
         def show() -> None:
             server.hub.runs[live.key] = live
-            server.hub._frames[live] = hub_module.Frames()
 
         done = threading.Event()
         server._post(lambda: (show(), done.set()))

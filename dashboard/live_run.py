@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
+from offloop.dashboard.frames import Frames
 from offloop.dashboard.history import HISTORY_BYTES, History
 from offloop.dashboard.protocol import (
     Latest,
@@ -120,6 +121,7 @@ class LiveRun:
         self.key = next(each for each in again if each not in taken)
         self.started = start.time
         self.history = History(history_bytes)
+        self.frames = Frames(self.key, self.history)
         self.series: list[SeriesInfo] = []  # its index is the curve's number in the history
         self.milestones: deque[KeptMilestone] = deque(maxlen=MILESTONES_KEPT)
         self.milestones_seen = 0

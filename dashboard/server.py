@@ -30,8 +30,9 @@ from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 from websockets.typing import StatusLike, Subprotocol
 
+from offloop.dashboard.connection import short
 from offloop.dashboard.history import HISTORY_BYTES
-from offloop.dashboard.hub import FRAME_INTERVAL, Hub, short
+from offloop.dashboard.hub import FRAME_INTERVAL, Hub
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.page import NOT_BUILT, Asset, Page
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL, Role
@@ -227,7 +228,7 @@ class Server:
         await self._stop.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
-                await self.hub.wait_for_nobody()
+                await self.hub.wait_until_empty()
         _open_servers.discard(self)
         await self._stop_accepting(server)
         server.close(close_connections=True, reason=short(self._reason))

@@ -1,8 +1,8 @@
-"""Viewer: one connection, without its socket. Says what is to be sent next; never holds more than it may.
+"""Viewer: the state of one connection, without its socket. Decides what is sent next; its memory is bounded.
 
-A viewer is a cursor into the run's history, not a queue of points: a chart frame is made when there is credit
-for it, out of what has come since the last one. Only milestones and answers wait in a queue, which is
-bounded: who does not take them is cut off, and gets them when it comes back.
+A viewer is a cursor into the run's history, not a queue of points: a chart frame is made when the viewer has credit
+for it, from what is new since the last one. Only milestones and answers wait in a queue. It is bounded: a viewer
+that does not take them is disconnected, and receives them when it reconnects.
 """
 
 from collections import deque
@@ -12,111 +12,35 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from offloop.dashboard.frames import DELTA_POINTS
 from offloop.dashboard.live_run import KeptMilestone, LiveRun
 from offloop.dashboard.protocol import (
     MAX_CHART_FRAME,
     MAX_POINTS,
     MAX_SERIES_SHOWN,
-    ChartColumn,
-    ChartFrame,
-    ChartHeader,
     FromServer,
     MilestonesMissed,
-    NonFinite,
     ProtocolError,
     RangeQuery,
     Role,
     Series,
     Show,
-    encode_chart,
     encode_message,
 )
 from offloop.engine import OffloopError
 
 MAX_WAITING_TEXTS: Final = 256
-"""Milestones and answers that may wait for one viewer, beside those that it gets when it comes."""
+"""Most milestones and answers that wait for one viewer, besides those that it receives when it connects."""
 MAX_WAITING_QUERIES: Final = 64
-"""Questions of one viewer that may wait for their answer."""
-DELTA_POINTS: Final = 2_000
-"""New points of one curve in a chart frame; of more, the least and the greatest of neighbours."""
+"""Most unanswered queries of one viewer."""
 
 
 class ViewerTooSlowError(OffloopError):
-    """A viewer has not taken what may not be left out."""
-
-
-class Frames:
-    """Chart frames of one run that several viewers can share: same curves, same stretch, encoded once."""
-
-    def __init__(self) -> None:
-        self._deltas: dict[tuple[int, int, tuple[int, ...]], bytes] = {}
-        self._end = -1
-
-    def delta(self, live: LiveRun, first: int, end: int, curves: tuple[int, ...]) -> bytes:
-        """Return what is new in some curves from row `first` to before `end`."""
-        if end != self._end:
-            self._deltas.clear()
-            self._end = end
-        key = (first, end, curves)
-        if key not in self._deltas:
-            self._deltas[key] = encode_chart(chart_frame(live, "delta", curves, first, end, DELTA_POINTS))
-        return self._deltas[key]
-
-
-def chart_frame(
-    live: LiveRun,
-    kind: str,
-    curves: Sequence[int],
-    first: int,
-    end: int,
-    points: int | None,
-    *,
-    query: int | None = None,
-    more: bool = False,
-    margin: bool = False,
-) -> ChartFrame:
-    """Make a chart frame of a stretch of rows."""
-    history = live.history
-    axis, columns = history.columns(curves, first, end, points, margin=margin)
-    steps = axis["step"]
-    rows = len(steps)
-    low, high = (float(steps[0]), float(steps[-1])) if rows else (0.0, -1.0)
-    header = ChartHeader(
-        run=live.key,
-        kind=kind,  # type: ignore[arg-type]  # one of the protocol's words
-        query=query,
-        more=more,
-        rows=rows,
-        series=[
-            ChartColumn(
-                id=curve,
-                points=len(values),
-                dense=len(values) == rows,
-                reduced=reduced,
-                marks=_within(history.curves[curve].marks, low, high),
-            )
-            for curve, _, values, reduced in columns
-        ],
-        # A gap that ends where the frame begins belongs to it: the line must not go on from the last frame.
-        gaps=[gap for gap in history.gaps if gap.before >= low and gap.after <= high],
-        trimmed=history.trimmed,
-    )
-    return ChartFrame(
-        header=header,
-        step=steps,
-        time=axis["time"],
-        epoch=axis["epoch"],
-        values=[values for _, _, values, _ in columns],
-        indices=[indices for _, indices, _, _ in columns],
-    )
-
-
-def _within(marks: Sequence[NonFinite], low: float, high: float) -> list[NonFinite]:
-    return [mark for mark in marks if mark.end >= low and mark.start <= high]
+    """A viewer has not taken messages that must not be left out. Never leaves the dashboard."""
 
 
 class Viewer:
-    """What one connection has, shows and waits for."""
+    """What one connection has received, shows and waits for. Event loop of the dashboard only."""
 
     def __init__(self, role: Role, address: str) -> None:
         self.role: Role = role
@@ -124,34 +48,43 @@ class Viewer:
         self.live: LiveRun | None = None
         self.visible = True
         self.credit = True
-        self.waiting_since: float | None = None  # monotonic time of the chart frame that was not drawn yet
+        # Monotonic time at which the chart frame was sent that is not drawn yet.
+        self.waiting_since: float | None = None
         self._texts: deque[bytes] = deque()
         self._texts_allowed = MAX_WAITING_TEXTS
-        self._slots: dict[str, bytes] = {}  # what replaces its older self: status, latest, runs
+        # Messages that replace their older version: status, latest, runs.
+        self._slots: dict[str, bytes] = {}
         self._series_sent = 0
-        self._has_shown = False  # True once it has said what is on its screen
-        self._may_show = False  # True if it has heard of curves since then
-        self._cursor = 0  # row up to which the curves that it shows are sent
+        # True once the viewer has named the curves on its screen ...
+        self._has_shown = False
+        # ... and true if new curves were announced since, which it may want to show.
+        self._may_show = False
+        # Row up to which the shown curves were sent.
+        self._cursor = 0
         self._shown: tuple[int, ...] = ()
         self._points = 1_600
-        self._snapshots: deque[int] = deque()  # curves that it shows and has nothing of yet
+        # Shown curves of which nothing was sent yet.
+        self._snapshots: deque[int] = deque()
         self._queries: deque[RangeQuery] = deque()
-        self._answer_row: int | None = None  # where an answer with all points goes on in its next frame
-        self._answer_curves = 0  # how many curves of a reduced answer have been sent
-        self._answered = False  # True if the last chart frame was an answer: what is new goes next
+        # The next row of an answer with all points that takes several frames.
+        self._answer_row: int | None = None
+        # Number of curves of a reduced answer that were sent.
+        self._answer_curves = 0
+        # True if the last chart frame was an answer: new data has its turn.
+        self._answered = False
 
     @property
     def is_control(self) -> bool:
-        """True if it may give commands."""
+        """True if the viewer may give commands."""
         return self.role == "control"
 
-    # What it wants
+    # What the viewer asks for
 
     def watch(self, live: LiveRun | None, *, after: int = -1) -> None:
-        """Begin with a run: everything but milestones up to `after` comes anew.
+        """Switch to a run: send everything again, except milestones up to `after`.
 
         Raises:
-            ViewerTooSlowError: It has not taken yet what it asked for before.
+            ViewerTooSlowError: Too many earlier messages still wait.
         """
         self._check_room()
         self.live = live
@@ -175,10 +108,10 @@ class Viewer:
         self.announce_series()
 
     def show(self, message: Show) -> None:
-        """Note which curves are on its screen, unless it speaks of a run that it no longer watches.
+        """Set which curves are on the screen; ignored if the message is about a run that is no longer watched.
 
         Raises:
-            ProtocolError: There are no such curves, or too many.
+            ProtocolError: The curves do not exist, or are too many.
         """
         if self._is_outdated(message):
             return
@@ -196,26 +129,27 @@ class Viewer:
         self._snapshots = deque(new)
 
     def ask(self, query: RangeQuery) -> None:
-        """Note a question, unless it is about a run that it no longer watches.
+        """Queue a query; ignored if it is about a run that is no longer watched.
 
         Raises:
-            ProtocolError: There are no such curves, or too many questions wait.
+            ProtocolError: The curves do not exist, or too many queries wait.
         """
         if self._is_outdated(query):
             return
         if self.live is None:
             raise ProtocolError("range before there is a run to watch")
-        series = list(self._known(query.series))  # each once: their number bounds the answer's size
+        # Without duplicates: the number of curves bounds the size of the answer.
+        series = list(self._known(query.series))
         if query.points and not 2 <= query.points <= MAX_POINTS:
             raise ProtocolError(f"points must be 0 or from 2 to {MAX_POINTS}, got {query.points}")
         if not query.start <= query.end:
             raise ProtocolError(f"start must not be above end, got {query.start} and {query.end}")
         if len(self._queries) >= MAX_WAITING_QUERIES:
-            raise ProtocolError(f"more than {MAX_WAITING_QUERIES} questions wait for their answer")
+            raise ProtocolError(f"more than {MAX_WAITING_QUERIES} queries wait for their answer")
         self._queries.append(msgspec.structs.replace(query, series=series))
 
     def _is_outdated(self, message: Show | RangeQuery) -> bool:
-        """True if it speaks of a run that the viewer watched when it said so: its ids are those of other curves."""
+        """True if a message is about a run that the viewer watched before: its ids mean other curves."""
         return message.run is not None and (self.live is None or message.run != self.live.key)
 
     def _known(self, series: Sequence[int]) -> tuple[int, ...]:
@@ -229,26 +163,26 @@ class Viewer:
         return unique
 
     def drawn(self) -> None:
-        """Note that the last chart frame is on its screen."""
+        """Note that the last chart frame is on the screen."""
         self.credit = True
         self.waiting_since = None
 
-    # What is put down for it
+    # What waits for the viewer
 
     def put(self, message: FromServer) -> None:
-        """Put down a message that must not be left out.
+        """Queue a message that must not be left out.
 
         Raises:
-            ViewerTooSlowError: Too many wait.
+            ViewerTooSlowError: Too many messages wait.
         """
         self._check_room()
         self._texts.append(encode_message(message))
 
     def put_milestones(self, milestones: Sequence[KeptMilestone]) -> None:
-        """Put down milestones that have come at once: a burst is no sign of a viewer that is slow.
+        """Queue milestones that arrived together: one burst does not mean that the viewer is slow.
 
         Raises:
-            ViewerTooSlowError: It has not taken the burst before this one.
+            ViewerTooSlowError: The burst before this one still waits.
         """
         if messages := self._messages(milestones):
             self._check_room()
@@ -261,14 +195,14 @@ class Viewer:
 
     def _check_room(self) -> None:
         if len(self._texts) >= self._texts_allowed:
-            raise ViewerTooSlowError(f"{len(self._texts)} messages wait for it")
+            raise ViewerTooSlowError(f"{len(self._texts)} messages wait for the viewer")
 
     def put_latest(self, name: str, message: bytes) -> None:
-        """Put down a message that replaces the one of that name, if that still waits."""
+        """Queue a message, replacing the waiting one of that name."""
         self._slots[name] = message
 
     def announce_series(self) -> None:
-        """Put down the curves that it has not heard of."""
+        """Queue the names of curves that are new to the viewer."""
         live = self.live
         if live is not None and self._series_sent < len(live.series):
             new = live.series[self._series_sent :]
@@ -279,7 +213,7 @@ class Viewer:
     # What is sent next
 
     def next_text(self) -> bytes | None:
-        """Take out the next text message, None if there is none."""
+        """Take the next text message; None if none waits."""
         if self._texts:
             return self._texts.popleft()
         self._texts_allowed = MAX_WAITING_TEXTS
@@ -294,39 +228,40 @@ class Viewer:
 
     @property
     def has_chart(self) -> bool:
-        """True if there is credit for a chart frame and something to put into it."""
+        """True if there is credit for a chart frame and data for it."""
         if not self.credit or self.live is None:
             return False
         return self.is_urgent or self.is_behind
 
     @property
     def is_behind(self) -> bool:
-        """True if the curves that it shows go on beyond what it has."""
+        """True if the shown curves have points that were not sent."""
         live = self.live
         return live is not None and bool(self._shown) and self._cursor < live.history.axis.rows
 
     @property
     def is_waiting(self) -> bool:
-        """True if it would miss something that it shows, or may want to, should the connection end now."""
+        """True if closing now would cut off curves that the viewer shows or may want to show."""
         return self._may_show or bool(self._snapshots) or self.is_behind
 
     @property
     def is_urgent(self) -> bool:
-        """True if something waits that need not wait for the pace of frames: answers and snapshots."""
+        """True if answers or snapshots wait: they are exempt from the rate limit of frames."""
         return bool(self._snapshots or self._queries)
 
-    def next_chart(self, frames: Frames) -> bytes | None:
-        """Make the next chart frame, if there is credit and something to send. Uses the credit up."""
+    def next_chart(self) -> bytes | None:
+        """Make the next chart frame and use up the credit; None without credit or data."""
         if not self.credit or self.live is None:
             return None
         frame = self._snapshot()
+        # Alternate answers with new data: a long answer must not hold up the curves.
         if frame is None and self._answered:
-            frame = self._delta(frames)  # a long answer does not hold up what is new
+            frame = self._delta()
         was_answer = False
         if frame is None and (frame := self._answer()) is not None:
             was_answer = True
         if frame is None:
-            frame = self._delta(frames)
+            frame = self._delta()
         if frame is not None:
             self.credit = False
             self._answered = was_answer
@@ -340,41 +275,42 @@ class Viewer:
         curves = self._fitting(self._snapshots, self._points)
         for _ in curves:
             self._snapshots.popleft()
-        return encode_chart(chart_frame(live, "snapshot", curves, 0, self._cursor, self._points))
+        return live.frames.make("snapshot", curves, 0, self._cursor, self._points)
 
     def _fitting(self, curves: Iterable[int], points: int) -> list[int]:
-        """Return as many curves, from the first on, as fit into a frame with so many points of each; at least one."""
+        """Return as many of the first curves as fit into a frame with `points` points each; at least one."""
         assert self.live is not None
         fitting: list[int] = []
         size = 0
         for curve in curves:
             known = self.live.history.curves[curve]
-            # A point takes a row of the axis, a value and an index. Marks stand in the header.
+            # A point takes a row of the axis, a value and an index; marks are part of the header.
             size += 36 * min(points, known.points) + 40 * len(known.marks)
             if fitting and size > MAX_CHART_FRAME:
                 break
             fitting.append(curve)
         return fitting
 
-    def _delta(self, frames: Frames) -> bytes | None:
+    def _delta(self) -> bytes | None:
         live = self.live
         assert live is not None
         end, count = live.history.axis.rows, len(self._shown)
         if not count or self._cursor >= end:
             return None
         if end - self._cursor <= DELTA_POINTS:
-            rows = max(1, MAX_CHART_FRAME // (24 + 12 * count))  # that fit into a frame, all points of them
+            # As many rows as fit into a frame with all their points.
+            rows = max(1, MAX_CHART_FRAME // (24 + 12 * count))
             end = min(end, self._cursor + rows)
         elif DELTA_POINTS * 36 * count > MAX_CHART_FRAME:
-            # Far behind, with many curves: snapshots come in parts, one frame for all could be any size.
+            # Far behind with many curves: send snapshots in parts, as a single frame could have any size.
             self._cursor = end
             self._snapshots = deque(self._shown)
             return self._snapshot()
         first, self._cursor = self._cursor, end
-        return frames.delta(live, first, end, self._shown)
+        return live.frames.delta(first, end, self._shown)
 
     def _answer(self) -> bytes | None:
-        """Answer the oldest question, or go on with an answer that does not fit into one frame."""
+        """Answer the oldest query, or continue an answer that takes several frames."""
         live = self.live
         assert live is not None
         if not self._queries:
@@ -383,18 +319,18 @@ class Viewer:
         axis = live.history.axis
         first = axis.row_of(query.axis, query.start)
         end = axis.row_of(query.axis, float(np.nextafter(query.end, np.inf)))
-        if query.points:  # some curves at a time
+        if query.points:
+            # A reduced answer: some curves at a time.
             curves = self._fitting(query.series[self._answer_curves :], min(query.points, end - first + 2))
             self._answer_curves += len(curves)
             more = self._answer_curves < len(query.series)
             if not more:
                 self._queries.popleft()
                 self._answer_curves = 0
-            frame = chart_frame(
-                live, "range", curves, first, end, query.points, query=query.query, more=more, margin=True
+            return live.frames.make(
+                "range", curves, first, end, query.points, query=query.query, more=more, margin=True
             )
-            return encode_chart(frame)
-        # All points: as many rows at a time as fit into a frame, should every curve have a point in each.
+        # All points: as many rows at a time as fit into a frame if every curve has a point in every row.
         first = max(first, self._answer_row or 0)
         rows = max(1, MAX_CHART_FRAME // (24 + 12 * max(1, len(query.series))))
         more = first + rows < end
@@ -402,6 +338,4 @@ class Viewer:
         self._answer_row = upto if more else None
         if not more:
             self._queries.popleft()
-        return encode_chart(
-            chart_frame(live, "range", query.series, first, upto, None, query=query.query, more=more)
-        )
+        return live.frames.make("range", query.series, first, upto, None, query=query.query, more=more)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_link import MemoryLink, PageModel
 
+from offloop.dashboard.frames import DELTA_POINTS
 from offloop.dashboard.hub import ENDED_RUNS_KEPT, Hub
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.protocol import (
@@ -31,7 +32,7 @@ from offloop.dashboard.protocol import (
     decode_chart,
     decode_viewer_message,
 )
-from offloop.dashboard.viewer import DELTA_POINTS, MAX_WAITING_TEXTS, Frames
+from offloop.dashboard.viewer import MAX_WAITING_TEXTS
 from offloop.engine import (
     CallbackFailed,
     Command,
@@ -101,14 +102,13 @@ class Stage:
         self.step = 0
         self.links: list[MemoryLink] = []
         self.hub.runs[self.live.key] = self.live
-        self.hub._frames[self.live] = Frames()
 
     def tell(self, event: Any) -> None:
         """Have the run say something."""
         for name, value in (("seq", self.seq), ("time", 1.0 + self.seq), ("step", self.step), ("epoch", 0)):
             msgspec.structs.force_setattr(event, name, value)
         self.seq += 1
-        self.hub._hand_on(self.live, self.live.take_in([event]))
+        self.hub._send_milestones(self.live, self.live.take_in([event]))
         self.hub._tick(self.live)
 
     def steps(self, count: int, **values: float) -> None:
@@ -540,7 +540,7 @@ async def test_a_command_that_cannot_be_applied_in_time_is_taken_back(
 ) -> None:
     link.say(CommandRequest(id="a", name="pause", run="run", ttl=0.001))
     await settle()
-    stage.hub._expire_commands(math.inf)
+    stage.hub._commands.expire(math.inf)
     await read(link, page)
     assert page.acks["a"] == ["accepted", "expired"]
     assert stage.run.given[0][-1].cancelled()
@@ -592,20 +592,20 @@ def test_what_a_viewer_says_may_cross_a_change_of_the_run(schedule: list[tuple[s
 
     async def play(stage: Stage) -> None:
         other = LiveRun(FakeRun("other"), TrainStart(run_id="other", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
-        stage.hub.runs[other.key], stage.hub._frames[other] = other, Frames()
+        stage.hub.runs[other.key] = other
         lives, page = [stage.live, other], PageModel()
         stage.steps(3, one=1.0, two=2.0)  # curves that the other run does not have
         link = stage.join(page)
         await read(link, page)
-        (session,) = stage.hub._sessions
+        (connection,) = stage.hub.connections
         for action, argument in schedule:
             match action:
                 case "steps":
                     stage.live = lives[argument % 2]
                     stage.steps(argument)
                 case "change":
-                    watched = session.viewer.live
-                    stage.hub._watch(session, lives[watched is lives[0]])
+                    watched = connection.viewer.live
+                    stage.hub._watch(connection, lives[watched is lives[0]])
                 case "read":
                     for _ in range(argument):
                         await settle()
@@ -623,8 +623,8 @@ def test_what_a_viewer_says_may_cross_a_change_of_the_run(schedule: list[tuple[s
             link.say(page.drawn())
         await read(link, page)
         assert link.closed is None
-        assert session.viewer.live is not None
-        stage.live = session.viewer.live
+        assert connection.viewer.live is not None
+        stage.live = connection.viewer.live
         link.say(page.show(sorted(page.series)))
         await read(link, page)
         assert page.run is not None and page.run.key == stage.live.key
@@ -652,7 +652,7 @@ def test_who_does_not_say_hi_is_not_let_in(first: Any) -> None:
         stage.tasks.start_soon(lambda: stage.hub.serve(link, role="control", address="x"))
         await settle()
         assert link.closed is not None and link.closed[0] == CLOSE_PROTOCOL
-        assert stage.hub.viewers == 0
+        assert stage.hub.connections == []
 
     run_async(play)
 
@@ -667,9 +667,9 @@ def test_a_viewer_that_reads_nothing_is_cut_off_and_costs_the_others_nothing() -
             await read(link, page)
         assert len(page.milestones) == 2 * MAX_WAITING_TEXTS
         assert len(stuck_link.sent) == 1  # the rest was never more than the bound, and is gone with it
-        (session,) = [each for each in stage.hub._sessions if each.link is stuck_link]
-        assert session.close is not None and session.close[0] == CLOSE_SLOW
-        assert len(session.viewer._texts) <= MAX_WAITING_TEXTS + 8
+        (connection,) = [each for each in stage.hub.connections if each.link is stuck_link]
+        assert connection.close is not None and connection.close[0] == CLOSE_SLOW
+        assert len(connection.viewer._texts) <= MAX_WAITING_TEXTS + 8
 
     run_async(play)
 
@@ -706,7 +706,7 @@ def test_viewers_of_a_run_get_their_frames_together_whenever_they_came() -> None
 
         def take_in(step: int) -> None:
             event = StepEnd(run_id="run", seq=step, time=90.0 + step, epoch=0, step=step, loss=0.5, lr=0.1)
-            stage.hub._hand_on(stage.live, stage.live.take_in([event]))
+            stage.hub._send_milestones(stage.live, stage.live.take_in([event]))
 
         for link, page in zip(stage.links, pages, strict=True):
             await read(link, page)
@@ -763,17 +763,17 @@ def test_a_burst_of_milestones_is_no_sign_of_a_slow_viewer() -> None:
         page = PageModel()
         link = stage.join(page)
         await read(link, page)
-        (session,) = stage.hub._sessions
+        (connection,) = stage.hub.connections
         for burst in range(3):
             events = [EpochStart() for _ in range(3 * MAX_WAITING_TEXTS)]
             for number, event in enumerate(events, start=stage.seq):
                 msgspec.structs.force_setattr(event, "seq", number)
             stage.seq += len(events)
-            stage.hub._hand_on(stage.live, stage.live.take_in(events))
+            stage.hub._send_milestones(stage.live, stage.live.take_in(events))
             if burst < 2:
                 await read(link, page)
         stage.tell(EpochStart())  # one behind is forgiven
-        assert session.close is None
+        assert connection.close is None
         await read(link, page)
         assert [event["seq"] for event in page.milestones] == list(range(stage.seq))
 
@@ -843,8 +843,8 @@ async def test_what_is_remembered_of_a_command_is_neither_its_viewer_nor_the_run
     stage.run.given[0][-1].set_exception(RunEndedError("too late"))
     link.drop()
     await settle()
-    assert [given.session for given in stage.hub._commands.values()] == [None, None]
-    assert stage.hub._commands["failed"].future is None
+    assert [command.connection for command in stage.hub._commands._known.values()] == [None, None]
+    assert stage.hub._commands._known["failed"].future is None
     link = stage.join(page)  # it comes back, and asks what has become of them
     for request in ("failed", "pending"):
         link.say(CommandRequest(id=request, name="pause", run="run"))
@@ -862,7 +862,7 @@ def test_who_comes_while_the_last_one_goes_does_not_hold_up_the_end() -> None:
         await settle()
         with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(stage.hub.wait_for_nobody)
+                tasks.start_soon(stage.hub.wait_until_empty)
                 await settle()
                 second_link = stage.join(second)
                 await settle()

@@ -33,13 +33,12 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
-from offloop.dashboard import hub as hub_module
+from offloop.dashboard import connection as connection_module
 from offloop.dashboard import server as server_module
 from offloop.dashboard.page import Page
-from offloop.dashboard.protocol import CLOSE_SLOW, SUBPROTOCOL, Ack, Hi, Ping, encode_message
+from offloop.dashboard.protocol import SUBPROTOCOL, Ack, Hi, Ping, encode_message
 from offloop.dashboard.security import content_security_policy
 from offloop.dashboard.server import Options, Server
-from offloop.dashboard.viewer import ViewerTooSlowError
 
 ON_EVERY_ANSWER: Final = {
     "x-content-type-options": "nosniff",
@@ -498,7 +497,7 @@ def test_junk_frames_close_their_own_websocket(
     name: str,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(hub_module, "HI_TIMEOUT", 0.2)
+    monkeypatch.setattr(connection_module, "HI_TIMEOUT", 0.2)
     data, code = FRAMES[name]
     answer = raw(server, handshake_head(server), data)
     assert status_of(answer) == 101 and close_code_of(answer) == code
@@ -621,9 +620,9 @@ class Stalled:
 def buffered(server: Server) -> list[int]:
     """Return the bytes that the server holds for each viewer."""
     held = []
-    for session in server.hub._sessions:
-        link: Any = session.link
-        texts = sum(map(len, session.viewer._texts)) + sum(map(len, session.viewer._slots.values()))
+    for connection in server.hub.connections:
+        link: Any = connection.link
+        texts = sum(map(len, connection.viewer._texts)) + sum(map(len, connection.viewer._slots.values()))
         held.append(texts + link._connection.transport.get_write_buffer_size())
     return held
 
@@ -632,7 +631,7 @@ def test_viewers_that_do_not_read_are_cut_off_and_cost_little(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others get everything meanwhile."""
-    monkeypatch.setattr(hub_module, "SEND_TIMEOUT", 1.0)
+    monkeypatch.setattr(connection_module, "SEND_TIMEOUT", 1.0)
     monkeypatch.setattr(server_module, "CLOSE_TIMEOUT", 0.3)
     server = make()
     with ExitStack() as stack:
@@ -641,17 +640,13 @@ def test_viewers_that_do_not_read_are_cut_off_and_cost_little(
             stack.callback(each.socket.close)
         viewer = stack.enter_context(SocketViewer(server.url))
         viewer.wait(lambda page: page.hello)
-        await_on_loop(server, lambda: len(server.hub._sessions) == 6)
+        await_on_loop(server, lambda: len(server.hub.connections) == 6)
 
         def tell(number: int) -> None:
             """Put a message of a thousand bytes down for everybody, which must not be left out."""
             message = Ack(id=str(number), name="pause", state="accepted", why="x" * 930)
-            for session in server.hub._sessions:
-                try:
-                    session.viewer.put(message)
-                except ViewerTooSlowError as error:
-                    session.end(CLOSE_SLOW, str(error))
-                session.wake()
+            for connection in server.hub.connections:
+                connection.put(message)
 
         def has_heard(number: int, page: PageModel) -> bool:
             return str(number) in page.acks
@@ -757,7 +752,7 @@ def test_connections_that_come_while_the_server_closes_are_not_left_open(
         clients.extend(socket.create_connection(("127.0.0.1", server.port)) for _ in range(5))
         await asyncio.sleep(0)
 
-    monkeypatch.setattr(server.hub, "wait_for_nobody", come)
+    monkeypatch.setattr(server.hub, "wait_until_empty", come)
     server.close("over")
     gc.collect()  # what was left open says so
     for client in clients:

@@ -1,0 +1,129 @@
+"""ViewerCommands: commands from viewers, from the request to the last `Ack`.
+
+The hub's event loop owns them. A run completes a command's future in another thread, which posts the rest back here.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, Final
+
+from offloop.dashboard.connection import COMMANDS_PER_SECOND, Connection
+from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.protocol import Ack, CommandRequest
+from offloop.engine import OffloopError, SaveCheckpoint, Stop
+
+COMMANDS_REMEMBERED: Final = 1_000
+
+
+class PendingCommand:
+    """A viewer's command."""
+
+    def __init__(self, request: CommandRequest, connection: Connection) -> None:
+        self.request = request
+        # The last connection that sent the request gets the answer. None once it has closed: a connection keeps a
+        # run's whole history alive.
+        self.connection: Connection | None = connection
+        # None once it is done: its error holds the training thread's frames.
+        self.future: Future[Any] | None = None
+        self.deadline = time.monotonic() + request.ttl
+        self.ack: Ack = Ack(id=request.id, name=request.name, state="accepted")
+
+    def answer(self, **outcome: Any) -> None:
+        """Record the outcome and send it to the viewer."""
+        self.ack = Ack(id=self.request.id, name=self.request.name, **outcome)
+        if self.connection is not None:
+            self.connection.put(self.ack)
+
+
+class ViewerCommands:
+    """Gives viewers' commands to runs, each id once, and answers them."""
+
+    def __init__(self, runs: Mapping[str, LiveRun], post: Callable[[Callable[[], None]], object]) -> None:
+        """Serve `runs`, by key. `post` calls a function on the hub's event loop, from any thread."""
+        self._runs = runs
+        self._post = post
+        self._known: OrderedDict[str, PendingCommand] = OrderedDict()
+
+    def request(self, connection: Connection, request: CommandRequest) -> None:
+        """Give a command to its run, or reject it. A repeated request gets the current answer again."""
+        known = self._known.get(request.id)
+        if known is not None and connection.viewer.is_control:
+            known.connection = connection
+            connection.viewer.put(known.ack)
+            return
+        command = PendingCommand(request, connection)
+        why = self._rejection_reason(connection, request)
+        if why is not None:
+            command.answer(state="rejected", why=why)
+            return
+        self._known[request.id] = command
+        while len(self._known) > COMMANDS_REMEMBERED:
+            self._known.popitem(last=False)
+        try:
+            command.future = self._give(request, f"viewer {connection.viewer.address}")
+        except OffloopError as error:
+            command.answer(state="rejected", why=str(error))
+            return
+        command.answer(state="accepted")
+        command.future.add_done_callback(lambda _: self._post(lambda: self._done(command)))
+
+    def expire(self, now: float) -> None:
+        """Take back commands that were not applied within their time to live."""
+        for command in self._known.values():
+            if command.ack.state == "accepted" and now > command.deadline:
+                if command.future is not None and command.future.cancel():
+                    why = f"not applied within {command.request.ttl:g} s: taken back"
+                    command.answer(state="expired", why=why)
+
+    def forget(self, connection: Connection) -> None:
+        """Drop the references to a closed connection; its commands stay in force."""
+        for command in self._known.values():
+            if command.connection is connection:
+                command.connection = None
+
+    def _rejection_reason(self, connection: Connection, request: CommandRequest) -> str | None:
+        """Return why a request is rejected before the run receives it; None if it is not."""
+        if not connection.viewer.is_control:
+            return "this address may only read"
+        if not 0 < len(request.id) <= 64:
+            return "a command's id has 1 to 64 characters"
+        if not connection.allows_command():
+            return f"more than {COMMANDS_PER_SECOND} commands a second"
+        live = self._runs.get(request.run)
+        if live is None:
+            return f"there is no run {request.run!r}"
+        if live.is_over:
+            return "the run is over"
+        if not 0 < request.ttl <= 3600:
+            return f"ttl must be above 0 and at most 3600 seconds, got {request.ttl}"
+        return None
+
+    def _give(self, request: CommandRequest, by: str) -> Future[Any]:
+        run = self._runs[request.run].run
+        assert run is not None
+        command = request.command()
+        if isinstance(command, Stop) and request.checkpoint and "checkpoint" not in run.refused:
+            # Both apply at the same boundary, where stop comes last.
+            run.give_nowait(SaveCheckpoint(), by=by)
+        return run.give_nowait(command, by=by)
+
+    def _done(self, command: PendingCommand) -> None:
+        """Send the last `Ack` of a command, whose future is done."""
+        future, request = command.future, command.request
+        command.future = None
+        assert future is not None
+        if future.cancelled() or command.ack.state != "accepted":
+            return
+        error = future.exception()
+        if error is not None:
+            command.answer(state="rejected", why=f"{type(error).__name__}: {error}")
+            return
+        live, result = self._runs.get(request.run), future.result()
+        why = ""
+        if request.name == "checkpoint" and result is not None:
+            why = f"saved in {result.path}"
+        elif request.name == "set_lr":
+            why = f"learning rate {request.lr:g}"
+        command.answer(state="applied", step=None if live is None else live.step, why=why)
