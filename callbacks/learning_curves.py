@@ -1,4 +1,4 @@
-"""LearningCurves: a picture of a run's curves, drawn at the end and whenever somebody asks."""
+"""LearningCurves: plots of a run's metrics, drawn at its end and on request."""
 
 import contextlib
 import importlib.util
@@ -32,28 +32,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_POINTS: Final = 1000
-"""Points of a curve: more than the pixels it is drawn on."""
+"""Points per curve: more than its width in pixels."""
 MARKED_POINTS: Final = 60
-"""Points of a curve up to which each has a dot."""
+"""Curves with at most so many points mark each with a dot."""
 FORMATS: Final = (".png", ".svg", ".pdf")
 
-_TRAIN, _VAL, _FAINT = "#2563eb", "#ea580c", "#93b4f4"  # blue and orange differ for colour-blind eyes too
-_PANEL = (5.2, 3.1)  # inches
-_drawing = threading.Lock()  # matplotlib's font cache and parsers are not safe from several threads
+# Blue and orange, which colour-blind people can tell apart
+_TRAIN, _VAL, _FAINT = "#2563eb", "#ea580c", "#93b4f4"
+# Width and height in inches
+_PANEL = (5.2, 3.1)
+# matplotlib's font cache and parsers are not thread-safe.
+_drawing = threading.Lock()
 
 
 class Curve:
-    """A series of points in bounded memory: beyond `max_points` each two neighbours become their mean."""
+    """A series of points in bounded memory: at `max_points` neighbours are merged into their mean."""
 
     def __init__(self, max_points: int = MAX_POINTS) -> None:
         self.steps: list[float] = []
         self.values: list[float] = []
         self._max_points = max_points
-        self._stride = 1  # values in a point
-        self._open: list[tuple[float, float]] = []  # those of the point that is not complete yet
+        # Values per point, and those of the point that is incomplete
+        self._stride = 1
+        self._open: list[tuple[float, float]] = []
 
     def add(self, step: int, value: float) -> None:
-        """Add a value. NaN stays visible: its point is a gap."""
+        """Add a value. NaN is drawn as a gap."""
         self._open.append((step, value))
         if len(self._open) < self._stride:
             return
@@ -80,13 +84,13 @@ class Curve:
 
 
 class LearningCurves(Callback):
-    """Draws loss, metrics and learning rate over steps into the run's directory, without a display.
+    """Draws loss, metrics and learning rate over steps into a file in the run's directory, without a display.
 
-    One panel for each metric, training and validation together. A resumed attempt goes on with the curves of
-    the attempts before it. `draw` makes the picture at any other moment, from any thread; `read` brings back
-    the curves of a run that is over. Runs in a thread of its own; training never waits for it.
+    Each metric has one panel, for training and validation. A resumed attempt continues the curves of earlier attempts.
+    `draw` draws at any other moment, from any thread; `read` loads the curves of a finished run. It runs in the
+    callback's worker thread; training never waits for it.
 
-    Needs matplotlib: `pip install 'offloop[plot]'`.
+    Requires matplotlib: `pip install 'offloop[plot]'`.
     """
 
     needs_run_dir = True
@@ -98,12 +102,13 @@ class LearningCurves(Callback):
         """Choose what to draw and where.
 
         Args:
-            metrics: Names without `train_` and `val_`, like `"loss"`, `"accuracy"`, `"lr"`; None for all.
-            file: Name of the picture in the run's directory; its ending says the format: .png, .svg or .pdf.
-            max_points: Points kept of each curve, at least 16; what is beyond is averaged.
+            metrics: Names without `train_` and `val_`, like `"loss"`, `"accuracy"`, `"lr"`. None: all.
+            file: Name of the file in the run's directory, ending in .png, .svg or .pdf.
+            max_points: Points per curve, at least 16; longer curves are averaged.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
+            ConfigError: A value is out of range.
         """
         if isinstance(metrics, str):
             raise TypeError(f"metrics must be a list of names, got the string {metrics!r}")
@@ -114,13 +119,14 @@ class LearningCurves(Callback):
         self.metrics = None if metrics is None else tuple(metrics)
         self.file = file
         self.max_points = max_points
-        # Guarded by the lock: written by the callback's thread, read by whoever draws.
+        # Guards what `reset` sets: the callback's thread writes it, any thread reads it to draw.
         self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         with self._lock:
-            self._curves: dict[str, Curve] = {}  # by key: "loss" of steps, train_..., val_..., "lr"
+            # By key: "loss" of steps, train_..., val_..., "lr"
+            self._curves: dict[str, Curve] = {}
             self._title = ""
             self._dir: Path | None = None
 
@@ -130,7 +136,7 @@ class LearningCurves(Callback):
         if event.attempt:
             assert run.dir is not None  # needs_run_dir
             with contextlib.suppress(FileNotFoundError):
-                # The log was cut back to the checkpoint before this event was published
+                # The log was cut back to the checkpoint before this event was published.
                 self._note_all(each for of, each in read_attempts(run.dir) if of < event.attempt)
 
     def on_step_end(self, event: StepEnd, run: Run) -> None:
@@ -151,7 +157,7 @@ class LearningCurves(Callback):
 
     @classmethod
     def read(cls, run_dir: "Path | str", **options: Any) -> "LearningCurves":
-        """Return the curves of a run from its `events.jsonl`, to `draw` them. Blocks on the file system."""
+        """Return the curves of a run from its `events.jsonl`, to `draw` them. Blocks on files."""
         curves = cls(**options)
         curves._dir = Path(run_dir).expanduser().absolute()
         curves._title = curves._dir.name
@@ -159,15 +165,15 @@ class LearningCurves(Callback):
         return curves
 
     def draw(self, path: "Path | str | None" = None) -> Path:
-        """Draw what there is so far and return where it is. Any thread; blocks for a tenth of a second or more.
+        """Draw the curves so far and return the file. Any thread; blocks for a tenth of a second or more.
 
-        The file is replaced as a whole: who looks at it meanwhile sees the old picture.
+        The file is replaced whole, so a reader sees the old or the new one.
 
         Args:
-            path: The file, its ending says the format; None for the one in the run's directory.
+            path: The file; its ending determines the format. None: the one in the run's directory.
 
         Raises:
-            RuntimeError: Nothing has been said yet.
+            RuntimeError: There is nothing to draw.
         """
         with self._lock:
             if path is None:
@@ -182,7 +188,8 @@ class LearningCurves(Callback):
         if not curves:
             raise RuntimeError("there is nothing to draw yet: no step has been made")
         temporary = path.with_name(f".{path.stem}-{threading.get_ident()}{path.suffix}")
-        temporary.unlink(missing_ok=True)  # a link that stands there would be written through
+        # A link of that name would be followed.
+        temporary.unlink(missing_ok=True)
         try:
             with _drawing:
                 _figure(curves, title).savefig(temporary, dpi=110)
@@ -217,7 +224,7 @@ def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _name(key: str) -> str:
-    """Return what a curve is of: `loss` for `loss`, `train_loss` and `val_loss`."""
+    """Return the metric of a curve: `loss` for `loss`, `train_loss` and `val_loss`."""
     return re.sub("^(train|val)_", "", key)
 
 
@@ -265,7 +272,8 @@ def _draw_panel(panel: "Axes", name: str, curves: dict[str, Points]) -> None:
         panel.plot(*of_steps, color=_TRAIN if is_alone else _FAINT, linewidth=1.0, label=label)
     for points, color, label in ((of_epochs, _TRAIN, "train"), (of_validations, _VAL, "validation")):
         if points is not None:
-            marker = "o" if len(points[0]) <= MARKED_POINTS else ""  # more would be a thick line
+            # More dots would look like a thick line.
+            marker = "o" if len(points[0]) <= MARKED_POINTS else ""
             panel.plot(*points, color=color, linewidth=1.6, marker=marker, markersize=2.5, label=label)
     if of_epochs is not None or of_validations is not None:
         panel.legend(fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""MetricLogger: the numbers of a run in `metrics.csv` and `metrics.jsonl`, for a spreadsheet, pandas or jq."""
+"""MetricLogger: the metrics of a run in `metrics.csv` and `metrics.jsonl`, for a spreadsheet, pandas or jq."""
 
 import contextlib
 import csv
@@ -30,28 +30,25 @@ logger = logging.getLogger("offloop")
 Format = Literal["csv", "jsonl"]
 
 Moment = tuple[int, float]
-"""An attempt, and a time on that attempt's own clock."""
+"""An attempt, and a time on that attempt's clock."""
 
 _POSITION: Final = ("time", "attempt", "epoch", "step", "batch")
 
 
 class MetricLogger(ValueLogger):
-    """Writes a row for steps at a cadence, and for each validation and epoch, to `metrics.csv` and `metrics.jsonl`.
+    """Writes rows for steps, validations and epochs to `metrics.csv` and `metrics.jsonl` in the run's directory.
 
-    A row begins with time (Unix seconds), attempt, epoch, step and batch. That of a step has `loss`, `lr`,
-    `grad_norm` and what the step logged; rows of validations and epochs have their metrics. The last step of
-    each epoch always has a row, so that short runs never look empty. In the CSV file each metric is a column from
-    its first value on; a line of the other file is a JSON object with the values of its row only, in which NaN
-    and infinities are the strings "NaN", "Infinity" and "-Infinity", because JSON has no numbers for them.
+    A row starts with time (Unix seconds), attempt, epoch, step and batch. Rows of steps have `loss`, `lr`, `grad_norm`
+    and logged values; rows of validations and epochs have their metrics. The last step of an epoch always has a row.
+    In the CSV file a metric is a column from its first value on. A line of the other file is a JSON object with the
+    values of its row, where NaN and infinities are the strings "NaN", "Infinity" and "-Infinity".
 
-    Each row is with the operating system before the next one is written. A resumed attempt goes on in the same files,
-    after cutting what came after the checkpoint that it continues. Rows before it that a killed run had no time to
-    write are made from the run's `events.jsonl`.
+    A row reaches the operating system before the next one is written. A resumed attempt continues the files, after
+    cutting the rows that came after its checkpoint. Earlier rows that a killed run did not write are rebuilt from
+    `events.jsonl`.
 
-    While a file cannot be written, the rows of that time are lost to it. The first failure is reported, and a log
-    record says when it is over.
-
-    Runs in a thread of its own; training never waits for it.
+    While a file cannot be written, its rows are lost; the first failure is reported, and the log says when it is over.
+    It runs in the callback's worker thread; training never waits for it.
     """
 
     needs_run_dir = True
@@ -64,12 +61,15 @@ class MetricLogger(ValueLogger):
         every_n_steps: int | None = None,
         formats: Sequence[Format] = ("csv", "jsonl"),
     ) -> None:
-        """Choose the cadence of step rows: by time (a second by default), or by steps.
+        """Choose the interval of steps, by time (a second by default) or by steps, and the files.
 
         Args:
-            every_seconds: Seconds between two step rows, above 0. Which steps get a row depends on the machine.
-            every_n_steps: Steps between two step rows, at least 1: the same rows on every machine.
-            formats: Which files to write: `"csv"`, `"jsonl"`.
+            every_seconds: Seconds between rows of steps, above 0. The steps depend on the machine.
+            every_n_steps: Steps between rows of steps, at least 1. The rows are the same on every machine.
+            formats: The files to write: `"csv"`, `"jsonl"`.
+
+        Raises:
+            ConfigError: A value is out of range.
         """
         known = get_args(Format)
         if isinstance(formats, str) or not formats or not set(formats) <= set(known):
@@ -97,7 +97,7 @@ class MetricLogger(ValueLogger):
     def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
         position = {"time": event.time, "attempt": self._attempt, "epoch": event.epoch, "step": event.step}
         row = {**position, "batch": event.batch}
-        row |= {name: value for name, value in values.items() if name not in _POSITION}  # these are ours
+        row |= {name: value for name, value in values.items() if name not in _POSITION}
         errors = [error for table in self._tables if (error := table.put(row)) is not None]
         if errors:
             raise errors[0]
@@ -115,7 +115,7 @@ class MetricLogger(ValueLogger):
                 table.close()
 
     def _complete(self, start: TrainStart, run: Run) -> None:
-        """Write the rows that an earlier attempt had no time for; its log has been completed already."""
+        """Write the rows that an earlier attempt did not write. Its event log is complete already."""
         assert run.dir is not None
         try:
             for self._attempt, event in read_attempts(run.dir):
@@ -130,34 +130,36 @@ class MetricLogger(ValueLogger):
         except FileNotFoundError:
             pass
         finally:
-            super().reset()  # the cadence begins anew
+            # The interval of steps starts again.
+            super().reset()
             for table in self._tables:
                 table.has = None
 
 
 class _Table:
-    """A file of rows. A row that cannot be written is lost; those after it are not."""
+    """A file of rows. A row that cannot be written is lost; later ones are written again."""
 
     def __init__(self, path: Path, until: Moment | None) -> None:
-        """Prepare the file; it is opened by the first row.
+        """Prepare the file, if possible; otherwise the first row tries again.
 
         Args:
-            path: Of the file.
-            until: Rows up to this moment are kept; None for none of them.
+            path: The file.
+            until: Keep the rows up to this moment. None keeps none.
         """
         self.path = path
-        self.has: Moment | None = (
-            None  # the moment of the last row that was kept, if older ones may be missing
-        )
+        # The moment of the last row that was kept, as long as older rows may be missing.
+        self.has: Moment | None = None
         self._until = until
         self._file: LineFile | None = None
-        self._is_prepared = False  # it holds the rows that are kept, and no others
+        # Whether the file has exactly the rows to keep.
+        self._is_prepared = False
         self._lost = 0
-        with contextlib.suppress(OSError):  # tried again with the first row, and told of then
+        # A failure is reported with the first row.
+        with contextlib.suppress(OSError):
             self._prepare()
 
     def put(self, row: Mapping[str, Any]) -> OSError | None:
-        """Write a row if it is not there; returns what prevented it the first time, until it works again."""
+        """Write a row unless it is there. Return the first error of several in a row."""
         if self.has is not None and (row["attempt"], row["time"]) <= self.has:
             return None
         try:
@@ -168,7 +170,7 @@ class _Table:
             self.write(row)
         except OSError as error:
             self._lost += 1
-            error.add_note("offloop: rows are lost until it can be written again")
+            error.add_note("offloop: rows are lost until the file can be written again")
             return error if self._lost == 1 else None
         if self._lost:
             logger.warning("%s can be written again; %d rows are missing in it", self.path, self._lost)
@@ -180,7 +182,7 @@ class _Table:
         raise NotImplementedError
 
     def _prepare(self) -> None:
-        """Leave the rows in the file that are kept."""
+        """Remove all rows from the file but those to keep."""
         raise NotImplementedError
 
     def _replace(self, content: bytes) -> None:
@@ -192,7 +194,7 @@ class _Table:
         self._file = LineFile(self.path)
 
     def sync(self) -> None:
-        """Put on the disk what was written."""
+        """Flush written rows to disk."""
         if self._lost:
             raise OSError(f"{self.path} cannot be written")
         if self._file is not None:
@@ -204,7 +206,7 @@ class _Table:
 
 
 class _Csv(_Table):
-    """A table whose header grows: a new column has the file rewritten, which is rare."""
+    """A table whose header grows. A new column rewrites the file, which is rare."""
 
     def __init__(self, path: Path, until: Moment | None) -> None:
         self._columns: list[str] = list(_POSITION)
@@ -232,7 +234,7 @@ class _Csv(_Table):
         self._columns = columns
 
     def _read(self) -> list[list[str]]:
-        """Return header and rows, without a last line that is half there."""
+        """Return header and rows, without an incomplete last line."""
         text = self.path.read_bytes().decode("utf-8", "replace")
         lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
         header, *rows = lines or [self._columns]
@@ -240,7 +242,7 @@ class _Csv(_Table):
 
 
 class _JsonLines(_Table):
-    """A file of JSON objects, one a line."""
+    """A file with one JSON object per line."""
 
     def write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
@@ -265,14 +267,14 @@ class _JsonLines(_Table):
 
 
 def _csv_of(rows: Sequence[Sequence[Any]], width: int = 0) -> bytes:
-    """Return rows as text, filled up to a number of columns."""
+    """Return rows as CSV, padded to a number of columns."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([*row, *[""] * (width - len(row))] for row in rows)
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _moment(attempt: str, time: str) -> Moment | None:
-    """Return when a row was written; None if it does not say so."""
+    """Return the moment of a row, None if its fields are invalid."""
     try:
         return int(attempt), float(time)
     except ValueError:
@@ -285,7 +287,7 @@ class _Line(msgspec.Struct):
 
 
 def _moment_of(line: bytes) -> Moment | None:
-    """Return when a line was written; None if it is half there."""
+    """Return the moment of a line, None if it is incomplete."""
     try:
         found = msgspec.json.decode(line, type=_Line)
     except msgspec.MsgspecError:

@@ -1,4 +1,4 @@
-"""MLflowLogger: a run at an MLflow tracking server, or in its database or folder."""
+"""MLflowLogger: log a run to an MLflow tracking server, database or folder."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAX_METRICS: Final = 1000
 MAX_PARAMS: Final = 100
-"""What the REST API takes in one request (MLflow's documentation of `runs/log-batch`)."""
+"""Limits of one request of the REST API (MLflow's documentation of `runs/log-batch`)."""
 STATUSES: Final = {
     "completed": "FINISHED",
     "stopped": "FINISHED",
@@ -25,17 +25,17 @@ STATUSES: Final = {
 
 
 class MLflowLogger(TrackingLogger):
-    """Logs a run to MLflow: hyperparameters, metrics over steps, alerts, checkpoints if asked for, and the status.
+    """Logs a run to MLflow: hyperparameters, metrics over steps, alerts, the status, and checkpoints on request.
 
-    Metrics have the names that they have everywhere. Alerts are tags, `alert.<step>`. A resumed attempt
-    continues the same MLflow run, whose id is kept in the run's directory; what the earlier attempt had logged past
-    the checkpoint stays there, because MLflow forgets nothing, and the hyperparameters stay those of the first.
+    Metrics keep their names. Alerts are tags, `alert.<step>`. A resumed attempt continues the same MLflow run, whose id
+    is stored in the run's directory. MLflow deletes nothing: what the earlier attempt logged after the checkpoint
+    stays, and the hyperparameters are those of the first attempt.
 
-    Training never waits for the server, nor does the end of the run for longer than `timeout`: points wait in memory
-    (10,000 of them) and are sent once a second in one request; what could not be sent is counted in `lost`. How long
-    one request may take is MLflow's own setting (`MLFLOW_HTTP_REQUEST_TIMEOUT`, `MLFLOW_HTTP_REQUEST_MAX_RETRIES`).
+    Training never waits for the server, and the end of the run at most `timeout`. Up to 10,000 points are queued in
+    memory and sent once a second in one request; `lost` counts what could not be sent. MLflow's own settings bound one
+    request (`MLFLOW_HTTP_REQUEST_TIMEOUT`, `MLFLOW_HTTP_REQUEST_MAX_RETRIES`).
 
-    Needs MLflow: `pip install 'offloop[mlflow]'`, its small client, or `pip install mlflow`.
+    Requires MLflow: `pip install 'offloop[mlflow]'` (its small client) or `pip install mlflow`.
     """
 
     @explains_arguments()
@@ -54,15 +54,15 @@ class MLflowLogger(TrackingLogger):
         """Choose the experiment and what to log.
 
         Args:
-            experiment_name: Made if it is not there.
-            tracking_uri: Of the server (`http://...`), database (`sqlite:///mlflow.db`) or folder; None for
-                `MLFLOW_TRACKING_URI`, or what `mlflow.set_tracking_uri` was given.
-            run_name: Shown by MLflow; None for the run's id.
-            tags: Of the MLflow run.
-            log_model: Upload checkpoints as artifacts: True the best one at the end, "all" each when it is saved.
-            every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
-            every_n_steps: Steps between two steps with points, at least 1.
-            timeout: Seconds to wait at the end for what was not sent yet; the run's `drain_timeout` bounds it too.
+            experiment_name: Name of the experiment, which is created if it does not exist.
+            tracking_uri: URI of the server (`http://...`), database (`sqlite:///mlflow.db`) or folder. None:
+                `MLFLOW_TRACKING_URI`, or that of `mlflow.set_tracking_uri`.
+            run_name: Name that MLflow shows. None: the run's id.
+            tags: Tags of the MLflow run.
+            log_model: Upload checkpoints as artifacts: True the best one at the end, `"all"` each when it is saved.
+            every_seconds: Seconds between logged steps, above 0. None: 1.0, unless `every_n_steps` is given.
+            every_n_steps: Steps between logged steps, at least 1.
+            timeout: Seconds to wait at the end for what is still queued, above 0; at most the run's `drain_timeout`.
 
         Raises:
             ModuleNotFoundError: MLflow is not installed.
@@ -89,8 +89,9 @@ class MLflowLogger(TrackingLogger):
 
     def reset(self) -> None:
         super().reset()
-        self._client: MlflowClient | None = None  # of the sending thread
-        self._is_made_here = False  # the MLflow run; else an earlier attempt has made it
+        # Both are used by the sending thread only.
+        self._client: MlflowClient | None = None
+        self._has_created_run = False
 
     def connect(self) -> None:
         from mlflow.entities import Param, RunTag
@@ -105,13 +106,13 @@ class MLflowLogger(TrackingLogger):
                 tags=tags,
                 start_time=round(1000 * self.start.time),
             )
-            self._is_made_here = True
+            self._has_created_run = True
             self.remember(run.info.run_id)
         else:
             client.update_run(self.tracking_id, status="RUNNING")
         assert self.tracking_id is not None
         client.log_batch(self.tracking_id, tags=[RunTag("offloop.attempt", str(self.start.attempt))])
-        if self._is_made_here:
+        if self._has_created_run:
             params = [Param(name, str(value)[:6000]) for name, value in self.parameters.items()]
             for start in range(0, len(params), MAX_PARAMS):
                 client.log_batch(self.tracking_id, params=params[start : start + MAX_PARAMS])
@@ -146,7 +147,8 @@ class MLflowLogger(TrackingLogger):
     def is_hopeless(self, error: Exception) -> bool:
         from mlflow.exceptions import MlflowException
 
-        if isinstance(error, MlflowException):  # also what it makes of a connection that fails: a 500
+        # A failed connection is one, too, with status 500.
+        if isinstance(error, MlflowException):
             status = error.get_http_status_code()  # type: ignore[no-untyped-call]  # it has no types
             return 400 <= status < 500 and status not in (408, 429)
         return super().is_hopeless(error)
@@ -157,12 +159,12 @@ class MLflowLogger(TrackingLogger):
 
 
 def _legal(name: str) -> str:
-    """Return a metric's name with what MLflow refuses replaced: it takes letters, digits and `_-. :/`."""
+    """Return a metric's name as MLflow takes it: all but letters, digits and `_-. :/` is replaced."""
     return "".join(each if each.isalnum() or each in "_-. :/" else "_" for each in name)
 
 
 def _absolute(uri: str) -> str:
-    """Return a URI whose folder or SQLite file stays the same when the process changes its directory."""
+    """Return a URI with an absolute path to its folder or SQLite file: the process may change its directory."""
     scheme, separator, path = uri.partition("sqlite:///")
     if separator and not scheme and path and not path.startswith((":", "/")):
         return f"sqlite:///{Path(path).expanduser().absolute()}"

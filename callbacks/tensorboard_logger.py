@@ -1,4 +1,4 @@
-"""TensorBoardLogger: the numbers of a run as TensorBoard's event files."""
+"""TensorBoardLogger: log a run to TensorBoard's event files."""
 
 import importlib
 import io
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FLUSH_INTERVAL: Final = 1.0
-"""Seconds after which what was written is in the file at the latest."""
+"""Seconds after which written points are in the file at the latest."""
 
 
 class TensorBoardLogger(ValueLogger):
     """Writes scalars, hyperparameters and alerts for TensorBoard: `tensorboard --logdir runs`.
 
-    Scalars have the names that they have everywhere, over optimizer steps: `loss`, `lr`, `grad_norm` and what
-    steps log; `val_...` of validations; `train_...` of epochs; `epoch`. The hyperparameters and how the run ended
-    are in TensorBoard's HPARAMS tab, alerts are texts. A resumed attempt goes on in the same directory; points
-    from after its checkpoint are cut out of the files, and a TensorBoard that is open drops them.
+    Scalars keep their names, over optimizer steps: `loss`, `lr`, `grad_norm` and logged values of steps, `val_...` of
+    validations, `train_...` of epochs, `epoch`. TensorBoard shows hyperparameters and status in its HPARAMS tab, and
+    alerts as text. A resumed attempt continues in the same directory; points after its checkpoint are cut from the
+    files, and an open TensorBoard drops them.
 
-    The files are in the run's directory, so the run's name in TensorBoard is its id. At most a second of points is
-    lost when the process is killed. Runs in a thread of its own; training never waits for it.
+    By default the files are in the run's directory, so TensorBoard names the run by its id. A killed process loses at
+    most a second of points. It runs in the callback's worker thread; training never waits for it.
 
-    Needs tensorboard: `pip install 'offloop[tensorboard]'`.
+    Requires tensorboard: `pip install 'offloop[tensorboard]'`.
     """
 
     @explains_arguments()
@@ -55,18 +55,19 @@ class TensorBoardLogger(ValueLogger):
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
     ) -> None:
-        """Choose where to write, and how often for steps.
+        """Choose the directory and the interval of steps.
 
         Args:
-            log_dir: Each run gets a directory in this one, named by its id; None for the run's own.
-            every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
-            every_n_steps: Steps between two steps with points, at least 1.
+            log_dir: Directory in which each run gets one named by its id. None: the run's own directory.
+            every_seconds: Seconds between logged steps, above 0. None: 1.0, unless `every_n_steps` is given.
+            every_n_steps: Steps between logged steps, at least 1.
 
         Raises:
             ModuleNotFoundError: tensorboard is not installed.
+            ConfigError: A value is out of range.
         """
         expect_package("tensorboard", "tensorboard")
-        # Here and not when the run has started: it takes a second, in which training would wait for the interpreter.
+        # Import here rather than during the run: it holds the interpreter for a second.
         with first_use("tensorboard"):
             for module in ("backend.event_processing.event_file_loader", "plugins.hparams.metadata"):
                 importlib.import_module(f"tensorboard.{module}")
@@ -96,7 +97,8 @@ class TensorBoardLogger(ValueLogger):
         self._add_session_start(event, hyperparameters_of(event, run))
 
     def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
-        if self._writer is None:  # it could not be opened, as the failure at the start has said
+        # None if opening it failed, which was reported at the start.
+        if self._writer is None:
             return
         for name, value in values_to_plot(event, values).items():
             self._writer.add_scalar(name, value, event.step, walltime=event.time)
@@ -144,7 +146,7 @@ class TensorBoardLogger(ValueLogger):
         self._add_session(metadata.SESSION_END_INFO_TAG, session_end_info=info)
 
     def _add_session(self, tag: str, **info: Any) -> None:
-        """Write what the HPARAMS tab shows of a run."""
+        """Write an entry for the HPARAMS tab."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
@@ -158,9 +160,9 @@ class TensorBoardLogger(ValueLogger):
 
 
 def cut_event_files(directory: Path, start: TrainStart) -> None:
-    """Leave out of TensorBoard's files what came after the checkpoint that is continued; each whole or not at all.
+    """Cut from TensorBoard's files what came after the checkpoint that is resumed. Each file is replaced whole.
 
-    Each attempt has a file of its own, whose name ends with the attempt's number.
+    Each attempt has its own file, whose name ends with the attempt's number.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event

@@ -1,14 +1,14 @@
-"""Tracking: what every logger for a tracking server shares; such a server is never waited for by training.
+"""Tracking: the shared part of the loggers for tracking servers. Training never waits for such a server.
 
     the callback's thread                    the sending thread
     ─────────────────────                    ──────────────────
     events -> points, alerts, checkpoints    connect, until it works or the run is over
-    put() ── a bounded queue ──────────────> what has gathered, once a second; again, later, if that failed
-    close(): waits `timeout` at most ──────> the rest, and how the run ended
+    put() ── a bounded queue ──────────────> send the queue once a second; after a failure again, later
+    close(): waits at most `timeout` ──────> send the rest and how the run ended
 
-A server may refuse connections, or take them and say nothing for hours. The sending thread is the only one that
-notices: a queue that is full loses its oldest entries, which are counted, and at the end the thread is
-given up if it cannot be done with the rest in time. It is a daemon, so it keeps no process from leaving.
+A server may refuse connections, or accept them and not answer for hours. Only the sending thread blocks on it. A full
+queue drops its oldest entries and counts them. If the thread has not sent the rest in time at the end, it is abandoned;
+as a daemon it does not keep the process alive.
 """
 
 import collections
@@ -49,19 +49,18 @@ logger = logging.getLogger("offloop")
 LogModel = bool | Literal["all"]
 
 MAX_WAITING: Final = 10_000
-"""Entries that wait for an unreachable server: three hours at the default cadence, a few megabytes."""
+"""Entries queued for an unreachable server: three hours at the default interval, a few megabytes."""
 MAX_AT_ONCE: Final = 200
-"""Entries handed over in one go."""
+"""Entries per call of `send`."""
 SEND_INTERVAL: Final = 1.0
-"""Seconds between two goes: a request a second costs next to nothing, and a chart looks live."""
+"""Seconds between two calls of `send`: a request a second costs next to nothing, and charts look live."""
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 60.0
-"""Seconds before a failed go is tried again; doubled each time up to the longest."""
-PATIENCE: Final = 30.0
-"""Seconds without an answer after which somebody is told; clients of tracking servers try for minutes."""
+"""Seconds before a failed call is repeated: doubled after each failure, from the first to the longest."""
+NO_ANSWER_AFTER: Final = 30.0
+"""Seconds without an answer after which that is reported; clients of tracking servers retry for minutes."""
 TIMEOUT: Final = 20.0
-"""Seconds to wait at the end for what was not sent yet: for a server that is slow, not dead; less than a run's
-`drain_timeout`, after which nobody would hear what was lost."""
+"""Seconds to wait at the end for a slow server. Below a run's `drain_timeout`, so that losses are still reported."""
 
 
 def expect_package(module: str, extra: str) -> ModuleType:
@@ -75,16 +74,17 @@ def expect_package(module: str, extra: str) -> ModuleType:
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not module.startswith(error.name.partition(".")[0]):
-            raise  # it is there, and something of its own is missing
+            # The package is installed, and one of its own dependencies is missing.
+            raise
         raise ModuleNotFoundError(
             f"{extra} is not installed: pip install 'offloop[{extra}]'", name=error.name
         ) from None
 
 
 def hyperparameters_of(start: TrainStart, run: Run) -> dict[str, Any]:
-    """Return what a run was made with, as plain values by name: the model, the optimizers, every knob, the user's own.
+    """Return the configuration of a run by name, as plain values: model, optimizers, all knobs, hyperparameters.
 
-    The user's own come last and win. Those in a mapping are called `group.name`, and a list is a text.
+    The user's hyperparameters take precedence. A mapping among them gives `group.name`, a list becomes text.
     """
     trainer = run.trainer
     found: dict[str, Any] = {"model": type(trainer.model).__name__, "parameters": start.parameters}
@@ -111,7 +111,7 @@ def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def values_to_plot(
     event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the values that no other point has: an epoch repeats those of its validation and of its last step."""
+    """Return the values that no other point has: an epoch repeats those of its validation and its last step."""
     if isinstance(event, StepEnd):
         return {**values, "epoch": event.epoch}
     if isinstance(event, EpochEnd):
@@ -126,7 +126,7 @@ def _is_plain(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Point:
-    """Values of one moment."""
+    """Values at one moment."""
 
     time: float
     epoch: int
@@ -147,7 +147,7 @@ Entry = Point | Alert | Model
 
 
 class Sender:
-    """A thread that sends, and the bounded queue before it."""
+    """The sending thread and its bounded queue."""
 
     def __init__(
         self,
@@ -158,22 +158,24 @@ class Sender:
         finish: Callable[[], None],
         is_hopeless: Callable[[Exception], bool],
     ) -> None:
-        """Start the thread; all functions are called in it.
+        """Start the thread. It calls all four functions.
 
         Args:
-            name: Of the thread.
-            connect: Comes first, and again until it does not raise.
-            send: Sends some entries, again if it raises.
-            finish: Comes last.
-            is_hopeless: Says of what was raised whether it would be raised again.
+            name: Name of the thread.
+            connect: Called first, and repeated until it does not raise.
+            send: Sends some entries; repeated if it raises.
+            finish: Called last.
+            is_hopeless: Returns whether an exception would be raised again.
         """
         self.sent = 0
         self.lost = 0
-        self._problem: str | None = None  # the first one; written by the thread
-        self._acting_since: float | None = None  # likewise: when what it does was begun
+        # Written by the thread, read by any: the first problem, and when the call in progress began. Both are replaced
+        # whole.
+        self._problem: str | None = None
+        self._acting_since: float | None = None
         self._connect, self._send, self._finish = connect, send, finish
         self._is_hopeless = is_hopeless
-        # Guarded by _changed: the queue, and what close() says
+        # Guarded by _changed: the queue, the counts, and what close() sets.
         self._changed = threading.Condition()
         self._waiting: collections.deque[Entry] = collections.deque()
         self._in_flight = 0
@@ -183,19 +185,19 @@ class Sender:
 
     @property
     def problem(self) -> str | None:
-        """What went wrong first, if anything did. Any thread."""
+        """The first problem, None without one. Any thread."""
         since = self._acting_since
-        if self._problem is None and since is not None and time.monotonic() - since > PATIENCE:
-            return f"no answer for {PATIENCE:g} s"
+        if self._problem is None and since is not None and time.monotonic() - since > NO_ANSWER_AFTER:
+            return f"no answer for {NO_ANSWER_AFTER:g} s"
         return self._problem
 
     @property
     def is_given_up(self) -> bool:
-        """True if nothing more will be sent."""
+        """Whether nothing more will be sent."""
         return self._is_given_up
 
     def put(self, entry: Entry) -> None:
-        """Hand an entry over. Any thread; never waits. The oldest one is lost if the queue is full."""
+        """Queue an entry. Any thread; never waits. A full queue drops its oldest entry."""
         with self._changed:
             if self._is_given_up:
                 self.lost += 1
@@ -207,7 +209,7 @@ class Sender:
             self._changed.notify()
 
     def close(self, timeout: float) -> None:
-        """Have the rest sent, and wait for that for at most `timeout` seconds. Blocks. Twice is fine."""
+        """Send the rest. Blocks for at most `timeout` seconds. Idempotent."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -220,9 +222,8 @@ class Sender:
     def _work(self) -> None:
         try:
             self._send_all()
-        except (
-            BaseException
-        ) as error:  # a client that calls sys.exit(), for one: what waits is not lost unsaid
+        except BaseException as error:
+            # For example a client that calls sys.exit(). The queue is counted as lost.
             self._problem = self._problem or f"{type(error).__name__}: {error}"
             self._give_up()
 
@@ -239,9 +240,9 @@ class Sender:
             self._give_up()
 
     def _take(self) -> list[Entry]:
-        """Wait for entries of one kind; none means that it is over."""
+        """Wait for entries of one kind. None at all mean that the run is over."""
         with self._changed:
-            # At a pace, unless so much has gathered that one go is not enough
+            # Send at an interval, unless the queue holds more than one call takes.
             self._changed.wait_for(
                 lambda: self._is_closing or len(self._waiting) >= MAX_AT_ONCE, SEND_INTERVAL
             )
@@ -256,13 +257,14 @@ class Sender:
 
     def _count(self, *, sent: int = 0, lost: int = 0) -> None:
         with self._changed:
-            if not self._is_given_up:  # else all of them were counted as lost
+            # Once given up, all of them were counted as lost.
+            if not self._is_given_up:
                 self.sent += sent
                 self.lost += lost
                 self._in_flight = 0
 
     def _again(self, act: Callable[[], None]) -> bool:
-        """Do something, again and again until it works, is hopeless, or the run is over and it failed once more."""
+        """Repeat a call until it works. Return False if it is hopeless, or fails after the run is over."""
         pause = FIRST_PAUSE
         while True:
             self._acting_since = time.monotonic()
@@ -272,7 +274,7 @@ class Sender:
             except Exception as error:
                 lines = str(error).strip().splitlines()
                 text = f"{type(error).__name__}: {lines[0] if lines else ''}"
-                logger.debug("a tracking server: %s", text, exc_info=error)
+                logger.debug("tracking server: %s", text, exc_info=error)
                 self._problem = self._problem or text
                 if self._is_hopeless(error):
                     return False
@@ -294,13 +296,13 @@ class Sender:
 
 
 class TrackingLogger(ValueLogger):
-    """Base of the loggers for a tracking server: what is logged, and that nobody ever waits for it.
+    """Base of the loggers for tracking servers. Training never waits for the server.
 
     A subclass defines `connect`, `send` and `finish`, which run in the sending thread.
     """
 
     server: str = "the server"
-    """Its name in messages."""
+    """The server's name in messages."""
 
     def __init__(
         self,
@@ -310,7 +312,7 @@ class TrackingLogger(ValueLogger):
         every_n_steps: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        """Choose what is logged; see the subclasses."""
+        """Choose what to log; see the subclasses."""
         checks.choice("log_model", log_model, (False, True, "all"))
         checks.number("timeout", timeout, above=0, finite=False, unit="seconds")
         self.log_model: LogModel = log_model
@@ -320,10 +322,10 @@ class TrackingLogger(ValueLogger):
     def reset(self) -> None:
         super().reset()
         self._sender: Sender | None = None
-        self._is_told = False
+        self._is_reported = False
         self.tracking_id: str | None = None
-        """The run's id at the server; kept in the run's directory, so that a resumed attempt continues it."""
-        # Written by the callback's thread before the sending thread reads them
+        """The run's id at the server. Stored in the run's directory, so that a resumed attempt continues it."""
+        # Written by the callback's thread before the sending thread starts or finishes, so never while that reads them.
         self.start = TrainStart()
         self.run_id = ""
         self.run_dir: Path | None = None
@@ -332,36 +334,35 @@ class TrackingLogger(ValueLogger):
 
     @property
     def sent(self) -> int:
-        """Points, alerts and checkpoints that the server has got."""
+        """Points, alerts and checkpoints that the server received."""
         return 0 if self._sender is None else self._sender.sent
 
     @property
     def lost(self) -> int:
-        """Points, alerts and checkpoints that it will never get."""
+        """Points, alerts and checkpoints that it will never receive."""
         return 0 if self._sender is None else self._sender.lost
 
     # For subclasses: in the sending thread ---------------------------------------------------------
 
     def connect(self) -> None:
-        """Open the run at the server, that of `tracking_id` if it has one, and log `parameters`."""
+        """Open the run at the server, the one of `tracking_id` if it is set, and log `parameters`."""
         raise NotImplementedError
 
     def send(self, entries: Sequence[Entry]) -> None:
-        """Send some points, or one alert or one checkpoint."""
+        """Send some points, one alert or one checkpoint."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Say how the run has ended: `status` and `reason`."""
+        """Send how the run ended: `status` and `reason`."""
         raise NotImplementedError
 
     def is_hopeless(self, error: Exception) -> bool:
-        """True if what raised this would raise it again: it is then left out."""
-        return not isinstance(error, OSError) or isinstance(
-            error, FileNotFoundError
-        )  # which retention removed
+        """Return whether a repeated call would raise this again; the entries are then dropped."""
+        # A missing file is that of a checkpoint which retention has removed.
+        return not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
 
     def remember(self, tracking_id: str) -> None:
-        """Keep the run's id at the server for later attempts."""
+        """Store the run's id at the server for later attempts."""
         self.tracking_id = tracking_id
         if self.run_dir is not None:
             content = msgspec.json.encode({"id": tracking_id}) + b"\n"
@@ -388,11 +389,11 @@ class TrackingLogger(ValueLogger):
 
     def on_step_end(self, event: StepEnd, run: Run) -> None:
         super().on_step_end(event, run)
-        self._tell_once()
+        self._report_once()
 
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
         super().on_epoch_end(event, run)
-        self._tell_once()
+        self._report_once()
 
     def on_alert(self, event: Alert, run: Run) -> None:
         self._put(event)
@@ -405,7 +406,8 @@ class TrackingLogger(ValueLogger):
         self.status, self.reason = event.status, event.reason
         self.write_latest_step()
         if self.log_model is True and run.dir is not None:
-            with contextlib.suppress(CheckpointNotFoundError):  # nothing was saved, or nothing was judged
+            # Without a saved checkpoint or a metric there is no best one.
+            with contextlib.suppress(CheckpointNotFoundError):
                 best = CheckpointReader(run.dir).find("best")
                 self._put(Model(best.path, best.step, True))
 
@@ -416,26 +418,26 @@ class TrackingLogger(ValueLogger):
         lost, sent = self._sender.lost, self._sender.sent
         if lost:
             raise ConnectionError(
-                f"{self.server} did not get {lost} of {lost + sent} points, alerts and checkpoints "
+                f"{self.server} did not receive {lost} of {lost + sent} points, alerts and checkpoints "
                 f"({self._sender.problem or 'they came faster than it took them'}); the run's own files have them all"
             )
-        self._tell_once()
+        self._report_once()
 
     def _put(self, entry: Entry) -> None:
         if self._sender is not None:
             self._sender.put(entry)
 
-    def _tell_once(self) -> None:
-        """Raise what is the matter with the server, the first time: it becomes a `CallbackFailed` and a log record."""
-        if self._sender is not None and self._sender.problem is not None and not self._is_told:
-            self._is_told = True
+    def _report_once(self) -> None:
+        """Raise the first problem with the server, once: it becomes a `CallbackFailed` event and a log record."""
+        if self._sender is not None and self._sender.problem is not None and not self._is_reported:
+            self._is_reported = True
             if self._sender.is_given_up:
                 what = "nothing more is logged there"
             elif self._sender.lost:
-                what = "what it refuses is left out"
+                what = "entries that it refuses are dropped"
             else:
-                what = "what is not sent yet waits"
-            raise ConnectionError(f"{self.server}: {self._sender.problem}; training goes on, {what}")
+                what = "entries are queued"
+            raise ConnectionError(f"{self.server}: {self._sender.problem}; training continues, {what}")
 
     def _id_file(self, run_dir: Path) -> Path:
         return run_dir / f"{type(self).__name__}.json"

@@ -1,31 +1,33 @@
-"""ValueLogger: which numbers of a run are written down, and when. The base of every logger here.
+"""ValueLogger: base of the loggers; it decides which values are written, and when.
 
-Steps have their numbers written at a cadence, and the last step before each validation and each end of an
-epoch always, so that short runs never look empty. Validations and epochs have theirs each time.
+Steps are written at an interval, and always the last step before a validation or the end of an epoch, so that short
+runs are not empty. Validations and epochs are always written.
 """
 
 from collections.abc import Mapping
 from typing import Final
 
-from offloop.engine import Callback, EpochEnd, Run, StepEnd, ValidationEnd, checks
+from offloop.engine import Callback, ConfigError, EpochEnd, Run, StepEnd, ValidationEnd, checks
 
 EVERY_SECONDS: Final = 1.0
-"""Default cadence: a point a second makes 36,000 in ten hours, and a short run shows its every epoch."""
+"""Default interval: a point a second makes 36,000 in ten hours, and shows each epoch of a short run."""
 
 
 class ValueLogger(Callback):
-    """Calls `write` with the values that are to be written down, in a thread of the callback's own."""
+    """Calls `write` with the values to write, in the callback's worker thread."""
 
     def __init__(self, *, every_seconds: float | None = None, every_n_steps: int | None = None) -> None:
-        """Choose the cadence of steps: by time (a second by default), or by steps.
+        """Choose the interval of steps: by time (a second by default) or by steps.
 
         Args:
-            every_seconds: Seconds between two steps that are written down, above 0. Which these are depends on
-                the machine.
-            every_n_steps: Steps between two of them, at least 1: the same ones on every machine.
+            every_seconds: Seconds between written steps, above 0. The steps depend on the machine.
+            every_n_steps: Steps between written steps, at least 1. The steps are the same on every machine.
+
+        Raises:
+            ConfigError: A value is out of range, or both are given.
         """
         if every_seconds is not None and every_n_steps is not None:
-            raise ValueError("give every_seconds or every_n_steps, not both")
+            raise ConfigError("give every_seconds or every_n_steps, not both")
         checks.number("every_seconds", every_seconds, above=0, finite=False, optional=True, unit="seconds")
         checks.whole_number("every_n_steps", every_n_steps, optional=True)
         self.every_n_steps = every_n_steps
@@ -34,10 +36,11 @@ class ValueLogger(Callback):
 
     def reset(self) -> None:
         self._written_at = 0.0
-        self._unwritten: StepEnd | None = None  # the latest step, if it was not written down yet
+        # The latest step, unless it is written already.
+        self._unwritten: StepEnd | None = None
 
     def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
-        """Write the values of a step, a validation or an epoch down. For subclasses."""
+        """Write the values of a step, a validation or an epoch. For subclasses."""
         raise NotImplementedError
 
     def on_step_end(self, event: StepEnd, run: Run) -> None:
@@ -59,7 +62,7 @@ class ValueLogger(Callback):
         self.write(event, event.metrics)
 
     def write_latest_step(self) -> None:
-        """Write the newest step down, if it was not."""
+        """Write the latest step, unless it is written already."""
         if self._unwritten is not None:
             self._write_step(self._unwritten)
 

@@ -1,4 +1,4 @@
-"""WandbLogger: a run at Weights & Biases."""
+"""WandbLogger: log a run to Weights & Biases."""
 
 import http.client
 import importlib
@@ -25,25 +25,23 @@ Mode = Literal["online", "offline", "disabled"]
 
 PROBE_TIMEOUT = 10.0
 INIT_TIMEOUT: Final = 60.0
-"""Seconds for W&B to answer at all, and to open the run, before it is logged to disk instead."""
+"""Seconds for W&B to answer, and to open the run, before the run is logged to disk instead."""
 OURS: Final = ("project", "name", "mode", "config", "dir", "id", "resume", "reinit", "settings")
-"""Arguments of `wandb.init` that are set here."""
+"""Arguments of `wandb.init` that this logger sets."""
 
 
 class WandbLogger(TrackingLogger):
-    """Logs a run to Weights & Biases: hyperparameters, metrics, alerts, checkpoints if asked for, and the status.
+    """Logs a run to Weights & Biases: hyperparameters, metrics, alerts, the status, and checkpoints on request.
 
-    Charts are drawn over `step`, the optimizer steps done. A resumed attempt continues the same W&B run, whose id is
-    kept in the run's directory; what the earlier attempt had logged past the checkpoint stays there, told apart by
-    `attempt`.
+    Charts are drawn over `step`, the number of optimizer steps. A resumed attempt continues the same W&B run, whose id
+    is stored in the run's directory; what the earlier attempt logged after the checkpoint stays, with its `attempt`.
 
-    Training never waits for W&B, nor does the end of the run for longer than `timeout`. If it does not answer when
-    the run begins, the run is logged offline, into `wandb/` in the run's directory, and the log says how to upload it:
-    `wandb sync`. If it falls silent later, W&B's own process keeps everything on disk likewise. What could not be
-    handed to that process is counted in `lost`. Neither stdout nor stderr is captured, unless
-    `settings={"console": "auto"}` says so.
+    Training never waits for W&B, and the end of the run at most `timeout`. If W&B does not answer when the run starts,
+    the run is logged offline, into `wandb/` in the run's directory, and the log shows how to upload it (`wandb sync`).
+    If W&B stops answering later, its own process keeps everything on disk. `lost` counts what could not be handed to
+    that process. Neither stdout nor stderr is captured, unless `settings={"console": "auto"}` asks for it.
 
-    Needs wandb: `pip install 'offloop[wandb]'`, and once `wandb login`.
+    Requires wandb: `pip install 'offloop[wandb]'`, and `wandb login` once.
     """
 
     server = "Weights & Biases"
@@ -65,20 +63,20 @@ class WandbLogger(TrackingLogger):
         """Choose the project and what to log.
 
         Args:
-            project: None for `WANDB_PROJECT`, or W&B's own choice.
-            name: Shown by W&B; None for the run's id.
-            mode: `"online"`, `"offline"` (upload later with `wandb sync`) or `"disabled"`; None for `WANDB_MODE`, or
+            project: Name of the project. None: `WANDB_PROJECT`, or W&B's default.
+            name: Name that W&B shows. None: the run's id.
+            mode: `"online"`, `"offline"` (upload later with `wandb sync`) or `"disabled"`. None: `WANDB_MODE`, or
                 online.
-            log_model: Upload checkpoints as artifacts: True the best one at the end, "all" each when it is saved.
-            every_seconds: Seconds between two steps with points, above 0; a second if nothing else is said.
-            every_n_steps: Steps between two steps with points, at least 1.
-            timeout: Seconds to wait at the end for what was not sent yet; the run's `drain_timeout` bounds it too.
+            log_model: Upload checkpoints as artifacts: True the best one at the end, `"all"` each when it is saved.
+            every_seconds: Seconds between logged steps, above 0. None: 1.0, unless `every_n_steps` is given.
+            every_n_steps: Steps between logged steps, at least 1.
+            timeout: Seconds to wait at the end for what is still queued, above 0; at most the run's `drain_timeout`.
             settings: Fields of `wandb.Settings`.
             init: Further arguments of `wandb.init`: `entity`, `group`, `tags`, `notes`, `job_type`, ...
 
         Raises:
             ModuleNotFoundError: wandb is not installed.
-            ConfigError: Nobody is logged in, and the mode is online.
+            ConfigError: A value is out of range, or the mode is online without a login.
         """
         self._wandb = expect_package("wandb", "wandb")
         self.mode = mode or os.environ.get("WANDB_MODE") or "online"
@@ -98,7 +96,7 @@ class WandbLogger(TrackingLogger):
             self.mode != "online" or "base_url" in self.settings or bool(os.environ.get("WANDB_API_KEY"))
         )
         if not is_known and not self._wandb.login(prompt=False, verify=False):
-            raise ConfigError("nobody is logged in to W&B: run `wandb login`, or give mode='offline'")
+            raise ConfigError("there is no login to W&B: run `wandb login`, or give mode='offline'")
         self.project = project
         self.name = name
         self.init = init
@@ -112,8 +110,9 @@ class WandbLogger(TrackingLogger):
     def reset(self) -> None:
         super().reset()
         self.url: str | None = None
-        """Where to look at the run; None offline."""
-        self._run: wandb.Run | None = None  # of the sending thread
+        """Address of the run at W&B; None offline."""
+        # Used by the sending thread only.
+        self._run: wandb.Run | None = None
 
     def connect(self) -> None:
         wandb = self._wandb
@@ -124,7 +123,8 @@ class WandbLogger(TrackingLogger):
             mode, why = self._probe()
         try:
             self._run = self._open(mode)
-        except wandb.errors.CommError as error:  # it has fallen silent since; its id is in use until the end
+        except wandb.errors.CommError as error:
+            # It has stopped answering. The id stays in use until the process ends, so take another one.
             why = str(error).splitlines()[0]
             self.remember(importlib.import_module("wandb.sdk.lib.runid").generate_id())
             self._run = self._open("offline")
@@ -141,23 +141,27 @@ class WandbLogger(TrackingLogger):
         self._run.define_metric("*", step_metric="step")
 
     def _probe(self) -> tuple[str, str]:
-        """Ask the server for anything at all; offline, and why, if it says nothing."""
+        """Return the mode to use: offline, with the reason, if the server does not answer."""
         url = self.settings.get("base_url") or self._wandb.setup().settings.base_url
         try:
             urllib.request.urlopen(url, timeout=PROBE_TIMEOUT).close()
         except urllib.error.HTTPError as error:
-            error.close()  # which is an answer
+            # An answer, too.
+            error.close()
         except (OSError, http.client.HTTPException) as error:
             return "offline", str(error)
         return "online", ""
 
     def _open(self, mode: str) -> "wandb.Run":
         settings = {
-            "console": "off",  # a worker forked while output is captured could inherit a held lock
+            # A worker process forked while output is captured could inherit a held lock.
+            "console": "off",
             "silent": True,
             "init_timeout": INIT_TIMEOUT,
-            "login_timeout": 1.0,  # a question on the terminal that nobody sees is no way to begin
-            "finish_timeout": self.timeout / 2,  # so that it gives up by itself before it is given up
+            # Do not wait for an answer to a question on the terminal.
+            "login_timeout": 1.0,
+            # W&B gives up by itself before the sending thread is abandoned.
+            "finish_timeout": self.timeout / 2,
             **self.settings,
         }
         run: wandb.Run = self._wandb.init(
@@ -168,7 +172,8 @@ class WandbLogger(TrackingLogger):
             mode=mode,
             dir=None if self.run_dir is None else str(self.run_dir),
             config={**self.parameters, "run_id": self.run_id},
-            reinit="create_new",  # several runs in a process do not disturb each other, nor one of the user's
+            # Several runs in a process, the user's own among them, do not interfere.
+            reinit="create_new",
             settings=self._wandb.Settings(**settings),
             **self.init,
         )

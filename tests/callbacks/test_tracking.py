@@ -435,7 +435,7 @@ def test_run_is_unharmed_by_a_dead_mlflow_server(dead_server: str, tmp_path: Pat
     assert len(lines) == len(rows) == 110
     (*_, last) = errors = result.callback_errors["MLflowLogger"]
     assert len(errors) <= 2  # that it cannot be reached, if that was known before the end; and what was lost
-    assert f"MLflow at {dead_server} did not get 110 of 110 points" in last
+    assert f"MLflow at {dead_server} did not receive 110 of 110 points" in last
 
 
 @pytest.fixture
@@ -710,7 +710,7 @@ def test_run_is_logged_offline_when_wandb_does_not_answer(
 @pytest.mark.slow
 def test_wandb_without_an_account_is_an_error_before_the_run(wandb_runs: tuple[Path, str, str]) -> None:
     assert wandb_runs[1].splitlines()[0] == (
-        "nobody is logged in to W&B: run `wandb login`, or give mode='offline'"
+        "there is no login to W&B: run `wandb login`, or give mode='offline'"
     )
 
 
