@@ -1,6 +1,6 @@
-"""GradientMonitor: how large the gradients are, how many of them are unusable, and how far a step moves the weights.
+"""GradientMonitor: the size of gradients, the share of unusable ones, and how far a step moves the weights.
 
-Everything is computed on the device and read late, so that the monitor never makes the host wait for it.
+All statistics are computed on the device and read late, so the host never waits for them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,8 @@ from offloop.engine import Callback, Metrics, Sample, StepPoint, checks, in_step
 from offloop.engine.argument_hints import explains_arguments
 
 CHUNK: Final = 1 << 22
-"""Elements that are looked at in one go: small gradients are gathered, so that a hundred biases cost one kernel
-launch and not a hundred; the copy that this needs stays below 16 MB (float32)."""
+"""Elements per kernel launch. Small gradients are concatenated, so that a hundred biases cost one launch; the copy
+stays below 16 MB (float32)."""
 
 
 class GradientStatistics(Sample, frozen=True, kw_only=True):
@@ -42,25 +42,25 @@ class GradientStatistics(Sample, frozen=True, kw_only=True):
 
 
 class GradientMonitor(Callback):
-    """Publishes `GradientStatistics` for every n-th step; the steps between cost nothing.
+    """Publishes `GradientStatistics` for every n-th step; other steps have no overhead.
 
-    It changes no number of the run, and its own failure does not end it.
+    It does not change the results of the run, and a failure of it does not end the run.
     """
 
     on_error = "isolate"
 
     @explains_arguments()
     def __init__(self, *, every_n_steps: int = 50, per_layer: bool = True, update_ratio: bool = True) -> None:
-        """Choose the cadence and what is measured.
+        """Choose the interval and the statistics.
 
         Args:
-            every_n_steps: Steps number n, 2 n, 3 n, ... are measured, at least 1.
-            per_layer: Give norm and ratio of each parameter too.
-            update_ratio: Compare the weights before and after the step. Keeps a copy of the trained parameters on
-                the device for the length of a measured optimizer step.
+            every_n_steps: Measure steps number n, 2 n, 3 n, ...; at least 1.
+            per_layer: Also publish norm and ratio of each parameter.
+            update_ratio: Compare the weights before and after the step. Keeps a copy of the trained parameters on the
+                device during a measured optimizer step.
 
         Raises:
-            ConfigError: `every_n_steps` is out of its range.
+            ConfigError: `every_n_steps` is out of range.
         """
         checks.whole_number("every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
@@ -69,18 +69,16 @@ class GradientMonitor(Callback):
         self.reset()
 
     def reset(self) -> None:
-        self._parts: list[
-            _Part
-        ] = []  # of the step in progress: several only where it steps several optimizers
+        # Of the step in progress: several if it steps several optimizers.
+        self._parts: list[_Part] = []
 
     def close(self) -> None:
         self._parts.clear()
 
     @in_step(every_n_steps="every_n_steps")
     def before_optimizer_step(self, point: StepPoint) -> None:
-        self._parts = [
-            part for part in self._parts if part.step == point.step
-        ]  # a cancelled step leaves its own
+        # A cancelled step leaves its parts behind.
+        self._parts = [part for part in self._parts if part.step == point.step]
         known = {name for part in self._parts for name in part.names}
         found = [
             (name, parameter)
@@ -112,7 +110,7 @@ class GradientMonitor(Callback):
         point.publish(GradientStatistics, **values)
 
     def _measure(self, step: int, found: Sequence[tuple[str, torch.nn.Parameter]]) -> "_Part":
-        """Look at the gradients; if the ratio is wanted, keep what the weights were."""
+        """Measure the gradients; for the ratio, keep a copy of the weights."""
         gradients = [_plain(parameter.grad) for _, parameter in found if parameter.grad is not None]
         parameters = [_plain(parameter) for _, parameter in found]
         return _Part(
@@ -130,7 +128,8 @@ class GradientMonitor(Callback):
         before: list[torch.Tensor] = []
         for part in parts:
             before += norms_of(part.negated)
-            torch._foreach_add_(part.negated, part.parameters)  # after - before, in the copy's own memory
+            # after - before, in the memory of the copy
+            torch._foreach_add_(part.negated, part.parameters)
             moved += norms_of(part.negated)
         values: dict[str, Any] = {"update_ratio": _ratio(norm_of(moved), norm_of(before))}
         if self.per_layer:
@@ -140,7 +139,7 @@ class GradientMonitor(Callback):
 
 
 class _Part(NamedTuple):
-    """What was measured before one optimizer stepped; P = parameters with a gradient."""
+    """Measurements before the step of one optimizer; P = parameters with a gradient."""
 
     step: int
     names: list[str]
@@ -148,23 +147,23 @@ class _Part(NamedTuple):
     counts: torch.Tensor  # (3,): zeros, infinities, NaNs
     elements: int
     parameters: list[torch.Tensor]  # P, the live weights
-    negated: list[torch.Tensor]  # P, minus the weights before the step; empty where no ratio is wanted
+    negated: list[torch.Tensor]  # P, minus the weights before the step; empty without a ratio
 
 
 def norms_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the L2 norm of each tensor, () float32 or wider: the square of a half-precision one may not fit."""
+    """Return the L2 norm of each tensor, () float32 or wider: squares of half-precision numbers can overflow."""
     is_wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     return list(torch._foreach_norm(list(tensors), 2, None if is_wide else torch.float32))
 
 
 def norm_of(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the norm of everything whose norms are given, ()."""
+    """Return the norm of all tensors together from their norms, ()."""
     total: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
     return total
 
 
 def count_special(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Count elements that are zero, infinite, and NaN: (3,) float64 (float32 where a device has no other)."""
+    """Count elements that are zero, infinite and NaN: (3,) float64 (float32 on devices without it)."""
     counts = []
     for chunk in chunks(tensors):
         dtype = torch.float32 if chunk.device.type == "mps" else torch.float64
@@ -175,7 +174,7 @@ def count_special(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def chunks(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
-    """Yield the elements of tensors, flat: small ones of one dtype together, large ones alone and not copied."""
+    """Yield the elements of tensors, flat: small tensors of one dtype together, large ones alone and uncopied."""
     gathered: dict[torch.dtype, list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() >= CHUNK:
@@ -191,13 +190,14 @@ def chunks(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
 
 
 def _ratio(moved: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Divide; what did not move has a ratio of 0, also from zero."""
+    """Divide; without movement the ratio is 0, also if the weights were zero."""
     return torch.where(moved == 0, torch.zeros_like(moved), moved / before)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that every function here takes: dense and real."""
+    """Return a dense real tensor."""
     tensor = tensor.detach()
     if tensor.is_sparse:
-        tensor = tensor.coalesce().values()  # waits for a CUDA device: their number is known only there
+        # Synchronises a CUDA device: only the device knows the number of values.
+        tensor = tensor.coalesce().values()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

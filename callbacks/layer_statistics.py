@@ -1,11 +1,11 @@
-"""LayerStatistics: how weights, gradients and activations are distributed, layer by layer.
+"""LayerStatistics: the distribution of weights, gradients and activations, by layer.
 
-A histogram needs its range first, and asking a device for a number makes the host wait. So the range stays
-on the device: every tensor is moved to 0..1 with its own extremes, and counted between 0 and 1, which the host
-knows without asking.
+A histogram needs its range first, and reading a number from a device makes the host wait. So the range stays on the
+device: a tensor is scaled to 0..1 by its own extremes, and then counted between 0 and 1, which the host knows.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -16,7 +16,7 @@ from offloop.engine.argument_hints import explains_arguments
 Kind = Literal["weights", "gradients", "activations"]
 
 _ZEROING: Final = (torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Threshold)
-"""Modules whose units can die: their output is exactly zero, and so is its gradient."""
+"""Modules whose units can die: their output and its gradient are exactly zero."""
 
 
 class LayersMeasured(Sample, frozen=True, kw_only=True):
@@ -49,11 +49,11 @@ class LayersMeasured(Sample, frozen=True, kw_only=True):
 
 
 class LayerStatistics(Callback):
-    """Publishes `LayersMeasured` for every n-th step, one for each kind; the steps between cost nothing.
+    """Publishes `LayersMeasured` for every n-th step, one event per kind of tensor; other steps have no overhead.
 
-    Activations are seen through forward hooks that are there for the first batch of such a step only. A compiled
-    model (`Trainer(compile=True)`) has no activations here: hooks that come and go would have it compiled again.
-    It changes no number of the run, and its own failure does not end it.
+    Activations are measured by forward hooks that exist during the first batch of such a step only. Activations of a
+    compiled model (`Trainer(compile=True)`) are not measured, because adding and removing hooks would recompile it.
+    It does not change the results of the run, and a failure of it does not end the run.
     """
 
     on_error = "isolate"
@@ -68,17 +68,17 @@ class LayerStatistics(Callback):
         activations: bool = True,
         bins: int = 32,
     ) -> None:
-        """Choose the cadence and what is measured.
+        """Choose the interval and the statistics.
 
         Args:
-            every_n_steps: Steps number n, 2 n, 3 n, ... are measured, at least 1.
+            every_n_steps: Measure steps number n, 2 n, 3 n, ...; at least 1.
             weights: Measure parameters.
-            gradients: Measure their gradients.
-            activations: Measure the outputs of modules.
-            bins: Bins of a histogram; 0 for none.
+            gradients: Measure gradients of parameters.
+            activations: Measure outputs of modules.
+            bins: Bins of each histogram, at least 0; 0 for no histograms.
 
         Raises:
-            ConfigError: A value is out of its range.
+            ConfigError: A value is out of range.
         """
         checks.whole_number("every_n_steps", every_n_steps)
         checks.whole_number("bins", bins, at_least=0)
@@ -92,25 +92,29 @@ class LayerStatistics(Callback):
 
     def reset(self) -> None:
         self._remove_hooks()
-        self._found: dict[Kind, dict[str, _Layer]] = {}  # of the step in progress
+        # Of the step in progress
+        self._found: dict[Kind, dict[str, _Layer]] = {}
         self._step = -1
 
     def close(self) -> None:
-        self._remove_hooks()  # a forward that raised has left them
+        # A forward pass that raised has left its hooks.
+        self._remove_hooks()
         self._found.clear()
 
     @in_step(every_n_steps="every_n_steps")
     def before_forward(self, point: StepPoint) -> None:
         self._remove_hooks()
-        if point.step != self._step:  # the first batch of the window
+        is_first_batch = point.step != self._step
+        if is_first_batch:
             self._step = point.step
             self._found = {}
-            if self.activations and not _is_compiled(point):
+            if self.activations and not point.trainer.config.compile:
                 self._add_hooks(point.model)
 
     @in_step(every_n_steps="every_n_steps")
     def before_backward(self, point: StepPoint) -> None:
-        self._remove_hooks()  # activation checkpointing goes forward once more in the backward pass
+        # Activation checkpointing runs modules once more in the backward pass.
+        self._remove_hooks()
 
     @in_step(every_n_steps="every_n_steps")
     def before_optimizer_step(self, point: StepPoint) -> None:
@@ -129,24 +133,22 @@ class LayerStatistics(Callback):
             point.publish(LayersMeasured, kind=kind, **_columns(layers))
 
     def _measure(self, kind: Kind, name: str, tensor: torch.Tensor, can_die: bool = False) -> None:
-        """Look at a tensor, unless this step has one of that name already: a second call, another optimizer."""
+        """Measure a tensor, unless this step has one of that name: a second call, or another optimizer."""
         layers = self._found.setdefault(kind, {})
         if name not in layers and tensor.numel() > 0:
-            layers[name] = _look_at(tensor.detach(), self.bins, can_die)
+            layers[name] = _statistics(tensor.detach(), self.bins, can_die)
 
     def _add_hooks(self, model: torch.nn.Module) -> None:
         for name, module in model.named_modules():
             if next(module.children(), None) is None:
-                self._hooks.append(module.register_forward_hook(self._seer(name)))
+                hook = functools.partial(self._measure_output, name)
+                self._hooks.append(module.register_forward_hook(hook))
 
-    def _seer(self, name: str) -> Callable[[torch.nn.Module, Any, Any], None]:
-        def see(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.is_floating_point():
-                # Here and now: a module that works in place may overwrite the output before the step is over.
-                with torch.no_grad():
-                    self._measure("activations", name, output, isinstance(module, _ZEROING))
-
-        return see
+    def _measure_output(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            # At once: a later module may overwrite the output in place.
+            with torch.no_grad():
+                self._measure("activations", name, output, isinstance(module, _ZEROING))
 
     def _remove_hooks(self) -> None:
         while self._hooks:
@@ -157,15 +159,16 @@ _Layer = dict[str, torch.Tensor]
 """Statistics of one tensor by field of the event: (), and the histogram (bins,). On its device."""
 
 
-def _look_at(tensor: torch.Tensor, bins: int, can_die: bool) -> _Layer:
+def _statistics(tensor: torch.Tensor, bins: int, can_die: bool) -> _Layer:
     """Return the statistics of a tensor, without waiting for its device."""
     if tensor.is_sparse:
-        tensor = tensor.coalesce().values()  # waits for a CUDA device: their number is known only there
+        # Synchronises a CUDA device: only the device knows the number of values.
+        tensor = tensor.coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     numbers = tensor if tensor.dtype == torch.float64 else tensor.float()
     mean = numbers.mean()
-    # std_mean would do both in one go, and take ten times as long on a CPU
+    # std_mean would compute both at once, but takes ten times as long on a CPU.
     std = torch.linalg.vector_norm(numbers - mean) / numbers.numel() ** 0.5
     minimum, maximum = torch.aminmax(numbers)
     layer = {"mean": mean, "std": std, "minimum": minimum, "maximum": maximum}
@@ -181,22 +184,26 @@ def _histogram(
 ) -> torch.Tensor:
     """Count elements in equally wide bins between two numbers on the device; (bins,)."""
     width = maximum - minimum
-    width = torch.where(width > 0, width, width * 0 + 1)  # 0 becomes 1; NaN and infinity stay or become NaN
-    width = torch.where(width.isinf(), width * 0, width)  # infinity becomes NaN: then nothing is counted
-    places = numbers.sub(minimum).div_(width).reshape(-1)  # exactly 0 and 1 at the ends
-    if places.device.type == "cpu":  # where reading a number is free, and histc takes five times as long
+    # 0 becomes 1; NaN stays, and infinity becomes NaN, which is not counted.
+    width = torch.where(width > 0, width, width * 0 + 1)
+    width = torch.where(width.isinf(), width * 0, width)
+    # Exactly 0 and 1 at the ends
+    places = numbers.sub(minimum).div_(width).reshape(-1)
+    # On a CPU reading a number is free, and histc takes five times as long.
+    if places.device.type == "cpu":
         if not width.isfinite():
             return places.new_zeros(bins)
         dtype = torch.uint8 if bins < 256 else torch.int32
         numbered = places.mul_(bins).clamp_(max=bins - 1).to(dtype)
         return torch.bincount(numbered, minlength=bins).to(places.dtype)
     if places.is_cuda and torch.are_deterministic_algorithms_enabled():
-        # histc is refused then; sorting costs more and needs no atomic additions
+        # histc is not deterministic; sorting costs more and needs no atomic additions.
         edges = torch.arange(1, bins, device=places.device, dtype=places.dtype) / bins
         below = torch.searchsorted(places.sort().values, edges)
         ends = torch.stack([below.new_zeros(()), torch.count_nonzero(places <= 1)])
         return torch.cat([ends[:1], below, ends[1:]]).diff().to(places.dtype)
-    return torch.histc(places, bins, 0.0, 1.0)  # counts no NaN
+    # It does not count NaN.
+    return torch.histc(places, bins, 0.0, 1.0)
 
 
 def _dead_share(outputs: torch.Tensor) -> torch.Tensor:
@@ -207,13 +214,9 @@ def _dead_share(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(layers: Mapping[str, _Layer]) -> dict[str, dict[str, torch.Tensor]]:
-    """Turn statistics by layer into layers by statistic."""
+    """Regroup statistics by layer into layers by statistic."""
     columns: dict[str, dict[str, torch.Tensor]] = {}
     for name, layer in layers.items():
         for field, value in layer.items():
             columns.setdefault(field, {})[name] = value
     return columns
-
-
-def _is_compiled(point: StepPoint) -> bool:
-    return bool(point.trainer.config.compile)

@@ -1,13 +1,13 @@
-"""ResourceMonitor: what the run takes from the machine, and who disturbs it.
+"""ResourceMonitor: the machine's resources that a run uses, and what disturbs it.
 
-    the run's event loop                         a thread of the monitor's own
-    ────────────────────                         ─────────────────────────────
-    on_train_start: a timer, ten times a         asks the system every two seconds, publishes `ResourceUsage`;
-    second, until TrainEnd: how late is it?      between, a timer ten times a second: how late is it?
+    the run's event loop                         the monitor's thread
+    ────────────────────                         ────────────────────
+    on_train_start: a timer ten times a          reads the system every two seconds, publishes `ResourceUsage`;
+    second until TrainEnd: how late is it?       in between a timer ten times a second: how late is it?
 
-Both timers fire on time in a healthy process. The one on the event loop is late when a coroutine holds the event
-loop. The one in the thread is late when some thread keeps the interpreter to itself (or all cores are busy):
-that is how late the training thread, too, gets the interpreter back after each operator that let go of it.
+In a healthy process both timers fire on time. The one on the event loop is late when a coroutine blocks the event loop.
+The one in the thread is late when another thread keeps the interpreter, or all cores are busy. The training thread
+waits as long for the interpreter after each operator that releases it.
 """
 
 import importlib
@@ -42,14 +42,14 @@ from offloop.engine.bus.threads import Thread
 logger = logging.getLogger("offloop")
 
 EVERY_SECONDS: Final = 2.0
-"""Default cadence: a sample costs 1-3 ms of CPU time, which is 0.1 % of a core then."""
+"""Default interval: a sample costs 1-3 ms of CPU time, so 0.1 % of a core."""
 FIRST_AFTER: Final = 0.5
-"""Seconds to the first sample at most, so that a short run has one."""
+"""Seconds to the first sample at most, so that short runs have one."""
 BEAT: Final = 0.1
-"""Seconds between two timers: a hold-up longer than this is always seen, a shorter one by chance. A beat costs about
-100 us, so both timers together take 0.2 % of a core."""
+"""Seconds between two timers. A longer delay is always seen, a shorter one by chance. A timer costs about 100 us, so
+both together take 0.2 % of a core."""
 STEPS_HELD: Final = 100_000
-"""StepEnd events held from one sample to the next; above, the oldest are not looked at."""
+"""StepEnd events buffered between two samples; beyond, the oldest are dropped."""
 
 
 class GpuUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -132,21 +132,21 @@ class ResourceUsage(Sample, frozen=True, kw_only=True):
 
 
 class ResourceMonitor(Callback):
-    """Publishes `ResourceUsage` at a cadence. Training never waits for it, the event loop only for a timer.
+    """Publishes `ResourceUsage` at an interval. Training never waits for it, the event loop only for a timer.
 
-    Costs about 0.3 % of one core at the default cadence, see `ResourceUsage.own_cpu_percent`. Where there is no
-    NVIDIA GPU, nothing is said about one.
+    It costs about 0.3 % of one core at the default interval, see `ResourceUsage.own_cpu_percent`. GPUs are read if they
+    are NVIDIA's and the package `nvidia-ml-py` is installed.
     """
 
     @explains_arguments()
     def __init__(self, every_seconds: float = EVERY_SECONDS) -> None:
-        """Choose the cadence.
+        """Choose the interval.
 
         Args:
-            every_seconds: Seconds between two samples, above 0.
+            every_seconds: Seconds between samples, above 0.
 
         Raises:
-            ConfigError: It is out of its range.
+            ConfigError: It is out of range.
         """
         checks.number("every_seconds", every_seconds, above=0, below=threading.TIMEOUT_MAX, unit="seconds")
         self.every_seconds = every_seconds
@@ -156,44 +156,48 @@ class ResourceMonitor(Callback):
         self._sampler = None
 
     async def on_train_start(self, event: TrainStart, run: Run) -> None:
-        """Start the thread, then be the timer on the event loop until the run ends."""
+        """Start the thread, then run the timer on the event loop until the run ends."""
         sampler = _Sampler(event, run, self.every_seconds)
         sampler.start()
-        self._sampler = sampler  # only now: one that the system gave no thread has nothing to stop
+        # Not before: a thread that could not be started cannot be stopped.
+        self._sampler = sampler
         with run.events(TrainEnd, name="ResourceMonitor.end") as end:
             while True:
                 sampler.loop_lag.expect(time.perf_counter() + BEAT)
                 with anyio.move_on_after(BEAT):
                     await end.take_batch()
                     return
-                sampler.loop_lag.came(time.perf_counter())
+                sampler.loop_lag.fired(time.perf_counter())
 
     def close(self) -> None:
-        """End the thread. Raises what it failed with."""
+        """End the thread. Raises its exception, if it failed."""
         if self._sampler is not None:
             self._sampler.stop()
 
 
 class _Lateness:
-    """How late a timer was. One thread is the timer, another reads."""
+    """How late a timer was. One thread runs the timer, another reads."""
 
     def __init__(self) -> None:
-        self._due: float | None = None  # when the timer should fire next; written by the timer, read by both
-        self._late: deque[float] = deque()  # appended by the timer, emptied by the reader
+        # When the timer is due next. The timer writes it, both threads read it; it is replaced whole.
+        self._due: float | None = None
+        # The timer appends, the reader pops from the left; both are atomic.
+        self._late: deque[float] = deque()
 
     def expect(self, due: float) -> None:
-        """The timer should fire at `due`."""
+        """Record when the timer is due."""
         self._due = due
 
-    def came(self, now: float) -> None:
-        """It has fired."""
+    def fired(self, now: float) -> None:
+        """Record that the timer has fired."""
         assert self._due is not None
         self._late.append(max(0.0, now - self._due))
         self._due = None
 
     def take(self, now: float) -> tuple[float, float]:
-        """Return the longest lateness since the last call and the mean; a timer that is overdue counts."""
-        due = self._due  # read before the rest: one that fires meanwhile is seen next time, not twice
+        """Return the longest and the mean delay since the last call. A timer that is overdue counts."""
+        # Read first: a timer that fires meanwhile then counts next time, not twice.
+        due = self._due
         late = [self._late.popleft() for _ in range(len(self._late))]
         if due is not None and now > due:
             late.append(now - due)
@@ -201,22 +205,24 @@ class _Lateness:
 
 
 class _Sampler(Thread):
-    """The monitor's thread. No daemon: `stop` ends it, and it waits for nothing but its own timer."""
+    """The monitor's thread. Not a daemon: it waits only for its own timer, and `stop` ends it."""
 
     def __init__(self, start: TrainStart, run: Run, every_seconds: float) -> None:
         super().__init__(self._sample, name="offloop-resource-monitor", daemon=False)
-        self.loop_lag = _Lateness()  # the timer is the event loop
-        self._interpreter_lag = _Lateness()  # the timer is this thread
+        # The event loop runs the timer of the first, this thread that of the second.
+        self.loop_lag = _Lateness()
+        self._interpreter_lag = _Lateness()
         self._run = run
         self._every_seconds = every_seconds
         self._device = torch.device(start.device)
         self._since: TrainStart | StepEnd = start
         self._steps = run.events(StepEnd, buffer=STEPS_HELD, name="ResourceMonitor.steps")
         self._stopped = threading.Event()
-        self._error: Exception | None = None  # written by this thread before it ends, read after join
+        # Written by this thread before it ends, read after the join.
+        self._error: Exception | None = None
 
     def stop(self) -> None:
-        """End the thread and wait for it; raise what it failed with. Not on the event loop."""
+        """End the thread, wait for it, and raise its exception if it failed. Not on the event loop."""
         self._stopped.set()
         self.join()
         if self._error is not None:
@@ -226,9 +232,10 @@ class _Sampler(Thread):
         try:
             self._work()
         except BusClosedError:
-            pass  # the run is over: nobody would see the sample
+            # The run is over.
+            pass
         except Exception as error:
-            logger.exception("ResourceMonitor failed; there will be no more samples of this run")
+            logger.exception("ResourceMonitor failed; this run gets no more samples")
             self._error = error
         finally:
             self._steps.close()
@@ -244,7 +251,7 @@ class _Sampler(Thread):
                 if self._stopped.wait(beat):
                     return
                 now = time.perf_counter()
-                self._interpreter_lag.came(now)
+                self._interpreter_lag.fired(now)
                 if now >= due:
                     due = now + self._every_seconds
                     before, costs = costs, self._run.callback_costs
@@ -281,7 +288,7 @@ class _Sampler(Thread):
 
 
 class _Counters(NamedTuple):
-    """What the system counts up, and a sample shows the growth of."""
+    """Counters of the system, of which a sample shows the growth."""
 
     disk_read: float
     disk_written: float
@@ -291,18 +298,19 @@ class _Counters(NamedTuple):
 
 
 class _Machine:
-    """This process and its machine. One thread: percentages are since the last reading in it."""
+    """This process and its machine. Use it from one thread: percentages are since the last reading there."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._process.cpu_percent()  # begins the first interval
+        # The first calls start the intervals.
+        self._process.cpu_percent()
         psutil.cpu_percent()
         self._counters = self._count()
 
     def read(self, seconds: float) -> dict[str, Any]:
         """Return fields of `ResourceUsage`, over the `seconds` since the last call. Blocks for 1-3 ms."""
         before, self._counters = self._counters, self._count()
-        # max: a device that was unplugged takes its count with it
+        # Never negative: an unplugged device takes its count with it.
         rates = [
             max(0.0, now - then) / seconds if seconds > 0 else 0.0
             for then, now in zip(before, self._counters, strict=True)
@@ -326,7 +334,8 @@ class _Machine:
     def _count(self) -> _Counters:
         disk, network = psutil.disk_io_counters(), psutil.net_io_counters()
         return _Counters(
-            disk_read=disk.read_bytes if disk else 0,  # None in some containers
+            # None in some containers
+            disk_read=disk.read_bytes if disk else 0,
             disk_written=disk.write_bytes if disk else 0,
             network_sent=network.bytes_sent if network else 0,
             network_received=network.bytes_recv if network else 0,
@@ -346,11 +355,11 @@ class _Gpus:
             self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
 
     def read(self) -> tuple[GpuUsage, ...]:
-        """Return the state of each; what a GPU does not tell is None."""
+        """Return the state of each GPU. Values that a GPU does not report are None."""
         return tuple(self._read(index, handle) for index, handle in enumerate(self._handles))
 
     def close(self) -> None:
-        """Let go of the library."""
+        """Release the library."""
         if self._nvml is not None:
             self._nvml.nvmlShutdown()
             self._nvml, self._handles = None, []
@@ -363,7 +372,8 @@ class _Gpus:
             try:
                 return getattr(nvml, query)(handle, *arguments)
             except nvml.NVMLError:
-                return None  # not with this GPU, this driver or these rights
+                # This GPU, driver or user cannot query it.
+                return None
 
         name, memory = ask("nvmlDeviceGetName"), ask("nvmlDeviceGetMemoryInfo")
         rates = ask("nvmlDeviceGetUtilizationRates")
@@ -380,7 +390,7 @@ class _Gpus:
 
 
 def load_nvml() -> Any | None:
-    """Return the module `pynvml`, initialised, or None where there is no such package, driver or GPU."""
+    """Return the module `pynvml`, initialised, or None without the package, a driver or a GPU."""
     try:
         with first_use("pynvml"):
             nvml = importlib.import_module("pynvml")
@@ -394,7 +404,7 @@ def load_nvml() -> Any | None:
 
 
 def cuda_memory(device: torch.device) -> dict[str, Any]:
-    """Return what torch's allocator holds on a CUDA device; nothing for other devices. Waits for no device."""
+    """Return the memory of torch's allocator on a CUDA device; nothing for other devices. Does not synchronise."""
     if device.type != "cuda":
         return {}
     statistics = torch.cuda.memory_stats(device)
@@ -406,19 +416,21 @@ def cuda_memory(device: torch.device) -> dict[str, Any]:
 
 
 def throughput(since: TrainStart | StepEnd, steps: Sequence[StepEnd]) -> dict[str, Any]:
-    """Return speed and shares over the steps that ended after `since`; nothing if none did."""
+    """Return speed and shares over the steps that ended after `since`; nothing without such steps."""
     if not steps:
         return {}
     last = steps[-1]
     done, batches, seconds = last.step - since.step, last.batch - since.batch, last.time - since.time
     if done <= 0 or seconds <= 0:
         return {}
-    scale = done / len(steps)  # above 1 where samples were dropped on the way here
+    # Above 1 if events were dropped.
+    scale = done / len(steps)
     waited = scale * sum(step.data_time for step in steps)
-    # A step's time begins with its first batch, so it holds the waits for the others of its window.
+    # The time of a step starts with its first batch, so it contains the waits for its other batches.
     waited_inside = waited * (1 - done / batches) if batches > done else 0.0
     computed = scale * sum(step.step_time for step in steps) - waited_inside
-    waiting = min(100.0, 100.0 * waited / seconds)  # the scale may overdo it
+    # The scale can overestimate.
+    waiting = min(100.0, 100.0 * waited / seconds)
     return {
         "steps_per_second": done / seconds,
         "samples_per_second": scale * sum(step.samples for step in steps) / seconds,
@@ -430,7 +442,7 @@ def throughput(since: TrainStart | StepEnd, steps: Sequence[StepEnd]) -> dict[st
 def shares(
     before: Mapping[str, CallbackCosts], after: Mapping[str, CallbackCosts], seconds: float
 ) -> dict[str, Any]:
-    """Return what each callback took of the time, in per cent."""
+    """Return the share of the time that each callback took, in percent."""
     if seconds <= 0:
         return {}
     nothing = CallbackCosts()

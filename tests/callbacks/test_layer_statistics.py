@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from offloop.callbacks.layer_statistics import LayersMeasured, LayerStatistics, _histogram, _look_at
+from offloop.callbacks.layer_statistics import LayersMeasured, LayerStatistics, _histogram, _statistics
 from offloop.engine import Callback, ConfigError, StepPoint, decode, encode, in_step
 from offloop.engine.testing import Recorder, reproducible, tiny_loader, tiny_model, tiny_trainer
 
@@ -125,10 +125,10 @@ def test_run_is_the_same_bit_for_bit_with_and_without() -> None:
 
 def test_dead_units_are_found_by_feature_and_by_channel() -> None:
     features = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 2.0]]])  # (B, T, 2)
-    assert _look_at(features, 0, can_die=True)["dead"].item() == 0.5
+    assert _statistics(features, 0, can_die=True)["dead"].item() == 0.5
     image = torch.zeros(2, 4, 3, 3)  # (B, C, H, W)
     image[1, 2, 0, 0] = 1.0
-    assert _look_at(image, 0, can_die=True)["dead"].item() == 0.75
+    assert _statistics(image, 0, can_die=True)["dead"].item() == 0.75
 
 
 def test_inplace_activation_does_not_change_what_is_told_of_the_layer_before() -> None:
@@ -170,7 +170,7 @@ def test_no_element_is_lost_to_rounding() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_are_measured(dtype: torch.dtype) -> None:
-    layer = _look_at(torch.tensor([0.0, 1.0, 3.0], dtype=dtype), 3, can_die=False)
+    layer = _statistics(torch.tensor([0.0, 1.0, 3.0], dtype=dtype), 3, can_die=False)
     assert layer["histogram"].tolist() == [1, 1, 1]
     assert layer["mean"].item() == pytest.approx(4 / 3, rel=1e-6)
 

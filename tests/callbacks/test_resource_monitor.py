@@ -91,7 +91,7 @@ def test_lateness_gives_longest_and_mean_once() -> None:
     lateness = _Lateness()
     for due, came in ((1.0, 1.5), (2.0, 2.1), (3.0, 2.9)):
         lateness.expect(due)
-        lateness.came(came)
+        lateness.fired(came)
     assert lateness.take(3.0) == pytest.approx((0.5, 0.2))
     assert lateness.take(4.0) == (0.0, 0.0)
 
