@@ -33,14 +33,14 @@ class _Named(NamedTuple):
     make: Callable[..., LRScheduler]
     interval: Interval
     length: str | None
-    """The argument that takes the number of steps (or epochs) of the run, if it has one."""
+    """The argument for the number of steps (or epochs) of the run, if there is one."""
 
 
 class ReduceOnPlateau(ReduceLROnPlateau):
-    """torch's plateau, with its default `threshold_mode="rel"` right for negative metrics, too.
+    """torch's plateau, with a default `threshold_mode="rel"` that is correct for negative metrics, too.
 
-    torch multiplies the best by `1 - threshold`, which for a negative one allows what is a little worse: a metric that
-    creeps the wrong way then counts as improving for ever (https://github.com/pytorch/pytorch/issues/47513).
+    torch multiplies the best by `1 - threshold`, which accepts a slightly worse value if the best is negative: a metric
+    that creeps the wrong way improves for ever (https://github.com/pytorch/pytorch/issues/47513).
     """
 
     def _is_better(self, a: float, best: float) -> bool:
@@ -51,7 +51,7 @@ class ReduceOnPlateau(ReduceLROnPlateau):
 
 
 def _check_function(function: Callable[..., Any], unit: str) -> None:
-    """Raise `ConfigError` where a function cannot be called with the number of steps or epochs done."""
+    """Raise `ConfigError` if a function cannot be called with a number of steps or epochs."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a builtin without a signature
@@ -66,10 +66,10 @@ def _check_function(function: Callable[..., Any], unit: str) -> None:
 
 
 class FunctionLR(LRScheduler):
-    """A schedule whose rate is a function of how often it has stepped, an absolute rate and no multiplier.
+    """A schedule whose function returns the learning rate, not a factor, for a number of steps or epochs.
 
-    The function gives the rate of the largest parameter group; the others are scaled alike. The function is not
-    part of the state: a resumed run takes that of its script.
+    It is the rate of the parameter group with the largest one; the others are scaled alike. The function is not part of
+    the state: a resumed run uses that of its script.
     """
 
     def __init__(self, optimizer: Optimizer, function: Callable[[int], float], unit: str) -> None:
@@ -80,7 +80,7 @@ class FunctionLR(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the rate of each group. Raises ValueError where the function gives no rate."""
+        """Return the rate of each group. Raises ValueError if the function returns no valid rate."""
         lr = self.function(self.last_epoch)
         is_number = isinstance(lr, numbers.Real) and not isinstance(lr, bool)
         if not is_number or not 0 <= lr < math.inf:
@@ -91,7 +91,7 @@ class FunctionLR(LRScheduler):
         return [float(lr) * scale for scale in self.scales]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but optimizer and function."""
+        """Return the state without optimizer and function."""
         state: dict[str, Any] = super().state_dict()
         return {name: value for name, value in state.items() if name != "function"}
 
@@ -105,30 +105,31 @@ SCHEDULES: Final = {
     "exponential": _Named(ExponentialLR, "epoch", None),
     "polynomial": _Named(PolynomialLR, "step", "total_iters"),
 }
-"""Names, torch's class, when it steps by default, and what takes the length of the run."""
+"""By name: torch's class, the default interval, and the argument for the length of the run."""
 
 DEFAULTS: Final[dict[str, dict[str, Any]]] = {
-    "linear": {"start_factor": 1.0, "end_factor": 0.0},  # torch's own defaults are those of a warm-up
+    # torch's own defaults are those of a warm-up.
+    "linear": {"start_factor": 1.0, "end_factor": 0.0},
 }
 WARMUP_START: Final = 0.01
-"""A warm-up begins at this share of the learning rate: 0 would make the first step a waste."""
+"""A warm-up starts at this fraction of the learning rate; at 0 the first step would do nothing."""
 
 
 class LearningRateScheduler(Callback):
     """Attaches a torch schedule to the run's optimizer. It steps in the training thread, inside the loop.
 
-    By name, by class, as an instance, or as a function that returns the rate:
+    The schedule is a name, a class, an instance, or a function that returns the rate:
 
         LearningRateScheduler("cosine", warmup=500)
         LearningRateScheduler("reduce_on_plateau", monitor="val_loss", factor=0.1, patience=5)
         LearningRateScheduler(torch.optim.lr_scheduler.MultiStepLR, milestones=[30, 80])
         LearningRateScheduler(lambda step: 1e-3 * min(1.0, (step + 1) / 500))
 
-    Named schedules that need the length of the run (`cosine`, `one_cycle`, `linear`, `polynomial`) read it
-    from the run's limits. A plateau looks at the end of epochs and keeps torch's own rule: it fires when more
-    than `patience` of them were no better. `"reduce_on_plateau"` is right for negative metrics too, which torch's
-    class misjudges. `run.set_lr` scales what the schedule goes on from. Changes by an epoch's schedule or a plateau
-    are published as `LearningRateChanged`; a schedule that steps with the optimizer shows in `StepEnd.lr`.
+    Named schedules that need the length of the run (`cosine`, `one_cycle`, `linear`, `polynomial`) read it from the
+    run's limits. A plateau steps at the end of epochs by torch's rule: it reduces the rate after more than `patience`
+    epochs without improvement. `"reduce_on_plateau"` is correct for negative metrics, unlike torch's class. After
+    `run.set_lr` a schedule continues from the new rate. Changes by a schedule of epochs or a plateau are published as
+    `LearningRateChanged`; those by a schedule of steps are in `StepEnd.lr`.
     """
 
     @explains_arguments()
@@ -146,20 +147,21 @@ class LearningRateScheduler(Callback):
         """Choose a schedule.
 
         Args:
-            scheduler: A name, a class, an instance made for the run's optimizer, or a function of the number of
-                steps done, from 0, that returns the learning rate (with `interval="epoch"`: of epochs done). Where
-                there are several parameter groups it gives the largest rate, and the others are scaled alike.
-            interval: Step after each `"epoch"` or each optimizer `"step"`; the names have their own default,
-                a class or an instance steps each epoch, a function each step.
-            monitor: For a plateau: the metric it watches; None for `Trainer(monitor=...)`, else `val_loss`, or
-                `train_loss` in a run without a validation. What other callbacks watch does not matter.
-            mode: For a plateau: whether less or more of it is better. An instance has its own, which must agree.
-            warmup: Optimizer steps over which the rate first rises linearly, before the schedule begins.
-            optimizer: Its name, where the trainer has several.
-            arguments: Handed to the torch class.
+            scheduler: A name, a torch class, an instance made for the run's optimizer, or a function of the number of
+                steps (with `interval="epoch"`: epochs) done, from 0, that returns the learning rate. With several
+                parameter groups it returns the largest rate, and the others are scaled alike.
+            interval: Step after each `"epoch"` or each optimizer `"step"`. None: a name has its own default, a class
+                or an instance steps each epoch, a function each step.
+            monitor: Key of the metric of a plateau. None: that of `Trainer(monitor=...)`, else `val_loss`, or
+                `train_loss` without a validation. Other callbacks have no influence.
+            mode: For a plateau: whether less (`"min"`) or more (`"max"`) is better. `"auto"` takes it from the metric
+                or its name. An instance has its own, which must agree.
+            warmup: Optimizer steps, at least 0, over which the rate rises linearly before the schedule starts.
+            optimizer: Name of the optimizer, if the trainer has several. None: the first.
+            arguments: Arguments of the torch class.
 
         Raises:
-            ConfigError: An unknown name or argument; the text lists what is legal.
+            ConfigError: A name or an argument is unknown (the text lists the legal ones), or a value is out of range.
         """
         if isinstance(scheduler, str) and scheduler not in SCHEDULES:
             raise ConfigError(
@@ -202,15 +204,18 @@ class LearningRateScheduler(Callback):
         self._length_argument = named.length if named else None
         self._is_plateau = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
         if monitor is not None and not self._is_plateau:
-            raise ConfigError(f"monitor={monitor!r} is for reduce_on_plateau: other schedules watch nothing")
+            raise ConfigError(f"monitor={monitor!r} is for reduce_on_plateau: other schedules have no metric")
         if isinstance(scheduler, ReduceLROnPlateau) and mode not in ("auto", scheduler.mode):
             raise ConfigError(f"mode={mode!r}, but the plateau was made with mode={scheduler.mode!r}")
         if self._is_plateau:
-            Monitor("val_loss" if monitor is None else monitor, mode)  # checks both
+            # Checks both.
+            Monitor("val_loss" if monitor is None else monitor, mode)
         self._key = monitor
         self.mode: Mode = mode
-        self._watched: Monitor | None = None  # of a plateau
-        self._given: dict[str, Any] | None = None  # the state of an instance before its first run
+        # Of a plateau
+        self._watched: Monitor | None = None
+        # The state of an instance before its first run
+        self._given: dict[str, Any] | None = None
         if not isinstance(scheduler, LRScheduler):
             filled_in = {"optimizer", "max_lr" if make is OneCycleLR else "", self._length_argument}
             _check_arguments(make, self.arguments, filled_in)
@@ -218,7 +223,7 @@ class LearningRateScheduler(Callback):
     def reset(self) -> None:
         self._watched = None
         if isinstance(self.scheduler, LRScheduler):
-            # An instance begins each run where it stood before its first one; the rates are put back by the run
+            # An instance starts each run with the state before its first one; the run restores the rates.
             if self._given is None:
                 self._given = copy.deepcopy(self.scheduler.state_dict())
             else:
@@ -261,10 +266,11 @@ class LearningRateScheduler(Callback):
             self._watched.value_at(event)
 
     def _monitor_for(self, run: Run) -> Monitor:
-        """Return what a plateau watches in this run."""
+        """Return the monitor of a plateau in this run."""
         key, mode = self._key or run.default_monitor, self.mode
         if isinstance(self.scheduler, ReduceLROnPlateau) and mode == "auto":
-            mode = run.direction_of(key) or self.scheduler.mode  # its own, where the metric says nothing
+            # Its own mode, if the metric does not tell.
+            mode = run.direction_of(key) or self.scheduler.mode
         return Monitor(key, mode)
 
     def _chosen(self, optimizers: dict[str, Optimizer]) -> Optimizer:
@@ -285,7 +291,7 @@ class LearningRateScheduler(Callback):
         return arguments
 
     def _length(self, event: TrainStart) -> int:
-        """Return how many times the schedule will step."""
+        """Return how often the schedule will step."""
         if self.interval == "epoch":
             if event.epochs is not None:
                 return event.epochs
@@ -297,8 +303,8 @@ class LearningRateScheduler(Callback):
             if known:
                 return max(1, min(known) - self.warmup)
         raise ConfigError(
-            f"{self.scheduler!r} must know how long the run is, but its limits do not say how many "
-            f"{self.interval}s it has: give {self._length_argument}="
+            f"{self.scheduler!r} needs the length of the run, but its limits do not give a number of "
+            f"{self.interval}s: give {self._length_argument}="
         )
 
 

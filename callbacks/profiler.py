@@ -1,12 +1,12 @@
-"""Profiler: a trace of a few steps for Perfetto, and a table that says in words where a step's time goes.
+"""Profiler: a trace of some steps for Perfetto, and a table in words of where the time of a step goes.
 
-The boundaries of the table are the points at which step hooks run:
+The phases of the table lie between the points of step hooks:
 
     after_step     before_batch    before_forward    before_backward    before_optimizer_step     after_step
         │ data, idle     │ host to device  │ forward         │ backward           │ optimizer         │
 
-The clock is the host's. On CUDA a phase lasts as long as the host takes to queue its work, or to wait for the device;
-the trace shows what the device did meanwhile, and the table says how much of the time it did nothing.
+The clock is the host's. On CUDA a phase takes as long as the host needs to queue its work, or to wait for the device.
+The trace shows what the device did meanwhile, and the table how much of the time it was idle.
 """
 
 import contextlib
@@ -78,13 +78,12 @@ class ProfileWritten(Event, frozen=True, kw_only=True):
 class Profiler(Callback):
     """Profiles some steps of a run with `torch.profiler`: `trace.json.gz` and `profile.txt` in the run's directory.
 
-    The steps that it warms up and measures are slower, and training stands still once, after them, while torch
-    collects what was recorded. The files are written by a thread of the profiler's, beside training; torch may keep
-    the interpreter to itself for a part of that, about as long as the trace is large. The steps after them cost
-    nothing.
+    The profiled steps are slower, and training stops once after them while torch collects the records. A thread of the
+    profiler then writes the files while training continues; torch may hold the interpreter for a part of that, in
+    proportion to the size of the trace. Later steps have no overhead.
 
-    It profiles once in a run. A run that ends early leaves a profile of the steps measured so far, and in no case is
-    torch's profiler left on. Only one can be on in a process.
+    It profiles once per run. A run that ends early leaves a profile of the steps so far; torch's profiler is always
+    switched off. Only one can be active in a process.
     """
 
     on_error = "isolate"
@@ -101,18 +100,18 @@ class Profiler(Callback):
         profile_memory: bool = False,
         with_stack: bool = False,
     ) -> None:
-        """Choose the steps and what is recorded.
+        """Choose the steps and what to record.
 
         Args:
-            wait: Steps that go by before: the first ones choose kernels and fill caches, >= 0.
-            warmup: Steps with the profiler on whose record is thrown away: its start distorts them, at least 1.
-            active: Steps that are measured, at least 1.
+            wait: Steps to skip first, at least 0: early steps choose kernels and fill caches.
+            warmup: Steps with the profiler on whose records are discarded, at least 1: its start distorts them.
+            active: Steps to measure, at least 1.
             record_shapes: Record the shapes of operators' inputs.
-            profile_memory: Record allocations.
-            with_stack: Record the Python stack of operators: slow.
+            profile_memory: Record memory allocations.
+            with_stack: Record the Python stack of operators, which is slow.
 
         Raises:
-            ConfigError: A number of steps is out of its range.
+            ConfigError: A number of steps is out of range.
         """
         checks.whole_number("wait", wait, at_least=0)
         checks.whole_number("warmup", warmup)
@@ -128,10 +127,14 @@ class Profiler(Callback):
         self.reset()
 
     def reset(self) -> None:
-        self._steps = 0  # that this run has made; training thread
-        self._recording: _Recording | None = None  # written once by the training thread, read by all
-        self._writer: threading.Thread | None = None  # written by the event loop, read by close() afterwards
-        self._error: Exception | None = None  # written by the writer before it ends, read after join
+        # Steps of this run; training thread only.
+        self._steps = 0
+        # Written once by the training thread, read by any.
+        self._recording: _Recording | None = None
+        # Written by the event loop, read by close() after the last event.
+        self._writer: threading.Thread | None = None
+        # Written by the writer before it ends, read after the join.
+        self._error: Exception | None = None
 
     # In the training thread
 
@@ -175,27 +178,28 @@ class Profiler(Callback):
     @in_step
     def after_training(self, point: StepPoint) -> None:
         if self._recording is not None:
-            self._recording.stop()  # torch's profiler can be switched off only in the thread that switched it on
+            # Here, because torch's profiler must be stopped in the thread that started it.
+            self._recording.stop()
 
     # On the event loop
 
     async def on_step_end(self, event: StepEnd, run: Run) -> None:
-        """Take note of how long a measured step waited for data; after the last one, have the files written."""
+        """Record how long a measured step waited for data. After the last one, start writing the files."""
         recording = self._recording
         if recording is None or self._writer is not None or event.step not in recording.steps:
             return
         recording.data_times[event.step] = event.data_time
         if recording.is_complete and event.step == recording.steps[-1]:
             writer = Thread(self._write, recording, run, name="offloop-profiler", daemon=False)
-            # Where the system gives no more threads, `close` writes the files.
+            # If no thread can be started, `close` writes the files.
             with contextlib.suppress(RuntimeError):
                 writer.start()
                 self._writer = writer
 
-    # In threads of its own
+    # In the writer, and in the callback's worker thread
 
     def close(self) -> None:
-        """Wait for the files; write them here if the run ended early. Raises what that failed with."""
+        """Wait for the files, or write them if the run ended early. Raises the exception of a failed write."""
         recording = self._recording
         if self._writer is not None:
             self._writer.join()
@@ -206,10 +210,12 @@ class Profiler(Callback):
 
     def _write(self, recording: "_Recording", run: Run) -> None:
         try:
-            assert run.dir is not None  # needs_run_dir
+            # `needs_run_dir` sees to it.
+            assert run.dir is not None
             written = recording.write(run.dir)
             logger.info("profile of %d steps: %s and %s", written.steps, written.table, written.trace)
-            with contextlib.suppress(BusClosedError):  # the run is over; the files are there
+            # After the end of the run the files are there without an event.
+            with contextlib.suppress(BusClosedError):
                 run.publish(written)
         except Exception as error:
             self._error = error
@@ -220,9 +226,13 @@ class _Recording:
 
     def __init__(self, point: StepPoint, warmup: int, active: int, options: Mapping[str, Any]) -> None:
         self.run: Run = point.run
-        self.steps: list[int] = []  # measured ones, by number; appended before their StepEnd is published
-        self.data_times: dict[int, float] = {}  # by step; written by the event loop
-        self.is_complete = False  # written by the training thread
+        # Numbers of the measured steps. The training thread appends one before its StepEnd is published, so the event
+        # loop finds it there.
+        self.steps: list[int] = []
+        # By step. The event loop writes it, and then starts the thread that reads it.
+        self.data_times: dict[int, float] = {}
+        # Written once by the training thread.
+        self.is_complete = False
         self._is_on = False
         self._is_cuda = point.trainer.device.type == "cuda"
         self._warmup, self._active = warmup, active
@@ -232,7 +242,7 @@ class _Recording:
             schedule=schedule(wait=0, warmup=warmup, active=active, repeat=1),
             **options,
         )
-        self._made = 0
+        self._done = 0
         self._range: Any = None
         self._phase = ""
         self._since = 0.0
@@ -240,30 +250,31 @@ class _Recording:
         self._decided = self._decided_at_end = 0.0
 
     def start(self) -> None:
-        """Switch the profiler on, in front of a batch."""
+        """Start the profiler, before a batch."""
         self._profile.start()
         self._is_on = True
         self.enter("host_to_device")
 
     def enter(self, phase: str, *, so_far: str | None = None) -> None:
-        """A phase begins, and the one in progress ends: it counts as `so_far`, else as what it began as."""
+        """Begin a phase and end the one in progress, which counts as `so_far` if that is given."""
         if not self._is_on:
             return
         self._leave(so_far)
         self._begin(phase)
 
     def end_step(self, step: int) -> None:
-        """A step is over; after the last one the profiler is off."""
+        """End a step. After the last one the profiler is off."""
         if not self._is_on:
             return
         self._leave()
-        self._made += 1
-        if self._made > self._warmup:
+        self._done += 1
+        if self._done > self._warmup:
             self.steps.append(step)
-        if self._made == self._warmup:
-            self._spans.clear()  # what was measured so far was warming up
+        if self._done == self._warmup:
+            # Discard the warm-up.
+            self._spans.clear()
             self._decided = _decided(self.run.callback_costs)
-        elif self._made == self._warmup + self._active:
+        elif self._done == self._warmup + self._active:
             self.stop()
             self.is_complete = True
             return
@@ -271,7 +282,7 @@ class _Recording:
         self._begin("between")
 
     def stop(self) -> None:
-        """Switch the profiler off. Twice is fine."""
+        """Stop the profiler. Idempotent."""
         if not self._is_on:
             return
         self._is_on = False
@@ -284,7 +295,8 @@ class _Recording:
     def write(self, folder: Path) -> ProfileWritten:
         """Write trace and table, after `stop`. Any thread; blocks."""
         trace, table = folder / TRACE_NAME, folder / TABLE_NAME
-        trace.unlink(missing_ok=True)  # a link that stands there would be written through
+        # A link of that name would be followed.
+        trace.unlink(missing_ok=True)
         self._profile.export_chrome_trace(str(trace))
         seconds = self._seconds()
         idle = device_idle_percent(read_trace(trace)) if self._is_cuda else None
@@ -298,7 +310,7 @@ class _Recording:
         )
 
     def _seconds(self) -> dict[str, float]:
-        """Return the mean seconds of each phase of a step."""
+        """Return the mean seconds of a step in each phase."""
         known = [self.data_times[step] for step in self.steps if step in self.data_times]
         waited = sum(known) / len(known) if known else 0.0
         mean = {phase: total / len(self.steps) for phase, total in self._spans.items()}
@@ -328,7 +340,7 @@ def _decided(costs: Mapping[str, CallbackCosts]) -> float:
 
 
 def describe(seconds: Mapping[str, float], steps: list[int], device_idle_percent: float | None = None) -> str:
-    """Return the table, in words."""
+    """Return the table."""
     total = sum(seconds.values())
     lines = [
         f"Where a step's time goes: mean of {len(steps)} steps ({steps[0]} to {steps[-1]}), "
@@ -341,12 +353,12 @@ def describe(seconds: Mapping[str, float], steps: list[int], device_idle_percent
     longest = max(PHASES, key=lambda phase: seconds[phase])
     lines += ["", f"Most of it is {longest}: {PHASES[longest]}."]
     if device_idle_percent is not None:
-        lines.append(f"The device did nothing for {device_idle_percent:.0f} % of the time.")
+        lines.append(f"The device was idle for {device_idle_percent:.0f} % of the time.")
     return "\n".join(lines) + "\n"
 
 
 class TraceEvent(msgspec.Struct):
-    """What is read of an event in a trace: times in microseconds."""
+    """An event of a trace. Times in microseconds."""
 
     name: str = ""
     cat: str = ""
@@ -365,7 +377,7 @@ def read_trace(path: Path) -> list[TraceEvent]:
 
 
 def device_idle_percent(events: Iterable[TraceEvent]) -> float:
-    """Return the share of the measured steps in which no kernel and no copy ran on a GPU."""
+    """Return the percentage of the measured steps in which no kernel and no copy ran on a GPU."""
     events = list(events)
     steps = [event for event in events if event.name.startswith("ProfilerStep") and event.dur > 0]
     if not steps:

@@ -1,9 +1,8 @@
-"""ProgressBar: how far a run is, live on a terminal or in a notebook; a plain line now and then elsewhere.
+"""ProgressBar: the progress of a run, live on a terminal or in a notebook, as occasional plain lines elsewhere.
 
-All bars of a process that are drawn on the same terminal share one block of lines, which one thread redraws.
-The block is written in one go, and then the cursor is put back to the empty line above it: what anybody prints
-in between lands there, and the next redraw begins below it. So nobody's output has to be captured, which matters
-because a worker process that is forked while somebody draws would inherit a captured stream with its lock held.
+All bars of a process on one terminal share a block of lines, which one thread redraws. It writes the block at once and
+moves the cursor back to the empty line above it. Other output appears there, and the next redraw starts below it. So no
+output is captured: a worker process forked while a redraw runs would inherit a captured stream with a held lock.
 """
 
 import contextlib
@@ -41,41 +40,45 @@ from offloop.engine.bus.threads import Thread
 logger = logging.getLogger("offloop")
 
 REDRAW_INTERVAL: Final = 0.1
-"""Seconds between two redraws at least: ten a second look smooth."""
+"""Least seconds between redraws: ten a second look smooth."""
 NOTEBOOK_INTERVAL: Final = 0.5
-"""The same in a notebook, where each redraw is a message to a browser."""
+"""The same in a notebook, where a redraw is a message to a browser."""
 REDRAW_SHARE: Final = 100
-"""A redraw's CPU time is waited for this many times before the next one: at most 1 % of the interpreter."""
+"""The next redraw waits this many times the CPU time of the last one: at most 1 % of the interpreter."""
 UNCHANGED_INTERVAL: Final = 1.0
-"""Seconds after which a block that has not changed is drawn again, below what was printed since."""
+"""Seconds after which an unchanged block is drawn again, below output printed since."""
 LINE_INTERVAL: Final = 10.0
-"""Seconds between two plain lines where there is no terminal."""
+"""Seconds between plain lines without a terminal."""
 NOTEBOOK_WIDTH: Final = 100
-"""Columns in a notebook, which does not say how wide it is."""
+"""Columns in a notebook, whose width is unknown."""
 
 _STATUS_STYLES: Final = {"completed": "green", "failed": "red"}
 
 
 class ProgressBar(Callback):
-    """Shows how far a run and its epoch are, loss, metrics, learning rate, speed and time left.
+    """Shows the progress of a run and its epoch, loss, metrics, learning rate, speed and remaining time.
 
-    On a terminal and in a notebook, two bars: the run with the time left, the epoch (or the validation that is going
-    on) with the speed; below them the values. It fits any width; several runs of a process share the terminal. When
-    a run ends, one line of it stays. Where there is neither, it prints a plain line every ten seconds.
+    On a terminal and in a notebook there are two bars: the run with the remaining time, and the epoch (or validation in
+    progress) with the speed; values are below them. They fit any width, and several runs share a terminal. One line
+    remains when a run ends. Elsewhere a plain line is printed every ten seconds.
 
-    Training never waits for it. The values are those of the newest step only, and a redraw takes at most 1 % of the
-    interpreter. Neither stdout nor stderr is redirected; what is printed meanwhile appears above the bars.
+    Training never waits for it. It shows the values of the newest step, and a redraw takes at most 1 % of the
+    interpreter. Neither stdout nor stderr is redirected; other output appears above the bars.
     """
 
-    buffer = 1  # the newest step is all it needs
+    # It needs the newest step only.
+    buffer = 1
 
     @explains_arguments()
     def __init__(self, *, metrics: tuple[str, ...] | list[str] = (), file: TextIO | None = None) -> None:
-        """Choose what to show beside the standard values.
+        """Choose further metrics and the output.
 
         Args:
-            metrics: Further metrics by key, like `"val_accuracy"`, as they become known.
-            file: Where to draw; standard error by default, or the cell of a notebook.
+            metrics: Keys of further metrics, like `"val_accuracy"`, shown once they are known.
+            file: Where to draw. None: standard error, or the cell of a notebook.
+
+        Raises:
+            TypeError: `metrics` is a string.
         """
         if isinstance(metrics, str):
             raise TypeError(f"metrics must be a list of names, got the string {metrics!r}")
@@ -84,18 +87,21 @@ class ProgressBar(Callback):
         self.reset()
 
     def reset(self) -> None:
-        # Written by the callback's thread, read by the one that draws
+        # Written by the callback's worker thread, read by the thread that draws; single values, replaced whole.
         self._display: _Display | None = None
         self._run: Run | None = None
         self._start: TrainStart | None = None
         self._values: dict[str, float] = {}
         self._doing = ""
-        self._validation: ValidationStart | None = None  # the one that is going on
-        self._speed = 0.0  # steps per second
-        self._samples = 0.0  # in a step
+        # The validation in progress
+        self._validation: ValidationStart | None = None
+        # Steps per second, samples per step, and the step and time from which the speed is measured
+        self._speed = 0.0
+        self._samples = 0.0
         self._speed_from: tuple[int, float] | None = None
         self._epoch = self._step = 0
-        self._took: float | None = None  # seconds, when it is over
+        # Seconds, once the run is over
+        self._took: float | None = None
         self._began = time.monotonic()
 
     def on_train_start(self, event: TrainStart, run: Run) -> None:
@@ -123,7 +129,8 @@ class ProgressBar(Callback):
     def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
         self._doing, self._validation = "", None
         self._values.update(event.metrics)
-        self._speed_from = None  # a validation is no slow step
+        # The time of the validation does not count as that of a step.
+        self._speed_from = None
         self._changed()
 
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
@@ -134,7 +141,8 @@ class ProgressBar(Callback):
     def on_state_changed(self, event: StateChanged, run: Run) -> None:
         self._doing = "" if event.state == "running" else event.state
         self._speed_from = None
-        self._changed(now=event.state != "stopping")  # the last line, which says the same, is about to come
+        # The last line follows a "stopping" at once, with the same text.
+        self._changed(now=event.state != "stopping")
 
     def on_train_end(self, event: TrainEnd, run: Run) -> None:
         self._step = max(self._step, event.step)
@@ -163,20 +171,22 @@ class ProgressBar(Callback):
         return "  ".join(parts)
 
     def line(self) -> str:
-        """Return all that there is to say as one line."""
+        """Return epoch and values as one line."""
         return f"{self._describe_epoch()}  {self.status()}"
 
     def block(self, width: int, *, with_name: bool = False) -> RenderableType:
-        """Return what is drawn on a terminal: two bars and the values, in `width` columns.
+        """Return the drawing for a terminal: two bars and the values, in `width` columns.
 
         Args:
-            width: At least 20.
-            with_name: Begin with the id of the run.
+            width: Number of columns, at least 20.
+            with_name: Start with the id of the run.
         """
         if self._run is not None and self._took is None:
-            self._step, self._epoch = self._run.step, self._run.epoch  # as of now: events may be behind
+            # The present values: events may lag.
+            self._step, self._epoch = self._run.step, self._run.epoch
         grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
-        is_wide = width >= 60  # then the bars do not move when a text grows
+        # Then the bars keep their place when a text grows.
+        is_wide = width >= 60
         grid.add_column(no_wrap=True, min_width=16 if is_wide else None)
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True, justify="right", min_width=12 if is_wide else None)
@@ -232,7 +242,7 @@ class ProgressBar(Callback):
         return min(totals, default=None)
 
     def _run_progress(self) -> tuple[float | None, float | None]:
-        """Return how much of the run is done and how much there is: in steps, epochs or seconds."""
+        """Return how much of the run is done and its total, in steps, epochs or seconds."""
         total = self._total_steps()
         if total is not None or self._start is None:
             return self._step, total
@@ -259,7 +269,8 @@ class ProgressBar(Callback):
             self._speed_from = event.step, event.time
             return
         step, since = self._speed_from
-        if event.time - since >= 0.5:  # long enough for a steady figure
+        # Long enough for a steady value.
+        if event.time - since >= 0.5:
             speed = (event.step - step) / (event.time - since)
             self._speed = speed if not self._speed else 0.7 * self._speed + 0.3 * speed
             self._speed_from = event.step, event.time
@@ -271,12 +282,13 @@ class ProgressBar(Callback):
 
 # Where bars are drawn ------------------------------------------------------------------------------
 
-_lock = threading.Lock()  # guards _displays, and which bars each of them has
+# Guards _displays and the list of bars of each.
+_lock = threading.Lock()
 _displays: "dict[object, _Display]" = {}
 
 
 def _join(bar: ProgressBar, file: TextIO | None) -> "_Display":
-    """Return the display for a file, with a bar on it."""
+    """Add a bar to the display of a file and return the display."""
     key: object = "notebook" if file is None and _in_notebook() else "stderr" if file is None else id(file)
     with _lock:
         display = _displays.get(key)
@@ -305,17 +317,19 @@ def _open(key: object, file: TextIO | None) -> "_Display":
         return _Notebook()
     own = _own_stderr() if file is None else None
     stream = own or file or sys.stderr
-    if stream is None:  # under pythonw and in applications without a console
+    # Under pythonw and in applications without a console there is none.
+    if stream is None:
         return _Display()
     console = Console(file=stream, force_jupyter=False)
-    with contextlib.suppress(ValueError):  # a file that is closed has no terminal
+    # A closed file raises.
+    with contextlib.suppress(ValueError):
         if stream.isatty() and not console.is_dumb_terminal and not console.legacy_windows:
             return _Terminal(console, own)
     return _Lines(stream, own)
 
 
 def _after_fork() -> None:
-    """Forget in a forked process what belongs to threads that it does not have."""
+    """Drop the displays in a forked process: their threads do not exist there."""
     global _lock
     _lock = threading.Lock()
     _displays.clear()
@@ -325,40 +339,43 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Display:
-    """Something that several bars are drawn on; this one draws nothing. Any thread."""
+    """A display of several bars; this base class draws nothing. Any thread."""
 
     def __init__(self) -> None:
         self.bars: list[ProgressBar] = []
-        self.has_names = False  # True once there were several: then also the last one says which run it is
+        # True once there were several bars. The last of them then keeps its name.
+        self.has_names = False
 
     def added(self, bar: ProgressBar) -> None:
-        """Take note of a new bar."""
+        """Called for a new bar."""
 
     def removed(self, bar: ProgressBar) -> None:
-        """Leave a bar's last line behind."""
+        """Called for a bar that ends. Writes its last line."""
 
     def changed(self, bar: ProgressBar, now: bool) -> None:
-        """Take note that a bar has something new to say, at once if `now`."""
+        """Called when a bar has new values, which `now` shows at once."""
 
     def close(self) -> None:
-        """Give everything back; there are no bars any more."""
+        """Release resources, after the last bar."""
 
     def line_of(self, bar: ProgressBar) -> str:
-        """Return all that a bar has to say as one line."""
+        """Return a bar as one line."""
         name = f"{bar._run.id}  " if self.has_names and bar._run is not None else ""
         return name + bar.line()
 
 
 class _Lines(_Display):
-    """Plain lines, written by the threads of the bars."""
+    """Plain lines, written in the worker threads of the bars."""
 
     def __init__(self, file: TextIO, own: TextIO | None) -> None:
         super().__init__()
         self._file, self._own = file, own
-        self._written_at: dict[int, float] = {}  # by id of the bar
+        # By id of the bar
+        self._written_at: dict[int, float] = {}
 
     def added(self, bar: ProgressBar) -> None:
-        self._written_at[id(bar)] = time.monotonic()  # the first line after an interval
+        # The first line follows after an interval.
+        self._written_at[id(bar)] = time.monotonic()
 
     def changed(self, bar: ProgressBar, now: bool) -> None:
         if now or time.monotonic() - self._written_at[id(bar)] >= LINE_INTERVAL:
@@ -373,13 +390,14 @@ class _Lines(_Display):
         _close(self._own)
 
     def _write(self, bar: ProgressBar) -> None:
-        with contextlib.suppress(ValueError, OSError):  # whoever reads has gone away
-            self._file.write(f"{self.line_of(bar)}\n")  # in one piece: lines of several runs do not mix
+        # The reader may have gone away. One write keeps lines of several runs apart.
+        with contextlib.suppress(ValueError, OSError):
+            self._file.write(f"{self.line_of(bar)}\n")
             self._file.flush()
 
 
 class _Live(_Display):
-    """A display that a thread redraws at a pace, as long as it has bars."""
+    """A display that a thread redraws at an interval while it has bars."""
 
     def __init__(self, interval: float) -> None:
         super().__init__()
@@ -394,7 +412,7 @@ class _Live(_Display):
             try:
                 self._thread.start()
             except RuntimeError as error:
-                # The system gives no more of them. How the run ended is still drawn.
+                # No thread can be started. The last line is still drawn.
                 logger.error("the progress bar is not redrawn: %s", error)
 
     def changed(self, bar: ProgressBar, now: bool) -> None:
@@ -413,10 +431,10 @@ class _Live(_Display):
             self._thread.join()
 
     def draw(self) -> None:
-        """Draw all bars; under the lock."""
+        """Draw all bars, under the lock."""
 
     def leave(self, bar: ProgressBar) -> None:
-        """Write what is to stay of a bar; under the lock."""
+        """Write the last line of a bar, under the lock."""
 
     def _draw_on(self) -> None:
         pause = 0.0
@@ -426,7 +444,8 @@ class _Live(_Display):
             try:
                 with self._drawing:
                     self.draw()
-            except (ValueError, OSError):  # whoever watched has gone away
+            except (ValueError, OSError):
+                # The reader has gone away.
                 return
             pause = max(self._interval, REDRAW_SHARE * (time.thread_time() - cpu))
             if self._is_closed:
@@ -434,7 +453,7 @@ class _Live(_Display):
 
 
 class _Terminal(_Live):
-    """One block of lines below an empty one, where the cursor waits."""
+    """A block of lines below an empty line, where the cursor stays."""
 
     def __init__(self, console: Console, own: TextIO | None) -> None:
         super().__init__(REDRAW_INTERVAL)
@@ -450,7 +469,7 @@ class _Terminal(_Live):
         lines = self._render(*blocks).splitlines()
         if len(lines) > size[1] - 2:
             lines = [*lines[: max(1, size[1] - 3)], f"... {len(bars)} runs"]
-        # Clear what is below the cursor, leave its line empty, draw, and go back to it
+        # Clear below the cursor, leave its line empty, draw, and move back to it.
         drawn = "".join(
             ["\r\x1b[J", *(f"\n{line}" for line in lines), f"\x1b[{len(lines)}A\r" if lines else ""]
         )
@@ -481,16 +500,18 @@ class _Terminal(_Live):
 
 
 class _Notebook(_Live):
-    """An output for each bar, in the cell that started its run."""
+    """One output per bar, in the cell that started its run."""
 
     def __init__(self) -> None:
         super().__init__(NOTEBOOK_INTERVAL)
-        self._outputs: dict[int, tuple[contextvars.Context, Any]] = {}  # by id of the bar
+        # By id of the bar
+        self._outputs: dict[int, tuple[contextvars.Context, Any]] = {}
 
     def added(self, bar: ProgressBar) -> None:
         from IPython.display import display
 
-        context = contextvars.copy_context()  # it says which cell
+        # The context identifies the cell.
+        context = contextvars.copy_context()
         handle = context.run(display, self._picture(bar), raw=True, display_id=True)
         self._outputs[id(bar)] = context, handle
         super().added(bar)
@@ -521,7 +542,7 @@ class _Notebook(_Live):
 
 
 def _wrapped(items: Iterable[str], width: int) -> list[str]:
-    """Lay items out in lines of at most `width` columns, none of them broken."""
+    """Arrange items in lines of at most `width` columns, without breaking an item."""
     lines: list[str] = []
     for item in items:
         if lines and len(lines[-1]) + 2 + len(item) <= width:
@@ -532,7 +553,7 @@ def _wrapped(items: Iterable[str], width: int) -> list[str]:
 
 
 def _size_of(console: Console) -> tuple[int, int]:
-    """Return columns and lines of the terminal that is drawn on; `COLUMNS` has the last word, as everywhere."""
+    """Return columns and lines of the terminal. The environment variable `COLUMNS` takes precedence."""
     try:
         columns, lines = os.get_terminal_size(console.file.fileno())
     except (OSError, ValueError):
@@ -542,7 +563,7 @@ def _size_of(console: Console) -> tuple[int, int]:
 
 
 def _duration(seconds: float) -> str:
-    """Format seconds like a clock: `1:02:03`, `2:03`."""
+    """Format seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -553,7 +574,7 @@ def _in_notebook() -> bool:
 
 
 def _own_stderr() -> TextIO | None:
-    """Return a stream to standard error that shares no lock with `sys.stderr`; None if it is captured, or none."""
+    """Return a stream to standard error that shares no lock with `sys.stderr`; None if that is captured or missing."""
     try:
         return open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="replace")
     except (AttributeError, OSError, io.UnsupportedOperation):

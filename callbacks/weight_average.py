@@ -1,4 +1,4 @@
-"""WeightAverage: an average of the weights beside the weights in training, and validations that use it."""
+"""WeightAverage: an average of the weights in training, and validations with it."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ from offloop.engine.argument_hints import explains_arguments
 Kind = Literal["ema", "swa"]
 
 STATISTICS: Final = "running_"
-"""How torch, and what follows it, begins the names of buffers that are running statistics: of the activations."""
+"""Prefix of the names of buffers that are running statistics of activations, as in torch."""
 
 
 class WeightAverage(Callback):
@@ -34,18 +34,15 @@ class WeightAverage(Callback):
                                                                 EMA with a warm-up
         WeightAverage("swa", start_epoch=75)                    SWA, at the end of each epoch from the 76th on
 
-    Training goes on with its own weights and does not notice. Validations run with the average from its first
-    update on, so `val_...` metrics, and whatever is decided by them, are the average's; the weights are
-    swapped back bit for bit, also after a validation that was stopped or failed. The average is in every
-    checkpoint, beside the weights: a resumed run has the same one, bit for bit, and `load_model` gives the
-    average, to which the scores belong (`key="model"`: the weights in training). It costs one copy of the model on
-    its device.
+    Training keeps its own weights. From its first update on validations use the average, so `val_...` metrics and
+    decisions based on them are those of the average. Afterwards the weights are swapped back bit for bit, also if the
+    validation was stopped or failed. Checkpoints contain both: a resumed run has the same average, bit for bit, and
+    `load_model` loads the average, to which the metrics belong (`key="model"` loads the weights in training).
 
-    Averaged are parameters, and buffers whose name begins with `running_`: the statistics of batch normalisation.
-    All other buffers are no weights (the vectors of spectral normalisation, masks, counters): validations use the
-    model's own.
+    Parameters are averaged, and buffers whose name starts with `running_`: the statistics of batch normalisation. Other
+    buffers (masks, counters, the vectors of spectral normalisation) are not weights; validations use the model's own.
 
-    It draws no random numbers and, on CUDA, does not synchronise.
+    It needs one copy of the model on its device, draws no random numbers and does not synchronise CUDA devices.
     """
 
     @explains_arguments()
@@ -61,26 +58,26 @@ class WeightAverage(Callback):
         validate: bool | Literal["both"] = True,
         apply_at_end: bool = False,
     ) -> None:
-        """Choose what is averaged, and when.
+        """Choose what to average, and when.
 
         Args:
-            kind: `"ema"`: the average moves towards the weights by `1 - decay`; `"swa"`: the equal mean of all that
-                were looked at.
-            decay: For EMA: above 0 and below 1, 0.999 by default; or a function of how many updates the average
-                has, from 1, that returns it: 0 takes the weights as they are. A function is not saved: a resumed
-                run takes that of its script.
-            every_n_steps: Optimizer steps between two looks; None: each for EMA, the last of each epoch for SWA.
-            start_step: Optimizer steps before the first look.
-            start_epoch: Epochs before the first look.
-            use_buffers: Average the statistics of batch normalisation too. False: validations use the model's own.
-            validate: Run validations with the average. One average of a run may. `"both"` runs each validation
-                twice: `val_loss` and its like are the average's, `val_live_loss` and its like those of the weights in
+            kind: `"ema"` moves the average towards the weights by `1 - decay`; `"swa"` is the mean of all averaged
+                weights.
+            decay: Decay of EMA, above 0 and below 1; None: 0.999. Or a function of the number of updates so far, from
+                1, that returns it; 0 takes the weights as they are. Functions are not saved: a resumed run uses that
+                of its script.
+            every_n_steps: Optimizer steps between updates, at least 1. None: 1 for EMA, the steps of an epoch for SWA.
+            start_step: Optimizer steps before the first update, at least 0.
+            start_epoch: Epochs before the first update, at least 0.
+            use_buffers: Also average the statistics of batch normalisation. False: validations use the model's own.
+            validate: Use the average in validations; one average of a run can. `"both"` validates twice: `val_loss` and
+                other `val_` metrics are those of the average, `val_live_loss` and others those of the weights in
                 training.
-            apply_at_end: Put the average into the model when the run was completed or stopped, after its last
-                checkpoint, which keeps the weights in training.
+            apply_at_end: When the run completes or stops, copy the average into the model, after the last checkpoint,
+                which keeps the weights in training.
 
         Raises:
-            ConfigError: A value is out of its range.
+            ConfigError: A value is out of range.
         """
         checks.choice("kind", kind, ("ema", "swa"))
         if kind == "swa" and decay is not None:
@@ -104,10 +101,10 @@ class WeightAverage(Callback):
 
     def reset(self) -> None:
         self._average: _Average | None = None
-        self._model: torch.nn.Module | None = None  # the one in training
         self._every = 1
         self._is_swapped = False
-        self._loaded: Mapping[str, Any] | None = None  # the state of a resumed run, until there is a model
+        # The state of a resumed run, until TrainStart.
+        self._loaded: Mapping[str, Any] | None = None
 
     @property
     def averaged_model(self) -> torch.nn.Module:
@@ -124,7 +121,7 @@ class WeightAverage(Callback):
 
     @property
     def updates(self) -> int:
-        """How many looks at the weights the average is made of."""
+        """Number of updates of the average."""
         return 0 if self._average is None else self._average.updates
 
     @property
@@ -148,14 +145,14 @@ class WeightAverage(Callback):
             self._every = self.every_n_steps
         elif self.kind == "swa":
             if event.steps_per_epoch is None:
-                raise ConfigError("an epoch of unknown length has no known last step: give every_n_steps=")
+                raise ConfigError("the length of an epoch is unknown: give every_n_steps=")
             self._every = event.steps_per_epoch
         average = get_swa_multi_avg_fn() if self.kind == "swa" else _ema(self.decay)
-        self._model = run.trainer.model
-        self._average = _Average(self._model, multi_avg_fn=average, use_buffers=self.use_buffers)
+        self._average = _Average(run.trainer.model, multi_avg_fn=average, use_buffers=self.use_buffers)
         self._average.requires_grad_(False)
         if self._loaded is not None:
-            load_model(self._loaded, into=self._average)  # the model may have been wrapped otherwise
+            # By load_model, since an earlier attempt may have wrapped the model differently.
+            load_model(self._loaded, into=self._average)
             self._loaded = None
 
     @in_step
@@ -177,11 +174,13 @@ class WeightAverage(Callback):
     @in_step
     def before_train_end(self, point: StepPoint) -> None:
         if self.apply_at_end and self.updates:
-            for live, averaged in self._pairs():
+            assert self._average is not None
+            for live, averaged in self._average.pairs():
                 live.copy_(averaged)
 
     def close(self) -> None:
-        if self._is_swapped:  # a hook before or after a validation failed, and ours was not run
+        # A hook before or after the last validation failed, and the one here did not run.
+        if self._is_swapped:
             self._swap()
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -196,21 +195,17 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange the contents of the model and its average, one tensor at a time: twice changes no bit."""
-        for live, averaged in self._pairs():
+        """Exchange the model and its average, one tensor at a time. Twice changes no bit."""
+        assert self._average is not None
+        for live, averaged in self._average.pairs():
             kept = live.clone()
             live.copy_(averaged)
             averaged.copy_(kept)
         self._is_swapped = not self._is_swapped
 
-    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Return what is averaged of the model beside its average."""
-        assert self._average is not None
-        return self._average.pairs()
-
 
 def _ema(decay: float | Callable[[int], float]) -> Any:
-    """Return torch's update of an exponential average, whose decay may depend on the updates so far."""
+    """Return torch's update of an exponential average, with a decay that can depend on the number of updates."""
     if not callable(decay):
         return get_ema_multi_avg_fn(float(decay))
 
@@ -227,12 +222,12 @@ def _ema(decay: float | Callable[[int], float]) -> Any:
 
 
 class _Average(AveragedModel):
-    """torch's averaged model with an update that never waits for the device.
+    """torch's averaged model, with an update that does not synchronise the device.
 
-    torch moves its count to the device in every update; here it stays on the host. The arithmetic is torch's, but
-    for buffers that are no running statistics, which are copied: the mean of a counter, of a mask with infinities or
-    of two unit vectors means nothing. torch also looks for all tensors in every update, which takes longer than
-    averaging a small model; here it is known where they are.
+    torch moves the number of updates to the device in each update; here it stays on the host. The arithmetic is that
+    of torch, except that buffers other than running statistics are copied: the mean of a counter, of a mask with
+    infinities or of two unit vectors is meaningless. torch also searches for all tensors in each update, which takes
+    longer than averaging a small model; here their places are known.
     """
 
     def __init__(self, model: torch.nn.Module, **options: Any) -> None:
@@ -249,19 +244,20 @@ class _Average(AveragedModel):
             key = (tensor.device, tensor.dtype) if is_averaged else None
             groups.setdefault(key, []).append((averaged, live))
         self._copied = groups.pop(None, [])
-        self._averaged = list(groups.values())  # each of one device and dtype
+        # One group per device and dtype
+        self._averaged = list(groups.values())
 
     @property
     def updates(self) -> int:
         return int(self.n_averaged)
 
     def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield what is averaged of the model, beside its average."""
+        """Yield the tensors of the model that are averaged, each with its average."""
         for averaged, live in itertools.chain.from_iterable(self._averaged):
             yield live.tensor, averaged.tensor
 
     def averaged_by_name(self) -> dict[str, torch.Tensor]:
-        """Return what is averaged, under every name that it has in the state dict of the model."""
+        """Return the averages, by all names that they have in the state dict of the model."""
         averaged = {id(each.tensor) for each, _ in itertools.chain.from_iterable(self._averaged)}
         module = self.module
         assert isinstance(module, torch.nn.Module)
@@ -272,7 +268,7 @@ class _Average(AveragedModel):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Look at the weights."""
+        """Update the average from the weights."""
         for averaged, live in self._copied if self.updates else self._pairs:
             averaged.tensor.copy_(live.tensor)
         if self.updates:
@@ -284,7 +280,7 @@ class _Average(AveragedModel):
 
 
 class _Place(NamedTuple):
-    """Where a model has a tensor. The tensor itself may be replaced, as some modules do with their buffers."""
+    """The place of a tensor in a model. Some modules replace the tensor itself, such as their buffers."""
 
     tensors: Mapping[str, torch.Tensor | None]
     name: str
@@ -298,7 +294,7 @@ class _Place(NamedTuple):
 
 
 def _places(model: torch.nn.Module) -> Iterator[_Place]:
-    """Yield where the parameters and buffers are; one that is shared once."""
+    """Yield the places of parameters and buffers; shared ones once."""
     seen: set[torch.Tensor] = set()
     for module in model.modules():
         for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):

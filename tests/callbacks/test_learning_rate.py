@@ -162,7 +162,7 @@ def test_warmup_rises_to_the_rate_that_was_given() -> None:
 
 
 def test_length_that_nobody_knows_is_an_error_that_names_the_argument() -> None:
-    with pytest.raises(ConfigError, match=r"'cosine' must know how long the run is.*give T_max="):
+    with pytest.raises(ConfigError, match=r"'cosine' needs the length of the run.*give T_max="):
         train(LearningRateScheduler("cosine"), max_time=60.0)
 
 

@@ -188,7 +188,7 @@ def test_table_says_what_takes_the_time() -> None:
     assert "mean of 3 steps (8 to 10), 20.00 ms each" in table
     assert "14.00 ms  70.0 %  data" in table
     assert "Most of it is data: waiting for batches from the loader." in table
-    assert "did nothing for 81 %" in table
+    assert "was idle for 81 %" in table
 
 
 def test_device_idle_time_counts_overlapping_work_once() -> None:
