@@ -14,12 +14,14 @@ of a fast training loop costs 15-30 % of the loop's speed, and waking it twenty 
 
 How events are published:
 
-    where                            how                                         after the end of the run
-    ───────────────────────────────  ──────────────────────────────────────────  ────────────────────────
-    training thread                  host.emit, host.emit_step -> Bus.emit       does not happen
-    any other thread                 run.publish, trainer.publish -> Bus.publish raises BusClosedError
-    threads that outlive training    Bus.publish_or_log                          a log record
-    the bus itself                   appended during a hand-over                 does not happen
+    where                            how                                             after the end of the run
+    ───────────────────────────────  ──────────────────────────────────────────────  ────────────────────────
+    training loop                    Reporter -> host.emit, host.emit_step           does not happen
+                                     -> Bus.emit
+    user code, callbacks             run.publish, trainer.publish -> Bus.publish;    raises BusClosedError
+                                     in the training thread -> Reporter
+    threads that outlive training    Bus.publish_or_log                              a log record
+    the bus itself                   appended during a hand-over                     does not happen
 
 Each subscription has a bounded buffer (`subscription.py`). Beyond the bound samples are dropped, oldest first, and
 counted; one with `on_full="block"` makes the training thread wait instead (`Bus.is_blocked`). Milestones are never
@@ -324,7 +326,7 @@ class Bus:
         return self._subscribers.statistics
 
     def is_awaited_by(self, owner: str) -> bool:
-        """True if a callback waits in a subscription of its own and no event is on its way to it. Event loop only."""
+        """True if a callback waits for its own subscription and no event is on its way. Event loop only."""
         return not self._queue and self._subscribers.is_starved(owner)
 
     @property

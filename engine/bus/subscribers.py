@@ -153,7 +153,7 @@ class Subscribers:
         self.attention()
 
     def is_starved(self, owner: str) -> bool:
-        """True if a callback waits in a subscription of its own that is empty. Event loop only."""
+        """True if a callback waits for its own subscription and that is empty. Event loop only."""
         return any(each.owner == owner and each._is_starved for each in self._living())
 
     def end(self) -> None:

@@ -1,13 +1,13 @@
-"""Threads whose end is known for certain, also when Ctrl-C interrupts the wait for it.
+"""Threads whose end is known for certain, also if Ctrl-C interrupts the wait for it.
 
 Before Python 3.13, a `KeyboardInterrupt` that is raised inside `Thread.join` or `Thread.is_alive` marks the
 thread as ended while it still runs (https://github.com/python/cpython/issues/90882). From then on `join` returns
-at once and `is_alive` is False. Only the main thread can be interrupted like this, but any thread may be the
-victim, so offloop asks neither method: its own threads are of the class `Thread`, and `has_ended` judges others.
+at once and `is_alive` is False. Only the main thread is interrupted like this, but it may wait for any thread. So
+offloop calls neither method: its threads are of the class `Thread`, and `has_ended` tells about all others.
 
-Locks have a trap of the same kind: `with condition:` runs Python code in `Condition.__enter__` and `__exit__`. An
-interrupt in there leaves the lock taken for ever. A condition that the main thread may enter is therefore built on
-a lock of its own, `threading.Condition(lock)`, and entered by `with lock:`, which cannot be interrupted halfway.
+Locks have the same trap: `with condition:` runs Python code in `Condition.__enter__` and `__exit__`, and an
+interrupt in there leaves the lock taken for ever. A condition that the main thread may enter therefore gets an
+explicit lock, `threading.Condition(lock)`, and is entered by `with lock:`, which cannot be interrupted halfway.
 """
 
 import os
@@ -19,15 +19,17 @@ from typing import Any, Final
 __all__ = ["Latch", "Thread", "has_ended"]
 
 LOOK_INTERVAL: Final = 1.0
-"""Seconds after which a waiter looks again: an interrupt may keep another waiter from passing the lock on."""
+"""Seconds after which a waiter checks again: an interrupt may keep another waiter from passing the lock on."""
 
 
 class Latch:
-    """An event that happens once. Unlike `threading.Event`, an interrupt of a waiter harms no other thread."""
+    """An event that happens once. Unlike with `threading.Event`, interrupting a waiter affects no other thread."""
 
     def __init__(self) -> None:
-        self.is_open = False  # written once, before the lock is released
-        self._lock = threading.Lock()  # held while the latch is closed; acquired in C, so never half taken
+        # Written once, by the thread that opens it, before it releases the lock; read by waiters.
+        self.is_open = False
+        # Held while the latch is closed. Acquired in C, so an interrupt never leaves it half taken.
+        self._lock = threading.Lock()
         self._lock.acquire()
 
     def open(self) -> None:
@@ -57,7 +59,7 @@ class Thread(threading.Thread):
 
     def __init__(self, target: Callable[..., object], *args: Any, name: str, daemon: bool) -> None:
         super().__init__(target=target, args=args, name=name, daemon=daemon)
-        self._end = Latch()  # opened by the thread as its last act
+        self._end = Latch()  # opened by the thread at its end
         self._process = os.getpid()
 
     def run(self) -> None:
@@ -76,12 +78,13 @@ class Thread(threading.Thread):
         """Wait until the thread has ended, at most `timeout` seconds. Blocks.
 
         Raises:
-            KeyboardInterrupt: A signal handler raised it. The thread goes on and can be joined again.
+            KeyboardInterrupt: A signal handler raised it. The thread still runs and can be joined again.
         """
         is_foreign = self.ident is not None and threading.current_thread() is not self
         if is_foreign and not self.is_over and not self._end.wait(timeout):
             return
-        super().join(timeout)  # what is left is the interpreter's own work; not started or itself: raises
+        # Only the interpreter's own cleanup is left. Raises for a thread that was not started, and for itself.
+        super().join(timeout)
 
 
 def has_ended(thread: threading.Thread) -> bool:
@@ -90,5 +93,5 @@ def has_ended(thread: threading.Thread) -> bool:
         return thread.is_over
     if thread.is_alive():
         return False
-    # The interpreter takes a thread off this list as the thread's last act; the main thread stays on it.
+    # The interpreter removes a thread from this list last of all; the main thread stays in it.
     return thread is threading.main_thread() or thread not in threading.enumerate()

@@ -23,30 +23,31 @@ class _Socket(socket.socket):
 
 
 class Waker:
-    """One task waits, any thread wakes it. Wakes that come before the wait, or several at once, count as one.
+    """One task waits, any thread wakes it. Wakes before the wait, or several at once, count as one.
 
-    Belongs to no event loop until somebody waits. Holds two file descriptors until `close`, or
-    until it is garbage.
+    Belongs to no event loop before the first wait. Holds two file descriptors until `close`, or until it is garbage.
     """
 
     def __init__(self) -> None:
         reader, writer = socket.socketpair()
         self._reader = _Socket(fileno=reader.detach())
-        self._writer: _Socket | None = _Socket(fileno=writer.detach())  # read by every thread that wakes
+        # Set to None by the thread that closes; read once by each thread that wakes.
+        self._writer: _Socket | None = _Socket(fileno=writer.detach())
         self._reader.setblocking(False)
         self._writer.setblocking(False)
 
     def wake(self) -> None:
         """Wake the waiting task, or the next one that waits. Any thread, also a signal handler; never blocks."""
-        # A reference of our own: close() in another thread cannot close the descriptor while we send, so the
-        # byte never goes to a stranger's that got the same number.
+        # This reference keeps the descriptor open while we send, also if another thread closes the waker. So the byte
+        # cannot reach another file with the same number.
         writer = self._writer
         if writer is None:
-            return  # closed: nobody waits any more
+            return
         try:
             writer.send(b"\0")
         except OSError:
-            pass  # full: it is awake already; broken: closed meanwhile
+            # Full: the task is awake already. Broken: the reader was closed meanwhile.
+            pass
 
     async def wait(self) -> None:
         """Wait until woken. One task at a time. Cancellation: safe, no wake is lost."""
@@ -55,11 +56,11 @@ class Waker:
             try:
                 self._reader.recv(4096)
                 return
-            except BlockingIOError:  # somebody else emptied it; readiness may be spurious
+            except BlockingIOError:  # readiness may be spurious
                 continue
 
     def close(self) -> None:
-        """Give the descriptors back. Nobody may be waiting. Calling it twice is fine."""
+        """Close the descriptors. No task may be waiting. Twice is fine."""
         self._writer = None
         self._reader.close()
 
@@ -76,11 +77,11 @@ class Waker:
 
 
 async def result_of(future: Future[T], waker: Waker | None = None) -> T:
-    """Wait for a future that another thread completes. Any event loop. Cancellation: the future goes on.
+    """Wait for a future that another thread completes. Any event loop. Cancellation: does not affect the future.
 
     Args:
         future: Completed, or cancelled, by any thread.
-        waker: One to wait with, made where its descriptors were still to be had; closed by its maker.
+        waker: To wait with, for callers that opened its descriptors in time; the caller closes it.
     """
     with contextlib.nullcontext(waker) if waker is not None else Waker() as waking:
         future.add_done_callback(lambda _: waking.wake())

@@ -875,7 +875,7 @@ def test_run_without_a_directory_has_none(tmp_path: Path) -> None:
     tiny_trainer(run_dir=tmp_path, callbacks=[Look()]).train(tiny_loader(1), epochs=1)
     assert dirs == [None, tmp_path / seen[1].id]
     assert [run.dir for run in seen] == dirs  # also after the end
-    assert repr(seen[0]) == f"<Run {seen[0].id} completed>"
+    assert repr(seen[0]) == f"<Run {seen[0].id}: completed, epoch 1, step 1>"
 
 
 def test_run_tells_the_latest_of_each_metric_at_any_time() -> None:
