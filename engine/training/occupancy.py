@@ -113,4 +113,4 @@ class Occupancy:
 
 
 def _busy(run: RunServices) -> str:
-    return f"this trainer has run {run.run_id!r} going on: one run at a time, or make another Trainer"
+    return f"this trainer has run {run.run_id!r} in progress: one run at a time, or make another Trainer"
