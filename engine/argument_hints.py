@@ -31,18 +31,18 @@ PEER_SPELLINGS: Final = {
     "max_iters": "max_steps",
     "max_duration": "max_time",
     "max_minutes": "max_time",
-    "train_dataloader": "train_loader loader",
-    "train_dataloaders": "train_loader loader",
-    "train_dataset": "train_loader loader",
-    "dataloader": "train_loader loader",
-    "dataloaders": "train_loader loader",
-    "data": "train_loader loader",
-    "dataset": "train_loader loader",
-    "x": "train_loader loader",
-    "val_dataloader": "val_loader loader",
-    "val_dataloaders": "val_loader loader",
-    "eval_dataset": "val_loader loader",
-    "validation_data": "val_loader loader",
+    "train_dataloader": "train_loader",
+    "train_dataloaders": "train_loader",
+    "train_dataset": "train_loader",
+    "dataloader": "train_loader",
+    "dataloaders": "train_loader",
+    "data": "train_loader",
+    "dataset": "train_loader",
+    "x": "train_loader",
+    "val_dataloader": "val_loader",
+    "val_dataloaders": "val_loader",
+    "eval_dataset": "val_loader",
+    "validation_data": "val_loader",
     "compute_metrics": "metrics",
     "ckpt_path": "resume init_from",
     "resume_from_checkpoint": "resume",
@@ -152,9 +152,6 @@ PEER_SPELLINGS: Final = {
     "schedule": "scheduler",
     "address": "host",
     "open_browser": "open",
-    "num_training": "steps",
-    "start_lr": "min_lr",
-    "end_lr": "max_lr",
 }
 """How others spell our arguments; the first of the words after it that a call takes is meant."""
 
@@ -171,9 +168,6 @@ ADVICE: Final = {
     "verbose": "what a run does is shown by ProgressBar() among the callbacks",
     "progress_bar": "add ProgressBar() to callbacks",
     "enable_progress_bar": "there is a bar where callbacks have a ProgressBar()",
-    "prog_bar": "what is logged needs no flags; ProgressBar(metrics=[...]) shows more than the loss",
-    "on_step": "what is logged needs no flags: each value is in StepEnd.metrics, its mean in EpochEnd.metrics",
-    "on_epoch": "what is logged needs no flags: each value is in StepEnd.metrics, its mean in EpochEnd.metrics",
     "logger": "add MetricLogger(), TensorBoardLogger(), MLflowLogger() or WandbLogger() to callbacks",
     "report_to": "add TensorBoardLogger(), MLflowLogger() or WandbLogger() to callbacks",
     "log_every_n_steps": "give every_n_steps to the logger among the callbacks: MetricLogger(every_n_steps=...)",
@@ -255,10 +249,8 @@ PRECISIONS: Final = {
 """How others spell our precisions."""
 
 LIKE: Final = {
-    "value": ": log(name, value), once for each",
     "optimizer": ", like torch.optim.AdamW(model.parameters(), lr=1e-3)",
     "train_loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
-    "loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
 }
 """What a required argument may look like."""
 

@@ -199,7 +199,6 @@ class BaseTrainer(TrainingProgram):
         )
         return AsyncBlock(run_beside(self, arguments), "async with trainer.start(...) as run:")
 
-    @explains_arguments()
     def evaluate(self, loader: ValLoader, *, metrics: MetricSpec = (), prefix: str = "val_") -> Metrics:
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.
 
@@ -213,14 +212,12 @@ class BaseTrainer(TrainingProgram):
         """
         return evaluation.evaluate(self, loader, metrics, prefix)
 
-    @explains_arguments()
     async def evaluate_async(
         self, loader: ValLoader, *, metrics: MetricSpec = (), prefix: str = "val_"
     ) -> Metrics:
         """Do what `evaluate` does, in a thread of its own. Cancellation: the thread ends by itself."""
         return await evaluation.evaluate_async(self, loader, metrics, prefix)
 
-    @explains_arguments()
     def predict(self, loader: Iterable[Batch]) -> list[Any]:
         """Return the output of `predict_step` for each batch of a loader, on the host. Blocks.
 
@@ -232,7 +229,6 @@ class BaseTrainer(TrainingProgram):
         """
         return prediction.predict(self, loader)
 
-    @explains_arguments()
     def predict_async(
         self, loader: Iterable[Batch], *, read_ahead: int = 2
     ) -> AbstractAsyncContextManager[AsyncIterator[Any]]:
@@ -253,7 +249,6 @@ class BaseTrainer(TrainingProgram):
         block = prediction.predict_async(self, loader, read_ahead)
         return AsyncBlock(block, "async with trainer.predict_async(loader) as stream:")
 
-    @explains_arguments()
     def find_learning_rate(
         self,
         train_loader: Iterable[Batch],
@@ -283,7 +278,6 @@ class BaseTrainer(TrainingProgram):
             self, train_loader, min_lr=min_lr, max_lr=max_lr, steps=steps, optimizer=optimizer
         )
 
-    @explains_arguments()
     def find_batch_size(
         self,
         train_loader: "Iterable[Batch] | Callable[[int], Iterable[Batch]]",

@@ -59,10 +59,10 @@ class DefaultSteps(TrainingProgram):
 
 
 def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
-    """Return the two parts of a batch for a model and a loss function.
+    """Return the two parts of a batch: for the model and for the loss function.
 
     Raises:
-        BatchError: It has other parts.
+        BatchError: The batch has other parts.
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]

@@ -14,19 +14,20 @@ from offloop.engine.training.step_output import StepOutput
 
 
 class NextTokens:
-    """Whether a model's loss is about the next token of each position, as that of a causal language model.
+    """Whether a model predicts the next token of each position, as a causal language model does.
 
-    Such a model takes labels that are not shifted and shifts them inside, so its logits must be compared with the
-    labels of the positions behind them. Found out at the first batch, by computing both losses from the logits.
+    Such a model takes unshifted labels and shifts them itself, so metrics must compare its logits with the labels one
+    position later. The first batch decides: both losses are computed from its logits and compared with the model's.
     """
 
     def __init__(self) -> None:
-        self._are_meant: bool | None = None  # not known before the first batch
+        # None before the first batch
+        self._are_meant: bool | None = None
 
     def aligned(
         self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, T, V) and labels (B, T) so that the same positions belong together; others as they are."""
+        """Return logits (B, T, V) and labels (B, T) that belong to the same positions. Others stay as they are."""
         if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.is_floating_point():
             return logits, labels
         if self._are_meant is None:
@@ -38,13 +39,13 @@ class NextTokens:
 def _is_about_next_tokens(
     loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, batch: Batch
 ) -> bool:
-    """Compare a loss with the two that it may be. Waits for the device."""
+    """Compare a loss with the two that it may be. Synchronises with the device."""
     here, behind = _cross_entropy(logits, labels), _cross_entropy(logits[:, :-1], labels[:, 1:])
     own = float(loss)
     near, far = sorted((abs(here - own), abs(behind - own)))
     if near <= 1e-3 * abs(own) and near <= far / 10:
         return abs(behind - own) == near
-    # Another loss, with weights or smoothing: the labels of a causal language model are its inputs.
+    # A loss with weights or smoothing equals neither. The labels of a causal language model are its inputs.
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     is_counted = labels >= 0
     return (
@@ -55,7 +56,7 @@ def _is_about_next_tokens(
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the mean over positions, sequence by sequence: all at once would take as much memory again."""
+    """Return the mean over positions. Sequence by sequence: all at once would double the memory of the logits."""
     pairs = zip(logits, labels, strict=True)
     summed = sum(float(cross_entropy(each.float(), wanted, reduction="sum")) for each, wanted in pairs)
     count = int((labels != -100).sum())
@@ -63,15 +64,15 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def own_loss(model: torch.nn.Module, batch: Batch, next_tokens: NextTokens | None) -> StepOutput:
-    """Return the loss that a model makes itself, the Hugging Face way, with outputs and targets if there are any.
+    """Return the loss that a model computes itself, with outputs and targets if there are any.
 
     Args:
         model: The model.
-        batch: What it is given.
-        next_tokens: Aligns outputs and targets for metrics; None where there are none.
+        batch: The batch, which it gets as its arguments.
+        next_tokens: Aligns outputs and targets for metrics; None without metrics.
 
     Raises:
-        BatchError: The batch cannot be given to a model, or the model has returned no loss.
+        BatchError: The batch cannot be passed to a model, or the model has returned no loss.
     """
     if isinstance(batch, Mapping):
         try:
