@@ -118,9 +118,8 @@ class Bus:
         # publishers may both wake it, which is harmless. The drainer looks at the queue after it has set it, so it
         # misses no event of a publisher that came too early to see it.
         self._armed = False
-        self._handed_over_at = (
-            self.clock()
-        )  # written by the drainer and by the publisher that wakes it from idle
+        # Written by the drainer, and by the publisher that wakes it from idle; read by publishers.
+        self._handed_over_at = self.clock()
         self._stall_logged = False  # set by the publisher that logs, cleared by the drainer
         # Written by all publishers without a lock: a count that is lost costs one wake too many.
         self._wake_window = 0.0  # start of the second in which wakes are counted
@@ -368,7 +367,8 @@ class Bus:
                 self._subscribers.reap()
             if self._hand_over():
                 if len(self._queue) >= HAND_OVER_AT_ONCE:
-                    await anyio.lowlevel.checkpoint()  # a backlog: no pause, but let other tasks run
+                    # A backlog: no pause, but let other tasks run.
+                    await anyio.lowlevel.checkpoint()
                 elif not self._closing:
                     await self._nap()
             elif self._closing:
@@ -383,7 +383,8 @@ class Bus:
                     self._idling = None
                 self._armed = False
         if self._final is not None:
-            self._queue.appendleft(self._final)  # before what another thread may be publishing right now
+            # Before what another thread may be publishing right now.
+            self._queue.appendleft(self._final)
             self._hand_over(limit=1)
 
     async def _nap(self) -> None:
@@ -406,7 +407,8 @@ class Bus:
                 if self._closing or self._subscribers.has_leaving or len(self._queue) >= HAND_OVER_AT_ONCE:
                     self._napping.cancel()
                 else:
-                    self._hand_over()  # a milestone; the pace stays as it was
+                    # A milestone came. The pace stays as it was.
+                    self._hand_over()
 
     def close(self, last: Event | None = None) -> None:
         """Let the drainer hand over what is there and end. Any thread; twice is fine; does not wait.
@@ -464,9 +466,11 @@ class Bus:
                     _set(event, "epoch", 0)
                     _set(event, "step", 0)
                     _set(event, "batch", 0)
-            elif last is None or event.step >= last.step:  # else it is about an earlier step
+            elif last is None or event.step >= last.step:
+                # Otherwise the event is about an earlier step.
                 last = event
-            if event.time < last_time:  # threads may append in another order than they read the clock
+            if event.time < last_time:
+                # Threads may append in another order than they read the clock.
                 _set(event, "time", last_time)
             else:
                 last_time = event.time

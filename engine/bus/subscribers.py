@@ -41,7 +41,8 @@ class Subscribers:
         # Appended by the threads that close a subscription and by the garbage collector, emptied by the drainer:
         # append and popleft are atomic in CPython.
         self._leaving: deque[Subscription[Event] | weakref.ref[Subscription[Event]]] = deque()
-        self._history: deque[Event] = deque(maxlen=MAX_MILESTONES_BEHIND)  # milestones; under the lock
+        # Milestones, for replay. Under the lock.
+        self._history: deque[Event] = deque(maxlen=MAX_MILESTONES_BEHIND)
 
     def add(self, subscription: Subscription[Event], *, replay: bool) -> None:
         """Hand events to a subscription from now on; with `replay`, first the milestones so far. Any thread.
@@ -101,7 +102,8 @@ class Subscribers:
                     leaving._end()
                 else:
                     self._take_out(leaving)
-        self.attention()  # training may have waited for one that has left
+        # Training may have waited for one that has left.
+        self.attention()
 
     def hand_over(
         self, batch: list[Event], barriers: Sequence[tuple[int, Barrier]], milestones: list[Event]
@@ -115,7 +117,8 @@ class Subscribers:
         """
         with self._lock:
             start = 0
-            for place, barrier in barriers:  # a barrier splits the batch: events before it go first
+            # A barrier splits the batch: events before it go first.
+            for place, barrier in barriers:
                 self._put(batch[start:place], milestones)
                 barrier.subscription._put_barrier(barrier)
                 start = place + 1

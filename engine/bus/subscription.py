@@ -69,7 +69,8 @@ class Barrier:
     """
 
     __slots__ = ("on_reached", "subscription")
-    step = -1  # sends the drainer down the path of foreign events, where barriers are recognised
+    # Below 0 like that of foreign events: in their path the drainer recognises barriers.
+    step = -1
 
     def __init__(self, subscription: "Subscription[Event]", on_reached: Callable[[], object]) -> None:
         self.subscription = subscription
@@ -82,7 +83,8 @@ class Drops:
     def __init__(self, subscriber: str) -> None:
         self.total = 0
         self._subscriber = subscriber
-        self._lock = threading.Lock()  # guards all attributes but the last; held for a few assignments
+        # Guards the counts; held for a few assignments.
+        self._lock = threading.Lock()
         self._count = 0  # since the last report
         self._first_step = self._last_step = -1
         self._reported_at = 0.0  # drainer only
@@ -149,7 +151,8 @@ class Subscription(Generic[E_co]):
         owner: str = "",
     ) -> None:
         self.name = name
-        self.owner = owner  # the callback that reads it outside its handlers, if one does
+        # The callback that reads it outside its handlers, if one does.
+        self.owner = owner
         self.buffer = buffer
         # Any thread writes "drop_oldest" when training must not wait any longer, also a signal handler, which
         # must take no lock. The drainer and `is_blocking` read it; one assignment is atomic.
@@ -160,9 +163,8 @@ class Subscription(Generic[E_co]):
         self._lock = threading.Lock()
         self._events: deque[Event | Barrier] = deque()
         self._milestones = 0  # of the events in the buffer, barriers included; the rest are samples
-        self._is_full = (
-            False  # from too many samples until the buffer is half empty; only with on_full="block"
-        )
+        # True from too many samples until the buffer is half empty; only with on_full="block".
+        self._is_full = False
         # Written by the drainer alone, read by every thread that asks for statistics.
         self._received = 0
         self._drops = Drops(name)
@@ -235,7 +237,8 @@ class Subscription(Generic[E_co]):
         self._waits_for_samples = samples
         while not self._has_arrived() and not self._closed:
             if threading.get_ident() == self._source.thread:
-                self._close_waker()  # of a wait before the drainer ran
+                # It may be left from a wait before the drainer ran.
+                self._close_waker()
                 arrived = anyio.Event()
                 # The drainer runs in this event loop, so it has put nothing in since the check above.
                 self._wake_consumer = arrived.set

@@ -56,7 +56,8 @@ class Waker:
             try:
                 self._reader.recv(4096)
                 return
-            except BlockingIOError:  # readiness may be spurious
+            # Readiness may be spurious.
+            except BlockingIOError:
                 continue
 
     def close(self) -> None:

@@ -79,7 +79,8 @@ class Driver:
             finally:
                 if forked.generation != generation:
                     forked.end_process(None)
-                error = cancelled = None  # an exception that holds this frame must not be held by it
+                # An exception that holds this frame must not be held by it.
+                error = cancelled = None
                 account(time.perf_counter() - wall, time.thread_time() - cpu)
             value = None
             try:

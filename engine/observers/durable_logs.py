@@ -53,7 +53,7 @@ class DurableLogs:
         # are atomic in CPython.
         self._pending: deque[tuple[int, Event]] = deque(maxlen=MAX_MILESTONES_BEHIND)
         self._noted = 0  # written by the training thread, read by the announcing one
-        self._late: list[Future[None]] = []  # announcing thread only: answers that came not in time
+        self._late: list[Future[None]] = []  # announcing thread only: answers that were late
         # Filled by the writer's thread, emptied by the announcing one; None ends it.
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the next two

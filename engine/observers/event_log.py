@@ -167,7 +167,8 @@ def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Se
                 try:
                     head = _decode_head(line)
                 except msgspec.MsgspecError:
-                    size += len(line)  # readers leave it out
+                    # Readers skip it.
+                    size += len(line)
                     continue
                 of = position.take(head)
                 if of > attempt or (of == attempt and head.time > taken):
@@ -191,7 +192,8 @@ def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Se
 
 def _replace_end(path: Path, size: int, added: bytes) -> None:
     """Keep the first `size` bytes of a log and put `added` after them; durable when this returns."""
-    if path.is_symlink():  # nothing is written through a link: the run continues in a regular file
+    if path.is_symlink():
+        # Nothing is written through a link: the run continues in a regular file.
         kept = b""
         if path.exists():
             with open(path, "rb") as file:
@@ -251,7 +253,8 @@ def read_events(path: "Path | str") -> Iterator[Event]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                event = decode(line.rstrip(b"\n"))  # an unknown one keeps these bytes
+                # An event of an unknown type keeps these bytes.
+                event = decode(line.rstrip(b"\n"))
             except msgspec.DecodeError:
                 if line.endswith(b"\n"):
                     logger.warning("%s:%d is no event and was skipped", path, number)

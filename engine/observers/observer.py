@@ -105,11 +105,12 @@ class Observer:
         self.run = run
         # True once its task has ended. Written on the event loop, read by threads that wait for it.
         self.has_ended = False
-        # Written by the training thread, around each decider; read by the event loop for the costs.
+        # Seconds. Written by the training thread after a decider; read by any thread.
         self.decided = 0.0
         # Written by the thread in which the callback fails: event loop, worker or, for deciders and step hooks, the
         # training thread. Read by any thread. Without a lock, two failures at one moment may be counted as one.
-        self.errors: list[str] = []  # what the result lists: `Type: text` of each failure
+        # The result lists these, each with its type and text.
+        self.errors: list[str] = []
         self.disabled = False
         self._failures = self._failures_in_row = 0
         self._reported_at = -math.inf
@@ -168,7 +169,8 @@ class Observer:
                 elif kind == "thread":
                     await self._hand_to_thread(list(group), subscription)
             self._wall += time.perf_counter() - started
-            if self.disabled and not self.handlers.deciders:  # deciders still need the barriers
+            # Deciders still need the barriers.
+            if self.disabled and not self.handlers.deciders:
                 subscription.close()
 
     @property
