@@ -102,7 +102,7 @@ def _fetch_newest(remote: RemoteRun, store: CheckpointStore, ahead: list[str], *
             _fetch(remote, store, name)
             break
         except CheckpointCorruptError as error:
-            logger.warning("a checkpoint was passed over: %s", error)
+            logger.warning("a checkpoint was skipped: %s", error)
             damaged = error
     else:
         if damaged is not None and must_be:

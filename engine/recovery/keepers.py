@@ -1,4 +1,4 @@
-"""Keepers: who wants which of a run's checkpoints kept and copied. Several share a run, and none overrules another."""
+"""Keepers: which checkpoints of a run an owner wants to keep and to copy. A checkpoint that any owner keeps stays."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -9,14 +9,14 @@ from offloop.engine.checkpoint.retention import counted_by, rank, select_kept
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Keeper:
-    """What one owner, usually a callback, wants of the checkpoints that were taken for it."""
+    """What one owner, usually a callback, wants to keep of the checkpoints that were taken for it."""
 
     retention: Retention
     """Its rules; `owner` in them is its name."""
     save_at_end: bool = False
-    """True if it wants one when training ends."""
+    """True if it wants a checkpoint when training ends."""
     copies: NamedCopies | None = None
-    """Where copies of them stand."""
+    """The directory for copies of them."""
     copies_best_only: bool = False
     """True if only the best ones are copied, and not the newest as well."""
 
@@ -27,12 +27,12 @@ class Keeper:
         *,
         pinned: Collection[str] = (),
     ) -> list[CheckpointInfo]:
-        """Return the checkpoints that are to have a copy; where names collide, the first has the plain one.
+        """Return the checkpoints to copy. Where the names of copies collide, the first gets the plain name.
 
         Args:
             checkpoints: Those of the run, oldest first.
             policies: The rules of all keepers.
-            pinned: Names that stay whatever the rules say.
+            pinned: Names of checkpoints that stay whatever the rules say.
         """
         by_name = {info.name: info for info in checkpoints}
         counted = counted_by([info.manifest for info in checkpoints], self.retention, policies)

@@ -1,12 +1,12 @@
-"""Saving: the checkpoints of one run, from the boundary where they are taken to the word that they are durable.
+"""The checkpoints of one run, from the boundary where they are taken to the event that they are durable.
 
     training thread                       writer's thread
     ───────────────                       ───────────────
     save(state) ── one copy ── snapshot ─────────> commit: files, manifest, fsync, rename, fsync
-    goes on                                        retention; CheckpointSaved and the waiting future, once
+    continues                                      retention; CheckpointSaved and the waiting future, once
                                                    the logs have what came before (`durable_logs.py`)
 
-Training waits for the copy and, for saves that must not be left out, for a free slot to copy into.
+Training waits for the copy and, for checkpoints that must not be skipped, for a free slot to copy into.
 """
 
 import contextlib
@@ -50,17 +50,10 @@ WaitPolicy = Callable[[Callable[[float], bool]], bool]
 Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
 
 
-def wait_for_ever(wait: Callable[[float], bool]) -> bool:
-    """Wait as long as it takes. Blocks."""
-    while not wait(60.0):
-        pass
-    return True
-
-
 class Checkpoints:
     """The checkpoints that a run takes. Opens its store, lock and thread when the first one is taken.
 
-    `save` belongs to the training thread; everything that blocks says so.
+    Threads: `save` runs in the training thread. Methods that block say so.
     """
 
     def __init__(
@@ -71,35 +64,41 @@ class Checkpoints:
         optimizers: Mapping[str, torch.optim.Optimizer],
         model: torch.nn.Module,
         publish: Callable[[Event], None],
-        retention: Retention | None = None,
-        wait_policy: WaitPolicy = wait_for_ever,
-        logs: DurableLogs | None = None,
+        retention: Retention,
+        wait_policy: WaitPolicy,
+        logs: DurableLogs,
     ) -> None:
         """Keep the checkpoints of the run in `directory`.
 
         Args:
-            directory: The run's.
+            directory: Of the run.
             run_id: Written into manifests.
-            optimizers: Their `step` is what changes the tensors that they own.
-            model: Some modules change their parameters in the forward pass.
-            publish: For `CheckpointSaved` and `CheckpointFailed`; called in threads of this object's.
-            retention: What every run keeps, and which checkpoint is its best.
+            optimizers: A copy in progress must be done before their `step` changes the tensors that they own.
+            model: Some of its modules may change their parameters in the forward pass.
+            publish: For `CheckpointSaved` and `CheckpointFailed`. Called in this object's threads.
+            retention: What is kept in any case, and which checkpoint is the best of the run.
             wait_policy: How long training waits for a slow disk.
-            logs: Announces a durable checkpoint once they have what came before it; None for at once.
+            logs: Announce a durable checkpoint once they have what came before it.
         """
         self._logs = logs
-        self._of_run = retention or Retention()
-        # By owner; replaced, never changed, by the training thread, and read by the writer's
+        self._of_run = retention
+        # By owner. Replaced as a whole by the training thread, read by the writer's thread.
         self._keepers: dict[str, Keeper] = {}
-        self.parent: str | None = None  # the checkpoint that this attempt continues
+        # The checkpoint that this attempt continues.
+        self.parent: str | None = None
         self.attempt = 0
-        self.saved: dict[int, str] = {}  # step -> path of what is durable and not deleted; writer's thread
-        self.last: str | None = None  # path of the newest; written by the writer's thread, read by anybody
-        self.failed_step: int | None = (
-            None  # of the last one that was not written; writer's thread, or training's
-        )
-        self._newest: CheckpointSaved | None = None  # what was said about it; writer's thread
-        self.on_saved: Callable[[], None] | None = None  # told of each durable one, in the announcing thread
+        # Paths of the durable checkpoints that were not deleted, by step. Replaced by the writer's thread, read by
+        # the training thread after `flush`.
+        self.saved: dict[int, str] = {}
+        # Path of the newest durable checkpoint. Written by the writer's thread, read by any thread.
+        self.last: str | None = None
+        # Step of the latest checkpoint that was not written. Written by the writer's thread or the training thread,
+        # read by the training thread.
+        self.failed_step: int | None = None
+        # The event of the newest durable checkpoint. Writer's thread.
+        self._newest: CheckpointSaved | None = None
+        # Called in the writer's thread after each durable checkpoint. Written by the training thread before the first.
+        self.on_saved: Callable[[], None] | None = None
         self.directory = directory
         self._run_id = run_id
         self._optimizers = optimizers
@@ -116,19 +115,20 @@ class Checkpoints:
         self._arena: SnapshotArena | None = None
         self._store: CheckpointStore | None = None
         self._writer: CheckpointWriter | None = None
-        self._waiting: dict[int, list[Future[CheckpointSaved]]] = {}  # by id of the request
-        self._in_flight: set[int] = set()  # ids of requests; put in by one thread, taken out by another
+        # The next two by id of the request. The training thread adds, the writer's thread removes.
+        self._waiting: dict[int, Future[CheckpointSaved]] = {}
+        self._in_flight: set[int] = set()
 
     def claim(self) -> None:
-        """Take the directory for this run, which must be there. Training thread, before anything is written.
+        """Lock the directory, which must exist, for this run. Training thread, before anything is written.
 
         Raises:
-            RunLockedError: Another run has it.
+            RunLockedError: Another run has locked it.
         """
         self._claim = DirectoryLock(self.directory)
 
     def keep(self, keeper: Keeper) -> None:
-        """Add what an owner wants kept and copied, in place of what it wanted before. Training thread.
+        """Add what an owner wants to keep and to copy; it replaces what the owner wanted before. Training thread.
 
         Raises:
             ValueError: Another owner has copies under the same names in the same directory.
@@ -143,9 +143,8 @@ class Checkpoints:
         self._keepers = {**others, keeper.retention.owner: keeper}
         if self._store is not None:
             self._store.retention = self.retention
-        if (
-            self._writer is not None and copies is not None
-        ):  # a run that is continued: it may have been killed
+        # A run that is continued may have been killed before it copied its last checkpoints
+        if self._writer is not None and copies is not None:
             self._writer.call_nowait(lambda death: self._copy(keeper))
 
     @property
@@ -154,11 +153,11 @@ class Checkpoints:
         return tuple(name for name, each in self._keepers.items() if each.save_at_end)
 
     def owners_among(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return those that are owners."""
+        """Return the names that are owners."""
         return tuple(name for name in names if name in self._keepers)
 
     def _copy(self, keeper: Keeper) -> None:
-        """Bring an owner's copies up to what is kept. Writer's thread."""
+        """Update an owner's copies to what is kept. Writer's thread."""
         assert self._store is not None and keeper.copies is not None
         try:
             pinned = {*self._store.tags().values(), *filter(None, [self.parent])}
@@ -174,26 +173,24 @@ class Checkpoints:
         position: Mapping[str, int],
         metrics: Mapping[str, float],
         reason: str,
-        tags: tuple[str, ...] = (),
         owners: tuple[str, ...] = (),
         future: "Future[CheckpointSaved] | None" = None,
     ) -> bool:
         """Copy the state and hand it to the writer. Training thread, at a step boundary.
 
-        Waits for a free slot, except for `reason="interval"`, which is left out if there is none: it
-        then fails with `SnapshotBusyError`, as the next one will come.
+        Waits for a free slot, except for `reason="interval"`: without a free slot, such a checkpoint is skipped and
+        fails with `SnapshotBusyError`, as the next one will come.
 
         Args:
             state: What a resumed run needs, see `run_state.py`.
             position: epoch, step, batch.
-            metrics: The latest values, which retention judges by.
+            metrics: The values by which retention ranks it.
             reason: Why it is taken.
-            tags: Names under which it is pinned.
-            owners: Whose retention counts it; none: everybody's.
-            future: Completed when it is durable or has failed.
+            owners: The owners whose retention counts it; none: that of every owner.
+            future: Completed when the checkpoint is durable or has failed.
 
         Returns:
-            True if the writer has it; it may still fail.
+            True if the writer accepted it. Writing may still fail.
         """
         request = CheckpointRequest(
             step=position["step"],
@@ -204,11 +201,10 @@ class Checkpoints:
             reason=reason if reason in get_args(Reason) else "manual",  # type: ignore[arg-type]  # just checked
             parent=self.parent,
             metrics=dict(metrics),
-            tags=tags,
             owners=owners,
         )
         if future is not None:
-            self._waiting[id(request)] = [future]
+            self._waiting[id(request)] = future
         self._in_flight.add(id(request))
         try:
             writer, arena = self.open()
@@ -229,12 +225,12 @@ class Checkpoints:
         return bool(self._in_flight)
 
     def tag(self, tag: str, *, step: int, move: bool, future: "Future[CheckpointSaved]") -> None:
-        """Have the newest checkpoint, which is of `step`, tagged once it is durable. Any thread; does not wait.
+        """Tag the newest checkpoint, which is that of `step`, once it is durable. Any thread; does not wait.
 
         Args:
-            tag: The name, which keeps it from being deleted.
-            step: Steps done at its boundary.
-            move: Whether to take the tag off another checkpoint.
+            tag: The name. A checkpoint that has one is not deleted.
+            step: Optimizer steps done at its boundary.
+            move: Whether to take the tag from another checkpoint.
             future: Completed when the tag is durable or has failed.
         """
 
@@ -264,7 +260,7 @@ class Checkpoints:
             future.set_exception(error)
 
     def _take(self, arena: SnapshotArena, state: Mapping[str, Any]) -> Snapshot:
-        """Copy the state once a slot is free, as long as there is patience for it."""
+        """Copy the state once a slot is free, if one becomes free in time. Blocks."""
         taken: list[Snapshot] = []
         refusals: list[SnapshotBusyError] = []
 
@@ -280,7 +276,7 @@ class Checkpoints:
         return taken[0]
 
     def guard(self) -> None:
-        """Let the device copy first what the next checkpoint is made of, before that is changed; does not block.
+        """Make the device finish a copy in progress before it runs what comes next. Does not block.
 
         Needed before anything but an optimizer's `step` changes model or optimizers. Training thread.
         """
@@ -288,7 +284,7 @@ class Checkpoints:
             self._arena.guard()
 
     def flush(self) -> bool:
-        """Wait until everything taken is durable or has failed; False if there was no patience for it. Blocks."""
+        """Wait until everything taken is durable or has failed; False if that takes too long. Blocks."""
         writer = self._writer
         if writer is None:
             return True
@@ -301,18 +297,17 @@ class Checkpoints:
             return True
 
         try:
-            return self._wait_policy(is_done) and (self._logs is None or self._wait_policy(self._logs.flush))
+            return self._wait_policy(is_done) and self._wait_policy(self._logs.flush)
         except WriterDiedError as error:
             logger.error("checkpoints were not finished: %s", error)
             return False
 
     def close(self) -> None:
-        """End the thread, give memory and lock back; after `flush`. Twice is fine.
+        """End the thread and release memory and lock, after `flush`. Calling it twice is fine.
 
-        Where a write is still going on, that happens when it is done.
+        If a checkpoint is still being written, that happens when it is done.
         """
-        if self._logs is not None:
-            self._logs.close()
+        self._logs.close()
         if self._writer is None:
             self._give_back()
             return
@@ -324,7 +319,8 @@ class Checkpoints:
             self._writer.abandon()
             try:
                 threading.Thread(target=self._close_late, name="offloop-close-late", daemon=True).start()
-            except RuntimeError as shortage:  # the lock is kept until the process ends
+            # Without a thread, the process keeps the lock until it ends
+            except RuntimeError as shortage:
                 logger.error("the lock of %s stays taken: %s", self.directory, shortage)
             return
         except CheckpointError as error:
@@ -344,10 +340,11 @@ class Checkpoints:
             self._store.close()
         if self._claim is not None:
             self._claim.release()
-        self._optimizers, self._volatile = {}, []  # whoever keeps the run keeps no weights by it
+        # A program that keeps the run must not keep the weights
+        self._optimizers, self._volatile = {}, []
 
     def located(self, best: Best) -> Best:
-        """Return a moment with the path of the checkpoint that holds it, whichever attempt has saved it. Blocks."""
+        """Return a moment with the path of its checkpoint, which may be that of an earlier attempt. Blocks."""
         if self._store is None:
             return best
         try:
@@ -358,17 +355,17 @@ class Checkpoints:
 
     @property
     def retention(self) -> tuple[Retention, ...]:
-        """What is kept, as of now: the run's own rules, and those of each owner."""
+        """The current rules of what is kept: those of the run, then those of each owner."""
         return self._of_run, *(each.retention for each in self._keepers.values())
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[None]:
-        """Keep a checkpoint while the block reads it, if it is still there. Any thread; waits for a commit."""
+        """Keep a checkpoint, if it still exists, while the block reads it. Any thread; waits for a commit."""
         with contextlib.nullcontext() if self._store is None else self._store.held(name):
             yield
 
     def load(self, which: str | int | Path) -> LoadedCheckpoint:
-        """Read a checkpoint back, every byte checked; of `"last"`, a damaged one gives way to the one before.
+        """Read a checkpoint and verify every byte. If the one meant by `"last"` is damaged, read the one before.
 
         Raises:
             CheckpointError: There is none, or it is damaged.
@@ -377,14 +374,14 @@ class Checkpoints:
         assert self._store is not None
         loaded = self._store.load(which, on_corrupt="fallback")
         for error in loaded.rejected:
-            logger.warning("a checkpoint was passed over: %s", error)
+            logger.warning("a checkpoint was skipped: %s", error)
         return loaded
 
     def open(self) -> tuple[CheckpointWriter, SnapshotArena]:
-        """Open store, lock and thread if they are not; all of them or none.
+        """Open store, lock and thread, unless they are open: all of them or none.
 
         Raises:
-            RunLockedError: Another run has this directory.
+            RunLockedError: Another run has locked this directory.
             WriterDiedError: The system gives no thread.
         """
         if self._writer is None or self._arena is None:
@@ -398,7 +395,7 @@ class Checkpoints:
         return self._writer, self._arena
 
     def _saved(self, request: CheckpointRequest, commit: Commit) -> None:
-        """Take note of a checkpoint that is durable, and have it announced. Writer's thread."""
+        """Note a durable checkpoint, and have it announced. Writer's thread."""
         self._in_flight.discard(id(request))
         path = str(commit.info.path)
         self.last = path
@@ -415,29 +412,27 @@ class Checkpoints:
         self._newest = event
         for problem in commit.problems:
             logger.warning("after checkpoint %s: %s", path, problem)
-        waiting = self._waiting.pop(id(request), [])
-        if self._logs is None:
-            self._announce(event, waiting)
-        else:
-            self._logs.announce(functools.partial(self._announce, event, waiting))
+        waiting = self._waiting.pop(id(request), None)
+        self._logs.announce(functools.partial(self._announce, event, waiting))
         for keeper in self._keepers.values():
             if keeper.copies is not None:
                 self._copy(keeper)
         if self.on_saved is not None:
             self.on_saved()
 
-    def _announce(self, event: CheckpointSaved, waiting: "list[Future[CheckpointSaved]]") -> None:
-        """Say that a checkpoint is durable. Announcing thread."""
+    def _announce(self, event: CheckpointSaved, waiting: "Future[CheckpointSaved] | None") -> None:
+        """Publish that a checkpoint is durable. Announcing thread."""
         self._publish(event)
-        for future in waiting:
-            future.set_result(event)
+        if waiting is not None:
+            waiting.set_result(event)
 
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
-        """Say that a checkpoint was not written. Writer's thread, or the training thread before it got there."""
+        """Report a checkpoint that was not written. Writer's thread, or the training thread if it got no further."""
         self._in_flight.discard(id(request))
         self.failed_step = request.step
         if not isinstance(error, SnapshotBusyError):
             logger.error("the checkpoint of step %d was not saved: %s", request.step, error)
         self._publish(CheckpointFailed(saved_step=request.step, reason=request.reason, error=describe(error)))
-        for future in self._waiting.pop(id(request), ()):
-            future.set_exception(error)
+        waiting = self._waiting.pop(id(request), None)
+        if waiting is not None:
+            waiting.set_exception(error)

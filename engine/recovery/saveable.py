@@ -1,4 +1,4 @@
-"""Whether a run's state can be saved at all: found out once, at the first step, rather than at each save."""
+"""Whether a run's state can be saved at all: checked once, at the first step, instead of at the first save."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -17,11 +17,11 @@ HINTS: Final = {
     "callbacks": "change what the callback's state_dict() returns, numpy arrays to lists or tensors",
     "trainer": "change what the trainer's state_dict() returns, numpy arrays to lists or tensors",
 }
-"""By the first part of the path: what to do about a value there."""
+"""What to do about a value that cannot be saved, by the first part of its path."""
 
 
 def check_saveable(state: Mapping[str, Any]) -> None:
-    """Walk a state as a checkpoint would, copying no tensor.
+    """Check a state as a checkpoint would, without copying tensors.
 
     Raises:
         CheckpointError: A value in it can never be saved; the text names its path and what to do.
@@ -32,7 +32,7 @@ def check_saveable(state: Mapping[str, Any]) -> None:
         part = error.path.lstrip(".").partition(".")[0]
         hint = HINTS.get(part, "keep it out of the state")
         raise CheckpointError(
-            f"no checkpoint of this run can be saved: {error}; {hint}. To train without checkpoints all the same, "
+            f"no checkpoint of this run can be saved: {error}; {hint}. To train without checkpoints, "
             'set on_error = "isolate" on the ModelCheckpoint'
         ) from error
 

@@ -1,15 +1,15 @@
-"""Uploads: a run's directory copied to a remote store as it grows, by a thread that nobody waits for.
+"""Uploads: a thread copies a run's directory to a remote store as it grows, while training continues.
 
     writer's thread            upload thread                                        store
     ───────────────            ─────────────                                        ─────
-    durable ── wake() ───────> what is here and not there? newest first
+    durable ── wake() ───────> checkpoints that the store lacks, newest first
                                files, manifest last ──────────────────────────────> complete
                                CheckpointUploaded, refs, then what retention drops
                                run.json, events.jsonl, metrics.csv, ...
 
-It works from what lies on the two sides, not from a list of things to do: whatever failed, was left by an
-earlier attempt or came while the store was away is seen and done in the next round. A checkpoint that
-retention removes here before its turn has come is left out.
+Each round compares the two sides instead of working through a list: what failed, what an earlier attempt left, and
+what was saved while the store did not answer is uploaded in the next round. A checkpoint that retention removes
+before its turn is skipped.
 """
 
 import logging
@@ -45,24 +45,24 @@ from offloop.engine.run_dir import RUN_JSON, format_run_json
 logger = logging.getLogger("offloop")
 
 FILES_INTERVAL: Final = 60.0
-"""Seconds between two uploads of logs, which grow all the time; stores have no append, so each is whole."""
+"""Seconds between two uploads of the logs. Stores cannot append, so each upload is of the whole file."""
 FILES_SHARE: Final = 0.05
-"""Share of the time that uploading logs may take: as they grow, they are uploaded less often."""
+"""Share of the time that uploading the logs may take: as they grow, they are uploaded less often."""
 FIRST_REST: Final = 5.0
-"""Seconds of rest after a round that failed, each of whose tries had pauses already; doubled each time."""
+"""Seconds between a failed round and the next one; doubled after each failure."""
 LONGEST_REST: Final = 300.0
-"""Seconds of rest, at most; the end of a run ends it."""
+"""The longest such pause, in seconds. The end of a run cuts it short."""
 CLAIM_TIMEOUT: Final = 120.0
-"""Seconds that a store has at the start of a run to take its first file."""
+"""Seconds in which a store must accept the first file, at the start of a run."""
 LONGEST_REST_AT_END: Final = 5.0
-"""Seconds of rest, at most, while the end of the run waits."""
+"""The longest such pause while the end of the run waits, in seconds."""
 
 
 class Uploads:
-    """The copies that a run makes. `wake` never waits; `finish` and `close` block and say so.
+    """The uploads of one run. `wake` never waits; `finish` and `close` block.
 
-    The thread is a daemon, since a store may hang for ever: what it is cut off from is not complete there, and
-    nobody takes it for that.
+    The thread is a daemon, since a store may hang for ever. A checkpoint whose upload was cut off lacks its manifest
+    in the store, so it does not count as complete.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Uploads:
         publish: Callable[[Event], None],
         failed: Callable[[CheckpointError], None],
     ) -> None:
-        """Copy `directory` to `remote`; `start` begins.
+        """Upload `directory` to `remote`, once `start` is called.
 
         Args:
-            remote: Where to.
-            directory: The run's.
-            checkpoints: What the run takes: says what is kept, and keeps what is being read.
-            publish: For `CheckpointUploaded` and `UploadFailed`; called in the upload thread.
-            failed: Told of each round that failed; likewise.
+            remote: The store.
+            directory: Of the run.
+            checkpoints: Says what retention keeps, and keeps a checkpoint while it is read.
+            publish: For `CheckpointUploaded` and `UploadFailed`. Called in the upload thread.
+            failed: Called with the error of each failed round, in the upload thread.
         """
         self._remote = remote
         self._directory = directory
@@ -89,35 +89,40 @@ class Uploads:
         self._publish = publish
         self._failed = failed
         self._reader = CheckpointReader(directory)
-        # Guarded by _changed: how often something was asked for, and up to where it is done.
+        # The next five are guarded by _changed: how many rounds were requested, and how many of these are done
         self._asked = self._done = 0
-        self._is_urgent = False  # somebody waits
+        # True while `finish` waits.
+        self._is_urgent = False
         self._is_closing = False
-        self._may_drop = False  # True once retention is known: callbacks say it before the first commit
+        # True once callbacks have set what retention keeps, which is before the first commit.
+        self._may_drop = False
         self._changed = threading.Condition()
-        # The upload thread's own
-        self._complete: dict[str, ManifestHead] | None = None  # what the store has
-        self._is_followed = False  # False while something there may have to go
-        self._sent: dict[str, set[str]] = {}  # of checkpoints that are not complete
+        # The rest belongs to the upload thread. Manifests of the checkpoints that are complete in the store:
+        self._complete: dict[str, ManifestHead] | None = None
+        # False while the store may hold checkpoints that retention drops.
+        self._is_followed = False
+        # Files that were uploaded, of checkpoints that are not complete.
+        self._sent: dict[str, set[str]] = {}
         self._refs: dict[str, str] = {}
-        self._files: dict[str, tuple[int, int]] = {}  # what was uploaded last: time of change, size
+        # Time of change and size of each file as it was last uploaded.
+        self._files: dict[str, tuple[int, int]] = {}
         self._files_due = 0.0
         self._random = random.Random()
         self._thread = Thread(self._run, name="offloop-uploads", daemon=True)
 
     def start(self) -> None:
-        """Begin to copy."""
+        """Start the thread."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Say that a new checkpoint is durable. Any thread; never waits for the store."""
+        """Request a round: a new checkpoint is durable. Any thread; never waits for the store."""
         with self._changed:
             self._asked += 1
             self._may_drop = True
             self._changed.notify_all()
 
     def finish(self, wait_policy: WaitPolicy) -> bool:
-        """Copy everything that is there by now; return whether it is done. Blocks, as long as `wait_policy` says."""
+        """Upload everything that exists now, and return whether it is done. Blocks, as long as `wait_policy` says."""
         with self._changed:
             self._asked += 1
             asked, self._is_urgent = self._asked, True
@@ -140,7 +145,7 @@ class Uploads:
         return [info.name for info in reversed(here) if info.name not in complete]
 
     def close(self) -> None:
-        """Let the thread end when it can; does not wait for a store that hangs. Twice is fine."""
+        """End the thread after what it is doing. Does not wait for a store that hangs. Calling it twice is fine."""
         self._remote.stopping.set()
         with self._changed:
             self._is_closing = True
@@ -173,7 +178,7 @@ class Uploads:
                 self._changed.notify_all()
 
     def _rest(self, failures: int) -> None:
-        """Leave the store alone for a while, a shorter one if somebody waits."""
+        """Pause after a failure, for a shorter time while `finish` waits."""
         rest = self._random.uniform(0.5, 1.0) * min(FIRST_REST * 2 ** min(failures - 1, 10), LONGEST_REST)
         with self._changed:
             if not self._is_urgent:
@@ -195,7 +200,7 @@ class Uploads:
         self._failed(error)
 
     def _make_round(self, *, with_files: bool) -> None:
-        """Bring the store up to what is here."""
+        """Upload what the store lacks, and delete there what retention drops."""
         if self._complete is None:
             heads = {name: self._remote.head(name) for name in self._remote.checkpoint_names()}
             self._complete = {name: head for name, head in heads.items() if head is not None}
@@ -205,14 +210,15 @@ class Uploads:
             if self._upload(info):
                 self._is_followed = False
                 self._follow()
-        self._update_refs()  # tags change without a checkpoint
+        # Tags change without a new checkpoint
+        self._update_refs()
         if not self._is_followed:
             self._follow()
         if with_files:
             self._upload_files()
 
     def _next(self, tried: set[str]) -> CheckpointInfo | None:
-        """Return the newest local checkpoint that is not there."""
+        """Return the newest local checkpoint that the store lacks."""
         assert self._complete is not None
         for info in reversed(self._reader.checkpoints()):
             if info.name not in self._complete and info.name not in tried:
@@ -220,7 +226,7 @@ class Uploads:
         return None
 
     def _upload(self, info: CheckpointInfo) -> bool:
-        """Upload a checkpoint; False if it was removed here before its turn."""
+        """Upload a checkpoint; False if retention removed it here before its turn."""
         assert self._complete is not None
         started = time.monotonic()
         with self._checkpoints.held(info.name):
@@ -240,7 +246,7 @@ class Uploads:
         return True
 
     def _follow(self) -> None:
-        """Do there what follows a new checkpoint: refs, then what retention drops, then what others left half."""
+        """Update the refs of the store; delete what retention drops and what earlier attempts left incomplete."""
         assert self._complete is not None
         self._update_refs()
         if not self._may_drop or not self._complete:
@@ -261,7 +267,7 @@ class Uploads:
         self._is_followed = True
 
     def _update_refs(self) -> None:
-        """Let `last`, `best` and the tags say what is complete there."""
+        """Point `last`, `best` and the tags of the store to checkpoints that are complete there."""
         assert self._complete is not None
         heads = list(self._complete.values())
         refs = {f"tags/{tag}": name for tag, name in self._reader.tags().items() if name in self._complete}
@@ -275,7 +281,7 @@ class Uploads:
                 self._refs[ref] = name
 
     def _upload_files(self) -> None:
-        """Upload what the run writes beside its checkpoints, as far as it has changed."""
+        """Upload the run's other files that have changed."""
         started = time.monotonic()
         for folder, folders, files in os.walk(self._directory):
             inside = Path(folder).relative_to(self._directory)
@@ -295,9 +301,12 @@ class Uploads:
             status = source.lstat()
             mark = (status.st_mtime_ns, status.st_size)
             if self._files.get(name) == mark or not stat.S_ISREG(status.st_mode):
-                return  # unchanged, or a link: what it leads to is not the run's
-            copy.unlink(missing_ok=True)  # nor is what a link of this name leads to
-            shutil.copyfile(source, copy)  # it may grow while it is uploaded
+                # Unchanged, or a link, whose target does not belong to the run
+                return
+            # A link of this name would be followed
+            copy.unlink(missing_ok=True)
+            # The file may grow while it is uploaded
+            shutil.copyfile(source, copy)
         except FileNotFoundError:
             return
         try:
@@ -312,19 +321,19 @@ class Uploads:
 def claim_remote(
     remote: RemoteRun, description: dict[str, Any], *, is_new: bool, until: Callable[[], bool]
 ) -> None:
-    """Write `run.json` to the remote directory before a run begins: a store that will not take it ends it here.
+    """Write `run.json` to the remote directory before a run begins.
 
-    So a wrong bucket or missing credentials show at once, not after hours. Blocks, for the network.
+    A wrong bucket or missing credentials then show at once, not after hours. Blocks, for the network.
 
     Args:
-        remote: The run's.
-        description: What `run.json` says.
-        is_new: The name must be free there.
-        until: Looked at now and then; true gives up.
+        remote: The run's directory in the store.
+        description: The content of `run.json`.
+        is_new: Whether the store must not have a run of this name.
+        until: Gives up when it returns True.
 
     Raises:
-        RunNameTakenError: A run of this name is there.
-        RemoteError: The store did not take it, or not in time.
+        RunNameTakenError: The store has a run of this name.
+        RemoteError: The store did not accept the file in time.
     """
     taken: Future[bool] = Future()
 
@@ -337,7 +346,8 @@ def claim_remote(
         except BaseException as error:
             taken.set_exception(error)
 
-    threading.Thread(target=claim, name="offloop-claim", daemon=True).start()  # a store may hang for ever
+    # In a daemon thread: a store may hang for ever
+    threading.Thread(target=claim, name="offloop-claim", daemon=True).start()
     deadline = time.monotonic() + CLAIM_TIMEOUT
     while not taken.done() and not until() and time.monotonic() < deadline:
         wait([taken], timeout=0.1)
@@ -349,7 +359,7 @@ def claim_remote(
 
 
 def _end_with_a_line(path: Path) -> None:
-    """Cut off a last line that is half there."""
+    """Cut off an incomplete last line."""
     with open(path, "rb+") as file:
         end = file.seek(0, os.SEEK_END)
         position = end

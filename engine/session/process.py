@@ -1,8 +1,8 @@
-"""What a run shares with the whole process: torch's global switches, Python's switch interval, and the signals.
+"""What a run shares with the whole process: torch's global switches, Python's switch interval, and signals.
 
-Several runs may go on in one process, so a switch that would change another run's results is refused, and
-each is put back when the last run that holds it has ended. The switch interval changes no result: the shortest
-that a run asks for holds. Signals are taken only where they are ours to take, and given back.
+Several runs may train in one process. A switch that would change another run's results is therefore rejected, and
+all switches are restored when the last run has ended. The switch interval changes no results: the shortest that a
+run asks for applies. Signal handlers are installed only where the application has none, and removed again.
 """
 
 import contextlib
@@ -23,26 +23,30 @@ from offloop.engine.errors import ConfigError
 logger = logging.getLogger("offloop")
 
 _lock = threading.Lock()
-_running: dict[str, dict[str, bool | None]] = {}  # run id -> its switches by name; under the lock
-_restore: list[Callable[[], None]] = []  # puts the switches back; under the lock
+# The switches of each run, by its id. Guarded by the lock.
+_running: dict[str, dict[str, bool | None]] = {}
+# Restore the switches. Guarded by the lock.
+_restore: list[Callable[[], None]] = []
 
 
 class SwitchInterval:
-    """Python's switch interval, held short while runs ask for it. One thread at a time.
+    """Python's switch interval, kept short while runs ask for it. One thread at a time.
 
-    Each operator of torch lets go of the interpreter, and waits for it up to this interval where another thread
-    computes in Python. At Python's 5 ms, a callback that computes therefore all but stops training.
+    Every torch operator releases the interpreter lock, and waits up to this interval to get it back if another thread
+    runs Python code. At Python's 5 ms, a callback that computes therefore nearly stops training.
     """
 
     PYTHONS: Final = 0.005
-    """Seconds, of a process in which the interval was never set."""
+    """Seconds in a process that never set the interval."""
 
     def __init__(self) -> None:
-        self._wanted: dict[str, float] = {}  # seconds by run
-        self._held: float | None = None  # as Python reads it back; None while it is left alone
+        # Seconds, by run.
+        self._wanted: dict[str, float] = {}
+        # As Python reads it back; None while the interval is not ours.
+        self._held: float | None = None
 
     def enter(self, run_id: str, seconds: float | None) -> None:
-        """Hold the interval for a run; None leaves it alone, as does a process that has set its own."""
+        """Set the interval for a run. None changes nothing, nor does a process that has set its own."""
         if seconds is None:
             return
         if not self._wanted and sys.getswitchinterval() == self.PYTHONS:
@@ -51,7 +55,7 @@ class SwitchInterval:
         self._set(min(self._wanted.values()))
 
     def leave(self, run_id: str) -> None:
-        """Let go of it for a run; twice is fine."""
+        """End what `enter` began. Calling it twice is fine."""
         if self._wanted.pop(run_id, None) is not None:
             self._set(min(self._wanted.values(), default=self.PYTHONS))
             if not self._wanted:
@@ -59,38 +63,41 @@ class SwitchInterval:
 
     def _set(self, seconds: float) -> None:
         if sys.getswitchinterval() != self._held:
-            self._held = None  # the application has set its own meanwhile
+            # The application has set its own meanwhile
+            self._held = None
         if self._held is not None:
             sys.setswitchinterval(seconds)
-            self._held = sys.getswitchinterval()  # in whole microseconds
+            # Python rounds to whole microseconds
+            self._held = sys.getswitchinterval()
 
 
-_switch_interval = SwitchInterval()  # under the lock
+# Guarded by the lock.
+_switch_interval = SwitchInterval()
 
 
 def enter_process(
     run_id: str, *, deterministic: bool, tf32: bool | None, seed: int | None, switch_interval: float | None
 ) -> None:
-    """Enter a run and set the switches it asks for. Any thread; `leave_process` undoes it.
+    """Register a run and set the switches that it asks for. Any thread; `leave_process` undoes it.
 
     Raises:
-        ConfigError: Another run is going on that would get other results.
+        ConfigError: Another run is training, whose results this would change.
     """
     switches = {"deterministic": deterministic, "tf32": tf32}
     with _lock:
         if run_id in _running:
-            raise ConfigError(f"run {run_id!r} is going on in this process already: choose another run_name")
+            raise ConfigError(f"run {run_id!r} is training in this process already: choose another run_name")
         for other, theirs in _running.items():
             for name, value in switches.items():
                 if theirs[name] != value:
                     raise ConfigError(
-                        f"{name}={value} contradicts run {other!r}, which is going on with "
-                        f"{name}={theirs[name]}: it is one switch for the whole process"
+                        f"{name}={value} contradicts run {other!r}, which is training with "
+                        f"{name}={theirs[name]}: the whole process has one such switch"
                     )
             if seed is not None:
                 raise ConfigError(
                     f"seed={seed} would reseed the generators that run {other!r} draws from: leave seed out "
-                    "and give the loader a generator of its own"
+                    "and give the loader its own generator"
                 )
         if not _running:
             if deterministic:
@@ -102,12 +109,13 @@ def enter_process(
 
 
 def _be_deterministic() -> Callable[[], None]:
-    """Have torch choose deterministic algorithms; returns what undoes it."""
+    """Make torch choose deterministic algorithms; return a function that undoes it."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
+    # torch requires it on CUDA
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
@@ -121,16 +129,18 @@ def _be_deterministic() -> Callable[[], None]:
 
 
 def _set_tf32(allowed: bool) -> Callable[[], None]:
-    """Allow or forbid TensorFloat-32 on CUDA; returns what undoes it.
+    """Allow or forbid TensorFloat-32 on CUDA; return a function that undoes it.
 
-    torch has two sets of switches for it and refuses to read the older one after the newer one was used; the
-    older one is in every torch that we run on.
+    torch has two sets of switches for it, and refuses to read the older set after the newer one was used. All
+    supported versions of torch have the older set.
     """
-    matmul: Any = torch.backends.cuda.matmul  # torch declares neither set of switches
+    # torch declares the types of neither set
+    matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     try:
         precision, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:  # somebody has used the newer one
+    # The newer set was used
+    except RuntimeError:
         switches = (matmul, cudnn.conv, cudnn.rnn)
         before = [each.fp32_precision for each in switches]
         for each in switches:
@@ -151,7 +161,7 @@ def _set_tf32(allowed: bool) -> Callable[[], None]:
 
 
 def leave_process(run_id: str) -> None:
-    """Leave a run; the last one puts the switches back. Any thread; twice is fine."""
+    """Unregister a run. The last one restores the switches. Any thread; calling it twice is fine."""
     with _lock:
         _running.pop(run_id, None)
         _switch_interval.leave(run_id)
@@ -176,18 +186,18 @@ def handled_signals(
     third_is_final: bool = True,
     asks_application: bool = False,
 ) -> Iterator[bool]:
-    """Take SIGINT and SIGTERM for the length of the block, where they are ours to take.
+    """Handle SIGINT and SIGTERM for the duration of the block, unless the application does.
 
-    That is in the main thread, for a signal whose handler is still Python's default (or with `force`, any).
-    The third signal ends the process at once. The block is told whether any is taken.
+    Handlers are installed in the main thread only, for signals that still have Python's default handler (with
+    `force`, for any). The third signal ends the process at once. The block gets whether any handler is installed.
 
     Args:
-        on_signal: Called in the main thread with the signal and how many have come; must not block.
-        force: Take them even if the application has handlers of its own.
-        only: Take these signals only.
-        third_is_final: False: the third signal and later ones are given to `on_signal` as well.
-        asks_application: A handler of the application's own is called first. If it raises `KeyboardInterrupt`, the
-            signal is given to `on_signal` instead of raising in the midst of the block; else it is dealt with.
+        on_signal: Called in the main thread with the signal and the number of signals so far; must not block.
+        force: Replace the application's handlers too.
+        only: The signals to handle.
+        third_is_final: If False, `on_signal` gets the third signal and later ones as well.
+        asks_application: Call the application's handler first. If it raises `KeyboardInterrupt`, `on_signal` gets the
+            signal, so that nothing is raised inside the block; otherwise the signal is handled.
     """
     taken: dict[signal.Signals, Any] = {}
     count = 0
@@ -195,7 +205,8 @@ def handled_signals(
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal count
-        if forked.generation != generation:  # a forked child has no run to stop
+        # A forked child has no run to stop
+        if forked.generation != generation:
             signal.signal(number, taken[signal.Signals(number)])
             os.kill(os.getpid(), number)
             return

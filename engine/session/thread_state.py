@@ -1,12 +1,12 @@
-"""What torch keeps for each thread, and what becomes of it where a model runs in a thread of its own.
+"""The state that torch keeps per thread, and how it reaches the thread in which a model runs.
 
     state of the caller                       in the training thread
     ────────────────────────────────────────  ──────────────────────────────────────────────────
     default device, saved-tensor hooks,       the same (`caller_state`)
     backward pass in one thread
-    grad mode, inference mode                 gradients are on: it trains
-    autocast                                  `precision` says it; anything else is refused
-    modes of torch.overrides and dispatch     refused: they would see nothing
+    grad mode, inference mode                 gradients are on
+    autocast                                  that of `precision`; another one is an error
+    modes of torch.overrides and dispatch     an error: they would see nothing
     torch.profiler                            a warning: it would record nothing
 
 Default dtype, number of threads, deterministic algorithms, anomaly detection and the like belong to the process.
@@ -30,10 +30,10 @@ logger = logging.getLogger("offloop")
 
 
 def check_caller(precision: str, device: torch.device) -> None:
-    """Raise for state of this thread that would be lost in the training thread. Where a run is started.
+    """Raise for state of this thread that would be lost in the training thread. Call where a run is started.
 
     Raises:
-        ConfigError: It is under autocast of another kind than `precision` says, or inside a mode of torch's.
+        ConfigError: This thread is under an autocast other than that of `precision`, or inside one of torch's modes.
     """
     kind = device.type
     if torch.is_autocast_enabled(kind):
@@ -52,8 +52,8 @@ def check_caller(precision: str, device: torch.device) -> None:
         )
     if torch._C._autograd._profiler_enabled():
         logger.warning(
-            "training was started inside a profiler of torch, which records this thread, and the model trains in "
-            "one of its own: add Profiler() to callbacks"
+            "training was started inside a profiler of torch, which records this thread, but the model trains in "
+            "another one: add Profiler() to callbacks"
         )
 
 
@@ -101,8 +101,9 @@ def _entered(contexts: Iterable[Callable[[], contextlib.AbstractContextManager[A
 
 
 def _saved_tensors_hooks() -> Any:
-    """Return the pair of functions that packs and unpacks what this thread's forward passes keep, None for none."""
+    """Return the functions that pack and unpack the tensors saved by this thread's forward passes, None for none."""
     try:
         return torch._C._autograd._top_saved_tensors_default_hooks(False)
-    except TypeError:  # before torch 2.5 it takes no argument
+    # Before torch 2.5 it takes no argument
+    except TypeError:
         return torch._C._autograd._top_saved_tensors_default_hooks()  # type: ignore[call-arg]  # as stubs are newer

@@ -93,7 +93,7 @@ class Training:
         # Dropped once loaded: a state dict may be large.
         self._initial_weights = plan.initial_weights
         # The state that torch keeps per thread, of the thread that started the run.
-        self._caller_state = caller_state()
+        self._caller_state = caller_state(used=plan.setup.device)
         # Written by the training thread as it begins, read by any thread that publishes.
         self._thread: threading.Thread | None = None
         # Last, with all that the loop may ask its host for. None once the run is over
@@ -150,9 +150,6 @@ class Training:
             self._clean_up()
 
     def _train(self, handle: Run) -> None:
-        device = self.loop.setup.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         self._set_up()
         self._lifetime.phase = "running"
         with checkpointed(self._program.model, self._config.activation_checkpointing):

@@ -42,6 +42,7 @@ from offloop.engine import (
     in_step,
     read_events,
 )
+from offloop.engine.bus.event_bus import Bus
 from offloop.engine.checkpoint import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -54,6 +55,7 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.checkpoint import remote as remote_module
 from offloop.engine.events import Event
+from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.recovery import uploads as uploads_module
 from offloop.engine.recovery.fetch import fetch_run
 from offloop.engine.recovery.keepers import Keeper
@@ -171,7 +173,14 @@ class OneRun:
         self.failures: list[Exception] = []
         self.retention = retention or Retention(keep_last=2, monitor="loss")
         self.checkpoints = Checkpoints(
-            directory, run_id="run", optimizers={}, model=torch.nn.Identity(), publish=self.events.append
+            directory,
+            run_id="run",
+            optimizers={},
+            model=torch.nn.Identity(),
+            publish=self.events.append,
+            retention=Retention(),
+            wait_policy=lambda wait: wait(60.0),
+            logs=DurableLogs(Bus(run_id="run"), in_haste=lambda: True),
         )
         self.checkpoints.keep(Keeper(self.retention))
         self.remote = RemoteRun(URL, "run")

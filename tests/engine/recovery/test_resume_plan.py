@@ -310,7 +310,7 @@ def test_second_trainer_on_the_directory_of_a_run_is_refused(tmp_path: Path) -> 
         def on_epoch_end(self, event: Any, run: Any) -> None:
             assert self.saved.result(timeout=30).saved_step == 2
             second = tiny_trainer(run_dir=str(tmp_path), run_name="run")
-            with pytest.raises(ConfigError, match="is going on in this process already"):
+            with pytest.raises(ConfigError, match="is training in this process already"):
                 second.train(tiny_loader(), epochs=5, resume="must")
             with pytest.raises(RunLockedError, match=f"process {os.getpid()}"):  # as in another process
                 CheckpointStore(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""ownership.py: which metric decides what, and that no callback's choice turns another's decision round."""
+"""monitors.py: which metric decides what, and that the choice of one callback changes no decision of another."""
 
 from typing import Any
 

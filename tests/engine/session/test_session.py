@@ -1246,7 +1246,7 @@ async def test_process_wide_knobs_that_contradict_a_running_run_are_refused() ->
         ) as run:
             with pytest.raises(ConfigError, match="deterministic=True contradicts run"):
                 await tiny_trainer(deterministic=True).train_async(tiny_loader(1), epochs=1)
-            with pytest.raises(ConfigError, match=r"tf32=True contradicts run .* going on with tf32=None"):
+            with pytest.raises(ConfigError, match=r"tf32=True contradicts run .* training with tf32=None"):
                 await tiny_trainer(tf32=True).train_async(tiny_loader(1), epochs=1)
             with pytest.raises(ConfigError, match="seed=3 would reseed"):
                 await tiny_trainer(seed=3).train_async(tiny_loader(1), epochs=1)
@@ -1261,7 +1261,7 @@ async def test_two_runs_of_one_name_at_once_are_refused() -> None:
         async with watched.trainer.start(
             EndlessLoader(), max_steps=ENDLESS, callbacks=watched.callbacks
         ) as run:
-            with pytest.raises(ConfigError, match="'mine' is going on in this process already"):
+            with pytest.raises(ConfigError, match="'mine' is training in this process already"):
                 await tiny_trainer(run_name="mine").train_async(tiny_loader(1), epochs=1)
             await run.stop()
     watched.assert_over("stopped")
