@@ -1,4 +1,4 @@
-"""Callbacks: what most runs want beside the training itself, built on the engine's public names."""
+"""The callbacks that come with offloop, built on the engine's public names."""
 
 from offloop.callbacks.alerts import Above, Alert, Alerts, Below, Failed, NonFinite, Rule, Spike, Stalled
 from offloop.callbacks.early_stopping import EarlyStopping

@@ -45,7 +45,7 @@ LOOKS: Final = 10
 class Alert(Event, frozen=True, kw_only=True):
     """Published when a rule of `Alerts` is broken.
 
-    Thread: event loop; the watching thread if the run stands still.
+    Thread: event loop; the watching thread if the run stalls.
     """
 
     rule: str

@@ -186,7 +186,7 @@ class LearningCurves(Callback):
         if path.suffix not in FORMATS:
             raise ConfigError(f"path must end in {', '.join(FORMATS)}; got {str(path)!r}")
         if not curves:
-            raise RuntimeError("there is nothing to draw yet: no step has been made")
+            raise RuntimeError("there is nothing to draw before the first step")
         temporary = path.with_name(f".{path.stem}-{threading.get_ident()}{path.suffix}")
         # A link of that name would be followed.
         temporary.unlink(missing_ok=True)

@@ -172,7 +172,7 @@ class LearningRateScheduler(Callback):
             checks.choice("interval", interval, ("epoch", "step"))
         checks.whole_number("warmup", warmup, at_least=0)
         if isinstance(scheduler, LRScheduler) and (arguments or warmup):
-            raise ConfigError("an instance is complete: give its arguments and warm-up when it is made")
+            raise ConfigError("an instance is complete: give arguments and warm-up when you create it")
         named = SCHEDULES[scheduler] if isinstance(scheduler, str) else None
         self.scheduler = scheduler
         self.interval: Interval = interval or (named.interval if named else "epoch")
@@ -206,7 +206,7 @@ class LearningRateScheduler(Callback):
         if monitor is not None and not self._is_plateau:
             raise ConfigError(f"monitor={monitor!r} is for reduce_on_plateau: other schedules have no metric")
         if isinstance(scheduler, ReduceLROnPlateau) and mode not in ("auto", scheduler.mode):
-            raise ConfigError(f"mode={mode!r}, but the plateau was made with mode={scheduler.mode!r}")
+            raise ConfigError(f"mode={mode!r}, but the plateau has mode={scheduler.mode!r}")
         if self._is_plateau:
             # Checks both.
             Monitor("val_loss" if monitor is None else monitor, mode)

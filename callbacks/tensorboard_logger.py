@@ -176,7 +176,7 @@ def cut_event_files(directory: Path, start: TrainStart) -> None:
         if int(attempt) < start.resumed_attempt or start.resumed_at is None:
             continue
         records = list(RawEventFileLoader(str(path)).Load())
-        # The first one is the file's version; it was written when the file was made.
+        # The first record is the file's version, written when the file was created.
         kept = [each for each in records if Event.FromString(each).wall_time <= start.resumed_at]
         if len(kept) < len(records):
             content = io.BytesIO()

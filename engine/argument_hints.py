@@ -1,8 +1,7 @@
-"""What is written by people who come from another library, and what it is called here.
+"""Argument hints: how other libraries spell our arguments, and errors that name ours.
 
-No aliases: one thing has one name. A call with an argument that does not exist raises an error of one line, which
-says what to write instead: `explains_arguments` on a function, or on a class's `__init__`, sees to that. It does
-nothing for a call that fits.
+There are no aliases. `explains_arguments` decorates a function, or a class's `__init__`: a call that does not fit then
+raises a one-line error with what to write instead. A call that fits has next to no overhead.
 """
 
 import functools
@@ -153,7 +152,7 @@ PEER_SPELLINGS: Final = {
     "address": "host",
     "open_browser": "open",
 }
-"""How others spell our arguments; the first of the words after it that a call takes is meant."""
+"""Other libraries' spelling -> ours, in order: the first one that the call takes is meant."""
 
 ADVICE: Final = {
     "batch_size": "give it to the DataLoader",
@@ -165,24 +164,24 @@ ADVICE: Final = {
     "validation_split": "split with torch.utils.data.random_split, and give the second part as val_loader",
     "test_loader": "trainer.evaluate(test_loader) after train() tests the model",
     "datamodule": "give DataLoaders to train(train_loader, val_loader)",
-    "verbose": "what a run does is shown by ProgressBar() among the callbacks",
+    "verbose": "add ProgressBar() to callbacks to show progress",
     "progress_bar": "add ProgressBar() to callbacks",
-    "enable_progress_bar": "there is a bar where callbacks have a ProgressBar()",
+    "enable_progress_bar": "add ProgressBar() to callbacks",
     "logger": "add MetricLogger(), TensorBoardLogger(), MLflowLogger() or WandbLogger() to callbacks",
     "report_to": "add TensorBoardLogger(), MLflowLogger() or WandbLogger() to callbacks",
     "log_every_n_steps": "give every_n_steps to the logger among the callbacks: MetricLogger(every_n_steps=...)",
     "logging_steps": "give every_n_steps to the logger among the callbacks: MetricLogger(every_n_steps=...)",
-    "enable_checkpointing": "a run is saved where callbacks have a ModelCheckpoint()",
+    "enable_checkpointing": "add ModelCheckpoint() to callbacks",
     "save_steps": "add ModelCheckpoint(every_n_steps=...) to callbacks",
     "save_strategy": "add ModelCheckpoint() to callbacks",
     "save_total_limit": "add ModelCheckpoint(keep_last=...) to callbacks",
     "load_best_model_at_end": "add EarlyStopping(restore_best=True) to callbacks",
-    "save_weights_only": "a checkpoint holds the whole run; its weights stand in model.safetensors there",
+    "save_weights_only": "a checkpoint contains the whole run, with the weights in model.safetensors",
     "early_stopping_patience": "add EarlyStopping(patience=...) to callbacks",
     "lr_scheduler_type": 'add LearningRateScheduler("cosine") to callbacks',
     "warmup_steps": 'add LearningRateScheduler("cosine", warmup=...) to callbacks',
-    "warmup_ratio": 'add LearningRateScheduler("cosine", warmup=...) to callbacks; it counts steps',
-    "num_training_steps": "the length of the run is read from its limits",
+    "warmup_ratio": 'add LearningRateScheduler("cosine", warmup=...) to callbacks; warmup is a number of steps',
+    "num_training_steps": "the length of the run follows from its limits",
     "profiler": "add Profiler() to callbacks",
     "fast_dev_run": "train(..., max_steps=1), with Trainer(limit_val_batches=1), tries everything once",
     "num_sanity_val_steps": "Trainer(validate_at_start=True) validates before the first step",
@@ -191,17 +190,17 @@ ADVICE: Final = {
     "sync_batchnorm": "it trains on one device",
     "detect_anomaly": "call torch.autograd.set_detect_anomaly(True)",
     "benchmark": "set torch.backends.cudnn.benchmark = True",
-    "initial_epoch": 'train(..., resume="auto") goes on where a run was',
-    "ckpt_path": "load_model(path, into=model) puts weights into a model",
-    "dirpath": "files stand in the run's directory: Trainer(run_dir=...)",
-    "save_dir": "files stand in the run's directory: Trainer(run_dir=...)",
-    "log_dir": "files stand in the run's directory: Trainer(run_dir=...)",
-    "run_name": "a run gets its name from Trainer(run_name=...)",
-    "hyperparameters": "every logger has those of the run: Trainer(hyperparameters=...)",
-    "hparams": "every logger has those of the run: Trainer(hyperparameters=...)",
-    "name": "a run gets its name from Trainer(run_name=...)",
+    "initial_epoch": 'train(..., resume="auto") continues a run',
+    "ckpt_path": "load_model(path, into=model) loads weights",
+    "dirpath": "files are in the run's directory: Trainer(run_dir=...)",
+    "save_dir": "files are in the run's directory: Trainer(run_dir=...)",
+    "log_dir": "files are in the run's directory: Trainer(run_dir=...)",
+    "run_name": "Trainer(run_name=...) names a run",
+    "hyperparameters": "loggers take those of the run: Trainer(hyperparameters=...)",
+    "hparams": "loggers take those of the run: Trainer(hyperparameters=...)",
+    "name": "Trainer(run_name=...) names a run",
 }
-"""What to do where no argument of the call means it."""
+"""What to do instead, if the call has no argument with that meaning."""
 
 HANDLERS: Final = {
     "on_train_begin": "on_train_start",
@@ -232,7 +231,7 @@ HANDLERS: Final = {
     "on_pre_optimizer_step": "before_optimizer_step, with @in_step above it",
     "on_before_zero_grad": "after_step, with @in_step above it",
 }
-"""How others name what a callback handles."""
+"""Other libraries' names of handlers -> ours."""
 
 PRECISIONS: Final = {
     "16": "16-mixed",
@@ -246,13 +245,13 @@ PRECISIONS: Final = {
     "float32": "32-true",
     "no": "32-true",
 }
-"""How others spell our precisions."""
+"""Other libraries' spelling of precisions -> ours."""
 
 LIKE: Final = {
     "optimizer": ", like torch.optim.AdamW(model.parameters(), lr=1e-3)",
     "train_loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
 }
-"""What a required argument may look like."""
+"""An example of a required argument, appended to the error."""
 
 UNCALLED: Final = {
     "compute_loss": "training_step(self, batch), which returns the loss",
@@ -261,11 +260,11 @@ UNCALLED: Final = {
     "validation_epoch_end": "on_validation_end of a Callback",
     "configure_callbacks": "Trainer(callbacks=[...])",
 }
-"""What a subclass of others' trainers defines, and nobody calls here."""
+"""Methods that subclasses of other libraries' trainers define, and that are never called here."""
 
 
 def hint(name: str, legal: Iterable[str]) -> str:
-    """Return what to write for `name` where `legal` are the names there are: one that is meant, or all of them."""
+    """Return what to write instead of `name`: the legal name that is probably meant, else all legal names."""
     legal = list(legal)
     for meant in PEER_SPELLINGS.get(name, "").split():
         if meant in legal:
@@ -286,10 +285,10 @@ def unknown_argument(callee: str, name: str, legal: Iterable[str]) -> Exception:
 def explains_arguments(
     unknown: Callable[[str, str, Iterable[str]], Exception] = unknown_argument,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function so that a call that does not fit it raises an error that says what would.
+    """Decorate a function so that the error of a call that does not fit shows what to write instead.
 
     Args:
-        unknown: Returns the error for an argument that does not exist, as `unknown_argument` does.
+        unknown: Returns the error for an unknown argument; the default is `unknown_argument`.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -322,7 +321,7 @@ def explains_arguments(
 def declared_as(declaration: F) -> Callable[[Callable[..., Any]], F]:
     """Decorate a function to have the signature and the docstring of another, in editors and in `help()`.
 
-    The function gets the arguments as the call gives them, so it can tell a default from one that was left out.
+    The function gets only the arguments of the call, so it knows which defaults were not given.
     """
 
     def decorate(function: Callable[..., Any]) -> F:
@@ -332,10 +331,10 @@ def declared_as(declaration: F) -> Callable[[Callable[..., Any]], F]:
 
 
 class AsyncBlock(AbstractAsyncContextManager[R]):
-    """What `async with` takes; whoever awaits it, iterates over it or enters it otherwise is told so."""
+    """An async context manager. To await it, iterate over it or enter it with `with` raises an error with its usage."""
 
     def __init__(self, block: AbstractAsyncContextManager[R], usage: str) -> None:
-        """Wrap `block`; `usage` is the line to write."""
+        """Wrap `block`; `usage` is the line to write instead."""
         self._block = block
         self._usage = usage
 
@@ -350,7 +349,8 @@ class AsyncBlock(AbstractAsyncContextManager[R]):
     ) -> bool | None:
         return await self._block.__aexit__(kind, error, trace)
 
-    if not TYPE_CHECKING:  # a type checker knows by itself that these do not exist
+    # Type checkers report these without help.
+    if not TYPE_CHECKING:
 
         def _refuse(self, *_: object) -> NoReturn:
             raise TypeError(f"this is a block to enter: {self._usage} ...")
@@ -362,7 +362,7 @@ class AsyncBlock(AbstractAsyncContextManager[R]):
 
 
 def _was_entered(error: TypeError) -> bool:
-    """True if the error comes from inside the function, not from the call that did not fit it."""
+    """Return whether the error comes from inside the function, not from its call."""
     return error.__traceback__ is None or error.__traceback__.tb_next is not None
 
 
@@ -372,8 +372,9 @@ def _misfit(
     kwargs: dict[str, Any],
     unknown: Callable[[str, str, Iterable[str]], Exception],
 ) -> Exception | None:
-    """Return the error that says why a method cannot be called so, None if Python's own says it best."""
-    _, *parameters = inspect.signature(function).parameters.values()  # without self
+    """Return the error for a call of a method that does not fit, None if Python's own is good enough."""
+    # Without self
+    _, *parameters = inspect.signature(function).parameters.values()
     callee = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
     named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     legal = [each.name for each in named]

@@ -1,11 +1,11 @@
-"""Which metric decides what. Each decision has one owner, and no callback changes another's.
+"""Monitors: the metrics by which a run is judged. Each decision has one owner, and no callback changes another's.
 
-default     Trainer(monitor=, mode=), else val_loss (of several val_loaders that of the first: val_fit_loss),
-            or train_loss in a run without a validation:
-            what plateaus and callbacks watch that name no metric of their own
-best        Trainer(monitor=), else the first callback that names one (`Callback.best_by`), else the default:
-            what `result.best` and `resume="best"` go by
-the rest    a callback that names a metric decides by that one, for itself
+default     Trainer(monitor=, mode=), else val_loss (with several val_loaders that of the first: val_fit_loss),
+            or train_loss without a validation:
+            the metric of plateaus, and of callbacks that name none
+best        Trainer(monitor=), else that of the first callback with `Callback.best_by`, else the default:
+            the metric of `result.best` and `resume="best"`
+others      a callback that names a metric uses it for its own decisions
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from offloop.engine.monitor import Direction, Mode, check_key, needs_validation
 
 
 class Monitors:
-    """The metrics that a run is judged by, and whether less or more of them is better. Never changes."""
+    """The metrics by which a run is judged, and their directions. Immutable."""
 
     def __init__(
         self,
@@ -31,34 +31,33 @@ class Monitors:
         metrics: RunMetrics,
         val_loader: ValLoader | None,
     ) -> None:
-        """Choose them.
+        """Choose the metrics.
 
         Args:
-            config: Has `monitor` and `mode`.
-            callbacks: In declared order.
-            metrics: As `train` gets them.
-            val_loader: None in a run without a validation.
+            config: For `monitor` and `mode`.
+            callbacks: The callbacks in declared order.
+            metrics: The argument of `train`.
+            val_loader: None without a validation.
 
         Raises:
-            ConfigError: A metric is of validations in a run that has none, or nothing says whether less or more of
-                it is better.
+            ConfigError: It is a metric of validations and the run has none, or its direction is unknown.
         """
         self._config, self._metrics, self._prefixes = config, metrics, tuple(by_prefix(val_loader))
         self.default = config.monitor or f"{self._prefixes[0] if self._prefixes else 'train_'}loss"
         self._best_mode: Mode = config.mode
         self.best = self._checked(self.default, config.mode)
         self.is_best_named = config.monitor is not None
-        """Whether the metric of `best` was asked for: then a run that does not make it fails."""
+        """Whether the metric of `best` was named; a run that does not compute it then fails."""
         wish = next((each.best_by for each in callbacks if getattr(each, "best_by", None) is not None), None)
         if wish is not None and not self.is_best_named:
             key, self._best_mode = wish
             self.best, self.is_best_named = self._checked(key, self._best_mode), True
 
     def direction_of(self, key: str) -> Direction | None:
-        """Return whether less or more of a metric is better, None where nothing says so.
+        """Return whether less or more of a metric is better, None if unknown.
 
-        What the trainer says about its own monitor comes first, then the metric itself and its name, then what is
-        said about the metric of `best`.
+        `Trainer(mode=)` comes first for its own monitor, then the metric and its name, then the mode that came with the
+        metric of `best`.
         """
         if key == self.default and self._config.mode != "auto":
             return self._config.mode
@@ -75,15 +74,15 @@ class Monitors:
         return direction
 
     def check_schedule(self, scheduler: LRScheduler, key: str | None, mode: Mode = "auto") -> None:
-        """Raise where a plateau schedule would reduce the rate while its metric improves.
+        """Raise if a plateau schedule would reduce the rate while its metric improves.
 
         Args:
-            scheduler: Any schedule; only a plateau is looked at.
-            key: The metric that it watches; None for the default.
-            mode: Whether less or more of that is better; `"auto"`: ask the metric.
+            scheduler: Any schedule; only plateaus are checked.
+            key: Its metric; None for the default.
+            mode: Whether less or more is better; `"auto"` takes it from the metric.
 
         Raises:
-            ConfigError: It was made for the other direction.
+            ConfigError: The plateau has the other direction.
         """
         if not isinstance(scheduler, ReduceLROnPlateau):
             return
@@ -93,26 +92,26 @@ class Monitors:
             return
         better = "less" if direction == "min" else "more"
         raise ConfigError(
-            f"the plateau schedule was made with mode={scheduler.mode!r}, but it watches {key!r}, of which {better} is "
-            f"better: make it with mode={direction!r}; or have it watch another metric, by Trainer(monitor=...) or "
+            f"the plateau schedule has mode={scheduler.mode!r}, but {better} of its metric {key!r} is better: create "
+            f"it with mode={direction!r}, or name another metric, by Trainer(monitor=...) or "
             "LearningRateScheduler(plateau, monitor=...)"
         )
 
     def _checked(self, monitor: str, mode: Mode) -> str:
-        """Return the key, if validations make it where they should and its direction is known."""
+        """Return the key, if the run can compute the metric and its direction is known."""
         if monitor.startswith("val_") and not self._prefixes:
             raise needs_validation(monitor)
         bare = bare_key(monitor, self._prefixes)
         if monitor in (f"val_{name}" for name in self._names("val")) and self._prefixes != (PREFIX,):
             of_each = ", ".join(prefix + monitor.removeprefix("val_") for prefix in self._prefixes)
             raise ConfigError(
-                f"monitor={monitor!r} is of no val_loader, there are several: use one of {of_each}"
+                f"monitor={monitor!r} is ambiguous with several val_loaders: use one of {of_each}"
             )
         check_key(monitor)
         if mode == "auto" and metric_direction(bare, self._metrics) is None:
             raise ConfigError(
-                f"monitor={monitor!r} is no metric that is known: {self._known_keys()} will be made. "
-                'If a step logs it, say whether less or more of it is better: mode="min" or mode="max"'
+                f"monitor={monitor!r} is no known metric: {self._known_keys()} will be computed. "
+                'If a step logs it, give mode="min" or mode="max"'
             )
         return monitor
 

@@ -410,10 +410,10 @@ def test_plateau_instance_for_the_other_direction_is_refused() -> None:
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     plateau = ReduceLROnPlateau(optimizer, mode="max")
-    with pytest.raises(ConfigError, match="mode='min', but the plateau was made with mode='max'"):
+    with pytest.raises(ConfigError, match="mode='min', but the plateau has mode='max'"):
         LearningRateScheduler(plateau, monitor="val_loss", mode="min")
     scheduler = LearningRateScheduler(plateau, monitor="val_loss")
-    with pytest.raises(ConfigError, match="mode='max', but it watches 'val_loss', of which less is better"):
+    with pytest.raises(ConfigError, match="has mode='max', but less of its metric 'val_loss' is better"):
         train_plateau([1.0, 2.0], scheduler, model=model, optimizer=optimizer)
 
 

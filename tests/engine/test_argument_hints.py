@@ -1,4 +1,4 @@
-"""What people write who come from another library: it is refused with what to write instead, in one line."""
+"""Other libraries' spelling of arguments and names is refused, with ours, in one line."""
 
 import inspect
 from typing import Any
@@ -76,11 +76,11 @@ def test_every_handler_and_method_of_a_peer_is_none_of_ours() -> None:
     [
         ("EarlyStopping", {"restore_best_weights": True}, "use restore_best"),
         ("EarlyStopping", {"patiense": 3}, "did you mean patience?"),
-        ("EarlyStopping", {"verbose": True}, "what a run does is shown by ProgressBar() among the callbacks"),
+        ("EarlyStopping", {"verbose": True}, "add ProgressBar() to callbacks to show progress"),
         ("ModelCheckpoint", {"dirpath": "models"}, "use save_dir"),
         ("ModelCheckpoint", {"every_n_train_steps": 100}, "use every_n_steps"),
         ("ModelCheckpoint", {"save_total_limit": 3}, "use keep_last"),
-        ("MetricLogger", {"save_dir": "logs"}, "files stand in the run's directory: Trainer(run_dir=...)"),
+        ("MetricLogger", {"save_dir": "logs"}, "files are in the run's directory: Trainer(run_dir=...)"),
         ("TensorBoardLogger", {"save_dir": "logs"}, "use log_dir"),
         ("MLflowLogger", {"tracking_url": "x"}, "use tracking_uri"),
         ("ProgressBar", {"refresh_rate": 10}, "legal are metrics, file"),

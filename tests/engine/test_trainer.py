@@ -249,8 +249,8 @@ BAD_RUNS: dict[str, tuple[Callable[[Callable[..., Trainer]], RunResult], str]] =
     ),
     "monitor that nobody knows": (
         lambda make: make(monitor="val_quality").train(LOADER, LOADER, epochs=1, metrics=["f1"]),
-        "monitor='val_quality' is no metric that is known: "
-        "train_loss, train_f1_score, val_loss, val_f1_score will be made.",
+        "monitor='val_quality' is no known metric: "
+        "train_loss, train_f1_score, val_loss, val_f1_score will be computed.",
     ),
     "several optimizers, automatic": (
         lambda make: make(optimizer=TWO).train(LOADER, epochs=1),
@@ -636,7 +636,9 @@ def test_metrics_may_differ_between_training_and_validation() -> None:
     trainer = tiny_trainer()
     result = trainer.train(LOADER, LOADER, epochs=1, metrics={"train": ["accuracy"], "val": ["f1_score"]})
     assert set(result.metrics) == {"train_loss", "train_accuracy", "lr", "val_loss", "val_f1_score"}
-    with pytest.raises(ConfigError, match="train_loss, train_accuracy, val_loss, val_f1_score will be made"):
+    with pytest.raises(
+        ConfigError, match="train_loss, train_accuracy, val_loss, val_f1_score will be computed"
+    ):
         trainer = tiny_trainer(monitor="val_blub")
         trainer.train(LOADER, LOADER, epochs=1, metrics={"train": ["accuracy"], "val": ["f1_score"]})
 

@@ -129,8 +129,12 @@ def test_the_first_loader_decides_what_is_best_unless_a_monitor_is_named() -> No
             {},
             "names 'a' and 'a_b': the keys of their metrics could not be told apart",
         ),
-        (BOTH, {"monitor": "val_loss"}, "of no val_loader.*use one of val_fit_loss, val_new_loss"),
-        (BOTH, {"monitor": "val_blub"}, "train_loss, val_fit_loss, val_new_loss will be made"),
+        (
+            BOTH,
+            {"monitor": "val_loss"},
+            "ambiguous with several val_loaders.*use one of val_fit_loss, val_new_loss",
+        ),
+        (BOTH, {"monitor": "val_blub"}, "train_loss, val_fit_loss, val_new_loss will be computed"),
         (
             None,
             {"validate_at_start": True},

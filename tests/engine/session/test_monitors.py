@@ -49,7 +49,7 @@ def test_direction_comes_from_the_trainer_then_from_the_metric_then_from_the_cal
 
 
 def test_wish_that_cannot_be_is_refused_before_the_run() -> None:
-    with pytest.raises(ConfigError, match="monitor='val_blub' is no metric that is known: train_loss, "):
+    with pytest.raises(ConfigError, match="monitor='val_blub' is no known metric: train_loss, "):
         monitors(Wish("val_blub"))
     with pytest.raises(ConfigError, match="needs a validation"):
         monitors(Wish("val_accuracy"), val_loader=None)
@@ -92,13 +92,13 @@ def test_plateau_of_the_trainer_watches_the_trainers_monitor() -> None:
 @pytest.mark.parametrize(
     ("mode", "knobs", "text"),
     [
-        ("max", {}, "made with mode='max', but it watches 'val_loss', of which less is better"),
+        ("max", {}, "has mode='max', but less of its metric 'val_loss' is better"),
         (
             "min",
             {"monitor": "val_accuracy"},
-            "made with mode='min', but it watches 'val_accuracy', of which more is better: make it with mode='max'",
+            "has mode='min', but more of its metric 'val_accuracy' is better: create it with mode='max'",
         ),
-        ("min", {"monitor": "val_loss", "mode": "max"}, "of which more is better"),
+        ("min", {"monitor": "val_loss", "mode": "max"}, "more of its metric 'val_loss' is better"),
     ],
 )
 def test_plateau_for_the_other_direction_is_refused_before_the_run(mode: Any, knobs: Any, text: str) -> None:
@@ -114,7 +114,7 @@ def test_plateau_that_a_callback_attaches_is_checked_too(monitor: str | None) ->
             plateau = ReduceLROnPlateau(run.trainer.optimizer, mode="min" if monitor else "max")
             run.trainer.attach_scheduler(plateau, monitor=monitor)
 
-    with pytest.raises(ConfigError, match="the plateau schedule was made with"):
+    with pytest.raises(ConfigError, match="the plateau schedule has mode"):
         tiny_trainer(callbacks=[Attaches()]).train(tiny_batches(1), tiny_batches(1), epochs=1)
 
 
