@@ -1,7 +1,7 @@
-"""Column: numbers that grow at their end and are cut at their start, in blocks that never move.
+"""Column: numbers that are appended at the end and dropped at the start, in blocks that never move.
 
-An array that grows is copied to a larger place again and again. With dozens that grow side by side, the holes that
-they left in the heap were 40 % of what they held after an hour.
+A growing array is reallocated again and again. With dozens of them, the holes left in the heap reached 40 % of their
+contents within an hour.
 """
 
 from array import array
@@ -13,43 +13,45 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK: Final = 4096
-"""Numbers in a block: small enough that the last one, which grows, hardly counts."""
+"""Numbers in a block: small enough that the growing last block is negligible."""
 
 
 class Column:
-    """Numbers: float64 ("d") or uint32 ("I")."""
+    """A sequence of float64 ("d") or uint32 ("I")."""
 
     __slots__ = ("_blocks", "_gone", "_tail", "append")
 
     append: Callable[[Any], None]
-    """Add a number at the end. It goes to the last block as it is: whoever adds calls `seal` now and then."""
+    """Add a number at the end, directly to the last block. Call `seal` from time to time."""
 
     def __init__(self, kind: Literal["d", "I"]) -> None:
-        self._blocks: list[npt.NDArray[Any]] = []  # full ones
+        # Full blocks.
+        self._blocks: list[npt.NDArray[Any]] = []
         self._tail = array(kind)
-        self._gone = 0  # numbers at the start of the first block that were dropped
+        # Dropped numbers at the start of the first block.
+        self._gone = 0
         self.append = self._tail.append
 
     def __len__(self) -> int:
         return BLOCK * len(self._blocks) + len(self._tail) - self._gone
 
     def __getitem__(self, index: int) -> Any:
-        """Return one number; from the end where `index` is below 0."""
+        """Return one number; a negative index counts from the end."""
         block, place = divmod(index + (len(self) if index < 0 else 0) + self._gone, BLOCK)
         if block < len(self._blocks):
             return self._blocks[block][place]
         return self._tail[place + BLOCK * (block - len(self._blocks))]
 
     def last(self, count: int) -> "array[Any]":
-        """Return the last numbers, which were added since the last `seal`."""
+        """Return the last numbers, which must have been added since the last `seal`."""
         assert count <= len(self._tail)
         return self._tail[-count:]
 
     def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Return a copy of the numbers from index `start` to before `stop`; shape (stop - start,)."""
+        """Return a copy of the numbers from index `start` up to but not including `stop`; shape (stop - start,)."""
         start, stop = start + self._gone, (len(self) if stop is None else stop) + self._gone
         full = len(self._blocks)
-        # A copy too: an array that numpy looks into cannot grow.
+        # Copy this part as well: an array that exports its buffer to numpy cannot grow.
         newest = np.array(self._tail[max(0, start - full * BLOCK) : max(0, stop - full * BLOCK)])
         if start >= full * BLOCK:
             return newest
@@ -60,7 +62,7 @@ class Column:
         return np.concatenate([*parts, newest])
 
     def search(self, value: float) -> int:
-        """Return the index of the first number that is at least `value`, its length if none is. They must rise."""
+        """Return the index of the first number of at least `value`, else the length. The numbers must ascend."""
         blocks = self._blocks
         if blocks and value <= blocks[-1][-1]:
             number = bisect_left(blocks, value, key=lambda block: block[-1])
@@ -68,13 +70,13 @@ class Column:
         return len(blocks) * BLOCK + bisect_left(self._tail, value) - self._gone
 
     def seal(self) -> None:
-        """Put numbers that fill a block away."""
+        """Move the numbers of a full block out of the tail."""
         if len(self._tail) >= BLOCK:
             self._blocks.append(np.array(self._tail[:BLOCK]))
             del self._tail[:BLOCK]
 
     def drop(self, count: int) -> None:
-        """Drop the first numbers."""
+        """Drop the first `count` numbers."""
         whole, rest = divmod(count + self._gone, BLOCK)
         if whole >= len(self._blocks):
             del self._tail[: count + self._gone - BLOCK * len(self._blocks)]

@@ -1,19 +1,19 @@
-"""History: the curves of one run, for viewers that come late or zoom in. Bounded; nothing shown ever moves.
+"""History: the curves of one run, for viewers that connect late or zoom in. Bounded; drawn points never move.
 
-All curves share one axis, a row for each moment at which something was measured. A curve is a list of points,
-each a row and a value, and above it coarser lists of points:
+All curves share one axis, with a row for every moment of a measurement. A curve is a list of points, each a row and
+a value, and above it coarser lists of points:
 
     level 0    every point
-    level 1    of each 8 points the least and the greatest
-    level 2    of each 8 such buckets the least and the greatest, ...
+    level 1    the minimum and the maximum of every 8 points
+    level 2    the minimum and the maximum of every 8 such buckets, ...
 
-Every list holds true points at their true place: a spike is on every level, and what was drawn from a coarse
-level is still right when finer points are drawn around it. Buckets are counted from the first point, so that
-more points never change those that stand.
+Every list holds true points at their true place: a spike is on every level, and a curve drawn from a coarse level
+stays right when finer points are drawn around it. Buckets are counted from the first point, so that new points never
+change existing buckets.
 
-When the history outgrows its limit, the finest level of its oldest part goes; the coarser ones stay.
+When the history outgrows its limit, it drops the finest level of its oldest part and keeps the coarser ones.
 
-One thread uses a history; nothing here waits or locks.
+Only one thread uses a history; nothing here waits or locks.
 """
 
 import math
@@ -28,11 +28,11 @@ from offloop.dashboard.protocol import Float64s, Gap, NonFinite
 from offloop.engine import checks
 
 HISTORY_BYTES: Final = 256 * 1024 * 1024
-"""Bytes that the curves of one run may take: about 15 million points."""
+"""Default limit of the bytes for the curves of one run: about 15 million points."""
 BUCKET: Final = 8
-"""Points in a bucket. A level then holds a quarter of the entries of the one below, all of them a third."""
+"""Points in a bucket. A level has a quarter of the entries of the one below; all levels add a third to level 0."""
 MAX_STRETCHES: Final = 1_000
-"""Gaps, and stretches without a finite value of one curve, that are told apart."""
+"""Most gaps of a run, and most ranges of a curve without a finite value; further ones are merged into the last."""
 POINT_BYTES: Final = 12
 AXIS_BYTES: Final = 24
 
@@ -42,21 +42,23 @@ AXES: Final[tuple[AxisName, ...]] = ("step", "time", "epoch")
 
 
 class Axis:
-    """What the points of all curves stand over: step, time and epoch of each row, none of them ever falling."""
+    """The shared axis: step, time and epoch of every row, none of which ever decreases."""
 
     def __init__(self) -> None:
-        self.rows = 0  # in all, also those that were trimmed
-        self._first = 0  # the first row that is in the dense columns
+        # All rows, including trimmed ones.
+        self.rows = 0
+        # The first row in the dense columns.
+        self._first = 0
         self._last = (-math.inf, -math.inf, -math.inf)
         self._dense = {name: Column("d") for name in AXES}
-        # Rows before `_first` that coarse levels still refer to.
+        # Rows before `_first` that coarse levels still use.
         self._old_rows: Rows = np.empty(0, np.uint32)
         self._old: dict[AxisName, Float64s] = {name: np.empty(0) for name in AXES}
 
     def append(self, step: float, time: float, epoch: float) -> int:
-        """Add a row and return its number. What would fall stays where the row before is.
+        """Add a row and return its number. A value that would decrease repeats the previous row's.
 
-        A sample that another thread publishes may be stamped a moment after a step that arrives behind it.
+        A sample from another thread can have a later time than a step that arrives after it.
         """
         last_step, last_time, last_epoch = self._last
         self._last = max(step, last_step), max(time, last_time), max(epoch, last_epoch)
@@ -70,16 +72,16 @@ class Axis:
 
     @property
     def bytes(self) -> int:
-        """Bytes it takes."""
+        """Bytes of the axis."""
         return AXIS_BYTES * (self.rows - self._first) + (AXIS_BYTES + 4) * len(self._old_rows)
 
     def last(self, name: AxisName) -> float:
-        """Return the last value of a column; NaN if there is none."""
+        """Return the last value of a column; NaN if it is empty."""
         column = self._dense[name]
         return float(column[-1]) if len(column) else math.nan
 
     def at(self, rows: Rows) -> dict[AxisName, Float64s]:
-        """Return the columns at some rows, which must be kept and in rising order. Shapes: (len(rows),)."""
+        """Return the columns at some kept rows in ascending order; shapes (len(rows),)."""
         split = int(np.searchsorted(rows, self._first))
         old = np.searchsorted(self._old_rows, rows[:split])
         if split == len(rows):
@@ -116,8 +118,10 @@ class _Level:
     def __init__(self) -> None:
         self.rows = Column("I")
         self.values = Column("d")
-        self.start = 0  # first row from which on this level is complete
-        self.covered = -1  # last row whose point has gone into this level; not used on level 0
+        # This level is complete from this row on.
+        self.start = 0
+        # The last row whose point is in this level; unused on level 0.
+        self.covered = -1
 
     def drop_before(self, row: int) -> None:
         count = self.rows.search(row)
@@ -130,25 +134,28 @@ class Curve:
     """The points of one metric."""
 
     def __init__(self) -> None:
-        self.points = 0  # in all, also those that were trimmed
+        # All points, including trimmed ones.
+        self.points = 0
         self.levels = [_Level()]
-        self.marks: list[NonFinite] = []  # by step
+        # By step.
+        self.marks: list[NonFinite] = []
         self.last = math.nan
-        self.least: tuple[float, int] | None = None  # value and step of the least finite one
+        # Value and step of the extreme finite points.
+        self.least: tuple[float, int] | None = None
         self.greatest: tuple[float, int] | None = None
 
     @property
     def bytes(self) -> int:
-        """Bytes its points take."""
+        """Bytes of the points."""
         return POINT_BYTES * sum(len(level.rows) for level in self.levels)
 
     @property
     def reduced_before(self) -> int:
-        """First row from which on every point is kept."""
+        """Row from which on every point is kept."""
         return self.levels[0].start
 
     def append(self, row: int, value: float, step: int) -> None:
-        """Add a point; rows rise. A value that is not finite becomes NaN in the points and a mark."""
+        """Add a point; rows must ascend. A value that is not finite is stored as NaN and as a mark."""
         self.last = value
         if not math.isfinite(value):
             self._mark(value, step)
@@ -170,7 +177,8 @@ class Curve:
             "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
         )
         before = self.marks[-1] if self.marks else None
-        follows = before is not None and math.isnan(self.levels[0].values[-1])  # no finite point between
+        # Whether no finite point is in between.
+        follows = before is not None and math.isnan(self.levels[0].values[-1])
         if before is not None and (follows or len(self.marks) >= MAX_STRETCHES):
             kind = kind if follows and kind == before.kind else "mixed"
             self.marks[-1] = NonFinite(before.start, step, kind, before.count + 1)
@@ -178,7 +186,7 @@ class Curve:
             self.marks.append(NonFinite(step, step, kind, 1))
 
     def _close_bucket(self, row: int) -> None:
-        """Put the least and the greatest of the last bucket into the level above, and so on upwards."""
+        """Add the minimum and the maximum of the last bucket to the level above, and likewise further up."""
         count, size = self.points, BUCKET
         for number, level in enumerate(self.levels):
             rows, values = level.rows.last(size), level.values.last(size)
@@ -206,21 +214,20 @@ class Curve:
     def view(
         self, first: int, end: int, points: int | None, *, margin: bool = False
     ) -> tuple[Rows, Float64s, bool]:
-        """Return the points in the rows from `first` to before `end`, at most about `points` of them.
+        """Return the points in the rows from `first` up to but not including `end`.
 
         Args:
             first: First row.
             end: Row after the last one.
-            points: None for all there are. Of neighbours beyond that the least and the greatest stay.
-            margin: With the neighbours on both sides, so that a line goes to the edges.
+            points: About the most points to return: neighbours are reduced to minima and maxima. None for all.
+            margin: Include the next point on either side, so that a line reaches the edges.
 
         Returns:
-            Rows (n,) uint32 rising, values (n,) float64 with NaN for what is not finite, and whether points
-            of this stretch are left out.
+            Rows (n,) uint32, ascending; values (n,) float64, NaN if not finite; whether points are left out.
         """
         number = 0
         if points is not None:
-            # One level finer than needed is read, and merged to just what is asked for.
+            # Read one level finer than needed, and merge it down to `points`.
             while number + 1 < len(self.levels) and self._count(number, first, end) > BUCKET * points:
                 number += 1
         rows, values = self._entries(number, first, end)
@@ -228,7 +235,8 @@ class Curve:
         if points is not None and len(rows) > points:
             before = len(rows)
             rows, values = _merge(rows, values, points)
-            reduced = reduced or len(rows) < before  # a bucket of two keeps both
+            # Merging keeps both points of a bucket of two.
+            reduced = reduced or len(rows) < before
         if margin:
             rows, values = self._with_margin(rows, values, first, end)
         return rows, values, reduced
@@ -238,21 +246,22 @@ class Curve:
         return rows.search(end) - rows.search(first)
 
     def _entries(self, number: int, first: int, end: int) -> tuple[Rows, Float64s]:
-        """Return a level's points: before its start those of coarser levels, behind its end those of finer ones."""
+        """Return a level's points: before its start those of coarser levels, after its end those of finer ones."""
         parts = self._kept(number, first, end)
         while number and self.levels[number].covered + 1 < end:
             behind = max(first, self.levels[number].covered + 1)
             number -= 1
-            # A finer level ends with its own last bucket; what is behind that comes from the one below it.
+            # A finer level ends with its own last bucket; later points come from the level below.
             parts.append(_cut(self.levels[number], behind, end))
         rows = np.concatenate([rows for rows, _ in parts])
         values = np.concatenate([values for _, values in parts])
         new = np.ones(len(rows), bool)
-        new[1:] = rows[1:] > rows[:-1]  # the least is the greatest too in a flat bucket
+        # In a flat bucket the minimum is also the maximum.
+        new[1:] = rows[1:] > rows[:-1]
         return rows[new], values[new]
 
     def _kept(self, number: int, first: int, end: int) -> list[tuple[Rows, Float64s]]:
-        """Return a level's points, and those of coarser levels where its own are gone; in order."""
+        """Return a level's points in order, with those of coarser levels where its own were trimmed."""
         level = self.levels[number]
         before = min(end, level.start)
         is_above = first < before and number + 1 < len(self.levels)
@@ -275,13 +284,13 @@ class Curve:
         return rows, values
 
     def trim(self, number: int, row: int) -> None:
-        """Drop the points before a row from a level, unless there is none above that has them."""
+        """Drop the points before a row from a level that has a coarser level above it."""
         if number + 1 < len(self.levels):
-            # Never beyond what the level above covers: what has not gone into it stands here alone.
+            # Keep points that the level above does not cover yet.
             self.levels[number].drop_before(min(row, self.levels[number + 1].covered + 1))
 
     def referred(self) -> Iterable[Rows]:
-        """Yield the rows of its points, level after level."""
+        """Yield the rows of the points, level by level."""
         for level in self.levels:
             if len(level.rows):
                 yield level.rows.read()
@@ -295,9 +304,9 @@ def _cut(level: _Level, first: int, end: int) -> tuple[Rows, Float64s]:
 
 
 def _merge(rows: Rows, values: Float64s, points: int) -> tuple[Rows, Float64s]:
-    """Keep the least and the greatest of each bucket of rows; buckets are powers of two and start at row 0.
+    """Keep the minimum and the maximum of every bucket of rows; bucket widths are powers of two from row 0.
 
-    So those of a longer history nest in those of a shorter one, and a point that stays stays where it is.
+    The buckets of a shorter history nest in those of a longer one, so that kept points do not move.
     """
     span = int(rows[-1]) - int(rows[0]) + 1
     width = 1
@@ -307,7 +316,8 @@ def _merge(rows: Rows, values: Float64s, points: int) -> tuple[Rows, Float64s]:
     starts = np.flatnonzero(np.concatenate(([True], buckets[1:] != buckets[:-1])))
     lengths = np.diff(np.append(starts, len(rows)))
     keep = np.zeros(len(rows), bool)
-    for extreme in (np.fmin, np.fmax):  # both pass over NaN where there is anything else
+    # Both ignore NaN unless all values of a bucket are NaN.
+    for extreme in (np.fmin, np.fmax):
         wanted = np.repeat(extreme.reduceat(values, starts), lengths)
         found = np.flatnonzero((values == wanted) | (np.isnan(wanted) & np.isnan(values)))
         _, firsts = np.unique(buckets[found], return_index=True)
@@ -319,22 +329,23 @@ class History:
     """All curves of one run."""
 
     def __init__(self, limit: int = HISTORY_BYTES) -> None:
-        """Keep at most about `limit` bytes."""
+        """Limit the history to about `limit` bytes, at least 1,000,000."""
         checks.whole_number("history_bytes", limit, at_least=1_000_000)
         self.axis = Axis()
         self.curves: list[Curve] = []
         self.gaps: list[Gap] = []
         self._limit = limit
-        self._check_at = 4096  # rows at which the size is looked at again: summing up costs too
+        # Number of rows at which to check the size again: computing it takes time, too.
+        self._check_at = 4096
 
     @property
     def bytes(self) -> int:
-        """Bytes that axis and curves take."""
+        """Bytes of the axis and the curves."""
         return self.axis.bytes + sum(curve.bytes for curve in self.curves)
 
     @property
     def trimmed(self) -> float | None:
-        """Step before which not every point is kept; None while all are."""
+        """Step before which points were trimmed; None if none were."""
         first = max((curve.reduced_before for curve in self.curves), default=0)
         if first == 0:
             return None
@@ -342,19 +353,19 @@ class History:
         return float(self.axis.at(np.array([first], np.uint32))["step"][0])
 
     def add_curve(self) -> int:
-        """Make a curve and return its number."""
+        """Add a curve and return its number."""
         self.curves.append(Curve())
         return len(self.curves) - 1
 
     def add_gap(self, after: float, before: float, count: int) -> None:
-        """Note that steps are missing."""
+        """Record that `count` steps are missing between two steps."""
         if len(self.gaps) >= MAX_STRETCHES:
             last = self.gaps.pop()
             after, count = last.after, last.count + count
         self.gaps.append(Gap(after, before, count))
 
     def check_size(self) -> None:
-        """Trim if the history has outgrown its limit. Called now and then, when rows have been added."""
+        """Trim a history that has outgrown its limit. Call it after adding rows."""
         if self.axis.rows < self._check_at:
             return
         self._check_at = self.axis.rows + 4096
@@ -362,7 +373,7 @@ class History:
             pass
 
     def _trim(self) -> bool:
-        """Drop the oldest quarter of the level that takes the most; False if that changes nothing."""
+        """Drop the oldest quarter of the largest level; False if that frees nothing."""
         before = self.bytes
         totals: dict[int, int] = {}
         for curve in self.curves:
@@ -381,7 +392,7 @@ class History:
         return False
 
     def _trim_axis(self) -> None:
-        # A curve with few points has them all still: they are referred to, however old.
+        # A curve with few points still has all of them: keep their rows, however old.
         first = max((curve.reduced_before for curve in self.curves), default=0)
         rows = [rows for curve in self.curves for rows in curve.referred()]
         self.axis.trim(first, np.unique(np.concatenate(rows)))
@@ -389,11 +400,11 @@ class History:
     def columns(
         self, ids: Sequence[int], first: int, end: int, points: int | None, *, margin: bool = False
     ) -> tuple[dict[AxisName, Float64s], list[tuple[int, Rows, Float64s, bool]]]:
-        """Return a stretch of some curves over one axis.
+        """Return a range of some curves over one axis; see `Curve.view` for the arguments.
 
         Returns:
-            The axis columns (rows,), and for each curve its number, which of these rows its points are in
-            (n,) uint32, their values (n,), and whether points are left out.
+            The axis columns (rows,), and for each curve: its number, the indices of its points' rows (n,) uint32,
+            their values (n,), and whether points are left out.
         """
         views = [(id, *self.curves[id].view(first, end, points, margin=margin)) for id in ids]
         rows: Rows = (

@@ -1,6 +1,6 @@
-"""LiveRun: what a viewer can know about one run. Takes its events in, keeps its curves, status and milestones.
+"""LiveRun: what viewers can know about one run. Reads its events; keeps curves, status and milestones.
 
-Lives in the dashboard's thread, with everything that it is made of; only `Run`'s thread-safe side is touched.
+Only the dashboard's thread uses a `LiveRun` and its parts; of `Run` they use the thread-safe attributes only.
 """
 
 import itertools
@@ -48,15 +48,15 @@ from offloop.engine import (
 )
 
 MILESTONES_KEPT: Final = 2_000
-"""Milestones that a viewer can still get."""
+"""Latest milestones that a new viewer receives."""
 MAX_CURVES: Final = 2_000
-"""Curves of one run; metrics beyond are not drawn."""
+"""Most curves of one run; further metrics are not drawn."""
 WINDOW: Final = 5.0
-"""Seconds over which speed and shares are measured."""
+"""Seconds over which speed and time shares are averaged."""
 STALL: Final = 10.0
-"""Seconds without a step after which a run may be stalled ..."""
+"""Seconds without a step after which a run counts as stalled ..."""
 STALL_STEPS: Final = 20
-"""... if that is also this many times as long as a step usually takes."""
+"""... if they are also this many times the duration of the last step."""
 FINAL_STATES: Final = frozenset({"completed", "stopped", "cancelled", "failed"})
 
 _SECRET: Final = re.compile(r"passw|secret|token|api_?key|credential|private|auth", re.IGNORECASE)
@@ -65,7 +65,7 @@ _BASE_FIELDS: Final = frozenset(Event.__struct_fields__)
 
 
 class _Moment(msgspec.Struct, frozen=True):
-    """Sums up to a moment, for differences over the window."""
+    """Cumulative sums at one time, for differences over the window."""
 
     time: float
     step: int
@@ -76,7 +76,7 @@ class _Moment(msgspec.Struct, frozen=True):
 
 
 class KeptMilestone:
-    """A milestone, and the message that says it: made when the first viewer of a role needs it, for all of them."""
+    """A milestone and its encoded message, made once per role when the first viewer needs it."""
 
     __slots__ = ("_messages", "_run", "event")
 
@@ -86,7 +86,7 @@ class KeptMilestone:
         self._messages: dict[bool, bytes | None] = {}
 
     def message(self, *, is_control: bool) -> bytes | None:
-        """Return the message for a role; None if the milestone is not for it."""
+        """Return the message for a role; None if the role may not see the milestone."""
         if is_control not in self._messages:
             encoded = for_role(self.event, is_control)
             self._messages[is_control] = (
@@ -109,29 +109,38 @@ class LiveRun:
         history_bytes: int = HISTORY_BYTES,
         taken: Container[str] = (),
     ) -> None:
-        """Keep what `run` says. `start` is its first event, `taken` the keys of other runs.
+        """Begin with a run's first event.
 
-        `optimizers` are their names, told by who still has the trainer: the run may be over by now.
+        Args:
+            run: The run.
+            start: Its first event.
+            optimizers: Names of its optimizers. The run may be over by now and its trainer gone.
+            history_bytes: Limit of the memory for curves.
+            taken: Keys of other runs.
         """
-        self.run: Run | None = run  # until it has said how it ended
+        # None after `finish`, unless the run went silent.
+        self.run: Run | None = run
         self.name = run.id
         key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
-        # A run without a directory may have the name of the one before.
+        # Runs without a directory may share a name.
         again = itertools.chain([key], (f"{key}~{number}" for number in itertools.count(2)))
         self.key = next(each for each in again if each not in taken)
         self.started = start.time
         self.history = History(history_bytes)
         self.frames = Frames(self.key, self.history)
-        self.series: list[SeriesInfo] = []  # its index is the curve's number in the history
+        # The index is the curve's number in the history.
+        self.series: list[SeriesInfo] = []
         self.milestones: deque[KeptMilestone] = deque(maxlen=MILESTONES_KEPT)
         self.milestones_seen = 0
         self.end: TrainEnd | None = None
         self._is_silent = False
-        self._traceback: str | None = None  # of a run that has failed
+        # Of a failed run.
+        self._traceback: str | None = None
         self._start = start
         self._ids: dict[str, int] = {}
         self._epoch = 0
-        self._epoch_batch = 0  # batches that had been given when the epoch began
+        # Value of `batch` when the epoch began.
+        self._epoch_batch = 0
         self._last_step: StepEnd | None = None
         self._state_by = self._state_reason = ""
         self._samples = 0
@@ -140,7 +149,7 @@ class LiveRun:
         self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
         self.info = self._describe(run, optimizers)
 
-    # What is fixed
+    # Fixed facts
 
     def _describe(self, run: Run, optimizers: Sequence[str]) -> RunInfo:
         start = self._start
@@ -169,11 +178,11 @@ class LiveRun:
 
     @property
     def is_over(self) -> bool:
-        """True when no more events will come."""
+        """True when no more events can arrive."""
         return self.end is not None or self._is_silent
 
     def finish(self) -> None:
-        """Note that no more events will come. Without a last word the history's own buffer was given up."""
+        """Record that no more events can arrive. Without `TrainEnd` the page's own subscription has failed."""
         if self.end is None:
             self._is_silent = True
         else:
@@ -181,7 +190,7 @@ class LiveRun:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, as of now."""
+        """Optimizer steps done."""
         if self.run is not None:
             return self.run.step
         assert self.end is not None
@@ -189,12 +198,12 @@ class LiveRun:
 
     @property
     def summary(self) -> RunSummary:
-        """The run in a list."""
+        """The run as an entry of the list of runs."""
         return RunSummary(key=self.key, name=self.name, state=self.state, started=self.started)
 
     @property
     def state(self) -> str:
-        """What the run is doing, in one of the protocol's words."""
+        """State of the run, one of the protocol's `State`."""
         if self.end is not None:
             return self.end.status
         assert self.run is not None
@@ -202,13 +211,14 @@ class LiveRun:
         if state in FINAL_STATES:
             if self._is_silent:
                 return state
-            return "closing"  # its last events are on their way
+            # The last events are on their way.
+            return "closing"
         return "waiting" if state == "running" and self._last_step is None else state
 
-    # Taking events in
+    # Events
 
     def take_in(self, events: Sequence[Event]) -> list[KeptMilestone]:
-        """Take what has come, in order, and return the milestones among it, which viewers hear of at once."""
+        """Record events in their order and return the milestones among them."""
         milestones: list[KeptMilestone] = []
         for event in events:
             if isinstance(event, StepEnd):
@@ -265,13 +275,15 @@ class LiveRun:
         for key, value in event.metrics.items():
             known = self._ids.get(key)
             if known is not None and key == "lr":
-                continue  # each step has it
+                # Every step has it.
+                continue
             if known is not None and isinstance(event, EpochEnd) and key.startswith("val_"):
-                continue  # the validation has said it
+                # `ValidationEnd` had it.
+                continue
             self._point(key, row, value, event.step)
 
     def _sample(self, event: Sample) -> None:
-        """Draw every number of a sample that is no step: those of monitors, and users' own."""
+        """Record every number of a sample other than `StepEnd`: from monitors, or defined by users."""
         row: int | None = None
         prefix = event.handler_name.removeprefix("on_")
         kind = getattr(event, "kind", "")
@@ -293,14 +305,14 @@ class LiveRun:
         self.history.curves[curve].append(row, float(value), step)
 
     def _epoch_of(self, event: Event) -> float:
-        """Return epochs done with a fraction."""
+        """Return the number of epochs done, with a fraction."""
         per_epoch = self._start.batches_per_epoch
         epoch = float(max(event.epoch, 0))
         if per_epoch and event.epoch == self._epoch:
             epoch += min(1.0, max(0, event.batch - self._epoch_batch) / per_epoch)
         return epoch
 
-    # Where it is
+    # Status
 
     def _note_moment(self) -> None:
         now, moments = time.time(), self._moments
@@ -310,13 +322,14 @@ class LiveRun:
         assert self.run is not None
         costs = self.run.callback_costs.values()
         decided, in_step = sum(cost.decided for cost in costs), sum(cost.in_step for cost in costs)
-        compute = self._compute - in_step  # step hooks run within the time of their step
+        # Step hooks run within the time of their step.
+        compute = self._compute - in_step
         moments.append(_Moment(now, step, self._samples, self._data, compute, decided + in_step))
         while len(moments) > 2 and now - moments[1].time >= WINDOW:
             moments.popleft()
 
     def status(self, *, viewers: int, is_control: bool) -> Status:
-        """Return where the run is now."""
+        """Return the current status, for a role."""
         now = time.time()
         state, last = self.state, self._last_step
         ended = self.end is not None
@@ -330,7 +343,7 @@ class LiveRun:
         quiet = ended or stalled is not None or state == "paused"
         return Status(
             run=self.key,
-            state=state,  # type: ignore[arg-type]  # `state` has checked the word
+            state=state,  # type: ignore[arg-type]  # a str that is a `State`
             by=self._state_by if is_control and state in ("paused", "stopping", "stopped") else "",
             reason=self.end.reason if self.end is not None else self._state_reason,
             error=self.end.error if self.end is not None else None,
@@ -350,17 +363,18 @@ class LiveRun:
             validating=state == "validating",
             saving=self.run is not None and self.run.is_saving,
             stalled=stalled,
-            waiting_for=self._waits_for() if stalled is not None and is_control else "",
+            waiting_for=place_of(self.run.stack()) if self.run and stalled is not None and is_control else "",
             dropped=self._dropped,
             trimmed=self.history.trimmed,
             viewers=viewers,
         )
 
     def _progress(self, elapsed: float) -> tuple[float | None, float | None]:
-        """Return the share that is done and the seconds that are left, by the limit that ends the run first."""
+        """Return the share done and the seconds left, by the limit that ends the run first."""
         start, last = self._start, self._last_step
         step = last.step if last is not None else max(start.step, 0)
-        shares: list[tuple[float, float]] = []  # done now, done when this attempt began
+        # By limit: the share done now, and when this attempt began.
+        shares: list[tuple[float, float]] = []
         if start.max_steps:
             shares.append((step / start.max_steps, max(start.step, 0) / start.max_steps))
         if start.epochs:
@@ -380,7 +394,7 @@ class LiveRun:
     def _stalled(self, state: str, now: float) -> float | None:
         if state not in ("running", "waiting", "stopping"):
             return None
-        # Validations and pauses are no stall, and what came last may have been the end of one.
+        # Validations and pauses are no stalls, and the last milestone may be the end of one.
         heard = self.milestones[-1].event.time if self.milestones else self.started
         if self._last_step is not None:
             heard = max(heard, self._last_step.time)
@@ -388,11 +402,8 @@ class LiveRun:
         usual = self._last_step.step_time + self._last_step.data_time if self._last_step is not None else 0.0
         return quiet if quiet > max(STALL, STALL_STEPS * usual) else None
 
-    def _waits_for(self) -> str:
-        return "" if self.run is None else place_of(self.run.stack())
-
     def latest(self) -> Latest:
-        """Return where every curve is."""
+        """Return the last, least and greatest value of every curve."""
         values: dict[str, tuple[Any, float | None, int, float | None, int]] = {}
         for curve_id, curve in enumerate(self.history.curves):
             least, greatest = curve.least or (None, 0), curve.greatest or (None, 0)
@@ -400,13 +411,13 @@ class LiveRun:
         return Latest(run=self.key, values=values)
 
 
-# What it looks at -------------------------------------------------------------------------------
+# Parts of events and settings --------------------------------------------------------------------
 
 
 def describe_series(curve: int, key: str, run: Run) -> SeriesInfo:
     """Return how a metric is drawn: `val_loss` in the panel `loss`, `layer/0/mean` in the group `layer`.
 
-    The rates of parameter groups, `lr/head`, stand in the panel of the run's `lr`.
+    The rates of parameter groups, such as `lr/head`, share the panel of the run's `lr`.
     """
     panel, label = key, key
     if key.startswith("lr/"):
@@ -416,7 +427,8 @@ def describe_series(curve: int, key: str, run: Run) -> SeriesInfo:
             panel, label = key.removeprefix(prefix), split
     if panel == key:
         parent, _, leaf = key.rpartition("/")
-        if key.count("/") > 1:  # many of a kind, one for each layer, stand in one panel
+        if key.count("/") > 1:
+            # One value per layer: all in one panel.
             panel, label = parent, leaf
         else:
             label = "step"
@@ -431,7 +443,7 @@ def describe_series(curve: int, key: str, run: Run) -> SeriesInfo:
 
 
 def numbers_of(event: Event, prefix: str) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of an event with their names, also those in mappings and tuples of structs."""
+    """Yield the names and numbers of an event, including those in mappings and in tuples of structs."""
     for name in event.__struct_fields__:
         if name not in _BASE_FIELDS:
             yield from _numbers(f"{prefix}/{name}", getattr(event, name))
@@ -454,7 +466,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without what its names say is secret."""
+    """Return a configuration with the values of secret-looking names masked."""
     return {key: "(masked)" if _SECRET.search(key) else _masked(value) for key, value in settings.items()}
 
 
@@ -467,7 +479,7 @@ def _masked(value: Any) -> Any:
 
 
 def for_role(event: Event, is_control: bool) -> bytes | None:
-    """Return an event as JSON; who only reads gets no traceback, no names, and no commands."""
+    """Return an event as JSON; readers get no tracebacks, no names and no commands, for which it is None."""
     if not is_control:
         if isinstance(event, CommandApplied):
             return None
@@ -484,7 +496,7 @@ def for_role(event: Event, is_control: bool) -> bytes | None:
 
 
 def masked_command(arguments: Sequence[str]) -> list[str]:
-    """Return a command line without what its options say is secret: `--api-key=(masked)`."""
+    """Return a command line with the values of secret-looking options masked: `--api-key=(masked)`."""
     shown: list[str] = []
     hide_next = False
     for argument in arguments:
@@ -499,7 +511,7 @@ def masked_command(arguments: Sequence[str]) -> list[str]:
 
 
 def place_of(stack: str) -> str:
-    """Return the innermost line of a printed stack that is neither torch's nor offloop's, as `file:line, in name`."""
+    """Return the innermost line of a printed stack outside torch and offloop, as `file:line, in name`."""
     places = re.findall(r'File "(.*)", line (\d+), in (.*)', stack)
     for file, line, name in reversed(places):
         if not re.search(r"[\\/](torch|offloop|engine|threading\.py)\b", file):

@@ -1,8 +1,7 @@
 """Page: the built page, read once and served from memory.
 
-A server answers a request by a look-up of its path in `Page.assets`: no request ever becomes the path of a
-file. What the build left is checked against `build.json`, so that a page that is damaged, or half there
-because a build runs at this moment, counts as not built.
+The server looks a request's path up in `Page.assets`; it never becomes the path of a file. The files of the build are
+checked against `build.json`, so a page that is damaged, or incomplete because a build is running, counts as not built.
 """
 
 import gzip
@@ -24,22 +23,22 @@ CONTENT_TYPES: Final = MappingProxyType(
         "txt": "text/plain; charset=utf-8",
     }
 )
-"""Content types of what the build makes, by the ending of the file's name."""
+"""Content types of the built files, by suffix."""
 
 
 class Asset(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of the page, ready to be sent."""
+    """One file of the page, ready to send."""
 
     content_type: str
     body: bytes
     gzipped: bytes
-    """The body for a browser that accepts gzip."""
+    """The body for browsers that accept gzip."""
     etag: str
-    """The SHA-256 of the body, quoted and weak: it stands for the body and for its compressed form."""
+    """The SHA-256 of the body; weak, because it identifies the body and its compressed form."""
 
     @classmethod
     def of(cls, body: bytes, content_type: str) -> Self:
-        """Compress and name a body."""
+        """Compress and hash a body."""
         return cls(
             content_type=content_type,
             body=body,
@@ -49,26 +48,25 @@ class Asset(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """The page as it was built."""
+    """The built page."""
 
     page_hash: str
-    """Names the build: 16 hexadecimal digits that change with any file of the page."""
+    """Identity of the build: 16 hexadecimal digits that change with any file of the page."""
     assets: Mapping[str, Asset]
-    """What stands under which path below the page's own: `/` and `/static/<page_hash>/<name>`.
+    """Files by path below the page's own: `/` and `/static/<page_hash>/<name>`.
 
-    All but `/` may be kept by browsers for good, because their address changes with them. index.html, under
-    `/`, names them by relative addresses; so the page works below any path that ends with a slash.
+    Browsers may cache all but `/` forever, because a changed file has another address. index.html, served as `/`,
+    uses relative addresses, so the page works below any path that ends with a slash.
     """
 
     @classmethod
     def load(cls, folder: Traversable | None = None) -> Self | None:
-        """Read the page; None if it has not been built or is damaged, and then `NOT_BUILT` is what to show.
+        """Read the page; None if it is not built or damaged, in which case serve `NOT_BUILT`.
 
-        Blocks its thread for some milliseconds. What it returns never changes: a page that is built anew
-        is served after the next call.
+        Blocks its thread for some milliseconds. The result is immutable: load again to serve a new build.
 
         Args:
-            folder: Where the built page is; that of the installed package by default.
+            folder: The folder of the built page; by default that of the installed package.
         """
         if folder is None:
             folder = importlib.resources.files("offloop.dashboard") / "static"
@@ -90,11 +88,11 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Build(msgspec.Struct, frozen=True):
-    """What build.json says."""
+    """The contents of build.json."""
 
     page_hash: str
     outputs: dict[str, str]
-    """The SHA-256 of each file, by its name."""
+    """The SHA-256 of every file, by name."""
 
 
 INDEX: Final = "index.html"
@@ -116,4 +114,4 @@ NOT_BUILT: Final = Asset.of(
 """,
     CONTENT_TYPES["html"],
 )
-"""What to answer with status 503 where there is no page: how to get it."""
+"""Answer with status 503 if there is no page: how to get it."""

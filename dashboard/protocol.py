@@ -1,34 +1,32 @@
-"""Protocol `offloop.v1`: what a viewer and the server say to each other. Types and bytes; no socket.
+"""Protocol `offloop.v1`: the messages between a viewer and the server. Types and bytes; no socket.
 
-A viewer opens a websocket at `ws` (beside the page) with the subprotocol `offloop.v1`. Then:
+A viewer opens a websocket at `ws`, relative to the page, with the subprotocol `offloop.v1`. Then:
 
     viewer                                   server
     ──────                                   ──────
     hi ────────────────────────────────────>
-        <──────────────────────────────────── hello     who I am, what you may do, which runs there are
-        <──────────────────────────────────── run       everything that is fixed about the run you watch
-        <──────────────────────────────────── series    names of its curves, later: new ones
-        <──────────────────────────────────── milestone each one since `hi.after`, then as they happen
-        <──────────────────────────────────── status    where it is; again when something changed
-    show ──── which curves, how wide ──────>
+        <──────────────────────────────────── hello     the server, your role, the list of runs
+        <──────────────────────────────────── run       fixed facts about the run you watch
+        <──────────────────────────────────── series    names of its curves; later: new ones
+        <──────────────────────────────────── milestone all since `hi.after`, then as they happen
+        <──────────────────────────────────── status    current state; again after a change
+    show ──── curves and width ────────────>
         <════════════════════════════════════ snapshot  these curves so far, in columns
     drawn ─────────────────────────────────>            credit for the next chart frame
-        <════════════════════════════════════ delta     what is new, at most ten times a second
+        <════════════════════════════════════ delta     new points, at most ten times a second
     drawn ─────────────────────────────────>
     command ───────────────────────────────>
         <──────────────────────────────────── ack       accepted, then applied, rejected or expired
 
-There are two lanes. Text frames (──, JSON, one message each, its kind in `type`) need no credit: a hidden
-page learns at once that its run has failed. Binary frames (══) hold chart points, and one is sent only after
-`drawn` has come for the one before: a slow page gets fewer and larger frames instead of a queue. Nothing is
-sent twice and nothing is lost in between, because a chart frame is made from the run's history when there is
-credit for it.
+There are two lanes. Text frames (──, JSON, one message per frame, its kind in `type`) need no credit: a hidden page
+learns at once that its run has failed. Binary frames (══) hold chart points; one is sent only after `drawn` has
+acknowledged the previous one, so a slow page receives fewer and larger frames instead of a queue. No point is sent
+twice or lost in between, because a chart frame is made from the run's history once there is credit for it.
 
-A viewer that comes back says in `hi` up to which milestone it knows the run; curves start again with a
-snapshot. A command carries an id that its viewer has made up, so that one that is sent again is not
-applied again.
+A viewer that reconnects says in `hi` up to which milestone it knows the run; curves start again with a snapshot.
+A command carries an id chosen by its viewer, so that a repeated request is not applied twice.
 
-JSON has no word for NaN and infinities: they travel as `"NaN"`, `"Infinity"` and `"-Infinity"`.
+JSON cannot express NaN and infinities: they are sent as `"NaN"`, `"Infinity"` and `"-Infinity"`.
 """
 
 import math
@@ -52,25 +50,23 @@ from offloop.engine import (
 )
 
 SUBPROTOCOL: Final = "offloop.v1"
-"""Name that viewer and server agree on in the websocket handshake."""
+"""Name in the websocket handshake."""
 
 MAX_MESSAGE: Final = 64 * 1024
-"""Bytes of the largest message that a viewer may send; a longer one closes its connection with 1009."""
+"""Most bytes of a viewer's message; a longer one closes its connection with 1009."""
 MAX_CHART_FRAME: Final = 256 * 1024
-"""Bytes of payload after which a snapshot or an answer is split into parts."""
+"""Bytes above which a snapshot or an answer is split into parts."""
 MAX_SERIES_SHOWN: Final = 200
-"""Curves that one viewer can have on its screen at a time."""
+"""Most curves on one viewer's screen."""
 MAX_POINTS: Final = 4_000
-"""Points of one curve that a snapshot or an answer holds at most, unless all are asked for."""
-HEARTBEAT: Final = 5.0
-"""Seconds between two pings of a page. It takes its server for gone when nothing has come for two of them."""
+"""Most points of one curve in a snapshot or an answer, unless all are requested."""
 
-# Close codes, beside the usual ones (1001 the server goes, 1009 a message was too long). Who is not let in gets no
-# websocket at all, but an answer in HTTP: 401, 403, 503.
+# Close codes, besides the usual ones (1001: the server closes, 1009: a message was too long). A viewer that is not
+# admitted receives an HTTP answer instead of a websocket: 401, 403 or 503.
 CLOSE_PROTOCOL: Final = 4002
-"""The viewer does not speak this protocol; the reason says what was wrong."""
+"""The viewer violated this protocol; the reason says how."""
 CLOSE_SLOW: Final = 4008
-"""The viewer has not kept up; it may come back at once."""
+"""The viewer did not keep up; it may reconnect at once."""
 
 Role = Literal["control", "read_only"]
 State = Literal[
@@ -92,43 +88,43 @@ State = Literal[
 
 
 class FromViewer(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
-    """Base of what a viewer can send."""
+    """Base of the messages from a viewer."""
 
 
 class Hi(FromViewer, frozen=True, kw_only=True, tag="hi"):
     """First message of a viewer, within five seconds."""
 
     protocol: int
-    """Version of this protocol that the viewer speaks: 1."""
+    """Version of the protocol: 1."""
     run: str | None = None
     """Key of the run to watch; None for the newest."""
     server: str | None = None
-    """`Hello.server` of the connection before, None for the first one."""
+    """`Hello.server` of the previous connection; None for the first one."""
     after: int = -1
-    """`seq` of the last milestone that the viewer has of `run`; -1 for none. Counts only with `server`."""
+    """`seq` of the last milestone of `run` that the viewer has; -1 for none. Ignored without `server`."""
 
 
 class Watch(FromViewer, frozen=True, kw_only=True, tag="watch"):
-    """Watch another run: everything starts again with `run`. Curves must be shown anew.
+    """Watch another run: everything starts again with `run`, and the viewer must send `show` again.
 
-    Where that run has been let go, nothing changes and `runs` comes again.
+    If the server no longer has that run, nothing changes and it sends `runs` again.
     """
 
     run: str
 
 
 class Show(FromViewer, frozen=True, kw_only=True, tag="show"):
-    """The curves that are on the screen now, by id; the others are no longer sent.
+    """The curves on the screen, by id; other curves are no longer sent.
 
-    Curves that were not shown before come in a snapshot first.
+    A curve that was not shown before starts with a snapshot.
     """
 
     run: str | None = None
-    """Key of the run whose curves they are. If another one is watched by now, the message has crossed that change on
-    its way, and is ignored. None: of the one that is watched, whichever it is."""
+    """Key of the run that the curves belong to. If the viewer watches another run by now, the message is ignored: it
+    was sent before the change. None: the run that is watched."""
     series: list[int]
     points: int = 1_600
-    """Points of each curve that a snapshot may hold: twice the width of the panel in pixels."""
+    """Most points per curve in a snapshot: twice the width of the panel in pixels."""
 
 
 class Drawn(FromViewer, frozen=True, kw_only=True, tag="drawn"):
@@ -136,44 +132,44 @@ class Drawn(FromViewer, frozen=True, kw_only=True, tag="drawn"):
 
 
 class RangeQuery(FromViewer, frozen=True, kw_only=True, tag="range"):
-    """Ask for a part of curves at a finer resolution, or for all points of it. Answered by chart frames."""
+    """Request a range of curves at a finer resolution, or all its points. Answered by chart frames."""
 
     query: int
-    """Number of the question, made up by the viewer; comes back in the answer."""
+    """Number of the query, chosen by the viewer and returned in the answer."""
     run: str | None = None
-    """As in `Show`: a question about another run than the one that is watched by now has no answer."""
+    """As in `Show`: a query about a run that is no longer watched is not answered."""
     series: list[int]
     start: float
-    """First value of `axis` that is wanted."""
+    """First requested value of `axis`."""
     end: float
-    """Last value of `axis` that is wanted."""
+    """Last requested value of `axis`."""
     axis: Literal["step", "time", "epoch"] = "step"
     points: int = 1_600
-    """Points of each curve; 0 for all there are."""
+    """Most points per curve; 0 for all points."""
 
 
 class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
-    """Give the run a command. Only for the control role."""
+    """Give a run a command. Control role only."""
 
     id: str
-    """Unique, chosen by the viewer (a UUID, say), 1 to 64 characters. Sent again, it is not applied again."""
+    """Unique id of 1 to 64 characters, chosen by the viewer, such as a UUID. A repeated id is not applied again."""
     name: Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate"]
     run: str
     """Key of the run."""
     lr: float | None = None
     """For `set_lr`: finite and above 0."""
     optimizer: str | None = None
-    """For `set_lr`, where the run has several."""
+    """For `set_lr`, if the run has several optimizers."""
     checkpoint: bool = True
     """For `stop`: save a checkpoint first."""
     ttl: float = 60.0
-    """Seconds after which the command is taken back if it has not applied. Above 0, at most 3600."""
+    """Seconds after which a command that was not applied is taken back. Above 0, at most 3600."""
 
     def command(self) -> Command[Any]:
         """Return the command.
 
         Raises:
-            ConfigError: `lr` is missing or not legal.
+            ConfigError: `lr` is missing or out of range.
         """
         match self.name:
             case "pause":
@@ -193,16 +189,16 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
 
 
 class Visibility(FromViewer, frozen=True, kw_only=True, tag="visible"):
-    """Whether the page can be seen. A hidden page draws nothing and is not taken for slow."""
+    """Whether the page is visible. A hidden page draws nothing and does not count as slow."""
 
     visible: bool
 
 
 class Ping(FromViewer, frozen=True, kw_only=True, tag="ping"):
-    """Heartbeat of a viewer; answered by `pong` at once."""
+    """Heartbeat of a viewer, answered by `pong` at once. The page sends one every five seconds."""
 
     sent: float
-    """Anything; comes back."""
+    """Any number; returned in the answer."""
 
 
 ViewerMessage = Hi | Watch | Show | Drawn | RangeQuery | CommandRequest | Visibility | Ping
@@ -212,14 +208,14 @@ ViewerMessage = Hi | Watch | Show | Drawn | RangeQuery | CommandRequest | Visibi
 
 
 class FromServer(msgspec.Struct, frozen=True, tag_field="type"):
-    """Base of what the server sends as text."""
+    """Base of the text messages from the server."""
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A run of this process, in a list."""
+    """Entry of the list of runs."""
 
     key: str
-    """What viewers call it: `run_id`, with `#attempt` behind it for a resumed one."""
+    """Name of the run in this protocol: `run_id`, followed by `#attempt` if it was resumed."""
     name: str
     """Its `run_id`."""
     state: str
@@ -232,27 +228,27 @@ class Hello(FromServer, frozen=True, kw_only=True, tag="hello"):
 
     protocol: int = 1
     server: str
-    """Identity of this server process: milestones and commands of another one are forgotten."""
+    """Identity of this server. A viewer of an earlier server discards its milestones and commands."""
     page: str | None
-    """Hash of the page that it serves: another one than the viewer's own means that the page is older."""
+    """Hash of the served page. If it differs from the viewer's own, the viewer is outdated."""
     role: Role
     runs: list[RunSummary]
     run: str | None
-    """Key of the run that is watched; None while there is none."""
+    """Key of the watched run; None while there is none."""
     time: float
     """The server's clock, Unix time in seconds."""
     frame_interval: float
-    """Seconds between two chart frames, at least."""
+    """Least seconds between two chart frames."""
 
 
 class Runs(FromServer, frozen=True, kw_only=True, tag="runs"):
-    """The list of runs has changed. A viewer of a run that has ended may `watch` a newer one."""
+    """The list of runs, sent when it changes. A viewer of a run that has ended may `watch` a newer one."""
 
     runs: list[RunSummary]
 
 
 class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
-    """Everything that is fixed about the run that is watched. What follows is about this run."""
+    """Fixed facts about the watched run. Later messages are about this run."""
 
     key: str
     name: str
@@ -264,28 +260,28 @@ class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     commit: str | None = None
     """Git commit of the working directory."""
     directory: str | None = None
-    """Where it writes; None if it does not."""
+    """The run's directory; None if it has none."""
     started: float = 0.0
     """Unix time in seconds."""
     device: str = ""
     parameters: int = 0
     """Trainable parameters."""
     epochs: int | None = None
-    """Limit, in total."""
+    """Limit of the whole run."""
     max_steps: int | None = None
-    """Limit, in total."""
+    """Limit of the whole run."""
     max_time: float | None = None
-    """Limit in seconds, in total."""
+    """Limit of the whole run in seconds."""
     steps_per_epoch: int | None = None
     batches_per_epoch: int | None = None
     optimizers: list[str] = []
-    """Names, where `set_lr` must say which."""
+    """Names, if `set_lr` must say which one."""
     monitor: str = ""
-    """The metric that says which moment is best."""
+    """Metric that defines the best checkpoint."""
     config: dict[str, Any] = {}
-    """Every knob; secrets are masked."""
+    """All settings, secrets masked."""
     refused: dict[str, str] = {}
-    """Commands that cannot be given to this run, and why: `{"validate": "there is no val_loader"}`."""
+    """Commands that this run rejects, and why: `{"validate": "there is no val_loader"}`."""
 
 
 class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -295,37 +291,38 @@ class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     """Name of the metric: `train_loss`."""
     panel: str
-    """What it is drawn with: `train_loss` and `val_loss` share the panel `loss`."""
+    """Panel of the curve: `train_loss` and `val_loss` share the panel `loss`."""
     group: str
-    """What stands before the first `/` of the panel's name; empty for the run's own metrics."""
+    """The part of the panel's name before its first `/`; empty if there is none."""
     label: str
-    """What tells it from the others in its panel: `step`, `train`, `val`; else the key."""
+    """Name within the panel: `step`, `train`, `val`, or the key."""
     better: Literal["min", "max"] | None = None
-    """Whether less or more is better; None if nobody knows."""
+    """Whether lower or higher values are better; None if unknown."""
 
 
 class Series(FromServer, frozen=True, kw_only=True, tag="series"):
-    """Curves that are new since the last such message; the first one has all."""
+    """Curves that are new since the previous such message; the first one has all."""
 
     run: str
     series: list[SeriesInfo]
 
 
 class Latest(FromServer, frozen=True, kw_only=True, tag="latest"):
-    """Where every curve is, shown or not; at most once a second."""
+    """Current values of all curves, shown or not; at most once a second."""
 
     run: str
     values: dict[str, tuple[Any, float | None, int, float | None, int]]
-    """By id, as text: last value (may be `"NaN"`, ...), least and its step, greatest and its step; None: no finite."""
+    """By id, as text: last value (may be `"NaN"`, ...), minimum and its step, maximum and its step. None: there is no
+    finite value."""
 
 
 class Status(FromServer, frozen=True, kw_only=True, tag="status"):
-    """Where the run is. Sent whole: with each milestone, and else when something has changed, four times a second."""
+    """State of the run. Sent whole: with every milestone; otherwise after a change, at most four times a second."""
 
     run: str
     state: State
     by: str = ""
-    """Who paused or stopped it."""
+    """Origin of the command that paused or stopped the run."""
     reason: str = ""
     error: str | None = None
     """The exception of a failed run, as `Type: text`."""
@@ -336,60 +333,60 @@ class Status(FromServer, frozen=True, kw_only=True, tag="status"):
     step: int = 0
     """Optimizer steps done."""
     progress: float | None = None
-    """Share of the run that is done, from 0 to 1, by the limit that ends it first; None without a limit."""
+    """Share of the run done, from 0 to 1, by the limit that ends it first; None without a limit."""
     seconds: float = 0.0
-    """Since the start of this attempt."""
+    """Seconds since the start of this attempt."""
     time_left: float | None = None
-    """Seconds, as far as one can know."""
+    """Estimated seconds until the end."""
     steps_per_second: float = 0.0
     samples_per_second: float = 0.0
     lr: float | None = None
     loss: Any = None
-    """Of the last step; may be `"NaN"`."""
+    """Loss of the last step; may be `"NaN"`."""
     data_share: float = 0.0
-    """Share of the last seconds that training waited for data."""
+    """Share of the last five seconds in which training waited for data."""
     compute_share: float = 0.0
-    """Share of the last seconds in forward, backward and optimizer."""
+    """Share of the last five seconds in forward, backward and optimizer."""
     callback_share: float = 0.0
-    """Share of the last seconds in deciders and step hooks: what callbacks have made training wait."""
+    """Share of the last five seconds in deciders and step hooks, during which training waits for callbacks."""
     validating: bool = False
     saving: bool = False
     """A checkpoint is being written."""
     stalled: float | None = None
-    """Seconds since the last step, where that is unusually long."""
+    """Seconds since the last step, if unusually long."""
     waiting_for: str = ""
-    """Where the training thread is, when it is stalled."""
+    """Code line that a stalled training thread executes."""
     dropped: int = 0
-    """Samples that the page's history has missed."""
+    """Samples missing from the page's history."""
     trimmed: float | None = None
-    """Step before which only least and greatest values are left of the history."""
+    """Step before which the history holds only minima and maxima."""
     viewers: int = 0
 
 
 class Milestone(FromServer, frozen=True, kw_only=True, tag="milestone"):
-    """An event of the run that is no sample, whole, as it stands in `events.jsonl`."""
+    """An event of the run other than a sample, as in `events.jsonl`."""
 
     run: str
     event: msgspec.Raw
 
 
 class MilestonesMissed(FromServer, frozen=True, kw_only=True, tag="missed"):
-    """There were more milestones than are kept: these are not sent."""
+    """Number of milestones that are not sent, because the server no longer has them."""
 
     run: str
     count: int
 
 
 class Ack(FromServer, frozen=True, kw_only=True, tag="ack"):
-    """What has become of a command. `accepted` is followed by one of the others."""
+    """State of a command. `accepted` is followed by one of the other states."""
 
     id: str
     name: str
     state: Literal["accepted", "applied", "rejected", "expired"]
     step: int | None = None
-    """Where it was applied."""
+    """Step at which it was applied."""
     why: str = ""
-    """Why it was rejected or has expired, or what has come of it."""
+    """Reason of a rejection or an expiry, or the result."""
 
 
 class Pong(FromServer, frozen=True, kw_only=True, tag="pong"):
@@ -401,54 +398,49 @@ class Pong(FromServer, frozen=True, kw_only=True, tag="pong"):
 
 
 class Bye(FromServer, frozen=True, kw_only=True, tag="bye"):
-    """The server is about to close the connection, or has been told to."""
+    """The server is about to close the connection."""
 
     reason: str
-
-
-ServerMessage = (
-    Hello | Runs | RunInfo | Series | Latest | Status | Milestone | MilestonesMissed | Ack | Pong | Bye
-)
 
 
 # Chart frames ------------------------------------------------------------------------------------
 
 
 class NonFinite(msgspec.Struct, frozen=True, array_like=True):
-    """A stretch of points of one curve without a finite value, `[start, end, kind, count]` on the wire."""
+    """Consecutive points of one curve without a finite value, `[start, end, kind, count]` on the wire."""
 
     start: float
-    """Step of the first one."""
+    """Step of the first point."""
     end: float
-    """Step of the last one."""
+    """Step of the last point."""
     kind: Literal["nan", "inf", "-inf", "mixed"]
     count: int
 
 
 class Gap(msgspec.Struct, frozen=True, array_like=True):
-    """A stretch of steps whose samples were dropped, `[after, before, count]`: no line is drawn across."""
+    """Consecutive steps whose samples were dropped, `[after, before, count]`: no line is drawn across."""
 
     after: float
-    """Last step that is there."""
+    """Last step before the gap."""
     before: float
-    """First step that is there again."""
+    """First step after the gap."""
     count: int
-    """Steps that are missing."""
+    """Missing steps."""
 
 
 class ChartColumn(msgspec.Struct, frozen=True, kw_only=True):
-    """What the header says about one curve in a chart frame."""
+    """One curve in the header of a chart frame."""
 
     id: int
     points: int
     """Length of its columns."""
     dense: bool = False
-    """True: it has a point in every row of the axis, and no column of indices."""
+    """True: the curve has a point in every row of the axis, and no column of indices."""
     reduced: bool = False
-    """True: of several neighbouring points only the least and the greatest are here."""
+    """True: neighbouring points are reduced to their minimum and maximum."""
     marks: list[NonFinite] = []
-    """Where it is not finite. In its column such a point is NaN. A stretch that has grown comes again, known by where
-    it starts."""
+    """Where the curve is not finite; its column has NaN there. An entry that has grown is sent again, with the same
+    `start`."""
 
 
 class ChartHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="chart"):
@@ -456,32 +448,37 @@ class ChartHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 
     run: str
     kind: Literal["snapshot", "delta", "range"]
-    """`snapshot` replaces the curves it names, `delta` is appended to them, `range` answers a question."""
+    """`snapshot` replaces the curves it names, `delta` is appended to them, `range` answers a query."""
     query: int | None = None
-    """Which question."""
+    """Number of the answered query."""
     more: bool = False
-    """True: this answer goes on in the next chart frame, whose points are appended."""
+    """True: the answer continues in another chart frame, whose points are appended."""
     rows: int
     """Length of the axis columns `step`, `time` and `epoch`."""
     series: list[ChartColumn]
     gaps: list[Gap] = []
-    """Those that touch this frame; known by where they start, like marks."""
+    """Gaps that touch this frame, identified by `after`."""
     trimmed: float | None = None
-    """Step before which only least and greatest values are left."""
+    """Step before which the history holds only minima and maxima."""
 
 
 Float64s = npt.NDArray[np.float64]
 
 
 class ChartFrame(msgspec.Struct, kw_only=True):
-    """A chart frame, taken apart."""
+    """A decoded chart frame."""
 
     header: ChartHeader
-    step: Float64s  # (rows,)
-    time: Float64s  # (rows,), Unix time in seconds
-    epoch: Float64s  # (rows,), epochs done with a fraction
-    values: list[Float64s]  # of each curve, (points,)
-    indices: list[npt.NDArray[np.uint32]]  # of each curve, (points,): which row each point is in
+    step: Float64s
+    """Steps, shape (rows,)."""
+    time: Float64s
+    """Unix time in seconds, shape (rows,)."""
+    epoch: Float64s
+    """Number of epochs done with a fraction, shape (rows,)."""
+    values: list[Float64s]
+    """Values by curve, shape (points,)."""
+    indices: list[npt.NDArray[np.uint32]]
+    """Row of every point by curve, shape (points,)."""
 
 
 _encode_header = msgspec.json.Encoder().encode
@@ -489,13 +486,13 @@ _decode_header = msgspec.json.Decoder(ChartHeader).decode
 
 
 def encode_chart(frame: ChartFrame) -> bytes:
-    """Lay a chart frame out, little-endian throughout.
+    """Encode a chart frame, all little-endian.
 
     u32         length of the header
-    header      JSON, filled up with spaces so that what follows starts at a multiple of 8
+    header      JSON, padded with spaces so that the rest starts at a multiple of 8
     f64 x rows  step, then time, then epoch
-    f64 x n     values, curve after curve as the header lists them
-    u32 x n     rows of the points, curve after curve, without those that are dense
+    f64 x n     values, curve after curve in the order of the header
+    u32 x n     rows of the points, curve after curve, without dense curves
     """
     header = _encode_header(frame.header)
     header += b" " * (-(4 + len(header)) % 8)
@@ -509,10 +506,10 @@ def encode_chart(frame: ChartFrame) -> bytes:
 
 
 def decode_chart(data: bytes) -> ChartFrame:
-    """Take a chart frame apart.
+    """Decode a chart frame.
 
     Raises:
-        ValueError: The bytes are no chart frame. (`msgspec.DecodeError` is one.)
+        ValueError: The bytes are no chart frame. (`msgspec.DecodeError` is a ValueError.)
     """
     if len(data) < 4:
         raise ValueError(f"a chart frame has at least 4 bytes, got {len(data)}")
@@ -521,7 +518,7 @@ def decode_chart(data: bytes) -> ChartFrame:
     counts = [header.rows] * 3 + [column.points for column in header.series]
     sparse = [0 if column.dense else column.points for column in header.series]
     if len(data) != 4 + length + 8 * sum(counts) + 4 * sum(sparse):
-        raise ValueError(f"the chart frame has {len(data)} bytes, its header speaks of another length")
+        raise ValueError(f"the chart frame has {len(data)} bytes, its header implies another length")
     offset = 4 + length
     columns = []
     for count in counts:
@@ -541,16 +538,15 @@ def decode_chart(data: bytes) -> ChartFrame:
 # Text messages -----------------------------------------------------------------------------------
 
 _viewer_messages: msgspec.json.Decoder[ViewerMessage] = msgspec.json.Decoder(ViewerMessage)
-_server_messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 _encode = msgspec.json.Encoder().encode
 
 
 class ProtocolError(OffloopError):
-    """A viewer sent something that is no message of this protocol; the text says what. Never leaves the dashboard."""
+    """A viewer violated the protocol; the text says how. Never leaves the dashboard."""
 
 
 def decode_viewer_message(text: str | bytes) -> ViewerMessage:
-    """Read what a viewer has sent.
+    """Decode a viewer's message.
 
     Raises:
         ProtocolError: It is no message of this protocol.
@@ -561,25 +557,17 @@ def decode_viewer_message(text: str | bytes) -> ViewerMessage:
         raise ProtocolError(str(error)) from None
 
 
-def decode_server_message(text: str | bytes) -> ServerMessage:
-    """Read what a server has sent as text; for clients.
-
-    Raises:
-        msgspec.DecodeError: It is no message of this protocol.
-    """
-    return _server_messages.decode(text)
-
-
 def encode_message(message: FromServer | FromViewer) -> bytes:
-    """Encode a message as JSON. Numbers that may be NaN must have gone through `number` before."""
+    """Encode a message as JSON. Convert numbers that may be NaN with `number` first."""
     try:
         return _encode(message)
-    except UnicodeEncodeError:  # names of files that are no UTF-8, in a command line, a path or an error
+    except UnicodeEncodeError:
+        # The name of a file that is not UTF-8, in a command line, a path or an error.
         return _encode(printable(msgspec.to_builtins(message)))
 
 
 def printable(value: Any) -> Any:
-    """Return what JSON is made of, with every half of a character in its texts written as an escape."""
+    """Return a JSON value with lone surrogates in its strings replaced by escapes."""
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     if isinstance(value, dict):
@@ -588,7 +576,7 @@ def printable(value: Any) -> Any:
 
 
 def number(value: float) -> float | str:
-    """Return a number as JSON can hold it: `"NaN"`, `"Infinity"` and `"-Infinity"` for those it cannot."""
+    """Return a number for JSON: `"NaN"`, `"Infinity"` or `"-Infinity"` if it is not finite."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

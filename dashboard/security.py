@@ -1,11 +1,11 @@
-"""Security: who may talk to the server, decided from a request's head alone. No socket.
+"""Security: who may use the server, decided from a request's headers alone. No socket.
 
-A page in another browser tab is the attacker to think of: it can send requests to 127.0.0.1, and a name that its
-owner resolves to 127.0.0.1 makes such a request look like ours. Against the first stand the token and the
-check of `Origin`, against the second the list of host names that are answered at all.
+The attacker to consider is a page in another browser tab: it can send requests to 127.0.0.1, and a host name that its
+owner resolves to 127.0.0.1 makes such a request look like one of ours. The token and the check of `Origin` prevent the
+first, the list of accepted host names prevents the second.
 
-The token in the address is good as long as the process lives. It is exchanged at once for a cookie that
-scripts cannot read, signed with a key of the user's own, so that a tab finds the next run too.
+The token in the address is valid while the process lives. The browser exchanges it at once for a cookie that scripts
+cannot read. A key of the user signs the cookie, so that a tab also finds the user's next run.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SECURITY_HEADERS: Final = {
 
 
 def content_security_policy(frame_ancestors: Sequence[str] = ()) -> str:
-    """Return what the page may load and who may frame it: nothing but its own server, and nobody."""
+    """Return the policy of the page: it loads only from its own server, and only `frame_ancestors` may embed it."""
     ancestors = " ".join(frame_ancestors) or "'none'"
     return (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob:; "
@@ -43,7 +43,7 @@ def content_security_policy(frame_ancestors: Sequence[str] = ()) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """True for names and addresses that only this machine can reach."""
+    """True for names and addresses that are reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -58,14 +58,15 @@ def host_name(header: str) -> str | None:
         return None
     try:
         parts = urlsplit(f"//{header}")
-        _ = parts.port  # raises for one that is no number
+        # Raises if the port is not a number.
+        _ = parts.port
     except ValueError:
         return None
     return parts.hostname
 
 
 class Gate:
-    """Decides about requests."""
+    """Decides which requests are answered, and with which role."""
 
     def __init__(
         self,
@@ -81,25 +82,25 @@ class Gate:
 
         Args:
             bound_to: The address that it listens on.
-            token: Gives the control role.
-            read_only_token: Gives the right to look.
-            key: Signs cookies, 32 bytes.
-            read_only: Nobody gets more than the right to look, whatever an older cookie says.
-            allow_hosts: Further names under which browsers may reach it.
+            token: Grants the control role.
+            read_only_token: Grants the read_only role.
+            key: Signs cookies; 32 bytes.
+            read_only: Grant at most the read_only role, also to cookies of earlier servers.
+            allow_hosts: More host names under which browsers may reach the server.
         """
         self._bound_to = bound_to
         self._tokens: tuple[tuple[str, Role], ...] = ((token, "control"), (read_only_token, "read_only"))
         self._key = key
         self._read_only = read_only
         self._names = LOOPBACK_NAMES | {bound_to.lower(), *(name.lower() for name in allow_hosts)}
-        # Named after the key: another user's server, seen through a tunnel under the same name, has another one.
+        # The name depends on the key: another user's server, tunnelled to the same host name, uses another cookie.
         self.cookie_name = f"offloop_{hashlib.sha256(key).hexdigest()[:8]}"
 
     def allows_host(self, headers: Sequence[str]) -> bool:
         """True for exactly one `Host` header that names this server.
 
-        A literal address cannot be a name that somebody has resolved to us; where the server is meant to be
-        reached from elsewhere, each is fine.
+        A literal address cannot be a name that an attacker resolves to this machine, so any is accepted if the
+        server listens for other machines.
         """
         if len(headers) != 1:
             return False
@@ -115,7 +116,7 @@ class Gate:
         return address.is_loopback or not is_loopback(self._bound_to)
 
     def allows_origin(self, origins: Sequence[str], host: str, *, has_bearer: bool) -> bool:
-        """True if a websocket may be opened: by our own page, or by a program that is no browser."""
+        """True if our own page opens the websocket, or a program that is no browser and has a token."""
         if not origins:
             return has_bearer
         if len(origins) != 1:
@@ -127,15 +128,16 @@ class Gate:
         return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
     def role_of_token(self, token: str) -> Role | None:
-        """Return what a token is good for."""
+        """Return the role that a token grants."""
         found: Role | None = None
-        for known, role in self._tokens:  # all are compared: how long it takes says nothing
+        # Compare all tokens, so that the duration reveals nothing.
+        for known, role in self._tokens:
             if hmac.compare_digest(known.encode(), token.encode("utf-8", "replace")):
                 found = found or role
         return self._at_most(found)
 
     def role_of(self, cookies: Sequence[str], authorizations: Sequence[str]) -> Role | None:
-        """Return the role that the `Authorization` or `Cookie` headers give."""
+        """Return the role that the `Authorization` or `Cookie` headers grant."""
         if authorizations:
             scheme, _, token = authorizations[0].partition(" ")
             if len(authorizations) != 1 or scheme.lower() != "bearer":
@@ -152,10 +154,11 @@ class Gate:
         return "read_only" if self._read_only and role is not None else role
 
     def role_in_query(self, query: str) -> Role | None:
-        """Return the role of the token in an address, None if there is no valid one."""
+        """Return the role of the token in an address; None if there is no valid one."""
         try:
             tokens = parse_qs(query, max_num_fields=16).get("token", [])
-        except ValueError:  # more fields than anybody needs
+        except ValueError:
+            # Too many fields.
             return None
         return self.role_of_token(tokens[0]) if len(tokens) == 1 else None
 
@@ -182,19 +185,19 @@ class Gate:
 
 
 def new_token() -> str:
-    """Return a token that nobody guesses."""
+    """Return a random token of 192 bits."""
     return secrets.token_urlsafe(24)
 
 
 def state_directory() -> Path:
-    """Return the directory for what offloop keeps of a user between runs."""
+    """Return the directory for the files that offloop keeps for a user between runs."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "offloop"
 
 
 def user_key() -> bytes:
-    """Return the key that signs this user's cookies; made on first use, in a file that only the user can read.
+    """Return the key that signs this user's cookies, from a file that only the user can read; created on first use.
 
-    Where no file can be kept, a key for this process alone: tabs then have to be opened anew for the next run.
+    If no such file can be written, return a key for this process alone: open tabs then cannot find the next run.
     """
     path = state_directory() / "dashboard.key"
     with contextlib.suppress(OSError):
@@ -209,7 +212,8 @@ def user_key() -> bytes:
                 file.flush()
                 os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)  # whoever is first wins: two processes end with the same key
+                # Two processes that create the key at once both use the first one.
+                os.link(temporary, path)
         finally:
             temporary.unlink()
         if (key := _read_key(path)) is not None:
@@ -218,7 +222,7 @@ def user_key() -> bytes:
 
 
 def _read_key(path: Path) -> bytes | None:
-    """Return the key in a file; None if there is none, it is damaged, or others may read it."""
+    """Return the key in a file; None if there is none. Delete a key that is damaged or that others may read."""
     try:
         is_private = not path.stat().st_mode & 0o077
         key = path.read_bytes()

@@ -1,8 +1,8 @@
-"""Server: one port for page and websocket, in a thread with an asyncio loop of its own.
+"""Server: one port for the page and its websockets, in a thread with its own asyncio loop.
 
-The runs' event loops, whatever they are, never serve a viewer: a host that holds its loop for a while does
-not hold the page up, and Stop works while a handler hangs. The websockets library does the handshake, keepalive,
-limits and closing; what is here decides about requests, hands out the page and ties connections to the hub.
+The event loops of runs never serve viewers: a host that blocks its loop does not block the page, and Stop works while
+a handler hangs. The websockets library does the handshake, keepalive, limits and closing; this module answers
+requests, serves the page and connects websockets to the hub.
 """
 
 import asyncio
@@ -47,31 +47,31 @@ from offloop.engine import Event, Run, Subscription, TrainStart
 from offloop.engine.bus.threads import Latch, Thread
 
 logger = logging.getLogger("offloop")
-# What strangers send must not fill anybody's log: the library's own records are for those who look for them.
+# Malformed requests from strangers must not fill the log: a user who wants the library's records lowers this level.
 _library_logger = logging.getLogger("offloop.dashboard.websockets")
 _library_logger.setLevel(logging.CRITICAL)
 
 DEFAULT_PORT: Final = 8321
 PORTS_TRIED: Final = 20
-"""Ports tried after the default one, where others are taken."""
+"""Ports tried after the default one if that is taken."""
 GOODBYE: Final = 1.0
-"""Seconds that viewers have to take the last words of a run."""
+"""Seconds for viewers to receive the last messages of a run."""
 SEND_BUFFER: Final = 128 * 1024
-"""Bytes that the kernel keeps for a viewer: by default megabytes, which are seconds of old charts."""
+"""Bytes of a viewer's kernel buffer: the default is megabytes, which hold seconds of outdated charts."""
 HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds after which a connection that has not said what it wants, or not taken its answer, is closed."""
+"""Seconds for a connection to send its request and to receive the answer."""
 CLOSE_TIMEOUT: Final = 2.0
-"""Seconds that a websocket has to take its last words and to answer them; then it is cut off."""
+"""Seconds for a websocket to receive its close frame and answer it; then it is aborted."""
 MAX_HALF_OPEN: Final = 64
-"""Connections that have not said yet what they want. One more ends the oldest of them: who has something to say
-says it within milliseconds, so it is those that say nothing that go."""
+"""Most connections that have sent no request yet. One more aborts the oldest of them: a real client sends its request
+within milliseconds, so the oldest is idle."""
 MESSAGES_READ_AHEAD: Final = 4
-"""Messages of a viewer that wait to be handled; then its socket is not read any more."""
+"""Messages of a viewer that wait to be handled; beyond that its socket is not read."""
 FOR_GOOD: Final = "public, max-age=31536000, immutable"
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What one server is made with; see `Dashboard` for what each means."""
+    """Settings of a server; see `Dashboard` for their meaning."""
 
     host: str = "127.0.0.1"
     port: int | None = None
@@ -90,13 +90,15 @@ class Server:
     """Serves the page and the runs of this process. Any thread may call its methods."""
 
     def __init__(self, options: Options) -> None:
-        """Start serving. Blocks until the port is open: milliseconds.
+        """Start serving. Blocks for milliseconds, until the port is open.
 
         Raises:
-            OSError: The address cannot be listened on.
+            OSError: The server cannot listen on the address.
         """
         self.options = options
-        self.port = 0  # written by the server's thread before `__init__` returns, like `hub` and `_loop`
+        # The server's thread writes `port`, `hub`, `_loop`, `_stop`, `_listening` and `_error`. Other threads read
+        # them only after `__init__`, which waits for the latch that the server's thread opens behind them.
+        self.port = 0
         self.token = options.token or new_token()
         self.read_only_token = self.token if options.read_only else new_token()
         self.page = Page.load()
@@ -107,27 +109,32 @@ class Server:
             read_only_token=self.read_only_token,
             key=user_key(),
             read_only=options.read_only,
-            # The address that is printed must be one that is answered.
+            # The printed address contains this name, so requests for it must be accepted.
             allow_hosts=(*options.allow_hosts, *([socket.gethostname()] if self._is_wildcard else [])),
         )
         self._loop: asyncio.AbstractEventLoop
         self._context = contextvars.Context()
         self._stop: asyncio.Event
+        # Only the server's thread uses these, and a forked child, in which no other thread lives.
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followers: dict[Run, asyncio.Task[None]] = {}
-        self._half_open: dict[_Connection, None] = {}  # have not been answered yet, oldest first
-        self._connections: set[_Connection] = set()  # all that are not over
-        self._listening: list[int] = []  # descriptors
+        # Connections without an answer yet, oldest first.
+        self._half_open: dict[_Connection, None] = {}
+        # All open connections.
+        self._connections: set[_Connection] = set()
+        # File descriptors of the listening sockets.
+        self._listening: list[int] = []
         self._error: BaseException | None = None
-        self._reason = ""  # why it was closed; written and read by the server's thread
+        # The reason given to `close`.
+        self._reason = ""
         started = Latch()
-        # A daemon: a viewer that does not go must never keep the interpreter from leaving.
+        # A daemon, so that a viewer that does not disconnect cannot keep the interpreter alive.
         self._thread = Thread(self._run, started, name="offloop-dashboard", daemon=True)
         self._thread.start()
         try:
             started.wait()
         except BaseException:
-            # Ctrl-C: the caller never gets this server, so it is closed here.
+            # Ctrl-C: the caller never receives this server, so close it here.
             started.wait()
             if self._error is None:
                 self.close("interrupted")
@@ -140,12 +147,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Address of the page, with the token that gives the most that this server gives."""
+        """Address of the page, with the token of the highest role that this server grants."""
         return f"{self._base}?token={quote(self.token, safe='')}"
 
     @property
     def read_only_url(self) -> str:
-        """Address of the page for those who may look but not touch."""
+        """Address of the page for viewers who may watch but not steer."""
         return f"{self._base}?token={quote(self.read_only_token, safe='')}"
 
     @property
@@ -167,23 +174,24 @@ class Server:
         return not self._thread.is_over
 
     def add_run(self, run: Run, start: TrainStart, subscription: Subscription[Event]) -> None:
-        """Show a run, while it goes on. Any thread; does not wait. After `close` nobody is left to see it."""
+        """Show a run while it runs. Any thread; does not wait. After `close` it only closes the subscription."""
         optimizers = tuple(run.trainer.optimizers)
         if not self._post(lambda: self._follow(run, start, optimizers, subscription)):
             subscription.close()
 
     def finish_run(self, run: Run) -> None:
-        """Wait until the hub has taken everything that a run has said; it is over. Blocks its thread, briefly."""
+        """Wait until the hub has read all events of a run that has ended. Blocks its thread for at most a second."""
         done = threading.Event()
         if self._post(lambda: self._when_followed(run, done.set)):
             done.wait(GOODBYE)
 
     def close(self, reason: str) -> None:
-        """Tell all viewers, close everything, end the thread. Blocks at most about three seconds; twice is fine."""
+        """Notify all viewers, close everything, end the thread. Blocks at most about three seconds; twice is fine."""
 
         def stop() -> None:
             self._reason = reason
-            self._stop.set()  # first: whatever happens, the thread that closes does not wait for ever
+            # First, so that the closing thread does not wait forever if the goodbye fails.
+            self._stop.set()
             self.hub.say_goodbye(1001, reason)
 
         if not self._thread.is_over:
@@ -192,9 +200,10 @@ class Server:
 
     def _post(self, function: Callable[[], None]) -> bool:
         try:
-            # In a context of its own: in the caller's, anyio would take this event loop for trio where the run's is.
+            # Not in the caller's context: there anyio may believe that this event loop is trio's.
             self._loop.call_soon_threadsafe(function, context=self._context)
-        except RuntimeError:  # the loop is closed: nobody is left to be told
+        except RuntimeError:
+            # The loop is closed.
             return False
         return True
 
@@ -206,7 +215,8 @@ class Server:
         except BaseException as error:
             if started.is_open:
                 raise
-            self._error = error  # there is no event loop, for want of descriptors
+            # Without free file descriptors there is no event loop.
+            self._error = error
         finally:
             started.open()
 
@@ -220,7 +230,8 @@ class Server:
         )
         try:
             server = await self._listen()
-        except Exception as error:  # a host that is no name is a UnicodeError, for one
+        except Exception as error:
+            # Not only OSError: a malformed host name is a UnicodeError.
             self._error = error
             return
         self._spawn(self.hub.beat())
@@ -242,16 +253,16 @@ class Server:
                 await self._end_connections()
 
     async def _stop_accepting(self, server: WebsocketServer) -> None:
-        """Accept no further connections, and let the last one be known to the server.
+        """Accept no more connections, and wait a turn until the server knows the last one.
 
-        That happens in a task; one that finds asyncio's server closed fails (Python 3.11) and leaves its socket open.
+        Accepting happens in a task. On Python 3.11 that task fails if asyncio's server is closed, and leaks its socket.
         """
         for listening in server.sockets:
             self._loop.remove_reader(listening)
         await asyncio.sleep(0)
 
     async def _end_connections(self) -> None:
-        """Cut off those that do not go, and those that are only coming: they take some turns of the event loop."""
+        """Abort remaining connections, also those still being accepted, which takes some turns of the event loop."""
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             for connection in tuple(self._connections):
                 connection.transport.abort()
@@ -259,7 +270,7 @@ class Server:
 
     async def _listen(self) -> WebsocketServer:
         options = self.options
-        # Not ::1 as well: any port (0) would be another one there. Browsers try both.
+        # Not also ::1, where port 0 would be a different port. Browsers try both addresses.
         host = "127.0.0.1" if options.host == "localhost" else options.host
         last = DEFAULT_PORT + PORTS_TRIED
         connection: Any = functools.partial(_Connection, self._half_open, self._connections)
@@ -289,17 +300,19 @@ class Server:
                     ) from error
                 if options.port is None:
                     continue
-                what = "taken" if error.errno == errno.EADDRINUSE else "not for this user"
+                what = "taken" if error.errno == errno.EADDRINUSE else "not permitted for this user"
                 raise OSError(
                     error.errno,
-                    f"port {port} of {options.host} is {what}: give Dashboard another port, 0 for any, or none for "
-                    f"the next free one from {DEFAULT_PORT} on",
+                    f"port {port} of {options.host} is {what}: give Dashboard another port, 0 for any free one, or "
+                    f"None for the next free one from {DEFAULT_PORT} on",
                 ) from error
             self.port = server.sockets[0].getsockname()[1]
             self._listening = [each.fileno() for each in server.sockets]
             _open_servers.add(self)
             return server
-        raise OSError(errno.EADDRINUSE, f"ports {DEFAULT_PORT} to {last} are all taken; give port=0 for any")
+        raise OSError(
+            errno.EADDRINUSE, f"ports {DEFAULT_PORT} to {last} are all taken; give port=0 for any free one"
+        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
@@ -328,7 +341,7 @@ class Server:
             follower.add_done_callback(lambda _: tell())
 
     def close_copies(self) -> None:
-        """Close what a forked child has got of this server's sockets. In the child."""
+        """Close the copies of this server's sockets. Called in a forked child."""
         descriptors = list(self._listening)
         for connection in tuple(self._connections):
             raw = connection.transport.get_extra_info("socket")
@@ -340,18 +353,19 @@ class Server:
     # Requests
 
     def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer a request for a file, or let a websocket handshake go on."""
+        """Answer a request for a file, or let a websocket handshake continue."""
         assert isinstance(connection, _Connection)
         response = self._respond(connection, request)
         if response is not None and request.method == "HEAD":
-            response.body = b""  # the length stays: it is that of the answer to GET
+            # Content-Length stays that of the answer to GET.
+            response.body = b""
         return response
 
     def _respond(self, connection: "_Connection", request: Request) -> Response | None:
         headers = request.headers
         hosts = headers.get_all("Host")
         if not self._gate.allows_host(hosts):
-            return _answer(421, "This server does not answer under this name.")
+            return _answer(421, "This server does not answer to this host name.")
         try:
             address = urlsplit(request.path)
         except ValueError:
@@ -368,20 +382,22 @@ class Server:
     def _admit(
         self, connection: "_Connection", headers: Headers, host: str, role: Role | None
     ) -> Response | None:
-        """Refuse a websocket, or let it in and note its role."""
+        """Refuse a websocket, or admit it and record its role."""
         has_bearer = bool(headers.get_all("Authorization"))
         if not self._gate.allows_origin(headers.get_all("Origin"), host, has_bearer=has_bearer):
-            return _answer(403, "A websocket is opened by the page of this very server, or with a token.")
+            return _answer(
+                403, "Only the page of this server, or a program with a token, may open a websocket."
+            )
         if role is None:
-            return _answer(401, "Open the page with the address that the run has printed.")
+            return _answer(401, "Open the page with the address that the run printed.")
         if self._viewers >= self.options.max_viewers:
-            return _answer(503, f"There are {self._viewers} viewers already.")
+            return _answer(503, f"There are already {self._viewers} viewers.")
         connection.role = role
         return None
 
     @property
     def _viewers(self) -> int:
-        """Websockets that were let in, whether they have said hi or not."""
+        """Number of admitted websockets, including those that have not said hi."""
         return sum(connection.role is not None for connection in self._connections)
 
     def _file(self, headers: Headers, path: str, query: str, role: Role | None) -> Response:
@@ -396,7 +412,7 @@ class Server:
             }
             return _answer(200, msgspec.json.encode(status), {"Content-Type": "application/json"})
         if path == "/" and "token=" in query:
-            # Right or wrong, the token leaves the address bar; without a cookie the page says what is missing.
+            # Redirect to an address without the token, right or wrong. Without a cookie the page asks for one.
             more = {"Location": "./"}
             if (given := self._gate.role_in_query(query)) is not None:
                 more["Set-Cookie"] = self._gate.cookie(given, secure=self.options.ssl is not None)
@@ -405,7 +421,7 @@ class Server:
             return self._asset(headers, NOT_BUILT, 503, "no-store")
         asset = self.page.assets.get(path)
         if asset is None:
-            return _answer(404, "There is nothing here.")
+            return _answer(404, "Not found.")
         return self._asset(headers, asset, 200, "no-cache" if path == "/" else FOR_GOOD)
 
     def _asset(self, headers: Headers, asset: Asset, status: int, keep: str) -> Response:
@@ -423,7 +439,7 @@ class Server:
         return _answer(status, asset.body, more)
 
     async def _serve(self, connection: ServerConnection) -> None:
-        """Serve one websocket to its end."""
+        """Serve one websocket until it closes."""
         assert isinstance(connection, _Connection) and connection.role is not None
         self._half_open.pop(connection, None)
         peer = connection.remote_address
@@ -431,12 +447,12 @@ class Server:
         try:
             await self.hub.serve(_WebsocketLink(connection), role=connection.role, address=address)
         except Exception:
-            logger.exception("the live page has a defect: a viewer was cut off")
+            logger.exception("the live page failed: a viewer was disconnected")
             raise
 
 
 class _Connection(ServerConnection):
-    """A connection that says when it begins and ends, from before its first byte."""
+    """A connection that registers itself before its first byte, and unregisters when it closes."""
 
     def __init__(
         self,
@@ -447,15 +463,17 @@ class _Connection(ServerConnection):
         **options: Any,
     ) -> None:
         super().__init__(protocol, server, **options)
-        self.role: Role | None = None  # set when it is let in as a websocket
+        # Set once the connection is admitted as a websocket.
+        self.role: Role | None = None
         self._half_open = half_open
         self._all = all_connections
-        # The library answers by itself where a head is too long or a handshake is wrong.
+        # The library itself answers requests that are too long and wrong handshakes.
         self._reject = protocol.reject
         protocol.reject = self._reject_securely  # type: ignore[method-assign]  # no other way in
 
     def _reject_securely(self, status: StatusLike, text: str) -> Response:
-        self.role = None  # let in, and then there was something wrong with the handshake
+        # It may have been admitted before its handshake turned out to be wrong.
+        self.role = None
         response = self._reject(status, text)
         for name, value in SECURITY_HEADERS.items():
             response.headers[name] = value
@@ -481,7 +499,7 @@ class _Connection(ServerConnection):
 
 
 class _WebsocketLink:
-    """A websocket, as the hub sees it."""
+    """A websocket as a `Link` for the hub."""
 
     def __init__(self, connection: ServerConnection) -> None:
         self._connection = connection
@@ -500,7 +518,7 @@ class _WebsocketLink:
         return True
 
     async def close(self, code: int, reason: str) -> None:
-        """Close it; a viewer that does not read does not get its close frame either, and is cut off."""
+        """Close the websocket; abort it if the viewer does not read the close frame."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._connection.close(code, short(reason))
@@ -508,7 +526,7 @@ class _WebsocketLink:
 
 
 def _answer(status: int, body: bytes | str, more: dict[str, str] | None = None) -> Response:
-    """Make a response. Text is for people who look at the wire."""
+    """Make a response; a string becomes a line of plain text."""
     if isinstance(body, str):
         body = f"{body}\n".encode()
     chosen = {
@@ -518,7 +536,8 @@ def _answer(status: int, body: bytes | str, more: dict[str, str] | None = None) 
         **(more or {}),
         "Connection": "close",
     }
-    if status != 304:  # its length would be that of what the browser has
+    # In a 304 the length would be that of the browser's copy.
+    if status != 304:
         chosen["Content-Length"] = str(len(body))
     return Response(status, http.HTTPStatus(status).phrase, Headers(chosen), body)
 
@@ -531,7 +550,8 @@ def _accepts_gzip(headers: Sequence[str]) -> bool:
     return False
 
 
-# A loader worker that outlives a killed parent would keep its port, and leave its viewers waiting.
+# Servers whose sockets a forked child must close. A loader worker that outlives its killed parent would keep the port
+# taken and the viewers waiting. The server's thread adds and removes; the child reads, with no other thread alive.
 _open_servers: "weakref.WeakSet[Server]" = weakref.WeakSet()
 
 
@@ -546,4 +566,4 @@ if hasattr(os, "register_at_fork"):
 
 def _log_failure(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("the live page has a defect", exc_info=error)
+        logger.error("the live page failed", exc_info=error)

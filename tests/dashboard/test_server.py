@@ -56,7 +56,7 @@ def a_state_directory_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def shared_server() -> Iterator[Server]:
     """One server for all tests that leave it as it is. It gives up on the silent within a moment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "HANDSHAKE_TIMEOUT", 0.5)
@@ -64,6 +64,14 @@ def server() -> Iterator[Server]:
         made = Server(Options(port=0))
         yield made
         made.close("the tests are over")
+
+
+@pytest.fixture
+def server(shared_server: Server, nothing_is_left_behind: None) -> Iterator[Server]:
+    """The shared server. Its end of a connection closes a moment after the test's."""
+    before = len(shared_server._connections)
+    yield shared_server
+    await_on_loop(shared_server, lambda: len(shared_server._connections) <= before)
 
 
 @pytest.fixture
@@ -431,9 +439,9 @@ MAYBE: Final = ("pipelined", "trailing bytes", "half-closed")
 
 
 @pytest.fixture(scope="module")
-def bystander(server: Server) -> Iterator[SocketViewer]:
+def bystander(shared_server: Server) -> Iterator[SocketViewer]:
     """A viewer that must not notice what others do."""
-    with SocketViewer(server.url) as viewer:
+    with SocketViewer(shared_server.url) as viewer:
         viewer.wait(lambda page: page.hello)
         yield viewer
 

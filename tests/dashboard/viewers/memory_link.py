@@ -19,15 +19,20 @@ from offloop.dashboard.protocol import (
     Latest,
     Milestone,
     MilestonesMissed,
+    Pong,
     RunInfo,
     Runs,
     Series,
     Show,
     Status,
     decode_chart,
-    decode_server_message,
     encode_message,
 )
+
+ServerMessage = (
+    Hello | Runs | RunInfo | Series | Latest | Status | Milestone | MilestonesMissed | Ack | Pong | Bye
+)
+_messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 
 
 class MemoryLink:
@@ -116,7 +121,7 @@ class PageModel:
         if not text:
             self._chart(decode_chart(data))
             return
-        message = decode_server_message(data)
+        message = _messages.decode(data)
         match message:
             case Hello():
                 if self.hello is not None and self.hello.server != message.server:
