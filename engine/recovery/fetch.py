@@ -1,4 +1,4 @@
-"""Bringing a run back from its remote directory, so that it goes on here as if it had always been here."""
+"""Downloads a run from its remote directory, so that it continues as if it had always been local."""
 
 import logging
 import os
@@ -29,10 +29,10 @@ _NEWEST: Final = ("auto", "must", "last")
 
 
 def remote_to_fetch(config: TrainerConfig, resume: Resume) -> RemoteRun | None:
-    """Return the remote directory of the run that `resume` means; None if it can only be here.
+    """Return the remote directory of the run that `resume` names; None if it can only be local.
 
     Raises:
-        ConfigError: It cannot be told which run is meant, or the store cannot be used.
+        ConfigError: The run is ambiguous, or the store cannot be used.
     """
     if config.remote is None or resume is None or resume == "never":
         return None
@@ -41,32 +41,32 @@ def remote_to_fetch(config: TrainerConfig, resume: Resume) -> RemoteRun | None:
             f"resume={resume!r}: give Trainer(remote_dir=..., run_name=...) and resume='auto', a tag or a step"
         )
     if not isinstance(resume, str | int) or (isinstance(resume, str) and set(resume) & set("/\\")):
-        return None  # a local path
+        # A local path.
+        return None
     if config.run_name is None:
         raise ConfigError(
-            f"resume={resume!r} with remote_dir needs run_name: the store may hold runs of other people, "
-            "and runs that are going on elsewhere"
+            f"resume={resume!r} with remote_dir needs run_name: the store may hold other people's runs, "
+            "and runs that are in progress elsewhere"
         )
     return remote_run(config.remote, config.run_name)
 
 
 def fetch_run(remote: RemoteRun, directory: Path, which: str | int) -> None:
-    """Bring what is needed to continue a run to its local directory, where the remote one is further on.
+    """Download what is needed to continue a run, if the remote directory is ahead of the local one.
 
-    The logs come first, then the best checkpoint, then the one to continue; each is checked byte by byte and
-    has its name only when it is whole. Of the newest, one that is damaged gives way to the one before.
-    Blocks, for the network.
+    The order is: logs, the checkpoint to continue, the best one. A checkpoint is checked byte by byte and gets its
+    name when it is whole. If the newest is damaged, the one before is used. Blocks on the network.
 
     Args:
         remote: The run's remote directory.
-        directory: The run's, local; made if there is something to bring.
+        directory: The run's local directory; created if there is something to download.
         which: `"auto"`, `"must"`, `"last"`, `"best"`, a tag or a step.
 
     Raises:
-        RemoteError: The store did not answer, or not as it should; what is here is as it was.
-        CheckpointNotFoundError: The remote run is further on and has no such checkpoint.
-        CheckpointCorruptError: What was asked for is damaged, and nothing is here or there to fall back on.
-        RunLockedError: The run is going on here.
+        RemoteError: The store failed; local files are unchanged.
+        CheckpointNotFoundError: The remote run is ahead and has no such checkpoint.
+        CheckpointCorruptError: The checkpoint is damaged, and there is none to fall back on.
+        RunLockedError: The run is in progress on this machine.
     """
     names = remote.checkpoint_names()
     described = remote.read(RUN_JSON)
@@ -76,8 +76,10 @@ def fetch_run(remote: RemoteRun, directory: Path, which: str | int) -> None:
     newest_here = age(here[-1]) if here else (-1, -1, -1)
     ahead = [name for name in names if age(name) > newest_here]
     if here and not any(remote.head(name) is not None for name in ahead):
-        return  # what is here is as new
-    with CheckpointStore(directory) as store:  # the lock: a run that is going on here is left alone
+        # The local run is as new.
+        return
+    # The store's lock keeps this from a run that is in progress.
+    with CheckpointStore(directory) as store:
         _fetch_files(remote, store, described, names)
         if which in _NEWEST:
             _fetch_newest(remote, store, ahead, must_be=not here)
@@ -92,7 +94,7 @@ def fetch_run(remote: RemoteRun, directory: Path, which: str | int) -> None:
 
 
 def _fetch_newest(remote: RemoteRun, store: CheckpointStore, ahead: list[str], *, must_be: bool) -> None:
-    """Fetch the newest whole checkpoint, and the best one so that it can be told from here."""
+    """Fetch the newest whole checkpoint, and the best one, which the run needs to compare with."""
     damaged: CheckpointError | None = None
     for name in ahead:
         if remote.head(name) is None:
@@ -114,7 +116,7 @@ def _fetch_newest(remote: RemoteRun, store: CheckpointStore, ahead: list[str], *
                 _fetch(remote, store, best)
             store.set_best(best)
         except CheckpointError as error:
-            logger.warning("the best checkpoint stays where it is: %s", error)
+            logger.warning("the best checkpoint was not fetched: %s", error)
 
 
 def _fetch(remote: RemoteRun, store: CheckpointStore, name: str) -> None:
@@ -124,7 +126,7 @@ def _fetch(remote: RemoteRun, store: CheckpointStore, name: str) -> None:
 
 
 def _meant(remote: RemoteRun, which: str | int, names: list[str]) -> str | None:
-    """Return the name of a complete checkpoint that is asked for."""
+    """Return the name of the complete checkpoint that `which` names."""
     if isinstance(which, int):
         found = [name for name in names if age(name)[1] == which]
     elif which in names:
@@ -138,7 +140,7 @@ def _meant(remote: RemoteRun, which: str | int, names: list[str]) -> str | None:
 def _fetch_files(
     remote: RemoteRun, store: CheckpointStore, described: bytes | None, names: list[str]
 ) -> None:
-    """Fetch what a run writes beside its checkpoints, if the remote attempt is a later one; run.json last."""
+    """Fetch the run's other files if the remote attempt is later; run.json last."""
     attempts, directory = attempts_so_far(described, names), store.directory
     if attempts_so_far(_local_run_json(directory), []) >= attempts:
         return
@@ -149,7 +151,8 @@ def _fetch_files(
         store.set_tag(tag, name)
     try:
         description = msgspec.json.decode(described or b"{}")
-    except msgspec.DecodeError:  # half of one, from a store that puts files in bit by bit
+    # A partial file, from a store that writes files in pieces.
+    except msgspec.DecodeError:
         description = {}
     if not isinstance(description, dict):
         raise RemoteError(f"{remote.url}/{RUN_JSON}", "is no description of a run")
@@ -162,7 +165,7 @@ def _local_run_json(directory: Path) -> bytes | None:
 
 
 def _replace(remote: RemoteRun, name: str, target: Path) -> None:
-    """Download a file into the place of a local one, whole or not at all."""
+    """Replace a local file by a download, atomically."""
     temporary = target.with_name(f".{target.name}.new")
     temporary.unlink(missing_ok=True)
     remote.get(name, temporary)

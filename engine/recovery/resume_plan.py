@@ -1,4 +1,4 @@
-"""Which run a `resume=` means, and from which of its checkpoints it goes on."""
+"""The meaning of `resume=`: the run and the checkpoint to continue from."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -22,41 +22,41 @@ WORDS = ("auto", "must", "never", "last", "best")
 
 
 class Over(NamedTuple):
-    """How a run came to its end before its limits."""
+    """How a callback ended a run before its limits."""
 
     stopped_by: str
-    """The callback that decided it."""
+    """The callback."""
     reason: str
-    """Why, in its words."""
+    """Its reason."""
 
 
 class ResumePlan(NamedTuple):
     """The run that a new attempt continues."""
 
     directory: Path
-    """Of the run; its name is the run's id."""
+    """The run's directory; its name is the run's id."""
     which: str | int | Path | None
-    """The checkpoint, as `CheckpointReader.find` takes it; None to begin the run afresh under its name."""
+    """The checkpoint, as for `CheckpointReader.find`; None to restart the run under its name."""
     attempt: int
     """Number of the new attempt."""
     over: Over | None = None
-    """Not None: a callback has ended the run, and the new attempt is not to train any further."""
+    """Set if a callback has ended the run: then the new attempt does not train."""
 
 
 def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumePlan | None:
-    """Return what to continue, None for a new run. Blocks on the file system, shortly: only names are read.
+    """Return what to continue, None for a new run. Blocks briefly: reads names only.
 
     Args:
-        resume: `"auto"` (continue if there is something), `"must"` (or raise), `"last"`, `"best"`, a tag, a step, a
-            path to a checkpoint or a run; None or `"never"` for a new run. With `"auto"` and `"must"` a run that a
-            callback has stopped is over; the others go on from what they name all the same.
-        base_dir: Where runs are.
+        resume: `"auto"` (continue if possible), `"must"` (or raise), `"last"`, `"best"`, a tag, a step, a path to a
+            checkpoint or a run; None or `"never"` for a new run. With `"auto"` and `"must"`, a run that a callback
+            has stopped is over; the other values continue it nevertheless.
+        base_dir: The directory of runs.
         run_name: The run's id, if it has a name.
 
     Raises:
         ConfigError: `resume` is none of these.
-        CheckpointNotFoundError: There is nothing that it could mean.
-        CheckpointError: All that it could mean is damaged.
+        CheckpointNotFoundError: There is no such checkpoint.
+        CheckpointError: All candidates are damaged.
     """
     if resume is None or resume == "never":
         return None
@@ -97,7 +97,7 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
 
 
 def _find(reader: CheckpointReader, which: str | int) -> None:
-    """Raise `CheckpointNotFoundError` where a run has no such checkpoint."""
+    """Raise `CheckpointNotFoundError` if a run has no such checkpoint."""
     try:
         reader.find(which)
     except CheckpointNotFoundError as error:
@@ -105,25 +105,25 @@ def _find(reader: CheckpointReader, which: str | int) -> None:
 
 
 def _advice(resume: str | int) -> str:
-    """Return what to write in place of a `resume=` that leads to nothing."""
+    """Return advice for a `resume=` that names nothing."""
     if resume == "must":
-        return '; resume="must" needs an unfinished run with a checkpoint; resume="auto" begins a new run without one'
+        return '; resume="must" needs an unfinished run with a checkpoint; resume="auto" starts a new run without one'
     near = nearest(str(resume), WORDS)
     return "" if near in (None, resume) else f"; did you mean {near!r}?"
 
 
 def _has_checkpoints(reader: CheckpointReader) -> bool:
-    """Tell whether there is something to go on from.
+    """Return whether a run has a checkpoint to continue from.
 
     Raises:
-        CheckpointError: There was, and all of it is damaged: nobody wants to begin afresh unawares.
+        CheckpointError: All its checkpoints are damaged: a run never silently starts over.
     """
     if reader.checkpoints():
         return True
     lost = [*(error.path.name for error in reader.damaged()), *reader.set_aside()]
     if lost:
         raise CheckpointError(
-            f"all checkpoints of {reader.directory} are damaged ({', '.join(lost)}): to begin afresh, give another "
+            f"all checkpoints of {reader.directory} are damaged ({', '.join(lost)}): to start over, give another "
             "run_name, or move that directory away"
         )
     return False
@@ -133,15 +133,17 @@ def _from_path(path: Path) -> ResumePlan:
     if _is_run(path):
         return ResumePlan(path, "last", _attempts(path))
     if not path.exists():
-        path = find_checkpoint(path).path  # runs/first@best, runs/first:1200
-    directory = path.parent.parent  # run / checkpoints / step-...
+        # runs/first@best, runs/first:1200
+        path = find_checkpoint(path).path
+    # run / checkpoints / step-...
+    directory = path.parent.parent
     if not path.is_dir() or not directory.is_dir():
         raise CheckpointNotFoundError(str(path), directory)
     return ResumePlan(directory, path, _attempts(directory))
 
 
 def _is_run(path: Path) -> bool:
-    """Tell whether a directory is a run's: its `run.json` may have been lost."""
+    """Return whether a directory is a run's, even without its `run.json`."""
     return (path / RUN_JSON).is_file() or (path / CHECKPOINTS).is_dir()
 
 
@@ -157,7 +159,7 @@ def _newest_first(base_dir: Path) -> list[Path]:
 
 
 def _over(directory: Path) -> Over | None:
-    """Return how a callback has ended the run, None if none has."""
+    """Return how a callback ended the run, None if none did."""
     described = read_run_json(directory)
     stopped_by, reason = described.get("stopped_by"), described.get("reason")
     if not isinstance(stopped_by, str):
@@ -170,6 +172,6 @@ def _status(directory: Path) -> object:
 
 
 def _attempts(directory: Path) -> int:
-    """Return how many attempts there were; `run.json` may be older than the checkpoints."""
+    """Return the number of attempts; `run.json` may be older than the checkpoints."""
     described: int = read_run_json(directory).get("attempt", -1)
     return max([described, *CheckpointReader(directory).attempts()]) + 1

@@ -1,10 +1,10 @@
-"""The types of a run's state as a checkpoint holds it, checked before anything of it is used.
+"""The types of a run's state in a checkpoint, and the checks of a state before it is saved and before it is used.
 
-Checksums find damage. They do not say that the content is what a run writes: another program, another version or
-a person may have written it, with correct checksums. `check_state` compares every field with its type, and
-`restoring` turns whatever goes wrong while a part is put back into a `CheckpointError` that names the part.
+Checksums find damage. They do not tell whether a run wrote the content: another program, another version or a
+person may have written it, with correct checksums. `check_state` compares all fields with their types, and
+`restoring` turns every failure while a part is restored into a `CheckpointError` that names the part.
 
-A new field of the state is added here as `NotRequired`, or older checkpoints are refused.
+Add new fields of the state here as `NotRequired`; otherwise older checkpoints are refused.
 """
 
 import contextlib
@@ -15,10 +15,12 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 import msgspec
 import torch
 
-from offloop.engine.checkpoint import CheckpointError, CheckpointIncompatibleError
+from offloop.engine.checkpoint import CheckpointError, CheckpointIncompatibleError, UnserializableStateError
 from offloop.engine.checkpoint.errors import UnsafeCheckpointError
+from offloop.engine.checkpoint.layout import check_tensor
 from offloop.engine.checkpoint.manifest import STATE
 from offloop.engine.checkpoint.memory import is_out_of_memory
+from offloop.engine.checkpoint.tree import TensorNode, encode, tensor_node
 from offloop.engine.data.random_state import check_random_state
 from offloop.engine.errors import ConfigError, OffloopError, WeightsMismatchError
 from offloop.engine.training.model_modes import ModelModes
@@ -28,7 +30,7 @@ Number = float | int
 
 
 GPU_GENERATOR_BYTES: Final = 64
-"""More than the state of a generator on a device has; that of one on the CPU has some thousands."""
+"""Above the size of a device generator's state; a CPU generator's state has some thousands."""
 
 
 class OptimizerState(TypedDict):
@@ -79,7 +81,7 @@ class LoaderNow(TypedDict):
 
 
 class OnePass(TypedDict):
-    """What checkpoints held before an epoch could have several passes."""
+    """The loader's state in early checkpoints, when an epoch had one pass."""
 
     before: BeforeEpoch | None
     now: LoaderNow
@@ -114,7 +116,7 @@ class Made(TypedDict):
 
 
 class SavedState(TypedDict):
-    """What `state.capture` and the session put into a checkpoint. Fields that are not listed are not checked."""
+    """The state in a checkpoint. Fields that are not listed are not checked."""
 
     model: dict[str, Any]
     optimizers: dict[str, OptimizerState]
@@ -148,11 +150,46 @@ class SavedState(TypedDict):
     milestones: NotRequired[list[str]]
 
 
-def check_state(state: object, checkpoint: Path) -> dict[str, Any]:
-    """Return the state of a run, if each of its fields has the type that a run writes.
+HINTS: Final = {
+    "schedulers": "a schedule saves the attributes of an object that it calls: give it a plain function or a closure",
+    "model": "return tensors, numbers and strings from get_extra_state(); bytes fit as torch.frombuffer(...)",
+    "loss": "return tensors, numbers and strings from get_extra_state(); bytes fit as torch.frombuffer(...)",
+    "optimizers": "change what the optimizer's state_dict() returns, numpy arrays to lists or tensors",
+    "callbacks": "change what the callback's state_dict() returns, numpy arrays to lists or tensors",
+    "trainer": "change what the trainer's state_dict() returns, numpy arrays to lists or tensors",
+}
+"""Advice for a value that cannot be saved, by the first part of its path."""
+
+
+def check_saveable(state: Mapping[str, Any]) -> None:
+    """Check that a state can be saved, without copying tensors. Done once, at the first step.
 
     Raises:
-        UnsafeCheckpointError: A field is missing or of another type; the text names file and field.
+        CheckpointError: A value can never be saved; the text has its path and what to do.
+    """
+    try:
+        encode(state, _checked_node)
+    except UnserializableStateError as error:
+        part = error.path.lstrip(".").partition(".")[0]
+        hint = HINTS.get(part, "keep it out of the state")
+        raise CheckpointError(
+            f"no checkpoint of this run can be saved: {error}; {hint}. To train without checkpoints, "
+            'set on_error = "isolate" on the ModelCheckpoint'
+        ) from error
+
+
+def _checked_node(path: str, value: object) -> TensorNode | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    check_tensor(path, value)
+    return tensor_node("")
+
+
+def check_state(state: object, checkpoint: Path) -> dict[str, Any]:
+    """Check the types of all fields of a run's state, and return it.
+
+    Raises:
+        UnsafeCheckpointError: A field is missing or has another type; the text names file and field.
     """
     try:
         checked = msgspec.convert(state, SavedState, dec_hook=_expect_instance)
@@ -165,7 +202,7 @@ def check_state(state: object, checkpoint: Path) -> dict[str, Any]:
             checkpoint, f"{STATE}:{field}" if field else STATE, "foreign", detail
         ) from error
     except (AttributeError, TypeError, RecursionError) as error:
-        # msgspec takes a tensor that stands in the place of a mapping for one
+        # msgspec treats a tensor in the place of a mapping as one.
         raise UnsafeCheckpointError(checkpoint, STATE, "foreign", str(error)) from error
     with restoring(checkpoint, "random"):
         check_random_state(checked["random"])
@@ -175,7 +212,7 @@ def check_state(state: object, checkpoint: Path) -> dict[str, Any]:
 
 
 def _check_generators(loader: Any) -> None:
-    """Raise if a generator would refuse its state: too late, once the loader's epoch has begun."""
+    """Check that generators accept their states, because the failure would come only after the epoch's start."""
     if isinstance(loader, list):
         for each in loader:
             _check_generators(each)
@@ -187,13 +224,14 @@ def _check_generators(loader: Any) -> None:
                 for state in value.values():
                     if state.numel() > GPU_GENERATOR_BYTES:
                         torch.Generator().set_state(state)
-            elif name not in ("samplers", "description"):  # of the user's
+            # Samplers and descriptions belong to the user.
+            elif name not in ("samplers", "description"):
                 _check_generators(value)
 
 
 @contextlib.contextmanager
 def restoring(checkpoint: Path | str, part: str) -> Iterator[None]:
-    """Name the part of the state that the block puts back, whatever goes wrong with it.
+    """Turn errors of the block, which restores a part of the state, into ones that name the part.
 
     Raises:
         CheckpointIncompatibleError: The part belongs to another model, optimizer or callback.
@@ -202,33 +240,33 @@ def restoring(checkpoint: Path | str, part: str) -> Iterator[None]:
     try:
         yield
     except (CheckpointError, ConfigError, WeightsMismatchError):
-        # They say already what does not fit
+        # Their texts already say what does not fit.
         raise
     except OSError:
-        # The system's refusal, which says nothing about the checkpoint
+        # The system refused, which is no property of the checkpoint.
         raise
     except (OffloopError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
-            raise  # torch's word for it, on the host or a device
-        # It is whole, and of something else
+            raise
+        # The part is whole but belongs to something else.
         raise CheckpointIncompatibleError(
-            Path(checkpoint), f"{part} cannot be put back: {error}".rstrip(". \n"), _hint(part)
+            Path(checkpoint), f"{part} cannot be restored: {error}".rstrip(". \n"), _hint(part)
         ) from error
     except Exception as error:
-        # A KeyError, TypeError, IndexError, MemoryError, ... of torch's, of ours, or of a user's load_state_dict
+        # Any error of torch, offloop or the user's load_state_dict.
         raise UnsafeCheckpointError(
             Path(checkpoint), f"{STATE}:{part}", "foreign", f"{type(error).__name__}: {error}"
         ) from error
 
 
 def check_kinds(saved: object, live: object, where: str = "") -> None:
-    """Compare a saved state with that of the object that is to load it, where both have a value.
+    """Compare the kinds of values in a saved state with those of the object that will load it.
 
-    torch's schedulers and optimizers take whatever they are given, and fail in a later step. Numbers are all of one
-    kind, and so are lists and tuples; None fits everything, because many states begin as None.
+    torch's schedulers and optimizers accept anything and fail in a later step. All numbers are one kind, and so are
+    lists and tuples. None fits everything, because many states start as None.
 
     Raises:
-        TypeError: A value is of another kind; the text names it.
+        TypeError: A value has another kind; the text names it.
     """
     if saved is None or live is None:
         return
@@ -253,10 +291,10 @@ def check_kinds(saved: object, live: object, where: str = "") -> None:
 
 
 def check_optimizer(saved: OptimizerState, optimizer: torch.optim.Optimizer) -> None:
-    """Compare an optimizer's saved state with the optimizer that is to load it.
+    """Compare an optimizer's saved state with the optimizer that will load it.
 
     Raises:
-        TypeError: A setting of a group, or a value for a parameter, is of another kind.
+        TypeError: A setting of a group, or the state of a parameter, has another kind.
     """
     for number, (group, live) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=False)):
         settings = {name: value for name, value in live.items() if name != "params"}
@@ -283,8 +321,8 @@ def check_schedule(saved: Mapping[Any, Any], scheduler: object) -> None:
 
 def _hint(part: str) -> str:
     if part.startswith(("model", "optimizers")):
-        return "Make what was saved; or let init_from= begin a new run with the weights alone"
-    return "Make the run as it was made before"
+        return "Build what was saved, or start a new run from the weights alone with init_from="
+    return "Build the run as before"
 
 
 def _expect_instance(wanted: type, value: object) -> object:

@@ -32,8 +32,7 @@ from offloop.engine.position.resume_report import ResumeReport
 from offloop.engine.recovery import run_state
 from offloop.engine.recovery.keepers import Keeper
 from offloop.engine.recovery.run_checkpoints import Checkpoints
-from offloop.engine.recovery.saveable import check_saveable
-from offloop.engine.recovery.saved_state import check_state, restoring
+from offloop.engine.recovery.saved_state import check_saveable, check_state, restoring
 from offloop.engine.recovery.user_state import UserState
 from offloop.engine.training.loop import TrainingLoop
 

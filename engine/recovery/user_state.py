@@ -1,9 +1,9 @@
-"""State of the user's own in a checkpoint: of the trainer, of the loss, and buffers that no `state_dict` returns.
+"""The user's state in a checkpoint: of the trainer, of the loss, and buffers that no `state_dict` returns.
 
 trainer     the keys that a subclass adds in `state_dict`
 loss        parameters and buffers of a `loss=` that is a module
-buffers     those of model and loss that are not persistent, if they have changed since the run began
-unsaved     sentences about what else has changed, see `carried_state.py`
+buffers     non-persistent buffers of model and loss that have changed since the run's start
+unsaved     sentences about other changes, see `carried_state.py`
 """
 
 import functools
@@ -34,7 +34,7 @@ Buffers = dict[str, torch.Tensor | None]
 
 
 class UserState:
-    """Saves and restores it for one run. Training thread only."""
+    """Saves and restores the user's state of one run. Training thread only."""
 
     def __init__(self, trainer: TrainingProgram, handlers: Sequence[Handlers]) -> None:
         """Serve a run of `trainer` with these callbacks."""
@@ -48,13 +48,13 @@ class UserState:
         self._told: set[str] = set()
 
     def begin(self) -> None:
-        """Remember what the script has made, on its device and before a checkpoint is put back."""
+        """Record the tensors as the script made them, on their device, before a checkpoint is restored."""
         self._at_start = {
             name: None if tensor is None else TensorMark(tensor) for name, tensor in self._tracked().items()
         }
 
     def watch(self, known: Sequence[Any]) -> None:
-        """Remember what everything carries, after the deciders of `TrainStart`.
+        """Record what objects carry, after the deciders of `TrainStart`.
 
         Args:
             known: The run's schedules and loaders.
@@ -99,8 +99,9 @@ class UserState:
         self._carried = CarriedState(owners, [*own, *known])
 
     def capture(self, state: dict[str, Any]) -> None:
-        """Add it to the state of a checkpoint."""
-        if "trainer" not in state:  # else it is that of the last step
+        """Add the user's state to that of a checkpoint."""
+        # Otherwise it is there, as of the last step.
+        if "trainer" not in state:
             state["trainer"] = own_state(self._trainer)
         if isinstance(self._loss, torch.nn.Module) and (of_loss := self._loss.state_dict()):
             state["loss"] = dict(of_loss)
@@ -114,18 +115,18 @@ class UserState:
         if new:
             self._told.update(new)
             logger.warning(
-                "checkpoints of this run do not hold everything that it carries from step to step: %s. "
+                "checkpoints of this run miss state that it carries from step to step: %s. "
                 "See 'State of your own' in docs/checkpoints.md",
                 "; ".join(new),
             )
 
     def restore(self, state: Mapping[str, Any], report: ResumeReport) -> None:
-        """Put back what `capture` has added, after model and optimizers."""
+        """Restore the user's state, after model and optimizers."""
         self._restore_buffers(state.get("buffers", {}), state.get("loss", {}), report)
         own, name = state.get("trainer", {}), type(self._trainer).__name__
         if own and not has_own_state(self._trainer):
             keys = ", ".join(map(str, own))
-            report.lower("approximate", f"{name} has no state_dict and load_state_dict any more: {keys}")
+            report.lower("approximate", f"{name} no longer has state_dict and load_state_dict: {keys}")
         elif own:
             _restore_own_state(self._trainer, own)
         elif has_own_state(self._trainer) and own_state(self._trainer):
@@ -136,22 +137,22 @@ class UserState:
     def _restore_buffers(
         self, buffers: Mapping[str, torch.Tensor], of_loss: Mapping[str, Any], report: ResumeReport
     ) -> None:
-        """Put back the tensors that had changed; those that had not are the script's own."""
+        """Restore the tensors that had changed; the others are as the script made them."""
         own = self._tracked()
         changed = renamed(buffers, own)
         for name, saved in changed.items():
             if name in own:
                 self._set(name, own[name], saved)
             else:
-                report.lower("approximate", f"the buffer {name} of the checkpoint has no place any more")
+                report.lower("approximate", f"the buffer {name} of the checkpoint no longer exists")
         for name, saved in of_loss.items():
             mine = own.get(f"loss.{name}")
             if not isinstance(saved, torch.Tensor):
                 assert isinstance(self._loss, torch.nn.Module)
                 self._loss.load_state_dict({name: saved}, strict=False)
             elif f"loss.{name}" not in changed and (mine is None or not _is_equal(mine, saved)):
-                report.take(f"the loss's {name} is another one than at the checkpoint")
-                report.lower("approximate", f"the loss's {name} is another one than at the checkpoint")
+                report.take(f"the loss's {name} differs from the checkpoint's")
+                report.lower("approximate", f"the loss's {name} differs from the checkpoint's")
 
     @torch.no_grad()
     def _set(self, name: str, mine: torch.Tensor | None, saved: torch.Tensor) -> None:
@@ -166,7 +167,7 @@ class UserState:
         setattr(module, last, saved.to(self._trainer.device if mine is None else mine.device))
 
     def _tracked(self) -> Buffers:
-        """Return by name the buffers of the model that are not persistent, and all tensors of the loss."""
+        """Return the non-persistent buffers of the model and all tensors of the loss, by name."""
         found = _transient_buffers("model", self._trainer.model)
         if isinstance(self._loss, torch.nn.Module):
             found |= _transient_buffers("loss", self._loss)
@@ -176,7 +177,7 @@ class UserState:
 
 
 def has_own_state(trainer: TrainingProgram) -> bool:
-    """Tell whether a trainer's class says what a checkpoint holds of it."""
+    """Return whether a trainer's class overrides `state_dict`."""
     return type(trainer).state_dict is not TrainingProgram.state_dict
 
 
@@ -197,7 +198,7 @@ def own_state(trainer: TrainingProgram) -> dict[str, Any]:
 
 
 def _restore_own_state(trainer: TrainingProgram, own: Mapping[str, Any]) -> None:
-    """Return to a trainer what its class had added to a checkpoint. Training thread, when the rest is restored."""
+    """Restore the state that a trainer's class added. Training thread, after everything else is restored."""
     state = TrainingProgram.state_dict(trainer) | dict(own)
     trainer._is_restoring = True
     try:
@@ -207,7 +208,7 @@ def _restore_own_state(trainer: TrainingProgram, own: Mapping[str, Any]) -> None
 
 
 def _bare(loss: Any) -> Any:
-    """Return the object behind a loss: of a method or a partial the object whose it is; None for a function."""
+    """Return the object behind a loss, also of a method or a partial; None for a function."""
     while isinstance(loss, functools.partial | types.MethodType):
         loss = loss.func if isinstance(loss, functools.partial) else loss.__self__
     return None if isinstance(loss, types.FunctionType | types.BuiltinFunctionType) else loss

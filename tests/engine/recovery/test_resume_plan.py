@@ -621,7 +621,7 @@ def test_best_on_disk_is_the_best_of_the_result(tmp_path: Path) -> None:
     [
         ("atuo", "there is: no checkpoint; did you mean 'auto'?"),
         ("bset", "did you mean 'best'?"),
-        ("must", 'resume="must" needs an unfinished run with a checkpoint; resume="auto" begins a new run'),
+        ("must", 'resume="must" needs an unfinished run with a checkpoint; resume="auto" starts a new run'),
     ],
 )
 def test_a_resume_that_leads_to_nothing_says_what_to_write(resume: str, words: str, tmp_path: Path) -> None:

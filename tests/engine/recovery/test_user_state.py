@@ -126,7 +126,7 @@ def test_state_of_a_trainer_that_nothing_saves_is_named(
     names = [each.partition(" is not saved")[0] for each in resumed.reasons.split("; ")]
     assert names == ["Carries.mean", "Carries.generator", "Carries.python", "Carries.calls"]
     assert "return it from the trainer's state_dict()" in resumed.reasons
-    assert "checkpoints of this run do not hold everything" in caplog.text  # already in the first attempt
+    assert "checkpoints of this run miss state" in caplog.text  # already in the first attempt
 
 
 def test_generator_that_a_trainers_state_dict_forgets_is_named(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_generator_that_a_trainers_state_dict_forgets_is_named(tmp_path: Path) -
 def test_trainer_that_has_lost_or_gained_its_state_dict_says_so(tmp_path: Path) -> None:
     run(tmp_path, Cut(3), kind=Saves)
     _, (resumed,) = run(tmp_path, Cut(6), kind=Carries, resume="must")
-    assert "Carries has no state_dict and load_state_dict any more: mean" in resumed.reasons
+    assert "Carries no longer has state_dict and load_state_dict: mean" in resumed.reasons
     _, (resumed,) = run(tmp_path, kind=Saves, resume="must")
     assert "the checkpoint holds no state of Saves" in resumed.reasons
 
@@ -195,7 +195,7 @@ def test_constant_of_a_loss_is_the_scripts_and_said(tmp_path: Path) -> None:
     run(tmp_path, Cut(3), loss=Centred(1.0))
     _, (resumed,) = run(tmp_path, loss=Centred(2.0), resume="must")
     assert resumed.exactness == "approximate"
-    assert resumed.from_script == ("the loss's weight is another one than at the checkpoint",)
+    assert resumed.from_script == ("the loss's weight differs from the checkpoint's",)
     assert "weight" in resumed.reasons
 
 
