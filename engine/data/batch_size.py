@@ -1,7 +1,7 @@
 """Counting the samples of a batch: the weight of its loss in means, and `samples` of events.
 
-The parts of a collated batch share their first dimension, which is the number of samples. Where the parts differ,
-or hold no tensor, the count comes from what is known about such batches:
+The parts of a collated batch share their first dimension, which is the number of samples. If the parts differ or hold
+no tensor, known kinds of batches are recognized:
 
     graph batches                           `num_graphs` (PyTorch Geometric), `batch_size` (DGL, TensorDict)
     packed sequences                        sequences, not time steps
@@ -9,8 +9,8 @@ or hold no tensor, the count comes from what is known about such batches:
     [(image, target), ...], [{...}, ...]    the length of the batch, if it is a list of samples itself
     (inputs (T, B, ...), targets (B,))      B: most parts agree, or a part of one dimension does (time steps first)
 
-A batch that gives no hint counts as one sample. `Trainer(batch_size=function)` replaces the guess, and the key
-`samples` of a step's mapping replaces both.
+Any other batch counts as one sample. `Trainer(batch_size=function)` replaces the guess, and the key `samples` of a
+step's mapping replaces both.
 """
 
 import dataclasses
@@ -25,14 +25,16 @@ from offloop.engine.errors import BatchError
 
 BatchSize = Callable[[Any], int]
 
-_MAX_DEPTH: Final = 20  # deeper than any sane batch; a self-referencing one would recurse for ever
-_CHANNELS: Final = (1, 3, 4)  # first dimension of a picture: grey, RGB, RGBA
+_MAX_DEPTH: Final = 20
+"""Deeper than any reasonable batch; a batch that contains itself would recurse forever."""
+_CHANNELS: Final = (1, 3, 4)
+"""First dimension of a picture: grey, RGB, RGBA."""
 
 
 def guess_batch_size(batch: Any) -> int:
-    """Return the number of samples in a batch, 1 where nothing tells. Looks at shapes, never at values."""
+    """Return the number of samples in a batch, 1 if unknown. Looks at shapes, never at values."""
     kind = type(batch)
-    # The usual case, without a search: two parts of one length
+    # The usual case, without a search: two parts of the same length.
     if (kind is tuple or kind is list) and len(batch) == 2:
         first, second = batch
         if isinstance(first, Tensor) and isinstance(second, Tensor):
@@ -58,7 +60,7 @@ def guess_batch_size(batch: Any) -> int:
 
 
 def checked_batch_size(function: BatchSize) -> BatchSize:
-    """Return a user's function with a check of what it returns."""
+    """Return a user's function with a check of its result."""
 
     def count(batch: Any) -> int:
         samples = function(batch)
@@ -70,12 +72,14 @@ def checked_batch_size(function: BatchSize) -> BatchSize:
 
 
 def _known(item: Any) -> int | None:
-    """Return the count that an object knows itself."""
+    """Return the count that an object has as an attribute."""
     if isinstance(item, PackedSequence):
-        return int(item.batch_sizes[0])  # on the host always
+        # Always on the host.
+        return int(item.batch_sizes[0])
     for name in ("num_graphs", "batch_size"):
         value = getattr(item, name, None)
-        if isinstance(value, tuple) and value:  # TensorDict's shape of a batch
+        # TensorDict's shape of a batch.
+        if isinstance(value, tuple) and value:
             value = value[0]
         if type(value) is int:
             return value
@@ -83,7 +87,7 @@ def _known(item: Any) -> int | None:
 
 
 def _size(item: Any, depth: int) -> int | None:
-    """Return the number of samples in a part of a batch; None where it gives no hint."""
+    """Return the number of samples in a part of a batch; None if unknown."""
     if isinstance(item, Tensor):
         return item.size(0) if item.dim() else None
     if isinstance(item, str | bytes | int | float | None) or depth > _MAX_DEPTH:
@@ -93,7 +97,8 @@ def _size(item: Any, depth: int) -> int | None:
         return known
     parts = _parts(item)
     if parts is None:
-        shape = getattr(item, "shape", None)  # NumPy's
+        # A NumPy array.
+        shape = getattr(item, "shape", None)
         return shape[0] if isinstance(shape, tuple) and shape and type(shape[0]) is int else None
     return _agreed(parts, depth + 1)
 
@@ -112,9 +117,10 @@ def _parts(item: Any) -> list[Any] | None:
 
 
 def _agreed(parts: list[Any], depth: int) -> int | None:
-    """Return the number of samples that the parts of a batch speak for."""
+    """Return the number of samples that the parts of a batch indicate."""
     sizes: list[int] = []
-    lists: list[list[Any]] = []  # of tensors or of other things: samples, or inputs of one model
+    # Lists of samples, or of the inputs of one model.
+    lists: list[list[Any]] = []
     for part in parts:
         is_list = isinstance(part, list | tuple) and not hasattr(part, "_fields") and len(part) > 0
         if is_list:
@@ -122,11 +128,13 @@ def _agreed(parts: list[Any], depth: int) -> int | None:
         elif (size := _size(part, depth)) is not None:
             sizes.append(size)
     if sizes:
-        for part in lists:  # lists of tensors that agree with the rest are inputs of one model, else samples
+        # Lists of tensors that agree with the rest are inputs of one model, others are samples.
+        for part in lists:
             inner = [each.size(0) for each in part if isinstance(each, Tensor) and each.dim()]
             sizes.append(len(part) if len(part) == sizes[0] or set(inner) != {sizes[0]} else sizes[0])
         return _most(sizes, [part for part in parts if isinstance(part, Tensor) and part.dim()])
-    for part in sorted(lists, key=_is_plain):  # texts and numbers say least
+    # Texts and numbers are the weakest indication.
+    for part in sorted(lists, key=_is_plain):
         size = _size_of_list(part, depth)
         if size is not None:
             return size
@@ -134,14 +142,14 @@ def _agreed(parts: list[Any], depth: int) -> int | None:
 
 
 def _most(sizes: list[int], tensors: list[Tensor]) -> int:
-    """Return the size that most parts have; the first one's where no two of the others agree."""
+    """Return the size that most parts have; the first one's if no two of the others agree."""
     first, others = sizes[0], sizes[1:]
     if not others or first in others:
         return first
     common = max(set(others), key=others.count)
     if others.count(common) > 1:
         return common
-    # Time steps first, as recurrent networks take them: (T, B, ...) beside (B,)
+    # Time steps first, as in recurrent networks: (T, B, ...) and (B,).
     leading = tensors[0] if tensors else None
     if leading is not None and leading.size(0) == first and leading.dim() > 1:
         is_sequence = leading.dim() > 2 or not leading.is_floating_point()
@@ -152,7 +160,7 @@ def _most(sizes: list[int], tensors: list[Tensor]) -> int:
 
 
 def _size_of_list(part: list[Any], depth: int) -> int | None:
-    """Return the number of samples of a list that is all there is to judge by."""
+    """Return the number of samples of a list that is the only indication."""
     if all(isinstance(each, Tensor) for each in part):
         leading = {each.size(0) for each in part if each.dim()}
         is_collated = len(leading) == 1 and all(each.dim() for each in part) and not _are_pictures(part)
@@ -163,8 +171,9 @@ def _size_of_list(part: list[Any], depth: int) -> int | None:
 
 
 def _samples_of_list(batch: list[Any] | tuple[Any, ...]) -> int | None:
-    """Return the length of a batch that is itself a list of samples, None where its items are parts of a batch."""
-    if hasattr(batch, "_fields"):  # a named tuple has parts
+    """Return the length of a batch that is a list of samples, None if its items are parts of a batch."""
+    # A named tuple has parts.
+    if hasattr(batch, "_fields"):
         return None
     if all(isinstance(each, Tensor) for each in batch):
         # Two tensors are inputs and targets, and so are some of one shape.
@@ -184,12 +193,12 @@ def _samples_of_list(batch: list[Any] | tuple[Any, ...]) -> int | None:
 
 
 def _is_plain(part: list[Any]) -> bool:
-    """True for texts and numbers."""
+    """Return whether all items are texts or numbers."""
     return all(isinstance(each, str | bytes | int | float | None) for each in part)
 
 
 def _are_alike(items: list[Any]) -> bool:
-    """True for samples: all of one type, with the same keys or items of the same types."""
+    """Return whether items look like samples: of one type, with the same keys or items of the same types."""
     first = items[0]
     if isinstance(first, Tensor) or any(type(each) is not type(first) for each in items):
         return False
@@ -202,7 +211,7 @@ def _are_alike(items: list[Any]) -> bool:
 
 
 def _are_pictures(tensors: "list[Any] | tuple[Any, ...]") -> bool:
-    """True for (C, H, W) with channels as pictures have them."""
+    """Return whether all tensors are (C, H, W) with the channels of pictures."""
     channels = {tensor.size(0) if tensor.dim() == 3 else 0 for tensor in tensors}
     return len(channels) == 1 and channels <= set(_CHANNELS)
 

@@ -1,4 +1,4 @@
-"""What the first epoch of a run waited for its loader, and what to change about the loader if that was much."""
+"""How long the first epoch of a run waited for its loader, and advice if that was long."""
 
 import dataclasses
 import os
@@ -8,45 +8,45 @@ from typing import Any, Final
 from torch.utils.data import DataLoader
 
 LEAST_SHARE: Final = 0.2
-"""Share of an epoch's time from which on waiting for data is called a bottleneck; arbitrary."""
+"""Share of an epoch's time from which waiting for data counts as a bottleneck; arbitrary."""
 LEAST_WAIT: Final = 1e-3
-"""Seconds a batch below which it is not: handing a batch over from a worker process costs about as much."""
+"""Seconds per batch below which it does not: transferring a batch from a worker process takes about as long."""
 LEAST_SECONDS: Final = 0.1
-"""Seconds an epoch below which nothing is said; nobody notices them."""
+"""Seconds per epoch below which it does not, because they are not noticeable."""
 _MANY_WORKERS: Final = 8
-"""Workers that are suggested at most; more of them rarely help before something else does."""
+"""Most workers to suggest; more rarely help."""
 
 
 @dataclasses.dataclass(slots=True)
 class DataWait:
-    """What an epoch has waited for its loader. Written by whatever iterates over the loader."""
+    """The time that an epoch waited for its loader. The iteration over the loader writes it."""
 
     first: float = 0.0
-    """Seconds for its first batch, the start of worker processes included."""
+    """Seconds for the first batch, including the start of worker processes."""
     since: float = 0.0
-    """When that had come, on the clock of `time.perf_counter`; 0.0 before."""
+    """Time of the first batch (`time.perf_counter`); 0.0 before."""
     rest: float = 0.0
-    """Seconds for the others."""
+    """Seconds for all other batches."""
     batches: int = 0
-    """How many others."""
+    """Number of other batches."""
     set_aside: float = 0.0
-    """Seconds of the run that are no training (pauses, validations), as of `since`."""
+    """Seconds of pauses and validations up to `since`."""
 
     def begin(self, wait: float, now: float, set_aside: float) -> None:
-        """The first batch has come."""
+        """Record the first batch."""
         self.first, self.since, self.set_aside = wait, now, set_aside
 
     def judge(
         self, loader: Any, *, now: float, set_aside: float, on_cuda: bool, is_last: bool
     ) -> "Bottleneck | None":
-        """Return what to change if the epoch that is over now waited for its data; None if it did not.
+        """Return the bottleneck if the epoch that has just ended waited for its data, else None.
 
         Args:
-            loader: What was waited for.
+            loader: The loader.
             now: The time.
-            set_aside: Seconds of the run that are no training, as of now.
-            on_cuda: True if batches go to a CUDA device.
-            is_last: True if no epoch follows.
+            set_aside: Seconds of pauses and validations so far.
+            on_cuda: Whether batches go to a CUDA device.
+            is_last: Whether no epoch follows.
         """
         training = now - self.since - (set_aside - self.set_aside)
         if not self.batches or training <= 0.0:
@@ -70,22 +70,22 @@ class DataWait:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """How much of the time went into waiting for data, and what may help."""
+    """The share of time spent waiting for data, and advice."""
 
     share: float
     """Share of the epoch's time, 0 to 1."""
     wait: float
-    """Mean seconds for a batch, the first left out."""
+    """Mean seconds for a batch, without the first."""
     advice: Sequence[str]
-    """What to change, most promising first."""
+    """Changes of the loader, most promising first."""
 
 
 def advise(loader: Any, *, on_cuda: bool, cores: int | None = None) -> list[str]:
-    """Return what to change about a loader that is too slow, most promising first.
+    """Return changes for a loader that is too slow, most promising first.
 
     Args:
         loader: The loader.
-        on_cuda: True if its batches go to a CUDA device.
+        on_cuda: Whether its batches go to a CUDA device.
         cores: Processors that this process may use; None asks the system.
     """
     if not isinstance(loader, DataLoader):

@@ -1,4 +1,4 @@
-"""The parts of a loader that decide what an epoch gives: samplers and data sets, found below every wrapper of ours."""
+"""The parts of a loader that decide the content of an epoch: samplers and data sets, without offloop's wrappers."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,10 +9,10 @@ from offloop.engine.data.seeded_sampling import Numbered, SeededDataset
 
 
 def set_epoch(loader: Iterable[Any], epoch: int) -> None:
-    """Call `set_epoch(epoch)` on the loader, its samplers and its data sets, where they have one.
+    """Call `set_epoch(epoch)` on the loader, its samplers and its data sets, if they have it.
 
-    By that convention of torch's `DistributedSampler` an order follows from the epoch's number, so that a resumed
-    epoch has the order it began with. Training thread, before `iter(loader)`.
+    By this convention of torch's `DistributedSampler` the order depends on the epoch's number, so that a resumed
+    epoch has the same order. Training thread, before `iter(loader)`.
     """
     for part in (loader, *samplers_of(loader), *datasets_of(loader)):
         method = getattr(part, "set_epoch", None)
@@ -21,7 +21,7 @@ def set_epoch(loader: Iterable[Any], epoch: int) -> None:
 
 
 def samplers_of(loader: Any) -> Iterator[Any]:
-    """Yield what draws the indices of an epoch, outermost first, each once."""
+    """Yield the samplers, outermost first, without repetition."""
     seen: list[Any] = []
     batch_sampler = unwrapped(getattr(loader, "batch_sampler", None))
     for part in (batch_sampler, getattr(batch_sampler, "sampler", None), getattr(loader, "sampler", None)):
@@ -32,7 +32,7 @@ def samplers_of(loader: Any) -> Iterator[Any]:
 
 
 def datasets_of(loader: Any) -> Iterator[Any]:
-    """Yield the data set and, where torch's own wrappers hide others, those too."""
+    """Yield the data set, and those inside torch's own wrappers."""
     waiting = [unwrapped(getattr(loader, "dataset", None))]
     while waiting:
         dataset = waiting.pop(0)
@@ -46,12 +46,12 @@ def datasets_of(loader: Any) -> Iterator[Any]:
 
 
 def unwrapped(part: Any) -> Any:
-    """Return the user's sampler or data set behind the one that seeds its samples."""
+    """Return the user's sampler or data set inside offloop's wrapper."""
     if isinstance(part, Numbered):
         return part.sampler_of_indices
     return part.unseeded if isinstance(part, SeededDataset) else part
 
 
 def name_of(part: Any) -> str:
-    """Return what a part is called in messages: the name of its class."""
+    """Return the name of a part in messages: that of its class."""
     return type(part).__name__

@@ -1,4 +1,4 @@
-"""The state of every random generator that a training draws from."""
+"""The states of the random generators that training draws from."""
 
 import random
 import sys
@@ -12,7 +12,7 @@ import torch
 def capture_random_state() -> dict[str, Any]:
     """Return the states of torch's, Python's and, if it is loaded, NumPy's global generators.
 
-    Plain values and CPU tensors, fit for a checkpoint. On CUDA it waits for the device.
+    They are plain values and CPU tensors, for a checkpoint. On CUDA this waits for the device.
     """
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
@@ -24,13 +24,14 @@ def capture_random_state() -> dict[str, Any]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
-        words = torch.from_numpy(keys.astype("int64"))  # 624 of them: a tensor is copied faster than a list
+        # 624 words: a tensor is copied faster than a list.
+        words = torch.from_numpy(keys.astype("int64"))
         state["numpy"] = [name, words, int(position), int(has_gauss), float(cached)]
     return state
 
 
 def check_random_state(state: Mapping[str, Any]) -> None:
-    """Raise if generators would refuse these states; changes none of them."""
+    """Raise if generators would refuse these states. Changes no generator."""
     torch.Generator().set_state(state["torch"])
     version, internal, gauss = state["python"]
     random.Random().setstate((version, tuple(internal), gauss))
@@ -40,7 +41,7 @@ def check_random_state(state: Mapping[str, Any]) -> None:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> list[str]:
-    """Put generators back; returns what could not be, in words."""
+    """Restore generators; return descriptions of those that could not be."""
     missed = []
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
@@ -61,7 +62,7 @@ def restore_random_state(state: Mapping[str, Any]) -> list[str]:
 
 
 def differs_on_host(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """True if the CPU's generators have been drawn from between two captures."""
+    """Return whether the CPU's generators were drawn from between two captures."""
     if not torch.equal(state["torch"], other["torch"]) or state["python"] != other["python"]:
         return True
     if "numpy" not in state or "numpy" not in other:
@@ -78,7 +79,7 @@ def _of_numpy(saved: Sequence[Any]) -> tuple[Any, ...]:
 
 @contextmanager
 def kept_on_host() -> Iterator[None]:
-    """Put back, afterwards, what the block has drawn from the CPU's global generators."""
+    """Restore the CPU's global generators after the block."""
     before, of_python = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     of_numpy = None if numpy is None else numpy.random.get_state()

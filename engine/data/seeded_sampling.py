@@ -1,9 +1,9 @@
-"""Seeded sampling: what a sample draws follows from the seed, the epoch and its place in the epoch.
+"""Seeded sampling: the random numbers of a sample depend on the seed, the epoch and its position in the epoch.
 
-Augmentation draws from the generators of whichever process loads the sample, in the order in which it comes to
-them. In loader workers nobody can put these generators back, so a resumed run draws anew. Here the generators
-of torch, Python and NumPy are seeded before each sample, wherever it is loaded: the numbers are the same with
-any number of workers, and after a resume. The order of the samples stays that of the loader's own sampler.
+Augmentation draws from the generators of the process that loads the sample, in the order of loading. The generators
+of loader workers cannot be restored, so a resumed run would draw other numbers. Here the generators of torch, Python
+and NumPy are seeded before every sample, in whatever process: the numbers are the same with any number of workers and
+after a resume. The order of the samples stays that of the loader's own sampler.
 
     batch sampler ── [7, 2] ──> (epoch, 4, [7, 2]) ──> worker: seed(epoch, 4), data_set[7]; seed(epoch, 5), ...
 """
@@ -23,17 +23,18 @@ from offloop.engine.data.random_state import kept_on_host
 from offloop.engine.errors import ConfigError
 
 Key = tuple[int, int, Any]
-"""Epoch, number of the (first) sample in it, and what the sampler gave: an index, or a list of them."""
+"""Epoch, number of the (first) sample in it, and the sampler's index or list of indices."""
 
 
 def check_seedable(loader: Iterable[Any]) -> None:
-    """Raise unless what `loader` draws can be seeded sample by sample.
+    """Check that a loader's samples can be seeded.
 
     Raises:
-        ConfigError: It decides itself which samples it loads, and where.
+        ConfigError: The loader itself decides which samples it loads, and where.
     """
+    # Existing batches draw nothing.
     if isinstance(loader, list | tuple):
-        return  # batches that are there already draw nothing
+        return
     fix = 'leave sampling at "loader" and give the data set its own state_dict'
     if not isinstance(loader, DataLoader):
         raise ConfigError(
@@ -51,18 +52,17 @@ def check_seedable(loader: Iterable[Any]) -> None:
 
 
 class SeededSampling:
-    """Twins of a run's loaders that seed what their samples draw. Training thread only."""
+    """Twins of a run's loaders that seed their samples. Training thread only."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._twins: dict[
-            int, tuple[DataLoader[Any], DataLoader[Any]]
-        ] = {}  # by id; the original is kept too
+        # By id of the original, which is kept alive.
+        self._twins: dict[int, tuple[DataLoader[Any], DataLoader[Any]]] = {}
 
     def twin_of(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
-        """Return a loader with the same batches whose samples draw what `epoch` says.
+        """Return a loader with the same batches whose samples are seeded for an epoch.
 
-        One twin serves all epochs, so that persistent workers stay.
+        All epochs share one twin, so that persistent workers stay.
         """
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return loader
@@ -75,19 +75,21 @@ class SeededSampling:
         return twin
 
     def close(self) -> None:
-        """Let the twins go, and their persistent workers with them."""
+        """Drop the twins and their persistent workers."""
         self._twins.clear()
 
 
 def _twin(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
     twin = copy.copy(loader)
-    # DataLoader forbids to change these, because they would no longer fit to each other; these do.
+    # DataLoader forbids changing these, because they might not fit together. These do.
     changed: dict[str, Any] = {
         "dataset": SeededDataset(loader.dataset, loader.collate_fn, seed),
         "collate_fn": _as_it_is,
-        "_iterator": None,  # of persistent workers, which have the other data set
+        # Existing persistent workers have the other data set.
+        "_iterator": None,
     }
-    if loader.batch_sampler is None:  # batch_size=None: single samples
+    # With batch_size=None, the sampler gives single samples.
+    if loader.batch_sampler is None:
         changed["sampler"] = Numbered(loader.sampler, count=_one)
     else:
         changed["batch_sampler"] = Numbered(loader.batch_sampler, count=len)
@@ -96,7 +98,7 @@ def _twin(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
 
 
 class Numbered:
-    """A sampler that says with each item which samples of the epoch it stands for."""
+    """A sampler that gives items together with their epoch and the number of their first sample."""
 
     def __init__(self, sampler: Iterable[Any], count: Callable[[Any], int]) -> None:
         self.epoch = 0
@@ -112,14 +114,15 @@ class Numbered:
     def __len__(self) -> int:
         return len(self.sampler_of_indices)  # type: ignore[arg-type]  # a sampler has a length or raises
 
-    def __getattr__(self, name: str) -> Any:  # its generator, its state_dict
+    def __getattr__(self, name: str) -> Any:
+        # Its generator, its state_dict.
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.sampler_of_indices, name)
 
 
 class SeededDataset:
-    """A data set that takes keys, seeds the generators and returns batches that are collated already."""
+    """A data set that takes keys, seeds the generators and returns collated batches."""
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any], seed: int) -> None:
         self.unseeded = dataset
@@ -137,9 +140,8 @@ class SeededDataset:
             for number, index in enumerate(indices, first):
                 self._seed_for(epoch, number)
                 samples.append(self.unseeded[index])
-            return self.collate(
-                samples
-            )  # a collate function that draws goes on with the last sample's numbers
+            # A collate function that draws continues with the last sample's numbers.
+            return self.collate(samples)
 
     def __getitem__(self, key: Key) -> Any:
         epoch, number, index = key
@@ -150,7 +152,8 @@ class SeededDataset:
     def __len__(self) -> int:
         return len(self.unseeded)
 
-    def __getattr__(self, name: str) -> Any:  # what a worker_init_fn looks up, and a state_dict
+    def __getattr__(self, name: str) -> Any:
+        # Attributes that a worker_init_fn uses, and state_dict.
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.unseeded, name)
@@ -158,16 +161,17 @@ class SeededDataset:
     def _seed_for(self, epoch: int, number: int) -> None:
         text = f"{self._seed} {epoch} {number}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
-        # Not torch.manual_seed, which seeds the devices too: those draw for the training.
+        # torch.manual_seed would seed the devices too, from which training draws.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         numpy = sys.modules.get("numpy")
         if numpy is not None:
-            numpy.random.seed(seed & 0xFFFFFFFF)  # it takes no more
+            # NumPy accepts 32 bits.
+            numpy.random.seed(seed & 0xFFFFFFFF)
 
 
 def _training_undisturbed() -> AbstractContextManager[None]:
-    """Put the generators back afterwards, except in a worker, where nobody else draws."""
+    """Restore the generators afterwards, except in a worker, where training does not draw."""
     return nullcontext() if get_worker_info() is not None else kept_on_host()
 
 

@@ -1,7 +1,7 @@
-"""Loader workers and signals: a Ctrl-C or a scheduler's SIGTERM reaches every process, not only ours.
+"""Loader workers and signals: Ctrl-C and a scheduler's SIGTERM reach all processes, not only the main one.
 
-A worker that dies of it takes the next batch with it, and with that the step after which the run would have
-stopped in order. So while a run handles signals itself, its workers leave them to it.
+If a worker died of it, its next batch would be lost, and with it the step after which the run would stop in order. So
+while a run handles signals, its workers ignore them.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ from torch.utils.data import DataLoader
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 PATIENCE = 5.0
-"""Seconds that workers have to leave at the end of the process; as many as a loader gives them."""
+"""Seconds for workers to exit at the end of the process; a loader gives them as many."""
 
-_spared: set[int | None] = set()  # ids of processes, of dead ones too; added to by training threads
+# Ids of processes, also of dead ones. Training threads add to it; `_end_workers` reads it at the exit.
+_spared: set[int | None] = set()
 
 
 @contextlib.contextmanager
 def spared_workers(loader: Iterable[Any]) -> Iterator[None]:
-    """Have the workers that a loader starts in this block outlive SIGTERM and SIGINT, until this process leaves.
+    """Let workers that a loader starts in this block survive SIGTERM and SIGINT until this process exits.
 
-    One whose parent has died ends by itself, within seconds, as all workers do.
-    Where workers are forked, signals wait from the fork until the worker has its handlers.
+    A worker whose parent has died exits within seconds, as all workers do.
+    In forked workers, signals are blocked from the fork until the worker has its handlers.
     """
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         yield
@@ -51,13 +52,13 @@ def spared_workers(loader: Iterable[Any]) -> Iterator[None]:
 
 
 def users_init_fn(loader: "DataLoader[Any]") -> Callable[[int], None] | None:
-    """Return the user's `worker_init_fn`, also while `spared_workers` has put its own before it."""
+    """Return the user's `worker_init_fn`, also while `spared_workers` has replaced it."""
     init = loader.worker_init_fn
     return init.then if isinstance(init, _Init) else init
 
 
 class _Init:
-    """The user's `worker_init_fn`, after the handlers; a class, since spawned workers get it pickled."""
+    """Sets the handlers, then calls the user's `worker_init_fn`. A class, because spawned workers unpickle it."""
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self.then = then
@@ -71,28 +72,29 @@ class _Init:
             self.then(worker_id)
 
     def _leave_with_parent(self, number: int, frame: FrameType | None) -> None:
-        """End only if the parent is at its end and waits for us; else a batch that it still wants would be lost."""
+        """Exit only if the parent is exiting and waits; otherwise a batch that it needs would be lost."""
         if self._is_leaving.value:
             os._exit(0)
 
 
 def _shared_mark() -> Any:
-    """Return a number that this process shares with its workers, and that is 1 once it leaves."""
-    return _mark_of(os.getpid())  # one that was forked leaves at a time of its own
+    """Return a number that this process shares with its workers, and that is 1 once it exits."""
+    # A number per process, because a forked process exits at its own time.
+    return _mark_of(os.getpid())
 
 
 @functools.cache
 def _mark_of(process: int) -> Any:
     mark = multiprocessing.RawValue("b", 0)
-    # Not atexit, which the processes that multiprocessing starts never come to.
+    # Processes that multiprocessing starts never call atexit's functions.
     multiprocessing.util.Finalize(None, _end_workers, args=(mark,), exitpriority=0)
     return mark
 
 
 def _end_workers(is_leaving: Any) -> None:
-    """End spared workers that are still there, before multiprocessing sends one SIGTERM and waits for ever.
+    """End remaining spared workers, before multiprocessing sends one SIGTERM and waits forever.
 
-    Those that are deep in native code, where no handler of Python's runs, are killed.
+    Workers in native code, where Python's handlers do not run, are killed.
     """
     is_leaving.value = 1
     left = [each for each in multiprocessing.active_children() if each.pid in _spared]

@@ -1,20 +1,20 @@
-"""State that a run carries from step to step outside of what its checkpoints hold.
+"""State that a run carries from step to step and that its checkpoints do not hold.
 
-A trainer, a loss, a module of the model, a wrapped optimizer or a callback may keep anything in its attributes: a
-hidden state, a generator, a counter, a second model. What of it a checkpoint lacks is lost at a resume, so the
-attributes are compared between the start of the run and each checkpoint, and those that have changed and are in no
-`state_dict` are named. Nothing is looked at in between.
+A trainer, a loss, a module of the model, a wrapped optimizer or a callback may keep state in its attributes: a hidden
+state, a generator, a counter, a second model. A resume loses whatever checkpoints lack. So the attributes are
+compared between the start of the run and every checkpoint, and those that have changed and are in no `state_dict` are
+named. Nothing happens in between.
 
     changes are seen in      tensors and numpy arrays, generators, iterators, modules and optimizers that are no part
-                             of the run, containers of these; numbers and texts, where the class is the user's own
-    not looked at            parameters, buffers and whatever else the checkpoint holds; loaders, samplers and data
-                             sets, which `loader_position.py` judges; offloop's own objects
-    seen also where they     generators in closures and global variables that methods refer to; tensors and generators
-    are no attributes        in the closure or the bound arguments of a loss that is a function
-    not seen                 what else is in closures and global variables, objects without a `__dict__`
+                             of the run, containers of these; numbers and texts, if the class is the user's own
+    skipped                  parameters, buffers and everything else in the checkpoint; loaders, samplers and data
+                             sets, which `loader_position.py` handles; offloop's own objects
+    seen also if they are    generators in closures and global variables that methods refer to; tensors and generators
+    no attributes            in the closure or the bound arguments of a loss that is a function
+    not seen                 other content of closures and global variables, objects without a `__dict__`
 
-An object with a `state_dict` of its own decides itself which numbers are state. Tensors and generators that its
-`state_dict` leaves out are still named.
+An object with its own `state_dict` decides which numbers are state. Tensors and generators that its `state_dict`
+leaves out are named nevertheless.
 """
 
 import functools
@@ -37,11 +37,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from offloop.engine.position.loader_doubts import closure_of, referred_to
 
 MAX_DEPTH: Final = 4
-"""Objects inside objects that are looked into; a hidden state is seldom deeper than a list in a helper object."""
+"""Depth of nested objects; a hidden state is rarely deeper than a list in a helper object."""
 MAX_NODES: Final = 20_000
-"""Values looked at in one attribute. Arbitrary: enough for a list of losses, little beside a checkpoint's copy."""
+"""Limit of values in one attribute. Arbitrary: enough for a list of losses, cheap compared with a checkpoint's copy."""
 SAMPLED: Final = 64
-"""Numbers of a tensor that are compared where torch has not counted a change, as of `parameter.data.mul_()`."""
+"""Numbers of a tensor to compare, because torch does not count changes like `parameter.data.mul_()`."""
 
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS: Final = (list, tuple, set, frozenset, deque)
@@ -59,23 +59,23 @@ _OPAQUE: Final = (
 
 @dataclass(frozen=True)
 class Owner:
-    """An object whose attributes are looked at."""
+    """An object whose attributes are compared."""
 
     name: str
-    """How it is called in a report: `Language`, `model.encoder`."""
+    """Its name in reports: `Language`, `model.encoder`."""
     target: Any
     hint: str
-    """What its author can do about a state that is not saved."""
+    """Advice for state that is not saved."""
     skipped: frozenset[str] = frozenset()
-    """Attributes that are known, or no state."""
+    """Attributes that are known or no state."""
     counts_plain: bool = True
-    """Whether changed numbers and texts are state; False where the class has a `state_dict` of its own."""
+    """Whether changed numbers and texts are state; False if the class has its own `state_dict`."""
     saved: tuple[str, ...] = ()
-    """The path in the checkpoint's state to what its own `state_dict` has returned."""
+    """Path in the checkpoint's state to the result of its own `state_dict`."""
 
 
 def owner_of_module(name: str, module: torch.nn.Module, saved: tuple[str, ...] = ()) -> Owner:
-    """Return how a module of the model or of the loss is looked at."""
+    """Return the owner for a module of the model or of the loss."""
     return Owner(
         name,
         module,
@@ -88,10 +88,10 @@ def owner_of_module(name: str, module: torch.nn.Module, saved: tuple[str, ...] =
 
 
 def owners_in_module(name: str, module: torch.nn.Module, saved_in: str) -> Iterator[Owner]:
-    """Yield the modules in it that may hold more than parameters and buffers; torch's own do not.
+    """Yield owners for the modules inside that may hold more than parameters and buffers, as torch's own do not.
 
     Args:
-        name: How the module is called in a report.
+        name: The module's name in reports.
         module: The model or the loss.
         saved_in: The key of its state dict in a checkpoint's state.
     """
@@ -102,7 +102,7 @@ def owners_in_module(name: str, module: torch.nn.Module, saved_in: str) -> Itera
 
 
 def owner_of_optimizer(name: str, optimizer: torch.optim.Optimizer) -> Owner:
-    """Return how an optimizer, which may wrap another one, is looked at."""
+    """Return the owner for an optimizer, which may wrap another one."""
     is_own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
     return Owner(
         type(optimizer).__name__,
@@ -115,14 +115,14 @@ def owner_of_optimizer(name: str, optimizer: torch.optim.Optimizer) -> Owner:
 
 
 class CarriedState:
-    """Compares what objects hold at a checkpoint with what they held when the run began. Training thread only."""
+    """Compares the attributes of objects at a checkpoint with those at the run's start. Training thread only."""
 
     def __init__(self, owners: Iterable[Owner], known: Iterable[Any]) -> None:
-        """Remember how things are now. Keeps no tensor alive.
+        """Record the current values. Keeps no tensor alive.
 
         Args:
-            owners: What is looked at.
-            known: Modules, optimizers, schedules and generators that the checkpoint holds by itself.
+            owners: The objects to compare.
+            known: Modules, optimizers, schedules and generators that the checkpoint holds anyway.
         """
         self._owners = [(owner, _state_beside(owner.target)) for owner in owners]
         self._known = list(known)
@@ -132,10 +132,10 @@ class CarriedState:
         self._named: dict[tuple[str, str], str] = {}
 
     def unsaved(self, state: Mapping[str, Any]) -> list[str]:
-        """Return what has changed since the start and is not in `state`, each as a sentence.
+        """Return sentences about attributes that have changed since the start and are not in `state`.
 
         Args:
-            state: Of a checkpoint, with live tensors.
+            state: The state of a checkpoint, with live tensors.
         """
         held: _Saved | None = None
         for owner, name, contents in self._look(skipped=self._named):
@@ -156,24 +156,24 @@ class CarriedState:
             for name, value in (of_class | getattr(owner.target, "__dict__", {})).items():
                 if name in owner.skipped or (owner.name, name) in skipped:
                     continue
-                if type(value) in _PLAIN:  # most are: the short way
+                # The common case, without a walk.
+                if type(value) in _PLAIN:
                     if owner.counts_plain:
                         yield owner, name, _Contents([_plain_mark(value)])
                     continue
                 try:
                     contents = walk.through(value, is_plain_counted=owner.counts_plain)
-                except (
-                    Exception
-                ):  # the user's object, maybe changed by another thread: no reason to end a run
+                # A user's object may raise anything, or be changed by another thread. That must not end a run.
+                except Exception:
                     continue
                 if contents.plain or contents.heavy:
                     yield owner, name, contents
 
 
 def _state_beside(target: Any) -> dict[str, Any]:
-    """Return the tensors and generators that belong to an object and are none of its attributes.
+    """Return the tensors and generators that belong to an object but are none of its attributes.
 
-    Those on a class of the user's, generators that its methods refer to, and what a function holds.
+    These are on a class of the user, referred to by its methods, or in the closure of a function.
     """
     if isinstance(target, types.FunctionType | types.MethodType | functools.partial):
         return _state_of_function(target)
@@ -221,7 +221,7 @@ def _generators_behind(function: Any, seen: set[int], depth: int = 0) -> dict[st
 
 
 def _plain_mark(value: Any) -> Any:
-    """Return a number or text as it is compared: NaN equals itself."""
+    """Return a number or text for comparison, in which NaN equals itself."""
     return repr(value) if isinstance(value, float) else value
 
 
@@ -237,18 +237,18 @@ class _Heavy(NamedTuple):
 
 @dataclass
 class _Contents:
-    """What was found in one attribute."""
+    """The content of one attribute."""
 
     plain: list[object] = field(default_factory=list)
     """Numbers, texts and lengths, in order."""
     heavy: list[_Heavy] = field(default_factory=list)
 
     def without_values(self) -> "_Contents":
-        """Return what is compared later, without what would keep a tensor alive."""
+        """Return the marks without values, which would keep tensors alive."""
         return _Contents(self.plain, [_Heavy(each.mark, None) for each in self.heavy])
 
     def differs(self, other: "_Contents", *, with_plain: bool) -> bool:
-        """Tell whether the state is another one."""
+        """Return whether the content differs."""
         if with_plain and self.plain != other.plain:
             return True
         return [each.mark for each in self.heavy] != [each.mark for each in other.heavy]
@@ -258,7 +258,7 @@ _NOTHING: Final = _Contents()
 
 
 class TensorMark:
-    """Tells a tensor, with its content, from another one; does not keep it alive."""
+    """Compares a tensor and its content with a later one, without keeping it alive."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = weakref.ref(tensor)
@@ -290,13 +290,13 @@ def _sample(tensor: torch.Tensor) -> bytes:
 
 
 def _array_mark(array: Any) -> object:
-    """Likewise for a numpy array, which counts no changes: all of its bytes, up to a megabyte."""
+    """Return a mark of a numpy array, which counts no changes: a checksum of up to a megabyte."""
     some = array if array.nbytes <= 2**20 else array.reshape(-1)[:: max(1, array.size // 2**12)]
     return id(array), array.shape, zlib.crc32(some.tobytes())
 
 
 def _generator_state(generator: Any) -> object:
-    """Return a generator's state as something that can be compared."""
+    """Return a generator's state in a form that can be compared."""
     if isinstance(generator, torch.Generator):
         return bytes(generator.get_state().tolist())
     if isinstance(generator, random.Random):
@@ -313,7 +313,7 @@ def _is_generator(value: Any) -> bool:
 
 
 class _Known:
-    """What a checkpoint holds by itself, as of now."""
+    """The objects that a checkpoint holds anyway."""
 
     def __init__(self, objects: Iterable[Any]) -> None:
         self._modules = [each for each in objects if isinstance(each, torch.nn.Module)]
@@ -336,15 +336,16 @@ class _Known:
 
 
 def _memory(tensor: torch.Tensor) -> object:
-    """Return what tensors in the same memory have in common."""
+    """Return a key that tensors in the same memory share."""
     try:
         return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
-    except (RuntimeError, NotImplementedError):  # sparse, uninitialized: no storage
+    # Sparse and uninitialized tensors have no storage.
+    except (RuntimeError, NotImplementedError):
         return id(tensor)
 
 
 class _Walk:
-    """Goes through attributes and notes what it finds, each object once: a shared one counts where it is met first."""
+    """Walks through attributes and collects their contents. A shared object counts only where it is first met."""
 
     def __init__(self, known: _Known, roots: Iterable[Any]) -> None:
         self._known = known
@@ -353,7 +354,7 @@ class _Walk:
         self._nodes = 0
 
     def through(self, value: Any, *, is_plain_counted: bool) -> _Contents:
-        """Return what is in one attribute."""
+        """Return the content of one attribute."""
         self._contents, self._nodes = _Contents(), 0
         self._into(value, is_plain_counted=is_plain_counted, depth=0)
         return self._contents
@@ -381,7 +382,7 @@ class _Walk:
                 self._into(each, is_plain_counted=is_counted, depth=depth + 1)
 
     def _inside(self, value: Any, is_plain_counted: bool) -> Iterator[tuple[Any, bool]]:
-        """Yield what is in a value, each with whether numbers and texts in it count."""
+        """Yield the values inside a value, with whether numbers and texts in them count."""
         if isinstance(value, Mapping):
             for key, each in list(value.items()):
                 yield key, is_plain_counted
@@ -408,7 +409,7 @@ class _Walk:
         elif isinstance(value, LRScheduler):
             yield from ((each, True) for name, each in list(vars(value).items()) if name != "optimizer")
         elif hasattr(type(value), "__next__"):
-            # Where it stands cannot be read.
+            # The position of an iterator cannot be read, so it always counts as changed.
             self._contents.heavy.append(_Heavy(object(), None))
         elif not _is_of_offloop(type(value)):
             counts = is_of_user(type(value))
@@ -419,8 +420,8 @@ class _Walk:
 
 
 _MODULE_ATTRIBUTES: Final = frozenset(vars(torch.nn.Module()))
-"""What each module has. `training` is saved with the modes of the model."""
-# Not read off an optimizer: the first one that is made imports torch._dynamo, which takes seconds.
+"""Attributes that every module has. `training` is saved with the modes of the model."""
+# A list, because creating a first optimizer to ask imports torch._dynamo, which takes seconds.
 _OPTIMIZER_ATTRIBUTES: Final = frozenset(
     {
         *("defaults", "state", "param_groups", "step", "_opt_called", "_zero_grad_profile_name"),
@@ -433,7 +434,7 @@ _INSTALLED: Final = tuple(
 
 
 def is_of_user(cls: type) -> bool:
-    """True for a class of the user's program; False for one of an installed library, of Python or of offloop."""
+    """Return whether a class belongs to the user's program, not to a library, Python or offloop."""
     return _is_users_package(cls.__module__.partition(".")[0])
 
 
@@ -446,7 +447,7 @@ def _is_users_package(name: str) -> bool:
 
 
 def _is_of_offloop(cls: type) -> bool:
-    """True for our classes and those derived from them: the trainer and callbacks are looked at by themselves."""
+    """Return whether a class is or derives from one of offloop's; trainer and callbacks are owners themselves."""
     return any(each.__module__.startswith("offloop.") for each in cls.__mro__)
 
 
@@ -454,14 +455,14 @@ def _is_of_offloop(cls: type) -> bool:
 
 
 class _Saved:
-    """The content of a checkpoint's state, to find things in."""
+    """A checkpoint's state, to search for contents of attributes."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = state
         self._memory = {_memory(each) for each in _leaves(state) if isinstance(each, torch.Tensor)}
 
     def has(self, owner: Owner, name: str, contents: _Contents, *, plain_changed: bool) -> bool:
-        """Tell whether an attribute's state is in it: under its name, in the same memory or with the same value."""
+        """Return whether it holds an attribute's state: under its name, in the same memory or with the same value."""
         own = self._own(owner)
         bare = name.lstrip("_")
         keys = [key.lstrip("_") for key in own if isinstance(key, str)]

@@ -1,11 +1,11 @@
-"""Where a run stands in its data: which loaders it has read, in which order, and how far.
+"""The position of a run in its data: the loaders that it has read, in which order, and how far.
 
-An epoch is one pass over one loader, or several: one after the other, or side by side (`zip`). A checkpoint holds
-the passes of the epoch in progress, and what each loader's next epoch begins with. In a resumed epoch the passes
-that were over give nothing, those that were not go on behind their last batch, and the others begin as usual.
+An epoch is a pass over a loader, or several passes: one after the other, or in parallel (`zip`). A checkpoint holds
+the passes of the current epoch, and the state from which the next epoch of every loader starts. In a resumed epoch,
+finished passes give nothing, unfinished ones continue after their last batch, and the others start as usual.
 
-Loaders are known by where they are: `train_loader`, `val_loader`, an attribute of the trainer (`self.second`). One
-that is made anew for each epoch has no such name; its passes are continued all the same.
+Loaders are known by their places: `train_loader`, `val_loader`, an attribute of the trainer (`self.second`). A loader
+that is made for every epoch has no place; its passes are continued nevertheless.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,31 +36,35 @@ from offloop.engine.position.loader_position import (
 )
 
 _MOST_LOADERS: Final = 64
-"""Entries of a list or mapping in which a loader is looked for by name; more of them are batches, not loaders."""
+"""Entries of a list or mapping that is searched for loaders; longer ones hold batches."""
 
 _PENDING: Final = (
-    "the checkpoint was taken between batches of loaders that are read side by side: those that were read and not "
+    "the checkpoint was taken between batches of loaders that are read in parallel: batches that were read but not "
     "trained are lost"
 )
 
-_NESTED: Final = "where an epoch stood in an inner loop over a loader is not saved"
+_NESTED: Final = "the position in an inner loop over a loader is not saved"
 
 Sparing = Callable[[Iterable[Any]], AbstractContextManager[None]]
 
 
 class Pass:
-    """One reading of a loader in the epoch in progress."""
+    """One pass over a loader in the current epoch."""
 
     __slots__ = ("asked_at", "before", "given", "is_done", "loader", "name", "start")
 
     def __init__(self, name: str, loader: Iterable[Any], start: int, before: dict[str, Any] | None) -> None:
         self.name = name
         self.loader = loader
-        self.start = start  # batches that the epoch had before it
+        # Batches that the epoch had before this pass.
+        self.start = start
         self.before = before
-        self.given: int | None = None  # batches so far; None where all since `start` are of this pass
-        self.is_done = False  # it has ended, or was left for good
-        self.asked_at: int | None = None  # how far the first of several open passes was then
+        # Batches so far; None if all batches since `start` belong to this pass.
+        self.given: int | None = None
+        # It has ended or was abandoned.
+        self.is_done = False
+        # Position of the first of several open passes when this one was last asked for a batch.
+        self.asked_at: int | None = None
 
 
 class DataPosition:
@@ -74,13 +78,13 @@ class DataPosition:
         *,
         is_resumable: bool,
     ) -> None:
-        """Begin before the first epoch.
+        """Start before the first epoch.
 
         Args:
             program: The trainer, whose attributes name its other loaders.
-            train_loader: Of the run.
-            val_loader: Of the run.
-            is_resumable: True where checkpoints may be taken; without them nothing is captured.
+            train_loader: The run's training loader.
+            val_loader: The run's validation loader, or several by name.
+            is_resumable: Whether checkpoints may be taken; otherwise nothing is captured.
         """
         self._roots = {"train_loader": train_loader, "val_loader": val_loader}
         self._program = program
@@ -90,19 +94,27 @@ class DataPosition:
         if val_loader is not None and not isinstance(val_loader, Mapping):
             self._validation["val_loader"] = _Known(val_loader)
         self.passes: list[Pass] = []
-        self.asking: Pass | None = None  # the pass whose next batch is about to be asked for
-        self._is_interleaved = False  # True if a pass of this epoch began before another had ended
-        self._is_nested = False  # True if one gave several batches for one batch of the first
-        self.is_cut = False  # True if a pass of this epoch was asked for and refused: the run was ending
-        self.doubts: list[Doubt] = []  # about what was restored
-        self._saved: dict[str, Any] = {}  # what a resumed run continues
-        self._left_behind: list[Doubt] = []  # about variables of the user's epoch, when it was left
-        self._nameless: dict[int, list[Doubt]] = {}  # by number of the pass: about loaders that have no place
+        # The pass that will be asked for the next batch.
+        self.asking: Pass | None = None
+        # True if a pass of this epoch started before another one had ended.
+        self._is_interleaved = False
+        # True if a pass gave several batches for one batch of the first.
+        self._is_nested = False
+        # True if a pass of this epoch was refused, because the run was ending.
+        self.is_cut = False
+        # Doubts about what was restored.
+        self.doubts: list[Doubt] = []
+        # What a resumed run continues.
+        self._saved: dict[str, Any] = {}
+        # Doubts about variables of the user's epoch when it was left.
+        self._left_behind: list[Doubt] = []
+        # Doubts about loaders without a place, by number of the pass.
+        self._nameless: dict[int, list[Doubt]] = {}
 
     # Epochs and passes ------------------------------------------------------------------------------
 
     def begin_epoch(self, batches: int) -> None:
-        """Forget the passes of the epoch before, which has given this many batches."""
+        """Clear the passes of the previous epoch, which has given this many batches."""
         for each in self.passes:
             known = self._training.get(each.name)
             if known is not None:
@@ -113,7 +125,7 @@ class DataPosition:
         self.is_cut = self._is_interleaved = self._is_nested = False
 
     def leave_epoch(self) -> None:
-        """Call inside of the user's epoch when it is about to be left before its end: its variables go with it."""
+        """Record the variables of the user's epoch. Call inside it, before it is left early."""
         if self._is_resumable:
             self._left_behind = local_doubts(self._program)
 
@@ -122,20 +134,20 @@ class DataPosition:
 
     @property
     def current(self) -> Pass:
-        """The pass begun last."""
+        """The pass that started last."""
         return self.passes[-1]
 
     def saved_pass(self) -> dict[str, Any] | None:
-        """Return the pass of the interrupted epoch that the next one continues; None if the next one is a new one."""
+        """Return the saved pass that the next one continues; None if the next one is new."""
         saved: list[dict[str, Any]] = self._saved.get("passes", [])
         return saved[len(self.passes)] if len(self.passes) < len(saved) else None
 
     def begin(self, loader: Iterable[Any], read: Iterable[Any], *, epoch: int, start: int) -> None:
-        """Begin a pass: call before `iter(read)`.
+        """Start a pass. Call before `iter(read)`.
 
         Args:
-            loader: What the user has given.
-            read: What is iterated over: the same, or its twin that seeds its samples.
+            loader: The user's loader.
+            read: The loader that is iterated over: the same, or its twin that seeds its samples.
             epoch: Number of the epoch, for `set_epoch`.
             start: Batches that the epoch has given so far.
         """
@@ -167,29 +179,31 @@ class DataPosition:
         self._validation[name].begin(loader, epoch)
 
     def before_validation(self) -> dict[str, Any]:
-        """Return what `rewind_validation` puts back."""
+        """Return the state that `rewind_validation` restores."""
         return {
             "random": capture_random_state(),
             "loaders": {name: known.capture() for name, known in self._validation.items()},
         }
 
     def rewind_validation(self, before: Mapping[str, Any]) -> None:
-        """Put back what a validation has drawn and read, as if it had not been. Its workers stay."""
+        """Restore random states and loaders as before a validation. Workers stay."""
         restore_random_state(before["random"])
         for name in list(self._validation):
             if name in before["loaders"]:
                 self._validation[name].rewind(before["loaders"][name])
             else:
-                del self._validation[name]  # first read by that validation
+                # That validation was the first to read it.
+                del self._validation[name]
 
     def drawn_before_first_batch(self) -> None:
-        """Say that a command may have drawn random numbers after `iter(loader)`: samplers draw with the first batch."""
+        """Capture random states again, because a command may have drawn numbers between `iter(loader)` and the first
+        batch, with which samplers draw."""
         before = self.current.before
         if before is not None and not getattr(self.current.loader, "num_workers", 0):
             before["first"] = capture_random_state()
 
     def skip(self, saved: Mapping[str, Any], loader: Iterable[Any]) -> None:
-        """Record a pass that was over when the run was interrupted."""
+        """Record a pass that had ended when the run was interrupted."""
         done = Pass(saved["loader"], loader, 0, saved["before"])
         done.given, done.is_done = saved["given"], True
         self.passes.append(done)
@@ -197,14 +211,14 @@ class DataPosition:
     def go_on(
         self, saved: Mapping[str, Any], read: Iterable[Any], *, epoch: int, start: int, keep_random: bool
     ) -> Iterator[Any]:
-        """Return an iterator over the rest of a pass that was interrupted.
+        """Return an iterator over the rest of an interrupted pass.
 
         Args:
             saved: The pass, from `saved_pass`.
-            read: Its loader, as it is iterated over.
+            read: The loader that is iterated over.
             epoch: Number of the epoch.
             start: Batches that the epoch has given so far.
-            keep_random: True to leave the global generators alone: the run has them back already.
+            keep_random: Whether to keep the global generators, which the run has restored already.
         """
         name, given, before = saved["loader"], saved["given"], saved["before"]
         now = self._saved["loaders"].get(name) or saved["now"]
@@ -220,15 +234,14 @@ class DataPosition:
 
     @property
     def is_complete(self) -> bool:
-        """True if the epoch has no batch left, though the run is ending."""
+        """True if the epoch has no batch left, even if the run is ending."""
         return not self.is_cut and all(each.is_done for each in self.passes)
 
     def is_boundary(self, current: Pass) -> bool:
-        """True if the run may be interrupted before the next batch of a pass.
+        """Return whether the run may be interrupted before the next batch of a pass.
 
-        Where passes are read side by side, that is before the next batch of the first: it is asked for when the
-        batches of the others are trained. One that is asked for a second batch meanwhile is an inner loop, which
-        must not hold up a command.
+        With passes in parallel, that is before the next batch of the first pass: then the batches of the others are
+        trained. A pass that is asked for a second batch before that is an inner loop, which must not delay commands.
         """
         self.asking = current
         if not self._is_interleaved:
@@ -243,18 +256,18 @@ class DataPosition:
         return False
 
     def close(self) -> None:
-        """Let all loaders go."""
+        """Drop all loaders."""
         self.passes, self._roots, self._saved = [], {}, {}
         self._training, self._validation = {}, {}
 
     # Checkpoints ------------------------------------------------------------------------------------
 
     def capture(self, *, in_epoch: bool, batches: int) -> dict[str, Any]:
-        """Return the position as of this boundary, for a checkpoint.
+        """Return the position at this boundary, for a checkpoint.
 
         Args:
-            in_epoch: True in the middle of an epoch.
-            batches: How many the epoch has given.
+            in_epoch: Whether the run is inside an epoch.
+            batches: Batches that the epoch has given.
         """
         waiting = self._saved.get("passes", [])[len(self.passes) :] if in_epoch else []
         passes = []
@@ -264,7 +277,8 @@ class DataPosition:
             if in_epoch and not each.name and not each.is_done:
                 saved["now"] = capture_in_epoch(each.loader) | {"read": given}
             passes.append(saved)
-        passes += waiting  # of a resumed epoch, not begun yet
+        # Passes of a resumed epoch that have not started yet.
+        passes += waiting
         not_restored = {each["loader"] for each in waiting if not each["is_done"]}
         loaders = {
             name: self._saved["loaders"][name]
@@ -296,19 +310,19 @@ class DataPosition:
         spared: Sparing,
         batches: int,
     ) -> bool:
-        """Put back where the loaders stood, all but those that stood in the middle of a pass.
+        """Restore the loaders, except for those inside a pass.
 
-        Random states are not kept: they are put back after it.
+        Changes random states; the caller restores them afterwards.
 
         Args:
             saved: From `capture`.
-            in_epoch: True if the run goes on in the middle of an epoch.
+            in_epoch: Whether the run continues inside an epoch.
             seeded: Returns the twin of a training loader.
-            spared: Makes the block in which workers are started.
-            batches: How many the epoch has given.
+            spared: Returns the context in which workers are started.
+            batches: Batches that the epoch has given.
 
         Returns:
-            True if there are passes of the interrupted epoch to continue or to leave out.
+            True if the interrupted epoch has passes to continue or to skip.
         """
         self._saved = dict(saved) if "passes" in saved else _from_older(saved, batches)
         if not in_epoch:
@@ -319,7 +333,7 @@ class DataPosition:
             for name, now in self._saved[kind].items():
                 loader = self._find(name)
                 if loader is None:
-                    self.doubts.append(approximate(f"{name}, which the run was reading, is not there"))
+                    self.doubts.append(approximate(f"{name}, which the run was reading, does not exist"))
                     continue
                 read = seeded(loader) if kind == "loaders" else loader
                 known = book[name] = _Known(read)
@@ -329,7 +343,7 @@ class DataPosition:
                     self.doubts += _prefixed(name, known.restore(now, is_open=is_open, in_epoch=count))
         if "validation" not in saved:
             self.doubts += [
-                approximate(f"{name}: a checkpoint of an older version does not say where it stood")
+                approximate(f"{name}: a checkpoint of an older version does not have its position")
                 for name, known in self._validation.items()
                 if has_workers(known.loader) or _has_own_state(known.loader)
             ]
@@ -338,7 +352,7 @@ class DataPosition:
     # Names --------------------------------------------------------------------------------------------
 
     def _name(self, loader: Iterable[Any]) -> str:
-        """Return where a loader is found, empty where it is in no such place."""
+        """Return the place of a loader, empty if it has none."""
         return next((name for name, each in self._places() if each is loader), "")
 
     def _find(self, name: str) -> Iterable[Any] | None:
@@ -360,25 +374,29 @@ class _Known:
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
-        self.read = 0  # batches of epochs that are over
-        self._epoch: int | None = None  # that set_epoch was called with last
+        # Batches of finished epochs.
+        self.read = 0
+        # The last argument of set_epoch.
+        self._epoch: int | None = None
         self._described: dict[str, Any] | None = None
         self._counters: Counters | None = None
         self._contents: Contents | None = None
-        self._had_workers = True  # False if those that it has are of a reading that does not count
+        # False if its workers belong to a pass that does not count.
+        self._had_workers = True
 
     def begin(self, loader: Iterable[Any], epoch: int) -> None:
-        """An epoch of it begins."""
-        self.loader = loader  # a twin, from its first epoch on
+        """Start an epoch of this loader."""
+        # From the first epoch on it may be a twin.
+        self.loader = loader
         self._look()
         self._epoch, self._had_workers = epoch, True
         set_epoch(loader, epoch)
 
     def capture(self, read: int = 0) -> dict[str, Any]:
-        """Return what its next epoch begins with.
+        """Return the state from which its next epoch starts.
 
         Args:
-            read: Batches that the epoch in progress has had from it.
+            read: Batches that the current epoch has had from it.
         """
         self._look()
         assert self._counters is not None
@@ -394,12 +412,12 @@ class _Known:
         }
 
     def restore(self, now: Mapping[str, Any], *, is_open: bool, in_epoch: int = 0) -> list[Doubt]:
-        """Put back what its next epoch begins with, and return all doubts about it.
+        """Restore the state from which its next epoch starts, and return all doubts about it.
 
         Args:
             now: From `capture`.
-            is_open: True if a pass over it goes on: that is left to `continue_epoch`.
-            in_epoch: Batches that the epoch in progress has had from it.
+            is_open: Whether a pass over it continues; `continue_epoch` does the rest then.
+            in_epoch: Batches that the current epoch has had from it.
         """
         self._look()
         assert self._described is not None
@@ -415,14 +433,14 @@ class _Known:
         return doubts + doubts_about(self.loader)
 
     def rewind(self, before: Mapping[str, Any]) -> None:
-        """Put back what `capture` returned, in the run that it was taken from."""
+        """Restore what `capture` returned, in the same run."""
         rewind_loader(self.loader, before)
         self._epoch = before["epoch"]
         set_epoch(self.loader, self._epoch or 0)
         self._had_workers = before["has_workers"]
 
     def _look(self) -> None:
-        """Remember what it was before the run has read from it."""
+        """Record its state before the run reads from it."""
         if self._counters is None:
             self._described = describe(self.loader)
             self._counters = Counters(self.loader)
@@ -430,12 +448,12 @@ class _Known:
 
 
 def _read_in(passes: Iterable[Mapping[str, Any]], name: str) -> int:
-    """Return how many batches saved passes have had from a loader."""
+    """Return the number of batches that saved passes have had from a loader."""
     return sum(each["given"] for each in passes if each["loader"] == name)
 
 
 def _doubts_about_nameless(loader: Iterable[Any]) -> list[Doubt]:
-    """Return the doubts about a loader that is found nowhere: what it is between epochs is not restored."""
+    """Return the doubts about a loader without a place, whose state between epochs is not restored."""
     doubts = doubts_about(loader)
     if _has_own_state(loader) or has_workers(loader):
         doubts.append(
@@ -453,14 +471,14 @@ def _has_own_state(loader: Iterable[Any]) -> bool:
 
 
 def _prefixed(name: str, doubts: Iterable[Doubt]) -> list[Doubt]:
-    """Return the doubts with the loader's name before them, where it is not the usual one."""
+    """Return the doubts, prefixed with the loader's name unless it is `train_loader`."""
     if name in ("", "train_loader"):
         return list(doubts)
     return [Doubt(each.exactness, f"{name}: {each.reason}") for each in doubts]
 
 
 def _from_older(saved: Mapping[str, Any], batches: int) -> dict[str, Any]:
-    """Return the position that format 1 had before passes: one loader, and where it stood."""
+    """Convert the position of early checkpoints of format 1: one loader and its position."""
     passes = []
     if saved["before"] is not None:
         passes.append(

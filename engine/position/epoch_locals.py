@@ -1,7 +1,7 @@
-"""Local variables of a trainer's own `train_epoch`, which no checkpoint in the midst of the epoch can save.
+"""Local variables of a trainer's own `train_epoch`, which a checkpoint inside the epoch cannot save.
 
-A resumed epoch runs the method from its beginning: a counter starts over, an iterator is a new one, a hidden state is
-what it was before the first batch. What may carry something from batch to batch is therefore named as a doubt.
+A resumed epoch runs the method from its start: a counter starts over, an iterator is a new one, a hidden state is
+that of the first batch. Variables that may carry something from batch to batch are therefore named as a doubt.
 """
 
 import ast
@@ -23,9 +23,9 @@ _STATELESS: Final = (
 
 
 def local_doubts(program: object) -> list[Doubt]:
-    """Return the doubt about the variables of the `train_epoch` that is running, if there are any.
+    """Return the doubt about the variables of the running `train_epoch`, if there are any.
 
-    Training thread, inside of `train_epoch`. Looks at names and types only.
+    Training thread, inside `train_epoch`. Looks at names and types only.
 
     Args:
         program: The trainer.
@@ -42,14 +42,14 @@ def local_doubts(program: object) -> list[Doubt]:
     return [
         approximate(
             f"train_epoch's local variable{'s' if len(names) > 1 else ''} {', '.join(names)} "
-            f"{'start' if len(names) > 1 else 'starts'} over: keep what must go on in an attribute, and return it from "
-            "the trainer's state_dict"
+            f"{'start' if len(names) > 1 else 'starts'} over: keep state in an attribute, and return it from the "
+            "trainer's state_dict"
         )
     ]
 
 
 def _own_epoch(program: object, code: types.CodeType) -> types.FunctionType | None:
-    """Return the user's `train_epoch` that runs in a frame of this code, None for any other frame."""
+    """Return the user's `train_epoch` if it has this code, else None."""
     if code.co_name != "train_epoch":
         return None
     for cls in type(program).__mro__:
@@ -77,25 +77,29 @@ def _carrying(program: object, function: types.FunctionType, frame: types.FrameT
         elif isinstance(value, int | float):
             if name in places.counters or (name in places.before and name in places.inside):
                 yield name
-        elif name in places.before and not hasattr(value, "batch_sampler"):  # a loader made anew is known
+        # A loader that is made for every epoch is handled elsewhere.
+        elif name in places.before and not hasattr(value, "batch_sampler"):
             yield name
 
 
 def _is_of_the_run(generator: "types.GeneratorType[Any, Any, Any]") -> bool:
-    """Return True for what `self.batches(...)` gave, whose position is saved, and for one that is over."""
+    """Return whether this is an iterator of `self.batches(...)`, whose position is saved, or is exhausted."""
     frame = generator.gi_frame
     return frame is None or frame.f_globals.get("__name__") == "offloop.engine.training.loop"
 
 
 class _Places(ast.NodeVisitor):
-    """Where a function assigns its variables."""
+    """The variables of a function by where it assigns them."""
 
     def __init__(self, line: int) -> None:
-        self.before: set[str] = set()  # outside of all loops
-        self.inside: set[str] = set()  # in the body of a loop
-        # Beside the batches, as by enumerate(self.batches(...)), by the loop in work
+        # Outside of all loops.
+        self.before: set[str] = set()
+        # In the body of a loop.
+        self.inside: set[str] = set()
+        # By the running loop together with the batches, as in enumerate(self.batches(...)).
         self.counters: set[str] = set()
-        self._line = line  # that is running
+        # The running line.
+        self._line = line
         self._depth = 0
 
     def visit_Name(self, node: ast.Name) -> None:
@@ -121,7 +125,7 @@ class _Places(ast.NodeVisitor):
 
 
 def _places(function: types.FunctionType, line: int) -> _Places | None:
-    """Return where a function that runs at a line of its file assigns; None where its source cannot be had."""
+    """Return the assignments of a function that runs at a line of its file; None if there is no source."""
     try:
         lines, first = inspect.getsourcelines(function)
         tree = ast.parse(textwrap.dedent("".join(lines)))

@@ -1,4 +1,4 @@
-"""How exactly a resumed run goes on, and doubts: what speaks against bit for bit."""
+"""How exactly a resumed run continues, and doubts: reasons why it may not be bit for bit."""
 
 from typing import Literal, NamedTuple
 
@@ -6,19 +6,19 @@ Exactness = Literal["bitwise", "equivalent", "approximate"]
 
 
 class Doubt(NamedTuple):
-    """One thing that is not known to be restored bit for bit."""
+    """Something that may not be restored bit for bit."""
 
     exactness: Exactness
-    """What can still be said of the run: `equivalent` or `approximate`."""
+    """What the run still is: `equivalent` or `approximate`."""
     reason: str
-    """Why, in words; it names what was not restored and, where there is one, the remedy."""
+    """What was not restored, and the remedy if there is one."""
 
 
 def approximate(reason: str) -> Doubt:
-    """Return a doubt after which a run is only approximately the one that it continues."""
+    """Return a doubt that makes the resumed run an approximate one."""
     return Doubt("approximate", reason)
 
 
 def equivalent(reason: str) -> Doubt:
-    """Return a doubt that leaves order and arithmetic alone: other random draws in the data, no more."""
+    """Return a doubt that concerns only random draws in the data, not order or arithmetic."""
     return Doubt("equivalent", reason)

@@ -1,14 +1,14 @@
-"""What samplers, data sets and collate functions hold, compared between a run's start, a checkpoint and a resume.
+"""Attributes of samplers, data sets and collate functions, compared between a run's start, checkpoints and a resume.
 
-A curriculum, an order that is shuffled in place, weights that follow the losses or a cache of augmented samples
-are state that no `state_dict` stands for. Attributes are compared at each checkpoint with what they were when the
-run first read the loader; of those that have changed a checksum is saved, and a resume names those that are not
-what they were. Nothing is looked at between checkpoints.
+A curriculum, an order that is shuffled in place, weights that follow the losses or a cache of augmented samples are
+state that no `state_dict` covers. At every checkpoint, attributes are compared with those when the run first read the
+loader. Checksums of the changed ones are saved, and a resume names those that differ. Nothing happens between
+checkpoints.
 
     changes are seen in      tensors and numpy arrays, numbers, texts, the length and items of containers, and these
                              within objects of the user's classes, partial functions and closures
-    not seen                 global variables, memory maps, objects of libraries, what is behind many other values,
-                             what workers hold
+    not seen                 global variables, memory maps, objects of libraries, values beyond the limits, state in
+                             workers
 """
 
 import functools
@@ -30,22 +30,22 @@ from offloop.engine.position.loader_doubts import closure_of, unsaved_parts
 
 _MAX_DEPTH: Final = 4
 _MAX_VALUES: Final = 2_000
-"""Values that are looked at in one attribute: a bound for lists of a million file names."""
+"""Limit of values compared in one attribute, which may be a list of a million file names."""
 _MAX_ITEMS: Final = 1_000
-"""Items of one list that are looked at, evenly spread."""
+"""Limit of items compared in one list, evenly spread."""
 _PLAIN: Final = (bool, int, float, complex, str, bytes)
 _JUDGED_ELSEWHERE: Final = (type, types.ModuleType, DataLoader, Dataset, Sampler, torch.Generator)
 
 
 class Contents:
-    """What the parts of a loader hold as attributes. Training thread only."""
+    """The attributes of a loader's parts. Training thread only."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        """Remember how things are now. Keeps no tensor alive."""
+        """Record the current values. Keeps no tensor alive."""
         self._before = {name: _marks(leaves) for name, leaves in _held(loader)}
 
     def changed(self, loader: Iterable[Any]) -> dict[str, int]:
-        """Return the checksums of what is not as it was at first, by name."""
+        """Return the checksums of attributes that have changed, by name."""
         return {
             name: _checksum(leaves)
             for name, leaves in _held(loader)
@@ -54,7 +54,7 @@ class Contents:
 
 
 def content_doubts(loader: Iterable[Any], saved: Mapping[str, int]) -> list[Doubt]:
-    """Return a doubt for each attribute that has changed during the run and is not what it was at the checkpoint."""
+    """Return a doubt for every attribute that changed during the run and differs from the checkpoint's."""
     if not saved:
         return []
     now = {name: leaves for name, leaves in _held(loader) if name in saved}
@@ -68,7 +68,7 @@ def content_doubts(loader: Iterable[Any], saved: Mapping[str, int]) -> list[Doub
 
 
 def _held(loader: Iterable[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Yield what is in the attributes of the parts, by name; an object's own numbers are counters, see there."""
+    """Yield the values in attributes of the parts, by name; an object's own numbers are `Counters`."""
     names: set[str] = set()
     for part in unsaved_parts(loader):
         owner = _unique(getattr(part, "__name__", name_of(part)), names)
@@ -81,13 +81,14 @@ def _held(loader: Iterable[Any]) -> Iterator[tuple[str, list[Any]]]:
                 continue
             try:
                 leaves = list(itertools.islice(_leaves(value), _MAX_VALUES))
-            except Exception:  # the user's object: no reason to end a run
+            # A user's object may raise anything, which must not end a run.
+            except Exception:
                 continue
             yield f"{owner}.{name}", leaves
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    """Return the name, with a number if another part of the loader has it already."""
+    """Return the name, with a number if another part of the loader has the same."""
     found = next(each for number in itertools.count(1) if (each := f"{name} {number}") not in taken)
     taken.add(found)
     return name if found == f"{name} 1" else found
@@ -120,7 +121,8 @@ def _leaves(value: Any, depth: int = 0) -> Iterator[Any]:
             yield from _leaves(key, depth + 1)
             yield from _leaves(item, depth + 1)
     elif isinstance(value, set | frozenset):
-        yield len(value)  # the order of its items is another one in each process
+        # The order of its items differs between processes.
+        yield len(value)
     elif isinstance(value, functools.partial):
         for each in (value.func, value.args, value.keywords):
             yield from _leaves(each, depth + 1)
@@ -140,7 +142,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _marks(leaves: Iterable[Any]) -> list[object]:
-    """Return what tells these values from later ones, at little cost."""
+    """Return cheap marks, which differ if the values change."""
     return [_mark(each) for each in leaves]
 
 
@@ -148,7 +150,8 @@ def _mark(value: Any) -> object:
     if isinstance(value, torch.Tensor):
         return TensorMark(value)
     if isinstance(value, _PLAIN):
-        return repr(value)  # NaN equals itself
+        # As text, NaN equals itself.
+        return repr(value)
     some = value if value.nbytes <= 2**20 else value.reshape(-1)[:: max(1, value.size // 2**12)]
     return id(value), value.shape, zlib.crc32(some.tobytes())
 

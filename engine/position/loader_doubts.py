@@ -1,11 +1,11 @@
-"""What a resume cannot know to have restored about a loader: each thing is named, with the remedy.
+"""Doubts about a loader: parts that a resume may not have restored, with the remedy.
 
-Order is judged strictly, because it is decided in few places: a list, a loader with `state_dict`, or a DataLoader
-whose samplers are torch's, have `state_dict`, or go by `set_epoch`. Any other code that decides on the order may
-keep something from epoch to epoch, and is named.
+Order is judged strictly, because few places decide it: a list, a loader with `state_dict`, or a DataLoader whose
+samplers are torch's, have `state_dict`, or use `set_epoch`. Any other code that decides the order may carry state
+from epoch to epoch, and is named.
 
-Data sets are always code that nobody here knows. What gives them away is looked for: random generators and
-iterators that they hold or that their methods refer to, and counters that have changed during the run.
+Data sets are unknown code. They are searched for signs of state: random generators and iterators that they hold or
+that their methods refer to, and counters that have changed during the run.
 """
 
 import functools
@@ -52,19 +52,19 @@ _KNOWN_SAMPLERS: Final = tuple(
         range,
     )
 )
-"""Methods that decide on an order from the sampler's arguments, the epoch and a generator that is saved."""
+"""Methods whose order depends only on the sampler's arguments, the epoch and a saved generator."""
 _MOST_OBJECTS: Final = 2_000
-"""Objects that are looked at in search of generators: a bound for data sets that are large trees of objects."""
+"""Limit of objects in a search for generators: data sets may be large trees of objects."""
 _MOST_ITEMS: Final = 50
-"""Items of one container that are looked at; a list of a million file names holds no generator."""
+"""Limit of items searched in a container: a list of a million file names holds no generator."""
 _LIBRARIES: Final = frozenset({"torch", "torchdata", "numpy"})
-"""Packages whose functions are not searched: what they draw from is global, or an attribute of an object."""
+"""Packages whose functions are not searched: they draw from global generators or from attributes of objects."""
 _ELSEWHERE: Final = frozenset({*sys.stdlib_module_names, "offloop"})
 """Packages whose objects are not searched either: they lead to loggers, threads and the run itself."""
 
 
 def doubts_about(loader: Iterable[Any]) -> list[Doubt]:
-    """Return what about a loader is not known to be restored, whatever a checkpoint holds."""
+    """Return the doubts about a loader that hold for any checkpoint."""
     if is_sequence(loader) or restores_itself(loader):
         return []
     if not isinstance(loader, DataLoader):
@@ -89,7 +89,7 @@ def doubts_about(loader: Iterable[Any]) -> list[Doubt]:
 
 
 def _order_of(loader: "DataLoader[Any]") -> Iterator[str]:
-    """Yield, in words, what decides on the order of a loader's batches and is not known to be restored."""
+    """Yield descriptions of what decides the order of a loader's batches and may not be restored."""
     if not gives_its_sampler_order(loader):
         yield (
             f"{name_of(loader)} has an __iter__ of its own, whose state is not saved: give it state_dict and "
@@ -115,17 +115,17 @@ def _is_known(sampler: Any) -> bool:
 
 
 def is_sequence(loader: Any) -> bool:
-    """True for batches in a list or tuple: they come in its order, each time."""
+    """Return whether this is a list or tuple of batches, whose order never changes."""
     return getattr(type(loader), "__iter__", None) in (list.__iter__, tuple.__iter__)
 
 
 def is_stateful(part: Any) -> bool:
-    """True if a part can say where it stands, and be brought back there."""
+    """Return whether a part has `state_dict` and `load_state_dict`."""
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
 def restores_itself(loader: Any) -> bool:
-    """True if the loader's own `state_dict` is the only way to its position, or the best."""
+    """Return whether the loader's own `state_dict` is the only or the best way to its position."""
     if not is_stateful(loader):
         return False
     if not gives_its_sampler_order(loader) or isinstance(loader.dataset, IterableDataset):
@@ -134,16 +134,17 @@ def restores_itself(loader: Any) -> bool:
 
 
 def gives_its_sampler_order(loader: Any) -> bool:
-    """True for a DataLoader whose batches are those of its sampler: its iterator is torch's or torchdata's."""
+    """Return whether this is a DataLoader with the order of its sampler: its iterator is torch's or torchdata's."""
     if not isinstance(loader, DataLoader):
         return False
     return type(loader).__iter__ is DataLoader.__iter__ or type(loader).__module__.startswith("torchdata.")
 
 
 def draws_nothing(loader: Any) -> bool:
-    """True if no sample of the loader draws a random number: tensors, put together by torch."""
+    """Return whether loading samples draws no random numbers: tensors, collated by torch."""
+    # All its draws are seeded.
     if isinstance(getattr(loader, "dataset", None), SeededDataset):
-        return True  # nothing that is not seeded for its place
+        return True
     if getattr(loader, "collate_fn", None) is not default_collate or users_init_fn(loader) is not None:
         return False
     leaves = [each for each in datasets_of(loader) if type(each) is not Subset]
@@ -154,12 +155,13 @@ def draws_nothing(loader: Any) -> bool:
 
 
 def describe(loader: Iterable[Any]) -> dict[str, Any]:
-    """Return what must be the same for a run to go on in a loader's order: plain values."""
+    """Return plain values of a loader that must be the same for a run to continue in its order."""
     described: dict[str, Any] = {"loader": name_of(loader), "batches": length_of(loader)}
     if isinstance(loader, DataLoader):
         described["data set"] = name_of(unwrapped(loader.dataset))
         described["samplers"] = ", ".join(name_of(each) for each in samplers_of(loader))
-        if not isinstance(loader.dataset, SeededDataset):  # else the number of workers changes nothing
+        # With seeded samples the number of workers does not matter.
+        if not isinstance(loader.dataset, SeededDataset):
             described["num_workers"] = loader.num_workers
             described["persistent_workers"] = loader.persistent_workers
         for part in (*samplers_of(loader), *datasets_of(loader)):
@@ -170,7 +172,7 @@ def describe(loader: Iterable[Any]) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Doubt]:
-    """Return how a loader differs from the one that was described before."""
+    """Return the differences between two descriptions of a loader, as doubts."""
     doubts = []
     for key, value in before.items():
         here = now.get(key)
@@ -185,7 +187,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Doubt
 
 
 def _fingerprint(part: Any) -> int | None:
-    """Return a checksum of the indices or weights that torch's classes choose samples by, None where there are none."""
+    """Return a checksum of the indices or weights by which torch's classes choose samples; None without any."""
     if isinstance(part, Subset | SubsetRandomSampler):
         chosen: Any = part.indices
     elif isinstance(part, WeightedRandomSampler):
@@ -196,23 +198,24 @@ def _fingerprint(part: Any) -> int | None:
         values = torch.as_tensor(chosen)
         return zlib.crc32(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     except (TypeError, ValueError, RuntimeError):
-        return None  # indices of another kind, such as names
+        # Indices of another kind, such as names.
+        return None
 
 
 class Counters:
-    """Numbers that the parts of a loader hold as attributes, and that change during a run."""
+    """Numbers in attributes of a loader's parts that change during a run."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        """Remember the numbers of now."""
+        """Record the current numbers."""
         self._before = _numbers(loader)
 
     def changed(self, loader: Iterable[Any]) -> dict[str, float]:
-        """Return those that have another value than at first."""
+        """Return the numbers that have changed."""
         return {name: value for name, value in _numbers(loader).items() if self._before.get(name) != value}
 
 
 def counter_doubts(loader: Iterable[Any], saved: Mapping[str, float]) -> list[Doubt]:
-    """Return a doubt for each number that has changed during the run and is not what it was at the checkpoint."""
+    """Return a doubt for every number that changed during the run and differs from the checkpoint's."""
     numbers = _numbers(loader)
     return [
         approximate(
@@ -237,9 +240,9 @@ def _numbers(loader: Iterable[Any]) -> dict[str, float]:
 
 
 def hidden_sources(loader: Iterable[Any]) -> list[str]:
-    """Return the random generators and iterators behind a loader whose state is not saved, in words.
+    """Return descriptions of the random generators and iterators behind a loader whose state is not saved.
 
-    Follows attributes, containers, closures and the globals that methods refer to, within bounds. What is deeper,
+    Follows attributes, containers, closures and the globals that methods refer to, within limits. Anything deeper,
     or in code that is not Python, is not found.
     """
     parts = [*samplers_of(loader), *datasets_of(loader)]
@@ -264,7 +267,7 @@ def hidden_sources(loader: Iterable[Any]) -> list[str]:
 
 
 def _within(owner: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
-    """Yield what an object leads to: owner, name there, and the object."""
+    """Yield the objects that an object refers to: owner, name there, and object."""
     if isinstance(value, torch.Tensor | str | bytes | int | float | type | types.ModuleType | None):
         return
     if isinstance(value, list | tuple | set | frozenset | dict):
@@ -295,11 +298,12 @@ def closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         try:
             yield name, cell.cell_contents
         except ValueError:
-            continue  # not filled yet
+            # The cell is empty.
+            continue
 
 
 def referred_to(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function holds: its closure, its defaults, and the globals that its code names."""
+    """Yield the objects that a function refers to: its closure, its defaults, and the globals in its code."""
     yield from closure_of(function)
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield function.__name__, value
@@ -323,19 +327,20 @@ def _attributes(part: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
-    """Yield what stands on a class: attributes of an object that it has not set yet."""
+    """Yield the attributes of a class, which are values of an object until it sets its own."""
     for each in reversed(kind.__mro__):
         if _package(each) not in _LIBRARIES | _ELSEWHERE:
             yield from ((name, value) for name, value in vars(each).items() if not name.startswith("__"))
 
 
 def unsaved_parts(loader: Any) -> Iterator[Any]:
-    """Yield the parts of a DataLoader whose attributes no `state_dict` that is called stands for."""
+    """Yield the parts of a DataLoader whose attributes no called `state_dict` covers."""
     if not isinstance(loader, DataLoader):
         return
     for sampler in samplers_of(loader):
         if is_stateful(sampler):
-            break  # it answers for those that it draws from, too
+            # It covers the samplers that it draws from, too.
+            break
         yield sampler
     for dataset in datasets_of(loader):
         if is_stateful(dataset):
@@ -345,7 +350,7 @@ def unsaved_parts(loader: Any) -> Iterator[Any]:
 
 
 def generators_of(loader: Any) -> dict[str, torch.Generator]:
-    """Return the generators of a loader's own that are saved, by where they are; a shared one once."""
+    """Return the loader's own generators that are saved, by their places; a shared one only once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     places = {
         "loader": loader,

@@ -1,19 +1,19 @@
-"""Continuing a loader in the middle of an epoch: in the user's own order, without reading a sample to skip it.
+"""Continuing a loader inside an epoch: in the user's own order, without reading samples to skip them.
 
-What decides the order of an epoch is the random state from just before `iter(loader)`. To continue after n
-batches, that state is put back, the sampler draws its order again, and n lists of indices are thrown away
-before anything is loaded. The random states of the moment of the checkpoint are put back afterwards.
+The random state just before `iter(loader)` decides the order of an epoch. To continue after n batches, that state is
+restored, the sampler draws its order again, and n lists of indices are dropped before anything is loaded. Then the
+random states of the checkpoint are restored.
 
-Loaders, samplers and data sets with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`, or the
-user's own) are asked for what they know beside that:
+From loaders, samplers and data sets with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`, or
+the user's own) more is saved:
 
     a sampler       its state from before the epoch: it draws the epoch's order again
-    a data set      its state of now; with workers it lives in them, where only a loader of its own kind gets at it
-    a loader        its state of now, where its own position is the only way: iterable data sets, data sets with a
-                    state in workers, loaders that are no DataLoader
+    a data set      its current state; with workers it is in them, where only loaders like StatefulDataLoader get it
+    a loader        its current state, where this is the only way: iterable data sets, data sets with a state in
+                    workers, loaders that are no DataLoader
 
-An iterator given as a loader has no beginning to go back to: what it gave in the whole run is read again.
-What is not known to be restored is returned as doubts; `loader_doubts.py` has those that need no checkpoint.
+An iterator given as a loader cannot start again: everything that it gave in the run is read again.
+Whatever may not be restored is returned as doubts; `loader_doubts.py` has those that need no checkpoint.
 """
 
 import copy
@@ -46,19 +46,19 @@ _SAMPLERS = ("sampler", "batch_sampler", "sampler of batches")
 
 
 def capture_before_epoch(loader: Iterable[Any]) -> dict[str, Any]:
-    """Return what decides the order of the epoch that `iter(loader)` is about to begin."""
+    """Return the state that decides the order of the epoch that `iter(loader)` will start."""
     return {"random": capture_random_state(), **_capture_parts(loader)}
 
 
 def rewind_epoch(loader: Iterable[Any], before: Mapping[str, Any]) -> None:
-    """Put back what `capture_before_epoch` returned, as if the epoch had not begun."""
+    """Restore what `capture_before_epoch` returned, as if the epoch had not started."""
     restore_random_state(before["random"])
     _set_generators(loader, before)
     _set_samplers(loader, before)
 
 
 def rewind_loader(loader: Iterable[Any], now: Mapping[str, Any]) -> None:
-    """Put back what `capture_in_epoch` returned, in the process that it was taken in; workers stay as they are."""
+    """Restore what `capture_in_epoch` returned, in the same process. Workers stay as they are."""
     if "loader" in now:
         loader.load_state_dict(now["loader"])  # type: ignore[attr-defined]  # it has one
         return
@@ -69,7 +69,7 @@ def rewind_loader(loader: Iterable[Any], now: Mapping[str, Any]) -> None:
 
 
 def capture_in_epoch(loader: Iterable[Any]) -> dict[str, Any]:
-    """Return what is needed beside it to continue the epoch from here, or to begin the next one."""
+    """Return the rest of the state to continue the epoch from here, or to start the next one."""
     state = _capture_parts(loader)
     if restores_itself(loader):
         state["loader"] = loader.state_dict()  # type: ignore[attr-defined]  # it has one
@@ -85,20 +85,21 @@ def _capture_parts(loader: Iterable[Any]) -> dict[str, Any]:
         state["generators"] = generators
     samplers = {place: each.state_dict() for place, each in _stateful(loader, *_SAMPLERS).items()}
     if samplers:
-        state["samplers"] = copy.deepcopy(samplers)  # they go on before it is saved
+        # A copy, because samplers continue before the state is saved.
+        state["samplers"] = copy.deepcopy(samplers)
     return state
 
 
 def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any], read: int = 0) -> list[Doubt]:
-    """Put back what the next epoch of a loader begins with, for a checkpoint taken between two of its epochs.
+    """Restore the state from which a loader's next epoch starts, for a checkpoint between two epochs.
 
     Args:
-        loader: Made as it was for the run that is continued.
+        loader: Built as for the interrupted run.
         now: From `capture_in_epoch`.
         read: Batches that the run has had from it.
 
     Returns:
-        What is not known to be as it was.
+        Doubts about what may differ.
     """
     if "loader" in now and restores_itself(loader):
         loader.load_state_dict(now["loader"])  # type: ignore[attr-defined]  # it has one
@@ -108,9 +109,8 @@ def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any], read: int = 0) ->
     doubts: list[Doubt] = []
     if isinstance(loader, DataLoader) and loader.persistent_workers:
         if not now["has_workers"]:
-            loader._iterator = (
-                None  # those of another run in this process: the epoch began, or begins, without
-            )
+            # Workers of another run in this process: this epoch starts without any.
+            loader._iterator = None
         elif gives_its_sampler_order(loader):
             _start_workers(loader)
             doubts += [] if draws_nothing(loader) else [equivalent(_IN_LASTING_WORKERS)]
@@ -128,13 +128,13 @@ def continue_epoch(
     now: Mapping[str, Any],
     read: int | None = None,
 ) -> tuple[Iterator[Any], list[Doubt]]:
-    """Return an iterator over the rest of an epoch, and what is not known to be exact about it.
+    """Return an iterator over the rest of an epoch, and the doubts about it.
 
     The caller restores the global random states afterwards.
 
     Args:
-        loader: Made as it was for the run that is continued.
-        done: Batches that the epoch has given already.
+        loader: Built as for the interrupted run.
+        done: Batches that the epoch has given.
         before: From `capture_before_epoch`.
         now: From `capture_in_epoch`.
         read: Batches that the run has had from it, in all epochs; None if this is its first.
@@ -164,7 +164,7 @@ def continue_epoch(
     if "dataset" in now and _stateful(loader, "dataset"):
         iterator = iter(loader)
         _set_generators(loader, now)
-        return iterator, doubts  # it goes on where it was
+        return iterator, doubts
     iterator = iter(loader)
     is_iterator = isinstance(loader, Iterator)
     doubts = _read_again(loader, iterator, done if read is None or not is_iterator else read)
@@ -173,7 +173,7 @@ def continue_epoch(
 
 
 def _read_again(loader: Iterable[Any], iterator: Iterator[Any], count: int) -> list[Doubt]:
-    """Read batches to skip them, where there is no other way."""
+    """Skip batches by reading them, where there is no other way."""
     for _ in itertools.islice(iterator, count):
         pass
     if not count:
@@ -184,22 +184,24 @@ def _read_again(loader: Iterable[Any], iterator: Iterator[Any], count: int) -> l
 def _by_indices(
     loader: "DataLoader[Any]", done: int, before: Mapping[str, Any]
 ) -> tuple[Iterator[Any], bool]:
-    """Begin an epoch of `loader` after `done` batches, loading none of them.
+    """Start an epoch of `loader` after `done` batches, without loading these.
 
     Returns:
-        An iterator over the rest, and whether the sampler has drawn from global generators after its first item:
-        the numbers were others then, because training draws from the same.
+        An iterator over the rest, and whether the sampler drew from global generators after its first item. Training
+        draws from the same, so the sampler's numbers were different.
     """
     if loader.num_workers:
         return _skipping_with_workers(loader, done, before)
     _set_samplers(loader, before)
     iterator: Any = iter(loader)
-    if "first" in before:  # something drew between the loader's beginning and its first batch
+    # Something drew numbers between `iter(loader)` and the first batch.
+    if "first" in before:
         restore_random_state(before["first"])
     draws = False
     with suppress(StopIteration):
         for number in range(done):
-            iterator._next_index()  # torch has no public name for it
+            # torch has no public name for it.
+            iterator._next_index()
             if number == 0:
                 first = capture_random_state()
     if done > 1:
@@ -210,28 +212,32 @@ def _by_indices(
 def _skipping_with_workers(
     loader: "DataLoader[Any]", done: int, before: Mapping[str, Any]
 ) -> tuple[Iterator[Any], bool]:
-    """Likewise; workers are given batches as soon as there is an iterator, so its sampler begins later."""
+    """Do the same with workers. They get batches as soon as there is an iterator, so its sampler must start later."""
     iterator: Any
-    sampler = _Tail(loader.batch_sampler or loader.sampler, done)  # without batches, one index at a time
+    # Without batches, the sampler gives single indices.
+    sampler = _Tail(loader.batch_sampler or loader.sampler, done)
     if not loader.persistent_workers:
         _set_samplers(loader, before)
         return iter(_with_sampler(loader, sampler)), sampler.has_drawn()
-    if before["has_workers"]:  # then this epoch did not begin with a seed for new ones
+    # With existing workers, the epoch did not start with a seed for new ones.
+    if before["has_workers"]:
         iterator = _start_workers(loader)
         restore_random_state(before["random"])
         _set_generators(loader, before)
         _set_samplers(loader, before)
-        iterator._index_sampler = sampler  # torch has no public name for it
+        # torch has no public name for it.
+        iterator._index_sampler = sampler
         iterator._reset(loader)
     else:
         _set_samplers(loader, before)
         iterator = loader._iterator = iter(_with_sampler(loader, sampler))
-    iterator._index_sampler = loader._index_sampler  # of the epochs to come
+    # For later epochs.
+    iterator._index_sampler = loader._index_sampler
     return iterator, sampler.has_drawn()
 
 
 def _start_workers(loader: "DataLoader[Any]") -> Any:
-    """Start the workers that an earlier epoch of the interrupted run had started; gives them nothing yet."""
+    """Start the workers that an earlier epoch of the interrupted run had started, without giving them batches."""
     loader._iterator = iterator = iter(_with_sampler(loader, ()))
     iterator._index_sampler = loader._index_sampler
     return iterator
@@ -239,14 +245,14 @@ def _start_workers(loader: "DataLoader[Any]") -> Any:
 
 def _with_sampler(loader: "DataLoader[Any]", sampler: Any) -> "DataLoader[Any]":
     twin = copy.copy(loader)
-    # DataLoader forbids changing its sampler, because its own would no longer fit; in a copy nothing is lost.
+    # DataLoader forbids changing its sampler, because its batch sampler would not fit. In this copy it does.
     place = "sampler" if loader.batch_sampler is None else "batch_sampler"
     twin.__dict__.update({place: sampler, "_iterator": None})
     return twin
 
 
 def has_workers(loader: Any) -> bool:
-    """True if the next epoch finds workers that an earlier one has started."""
+    """Return whether an earlier epoch has started workers that the next one will use."""
     return (
         bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None
     )
@@ -261,8 +267,7 @@ class _Tail:
         self._after_first: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        # What a sampler draws when it is asked for an iterator comes before DataLoader draws its workers' seed,
-        # what it draws when it is asked for an item comes after that.
+        # A sampler's draws for its iterator come before DataLoader draws the workers' seed, those for items after it.
         return itertools.islice(self._watched(iter(self._sampler)), self._skip, None)
 
     def _watched(self, items: Iterator[Any]) -> Iterator[Any]:
@@ -275,8 +280,8 @@ class _Tail:
         return max(0, len(self._sampler) - self._skip)  # type: ignore[arg-type]  # a sampler has a length or raises
 
     def has_drawn(self) -> bool:
-        """True if global generators were drawn from after the first item, so far."""
-        # Without a batch skipped, the workers were given the same items at the same moment as before.
+        """Return whether global generators were drawn from after the first item."""
+        # If no batch is skipped, the workers get the same items at the same moment as before.
         return bool(
             self._skip and self._after_first and differs_on_host(self._after_first, capture_random_state())
         )
@@ -293,11 +298,12 @@ def _set_samplers(loader: Any, state: Mapping[str, Any]) -> None:
     for place, sampler in _stateful(loader, *_SAMPLERS).items():
         saved = state.get("samplers", {}).get(place)
         if saved is not None:
-            sampler.load_state_dict(copy.deepcopy(saved))  # it may keep what it is given
+            # A copy, because the sampler may keep it.
+            sampler.load_state_dict(copy.deepcopy(saved))
 
 
 def _set_dataset(loader: Any, now: Mapping[str, Any]) -> list[Doubt]:
-    """Put back the state of a data set that has one, where there is a way to it."""
+    """Restore the state of a data set that has one and can be reached."""
     for dataset in _stateful(loader, "dataset").values():
         if "dataset" not in now:
             return [approximate(_STATE_IN_WORKERS)]
@@ -318,7 +324,7 @@ def _by_itself(loader: Any) -> str:
 
 
 def _stateful(loader: Any, *places: str) -> dict[str, Any]:
-    """Return the parts of a loader that have a state, by where they are."""
+    """Return the parts of a loader that have a state, by their places."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = {
         place: getattr(batch_sampler, "sampler", None)

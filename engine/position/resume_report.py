@@ -1,4 +1,4 @@
-"""What is said about a resumed run: how exact it is and why, and which of two differing settings it uses."""
+"""The report on a resumed run: how exact it is and why, and which of two differing settings it uses."""
 
 from typing import Any, Final
 
@@ -9,13 +9,13 @@ _FROM_BEST: Final[tuple[Exactness, ...]] = ("bitwise", "equivalent", "approximat
 
 
 class ResumeReport:
-    """Collects what a resumed run has to say about itself, until `Resumed` is published. Training thread.
+    """Collects the content of `Resumed` while a run is restored. Training thread.
 
-    It begins as bitwise. Each part of the run that could not be put back exactly lowers that.
+    The report starts as bitwise. Parts of the run that could not be restored exactly lower it.
     """
 
     def __init__(self, checkpoint: str) -> None:
-        """Begin the report on the checkpoint at this path."""
+        """Start the report on the checkpoint at this path."""
         self.checkpoint = checkpoint
         self.exactness: Exactness = "bitwise"
         self.reasons: list[str] = []
@@ -23,22 +23,22 @@ class ResumeReport:
         self.from_script: list[str] = []
 
     def lower(self, exactness: Exactness, reason: str) -> None:
-        """Say that the run is at most this exact, and why. `"bitwise"` and an empty reason change nothing."""
+        """Lower the exactness to at most this, with a reason. `"bitwise"` and an empty reason change nothing."""
         if _FROM_BEST.index(exactness) > _FROM_BEST.index(self.exactness):
             self.exactness = exactness
         if reason and reason not in self.reasons:
             self.reasons.append(reason)
 
     def keep(self, what: str) -> None:
-        """Say that the checkpoint's setting is used where the script has another one."""
+        """Record a setting of the checkpoint that overrides the script's."""
         self.kept.append(what)
 
     def take(self, what: str) -> None:
-        """Say that the script's setting is used where the checkpoint has another one, or none."""
+        """Record a setting of the script that overrides the checkpoint's, or that the checkpoint lacks."""
         self.from_script.append(what)
 
     def event(self, position: dict[str, Any]) -> Resumed:
-        """Return the event that says all of it."""
+        """Return the report as an event."""
         return Resumed(
             checkpoint=self.checkpoint,
             exactness=self.exactness,

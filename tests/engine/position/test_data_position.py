@@ -734,7 +734,7 @@ def test_inner_loop_is_named_in_the_middle_of_an_epoch_and_exact_between_two(tmp
     assert in_epoch == (
         False,
         "approximate",
-        "where an epoch stood in an inner loop over a loader is not saved",
+        "the position in an inner loop over a loader is not saved",
     )
     assert interrupt_and_go_on(tmp_path / "between", loader(), "between two epochs", **options) == (
         True,
