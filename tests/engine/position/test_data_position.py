@@ -778,7 +778,7 @@ def test_batches_that_were_read_and_not_trained_are_named(tmp_path: Path) -> Non
     _, events = a_run(tmp_path, "cut", loader(shuffle=True), resume="must", **options)
     exactness, reasons = said(events)
     assert exactness == "approximate"
-    assert "those that were read and not trained are lost" in reasons
+    assert "batches that were read but not trained are lost" in reasons
 
 
 # Validations ------------------------------------------------------------------------------------------
