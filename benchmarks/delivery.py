@@ -4,7 +4,7 @@ Two ways to measure: "from a thread" is end to end, from the first publish in a 
 subscriber's hands; "pre-filled" begins with a full queue, so it is the cost of handing over and taking alone.
 The contenders take turns, round by round; each gets as many events as it carries in about 0.1 s.
 
-    offloop, iterated           async for event in bus.subscribe(StepEnd)
+    offloop, iterated           async for event in bus.subscribe((StepEnd,))
     offloop, through a handler  a callback's `async def on_step_end`, with the accounting of costs
     janus, culsans              queue.sync_q.put / await queue.async_q.get, unbounded; janus also with room
                                 for 10,000, as many samples as offloop's buffers hold by default
@@ -70,7 +70,7 @@ async def offloop(*, by_handler: bool, filled: bool) -> float:
     """Carry events over offloop's bus."""
     made = events(FAST)
     bus = Bus()
-    subscription: Any = bus.subscribe(StepEnd, buffer=10 * FAST)
+    subscription: Any = bus.subscribe((StepEnd,), buffer=10 * FAST)
     counting = Counting(FAST)
     tasks: list[asyncio.Task[None]] = []
     thread = threading.Thread(target=publish_all, args=(bus, made))

@@ -48,8 +48,8 @@ async def take_all(subscription: Subscription[StepEnd]) -> None:
 async def bus_alone(report: Report, count: int) -> list[float]:
     """Publish `count` steps at full speed; returns the memory on the way."""
     bus = Bus()
-    slow = bus.subscribe(StepEnd, name="slow")
-    quick = bus.subscribe(StepEnd, name="quick")
+    slow = bus.subscribe((StepEnd,), name="slow")
+    quick = bus.subscribe((StepEnd,), name="quick")
     found: list[float] = []
 
     def publish() -> None:

@@ -67,7 +67,7 @@ async def measure(counts: dict[str, int], batches: int) -> dict[str, tuple[list[
         for name, bus in buses.items():
             tasks.start_soon(bus.drain)
             for number in range(counts[name]):
-                tasks.start_soon(consume, bus.subscribe(StepEnd, name=f"subscriber {number}"))
+                tasks.start_soon(consume, bus.subscribe((StepEnd,), name=f"subscriber {number}"))
         publishers = {name: publisher(bus, *times[name]) for name, bus in buses.items()}
 
         def work() -> None:

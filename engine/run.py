@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Concatenate, Final, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
+from offloop.engine import checks
 from offloop.engine.bus.command_mailbox import Mailbox, actor
 from offloop.engine.bus.commands import (
     Call,
@@ -278,8 +279,15 @@ class Run:
             on_full: `"drop_oldest"`, or `"block"`: training waits while the buffer is full.
             name: Shown in `subscriptions`.
         """
+        for each in types:
+            if not (isinstance(each, type) and issubclass(each, Event)):
+                raise TypeError(
+                    f"events takes event classes like EpochEnd, got {each!r}; several as events(EpochEnd, StepEnd)"
+                )
+        checks.whole_number("buffer", buffer)
+        checks.choice("on_full", on_full, ("drop_oldest", "block"))
         return self._bus.subscribe(
-            *types, name=name, buffer=buffer, on_full=on_full, replay=True, owner=actor.get()
+            types or (Event,), name=name, buffer=buffer, on_full=on_full, replay=True, owner=actor.get()
         )
 
     def publish(self, event: Event) -> None:

@@ -35,7 +35,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Final, TypeVar, overload
+from typing import Final, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -243,43 +243,20 @@ class Bus:
 
     # Subscribing: any thread
 
-    @overload
     def subscribe(
         self,
+        types: tuple[type[E], ...],
         *,
-        name: str = ...,
-        buffer: int = ...,
-        on_full: OnFull = ...,
-        replay: bool = ...,
-        owner: str = ...,
-    ) -> Subscription[Event]: ...
-
-    @overload
-    def subscribe(
-        self,
-        *types: type[E],
-        name: str = ...,
-        buffer: int = ...,
-        on_full: OnFull = ...,
-        replay: bool = ...,
-        owner: str = ...,
-    ) -> Subscription[E]: ...
-
-    def subscribe(
-        self,
-        *types: type[Event],
         name: str = "subscriber",
         buffer: int = BUFFER,
         on_full: OnFull = "drop_oldest",
         replay: bool = False,
         owner: str = "",
-    ) -> Subscription[Event]:
-        """Subscribe to events of the given classes and their subclasses; to all without any.
-
-        Does not block beyond a hand-over in progress.
+    ) -> Subscription[E]:
+        """Subscribe to events of the given classes and their subclasses. Does not block beyond a hand-over in progress.
 
         Args:
-            types: Event classes.
+            types: Event classes; none to receive only barriers.
             name: Shown in statistics and in `EventsDropped`.
             buffer: Samples held, at least 1; with 1 it is "latest only". Milestones come on top.
             on_full: `"drop_oldest"`, or `"block"`: training waits until there is room.
@@ -287,33 +264,9 @@ class Bus:
             owner: The callback that reads it outside its handlers, if one does.
 
         Raises:
-            BusClosedError: The bus has ended.
+            BusClosedError: The bus has ended and there is no replay.
         """
-        for wanted in types:
-            if not (isinstance(wanted, type) and issubclass(wanted, Event)):
-                raise TypeError(
-                    f"subscribe takes event classes like EpochEnd, got {wanted!r}; several as events(EpochEnd, StepEnd)"
-                )
-        if buffer < 1:
-            raise ValueError(f"buffer must be at least 1, got {buffer}")
-        if on_full not in ("drop_oldest", "block"):
-            raise ValueError(f"on_full must be 'drop_oldest' or 'block', got {on_full!r}")
-        return self.subscribe_to(
-            types or (Event,), name=name, buffer=buffer, on_full=on_full, replay=replay, owner=owner
-        )
-
-    def subscribe_to(
-        self,
-        types: tuple[type[Event], ...],
-        *,
-        name: str,
-        buffer: int,
-        on_full: OnFull,
-        replay: bool = False,
-        owner: str = "",
-    ) -> Subscription[Event]:
-        """Subscribe like `subscribe`, unchecked. With no event classes it receives only barriers."""
-        subscription: Subscription[Event] = Subscription(
+        subscription: Subscription[E] = Subscription(
             self._subscribers, types, name=name, buffer=buffer, on_full=on_full, owner=owner
         )
         self._subscribers.add(subscription, replay=replay)

@@ -7,7 +7,6 @@ A byte in a non-blocking socket pair does the same for one system call, on async
 import contextlib
 import socket
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Self, TypeVar
 
 import anyio
@@ -68,12 +67,7 @@ class Waker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 

@@ -66,7 +66,7 @@ class CallbackTasks:
         subscription: Subscription[Event] | None = None
         if types or needs_barriers:
             buffer = callback.buffer or BUFFER
-            subscription = self._bus.subscribe_to(
+            subscription = self._bus.subscribe(
                 types, name=handlers.name, buffer=buffer, on_full=callback.on_full
             )
         observer = Observer(

@@ -784,6 +784,30 @@ async def test_events_replay_milestones_filter_by_type_and_end_with_the_run() ->
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "text"),
+    [
+        ((int,), {}, TypeError, "events takes event classes like EpochEnd, got <class 'int'>"),
+        ((EpochStart(),), {}, TypeError, "events takes event classes"),
+        ((), {"buffer": 0}, ConfigError, "buffer must be a whole number of at least 1, got 0"),
+        ((), {"on_full": "drop"}, ConfigError, "on_full must be 'drop_oldest' or 'block', got 'drop'"),
+    ],
+)
+def test_wrong_argument_of_events_is_named(
+    arguments: Any, options: Any, error: type[Exception], text: str
+) -> None:
+    asked: list[str] = []
+
+    class Subscribes(Callback):
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            with pytest.raises(error) as raised:
+                run.events(*arguments, **options)
+            asked.append(str(raised.value))
+
+    tiny_trainer().train(tiny_loader(1), epochs=1, callbacks=[Subscribes()])
+    assert len(asked) == 1 and text in asked[0]
+
+
 @pytest.mark.anyio
 async def test_events_are_subscribed_at_the_call() -> None:
     gate = Gate(step=2)

@@ -45,8 +45,8 @@ class Stage:
     def __init__(self, callback: Callback, *, buffer: int = 10_000) -> None:
         handlers = Handlers(callback, type(callback).__name__)
         self.bus = Bus(flush_interval=0.001)
-        self.subscription = self.bus.subscribe(*handlers.observed_types(), name=handlers.name, buffer=buffer)
-        self.reports = self.bus.subscribe(CallbackFailed)
+        self.subscription = self.bus.subscribe(handlers.observed_types(), name=handlers.name, buffer=buffer)
+        self.reports = self.bus.subscribe((CallbackFailed,))
         self.ended_by: list[BaseException] = []
         self.observer = Observer(handlers, self.subscription, RUN, self.bus.publish, self.ended_by.append)
 
