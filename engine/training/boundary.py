@@ -19,10 +19,11 @@ from offloop.engine.bus.forked import ForkedProcessError
 from offloop.engine.errors import ConfigError, RunEndedError, as_failure, describe
 from offloop.engine.events import CommandApplied, Event, Metrics, StateChanged
 from offloop.engine.training.progress import Progress, State
-from offloop.engine.training.reporter import Reporter, Window
+from offloop.engine.training.reporter import Reporter
 from offloop.engine.training.schedules import Schedules
 from offloop.engine.training.setup import Host, Program
 from offloop.engine.training.validation import Validator
+from offloop.engine.training.window import Window
 
 
 class Boundary:

@@ -42,7 +42,7 @@ from offloop.engine.training.precision import (
     rescale,
 )
 from offloop.engine.training.progress import Progress, ResumePoint
-from offloop.engine.training.reporter import Reporter, Window, checked_value
+from offloop.engine.training.reporter import Reporter
 from offloop.engine.training.reports import report_data_wait, train_start
 from offloop.engine.training.schedules import Schedules
 from offloop.engine.training.setup import Batch, Host, Program, Setup
@@ -51,6 +51,7 @@ from offloop.engine.training.step_hooks import StepHooks, StepPoint
 from offloop.engine.training.step_output import check_loss, read_output
 from offloop.engine.training.training_mode import enter_training
 from offloop.engine.training.validation import Validator
+from offloop.engine.training.window import Window, checked_value
 
 logger = logging.getLogger("offloop")
 

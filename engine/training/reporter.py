@@ -4,49 +4,24 @@ A step's numbers may still be on the device when the step is over. Its `StepEnd`
 Samples that are published meanwhile queue behind it; a milestone waits for everything before it.
 """
 
-import dataclasses
 import itertools
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from offloop.engine.encoding import check
 from offloop.engine.errors import EventError, LossError
 from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, StepEnd
-from offloop.engine.metrics.logged_names import check_name
-from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.training.progress import Progress
 from offloop.engine.training.readback import Readback
 from offloop.engine.training.setup import Host
-from offloop.engine.training.step_output import checked_weight
+from offloop.engine.training.window import Window
 
 logger = logging.getLogger("offloop")
-
-
-class Logged(NamedTuple):
-    """A value that a step logged."""
-
-    name: str
-    value: "torch.Tensor | float"
-    weight: float | None
-    """The user's; None for that of the loss."""
-    batch_weight: float = 0.0
-    """Weight of its batch's loss, or of the window's losses if it was logged for the whole step."""
-    share: float = 1.0
-    """Its share of that weight: 1/n for a name that the batch logged n times."""
-
-    def in_epoch(self) -> float:
-        """Return its weight in the mean of the epoch."""
-        return self.batch_weight * self.share if self.weight is None else self.weight
-
-    def in_step(self, *, is_weighted: bool) -> float:
-        """Return its weight in the mean of the step, where batches count alike unless the losses have weights."""
-        return self.in_epoch() if is_weighted or self.weight is not None else self.share
 
 
 class Means:
@@ -78,61 +53,6 @@ class Means:
         self.sums.clear()
         self.weights.clear()
         return means
-
-
-@dataclasses.dataclass(slots=True)
-class Window:
-    """An accumulation window: the batches of one optimizer step."""
-
-    size: int = 0
-    """Number of batches it is planned for; 0 before the first window."""
-    count: int = 0
-    """Batches so far."""
-    is_weighted: bool = False
-    """True if the user gave weights for its losses."""
-    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    """One scalar on the device per batch. Its graph is freed already, so keeping it costs less than detaching it."""
-    weights: list[float] = dataclasses.field(default_factory=list)
-    """Weight of each loss in means: the user's, else the number of samples."""
-    logged: list[Logged] = dataclasses.field(default_factory=list)
-    """Values logged by its batches."""
-    fresh: list[Logged] = dataclasses.field(default_factory=list)
-    """Values logged since; their weight is known once their batch has a loss, or the step is over."""
-    samples: int = 0
-    """Samples so far."""
-    weight: float = 0.0
-    """Sum of `weights` so far, batches without a loss included."""
-    data_time: float = 0.0
-    """Seconds spent waiting for its batches."""
-    started: float = 0.0
-    """When its first batch had arrived, on the clock of `time.perf_counter`."""
-
-    def begin(self, size: int, now: float) -> None:
-        """Begin a window of `size` batches."""
-        self.size = size
-        self.started = now
-        self.data_time = 0.0
-
-    def settle(self, weight: float) -> None:
-        """Assign the values logged since the last call to a batch, or a step, of this weight."""
-        self.logged += settled(self.fresh, weight)
-        self.fresh.clear()
-
-    def clear(self) -> None:
-        """Empty it, after its step or instead of it."""
-        self.count = self.samples = 0
-        self.weight = 0.0
-        self.is_weighted = False
-        self.losses.clear()
-        self.weights.clear()
-        self.logged.clear()
-        self.fresh.clear()
-
-
-def settled(fresh: Sequence[Logged], weight: float) -> list[Logged]:
-    """Return logged values with the weight of the loss that they belong to."""
-    times = Counter(each.name for each in fresh if each.weight is None)
-    return [each._replace(batch_weight=weight, share=1.0 / (times[each.name] or 1)) for each in fresh]
 
 
 class Reporter:
@@ -343,35 +263,3 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float:
 
 def _as_tensor(value: "torch.Tensor | float") -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-def checked_value(
-    name: str,
-    value: "torch.Tensor | float",
-    weight: "torch.Tensor | float | None",
-    metrics: MetricSet | None,
-    checked: set[str],
-) -> Logged:
-    """Return a value that was given to `log`, as it is now.
-
-    Args:
-        name: As given to `log`.
-        value: Likewise. A tensor is copied, because the caller may change it before it is read.
-        weight: Likewise.
-        metrics: The named metrics, whose names are taken.
-        checked: Names that were checked already; this one is added.
-
-    Raises:
-        TypeError: The name is no text, or the value neither a number nor a tensor.
-        ValueError: The name is taken, the value has more than one element, or the weight is no such number.
-    """
-    if name not in checked:
-        check_name(name, () if metrics is None else metrics.names)
-        checked.add(name)
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"log({name!r}) takes one number, got a tensor of shape {tuple(value.shape)}")
-        value = value.detach().clone()
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"log({name!r}) takes a number or a tensor of one element, got {value!r}")
-    return Logged(name, value, None if weight is None else checked_weight(weight, f"log({name!r})"))

@@ -12,8 +12,9 @@ from offloop.engine.callback import MAX_FAILURES_IN_ROW, STEP_POINTS, StepHook
 from offloop.engine.errors import as_failure
 from offloop.engine.events import Event
 from offloop.engine.training.progress import Progress
-from offloop.engine.training.reporter import Reporter, Window
+from offloop.engine.training.reporter import Reporter
 from offloop.engine.training.setup import Host, Setup
+from offloop.engine.training.window import Window
 
 logger = logging.getLogger("offloop")
 

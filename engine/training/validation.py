@@ -15,11 +15,12 @@ from offloop.engine.position.epoch_source import EpochSource
 from offloop.engine.training.kept_state import KeptBuffers
 from offloop.engine.training.precision import MixedPrecision
 from offloop.engine.training.progress import Progress
-from offloop.engine.training.reporter import Logged, Reporter, checked_value, settled
+from offloop.engine.training.reporter import Reporter
 from offloop.engine.training.setup import Batch, Program, Setup
 from offloop.engine.training.step_hooks import StepHooks
 from offloop.engine.training.step_output import read_output
 from offloop.engine.training.training_mode import eval_mode
+from offloop.engine.training.window import Logged, checked_value, settled
 
 
 class Validator:
