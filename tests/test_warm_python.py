@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import warm_python as warm_python_module
 from warm_python import WarmPython
 
 
@@ -72,8 +73,14 @@ def test_script_has_pipes_arguments_environment_and_signals(script: Path, warm_p
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_it_ends_although_a_process_that_was_forked_meanwhile_does_not() -> None:
+def test_it_ends_although_a_process_that_was_forked_meanwhile_does_not(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such as a loader's worker that a failed test has left: it holds all that this process holds."""
+    script.write_text(
+        "import socket, sys; assert socket.socket(fileno=int(sys.argv[1])).recv(9) == b'null\\n'"
+    )
+    monkeypatch.setattr(warm_python_module, "SERVER", script)
     python = WarmPython()
     reader, writer = os.pipe()
     child = os.fork()
@@ -83,7 +90,7 @@ def test_it_ends_although_a_process_that_was_forked_meanwhile_does_not() -> None
         os._exit(0)
     os.close(reader)
     try:
-        python.close()
+        assert python.close() == 0
     finally:
         os.close(writer)
         os.waitpid(child, 0)

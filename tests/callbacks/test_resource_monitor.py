@@ -281,23 +281,32 @@ def test_callback_that_holds_the_event_loop_shows() -> None:
     assert usage.loop_lag >= usage.loop_lag_mean > 0
 
 
-def test_thread_that_keeps_the_interpreter_shows() -> None:
-    done = threading.Event()
+class HoldsTheInterpreter(Callback):
+    """Has a thread compute in plain Python while the run goes on."""
 
-    def compute() -> None:
-        while not done.is_set():
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.compute)
+        self.interval = sys.getswitchinterval()
+
+    def compute(self) -> None:
+        while not self.done.is_set():
             sum(range(1000))
 
-    interval = sys.getswitchinterval()
-    hog = threading.Thread(target=compute)
-    hog.start()
-    sys.setswitchinterval(0.05)  # how long the hog may keep it
-    try:
-        usage = first_usage(ResourceMonitor(FAST), passes=lambda usage: usage.interpreter_lag >= 0.04)
-    finally:
-        sys.setswitchinterval(interval)
-        done.set()
-        hog.join()
+    async def on_train_start(self, event: TrainStart, run: Run) -> None:
+        sys.setswitchinterval(0.05)  # how long the thread may keep it
+        self.thread.start()
+
+    def close(self) -> None:
+        sys.setswitchinterval(self.interval)
+        self.done.set()
+        self.thread.join()
+
+
+def test_thread_that_keeps_the_interpreter_shows() -> None:
+    usage = first_usage(
+        ResourceMonitor(FAST), HoldsTheInterpreter(), passes=lambda usage: usage.interpreter_lag >= 0.04
+    )
     assert usage.interpreter_lag >= usage.interpreter_lag_mean > 0
 
 

@@ -10,10 +10,7 @@ import math
 import os
 import queue
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any, Final, Literal
 import pytest
 import torch
 from socket_viewer import await_on_loop
+from warm_python import ScriptProcess, WarmPython
 
 from offloop.dashboard import Dashboard, callback, live_run
 from offloop.engine import Callback, EventsDropped, Metrics, Run, Sample, Trainer
@@ -616,25 +614,15 @@ def test_a_page_that_was_not_built_says_how_to_get_it(
 # The server goes and comes back ----------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def server_process(port: int, run_name: str, directory: Path) -> Iterator[Callable[[], str]]:
-    """Make a process that trains without end and shows it, once it is told to; it is killed like by the kernel.
+@pytest.fixture
+def serve(warm_python: WarmPython, tmp_path: Path) -> Callable[[int, str], ScriptProcess]:
+    """Start a process that trains without end and shows it at a port, under a name; leaving it kills it."""
 
-    Gives what has it begin, and returns the page's address: its imports, which take seconds, need nobody to wait.
-    """
-    script = Path(__file__).parent / "viewers" / "serve_a_run.py"
-    command = [sys.executable, str(script), str(port), run_name, str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    def serve(port: int, run_name: str) -> ScriptProcess:
+        script = Path(__file__).parent / "viewers" / "serve_a_run.py"
+        return warm_python.start(script, str(port), run_name, str(tmp_path))
 
-        def begin() -> str:
-            assert process.stdin is not None and process.stdout is not None
-            print(file=process.stdin, flush=True)
-            return process.stdout.readline().strip()
-
-        try:
-            yield begin
-        finally:
-            process.send_signal(signal.SIGKILL)
+    return serve
 
 
 def free_port() -> int:
@@ -644,19 +632,20 @@ def free_port() -> int:
         return port
 
 
-def test_a_tab_left_open_finds_the_next_run_after_a_kill(open_page: OpenPage, tmp_path: Path) -> None:
+def test_a_tab_left_open_finds_the_next_run_after_a_kill(
+    open_page: OpenPage, serve: Callable[[int, str], ScriptProcess]
+) -> None:
     port = free_port()
-    with server_process(port, "second", tmp_path) as begin_second:
-        with server_process(port, "first", tmp_path) as begin_first:
-            page = open_page(begin_first())
-            expect(word(page)).to_have_text("live")
-            expect(chart(page, "loss")).to_be_visible()
-        expect(word(page)).to_have_text(re.compile("reconnecting|server gone"))
-        shot(page, "reconnecting")
-        expect(word(page)).to_have_text("server gone")
-        expect(chart(page, "loss")).to_be_visible()  # it keeps what it holds
-        shot(page, "server-gone")
-        begin_second()
+    with serve(port, "first") as first:
+        page = open_page(first.stdout.readline().strip())
+        expect(word(page)).to_have_text("live")
+        expect(chart(page, "loss")).to_be_visible()
+    expect(word(page)).to_have_text(re.compile("reconnecting|server gone"))
+    shot(page, "reconnecting")
+    expect(word(page)).to_have_text("server gone")
+    expect(chart(page, "loss")).to_be_visible()  # it keeps what it holds
+    shot(page, "server-gone")
+    with serve(port, "second"):
         expect(page.get_by_role("heading", name="second")).to_be_visible()
         expect(word(page)).to_have_text("live")
         expect(chart(page, "loss")).to_be_visible()

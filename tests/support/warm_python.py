@@ -184,8 +184,8 @@ class WarmPython:
         assert pid, "the server has died"
         return int(pid), status
 
-    def close(self) -> None:
-        """End the server, and the scripts that still run.
+    def close(self) -> int:
+        """End the server, and the scripts that still run; return its exit code.
 
         The server is told to end: it may never see the end of its socket, because every process that was forked
         meanwhile has the other end too, such as a loader's worker that a failed test has left.
@@ -193,7 +193,7 @@ class WarmPython:
         with self._requests, contextlib.suppress(BrokenPipeError):
             self._requests.sendall(b"null\n")
         try:
-            self._server.wait(PATIENCE)
+            return self._server.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self._server.kill()
-            self._server.wait()
+            return self._server.wait()

@@ -1,4 +1,4 @@
-"""Train without end and show it: PORT RUN_NAME RUN_DIR. Begins at a line on stdin, prints the page's address."""
+"""Train without end and show it: PORT RUN_NAME RUN_DIR. Prints the page's address."""
 
 import sys
 
@@ -7,7 +7,6 @@ from offloop.engine.testing import EndlessLoader, tiny_trainer
 
 port, run_name, run_dir = sys.argv[1:]
 trainer = tiny_trainer(run_name=run_name, run_dir=run_dir)
-sys.stdin.readline()
 dashboard = Dashboard(port=int(port), token="0123456789abcdef", quiet=True)
 with dashboard:
     print(dashboard.url, flush=True)
