@@ -1,4 +1,4 @@
-"""Batches: how many there are, and bringing them to the device whole."""
+"""Batches: their number, and moving them to the device."""
 
 import copy
 import dataclasses
@@ -10,33 +10,33 @@ import torch
 
 from offloop.engine.errors import ConfigError
 
-_MAX_DEPTH: Final = 20  # deeper than any sane batch; a self-referencing one would recurse for ever
+_MAX_DEPTH: Final = 20
+"""Deeper than any reasonable batch; a batch that contains itself would recurse forever."""
 
 
 def to_device(batch: Any, device: torch.device, *, non_blocking: bool = True) -> Any:
-    """Return the batch with all its tensors on `device`; what is no tensor stays as it is.
+    """Return the batch with all its tensors on `device`; other values stay as they are.
 
-    Takes tensors, tuples (also named), lists, mappings, dataclasses and msgspec structs, nested, and
-    whatever has a `to(device)` of its own (`transformers.BatchEncoding`, packed sequences).
-    Copies from pinned memory do not block.
+    Accepts tensors, tuples (also named), lists, mappings, dataclasses and msgspec structs, nested, and objects with a
+    method `to(device)` (`transformers.BatchEncoding`, packed sequences). Copies from pinned memory do not block.
     """
     return _moved(batch, device, lambda tensor: tensor.to(device, non_blocking=non_blocking), 0)
 
 
 class DeviceTransfer:
-    """Brings the batches of a run to the device. Training thread only.
+    """Moves the batches of a run to the device. Training thread only.
 
-    On CUDA the copies have a stream of their own, so that the device copies the next batch while it still works on
-    this one: the host, which is ahead of the device, asks for it as soon as the loader has given it. Nothing is
-    read ahead of the loader, so its position and its random draws are those of a loop without it. A copy from
-    memory that is not pinned makes the host wait for that copy, not for the device's work.
+    On CUDA the copies run on a separate stream. The host is ahead of the device, so the device copies the next batch
+    while it still works on the current one. Batches are not prefetched from the loader, so its position and random
+    draws are those of a plain loop. A copy from memory that is not pinned blocks the host for that copy only.
     """
 
     def __init__(self, device: torch.device, *, channels_last: bool = False) -> None:
         self.device = device
         self.is_needed = device.type != "cpu" or channels_last
         self._channels_last = channels_last
-        self._stream: Any = None  # made with the first batch: CUDA is not touched before the run
+        # Made with the first batch, so that CUDA is not initialized before the run.
+        self._stream: Any = None
         self._is_copying = False
         self._move = self._copy_beside if device.type == "cuda" else self._copy
 
@@ -47,11 +47,12 @@ class DeviceTransfer:
         batch = _moved(batch, self.device, self._move, 0)
         if self._is_copying:
             self._is_copying = False
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)  # the device waits, not the host
+            # The device waits, not the host.
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
         return batch
 
     def has_work(self) -> bool:
-        """True if the device has not done all that it was given. Does not wait for it; False where it is the host."""
+        """Return whether a CUDA device still has work to do, without waiting for it."""
         return self.device.type == "cuda" and not torch.cuda.current_stream(self.device).query()
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ class DeviceTransfer:
             self._stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._stream):
             moved = self._copy(tensor)
-        # Its memory belongs to that stream: it must not be used again there before the training's is done with it.
+        # The memory belongs to the copy stream, which must not reuse it before the compute stream has finished.
         moved.record_stream(torch.cuda.current_stream(self.device))
         self._is_copying = True
         return moved
@@ -80,7 +81,7 @@ def channels_last_of(tensor: torch.Tensor) -> torch.memory_format | None:
 
 
 def use_channels_last(model: torch.nn.Module) -> None:
-    """Lay the weights of convolutions out with the channels innermost."""
+    """Convert weights of convolutions to a layout with the channels innermost."""
     for parameter in model.parameters():
         layout = channels_last_of(parameter)
         if layout is not None:
@@ -88,7 +89,7 @@ def use_channels_last(model: torch.nn.Module) -> None:
 
 
 def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch.Tensor], depth: int) -> Any:
-    """Return an item with all its tensors moved; what has a `to` of its own moves itself."""
+    """Return an item with all its tensors moved; an object with a method `to` moves itself."""
     if isinstance(item, torch.Tensor):
         return move(item)
     if depth > _MAX_DEPTH or isinstance(item, str | bytes | int | float | None):
@@ -105,12 +106,11 @@ def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch
         moved = {key: _moved(part, device, move, deeper) for key, part in item.items()}
         if type(item) is dict:
             return moved
-        if isinstance(
-            item, MutableMapping
-        ):  # a copy keeps what its kind holds beside the items: a defaultdict
+        # A copy keeps attributes of its kind, like a defaultdict's. Outputs of Hugging Face models refuse update().
+        if isinstance(item, MutableMapping):
             twin = copy.copy(item)
             for key, part in moved.items():
-                twin[key] = part  # one by one: outputs of Hugging Face models refuse update()
+                twin[key] = part
             return twin
         return type(item)(moved)  # type: ignore[call-arg]  # a mapping of its kind
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
@@ -125,21 +125,22 @@ def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch
 
 
 def length_of(loader: Any) -> int | None:
-    """Return how many batches a loader says it has, None where it has no length."""
+    """Return the number of batches of a loader, None if it has no length."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
-        return None  # an iterable without one, or a DataLoader over an IterableDataset
+        # An iterable without a length, or a DataLoader over an IterableDataset.
+        return None
 
 
 def why_empty(loader: Any) -> str:
-    """Return why a loader has no batch, and what helps, as far as that can be told."""
+    """Return why a loader has no batch, and the remedy if known."""
     samples = length_of(getattr(loader, "dataset", None))
     size = getattr(loader, "batch_size", None)
     if samples and size and getattr(loader, "drop_last", False):
         return (
-            f"drop_last=True leaves out what fills no batch, and its {samples} samples are fewer than "
-            f"batch_size={size}; give drop_last=False or a smaller batch_size"
+            f"drop_last=True drops incomplete batches, and its {samples} samples are fewer than batch_size={size}; "
+            "give drop_last=False or a smaller batch_size"
         )
     return "its data set has no sample" if samples == 0 else "it has no batch"
 
@@ -150,16 +151,16 @@ def describe_empty(name: str, loader: Any, *, was_read: bool) -> str:
         again = " when it was read again" if was_read else ""
         return (
             f"the {name} gave no batch{again}: is it a generator, which can be read only once? Give a DataLoader, "
-            "a list, or an object whose __iter__ begins anew"
+            "a list, or an object whose __iter__ starts over"
         )
     return f"the {name} gave no batch: {why_empty(loader)}"
 
 
 def limited_length(loader: Any, limit: int | float | None, knob: str) -> int | None:
-    """Return how many batches will be used under `limit`; None where nothing says so.
+    """Return the number of batches to use under `limit`; None if unknown.
 
     Raises:
-        ConfigError: `limit` is a share, and the loader has no length to take a share of.
+        ConfigError: `limit` is a share, but the loader has no length.
     """
     length = length_of(loader)
     if limit is None:
@@ -170,6 +171,6 @@ def limited_length(loader: Any, limit: int | float | None, knob: str) -> int | N
                 f"{knob}={limit} is a share of the loader's length, but this loader has none: "
                 "give a number of batches"
             )
-        # rounded first: 0.29 of 100 is 28.999999999999996 in floating point
+        # Rounded first, because 0.29 of 100 is 28.999999999999996 in floating point.
         return max(1, int(round(length * limit, 6))) if length else 0
     return limit if length is None else min(limit, length)

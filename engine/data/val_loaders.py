@@ -1,4 +1,4 @@
-"""Validation on one loader, or on several by name, whose metrics have the name in their keys: `val_fit_loss`."""
+"""Validation on one loader, or on several by name, with the name in the keys of their metrics: `val_fit_loss`."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,19 +7,19 @@ from typing import Any, Final, TypeAlias
 from offloop.engine.errors import ConfigError
 
 ValLoader: TypeAlias = Iterable[Any] | Mapping[str, Iterable[Any]]
-"""What `val_loader=` takes: anything iterable over batches, or a mapping of names to several."""
+"""The type of `val_loader=`: an iterable of batches, or a mapping of names to several."""
 
 PREFIX: Final = "val_"
-"""What stands before the metrics of a single loader, and of values that belong to no loader."""
+"""Prefix of the metrics of a single loader, and of values that belong to no loader."""
 
 LIVE: Final = "live"
-"""Where validations run with an average and with the weights in training: what the keys of the latter begin with."""
+"""Prefix of metrics of the weights in training, if validations also run with an average."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def by_prefix(val_loader: ValLoader | None) -> dict[str, Iterable[Any]]:
-    """Return the loaders by what stands before the keys of their metrics, in the order given."""
+    """Return the loaders by the prefixes of their metrics, in the order given."""
     if val_loader is None:
         return {}
     if not isinstance(val_loader, Mapping):
@@ -28,12 +28,12 @@ def by_prefix(val_loader: ValLoader | None) -> dict[str, Iterable[Any]]:
 
 
 def live_prefix(prefix: str) -> str:
-    """Return what stands before the keys of a validation with the weights in training, beside one with an average."""
+    """Return the prefix for a validation with the weights in training, if there is also one with an average."""
     return f"{PREFIX}{LIVE}_{prefix.removeprefix(PREFIX)}"
 
 
 def name_of(prefix: str) -> str:
-    """Return the name of the loader whose metrics have this prefix; empty for a single one."""
+    """Return the name of the loader whose metrics have this prefix; empty for a single loader."""
     return prefix.removeprefix(PREFIX).removesuffix("_")
 
 
@@ -44,7 +44,7 @@ def bare_key(key: str, prefixes: Iterable[str]) -> str:
 
 
 def check_names(val_loader: ValLoader) -> None:
-    """Raise `ConfigError` where the names of several loaders cannot stand in keys of metrics."""
+    """Raise `ConfigError` if the names of several loaders cannot be part of metric keys."""
     if not isinstance(val_loader, Mapping):
         return
     if not val_loader:

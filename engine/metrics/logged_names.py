@@ -1,7 +1,7 @@
-"""Names that `self.log` may use: none that a metric or a column of the run has already.
+"""Names for `self.log`: they must differ from the run's metrics and columns.
 
-A logged value becomes `StepEnd.metrics[name]` and the epoch's mean `train_name` or `val_name`. Under a name that is
-taken, one of the two values would vanish without a word, so such a name is an error at its first use.
+A logged value becomes `StepEnd.metrics[name]` and the epoch's mean `train_name` or `val_name`. Under a name in use,
+one of the two values would vanish silently, so the first use of such a name is an error.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,19 +10,19 @@ from typing import Final
 from offloop.engine.events import StepEnd
 
 COLUMNS: Final = frozenset({*StepEnd.__struct_fields__, "attempt", "type", "loss_scale"})
-"""What the run itself writes for every step, as fields of events and columns of `metrics.csv`."""
+"""Names of values that the run writes for every step: fields of events and columns of `metrics.csv`."""
 
 
 def check_name(name: str, metrics: Collection[str]) -> None:
-    """Raise where a value cannot be logged under `name`.
+    """Check the name of a logged value.
 
     Args:
         name: As given to `log`.
         metrics: The names of the run's `metrics=`, of training or of validations.
 
     Raises:
-        TypeError: It is no text.
-        ValueError: It is taken, or begins with what is put before every name.
+        TypeError: It is no string.
+        ValueError: It is in use, or has a prefix that offloop adds itself.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"log takes a name and a value; the name must be a text, got {name!r}")
@@ -45,13 +45,15 @@ def check_name(name: str, metrics: Collection[str]) -> None:
         )
 
 
-def add_computed(made: dict[str, float], computed: Mapping[str, float]) -> None:
-    """Add the values of `metrics=` to those that were logged.
+def add_computed(metrics: dict[str, float], computed: Mapping[str, float]) -> None:
+    """Add the values of `metrics=` to logged values.
 
     Raises:
-        ValueError: A metric that gives several values has one of a name that was logged.
+        ValueError: A metric with several values has one under a logged name.
     """
     for key in computed:
-        if key in made:
-            raise ValueError(f"{key} was logged, and metrics= makes it too: log the value under another name")
-    made.update(computed)
+        if key in metrics:
+            raise ValueError(
+                f"{key} was logged, and metrics= computes it too: log the value under another name"
+            )
+    metrics.update(computed)

@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from offloop.engine import checks
 from offloop.engine.data.loader_parts import name_of
 from offloop.engine.position.carried_state import TensorMark, is_of_user
 from offloop.engine.position.exactness import Doubt, approximate
@@ -77,7 +78,7 @@ def _held(loader: Iterable[Any]) -> Iterator[tuple[str, list[Any]]]:
         else:
             attributes = _attributes(part)
         for name, value in attributes.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if checks.is_number(value):
                 continue
             try:
                 leaves = list(itertools.islice(_leaves(value), _MAX_VALUES))

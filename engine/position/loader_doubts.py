@@ -32,6 +32,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from offloop.engine import checks
 from offloop.engine.data.batches import length_of
 from offloop.engine.data.loader_parts import datasets_of, name_of, samplers_of, unwrapped
 from offloop.engine.data.seeded_sampling import SeededDataset
@@ -231,7 +232,7 @@ def _numbers(loader: Iterable[Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in unsaved_parts(loader):
         for name, value in (*_defaults(type(part)), *_attributes(part)):
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if checks.is_number(value):
                 found[f"{name_of(part)}.{name}"] = value
     return found
 

@@ -3,7 +3,7 @@
 event loop                              prediction thread
 ──────────                              ─────────────────
 async for outputs in stream  <────────  puts outputs of batch n; waits while `read_ahead` of them wait
-leaves the block             ────────>  ends after the batch in work
+leaves the block             ────────>  ends after the current batch
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def predict(program: TrainingProgram, loader: Iterable[Any]) -> list[Any]:
 def predict_async(
     program: TrainingProgram, loader: Iterable[Any], read_ahead: int
 ) -> contextlib.AbstractAsyncContextManager[AsyncIterator[Any]]:
-    """Return a block in which outputs come as a stream, see `BaseTrainer.predict_async`."""
+    """Return a context that gives the outputs as a stream, see `BaseTrainer.predict_async`."""
     check_loader(loader, "loader")
     checks.whole_number("read_ahead", read_ahead)
     return _stream(program, loader, read_ahead)
@@ -69,7 +69,7 @@ async def _stream(
 
 
 def _outputs(program: TrainingProgram, loader: Iterable[Any]) -> Generator[Any, None, None]:
-    """Prepare the model and yield the outputs of each batch, on the host."""
+    """Prepare the model and yield the outputs of every batch, on the host."""
     prepare_model(program)
     config = program.config
     mixed = MixedPrecision(config.precision, program.device)
@@ -91,7 +91,7 @@ def _to_host(outputs: Any) -> Any:
 
 
 class PredictionStream(AsyncIterator[Any]):
-    """The outputs of batch after batch, in order. One reader. Ends with the loader, or when it is left."""
+    """A stream of outputs, one item per batch, in order, for one reader. Ends with the loader, or when it is left."""
 
     def __init__(self, work: Callable[[], Generator[Any, None, None]], *, read_ahead: int) -> None:
         self._work = work
@@ -126,7 +126,7 @@ class PredictionStream(AsyncIterator[Any]):
         self._thread.start()
 
     async def leave(self) -> None:
-        """End the thread after the batch in work, and wait for that through any number of cancellations."""
+        """End the thread after the current batch; wait for it through any number of cancellations."""
         with self._lock:
             self._is_left = True
             self._changed.notify()

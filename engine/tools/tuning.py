@@ -1,7 +1,7 @@
 """Finders: the learning rate at which the loss falls fastest, and the largest batch size that fits into memory.
 
-Both train the trainer's own steps for a while, without events and callbacks, and then put everything back:
-parameters, buffers, gradients, optimizer states, learning rates, random states, bit for bit.
+Both run some of the trainer's own steps, without events and callbacks, and then restore everything bit for bit:
+parameters, buffers, gradients, optimizer states, learning rates, random states.
 """
 
 import contextlib
@@ -43,20 +43,20 @@ from offloop.engine.training.program_setup import make_setup
 from offloop.engine.training.setup import Host, Limits, SilentHost
 
 SMOOTHING: Final = 0.98
-"""Share of the running mean that each loss leaves as it is; the value of fastai and Lightning."""
+"""Decay of the loss's exponential moving average, as in fastai and Lightning."""
 EXPLODED: Final = 4.0
-"""The search ends when the smoothed loss is this many times its best; theirs, too."""
+"""The search ends when the smoothed loss is this many times its best, as in fastai and Lightning."""
 _FIRST_LOSSES: Final = 10
-"""Losses at the beginning that nothing is judged by: a running mean of few values jumps."""
+"""Ignored losses at the start, because a running mean of few values is noisy."""
 _SHARE_OF_FREE_MEMORY: Final = 0.9
-"""What of a device's free memory is taken: fragmentation and a longer batch want the rest."""
+"""Share of a device's free memory to use; fragmentation and longer batches need the rest."""
 _LARGEST_BATCH: Final = 2**16
-"""Where the search ends if neither the data nor the caller says so."""
+"""Upper limit of the search if neither the data nor the caller sets one."""
 _SAMPLING_INTERVAL: Final = 0.002
-"""Seconds between two looks at the process's memory."""
+"""Seconds between two samples of the process's memory."""
 _PROBABLE: Final = 1.25
-"""A size that would take this many times the limit, by the line through the last two, is not tried on a CPU: beyond
-its memory the system ends the process."""
+"""On a CPU, a size is not tried if the line through the last two predicts this many times the limit: without memory
+the system kills the process."""
 
 
 # The learning rate --------------------------------------------------------------------------------------
@@ -64,28 +64,27 @@ its memory the system ends the process."""
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LearningRateSearch:
-    """What a search for the learning rate saw."""
+    """The result of a search for the learning rate."""
 
     lrs: tuple[float, ...]
-    """The rate of each step: of the largest group, where there are several."""
+    """The rates of the steps; with several groups, those of the largest."""
     losses: tuple[float, ...]
-    """The loss of each step."""
+    """The losses of the steps."""
     smoothed: tuple[float, ...]
     """The running mean of the losses, corrected for its start at 0."""
     suggestion: float | None
     """The rate at which the smoothed loss fell fastest; None if it never fell."""
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the losses over the rates into a file; its ending says the format. Needs `offloop[plot]`.
+        """Plot the losses over the rates into a file, in the format of its suffix. Needs `offloop[plot]`.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
         try:
+            # Not pyplot, which keeps every figure and may open windows.
             with first_use("matplotlib"):
-                from matplotlib.figure import (
-                    Figure,  # not pyplot, which keeps every figure and may open windows
-                )
+                from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise
@@ -104,7 +103,7 @@ class LearningRateSearch:
 
 
 class _Ramp:
-    """A schedule that multiplies the rate by the same factor after each step."""
+    """A schedule that multiplies the rate by the same factor after every step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, first: float, factor: float) -> None:
         self.optimizer = optimizer
@@ -112,7 +111,8 @@ class _Ramp:
         self.step()
 
     def step(self) -> None:
-        if largest_lr(self.optimizer) == 0.0:  # a warm-up's first rate cannot be scaled
+        # A warm-up's first rate of 0 cannot be scaled.
+        if largest_lr(self.optimizer) == 0.0:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._next
         scale_lr(self.optimizer, self._next, group=None)
@@ -120,7 +120,7 @@ class _Ramp:
 
 
 class _Losses(SilentHost):
-    """The host of a search: keeps rates and losses, and ends it when the loss explodes."""
+    """The host of a search: records rates and losses, and ends the search when the loss explodes."""
 
     def __init__(self, mailbox: Mailbox) -> None:
         self.lrs: list[float] = []
@@ -131,7 +131,7 @@ class _Losses(SilentHost):
         self._is_over = False
 
     def emit(self, event: Event, /) -> None:
-        """Keep the numbers of a step."""
+        """Record the rate and the loss of a step."""
         if self._is_over or not isinstance(event, StepEnd):
             return
         if event.loss is None:
@@ -139,7 +139,8 @@ class _Losses(SilentHost):
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * event.loss
         smoothed = self._mean / (1 - SMOOTHING ** (len(self.losses) + 1))
         best = min(self.smoothed[_FIRST_LOSSES:], default=math.inf)
-        exploded = smoothed > best + (EXPLODED - 1) * max(abs(best), 1e-12)  # a loss may be negative or 0
+        # The best loss may be negative or 0.
+        exploded = smoothed > best + (EXPLODED - 1) * max(abs(best), 1e-12)
         if exploded or not math.isfinite(event.loss):
             self._is_over = True
             self._mailbox.give(Stop("the loss exploded"), by="search")
@@ -149,7 +150,7 @@ class _Losses(SilentHost):
         self.smoothed.append(smoothed)
 
     def emit_step(self, event: Event, /) -> None:
-        """Keep the numbers of a step."""
+        """Record the rate and the loss of a step."""
         self.emit(event)
 
 
@@ -162,11 +163,11 @@ def find_learning_rate(
     steps: int,
     optimizer: str | None,
 ) -> LearningRateSearch:
-    """Raise the rate exponentially and look where the loss falls fastest, see `BaseTrainer.find_learning_rate`.
+    """Raise the rate exponentially and find where the loss falls fastest, see `BaseTrainer.find_learning_rate`.
 
-    The range test of Smith 2017 (https://arxiv.org/abs/1506.01186, section 3.3). Smoothing, the end at four times
-    the best loss and "steepest descent" as the suggestion follow fastai and Lightning; rates are spaced evenly on a
-    logarithmic axis, so the slope is that over log(rate).
+    This is the range test of Smith 2017 (https://arxiv.org/abs/1506.01186, section 3.3). The smoothing, the end at
+    four times the best loss and the steepest descent as the suggestion are those of fastai and Lightning. Rates are
+    evenly spaced on a logarithmic axis, so the slope is over log(rate).
     """
     check_loader(train_loader, "train_loader")
     checks.number("min_lr", min_lr, above=0)
@@ -182,9 +183,10 @@ def find_learning_rate(
 
     mailbox = Mailbox()
     losses = _Losses(mailbox)
-    with _putting_back(trainer, train_loader):
+    with _restoring_all(trainer, train_loader):
         factor = (max_lr / min_lr) ** (1 / (steps - 1))
-        ramp = cast(LRScheduler, _Ramp(trainer.optimizers[name], min_lr, factor))  # it steps, and that is all
+        # Only its `step` is called.
+        ramp = cast(LRScheduler, _Ramp(trainer.optimizers[name], min_lr, factor))
         _train(
             trainer,
             train_loader,
@@ -202,7 +204,7 @@ def find_learning_rate(
 
 
 def suggest(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """Return the rate at which a curve of evenly spaced log(rate) falls fastest, None if it never falls."""
+    """Return the rate at which the loss falls fastest over log(rate), None if it never falls."""
     inner = range(_FIRST_LOSSES, len(smoothed) - 1)
     if not inner:
         return None
@@ -215,25 +217,25 @@ def suggest(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSizeTrial:
-    """One size that was tried."""
+    """A trial of one batch size."""
 
     batch_size: int
     """Samples in a batch."""
     fits: bool
     """True if it trained within the memory."""
     peak_memory: int | None
-    """Bytes, at the most: what torch took on CUDA, the whole process on the CPU; None if it was not tried, because
-    smaller ones said enough."""
+    """Peak in bytes: torch's memory on CUDA, the whole process's on the CPU; None if it was not tried, because
+    smaller sizes predicted that it cannot fit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSizeSearch:
-    """What a search for the batch size saw."""
+    """The result of a search for the batch size."""
 
     suggestion: int
     """The largest size that fits."""
     trials: tuple[BatchSizeTrial, ...]
-    """Each size that was tried, in order."""
+    """The trials, in order."""
 
 
 def find_batch_size(
@@ -246,7 +248,7 @@ def find_batch_size(
     steps: int,
     memory_limit: int | None,
 ) -> BatchSizeSearch:
-    """Double until it does not fit, then halve the gap, see `BaseTrainer.find_batch_size`."""
+    """Double the size until it does not fit, then bisect, see `BaseTrainer.find_batch_size`."""
     checks.choice("mode", mode, ("binsearch", "power"))
     checks.whole_number("start", start)
     checks.whole_number("steps", steps, at_least=2)
@@ -261,7 +263,7 @@ def find_batch_size(
     largest = min(max_batch_size or _LARGEST_BATCH, samples.count or _LARGEST_BATCH)
 
     trials: list[BatchSizeTrial] = []
-    with _putting_back(trainer, () if samples.is_made else cast("Iterable[Any]", train_loader)):
+    with _restoring_all(trainer, () if samples.is_made else cast("Iterable[Any]", train_loader)):
         memory = _Memory(trainer.device, memory_limit)
 
         def fits(size: int) -> bool:
@@ -281,7 +283,8 @@ def find_batch_size(
         while good < largest and (bad is None or 2 * good < bad):
             size = min(2 * good, largest)
             good, bad = (size, bad) if fits(size) else (good, size)
-            largest = min(largest, samples.count or largest)  # a stream says only at its end how long it is
+            # The length of a stream is known only at its end.
+            largest = min(largest, samples.count or largest)
             good = min(good, largest)
         while mode == "binsearch" and bad is not None and bad - good > 1:
             middle = (good + bad) // 2
@@ -290,7 +293,7 @@ def find_batch_size(
 
 
 class _Samples:
-    """Makes batches of any size."""
+    """A source of batches of any size."""
 
     def __init__(self, train_loader: Any) -> None:
         self._loader = train_loader
@@ -307,7 +310,7 @@ class _Samples:
             self.count = length_of(train_loader.dataset)
 
     def batches(self, size: int, number: int) -> list[Any]:
-        """Return `number` batches of `size` samples; the same ones again where there are not so many."""
+        """Return `number` batches of `size` samples; they repeat if there are fewer."""
         if self.is_made:
             made = list(itertools.islice(iter(self._loader(size)), number))
             if not made:
@@ -328,11 +331,11 @@ class _Samples:
 def _try(
     trainer: TrainingProgram, samples: _Samples, size: int, steps: int, memory: "_Memory"
 ) -> BatchSizeTrial:
-    """Train some steps with batches of a size."""
+    """Train some steps with batches of one size."""
     accumulate = trainer.config.accumulate_grad_batches if trainer.automatic_optimization else 1
     with memory.measured() as peak:
         is_out = _runs_out_of_memory(trainer, samples, size, steps, accumulate)
-    # Here nothing holds on to the tensors of the trial any more, an exception's traceback neither.
+    # Nothing refers to the trial's tensors here, not even an exception's traceback.
     for parameter in trainer.model.parameters():
         parameter.grad = None
     _free(trainer.device, after_failure=is_out)
@@ -352,7 +355,7 @@ def _runs_out_of_memory(
 
 
 class _Memory:
-    """What may be taken, and what was."""
+    """The memory limit, and measurements."""
 
     def __init__(self, device: torch.device, limit: int | None) -> None:
         self._device = device
@@ -363,7 +366,7 @@ class _Memory:
         self.limit = limit
 
     def is_probable(self, size: int, trials: Sequence[BatchSizeTrial]) -> bool:
-        """False if the sizes so far say that this one cannot fit, and trying would be dangerous."""
+        """Return False if earlier sizes predict that this one cannot fit and trying it would be dangerous."""
         known = [(each.batch_size, each.peak_memory) for each in trials if each.fits and each.peak_memory]
         if self._device.type == "cuda" or len(known) < 2:
             return True
@@ -372,7 +375,7 @@ class _Memory:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[list[int]]:
-        """Measure the peak of the block; it is in the list when the block is over."""
+        """Measure the peak of the block; the list holds it afterwards."""
         peak = [0]
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -397,7 +400,7 @@ class _Memory:
             thread.join()
 
 
-# Training for a while, and putting everything back ----------------------------------------------------------
+# Training some steps, and restoring everything --------------------------------------------------------------
 
 
 def _train(
@@ -410,7 +413,7 @@ def _train(
     mailbox: Mailbox | None = None,
 ) -> None:
     """Train some steps without events and callbacks."""
-    # A loss that explodes is what a search looks for, and must not spoil the weights of the next trial.
+    # A search provokes an exploding loss, which must not spoil the weights for the next trial.
     config = trainer.config.replace(on_nonfinite="skip_step")
     setup = make_setup(
         trainer, Limits(max_steps=steps), config=config, train_loader=loader, schedules=schedules
@@ -427,8 +430,8 @@ def _train(
 
 
 @contextlib.contextmanager
-def _putting_back(trainer: TrainingProgram, loader: Iterable[Any]) -> Iterator[None]:
-    """Have the trainer to oneself, and put back all that training changes."""
+def _restoring_all(trainer: TrainingProgram, loader: Iterable[Any]) -> Iterator[None]:
+    """Occupy the trainer, and restore everything that training changes."""
     check_caller(trainer.config.precision, trainer.device)
     with trainer._occupancy.use("searching"):
         check_optimization(trainer)
@@ -444,7 +447,7 @@ def _putting_back(trainer: TrainingProgram, loader: Iterable[Any]) -> Iterator[N
 
 
 class _Saved:
-    """A tensor and its value. The value waits on the host: it must not take the memory that is looked for."""
+    """A tensor and a copy of its value, on the host to leave the device's memory free."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -465,7 +468,7 @@ def _restored(value: Any) -> Any:
 
 
 class _Kept:
-    """Model and optimizers as they were."""
+    """A copy of the state of model and optimizers."""
 
     def __init__(self, trainer: TrainingProgram) -> None:
         parts = [trainer.model, *([trainer.loss] if isinstance(trainer.loss, torch.nn.Module) else [])]
@@ -482,7 +485,7 @@ class _Kept:
         self._optimizers = [_KeptOptimizer(each) for each in trainer.optimizers.values()]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore the state."""
         for parameter, value, gradient in self._parameters:
             value.restore()
             parameter.grad = _restored(gradient)
@@ -495,13 +498,12 @@ class _Kept:
 
 
 class _KeptOptimizer:
-    """An optimizer as it was."""
+    """A copy of an optimizer's state."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._has_stepped = getattr(
-            optimizer, "_opt_called", None
-        )  # torch's own mark, for a schedule's warning
+        # torch's own mark, for a warning of schedules.
+        self._has_stepped = getattr(optimizer, "_opt_called", None)
         self._groups = [
             {key: _save(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -525,9 +527,10 @@ class _KeptOptimizer:
 
 
 def _free(device: torch.device, *, after_failure: bool = False) -> None:
-    """Give memory back that nobody needs any more."""
+    """Return unused memory to the system."""
     if after_failure or device.type == "cuda":
-        gc.collect()  # what a traceback has held is in cycles
+        # A traceback leaves reference cycles.
+        gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:

@@ -92,5 +92,5 @@ def test_one_of_several_values_of_a_metric_does_not_take_the_place_of_what_was_l
     kind: type[Logging],
 ) -> None:
     trainer = trainer_that_logs("own_second", kind)
-    with pytest.raises(ValueError, match=r"_own_second was logged, and metrics= makes it too"):
+    with pytest.raises(ValueError, match=r"_own_second was logged, and metrics= computes it too"):
         trainer.train(tiny_batches(2), tiny_batches(1), epochs=1, metrics={"own": Several()})
