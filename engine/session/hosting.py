@@ -7,10 +7,11 @@ inside a running event loop (a notebook)   in a helper thread, while the caller'
 caller of train_async() ────────────────>  the caller's
 """
 
+import contextlib
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -29,7 +30,7 @@ def run_blocking(session: Session) -> RunResult:
     if _is_inside_event_loop():
         return _run_in_helper_thread(session)
     signals = _Signals(session)
-    with handled_signals(signals.note, force=False) as session.lifetime.handles_signals:
+    with signals.handled(force=False):
         anyio.run(session.run_to_end, _ignore)
     return signals.outcome()
 
@@ -54,10 +55,7 @@ def _run_in_helper_thread(session: Session) -> RunResult:
     host = Thread(run, name=f"offloop-host-{session.run_id}", daemon=False)
     # Ctrl-C, or a notebook's stop button, must not raise here, which would separate train() from its run: train()
     # returns when the run is over. SIGTERM stays with the application, and no number of interrupts ends the process.
-    interrupts = handled_signals(
-        signals.note, force=False, only=(signal.SIGINT,), third_is_final=False, asks_application=True
-    )
-    with interrupts as session.lifetime.handles_signals:
+    with signals.handled(force=False, only=(signal.SIGINT,), asks_application=True):
         host.start()
         while not host.is_over:
             host.join()
@@ -78,7 +76,7 @@ async def run_awaited(session: Session, started: Callable[[Run], None], *, handl
         await session.run_to_end(started)
         return session.outcome()
     signals = _Signals(session)
-    with handled_signals(signals.note, force=True) as session.lifetime.handles_signals:
+    with signals.handled(force=True):
         await session.run_to_end(started)
     return signals.outcome()
 
@@ -91,7 +89,15 @@ class _Signals:
         self._third_is_final = third_is_final
         self._seen: list[str] = []  # written by signal handlers in the main thread, read when the run is over
 
-    def note(self, number: Any, count: int) -> None:
+    @contextlib.contextmanager
+    def handled(self, **options: Any) -> Iterator[None]:
+        """Handle signals in the block; `options` are those of `handled_signals`."""
+        third_is_final, lifetime = self._third_is_final, self._session.lifetime
+        with handled_signals(self._note, third_is_final=third_is_final, **options) as is_handled:
+            lifetime.handles_signals = is_handled
+            yield
+
+    def _note(self, number: Any, count: int) -> None:
         """Handle a signal. Main thread; does not block."""
         self._seen.append(number.name)
         self._session.lifetime.on_signal(number.name, count, third_is_final=self._third_is_final)

@@ -102,10 +102,6 @@ class Session:
         self.progress = self._training.loop.progress
         # Seconds in step hooks by callback. Written by the training thread.
         self._hook_seconds = self._training.loop.hooks.seconds
-        self.run = Run(self)
-        for each in plan.handlers:
-            self._training.deciders.add(self.callbacks.add(each, self.run))
-        self._logs.watch(self.callbacks.observers)
         self._outcome = Outcome(
             run_id, limits=setup.limits, progress=self.progress, lifetime=self.lifetime, best=self._best
         )
@@ -121,6 +117,11 @@ class Session:
         self._has_ended_training = False
         context = contextvars.copy_context()
         self.thread = Thread(context.run, self._train, name=f"offloop-training-{run_id}", daemon=False)
+        # Last, when all that a run shows is there
+        self.run = Run(self)
+        for each in plan.handlers:
+            self._training.deciders.add(self.callbacks.add(each, self.run))
+        self._logs.watch(self.callbacks.observers)
 
     # The training thread -------------------------------------------------------------------------
 
