@@ -1,1 +1,1 @@
-"""The command line: `offloop demo`."""
+"""The command line, `offloop`: parses arguments and prints results."""

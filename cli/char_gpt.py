@@ -1,14 +1,13 @@
-"""A small GPT that reads and writes text one character at a time, and the text that it learns from.
+"""A small GPT that reads and writes text character by character, and its training text.
 
-The text is one that every machine has: the source code of Python's own standard library. The model is
-a decoder-only transformer with pre-normalisation, rotary positions and no biases; the residual branches
-and the output layer start at zero, so an untrained model gives each character the same probability and
-its loss is `log(VOCABULARY_SIZE)`, 4.56 nats.
+The text is available on every machine: the source code of Python's standard library. The model is a decoder-only
+transformer with pre-normalisation, rotary position embeddings and no biases. Its residual branches and output layer
+start at zero, so an untrained model predicts a uniform distribution with a loss of `log(VOCABULARY_SIZE)`, 4.56 nats.
 
 Tensors carry their shape as a suffix:
 
     B  batch                        V  vocabulary
-    T  time, characters in a row    H  attention heads
+    T  time, in characters          H  attention heads
     C  channels of the model        D  channels of one head, C // H
 """
 
@@ -22,13 +21,15 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 VOCABULARY: Final = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
-"""The characters there are: newline and printable ASCII. All others are left out of the text."""
+"""Newline and printable ASCII; all other characters are dropped from the text."""
 VOCABULARY_SIZE: Final = len(VOCABULARY)
 
-MAX_CHARACTERS: Final = 8_000_000  # about all of Python 3.11's; keeps later, larger versions comparable
-VALIDATION_EVERY: Final = 10  # every tenth file is for validation, so that both halves hold all subjects
+MAX_CHARACTERS: Final = 8_000_000
+"""About the size of Python 3.11's library, so that later versions stay comparable."""
+VALIDATION_EVERY: Final = 10
+"""Every tenth file is for validation, so that both parts cover all subjects."""
 SKIPPED_FOLDERS: Final = frozenset(
-    # Installed packages, tests, generated tables, and applications that not every machine has.
+    # Installed packages, tests, generated tables, and optional applications.
     "site-packages dist-packages test tests idle_test encodings pydoc_data ensurepip "
     "distutils lib2to3 idlelib tkinter turtledemo".split()
 )
@@ -41,21 +42,21 @@ _DROPPED_BYTES: Final = bytes(byte for byte in range(256) if chr(byte) not in VO
 
 
 def encode(text: str) -> Tensor:
-    """Turn text into tokens `(T,) uint8`: indices into `VOCABULARY`. Other characters are dropped."""
+    """Encode text as tokens `(T,) uint8`, indices into `VOCABULARY`. Other characters are dropped."""
     tokens = text.encode("ascii", "ignore").translate(_TOKEN_OF_BYTE, _DROPPED_BYTES)
     return torch.tensor(list(tokens), dtype=torch.uint8)
 
 
 def decode(tokens_T: Tensor) -> str:
-    """Turn tokens back into text."""
+    """Decode tokens to text."""
     return "".join(VOCABULARY[token] for token in tokens_T.tolist())
 
 
 def stdlib_files(root: Path | None = None) -> list[Path]:
-    """List the Python files of the standard library (or below another folder), always in one order.
+    """List the Python files of the standard library, or below another folder, in a fixed order.
 
     Raises:
-        FileNotFoundError: There are none; some stripped-down interpreters come without their sources.
+        FileNotFoundError: There are none: some minimal interpreters lack the source code.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     files = (path.relative_to(root) for path in root.rglob("*.py"))
@@ -67,7 +68,7 @@ def stdlib_files(root: Path | None = None) -> list[Path]:
 
 
 def read_text(files: list[Path], max_characters: int) -> Tensor:
-    """Read files one after the other as tokens `(T,) uint8`, at most `max_characters` of them."""
+    """Read files in order as tokens `(T,) uint8`, at most `max_characters`."""
     tokens = bytearray()
     for file in files:
         tokens += file.read_bytes().translate(_TOKEN_OF_BYTE, _DROPPED_BYTES)
@@ -77,7 +78,7 @@ def read_text(files: list[Path], max_characters: int) -> Tensor:
 
 
 def load_text() -> tuple[Tensor, Tensor]:
-    """Read the standard library as tokens for training and tokens for validation, from different files."""
+    """Return the standard library as training tokens and validation tokens, from different files."""
     files = stdlib_files()
     val_files = files[::VALIDATION_EVERY]
     train_files = [file for i, file in enumerate(files) if i % VALIDATION_EVERY != 0]
@@ -86,9 +87,9 @@ def load_text() -> tuple[Tensor, Tensor]:
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Pieces of a text, `stride` characters apart, each with the characters that should follow.
+    """Windows of a text, `stride` characters apart.
 
-    An item is `(inputs, targets)`, both `(T,) int64`; the targets are the inputs one character later.
+    An item is `(inputs, targets)`, both `(T,) int64`; the targets are the inputs shifted by one character.
     """
 
     def __init__(self, tokens_T: Tensor, *, length: int, stride: int) -> None:
@@ -111,18 +112,19 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 def norm(x: Tensor) -> Tensor:
-    """Scale the last dimension to a root mean square of one; nothing to learn."""
+    """Scale the last dimension to a root mean square of one, without learned parameters."""
     return F.rms_norm(x, (x.size(-1),))
 
 
 def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Turn pairs of channels by an angle that grows with the position: attention sees distances."""
-    left, right = x_BHTD.chunk(2, dim=-1)  # cos and sin hold D // 2 angles, one for each pair
+    """Rotate pairs of channels by an angle proportional to the position, so that attention sees distances."""
+    # cos and sin hold D // 2 angles, one per pair.
+    left, right = x_BHTD.chunk(2, dim=-1)
     return torch.cat((left * cos_TD - right * sin_TD, left * sin_TD + right * cos_TD), dim=-1)
 
 
 class Block(nn.Module):
-    """One layer: every character looks at those before it, then thinks about what it saw."""
+    """One layer: attention to earlier characters, then an MLP."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -143,7 +145,7 @@ class Block(nn.Module):
         return x_BTC
 
     def attend(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        """Mix in what earlier characters have to say; never looks ahead."""
+        """Return the causal self-attention."""
         qkv_BTHD = self.qkv(x_BTC).unflatten(-1, (3 * self.heads, -1))
         q_BHTD, k_BHTD, v_BHTD = qkv_BTHD.transpose(1, 2).chunk(3, dim=1)
         q_BHTD = norm(rotate(q_BHTD, cos_TD, sin_TD))
@@ -156,7 +158,7 @@ class Block(nn.Module):
 class CharGPT(nn.Module):
     """Predict the next character at every position: tokens `(B, T) int64` -> logits `(B, T, V) float32`.
 
-    T may be anything from 1 to `context`.
+    T is from 1 to `context`.
     """
 
     cos_TD: Tensor
@@ -171,7 +173,8 @@ class CharGPT(nn.Module):
         nn.init.zeros_(self.head.weight)
 
         pairs = channels // heads // 2
-        frequencies = 10_000.0 ** -(torch.arange(pairs) / pairs)  # the base is the usual one (RoPE)
+        # The usual base of RoPE.
+        frequencies = 10_000.0 ** -(torch.arange(pairs) / pairs)
         angles_TD = torch.outer(torch.arange(context), frequencies)
         self.register_buffer("cos_TD", angles_TD.cos(), persistent=False)
         self.register_buffer("sin_TD", angles_TD.sin(), persistent=False)
@@ -192,16 +195,17 @@ def char_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def sample(model: CharGPT, prompt: str, *, length: int, temperature: float = 0.8, seed: int = 0) -> str:
-    """Continue a prompt by `length` characters, drawn from what the model finds likely.
+    """Continue a prompt by `length` characters, sampled from the model's predictions.
 
-    A low `temperature` (above 0) makes it careful, 1.0 as varied as its training text. The same seed gives the
-    same text, and torch's global generator is left alone.
+    A `temperature` above 0 and below 1.0 favours likely characters; 1.0 samples the predicted distribution. The same
+    seed gives the same text, and torch's global generator is not used.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens_T = encode(prompt).long()
     for _ in range(length):
         context_BT = tokens_T[None, -model.context :].to(model.embedding.weight.device)
-        logits_V = model(context_BT)[0, -1].float().cpu()  # device -> host: one character at a time
+        # Device to host, character by character.
+        logits_V = model(context_BT)[0, -1].float().cpu()
         next_1 = torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
         tokens_T = torch.cat((tokens_T, next_1))
     return decode(tokens_T)

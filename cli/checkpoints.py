@@ -1,4 +1,4 @@
-"""`offloop checkpoints`: list, verify, tag, export and compare what runs have saved."""
+"""`offloop checkpoints`: list, verify, tag, export and compare checkpoints."""
 
 import time
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
-Registry = Annotated[Path, typer.Option(help="The directory of registered models.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Registry = Annotated[Path, typer.Option(help="Directory of the registered models.")]
 SOURCE_HELP = (
-    "A run (runs/first, runs/first@best, runs/first@TAG, runs/first:STEP), a checkpoint's directory, a "
+    "A run (runs/first, runs/first@best, runs/first@TAG, runs/first:STEP), the directory of a checkpoint, a "
     "registered model (name, name:3, name@alias), or a file (.safetensors, .pt, .pth)."
 )
 Where = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a directory of runs.")]
@@ -47,7 +47,7 @@ Where = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a directory
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """Turn what offloop raises into one line and exit code 2."""
+    """Turn offloop's errors into one line and exit code 2."""
     try:
         yield
     except (OffloopError, OSError) as error:
@@ -58,13 +58,13 @@ def failing() -> Iterator[None]:
 def list_checkpoints(
     where: Annotated[Path, typer.Argument(help="A run, or a directory of runs.")] = Path("runs"),
     metric: Annotated[
-        str | None, typer.Option(help="The metric to show; else val_loss, or the first there is.")
+        str | None, typer.Option(help="Metric to show; by default val_loss, or the first one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of one run or of all, oldest first.
 
-    Exit code: 0, also where some are damaged or a run cannot be read, of which it tells; 2 if none can be read.
+    Exit code: 0, even if it reports damaged checkpoints or unreadable runs; 2 if no run can be read.
     """
     unreadable: dict[Path, CheckpointError] = {}
     with failing():
@@ -99,9 +99,9 @@ def list_checkpoints(
 
 @app.command()
 def verify(where: Where = Path("runs")) -> None:
-    """Compare every byte with its checksum.
+    """Check every byte against its checksum.
 
-    Exit code: 0 if all are whole, 1 if one is damaged; else 2 if one cannot be read or there is none.
+    Exit code: 0 if all checkpoints are intact, 1 if one is damaged, 2 if one cannot be read or there is none.
     """
     whole = damaged = unreadable = 0
     with failing():
@@ -126,21 +126,24 @@ def verify(where: Where = Path("runs")) -> None:
     if damaged:
         raise typer.Exit(1)
     if unreadable:
-        fail("not all could be read")
+        fail("not all checkpoints could be read")
 
 
 @app.command()
 def tag(
     checkpoint: Annotated[
-        str, typer.Argument(help="runs/first, runs/first@best, runs/first:STEP, or a checkpoint's directory.")
+        str,
+        typer.Argument(
+            help="runs/first, runs/first@best, runs/first:STEP, or the directory of a checkpoint."
+        ),
     ],
     name: Annotated[str, typer.Argument(help="Letters, digits, '.', '_' and '-'.")],
-    move: Annotated[bool, typer.Option("--move", help="Take it off the checkpoint that has it.")] = False,
+    move: Annotated[bool, typer.Option("--move", help="Move the tag from another checkpoint.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the tag instead.")] = False,
 ) -> None:
-    """Name a checkpoint, which also keeps it from being deleted.
+    """Give a checkpoint a name, which also protects it from deletion.
 
-    A run that is going on tags its checkpoints itself: await run.tag(NAME).
+    While the run is in progress, use await run.tag(NAME) instead.
     """
     with failing():
         info = find_checkpoint(checkpoint)
@@ -156,21 +159,24 @@ def tag(
                     store.untag(name)
                 else:
                     store.tag(name, info.name, move=True)
-        except ValueError as error:  # no proper name
+        except ValueError as error:
+            # The name has illegal characters.
             fail(str(error))
-    print_text(f"{run}: {name} is removed" if remove else f"{run}: {name} is {info.name}")
+    print_text(f"{run}: {name} removed" if remove else f"{run}: {name} is {info.name}")
 
 
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    file: Annotated[Path, typer.Argument(help="Ends in .safetensors, or in .pt or .pth for torch.load.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    file: Annotated[
+        Path, typer.Argument(help="Its suffix sets the format: .safetensors, or .pt or .pth for torch.load.")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     registry: Registry = Path("models"),
 ) -> None:
-    """Write weights as a plain file for other tools.
+    """Write weights to a plain file for other tools.
 
-    Every name of the state dict is in it; tied tensors are there once for each name.
+    The file has every name of the state dict; tied tensors are stored once per name.
     """
     from offloop.engine import export_model
 
@@ -184,15 +190,15 @@ def export(
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    b: Annotated[str, typer.Argument(help="Likewise.")],
-    limit: Annotated[int, typer.Option(help="Show so many tensors, those that differ most first.")] = 20,
+    b: Annotated[str, typer.Argument(help="As for a.")],
+    limit: Annotated[int, typer.Option(help="Number of tensors to show, largest differences first.")] = 20,
     registry: Registry = Path("models"),
     as_json: Json = False,
 ) -> None:
-    """Compare two models and how they were made.
+    """Compare two models, their metrics and settings.
 
-    Shows which tensors differ and by how much: elements that differ, the largest difference, and the norm of the
-    difference in relation to the first. Then metrics and settings of the runs that differ.
+    For every tensor that differs: the share of changed elements, the largest absolute difference, and the norm of the
+    difference relative to the first tensor. Then the metrics and settings that differ between the runs.
 
     Exit code: 0 if all tensors are equal, 1 if not, 2 if they cannot be compared.
     """
@@ -210,9 +216,7 @@ def diff(
         print_text(f"All {_counted(found.same, 'tensor')} are equal.")
     else:
         print_text(f"{_counted(len(found.tensors), 'tensor')} differ, {found.same} are equal.")
-        table = plain_table(
-            "TENSOR", "TYPE", "CHANGED", "MAX ABS", "RELATIVE", right=("CHANGED", "MAX ABS", "RELATIVE")
-        )
+        table = plain_table("TENSOR", "TYPE", ">CHANGED", ">MAX ABS", ">RELATIVE")
         order = sorted(
             found.tensors, key=lambda each: (each.kind in ("values", "dtype"), -_or_inf(each.relative))
         )
@@ -241,7 +245,7 @@ def diff(
 
 
 def _readers(where: Path) -> list[CheckpointReader]:
-    """Return the runs at a place: one, or those in a directory."""
+    """Return the run in a directory, or the runs in its subdirectories."""
     if not where.is_dir():
         fail(f"there is no directory {where}")
     if (where / "checkpoints").is_dir():
@@ -250,7 +254,7 @@ def _readers(where: Path) -> list[CheckpointReader]:
 
 
 def _is_empty(reader: CheckpointReader, unreadable: dict[Path, CheckpointError]) -> bool:
-    """True if a run has no checkpoint; notes what is wrong with one that cannot be read."""
+    """True if a run has no checkpoints. Adds the error of an unreadable run to `unreadable`."""
     try:
         return not (reader.checkpoints() or reader.damaged())
     except CheckpointError as error:
@@ -259,7 +263,7 @@ def _is_empty(reader: CheckpointReader, unreadable: dict[Path, CheckpointError])
 
 
 def _everything(where: Path) -> Iterator[tuple[CheckpointReader, CheckpointInfo | CheckpointError]]:
-    """Return all checkpoints at a place, and what is wrong where a manifest or a run cannot be read."""
+    """Yield all checkpoints of a directory, or the error of an unreadable manifest or run."""
     if not where.is_dir() or (where / "MANIFEST.json").exists():
         try:
             info: CheckpointInfo | CheckpointError = find_checkpoint(where)
@@ -278,7 +282,7 @@ def _everything(where: Path) -> Iterator[tuple[CheckpointReader, CheckpointInfo 
 
 
 def _names_of(reader: CheckpointReader, info: CheckpointInfo) -> list[str]:
-    """Return the tags of a checkpoint, and whether it is the last or the best of its run."""
+    """Return the names of a checkpoint: `best` and `last` if they apply, then its tags."""
     names = [name for name in ("best", "last") if _is(reader, info, name)]
     return [*names, *(tag for tag, name in reader.tags().items() if name == info.name)]
 
@@ -294,8 +298,7 @@ def _print_run(reader: CheckpointReader, metric: str | None) -> None:
     known = reader.checkpoints()
     keys = [key for info in known for key in info.metrics]
     shown = metric or ("val_loss" if "val_loss" in keys or not keys else keys[0])
-    right = ("STEP", "EPOCH", shown, "SIZE", "SAVED")
-    table = plain_table("CHECKPOINT", "STEP", "EPOCH", shown, "SIZE", "SAVED", "NAMES", right=right)
+    table = plain_table("CHECKPOINT", ">STEP", ">EPOCH", f">{shown}", ">SIZE", ">SAVED", "NAMES")
     now = time.time()
     for info in known:
         table.add_row(

@@ -1,7 +1,7 @@
-"""`offloop demo`: train a small GPT to write Python, and show what the run leaves behind.
+"""`offloop demo`: trains a small GPT to write Python, then prints its output, losses, files and callback costs.
 
-This is also the first example: it uses public names of offloop only, and `run_demo` reads from top to
-bottom like a training script of your own. The model and its text are plain PyTorch, in `char_gpt.py`.
+It is also the first example: it uses only public names, and `run_demo` reads from top to bottom like a training
+script. The model and its text are plain PyTorch, in `char_gpt.py`.
 """
 
 import contextlib
@@ -31,16 +31,17 @@ from offloop import (
 )
 from offloop.cli.char_gpt import CharGPT, Windows, char_loss, load_text, sample
 
-# Found by trying some, so that two CPU cores get below 1.8 nats per character within about a minute.
+# Found by trial: two CPU cores reach less than 1.8 nats per character within about a minute.
 BATCH_SIZE: Final = 32
 LEARNING_RATE: Final = 6e-3
 WARMUP_STEPS: Final = 50
-VALIDATION_WINDOWS: Final = 512  # 32,768 characters, spread evenly over all validation files
+# 32,768 characters, spread evenly over all validation files.
+VALIDATION_WINDOWS: Final = 512
 VALIDATE_EVERY_N_STEPS: Final = 100
 
 
 class ValidationLosses(Callback):
-    """Keep the loss of each validation. An observer: it runs beside training, which never waits for it."""
+    """Keeps the loss of every validation. An observer: training never waits for it."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -50,7 +51,7 @@ class ValidationLosses(Callback):
 
 
 def warmup_then_cosine(step: int, *, steps: int) -> float:
-    """Return the share of the full learning rate for a step: up in a line, down in half a cosine to 5 %."""
+    """Return the factor of the learning rate at a step: linear warmup, then a cosine down to 5 %."""
     warmup_steps = min(WARMUP_STEPS, 1 + steps // 10)
     warmup = min(1.0, (step + 1) / warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
@@ -60,14 +61,14 @@ def warmup_then_cosine(step: int, *, steps: int) -> float:
 def run_demo(
     *, steps: int, seed: int, device: str, run_dir: Path, quiet: bool, with_dashboard: bool
 ) -> RunResult:
-    """Train the demo's model and print what came of it. Blocks until the run is over, and the page closed.
+    """Train the demo's model and print the results. Blocks until the run has ended and the page is closed.
 
     Args:
         steps: Optimizer steps, at least 1.
-        seed: For the first weights and the order of the batches.
-        device: What `Trainer(device=...)` takes.
-        run_dir: The run's directory is made in this one.
-        quiet: Print a single line, at the end.
+        seed: Seed of the initial weights and of the order of the batches.
+        device: As for `Trainer(device=...)`.
+        run_dir: Parent of the run's directory.
+        quiet: Print only one line, at the end.
         with_dashboard: Serve the live page; on a terminal it stays open until Ctrl-C.
     """
     console = Console(quiet=quiet, highlight=False)
@@ -107,12 +108,14 @@ def run_demo(
     if not quiet:
         callbacks.append(ProgressBar())
     dashboard = Dashboard() if with_dashboard and not quiet else None
-    with dashboard or contextlib.nullcontext():  # open from here on, also after the run
+    # Open the page before the run, and keep it open afterwards.
+    with dashboard or contextlib.nullcontext():
         if dashboard is not None:
             callbacks.append(dashboard)
         try:
             result = trainer.train(train_loader, val_loader, max_steps=steps, callbacks=callbacks)
-        except KeyboardInterrupt:  # the run has ended in order, and its files are complete
+        except KeyboardInterrupt:
+            # The run has shut down cleanly, and its files are complete.
             if trainer.last_run is not None:
                 files = f"Interrupted. The run's files are in {trainer.last_run.dir}"
                 console.print(f"\n{files}", soft_wrap=True)
@@ -129,11 +132,11 @@ def run_demo(
     return result
 
 
-# Afterwards --------------------------------------------------------------------------------------
+# Printing ----------------------------------------------------------------------------------------
 
 
 def one_line(result: RunResult) -> str:
-    """Return the summary of `--quiet`."""
+    """Return the line that `--quiet` prints."""
     return (
         f"{result.status}: {result.steps} steps in {result.seconds:.1f} s, "
         f"val_loss {result.metrics['val_loss']:.3f}, files in {result.dir}"
@@ -141,15 +144,16 @@ def one_line(result: RunResult) -> str:
 
 
 def print_sample(console: Console, model: CharGPT, seed: int) -> None:
-    """Let the model write some Python."""
+    """Print some Python that the model writes."""
     code = sample(model, "\ndef ", length=400, seed=seed)
-    code = indent(code[: code.rfind("\n")], "    ")  # the last line is cut off anywhere: without it
-    console.print("\n[bold]What it writes now[/bold]")
+    # Without the incomplete last line.
+    code = indent(code[: code.rfind("\n")], "    ")
+    console.print("\n[bold]What the model writes now[/bold]")
     console.print(Syntax("", "python", theme="ansi_dark").highlight(code), soft_wrap=True, end="")
 
 
 def print_summary(console: Console, result: RunResult, val_losses: list[float]) -> None:
-    """Say how the run went, how the validation loss fell, and which files there are."""
+    """Print the outcome of the run, its validation losses and its files."""
     console.print(f"\n[bold]Run {result.run_id}: {result.status}[/bold] ({result.reason})")
     table = Table.grid(padding=(0, 2))
     rate = result.steps / result.seconds
@@ -168,8 +172,8 @@ def print_summary(console: Console, result: RunResult, val_losses: list[float]) 
 
 
 def print_callback_costs(console: Console, result: RunResult) -> None:
-    """Show what each callback cost: "non-blocking" is a figure, not a claim."""
-    console.print("\n[bold]What each callback cost[/bold], beside the training thread")
+    """Print the cost of every callback: "non-blocking" is a measured figure, not a claim."""
+    console.print("\n[bold]Cost of every callback[/bold], outside the training thread")
     table = Table("  callback", box=None, padding=(0, 2, 0, 0))
     for column in ("events", "dropped", "CPU", "of run", "held event loop", "lag"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The `offloop` command. It imports torch only inside the commands that train: `--help` answers at once."""
+"""The `offloop` command. Only the commands that train import torch, so `--help` answers at once."""
 
 import tempfile
 from importlib import metadata
@@ -16,8 +16,9 @@ app = typer.Typer(
     help="Async, event-driven PyTorch training.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # plain help and one-line errors
-    pretty_exceptions_enable=False,  # a plain traceback: short, and the same as from a script
+    # Plain help, one-line errors, and tracebacks as from a script.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(models.app, name="models")
@@ -42,19 +43,18 @@ def offloop(
 @app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="Optimizer steps, at least 1.")] = 500,
-    seed: Annotated[int, typer.Option(help="Same seed, same losses; at least 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="At least 0; the same seed gives the same losses.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
-    run_dir: Annotated[Path, typer.Option(help="The run gets a directory of its own in this one.")] = Path(
-        "runs"
-    ),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print one line, at the end.")] = False,
+    run_dir: Annotated[Path, typer.Option(help="Create the run's directory in this one.")] = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only one line, at the end.")] = False,
     dashboard: Annotated[
-        bool, typer.Option(help="Serve the live page; on a terminal, until Ctrl-C after the run.")
+        bool, typer.Option(help="Serve the live page; on a terminal, also after the run until Ctrl-C.")
     ] = True,
 ) -> None:
-    """Train a small GPT to write Python: one to two minutes on two CPU cores.
+    """Train a small GPT to write Python.
 
-    It reads the source of Python's standard library, one character at a time.
+    The model learns from the source code of Python's standard library, character by character. This takes one to two
+    minutes on two CPU cores.
     """
     if steps < 1:
         fail(f"--steps must be at least 1, got {steps}")
@@ -63,7 +63,7 @@ def demo(
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--run-dir must be a directory that can be written to: {error}")
+        fail(f"--run-dir must be a writable directory: {error}")
 
     from offloop.cli.demo import run_demo
 
@@ -71,29 +71,27 @@ def demo(
         run_demo(
             steps=steps, seed=seed, device=device, run_dir=run_dir, quiet=quiet, with_dashboard=dashboard
         )
-    except (ConfigError, FileNotFoundError) as error:  # no such device; no standard library to read
+    except (ConfigError, FileNotFoundError) as error:
+        # There is no such device, or no source code of the standard library.
         fail(str(error))
 
 
-@app.command(
-    context_settings={"allow_interspersed_args": False},
-    options_metavar="[OPTIONS]",
-)
+@app.command(context_settings={"allow_interspersed_args": False})
 def verify_resume(
     script: Annotated[Path, typer.Argument(help="A Python script that trains with offloop.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its command line.")] = None,
     kills: Annotated[int, typer.Option(help="Number of kills, at least 1.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of places.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for choosing the steps to kill after.")] = 0,
     directory: Annotated[
-        Path | None, typer.Option(help="Keep runs and records here; must be new or empty.")
+        Path | None, typer.Option(help="Keep runs and records in this directory, which must be new or empty.")
     ] = None,
 ) -> None:
-    """Kill a training script, resume it, and check that it computes the same bits.
+    """Kill and resume a training script, and compare the bits.
 
-    The script runs once uninterrupted, and once with kill -9 at random points and a resume after every kill. Its
-    runs get a directory, a name and resume="auto" automatically; the script need not be changed.
+    Runs the script once without interruption, and once killed with kill -9 at random steps and resumed each time.
+    offloop sets the directory, the name and resume="auto" of its runs; the script needs no change.
 
-    Exit code: 0 the same bits, 1 different bits, 2 the script could not be used.
+    Exit code: 0 if all bits are equal, 1 if not, 2 if the script cannot be verified.
     """
     if kills < 1:
         fail(f"--kills must be at least 1, got {kills}")
@@ -104,7 +102,7 @@ def verify_resume(
 
     from rich.console import Console
 
-    from offloop.cli.verify_resume import DIFFERENT, EQUAL, print_verdict
+    from offloop.cli.verify_resume import print_verdict
     from offloop.engine.tools.verify_resume import Nursery, UnusableError, verify
 
     with tempfile.TemporaryDirectory(prefix="offloop-verify-") as temporary:
@@ -118,7 +116,7 @@ def verify_resume(
         except UnusableError as error:
             fail(str(error))
         print_verdict(Console(highlight=False, markup=False), verdict)
-    raise typer.Exit(EQUAL if verdict.is_equal else DIFFERENT)
+    raise typer.Exit(0 if verdict.is_equal else 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`offloop models`: the registry of numbered model versions."""
+"""`offloop models`: list, register, alias and verify versions of models."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from offloop.engine import ModelRegistry, ModelVersion
 from offloop.engine.checkpoint import CheckpointCorruptError
 
 app = typer.Typer(
-    help="Numbered versions of models, and aliases for them.",
+    help="List, register, alias and verify versions of models.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -20,7 +20,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_models(
-    name: Annotated[str | None, typer.Argument(help="A model, to list its versions.")] = None,
+    name: Annotated[str | None, typer.Argument(help="List the versions of this model.")] = None,
     registry: Registry = Path("models"),
     as_json: Json = False,
 ) -> None:
@@ -37,9 +37,7 @@ def list_models(
         elif not names:
             print_text(f"no models in {registry}")
         else:
-            table = plain_table(
-                "MODEL", "VERSIONS", "REGISTERED", "ALIASES", right=("VERSIONS", "REGISTERED")
-            )
+            table = plain_table("MODEL", ">VERSIONS", ">REGISTERED", "ALIASES")
             now = time.time()
             for each in names:
                 aliases = ", ".join(f"{alias}={version}" for alias, version in found.aliases(each).items())
@@ -54,15 +52,15 @@ def list_models(
 @app.command()
 def register(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    name: Annotated[str, typer.Argument(help="The model; need not exist.")],
-    alias: Annotated[str | None, typer.Option(help="Name this version, as champion.")] = None,
-    notes: Annotated[str, typer.Option(help="Kept with the version.")] = "",
+    name: Annotated[str, typer.Argument(help="The model, new or existing.")],
+    alias: Annotated[str | None, typer.Option(help="Alias for this version, such as champion.")] = None,
+    notes: Annotated[str, typer.Option(help="Text to store with the version.")] = "",
     registry: Registry = Path("models"),
 ) -> None:
-    """Make weights the next version of a model.
+    """Register weights as the next version of a model.
 
-    They are copied: what they came from may be deleted. The same weights become no second version: the one that
-    there is gets the alias.
+    The registry copies the weights, so their source may be deleted. If a version with the same weights exists, no
+    new one is created and the existing one gets the alias.
     """
     found = ModelRegistry(registry)
     with failing():
@@ -75,11 +73,11 @@ def register(
 def alias(
     name: Annotated[str, typer.Argument(help="The model.")],
     alias: Annotated[str, typer.Argument(help="Such as champion.")],
-    version: Annotated[str | None, typer.Argument(help="Its number, or another alias.")] = None,
+    version: Annotated[str | None, typer.Argument(help="Number of the version, or another alias.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the alias instead.")] = False,
     registry: Registry = Path("models"),
 ) -> None:
-    """Let an alias name a version, or remove it."""
+    """Point an alias to a version, or remove it."""
     found = ModelRegistry(registry)
     if remove is (version is not None):
         fail("give either a version or --remove")
@@ -88,7 +86,7 @@ def alias(
             if alias not in found.aliases(name):
                 fail(f"{name} has no alias {alias!r}")
             found.unalias(name, alias)
-            print_text(f"{name}@{alias} is removed")
+            print_text(f"{name}@{alias} removed")
         else:
             named = found.alias(name, alias, int(version) if version.isdecimal() else version)
             print_text(f"{name}@{alias} is {named}")
@@ -96,12 +94,12 @@ def alias(
 
 @app.command()
 def verify(
-    name: Annotated[str | None, typer.Argument(help="A model; else all.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Verify only this model.")] = None,
     registry: Registry = Path("models"),
 ) -> None:
-    """Compare every byte with its checksum and identity.
+    """Check versions against their checksums and identities.
 
-    Exit code: 0 if all are whole, 1 if one is damaged, 2 if there is nothing to verify or it cannot be read.
+    Exit code: 0 if all versions are intact, 1 if one is damaged, 2 if there are none or they cannot be read.
     """
     found = ModelRegistry(registry)
     damaged = 0
@@ -129,17 +127,7 @@ def verify(
 def _print_versions(versions: list[ModelVersion]) -> None:
     keys = [key for version in versions for key in version.metrics]
     shown = "val_loss" if "val_loss" in keys or not keys else keys[0]
-    table = plain_table(
-        "VERSION",
-        "RUN",
-        "STEP",
-        shown,
-        "SIZE",
-        "REGISTERED",
-        "ALIASES",
-        "NOTES",
-        right=("VERSION", "STEP", shown, "SIZE", "REGISTERED"),
-    )
+    table = plain_table(">VERSION", "RUN", ">STEP", f">{shown}", ">SIZE", ">REGISTERED", "ALIASES", "NOTES")
     now = time.time()
     for version in versions:
         table.add_row(

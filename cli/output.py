@@ -1,37 +1,37 @@
-"""What the commands share: how they print, and how they end."""
+"""Printing and exit codes, shared by the commands."""
 
 import json
 import math
 import os
 import sys
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 PIPED_WIDTH: Final = 10_000
-"""Columns of a table that no terminal shows: no value is folded."""
+"""Columns of a table that is not printed to a terminal: no value is folded."""
 
 
 def fail(message: str) -> NoReturn:
-    """Say what is wrong and leave with 2, the code for wrong usage and for what cannot be read."""
+    """Print an error and exit with code 2: wrong usage, or unreadable files."""
     typer.echo(f"offloop: {message}", err=True)
     raise typer.Exit(2)
 
 
 def print_json(value: Any) -> None:
-    """Print a value for programs: one document, NaN and infinities as strings."""
+    """Print a value as one JSON document, NaN and infinities as strings."""
     typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False))
 
 
 def print_text(text: str) -> None:
-    """Print lines as they are, whatever the width of the terminal."""
+    """Print text without wrapping it at the width of the terminal."""
     typer.echo(text)
 
 
 def print_table(table: Table) -> None:
-    """Print a table: fitted to the terminal, or as wide as it needs to be where the output goes to a program."""
+    """Print a table, fitted to the terminal, or unfolded if the output goes to a program."""
     to_program = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     console = Console(highlight=False, width=PIPED_WIDTH if to_program else None)
     with console.capture() as drawn:
@@ -40,18 +40,18 @@ def print_table(table: Table) -> None:
         typer.echo(line.rstrip())
 
 
-def plain_table(*headers: str, right: tuple[str, ...] = ()) -> Table:
-    """Return a table without lines: it can be read, cut and grepped alike."""
+def plain_table(*headers: str) -> Table:
+    """Return a table without lines, easy to read, cut and grep. A header that starts with `>` is right-aligned."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for header in headers:
-        table.add_column(
-            header, justify="right" if header in right else "left", no_wrap=header in right, overflow="fold"
-        )
+        right = header.startswith(">")
+        justify: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(header.removeprefix(">"), justify=justify, no_wrap=right, overflow="fold")
     return table
 
 
 def size(count: int) -> str:
-    """Return a number of bytes for people: `12.3 MB`."""
+    """Format a number of bytes: `12.3 MB`."""
     number, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while number >= 999.95 and len(units) > 1:
         number, units = number / 1000, units[1:]
@@ -59,7 +59,7 @@ def size(count: int) -> str:
 
 
 def age(seconds: float) -> str:
-    """Return how long ago something was, in its largest unit: `5 min ago`."""
+    """Format an age in seconds in its largest unit: `5 min ago`."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{int(seconds // length)} {unit} ago"
@@ -67,12 +67,12 @@ def age(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a metric or a difference, in four digits."""
+    """Format a metric or a difference with four digits."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def share(part: int, whole: int) -> str:
-    """Return a percentage that says 0 or 100 only if it is."""
+    """Format a percentage; `0%` and `100%` are exact."""
     if 0 < part < whole:
         percent = 100 * part / whole
         return "<1%" if percent < 1 else ">99%" if percent > 99 else f"{percent:.0f}%"

@@ -1,12 +1,9 @@
-"""`offloop verify-resume`: prints what the verification of a script found."""
+"""`offloop verify-resume`: prints the verdict."""
 
 from rich.console import Console
 from rich.table import Table
 
 from offloop.engine.tools.verify_resume import Verdict
-
-EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2
-"""Exit codes."""
 
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
@@ -53,9 +50,7 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
         console.print(f"Likely cause: {cause}", soft_wrap=True)
     if any(run["resume"] is None for run in verdict.reference.runs):
         console.print(
-            'Note: the script gives no resume= itself; train(..., resume="auto") continues by itself.'
+            'Note: the script passes no resume=; with train(..., resume="auto") it resumes without this command.'
         )
-    if verdict.is_equal:
-        console.print("The killed and resumed script makes the same bits.")
-    else:
-        console.print("The killed and resumed script does not make the same bits.")
+    computes = "computes" if verdict.is_equal else "does not compute"
+    console.print(f"The killed and resumed script {computes} the same bits.")

@@ -11,7 +11,6 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Final, Self
 
 import anyio
@@ -220,25 +219,15 @@ class Dashboard(Callback):
         self._block_leases.append(self._acquire())
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._block_leases.pop().release("the dashboard was closed")
 
     async def __aenter__(self) -> Self:
         await _in_thread(self.__enter__)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await _in_thread(lambda: self.__exit__(exc_type, exc, traceback))
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.__exit__)
 
     def _serving(self) -> Server:
         if self._server is None or not self._server.is_serving:

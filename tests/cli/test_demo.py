@@ -82,7 +82,7 @@ def test_demo_tells_what_came_of_the_run(finished: subprocess.CompletedProcess[s
     assert f"Run {run.name}: completed" in finished.stdout
     assert f"{STEPS} in " in finished.stdout
     assert f"files in {run}" in finished.stdout
-    for heading in ("Training a GPT", "What it writes now", "val_loss", "What each callback cost"):
+    for heading in ("Training a GPT", "What the model writes now", "val_loss", "Cost of every callback"):
         assert heading in finished.stdout
     for callback in ("MetricLogger", "ProgressBar", "ValidationLosses"):
         assert callback in finished.stdout
@@ -176,7 +176,7 @@ def test_on_a_terminal_the_page_stays_open_until_it_is_interrupted(tmp_path: Pat
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be from 0 to 2**64 - 1, got -1"),
-        (["--run-dir", __file__], "--run-dir must be a directory"),
+        (["--run-dir", __file__], "--run-dir must be a writable directory"),
     ],
 )
 def test_bad_option_gives_one_clear_line(arguments: Sequence[str], message: str) -> None:
