@@ -44,6 +44,7 @@ logger = logging.getLogger("offloop")
 F = TypeVar("F", bound=Callable[..., Any])
 OnError = Literal["raise", "isolate"]
 Handler = Callable[..., Any]
+Place = Literal["loop", "thread", "nowhere"]
 
 MAX_FAILURES_IN_ROW: Final = 10
 """Isolated failures in a row after which a callback's observers or step hooks are disabled."""
@@ -297,8 +298,7 @@ class Handlers:
         self.observers: dict[str, Handler] = {}
         self.deciders: dict[str, Decider] = {}
         self.hooks: list[StepHook] = []
-        self._by_class: dict[type[Event], Handler | None] = {}
-        self._places: dict[type[Event], Literal["loop", "thread", "nowhere"]] = {}
+        self._by_class: dict[type[Event], tuple[Handler | None, Place]] = {}
         for attribute in dir(type(callback)):
             if callable(inspect.getattr_static(type(callback), attribute)) and not attribute.startswith("__"):
                 self._look_at(attribute, getattr(callback, attribute))
@@ -310,19 +310,11 @@ class Handlers:
 
     def handler_for(self, event_class: type[Event]) -> Handler | None:
         """Return the observer for a class of events: that of its nearest ancestor; None if there is none."""
-        try:
-            return self._by_class[event_class]
-        except KeyError:
-            handler = None
-            for ancestor in event_class.__mro__:
-                if issubclass(ancestor, Event):
-                    if ancestor.handler_name in self.deciders:
-                        break
-                    handler = self.observers.get(ancestor.handler_name)
-                    if handler is not None:
-                        break
-            self._by_class[event_class] = handler
-            return handler
+        return self._observer_of(event_class)[0]
+
+    def place_of(self, event_class: type[Event]) -> Place:
+        """Return where events of a class are handled: `async def` on the event loop, `def` in a thread."""
+        return self._observer_of(event_class)[1]
 
     def observed_types(self) -> tuple[type[Event], ...]:
         """Return the classes of events that the observers subscribe to."""
@@ -335,19 +327,18 @@ class Handlers:
         """Whether the callback has a state to save."""
         return type(self.callback).state_dict is not Callback.state_dict
 
-    def place_of(self, event_class: type[Event]) -> Literal["loop", "thread", "nowhere"]:
-        """Return where events of a class are handled: `async def` on the event loop, `def` in a thread."""
-        try:
-            return self._places[event_class]
-        except KeyError:
-            handler = self.handler_for(event_class)
-            place: Literal["loop", "thread", "nowhere"]
-            if handler is None:
-                place = "nowhere"
-            else:
+    def _observer_of(self, event_class: type[Event]) -> tuple[Handler | None, Place]:
+        found = self._by_class.get(event_class)
+        if found is None:
+            names = [each.handler_name for each in event_class.__mro__ if issubclass(each, Event)]
+            nearest = next((name for name in names if name in self.deciders or name in self.observers), "")
+            # What is decided about is not observed, too.
+            handler = None if nearest in self.deciders else self.observers.get(nearest)
+            place: Place = "nowhere"
+            if handler is not None:
                 place = "loop" if inspect.iscoroutinefunction(handler) else "thread"
-            self._places[event_class] = place
-            return place
+            found = self._by_class[event_class] = (handler, place)
+        return found
 
     def _look_at(self, attribute: str, method: Handler) -> None:
         decides_mark: _Decides | None = getattr(method, "__offloop_decides__", None)
@@ -409,12 +400,9 @@ class Handlers:
     def _check_samples(self) -> None:
         if not self.deciders:
             return
+        of_samples = {each.handler_name for each in known_events() if issubclass(each, Sample)}
         for attribute in self.observers:
-            is_sample = attribute in ("on_sample", "on_event") or any(
-                issubclass(event_class, Sample) and event_class.handler_name == attribute
-                for event_class in known_events()
-            )
-            if is_sample:
+            if attribute in of_samples or attribute in ("on_sample", "on_event"):
                 raise ConfigError(
                     f"{self.name} decides and observes samples ({attribute}): samples may be dropped, so its "
                     "decision would depend on the machine's load. Use event.metrics, or an @in_step hook"

@@ -52,6 +52,7 @@ class MonitoredRun(Protocol):
     @property
     def refused(self) -> Mapping[str, str]:
         """Why commands cannot be given in this run, by their names."""
+        ...
 
     def direction_of(self, metric: str, /) -> Direction | None:
         """Return whether less or more of a metric is better, None if that is not known."""
