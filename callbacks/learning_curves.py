@@ -45,42 +45,36 @@ _PANEL = (5.2, 3.1)
 _drawing = threading.Lock()
 
 
+Point = tuple[float, float]
+Points = tuple[list[float], list[float]]
+
+
 class Curve:
     """A series of points in bounded memory: at `max_points` neighbours are merged into their mean."""
 
     def __init__(self, max_points: int = MAX_POINTS) -> None:
-        self.steps: list[float] = []
-        self.values: list[float] = []
+        self._points: list[Point] = []
         self._max_points = max_points
         # Values per point, and those of the point that is incomplete
         self._stride = 1
-        self._open: list[tuple[float, float]] = []
+        self._open: list[Point] = []
 
     def add(self, step: int, value: float) -> None:
         """Add a value. NaN is drawn as a gap."""
         self._open.append((step, value))
         if len(self._open) < self._stride:
             return
-        self._append(self._open)
+        self._points.append(_mean(self._open))
         self._open = []
-        if len(self.steps) >= self._max_points:
-            pairs = list(zip(self.steps, self.values, strict=True))
-            self.steps, self.values = [], []
-            for index in range(0, len(pairs) - 1, 2):
-                self._append(pairs[index : index + 2])
+        if len(self._points) >= self._max_points:
+            starts = range(0, len(self._points) - 1, 2)
+            self._points = [_mean(self._points[start : start + 2]) for start in starts]
             self._stride *= 2
 
-    def points(self) -> tuple[list[float], list[float]]:
+    def points(self) -> Points:
         """Return steps and values, the latest incomplete point included."""
-        if not self._open:
-            return list(self.steps), list(self.values)
-        step, value = _mean(self._open)
-        return [*self.steps, step], [*self.values, value]
-
-    def _append(self, points: Sequence[tuple[float, float]]) -> None:
-        step, value = _mean(points)
-        self.steps.append(step)
-        self.values.append(value)
+        points = [*self._points, _mean(self._open)] if self._open else self._points
+        return [step for step, _ in points], [value for _, value in points]
 
 
 class LearningCurves(Callback):
@@ -219,7 +213,7 @@ class LearningCurves(Callback):
                     self._curves.setdefault(key, Curve(self.max_points)).add(event.step, value)
 
 
-def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def _mean(points: Sequence[Point]) -> Point:
     return sum(step for step, _ in points) / len(points), sum(value for _, value in points) / len(points)
 
 
@@ -234,9 +228,6 @@ def _expect_matplotlib() -> None:
             "LearningCurves draws with matplotlib, which is not installed: pip install 'offloop[plot]'",
             name="matplotlib",
         )
-
-
-Points = tuple[list[float], list[float]]
 
 
 def _figure(curves: dict[str, Points], title: str) -> "Figure":

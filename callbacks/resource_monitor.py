@@ -270,14 +270,8 @@ class _Sampler(Thread):
             gpus.close()
 
     def _lags(self, now: float) -> dict[str, Any]:
-        loop_lag, loop_lag_mean = self.loop_lag.take(now)
-        interpreter_lag, interpreter_lag_mean = self._interpreter_lag.take(now)
-        return {
-            "loop_lag": loop_lag,
-            "loop_lag_mean": loop_lag_mean,
-            "interpreter_lag": interpreter_lag,
-            "interpreter_lag_mean": interpreter_lag_mean,
-        }
+        names = ("loop_lag", "loop_lag_mean", "interpreter_lag", "interpreter_lag_mean")
+        return dict(zip(names, self.loop_lag.take(now) + self._interpreter_lag.take(now), strict=True))
 
     def _throughput(self) -> dict[str, Any]:
         steps = self._steps.take()

@@ -8,7 +8,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar, cast
 
 from offloop.engine.errors import ConfigError, nearest
@@ -341,13 +340,8 @@ class AsyncBlock(AbstractAsyncContextManager[R]):
     async def __aenter__(self) -> R:
         return await self._block.__aenter__()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return await self._block.__aexit__(kind, error, trace)
+    async def __aexit__(self, *failure: Any) -> bool | None:
+        return await self._block.__aexit__(*failure)
 
     # Type checkers report these without help.
     if not TYPE_CHECKING:
