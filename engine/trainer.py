@@ -18,7 +18,7 @@ from offloop.engine.recovery.resume_plan import Resume
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
 from offloop.engine.session.hosting import run_awaited, run_blocking
-from offloop.engine.session.prepare import prepare_async, prepare_blocking, run_beside
+from offloop.engine.session.prepare import prepare_async, prepare_blocking, run_block
 from offloop.engine.session.run_arguments import RunArguments
 from offloop.engine.tools import evaluation, prediction, tuning
 from offloop.engine.tools.tuning import BatchSizeSearch, LearningRateSearch
@@ -197,7 +197,7 @@ class BaseTrainer(TrainingProgram):
             init_from=init_from,
             init_strict=init_strict,
         )
-        return AsyncBlock(run_beside(self, arguments), "async with trainer.start(...) as run:")
+        return AsyncBlock(run_block(self, arguments), "async with trainer.start(...) as run:")
 
     def evaluate(self, loader: ValLoader, *, metrics: MetricSpec = (), prefix: str = "val_") -> Metrics:
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.

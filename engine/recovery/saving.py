@@ -1,9 +1,9 @@
-"""Saving: what a checkpoint of a run holds, when one is taken, and how a run is put back to one.
+"""Saving: the content of a run's checkpoints, when one is taken, and how a run is restored from one.
 
-training thread                     here                                         run_checkpoints.py
-───────────────                     ────                                         ──────────────────
-a command, a decider, the end ────> is there something to save? ──state──> copy, then the writer's thread
-resume                       <───── put back what `load` reads  <────────────────┘
+training thread                     Saving                                Checkpoints
+───────────────                     ──────                                ───────────
+a command, a decider, the end ────> is there a new state? ───state──────> copy, then the writer's thread
+resume                        ────> restore the state     <──state─────── read
 """
 
 import dataclasses
@@ -175,7 +175,7 @@ class Saving:
         return self._progress.step in self._checkpoints.saved
 
     def _moment(self) -> tuple[int, int, bool]:
-        """Return what tells the state of this moment from another's: steps, epochs, and whether one has begun."""
+        """Return steps, epochs and whether an epoch has begun: equal only for moments with the same state."""
         progress = self._progress
         epochs = progress.epoch + (progress.phase == "after_epoch")
         return progress.step, epochs, progress.phase == "in_epoch"
@@ -220,7 +220,7 @@ class Saving:
     # The state -----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Note what the script has made, on its device and before a checkpoint is restored."""
+        """Note the tensors that the script has made, on their device and before a checkpoint is restored."""
         self._user_state.begin()
 
     def watch(self) -> None:

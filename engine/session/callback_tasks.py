@@ -84,7 +84,7 @@ class CallbackTasks:
             tasks.start_soon(self._serve, observer, scope, served)
 
     async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
-        # In a task of its own: a handler may have to be abandoned
+        # In a separate task: a handler may have to be abandoned
         async def serve() -> None:
             try:
                 await observer.serve()
@@ -156,7 +156,7 @@ class CallbackTasks:
                 observer.failed("drain", error)
 
     def cancel(self) -> None:
-        """Cancel what the callbacks are doing; a handler that swallows its cancellation is abandoned."""
+        """Cancel all handlers; one that swallows its cancellation is abandoned."""
         for observer, scope in zip(self.observers, self._scopes, strict=True):
             self._cancel(observer, scope)
 
@@ -176,7 +176,7 @@ class CallbackTasks:
     async def _close_one(self, observer: Observer) -> None:
         closed = anyio.Event()
 
-        # In a task of its own: it may have to be abandoned
+        # In a separate task: it may have to be abandoned
         async def close() -> None:
             try:
                 await observer.close()

@@ -136,7 +136,7 @@ class Deciders:
         failures: list[BaseException] = []
         decided, driver = anyio.Event(), Driver(observer.name)
 
-        # In a task of its own: it may have to be abandoned
+        # In a separate task: it may have to be abandoned
         async def ask() -> None:
             try:
                 here = self._mailbox.places.task(anyio.get_current_task().id)
@@ -167,9 +167,9 @@ class Deciders:
 
                     tasks.start_soon(watch)
                     tasks.start_soon(ask)
-                    with anyio.move_on_after(decider.timeout) as patience:
+                    with anyio.move_on_after(decider.timeout) as time_limit:
                         await decided.wait()
-                    if patience.cancelled_caught:
+                    if time_limit.cancelled_caught:
                         logger.warning(
                             "decider %s.%s took longer than its %.1f s: training continues without it",
                             decider.callback,

@@ -1,4 +1,4 @@
-"""Where a run is hosted: on an event loop of its own in the caller's thread, in a helper thread, or on the caller's.
+"""Where a run is hosted: on a new event loop in the caller's thread or in a helper thread, or on the caller's.
 
 caller of train()                          event loop of the run
 ─────────────────                          ─────────────────────

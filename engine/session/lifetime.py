@@ -105,7 +105,7 @@ class Lifetime:
         return self._mailbox.cancelled
 
     def take_failure(self) -> BaseException | None:
-        """Return what the run has to raise, and forget it. Its frames may hold tensors: the caller decides how long."""
+        """Return the exception to raise, if any, and forget it: its frames may hold tensors."""
         failure = self.failure or self.late_exit
         self.failure = self.late_exit = None
         return failure

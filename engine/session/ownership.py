@@ -42,8 +42,8 @@ class Lease:
                 owner = _owners.get(id(each))
                 if owner is not None:
                     raise ConfigError(
-                        f"this {type(each).__name__} serves run {owner!r}, which is going on: "
-                        "give each run a callback of its own"
+                        f"this {type(each).__name__} serves run {owner!r}, which is training: "
+                        "give every run its own callbacks"
                     )
             program._occupancy.claim(training)
             program._loop, program._mixed = training.loop, training.loop.mixed

@@ -120,19 +120,19 @@ async def prepare_async(program: TrainingProgram, arguments: RunArguments) -> Se
     return prepare(program, arguments)
 
 
-def run_beside(
+def run_block(
     program: TrainingProgram, arguments: RunArguments
 ) -> contextlib.AbstractAsyncContextManager[Run]:
     """Return the block of `BaseTrainer.start`. Arguments are checked at once, unless a run must be fetched first."""
     if remote_to_fetch(program.config, arguments.resume) is None:
-        return prepare(program, arguments).run_beside()
-    return _fetch_and_run_beside(program, arguments)
+        return prepare(program, arguments).run_block()
+    return _fetch_and_run_block(program, arguments)
 
 
 @contextlib.asynccontextmanager
-async def _fetch_and_run_beside(program: TrainingProgram, arguments: RunArguments) -> AsyncIterator[Run]:
+async def _fetch_and_run_block(program: TrainingProgram, arguments: RunArguments) -> AsyncIterator[Run]:
     session = await prepare_async(program, arguments)
-    async with session.run_beside() as run:
+    async with session.run_block() as run:
         yield run
 
 

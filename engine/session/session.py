@@ -292,8 +292,8 @@ class Session:
                     raise
 
     @contextlib.asynccontextmanager
-    async def run_beside(self) -> AsyncIterator[Run]:
-        """Run alongside the body of `async with`, and wait for the end after it.
+    async def run_block(self) -> AsyncIterator[Run]:
+        """Run while the body of `async with` runs, and wait for the end after it.
 
         An exception in the body stops the run, a failing run cancels the body; neither is wrapped in a group.
         """
@@ -310,12 +310,12 @@ class Session:
                         except BaseException as error:
                             in_body = error
                             with contextlib.suppress(RunEndedError):
-                                reason = f"{type(error).__name__} beside the run"
+                                reason = f"{type(error).__name__} in the block of the run"
                                 self.mailbox.give(Stop(reason), by="user")
                         await result_of(self.finished, ended)
                     except BaseException:
                         if not body.cancel_called:
-                            self.lifetime.cancel("the task beside it was cancelled")
+                            self.lifetime.cancel("the task of its block was cancelled")
                         raise
         if in_body is None or in_body in (self.lifetime.failure, self.lifetime.late_exit):
             self.outcome()
@@ -326,7 +326,7 @@ class Session:
             self.outcome()
         else:
             both = [in_body, self.lifetime.failure]
-            raise BaseExceptionGroup("the run failed, and so did the code beside it", both)
+            raise BaseExceptionGroup("the run failed, and so did the code in its block", both)
 
     async def supervise(self, on_failure: Callable[[], None] | None = None) -> None:
         """Host the run on this event loop, from the thread's start to the result. Shielded; never raises.
@@ -474,7 +474,7 @@ class Session:
 
 
 async def _in_thread(name: str, function: Callable[[], None]) -> None:
-    """Run a function that blocks in a thread of its own; on the event loop if the system gives no thread.
+    """Run a function that blocks in a new thread; on the event loop if the system gives no thread.
 
     Cancellation: the thread ends by itself.
     """

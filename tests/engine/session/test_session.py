@@ -1228,7 +1228,7 @@ async def test_callback_serves_one_run_at_a_time() -> None:
         ) as run:
             await watched.started.stepped.wait()
             seen = len(watched.recorder.events)
-            with pytest.raises(ConfigError, match=r"this Recorder serves run .* a callback of its own"):
+            with pytest.raises(ConfigError, match=r"this Recorder serves run .* every run its own callbacks"):
                 await tiny_trainer().train_async(tiny_loader(1), epochs=1, callbacks=[watched.recorder])
             assert len(watched.recorder.events) >= seen  # the refused run has not reset it
             await run.stop()
