@@ -19,7 +19,7 @@ if sys.platform == "win32":
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a source tree without symbolic links (an unpacked sdist) the packages stand beside this folder.
+# In a source tree without symbolic links (an unpacked sdist) the packages are next to this folder.
 if not (Path(__file__).parent / "engine").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
@@ -223,9 +223,10 @@ _NAMES = {
         "read_events",
     ),
 }
-__all__, _load, __dir__ = lazy_facade(
-    __name__, _NAMES, ("callbacks", "cli", "dashboard", "engine", "__version__")
-)
+_PACKAGES = ("callbacks", "cli", "dashboard", "engine")
+
+# `__version__` is listed for `dir`; `__getattr__` below answers it.
+__all__, _load, __dir__ = lazy_facade(__name__, _NAMES, (*_PACKAGES, "__version__"))
 
 
 def __getattr__(name: str) -> Any:

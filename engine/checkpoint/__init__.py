@@ -1,4 +1,4 @@
-"""Checkpoints: copied at a step boundary, written beside the training, whole or not there at all.
+"""Checkpoints: copied at a step boundary, written in the background, visible only when whole.
 
 `SnapshotArena` copies a state, `CheckpointWriter` takes it to disk through a `CheckpointStore`,
 `CheckpointReader` finds, checks and loads. Mechanics only: when to save, and what, is policy.

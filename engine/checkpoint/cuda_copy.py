@@ -1,4 +1,4 @@
-"""Copy tensors off a CUDA device while the host goes on and the optimizer waits on the device.
+"""Copy tensors off a CUDA device while the host continues and the optimizer waits on the device.
 
     compute stream  ... step n ──┬── clone the volatile ──┬── forward, backward ──┬── step n+1
                                  │                        │                       │ wait_event

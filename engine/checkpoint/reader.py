@@ -219,7 +219,8 @@ class CheckpointReader:
             CheckpointReadError: The system refused to read it.
             CheckpointNotFoundError: There is no such checkpoint, or no such entry in it.
         """
-        from offloop.engine.checkpoint.restore import read_tensors  # here, since it imports torch
+        # Imported here, because it imports torch.
+        from offloop.engine.checkpoint.restore import read_tensors
 
         info = which if isinstance(which, CheckpointInfo) else self.find(which)
         manifest = self._read_manifest(info)
@@ -240,7 +241,8 @@ class CheckpointReader:
         """Handle a damaged checkpoint. A reader changes nothing; a store renames it."""
 
     def _load(self, info: CheckpointInfo, rejected: tuple[CheckpointError, ...]) -> LoadedCheckpoint:
-        from offloop.engine.checkpoint.restore import read_tensors  # here, since it imports torch
+        # Imported here, because it imports torch.
+        from offloop.engine.checkpoint.restore import read_tensors
 
         manifest = self._read_manifest(info)
         for name, record in manifest.files.items():

@@ -52,7 +52,7 @@ def check_names(val_loader: ValLoader) -> None:
     for name in val_loader:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(
-                f"val_loader has the name {name!r}, which is to stand in keys like val_{name}_loss: use letters, "
+                f"val_loader has the name {name!r}, which becomes part of keys like val_{name}_loss: use letters, "
                 "digits, '_', '.' and '-'"
             )
         for other in val_loader:

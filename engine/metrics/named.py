@@ -230,7 +230,8 @@ class Errors(Sums):
 
     def reset(self) -> None:
         self.samples = self.numbers = 0
-        nothing = torch.zeros((), dtype=self._wide, device=self.device)  # not grown in place
+        # One zero for all sums, because none is changed in place.
+        nothing = torch.zeros((), dtype=self._wide, device=self.device)
         self.squares = self.distances = self.target_sum = self.target_squares = nothing
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
@@ -242,7 +243,8 @@ class Errors(Sums):
             outputs = outputs.reshape(truths.shape)
         if not outputs.is_floating_point():
             outputs = outputs.to(self._wide)
-        errors = outputs - truths  # as wide as the wider one
+        # In the wider of the two dtypes.
+        errors = outputs - truths
         self.samples += len(truths)
         self.numbers += truths.numel()
         if self._has_squares:

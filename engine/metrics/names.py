@@ -124,7 +124,7 @@ def chosen_metrics(metrics: MetricSpec) -> "dict[str, Metric | None]":
         if not isinstance(metric, metric_class if is_mapping else metric_class | str):
             wanted = "an instance of torchmetrics.Metric" + " or a name" * (not is_mapping)
             names = (
-                ": names stand in a list, like ['accuracy']" if is_mapping and isinstance(metric, str) else ""
+                ": names go into a list, like ['accuracy']" if is_mapping and isinstance(metric, str) else ""
             )
             raise TypeError(f"a metric must be {wanted}, got {metric!r}{names}")
         if not isinstance(key, str) or not key or key == "loss":  # the loop makes train_loss

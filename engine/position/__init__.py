@@ -1,1 +1,1 @@
-"""Where a run stands in its data, and how exactly a resumed run continues from there."""
+"""The position of a run in its data, and how exactly a resumed run continues from it."""

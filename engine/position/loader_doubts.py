@@ -70,7 +70,7 @@ def doubts_about(loader: Iterable[Any]) -> list[Doubt]:
         return []
     if not isinstance(loader, DataLoader):
         if isinstance(loader, Iterator):
-            return [approximate(f"{name_of(loader)} goes on from epoch to epoch: its state is not saved")]
+            return [approximate(f"{name_of(loader)} continues from epoch to epoch: its state is not saved")]
         return [
             approximate(
                 f"the state of {name_of(loader)} is not saved: give it state_dict and load_state_dict, or take a "

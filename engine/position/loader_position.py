@@ -36,8 +36,8 @@ from offloop.engine.position.loader_doubts import (
     restores_itself,
 )
 
-_IN_WORKERS = 'what data sets draw inside worker processes is drawn anew: sampling="seeded" makes it exact'
-_IN_LASTING_WORKERS = "what data sets draw inside persistent workers is drawn anew"
+_IN_WORKERS = 'what data sets draw inside worker processes is not restored: sampling="seeded" makes it exact'
+_IN_LASTING_WORKERS = "what data sets draw inside persistent workers is not restored"
 _STATE_IN_WORKERS = (
     "the data set's state is inside worker processes, where torch's DataLoader does not get at it: "
     "torchdata.StatefulDataLoader does"
@@ -115,7 +115,7 @@ def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any], read: int = 0) ->
             _start_workers(loader)
             doubts += [] if draws_nothing(loader) else [equivalent(_IN_LASTING_WORKERS)]
         else:
-            doubts.append(approximate(f"the persistent workers of {name_of(loader)} are started anew"))
+            doubts.append(approximate(f"the persistent workers of {name_of(loader)} were restarted"))
     _set_generators(loader, now)
     _set_samplers(loader, now)
     return doubts + _set_dataset(loader, now)

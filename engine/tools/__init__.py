@@ -1,1 +1,2 @@
-"""Work beside training: finders for the learning rate and the batch size, and prediction."""
+"""Tools around training: finders for the learning rate and the batch size, evaluation, prediction, and the
+verification of resumes."""

@@ -225,7 +225,7 @@ def test_a_list_of_whole_tensors() -> None:
         ),
         (
             lambda trainer: trainer.train([BATCH], epochs=1, metrics={"val": "accuracy"}),
-            r"names stand in a list, like \['accuracy'\]",
+            r"names go into a list, like \['accuracy'\]",
         ),
         (lambda trainer: trainer_of(batchsize=len), "did you mean batch_size"),
         (lambda trainer: trainer_of(precision="fp16"), "got 'fp16'; '16-mixed' is meant"),

@@ -122,7 +122,7 @@ def test_the_first_loader_decides_what_is_best_unless_a_monitor_is_named() -> No
     ("val_loader", "knobs", "text"),
     [
         ({}, {}, "val_loader is an empty mapping"),
-        ({"fit loss": FIT}, {}, "val_loader has the name 'fit loss', which is to stand in keys like val_"),
+        ({"fit loss": FIT}, {}, "val_loader has the name 'fit loss', which becomes part of keys like val_"),
         ({1: FIT}, {}, "val_loader has the name 1"),
         (
             {"a": FIT, "a_b": FIT},

@@ -559,7 +559,7 @@ def test_endless_iterator_goes_on_where_it_was_and_says_that_it_was_read_again(
     is_same, exactness, reasons = interrupt_and_go_on(tmp_path, endless, place, limit_train_batches=BATCHES)
     assert is_same, "it has a generator of its own"
     assert exactness == "approximate"
-    assert "generator goes on from epoch to epoch" in reasons
+    assert "generator continues from epoch to epoch" in reasons
     assert (
         f"{BATCHES if place == 'between two epochs' else 7} batches of generator were read again" in reasons
     )
@@ -632,7 +632,7 @@ def test_what_persistent_workers_draw_is_other_from_the_next_epoch_on(tmp_path: 
     make_loader = loader(Noisy, shuffle=True, num_workers=1, persistent_workers=True)
     is_same, exactness, reasons = interrupt_and_go_on(tmp_path, make_loader, "between two epochs")
     assert (is_same, exactness) == (False, "equivalent")
-    assert "inside persistent workers is drawn anew" in reasons
+    assert "inside persistent workers is not restored" in reasons
 
 
 def test_workers_that_draw_nothing_change_nothing(tmp_path: Path) -> None:

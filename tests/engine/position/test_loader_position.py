@@ -243,16 +243,16 @@ def test_loader_goes_on_bit_for_bit(kind: str, cut: int, tmp_path: Path) -> None
 
 
 SAME_ORDER: dict[str, tuple[Callable[[], Any], str]] = {
-    "workers": (loader_of(Samples, 2, shuffle=True), "worker processes is drawn anew"),
+    "workers": (loader_of(Samples, 2, shuffle=True), "worker processes is not restored"),
     "persistent workers": (
         loader_of(Samples, 2, shuffle=True, persistent_workers=True),
-        "worker processes is drawn anew",
+        "worker processes is not restored",
     ),
     "a sampler with a state, workers": (
         lambda: DataLoader(Samples(), batch_size=BATCH, sampler=StatefulSampler(), num_workers=2),
-        "worker processes is drawn anew",
+        "worker processes is not restored",
     ),
-    "torchdata, workers": (stateful(Samples, 2, shuffle=True), "worker processes is drawn anew"),
+    "torchdata, workers": (stateful(Samples, 2, shuffle=True), "worker processes is not restored"),
     "a loader of one's own": (OwnLoader, "OwnLoader restored itself"),
 }
 
