@@ -18,17 +18,17 @@ class Facade(NamedTuple):
     directory: Callable[[], list[str]]
 
 
-def lazy_facade(package: str, names: Mapping[str, Iterable[str]], modules: Iterable[str] = ()) -> Facade:
+def lazy_facade(package: str, names: Mapping[str, str], modules: Iterable[str] = ()) -> Facade:
     """Return the facade of a package.
 
     Any thread may use it. A name is looked up once; from then on it is an ordinary attribute of the package.
 
     Args:
         package: The package's `__name__`.
-        names: The public names by the module that has them, relative to the package.
+        names: The public names, separated by spaces, by the module that has them, relative to the package.
         modules: Modules and packages that are attributes, too, without an import of their own.
     """
-    homes = {name: module for module, of_module in names.items() for name in of_module}
+    homes = {name: module for module, of_module in names.items() for name in of_module.split()}
     modules = frozenset(modules)
     attributes = vars(sys.modules[package])
 

@@ -123,105 +123,25 @@ if TYPE_CHECKING:
     from offloop.engine import read_events as read_events
 
 _NAMES = {
-    "callbacks": (
-        "Above",
-        "Alert",
-        "Alerts",
-        "Below",
-        "EarlyStopping",
-        "Failed",
-        "GpuUsage",
-        "GradientMonitor",
-        "GradientStatistics",
-        "LayerStatistics",
-        "LayersMeasured",
-        "LearningCurves",
-        "LearningRateScheduler",
-        "MLflowLogger",
-        "MetricLogger",
-        "ModelCheckpoint",
-        "NonFinite",
-        "ProfileWritten",
-        "Profiler",
-        "ProgressBar",
-        "ResourceMonitor",
-        "ResourceUsage",
-        "Rule",
-        "Spike",
-        "Stalled",
-        "TensorBoardLogger",
-        "WandbLogger",
-        "WeightAverage",
-    ),
-    "dashboard": ("Dashboard",),
-    "engine": (
-        "BaseTrainer",
-        "BatchError",
-        "Best",
-        "BusClosedError",
-        "Callback",
-        "CallbackCosts",
-        "CallbackFailed",
-        "CheckpointError",
-        "CheckpointFailed",
-        "CheckpointNotFoundError",
-        "CheckpointSaved",
-        "CheckpointUploaded",
-        "CommandApplied",
-        "ConfigError",
-        "DataBottleneck",
-        "DeadlockError",
-        "EmptyLoaderError",
-        "EpochEnd",
-        "EpochStart",
-        "Event",
-        "EventError",
-        "EventLoopStalledError",
-        "EventsDropped",
-        "LearningRateChanged",
-        "LossError",
-        "MetricNotFoundError",
-        "Metrics",
-        "ModelNotFoundError",
-        "ModelRegistry",
-        "ModelVersion",
-        "OffloopError",
-        "Preempted",
-        "RemoteDirectory",
-        "Resumed",
-        "Retention",
-        "Run",
-        "RunEndedError",
-        "RunNameTakenError",
-        "RunNotFoundError",
-        "RunResult",
-        "Runs",
-        "RunsClosedError",
-        "Sample",
-        "Settings",
-        "StateChanged",
-        "StepEnd",
-        "StepPoint",
-        "SubscriberTooSlowError",
-        "TrainEnd",
-        "TrainStart",
-        "Trainer",
-        "TrainerBusyError",
-        "TrainerConfig",
-        "UploadFailed",
-        "ValidationEnd",
-        "ValidationStart",
-        "WeightsError",
-        "WeightsMismatchError",
-        "compare_models",
-        "decides",
-        "decode",
-        "encode",
-        "export_model",
-        "in_step",
-        "load_model",
-        "read_events",
-    ),
+    "callbacks": """
+        Above Alert Alerts Below EarlyStopping Failed GpuUsage GradientMonitor GradientStatistics
+        LayerStatistics LayersMeasured LearningCurves LearningRateScheduler MLflowLogger MetricLogger
+        ModelCheckpoint NonFinite ProfileWritten Profiler ProgressBar ResourceMonitor ResourceUsage Rule
+        Spike Stalled TensorBoardLogger WandbLogger WeightAverage
+    """,
+    "dashboard": "Dashboard",
+    "engine": """
+        BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed CheckpointError
+        CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded CommandApplied
+        ConfigError DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Event EventError
+        EventLoopStalledError EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics
+        ModelNotFoundError ModelRegistry ModelVersion OffloopError Preempted RemoteDirectory Resumed
+        Retention Run RunEndedError RunNameTakenError RunNotFoundError RunResult Runs RunsClosedError Sample
+        Settings StateChanged StepEnd StepPoint SubscriberTooSlowError TrainEnd TrainStart Trainer
+        TrainerBusyError TrainerConfig UploadFailed ValidationEnd ValidationStart WeightsError
+        WeightsMismatchError compare_models decides decode encode export_model in_step load_model
+        read_events
+    """,
 }
 _PACKAGES = ("callbacks", "cli", "dashboard", "engine")
 

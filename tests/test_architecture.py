@@ -334,10 +334,10 @@ def test_no_file_is_named_like_a_standard_module(module: str) -> None:
 @pytest.mark.parametrize("package", FACADES)
 def test_public_names_of_a_facade_are_sorted_and_stand_once(package: str) -> None:
     facade = importlib.import_module(package)
-    names = [name for names in facade._NAMES.values() for name in names]
+    names = [name for names in facade._NAMES.values() for name in names.split()]
     assert sorted(set(names)) == sorted(names) == facade.__all__
     for module, of_module in facade._NAMES.items():
-        assert list(of_module) == sorted(of_module), module
+        assert of_module.split() == sorted(of_module.split()), module
     assert list(facade._NAMES) == sorted(facade._NAMES)
 
 
@@ -357,7 +357,7 @@ def test_type_checkers_see_the_names_that_the_interpreter_loads(package: str) ->
     loaded = [
         (f"{package}.{module}", name)
         for module, names in importlib.import_module(package)._NAMES.items()
-        for name in names
+        for name in names.split()
     ]
     assert sorted(declared) == sorted(loaded)
 
@@ -369,7 +369,7 @@ def test_type_checkers_see_the_names_that_the_interpreter_loads(package: str) ->
 def test_public_name_of_a_facade_loads_and_says_what_it_is(package: str, name: str) -> None:
     facade = importlib.import_module(package)
     value = getattr(facade, name)
-    (module,) = (module for module, names in facade._NAMES.items() if name in names)
+    (module,) = (module for module, names in facade._NAMES.items() if name in names.split())
     assert getattr(importlib.import_module(f"{package}.{module}"), name) is value
     assert name in dir(facade)
     assert own_docstring(value), f"{name} has no docstring"

@@ -42,33 +42,22 @@ if TYPE_CHECKING:
     from offloop.engine.checkpoint.writer import CheckpointWriter as CheckpointWriter
 
 _NAMES = {
-    "errors": (
-        "CheckpointCorruptError",
-        "CheckpointDeadlineError",
-        "CheckpointError",
-        "CheckpointIncompatibleError",
-        "CheckpointNotFoundError",
-        "CheckpointReadError",
-        "CheckpointWriteError",
-        "DiskFullError",
-        "RemoteError",
-        "RunLockedError",
-        "SnapshotBusyError",
-        "SnapshotMemoryError",
-        "UnsafeCheckpointError",
-        "UnserializableStateError",
-        "WriterDiedError",
-    ),
-    "lock": ("DirectoryLock",),
-    "manifest": ("CheckpointRequest",),
-    "named_copies": ("NamedCopies",),
-    "reader": ("CheckpointInfo", "CheckpointReader", "LoadedCheckpoint", "list_runs"),
-    "reference": ("find_checkpoint",),
-    "remote": ("RemoteRun",),
-    "retention": ("Retention",),
-    "snapshot": ("Snapshot", "SnapshotArena"),
-    "store": ("CheckpointStore", "Commit"),
-    "writer": ("CheckpointWriter",),
+    "errors": """
+        CheckpointCorruptError CheckpointDeadlineError CheckpointError CheckpointIncompatibleError
+        CheckpointNotFoundError CheckpointReadError CheckpointWriteError DiskFullError RemoteError
+        RunLockedError SnapshotBusyError SnapshotMemoryError UnsafeCheckpointError UnserializableStateError
+        WriterDiedError
+    """,
+    "lock": "DirectoryLock",
+    "manifest": "CheckpointRequest",
+    "named_copies": "NamedCopies",
+    "reader": "CheckpointInfo CheckpointReader LoadedCheckpoint list_runs",
+    "reference": "find_checkpoint",
+    "remote": "RemoteRun",
+    "retention": "Retention",
+    "snapshot": "Snapshot SnapshotArena",
+    "store": "CheckpointStore Commit",
+    "writer": "CheckpointWriter",
 }
 
 __all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES)
