@@ -1,4 +1,4 @@
-"""Best: the best moment of a run by one metric, and the checkpoint that holds it."""
+"""The best moment of a run by one metric, and the checkpoint that holds it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,12 +24,13 @@ class Best:
     """The checkpoint that holds it; None if none does."""
 
     def located(self, checkpoints: Sequence[CheckpointInfo]) -> "Best":
-        """Return it with the path of the checkpoint that holds its step and score, whichever attempt has saved it.
+        """Return a copy with the path of the checkpoint that holds this step and score.
+
+        Of several such checkpoints, choose the oldest of the newest attempt: earlier attempts may have trained other
+        steps, and retention keeps the oldest of equal checkpoints.
 
         Args:
-            checkpoints: Those of the run, oldest first. Where several hold it, it is the oldest of the newest
-                attempt: other attempts may have left the path that this run took, and of equals retention keeps
-                the oldest.
+            checkpoints: Those of the run, of all attempts, oldest first.
         """
         holders = [
             each
@@ -44,22 +45,22 @@ class BestSoFar:
     """Watches a run for its best moment."""
 
     def __init__(self, monitor: str, direction: Direction, *, is_named: bool) -> None:
-        """Judge by one metric.
+        """Watch one metric.
 
         Args:
-            monitor: Its key.
+            monitor: Key of the metric.
             direction: Whether less or more of it is better.
-            is_named: True if the user has named the metric: a run that does not compute it fails.
+            is_named: True if the user named the metric: then a run that does not compute it fails.
         """
         self.monitor = monitor
-        # Replaced as a whole: by the training thread, and by the supervisor after that thread has ended.
-        # Read by any thread.
+        # Written by the training thread, then by the supervisor once that thread has ended. Read by any thread, which
+        # is safe because the frozen value is replaced as a whole.
         self.moment: Best | None = None
         self._direction: Direction = direction
         self._is_named = is_named
 
     def judge(self, event: ValidationEnd | EpochEnd) -> None:
-        """Note the moment of an event if it is the best so far. Training thread."""
+        """Record the moment of an event if it is the best so far. Training thread only."""
         if isinstance(event, ValidationEnd) is not self.monitor.startswith("val_"):
             return
         score = event.metrics[self.monitor] if self._is_named else event.metrics.get(self.monitor)

@@ -1,4 +1,4 @@
-"""RunResult: the outcome of a run, in memory or read from its directory."""
+"""The outcome of a run, in memory or read from its directory."""
 
 import dataclasses
 import math
@@ -90,7 +90,7 @@ class RunResult:
         return columns
 
     def to_run_json(self) -> dict[str, Any]:
-        """Return the result as `run.json` holds it: numbers and texts, with NaN and infinities as texts."""
+        """Return the content of `run.json`: numbers and strings, with NaN and infinities as strings."""
         return {
             "status": self.status,
             "reason": self.reason,
@@ -131,7 +131,7 @@ class RunResult:
                 latest.update(event.metrics)
             if isinstance(event, EpochEnd):
                 history.append(event)
-        # Until an attempt has begun to write, run.json describes the end of the attempt before.
+        # Until an attempt has ended, run.json describes the end of the previous attempt
         status, reason = ("running", "") if end is None else (end.status, end.reason)
         ending = described if end is not None else {}
         best = ending.get("best")

@@ -1,1 +1,1 @@
-"""Named metrics over one pass of a data set, and the names that may be logged."""
+"""Metrics over one pass of a data set, and names for logged values."""

@@ -1,7 +1,7 @@
-"""Named metrics over one whole pass of a data set, added up and computed by torchmetrics.
+"""Metrics over one whole pass of a data set, computed by torchmetrics.
 
-A name means the scikit-learn call it equals, on the concatenated data set, with `zero_division=0`
-(aliases in brackets; scikit-learn's function names are aliases, too).
+A name gives the same value as this scikit-learn call on the concatenated data set with `zero_division=0` (aliases in
+brackets; scikit-learn's function names are aliases, too).
 
     accuracy (acc)           accuracy_score; with several labels per sample, all must be right
     precision, recall        precision_score, recall_score with average="macro"
@@ -10,19 +10,19 @@ A name means the scikit-learn call it equals, on the concatenated data set, with
     mse, rmse, mae, r2       mean_squared_error, its root, mean_absolute_error, r2_score
 
 Macro is the mean over the classes, in binary tasks too (of "no" and "yes"); the score of "yes" alone is
-`torchmetrics.classification.BinaryF1Score()`. `roc_auc` leaves out classes and labels without a positive or
-without a negative sample, and **keeps all outputs and targets of the pass on the device**. `mse` to `r2` take
-outputs and targets of one shape, where (B, 1) and (B,) are the same, and sum in float64; `r2` is the mean over
-the columns of (B, D). To torchmetrics squares that sum to less than 1e-4 are 0: beware of `r2` in small units.
+`torchmetrics.classification.BinaryF1Score()`. `roc_auc` skips classes and labels without a positive or without a
+negative sample, and **keeps all outputs and targets of the pass on the device**. `mse` to `r2` take outputs and
+targets of one shape, where (B, 1) and (B,) are the same, and sum in float64; `r2` is the mean over the columns of
+(B, D). torchmetrics treats sums of squares below 1e-4 as 0, so `r2` is wrong for targets in small units.
 
-The task of the other names (binary, multiclass, multilabel) is read off the first batch, see `problem.py`.
-Positions behind the class dimension (pixels, tokens) count as samples. Negative class indices are not counted,
-like the -100 of `cross_entropy`. Outputs are probabilities if all outputs *of the pass* lie in [0, 1], else
-logits. One batch cannot tell: a new network's first logits often lie there, and those of a zero-initialised head
+The first batch decides the task of the other names (binary, multiclass, multilabel); see `problem.py`. Positions
+after the class dimension (pixels, tokens) count as samples. Negative class indices, like the -100 of
+`cross_entropy`, do not count. Outputs are probabilities if all outputs *of the pass* lie in [0, 1], else logits. One
+batch cannot decide that: the first logits of a new network often lie in [0, 1], and those of a zero-initialised head
 always do. (B = batch, D = numbers per sample.)
 
-Code that needs torchmetrics is in `named.py`, which the training thread imports before a run starts: the import
-can take as long as torch's, where SciPy is installed, and must not hold up an event loop.
+Code that needs torchmetrics is in `named.py`. The training thread imports it before a run starts: with SciPy
+installed the import can take as long as torch's, and must not block an event loop.
 """
 
 import copy
@@ -51,44 +51,44 @@ class MetricSet:
     """The metrics of one data set (train or validation), added up batch by batch.
 
     A user's metric is cloned, and named by its class in snake case or by the mapping's key. It gets outputs and
-    targets unchanged (half precision as float32). With their default `validate_args=True` most of torchmetrics'
-    classes wait for a CUDA device on every batch.
+    targets unchanged (half precision as float32). With the default `validate_args=True` most torchmetrics classes wait
+    for a CUDA device on every batch.
 
-    Thread: the training thread. Only `compute` and the first `update` block.
+    Thread: training thread only. Only `compute` and the first `update` block.
     """
 
     names: tuple[str, ...]
-    """The keys without prefix, aliases resolved, in the order given; known before any batch."""
+    """The keys without prefix, aliases resolved, in the given order; known before the first batch."""
 
     def __init__(self, metrics: MetricSpec, *, prefix: str, device: torch.device, rows: Rows = None) -> None:
         """Prepare a pass. Raises as `check_metrics`.
 
         Args:
             metrics: Names and instances.
-            prefix: Comes before each key.
-            device: Where batches are.
-            rows: What targets of the outputs' shape hold, see `rows_of`.
+            prefix: Prefix of each key.
+            device: Device of the batches.
+            rows: What targets of the outputs' shape hold; see `rows_of`.
         """
         self._chosen = chosen_metrics(metrics)
         self.names = tuple(self._chosen)
         self._kinds = [f"{name}: {type(metric).__name__}" for name, metric in self._chosen.items()]
         self._prefix, self._device, self._batches = prefix, device, 0
-        # Shapes of the last batch.
+        # Shapes of the last batch
         self._shapes: tuple[torch.Size, torch.Size] | None = None
         self._rows = rows
-        # Read off the first batch, which also makes the sums.
+        # Decided by the first batch, which also creates the sums
         self._problem: Problem | None = None
-        # The sums of the named metrics, and the user's metrics.
+        # The sums of the named metrics, and the user's metrics
         self._sums: list[Sums] = []
         self._own: dict[str, Metric] = {}
-        # True in a resumed pass with names that started later than others of their kind.
+        # True in a resumed pass with names that started later than others of their kind
         self._is_split = False
-        # Names that started in the middle of this pass, after so many batches. They are NaN until the next batch.
+        # Names that started in the middle of this pass, after so many batches; NaN until the next batch
         self._late: frozenset[str] = frozenset()
         self._late_since = 0
 
     def load_packages(self) -> None:
-        """Import what the metrics need. Blocks for seconds the first time; without it the first `update` does."""
+        """Import torchmetrics. Blocks for seconds the first time; otherwise the first `update` would."""
         with first_use("torchmetrics"):
             import offloop.engine.metrics.named  # noqa: F401 - the import is the purpose
 
@@ -96,7 +96,7 @@ class MetricSet:
         """Add the outputs and targets that a step returned.
 
         Raises:
-            ValueError: There are none for the first batch, or they do not fit; see `update`.
+            ValueError: The first batch has none, or they do not fit; see `update`.
         """
         if outputs is not None and targets is not None:
             self.update(outputs, targets)
@@ -105,13 +105,13 @@ class MetricSet:
             raise ValueError(
                 f"metrics {', '.join(map(repr, self.names))} need outputs and targets: return {{'loss': loss, "
                 f"'outputs': outputs, 'targets': targets}} from {step}, or compute metrics of the other data set "
-                f"alone: metrics={{{data_set!r}: [...]}}"
+                f"only: metrics={{{data_set!r}: [...]}}"
             )
 
-    # Here and below: sums made in inference mode could not change outside of it.
+    # Here and below: sums created in inference mode could not change outside of it
     @torch.inference_mode(False)
     def update(self, outputs: Any, targets: Any) -> None:
-        """Add one batch; one without samples is ignored. Keeps nothing of the autograd graph.
+        """Add one batch; an empty one is ignored. Does not keep the autograd graph alive.
 
         Args:
             outputs: A tensor, or an object with a tensor as `logits`. Without named metrics, anything that the
@@ -119,7 +119,7 @@ class MetricSet:
             targets: A tensor; without named metrics, anything.
 
         Raises:
-            ValueError: The first batch fits no task, or a later one another task than the first.
+            ValueError: The first batch fits no task, or a later one a different task.
         """
         outputs = _logits(outputs)
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
@@ -152,14 +152,14 @@ class MetricSet:
         self._batches += 1
 
     def _update_sums(self, problem: Problem, outputs: Tensor, targets: Tensor) -> None:
-        # With shares of classes, the class is the largest one.
+        # With shares of classes, the class is that with the largest share
         is_share = problem.task == "multiclass" and outputs.shape == targets.shape
         for sums in self._sums:
             wants_classes = is_share and not sums.takes_numbers
             sums.update(outputs, targets.argmax(problem.class_dim) if wants_classes else targets)
 
     def _expect_tensors(self, outputs: Any, targets: Any) -> None:
-        """Raise where named metrics were given anything else."""
+        """Raise if named metrics got anything but tensors."""
         named = self._named()
         if not named:
             return
@@ -173,12 +173,12 @@ class MetricSet:
     def compute(self) -> dict[str, float]:
         """Return the metrics of the pass so far, by prefixed key; empty if there was no batch.
 
-        Blocks until the device has caught up: metrics are read back here and nowhere else. A user's metric that
-        returns a mapping has a key per entry, `<prefix><name>_<entry>`. Under torch.distributed all ranks must
-        call this, after at least one batch.
+        Blocks until the device has finished its work: only here are metrics read back. A user's metric that returns a
+        mapping has a key per entry, `<prefix><name>_<entry>`. Under torch.distributed all ranks must call this, after
+        at least one batch.
 
         Raises:
-            ValueError: A user's metric returned no single number.
+            ValueError: A user's metric did not return a single number.
         """
         if self._batches == 0:
             return {}
@@ -189,7 +189,8 @@ class MetricSet:
             if unfed.isdisjoint(sums.metrics):
                 results.update(sums.compute())
         values = dict(pair for name in self.names for pair in _flat(name, results[name]))
-        return {f"{self._prefix}{key}": float(value) for key, value in values.items()}  # synchronisation
+        # Host sync
+        return {f"{self._prefix}{key}": float(value) for key, value in values.items()}
 
     @torch.inference_mode(False)
     def reset(self) -> None:
@@ -219,7 +220,7 @@ class MetricSet:
         """Continue from a `state_dict`; results are bit for bit those of an uninterrupted pass.
 
         Returns:
-            Names of metrics that the state lacks. They count from here on, and are NaN until the next batch.
+            Names of metrics that the state lacks. They start here, and are NaN until the next batch.
         """
         with first_use("torchmetrics"):
             from torchmetrics import Metric
@@ -231,7 +232,7 @@ class MetricSet:
         if problem is None or (
             problem.task == "regression" and any(NAMES[n].view != "numbers" for n in named)
         ):
-            # The pass had not started, or its task does not fit today's metrics.
+            # The pass had not started, or its task does not fit the current metrics
             self._problem, self._shapes, self._batches = None, None, 0
             self._sums, self._own, self._is_split, self._late = [], {}, False, frozenset()
             if problem is not None:
@@ -241,14 +242,14 @@ class MetricSet:
         self._problem, self._shapes, self._batches = problem, None, state["batches"]
         self._build(problem)
         saved_names = state.get("names")
-        # Early versions did not save the names.
+        # Early versions did not save the names
         if saved_names is None:
             of_state = [each.partition(": ")[0] for each in state["metrics"] if each.endswith(": NoneType")]
             saved_names = [list(sums.metrics) for sums in sums_of(of_state, problem, self._device)]
         whole, self._sums, new = len(self._sums), [], set(named)
         for names, saved in zip(saved_names, state["sums"], strict=True):
             kept = [name for name in names if name in new]
-            # At most one, because these names share their sums.
+            # At most one, because these names share their sums
             for sums in sums_of(kept, problem, self._device):
                 sums.load_state_dict(saved)
                 self._sums.append(sums)
@@ -259,11 +260,11 @@ class MetricSet:
             if f"{name}: {type(metric).__name__}" not in state["metrics"]:
                 new.add(name)
                 continue
-            # A copy, because the metric adds to these tensors in place.
+            # A copy, because the metric adds to these tensors in place
             metric.load_state_dict(copy.deepcopy(state["own"][name]))
             metric.to(self._device)
             for member in (module for module in metric.modules() if isinstance(module, Metric)):
-                # Not part of the state; at 0 `compute` warns.
+                # Not part of the state; at 0 `compute` warns
                 member._update_count = self._batches
         self._late, self._late_since = frozenset(new), self._batches
         return [name for name in self.names if name in new]
@@ -282,7 +283,7 @@ class MetricSet:
             if own is None:
                 continue
             metric = self._own[name] = own.clone().to(self._device)
-            # The user may have used it before.
+            # The user may have used it before
             metric.reset()
             for member in (module for module in metric.modules() if isinstance(module, Metric)):
                 member.persistent(True)
@@ -303,14 +304,14 @@ def _flat(name: str, result: object) -> Iterator[tuple[str, Tensor | float]]:
 def _logits(outputs: Any) -> Any:
     """Return the `logits` of outputs that have them, as in Hugging Face models; else the outputs."""
     if isinstance(outputs, Tensor | list | tuple):
-        # A named tuple may have `logits`.
+        # A named tuple may have `logits`
         return getattr(outputs, "logits", outputs)
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     return found if isinstance(found, Tensor) else outputs
 
 
 def _detached(item: Any) -> Any:
-    """Return an item without the graphs of its tensors, in lists and mappings too."""
+    """Return an item with its tensors detached, also in lists and mappings."""
     if isinstance(item, Tensor):
         return item.detach()
     if isinstance(item, list):

@@ -1,6 +1,6 @@
-"""Named metrics: sums over the batches of a pass, and the torchmetrics that compute numbers from them.
+"""Named metrics: sums over the batches of a pass, and the torchmetrics classes that compute values from them.
 
-torchmetrics' own `update` is not used: it makes the host wait for CUDA (`torch.bincount`), decides between logits
+The `update` of torchmetrics is not used: it makes the host wait for CUDA (`torch.bincount`), decides between logits
 and probabilities batch by batch, and repeats the same work for every name.
 
 This module is imported before a run with metrics starts, because torchmetrics is slow to import.
@@ -28,7 +28,7 @@ _KINDS: Final = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Re
 
 
 class Sums(ABC):
-    """The sums that names of one kind share, and the torchmetrics of these names. Use it from one thread at a time."""
+    """The sums that names of one kind share, and their torchmetrics. Training thread only."""
 
     kept: ClassVar[tuple[str, ...]]
     """The attributes that hold the sums of the pass so far."""
@@ -78,7 +78,7 @@ class Sums(ABC):
 class ClassCounts(Sums):
     """Hits and misses of each class, in a multiclass task."""
 
-    # No name needs true negatives.
+    # No name needs true negatives
     kept = ("tp", "fp", "fn")
 
     def metric(self, name: str) -> Metric:
@@ -127,7 +127,7 @@ class ClassCounts(Sums):
 class LabelCounts(Sums):
     """Hits and misses of each label, in a binary or multilabel task, for logits and for probabilities.
 
-    Which of the two the outputs are is known at the end of the pass.
+    Only the end of the pass decides which of the two the outputs are.
     """
 
     kept = ("samples", "true", "below_0", "above", "hits", "exact")
@@ -136,9 +136,9 @@ class LabelCounts(Sums):
         self._labels = problem.size if problem.task == "multilabel" else 1
         self._has_exact = problem.task == "multilabel" and "accuracy" in names
         self._thresholds = torch.tensor([0.0, 0.5, 1.0], device=device).view(3, 1, 1)
-        # The largest number of outputs outside of [0, 1], over all ranks.
+        # The largest number of outputs outside of [0, 1], over all ranks
         self._outside = MaxMetric(nan_strategy="disable").to(device)
-        # 0 if the outputs of the pass are logits, 1 if they are probabilities.
+        # 0 if the outputs of the pass are logits, 1 if they are probabilities
         self._reading = 0
         super().__init__(names, problem, device)
 
@@ -152,17 +152,17 @@ class LabelCounts(Sums):
     def reset(self) -> None:
         self.samples = 0
         self.true, self.below_0 = self.zeros(self._labels), self.zeros(self._labels)
-        # Above 0, 0.5 and 1.
+        # Above 0, 0.5 and 1
         self.above = self.zeros(3, self._labels)
-        # True and above 0, true and above 0.5.
+        # True and above 0, true and above 0.5
         self.hits = self.zeros(2, self._labels)
-        # Samples whose labels are all right, as logits and as probabilities.
+        # Samples whose labels are all right, as logits and as probabilities
         self.exact = self.zeros(2)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add labels (N, L)."""
         rows, truths = _rows(outputs, self.problem), _rows(targets, self.problem) != 0
-        # (3, N, L); a NaN is above nothing.
+        # (3, N, L); NaN is above nothing
         above = rows > self._thresholds
         said = above[:2]
         self.samples += len(rows)
@@ -183,7 +183,7 @@ class LabelCounts(Sums):
         said, tp = self.above[self._reading], self.hits[self._reading]
         fp, fn = said - tp, self.true - tp
         tn = self.samples - said - fn
-        # The classes of a binary task are "no" and "yes".
+        # The classes of a binary task are "no" and "yes"
         if self.problem.task == "binary":
             return {"tp": torch.cat([tn, tp]), "fp": torch.cat([fn, fp]), "fn": torch.cat([fp, fn])}
         if name == "accuracy":
@@ -225,8 +225,8 @@ class Errors(Sums):
         super().__init__(names, problem, device)
 
     def metric(self, name: str) -> Metric:
-        made = {"mse": MeanSquaredError, "mae": MeanAbsoluteError, "r2": _R2}
-        return MeanSquaredError(squared=False) if name == "rmse" else made[name]()
+        classes = {"mse": MeanSquaredError, "mae": MeanAbsoluteError, "r2": _R2}
+        return MeanSquaredError(squared=False) if name == "rmse" else classes[name]()
 
     def reset(self) -> None:
         self.samples = self.numbers = 0
@@ -239,7 +239,8 @@ class Errors(Sums):
         truths = targets.to(self._wide)
         if truths.ndim > 2:
             truths = truths.flatten(1)
-        if outputs.shape != truths.shape:  # (B, 1) and (B,), or more than two dimensions
+        # (B, 1) and (B,), or more than two dimensions
+        if outputs.shape != truths.shape:
             outputs = outputs.reshape(truths.shape)
         if not outputs.is_floating_point():
             outputs = outputs.to(self._wide)
@@ -273,11 +274,11 @@ class _R2(R2Score):
 class _RocAuc(tmc.MultilabelAUROC):
     """Skips columns with one kind of target, and decides between logits and probabilities once per pass."""
 
-    def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics itself differs from its base
+    def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics differs from its base, too
         """Return the mean area. Blocks."""
         truths, scores = dim_zero_cat(self.target), dim_zero_cat(self.preds)
         scores = scores.to(wide(scores.device))
-        # One dimension holds classes.
+        # One dimension: classes
         if truths.ndim == 1:
             scores, classes = scores[truths >= 0], truths[truths >= 0]
             scores = normalize_logits_if_needed(scores, "softmax")
@@ -290,7 +291,7 @@ class _RocAuc(tmc.MultilabelAUROC):
 
 
 def sums_of(names: Sequence[str], problem: Problem, device: torch.device) -> list[Sums]:
-    """Return the sums that these names need; names that look at the same values share them."""
+    """Return the sums that these names need; names of one view share them."""
     labels = ClassCounts if problem.task == "multiclass" else LabelCounts
     kinds: dict[str, type[Sums]] = {"labels": labels, "scores": Scores, "numbers": Errors}
     by_kind = {kind: [name for name in names if NAMES[name].view == kind] for kind in kinds}
@@ -298,8 +299,8 @@ def sums_of(names: Sequence[str], problem: Problem, device: torch.device) -> lis
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """Return the dtype that sums are kept in."""
-    # Apple's GPUs lack float64.
+    """Return the dtype of sums."""
+    # Apple's GPUs lack float64
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -307,13 +308,13 @@ def _by_class(name: str, classes: int) -> Metric:
     """Return a torchmetrics with counts by class. The average is "macro", for the accuracy "micro"."""
     metric: Metric = getattr(tmc, f"Multiclass{_KINDS[name]}")(classes, validate_args=False)
     if name == "accuracy":
-        # Set after construction, where it would give one count for all classes.
+        # Not in the constructor, where it would give one count for all classes
         metric.average = "micro"
     return metric
 
 
 def _rows(values: Tensor, problem: Problem) -> Tensor:
-    """Return values (B, ...) as (N, 1) of a binary task, else as (N, C) or (N, L)."""
+    """Return values (B, ...) as (N, 1) in a binary task, else as (N, C) or (N, L)."""
     if problem.task == "binary":
         return values.reshape(-1, 1)
     return values.movedim(problem.class_dim, -1).flatten(0, -2)
@@ -325,10 +326,10 @@ def _compute(metric: Metric, states: Mapping[str, State], device: torch.device) 
         if isinstance(value, int):
             value = torch.tensor(value, device=device)
         if isinstance(value, Tensor) and not value.is_floating_point():
-            # torchmetrics would divide in float32, where 90 / 100 is less than 0.9.
+            # torchmetrics would divide in float32, where 90 / 100 is less than 0.9
             value = value.to(wide(device))
         setattr(metric, name, value)
-    # At a count of 0 torchmetrics warns.
+    # At a count of 0 torchmetrics warns
     metric._computed, metric._update_count = None, 1
     return metric.compute()
 

@@ -1,6 +1,6 @@
 """The argument `metrics=`: known names, whether less or more is better, and the check before a run starts.
 
-`metric_set.py` defines the names, and says why nothing here imports torchmetrics.
+`metric_set.py` defines the names, and explains why this module does not import torchmetrics.
 """
 
 import difflib
@@ -29,7 +29,7 @@ class _Name(NamedTuple):
     aliases: str
     direction: Direction
     view: Literal["labels", "scores", "numbers"]
-    """How the metric looks at a batch."""
+    """How the metric reads outputs and targets."""
 
 
 NAMES: Final = {
@@ -49,7 +49,7 @@ ALIASES: Final = {alias: name for name, known in NAMES.items() for alias in (nam
 def metrics_for(data_set: Literal["train", "val"], metrics: RunMetrics) -> MetricSpec:
     """Return the metrics of one data set, out of the argument `metrics=` of `train()`.
 
-    A mapping is by data set if one of its values is a list or a mapping, because a metric is neither.
+    A mapping with a list or a mapping among its values is by data set, because a metric is neither.
 
     Raises:
         ValueError, TypeError: As `check_metrics`.
@@ -80,7 +80,7 @@ def check_metrics(metrics: MetricSpec) -> None:
 
     Raises:
         ValueError: An unknown name, a reserved or repeated key, a metric that gives one value per class.
-        TypeError: Something that is neither a name nor a `torchmetrics.Metric`.
+        TypeError: A value that is neither a name nor a `torchmetrics.Metric`.
     """
     chosen_metrics(metrics)
 
@@ -88,12 +88,12 @@ def check_metrics(metrics: MetricSpec) -> None:
 def metric_direction(key: str, metrics: RunMetrics = ()) -> Direction | None:
     """Return whether less or more of a metric is better; None if unknown.
 
-    A metric object's own `higher_is_better` comes first, then the table of names, then the last word of the key
-    that is known: `val_dice_loss` -> min.
+    The metric's `higher_is_better` decides first, then the table of names, then the last known word of the key:
+    `val_dice_loss` -> min.
 
     Args:
         key: Prefixed key of the metric.
-        metrics: Those of the run, as given to `train()`.
+        metrics: The argument `metrics=` of `train()`.
     """
     name = re.sub("^(train|val)_", "", key)
     own = chosen_metrics(metrics_for("train" if key.startswith("train_") else "val", metrics)).get(name)
@@ -112,7 +112,7 @@ def metric_direction(key: str, metrics: RunMetrics = ()) -> Direction | None:
 
 
 def chosen_metrics(metrics: MetricSpec) -> "dict[str, Metric | None]":
-    """Return key -> the user's metric, or None for one of our names, in the order given. Raises as `check_metrics`."""
+    """Return the user's metric, or None for a name, by key in the given order. Raises as `check_metrics`."""
     metric_class = _metric_class()
     if isinstance(metrics, str | metric_class) or not isinstance(metrics, Sequence | Mapping):
         hint = f": write metrics=[{metrics!r}]" if isinstance(metrics, str | metric_class) else ""
@@ -127,11 +127,12 @@ def chosen_metrics(metrics: MetricSpec) -> "dict[str, Metric | None]":
                 ": names go into a list, like ['accuracy']" if is_mapping and isinstance(metric, str) else ""
             )
             raise TypeError(f"a metric must be {wanted}, got {metric!r}{names}")
-        if not isinstance(key, str) or not key or key == "loss":  # the loop makes train_loss
-            raise ValueError(f"a metric cannot be called {key!r}; the key is a text, not 'loss'")
+        # The loop computes train_loss
+        if not isinstance(key, str) or not key or key == "loss":
+            raise ValueError(f"a metric cannot be called {key!r}; the key is a string, not 'loss'")
         if key in chosen:
-            raise ValueError(f"metric {key!r} is given twice; a mapping can give each its own key")
-        # Found here, not at the end of the first epoch. In `vars`, since wrappers show what they wrap.
+            raise ValueError(f"metric {key!r} is given twice; use a mapping with different keys")
+        # Refused here, not at the end of the first epoch. `vars`, because wrappers forward attributes
         if isinstance(metric, metric_class) and vars(metric).get("average", "macro") in (None, "none"):
             raise ValueError(f"metric {key!r} gives one value per class (average); {ONE_NUMBER}")
         chosen[key] = metric if isinstance(metric, metric_class) else None
@@ -156,10 +157,10 @@ class _Nothing:
 
 
 def _metric_class() -> "type[Metric]":
-    """Return torchmetrics' base class; a class without instances where it has not been made yet.
+    """Return torchmetrics' base class; until it exists, a class without instances.
 
-    Imports nothing and waits for no import, since this is called on event loops too. The module that defines the
-    class is asked, not the package: while another thread imports torchmetrics, the package has no `Metric` yet.
+    Neither imports nor waits for an import, because event loops call this too. Reads the module that defines the class,
+    because the package has no `Metric` while another thread imports it.
     """
     metric_class: Any = getattr(sys.modules.get("torchmetrics.metric"), "Metric", _Nothing)
     return metric_class  # type: ignore[no-any-return]  # of a module found by name

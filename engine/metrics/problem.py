@@ -1,15 +1,13 @@
-"""The task of named metrics: what the outputs and targets of a batch are.
-
-The task is read off the first batch of a run, and stays:
+"""The task of named metrics, by outputs and targets. The first batch of a run decides it:
 
     outputs (floats)     targets                                               task
     (B, C, ...), C >= 2  (B, ...), integers                                    multiclass
     (B,) or (B, 1, ...)  0 or 1 in any dtype; same shape, or without the 1     binary
     (B, L, ...), L >= 2  0 or 1 in any dtype; same shape                       multilabel
 
-Targets (B, C, ...) that are shares of classes, one-hot or soft, are a multiclass task where the trainer's `loss`
-takes them as such (`cross_entropy`): the class is the largest share. Later batches may have more classes.
-(B, ..., C) is understood where (B, C, ...) does not fit. Errors (`mse`, ...) are a task of their own, regression.
+Targets (B, C, ...) that are shares of classes, one-hot or soft, are a multiclass task if the trainer's `loss` reads
+them so (`cross_entropy`): the class is the one with the largest share. Later batches may have more classes.
+(B, ..., C) is accepted where (B, C, ...) does not fit. For errors (`mse`, ...) the task is regression.
 (B = batch, C = classes, L = labels.)
 """
 
@@ -36,7 +34,7 @@ _OF_LABELS: Final = (
 
 
 def rows_of(loss: object) -> Rows:
-    """Return what targets of the outputs' shape are to a loss function; None if unknown."""
+    """Return how a loss function reads targets of the outputs' shape; None if unknown."""
     while isinstance(loss, functools.partial):
         loss = loss.func
     if loss in _OF_CLASSES or isinstance(loss, nn.CrossEntropyLoss | nn.KLDivLoss):
@@ -71,13 +69,13 @@ def problem_of(
 
     Args:
         names: The named metrics.
-        outputs: Of the batch.
-        targets: Of the batch.
-        first: The problem of the first batch. Without one, the values are read, which waits for the device.
+        outputs: Outputs of the batch.
+        targets: Targets of the batch.
+        first: The problem of the first batch. None: read values, which waits for the device.
         rows: What targets of the outputs' shape hold.
 
     Raises:
-        ValueError: The batch fits no task, or another one than the first.
+        ValueError: The batch fits no task, or a different one than the first.
     """
     shape, wanted, views = outputs.shape, targets.shape, {NAMES[name].view for name in names}
     is_same = shape[:1] == wanted[:1] != () and [n for n in shape if n > 1] == [n for n in wanted if n > 1]
@@ -93,21 +91,24 @@ def problem_of(
         problem = Problem("multilabel", shape[1]) if has_columns else Problem("binary", 2)
         if has_columns and rows == "classes" and targets.is_floating_point():
             problem = Problem("multiclass", shape[1])
-        elif first is None and not bool(((targets == 0) | (targets == 1)).all()):  # synchronisation
+        # Host sync
+        elif first is None and not bool(((targets == 0) | (targets == 1)).all()):
             why = (
                 "targets must be 0 or 1; class indices need outputs (B, C), shares of classes are targets.argmax(1) "
                 "for metrics, 'mse' and 'mae' take numbers"
             )
-        elif first is None and has_columns and rows is None and bool((targets.sum(1) == 1).all()):  # likewise
+        # Host sync
+        elif first is None and has_columns and rows is None and bool((targets.sum(1) == 1).all()):
             logger.warning(
-                "metrics %s: each target of the first batch has one of %d labels, and each label is judged by itself; "
+                "metrics %s: each target of the first batch has one of %d labels, which are judged independently; "
                 "if these are one-hot classes, return targets.argmax(1) as the step's targets",
                 ", ".join(map(repr, names)),
                 shape[1],
             )
     elif fitting and outputs.is_floating_point() and not targets.is_floating_point():
         problem = Problem("multiclass", shape[fitting[0]], fitting[0])
-        if first is None and int(targets.max()) >= problem.size:  # synchronisation
+        # Host sync
+        if first is None and int(targets.max()) >= problem.size:
             why = f"class indices must be below {problem.size}, got {int(targets.max())} (-100 is ignored)"
     else:
         why = "they fit no task: outputs are floats, (B, C) for integers (B,) or of the targets' shape"
@@ -117,11 +118,11 @@ def problem_of(
             return problem._replace(size=max(problem.size, first.size))
         why = f"the first batch was {first.in_words()}, this one is {problem.in_words()}"
         if is_other_count:
-            why += " (of the names, 'roc_auc' cannot take more classes in)"
+            why += " ('roc_auc' cannot add classes)"
     if why:
         raise ValueError(
             f"metrics {', '.join(map(repr, names))} cannot judge outputs {tuple(shape)} {outputs.dtype}, targets "
-            f"{tuple(wanted)} {targets.dtype}: {why}. The step may return other outputs and targets for them; "
-            "or pass a torchmetrics.Metric instance."
+            f"{tuple(wanted)} {targets.dtype}: {why}. Return other outputs and targets from the step, or pass a "
+            "torchmetrics.Metric instance."
         )
     return problem

@@ -289,7 +289,7 @@ def _sample(tensor: torch.Tensor) -> bytes:
         return repr(some.tolist()).encode()
 
 
-def _array_mark(array: Any) -> object:
+def array_mark(array: Any) -> object:
     """Return a mark of a numpy array, which counts no changes: a checksum of up to a megabyte."""
     some = array if array.nbytes <= 2**20 else array.reshape(-1)[:: max(1, array.size // 2**12)]
     return id(array), array.shape, zlib.crc32(some.tobytes())
@@ -376,7 +376,7 @@ class _Walk:
         elif _is_generator(value):
             contents.heavy.append(_Heavy(_generator_state(value), value))
         elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-            contents.heavy.append(_Heavy(_array_mark(value), value))
+            contents.heavy.append(_Heavy(array_mark(value), value))
         else:
             for each, is_counted in self._inside(value, is_plain_counted):
                 self._into(each, is_plain_counted=is_counted, depth=depth + 1)

@@ -208,7 +208,7 @@ class DataPosition:
         done.given, done.is_done = saved["given"], True
         self.passes.append(done)
 
-    def go_on(
+    def continue_pass(
         self, saved: Mapping[str, Any], read: Iterable[Any], *, epoch: int, start: int, keep_random: bool
     ) -> Iterator[Any]:
         """Return an iterator over the rest of an interrupted pass.

@@ -1,4 +1,4 @@
-"""The source of an epoch's batches: begins each pass over a loader, continues one that was interrupted."""
+"""Iterators over a run's loaders: each starts a pass, or continues one that was interrupted."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,12 +22,12 @@ class EpochSource:
         seed: int | None,
         is_resumable: bool,
     ) -> None:
-        """Begin before the first epoch.
+        """Start before the first epoch.
 
         Args:
-            program: The trainer, whose attributes name its other loaders.
-            train_loader: Of the run.
-            val_loader: Of the run.
+            program: The trainer. Its attributes name its other loaders.
+            train_loader: The run's training loader.
+            val_loader: The run's validation loader.
             seed: For `sampling="seeded"`; None: samples draw from the global generators.
             is_resumable: True where checkpoints may be taken.
         """
@@ -35,12 +35,12 @@ class EpochSource:
         self.handles_signals = False
         """True: loader workers leave SIGINT and SIGTERM to this process. Set before the first pass."""
         self._seeding = None if seed is None else SeededSampling(seed)
-        # Releasing an unfinished iterator waits for the batches that its workers are loading. It stays here until the
-        # last checkpoint was taken.
+        # Releasing an unfinished iterator waits for the batches that its workers are loading, so it is kept until the
+        # last checkpoint is taken
         self._unfinished: list[Iterator[Any]] = []
 
     def restore(self, saved: Mapping[str, Any], *, in_epoch: bool, epoch: int, batches: int) -> bool:
-        """Put back where the loaders stood, all but those in the middle of a pass, see `DataPosition.restore`."""
+        """Restore the positions of the loaders, except those within a pass; see `DataPosition.restore`."""
         return self.position.restore(
             saved,
             in_epoch=in_epoch,
@@ -57,19 +57,19 @@ class EpochSource:
 
     @property
     def is_interrupted_pass_next(self) -> bool:
-        """True if the next pass is one that a checkpoint has interrupted, or that was over then."""
+        """True if the checkpoint holds the next pass, interrupted or complete."""
         return self.position.saved_pass() is not None
 
     def begin(
         self, loader: Iterable[Any], *, epoch: int, start: int, keep_random: bool
     ) -> tuple[Iterator[Any], int]:
-        """Return an iterator over a pass of training, and how many of its batches a resumed epoch has had.
+        """Return an iterator over a training pass, and how many of its batches the epoch had before a resume.
 
         Args:
             loader: What the user iterates over.
             epoch: Index of the epoch.
-            start: Batches that the epoch has given so far.
-            keep_random: True to leave the global generators alone: their states are restored already.
+            start: Batches of the epoch so far.
+            keep_random: True to leave the global generators alone: they are already restored.
         """
         read = self._seeded(loader, epoch)
         saved = self.position.saved_pass()
@@ -82,23 +82,25 @@ class EpochSource:
             self.position.skip(saved, read)
             return iter(()), given
         with self._spared(read):
-            return self.position.go_on(saved, read, epoch=epoch, start=start, keep_random=keep_random), given
+            return self.position.continue_pass(
+                saved, read, epoch=epoch, start=start, keep_random=keep_random
+            ), given
 
     def leave(self, iterator: Iterator[Any], *, in_training: bool) -> None:
-        """Keep an iterator that the run leaves before its end, until `release`."""
+        """Keep an iterator that the run leaves before its end until `release`."""
         self._unfinished.append(iterator)
         if in_training:
             self.position.leave_epoch()
 
     def release(self) -> None:
-        """Release the iterators that were left. May wait some seconds for their workers."""
+        """Release the iterators kept by `leave`. Blocks for up to some seconds while their workers finish."""
         self._unfinished.clear()
 
     def has_no_more(self, iterator: Iterator[Any]) -> bool:
-        """Return True if an iterator that a limit ends behind its last batch has no more.
+        """Return True if an iterator that a limit ends after its last batch has no more.
 
-        It is asked, as it would be without the limit, because samplers draw at their end too. If the loader's length
-        was wrong, a resumed run reads that batch again.
+        It asks the iterator as a run without the limit would, because samplers also draw at their end. If the loader's
+        length was wrong, a resumed run reads that batch again.
         """
         before = capture_random_state()
         try:
@@ -115,9 +117,9 @@ class EpochSource:
             self._seeding.close()
 
     def _seeded(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
-        """Return the twin of a loader that seeds what the samples of an epoch draw, if that was asked for."""
+        """Return the loader that seeds the samples of an epoch; without a seed, the loader itself."""
         return loader if self._seeding is None else self._seeding.twin_of(loader, epoch)
 
     def _spared(self, loader: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
-        """Return a block in which workers are started that leave signals to a run which handles them."""
+        """Return a context in which to start workers: they leave signals to the run if it handles them."""
         return spared_workers(loader) if self.handles_signals else contextlib.nullcontext()

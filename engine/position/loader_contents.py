@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offloop.engine import checks
 from offloop.engine.data.loader_parts import name_of
-from offloop.engine.position.carried_state import TensorMark, is_of_user
+from offloop.engine.position.carried_state import TensorMark, array_mark, is_of_user
 from offloop.engine.position.exactness import Doubt, approximate
 from offloop.engine.position.loader_doubts import closure_of, unsaved_parts
 
@@ -153,8 +153,7 @@ def _mark(value: Any) -> object:
     if isinstance(value, _PLAIN):
         # As text, NaN equals itself.
         return repr(value)
-    some = value if value.nbytes <= 2**20 else value.reshape(-1)[:: max(1, value.size // 2**12)]
-    return id(value), value.shape, zlib.crc32(some.tobytes())
+    return array_mark(value)
 
 
 def _checksum(leaves: Iterable[Any]) -> int:

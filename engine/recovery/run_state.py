@@ -1,13 +1,13 @@
-"""State: everything that a resumed run needs, taken at a step boundary and put back before the first event.
+"""The state of a run: captured at a step boundary, restored before the first event of a resumed run.
 
-    model, optimizers, schedulers, loss scaler      tensors and plain values, as torch gives them
-    parameters, made                                what the optimizers own, and what the script had made
-    position, means, metric accumulators            where the run stands, and what the epoch has summed up
-    loader, random                                  the order of the epoch, and every generator
-    callbacks                                       what deciders and step hooks remember
-    trainer, loss, buffers, unsaved                 the user's own, see `user_state.py`
+    model, optimizers, schedulers, scaler       tensors and plain values, as in torch's state dicts
+    parameters, made                            names of the optimizers' parameters; the script's settings at the start
+    position, means, metrics                    progress of the run, sums of the epoch
+    loader, random                              position in the data, states of the global generators
+    callbacks                                   state of deciders and step hooks
+    trainer, loss, buffers, unsaved             state of the user's code; see `user_state.py`
 
-Random states are put back last, after the loader has begun its epoch: beginning it draws from them.
+Random states are restored last, because starting the loader's epoch draws from the generators.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,15 +21,14 @@ from offloop.engine.data.batches import length_of
 from offloop.engine.data.random_state import capture_random_state, restore_random_state
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import Resumed
-from offloop.engine.position.exactness import Doubt
-from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.position.exactness import Doubt, ResumeReport
 from offloop.engine.recovery.saved_state import check_kinds, check_optimizer, check_schedule, restoring
 from offloop.engine.training.averages import MEASURED, captured, measured_key
 from offloop.engine.training.learning_rate import Schedule
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.model_modes import capture_modes, restore_modes
 from offloop.engine.training.optimizer_state import (
-    BEGIN_ANEW,
+    WEIGHTS_ALONE,
     parameter_names,
     parameters_by_name,
     restore_optimizer,
@@ -41,12 +40,12 @@ from offloop.engine.weights.loading import load_weights
 
 
 def capture(loop: TrainingLoop, handlers: Sequence[Handlers], monitor: str) -> dict[str, Any]:
-    """Return the state of a run as of this boundary. Training thread; tensors are live, not copied.
+    """Return the state of a run at this boundary. Training thread only; tensors are live, not copied.
 
     Args:
-        loop: The run's.
-        handlers: Of its callbacks.
-        monitor: Key of the metric by which the run's best is chosen.
+        loop: The loop of the run.
+        handlers: Those of the run's callbacks.
+        monitor: Key of the metric that decides the run's best.
     """
     progress, optimizers, schedules = loop.progress, loop.setup.optimizers, loop.schedules.all
     named = parameters_by_name(loop.program.model, loop.program.loss)
@@ -74,7 +73,7 @@ def capture(loop: TrainingLoop, handlers: Sequence[Handlers], monitor: str) -> d
     if loop.train_metrics:
         state["metrics"] = loop.train_metrics.state_dict()
     if loop.resumed is not None:
-        # Not restored yet: the loaders and the random generators are still those of the checkpoint
+        # Loaders and random generators are not restored yet: the new checkpoint gets the state of the old one
         state |= {"random": loop.resumed.random, "loader": loop.resumed.loaders}
     else:
         state["loader"] = loop.source.position.capture(
@@ -89,11 +88,11 @@ def capture(loop: TrainingLoop, handlers: Sequence[Handlers], monitor: str) -> d
 
 
 def capture_callbacks(handlers: Sequence[Handlers], *, steering: bool = False) -> dict[str, Any]:
-    """Return what deciders and step hooks remember, by the name of their callback.
+    """Return the states of deciders and step hooks by the name of their callback.
 
     Args:
-        handlers: Of the run's callbacks.
-        steering: True for those only that may change the training, in containers of their own.
+        handlers: Those of the run's callbacks.
+        steering: True: only of callbacks that may change the training, in copied containers.
     """
     return {
         each.name: _copied(each.callback.state_dict()) if steering else dict(each.callback.state_dict())
@@ -103,18 +102,19 @@ def capture_callbacks(handlers: Sequence[Handlers], *, steering: bool = False) -
 
 
 def _copied(value: Any) -> Any:
-    """Return a value whose containers are its own; tensors are shared."""
+    """Return a value with copies of its containers; tensors are shared."""
     if isinstance(value, Mapping):
         return {key: _copied(each) for key, each in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def environment(loop: TrainingLoop) -> dict[str, Any]:
-    """Return what decides about bits beside the state: if it differs, a resumed run is not bitwise."""
+    """Return the settings that a bitwise resume needs to be the same."""
     setup = loop.setup
     device, config = setup.device, setup.config
     return {
-        "torch": str(torch.__version__),  # a str subclass, which a checkpoint would refuse
+        # A subclass of str, which a checkpoint would refuse
+        "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "optimizer": ", ".join(type(each).__name__ for each in setup.optimizers.values()),
@@ -132,7 +132,7 @@ def environment(loop: TrainingLoop) -> dict[str, Any]:
 
 
 def describe_loader(loader: Iterable[Any]) -> dict[str, int | None]:
-    """Return what tells a loader from another, in whose order a run cannot go on; None for what is not known."""
+    """Return the sizes of a loader that decide its order; None for those unknown."""
     batch_size = getattr(loader, "batch_size", None)
     return {
         "samples": length_of(getattr(loader, "dataset", None)),
@@ -142,34 +142,35 @@ def describe_loader(loader: Iterable[Any]) -> dict[str, int | None]:
 
 
 class Continuation:
-    """A loaded checkpoint on its way back into a run. Training thread."""
+    """Restores a loaded checkpoint into a run. Training thread only."""
 
     def __init__(self, state: Mapping[str, Any], report: ResumeReport, attempt: int) -> None:
-        """Continue what `capture` returned, from disk, and tell the report how exact that is.
+        """Prepare to restore a state.
 
         Args:
-            state: Of the run.
-            report: On the checkpoint.
-            attempt: The one that took the checkpoint.
+            state: From `capture`, loaded from the checkpoint.
+            report: Collects how exact the resume is.
+            attempt: Number of the attempt that took the checkpoint.
         """
         self.attempt = attempt
         self.path = report.checkpoint
         self.report = report
         self.taken: float = state["taken"]
         self.state = state
-        self._adjusted: list[LRScheduler] = []  # schedules of another length than before
+        # Schedules whose length has changed
+        self._adjusted: list[LRScheduler] = []
 
     @property
     def point(self) -> ResumePoint:
-        """What the loop continues by itself."""
+        """The part that the loop restores itself."""
         return ResumePoint(self.path, self.attempt, self.taken, self.state["loader"], self.state["random"])
 
     def restore(self, loop: TrainingLoop, handlers: Sequence[Handlers]) -> None:
-        """Put the state back, all but loader and random states. Before the first event.
+        """Restore the state, except loaders and random generators. Call before the first event.
 
         Raises:
-            WeightsMismatchError: The checkpoint is of another model.
-            ConfigError: It is of other optimizers.
+            WeightsMismatchError: The checkpoint is of a different model.
+            ConfigError: The checkpoint is of different optimizers.
         """
         state = self.state
         with restoring(self.path, "model"):
@@ -187,7 +188,8 @@ class Continuation:
         loop.progress.earlier_seconds = state["seconds"]
         loop.reporter.train_means.load_state_dict(state["means"])
         loop.reporter.loss_scale = state["loss_scale"]
-        loop.frozen.thaw_all()  # what the run had frozen at its checkpoint, not what it began with
+        # Frozen is what was frozen at the checkpoint, not at the start of the run
+        loop.frozen.thaw_all()
         own = [name for name, _ in loop.program.model.named_parameters()]
         loop.frozen.freeze(names_in(own, state["frozen"]).values())
         if "modes" in state:
@@ -206,7 +208,7 @@ class Continuation:
         if state["optimizers"].keys() != optimizers.keys():
             raise ConfigError(
                 f"the checkpoint has the optimizers {', '.join(state['optimizers'])}, the script has "
-                f"{', '.join(optimizers)}: give them the same names; or {BEGIN_ANEW}"
+                f"{', '.join(optimizers)}: give them the same names; or {WEIGHTS_ALONE}"
             )
         named = parameters_by_name(loop.program.model, loop.program.loss)
         for name, optimizer in optimizers.items():
@@ -223,14 +225,14 @@ class Continuation:
                 )
 
     def _restore_metrics(self, loop: TrainingLoop) -> None:
-        """Go on with the metrics of the epoch in progress; others than then begin here."""
+        """Restore the metrics of the epoch in progress; new metrics start here."""
         saved, metrics = self.state.get("metrics"), loop.train_metrics
         with restoring(self.path, "metrics"):
             names = [] if saved is None else [each.partition(":")[0] for each in saved["metrics"]]
         own = [] if metrics is None else list(metrics.names)
         for name in names:
             if name not in own:
-                self.report.take(f"metric {name} is not computed any more")
+                self.report.take(f"metric {name} is no longer computed")
         new = [name for name in own if name not in names]
         if metrics is not None and saved is not None:
             with restoring(self.path, "metrics"):
@@ -238,7 +240,7 @@ class Continuation:
         for name in new:
             self.report.take(f"metric {name} is new")
             if loop.progress.phase == "in_epoch":
-                self.report.lower("approximate", f"metric {name} leaves out the first batches of this epoch")
+                self.report.lower("approximate", f"metric {name} lacks the first batches of this epoch")
 
     def _restore_callbacks(self, handlers: Sequence[Handlers]) -> None:
         saved, own = self.state["callbacks"], {each.name: each for each in handlers if each.has_state}
@@ -251,10 +253,10 @@ class Continuation:
             else:
                 self.report.take(f"callback {name} is new")
         for name in saved.keys() - own.keys():
-            self.report.take(f"callback {name} is not there any more")
+            self.report.take(f"callback {name} is missing")
 
     def restore_schedule(self, loop: TrainingLoop) -> None:
-        """Put back the state of the schedule attached last, and the rates that making it has changed."""
+        """Restore the state of the schedule attached last, and the rates that its construction changed."""
         schedules = loop.schedules.all
         index = len(schedules) - 1
         if index < len(self.state["schedulers"]):
@@ -280,18 +282,16 @@ class Continuation:
                 self._adjusted.append(schedule.scheduler)
 
     def finish(self, loop: TrainingLoop, doubts: Iterable[Doubt]) -> Resumed:
-        """Put the random states back and return what to say. The last thing before training goes on.
+        """Restore the random states, last before training continues, and return the event that reports the resume.
 
         Args:
-            loop: Whose schedules are all attached.
-            doubts: About the loaders.
+            loop: The loop of the run, with all schedules attached.
+            doubts: Doubts about the loaders.
         """
         for doubt in doubts:
             self.report.lower(*doubt)
         for saved in self.state["schedulers"][len(loop.schedules.all) :]:
-            text = (
-                f"a schedule of the checkpoint, at its step {saved.get('last_epoch')}, is not there any more"
-            )
+            text = f"a schedule of the checkpoint, at its step {saved.get('last_epoch')}, is missing"
             self.report.take(text)
             self.report.lower("approximate", text)
         for missed in restore_random_state(self.state["random"]):

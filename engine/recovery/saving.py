@@ -27,8 +27,7 @@ from offloop.engine.events import CheckpointFailed, CheckpointSaved, EpochEnd, E
 from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.observers.event_log import rewind
 from offloop.engine.paths import absolute_path
-from offloop.engine.position.exactness import Doubt
-from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.position.exactness import Doubt, ResumeReport
 from offloop.engine.recovery import run_state
 from offloop.engine.recovery.keepers import Keeper
 from offloop.engine.recovery.run_checkpoints import Checkpoints

@@ -23,7 +23,7 @@ from offloop.engine.position.carried_state import (
     owner_of_optimizer,
     owners_in_module,
 )
-from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.position.exactness import ResumeReport
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.trainer_state import BASE_STATE
 from offloop.engine.training.wrappers import renamed

@@ -1,4 +1,4 @@
-"""Trainings that are no run: evaluations, and the seam for the finders."""
+"""Evaluations, and training loops outside of a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from offloop.engine.training.setup import Host, Limits, Setup, SilentHost
 def silent_loop(
     program: TrainingProgram, setup: Setup, host: Host | None = None, *, mailbox: Mailbox | None = None
 ) -> Iterator[TrainingLoop]:
-    """Give a trainer a loop for the length of a block. The caller has claimed the trainer."""
+    """Attach a loop to a trainer for a block. The caller must occupy the trainer."""
     program._loop = make_loop(program, setup, host or SilentHost(), mailbox=mailbox)
     try:
         yield program._loop
@@ -32,11 +32,11 @@ def silent_loop(
 
 
 def evaluate(program: TrainingProgram, loader: ValLoader, metrics: MetricSpec, prefix: str) -> Metrics:
-    """Validate a model in this thread, see `BaseTrainer.evaluate`."""
+    """Validate a model. Blocks; see `BaseTrainer.evaluate`."""
     check_val_loader(loader, "loader")
     check_validation(program)
     if not isinstance(prefix, str):
-        raise TypeError(f'prefix must be a text like "test_", got {prefix!r}')
+        raise TypeError(f'prefix must be a string like "test_", got {prefix!r}')
     if prefix[-1:].isalnum():
         raise ConfigError(f'prefix={prefix!r} makes keys like "{prefix}loss": write prefix="{prefix}_"')
     check_metrics(metrics)
@@ -51,7 +51,7 @@ def evaluate(program: TrainingProgram, loader: ValLoader, metrics: MetricSpec, p
 async def evaluate_async(
     program: TrainingProgram, loader: ValLoader, metrics: MetricSpec, prefix: str
 ) -> Metrics:
-    """Validate a model in a thread of its own, see `BaseTrainer.evaluate_async`."""
+    """Validate a model in a separate thread; see `BaseTrainer.evaluate_async`."""
     caller = caller_state(with_autocast=True, used=program.device)
 
     def work() -> Metrics:

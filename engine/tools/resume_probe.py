@@ -86,7 +86,7 @@ def random_digests() -> dict[str, str]:
 class Probe(Callback):
     """Records every step, and kills the process at the chosen place."""
 
-    # This file runs as __main__, but the callback is not the user's.
+    # This file runs as __main__, but the callback is not one of the user
     __module__ = "offloop.engine.tools.resume_probe"
     name = "offloop-verify-resume"
 
@@ -167,7 +167,7 @@ class Probe(Callback):
 
 
 def die(delay: float) -> None:
-    """Kill this process as a power cut would."""
+    """Kill this process after `delay` seconds, as a power cut would."""
     time.sleep(delay)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -176,7 +176,7 @@ def die(delay: float) -> None:
 
 
 def take_over(attempt: Attempt) -> None:
-    """Give all runs of this process a directory, a name, `resume="auto"` and a probe."""
+    """Patch the trainer: all runs of this process get a directory, a name, `resume="auto"` and a probe."""
     record = os.open(attempt.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     train, train_async, start = BaseTrainer.train, BaseTrainer.train_async, BaseTrainer.start
     count = 0
@@ -221,8 +221,7 @@ def take_over(attempt: Attempt) -> None:
 def run_script(attempt: Attempt) -> int:
     """Run the script as `python SCRIPT ...` would; returns its exit code."""
     output = os.open(attempt.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
     numpy = sys.modules.get("numpy")

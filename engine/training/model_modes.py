@@ -4,7 +4,7 @@ from typing import TypedDict
 
 import torch
 
-from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.position.exactness import ResumeReport
 from offloop.engine.training.wrappers import names_in
 
 SHOWN = 5

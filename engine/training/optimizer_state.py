@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from offloop.engine.errors import ConfigError
-from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.position.exactness import ResumeReport
 from offloop.engine.training.wrappers import bare_name
 
-BEGIN_ANEW = "begin a new run with the weights alone: init_from=..."
+WEIGHTS_ALONE = "begin a new run with the weights alone: init_from=..."
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -31,7 +31,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
     if missing:
         raise ConfigError(
             f"the state is of another optimizer: {type(optimizer).__name__} needs {', '.join(sorted(missing))}. "
-            f"Make the optimizer that it was saved with, or {BEGIN_ANEW}"
+            f"Make the optimizer that it was saved with, or {WEIGHTS_ALONE}"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in saved["state"].items():
@@ -139,7 +139,7 @@ def restore_optimizer(
     except ValueError as error:
         raise ConfigError(
             f"the checkpoint is of another optimizer than {label} ({error}). Build it over the same parameters, in "
-            f"the same groups; or {BEGIN_ANEW}"
+            f"the same groups; or {WEIGHTS_ALONE}"
         ) from error
 
 
@@ -160,7 +160,7 @@ def _add_groups(
         if not found or len(found) < len(wanted):
             raise ConfigError(
                 f"{label} has {len(optimizer.param_groups)} parameter groups, in the checkpoint it has "
-                f"{len(groups)}: build it with the groups that the run had added; or {BEGIN_ANEW}"
+                f"{len(groups)}: build it with the groups that the run had added; or {WEIGHTS_ALONE}"
             )
         options = {
             key: value for key, value in groups[number].items() if key not in ("params", "param_names")
@@ -194,7 +194,7 @@ def _in_order(
         if sorted(theirs) != sorted(mine):
             raise ConfigError(
                 f"group {number} of {label} has other parameters than in the checkpoint ({_difference(theirs, mine)}). "
-                f"Build it over the same ones; or {BEGIN_ANEW}"
+                f"Build it over the same ones; or {WEIGHTS_ALONE}"
             )
         if list(theirs) == list(mine) or len(set(mine)) < len(mine):
             continue

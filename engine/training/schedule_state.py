@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, PolynomialLR, SequentialLR
 
-from offloop.engine.position.resume_report import ResumeReport
+from offloop.engine.position.exactness import ResumeReport
 
 LENGTHS: Final[Mapping[type, str]] = {
     CosineAnnealingLR: "T_max",

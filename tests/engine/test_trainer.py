@@ -628,7 +628,7 @@ def test_evaluate_names_its_metrics_as_it_is_asked_to() -> None:
     made = trainer.evaluate(LOADER, metrics=["accuracy"], prefix="test_")
     usual = trainer.evaluate(LOADER, metrics=["accuracy"])
     assert made == {"test_loss": usual["val_loss"], "test_accuracy": usual["val_accuracy"]}
-    with pytest.raises(TypeError, match='prefix must be a text like "test_", got None'):
+    with pytest.raises(TypeError, match='prefix must be a string like "test_", got None'):
         trainer.evaluate(LOADER, prefix=None)  # type: ignore[arg-type]
 
 

@@ -495,8 +495,8 @@ def test_state_of_another_model_is_refused_and_the_text_says_what_to_do(tmp_path
         (["accuracy"], ["accuracy", "f1_score"], 3, ("metric f1_score is new",)),
         (["accuracy"], ["accuracy", "f1_score"], 8, ("metric f1_score is new",)),
         ([], ["accuracy"], 3, ("metric accuracy is new",)),
-        (["accuracy", "recall"], ["recall"], 3, ("metric accuracy is not computed any more",)),
-        (["accuracy"], [], 3, ("metric accuracy is not computed any more",)),
+        (["accuracy", "recall"], ["recall"], 3, ("metric accuracy is no longer computed",)),
+        (["accuracy"], [], 3, ("metric accuracy is no longer computed",)),
     ],
 )
 def test_metrics_may_come_and_go_at_a_resume(
@@ -514,7 +514,7 @@ def test_metrics_may_come_and_go_at_a_resume(
     assert resumed.from_script == said
     is_partial = "is new" in said[0]
     assert resumed.exactness == ("approximate" if is_partial else "bitwise")
-    assert ("leaves out the first batches of this epoch" in resumed.reasons) is is_partial
+    assert ("lacks the first batches of this epoch" in resumed.reasons) is is_partial
     whole = tiny_trainer().train(tiny_batches(8), epochs=2, metrics=now)
     assert result.history[-1].metrics == whole.history[-1].metrics  # of an epoch that was whole
     kept = {f"train_{name}" for name in now if name in before}

@@ -371,4 +371,4 @@ def test_callbacks_with_a_state_that_come_and_go_are_in_the_report(tmp_path: Pat
     _, (resumed,) = run(tmp_path, Cut(5), SavedNoise(), resume="must")
     assert resumed.from_script == ("callback SavedNoise is new",)
     _, (resumed,) = run(tmp_path, resume="must")
-    assert resumed.from_script == ("callback SavedNoise is not there any more",)
+    assert resumed.from_script == ("callback SavedNoise is missing",)

@@ -189,7 +189,7 @@ def test_schedules_that_come_and_go_are_said(tmp_path: Path) -> None:
     assert (said.exactness, "schedule StepLR is new" in said.reasons) == ("approximate", True)
     _, said = run(tmp_path, 12, resume="must")
     assert said is not None
-    assert "is not there any more" in said.reasons
+    assert "is missing" in said.reasons
 
 
 # Another learning rate -----------------------------------------------------------------------------
