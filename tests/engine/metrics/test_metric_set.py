@@ -394,7 +394,7 @@ def test_names_are_known_before_the_first_batch(given: list[str | Metric], names
         (["acuracy"], ValueError, "did you mean 'accuracy'.*'roc_auc'.*torchmetrics.Metric"),
         (["zzz"], ValueError, "'zzz' is unknown; the names are"),
         (["f1", "f1_score"], ValueError, "'f1_score' is given twice"),
-        ([MeanSquaredError(), MeanSquaredError()], ValueError, "given twice; a mapping"),
+        ([MeanSquaredError(), MeanSquaredError()], ValueError, "given twice; use a mapping"),
         ({"loss": MeanSquaredError()}, ValueError, "cannot be called 'loss'"),
         ({"": MeanSquaredError()}, ValueError, "cannot be called ''"),
         ({1: MeanSquaredError()}, ValueError, "cannot be called 1"),
