@@ -12,7 +12,7 @@ shortens.
 import functools
 import logging
 import time
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.abc
@@ -30,6 +30,15 @@ logger = logging.getLogger("offloop")
 
 CLOSE_IN_HASTE: Final = HASTY_CLOSE - 2 * HASTY_MOMENT
 """Seconds after a second signal for the `close()` of all callbacks: what their last events leave of the time."""
+
+
+class _Task(NamedTuple):
+    """The task of one callback."""
+
+    observer: Observer
+    scope: anyio.CancelScope
+    served: anyio.Event
+    """Set when the task has ended."""
 
 
 class CallbackTasks:
@@ -51,8 +60,7 @@ class CallbackTasks:
         self._lifetime = lifetime
         self._mailbox = mailbox
         self._drain_timeout = drain_timeout
-        self._scopes: list[anyio.CancelScope] = []
-        self._served: list[anyio.Event] = []
+        self._tasks: list[_Task] = []
         # Set when the observer has handled everything before the barrier.
         self._barriers: dict[Observer, anyio.Event] = {}
         # Observers that `settle` gave up on.
@@ -78,10 +86,9 @@ class CallbackTasks:
     def start(self, tasks: anyio.abc.TaskGroup) -> None:
         """Start one task per callback."""
         for observer in self.observers:
-            scope, served = anyio.CancelScope(), anyio.Event()
-            self._scopes.append(scope)
-            self._served.append(served)
-            tasks.start_soon(self._serve, observer, scope, served)
+            task = _Task(observer, anyio.CancelScope(), anyio.Event())
+            self._tasks.append(task)
+            tasks.start_soon(self._serve, *task)
 
     async def _serve(self, observer: Observer, scope: anyio.CancelScope, served: anyio.Event) -> None:
         # In a separate task: a handler may have to be abandoned
@@ -148,7 +155,7 @@ class CallbackTasks:
         """Let the callbacks handle `TrainEnd`; cancel and report those that miss the deadline or were late before."""
         now = time.perf_counter()
         moment = now + HASTY_MOMENT
-        for observer, scope, served in zip(self.observers, self._scopes, self._served, strict=True):
+        for observer, scope, served in self._tasks:
             deadline = moment if observer in self._late else now + self._drain_timeout
             if not await self._lifetime.wait_until(served, deadline, at_least=moment):
                 self._cancel(observer, scope)
@@ -157,7 +164,7 @@ class CallbackTasks:
 
     def cancel(self) -> None:
         """Cancel all handlers; one that swallows its cancellation is abandoned."""
-        for observer, scope in zip(self.observers, self._scopes, strict=True):
+        for observer, scope, _ in self._tasks:
             self._cancel(observer, scope)
 
     def _cancel(self, observer: Observer, scope: anyio.CancelScope) -> None:
@@ -222,4 +229,5 @@ class CallbackTasks:
 
     def clear(self) -> None:
         """Forget the callbacks, when the run is over."""
-        self.observers, self._scopes, self._served, self._late = [], [], [], set()
+        # Replaced, not emptied: a supervisor that has abandoned the training thread may still go through them
+        self.observers, self._tasks, self._late = [], [], set()
