@@ -12,8 +12,6 @@
     python benchmarks/checkpoint_store.py [--quick] [--rounds 7] [--json FILE] [--directory DIR]
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

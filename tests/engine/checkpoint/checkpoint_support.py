@@ -1,7 +1,5 @@
 """File systems that fail, stop dead or keep a record, and states whose content tells their step."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random

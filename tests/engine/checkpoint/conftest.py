@@ -1,7 +1,5 @@
 """What the checkpoint tests share: small states, stores on a fast disk, no thread left behind."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

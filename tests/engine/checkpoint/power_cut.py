@@ -1,11 +1,9 @@
 """A model of what a power cut may leave on a disk, from a record of what was done.
 
-It is weaker than any file system in use.  Until a file is fsynced, each of its writes may be lost
-by itself or be there in part.  Until a directory is fsynced, each name made, moved or removed in
-it may or may not have reached the disk, in any combination.  Only one rename is all or nothing.
+It is weaker than any file system in use. Until a file is fsynced, each of its writes may be lost
+by itself or be there in part. Until a directory is fsynced, each name made, moved or removed in
+it may or may not have reached the disk, in any combination. Only one rename is all or nothing.
 """
-
-from __future__ import annotations
 
 import itertools
 import os
@@ -86,7 +84,7 @@ class Inode:
 
     is_directory: bool
     content: bytes = b""
-    entries: dict[str, Inode] = field(default_factory=dict)
+    entries: dict[str, "Inode"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

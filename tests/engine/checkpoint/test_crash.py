@@ -1,7 +1,5 @@
 """Whatever moment the process or the power dies at: the old checkpoint, or the new one, whole."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Damaged, foreign and hostile files: always an error that names the place, never a wrong load."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

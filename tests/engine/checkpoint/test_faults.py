@@ -1,7 +1,5 @@
 """Any operation of a save may fail: a typed error, the old ones are there, the next save works."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What earlier versions of the format wrote is read, and what later ones will write is told of."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

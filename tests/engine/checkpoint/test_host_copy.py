@@ -1,7 +1,5 @@
 """Copies in host memory are dealt out to threads that meet once, and all of them are made."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 

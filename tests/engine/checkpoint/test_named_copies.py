@@ -1,7 +1,5 @@
 """engine/checkpoint/named_copies.py: copies are whole or not there, and go with their checkpoints, whatever dies."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """What is kept, as a function, and on a disk that dies between commit and deletion."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A snapshot is a copy of one moment, made once for tensors that share memory."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

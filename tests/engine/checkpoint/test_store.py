@@ -1,7 +1,5 @@
 """The store: names, refs, tags, one writer at a time, whatever happens to the last one."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

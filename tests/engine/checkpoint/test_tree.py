@@ -1,7 +1,5 @@
 """Nested state survives JSON bit for bit, and what cannot is refused by its path."""
 
-from __future__ import annotations
-
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict

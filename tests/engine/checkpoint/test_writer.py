@@ -1,7 +1,5 @@
 """The writing thread: in order, bounded, never silent, and never a torn snapshot."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os
