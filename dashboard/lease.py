@@ -43,7 +43,8 @@ class SharedServer:
         # Guards the attributes below: a server is opened, joined and given up by one thread at a time.
         self._lock = threading.Lock()
         self._server: Server | None = None
-        self._leases: set[Lease] = set()  # of `_server` only
+        # Leases of `_server` only.
+        self._leases: set[Lease] = set()
         self._is_pinned = False
 
     def acquire(self, options: Options) -> Lease:

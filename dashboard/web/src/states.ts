@@ -172,7 +172,7 @@ function stage(seen: Seen): Described["stage"] {
     case "connecting":
       return { title: "Connecting", text: "" };
     case "open":
-      return { title: "No run yet", text: "The server is there. A run that begins in its process appears here by itself." };
+      return { title: "No run yet", text: "The server is ready. A run that begins in its process appears here automatically." };
     default:
       return { title: format.capital(pill(seen).word), text: explain(seen) };
   }
@@ -184,15 +184,15 @@ function explain({ link }: Seen): string {
     case "reconnecting":
       return "The connection was lost; looking for the server.";
     case "gone":
-      return "Nobody answers at this address. The page keeps looking, and shows the next run here by itself.";
+      return "No server answers at this address. The page keeps trying and shows the next run automatically.";
     case "unauthorised":
-      return "The server does not know this browser. Open the address with the token that the run has printed.";
+      return "The server does not know this browser. Open the address with the token that the run printed.";
     case "full":
-      return "The server lets no more viewers in. The page takes the next place that becomes free.";
+      return "The server has its maximum number of viewers. The page connects as soon as another one leaves.";
     case "blocked":
-      return "The server answers, but websockets to it do not get through. A proxy in between has to let them.";
+      return "The server answers, but websockets do not reach it. Allow them in the proxy in between.";
     case "refused":
-      return "The server speaks another version of the protocol. Reload the page; if that changes nothing, build it anew.";
+      return "The server speaks another version of the protocol. Reload the page; if that does not help, rebuild it.";
     default:
       return "";
   }
@@ -223,14 +223,14 @@ function notices(seen: Seen): Notice[] {
     });
   }
   if (link.phase === "gone" && ended) {
-    const text = "This page keeps what it holds. The next run at this address appears by itself.";
-    add({ id: `over ${run}`, tone: "off", title: "The server has gone with its run.", text, closable: true });
+    const text = "This page keeps its data. The next run at this address appears automatically.";
+    add({ id: `over ${run}`, tone: "off", title: "The server closed with its run.", text, closable: true });
   } else if (link.phase === "reconnecting" && (ended || seen.now - link.since < PATIENCE)) {
     // Most often it is back before anybody could read this.
   } else if (link.phase !== "open" && link.phase !== "connecting") {
     const tone = link.phase === "reconnecting" || link.phase === "gone" || link.phase === "full" ? "warn" : "bad";
     const kept = link.phase === "reconnecting" ? "" : " What is below is as it was.";
-    const said = link.phase === "gone" && model.bye ? `It said: ${model.bye}. ` : "";
+    const said = link.phase === "gone" && model.bye ? `Its last message: ${model.bye}. ` : "";
     add({ id: link.phase, tone, title: `${format.capital(pill(seen).word)}.`, text: `${said}${explain(seen)}${kept}` });
   }
   if (link.phase === "open" && page !== null && model.hello?.page && model.hello.page !== page) {
@@ -262,7 +262,7 @@ function notices(seen: Seen): Notice[] {
       id: `dropped ${run}`,
       tone: "warn",
       title: `${format.count(status.dropped)} samples were dropped.`,
-      text: "The page's history could not keep up with training. Curves have a gap there; the run itself missed nothing.",
+      text: "The page's history could not keep up with training. Its curves have a gap; the run is complete.",
       closable: true,
     });
   }
@@ -271,7 +271,7 @@ function notices(seen: Seen): Notice[] {
       id: `trimmed ${run}`,
       tone: "off",
       title: "The history is trimmed.",
-      text: `Before step ${format.count(status.trimmed)} only least and greatest values are left; events.jsonl has all.`,
+      text: `Before step ${format.count(status.trimmed)} the history holds only minima and maxima; events.jsonl has everything.`,
       closable: true,
     });
   }

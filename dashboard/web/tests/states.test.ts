@@ -63,7 +63,7 @@ group("the connection", () => {
   test("a run that has ended stays so when its server goes", () => {
     const described = describe(seen({ model: withStatus({ state: "completed" }), link: { phase: "gone" } }));
     expect(described.word).toBe("completed");
-    expect(described.notices.map(({ title }) => title)).toEqual(["The server has gone with its run."]);
+    expect(described.notices.map(({ title }) => title)).toEqual(["The server closed with its run."]);
   });
 
   test("lost for a moment is told by the pill alone", () => {
@@ -76,7 +76,7 @@ group("the connection", () => {
   test("what a server has said before it went is told", () => {
     const model = watching({ type: "bye", reason: "the server was interrupted" });
     const [notice] = describe(seen({ model, link: { phase: "gone" } })).notices;
-    expect(notice?.text).toMatch(/^It said: the server was interrupted\. Nobody answers/);
+    expect(notice?.text).toMatch(/^Its last message: the server was interrupted\. No server answers/);
   });
 
   test("when it was lost stands there", () => {
