@@ -13,13 +13,14 @@ import traceback
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import msgspec
 
 from offloop.dashboard.frames import Frames
 from offloop.dashboard.history import HISTORY_BYTES, History
 from offloop.dashboard.protocol import (
+    CommandName,
     Latest,
     Milestone,
     RunInfo,
@@ -173,7 +174,7 @@ class LiveRun:
             optimizers=list(optimizers) if len(optimizers) > 1 else [],
             monitor=run.monitor,
             config=masked(start.config),
-            refused=run.refused,
+            refused={name: why for name, why in run.refused.items() if name in get_args(CommandName)},
         )
 
     @property

@@ -69,6 +69,7 @@ CLOSE_SLOW: Final = 4008
 """The viewer did not keep up; it may reconnect at once."""
 
 Role = Literal["control", "read_only"]
+CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate"]
 State = Literal[
     "starting",
     "waiting",
@@ -153,7 +154,7 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
 
     id: str
     """Unique id of 1 to 64 characters, chosen by the viewer, such as a UUID. A repeated id is not applied again."""
-    name: Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate"]
+    name: CommandName
     run: str
     """Key of the run."""
     lr: float | None = None
