@@ -89,7 +89,7 @@ class RemoteDirectory(msgspec.Struct, frozen=True):
 
 
 class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How to train: the knobs of `Trainer`, checked when it is made. `help(Trainer)` describes each of them.
+    """How to train: the knobs of `Trainer`, checked on creation. `help(Trainer)` describes them.
 
     Raises:
         ConfigError: A value is out of range; the text names the knob, the value and what is legal.
