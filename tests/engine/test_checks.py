@@ -51,7 +51,7 @@ def test_flag_is_a_bool() -> None:
 
 def test_choice_is_one_of_the_legal_values() -> None:
     checks.choice("mode", "min", ("min", "max"))
-    with pytest.raises(ConfigError, match=r"^mode must be one of 'min', 'max', got 'mid'$"):
+    with pytest.raises(ConfigError, match=r"^mode must be 'min' or 'max', got 'mid'$"):
         checks.choice("mode", "mid", ("min", "max"))
 
 
