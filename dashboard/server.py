@@ -273,6 +273,7 @@ class Server:
         # Not also ::1, where port 0 would be a different port. Browsers try both addresses.
         host = "127.0.0.1" if options.host == "localhost" else options.host
         last = DEFAULT_PORT + PORTS_TRIED
+        requests = _Requests(options, self._gate, self.page, self._connections, self.hub.id)
         connection: Any = functools.partial(_Connection, self._half_open, self._connections)
         for port in [options.port] if options.port is not None else range(DEFAULT_PORT, last + 1):
             try:
@@ -280,7 +281,7 @@ class Server:
                     self._serve,
                     host,
                     port,
-                    process_request=self._process_request,
+                    process_request=requests.process,
                     create_connection=connection,
                     subprotocols=[Subprotocol(SUBPROTOCOL)],
                     compression="deflate" if options.compression else None,
@@ -350,9 +351,32 @@ class Server:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    # Requests
+    async def _serve(self, connection: ServerConnection) -> None:
+        """Serve one websocket until it closes."""
+        assert isinstance(connection, _Connection) and connection.role is not None
+        self._half_open.pop(connection, None)
+        peer = connection.remote_address
+        address = str(peer[0]) if peer else "?"
+        try:
+            await self.hub.serve(_WebsocketLink(connection), role=connection.role, address=address)
+        except Exception:
+            logger.exception("the live page failed: a viewer was disconnected")
+            raise
 
-    def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
+
+class _Requests:
+    """Answers requests for files and the status, and admits websockets. The server's thread only."""
+
+    def __init__(
+        self, options: Options, gate: Gate, page: Page | None, connections: "set[_Connection]", server_id: str
+    ) -> None:
+        self._options = options
+        self._gate = gate
+        self._page = page
+        self._connections = connections
+        self._server_id = server_id
+
+    def process(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer a request for a file, or let a websocket handshake continue."""
         assert isinstance(connection, _Connection)
         response = self._respond(connection, request)
@@ -390,7 +414,7 @@ class Server:
             )
         if role is None:
             return _answer(401, "Open the page with the address that the run printed.")
-        if self._viewers >= self.options.max_viewers:
+        if self._viewers >= self._options.max_viewers:
             return _answer(503, f"There are already {self._viewers} viewers.")
         connection.role = role
         return None
@@ -406,20 +430,20 @@ class Server:
                 return _answer(401, "Not authorised.")
             status = {
                 "viewers": self._viewers,
-                "full": self._viewers >= self.options.max_viewers,
+                "full": self._viewers >= self._options.max_viewers,
                 "role": role,
-                "server": self.hub.id,
+                "server": self._server_id,
             }
             return _answer(200, msgspec.json.encode(status), {"Content-Type": "application/json"})
         if path == "/" and "token=" in query:
             # Redirect to an address without the token, right or wrong. Without a cookie the page asks for one.
             more = {"Location": "./"}
             if (given := self._gate.role_in_query(query)) is not None:
-                more["Set-Cookie"] = self._gate.cookie(given, secure=self.options.ssl is not None)
+                more["Set-Cookie"] = self._gate.cookie(given, secure=self._options.ssl is not None)
             return _answer(303, b"", more)
-        if self.page is None:
+        if self._page is None:
             return self._asset(headers, NOT_BUILT, 503, "no-store")
-        asset = self.page.assets.get(path)
+        asset = self._page.assets.get(path)
         if asset is None:
             return _answer(404, "Not found.")
         return self._asset(headers, asset, 200, "no-cache" if path == "/" else FOR_GOOD)
@@ -428,7 +452,7 @@ class Server:
         more = {
             "Content-Type": asset.content_type,
             "Cache-Control": keep,
-            "Content-Security-Policy": content_security_policy(self.options.frame_ancestors),
+            "Content-Security-Policy": content_security_policy(self._options.frame_ancestors),
             "ETag": asset.etag,
             "Vary": "Accept-Encoding",
         }
@@ -437,18 +461,6 @@ class Server:
         if _accepts_gzip(headers.get_all("Accept-Encoding")):
             return _answer(status, asset.gzipped, more | {"Content-Encoding": "gzip"})
         return _answer(status, asset.body, more)
-
-    async def _serve(self, connection: ServerConnection) -> None:
-        """Serve one websocket until it closes."""
-        assert isinstance(connection, _Connection) and connection.role is not None
-        self._half_open.pop(connection, None)
-        peer = connection.remote_address
-        address = str(peer[0]) if peer else "?"
-        try:
-            await self.hub.serve(_WebsocketLink(connection), role=connection.role, address=address)
-        except Exception:
-            logger.exception("the live page failed: a viewer was disconnected")
-            raise
 
 
 class _Connection(ServerConnection):

@@ -590,7 +590,7 @@ def test_not_authorised_too_many_viewers_and_an_older_page(
     expect(word(crowd)).to_have_text("too many viewers")
     shot(crowd, "too-many-viewers")
     page.close()
-    await_on_loop(run.server, lambda: run.server._viewers == 0)
+    await_on_loop(run.server, lambda: not any(each.role for each in run.server._connections))
     look_at_the_network(
         crowd
     )  # every five seconds it does so by itself: dashboard/web/tests/connection.test.ts

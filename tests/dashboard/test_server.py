@@ -534,7 +534,7 @@ def test_a_wrong_handshake_is_refused_and_forgotten(
     answer = raw(server, handshake_head(server, "GET", **changes))
     assert status_of(answer) == status
     assert_secure(answer)
-    assert on_loop(server, lambda: server._viewers) == 1
+    assert on_loop(server, lambda: [each.role for each in server._connections if each.role]) == ["control"]
     assert_unharmed(server, bystander, caplog)
 
 
