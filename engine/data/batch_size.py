@@ -28,7 +28,7 @@ BatchSize = Callable[[Any], int]
 _MAX_DEPTH: Final = 20
 """Deeper than any reasonable batch; a batch that contains itself would recurse forever."""
 _CHANNELS: Final = (1, 3, 4)
-"""First dimension of a picture: grey, RGB, RGBA."""
+"""First dimension of an image: grey, RGB, RGBA."""
 
 
 def guess_batch_size(batch: Any) -> int:
@@ -133,7 +133,7 @@ def _agreed(parts: list[Any], depth: int) -> int | None:
             inner = [each.size(0) for each in part if isinstance(each, Tensor) and each.dim()]
             sizes.append(len(part) if len(part) == sizes[0] or set(inner) != {sizes[0]} else sizes[0])
         return _most(sizes, [part for part in parts if isinstance(part, Tensor) and part.dim()])
-    # Texts and numbers are the weakest indication.
+    # Strings and numbers are the weakest indication.
     for part in sorted(lists, key=_is_plain):
         size = _size_of_list(part, depth)
         if size is not None:
@@ -153,9 +153,9 @@ def _most(sizes: list[int], tensors: list[Tensor]) -> int:
     leading = tensors[0] if tensors else None
     if leading is not None and leading.size(0) == first and leading.dim() > 1:
         is_sequence = leading.dim() > 2 or not leading.is_floating_point()
-        beside = leading.size(1)
-        if is_sequence and any(each.dim() == 1 and each.size(0) == beside for each in tensors):
-            return beside
+        second = leading.size(1)
+        if is_sequence and any(each.dim() == 1 and each.size(0) == second for each in tensors):
+            return second
     return first
 
 
@@ -163,7 +163,7 @@ def _size_of_list(part: list[Any], depth: int) -> int | None:
     """Return the number of samples of a list that is the only indication."""
     if all(isinstance(each, Tensor) for each in part):
         leading = {each.size(0) for each in part if each.dim()}
-        is_collated = len(leading) == 1 and all(each.dim() for each in part) and not _are_pictures(part)
+        is_collated = len(leading) == 1 and all(each.dim() for each in part) and not _are_images(part)
         return leading.pop() if is_collated else len(part)
     if _is_plain(part) or _are_alike(part):
         return len(part)
@@ -177,7 +177,7 @@ def _samples_of_list(batch: list[Any] | tuple[Any, ...]) -> int | None:
         return None
     if all(isinstance(each, Tensor) for each in batch):
         # Two tensors are inputs and targets, and so are some of one shape.
-        is_list = len(batch) > 2 and _are_pictures(batch) and len({each.shape for each in batch}) > 1
+        is_list = len(batch) > 2 and _are_images(batch) and len({each.shape for each in batch}) > 1
         return len(batch) if is_list else None
     if isinstance(batch, list) and len(batch) > 0:
         if _is_plain(batch):
@@ -187,13 +187,13 @@ def _samples_of_list(batch: list[Any] | tuple[Any, ...]) -> int | None:
             tensors = [tensor for each in batch for tensor in _tensors(each, 0)]
             leading = {tensor.size(0) for tensor in tensors if tensor.dim()}
             is_collated = len(leading) == 1 and all(tensor.dim() for tensor in tensors)
-            if not is_collated or _are_pictures(tensors):
+            if not is_collated or _are_images(tensors):
                 return len(batch)
     return None
 
 
 def _is_plain(part: list[Any]) -> bool:
-    """Return whether all items are texts or numbers."""
+    """Return whether all items are strings or numbers."""
     return all(isinstance(each, str | bytes | int | float | None) for each in part)
 
 
@@ -210,8 +210,8 @@ def _are_alike(items: list[Any]) -> bool:
     return True
 
 
-def _are_pictures(tensors: "list[Any] | tuple[Any, ...]") -> bool:
-    """Return whether all tensors are (C, H, W) with the channels of pictures."""
+def _are_images(tensors: "list[Any] | tuple[Any, ...]") -> bool:
+    """Return whether all tensors are (C, H, W) with the channels of images."""
     channels = {tensor.size(0) if tensor.dim() == 3 else 0 for tensor in tensors}
     return len(channels) == 1 and channels <= set(_CHANNELS)
 

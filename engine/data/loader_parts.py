@@ -45,6 +45,18 @@ def datasets_of(loader: Any) -> Iterator[Any]:
             waiting.extend(dataset.datasets)
 
 
+def parts_by_place(loader: Any) -> dict[str, Any]:
+    """Return a loader and its parts by the names under which checkpoints hold their state; None for a missing part."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return {
+        "loader": loader,
+        "sampler": getattr(loader, "sampler", None),
+        "batch_sampler": batch_sampler,
+        "sampler of batches": getattr(batch_sampler, "sampler", None),
+        "dataset": getattr(loader, "dataset", None),
+    }
+
+
 def unwrapped(part: Any) -> Any:
     """Return the user's sampler or data set inside offloop's wrapper."""
     if isinstance(part, Numbered):

@@ -77,6 +77,17 @@ def _of_numpy(saved: Sequence[Any]) -> tuple[Any, ...]:
     return name, keys.numpy().astype("uint32"), position, has_gauss, cached
 
 
+def global_generators() -> set[int]:
+    """Return the ids of the global generators, which every checkpoint holds."""
+    owners = [random.random.__self__, torch.default_generator]  # type: ignore[attr-defined]  # a bound method
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        owners.append(numpy.random.mtrand._rand)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        owners.extend(torch.cuda.default_generators)
+    return {id(each) for each in owners}
+
+
 @contextmanager
 def kept_on_host() -> Iterator[None]:
     """Restore the CPU's global generators after the block."""

@@ -21,26 +21,28 @@ def check_name(name: str, metrics: Collection[str]) -> None:
         metrics: The names of the run's `metrics=`, of training or of validations.
 
     Raises:
-        TypeError: It is no string.
+        TypeError: It is not a string.
         ValueError: It is in use, or has a prefix that offloop adds itself.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"log takes a name and a value; the name must be a text, got {name!r}")
+        raise TypeError(f"log takes a name and a value; the name must be a string, got {name!r}")
     if name.startswith(("train_", "val_", "train/", "val/")):
         bare = name.removeprefix("train").removeprefix("val")[1:]
         if bare == "loss":
-            raise ValueError(f"log({name!r}): leave it out, the mean of the step's loss is logged by itself")
-        raise ValueError(f"log({name!r}): train_ or val_ is put before what is logged, so log {bare!r}")
+            raise ValueError(
+                f"log({name!r}): remove this call, the mean of the step's loss is logged automatically"
+            )
+        raise ValueError(f"log({name!r}): log adds train_ or val_ itself, so log {bare!r}")
     if name == "loss":
         raise ValueError("log('loss') would mix with the step's own loss: log it under another name")
     if name in COLUMNS:
         raise ValueError(
-            f"log({name!r}): the run writes a {name!r} of its own for every step; leave it out, or log the value "
-            f"under another name, like {f'my_{name}'!r}"
+            f"log({name!r}): the run writes its {name!r} for every step; log the value under another name, like "
+            f"{f'my_{name}'!r}"
         )
     if name in metrics:
         raise ValueError(
-            f"log({name!r}): metrics= has {name!r} already; leave one of them out, or log the value under another "
+            f"log({name!r}): metrics= has {name!r} already; remove one of them, or log the value under another "
             f"name, like {f'batch_{name}'!r}"
         )
 

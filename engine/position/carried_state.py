@@ -1,20 +1,20 @@
 """State that a run carries from step to step and that its checkpoints do not hold.
 
 A trainer, a loss, a module of the model, a wrapped optimizer or a callback may keep state in its attributes: a hidden
-state, a generator, a counter, a second model. A resume loses whatever checkpoints lack. So the attributes are
-compared between the start of the run and every checkpoint, and those that have changed and are in no `state_dict` are
-named. Nothing happens in between.
+state, a generator, a counter, a second model. A resume loses what the checkpoint lacks. Each checkpoint therefore
+compares the attributes with those at the start of the run, and names each that has changed and is in no `state_dict`.
+Between checkpoints nothing is read.
 
-    changes are seen in      tensors and numpy arrays, generators, iterators, modules and optimizers that are no part
-                             of the run, containers of these; numbers and texts, if the class is the user's own
-    skipped                  parameters, buffers and everything else in the checkpoint; loaders, samplers and data
-                             sets, which `loader_position.py` handles; offloop's own objects
-    seen also if they are    generators in closures and global variables that methods refer to; tensors and generators
-    no attributes            in the closure or the bound arguments of a loss that is a function
-    not seen                 other content of closures and global variables, objects without a `__dict__`
+    detected in attributes    changes of tensors, numpy arrays, generators, iterators, modules and optimizers that are
+                              not the run's, and containers of these; of numbers and strings in classes of the user
+    detected elsewhere        generators in closures and globals that methods refer to; tensors and generators in the
+                              closure or the bound arguments of a loss that is a function
+    skipped                   parameters, buffers and everything else in the checkpoint; loaders, samplers and data
+                              sets (see `loader_doubts.py` and `loader_contents.py`); offloop's objects
+    not detected              other values in closures and globals, objects without a `__dict__`
 
-An object with its own `state_dict` decides which numbers are state. Tensors and generators that its `state_dict`
-leaves out are named nevertheless.
+An object with a `state_dict` decides which of its numbers are state. Tensors and generators that its `state_dict`
+lacks are named all the same.
 """
 
 import functools
@@ -34,6 +34,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from offloop.engine.data.random_state import global_generators
 from offloop.engine.position.loader_doubts import closure_of, referred_to
 
 MAX_DEPTH: Final = 4
@@ -46,14 +47,8 @@ SAMPLED: Final = 64
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS: Final = (list, tuple, set, frozenset, deque)
 _OPAQUE: Final = (
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    DataLoader,
-    Dataset,
-    Sampler,
-    io.IOBase,
+    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType),
+    *(DataLoader, Dataset, Sampler, io.IOBase),
 )
 
 
@@ -67,11 +62,11 @@ class Owner:
     hint: str
     """Advice for state that is not saved."""
     skipped: frozenset[str] = frozenset()
-    """Attributes that are known or no state."""
+    """Attributes that are saved already, or hold no state."""
     counts_plain: bool = True
-    """Whether changed numbers and texts are state; False if the class has its own `state_dict`."""
+    """Whether changed numbers and strings are state; False if the class defines `state_dict`."""
     saved: tuple[str, ...] = ()
-    """Path in the checkpoint's state to the result of its own `state_dict`."""
+    """Path in the checkpoint's state to the result of its `state_dict`."""
 
 
 def owner_of_module(name: str, module: torch.nn.Module, saved: tuple[str, ...] = ()) -> Owner:
@@ -124,7 +119,7 @@ class CarriedState:
             owners: The objects to compare.
             known: Modules, optimizers, schedules and generators that the checkpoint holds anyway.
         """
-        self._owners = [(owner, _state_beside(owner.target)) for owner in owners]
+        self._owners = [(owner, _state_outside_attributes(owner.target)) for owner in owners]
         self._known = list(known)
         self._before: dict[tuple[str, str], _Contents] = {
             (owner.name, name): contents.without_values() for owner, name, contents in self._look()
@@ -170,10 +165,10 @@ class CarriedState:
                     yield owner, name, contents
 
 
-def _state_beside(target: Any) -> dict[str, Any]:
-    """Return the tensors and generators that belong to an object but are none of its attributes.
+def _state_outside_attributes(target: Any) -> dict[str, Any]:
+    """Return the tensors and generators of an object that are not in its `__dict__`.
 
-    These are on a class of the user, referred to by its methods, or in the closure of a function.
+    They are attributes of its class, generators that its methods refer to, or what a function holds.
     """
     if isinstance(target, types.FunctionType | types.MethodType | functools.partial):
         return _state_of_function(target)
@@ -221,7 +216,7 @@ def _generators_behind(function: Any, seen: set[int], depth: int = 0) -> dict[st
 
 
 def _plain_mark(value: Any) -> Any:
-    """Return a number or text for comparison, in which NaN equals itself."""
+    """Return a number or string for comparison, in which NaN equals itself."""
     return repr(value) if isinstance(value, float) else value
 
 
@@ -240,7 +235,7 @@ class _Contents:
     """The content of one attribute."""
 
     plain: list[object] = field(default_factory=list)
-    """Numbers, texts and lengths, in order."""
+    """Numbers, strings and lengths, in order."""
     heavy: list[_Heavy] = field(default_factory=list)
 
     def without_values(self) -> "_Contents":
@@ -276,7 +271,7 @@ class TensorMark:
             and self._sample == other._sample
         )
 
-    __hash__ = None  # type: ignore[assignment]  # it is compared, never looked up
+    __hash__ = None  # type: ignore[assignment]  # compared, never hashed
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
@@ -319,9 +314,7 @@ class _Known:
         self._modules = [each for each in objects if isinstance(each, torch.nn.Module)]
         self._ids = {id(part) for module in self._modules for part in module.modules()}
         self._ids |= {id(each) for each in objects}
-        self._ids |= {id(torch.default_generator), id(getattr(random, "_inst", None))}
-        if "numpy" in sys.modules:
-            self._ids.add(id(getattr(sys.modules["numpy"].random.mtrand, "_rand", None)))
+        self._ids |= global_generators()
 
     def __contains__(self, value: Any) -> bool:
         return id(value) in self._ids or (isinstance(value, torch.Tensor) and _memory(value) in self._memory)
@@ -382,7 +375,7 @@ class _Walk:
                 self._into(each, is_plain_counted=is_counted, depth=depth + 1)
 
     def _inside(self, value: Any, is_plain_counted: bool) -> Iterator[tuple[Any, bool]]:
-        """Yield the values inside a value, with whether numbers and texts in them count."""
+        """Yield the values inside a value, with True if numbers and strings in them count."""
         if isinstance(value, Mapping):
             for key, each in list(value.items()):
                 yield key, is_plain_counted
@@ -416,7 +409,7 @@ class _Walk:
             yield from ((each, counts) for each in list(getattr(value, "__dict__", {}).values()))
 
 
-# Whose a class is ----------------------------------------------------------------------------------
+# Origin of a class ----------------------------------------------------------------------------------
 
 
 _MODULE_ATTRIBUTES: Final = frozenset(vars(torch.nn.Module()))

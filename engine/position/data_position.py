@@ -36,7 +36,7 @@ from offloop.engine.position.loader_position import (
 )
 
 _MOST_LOADERS: Final = 64
-"""Entries of a list or mapping that is searched for loaders; longer ones hold batches."""
+"""Longest list or mapping that is searched for loaders; longer ones hold batches."""
 
 _PENDING: Final = (
     "the checkpoint was taken between batches of loaders that are read in parallel: batches that were read but not "
@@ -107,7 +107,7 @@ class DataPosition:
         # What a resumed run continues.
         self._saved: dict[str, Any] = {}
         # Doubts about variables of the user's epoch when it was left.
-        self._left_behind: list[Doubt] = []
+        self._local_doubts: list[Doubt] = []
         # Doubts about loaders without a place, by number of the pass.
         self._nameless: dict[int, list[Doubt]] = {}
 
@@ -121,13 +121,13 @@ class DataPosition:
                 known.read += self._given(each, batches)
         self.passes = []
         self._saved = {}
-        self._left_behind = []
+        self._local_doubts = []
         self.is_cut = self._is_interleaved = self._is_nested = False
 
     def leave_epoch(self) -> None:
         """Record the variables of the user's epoch. Call inside it, before it is left early."""
         if self._is_resumable:
-            self._left_behind = local_doubts(self._program)
+            self._local_doubts = local_doubts(self._program)
 
     def _given(self, each: Pass, batches: int) -> int:
         return batches - each.start if each.given is None else each.given
@@ -196,8 +196,10 @@ class DataPosition:
                 del self._validation[name]
 
     def drawn_before_first_batch(self) -> None:
-        """Capture random states again, because a command may have drawn numbers between `iter(loader)` and the first
-        batch, with which samplers draw."""
+        """Capture the random states again after commands that may have drawn from them.
+
+        Samplers draw when the first batch is asked for, not in `iter(loader)`.
+        """
         before = self.current.before
         if before is not None and not getattr(self.current.loader, "num_workers", 0):
             before["first"] = capture_random_state()
@@ -293,7 +295,7 @@ class DataPosition:
         elif len(open_ones) > 1 and self.asking is not open_ones[0]:
             doubts.append(approximate(_PENDING))
         if in_epoch:
-            doubts += self._left_behind or local_doubts(self._program)
+            doubts += self._local_doubts or local_doubts(self._program)
         return {
             "passes": passes if in_epoch else [],
             "loaders": loaders,
@@ -396,7 +398,7 @@ class _Known:
         """Return the state from which its next epoch starts.
 
         Args:
-            read: Batches that the current epoch has had from it.
+            read: Batches that the current epoch has read from it.
         """
         self._look()
         assert self._counters is not None
@@ -417,7 +419,7 @@ class _Known:
         Args:
             now: From `capture`.
             is_open: Whether a pass over it continues; `continue_epoch` does the rest then.
-            in_epoch: Batches that the current epoch has had from it.
+            in_epoch: Batches that the current epoch has read from it.
         """
         self._look()
         assert self._described is not None

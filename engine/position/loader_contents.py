@@ -5,7 +5,7 @@ state that no `state_dict` covers. At every checkpoint, attributes are compared 
 loader. Checksums of the changed ones are saved, and a resume names those that differ. Nothing happens between
 checkpoints.
 
-    changes are seen in      tensors and numpy arrays, numbers, texts, the length and items of containers, and these
+    changes are seen in      tensors and numpy arrays, numbers, strings, the length and items of containers, and these
                              within objects of the user's classes, partial functions and closures
     not seen                 global variables, memory maps, objects of libraries, values beyond the limits, state in
                              workers
@@ -107,7 +107,7 @@ def _attributes(part: Any) -> dict[str, Any]:
 
 
 def _leaves(value: Any, depth: int = 0) -> Iterator[Any]:
-    """Yield the numbers, texts, tensors and arrays in a value, in order, and the lengths of containers."""
+    """Yield the numbers, strings, tensors and arrays in a value, in order, and the lengths of containers."""
     if isinstance(value, (*_PLAIN, torch.Tensor)) or _is_array(value):
         yield value
     elif depth > _MAX_DEPTH or isinstance(value, _JUDGED_ELSEWHERE):

@@ -34,7 +34,8 @@ from torch.utils.data import (
 
 from offloop.engine import checks
 from offloop.engine.data.batches import length_of
-from offloop.engine.data.loader_parts import datasets_of, name_of, samplers_of, unwrapped
+from offloop.engine.data.loader_parts import datasets_of, name_of, parts_by_place, samplers_of, unwrapped
+from offloop.engine.data.random_state import global_generators
 from offloop.engine.data.seeded_sampling import SeededDataset
 from offloop.engine.data.workers import users_init_fn
 from offloop.engine.position.exactness import Doubt, approximate
@@ -93,7 +94,7 @@ def _order_of(loader: "DataLoader[Any]") -> Iterator[str]:
     """Yield descriptions of what decides the order of a loader's batches and may not be restored."""
     if not gives_its_sampler_order(loader):
         yield (
-            f"{name_of(loader)} has an __iter__ of its own, whose state is not saved: give it state_dict and "
+            f"{name_of(loader)} overrides __iter__, whose state is not saved: give it state_dict and "
             "load_state_dict"
         )
     if isinstance(loader.dataset, IterableDataset):
@@ -248,7 +249,7 @@ def hidden_sources(loader: Iterable[Any]) -> list[str]:
     """
     parts = [*samplers_of(loader), *datasets_of(loader)]
     answered = [*generators_of(loader).values(), *(each for each in parts if is_stateful(each))]
-    saved = {id(each) for each in answered} | _global_generators()
+    saved = {id(each) for each in answered} | global_generators()
     seen: set[int] = set()
     found: list[str] = []
     waiting: list[tuple[str, str, Any]] = [(name_of(part), "", part) for part in unsaved_parts(loader)]
@@ -261,7 +262,7 @@ def hidden_sources(loader: Iterable[Any]) -> list[str]:
         if isinstance(value, types.GeneratorType | itertools.count | itertools.cycle):
             kind = "an iterator"
         if kind:
-            found.append(f"{owner} has {kind} of its own ({name})")
+            found.append(f"{owner} has {kind} ({name})")
         else:
             waiting.extend(_within(owner, name, value))
     return list(dict.fromkeys(found))
@@ -352,16 +353,9 @@ def unsaved_parts(loader: Any) -> Iterator[Any]:
 
 def generators_of(loader: Any) -> dict[str, torch.Generator]:
     """Return the loader's own generators that are saved, by their places; a shared one only once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    places = {
-        "loader": loader,
-        "sampler": getattr(loader, "sampler", None),
-        "batch_sampler": batch_sampler,
-        "sampler of batches": getattr(batch_sampler, "sampler", None),
-    }
     found: dict[str, torch.Generator] = {}
-    for place, part in places.items():
-        generator = getattr(part, "generator", None)
+    for place, part in parts_by_place(loader).items():
+        generator = None if place == "dataset" else getattr(part, "generator", None)
         if isinstance(generator, torch.Generator) and all(generator is not other for other in found.values()):
             found[place] = generator
     return found
@@ -373,14 +367,3 @@ def _generator_kinds() -> tuple[type, ...]:
     if numpy is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState, numpy.random.BitGenerator)
     return kinds
-
-
-def _global_generators() -> set[int]:
-    """Return the ids of the generators that every checkpoint holds."""
-    owners = [random.random.__self__, torch.default_generator]  # type: ignore[attr-defined]  # it is bound
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        owners.append(numpy.random.mtrand._rand)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        owners.extend(torch.cuda.default_generators)
-    return {id(each) for each in owners}

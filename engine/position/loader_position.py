@@ -1,19 +1,19 @@
-"""Continuing a loader inside an epoch: in the user's own order, without reading samples to skip them.
+"""Continuing a loader inside an epoch: in the user's order, without reading samples to skip them.
 
 The random state just before `iter(loader)` decides the order of an epoch. To continue after n batches, that state is
 restored, the sampler draws its order again, and n lists of indices are dropped before anything is loaded. Then the
 random states of the checkpoint are restored.
 
-From loaders, samplers and data sets with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`, or
-the user's own) more is saved:
+Loaders, samplers and data sets with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`, or classes
+of the user) are saved too:
 
     a sampler       its state from before the epoch: it draws the epoch's order again
-    a data set      its current state; with workers it is in them, where only loaders like StatefulDataLoader get it
+    a data set      its current state; inside workers only loaders like StatefulDataLoader can read it
     a loader        its current state, where this is the only way: iterable data sets, data sets with a state in
                     workers, loaders that are no DataLoader
 
 An iterator given as a loader cannot start again: everything that it gave in the run is read again.
-Whatever may not be restored is returned as doubts; `loader_doubts.py` has those that need no checkpoint.
+Functions return doubts about what may not be restored; `loader_doubts.py` has those that need no checkpoint.
 """
 
 import copy
@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from offloop.engine.data.loader_parts import name_of
+from offloop.engine.data.loader_parts import name_of, parts_by_place
 from offloop.engine.data.random_state import capture_random_state, differs_on_host, restore_random_state
 from offloop.engine.position.exactness import Doubt, approximate, equivalent
 from offloop.engine.position.loader_doubts import (
@@ -37,10 +37,10 @@ from offloop.engine.position.loader_doubts import (
 )
 
 _IN_WORKERS = 'what data sets draw inside worker processes is not restored: sampling="seeded" makes it exact'
-_IN_LASTING_WORKERS = "what data sets draw inside persistent workers is not restored"
+_IN_PERSISTENT_WORKERS = "what data sets draw inside persistent workers is not restored"
 _STATE_IN_WORKERS = (
-    "the data set's state is inside worker processes, where torch's DataLoader does not get at it: "
-    "torchdata.StatefulDataLoader does"
+    "the data set's state is inside worker processes, where torch's DataLoader cannot read it: "
+    "torchdata.StatefulDataLoader can"
 )
 _SAMPLERS = ("sampler", "batch_sampler", "sampler of batches")
 
@@ -96,7 +96,7 @@ def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any], read: int = 0) ->
     Args:
         loader: Built as for the interrupted run.
         now: From `capture_in_epoch`.
-        read: Batches that the run has had from it.
+        read: Batches that the run has read from it.
 
     Returns:
         Doubts about what may differ.
@@ -113,7 +113,7 @@ def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any], read: int = 0) ->
             loader._iterator = None
         elif gives_its_sampler_order(loader):
             _start_workers(loader)
-            doubts += [] if draws_nothing(loader) else [equivalent(_IN_LASTING_WORKERS)]
+            doubts += [] if draws_nothing(loader) else [equivalent(_IN_PERSISTENT_WORKERS)]
         else:
             doubts.append(approximate(f"the persistent workers of {name_of(loader)} were restarted"))
     _set_generators(loader, now)
@@ -137,7 +137,7 @@ def continue_epoch(
         done: Batches that the epoch has given.
         before: From `capture_before_epoch`.
         now: From `capture_in_epoch`.
-        read: Batches that the run has had from it, in all epochs; None if this is its first.
+        read: Batches that the run has read from it, in all epochs; None if this is its first.
     """
     restore_random_state(before["random"])
     _set_generators(loader, before)
@@ -325,15 +325,8 @@ def _by_itself(loader: Any) -> str:
 
 def _stateful(loader: Any, *places: str) -> dict[str, Any]:
     """Return the parts of a loader that have a state, by their places."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = {
-        place: getattr(batch_sampler, "sampler", None)
-        if place == "sampler of batches"
-        else getattr(loader, place, None)
-        for place in places
-    }
     found: dict[str, Any] = {}
-    for place, part in parts.items():
-        if is_stateful(part) and all(part is not each for each in found.values()):
+    for place, part in parts_by_place(loader).items():
+        if place in places and is_stateful(part) and all(part is not each for each in found.values()):
             found[place] = part
     return found

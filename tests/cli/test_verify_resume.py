@@ -129,7 +129,7 @@ def test_data_set_with_a_generator_of_its_own_is_found_out(
     assert first.step == verdict.attempts[1].resumed[0]["step"] + 1, "the first step after the resume"
     assert first.parts == ("0",), "the inputs and not the targets"
     (cause,) = verdict.causes
-    assert "Samples has a generator of its own (own)" in cause
+    assert "Samples has a generator (own)" in cause
 
 
 def test_augmentation_in_workers_is_found_out_and_seeded_sampling_mends_it(

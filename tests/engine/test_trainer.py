@@ -875,10 +875,13 @@ def test_methods_with_further_defaults_and_names_of_a_users_own_are_left_alone()
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("val_acc", "log('val_acc'): train_ or val_ is put before what is logged, so log 'acc'"),
-        ("train/acc", "log('train/acc'): train_ or val_ is put before what is logged, so log 'acc'"),
-        ("train_loss", "log('train_loss'): leave it out, the mean of the step's loss is logged by itself"),
-        (3, "log takes a name and a value; the name must be a text, got 3"),
+        ("val_acc", "log('val_acc'): log adds train_ or val_ itself, so log 'acc'"),
+        ("train/acc", "log('train/acc'): log adds train_ or val_ itself, so log 'acc'"),
+        (
+            "train_loss",
+            "log('train_loss'): remove this call, the mean of the step's loss is logged automatically",
+        ),
+        (3, "log takes a name and a value; the name must be a string, got 3"),
     ],
 )
 def test_a_value_is_logged_under_its_bare_name(name: Any, text: str) -> None:

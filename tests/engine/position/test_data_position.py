@@ -447,7 +447,7 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "draws from the script's generator": (loader(sampler=FromScript), "the state of FromScript is not saved"),
     "set_epoch and a generator": (
         loader(sampler=ByEpochAndMore),
-        "ByEpochAndMore has a generator of its own (random)",
+        "ByEpochAndMore has a generator (random)",
     ),
     "a batch sampler": (
         lambda: DataLoader(Samples(), batch_sampler=Buckets()),
@@ -455,20 +455,20 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a data set and the script's generator": (
         loader(DrawsFromScript, shuffle=True),
-        "DrawsFromScript has a generator of its own (NUMPY)",
+        "DrawsFromScript has a generator (NUMPY)",
     ),
     "a data set that counts": (loader(HardensSlowly, shuffle=True), "HardensSlowly.read was"),
     "a transform's closure": (
         loader(Transformed, shuffle=True),
-        "Transformed has a generator of its own (generator)",
+        "Transformed has a generator (generator)",
     ),
     "a collate function's closure": (
         lambda: DataLoader(Samples(), BATCH, shuffle=True, collate_fn=noisy_collate()),
-        "collate has a generator of its own (generator)",
+        "collate has a generator (generator)",
     ),
     "a loader's own iterator": (
         lambda: Wrapping(Samples(), BATCH, shuffle=True),
-        "Wrapping has an __iter__ of its own",
+        "Wrapping overrides __iter__",
     ),
     "a stream": (
         lambda: DataLoader(GoesOn(), BATCH),

@@ -288,7 +288,7 @@ def test_generator_that_nobody_saves_is_named(knobs: dict[str, Any], tmp_path: P
     whole, rest, resumed = cut_and_go_on(tmp_path, loader_of(Forgetful, shuffle=True), 4, **knobs)
     assert rest != whole
     assert resumed.exactness == "approximate"
-    assert "Forgetful has a generator of its own (generator)" in resumed.reasons
+    assert "Forgetful has a generator (generator)" in resumed.reasons
 
 
 def test_stream_without_a_state_is_read_again(tmp_path: Path) -> None:
