@@ -720,7 +720,7 @@ def test_wandb_without_an_account_is_an_error_before_the_run(wandb_runs: tuple[P
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"hyperparameters": {"width": 16}}, "every logger has those of the run: Trainer.hyperparameters="),
+        ({"hyperparameters": {"width": 16}}, "loggers take those of the run: Trainer.hyperparameters="),
         ({"log_model": "best"}, "log_model must be False, True"),
         ({"timeout": 0}, "timeout must be a number of seconds above 0, got 0"),
         ({"experiment_name": ""}, "experiment_name must be a name"),
