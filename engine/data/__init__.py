@@ -1,1 +1,1 @@
-"""Batches and where they come from: counting samples, seeded sampling, random states, loader workers."""
+"""Batches: sample counts, transfer to the device, seeded sampling, random states, loader workers."""

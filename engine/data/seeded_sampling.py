@@ -43,7 +43,7 @@ def check_seedable(loader: Iterable[Any]) -> None:
     if isinstance(loader.dataset, IterableDataset):
         name = type(loader.dataset).__name__
         raise ConfigError(
-            f'sampling="seeded" needs a data set with indices, {name} is an iterable one: {fix}'
+            f'sampling="seeded" needs a data set with indices, {name} is an IterableDataset: {fix}'
         )
     if loader.num_workers and hasattr(loader, "state_dict") and hasattr(loader.dataset, "state_dict"):
         raise ConfigError(

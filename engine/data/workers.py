@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 PATIENCE = 5.0
-"""Seconds for workers to exit at the end of the process; a loader gives them as many."""
+"""Seconds for workers to exit at the end of the process; DataLoader's limit is the same."""
 
-# Ids of processes, also of dead ones. Training threads add to it; `_end_workers` reads it at the exit.
+# Ids of processes, including dead ones. Training threads add to it, `_end_workers` reads it at exit. That is safe
+# without a lock: ids are only added, each atomically.
 _spared: set[int | None] = set()
 
 

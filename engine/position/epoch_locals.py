@@ -1,4 +1,4 @@
-"""Local variables of a trainer's own `train_epoch`, which a checkpoint inside the epoch cannot save.
+"""Local variables of an overridden `train_epoch`, which a checkpoint inside the epoch cannot save.
 
 A resumed epoch runs the method from its start: a counter starts over, an iterator is a new one, a hidden state is
 that of the first batch. Variables that may carry something from batch to batch are therefore named as a doubt.
@@ -36,7 +36,7 @@ def local_doubts(program: object) -> list[Doubt]:
         function = _own_epoch(program, frame.f_code)
         if function is not None:
             names += _carrying(program, function, frame)
-        frame = frame.f_back  # type: ignore[assignment]  # None above the first one
+        frame = frame.f_back  # type: ignore[assignment]  # None for the outermost frame
     if not names:
         return []
     return [
@@ -60,7 +60,7 @@ def _own_epoch(program: object, code: types.CodeType) -> types.FunctionType | No
 
 
 def _carrying(program: object, function: types.FunctionType, frame: types.FrameType) -> Iterator[str]:
-    """Yield the names of variables that may carry something from one batch to the next."""
+    """Yield the names of variables that may carry state from one batch to the next."""
     code = function.__code__
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     known = {id(value) for value in vars(program).values()}

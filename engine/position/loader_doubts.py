@@ -153,7 +153,7 @@ def draws_nothing(loader: Any) -> bool:
     return all(type(each) in (TensorDataset, list, tuple) for each in leaves)
 
 
-# What a loader was made of ----------------------------------------------------------------------------
+# Comparison with the interrupted run ----------------------------------------------------------------------------
 
 
 def describe(loader: Iterable[Any]) -> dict[str, Any]:

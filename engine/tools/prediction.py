@@ -34,7 +34,7 @@ _HOST = torch.device("cpu")
 
 
 def predict(program: TrainingProgram, loader: Iterable[Any]) -> list[Any]:
-    """Return the outputs of all batches, see `BaseTrainer.predict`."""
+    """Return the outputs of all batches. Blocks; see `BaseTrainer.predict`."""
     check_loader(loader, "loader")
     with program._occupancy.use("predicting"):
         return list(_outputs(program, loader))
@@ -96,7 +96,7 @@ class PredictionStream(AsyncIterator[Any]):
     def __init__(self, work: Callable[[], Generator[Any, None, None]], *, read_ahead: int) -> None:
         self._work = work
         self._read_ahead = read_ahead
-        # Guards the next four, which the thread and the event loop both read and write.
+        # Guards the next four attributes, which prediction thread and event loop both read and write
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._ready: deque[Any] = deque()
@@ -122,7 +122,7 @@ class PredictionStream(AsyncIterator[Any]):
             await self._waker.wait()
 
     def start(self) -> None:
-        """Start reading."""
+        """Start the prediction thread."""
         self._thread.start()
 
     async def leave(self) -> None:
@@ -130,21 +130,21 @@ class PredictionStream(AsyncIterator[Any]):
         with self._lock:
             self._is_left = True
             self._changed.notify()
-        swept: BaseException | None = None
+        cancellation: BaseException | None = None
         with anyio.CancelScope(shield=True):
             while not self._has_ended:
                 try:
                     await self._waker.wait()
                 # A native cancellation pierces any shield.
                 except anyio.get_cancelled_exc_class() as error:
-                    swept = error
+                    cancellation = error
         # Returns immediately: the thread is already exiting.
         self._thread.join()
         self._waker.close()
         if self._error is not None:
             logger.error("a prediction failed after its reader had left", exc_info=self._error)
-        if swept is not None:
-            raise swept
+        if cancellation is not None:
+            raise cancellation
 
     def _run(self) -> None:
         """Body of the prediction thread."""

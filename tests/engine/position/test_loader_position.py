@@ -471,7 +471,7 @@ def test_seeded_loader_without_batches_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make_loader", "text"),
     [
-        (loader_of(Stream), "Stream is an iterable one"),
+        (loader_of(Stream), "Stream is an IterableDataset"),
         (OwnLoader, "got OwnLoader"),
         (stateful(OwnGenerator, 2), "keeps the state of its data set"),
     ],
