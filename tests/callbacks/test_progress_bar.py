@@ -260,7 +260,9 @@ def test_failed_run_says_so_in_its_last_line(terminal: Terminal) -> None:
 def test_what_is_printed_meanwhile_stands_above_the_bars(terminal: Terminal, at_once: None) -> None:
     class Print(Callback):
         async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-            print(f"epoch {event.epoch} is over", file=terminal.file, flush=True)
+            # In one call: print() makes two, and the bar may be drawn between them.
+            terminal.file.write(f"epoch {event.epoch} is over\n")
+            terminal.file.flush()
 
     bar = ProgressBar(file=terminal.file)
     tiny_trainer().train(tiny_loader(50), epochs=6, callbacks=[bar, Print()])

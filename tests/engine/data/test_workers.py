@@ -132,13 +132,14 @@ def test_workers_are_started_the_way_that_the_user_chose(tmp_path: Path) -> None
 
 
 LEAVING = """
-import ctypes, multiprocessing, os, sys
+import ctypes, logging, multiprocessing, os, sys
 import torch
 from torch.utils.data import DataLoader
 from offloop.engine.data import workers
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
 workers.PATIENCE = 0.2
+logging.getLogger("offloop").setLevel("ERROR")  # on a busy machine the run says that it waits for its data
 
 class Samples(torch.utils.data.Dataset):
     samples = tiny_loader(12).dataset
