@@ -23,7 +23,7 @@ from offloop.engine.metrics.names import RunMetrics
 from offloop.engine.recovery.resume_plan import Resume
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
-from offloop.engine.session.prepare import prepare_async
+from offloop.engine.session.prepare import fetch_async, prepare
 from offloop.engine.session.run_arguments import RunArguments
 from offloop.engine.session.session import Session
 from offloop.engine.trainer import BaseTrainer
@@ -222,9 +222,10 @@ class Runs(Mapping[str, Run]):
             init_from=init_from,
             init_strict=init_strict,
         )
-        session = await prepare_async(trainer, arguments)
+        await fetch_async(trainer, resume)
+        # Asked again: it may have been shut down meanwhile, and preparing a run changes the trainer
         tasks = self._expect_open()
-        run: Run = await tasks.start(self._host, session)
+        run: Run = await tasks.start(self._host, prepare(trainer, arguments))
         return run
 
     async def wait(self) -> dict[str, RunResult]:

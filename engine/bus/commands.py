@@ -50,6 +50,8 @@ class _WithReason(Command[Result], Generic[Result], frozen=True):
     """Why, in words."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.reason, str):
+            raise TypeError(f"reason must be a string, got {self.reason!r}")
         # It stands on events and in files.
         msgspec.structs.force_setattr(self, "reason", encodable(self.reason))
 

@@ -109,14 +109,19 @@ def prepare_blocking(program: TrainingProgram, arguments: RunArguments) -> Sessi
     return prepare(program, arguments)
 
 
-async def prepare_async(program: TrainingProgram, arguments: RunArguments) -> Session:
-    """Fetch the run that is to be continued in a thread, and prepare. Cancellation: the thread ends by itself."""
-    if remote_to_fetch(program.config, arguments.resume) is not None:
+async def fetch_async(program: TrainingProgram, resume: Resume) -> None:
+    """Fetch the run that is to be continued in a thread. Cancellation: the thread ends by itself."""
+    if remote_to_fetch(program.config, resume) is not None:
         worker = Worker("offloop-fetch")
         try:
-            await worker.run(functools.partial(_fetch, program, arguments.resume))
+            await worker.run(functools.partial(_fetch, program, resume))
         finally:
             worker.close()
+
+
+async def prepare_async(program: TrainingProgram, arguments: RunArguments) -> Session:
+    """Fetch the run that is to be continued in a thread, and prepare."""
+    await fetch_async(program, arguments.resume)
     return prepare(program, arguments)
 
 

@@ -429,7 +429,7 @@ class Session:
         """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""
         if self.storage is None:
             return
-        settle = functools.partial(self.storage.settle, self._outcome.ending(), self._best)
+        settle = functools.partial(self.storage.settle, self._outcome.ending, self._best)
         try:
             await _in_thread("offloop-finish-checkpoints", settle)
         except anyio.get_cancelled_exc_class():

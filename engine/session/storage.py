@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +137,16 @@ class Storage:
 
     # The end -------------------------------------------------------------------------------------
 
-    def settle(self, ending: Mapping[str, Any], best: BestSoFar) -> None:
+    def settle(self, ending_of: Callable[[], Mapping[str, Any]], best: BestSoFar) -> None:
         """Wait until accepted checkpoints are durable and uploaded, and give the directory back. Blocks.
 
         Args:
-            ending: What run.json is to say about the end.
+            ending_of: Returns what run.json is to say about the end. Asked when checkpoints are durable: until then a
+                callback may still fail.
             best: Learns which checkpoint holds the best moment.
         """
         self.checkpoints.flush()
+        ending = ending_of()
         if "stopped_by" in ending and self.is_open:
             # Already here: if the process is killed while callbacks drain, the next attempt must not train on
             assert self.directory is not None

@@ -24,11 +24,12 @@ def silent_loop(
     program: TrainingProgram, setup: Setup, host: Host | None = None, *, mailbox: Mailbox | None = None
 ) -> Iterator[TrainingLoop]:
     """Attach a loop to a trainer for a block. The caller must occupy the trainer."""
-    program._loop = make_loop(program, setup, host or SilentHost(), mailbox=mailbox)
+    program._loop = loop = make_loop(program, setup, host or SilentHost(), mailbox=mailbox)
     try:
-        yield program._loop
+        yield loop
     finally:
         program._loop = None
+        loop.close()
 
 
 def evaluate(program: TrainingProgram, loader: ValLoader, metrics: MetricSpec, prefix: str) -> Metrics:

@@ -533,8 +533,7 @@ class TrainingLoop:
         self.window.clear()
         self.train_metrics = None
         self.validator.close()
-        # It refers to this loop: without the cycle, memory is free as soon as the run is dropped
-        self.hooks.point = None
+        self.hooks.close()
         self.source.close()
         self.schedules.close()
 

@@ -157,6 +157,12 @@ class StepHooks:
         leaving = self._running.callback
         self._keep([hook for hook in self._hooks if hook.callback != leaving])
 
+    def close(self) -> None:
+        """Release the hooks and what they see: both refer to the loop, and a circle would keep model and data alive."""
+        self.point = None
+        self.active, self._due = {}, []
+        self._keep(())
+
     def once(self, point: str, function: Callable[[], None]) -> None:
         """Run a function of the engine once, at a point of the next step that begins."""
 

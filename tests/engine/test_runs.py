@@ -501,6 +501,25 @@ def test_task_cancelled_again_and_again_while_it_leaves_waits_for_its_runs() -> 
 
 
 @pytest.mark.anyio
+async def test_a_shutdown_while_a_run_is_fetched_leaves_its_trainer_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = tiny_trainer()
+
+    async def fetch(*_: object) -> None:
+        await runs.shutdown()
+
+    def prepare(*_: object) -> None:
+        raise AssertionError("prepared")
+
+    monkeypatch.setattr(runs_module, "fetch_async", fetch)
+    monkeypatch.setattr(runs_module, "prepare", prepare)
+    async with Runs() as runs:
+        with pytest.raises(RunsClosedError):
+            await runs.start(trainer, tiny_loader(1), epochs=1)
+
+
+@pytest.mark.anyio
 async def test_runs_are_shut_down_before_the_block_ends() -> None:
     with anyio.fail_after(LONG):
         async with Runs() as runs:

@@ -36,6 +36,12 @@ from offloop.engine.bus.commands import RULES, Need, Place, check, refused
 from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
 
 
+@pytest.mark.parametrize("command", [Pause, Stop, SaveCheckpoint])
+def test_a_reason_that_is_no_text_is_refused(command: Any) -> None:
+    with pytest.raises(TypeError, match=r"reason must be a string, got ValueError\('why'\)"):
+        command(ValueError("why"))
+
+
 def step_of(trainer: Any) -> int:
     return int(trainer.step)
 

@@ -50,7 +50,10 @@ from offloop.engine import (
     in_step,
 )
 from offloop.engine.observers import observer as observer_module
+from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.session import session as session_module
+from offloop.engine.session import storage as storage_module
+from offloop.engine.session.lifetime import Lifetime
 from offloop.engine.testing import (
     EndlessLoader,
     FailingCallback,
@@ -1817,6 +1820,66 @@ async def test_who_drops_a_trainer_has_its_memory_back_at_once(how: str, tmp_pat
         kept, gone = await run()
         assert [each() for each in gone] == [None, None]
         assert kept.result.status == "completed"
+    finally:
+        gc.enable()
+
+
+class StopsThenFails(Callback):
+    on_error = "raise"
+
+    @decides
+    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+        run.stop_nowait("enough")
+
+    async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        await anyio.sleep(0.2)
+        raise Fault("late")
+
+
+def test_a_run_that_fails_while_its_checkpoints_are_written_is_not_called_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush(self: Checkpoints) -> bool:
+        failed.wait(30.0)
+        return True
+
+    def note(path: Path, description: dict[str, Any]) -> None:
+        written.append(description["status"])
+
+    def fail(self: Lifetime, error: BaseException) -> None:
+        original(self, error)
+        failed.set()
+
+    failed, written, original = threading.Event(), list[str](), Lifetime.fail
+    monkeypatch.setattr(Checkpoints, "flush", flush)
+    monkeypatch.setattr(Lifetime, "fail", fail)
+    monkeypatch.setattr(storage_module, "write_run_json", note)
+    with pytest.raises(Fault):
+        trainer = tiny_trainer(run_dir=tmp_path, callbacks=[StopsThenFails()])
+        trainer.train(tiny_loader(1), tiny_loader(1), epochs=5)
+    assert written == ["failed"]
+
+
+class StopsAtOnce(Callback):
+    @decides
+    def on_train_start(self, event: TrainStart, run: Run) -> None:
+        run.stop_nowait("no step")
+
+
+def test_a_run_that_ended_before_its_first_step_gives_its_memory_back_at_once(tmp_path: Path) -> None:
+    """The check of what can be saved waits for that step, with the loop and all that it holds."""
+
+    def run() -> list[weakref.ref[Any]]:
+        trainer = tiny_trainer(run_dir=tmp_path, callbacks=[StopsAtOnce(), ModelCheckpoint()])
+        loader = tiny_loader(3)
+        assert trainer.train(loader, epochs=1).status == "stopped"
+        return [weakref.ref(trainer.model), weakref.ref(trainer.optimizer), weakref.ref(loader)]
+
+    run()  # what is imported on the way leaves cycles of its own
+    gc.collect()
+    gc.disable()
+    try:
+        assert [each() for each in run()] == [None, None, None]
     finally:
         gc.enable()
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -392,6 +393,21 @@ def test_memory_of_the_process_is_what_counts_on_the_cpu() -> None:
     peaks = [trial.peak_memory for trial in search.trials if trial.fits]
     assert all(peak is not None and peak <= now + 80 * 2**20 for peak in peaks)
     assert psutil.Process().memory_info().rss < now + 60 * 2**20, "it is free again"
+
+
+def test_a_search_keeps_nothing_of_the_trainer() -> None:
+    def search() -> weakref.ref[Any]:
+        trainer = tiny_trainer()
+        trainer.find_learning_rate(tiny_batches(4), steps=10)
+        return weakref.ref(trainer.model)
+
+    search()  # what is imported on the way leaves cycles of its own
+    gc.collect()
+    gc.disable()
+    try:
+        assert search()() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_else_is_done_meanwhile() -> None:
