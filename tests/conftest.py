@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -130,13 +131,15 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 def _end_persistent_workers() -> None:
-    """End the workers of loaders that a test was done with, as torch does at the end of a process.
+    """End the workers that the loaders of a test have kept.
 
     The garbage collector may have closed their queues before it comes to the loader. They are then not told to end,
     and they ignore a SIGTERM while this process lives: the loader waits for ten seconds, in whichever test that is.
     """
-    for iterator in list(getattr(dataloader, "_persistent_workers_atexit", ())):
-        iterator._shutdown_workers()
+    if multiprocessing.active_children():
+        for each in gc.get_objects():
+            if type(each) is dataloader._MultiProcessingDataLoaderIter:
+                each._shutdown_workers()
 
 
 def _open_sockets() -> set[str]:
