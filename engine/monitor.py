@@ -103,7 +103,8 @@ class Monitor:
             self._direction = run.direction_of(self.key)
             if self._direction is None:
                 raise ConfigError(
-                    f'monitor={self.key!r}: is less or more of it better? Give mode="min" or mode="max"'
+                    f"monitor={self.key!r}: neither the metric nor its name tells whether less or more is better; "
+                    'check the spelling, or give mode="min" or mode="max"'
                 )
 
     def value_at(self, event: ValidationEnd | EpochEnd) -> float | None:

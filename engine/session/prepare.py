@@ -5,6 +5,7 @@ import functools
 from collections.abc import AsyncIterator
 
 from offloop.engine.callback import Callback, lookup
+from offloop.engine.checkpoint import RemoteRun
 from offloop.engine.config import check_limits
 from offloop.engine.data.batches import limited_length
 from offloop.engine.data.seeded_sampling import check_seedable
@@ -111,7 +112,7 @@ def prepare_blocking(program: TrainingProgram, arguments: RunArguments) -> Sessi
 
 async def fetch_async(program: TrainingProgram, resume: Resume) -> None:
     """Fetch the run that is to be continued in a thread. Cancellation: the thread ends by itself."""
-    if remote_to_fetch(program.config, resume) is not None:
+    if _remote_of(program, resume) is not None:
         worker = Worker("offloop-fetch")
         try:
             await worker.run(functools.partial(_fetch, program, resume))
@@ -129,7 +130,7 @@ def run_block(
     program: TrainingProgram, arguments: RunArguments
 ) -> contextlib.AbstractAsyncContextManager[Run]:
     """Return the block of `BaseTrainer.start`. Arguments are checked at once, unless a run must be fetched first."""
-    if remote_to_fetch(program.config, arguments.resume) is None:
+    if _remote_of(program, arguments.resume) is None:
         return prepare(program, arguments).run_block()
     return _fetch_and_run_block(program, arguments)
 
@@ -141,8 +142,21 @@ async def _fetch_and_run_block(program: TrainingProgram, arguments: RunArguments
         yield run
 
 
+def _remote_of(program: TrainingProgram, resume: Resume) -> RemoteRun | None:
+    """Return the remote directory of the run that `resume` names. Every start of a run looks at the trainer here first.
+
+    Raises:
+        ConfigError: The trainer's class does not call our `__init__`, or `remote_to_fetch` refuses.
+    """
+    if "config" not in vars(program):
+        raise ConfigError(
+            f"{type(program).__name__}.__init__ must call super().__init__(model, optimizer, ...)"
+        )
+    return remote_to_fetch(program.config, resume)
+
+
 def _fetch(program: TrainingProgram, resume: Resume) -> None:
-    remote = remote_to_fetch(program.config, resume)
+    remote = _remote_of(program, resume)
     if remote is not None:
         name = program.config.run_name
         assert name is not None and isinstance(resume, str | int)

@@ -144,7 +144,7 @@ def test_auto_mode_reads_the_name(key: str, values: list[float], stops: int) -> 
 
 
 def test_auto_mode_raises_where_the_name_says_nothing() -> None:
-    with pytest.raises(ConfigError, match="is less or more of it better"):
+    with pytest.raises(ConfigError, match="check the spelling, or give mode="):
         drive(EarlyStopping("val_blub"), events=validations([1.0], "val_blub"))
 
 

@@ -448,7 +448,7 @@ def test_plateau_without_the_validation_that_it_watches_fails_at_the_start() -> 
 
 
 def test_plateau_of_a_metric_without_a_direction_asks_for_it() -> None:
-    with pytest.raises(ConfigError, match="is less or more of it better"):
+    with pytest.raises(ConfigError, match="check the spelling, or give mode="):
         train_plateau([1.0], LearningRateScheduler("reduce_on_plateau", monitor="val_blub"))
 
 

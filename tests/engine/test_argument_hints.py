@@ -235,6 +235,21 @@ async def test_a_block_that_is_not_entered_by_async_with_says_how() -> None:
         assert (await run.wait()).status == "completed"
 
 
+@pytest.mark.anyio
+async def test_a_subclass_that_does_not_call_our_init_is_told_so() -> None:
+    class Mine(Trainer):
+        def __init__(self) -> None:
+            self.model = torch.nn.Linear(1, 1)
+
+    wanted = r"Mine\.__init__ must call super\(\)\.__init__\(model, optimizer"
+    with pytest.raises(ConfigError, match=wanted):
+        Mine().train(tiny_loader(), epochs=1)
+    with pytest.raises(ConfigError, match=wanted):
+        await Mine().train_async(tiny_loader(), epochs=1)
+    with pytest.raises(ConfigError, match=wanted):
+        Mine().start(tiny_loader(), epochs=1)
+
+
 # Data ------------------------------------------------------------------------------------------
 
 
