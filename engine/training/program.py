@@ -197,9 +197,11 @@ class TrainingProgram:
         Raises:
             EventError: It holds more than plain values, or was published before.
         """
-        if self._occupancy.run is None:
+        # Read once: another thread may call this while the run ends
+        run = self._occupancy.run
+        if run is None:
             raise RuntimeError("publish() works during a run: call it from a step or a callback")
-        self._occupancy.run.publish(event)
+        run.publish(event)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients in a manual step, scaled as the precision needs."""

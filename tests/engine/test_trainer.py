@@ -3,11 +3,12 @@
 import collections
 import copy
 import dataclasses
+import itertools
 import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -25,6 +26,7 @@ from offloop.engine import (
     Callback,
     ConfigError,
     EmptyLoaderError,
+    EpochStart,
     Event,
     EventError,
     LossError,
@@ -916,6 +918,26 @@ def test_an_attribute_that_a_run_does_not_have_cannot_be_set() -> None:
     trainer.train(LOADER, epochs=1)
     with pytest.raises(AttributeError, match="not stopped by an attribute"):
         trainer.last_run.should_stop = True  # type: ignore[union-attr]  # that is the test
+
+
+def test_another_thread_may_publish_while_the_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run may be gone as soon as it was looked at."""
+
+    class Ending:
+        published: ClassVar[list[Event]] = []
+
+        @property
+        def run(self) -> "Ending | None":
+            return None if next(looks) else self
+
+        def publish(self, event: Event) -> None:
+            self.published.append(event)
+
+    looks = itertools.count()
+    trainer = tiny_trainer()
+    monkeypatch.setattr(trainer, "_occupancy", ending := Ending())
+    trainer.publish(event := EpochStart())
+    assert ending.published == [event]
 
 
 @pytest.mark.parametrize("wrong", [{"a": 1}, Event, "epoch_end"])
