@@ -207,9 +207,9 @@ class Dashboard(Callback):
         server = self._server
         if server is None or not server.is_serving:
             return
-        if not self._quiet:
-            _say("The live page stays open: press Ctrl-C to end it.")
         with contextlib.suppress(KeyboardInterrupt):
+            if not self._quiet:
+                _say("The live page stays open: press Ctrl-C to end it.")
             while server.is_serving:
                 # Unlike waiting for a lock, sleeping ends with Ctrl-C on every system.
                 time.sleep(0.5)

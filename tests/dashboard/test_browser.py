@@ -22,6 +22,7 @@ from socket_viewer import await_on_loop
 from warm_python import ScriptProcess, WarmPython
 
 from offloop.dashboard import Dashboard, callback, live_run
+from offloop.dashboard.page import Page as BuiltPage
 from offloop.engine import Callback, EventsDropped, Metrics, Run, Sample, Trainer
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
@@ -602,10 +603,10 @@ def test_not_authorised_too_many_viewers_and_an_older_page(
 
 
 def test_a_page_that_was_not_built_says_how_to_get_it(
-    training: Callable[..., Training], open_page: OpenPage
+    training: Callable[..., Training], open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(BuiltPage, "load", lambda: None)
     run = training()
-    run.server.page = None
     page = open_page(run.dashboard.url)
     expect(page.get_by_text("make page")).to_be_visible()
     shot(page, "page-not-built")
