@@ -310,11 +310,11 @@ class Handlers:
 
     def handler_for(self, event_class: type[Event]) -> Handler | None:
         """Return the observer for a class of events: that of its nearest ancestor; None if there is none."""
-        return self._observer_of(event_class)[0]
+        return (self._by_class.get(event_class) or self._look_up(event_class))[0]
 
     def place_of(self, event_class: type[Event]) -> Place:
         """Return where events of a class are handled: `async def` on the event loop, `def` in a thread."""
-        return self._observer_of(event_class)[1]
+        return (self._by_class.get(event_class) or self._look_up(event_class))[1]
 
     def observed_types(self) -> tuple[type[Event], ...]:
         """Return the classes of events that the observers subscribe to."""
@@ -327,17 +327,16 @@ class Handlers:
         """Whether the callback has a state to save."""
         return type(self.callback).state_dict is not Callback.state_dict
 
-    def _observer_of(self, event_class: type[Event]) -> tuple[Handler | None, Place]:
-        found = self._by_class.get(event_class)
-        if found is None:
-            names = [each.handler_name for each in event_class.__mro__ if issubclass(each, Event)]
-            nearest = next((name for name in names if name in self.deciders or name in self.observers), "")
-            # What is decided about is not observed, too.
-            handler = None if nearest in self.deciders else self.observers.get(nearest)
-            place: Place = "nowhere"
-            if handler is not None:
-                place = "loop" if inspect.iscoroutinefunction(handler) else "thread"
-            found = self._by_class[event_class] = (handler, place)
+    def _look_up(self, event_class: type[Event]) -> tuple[Handler | None, Place]:
+        """Return the observer for a class of events and its place, and remember both: events come in floods."""
+        names = [each.handler_name for each in event_class.__mro__ if issubclass(each, Event)]
+        nearest = next((name for name in names if name in self.deciders or name in self.observers), "")
+        # What is decided about is not observed, too.
+        handler = None if nearest in self.deciders else self.observers.get(nearest)
+        place: Place = "nowhere"
+        if handler is not None:
+            place = "loop" if inspect.iscoroutinefunction(handler) else "thread"
+        found = self._by_class[event_class] = (handler, place)
         return found
 
     def _look_at(self, attribute: str, method: Handler) -> None:
