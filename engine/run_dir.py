@@ -1,4 +1,4 @@
-"""The directory of a run: `run_dir/<run_id>/` with `run.json` and what callbacks write beside it."""
+"""The directory of a run: `run_dir/<run_id>/` with `run.json` and the files of callbacks."""
 
 import os
 import platform

@@ -38,7 +38,7 @@ class DeviceTransfer:
         # Made with the first batch, so that CUDA is not initialized before the run.
         self._stream: Any = None
         self._is_copying = False
-        self._move = self._copy_beside if device.type == "cuda" else self._copy
+        self._move = self._copy_in_own_stream if device.type == "cuda" else self._copy
 
     def __call__(self, batch: Any) -> Any:
         """Return the batch with all its tensors on the device, see `to_device`. Does not wait for the device."""
@@ -60,7 +60,7 @@ class DeviceTransfer:
         layout = channels_last_of(moved) if self._channels_last else None
         return moved if layout is None else moved.contiguous(memory_format=layout)
 
-    def _copy_beside(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _copy_in_own_stream(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return self._copy(tensor)
         if self._stream is None:

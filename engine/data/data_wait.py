@@ -54,16 +54,16 @@ class DataWait:
         wait = self.rest / self.batches
         is_slow = self.rest >= max(LEAST_SECONDS, LEAST_SHARE * training) and wait >= LEAST_WAIT
         whole = self.first + training
-        starts_anew = (
+        restarts_workers = (
             not is_last
             and getattr(loader, "num_workers", 0) > 0
             and not getattr(loader, "persistent_workers", True)
             and self.first >= max(LEAST_SECONDS, LEAST_SHARE * whole)
         )
-        if not is_slow and not starts_anew:
+        if not is_slow and not restarts_workers:
             return None
         advice = advise(loader, on_cuda=on_cuda) if is_slow else []
-        if starts_anew:
+        if restarts_workers:
             advice.insert(0, f"persistent_workers=True (starting them takes {self.first:.2g} s each epoch)")
         return Bottleneck(min(1.0, (self.first + self.rest) / whole), wait, tuple(advice))
 

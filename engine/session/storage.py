@@ -158,7 +158,7 @@ class Storage:
             assert self._config.remote is not None
             seconds = self._config.remote.timeout
             if self._lifetime.is_cancelled() and self._lifetime.failure is None:
-                # Whoever cancelled the run waits for its end
+                # A caller that cancelled the run waits for its end
                 seconds = min(seconds, self._config.drain_timeout)
             self._upload_deadline = min(self._upload_deadline, time.perf_counter() + seconds)
             if not self._await_uploads(self._uploads):

@@ -474,7 +474,7 @@ class TrainingLoop:
             elif not self._is_longer_than_its_length:
                 self._is_longer_than_its_length = True
                 logger.warning(
-                    "the train_loader gives more batches than its length says (%d); accumulation goes on without it",
+                    "the train_loader gives more batches than its length says (%d); accumulation continues without it",
                     self.progress.epoch_batches - 1,
                 )
         self.window.begin(size, now)

@@ -95,7 +95,7 @@ class ManualOptimization:
         else:
             self._skipped = True
         # The training_step may go forward once more, all of it under one autocast
-        self._mixed.cast_anew()
+        self._mixed.clear_casts()
         free_gradients(optimizer)
         self.stepped.add(name)
         return result
@@ -108,7 +108,7 @@ class ManualOptimization:
 
         def evaluate() -> Any:
             nonlocal has_begun
-            self._mixed.cast_anew()
+            self._mixed.clear_casts()
             self._is_in_closure = True
             try:
                 with self._mixed.autocast():

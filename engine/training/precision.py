@@ -35,7 +35,7 @@ class MixedPrecision:
             return self._nothing
         return torch.autocast(self.device_type, enabled=False)
 
-    def cast_anew(self) -> None:
+    def clear_casts(self) -> None:
         """Clear autocast's cached casts, because weights have changed inside a forward pass."""
         if self.dtype is not None:
             torch.clear_autocast_cache()

@@ -304,7 +304,7 @@ class Spoiled(Trainer):
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step() -> None:
     recorder = Recorder()
     trainer = tiny_trainer(Spoiled, callbacks=[recorder])
-    with pytest.raises(LossError, match=r"the loss of step 2 is inf; on_nonfinite=\"warn\" goes on"):
+    with pytest.raises(LossError, match=r"the loss of step 2 is inf; on_nonfinite=\"warn\" continues"):
         trainer.train(BATCHES, epochs=1)
     assert [end.step for end in recorder.of(StepEnd)] == [1]
 
