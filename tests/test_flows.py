@@ -14,7 +14,7 @@ import torch
 
 import offloop.engine
 from offloop.engine import Callback, EpochEnd, Run, StepEnd, Trainer
-from offloop.engine.testing import tiny_batches, tiny_model
+from offloop.engine.testing import tiny_batches, tiny_model, tiny_trainer
 from offloop.engine.training.boundary import Boundary
 from offloop.engine.training.loop import TrainingLoop
 
@@ -106,13 +106,7 @@ async def test_an_event_visits_the_files_in_the_order_of_the_page() -> None:
                 trace.is_on = False
                 handled.set()
 
-    model = tiny_model()
-    trainer = Trainer(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        loss=torch.nn.functional.cross_entropy,
-        device="cpu",
-    )
+    trainer = tiny_trainer()
     # Long epochs: between two of their ends, nothing is on its way to the callback
     with trace:
         async with trainer.start(tiny_batches(8) * 200, epochs=1_000_000, callbacks=[Watches()]) as run:
@@ -129,13 +123,7 @@ async def test_an_event_visits_the_files_in_the_order_of_the_page() -> None:
 @pytest.mark.anyio
 async def test_a_command_visits_the_files_in_the_order_of_the_page() -> None:
     trace = Trace()
-    model = tiny_model()
-    trainer = Trainer(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        loss=torch.nn.functional.cross_entropy,
-        device="cpu",
-    )
+    trainer = tiny_trainer()
     with trace:
         async with trainer.start(tiny_batches(8), epochs=1_000_000) as run:
             async for event in run.events(StepEnd):

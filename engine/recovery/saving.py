@@ -19,7 +19,7 @@ from offloop.engine.best import Best, BestSoFar
 from offloop.engine.bus.command_mailbox import Envelope
 from offloop.engine.bus.commands import SaveCheckpoint, TagCheckpoint
 from offloop.engine.callback import Handlers, OnError
-from offloop.engine.checkpoint import CheckpointInfo, NamedCopies, Retention
+from offloop.engine.checkpoint import NamedCopies
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.encoding import decode, encode
 from offloop.engine.errors import ConfigError, LossError, as_failure, describe
@@ -34,6 +34,7 @@ from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.recovery.saved_state import check_saveable, check_state, restoring
 from offloop.engine.recovery.user_state import UserState
 from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.occupancy import KeepRequest
 
 logger = logging.getLogger("offloop")
 
@@ -190,31 +191,23 @@ class Saving:
             if (is_validated if name.startswith("val_") else is_epoch_over)
         }
 
-    def keep(
-        self,
-        retention: Retention,
-        *,
-        save_at_end: bool,
-        save_dir: Path | None,
-        name_of: Callable[[CheckpointInfo], str],
-        copy_best_only: bool,
-        on_unsaveable: OnError,
-    ) -> str:
-        """Keep the checkpoints that the owner of `retention` wants, and return its name.
-
-        The arguments are those of `TrainingProgram.keep_checkpoints`.
+    def keep(self, request: KeepRequest, *, owner: str) -> str:
+        """Keep the checkpoints that a callback, the owner, wants; return its name.
 
         Raises:
             ConfigError: Another callback has copies under the same names in `save_dir`.
         """
-        directory = self._checkpoints.directory
-        copies = None if save_dir is None else NamedCopies(absolute_path(save_dir), directory, name_of)
+        copies = None
+        if request.save_dir is not None:
+            save_dir = absolute_path(request.save_dir)
+            copies = NamedCopies(save_dir, self._checkpoints.directory, request.name_of)
+        retention = msgspec.structs.replace(request.retention, owner=owner)
         try:
-            self._checkpoints.keep(Keeper(retention, save_at_end, copies, copy_best_only))
+            self._checkpoints.keep(Keeper(retention, request.save_at_end, copies, request.copy_best_only))
         except ValueError as error:
             raise ConfigError(f"{error}: give one of them another save_dir or filename") from None
-        self._check_at_first_step(on_unsaveable)
-        return retention.owner
+        self._check_at_first_step(request.on_unsaveable)
+        return owner
 
     # The state -----------------------------------------------------------------------------------
 

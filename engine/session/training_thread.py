@@ -10,7 +10,6 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,8 +21,7 @@ from offloop.engine.bus import forked
 from offloop.engine.bus.command_mailbox import Envelope, Mailbox, actor
 from offloop.engine.bus.commands import Need, SetLearningRate
 from offloop.engine.bus.event_bus import Bus
-from offloop.engine.callback import OnError, StepHook
-from offloop.engine.checkpoint import CheckpointInfo, Retention
+from offloop.engine.callback import StepHook
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import EpochEnd, Event, Sample, TrainStart, ValidationEnd
 from offloop.engine.monitor import Mode
@@ -47,6 +45,7 @@ from offloop.engine.training.averages import measured_weights
 from offloop.engine.training.freezing import select_parameters
 from offloop.engine.training.kept_state import cloned
 from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.occupancy import KeepRequest
 from offloop.engine.training.placement import prepare_model
 from offloop.engine.training.program_setup import make_run_loop
 
@@ -329,25 +328,9 @@ class Training:
         """Raise where a plateau schedule would reduce the rate while its metric improves."""
         self._monitors.check_schedule(scheduler, monitor, mode)
 
-    def keep_checkpoints(
-        self,
-        retention: Retention,
-        *,
-        save_at_end: bool,
-        save_dir: Path | None,
-        name_of: Callable[[CheckpointInfo], str],
-        copy_best_only: bool,
-        on_unsaveable: OnError,
-    ) -> str:
-        """Keep the checkpoints that the acting callback wants, see `TrainingProgram.keep_checkpoints`."""
-        return self._expect_saving().keep(
-            msgspec.structs.replace(retention, owner=actor.get()),
-            save_at_end=save_at_end,
-            save_dir=save_dir,
-            name_of=name_of,
-            copy_best_only=copy_best_only,
-            on_unsaveable=on_unsaveable,
-        )
+    def keep_checkpoints(self, request: KeepRequest) -> str:
+        """Keep the checkpoints that the acting callback wants, and return its name."""
+        return self._expect_saving().keep(request, owner=actor.get())
 
     def measured_weights(self, monitor: str) -> dict[str, Any]:
         """Return the state dict to which the latest value of a metric belongs; its tensors are live."""

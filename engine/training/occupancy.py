@@ -1,6 +1,7 @@
 """Occupancy: one use of a trainer at a time, and what a run offers to the steps of its trainer."""
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,18 @@ from offloop.engine.checkpoint import CheckpointInfo, Retention
 from offloop.engine.errors import TrainerBusyError
 from offloop.engine.events import Event
 from offloop.engine.monitor import Mode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KeepRequest:
+    """The arguments of `TrainingProgram.keep_checkpoints`, which documents them."""
+
+    retention: Retention
+    save_at_end: bool
+    save_dir: Path | None
+    name_of: Callable[[CheckpointInfo], str]
+    copy_best_only: bool
+    on_unsaveable: OnError
 
 
 class RunServices(Protocol):
@@ -31,17 +44,8 @@ class RunServices(Protocol):
     def check_schedule(self, scheduler: LRScheduler, monitor: str | None, mode: Mode, /) -> None:
         """Raise where a plateau schedule would reduce the rate while its metric improves."""
 
-    def keep_checkpoints(
-        self,
-        retention: Retention,
-        *,
-        save_at_end: bool,
-        save_dir: Path | None,
-        name_of: Callable[[CheckpointInfo], str],
-        copy_best_only: bool,
-        on_unsaveable: OnError,
-    ) -> str:
-        """Keep the checkpoints that a callback wants, see `TrainingProgram.keep_checkpoints`."""
+    def keep_checkpoints(self, request: KeepRequest, /) -> str:
+        """Keep the checkpoints that the acting callback wants, and return its name."""
 
     def measured_weights(self, monitor: str, /) -> dict[str, Any]:
         """Return the state dict to which the latest value of a metric belongs."""

@@ -37,7 +37,7 @@ from offloop.engine.training.freezing import select_parameters
 from offloop.engine.training.given_rates import GivenRates
 from offloop.engine.training.learning_rate import Schedule
 from offloop.engine.training.loop import TrainingLoop
-from offloop.engine.training.occupancy import Occupancy
+from offloop.engine.training.occupancy import KeepRequest, Occupancy
 from offloop.engine.training.own_loss import NextTokens
 from offloop.engine.training.precision import MixedPrecision
 from offloop.engine.training.setup import Batch
@@ -295,12 +295,14 @@ class TrainingProgram:
         if self._occupancy.run is None:
             raise ConfigError(Need.DIRECTORY.value)
         return self._occupancy.run.keep_checkpoints(
-            retention,
-            save_at_end=save_at_end,
-            save_dir=save_dir,
-            name_of=name_of,
-            copy_best_only=copy_best_only,
-            on_unsaveable=on_unsaveable,
+            KeepRequest(
+                retention=retention,
+                save_at_end=save_at_end,
+                save_dir=save_dir,
+                name_of=name_of,
+                copy_best_only=copy_best_only,
+                on_unsaveable=on_unsaveable,
+            )
         )
 
     def measured_weights(self, monitor: str) -> dict[str, Any]:
