@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from interruptions import Cut
+from samplers import StatefulSampler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -191,22 +192,6 @@ class AsItGoes(ByEpoch):
         left = list(range(SAMPLES))
         while left:
             yield left.pop(int(torch.randint(len(left), ())))
-
-
-class Stateful(Indices):
-    def __init__(self) -> None:
-        self._random = random.Random(4)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._random.sample(range(SAMPLES), SAMPLES))
-
-    def state_dict(self) -> dict[str, Any]:
-        version, internal, gauss = self._random.getstate()
-        return {"state": [version, list(internal), gauss]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        version, internal, gauss = state["state"]
-        self._random.setstate((version, tuple(internal), gauss))
 
 
 class Buckets(BatchSampler):
@@ -430,7 +415,7 @@ KNOWN: dict[str, Callable[[], Any]] = {
     "with replacement": with_sampler(lambda data: RandomSampler(data, replacement=True)),
     "a list as sampler": with_sampler(lambda data: [3, 1, 2, 0] * BATCHES),
     "batches of a sampler with a state": lambda: DataLoader(
-        Samples(), batch_sampler=BatchSampler(Stateful(), BATCH, drop_last=False)
+        Samples(), batch_sampler=BatchSampler(StatefulSampler(SAMPLES), BATCH, drop_last=False)
     ),
     "lists": batches_of_list,
 }
@@ -793,7 +778,7 @@ VALIDATIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "a generator of its own": (shuffled_validation, ""),
     "workers": (lambda: shuffled_validation(num_workers=1), ""),
     "workers that stay": (lambda: shuffled_validation(num_workers=1, persistent_workers=True), ""),
-    "a sampler with a state": (lambda: DataLoader(Samples(), 8, sampler=Stateful()), ""),
+    "a sampler with a state": (lambda: DataLoader(Samples(), 8, sampler=StatefulSampler(SAMPLES)), ""),
     "set_epoch": (lambda: DataLoader(Samples(), 8, sampler=ByEpoch()), ""),
     "a sampler that counts": (
         lambda: DataLoader(Samples(), 8, sampler=Counting()),

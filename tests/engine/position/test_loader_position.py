@@ -10,7 +10,8 @@ import numpy
 import pytest
 import torch
 from interruptions import Cut
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from samplers import StatefulSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]  # it has no types
 
 from offloop.engine import (
@@ -109,27 +110,6 @@ class StatefulStream(Stream):
         self.position = state["position"]
 
 
-class StatefulSampler(Sampler[int]):
-    """Shuffles by a generator that hangs on nothing offloop could find by itself."""
-
-    def __init__(self) -> None:
-        self._random = random.Random(4)
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._random.sample(range(SAMPLES), SAMPLES))
-
-    def state_dict(self) -> dict[str, Any]:
-        version, internal, gauss = self._random.getstate()
-        return {"state": [version, list(internal), gauss]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        version, internal, gauss = state["state"]
-        self._random.setstate((version, tuple(internal), gauss))
-
-
 class OwnLoader:
     """No DataLoader at all, with a position of its own."""
 
@@ -217,7 +197,9 @@ EXACT = {
     "augmented": loader_of(Augmented, shuffle=True),
     "a generator of the loader": with_generator,
     "a batch sampler": with_batch_sampler,
-    "a sampler with a state": lambda: DataLoader(Samples(), batch_size=BATCH, sampler=StatefulSampler()),
+    "a sampler with a state": lambda: DataLoader(
+        Samples(), batch_size=BATCH, sampler=StatefulSampler(SAMPLES)
+    ),
     "a data set with a state": loader_of(OwnGenerator, shuffle=True),
     "a stream with a state": loader_of(StatefulStream),
     "torchdata": stateful(Samples, shuffle=True),
@@ -249,7 +231,7 @@ SAME_ORDER: dict[str, tuple[Callable[[], Any], str]] = {
         "worker processes is not restored",
     ),
     "a sampler with a state, workers": (
-        lambda: DataLoader(Samples(), batch_size=BATCH, sampler=StatefulSampler(), num_workers=2),
+        lambda: DataLoader(Samples(), batch_size=BATCH, sampler=StatefulSampler(SAMPLES), num_workers=2),
         "worker processes is not restored",
     ),
     "torchdata, workers": (stateful(Samples, 2, shuffle=True), "worker processes is not restored"),
