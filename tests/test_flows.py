@@ -3,7 +3,7 @@
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Final
@@ -106,17 +106,23 @@ async def test_an_event_visits_the_files_in_the_order_of_the_page() -> None:
                 trace.is_on = False
                 handled.set()
 
-    trainer = tiny_trainer()
-    # Long epochs: between two of their ends, nothing is on its way to the callback
+    # The epoch's last batch waits until the event loop has nothing more to deliver
+    batches, is_quiet = tiny_batches(8), threading.Event()
+
+    class Gated:
+        def __iter__(self) -> Iterator[Any]:
+            yield batches[0]
+            is_quiet.wait(60)
+
     with trace:
-        async with trainer.start(tiny_batches(8) * 200, epochs=1_000_000, callbacks=[Watches()]) as run:
-            async for _ in run.events(EpochEnd):
+        async with tiny_trainer().start(Gated(), epochs=1, callbacks=[Watches()]) as run:
+            async for _ in run.events(StepEnd):
                 break
             trace.begins = lambda frame: isinstance(frame.f_locals.get("event"), EpochEnd)
             trace.begin_at = Boundary.announce.__code__
+            is_quiet.set()
             with anyio.fail_after(60):
                 await handled.wait()
-            await run.stop()
     follows(trace, listed("An event"))
 
 
