@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from offloop.engine.errors import ModelNotFoundError as ModelNotFoundError
     from offloop.engine.errors import OffloopError as OffloopError
     from offloop.engine.errors import Preempted as Preempted
+    from offloop.engine.errors import RankFailedError as RankFailedError
     from offloop.engine.errors import RunEndedError as RunEndedError
     from offloop.engine.errors import RunNameTakenError as RunNameTakenError
     from offloop.engine.errors import RunNotFoundError as RunNotFoundError
@@ -130,7 +131,7 @@ _NAMES = {
     "errors": """
         BatchError BusClosedError ConfigError DeadlockError EmptyLoaderError EventError
         EventLoopStalledError LossError MetricNotFoundError ModelNotFoundError OffloopError Preempted
-        RunEndedError RunNameTakenError RunNotFoundError RunsClosedError SubscriberTooSlowError
+        RankFailedError RunEndedError RunNameTakenError RunNotFoundError RunsClosedError SubscriberTooSlowError
         TrainerBusyError WeightsError WeightsMismatchError
     """,
     "events": """

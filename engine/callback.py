@@ -88,6 +88,10 @@ class Callback:
 
     A run may validate once more only because it ends; a run resumed from it does not have that validation. So the
     checkpoint leaves out what a callback that steers remembers of it, and keeps what other callbacks remember."""
+    ranks: ClassVar[Literal["first", "all"] | None] = None
+    """Where it runs in a run of several processes ("ranks"). None: observers and deciders on rank 0, step hooks on
+    every rank, because they touch tensors. `"first"`: all on rank 0. `"all"`: all on every rank; commands count on rank
+    0 alone."""
     best_by: "tuple[str, Mode] | None" = None
     """Key and mode of the metric by which the run chooses its best, unless `Trainer(monitor=...)` names one.
 

@@ -121,6 +121,11 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     activation_checkpointing: str | type | Sequence[str | type] | None = None
     freeze: str | Sequence[str] | None = None
     channels_last: bool = False
+    strategy: Literal["auto", "none", "ddp"] = "auto"
+    rank_batches: Literal["split", "whole", "own"] = "split"
+    sync_batchnorm: bool = False
+    find_unused_parameters: bool = False
+    rank_timeout: float = 20.0
     run_dir: str | os.PathLike[str] | None = None
     run_name: str | None = None
     hyperparameters: Mapping[str, Any] | None = None
@@ -137,7 +142,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         checks.number("gradient_clip_val", self.gradient_clip_val, above=0, optional=True)
         for name in ("max_time", "switch_interval"):
             checks.number(name, getattr(self, name), above=0, optional=True, unit="seconds")
-        for name in ("flush_interval", "drain_timeout"):
+        for name in ("flush_interval", "drain_timeout", "rank_timeout"):
             checks.number(name, getattr(self, name), above=0, unit="seconds")
         for name in ("limit_train_batches", "limit_val_batches"):
             _check_limit(name, getattr(self, name))
@@ -149,8 +154,16 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         checks.choice("scheduler_interval", self.scheduler_interval, ("epoch", "step"))
         checks.choice("mode", self.mode, get_args(Mode))
         checks.choice("sampling", self.sampling, ("loader", "seeded"))
+        checks.choice("strategy", self.strategy, ("auto", "none", "ddp"))
+        checks.choice("rank_batches", self.rank_batches, ("split", "whole", "own"))
         checks.choice("tf32", self.tf32, (None, False, True))
-        for name in ("deterministic", "channels_last", "validate_at_start"):
+        for name in (
+            "deterministic",
+            "channels_last",
+            "validate_at_start",
+            "sync_batchnorm",
+            "find_unused_parameters",
+        ):
             checks.flag(name, getattr(self, name))
         if not isinstance(self.device, str):
             raise ConfigError(

@@ -13,6 +13,7 @@ facts are attributes, so no caller has to match a text. `except Exception` sees 
     ├── TrainerBusyError                        a second run of a trainer that has one
     ├── RunEndedError                           a command to a run that has ended
     ├── RunsClosedError                         a run started in a `Runs` that is shut down
+    ├── RankFailedError                         another process of a distributed run has failed
     ├── RunNotFoundError (also KeyError)        no run of that id in a `Runs`
     ├── RunNameTakenError                       the run's directory exists already
     ├── EmptyLoaderError                        a loader that gave no batch
@@ -104,6 +105,25 @@ class RunEndedError(OffloopError):
 
 class RunsClosedError(OffloopError):
     """A `Runs` that is shut down was asked to start a run."""
+
+
+class RankFailedError(OffloopError):
+    """Another process of a distributed run has failed, hangs or cannot be reached.
+
+    The text names its rank and host, and has its exception with the traceback.
+    """
+
+    def __init__(self, rank: int, host: str, what: str) -> None:
+        super().__init__(f"rank {rank} on {host} {what}")
+        self.rank = rank
+        """Number of the process that failed."""
+        self.host = host
+        """Name of its machine."""
+        self.what = what
+        """What happened there, in words."""
+
+    def __reduce__(self) -> tuple[type["RankFailedError"], tuple[int, str, str]]:
+        return RankFailedError, (self.rank, self.host, self.what)
 
 
 class RunNotFoundError(OffloopError, KeyError):

@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from offloop.engine import ModelVersion as ModelVersion
     from offloop.engine import OffloopError as OffloopError
     from offloop.engine import Preempted as Preempted
+    from offloop.engine import RankFailedError as RankFailedError
     from offloop.engine import RemoteDirectory as RemoteDirectory
     from offloop.engine import Resumed as Resumed
     from offloop.engine import Retention as Retention
@@ -132,15 +133,14 @@ _NAMES = {
     "dashboard": "Dashboard",
     "engine": """
         BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed CheckpointError
-        CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded CommandApplied
-        ConfigError DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Event EventError
+        CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded CommandApplied ConfigError
+        DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Event EventError
         EventLoopStalledError EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics
-        ModelNotFoundError ModelRegistry ModelVersion OffloopError Preempted RemoteDirectory Resumed
-        Retention Run RunEndedError RunNameTakenError RunNotFoundError RunResult Runs RunsClosedError Sample
-        Settings StateChanged StepEnd StepPoint SubscriberTooSlowError TrainEnd TrainStart Trainer
+        ModelNotFoundError ModelRegistry ModelVersion OffloopError Preempted RankFailedError RemoteDirectory
+        Resumed Retention Run RunEndedError RunNameTakenError RunNotFoundError RunResult Runs RunsClosedError
+        Sample Settings StateChanged StepEnd StepPoint SubscriberTooSlowError TrainEnd TrainStart Trainer
         TrainerBusyError TrainerConfig UploadFailed ValidationEnd ValidationStart WeightsError
-        WeightsMismatchError compare_models decides decode encode export_model in_step load_model
-        read_events
+        WeightsMismatchError compare_models decides decode encode export_model in_step load_model read_events
     """,
 }
 _PACKAGES = ("callbacks", "cli", "dashboard", "engine")

@@ -81,6 +81,7 @@ LAYERS: Final = (
     "observers",
     "training",
     "weights",
+    "distributed",
     "recovery",
     "session",
     "tools",

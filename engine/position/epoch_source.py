@@ -1,13 +1,20 @@
 """Iterators over a run's loaders: each starts a pass, or continues one that was interrupted."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from offloop.engine.data.random_state import capture_random_state, restore_random_state
 from offloop.engine.data.seeded_sampling import SeededSampling
 from offloop.engine.data.workers import spared_workers
 from offloop.engine.position.data_position import DataPosition
+
+Sharing = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Takes a loader and the index of an epoch; returns the loader of this process's share."""
+
+
+def _all(loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+    return loader
 
 
 class EpochSource:
@@ -21,6 +28,8 @@ class EpochSource:
         *,
         seed: int | None,
         is_resumable: bool,
+        share: Sharing = _all,
+        share_validation: Sharing = _all,
     ) -> None:
         """Start before the first epoch.
 
@@ -30,7 +39,10 @@ class EpochSource:
             val_loader: The run's validation loader.
             seed: For `sampling="seeded"`; None: samples draw from the global generators.
             is_resumable: True where checkpoints may be taken.
+            share: Returns the loader of this process's share of the training batches in an epoch.
+            share_validation: The same for validations.
         """
+        self._share, self._share_validation = share, share_validation
         self.position = DataPosition(program, train_loader, val_loader, is_resumable=is_resumable)
         self.handles_signals = False
         """True: loader workers leave SIGINT and SIGTERM to this process. Set before the first pass."""
@@ -52,8 +64,9 @@ class EpochSource:
     def begin_validation(self, loader: Iterable[Any], epoch: int) -> Iterator[Any]:
         """Return an iterator over a validation's batches."""
         self.position.begin_validation(loader, epoch)
-        with self._spared(loader):
-            return iter(loader)
+        read = self._share_validation(loader, epoch)
+        with self._spared(read):
+            return iter(read)
 
     @property
     def is_interrupted_pass_next(self) -> bool:
@@ -117,8 +130,8 @@ class EpochSource:
             self._seeding.close()
 
     def _seeded(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
-        """Return the loader that seeds the samples of an epoch; without a seed, the loader itself."""
-        return loader if self._seeding is None else self._seeding.twin_of(loader, epoch)
+        """Return the loader that seeds the samples of an epoch, and has only those of this process."""
+        return self._share(loader if self._seeding is None else self._seeding.twin_of(loader, epoch), epoch)
 
     def _spared(self, loader: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
         """Return a context in which to start workers: they leave signals to the run if it handles them."""

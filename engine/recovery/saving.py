@@ -137,7 +137,7 @@ class Saving:
         """
         loop, progress = self._loop, self._progress
         # Host sync: the sums of the epoch are part of the state
-        loop.reporter.readback.flush()
+        loop.reporter.flush()
         try:
             if not loop.can_be_continued():
                 raise LossError(

@@ -133,7 +133,7 @@ class Boundary:
         try:
             if left:
                 # A loss that turns out not to be finite fails the run, not a command
-                self._reporter.readback.flush()
+                self._reporter.flush()
             while left and not mailbox.cancelled:
                 envelope, *left = left
                 self._following = [*left, *outer]
@@ -233,7 +233,7 @@ class Boundary:
         # In a pause, the pause does not hold this validation; a pause that comes meanwhile does.
         self._set_aside = self._paused_by
         try:
-            metrics = self._validator.validate(self.announce)
+            metrics = self._validator.validate(self.announce, self.process_commands)
         finally:
             self._set_aside = None
         if metrics is None:

@@ -29,6 +29,7 @@ def can_run_fast(loop: TrainingLoop) -> bool:
     config = loop.setup.config
     return (
         loop.program.automatic_optimization
+        and loop.strategy.world_size == 1
         and config.accumulate_grad_batches == 1
         and config.on_nonfinite != "skip_step"
         and loop.mixed.dtype is None
@@ -140,7 +141,6 @@ def train_fast_epoch(loop: TrainingLoop, loader: Iterable[Any]) -> None:
         progress.step = step = progress.step + 1
         if schedules.all:
             schedules.step(())
-        progress.epoch_samples += samples
         if is_hooked:
             hooks.run("after_step", batch)
         free_gradients(optimizer)
@@ -154,11 +154,13 @@ def train_fast_epoch(loop: TrainingLoop, loader: Iterable[Any]) -> None:
                 window.losses.append(loss)
             window.weight = samples if weight is None else weight
             window.weights.append(window.weight)
+            window.factors.append(1.0)
             window.samples = samples
             progress.last_rates = rates
             reporter.step(window, norm=norm, scale=None, skipped=False)
             window.clear()
         else:
+            progress.epoch_samples += samples
             if isfinite(value) or reporter.complain(value, step):
                 loss_weight = samples if weight is None else weight
                 sums, weights = means.sums, means.weights

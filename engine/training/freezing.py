@@ -40,6 +40,8 @@ class Frozen:
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Begin with none. Parameters that the user has frozen are never thawed here."""
+        self.changes = 0
+        """How often parameters were frozen or thawed."""
         self._model = model
         self._parameters: dict[str, torch.nn.Parameter] = {}
         # Normalizations that are in eval mode because of freezing
@@ -76,6 +78,7 @@ class Frozen:
 
     def _set_norms(self) -> None:
         """Put exactly those normalizations into eval mode whose parameters are all frozen here."""
+        self.changes += 1
         frozen = {id(each) for each in self._parameters.values()}
         for module in self._norms:
             module.training = True

@@ -49,6 +49,7 @@ from offloop.engine.training.setup import Batch, Host, Program, Setup
 from offloop.engine.training.step_failures import explain_failure
 from offloop.engine.training.step_hooks import StepHooks, StepPoint
 from offloop.engine.training.step_output import check_loss, read_output
+from offloop.engine.training.strategy import Strategy
 from offloop.engine.training.training_mode import enter_training
 from offloop.engine.training.validation import Validator
 from offloop.engine.training.window import Window, checked_value
@@ -67,6 +68,7 @@ class TrainingLoop:
         *,
         mailbox: Mailbox | None = None,
         hooks: Sequence[StepHook] = (),
+        strategy: Strategy | None = None,
     ) -> None:
         """Prepare a training; nothing is touched before `run`.
 
@@ -76,12 +78,14 @@ class TrainingLoop:
             host: Publishes events, asks deciders, saves checkpoints.
             mailbox: Where commands come from; None for one that stays empty.
             hooks: Step hooks, in declared order.
+            strategy: Speaks to the other processes that train with this one; None: there are none.
         """
         config, device = setup.config, setup.device
         self.program = program
         self.setup = setup
         self.host = host
         self.mailbox = mailbox or Mailbox()
+        self.strategy = strategy = strategy or Strategy()
         self.progress = Progress(steps_of=dict.fromkeys(setup.optimizers, 0))
         self.window = Window()
         """The batches of the optimizer step in progress."""
@@ -93,7 +97,12 @@ class TrainingLoop:
         """The options of each optimizer as the script made it."""
         self.train_metrics = setup.train_metrics
         self.reporter = Reporter(
-            host, self.progress, device, config.on_nonfinite, loss_scale=self.mixed.initial_scale
+            host,
+            self.progress,
+            device,
+            config.on_nonfinite,
+            loss_scale=self.mixed.initial_scale,
+            strategy=strategy,
         )
         is_manual = not program.automatic_optimization
         self.schedules = Schedules(setup, self.progress, self.reporter, is_manual=is_manual)
@@ -104,6 +113,8 @@ class TrainingLoop:
             setup.val_loader,
             seed=config.seed if config.sampling == "seeded" else None,
             is_resumable=setup.is_resumable,
+            share=strategy.shared_training,
+            share_validation=strategy.shared_validation,
         )
         self.validator = Validator(
             program,
@@ -113,6 +124,7 @@ class TrainingLoop:
             hooks=self.hooks,
             mixed=self.mixed,
             source=self.source,
+            strategy=strategy,
         )
         self.boundary = Boundary(
             program,
@@ -125,8 +137,10 @@ class TrainingLoop:
             validator=self.validator,
         )
         self.manual = ManualOptimization(
-            setup, self.progress, self.mixed, self.hooks, self.reporter, self.parameters
+            setup, self.progress, self.mixed, self.hooks, self.reporter, self.parameters, strategy
         )
+        # Several processes find a loss that is not finite together, some steps late
+        self.looks_at_losses = setup.looks_at_losses and strategy.world_size == 1
         self.data_wait: DataWait | None = DataWait()
         """What the first epoch waits for its loader; None after it."""
         self.resumed: ResumePoint | None = None
@@ -140,7 +154,6 @@ class TrainingLoop:
         self._logged_names: set[str] = set()
         # False from an EpochEnd on, which has told whether the run continues
         self._may_end_between_epochs = True
-        self._is_longer_than_its_length = False
 
     def run(self, handle: object = None) -> None:
         """Train until a limit, a stop or a cancellation; raise what the user's code raises.
@@ -150,6 +163,7 @@ class TrainingLoop:
         """
         progress, setup = self.progress, self.setup
         self._started = time.perf_counter()
+        self.strategy.begin(self)
         self.source.handles_signals = self.host.handles_signals
         self.prepare_hooks(handle)
         progress.last_lr = progress.last_lr or largest_lr(setup.first_optimizer)
@@ -180,11 +194,11 @@ class TrainingLoop:
             explain_failure(error)
             # Publish what was launched before the failure, if possible. The first failure is the one to raise.
             with contextlib.suppress(BaseException):
-                self.reporter.readback.flush()
+                self.reporter.flush()
             with contextlib.suppress(BaseException):
                 self.hooks.run_all("after_training")
             raise
-        self.reporter.readback.flush()
+        self.reporter.flush()
         self.hooks.run_all("after_training")
 
     def prepare_hooks(self, handle: object) -> None:
@@ -239,12 +253,12 @@ class TrainingLoop:
             # A limit that is reached here ends the run with a validation
             self.is_time_to_leave()
 
-        self.reporter.readback.flush()
+        self.reporter.flush()
         if not is_complete and progress.ending == "limit":
             self.at_limit = self._state_at_limit()
         trained = self.reporter.train_means.take("train_")
         if self.train_metrics:
-            add_computed(trained, self.train_metrics.compute())
+            add_computed(trained, self.strategy.gather_metrics(self.train_metrics).compute())
         progress.epoch_metrics.update(trained)
         progress.epoch_metrics["lr"] = progress.last_lr
         is_extra = False
@@ -336,7 +350,8 @@ class TrainingLoop:
                 progress.epoch_batches += 1
                 if self.window.count == 0:
                     left = None if length is None else length - given + 1
-                    self._begin_window(left, got)
+                    self.window.begin(self.setup.config.accumulate_grad_batches, got, batches_left=left)
+                    hooks.begin_step(progress.step + 1)
                 self.window.data_time += got - asked
                 if hooks.active:
                     hooks.run("before_batch", batch)
@@ -370,6 +385,7 @@ class TrainingLoop:
             start=progress.epoch_batches,
             keep_random=self.resumed is None,
         )
+        iterator = self.strategy.iterate(iterator, given)
         if self.resumed is not None and not source.position.current.is_done:
             self.finish_resuming()
         return iterator, given
@@ -381,49 +397,46 @@ class TrainingLoop:
             raise RuntimeError("train_batch() takes the batches of `for batch in self.batches(loader)`")
         if hooks.active:
             hooks.run("before_forward", batch)
+        share = self.strategy.share
         # Counted first, because the step may take the batch apart
         samples = self.setup.count_samples(batch)
-        with self.mixed.autocast():
-            output = self.program.training_step(batch)
-        loss, outputs, targets, weight, own_samples = read_output(output, "training_step")
+        with self.strategy.accumulating(is_last=window.count + 1 >= window.size):
+            with self.mixed.autocast():
+                output = self.strategy.forward(batch)
+            loss, outputs, targets, weight, own_samples = read_output(output, "training_step")
 
-        if own_samples is not None:
-            samples = own_samples
-        loss_weight = float(samples) if weight is None else weight
-        window.samples += samples
-        window.weight += loss_weight
-        if self.train_metrics:
-            self.train_metrics.add(outputs, targets, "training_step")
-        if loss is not None:
-            window.losses.append(loss)
-            window.weights.append(loss_weight)
-        if window.fresh:
-            window.settle(loss_weight)
-        if not self.program.automatic_optimization:
-            if (done := self.manual.end_batch()) is not None:
-                self._end_step(None, done.norm, self.mixed.update(), skipped=done.skipped)
-            return
+            if own_samples is not None:
+                samples = own_samples
+            if not share.counts:
+                samples, weight = 0, None if weight is None else 0.0
+            loss_weight = float(samples) if weight is None else weight
+            window.samples += samples
+            window.weight += loss_weight
+            if self.train_metrics and share.counts:
+                self.train_metrics.add(outputs, targets, "training_step")
+            if loss is not None:
+                window.losses.append(loss)
+                window.weights.append(loss_weight)
+                window.factors.append(share.factor)
+            if window.fresh:
+                window.settle(loss_weight, share.factor)
+            if not self.program.automatic_optimization:
+                if (done := self.manual.end_batch()) is not None:
+                    self._end_step(None, done.norm, self.mixed.update(), skipped=done.skipped)
+                return
 
-        if loss is None or not self.is_loss_checked:
-            check_loss(loss)
-            self.is_loss_checked = True
-        assert loss is not None
-        if self.setup.looks_at_losses:
-            refuse_nonfinite(loss, self.reporter, self.progress.step + 1)
-        if window.size > 1:
-            # A batch counts as its share of the window. The sum of the user's weights is known only at the window's
-            # end: the gradients are rescaled there.
-            if weight is None:
-                loss = loss / window.size
-            else:
-                loss = loss * weight
-                window.is_weighted = True
-        if hooks.active:
-            hooks.run("before_backward", batch)
-        self.mixed.backward(loss)
+            if loss is None or not self.is_loss_checked:
+                check_loss(loss)
+                self.is_loss_checked = True
+            assert loss is not None
+            if self.looks_at_losses:
+                refuse_nonfinite(loss, self.reporter, self.progress.step + 1)
+            if hooks.active:
+                hooks.run("before_backward", batch)
+            self.mixed.backward(window.weighted(loss, weight, share.factor, self.strategy.world_size))
         if hooks.active:
             hooks.run("after_backward", batch)
-            window.settle(loss_weight)
+            window.settle(loss_weight, share.factor)
         window.count += 1
         if window.count >= window.size:
             self.optimizer_step(batch)
@@ -432,14 +445,16 @@ class TrainingLoop:
         """Update the parameters with the gradients of the window."""
         config, window, optimizer = self.setup.config, self.window, self.setup.first_optimizer
         if window.is_weighted:
-            rescale(self.parameters(), 1.0 / (sum(window.weights) or 1.0))
+            total = self.strategy.sum(sum(window.weights))
+            rescale(self.parameters(), self.strategy.world_size / (total or 1.0))
         self.mixed.unscale(optimizer)
         if self.hooks.active:
             self.hooks.run("before_optimizer_step", batch)
         norm = None
         if config.gradient_clip_val is not None:
             norm = clip(self.parameters(), config.gradient_clip_val, config.gradient_clip_algorithm)
-        skipped = config.on_nonfinite == "skip_step" and not self._window_is_finite()
+        skips = config.on_nonfinite == "skip_step"
+        skipped = skips and not self.strategy.all(self._window_is_finite())
         self.progress.last_lr = largest_lr(optimizer)
         self.progress.last_rates = rates_by_group(self.setup.optimizers)
         if not skipped:
@@ -455,7 +470,6 @@ class TrainingLoop:
         if self.schedules.all:
             self.schedules.step(self.manual.stepped)
         self.manual.clear()
-        progress.epoch_samples += window.samples
         if self.hooks.active:
             self.hooks.run("after_step", batch)
         if self.program.automatic_optimization:
@@ -464,21 +478,6 @@ class TrainingLoop:
         window.clear()
         if self.validator.is_due_after_step():
             self.validate_after_step()
-
-    def _begin_window(self, batches_left: int | None, now: float) -> None:
-        """Begin an accumulation window, a shorter one where the loader has fewer batches left."""
-        size = self.setup.config.accumulate_grad_batches
-        if batches_left is not None and batches_left < size:
-            if batches_left > 0:
-                size = batches_left
-            elif not self._is_longer_than_its_length:
-                self._is_longer_than_its_length = True
-                logger.warning(
-                    "the train_loader gives more batches than its length says (%d); accumulation continues without it",
-                    self.progress.epoch_batches - 1,
-                )
-        self.window.begin(size, now)
-        self.hooks.begin_step(self.progress.step + 1)
 
     def finish_window(self) -> None:
         """Close a window with fewer batches than planned: the loader ended, or the epoch was left."""
@@ -489,16 +488,18 @@ class TrainingLoop:
         elif window.count:
             if not window.is_weighted:
                 rescale(self.parameters(), window.size / window.count)
+            if window.count < window.size:
+                self.strategy.average_gradients(self.parameters())
             self.optimizer_step(None)
         elif window.samples or window.fresh:
             # Batches of manual steps that stepped nothing, and values that an own epoch logged outside of batches
-            progress.epoch_samples += window.samples
             self.reporter.add_to_epoch(window)
         window.clear()
 
     def validate(self, *, is_extra: bool = False) -> dict[str, float] | None:
         """Run a validation, see `Validator.validate`."""
-        return self.validator.validate(self.boundary.announce, is_extra=is_extra)
+        boundary = self.boundary
+        return self.validator.validate(boundary.announce, boundary.process_commands, is_extra=is_extra)
 
     def validate_after_step(self) -> None:
         """Run the validation that is due after a step; commands for a step boundary are applied before it."""
@@ -529,13 +530,14 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Release what must not outlive the run. Its last checkpoint was taken."""
-        # A step that failed has left its losses, whose graphs hold everything that was computed
+        # The graphs of the losses of a step that failed hold everything that was computed
         self.window.clear()
         self.train_metrics = None
         self.validator.close()
         self.hooks.close()
         self.source.close()
         self.schedules.close()
+        self.strategy.close()
 
     def is_time_to_leave(self) -> bool:
         """Return True when `batches` should end: at once for a cancellation, else at the window's end."""
@@ -559,7 +561,7 @@ class TrainingLoop:
         is_in_epoch = progress.phase == "in_epoch" and progress.epoch_batches > 0
         if limits.max_time is None or not (is_in_epoch or self._may_end_between_epochs):
             return False
-        if self.seconds() < limits.max_time:
+        if self.strategy.seconds(self.seconds()) < limits.max_time:
             return False
         progress.reason = f"max_time={limits.max_time}"
         return True

@@ -13,6 +13,7 @@ from offloop.engine.training.progress import Progress
 from offloop.engine.training.reporter import Reporter
 from offloop.engine.training.setup import Setup
 from offloop.engine.training.step_hooks import StepHooks
+from offloop.engine.training.strategy import Strategy
 
 
 class ManualStep(NamedTuple):
@@ -35,17 +36,19 @@ class ManualOptimization:
         hooks: StepHooks,
         reporter: Reporter,
         parameters: OwnedParameters,
+        strategy: Strategy,
     ) -> None:
         self.stepped: set[str] = set()
         """Names of the optimizers that this training_step has stepped."""
         self._config = setup.config
         self._optimizers = setup.optimizers
-        self._looks_at_losses = setup.looks_at_losses
+        self._looks_at_losses = setup.looks_at_losses and strategy.world_size == 1
         self._progress = progress
         self._mixed = mixed
         self._hooks = hooks
         self._reporter = reporter
         self._parameters = parameters
+        self._strategy = strategy
         self._is_in_closure = False
         self._norm: torch.Tensor | None = None
         self._skipped = False
@@ -72,12 +75,14 @@ class ManualOptimization:
         optimizer, limit = self._optimizers[name], self._config.gradient_clip_val
         if name in self.stepped:
             self._mixed.update_between(self._parameters())
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if closure is None:
+            self._strategy.average_gradients(parameters, self._strategy.share.factor)
         self._mixed.unscale(optimizer)
         if self._hooks.active:
             self._hooks.optimizer = optimizer
             self._hooks.run("before_optimizer_step")
             self._hooks.optimizer = None
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if closure is not None:
             # The gradients are computed in there
             closure = self._clipping(closure, parameters, limit)
@@ -89,6 +94,7 @@ class ManualOptimization:
             rates_by_group(self._optimizers),
         )
         result = None
+        # The gradients are the same in all processes
         if self._config.on_nonfinite != "skip_step" or gradients_are_finite(parameters):
             with self._mixed.outside_autocast():
                 result = self._mixed.step(optimizer, closure)
@@ -115,6 +121,10 @@ class ManualOptimization:
                     loss = closure()
             finally:
                 self._is_in_closure = False
+            self._strategy.average_gradients(parameters, self._strategy.share.factor)
+            if isinstance(loss, torch.Tensor):
+                # A line search must take the same steps in all processes
+                loss = self._strategy.mean(loss)
             if self._looks_at_losses and not has_begun:
                 refuse_nonfinite(loss, self._reporter, self._progress.step + 1)
             has_begun = True

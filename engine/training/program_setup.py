@@ -15,6 +15,7 @@ from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.own_loss import NextTokens
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.setup import Batch, Host, Limits, Setup
+from offloop.engine.training.strategy import Strategy
 
 
 def make_setup(
@@ -80,10 +81,11 @@ def make_loop(
     *,
     mailbox: Mailbox | None = None,
     hooks: Sequence[StepHook] = (),
+    strategy: Strategy | None = None,
 ) -> TrainingLoop:
     """Return the loop of one training."""
     program._next_tokens = NextTokens()
-    return program._loop_class(program, setup, host, mailbox=mailbox, hooks=hooks)
+    return program._loop_class(program, setup, host, mailbox=mailbox, hooks=hooks, strategy=strategy)
 
 
 def make_run_loop(
@@ -93,11 +95,12 @@ def make_run_loop(
     *,
     mailbox: Mailbox,
     hooks: Sequence[StepHook],
+    strategy: Strategy | None = None,
 ) -> TrainingLoop:
     """Return the loop of a run, which continues with what the trainer's latest run has left."""
     if program._given_rates is not None:
         program._given_rates.put_back()
-    loop = make_loop(program, setup, host, mailbox=mailbox, hooks=hooks)
+    loop = make_loop(program, setup, host, mailbox=mailbox, hooks=hooks, strategy=strategy)
     program._given_rates = loop.schedules.given_rates
     scaler, previous = loop.mixed.scaler, program._mixed
     if scaler is not None and previous is not None and previous.scaler is not None:

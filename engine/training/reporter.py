@@ -19,6 +19,7 @@ from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, 
 from offloop.engine.training.progress import Progress
 from offloop.engine.training.readback import Readback
 from offloop.engine.training.setup import Host
+from offloop.engine.training.strategy import StepLoss, StepValue, StepValues, Strategy
 from offloop.engine.training.window import Window
 
 logger = logging.getLogger("offloop")
@@ -66,8 +67,9 @@ class Reporter:
         on_nonfinite: Literal["raise", "warn", "skip_step"],
         *,
         loss_scale: float,
+        strategy: Strategy,
     ) -> None:
-        """Publish through `host`, with the position that `progress` has."""
+        """Publish through `host`, with the position that `progress` has. `strategy` adds other processes' numbers."""
         self.emit = host.emit
         self.run_id = host.run_id
         self.clock_offset = host.clock_offset
@@ -77,6 +79,7 @@ class Reporter:
         self.loss_scale = loss_scale
         """After the latest step; it falls where the scaler skipped one."""
         self._progress = progress
+        self._strategy = strategy
         self._on_nonfinite = on_nonfinite
         # Losses of this attempt
         self._nonfinite = 0
@@ -99,10 +102,15 @@ class Reporter:
     def publish(self, event: Event) -> None:
         """Publish an event after everything before it. A milestone waits for that (host sync), a sample queues."""
         if isinstance(event, Sample):
-            self.readback.put(lambda: self.emit(event))
+            self.readback.put(lambda: self._strategy.put(lambda: self.emit(event)))
         else:
-            self.readback.flush()
+            self.flush()
             self.emit(event)
+
+    def flush(self) -> None:
+        """Publish all that waits for its numbers (host sync)."""
+        self.readback.flush()
+        self._strategy.flush()
 
     def publish_late(self, event_class: type[Event], fields: dict[str, Any]) -> None:
         """Publish an event once the values of its tensors have arrived. Never waits for the device."""
@@ -117,7 +125,7 @@ class Reporter:
         # Errors are raised here, in the call that publishes it, not when the numbers arrive
         check(build(itertools.repeat(0.0)))
         if tensors:
-            self.readback.read(tensors, lambda numbers: self.emit(build(numbers)))
+            self.readback.read(tensors, lambda numbers: self._strategy.put(lambda: self.emit(build(numbers))))
         else:
             self.publish(build(()))
 
@@ -132,17 +140,33 @@ class Reporter:
         """Add batches that led to no step to the means of the epoch, now or when they have arrived."""
         # Values logged outside of batches have no loss to be weighed by
         window.settle(window.weight or 1.0)
-        named = [
-            *(("loss", loss, weight) for loss, weight in zip(window.losses, window.weights, strict=True)),
-            *((each.name, _as_tensor(each.value), each.in_epoch()) for each in window.logged),
-        ]
+        losses, weights, logged, samples = (
+            list(window.losses),
+            list(window.weights),
+            list(window.logged),
+            window.samples,
+        )
 
         def deliver(numbers: list[float]) -> None:
-            for (name, _, weight), number in zip(named, numbers, strict=True):
-                self.train_means.add(name, number, weight)
+            of_losses, of_logged = numbers[: len(losses)], numbers[len(losses) :]
+            values = StepValues(
+                [StepLoss(value, weight, 0.0) for value, weight in zip(of_losses, weights, strict=True)],
+                [
+                    StepValue(each.name, value, each.in_epoch(), 0.0)
+                    for each, value in zip(logged, of_logged, strict=True)
+                ],
+                samples,
+            )
+            self._strategy.gather_step(values, add)
 
-        if named:
-            self.readback.read([value for _, value, _ in named], deliver)
+        def add(values: StepValues) -> None:
+            self._progress.epoch_samples += values.samples
+            for loss in values.losses:
+                self.train_means.add("loss", loss.value, loss.weight)
+            for each in values.logged:
+                self.train_means.add(each.name, each.value, each.weight)
+
+        self.readback.read([*losses, *(_as_tensor(each.value) for each in logged)], deliver)
 
     def step(
         self,
@@ -168,32 +192,50 @@ class Reporter:
         window.settle(window.weight)
         losses, weights, logged = list(window.losses), list(window.weights), list(window.logged)
         is_weighted, samples = window.is_weighted, window.samples
-        counts = weights if is_weighted else [1.0] * len(losses)
+        counts = weights if is_weighted else list(window.factors)
         data_time, step_time = window.data_time, now - window.started
         on_device = [each.value for each in logged if isinstance(each.value, torch.Tensor)]
         extra = [value for value in (norm, scale) if value is not None]
 
         def deliver(numbers: list[float]) -> None:
             of_losses, rest = numbers[: len(losses)], iter(numbers[len(losses) :])
-            for loss, weight in zip(of_losses, weights, strict=True):
-                if math.isfinite(loss) or self.complain(loss, step):
-                    self.train_means.add("loss", loss, weight)
-            of_step: dict[str, list[tuple[float, float]]] = {}
-            for each in logged:
-                number = next(rest) if isinstance(each.value, torch.Tensor) else float(each.value)
-                pairs = of_step.setdefault(each.name, [])
-                pairs.append((number, each.in_step(is_weighted=is_weighted)))
-                # The rule for losses applies to logged values too
-                if math.isfinite(number) or self._on_nonfinite != "skip_step":
-                    self.train_means.add(each.name, number, each.in_epoch())
-            metrics = {name: _mean(pairs) for name, pairs in of_step.items()}
+            values = StepValues(
+                [StepLoss(*each) for each in zip(of_losses, weights, counts, strict=True)],
+                [
+                    StepValue(
+                        each.name,
+                        next(rest) if isinstance(each.value, torch.Tensor) else float(each.value),
+                        each.in_epoch(),
+                        each.in_step(is_weighted=is_weighted),
+                    )
+                    for each in logged
+                ],
+                samples,
+            )
+            # The same in all processes
             grad_norm = next(rest) if norm is not None else None
+            loss_scale = next(rest) if scale is not None else None
+            self._strategy.gather_step(values, lambda gathered: publish(gathered, grad_norm, loss_scale))
+
+        def publish(values: StepValues, grad_norm: float | None, loss_scale: float | None) -> None:
+            self._progress.epoch_samples += values.samples
+            for each in values.losses:
+                if math.isfinite(each.value) or self.complain(each.value, step):
+                    self.train_means.add("loss", each.value, each.weight)
+            of_step: dict[str, list[tuple[float, float]]] = {}
+            for logged in values.logged:
+                of_step.setdefault(logged.name, []).append((logged.value, logged.step_weight))
+                # The rule for losses applies to logged values too
+                if math.isfinite(logged.value) or self._on_nonfinite != "skip_step":
+                    self.train_means.add(logged.name, logged.value, logged.weight)
+            metrics = {name: _mean(pairs) for name, pairs in of_step.items()}
             scaler_skipped = False
-            if scale is not None:
-                metrics["loss_scale"] = loss_scale = next(rest)
+            if loss_scale is not None:
+                metrics["loss_scale"] = loss_scale
                 # The scaler found infinities and backed off
                 scaler_skipped = loss_scale < self.loss_scale
                 self.loss_scale = loss_scale
+            pairs = [(each.value, each.step_weight) for each in values.losses]
             self.emit(
                 StepEnd(
                     run_id=run_id,
@@ -201,11 +243,11 @@ class Reporter:
                     epoch=epoch,
                     step=step,
                     batch=batch,
-                    loss=_mean(list(zip(of_losses, counts, strict=True))) if of_losses else None,
+                    loss=_mean(pairs) if pairs else None,
                     lr=lr,
                     lrs=rates,
                     grad_norm=grad_norm,
-                    samples=samples,
+                    samples=values.samples,
                     data_time=data_time,
                     step_time=step_time,
                     skipped=skipped or scaler_skipped,

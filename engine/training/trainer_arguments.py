@@ -53,6 +53,11 @@ def trainer_arguments(
     activation_checkpointing: str | type | Sequence[str | type] | None = None,
     freeze: str | Sequence[str] | None = None,
     channels_last: bool = False,
+    strategy: Literal["auto", "none", "ddp"] = "auto",
+    rank_batches: Literal["split", "whole", "own"] = "split",
+    sync_batchnorm: bool = False,
+    find_unused_parameters: bool = False,
+    rank_timeout: float = 20.0,
     run_dir: str | os.PathLike[str] | None = None,
     run_name: str | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
@@ -110,6 +115,17 @@ def trainer_arguments(
             Neither weight decay nor momentum moves them; normalization layers among them keep their running
             statistics.
         channels_last: Store images and convolution weights with the channels innermost, which suits tensor cores.
+        strategy: How several processes train together, where `torchrun` or the host application has started them:
+            `"ddp"` (torch's `DistributedDataParallel`), `"none"` (each trains alone), or `"auto"`: `"ddp"` with more
+            than one process.
+        rank_batches: What a process takes of the training batches: `"split"`, its share of each batch, so that a step
+            means the same on any number of processes; `"whole"`, whole batches in turn; `"own"`, what its own loader
+            gives.
+        sync_batchnorm: Batch normalization over the samples of all processes (`SyncBatchNorm`). CUDA only.
+        find_unused_parameters: Let steps use some of the parameters only, at the cost of a search in each step; as of
+            `DistributedDataParallel`.
+        rank_timeout: Seconds, above 0, after which a process that gives no sign of life, or that the others wait for,
+            has failed.
         run_dir: Directory of all runs; each run uses `run_dir/<run_id>/`. None: `runs`, only if a callback writes.
         run_name: The run's id. None: time and random letters.
         hyperparameters: Your own facts about the run, by name: numbers, strings, booleans, None, lists and mappings of

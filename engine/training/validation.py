@@ -19,6 +19,7 @@ from offloop.engine.training.reporter import Reporter
 from offloop.engine.training.setup import Batch, Program, Setup
 from offloop.engine.training.step_hooks import StepHooks
 from offloop.engine.training.step_output import read_output
+from offloop.engine.training.strategy import Strategy, ValidationSums
 from offloop.engine.training.training_mode import eval_mode
 from offloop.engine.training.window import Logged, checked_value, settled
 
@@ -36,6 +37,7 @@ class Validator:
         hooks: StepHooks,
         mixed: MixedPrecision,
         source: EpochSource,
+        strategy: Strategy,
     ) -> None:
         self.loaders = by_prefix(setup.val_loader)
         """By the prefix of the keys of their metrics."""
@@ -52,6 +54,7 @@ class Validator:
         self._hooks = hooks
         self._mixed = mixed
         self._source = source
+        self._strategy = strategy
         self._samples = 0
         # By the batch in work
         self._logged: list[Logged] = []
@@ -84,7 +87,11 @@ class Validator:
         return every is not None and self._progress.step % every == 0
 
     def validate(
-        self, announce: Callable[[Event], None], *, is_extra: bool = False
+        self,
+        announce: Callable[[Event], None],
+        process_commands: Callable[[], None],
+        *,
+        is_extra: bool = False,
     ) -> dict[str, float] | None:
         """Run a validation at a step boundary; returns its metrics, None if it was stopped.
 
@@ -93,6 +100,7 @@ class Validator:
 
         Args:
             announce: Publishes an event at which commands are processed, see `Boundary.announce`.
+            process_commands: Processes them without an event.
             is_extra: True for a validation that runs only because the run ends here. A run that is resumed from here
                 must draw the same random numbers as without it.
         """
@@ -114,7 +122,7 @@ class Validator:
             (self._program.model, getattr(self._program, "loss", None)) if is_resumable else ()
         )
         try:
-            metrics = self._run()
+            metrics = self._run(process_commands)
         finally:
             progress.is_validating = False
             self.seconds += time.perf_counter() - started
@@ -126,8 +134,8 @@ class Validator:
             return None
         progress.validated_step = progress.step
         if self._logged:
-            # Logged outside of batches: no loss to be weighed by
-            self._add_logged(1.0)
+            # By hooks, after the passes
+            self._gather(0, self._samples)
         metrics |= self._take(PREFIX)
         progress.epoch_metrics.update(metrics)
         progress.latest.update(metrics)
@@ -139,22 +147,22 @@ class Validator:
         )
         return metrics
 
-    def _run(self) -> dict[str, float]:
+    def _run(self, process_commands: Callable[[], None]) -> dict[str, float]:
         """Run the model over all loaders: if asked for, first with the weights in training, then with an average."""
         metrics: dict[str, float] = {}
         try:
             if self._setup.validates_live:
                 with eval_mode(self._program.model):
-                    metrics |= self._run_pass(is_live=True)
+                    metrics |= self._run_pass(process_commands, is_live=True)
             self._hooks.run_all("before_validation")
             with eval_mode(self._program.model):
-                metrics |= self._run_pass(is_live=False)
+                metrics |= self._run_pass(process_commands, is_live=False)
         finally:
             # Always: it may restore what was swapped before
             self._hooks.run_all("after_validation")
         return metrics
 
-    def _run_pass(self, *, is_live: bool) -> dict[str, float]:
+    def _run_pass(self, process_commands: Callable[[], None], *, is_live: bool) -> dict[str, float]:
         """Run the model over each loader; return the metrics of the named ones."""
         progress = self._progress
         self._samples = 0
@@ -163,26 +171,47 @@ class Validator:
             if progress.is_interrupted:
                 break
             prefix = live_prefix(name) if is_live else name
-            self.prefix, before = prefix, progress.val_batches
+            self.prefix, before, samples = prefix, progress.val_batches, self._samples
             if prefix in self.metrics:
                 self.metrics[prefix].reset()
             with torch.no_grad():
                 self._program.validate_epoch(loader)
+            # Commands that have reached only some of the processes so far reach all
+            if self._strategy.end_pass():
+                process_commands()
             if progress.is_interrupted:
                 break
-            if progress.val_batches == before:
+            if not self._gather(progress.val_batches - before, samples):
                 what = f"val_loader {name_of(prefix)}".rstrip()
                 raise EmptyLoaderError(describe_empty(what, loader, was_read=progress.validated_step >= 0))
             if prefix != PREFIX:
                 metrics |= self._take(prefix)
         return metrics
 
-    def _take(self, prefix: str) -> dict[str, float]:
-        """Return the metrics under a prefix, and reset them. Waits for the device."""
+    def _gather(self, batches: int, samples_before: int) -> bool:
+        """Add the numbers of the other processes to those of the pass that is over; False if it had no batch.
+
+        Args:
+            batches: Of the pass, in this process.
+            samples_before: Samples of the passes before.
+        """
+        if self._logged:
+            # Logged outside of batches: no loss to be weighed by
+            self._add_logged(1.0)
+        # Waits for the device
         self._reporter.readback.flush()
+        means = self._reporter.val_means
+        own = ValidationSums(means.sums, means.weights, self._samples - samples_before, batches)
+        gathered = self._strategy.gather_validation(own)
+        means.sums, means.weights = gathered.sums, gathered.weights
+        self._samples = samples_before + gathered.samples
+        return gathered.batches > 0
+
+    def _take(self, prefix: str) -> dict[str, float]:
+        """Return the metrics under a prefix, and reset them."""
         metrics = self._reporter.val_means.take(prefix)
         if prefix in self.metrics:
-            add_computed(metrics, self.metrics[prefix].compute())
+            add_computed(metrics, self._strategy.gather_metrics(self.metrics[prefix]).compute())
         return metrics
 
     def _length(self) -> int | None:

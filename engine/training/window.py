@@ -1,6 +1,7 @@
 """The accumulation window: the batches of one optimizer step, and the values that were logged in it."""
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,8 @@ import torch
 from offloop.engine.metrics.logged_names import check_name
 from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.training.step_output import checked_weight
+
+logger = logging.getLogger("offloop")
 
 
 class Logged(NamedTuple):
@@ -23,6 +26,8 @@ class Logged(NamedTuple):
     """Weight of its batch's loss, or of the window's losses if it was logged for the whole step."""
     share: float = 1.0
     """Its share of that weight: 1/n for a name that the batch logged n times."""
+    factor: float = 1.0
+    """The process's share of the batch, see `strategy.Share`."""
 
     def in_epoch(self) -> float:
         """Return its weight in the mean of the epoch."""
@@ -30,7 +35,7 @@ class Logged(NamedTuple):
 
     def in_step(self, *, is_weighted: bool) -> float:
         """Return its weight in the mean of the step, where batches count alike unless the losses have weights."""
-        return self.in_epoch() if is_weighted or self.weight is not None else self.share
+        return self.in_epoch() if is_weighted or self.weight is not None else self.share * self.factor
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,6 +52,8 @@ class Window:
     """One scalar on the device per batch. Its graph is freed already, so keeping it costs less than detaching it."""
     weights: list[float] = dataclasses.field(default_factory=list)
     """Weight of each loss in means: the user's, else the number of samples."""
+    factors: list[float] = dataclasses.field(default_factory=list)
+    """The process's share of the batch of each loss, see `strategy.Share`."""
     logged: list[Logged] = dataclasses.field(default_factory=list)
     """Values logged by its batches."""
     fresh: list[Logged] = dataclasses.field(default_factory=list)
@@ -59,16 +66,46 @@ class Window:
     """Seconds spent waiting for its batches."""
     started: float = 0.0
     """When its first batch had arrived, on the clock of `time.perf_counter`."""
+    # That the loader gives more batches than its length says was logged
+    _is_longer_than_said: bool = False
 
-    def begin(self, size: int, now: float) -> None:
-        """Begin a window of `size` batches."""
+    def begin(self, size: int, now: float, *, batches_left: int | None = None) -> None:
+        """Begin a window of `size` batches, a shorter one where the loader has fewer batches left."""
+        if batches_left is not None and batches_left < size:
+            if batches_left > 0:
+                size = batches_left
+            elif not self._is_longer_than_said:
+                self._is_longer_than_said = True
+                logger.warning(
+                    "the train_loader gives more batches than its length says; accumulation continues without it"
+                )
         self.size = size
         self.started = now
         self.data_time = 0.0
 
-    def settle(self, weight: float) -> None:
-        """Assign the values logged since the last call to a batch, or a step, of this weight."""
-        self.logged += settled(self.fresh, weight)
+    def weighted(
+        self, loss: torch.Tensor, weight: float | None, factor: float, world_size: int
+    ) -> torch.Tensor:
+        """Return a batch's loss as its share of the window and of the batches of all processes.
+
+        The sum of the user's weights is known only at the window's end: the gradients are rescaled there.
+
+        Args:
+            loss: Mean over the samples here.
+            weight: The user's; None for the number of samples.
+            factor: See `strategy.Share`.
+            world_size: Number of processes.
+        """
+        if weight is not None and (self.size > 1 or world_size > 1):
+            self.is_weighted = True
+            return loss * weight
+        if self.size > 1:
+            loss = loss / self.size
+        return loss if factor == 1.0 else loss * factor
+
+    def settle(self, weight: float, factor: float = 1.0) -> None:
+        """Assign the values logged since the last call to a batch, or a step, of this weight and share."""
+        self.logged += settled(self.fresh, weight, factor)
         self.fresh.clear()
 
     def clear(self) -> None:
@@ -78,14 +115,18 @@ class Window:
         self.is_weighted = False
         self.losses.clear()
         self.weights.clear()
+        self.factors.clear()
         self.logged.clear()
         self.fresh.clear()
 
 
-def settled(fresh: Sequence[Logged], weight: float) -> list[Logged]:
-    """Return logged values with the weight of the loss that they belong to."""
+def settled(fresh: Sequence[Logged], weight: float, factor: float = 1.0) -> list[Logged]:
+    """Return logged values with weight and share of the loss that they belong to."""
     times = Counter(each.name for each in fresh if each.weight is None)
-    return [each._replace(batch_weight=weight, share=1.0 / (times[each.name] or 1)) for each in fresh]
+    return [
+        each._replace(batch_weight=weight, share=1.0 / (times[each.name] or 1), factor=factor)
+        for each in fresh
+    ]
 
 
 def checked_value(
