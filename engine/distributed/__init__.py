@@ -3,6 +3,7 @@
 launch            who started this process, as which rank
 rendezvous        the store through which ranks exchange what is rare or slow; once in a process
 group             the process group: collectives, in the training thread alone
+sockets           what forked children must close
 signs_of_life     who has failed, hangs or cannot be reached
 plan              rank 0's decisions before the run, and whether all ranks were started alike
 agreement         commands, numbers of steps, time: one collective at some step boundaries
