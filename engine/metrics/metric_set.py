@@ -69,6 +69,7 @@ class MetricSet:
             device: Device of the batches.
             rows: What targets of the outputs' shape hold; see `rows_of`.
         """
+        self._spec = metrics
         self._chosen = chosen_metrics(metrics)
         self.names = tuple(self._chosen)
         self._kinds = [f"{name}: {type(metric).__name__}" for name, metric in self._chosen.items()]
@@ -127,7 +128,7 @@ class MetricSet:
                 return
             outputs, targets = outputs.detach(), targets.detach()
             if self._problem is None or self._shapes != (outputs.shape, targets.shape):
-                problem = problem_of(self._named(), outputs, targets, self._problem, self._rows)
+                problem = problem_of(self.named(), outputs, targets, self._problem, self._rows)
                 if self._problem is None:
                     self._build(problem)
                 self._problem, self._shapes = problem, (outputs.shape, targets.shape)
@@ -160,7 +161,7 @@ class MetricSet:
 
     def _expect_tensors(self, outputs: Any, targets: Any) -> None:
         """Raise if named metrics got anything but tensors."""
-        named = self._named()
+        named = self.named()
         if not named:
             return
         which, got = ("targets", targets) if isinstance(outputs, Tensor) else ("outputs", outputs)
@@ -174,15 +175,15 @@ class MetricSet:
         """Return the metrics of the pass so far, by prefixed key; empty if there was no batch.
 
         Blocks until the device has finished its work: only here are metrics read back. A user's metric that returns a
-        mapping has a key per entry, `<prefix><name>_<entry>`. Under torch.distributed all ranks must call this, after
-        at least one batch.
+        mapping has a key per entry, `<prefix><name>_<entry>`. No process waits for another one: those of several are
+        merged first, see `merging.py`.
 
         Raises:
             ValueError: A user's metric did not return a single number.
         """
         if self._batches == 0:
             return {}
-        unfed = self._late if self._batches == self._late_since else frozenset()
+        unfed = self._unfed()
         results: dict[str, object] = dict.fromkeys(unfed, math.nan)
         results |= {name: metric.compute() for name, metric in self._own.items() if name not in unfed}
         for sums in self._sums:
@@ -206,7 +207,7 @@ class MetricSet:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the pass: plain values and copies of tensors, on their device. Does not block."""
-        return {
+        state = {
             "metrics": self._kinds,
             "batches": self._batches,
             "problem": self._problem and tuple(self._problem),
@@ -214,6 +215,9 @@ class MetricSet:
             "sums": [sums.state_dict() for sums in self._sums],
             "own": {name: metric.state_dict() for name, metric in self._own.items()},
         }
+        if unfed := self._unfed():
+            state["unfed"] = sorted(unfed)
+        return state
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -228,7 +232,7 @@ class MetricSet:
         from offloop.engine.metrics.named import sums_of
 
         problem = state["problem"] and Problem(*state["problem"])
-        named = self._named()
+        named = self.named()
         if problem is None or (
             problem.task == "regression" and any(NAMES[n].view != "numbers" for n in named)
         ):
@@ -266,23 +270,43 @@ class MetricSet:
             for member in (module for module in metric.modules() if isinstance(module, Metric)):
                 # Not part of the state; at 0 `compute` warns
                 member._update_count = self._batches
-        self._late, self._late_since = frozenset(new), self._batches
+        self._late = frozenset(new).union(name for name in state.get("unfed", ()) if name in self.names)
+        self._late_since = self._batches
         return [name for name in self.names if name in new]
 
-    def _named(self) -> list[str]:
+    def anew(self) -> "MetricSet":
+        """Return a set of the same metrics, before its first batch."""
+        return MetricSet(self._spec, prefix=self._prefix, device=self._device, rows=self._rows)
+
+    def of_the_user(self) -> "dict[str, Metric]":
+        """Return the user's own metrics, as given, by name."""
+        return {name: own for name, own in self._chosen.items() if own is not None}
+
+    def of_the_user_in_use(self) -> "Iterator[tuple[str, Metric, Metric]]":
+        """Yield the name of each user's metric, the clone that is given batches, and the user's own."""
+        for name, own in self.of_the_user().items():
+            if name in self._own:
+                yield name, self._own[name], own
+
+    def _unfed(self) -> frozenset[str]:
+        """Return the names that started in the middle of this pass and had no batch since."""
+        return self._late if self._batches == self._late_since else frozenset()
+
+    def named(self) -> list[str]:
+        """Return the names without the user's own metrics."""
         return [name for name, own in self._chosen.items() if own is None]
 
     def _build(self, problem: Problem) -> None:
         with first_use("torchmetrics"):
             from torchmetrics import Metric
 
-            from offloop.engine.metrics.named import sums_of
+            from offloop.engine.metrics.named import alone, sums_of
 
-        self._sums, self._is_split = sums_of(self._named(), problem, self._device), False
+        self._sums, self._is_split = sums_of(self.named(), problem, self._device), False
         for name, own in self._chosen.items():
             if own is None:
                 continue
-            metric = self._own[name] = own.clone().to(self._device)
+            metric = self._own[name] = alone(own.clone()).to(self._device)
             # The user may have used it before
             metric.reset()
             for member in (module for module in metric.modules() if isinstance(module, Metric)):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 import torch
 import torchmetrics.classification as tmc
 from torch import Tensor
-from torchmetrics import MaxMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.functional.classification import multilabel_auroc
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 from torchmetrics.utilities.compute import normalize_logits_if_needed
@@ -37,7 +37,7 @@ class Sums(ABC):
 
     def __init__(self, names: Sequence[str], problem: Problem, device: torch.device) -> None:
         self.problem, self.device = problem, device
-        self.metrics = {name: self.metric(name).to(device) for name in names}
+        self.metrics = {name: alone(self.metric(name)).to(device) for name in names}
         self.reset()
 
     @abstractmethod
@@ -118,7 +118,7 @@ class ClassCounts(Sums):
         missing = self.zeros(classes - self.problem.size)
         self.tp, self.fp, self.fn = (torch.cat([each, missing]) for each in (self.tp, self.fp, self.fn))
         self.problem = self.problem._replace(size=classes)
-        self.metrics = {name: self.metric(name).to(self.device) for name in self.metrics}
+        self.metrics = {name: alone(self.metric(name)).to(self.device) for name in self.metrics}
 
     def states(self, name: str) -> Mapping[str, State]:
         return {"tp": self.tp, "fp": self.fp, "fn": self.fn}
@@ -136,8 +136,6 @@ class LabelCounts(Sums):
         self._labels = problem.size if problem.task == "multilabel" else 1
         self._has_exact = problem.task == "multilabel" and "accuracy" in names
         self._thresholds = torch.tensor([0.0, 0.5, 1.0], device=device).view(3, 1, 1)
-        # The largest number of outputs outside of [0, 1], over all ranks
-        self._outside = MaxMetric(nan_strategy="disable").to(device)
         # 0 if the outputs of the pass are logits, 1 if they are probabilities
         self._reading = 0
         super().__init__(names, problem, device)
@@ -176,7 +174,8 @@ class LabelCounts(Sums):
     def compute(self) -> Iterator[tuple[str, Tensor]]:
         """Decide between logits and probabilities, then yield each name and its number. Blocks."""
         outside = self.below_0.sum() + self.above[2].sum()
-        self._reading = int(_compute(self._outside, {"max_value": outside}, self.device) == 0)
+        # Host sync
+        self._reading = int(outside == 0)
         return super().compute()
 
     def states(self, name: str) -> Mapping[str, State]:
@@ -298,6 +297,18 @@ def sums_of(names: Sequence[str], problem: Problem, device: torch.device) -> lis
     return [kinds[kind](chosen, problem, device) for kind, chosen in by_kind.items() if chosen]
 
 
+def alone(metric: Metric) -> Metric:
+    """Return a metric that never synchronises itself with other processes, whatever process group there is."""
+    for member in metric.modules():
+        if isinstance(member, Metric):
+            member.distributed_available_fn = _nowhere
+    return metric
+
+
+def _nowhere() -> bool:
+    return False
+
+
 def wide(device: torch.device) -> torch.dtype:
     """Return the dtype of sums."""
     # Apple's GPUs lack float64
@@ -321,7 +332,7 @@ def _rows(values: Tensor, problem: Problem) -> Tensor:
 
 
 def _compute(metric: Metric, states: Mapping[str, State], device: torch.device) -> Any:
-    """Return the number that torchmetrics computes from the sums of all ranks. Blocks."""
+    """Return the number that torchmetrics computes from the sums. Blocks."""
     for name, value in states.items():
         if isinstance(value, int):
             value = torch.tensor(value, device=device)
