@@ -26,8 +26,12 @@ class EarlyStopping(Callback):
     """Stops a run when its metric has not improved in `patience` checks in a row.
 
     Each validation is a check of a `val_` metric, each epoch one of a `train_` metric. NaN never improves. It decides
-    in the training thread, so the same data and seed stop at the same step.
+    in the training thread, so the same data and seed stop at the same step. With several processes, rank 0 stops the
+    run, and each rank restores its own copy of the best weights.
     """
+
+    # Each rank keeps the weights that it restores. Metrics are the same on all, so all find the same best
+    ranks = "all"
 
     @explains_arguments()
     def __init__(

@@ -44,10 +44,13 @@ class GradientStatistics(Sample, frozen=True, kw_only=True):
 class GradientMonitor(Callback):
     """Publishes `GradientStatistics` for every n-th step; other steps have no overhead.
 
-    It does not change the results of the run, and a failure of it does not end the run.
+    It does not change the results of the run, and a failure of it does not end the run. With several processes, it
+    measures on rank 0: gradients and weights are the same on all.
     """
 
     on_error = "isolate"
+    # Gradients are averaged over the ranks before the point where they are measured
+    ranks = "first"
 
     @explains_arguments()
     def __init__(self, *, every_n_steps: int = 50, per_layer: bool = True, update_ratio: bool = True) -> None:

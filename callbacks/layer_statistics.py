@@ -53,10 +53,13 @@ class LayerStatistics(Callback):
 
     Activations are measured by forward hooks that exist during the first batch of such a step only. Activations of a
     compiled model (`Trainer(compile=True)`) are not measured, because adding and removing hooks would recompile it.
-    It does not change the results of the run, and a failure of it does not end the run.
+    It does not change the results of the run, and a failure of it does not end the run. With several processes, it
+    measures on rank 0: weights and gradients are the same on all, activations are those of its share of the batch.
     """
 
     on_error = "isolate"
+    # One rank is enough, and nobody hears what others publish
+    ranks = "first"
 
     @explains_arguments()
     def __init__(

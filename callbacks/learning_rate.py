@@ -129,8 +129,12 @@ class LearningRateScheduler(Callback):
     run's limits. A plateau steps at the end of epochs by torch's rule: it reduces the rate after more than `patience`
     epochs without improvement. `"reduce_on_plateau"` is correct for negative metrics, unlike torch's class. After
     `run.set_lr` a schedule continues from the new rate. Changes by a schedule of epochs or a plateau are published as
-    `LearningRateChanged`; those by a schedule of steps are in `StepEnd.lr`.
+    `LearningRateChanged`; those by a schedule of steps are in `StepEnd.lr`. With several processes, each has its
+    schedule; they agree, because steps and metrics are the same.
     """
+
+    # The optimizer of each rank needs a schedule of its own
+    ranks = "all"
 
     @explains_arguments()
     def __init__(

@@ -39,10 +39,14 @@ class ModelCheckpoint(Callback):
 
     A run can have several, each with its own best, retention and copies; a checkpoint that two of them want is saved
     once. `result.best` is that of the first one with a `monitor`, unless `Trainer(monitor=...)` is given.
+
+    With several processes, rank 0 decides when to save, `every_seconds` by its clock, and all save at that step.
     """
 
     needs_run_dir = True
     steers = False
+    # It touches no tensor: it asks for checkpoints, and the run's commands are rank 0's
+    ranks = "first"
 
     @explains_arguments()
     def __init__(
@@ -172,6 +176,7 @@ class ModelCheckpoint(Callback):
             name_of=self._name,
             copy_best_only=self.save_best_only,
             on_unsaveable=self.on_error or "raise",
+            every_n_steps=self.every_n_steps,
         )
 
     @in_step(every_n_steps="look_every_n_steps")

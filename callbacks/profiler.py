@@ -83,11 +83,14 @@ class Profiler(Callback):
     proportion to the size of the trace. Later steps have no overhead.
 
     It profiles once per run. A run that ends early leaves a profile of the steps so far; torch's profiler is always
-    switched off. Only one can be active in a process.
+    switched off. Only one can be active in a process. With several processes it profiles rank 0; the time for which
+    that waits for others is in the backward pass.
     """
 
     on_error = "isolate"
     needs_run_dir = True
+    # The run has one trace, and its files have one name
+    ranks = "first"
 
     @explains_arguments()
     def __init__(

@@ -135,7 +135,8 @@ class ResourceMonitor(Callback):
     """Publishes `ResourceUsage` at an interval. Training never waits for it, the event loop only for a timer.
 
     It costs about 0.3 % of one core at the default interval, see `ResourceUsage.own_cpu_percent`. GPUs are read if they
-    are NVIDIA's and the package `nvidia-ml-py` is installed.
+    are NVIDIA's and the package `nvidia-ml-py` is installed. With several processes, it samples that of rank 0, and its
+    machine.
     """
 
     @explains_arguments()

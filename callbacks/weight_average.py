@@ -42,8 +42,12 @@ class WeightAverage(Callback):
     Parameters are averaged, and buffers whose name starts with `running_`: the statistics of batch normalisation. Other
     buffers (masks, counters, the vectors of spectral normalisation) are not weights; validations use the model's own.
 
-    It needs one copy of the model on its device, draws no random numbers and does not synchronise CUDA devices.
+    It needs one copy of the model on its device, draws no random numbers and does not synchronise CUDA devices. With
+    several processes, each averages its own weights, which are the same on all, and no rank waits for another.
     """
+
+    # Each rank validates with its own average
+    ranks = "all"
 
     @explains_arguments()
     def __init__(

@@ -312,6 +312,15 @@ class Handlers:
                 self._look_at(attribute, method)
         self._check_samples()
 
+    def runs_on_other_ranks(self) -> bool:
+        """Leave out what runs on rank 0 alone, see `Callback.ranks`; return whether anything is left."""
+        if self.callback.ranks != "all":
+            self.observers.clear()
+            self.deciders.clear()
+        if self.callback.ranks == "first":
+            self.hooks.clear()
+        return bool(self.observers or self.deciders or self.hooks)
+
     def handler_for(self, event_class: type[Event]) -> Handler | None:
         """Return the observer for a class of events: that of its nearest ancestor; None if there is none."""
         return (self._by_class.get(event_class) or self._look_up(event_class))[0]
@@ -397,6 +406,7 @@ class Handlers:
     def _check_settings(self) -> None:
         callback = self.callback
         checks.choice(f"{self.name}.on_error", callback.on_error, (None, "raise", "isolate"))
+        checks.choice(f"{self.name}.ranks", callback.ranks, (None, "first", "all"))
         checks.choice(f"{self.name}.on_full", callback.on_full, ("drop_oldest", "block"))
         checks.whole_number(f"{self.name}.buffer", callback.buffer, optional=True)
 

@@ -168,6 +168,8 @@ class TrainStart(Event, frozen=True, kw_only=True):
     """Limit of the run: total optimizer steps."""
     max_time: float | None = None
     """Limit of the run: total seconds of training, pauses excluded."""
+    world_size: int = 1
+    """Number of processes ("ranks") that train together."""
 
 
 class Resumed(Event, frozen=True, kw_only=True):

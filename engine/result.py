@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from offloop.engine.best import Best
 from offloop.engine.encoding import with_non_finite_as_text
 from offloop.engine.events import EpochEnd, Metrics, TrainEnd, ValidationEnd
@@ -22,6 +24,15 @@ Status = Literal["completed", "stopped", "cancelled", "failed", "running"]
 
 _SHOWN_METRICS = 6
 """Metrics in the representation of a result; a notebook cell has no room for more."""
+
+
+class _Told(msgspec.Struct):
+    """The parts of a result that only rank 0 of a run knows."""
+
+    best: Best | None
+    callback_costs: dict[str, CallbackCosts]
+    callback_errors: dict[str, tuple[str, ...]]
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -88,6 +99,23 @@ class RunResult:
         for name in names:
             columns[name] = [end.metrics.get(name, math.nan) for end in self.history]
         return columns
+
+    def encode(self) -> bytes:
+        """Return what the other ranks of a run cannot know themselves, as JSON."""
+        return msgspec.json.encode(
+            _Told(self.best, dict(self.callback_costs), dict(self.callback_errors), self.seconds)
+        )
+
+    def as_told(self, told: bytes) -> "RunResult":
+        """Return this result with what `encode` of rank 0's result holds."""
+        of_first = msgspec.json.decode(told, type=_Told)
+        return dataclasses.replace(
+            self,
+            best=of_first.best,
+            callback_costs=of_first.callback_costs,
+            callback_errors=of_first.callback_errors,
+            seconds=of_first.seconds,
+        )
 
     def to_run_json(self) -> dict[str, Any]:
         """Return the content of `run.json`: numbers and strings, with NaN and infinities as strings."""

@@ -275,7 +275,7 @@ class _ScriptedLoop(TrainingLoop):
         # No step runs its hooks, but those at the end of training do run.
         self.prepare_hooks(handle)
         if not any(isinstance(event, TrainStart) for event in script):
-            start = train_start(self.program, self.setup, progress, self.resumed, self.reporter)
+            start = train_start(self.program, self.setup, progress, self.resumed, self.reporter, 1)
             self.boundary.announce(start)
         for event in script:
             if progress.ending is not None:

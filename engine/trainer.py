@@ -17,6 +17,7 @@ from offloop.engine.metrics.names import MetricSpec, RunMetrics
 from offloop.engine.recovery.resume_plan import Resume
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
+from offloop.engine.session import ranks
 from offloop.engine.session.hosting import run_awaited, run_blocking
 from offloop.engine.session.prepare import prepare_async, prepare_blocking, run_block
 from offloop.engine.session.run_arguments import RunArguments
@@ -52,6 +53,16 @@ class BaseTrainer(TrainingProgram):
         """The run in progress, else the latest one; None before the first."""
         run: Run | None = self._last_run
         return run
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that train together, from 0; 0 in a process that trains alone."""
+        return ranks.launched(self.config)[0]
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that train together; 1 in a process that trains alone."""
+        return ranks.launched(self.config)[1]
 
     @explains_arguments(misplaced_argument)
     def train(

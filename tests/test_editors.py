@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import tempfile
 from typing import Any, Final
 
 import jedi
@@ -13,6 +14,9 @@ import torch
 from offloop.engine import Command, Trainer, TrainerConfig
 from offloop.engine.config import TorchDevice
 from offloop.engine.training.trainer_arguments import trainer_arguments
+
+# Several processes that test at once would read what another one is about to write
+jedi.settings.cache_directory = tempfile.mkdtemp()
 
 PACKAGES: Final = ("offloop", "offloop.engine", "offloop.callbacks", "offloop.dashboard")
 

@@ -14,6 +14,7 @@ import torch
 
 import offloop.engine
 from offloop.engine import Callback, EpochEnd, Run, StepEnd, Trainer
+from offloop.engine.bus.subscribers import Subscribers
 from offloop.engine.testing import tiny_batches, tiny_model, tiny_trainer
 from offloop.engine.training.boundary import Boundary
 from offloop.engine.training.loop import TrainingLoop
@@ -33,17 +34,20 @@ def listed(start: str) -> list[str]:
 class Trace:
     """Notes the files of the engine in the order of their first call, while it is on."""
 
-    def __init__(self, *, training_thread_only: bool = False) -> None:
-        self.training_thread_only = training_thread_only
+    def __init__(self) -> None:
         self.is_on = False
-        self.files: list[str] = []
+        # Both threads run at once, so only the order within each is certain
+        self.of_event_loop: list[str] = []
+        self.of_training: list[str] = []
         self.begin_at: CodeType | None = None
         """Turned on by the first call of this code that `begins` is true of."""
         self.begins: Callable[[FrameType], bool] = lambda frame: True
+        self.begins_on_event_loop: Callable[[FrameType], bool] = lambda frame: True
+        """True of the first call on the event loop that is noted: it may still be at work for something earlier."""
+        self._is_on_there = False
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        is_elsewhere = self.training_thread_only and threading.current_thread() is threading.main_thread()
-        if event != "call" or is_elsewhere:
+        if event != "call":
             return
         if frame.f_code is self.begin_at and self.begins(frame):
             self.is_on, self.begin_at = True, None
@@ -53,8 +57,13 @@ class Trace:
                 path = path.resolve()
                 if path.is_relative_to(ENGINE):
                     name = path.relative_to(ENGINE).as_posix()
-                    if name not in self.files:
-                        self.files.append(name)
+                    if threading.current_thread() is not threading.main_thread():
+                        files = self.of_training
+                    else:
+                        self._is_on_there = self._is_on_there or self.begins_on_event_loop(frame)
+                        files = self.of_event_loop if self._is_on_there else []
+                    if name not in files:
+                        files.append(name)
 
     def __enter__(self) -> "Trace":
         threading.setprofile(self)
@@ -66,13 +75,13 @@ class Trace:
         threading.setprofile(None)
 
 
-def follows(trace: Trace, files: list[str]) -> None:
+def follows(visited: list[str], files: list[str]) -> None:
     assert files and len(set(files)) == len(files), "no file twice"
-    assert [name for name in trace.files if name in files] == files
+    assert [name for name in visited if name in files] == files
 
 
 def test_a_batch_visits_the_files_in_the_order_of_the_page() -> None:
-    trace = Trace(training_thread_only=True)
+    trace = Trace()
     # A generator: each batch is a call of it
     trace.begin_at = TrainingLoop.batches.__code__
     trace.begins = lambda frame: frame.f_locals.get("given") == 2
@@ -93,7 +102,15 @@ def test_a_batch_visits_the_files_in_the_order_of_the_page() -> None:
     )
     with trace:
         trainer.train(tiny_batches(24), max_steps=3)
-    follows(trace, listed("A batch"))
+    follows(trace.of_training, listed("A batch"))
+
+
+def hands_over_epoch_end(frame: FrameType) -> bool:
+    """Return whether the drainer gives the subscribers events among which is an `EpochEnd`."""
+    if frame.f_code is not Subscribers.hand_over.__code__:
+        return False
+    lists = [each for each in frame.f_locals.values() if isinstance(each, list)]
+    return any(isinstance(event, EpochEnd) for each in lists for event in each)
 
 
 @pytest.mark.anyio
@@ -120,10 +137,14 @@ async def test_an_event_visits_the_files_in_the_order_of_the_page() -> None:
                 break
             trace.begins = lambda frame: isinstance(frame.f_locals.get("event"), EpochEnd)
             trace.begin_at = Boundary.announce.__code__
+            trace.begins_on_event_loop = hands_over_epoch_end
             is_quiet.set()
             with anyio.fail_after(60):
                 await handled.wait()
-    follows(trace, listed("An event"))
+    files = listed("An event")
+    turn = files.index("bus/event_bus.py")
+    follows(trace.of_training, files[: turn + 1])
+    follows(trace.of_event_loop, files[turn + 1 :])
 
 
 @pytest.mark.anyio
@@ -141,4 +162,7 @@ async def test_a_command_visits_the_files_in_the_order_of_the_page() -> None:
                 await run.set_lr(0.5)
             trace.is_on = False
             await run.stop()
-    follows(trace, listed("A command"))
+    files = listed("A command")
+    turn = files.index("bus/command_mailbox.py")
+    follows(trace.of_event_loop, files[: turn + 1])
+    follows(trace.of_training, files[turn + 1 :])

@@ -206,6 +206,14 @@ class Mailbox:
         applicable.sort(key=lambda envelope: (envelope.command.rule.is_last, not envelope.from_decider))
         return _merged(applicable)
 
+    def take(self) -> list[Envelope[Any]]:
+        """Take out all commands, in the order of arrival: several processes apply them together."""
+        with self._lock:
+            taken = list(self._envelopes)
+            self._envelopes.clear()
+            self.attention = self.cancelled or self.is_forked
+        return taken
+
     def put_back(self, envelopes: Sequence[Envelope[Any]]) -> None:
         """Put back what was collected and could not be applied."""
         if envelopes:

@@ -67,6 +67,8 @@ class Saving:
         """
         self.lr_to_set: float | None = None
         """The learning rate to set once the schedules are attached; None for none."""
+        self.cadences: list[int] = []
+        """Numbers of steps at whose multiples callbacks ask for checkpoints."""
         self._loop = loop
         self._progress = loop.progress
         self._checkpoints = checkpoints
@@ -207,6 +209,8 @@ class Saving:
         except ValueError as error:
             raise ConfigError(f"{error}: give one of them another save_dir or filename") from None
         self._check_at_first_step(request.on_unsaveable)
+        if request.every_n_steps is not None:
+            self.cadences.append(request.every_n_steps)
         return owner
 
     # The state -----------------------------------------------------------------------------------

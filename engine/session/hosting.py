@@ -10,6 +10,7 @@ caller of train_async() ────────────────>  the c
 import contextlib
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,9 +109,13 @@ class _Signals:
         Called outside of the event loop, whose task would keep the exception.
         """
         result = self._session.outcome()
-        if "SIGTERM" in self._seen:
+        elsewhere = self._session.lifetime.signal_elsewhere
+        if "SIGTERM" in (*self._seen, elsewhere):
+            if elsewhere is not None and threading.current_thread() is threading.main_thread():
+                # torchrun sends one more as the first process of a group ends. All is saved
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise Preempted
-        if self._seen:
+        if self._seen or elsewhere is not None:
             raise KeyboardInterrupt
         return result
 

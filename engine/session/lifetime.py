@@ -52,6 +52,9 @@ class Lifetime:
         self.late_exit: BaseException | None = None
         # Written by the main thread, read by any thread.
         self.signal_count = 0
+        # Name of the signal that has stopped the run on another rank. Written by the training thread, read by the main
+        # thread when the run is over.
+        self.signal_elsewhere: str | None = None
         # True if the run takes SIGINT or SIGTERM: written before the training thread starts, which reads it.
         self.handles_signals = False
         self._mailbox = mailbox
@@ -86,6 +89,11 @@ class Lifetime:
             self.hurry(f"{name}, twice")
             outlook = "; a third time ends the process at once" if third_is_final else ""
             logger.warning("%s: leaving in haste%s", name, outlook)
+
+    def note_signal_elsewhere(self, name: str) -> None:
+        """Note that a signal stops the run, which may have come to another process. Training thread."""
+        self.signal_elsewhere = name
+        self.signal_count = max(self.signal_count, 1)
 
     def fail(self, error: BaseException) -> None:
         """Keep the first failure, and end training."""

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offloop.engine.callback import Callback, lookup
 from offloop.engine.checkpoint import RemoteRun
@@ -19,10 +21,11 @@ from offloop.engine.recovery.resume_plan import Resume, plan_resume
 from offloop.engine.run import Run
 from offloop.engine.run_dir import base_dir_of, new_run_id
 from offloop.engine.session.monitors import Monitors
+from offloop.engine.session.ranks import check_alike, decided_resume, may_have_ranks, meeting
 from offloop.engine.session.run_arguments import RunArguments
 from offloop.engine.session.run_plan import RunPlan
 from offloop.engine.session.session import Session
-from offloop.engine.session.thread_state import check_caller
+from offloop.engine.session.thread_state import caller_state, check_caller
 from offloop.engine.training.arguments import (
     check_callbacks,
     check_loader,
@@ -39,9 +42,24 @@ from offloop.engine.training.program_setup import make_setup
 from offloop.engine.training.setup import Limits
 from offloop.engine.weights.loading import plan_init
 
+if TYPE_CHECKING:
+    from offloop.engine.distributed.plan import Decision
+    from offloop.engine.distributed.rank_run import RankRun
 
-def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
+
+def prepare(
+    program: TrainingProgram,
+    arguments: RunArguments,
+    ranks: "RankRun | None" = None,
+    decision: "Decision | None" = None,
+) -> Session:
     """Check everything that can be checked before a run, and return its session. Nothing has started then.
+
+    Args:
+        program: The trainer.
+        arguments: Of the run.
+        ranks: The run as one rank of several sees it.
+        decision: What rank 0 has decided, on the other ranks.
 
     Raises:
         ConfigError, TypeError, ValueError: An argument cannot work.
@@ -58,23 +76,37 @@ def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
         monitors.check_schedule(program.scheduler, None)
 
     resume_plan = None
-    if arguments.resume is not None:
+    if decision is not None:
+        resume_plan = decided_resume(decision)
+    elif arguments.resume is not None:
         resume_plan = plan_resume(arguments.resume, base_dir_of(config), config.run_name)
     will_resume = resume_plan is not None and resume_plan.which is not None
     check_resume_lr(arguments.resume_lr, arguments.resume, program.optimizers)
     initial_weights = plan_init(arguments.init_from, arguments.init_strict, will_resume=will_resume)
-    if resume_plan is not None:
+    if decision is not None:
+        base_dir = None if decision.directory is None else Path(decision.directory).parent
+    elif resume_plan is not None:
         base_dir = resume_plan.directory.parent
     elif config.run_dir is not None or config.remote is not None or _needs_run_dir(callbacks):
         base_dir = base_dir_of(config)
     else:
         base_dir = None
-    if base_dir is not None and not any(isinstance(each, EventLog) for each in callbacks):
+    given = lookup(callbacks)
+    if (
+        base_dir is not None
+        and decision is None
+        and not any(isinstance(each, EventLog) for each in callbacks)
+    ):
         callbacks.insert(0, EventLog())
     handlers = lookup(callbacks)
+    if decision is not None:
+        handlers = [each for each in handlers if each.runs_on_other_ranks()]
     validates_live = any(each.validates_live for each in callbacks)
     _check_averages(callbacks, arguments, validates_live=validates_live)
-    run_id = config.run_name or new_run_id() if resume_plan is None else resume_plan.directory.name
+    if decision is not None:
+        run_id = decision.run_id
+    else:
+        run_id = config.run_name or new_run_id() if resume_plan is None else resume_plan.directory.name
     setup = make_setup(
         program,
         limits,
@@ -96,18 +128,31 @@ def prepare(program: TrainingProgram, arguments: RunArguments) -> Session:
         directory=None if base_dir is None else base_dir / run_id,
         handlers=handlers,
         monitors=monitors,
-        remote=None if config.remote is None else remote_run(config.remote, run_id),
+        remote=None if config.remote is None or decision is not None else remote_run(config.remote, run_id),
         resume=resume_plan,
         resume_lr=arguments.resume_lr if will_resume else None,
         initial_weights=initial_weights,
+        ranks=ranks,
     )
+    if ranks is not None:
+        check_alike(ranks, plan, given, decision)
     return Session(plan)
 
 
 def prepare_blocking(program: TrainingProgram, arguments: RunArguments) -> Session:
-    """Fetch the run that is to be continued if it is elsewhere, and prepare. Blocks, for the network."""
-    _fetch(program, arguments.resume)
-    return prepare(program, arguments)
+    """Fetch the run that is to be continued if it is elsewhere, and prepare. Blocks, for network and other ranks."""
+    _check_made(program)
+    if not may_have_ranks(program.config):
+        _fetch(program, arguments.resume)
+        return prepare(program, arguments)
+    with meeting(program) as ranks:
+        if ranks is None or ranks.is_first:
+            _fetch(program, arguments.resume)
+        decision = None if ranks is None or ranks.is_first else ranks.plan.learn()
+        session = prepare(program, arguments, ranks, decision)
+        if ranks is not None:
+            ranks.plan.ready()
+    return session
 
 
 async def fetch_async(program: TrainingProgram, resume: Resume) -> None:
@@ -121,16 +166,29 @@ async def fetch_async(program: TrainingProgram, resume: Resume) -> None:
 
 
 async def prepare_async(program: TrainingProgram, arguments: RunArguments) -> Session:
-    """Fetch the run that is to be continued in a thread, and prepare."""
-    await fetch_async(program, arguments.resume)
-    return prepare(program, arguments)
+    """Fetch the run that is to be continued in a thread, and prepare; with other ranks, all of it in a thread."""
+    _check_made(program)
+    if not may_have_ranks(program.config):
+        await fetch_async(program, arguments.resume)
+        return prepare(program, arguments)
+    caller = caller_state(with_autocast=True, used=program.device)
+
+    def work() -> Session:
+        with caller:
+            return prepare_blocking(program, arguments)
+
+    worker = Worker("offloop-prepare")
+    try:
+        return await worker.run(work)
+    finally:
+        worker.close()
 
 
 def run_block(
     program: TrainingProgram, arguments: RunArguments
 ) -> contextlib.AbstractAsyncContextManager[Run]:
     """Return the block of `BaseTrainer.start`. Arguments are checked at once, unless a run must be fetched first."""
-    if _remote_of(program, arguments.resume) is None:
+    if _remote_of(program, arguments.resume) is None and not may_have_ranks(program.config):
         return prepare(program, arguments).run_block()
     return _fetch_and_run_block(program, arguments)
 
@@ -142,16 +200,25 @@ async def _fetch_and_run_block(program: TrainingProgram, arguments: RunArguments
         yield run
 
 
-def _remote_of(program: TrainingProgram, resume: Resume) -> RemoteRun | None:
-    """Return the remote directory of the run that `resume` names. Every start of a run looks at the trainer here first.
+def _check_made(program: TrainingProgram) -> None:
+    """Check that a trainer was made at all. Every start of a run looks at the trainer here first.
 
     Raises:
-        ConfigError: The trainer's class does not call our `__init__`, or `remote_to_fetch` refuses.
+        ConfigError: The trainer's class does not call our `__init__`.
     """
     if "config" not in vars(program):
         raise ConfigError(
             f"{type(program).__name__}.__init__ must call super().__init__(model, optimizer, ...)"
         )
+
+
+def _remote_of(program: TrainingProgram, resume: Resume) -> RemoteRun | None:
+    """Return the remote directory of the run that `resume` names.
+
+    Raises:
+        ConfigError: The trainer's class does not call our `__init__`, or `remote_to_fetch` refuses.
+    """
+    _check_made(program)
     return remote_to_fetch(program.config, resume)
 
 

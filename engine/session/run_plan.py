@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offloop.engine.callback import Handlers
 from offloop.engine.checkpoint import RemoteRun
@@ -11,6 +12,9 @@ from offloop.engine.session.monitors import Monitors
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.setup import Setup
 from offloop.engine.weights.loading import InitialWeights
+
+if TYPE_CHECKING:
+    from offloop.engine.distributed.rank_run import RankRun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,3 +41,5 @@ class RunPlan:
     """The learning rate to set in a resumed run."""
     initial_weights: InitialWeights | None
     """Weights to begin from."""
+    ranks: "RankRun | None"
+    """The run as one rank of several sees it; None for a process that trains alone."""

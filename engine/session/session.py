@@ -27,7 +27,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -54,8 +54,13 @@ from offloop.engine.session.run_plan import RunPlan
 from offloop.engine.session.storage import Storage
 from offloop.engine.session.training_thread import Training
 
+if TYPE_CHECKING:
+    from offloop.engine.distributed.rank_run import RankRun
+
 logger = logging.getLogger("offloop")
 
+LEAVING: Final = 30.0
+"""Seconds, besides those for its callbacks, that the other ranks wait for rank 0 to end the run."""
 STACK_INTERVAL: Final = 10.0
 """Seconds between two log records of the stack of a training thread that does not end."""
 
@@ -84,6 +89,8 @@ class Session:
         self._logs = DurableLogs(self.bus, in_haste=self.lifetime.is_in_haste)
         self._best = BestSoFar(monitors.best, monitors.best_direction, is_named=monitors.is_best_named)
         self._is_new = plan.resume is None
+        # None where this process trains alone
+        self._ranks = plan.ranks
         self.storage: Storage | None = None
         if plan.directory is not None:
             self.storage = Storage(plan, plan.directory, self.bus, self._logs, self.lifetime)
@@ -455,10 +462,33 @@ class Session:
                 logger.warning("%s does not say how the run ended", directory)
             except BaseException:
                 logger.exception("%s does not say how the run ended", directory)
+        if self._ranks is not None:
+            try:
+                await _in_thread("offloop-leave", functools.partial(self._leave_ranks, self._ranks))
+            except anyio.get_cancelled_exc_class():
+                pass
+            except Exception:
+                logger.exception("run %s could not say goodbye to the other ranks", self.run_id)
         self.lifetime.phase = result.status
         self._thread_ended.close()
         self._release()
-        self.finished.set_result(result)
+        self.finished.set_result(self.result)
+
+    def _leave_ranks(self, ranks: "RankRun") -> None:
+        """Leave together with the other ranks, all with the result of rank 0. Blocks."""
+        assert self.result is not None
+        if self.lifetime.failure is not None:
+            # If it came after training, the others wait for this rank to leave
+            ranks.explained(self.lifetime.failure)
+        else:
+            if ranks.is_first:
+                ranks.publish_result(self.result.encode())
+            is_pointless = lambda: self.lifetime.failure is not None or self.lifetime.signal_count > 1  # noqa: E731
+            ranks.leave(self.config.drain_timeout + LEAVING, unless=is_pointless)
+            told = None if ranks.is_first else ranks.take_result()
+            if told is not None:
+                self.result = self.result.as_told(told)
+        ranks.close()
 
     def _release(self) -> None:
         """Give the trainer and the callbacks back, and drop every reference to model, data and callbacks.

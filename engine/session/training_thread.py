@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -48,6 +48,9 @@ from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.occupancy import KeepRequest
 from offloop.engine.training.placement import prepare_model
 from offloop.engine.training.program_setup import make_run_loop
+
+if TYPE_CHECKING:
+    from offloop.engine.distributed.rank_run import RankRun
 
 logger = logging.getLogger("offloop")
 
@@ -89,6 +92,7 @@ class Training:
         self._handlers = handlers
         self._storage = storage
         self._resume = plan.resume
+        self._directory = plan.directory
         # Dropped once loaded: a state dict may be large.
         self._initial_weights = plan.initial_weights
         # The state that torch keeps per thread, of the thread that started the run.
@@ -97,8 +101,13 @@ class Training:
         self._thread: threading.Thread | None = None
         # Last, with all that the loop may ask its host for. None once the run is over
         hooks = [hook for each in handlers for hook in each.hooks]
+        # None where this process trains alone
+        self._ranks = plan.ranks
+        loop_mailbox, strategy = (
+            (mailbox, None) if plan.ranks is None else plan.ranks.equip(mailbox, plan.setup)
+        )
         self._loop: TrainingLoop | None = make_run_loop(
-            program, plan.setup, self, mailbox=mailbox, hooks=hooks
+            program, plan.setup, self, mailbox=loop_mailbox, hooks=hooks, strategy=strategy
         )
         self._progress = self.loop.progress
         self._saving: Saving | None = None
@@ -142,7 +151,7 @@ class Training:
         except BaseException as error:
             if self._mailbox.is_forked:
                 forked.end_process(error)
-            self._lifetime.fail(error)
+            self._lifetime.fail(error if self._ranks is None else self._ranks.explained(error))
         finally:
             if self._mailbox.is_forked:
                 forked.end_process(None)
@@ -155,14 +164,21 @@ class Training:
             self.loop.run(handle)
         is_over = self._resume is not None and self._resume.over is not None
         # After a second signal, only a checkpoint that is being written is finished
-        if self._saving is not None and not is_over and self._lifetime.signal_count < 2:
-            self._saving.save_last("preempt" if self._lifetime.signal_count else "final")
+        if (
+            self._saving is not None
+            and not is_over
+            and self.loop.strategy.agree(self._lifetime.signal_count < 2)
+        ):
+            is_preempted = self.loop.strategy.agree(self._lifetime.signal_count > 0)
+            self._saving.save_last("preempt" if is_preempted else "final")
         self.guard()
         if self._progress.ending != "cancelled" and self._lifetime.failure is None:
             self.loop.hooks.run_all("before_train_end")
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
+        if self._ranks is not None:
+            self._ranks.begin(self._config, fail=self._lifetime.fail, given=self._mailbox)
         for metrics in (self.loop.train_metrics, *self.loop.validator.metrics.values()):
             if metrics is not None:
                 metrics.load_packages()
@@ -182,15 +198,33 @@ class Training:
         model = self._program.model
         prepare_model(self._program)
         if self._config.seed is not None:
-            torch.manual_seed(self._config.seed)
+            seed = self._config.seed
+            torch.manual_seed(seed if self._ranks is None else self._ranks.seed_of(seed))
         # `from_pretrained()` leaves the whole model in eval mode
         if not model.training:
             model.train()
         self.loop.frozen.freeze(select_parameters(model, self._config.freeze))
+        if self._ranks is not None:
+            self._join(self._ranks)
+            if self._directory is not None:
+                self._ranks.open_log(self._directory)
         if self._saving is not None:
             self._saving.begin()
         if self._resume is not None:
             self._continue(self._resume)
+
+    def _join(self, ranks: "RankRun") -> None:
+        """Join the other ranks of the run."""
+        from offloop.engine.distributed.rank_strategy import RunHere
+
+        run = RunHere(
+            is_held=lambda: self._bus.is_blocked and not self._bus.loop_is_gone,
+            cadences=lambda: [],
+            on_signal=self._lifetime.note_signal_elsewhere,
+            failure=lambda: self._lifetime.failure,
+            fail=self._lifetime.fail,
+        )
+        ranks.join(self.loop, self._program.device, run)
 
     def _continue(self, resume: ResumePlan) -> None:
         """Restore the run that is continued, or begin it again under its name."""
@@ -254,15 +288,22 @@ class Training:
         """Ask the deciders about an event, and wait for their answers."""
         if self.deciders.has_any_for(event):
             self.guard()
-        self.deciders.decide(event)
+        if self._ranks is None:
+            self.deciders.decide(event)
+        else:
+            self._ranks.decide(event, self.deciders.decide)
         if isinstance(event, TrainStart) and self._saving is not None:
             if self._saving.lr_to_set is not None:
                 self._mailbox.give(SetLearningRate(self._saving.lr_to_set), by="train")
             # After the deciders: what they set up at the start, they set up in a resumed run too
             self._saving.watch()
+        if self._ranks is not None:
+            self._ranks.after_deciding(event)
 
     def is_blocked(self) -> bool:
         """Return True while a `block` subscriber with an event loop is full."""
+        if self._ranks is not None:
+            return self._ranks.is_held
         return self._bus.is_blocked and not self._bus.loop_is_gone
 
     def hook_failed(self, hook: StepHook, error: BaseException, is_off: bool) -> None:

@@ -5,6 +5,7 @@ Wrong ones raise `ConfigError` or `TypeError` with the argument, what it got, wh
 
 import contextlib
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -45,8 +46,23 @@ def named_optimizers(
     return named
 
 
-def resolve_device(name: str | torch.device) -> torch.device:
-    """Return the device that a name means here: `"auto"` is CUDA, else MPS, else the CPU."""
+def resolve_device(name: str | torch.device, *, strategy: str = "none") -> torch.device:
+    """Return the device that a name means here: `"auto"` is CUDA, else MPS, else the CPU.
+
+    Of several processes on a machine, each gets the CUDA device of its number there, unless one is named.
+
+    Args:
+        name: The knob.
+        strategy: Likewise.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    if (
+        name in ("auto", "cuda")
+        and strategy != "none"
+        and local_rank.isdecimal()
+        and torch.cuda.is_available()
+    ):
+        return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

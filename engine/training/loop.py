@@ -169,7 +169,9 @@ class TrainingLoop:
         progress.last_lr = progress.last_lr or largest_lr(setup.first_optimizer)
         for optimizer in setup.optimizers.values():
             free_gradients(optimizer)
-        start = train_start(self.program, setup, progress, self.resumed, self.reporter)
+        start = train_start(
+            self.program, setup, progress, self.resumed, self.reporter, self.strategy.world_size
+        )
         self.boundary.announce(start)
         self.schedules.begin(start.steps_per_epoch)
         if self.resumed is not None:
@@ -453,8 +455,10 @@ class TrainingLoop:
         norm = None
         if config.gradient_clip_val is not None:
             norm = clip(self.parameters(), config.gradient_clip_val, config.gradient_clip_algorithm)
-        skips = config.on_nonfinite == "skip_step"
-        skipped = skips and not self.strategy.all(self._window_is_finite())
+        skipped = False
+        if config.on_nonfinite == "skip_step":
+            is_finite = window.is_finite() and gradients_are_finite(self.parameters())
+            skipped = not self.strategy.all(is_finite)
         self.progress.last_lr = largest_lr(optimizer)
         self.progress.last_rates = rates_by_group(self.setup.optimizers)
         if not skipped:
@@ -579,11 +583,6 @@ class TrainingLoop:
     def can_be_continued(self) -> bool:
         """Return True unless a weight is not finite and `on_nonfinite="raise"` would end a resumed run (host sync)."""
         return self.setup.config.on_nonfinite != "raise" or self.parameters.are_finite()
-
-    def _window_is_finite(self) -> bool:
-        """Return True if the window's losses and gradients are finite (host sync)."""
-        losses = torch.stack(self.window.losses)
-        return bool(torch.isfinite(losses).all()) and gradients_are_finite(self.parameters())
 
     def _state_at_limit(self) -> dict[str, Any]:
         """Return the parts of the state that the end of a run in the middle of an epoch changes.

@@ -26,6 +26,7 @@ class KeepRequest:
     name_of: Callable[[CheckpointInfo], str]
     copy_best_only: bool
     on_unsaveable: OnError
+    every_n_steps: int | None
 
 
 class RunServices(Protocol):

@@ -84,7 +84,7 @@ class TrainingProgram:
         self.scheduler = scheduler
         self.batch_size = batch_size
         self.callbacks = tuple(check_callbacks(callbacks))
-        self.device = resolve_device(str(self.config.device))
+        self.device = resolve_device(str(self.config.device), strategy=self.config.strategy)
         self._occupancy = Occupancy()
         self._loop_class = TrainingLoop
         # Of the run, evaluation or search in progress. Set before its thread starts, cleared after it has ended.
@@ -268,6 +268,7 @@ class TrainingProgram:
         name_of: Callable[[CheckpointInfo], str] = lambda info: info.name,
         copy_best_only: bool = False,
         on_unsaveable: OnError = "raise",
+        every_n_steps: int | None = None,
     ) -> str:
         """Keep checkpoints of the run in progress for a callback. In a decider of `TrainStart`.
 
@@ -284,6 +285,8 @@ class TrainingProgram:
                 newest gets it (the best with `copy_best_only`), and the others get numbers.
             copy_best_only: Copy only the best ones by the rules' `monitor`.
             on_unsaveable: Whether a state that cannot be saved ends the run with a `CheckpointError`, or is logged.
+            every_n_steps: At which steps the callback asks for checkpoints, if it knows: with several processes, all
+                then save at exactly these. One that is asked for at another step is saved some steps later.
 
         Returns:
             The callback's name, to be given as `by` to `run.checkpoint_nowait(reason, by=...)`.
@@ -302,6 +305,7 @@ class TrainingProgram:
                 name_of=name_of,
                 copy_best_only=copy_best_only,
                 on_unsaveable=on_unsaveable,
+                every_n_steps=every_n_steps,
             )
         )
 

@@ -17,7 +17,12 @@ logger = logging.getLogger("offloop")
 
 
 def train_start(
-    program: Program, setup: Setup, progress: Progress, resumed: ResumePoint | None, reporter: Reporter
+    program: Program,
+    setup: Setup,
+    progress: Progress,
+    resumed: ResumePoint | None,
+    reporter: Reporter,
+    world_size: int,
 ) -> TrainStart:
     """Return the first event of a run.
 
@@ -27,6 +32,7 @@ def train_start(
         progress: Where it starts.
         resumed: The checkpoint that it continues, if any.
         reporter: Knows the position.
+        world_size: Number of processes.
     """
     config, limits = setup.config, setup.limits
     length = limited_length(setup.train_loader, config.limit_train_batches, "limit_train_batches")
@@ -51,6 +57,7 @@ def train_start(
         epochs=limits.epochs,
         max_steps=limits.max_steps,
         max_time=limits.max_time,
+        world_size=world_size,
         **reporter.position(),
     )
 

@@ -46,6 +46,12 @@ def explain_failure(error: BaseException) -> None:
             "rest; for backward and optimizer steps of your own set automatic_optimization = False and call "
             "self.backward(loss) and self.optimizer_step()"
         )
+    if isinstance(error, RuntimeError) and "Expected to have finished reduction" in str(error):
+        error.add_note(
+            "offloop: some parameters had no part in the loss of the step before: freeze them "
+            "(Trainer(freeze=...)), or let DDP look for such parameters in each step: "
+            "Trainer(find_unused_parameters=True)"
+        )
     if isinstance(error, TypeError) and "'dict' object is not callable" in str(error):
         error.add_note(
             "offloop: in a trainer self.optimizers is a mapping, no method: self.optimizers['name'], and "

@@ -103,6 +103,10 @@ class Window:
             loss = loss / self.size
         return loss if factor == 1.0 else loss * factor
 
+    def is_finite(self) -> bool:
+        """Return True if all losses are finite (host sync)."""
+        return bool(torch.isfinite(torch.stack(self.losses)).all())
+
     def settle(self, weight: float, factor: float = 1.0) -> None:
         """Assign the values logged since the last call to a batch, or a step, of this weight and share."""
         self.logged += settled(self.fresh, weight, factor)

@@ -135,6 +135,21 @@ def test_when_it_saves(tmp_path: Path, arguments: dict[str, Any], expected: list
     assert (result.best.step, Path(result.best.path).name) == (6, ref(tmp_path, "best"))
 
 
+def test_the_run_knows_the_steps_at_which_it_saves(tmp_path: Path) -> None:
+    """Several processes meet at these steps, and so save at exactly them."""
+    known: list[list[int]] = []
+
+    class Look(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            known.append(point.trainer._loop.host._saving.cadences)
+
+    by_steps = [ModelCheckpoint(every_n_steps=3), ModelCheckpoint(every_n_steps=5, every_seconds=9.0)]
+    callbacks = [*by_steps, ModelCheckpoint(every_seconds=9.0), Look()]
+    tiny_trainer(callbacks=callbacks, run_dir=tmp_path).train(tiny_batches(1), epochs=1)
+    assert known == [[3, 5]]
+
+
 def test_training_metric_is_judged_and_saved_once_an_epoch(tmp_path: Path) -> None:
     _, recorder = train(tmp_path, [], ModelCheckpoint(save_last=False), epochs=3)
     assert [step for step, _ in saved(recorder)] == [2, 4, 6]

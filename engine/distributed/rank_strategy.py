@@ -1,0 +1,237 @@
+"""RankStrategy: the strategy of one rank of several, without the gradients; see `ddp.py` for those."""
+
+import dataclasses
+import socket
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from offloop.engine.bus.command_mailbox import Envelope
+from offloop.engine.bus.commands import Stop
+from offloop.engine.distributed.agreement import Agreement
+from offloop.engine.distributed.following import Following
+from offloop.engine.distributed.group import Group
+from offloop.engine.distributed.news import News
+from offloop.engine.distributed.rank_mailbox import RankMailbox
+from offloop.engine.distributed.shares import Shares
+from offloop.engine.distributed.signs_of_life import SignsOfLife
+from offloop.engine.errors import RankFailedError
+from offloop.engine.metrics.merging import merged
+from offloop.engine.metrics.metric_set import MetricSet
+from offloop.engine.training.loop import TrainingLoop
+from offloop.engine.training.setup import Setup
+from offloop.engine.training.strategy import Share, StepValues, Strategy, ValidationSums
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunHere:
+    """What a strategy asks of the run on this rank. Called in the training thread."""
+
+    is_held: Callable[[], bool]
+    """Returns whether a full subscriber with the right to slow training down holds it up here."""
+    cadences: Callable[[], list[int]]
+    """Returns the numbers of steps at whose multiples callbacks here save."""
+    on_signal: Callable[[str], None]
+    """Called with the name of a signal that stops the run, on whichever rank it came."""
+    failure: Callable[[], BaseException | None]
+    """Returns what this rank has failed with, outside of its training thread."""
+    fail: Callable[[BaseException], None]
+    """Ends the run as failed."""
+
+
+class RankStrategy(Strategy):
+    """What all strategies of several ranks share: numbers, commands and data. Training thread only.
+
+    The methods are those of `Strategy`, more than 25 with its protocols.
+    """
+
+    def __init__(self, rank: int, world_size: int, mailbox: RankMailbox, setup: Setup) -> None:
+        """Prepare; `join` brings the process group.
+
+        Args:
+            rank: Of this process.
+            world_size: Number of ranks.
+            mailbox: Of the loop.
+            setup: Of the run.
+        """
+        self.rank, self.world_size = rank, world_size
+        self._mailbox = mailbox
+        self._shares = Shares(
+            rank,
+            world_size,
+            setup.config.rank_batches,
+            gather=self.gather,
+            count_samples=setup.count_samples,
+        )
+
+    def join(
+        self,
+        loop: TrainingLoop,
+        group: Group,
+        news: News,
+        life: SignsOfLife,
+        run: "RunHere",
+    ) -> None:
+        """Take the process group, in the set-up of the run.
+
+        Args:
+            loop: Of the run.
+            group: All ranks.
+            news: For commands in a validation.
+            life: Tells which rank hangs.
+            run: The run on this rank.
+        """
+        self.group = group
+        self._loop = loop
+        self._run = run
+        self.following = Following(loop, group)
+        self.agreement = Agreement(group, self._mailbox.given, loop.progress, news, self)
+        self._mailbox.attach(self.agreement, loop.progress, life)
+        self.group.broadcast(self._tensors())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return all weights and buffers: rank 0's are those of the run."""
+        modules: list[Any] = [self._loop.program.model, self._loop.program.loss]
+        in_modules: dict[int, torch.Tensor] = {}
+        for module in modules:
+            if isinstance(module, torch.nn.Module):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    in_modules[id(tensor)] = tensor
+        for parameter in self._loop.parameters():
+            in_modules[id(parameter)] = parameter
+        return [each.data for each in in_modules.values()]
+
+    def close(self) -> None:
+        """Release the model and the data; what was not applied fails."""
+        self._shares.close()
+        self._mailbox.end()
+
+    # The host of the agreement -----------------------------------------------------------------------
+
+    def feed(self, envelopes: Sequence[Envelope[Any]], cancelled: str | None) -> None:
+        """Pass the commands of all ranks to the loop."""
+        for each in envelopes:
+            if each.by == "signal" and isinstance(each.command, Stop):
+                self._run.on_signal(each.command.reason)
+        self._mailbox.feed(envelopes, cancelled)
+
+    def followed(self, function: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+        """Return a function for all ranks that calls `function` on rank 0."""
+        return self.following.followed(function)
+
+    def own_seconds(self) -> float:
+        """Return how long the run has trained, by the clock of this rank."""
+        return self._loop.seconds()
+
+    def own_hold(self) -> bool:
+        """Return whether a full subscriber holds training up on this rank."""
+        return self._run.is_held()
+
+    def own_failure(self) -> tuple[str, str] | None:
+        """Return the name of this machine, and what this rank has failed with; None if it has not."""
+        failure = self._run.failure()
+        if failure is None or isinstance(failure, RankFailedError):
+            return None
+        return socket.gethostname(), "has failed:\n" + "".join(traceback.format_exception(failure)).rstrip()
+
+    def other_failed(self, rank: int, host: str, what: str) -> None:
+        """End the run, because another rank has failed."""
+        self._run.fail(RankFailedError(rank, host, what))
+
+    def own_cadences(self) -> list[int]:
+        """Return the numbers of steps at whose multiples callbacks of this rank save."""
+        return self._run.cadences()
+
+    # Numbers -----------------------------------------------------------------------------------------
+
+    def sum(self, value: float) -> float:
+        """Return the sum of a number over the ranks."""
+        return float(sum(self.gather(float(value))))
+
+    def all(self, value: bool) -> bool:
+        """Return whether a condition is true on all ranks."""
+        return all(self.gather(bool(value)))
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the mean of a scalar tensor over the ranks, weighted by their shares of the batch."""
+        total = value.detach() * (self.share.factor / self.world_size)
+        self.group.add(total)
+        return total
+
+    def gather_step(self, values: StepValues, publish: Callable[[StepValues], None]) -> None:
+        """Publish the numbers of a step at the next exchange."""
+        self.agreement.gather_step(values, publish)
+
+    def put(self, publish: Callable[[], None]) -> None:
+        """Publish after the steps before."""
+        self.agreement.put(publish)
+
+    def flush(self) -> None:
+        """Publish all steps so far."""
+        self.agreement.flush()
+
+    def gather_validation(self, sums: ValidationSums) -> ValidationSums:
+        """Return the sums over all ranks."""
+        own = msgspec.msgpack.encode(sums)
+        parts = [msgspec.msgpack.decode(each, type=ValidationSums) for each in self.group.gather(own)]
+        return ValidationSums(
+            _added(each.sums for each in parts),
+            _added(each.weights for each in parts),
+            sum(each.samples for each in parts),
+            sum(each.batches for each in parts),
+        )
+
+    def gather_metrics(self, metrics: MetricSet) -> MetricSet:
+        """Return the metrics of all ranks' batches."""
+        return merged(metrics, self.group.gather_objects(metrics.state_dict()))
+
+    # Data --------------------------------------------------------------------------------------------
+
+    @property
+    def share(self) -> Share:  # type: ignore[override]  # of one process, it never changes
+        """This rank's share of the batch that the loop took last."""
+        return self._shares.share
+
+    def shared_training(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+        """Return the loader of this rank's share of the training batches."""
+        return self._shares.training(loader, epoch)
+
+    def shared_validation(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+        """Return the loader of this rank's batches of a validation."""
+        return self._shares.validation(loader, epoch)
+
+    def iterate(self, iterator: Iterator[Any], given: int) -> Iterator[Any]:
+        """Return an iterator that keeps `share` up to date."""
+        return self._shares.iterate(iterator, given)
+
+    def end_pass(self) -> bool:
+        """Wait for the other ranks, and take the commands that not all of them have had."""
+        self.agreement.exchange()
+        return self._mailbox.attention
+
+    # Decisions ---------------------------------------------------------------------------------------
+
+    def seconds(self, own: float) -> float:
+        """Return how long the run had trained at the last exchange, by the clock of rank 0."""
+        return self.agreement.seconds
+
+    def agree(self, value: Any) -> Any:
+        """Return rank 0's value."""
+        return self.gather(value)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks. Plain values only."""
+        own = msgspec.msgpack.encode(value)
+        return [msgspec.msgpack.decode(each) for each in self.group.gather(own)]
+
+
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add numbers by name, in the order of ranks."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

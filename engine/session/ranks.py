@@ -1,0 +1,133 @@
+"""What a session asks of `engine/distributed/`, which is loaded in a process that trains with others alone."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed
+
+from offloop.engine.callback import Handlers
+from offloop.engine.config import TrainerConfig
+from offloop.engine.data.batches import length_of
+from offloop.engine.errors import ConfigError
+from offloop.engine.recovery.resume_plan import Over, ResumePlan
+from offloop.engine.session.run_plan import RunPlan
+from offloop.engine.training.program import TrainingProgram
+
+if TYPE_CHECKING:
+    from offloop.engine.distributed.plan import Decision
+    from offloop.engine.distributed.rank_run import RankRun
+
+_VARIABLES = ("RANK", "WORLD_SIZE")
+"""What torchrun and others set for a process that belongs to a group."""
+
+
+def may_have_ranks(config: TrainerConfig) -> bool:
+    """Return whether a process may train with others: it was asked for, or others were started with it."""
+    if config.strategy == "none":
+        return False
+    is_grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return config.strategy == "ddp" or is_grouped or any(each in os.environ for each in _VARIABLES)
+
+
+def launched(config: TrainerConfig) -> tuple[int, int]:
+    """Return the rank of this process and the number of ranks.
+
+    Raises:
+        ConfigError: `strategy` fits no group.
+    """
+    if not may_have_ranks(config):
+        return 0, 1
+    from offloop.engine.distributed.launch import find_launch
+
+    launch = find_launch(config.strategy)
+    return (0, 1) if launch is None else (launch.rank, launch.world_size)
+
+
+@contextlib.contextmanager
+def meeting(program: TrainingProgram) -> Iterator["RankRun | None"]:
+    """Meet the other ranks before a run; None if there are none. What the block raises, they learn. Blocks."""
+    from offloop.engine.distributed.rank_run import join_run
+
+    ranks = join_run(program.config)
+    try:
+        yield ranks
+    except BaseException as error:
+        if ranks is not None:
+            ranks.plan.refuse(error)
+            ranks.close()
+        raise
+
+
+def decided_resume(decision: "Decision") -> ResumePlan | None:
+    """Return what rank 0 continues; None for a new run."""
+    if not decision.is_resumed:
+        return None
+    assert decision.directory is not None
+    which: str | int | Path | None = decision.which
+    if decision.which_is_path:
+        which = Path(str(which))
+    over = None if decision.over is None else Over(*decision.over)
+    return ResumePlan(Path(decision.directory), which, decision.attempt, over)
+
+
+def check_alike(
+    ranks: "RankRun", plan: RunPlan, given: Sequence[Handlers], decision: "Decision | None"
+) -> None:
+    """Tell the others what rank 0 has decided, or make sure that this rank was started as rank 0 was.
+
+    Args:
+        ranks: The run.
+        plan: Of this rank.
+        given: The handlers of all callbacks, also those that run on rank 0 alone.
+        decision: What rank 0 has decided; None on rank 0.
+
+    Raises:
+        ConfigError: The ranks were started differently, or the data cannot be shared.
+    """
+    from offloop.engine.data.val_loaders import by_prefix
+    from offloop.engine.distributed.plan import Decision, fingerprint
+    from offloop.engine.distributed.shares import check_shareable
+
+    setup = plan.setup
+    if setup.config.sync_batchnorm and setup.device.type != "cuda":
+        raise ConfigError(
+            f"sync_batchnorm=True needs CUDA devices, and this run trains on {setup.device}: torch has no "
+            "SyncBatchNorm for it"
+        )
+    check_shareable(setup.train_loader, setup.config.rank_batches, ranks.world_size, "train_loader")
+    loaders: dict[str, object] = {
+        f"length of val_loader {prefix}": length_of(loader)
+        for prefix, loader in by_prefix(setup.val_loader).items()
+    }
+    if setup.config.rank_batches != "own":
+        loaders["length of train_loader"] = length_of(setup.train_loader)
+    own = fingerprint(plan.program.model, setup.optimizers, setup.config, list(given), setup.limits, loaders)
+    if decision is not None:
+        ranks.deciders = frozenset(decision.deciders)
+        ranks.plan.check(own)
+        return
+    resume = plan.resume
+    deciders = sorted({name for each in plan.handlers for name in each.deciders})
+    ranks.deciders = frozenset(deciders)
+    ranks.plan.announce(
+        Decision(
+            run_id=plan.run_id,
+            directory=None if plan.directory is None else str(plan.directory),
+            which=None
+            if resume is None
+            else str(resume.which)
+            if isinstance(resume.which, Path)
+            else resume.which,
+            which_is_path=resume is not None and isinstance(resume.which, Path),
+            is_resumed=resume is not None,
+            attempt=0 if resume is None else resume.attempt,
+            over=None
+            if resume is None or resume.over is None
+            else (resume.over.stopped_by, resume.over.reason),
+            fingerprint=own,
+            deciders=deciders,
+        )
+    )
