@@ -53,7 +53,7 @@ def guess_batch_size(batch: Any) -> int:
                     break
     elif isinstance(batch, Tensor) and batch.shape:
         return batch.shape[0]
-    count = _samples_of_list(batch) if isinstance(batch, list | tuple) else _known(batch)
+    count = samples_of_list(batch) if isinstance(batch, list | tuple) else _known(batch)
     if count is None:
         count = _size(batch, 0)
     return 1 if count is None else count
@@ -170,7 +170,7 @@ def _size_of_list(part: list[Any], depth: int) -> int | None:
     return _agreed(part, depth + 1) if depth <= _MAX_DEPTH else None
 
 
-def _samples_of_list(batch: list[Any] | tuple[Any, ...]) -> int | None:
+def samples_of_list(batch: list[Any] | tuple[Any, ...]) -> int | None:
     """Return the length of a batch that is a list of samples, None if its items are parts of a batch."""
     # A named tuple has parts.
     if hasattr(batch, "_fields"):
@@ -184,7 +184,7 @@ def _samples_of_list(batch: list[Any] | tuple[Any, ...]) -> int | None:
             return len(batch)
         if _are_alike(batch) and not isinstance(batch[0], list):
             # The same mappings twice may also be two collated parts: then all their tensors agree.
-            tensors = [tensor for each in batch for tensor in _tensors(each, 0)]
+            tensors = [tensor for each in batch for tensor in tensors_in(each)]
             leading = {tensor.size(0) for tensor in tensors if tensor.dim()}
             is_collated = len(leading) == 1 and all(tensor.dim() for tensor in tensors)
             if not is_collated or _are_images(tensors):
@@ -216,10 +216,10 @@ def _are_images(tensors: "list[Any] | tuple[Any, ...]") -> bool:
     return len(channels) == 1 and channels <= set(_CHANNELS)
 
 
-def _tensors(item: Any, depth: int) -> Iterator[Tensor]:
+def tensors_in(item: Any, depth: int = 0) -> Iterator[Tensor]:
     """Yield the tensors in an item, nested."""
     if isinstance(item, Tensor):
         yield item
     elif depth <= _MAX_DEPTH:
         for part in _parts(item) or ():
-            yield from _tensors(part, depth + 1)
+            yield from tensors_in(part, depth + 1)

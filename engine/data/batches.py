@@ -96,31 +96,36 @@ def _moved(item: Any, device: torch.device, move: Callable[[torch.Tensor], torch
         return item
     if hasattr(item, "to") and not isinstance(item, type):
         return item.to(device)
-    deeper = depth + 1
+    return rebuilt(item, lambda part: _moved(part, device, move, depth + 1))
+
+
+def rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a container of the same kind with changed parts; anything else is returned as it is.
+
+    Containers are tuples, lists, mappings, dataclasses and msgspec structs.
+    """
     if isinstance(item, tuple):
-        parts = [_moved(part, device, move, deeper) for part in item]
+        parts = [change(part) for part in item]
         return item._make(parts) if hasattr(item, "_make") else type(item)(parts)
     if isinstance(item, list):
-        return [_moved(part, device, move, deeper) for part in item]
+        return [change(part) for part in item]
     if isinstance(item, Mapping):
-        moved = {key: _moved(part, device, move, deeper) for key, part in item.items()}
+        changed = {key: change(part) for key, part in item.items()}
         if type(item) is dict:
-            return moved
+            return changed
         # A copy keeps attributes of its kind, like a defaultdict's. Outputs of Hugging Face models refuse update().
         if isinstance(item, MutableMapping):
             twin = copy.copy(item)
-            for key, part in moved.items():
+            for key, part in changed.items():
                 twin[key] = part
             return twin
-        return type(item)(moved)  # type: ignore[call-arg]  # a mapping of its kind
+        return type(item)(changed)  # type: ignore[call-arg]  # a mapping of its kind
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         names = [field.name for field in dataclasses.fields(item) if field.init]
-        return dataclasses.replace(item, **{n: _moved(getattr(item, n), device, move, deeper) for n in names})
+        return dataclasses.replace(item, **{name: change(getattr(item, name)) for name in names})
     if isinstance(item, msgspec.Struct):
         names = list(item.__struct_fields__)
-        return msgspec.structs.replace(
-            item, **{n: _moved(getattr(item, n), device, move, deeper) for n in names}
-        )
+        return msgspec.structs.replace(item, **{name: change(getattr(item, name)) for name in names})
     return item
 
 

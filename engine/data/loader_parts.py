@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
 
-from offloop.engine.data.seeded_sampling import Numbered, SeededDataset
+from offloop.engine.data.twin import unwrapped
 
 
 def set_epoch(loader: Iterable[Any], epoch: int) -> None:
@@ -57,13 +57,6 @@ def parts_by_place(loader: Any) -> dict[str, Any]:
     }
 
 
-def unwrapped(part: Any) -> Any:
-    """Return the user's sampler or data set inside offloop's wrapper."""
-    if isinstance(part, Numbered):
-        return part.sampler_of_indices
-    return part.unseeded if isinstance(part, SeededDataset) else part
-
-
 def name_of(part: Any) -> str:
     """Return the name of a part in messages: that of its class."""
-    return type(part).__name__
+    return type(unwrapped(part)).__name__

@@ -88,16 +88,30 @@ def global_generators() -> set[int]:
     return {id(each) for each in owners}
 
 
+def capture_on_host() -> dict[str, Any]:
+    """Return the states of the CPU's global generators: plain values and tensors, for `restore_on_host`."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state(legacy=True)
+        state["numpy"] = (name, torch.from_numpy(keys), *rest)
+    return state
+
+
+def restore_on_host(state: Mapping[str, Any]) -> None:
+    """Restore what `capture_on_host` returned, in this process or in another."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and "numpy" in state:
+        numpy.random.set_state(_of_numpy(state["numpy"]))
+
+
 @contextmanager
 def kept_on_host() -> Iterator[None]:
     """Restore the CPU's global generators after the block."""
-    before, of_python = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy")
-    of_numpy = None if numpy is None else numpy.random.get_state()
+    before = capture_on_host()
     try:
         yield
     finally:
-        torch.set_rng_state(before)
-        random.setstate(of_python)
-        if numpy is not None and of_numpy is not None:
-            numpy.random.set_state(of_numpy)
+        restore_on_host(before)

@@ -5,7 +5,7 @@ of loader workers cannot be restored, so a resumed run would draw other numbers.
 and NumPy are seeded before every sample, in whatever process: the numbers are the same with any number of workers and
 after a resume. The order of the samples stays that of the loader's own sampler.
 
-    batch sampler ── [7, 2] ──> (epoch, 4, [7, 2]) ──> worker: seed(epoch, 4), data_set[7]; seed(epoch, 5), ...
+    batch sampler ── [7, 2] ──> (epoch, 4..5, [7, 2]) ──> worker: seed(epoch, 4), data_set[7]; seed(epoch, 5), ...
 """
 
 import copy
@@ -14,16 +14,24 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from offloop.engine.data.random_state import kept_on_host
+from offloop.engine.data.twin import Twin
 from offloop.engine.errors import ConfigError
 
-Key = tuple[int, int, Any]
-"""Epoch, number of the (first) sample in it, and the sampler's index or list of indices."""
+
+class Key(NamedTuple):
+    """An item of a sampler together with the numbers that seed its samples."""
+
+    epoch: int
+    numbers: range
+    """Of the samples in the epoch."""
+    indices: Any
+    """What the sampler gave: an index or a list of indices."""
 
 
 def check_seedable(loader: Iterable[Any]) -> None:
@@ -97,66 +105,47 @@ def _twin(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
     return twin
 
 
-class Numbered:
-    """A sampler that gives items together with their epoch and the number of their first sample."""
+class Numbered(Twin):
+    """A sampler that gives items together with their epoch and the numbers of their samples."""
 
     def __init__(self, sampler: Iterable[Any], count: Callable[[Any], int]) -> None:
+        super().__init__(sampler)
         self.epoch = 0
-        self.sampler_of_indices = sampler
         self._count = count
 
     def __iter__(self) -> Iterator[Key]:
         number = 0
-        for item in self.sampler_of_indices:
-            yield self.epoch, number, item
-            number += self._count(item)
-
-    def __len__(self) -> int:
-        return len(self.sampler_of_indices)  # type: ignore[arg-type]  # a sampler has a length or raises
-
-    def __getattr__(self, name: str) -> Any:
-        # Its generator, its state_dict.
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.sampler_of_indices, name)
+        for item in self.original:
+            following = number + self._count(item)
+            yield Key(self.epoch, range(number, following), item)
+            number = following
 
 
-class SeededDataset:
+class SeededDataset(Twin):
     """A data set that takes keys, seeds the generators and returns collated batches."""
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any], seed: int) -> None:
-        self.unseeded = dataset
+        super().__init__(dataset)
         self.collate = collate
         self._seed = seed
 
     def __getitems__(self, key: Key) -> Any:
-        epoch, first, indices = key
-        fetch = getattr(self.unseeded, "__getitems__", None)
+        fetch = getattr(self.original, "__getitems__", None)
         with _training_undisturbed():
             if fetch is not None:
-                self._seed_for(epoch, first)
-                return self.collate(fetch(indices))
+                self._seed_for(key.epoch, key.numbers[0])
+                return self.collate(fetch(key.indices))
             samples = []
-            for number, index in enumerate(indices, first):
-                self._seed_for(epoch, number)
-                samples.append(self.unseeded[index])
+            for number, index in zip(key.numbers, key.indices, strict=True):
+                self._seed_for(key.epoch, number)
+                samples.append(self.original[index])
             # A collate function that draws continues with the last sample's numbers.
             return self.collate(samples)
 
     def __getitem__(self, key: Key) -> Any:
-        epoch, number, index = key
         with _training_undisturbed():
-            self._seed_for(epoch, number)
-            return self.collate(self.unseeded[index])
-
-    def __len__(self) -> int:
-        return len(self.unseeded)
-
-    def __getattr__(self, name: str) -> Any:
-        # Attributes that a worker_init_fn uses, and state_dict.
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.unseeded, name)
+            self._seed_for(key.epoch, key.numbers[0])
+            return self.collate(self.original[key.indices])
 
     def _seed_for(self, epoch: int, number: int) -> None:
         text = f"{self._seed} {epoch} {number}".encode()

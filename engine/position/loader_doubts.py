@@ -34,9 +34,10 @@ from torch.utils.data import (
 
 from offloop.engine import checks
 from offloop.engine.data.batches import length_of
-from offloop.engine.data.loader_parts import datasets_of, name_of, parts_by_place, samplers_of, unwrapped
+from offloop.engine.data.loader_parts import datasets_of, name_of, parts_by_place, samplers_of
 from offloop.engine.data.random_state import global_generators
 from offloop.engine.data.seeded_sampling import SeededDataset
+from offloop.engine.data.twin import unwrapped
 from offloop.engine.data.workers import users_init_fn
 from offloop.engine.position.exactness import Doubt, approximate
 
@@ -112,13 +113,17 @@ def _order_of(loader: "DataLoader[Any]") -> Iterator[str]:
 
 
 def _is_known(sampler: Any) -> bool:
-    kind = type(sampler)
-    return getattr(kind, "__iter__", None) in _KNOWN_SAMPLERS or kind.__module__.startswith("torchdata.")
+    return is_torchs_sampler(sampler) or type(sampler).__module__.startswith("torchdata.")
+
+
+def is_torchs_sampler(sampler: Any) -> bool:
+    """Return whether a sampler draws from global generators at most when its first item is asked for."""
+    return getattr(type(sampler), "__iter__", None) in _KNOWN_SAMPLERS
 
 
 def is_sequence(loader: Any) -> bool:
     """Return whether this is a list or tuple of batches, whose order never changes."""
-    return getattr(type(loader), "__iter__", None) in (list.__iter__, tuple.__iter__)
+    return getattr(type(unwrapped(loader)), "__iter__", None) in (list.__iter__, tuple.__iter__)
 
 
 def is_stateful(part: Any) -> bool:
@@ -258,7 +263,7 @@ def hidden_sources(loader: Iterable[Any]) -> list[str]:
         if id(value) in seen or id(value) in saved:
             continue
         seen.add(id(value))
-        kind = "a generator" if isinstance(value, _generator_kinds()) else ""
+        kind = "a generator" if isinstance(value, generator_kinds()) else ""
         if isinstance(value, types.GeneratorType | itertools.count | itertools.cycle):
             kind = "an iterator"
         if kind:
@@ -361,7 +366,8 @@ def generators_of(loader: Any) -> dict[str, torch.Generator]:
     return found
 
 
-def _generator_kinds() -> tuple[type, ...]:
+def generator_kinds() -> tuple[type, ...]:
+    """Return the classes of random generators."""
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (random.Random, torch.Generator)
     if numpy is not None:

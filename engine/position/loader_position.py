@@ -215,7 +215,7 @@ def _skipping_with_workers(
     """Do the same with workers. They get batches as soon as there is an iterator, so its sampler must start later."""
     iterator: Any
     # Without batches, the sampler gives single indices.
-    sampler = _Tail(loader.batch_sampler or loader.sampler, done)
+    sampler = _Tail(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, done)
     if not loader.persistent_workers:
         _set_samplers(loader, before)
         return iter(_with_sampler(loader, sampler)), sampler.has_drawn()
