@@ -1,22 +1,19 @@
 """Each rank's share of the batches. Threads stand for ranks: one runs at a time, with random states of its own."""
 
-import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from offloop.engine import ConfigError
 from offloop.engine.data.batch_size import guess_batch_size
 from offloop.engine.data.loader_parts import set_epoch
 from offloop.engine.data.random_state import capture_on_host, kept_on_host, restore_on_host
-from offloop.engine.data.seeded_sampling import SeededSampling
-from offloop.engine.distributed.shares import Mode, Shares, check_shareable
+from offloop.engine.distributed.shares import Mode, Shares
 from offloop.engine.training.strategy import Share
 
 PATIENCE = 60.0
@@ -47,9 +44,7 @@ class Rank:
         return found
 
     def shares(self, mode: Mode = "split") -> Shares:
-        return Shares(
-            self.number, self.world.size, mode, gather=self.gather, count_samples=guess_batch_size
-        )
+        return Shares(self.number, self.world.size, mode, gather=self.gather, count_samples=guess_batch_size)
 
 
 class World:
