@@ -15,10 +15,6 @@ _CONSTANTS: Final = (str, bytes, int, float, type(None))
 """Values that belong to the batch as a whole."""
 
 
-class UndividableError(BatchError):
-    """A batch has something that is neither a constant nor one thing per sample."""
-
-
 def divided(batch: Any, samples: int, part: slice) -> Any:
     """Return some samples of a collated batch, or of a list of samples.
 
@@ -31,12 +27,12 @@ def divided(batch: Any, samples: int, part: slice) -> Any:
         part: Those to return.
 
     Raises:
-        UndividableError: Something in the batch has another length, or nothing in it can be divided.
+        BatchError: Something in the batch has another length, or nothing in it can be divided.
     """
     division = _Division(samples, part)
     share = division.of(batch)
     if not division.has_divided:
-        raise UndividableError(
+        raise BatchError(
             f"a {type(batch).__name__} has no tensor whose first dimension is that of its samples"
         )
     return share
@@ -63,11 +59,11 @@ class _Division:
         # A NumPy array
         if isinstance(getattr(item, "shape", None), tuple) and hasattr(item, "dtype"):
             return self._rows(item) if item.shape else item
-        raise UndividableError(f"it has a {type(item).__name__}")
+        raise BatchError(f"it has a {type(item).__name__}")
 
     def _rows(self, array: Any) -> Any:
         if array.shape[0] != self._samples:
-            raise UndividableError(
+            raise BatchError(
                 f"one of its parts has the shape {tuple(array.shape)}, but the batch has {self._samples} samples"
             )
         self.has_divided = True

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from offloop.engine.data.batch_size import guess_batch_size
 from offloop.engine.data.batches import length_of
-from offloop.engine.data.divided import UndividableError, divided
+from offloop.engine.data.divided import divided
 from offloop.engine.data.loader_parts import name_of, samplers_of
 from offloop.engine.data.seeded_sampling import SeededDataset
 from offloop.engine.distributed.own_batches import OwnBatches
@@ -44,7 +44,7 @@ from offloop.engine.distributed.twins import (
     WholeSampler,
     WholeStream,
 )
-from offloop.engine.errors import ConfigError
+from offloop.engine.errors import BatchError, ConfigError
 from offloop.engine.position.loader_doubts import gives_its_sampler_order, is_sequence, restores_itself
 from offloop.engine.training.strategy import WHOLE, Share
 
@@ -88,7 +88,7 @@ def check_shareable(
             if mode == "split":
                 try:
                     divided(batch, sizes[-1], slice(0, 1))
-                except UndividableError as error:
+                except BatchError as error:
                     raise ConfigError(
                         _cannot_split(name, f"batch {number} cannot be divided: {error}")
                     ) from error
