@@ -89,12 +89,11 @@ def global_generators() -> set[int]:
 
 
 def capture_on_host() -> dict[str, Any]:
-    """Return the states of the CPU's global generators: plain values and tensors, for `restore_on_host`."""
+    """Return the states of the CPU's global generators as they are, for `restore_on_host`. Not for a checkpoint."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        name, keys, *rest = numpy.random.get_state(legacy=True)
-        state["numpy"] = (name, torch.from_numpy(keys), *rest)
+        state["numpy"] = numpy.random.get_state()
     return state
 
 
@@ -104,7 +103,7 @@ def restore_on_host(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     numpy = sys.modules.get("numpy")
     if numpy is not None and "numpy" in state:
-        numpy.random.set_state(_of_numpy(state["numpy"]))
+        numpy.random.set_state(state["numpy"])
 
 
 @contextmanager

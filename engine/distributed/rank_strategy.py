@@ -64,6 +64,7 @@ class RankStrategy(Strategy):
             world_size,
             setup.config.rank_batches,
             gather=self.gather,
+            gather_objects=lambda value: self.group.gather_objects(value),
             count_samples=setup.count_samples,
         )
 

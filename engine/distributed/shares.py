@@ -126,6 +126,7 @@ class Shares:
         mode: Mode,
         *,
         gather: Gather,
+        gather_objects: Gather,
         count_samples: Callable[[Any], int],
     ) -> None:
         """Start before the first epoch.
@@ -134,13 +135,14 @@ class Shares:
             rank: Number of this process.
             world_size: Number of processes.
             mode: How training batches are shared.
-            gather: Returns the values of all ranks.
+            gather: Returns the plain values of all ranks.
+            gather_objects: The same for anything that can be pickled; slower.
             count_samples: Returns the number of samples in a batch.
         """
         self.share: Share = WHOLE
         """Of the batch given last."""
         self._mode: Mode = mode
-        self._ranks = Ranks(rank, world_size, gather, count_samples, self._begin)
+        self._ranks = Ranks(rank, world_size, gather, gather_objects, count_samples, self._begin)
         self._training: Twins = weakref.WeakKeyDictionary()
         self._validation: Twins = weakref.WeakKeyDictionary()
         # Of the pass that began last

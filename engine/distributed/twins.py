@@ -36,6 +36,8 @@ class Ranks(NamedTuple):
     rank: int
     world_size: int
     gather: Gather
+    """For plain values."""
+    gather_objects: Gather
     count_samples: Callable[[Any], int]
     begin: Callable[[Queue], None]
     """Called when a pass begins."""
@@ -51,6 +53,19 @@ class Ranks(NamedTuple):
     def split_share(self, samples: int) -> Share:
         """Return the share of a batch that is divided."""
         return self.share(len(range(self.rank, samples, self.world_size)), samples) if samples else WHOLE
+
+    def in_order(
+        self, source: Iterable[Any], parts: Iterable[Any], *, gives_indices: bool, at_once: bool = False
+    ) -> SharedOrder:
+        """Return an iterator that gives all ranks the same items."""
+        return SharedOrder(
+            source,
+            parts,
+            rank=self.rank,
+            gather=self.gather_objects,
+            gives_indices=gives_indices,
+            at_once=at_once,
+        )
 
     def groups(self, batches: int) -> int:
         """Return in how many steps the ranks take whole batches."""
@@ -76,8 +91,7 @@ class SplitSampler(Twin):
     def __iter__(self) -> Iterator[Any]:
         queue = Queue(is_ahead=True, is_known=self._gives_batches)
         self._ranks.begin(queue)
-        rank, _, gather, *_ = self._ranks
-        items = SharedOrder(self.original, self._parts, rank=rank, gather=gather, gives_indices=True)
+        items = self._ranks.in_order(self.original, self._parts, gives_indices=True)
         return self._shared(items, queue)
 
     def _shared(self, items: Iterator[Any], queue: Queue) -> Iterator[Any]:
@@ -126,12 +140,10 @@ class TurnSampler(Twin):
         self._draws = draws
 
     def __iter__(self) -> Iterator[Any]:
-        rank, world_size, gather, *_ = self._ranks
+        rank, world_size, *_ = self._ranks
         items: Iterable[Any] = self.original
         if self._draws:
-            items = SharedOrder(
-                items, self._parts, rank=rank, gather=gather, gives_indices=True, at_once=True
-            )
+            items = self._ranks.in_order(items, self._parts, gives_indices=True, at_once=True)
         return itertools.islice(items, rank, None, world_size)
 
     def __len__(self) -> int:
@@ -245,10 +257,9 @@ class WholeStream(Twin):
         return self._shared(self._all(at_once=False), queue)
 
     def _all(self, *, at_once: bool) -> Iterator[Any]:
-        rank, _, gather, *_ = self._ranks
         loader = self.original
         parts = (loader, *samplers_of(loader), *datasets_of(loader))
-        return SharedOrder(loader, parts, rank=rank, gather=gather, gives_indices=False, at_once=at_once)
+        return self._ranks.in_order(loader, parts, gives_indices=False, at_once=at_once)
 
     def _shared(self, batches: Iterator[Any], queue: Queue) -> Iterator[Any]:
         for batch, share in in_groups(batches, self._ranks, self._ranks.count_samples):

@@ -97,7 +97,13 @@ def check_alike(
             f"sync_batchnorm=True needs CUDA devices, and this run trains on {setup.device}: torch has no "
             "SyncBatchNorm for it"
         )
-    check_shareable(setup.train_loader, setup.config.rank_batches, ranks.world_size, "train_loader")
+    check_shareable(
+        setup.train_loader,
+        setup.config.rank_batches,
+        ranks.world_size,
+        "train_loader",
+        count_samples=setup.count_samples,
+    )
     loaders: dict[str, object] = {
         f"length of val_loader {prefix}": length_of(loader)
         for prefix, loader in by_prefix(setup.val_loader).items()

@@ -44,7 +44,14 @@ class Rank:
         return found
 
     def shares(self, mode: Mode = "split") -> Shares:
-        return Shares(self.number, self.world.size, mode, gather=self.gather, count_samples=guess_batch_size)
+        return Shares(
+            self.number,
+            self.world.size,
+            mode,
+            gather=self.gather,
+            gather_objects=self.gather,
+            count_samples=guess_batch_size,
+        )
 
 
 class World:
