@@ -171,8 +171,8 @@ class ProgressBar(Callback):
         return "  ".join(parts)
 
     def line(self) -> str:
-        """Return epoch and values as one line."""
-        return f"{self._describe_epoch()}  {self.status()}"
+        """Return epoch, number of ranks and values as one line."""
+        return "  ".join([self._describe_epoch(), *self._ranks(), self.status()])
 
     def block(self, width: int, *, with_name: bool = False) -> RenderableType:
         """Return the drawing for a terminal: two bars and the values, in `width` columns.
@@ -194,7 +194,9 @@ class ProgressBar(Callback):
         left = self._seconds_left()
         waits = self._doing and self._doing != "validating"
         state = self._doing if waits else "" if left is None else f"{_duration(left)} left"
-        grid.add_row(self._describe_epoch(), Bar(total, done or 0, pulse=total is None), state)
+        # In a narrow terminal the bar needs the room.
+        where = "  ".join([self._describe_epoch(), *(self._ranks() if is_wide else [])])
+        grid.add_row(where, Bar(total, done or 0, pulse=total is None), state)
         grid.add_row(*self._second_row())
         values = _wrapped([*self._shown_values(), *self._samples_per_second()], width)
         parts: list[RenderableType] = [
@@ -263,6 +265,11 @@ class ProgressBar(Callback):
         epochs = None if self._start is None else self._start.epochs
         number = self._epoch + 1 if epochs is None else min(self._epoch + 1, epochs)
         return f"epoch {number}" + (f"/{epochs}" if epochs else "")
+
+    def _ranks(self) -> list[str]:
+        """Return the number of processes that train together; nothing for one."""
+        start = self._start
+        return [] if start is None or start.world_size == 1 else [f"{start.world_size} ranks"]
 
     def _measure_speed(self, event: StepEnd) -> None:
         if self._speed_from is None:

@@ -63,6 +63,8 @@ def run_demo(
 ) -> RunResult:
     """Train the demo's model and print the results. Blocks until the run has ended and the page is closed.
 
+    Under torchrun, rank 0 alone prints and has the page, which ends with the run.
+
     Args:
         steps: Optimizer steps, at least 1.
         seed: Seed of the initial weights and of the order of the batches.
@@ -71,8 +73,6 @@ def run_demo(
         quiet: Print only one line, at the end.
         with_dashboard: Serve the live page; on a terminal it stays open until Ctrl-C.
     """
-    console = Console(quiet=quiet, highlight=False)
-
     train_text, val_text = load_text()
     torch.manual_seed(seed)
     model = CharGPT()
@@ -97,10 +97,13 @@ def run_demo(
         run_dir=str(run_dir),
     )
 
+    is_first = trainer.rank == 0
+    console = Console(quiet=quiet or not is_first, highlight=False)
+    ranks = f" Ranks: {trainer.world_size}." if trainer.world_size > 1 else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"Training a GPT of {parameters:,} parameters to write Python, on {len(train_text):,} "
-        f"characters of the standard library. Device: {trainer.device}."
+        f"characters of the standard library. Device: {trainer.device}.{ranks}"
     )
     loss_before = trainer.evaluate(val_loader)["val_loss"]
     validations = ValidationLosses()
@@ -108,8 +111,8 @@ def run_demo(
     if not quiet:
         callbacks.append(ProgressBar())
     dashboard = Dashboard() if with_dashboard and not quiet else None
-    # Open the page before the run, and keep it open afterwards.
-    with dashboard or contextlib.nullcontext():
+    # Open the page before the run, and keep it open afterwards. A run of several ranks has one page.
+    with dashboard if dashboard is not None and is_first else contextlib.nullcontext():
         if dashboard is not None:
             callbacks.append(dashboard)
         try:
@@ -121,13 +124,16 @@ def run_demo(
                 console.print(f"\n{files}", soft_wrap=True)
             raise
 
+        if not is_first:
+            return result
         if quiet:
             print(one_line(result))
             return result
         print_sample(console, model, seed)
         print_summary(console, result, [loss_before, *validations.losses])
         print_callback_costs(console, result)
-        if dashboard is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        # A Ctrl-C under torchrun would be a failure of the group
+        if dashboard is not None and trainer.world_size == 1 and sys.stdin.isatty() and sys.stdout.isatty():
             dashboard.wait_for_interrupt()
     return result
 

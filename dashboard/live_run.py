@@ -165,6 +165,7 @@ class LiveRun:
             directory=None if run.dir is None else str(run.dir),
             started=start.time,
             device=start.device,
+            world_size=start.world_size,
             parameters=start.parameters,
             epochs=start.epochs,
             max_steps=start.max_steps,

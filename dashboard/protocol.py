@@ -265,6 +265,8 @@ class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     started: float = 0.0
     """Unix time in seconds."""
     device: str = ""
+    world_size: int = 1
+    """Number of processes that train together."""
     parameters: int = 0
     """Trainable parameters."""
     epochs: int | None = None

@@ -129,6 +129,18 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     ]
 
 
+@pytest.mark.usefixtures("at_once")
+def test_number_of_ranks_is_shown_if_there_are_several() -> None:
+    file, run = io.StringIO(), fake_run("run", step=6, epoch=1)
+    bar = ProgressBar(file=file)
+    bar.on_train_start(TrainStart(epochs=3, steps_per_epoch=4, world_size=2), run)
+    bar.on_step_end(StepEnd(loss=0.5, lr=0.1, step=6, epoch=1), run)
+    assert file.getvalue() == "epoch 2/3  2 ranks  step 6/12  loss 0.5  lr 0.1\n"
+    assert drawn(bar, 80)[0] == "epoch 2/3  2 ranks ~"
+    assert drawn(bar, 40)[0] == "epoch 2/3 ~"
+    bar.close()
+
+
 def test_plain_lines_are_few_and_the_end_is_always_said() -> None:
     said = lines(*[StepEnd(loss=1.0, lr=0.1, step=step) for step in range(1, 13)])
     assert said == ["epoch 1/3  step 12/12  loss 1  lr 0.1  completed in 0:00"]

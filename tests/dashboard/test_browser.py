@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import msgspec
 import pytest
 import torch
 from socket_viewer import await_on_loop
@@ -714,6 +715,30 @@ def test_question_mark_lists_the_keys(started: tuple[Training, Page]) -> None:
     page.keyboard.press("?")
     expect(page.get_by_role("dialog")).to_be_visible()
     shot(page, "keys")
+
+
+def test_header_tells_how_many_ranks_train(
+    training: Callable[..., Training], open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = live_run.LiveRun._describe
+    monkeypatch.setattr(
+        live_run.LiveRun,
+        "_describe",
+        lambda *arguments: msgspec.structs.replace(describe(*arguments), world_size=4),
+    )
+    run = training().begin()
+    run.step(loss=0.5)
+    page = open_page(run.dashboard.url)
+    expect(page.locator(".about")).to_contain_text("4 ranks")
+    page.get_by_role("tab", name="Configuration").click()
+    expect(page.get_by_role("tabpanel", name="Configuration")).to_contain_text(re.compile("ranks *4"))
+    shot(page, "ranks")
+
+
+def test_header_of_one_process_says_nothing_of_ranks(started: tuple[Training, Page]) -> None:
+    _, page = started
+    expect(page.locator(".about")).to_contain_text("cpu")
+    expect(page.locator(".fact-ranks")).to_have_count(0)
 
 
 def test_events_and_configuration_are_there_and_secrets_are_not(started: tuple[Training, Page]) -> None:

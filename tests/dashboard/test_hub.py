@@ -930,6 +930,23 @@ def test_a_defect_in_one_run_ends_that_run_here_and_leaves_the_others_alone() ->
     run_async(play)
 
 
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_page_learns_how_many_ranks_a_run_has(world_size: int) -> None:
+    async def play(stage: Stage) -> None:
+        start = TrainStart(run_id="ranks", step=0, epoch=0, time=1.0, world_size=world_size)
+        live = LiveRun(FakeRun("ranks"), start)  # type: ignore[arg-type]
+        stage.hub.runs[live.key] = live
+        page = PageModel()
+        link = stage.join(page)
+        await read(link, page)
+        link.say(Watch(run=live.key))
+        await read(link, page)
+        assert page.run is not None
+        assert (page.run.key, page.run.world_size) == (live.key, world_size)
+
+    run_async(play)
+
+
 def test_text_that_is_no_text_goes_out_with_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of a file may be any bytes: on the command line, and in what was raised about it."""
     monkeypatch.setattr("sys.argv", ["train.py", "caf\udce9"])

@@ -96,6 +96,7 @@ function factsOf(run: RunInfo): Entry[] {
     ["commit", run.commit],
     ["directory", run.directory ?? "nothing is written"],
     ["device", run.device],
+    ["ranks", run.world_size > 1 ? format.count(run.world_size) : null],
     ["trainable parameters", run.parameters > 0 ? format.count(run.parameters) : null],
     ["optimizers", run.optimizers.join(", ")],
     ["steps an epoch", run.steps_per_epoch === null ? null : format.count(run.steps_per_epoch)],

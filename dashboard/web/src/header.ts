@@ -186,6 +186,7 @@ export class Header {
             ["host", run.host],
             ["commit", run.commit?.slice(0, 10) ?? ""],
             ["device", run.device],
+            ["ranks", run.world_size > 1 ? `${format.count(run.world_size)} ranks` : ""],
             ["parameters", run.parameters > 0 ? `${format.shortCount(run.parameters)} parameters` : ""],
             ["command", run.command.join(" ")],
           ];

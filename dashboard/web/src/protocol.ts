@@ -127,6 +127,7 @@ export interface RunInfo {
   directory: string | null;
   started: number;
   device: string;
+  world_size: number;
   parameters: number;
   epochs: number | null;
   max_steps: number | null;

@@ -19,7 +19,7 @@ export function summary(fields: Partial<RunSummary> = {}): RunSummary {
 export function run(fields: Partial<RunInfo> = {}): RunInfo {
   return {
     type: "run", key: "a", name: "a", attempt: 0, host: "h", pid: 1, command: [], commit: null, directory: null,
-    started: 100, device: "cpu", parameters: 1, epochs: 3, max_steps: null, max_time: null,
+    started: 100, device: "cpu", world_size: 1, parameters: 1, epochs: 3, max_steps: null, max_time: null,
     steps_per_epoch: 10, batches_per_epoch: 10, optimizers: [], monitor: "val_loss", config: {}, refused: {},
     ...fields,
   } as RunInfo;
