@@ -22,8 +22,11 @@ from offloop.engine.checkpoint.errors import (
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 SCHEMA = "offloop-checkpoint"
-FORMAT_VERSION = 1
-READER_VERSION = 1
+PARTS_VERSION = 2
+"""The version of checkpoints with parts of several processes; the others are of version 1."""
+FORMAT_VERSION = PARTS_VERSION
+"""The newest version that this code writes."""
+READER_VERSION = 2
 """The newest `min_reader` that this code can read."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
@@ -85,7 +88,7 @@ class TensorView(msgspec.Struct, frozen=True):
 
 
 class CheckpointRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The facts of a save, which the manifest keeps."""
+    """The facts of a save. The manifest keeps them."""
 
     step: Count
     """Optimizer steps done."""
@@ -103,13 +106,15 @@ class CheckpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[str, ...] = ()
     owners: tuple[str, ...] = ()
     """Owners of the retention rules that count it; empty if it was saved for no owner."""
+    number: Count = 0
+    """Number of the save in its attempt, by which several processes know that they mean the same. Not kept."""
 
 
 class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a manifest that listings need."""
 
     schema: str = SCHEMA
-    format_version: Count = FORMAT_VERSION
+    format_version: Count = 1
     min_reader: Count = 1
     engine_version: str = ""
     name: str
@@ -129,7 +134,14 @@ class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
     extra: object = None
     owners: list[str] = []
     """Owners of the retention rules that count it."""
+    world_size: Annotated[int, msgspec.Meta(ge=1)] | msgspec.UnsetType = msgspec.UNSET
+    """Number of the processes that wrote it; unset for one."""
     files: dict[str, FileRecord]
+
+    @property
+    def ranks(self) -> int:
+        """Number of the processes ("ranks") that wrote it. Each but the first has a part of its own; see `parts.py`."""
+        return 1 if self.world_size is msgspec.UNSET else self.world_size
 
 
 class Manifest(ManifestHead, frozen=True, kw_only=True):

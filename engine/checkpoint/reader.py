@@ -10,9 +10,9 @@ reported as missing.
 import errno
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,7 @@ from offloop.engine.checkpoint.manifest import (
     decode_manifest,
     excess_of,
 )
+from offloop.engine.checkpoint.parts import RANKS, part_file
 from offloop.engine.checkpoint.tags import TAG_NAME
 from offloop.engine.checkpoint.tree import decode, tensor_names
 
@@ -89,6 +90,8 @@ class LoadedCheckpoint:
     """The `extra` of the request."""
     rejected: tuple[CheckpointError, ...] = ()
     """The errors of newer checkpoints that were skipped."""
+    parts: Mapping[int, object] = field(default_factory=dict)
+    """What other processes than the first have added, by their rank: those that were asked for."""
 
 
 class CheckpointReader:
@@ -173,7 +176,8 @@ class CheckpointReader:
             raise CheckpointCorruptError(info.path, strange[0], "foreign", "not in the manifest")
         if level == "full":
             manifest = self._read_manifest(info)
-            self._read_state(info.path, manifest)
+            for name in (STATE, *_part_files(manifest, "json")):
+                self._read_tree(info.path, manifest, name)
             for name in _tensor_files(manifest):
                 checkpoint_format.check_header(info.path, name, manifest)
                 skip = manifest.files[name].header_bytes
@@ -184,10 +188,15 @@ class CheckpointReader:
         which: str | int | Path = "last",
         *,
         on_corrupt: Literal["fallback", "raise"] = "raise",
+        ranks: Collection[int] | None = None,
     ) -> LoadedCheckpoint:
         """Load a checkpoint and check every byte.
 
-        With `fallback` and `"last"`, damaged ones are skipped for the next older and listed in `rejected`.
+        Args:
+            which: As for `find`.
+            on_corrupt: With `fallback` and `"last"`, damaged ones are skipped for the next older and listed in
+                `rejected`.
+            ranks: Those whose parts are read and checked; None for all.
 
         Raises:
             CheckpointCorruptError: It is damaged, or with `fallback` all are.
@@ -197,13 +206,13 @@ class CheckpointReader:
             CheckpointNotFoundError: There is no such checkpoint.
         """
         if on_corrupt == "raise" or which != "last":
-            return self._load(self.find(which), ())
+            return self._load(self.find(which), (), ranks)
         rejected: list[CheckpointError] = list(self.damaged())
         for error in rejected:
             self._reject(error)
         for info in reversed(self.checkpoints()):
             try:
-                return self._load(info, tuple(rejected))
+                return self._load(info, tuple(rejected), ranks)
             except (CheckpointCorruptError, CheckpointReadError) as error:
                 rejected.append(error)
                 self._reject(error)
@@ -224,7 +233,7 @@ class CheckpointReader:
 
         info = which if isinstance(which, CheckpointInfo) else self.find(which)
         manifest = self._read_manifest(info)
-        tree = self._read_state(info.path, manifest)
+        tree = self._read_tree(info.path, manifest, STATE)
         if not isinstance(tree, dict) or part not in tree:
             raise CheckpointNotFoundError(part, info.path, sorted(tree) if isinstance(tree, dict) else ())
         with _decoding(info.path, STATE):
@@ -240,38 +249,61 @@ class CheckpointReader:
     def _reject(self, error: CheckpointError) -> None:
         """Handle a damaged checkpoint. A reader changes nothing; a store renames it."""
 
-    def _load(self, info: CheckpointInfo, rejected: tuple[CheckpointError, ...]) -> LoadedCheckpoint:
+    def _load(
+        self, info: CheckpointInfo, rejected: tuple[CheckpointError, ...], ranks: Collection[int] | None
+    ) -> LoadedCheckpoint:
         # Imported here, because it imports torch.
         from offloop.engine.checkpoint.restore import read_tensors
 
         manifest = self._read_manifest(info)
+        others = range(1, manifest.ranks)
+        wanted = [rank for rank in others if ranks is None or rank in ranks]
+        skipped = _files_of(manifest, set(others) - set(wanted))
         for name, record in manifest.files.items():
-            checkpoint_format.check_length(info.path, name, record)
-        for name in _tensor_files(manifest):
+            if name not in skipped:
+                checkpoint_format.check_length(info.path, name, record)
+        for name in _tensor_files(manifest) - skipped:
             checkpoint_format.check_header(info.path, name, manifest)
-        tree = self._read_state(info.path, manifest)
-        tensors = read_tensors(info.path, manifest)
+        tree = self._read_tree(info.path, manifest, STATE)
+        trees = {rank: self._read_part(info.path, manifest, rank) for rank in wanted}
+        kept = {path for path, stored in manifest.tensors.items() if stored.file not in skipped}
+        kept |= {path for path, view in manifest.views.items() if view.base in kept}
+        tensors = read_tensors(info.path, manifest, only=kept if skipped else None)
         with _decoding(info.path, STATE):
             state = decode(tree, tensors)
+        parts: dict[int, object] = {}
+        for rank, part in trees.items():
+            with _decoding(info.path, part_file(rank, manifest.ranks, "json")):
+                parts[rank] = decode(part, tensors)
         with _decoding(info.path, MANIFEST):
             extra = decode(manifest.extra, {})
-        return LoadedCheckpoint(info, state, extra, rejected)
+        return LoadedCheckpoint(info, state, extra, rejected, parts)
 
-    def _read_state(self, path: Path, manifest: Manifest) -> object:
-        content = checkpoint_format.read_small_file(path / STATE, limit=MAX_JSON_BYTES)
-        record = manifest.files.get(STATE)
+    def _read_part(self, path: Path, manifest: Manifest, rank: int) -> object:
+        """Return the tree of a rank's part."""
+        name = part_file(rank, manifest.ranks, "json")
+        tree = self._read_tree(path, manifest, name)
+        parts = tree.get(RANKS) if isinstance(tree, dict) else None
+        if not isinstance(parts, dict) or [*parts] != [str(rank)]:
+            raise UnsafeCheckpointError(path, name, "foreign", f"it is not the part of rank {rank}")
+        return parts[str(rank)]
+
+    def _read_tree(self, path: Path, manifest: Manifest, name: str) -> object:
+        """Return the JSON of a file, after comparing it with its checksum."""
+        content = checkpoint_format.read_small_file(path / name, limit=MAX_JSON_BYTES)
+        record = manifest.files.get(name)
         if record is None or len(content) != record.bytes or zlib.crc32(content) != record.crc32:
-            raise CheckpointCorruptError(path, STATE, "checksum", "its bytes were changed")
+            raise CheckpointCorruptError(path, name, "checksum", "its bytes were changed")
         if excess := excess_of(content):
-            raise UnsafeCheckpointError(path, STATE, "foreign", excess)
-        with _decoding(path, STATE):
+            raise UnsafeCheckpointError(path, name, "foreign", excess)
+        with _decoding(path, name):
             tree: object = msgspec.json.decode(content)
         return tree
 
     def _read_manifest(self, info: CheckpointInfo) -> Manifest:
         content = checkpoint_format.read_small_file(info.path / MANIFEST, limit=MAX_JSON_BYTES)
         manifest = decode_manifest(content, info.path)
-        missing = _tensor_files(manifest) - set(manifest.files)
+        missing = (_tensor_files(manifest) | _part_files(manifest, "json")) - set(manifest.files)
         if manifest.name != info.name or missing:
             raise CheckpointCorruptError(info.path, MANIFEST, "foreign", "it is of another one")
         return manifest
@@ -374,6 +406,18 @@ def _tensor_files(manifest: Manifest) -> set[str]:
     return {stored.file for stored in manifest.tensors.values()} | {
         name for name, record in manifest.files.items() if record.header_bytes
     }
+
+
+def _part_files(manifest: Manifest, ending: str) -> set[str]:
+    """Return the names of the files of all ranks but the first."""
+    if manifest.ranks > len(manifest.files) + 1:
+        # Or a lying manifest would have a thousand million of them.
+        return {part_file(manifest.ranks - 1, manifest.ranks, ending)}
+    return {part_file(rank, manifest.ranks, ending) for rank in range(1, manifest.ranks)}
+
+
+def _files_of(manifest: Manifest, ranks: Collection[int]) -> set[str]:
+    return {part_file(rank, manifest.ranks, ending) for rank in ranks for ending in ("json", "safetensors")}
 
 
 def list_runs(directory: Path | str) -> list[CheckpointReader]:

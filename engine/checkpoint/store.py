@@ -10,13 +10,14 @@ failure the temporary directory is deleted, and the same files are never retried
 have dropped the data and would report success the second time.
 """
 
+import functools
 import itertools
 import os
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,10 +40,11 @@ from offloop.engine.checkpoint.filesystem import (
     write_error,
     write_file,
 )
-from offloop.engine.checkpoint.format import TensorFile, write_tensor_file
+from offloop.engine.checkpoint.format import TensorFile, check_length, write_tensor_file
 from offloop.engine.checkpoint.lock import RunLock
 from offloop.engine.checkpoint.manifest import (
     MANIFEST,
+    PARTS_VERSION,
     STATE,
     CheckpointRequest,
     FileRecord,
@@ -53,6 +55,13 @@ from offloop.engine.checkpoint.manifest import (
     encode_manifest,
     excess_of,
     json_number,
+)
+from offloop.engine.checkpoint.parts import (
+    TEMPORARY,
+    Part,
+    PartsChannel,
+    meeting_place,
+    number_of,
 )
 from offloop.engine.checkpoint.reader import (
     MAX_JSON_BYTES,
@@ -68,7 +77,7 @@ from offloop.engine.checkpoint.tree import encode
 FREE_SPACE_MARGIN = 1.05
 """Room for the manifest, folders and blocks; a guess on the safe side."""
 
-_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+_TRASH = ".trash-"
 
 
 class Snapshotted(Protocol):
@@ -113,8 +122,13 @@ class CheckpointStore(CheckpointReader):
         retention: Retention | Sequence[Retention] | None = None,
         filesystem: FileSystem | None = None,
         engine_version: str = "",
+        ranks: PartsChannel | None = None,
     ) -> None:
         super().__init__(directory)
+        # The way to the other processes that write parts of these checkpoints.
+        self._ranks = ranks
+        # Of the latest save. Directories of later ones may be there: another process may be ahead.
+        self._save_number = 0
         retention = Retention() if retention is None else retention
         self.retention = (retention,) if isinstance(retention, Retention) else tuple(retention)
         self._filesystem = filesystem or FileSystem()
@@ -182,16 +196,27 @@ class CheckpointStore(CheckpointReader):
             manifest = self._draft(request)
             final = self._checkpoints / manifest.name
             temporary = self._temporary_for(manifest.name)
+            if self._ranks is not None:
+                temporary = self._checkpoints / meeting_place(request)
+                self._save_number = request.number
             try:
                 needed = 0
                 try:
                     state = msgspec.json.encode(snapshot.tree)
-                    _check_readable(state, temporary)
+                    check_readable(state, temporary)
                     parts = snapshot.parts()
                     needed = len(state) + sum(len(part.payload) for part in parts)
                     self._check_room(needed)
                     manifest = write_checkpoint(
-                        self._filesystem, temporary, manifest, parts, state, snapshot.views
+                        self._filesystem,
+                        temporary,
+                        manifest,
+                        parts,
+                        state,
+                        snapshot.views,
+                        gather=None
+                        if self._ranks is None
+                        else functools.partial(self._ranks.gather, request.number, temporary),
                     )
                     self._filesystem.rename(temporary, final)
                     self._filesystem.sync_directory(self._checkpoints)
@@ -201,7 +226,7 @@ class CheckpointStore(CheckpointReader):
                 self._discard(temporary, final)
                 raise
             seconds = time.monotonic() - started
-            head = msgspec.convert(manifest, ManifestHead, from_attributes=True)
+            head = ManifestHead(**{name: getattr(manifest, name) for name in ManifestHead.__struct_fields__})
             info = CheckpointInfo(final, head)
             self._remember(info)
             deleted: list[str] = []
@@ -322,8 +347,13 @@ class CheckpointStore(CheckpointReader):
                     self._filesystem.sync_directory(self._checkpoints)
             for folder in (self._checkpoints, self._refs, self._refs / TAGS):
                 for name in self._names_in(folder):
-                    if name.startswith((_TEMPORARY, _TRASH)):
+                    if name.startswith((TEMPORARY, _TRASH)) and not self._is_of_later_save(name):
                         self._try_remove(folder / name)
+
+    def _is_of_later_save(self, name: str) -> bool:
+        """Return whether another process may be writing into this temporary directory now."""
+        number = number_of(name) if self._ranks is not None and self._save_number else None
+        return number is not None and number > self._save_number
 
     def _reject(self, error: CheckpointError) -> None:
         # Only what is certainly damaged: an unreadable file may be readable tomorrow.
@@ -355,6 +385,10 @@ class CheckpointStore(CheckpointReader):
             extra=encode(request.extra, _no_tensor),
             owners=list(request.owners),
             files={},
+            # An older reader would not know of the parts.
+            format_version=1 if self._ranks is None else PARTS_VERSION,
+            min_reader=1 if self._ranks is None else PARTS_VERSION,
+            world_size=msgspec.UNSET if self._ranks is None else self._ranks.world_size,
         )
 
     def _check_room(self, needed: int) -> None:
@@ -402,7 +436,7 @@ class CheckpointStore(CheckpointReader):
     def _set_ref(self, path: Path, name: str) -> None:
         if self._read_ref(path.relative_to(self._refs)) == name:
             return
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{next(self._numbers)}")
+        temporary = path.with_name(f"{TEMPORARY}{path.name}-{next(self._numbers)}")
         try:
             write_file(self._filesystem, temporary, f"{name}\n".encode())
             self._filesystem.replace(temporary, path)
@@ -441,7 +475,7 @@ class CheckpointStore(CheckpointReader):
         return True
 
     def _temporary_for(self, name: str) -> Path:
-        return self._checkpoints / f"{_TEMPORARY}{name}-{os.getpid()}-{next(self._numbers)}"
+        return self._checkpoints / f"{TEMPORARY}{name}-{os.getpid()}-{next(self._numbers)}"
 
     def _trash_for(self, name: str) -> Path:
         return self._checkpoints / f"{_TRASH}{name}-{os.getpid()}-{next(self._numbers)}"
@@ -481,9 +515,19 @@ def write_checkpoint(
     parts: Sequence[TensorFile],
     state: bytes,
     views: Mapping[str, TensorView],
+    gather: Callable[[], Sequence[Part]] | None = None,
 ) -> Manifest:
-    """Put everything into a new directory, down to the disk; return the manifest with all checksums. Blocks."""
-    filesystem.make_directory(directory)
+    """Put everything into a new directory, down to the disk; return the manifest with all checksums. Blocks.
+
+    Args:
+        filesystem: Changes the disk.
+        directory: Must not exist, unless others write into it, too.
+        manifest: Without files and tensors.
+        parts, state, views: Of the snapshot.
+        gather: Waits for what other processes write into the directory, and returns it.
+    """
+    with nullcontext() if gather is None else suppress(FileExistsError):
+        filesystem.make_directory(directory)
     files = {STATE: FileRecord(len(state), zlib.crc32(state))}
     tensors: dict[str, StoredTensor] = {}
     for part in parts:
@@ -491,13 +535,35 @@ def write_checkpoint(
         files[part.name] = written.record
         tensors |= written.tensors
     write_file(filesystem, directory / STATE, state)
-    manifest = msgspec.structs.replace(manifest, files=files, tensors=tensors, views=dict(views))
+    views = dict(views)
+    for other in () if gather is None else gather():
+        for name, content in other.contents.items():
+            write_file(filesystem, directory / name, content)
+        for name, record in other.files.items():
+            check_written(directory, name, record)
+        files |= other.files
+        tensors |= other.tensors
+        views |= other.views
+    manifest = msgspec.structs.replace(manifest, files=files, tensors=tensors, views=views)
     write_file(filesystem, directory / MANIFEST, encode_manifest(manifest))
     filesystem.sync_directory(directory)
     return manifest
 
 
-def _check_readable(state: bytes, directory: Path) -> None:
+def check_written(directory: Path, name: str, record: FileRecord) -> None:
+    """Check that a file that another process has written is here, in its length.
+
+    Raises:
+        CheckpointWriteError: It is not.
+    """
+    try:
+        check_length(directory, name, record)
+    except CheckpointError as error:
+        text = f"another rank has written it, but rank 0 does not see it: {error}"
+        raise CheckpointWriteError(directory / name, None, text) from error
+
+
+def check_readable(state: bytes, directory: Path) -> None:
     """Refuse to write what no reader would take."""
     excess = excess_of(state)
     if len(state) > MAX_JSON_BYTES:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from offloop.engine.checkpoint.errors import (
     CheckpointDeadlineError,
@@ -24,15 +26,24 @@ from offloop.engine.checkpoint.errors import (
 )
 from offloop.engine.checkpoint.manifest import CheckpointRequest
 from offloop.engine.checkpoint.snapshot import Snapshot
-from offloop.engine.checkpoint.store import CheckpointStore, Commit
 
 logger = logging.getLogger("offloop")
 
 QUEUE_SIZE = 4
 """More than the slots of an arena, so that slots run out first."""
 
-OnSaved = Callable[[CheckpointRequest, Commit], None]
 OnFailed = Callable[[CheckpointRequest, CheckpointError], None]
+
+CommitT = TypeVar("CommitT")
+CommitT_co = TypeVar("CommitT_co", covariant=True)
+
+
+class Store(Protocol[CommitT_co]):
+    """Where snapshots go: a `CheckpointStore`, or the `PartStore` of a rank above 0."""
+
+    @property
+    def directory(self) -> Path: ...
+    def commit(self, snapshot: Snapshot, request: CheckpointRequest) -> CommitT_co: ...
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,12 @@ class _Call:
     function: Callable[[WriterDiedError | None], None]
 
 
-class CheckpointWriter:
+class CheckpointWriter(Generic[CommitT]):
     """Commits snapshots in the background, in order.
 
     Args:
         store: The caller closes it after `close` of the writer.
-        on_saved: Called in the writer thread when a checkpoint is durable.
+        on_saved: Called in the writer thread with what `commit` returned, when a checkpoint is durable.
         on_failed: Called in the writer thread when a snapshot could not be saved. Errors that are no
             `CheckpointError` arrive as the cause of a `CheckpointWriteError`.
 
@@ -61,11 +72,12 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        store: CheckpointStore,
+        store: Store[CommitT],
         *,
-        on_saved: OnSaved,
+        on_saved: Callable[[CheckpointRequest, CommitT], None],
         on_failed: OnFailed,
         queue_size: int = QUEUE_SIZE,
+        name: str = "offloop-checkpoint-writer",
     ) -> None:
         if queue_size < 1:
             raise ValueError(f"queue_size must be at least 1, got {queue_size}")
@@ -82,7 +94,7 @@ class CheckpointWriter:
         self._death: BaseException | None = None
         self._changed = threading.Condition()
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._run, name="offloop-checkpoint-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
         # The system has no more threads, or the interpreter is ending.
@@ -208,7 +220,7 @@ class CheckpointWriter:
             try:
                 self._on_saved(job.request, commit)
             except Exception:
-                logger.exception("on_saved failed for %s", commit.info.path)
+                logger.exception("on_saved failed for the checkpoint of step %d", job.request.step)
 
     def _tell_failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
         try:

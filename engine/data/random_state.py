@@ -61,6 +61,33 @@ def restore_random_state(state: Mapping[str, Any]) -> list[str]:
     return missed
 
 
+def fresh_random_state(like: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return states of the same generators, seeded anew. Changes no generator.
+
+    Args:
+        like: From `capture_random_state`.
+        seed: 64 bits.
+    """
+    version, internal, gauss = random.Random(seed).getstate()
+    state: dict[str, Any] = {
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+        "python": [version, list(internal), gauss],
+    }
+    if "cuda" in like and torch.cuda.is_available():
+        state["cuda"] = [
+            torch.Generator(device=f"cuda:{index}").manual_seed(seed).get_state()
+            for index in range(torch.cuda.device_count())
+        ]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, position, has_gauss, cached = numpy.random.RandomState(seed % 2**32).get_state(
+            legacy=True
+        )
+        words = torch.from_numpy(keys.astype("int64"))
+        state["numpy"] = [name, words, int(position), int(has_gauss), float(cached)]
+    return state
+
+
 def differs_on_host(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return whether the CPU's generators were drawn from between two captures."""
     if not torch.equal(state["torch"], other["torch"]) or state["python"] != other["python"]:

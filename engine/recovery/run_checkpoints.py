@@ -37,6 +37,7 @@ from offloop.engine.checkpoint import (
     SnapshotBusyError,
     WriterDiedError,
 )
+from offloop.engine.checkpoint.parts import Outcome, PartsChannel
 from offloop.engine.errors import describe
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
 from offloop.engine.observers.durable_logs import DurableLogs
@@ -67,6 +68,7 @@ class Checkpoints:
         retention: Retention,
         wait_policy: WaitPolicy,
         logs: DurableLogs,
+        ranks: PartsChannel | None = None,
     ) -> None:
         """Keep the checkpoints of the run in `directory`.
 
@@ -79,6 +81,7 @@ class Checkpoints:
             retention: What is kept in any case, and which checkpoint is the best of the run.
             wait_policy: How long training waits for a slow disk.
             logs: Announce a durable checkpoint once they have what came before it.
+            ranks: The way to the other processes of the run; None if there are none.
         """
         self._logs = logs
         self._of_run = retention
@@ -111,10 +114,14 @@ class Checkpoints:
         ]
         self._publish = publish
         self._wait_policy = wait_policy
+        # The way to the other processes, if there are any. Used by the writer's thread.
+        self.ranks = ranks
+        # Of saves and tags so far; training thread. The same on all ranks, which know by it that they mean the same.
+        self._number = 0
         self._claim: DirectoryLock | None = None
         self._arena: SnapshotArena | None = None
         self._store: CheckpointStore | None = None
-        self._writer: CheckpointWriter | None = None
+        self._writer: CheckpointWriter[Any] | None = None
         # The next two by id of the request. The training thread adds, the writer's thread removes.
         self._waiting: dict[int, Future[CheckpointSaved]] = {}
         self._in_flight: set[int] = set()
@@ -192,7 +199,9 @@ class Checkpoints:
         Returns:
             True if the writer accepted it. Writing may still fail.
         """
+        self._number += 1
         request = CheckpointRequest(
+            number=self._number,
             step=position["step"],
             epoch=position["epoch"],
             batch=position["batch"],
@@ -208,16 +217,42 @@ class Checkpoints:
         self._in_flight.add(id(request))
         try:
             writer, arena = self.open()
-            snapshot = arena.take_nowait(state) if reason == "interval" else self._take(arena, state)
+            snapshot = (
+                arena.take_nowait(state) if reason == "interval" else _take(arena, state, self._wait_policy)
+            )
             try:
                 writer.submit_nowait(snapshot, request)
             except BaseException:
                 snapshot.release()
                 raise
         except CheckpointError as error:
-            self._failed(request, error)
+            self._report_failure(request, error)
+            self._decline(request.number, error)
             return False
         return True
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the other ranks, if there are any, that the save they are taking now fails. Training thread."""
+        self._number += 1
+        self._decline(self._number, error)
+
+    def _decline(self, number: int, error: BaseException) -> None:
+        """Tell the other ranks, in the writer's thread and in turn, that a save fails. Training thread."""
+        if self.ranks is None or self._writer is None:
+            return
+        outcome = Outcome(error=describe(error))
+        with contextlib.suppress(WriterDiedError):
+            self._writer.call_nowait(lambda death: self._tell(number, outcome))
+
+    def _tell(self, number: int, outcome: Outcome) -> None:
+        """Tell the other ranks, if there are any, what came of a save or a tag. Writer's thread."""
+        if self.ranks is None:
+            return
+        try:
+            self.ranks.tell(number, outcome)
+        # They notice by themselves that this process is out of reach.
+        except CheckpointError as error:
+            logger.error("the other ranks do not hear of checkpoint %s: %s", outcome.path, error)
 
     @property
     def in_flight(self) -> bool:
@@ -225,7 +260,7 @@ class Checkpoints:
         return bool(self._in_flight)
 
     def tag(self, tag: str, *, step: int, move: bool, future: "Future[CheckpointSaved]") -> None:
-        """Tag the newest checkpoint, which is that of `step`, once it is durable. Any thread; does not wait.
+        """Tag the newest checkpoint, which is that of `step`, once it is durable. Training thread; does not wait.
 
         Args:
             tag: The name. A checkpoint that has one is not deleted.
@@ -233,6 +268,9 @@ class Checkpoints:
             move: Whether to take the tag from another checkpoint.
             future: Completed when the tag is durable or has failed.
         """
+
+        self._number += 1
+        number = self._number
 
         def set_tag(death: CheckpointError | None) -> None:
             saved = self._newest
@@ -249,8 +287,10 @@ class Checkpoints:
                 self._store.tag(tag, Path(saved.path).name, move=move)
             except Exception as error:
                 logger.error("the checkpoint of step %d was not tagged %r: %s", step, tag, error)
+                self._tell(number, Outcome(error=describe(error)))
                 future.set_exception(error)
             else:
+                self._tell(number, _outcome(saved))
                 future.set_result(saved)
 
         try:
@@ -258,22 +298,6 @@ class Checkpoints:
             writer.call_nowait(set_tag)
         except CheckpointError as error:
             future.set_exception(error)
-
-    def _take(self, arena: SnapshotArena, state: Mapping[str, Any]) -> Snapshot:
-        """Copy the state once a slot is free, if one becomes free in time. Blocks."""
-        taken: list[Snapshot] = []
-        refusals: list[SnapshotBusyError] = []
-
-        def is_done(seconds: float) -> bool:
-            try:
-                taken.append(arena.take(state, timeout=seconds))
-            except SnapshotBusyError as error:
-                refusals.append(error)
-            return bool(taken)
-
-        if not self._wait_policy(is_done):
-            raise refusals[-1]
-        return taken[0]
 
     def guard(self) -> None:
         """Make the device finish a copy in progress before it runs what comes next. Does not block.
@@ -288,16 +312,10 @@ class Checkpoints:
         writer = self._writer
         if writer is None:
             return True
-
-        def is_done(seconds: float) -> bool:
-            try:
-                writer.flush(seconds)
-            except CheckpointDeadlineError:
-                return False
-            return True
-
         try:
-            return self._wait_policy(is_done) and self._wait_policy(self._logs.flush)
+            return self._wait_policy(lambda seconds: is_settled(writer, seconds)) and self._wait_policy(
+                self._logs.flush
+            )
         except WriterDiedError as error:
             logger.error("checkpoints were not finished: %s", error)
             return False
@@ -377,8 +395,11 @@ class Checkpoints:
             logger.warning("a checkpoint was skipped: %s", error)
         return loaded
 
-    def open(self) -> tuple[CheckpointWriter, SnapshotArena]:
+    def open(self) -> tuple[CheckpointWriter[Any], SnapshotArena]:
         """Open store, lock and thread, unless they are open: all of them or none.
+
+        Opening the store removes what interrupted saves left. So with several ranks, rank 0 does it before any of them
+        takes a checkpoint.
 
         Raises:
             RunLockedError: Another run has locked this directory.
@@ -386,7 +407,9 @@ class Checkpoints:
         """
         if self._writer is None or self._arena is None:
             with contextlib.ExitStack() as opened:
-                store = opened.enter_context(CheckpointStore(self.directory, retention=self.retention))
+                store = opened.enter_context(
+                    CheckpointStore(self.directory, retention=self.retention, ranks=self.ranks)
+                )
                 arena = SnapshotArena(optimizers=self._optimizers.values(), volatile=self._volatile)
                 opened.callback(arena.close)
                 self._writer = CheckpointWriter(store, on_saved=self._saved, on_failed=self._failed)
@@ -410,6 +433,7 @@ class Checkpoints:
             seconds=commit.seconds,
         )
         self._newest = event
+        self._tell(request.number, _outcome(event))
         for problem in commit.problems:
             logger.warning("after checkpoint %s: %s", path, problem)
         waiting = self._waiting.pop(id(request), None)
@@ -427,6 +451,11 @@ class Checkpoints:
             waiting.set_result(event)
 
     def _failed(self, request: CheckpointRequest, error: CheckpointError) -> None:
+        """Report a checkpoint that was not written. Writer's thread."""
+        self._tell(request.number, Outcome(error=describe(error)))
+        self._report_failure(request, error)
+
+    def _report_failure(self, request: CheckpointRequest, error: CheckpointError) -> None:
         """Report a checkpoint that was not written. Writer's thread, or the training thread if it got no further."""
         self._in_flight.discard(id(request))
         self.failed_step = request.step
@@ -436,3 +465,39 @@ class Checkpoints:
         waiting = self._waiting.pop(id(request), None)
         if waiting is not None:
             waiting.set_exception(error)
+
+
+def is_settled(writer: CheckpointWriter[Any], seconds: float) -> bool:
+    """Wait for that long until a writer has nothing left to do; return whether it has nothing. Blocks."""
+    try:
+        writer.flush(seconds)
+    except CheckpointDeadlineError:
+        return False
+    return True
+
+
+def _take(arena: SnapshotArena, state: Mapping[str, Any], wait_policy: WaitPolicy) -> Snapshot:
+    """Copy the state once a slot is free, if one becomes free in time. Blocks."""
+    taken: list[Snapshot] = []
+    refusals: list[SnapshotBusyError] = []
+
+    def is_done(seconds: float) -> bool:
+        try:
+            taken.append(arena.take(state, timeout=seconds))
+        except SnapshotBusyError as error:
+            refusals.append(error)
+        return bool(taken)
+
+    if not wait_policy(is_done):
+        raise refusals[-1]
+    return taken[0]
+
+
+def _outcome(saved: CheckpointSaved) -> Outcome:
+    return Outcome(
+        path=saved.path,
+        step=saved.saved_step,
+        reason=saved.reason,
+        bytes=saved.bytes,
+        seconds=saved.seconds,
+    )

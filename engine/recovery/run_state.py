@@ -20,8 +20,9 @@ from offloop.engine.callback import Handlers
 from offloop.engine.data.batches import length_of
 from offloop.engine.data.random_state import capture_random_state, restore_random_state
 from offloop.engine.errors import ConfigError
-from offloop.engine.events import Resumed
+from offloop.engine.metrics.merging import merged
 from offloop.engine.position.exactness import Doubt, ResumeReport
+from offloop.engine.recovery.rank_states import doubts_about_environment
 from offloop.engine.recovery.saved_state import check_kinds, check_optimizer, check_schedule, restoring
 from offloop.engine.training.averages import MEASURED, captured, measured_key
 from offloop.engine.training.learning_rate import Schedule
@@ -128,6 +129,9 @@ def environment(loop: TrainingLoop) -> dict[str, Any]:
         "channels_last": config.channels_last,
         "sampling": config.sampling,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "ranks": loop.strategy.world_size,
+        "strategy": loop.strategy.name,
+        "rank_batches": config.rank_batches,
     }
 
 
@@ -144,14 +148,22 @@ def describe_loader(loader: Iterable[Any]) -> dict[str, int | None]:
 class Continuation:
     """Restores a loaded checkpoint into a run. Training thread only."""
 
-    def __init__(self, state: Mapping[str, Any], report: ResumeReport, attempt: int) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        report: ResumeReport,
+        attempt: int,
+        metrics: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         """Prepare to restore a state.
 
         Args:
             state: From `capture`, loaded from the checkpoint.
             report: Collects how exact the resume is.
             attempt: Number of the attempt that took the checkpoint.
+            metrics: States of the training metrics, of all ranks that saved them; see `RankState`.
         """
+        self._metrics_of_ranks = metrics
         self.attempt = attempt
         self.path = report.checkpoint
         self.report = report
@@ -197,10 +209,8 @@ class Continuation:
                 restore_modes(loop.program.model, state["modes"], self.report)
         self._restore_metrics(loop)
         self._restore_callbacks(handlers)
-        here = environment(loop)
-        for name, saved in state["environment"].items():
-            if here.get(name) != saved:
-                self.report.lower("approximate", f"{name} was {saved}, now it is {here.get(name)}")
+        for doubt in doubts_about_environment(state["environment"], environment(loop)):
+            self.report.lower(*doubt)
 
     def _restore_optimizers(self, loop: TrainingLoop) -> None:
         state, optimizers = self.state, loop.setup.optimizers
@@ -226,7 +236,15 @@ class Continuation:
 
     def _restore_metrics(self, loop: TrainingLoop) -> None:
         """Restore the metrics of the epoch in progress; new metrics start here."""
-        saved, metrics = self.state.get("metrics"), loop.train_metrics
+        saved, metrics, of_ranks = self.state.get("metrics"), loop.train_metrics, self._metrics_of_ranks
+        if of_ranks == []:
+            # Rank 0 has those of all ranks
+            return
+        if of_ranks is not None and len(of_ranks) > 1 and metrics is not None:
+            with restoring(self.path, "metrics"):
+                # Other metrics cannot be merged, so all of them start here
+                is_same = all(each["metrics"] == metrics.state_dict()["metrics"] for each in of_ranks)
+                saved = merged(metrics, of_ranks).state_dict() if is_same else None
         with restoring(self.path, "metrics"):
             names = [] if saved is None else [each.partition(":")[0] for each in saved["metrics"]]
         own = [] if metrics is None else list(metrics.names)
@@ -281,8 +299,8 @@ class Continuation:
             if restore_schedule(schedule.scheduler, saved, then, self.report):
                 self._adjusted.append(schedule.scheduler)
 
-    def finish(self, loop: TrainingLoop, doubts: Iterable[Doubt]) -> Resumed:
-        """Restore the random states, last before training continues, and return the event that reports the resume.
+    def restore_random(self, loop: TrainingLoop, doubts: Iterable[Doubt]) -> None:
+        """Restore the random states, last before training continues. The report is complete then.
 
         Args:
             loop: The loop of the run, with all schedules attached.
@@ -296,4 +314,3 @@ class Continuation:
             self.report.lower("approximate", text)
         for missed in restore_random_state(self.state["random"]):
             self.report.lower("approximate", missed)
-        return self.report.event(loop.reporter.position())

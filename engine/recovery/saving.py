@@ -30,6 +30,7 @@ from offloop.engine.paths import absolute_path
 from offloop.engine.position.exactness import Doubt, ResumeReport
 from offloop.engine.recovery import run_state
 from offloop.engine.recovery.keepers import Keeper
+from offloop.engine.recovery.rank_states import load_together, own_part, state_of_rank
 from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.recovery.saved_state import check_saveable, check_state, restoring
 from offloop.engine.recovery.user_state import UserState
@@ -101,7 +102,8 @@ class Saving:
         step = self._progress.step
         # A checkpoint that was just taken is of this very state
         is_taken = self._saved_moment == self._moment() and self._checkpoints.failed_step != step
-        if not is_taken:
+        # Only rank 0 knows whether it has failed
+        if not self._loop.strategy.agree(is_taken):
             self.save("manual")
         self._checkpoints.tag(command.tag, step=step, move=command.move, future=envelope.future)
 
@@ -111,17 +113,22 @@ class Saving:
         None is taken of a run that was cancelled between two batches of a step: it has lost the gradients of the
         first batch, and the checkpoint before is complete.
         """
-        owners = self._checkpoints.save_at_end
-        if not owners or not self._loop.has_whole_steps or self._is_saved():
-            return
+        # Rank 0 has the owners, and knows what is durable
+        if self._loop.strategy.agree(self._wants_last()):
+            self.save(reason, owners=self._checkpoints.save_at_end)
+
+    def _wants_last(self) -> bool:
+        """Return whether a last checkpoint is to be taken. Waits for the writer."""
+        if not self._checkpoints.save_at_end or not self._loop.has_whole_steps or self._is_saved():
+            return False
         if not self._loop.can_be_continued():
             logger.warning(
                 "there is no last checkpoint: the weights of step %d are not finite, and a run cannot continue "
                 "from them",
                 self._progress.step,
             )
-            return
-        self.save(reason, owners=owners)
+            return False
+        return True
 
     def save(
         self,
@@ -151,14 +158,16 @@ class Saving:
             # An exception of a `state_dict()`, perhaps: no future may be waiting for it
             logger.exception("the checkpoint of step %d was not saved", progress.step)
             described = describe(as_failure(error))
+            self._checkpoints.refuse(error)
             self._publish(CheckpointFailed(saved_step=progress.step, reason=reason, error=described))
             if not is_out_of_memory(error):
                 raise
             if future is not None:
                 future.set_exception(error)
             return
+        # A rank that finds no free snapshot, or cannot write, tells the others from its writer's thread
         is_accepted = self._checkpoints.save(
-            state,
+            own_part(state, self._handlers) if loop.strategy.rank else state,
             position={"epoch": progress.epoch, "step": progress.step, "batch": progress.batch},
             metrics=self._metrics_of_now(),
             reason=reason,
@@ -299,10 +308,12 @@ class Saving:
             CheckpointError: There is none, or it is damaged.
             ConfigError, WeightsError: It is of another model or other optimizers.
         """
-        loaded = self._checkpoints.load(which)
-        state = check_state(loaded.state, loaded.info.path)
+        strategy = self._loop.strategy
+        loaded = load_together(self._checkpoints, which, strategy)
+        own = state_of_rank(loaded, rank=strategy.rank, world_size=strategy.world_size)
+        state = check_state(own.state, loaded.info.path)
         report = ResumeReport(str(loaded.info.path))
-        resumed = run_state.Continuation(state, report, loaded.info.manifest.attempt)
+        resumed = run_state.Continuation(state, report, loaded.info.manifest.attempt, own.metrics)
         resumed.restore(self._loop, self._handlers)
         with restoring(resumed.path, "trainer"):
             self._user_state.restore(state, report)
@@ -317,6 +328,9 @@ class Saving:
         self._progress.history = [event for event in history if isinstance(event, EpochEnd)]
         self._loop.resumed, self._continuation = resumed.point, resumed
         self._checkpoints.parent = loaded.info.name
+        if strategy.rank:
+            # The logs are rank 0's
+            return
         with restoring(resumed.path, "milestones"):
             rewind(
                 self._checkpoints.directory,
@@ -341,4 +355,11 @@ class Saving:
         """
         assert self._continuation is not None
         continuation, self._continuation = self._continuation, None
-        return continuation.finish(self._loop, doubts)
+        continuation.restore_random(self._loop, doubts)
+        report, strategy = continuation.report, self._loop.strategy
+        # Rank 0's report is that of the run
+        for rank, (exactness, reasons) in enumerate(strategy.gather((report.exactness, report.reasons))):
+            if rank != strategy.rank:
+                for reason in reasons:
+                    report.lower(exactness, reason)
+        return report.event(self._loop.reporter.position())

@@ -81,6 +81,8 @@ class Strategy:
     The methods are called in the same order in all processes, so each may wait for the others.
     """
 
+    name: str = "none"
+    """As in `Trainer(strategy=...)`."""
     rank: int = 0
     """Number of this process, from 0."""
     world_size: int = 1

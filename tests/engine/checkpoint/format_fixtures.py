@@ -1,24 +1,30 @@
 """Checkpoints as a version of the format writes them, kept for the versions to come.
 
-    python tests/engine/checkpoint/format_fixtures.py tests/engine/checkpoint/fixtures/format_1
+    python tests/engine/checkpoint/format_fixtures.py tests/engine/checkpoint/fixtures/format_2
 
-was run once, when version 1 was current. It is run again for the next version, into a directory of that version's
-own; what is there already is never written anew.
+was run once, when version 2 was current. It is run again for the next version, into a directory of that version's
+own; what is there already is never written anew. Version 1, that of one process, was written before, by the same
+functions without ranks.
 """
 
 import math
+import shutil
 import sys
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from interruptions import Cut
+from rank_support import Stores
 
 from offloop.callbacks import LearningRateScheduler, WeightAverage
 from offloop.engine import Callback, RunResult, Trainer
-from offloop.engine.checkpoint import CheckpointRequest, CheckpointStore, SnapshotArena
+from offloop.engine.checkpoint import CheckpointReader, CheckpointRequest, CheckpointStore, SnapshotArena
 from offloop.engine.checkpoint.format import ELEMENT_CODES
+from offloop.engine.checkpoint.part_store import PartStore
+from offloop.engine.recovery.rank_states import OWN
 from offloop.engine.run_dir import format_run_json, read_run_json
 from offloop.engine.testing import tiny_loader, tiny_model
 
@@ -101,15 +107,35 @@ def train(directory: Path, *callbacks: Callback, **knobs: Any) -> RunResult:
     )
 
 
+def write(directory: Path, request: CheckpointRequest, state: dict[str, Any], part: dict[str, Any]) -> None:
+    """Write a checkpoint of two ranks."""
+    stores = Stores()
+    first, second = stores.channel(0), stores.channel(1)
+    parts = PartStore(directory, second)
+    request = msgspec.structs.replace(request, number=1)
+    with CheckpointStore(directory, engine_version="0.1", ranks=first) as store:
+        with SnapshotArena(slots=1, files=parts.files).take({"ranks": {"1": part}}) as snapshot:
+            parts.commit(snapshot, request)
+        with SnapshotArena(slots=1).take(state) as snapshot:
+            store.commit(snapshot, request)
+
+
 def main(directory: Path) -> None:
     """Write both."""
     directory.mkdir(parents=True)
-    with (
-        CheckpointStore(directory / "every_kind", engine_version="0.1") as store,
-        SnapshotArena(slots=1).take(every_kind_of_value()) as snapshot,
-    ):
-        store.commit(snapshot, REQUEST)
+    write(directory / "every_kind", REQUEST, every_kind_of_value(), every_kind_of_value())
     train(directory, Cut(CUT))
+    # As two processes would have written it
+    (path,) = (directory / RUN / "checkpoints").iterdir()
+    loaded: Any = CheckpointReader(directory / RUN).load()
+    head = loaded.info.manifest
+    loaded.state["environment"] |= {"ranks": 2, "strategy": "ddp"}
+    part = {name: loaded.state[name] for name in OWN if name in loaded.state}
+    shutil.rmtree(path)
+    request = CheckpointRequest(
+        step=head.step, epoch=head.epoch, batch=head.batch, attempt=0, run_id=RUN, reason="manual"
+    )
+    write(directory / RUN, request, loaded.state, part)
     for file in ("events.jsonl", "LOCK"):
         (directory / RUN / file).unlink(missing_ok=True)
     (directory / "every_kind" / "LOCK").unlink()
