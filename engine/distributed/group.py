@@ -7,6 +7,7 @@ often, and a process may end without destroying them.
 """
 
 import datetime
+import io
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -60,19 +61,22 @@ class Group:
             rest = torch.zeros(longest, dtype=torch.uint8)
             if len(own) > room:
                 rest[: len(own) - room] = torch.frombuffer(bytearray(own[room:]), dtype=torch.uint8)
-            rests = list(torch.empty(self.world_size, longest, dtype=torch.uint8).unbind())
+            received = bytearray(longest * self.world_size)
+            rests = list(torch.frombuffer(received, dtype=torch.uint8).split(longest))
             dist.all_gather(rests, rest, group=self._control)
             messages = [
-                message + bytes(part[: max(0, length - room)].tolist())
-                for message, part, length in zip(messages, rests, lengths, strict=True)
+                message + bytes(received[index * longest : index * longest + max(0, length - room)])
+                for index, (message, length) in enumerate(zip(messages, lengths, strict=True))
             ]
         return messages
 
     def gather_objects(self, own: Any) -> list[Any]:
         """Return one value of each rank, by rank: plain values and tensors of the CPU."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, own, group=self._control)
-        return values
+        # torch's all_gather_object cannot read back every tensor that it has written
+        content = io.BytesIO()
+        torch.save(own, content)
+        messages = self.gather(content.getvalue())
+        return [torch.load(io.BytesIO(each), weights_only=False) for each in messages]
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite tensors, in place, with those of rank 0. Shapes and dtypes are the same on all ranks."""

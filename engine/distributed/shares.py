@@ -63,6 +63,7 @@ def check_shareable(
     name: str,
     *,
     count_samples: Callable[[Any], int] = guess_batch_size,
+    warns: bool = True,
 ) -> None:
     """Check before a run that the batches of a training loader can be shared; warn of small shares.
 
@@ -72,6 +73,7 @@ def check_shareable(
         world_size: Number of ranks.
         name: Of the loader in messages: `train_loader`.
         count_samples: Returns the number of samples in a batch.
+        warns: False: another rank warns of small shares.
 
     Raises:
         ConfigError: The batches cannot be shared in this way, or there are fewer samples than ranks.
@@ -103,7 +105,7 @@ def check_shareable(
             f"{name} has {samples} sample{'' if samples == 1 else 's'} for {world_size} ranks: start fewer processes, "
             "or give more data"
         )
-    if mode == "split" and size is not None and size < FEW_SAMPLES * world_size:
+    if warns and mode == "split" and size is not None and size < FEW_SAMPLES * world_size:
         logger.warning(
             "each of the %d ranks gets %s samples of a batch of %d (%s): a step may spend more time on communication "
             'than on them. Give a larger batch_size (it is that of all ranks together), or rank_batches="whole": '

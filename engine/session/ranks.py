@@ -103,6 +103,7 @@ def check_alike(
         ranks.world_size,
         "train_loader",
         count_samples=setup.count_samples,
+        warns=ranks.is_first,
     )
     loaders: dict[str, object] = {
         f"length of val_loader {prefix}": length_of(loader)
