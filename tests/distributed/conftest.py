@@ -5,13 +5,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
+from rank_scripts.worker import WORKER
 from torchrun import Torchrun
-
-SCRIPTS: Final = Path(__file__).parent / "rank_scripts"
-WORKER: Final = SCRIPTS / "worker.py"
 
 
 @pytest.fixture(scope="session")

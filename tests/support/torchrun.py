@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -52,6 +53,7 @@ class Torchrun:
         options: Sequence[str] = ("--standalone",),
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        left_in: Path | None = None,
     ) -> None:
         """Start it.
 
@@ -63,12 +65,15 @@ class Torchrun:
             options: Of torchrun.
             prefix: A command that runs torchrun, such as `ip netns exec NAME`.
             environment: Variables in addition to those of the tests.
+            left_in: Where the ranks leave their results; None for `folder`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.left_in = left_in or folder
         self._mark = uuid.uuid4().hex
         self._said: queue.Queue[Said] = queue.Queue()
         self._waiting: list[Said] = []
+        self._forgotten: set[int] = set()
         self._streams: dict[int, TextIO] = {}
         # The path of a socket has to be short
         self._socket_folder = tempfile.TemporaryDirectory(prefix="offloop-")
@@ -137,12 +142,14 @@ class Torchrun:
         Raises:
             TimeoutError: No rank says anything.
         """
-        if self._waiting:
-            return self._waiting.pop(0)
+        while self._waiting:
+            if (said := self._waiting.pop(0)).pid not in self._forgotten:
+                return said
         limit = time.monotonic() + timeout
         while True:
             try:
-                return self._said.get(timeout=0.2)
+                if (said := self._said.get(timeout=0.2)).pid not in self._forgotten:
+                    return said
             except queue.Empty:
                 if self.process.poll() is not None and self._said.empty():
                     raise TimeoutError("the script has ended") from None
@@ -165,6 +172,17 @@ class Torchrun:
                 others.append(said)
         self._waiting = others + self._waiting
         return found
+
+    def hear_of(self, word: str, rank: int | None = None, timeout: float = PATIENCE) -> Said:
+        """Return the next thing that a rank, or any, says and that begins with a word. What comes before is dropped."""
+        while True:
+            said = self.hear(timeout)
+            if rank in (None, said.rank) and said.what.split()[0] == word:
+                return said
+
+    def forget(self, *pids: int) -> None:
+        """Listen no more to these processes."""
+        self._forgotten.update(pids)
 
     def open(self, *at: Said) -> None:
         """Let ranks go on that wait (`talk.hold`) where they said they are."""
@@ -191,6 +209,18 @@ class Torchrun:
                         os.kill(pid, signal.SIGUSR1)
             time.sleep(1.0)
             raise TimeoutError(f"it has not ended in {timeout:g} s") from None
+
+    def wait_for_result(self, name: str, rank: int, *, attempt: int = 0, timeout: float = PATIENCE) -> None:
+        """Wait until a rank has left its result of a scenario.
+
+        Raises:
+            TimeoutError: It does not.
+        """
+        limit = time.monotonic() + timeout
+        while self.results(name, ranks=rank + 1, attempt=attempt)[rank] is None:
+            if time.monotonic() > limit:
+                raise TimeoutError(f"rank {rank} has left no result of {name}")
+            time.sleep(0.02)
 
     def pids(self) -> list[int]:
         """Return the processes that it has started and that live, itself included."""
@@ -235,11 +265,29 @@ class Torchrun:
         """Return the end of all outputs, for a failed test."""
         return "\n".join(f"--- {name}\n{text[-6000:]}" for name, text in self.outputs() if text.strip())
 
+    def wait_for_output(self, rank: int, text: str, timeout: float = PATIENCE) -> None:
+        """Wait until a rank has printed a text to stderr.
+
+        Raises:
+            TimeoutError: It does not.
+        """
+        limit = time.monotonic() + timeout
+        while text not in self.output(rank):
+            if time.monotonic() > limit:
+                raise TimeoutError(f"rank {rank} has not said {text!r}")
+            time.sleep(0.02)
+
+    def exit_codes(self) -> dict[int, int]:
+        """Return the exit codes of the ranks that torchrun counts as failed."""
+        text = (self.folder / "torchrun.log").read_text()
+        found = re.findall(r"rank\s*: (\d+) .*?exitcode\s*: (-?\d+)", text, re.DOTALL)
+        return {int(rank): int(code) for rank, code in found}
+
     def results(self, name: str, *, ranks: int = 2, attempt: int = 0) -> list[Any]:
         """Return what the ranks wrote as their results of a scenario, by rank; None for one that wrote nothing."""
         found: list[Any] = []
         for rank in range(ranks):
-            path = self.folder / f"{name}-{attempt}-{rank}.json"
+            path = self.left_in / f"{name}-{attempt}-{rank}.json"
             found.append(json.loads(path.read_text()) if path.exists() else None)
         return found
 
@@ -247,7 +295,7 @@ class Torchrun:
         """Return the collectives that each rank has called, in order."""
         found = []
         for rank in range(ranks):
-            path = self.folder / f"collectives-{attempt}-{rank}.jsonl"
+            path = self.left_in / f"collectives-{attempt}-{rank}.jsonl"
             text = path.read_text() if path.exists() else ""
             found.append([json.loads(line) for line in text.splitlines()])
         return found

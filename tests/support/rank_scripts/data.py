@@ -108,12 +108,12 @@ def own_stream() -> Any:
 def distributed_sampler() -> Any:
     """A DistributedSampler is left in place and told its epoch."""
     data = samples(48)
-    sampler = DistributedSampler(data, num_replicas=WORLD_SIZE, rank=RANK, shuffle=True, seed=1)
-    found = train(classifier(rank_batches="own"), DataLoader(data, 4, sampler=sampler), epochs=2)
-    expected = []
-    by_hand: DistributedSampler[Any] = DistributedSampler(
+    sampler: DistributedSampler[Any] = DistributedSampler(
         data, num_replicas=WORLD_SIZE, rank=RANK, shuffle=True, seed=1
     )
+    found = train(classifier(rank_batches="own"), DataLoader(data, 4, sampler=sampler), epochs=2)
+    expected = []
+    by_hand: DistributedSampler[Any] = DistributedSampler(data, **share)
     for epoch in range(2):
         by_hand.set_epoch(epoch)
         expected += list(by_hand)
@@ -170,7 +170,7 @@ def callbacks() -> Any:
     return {
         **found,
         "observed": [first.observed, everywhere.observed],
-        "rank": [trainer.rank, trainer.world_size],
+        "rank": [getattr(trainer, name) for name in ("rank", "world_size")],
     }
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from rank_scripts.talk import RANK, WORLD_SIZE
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 
 class OwnPart:
@@ -31,7 +30,7 @@ class OwnPart:
 def train_by_hand(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: "Dataset[Any]",
+    data: TensorDataset,
     *,
     order: torch.Generator,
     epochs: int,
@@ -44,9 +43,9 @@ def train_by_hand(
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     wrapped = DistributedDataParallel(model)
-    sampler = BatchSampler(RandomSampler(data, generator=order), size, drop_last=False)  # type: ignore[arg-type]
+    sampler = BatchSampler(RandomSampler(data, generator=order), size, drop_last=False)
     loader = DataLoader(data, batch_sampler=OwnPart(sampler))  # type: ignore[arg-type]  # any iterable does
-    total, length, losses = len(data), len(loader), []  # type: ignore[arg-type]
+    total, length, losses = len(data), len(loader), []
     model.train()
     for _ in range(epochs):
         of_window = []

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from rank_scripts import talk
 
+WORKER = Path(__file__)
+
 if __name__ == "__main__":
     folder, module, *names = sys.argv[1:]
     torch.set_num_threads(1)

@@ -49,14 +49,14 @@ class Recorder:
             for module in (dist, c10d):
                 if hasattr(module, name):
                     setattr(module, name, self._recorded(name, getattr(module, name)))
-        forward = DistributedDataParallel.forward
+        forward: Any = DistributedDataParallel.forward
 
         @functools.wraps(forward)
         def recorded_forward(module: Any, *arguments: Any, **named: Any) -> Any:
             self.note("ddp", [int(module.require_backward_grad_sync), int(torch.is_grad_enabled())])
             return forward(module, *arguments, **named)
 
-        DistributedDataParallel.forward = recorded_forward  # type: ignore[method-assign]
+        setattr(DistributedDataParallel, "forward", recorded_forward)  # noqa: B010 - mypy
 
     def note(self, kind: str, details: Any) -> None:
         """Write a line."""
