@@ -135,6 +135,7 @@ def gan() -> Any:
         self.optimizer_step("discriminator")
         said = model.discriminator(fake)
         self.backward(entropy(said, torch.ones_like(said)))
+        self.optimizers["discriminator"].zero_grad()
         self.optimizer_step("generator")
         return loss.detach()
 

@@ -108,9 +108,8 @@ def own_stream() -> Any:
 def distributed_sampler() -> Any:
     """A DistributedSampler is left in place and told its epoch."""
     data = samples(48)
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        data, num_replicas=WORLD_SIZE, rank=RANK, shuffle=True, seed=1
-    )
+    share: dict[str, Any] = {"num_replicas": WORLD_SIZE, "rank": RANK, "shuffle": True, "seed": 1}
+    sampler: DistributedSampler[Any] = DistributedSampler(data, **share)
     found = train(classifier(rank_batches="own"), DataLoader(data, 4, sampler=sampler), epochs=2)
     expected = []
     by_hand: DistributedSampler[Any] = DistributedSampler(data, **share)
