@@ -39,6 +39,8 @@ class Scenarios:
     def of(self, name: str) -> list[Any]:
         """Return what the ranks found, by rank; fail the test if one of them failed."""
         results = [_read(self.folder / f"{name}-0-{rank}.json") for rank in range(self.ranks)]
+        if not any(results):
+            pytest.fail("it did not run: an earlier scenario ended the ranks", pytrace=False)
         if not all(each is not None and "result" in each for each in results):
             errors = [
                 f"rank {rank}: " + ("nothing" if each is None else each.get("traceback", "fine"))

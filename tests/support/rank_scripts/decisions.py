@@ -102,17 +102,20 @@ def set_lr() -> Any:
     """A decider and an observer of rank 0 set rates: every rank has them from the same step on."""
     commands = Recorder()
 
-    class Set(Callback):
+    class Decide(Callback):
         @decides
         def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
             if event.epoch == 0:
                 run.set_lr_nowait(0.5)
 
+    class Watch(Callback):
         async def on_step_end(self, event: StepEnd, run: Run) -> None:
             if event.step == 30:
                 run.set_lr_nowait(0.001)
 
-    found = train(classifier(), loader(samples(160)), epochs=6, callbacks=[Set(), Slowly(), commands])
+    found = train(
+        classifier(), loader(samples(160)), epochs=6, callbacks=[Decide(), Watch(), Slowly(), commands]
+    )
     return {**found, "applied": _applied(commands)}
 
 
