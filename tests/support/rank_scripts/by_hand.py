@@ -44,7 +44,7 @@ def train_by_hand(
         dist.init_process_group("gloo")
     wrapped = DistributedDataParallel(model)
     sampler = BatchSampler(RandomSampler(data, generator=order), size, drop_last=False)
-    loader = DataLoader(data, batch_sampler=OwnPart(sampler))  # type: ignore[arg-type]  # any iterable does
+    loader = DataLoader(data, batch_sampler=OwnPart(sampler))
     total, length, losses = len(data), len(loader), []
     model.train()
     for _ in range(epochs):
