@@ -8,5 +8,6 @@ signs_of_life     who has failed, hangs or cannot be reached
 plan              rank 0's decisions before the run, and whether all ranks were started alike
 agreement         commands, numbers of steps, time: one collective at some step boundaries
 shares            each rank's share of the batches
+together          evaluations and predictions
 ddp               the strategy `DistributedDataParallel`
 """

@@ -78,6 +78,12 @@ class Group:
         messages = self.gather(content.getvalue())
         return [torch.load(io.BytesIO(each), weights_only=False) for each in messages]
 
+    def gather_on_first(self, own: Any) -> list[Any] | None:
+        """Return one value of each rank, by rank, on rank 0; None elsewhere. Any that can be pickled."""
+        values: list[Any] | None = None if self.rank else [None] * self.world_size
+        dist.gather_object(own, values, dst=0, group=self._control)
+        return values
+
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite tensors, in place, with those of rank 0. Shapes and dtypes are the same on all ranks."""
         for tensor in tensors:

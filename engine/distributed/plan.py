@@ -29,6 +29,8 @@ logger = logging.getLogger("offloop")
 
 PATIENCE: Final = 600.0
 """Seconds that a rank waits for the others to start the same run: they may import, or read data, for minutes."""
+LONG: Final = 20.0
+"""Seconds after which a waiting rank says so."""
 _SLICE: Final = 1.0
 """Seconds between two looks at the store."""
 
@@ -74,11 +76,10 @@ def fingerprint(
         limits: Of the run.
         loaders: Their lengths count, by name; None where a loader has none.
     """
-    named = (*model.named_parameters(), *model.named_buffers())
-    shapes = "\n".join(f"{name} {tuple(each.shape)} {each.dtype}" for name, each in named)
     settings = {name: value for name, value in config.as_settings().items() if name != "device"}
     return {
-        "model": f"{type(model).__name__} {hashlib.sha256(shapes.encode()).hexdigest()[:16]}",
+        "the call": "train",
+        "model": described_model(model),
         "optimizers": ", ".join(
             f"{name}={type(each).__name__} with groups of {[len(group['params']) for group in each.param_groups]}"
             for name, each in optimizers.items()
@@ -89,6 +90,13 @@ def fingerprint(
         "limits": str(limits),
         **{name: f"{length} batches" for name, length in loaders.items()},
     }
+
+
+def described_model(model: torch.nn.Module) -> str:
+    """Return the class of a model and a digest of the names, shapes and types of its tensors."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    shapes = "\n".join(f"{name} {tuple(each.shape)} {each.dtype}" for name, each in named)
+    return f"{type(model).__name__} {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
 
 
 class Plan:
@@ -174,9 +182,12 @@ class Plan:
 
     def _wait(self, key: str, what: str) -> bytes:
         """Wait for a key, in slices: a signal handler must get its turn."""
-        started = time.monotonic()
+        started, is_reported = time.monotonic(), False
         while not self._store.check([key]):
             waited = time.monotonic() - started
+            if waited > LONG and not is_reported:
+                logger.warning("rank %d waits for %s: all ranks must make the same call", self._rank, what)
+                is_reported = True
             if waited > PATIENCE:
                 raise OffloopError(
                     f"{what} did not start this run within {PATIENCE:.0f} s, as all ranks must"

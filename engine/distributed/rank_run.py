@@ -13,6 +13,7 @@ from offloop.engine.bus.command_mailbox import Mailbox
 from offloop.engine.config import TrainerConfig
 from offloop.engine.distributed import group
 from offloop.engine.distributed.ddp import DDPStrategy
+from offloop.engine.distributed.group import Group
 from offloop.engine.distributed.launch import Launch, find_launch
 from offloop.engine.distributed.news import News
 from offloop.engine.distributed.plan import Plan
@@ -24,7 +25,7 @@ from offloop.engine.distributed.signs_of_life import SignsOfLife
 from offloop.engine.errors import ConfigError, RankFailedError
 from offloop.engine.events import Event, TrainStart
 from offloop.engine.training.loop import TrainingLoop
-from offloop.engine.training.setup import Setup
+from offloop.engine.training.setup import Program, Setup
 
 CONNECT_TIMEOUT: Final = 600.0
 """Seconds that the ranks have to come: they may import, or read data, for minutes."""
@@ -65,15 +66,16 @@ class RankRun:
         """Return a client of the store for the thread that will use it, with the keys of this run. Blocks."""
         return PrefixStore(self._key, own_client(self._store))
 
-    def equip(self, given: Mailbox, setup: Setup) -> tuple[RankMailbox, DDPStrategy]:
+    def equip(self, given: Mailbox, program: Program, setup: Setup) -> tuple[RankMailbox, DDPStrategy]:
         """Return mailbox and strategy for the loop of the run.
 
         Args:
             given: The mailbox of the run.
+            program: The trainer.
             setup: Of the run.
         """
         self.mailbox = RankMailbox(given)
-        self.strategy = DDPStrategy(self.rank, self.world_size, self.mailbox, setup)
+        self.strategy = DDPStrategy(self.rank, self.world_size, self.mailbox, program, setup)
         return self.mailbox, self.strategy
 
     # The training thread -----------------------------------------------------------------------------
@@ -108,8 +110,11 @@ class RankRun:
         """
         assert self.strategy is not None and self.life is not None
         news = News(self.client(), self.rank, self.world_size)
-        joined = group.join(self.launch, self._store, device)
-        self.strategy.join(loop, joined, news, self.life, run)
+        self.strategy.join(loop, self.group(device), news, self.life, run)
+
+    def group(self, device: torch.device) -> Group:
+        """Return the process group; the first time, make it. Waits for all ranks."""
+        return group.join(self.launch, self._store, device)
 
     def decide(self, event: Event, ask: Callable[[Event], None]) -> None:
         """Ask this rank's deciders about an event; the others follow what those of rank 0 have changed.

@@ -3,10 +3,9 @@
 import dataclasses
 import socket
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import msgspec
 import torch
 
 from offloop.engine.bus.command_mailbox import Envelope
@@ -14,16 +13,14 @@ from offloop.engine.bus.commands import Stop
 from offloop.engine.distributed.agreement import Agreement
 from offloop.engine.distributed.following import Following
 from offloop.engine.distributed.group import Group
+from offloop.engine.distributed.group_strategy import GroupStrategy
 from offloop.engine.distributed.news import News
 from offloop.engine.distributed.rank_mailbox import RankMailbox
-from offloop.engine.distributed.shares import Shares
 from offloop.engine.distributed.signs_of_life import SignsOfLife
 from offloop.engine.errors import RankFailedError
-from offloop.engine.metrics.merging import merged
-from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.training.loop import TrainingLoop
-from offloop.engine.training.setup import Setup
-from offloop.engine.training.strategy import Share, StepValues, Strategy, ValidationSums
+from offloop.engine.training.setup import Program, Setup
+from offloop.engine.training.strategy import Share, StepValues
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,31 +39,26 @@ class RunHere:
     """Ends the run as failed."""
 
 
-class RankStrategy(Strategy):
+class RankStrategy(GroupStrategy):
     """What all strategies of several ranks share: numbers, commands and data. Training thread only.
 
     The methods are those of `Strategy`, more than 25 with its protocols.
     """
 
-    def __init__(self, rank: int, world_size: int, mailbox: RankMailbox, setup: Setup) -> None:
+    def __init__(
+        self, rank: int, world_size: int, mailbox: RankMailbox, program: Program, setup: Setup
+    ) -> None:
         """Prepare; `join` brings the process group.
 
         Args:
             rank: Of this process.
             world_size: Number of ranks.
             mailbox: Of the loop.
+            program: The trainer.
             setup: Of the run.
         """
-        self.rank, self.world_size = rank, world_size
+        super().__init__(rank, world_size, program, setup)
         self._mailbox = mailbox
-        self._shares = Shares(
-            rank,
-            world_size,
-            setup.config.rank_batches,
-            gather=self.gather,
-            gather_objects=lambda value: self.group.gather_objects(value),
-            count_samples=setup.count_samples,
-        )
 
     def join(
         self,
@@ -95,19 +87,17 @@ class RankStrategy(Strategy):
 
     def _tensors(self) -> list[torch.Tensor]:
         """Return all weights and buffers: rank 0's are those of the run."""
-        modules: list[Any] = [self._loop.program.model, self._loop.program.loss]
         in_modules: dict[int, torch.Tensor] = {}
-        for module in modules:
-            if isinstance(module, torch.nn.Module):
-                for tensor in (*module.parameters(), *module.buffers()):
-                    in_modules[id(tensor)] = tensor
+        for module in self.modules():
+            for tensor in (*module.parameters(), *module.buffers()):
+                in_modules[id(tensor)] = tensor
         for parameter in self._loop.parameters():
             in_modules[id(parameter)] = parameter
         return [each.data for each in in_modules.values()]
 
     def close(self) -> None:
         """Release the model and the data; what was not applied fails."""
-        self._shares.close()
+        super().close()
         self._mailbox.end()
 
     # The host of the agreement -----------------------------------------------------------------------
@@ -148,14 +138,6 @@ class RankStrategy(Strategy):
 
     # Numbers -----------------------------------------------------------------------------------------
 
-    def sum(self, value: float) -> float:
-        """Return the sum of a number over the ranks."""
-        return float(sum(self.gather(float(value))))
-
-    def all(self, value: bool) -> bool:
-        """Return whether a condition is true on all ranks."""
-        return all(self.gather(bool(value)))
-
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Return the mean of a scalar tensor over the ranks, weighted by their shares of the batch."""
         total = value.detach() * (self.share.factor / self.world_size)
@@ -174,21 +156,6 @@ class RankStrategy(Strategy):
         """Publish all steps so far."""
         self.agreement.flush()
 
-    def gather_validation(self, sums: ValidationSums) -> ValidationSums:
-        """Return the sums over all ranks."""
-        own = msgspec.msgpack.encode(sums)
-        parts = [msgspec.msgpack.decode(each, type=ValidationSums) for each in self.group.gather(own)]
-        return ValidationSums(
-            _added(each.sums for each in parts),
-            _added(each.weights for each in parts),
-            sum(each.samples for each in parts),
-            sum(each.batches for each in parts),
-        )
-
-    def gather_metrics(self, metrics: MetricSet) -> MetricSet:
-        """Return the metrics of all ranks' batches."""
-        return merged(metrics, self.group.gather_objects(metrics.state_dict()))
-
     # Data --------------------------------------------------------------------------------------------
 
     @property
@@ -199,10 +166,6 @@ class RankStrategy(Strategy):
     def shared_training(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
         """Return the loader of this rank's share of the training batches."""
         return self._shares.training(loader, epoch)
-
-    def shared_validation(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
-        """Return the loader of this rank's batches of a validation."""
-        return self._shares.validation(loader, epoch)
 
     def iterate(self, iterator: Iterator[Any], given: int) -> Iterator[Any]:
         """Return an iterator that keeps `share` up to date."""
@@ -218,21 +181,3 @@ class RankStrategy(Strategy):
     def seconds(self, own: float) -> float:
         """Return how long the run had trained at the last exchange, by the clock of rank 0."""
         return self.agreement.seconds
-
-    def agree(self, value: Any) -> Any:
-        """Return rank 0's value."""
-        return self.gather(value)[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks. Plain values only."""
-        own = msgspec.msgpack.encode(value)
-        return [msgspec.msgpack.decode(each) for each in self.group.gather(own)]
-
-
-def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Add numbers by name, in the order of ranks."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    return total

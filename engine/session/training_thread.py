@@ -104,7 +104,7 @@ class Training:
         # None where this process trains alone
         self._ranks = plan.ranks
         loop_mailbox, strategy = (
-            (mailbox, None) if plan.ranks is None else plan.ranks.equip(mailbox, plan.setup)
+            (mailbox, None) if plan.ranks is None else plan.ranks.equip(mailbox, program, plan.setup)
         )
         self._loop: TrainingLoop | None = make_run_loop(
             program, plan.setup, self, mailbox=loop_mailbox, hooks=hooks, strategy=strategy

@@ -22,10 +22,13 @@ from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker
 from offloop.engine.data.batches import DeviceTransfer, to_device
 from offloop.engine.session.thread_state import caller_state
+from offloop.engine.tools.ranks import with_other_ranks
 from offloop.engine.training.arguments import check_loader
 from offloop.engine.training.placement import prepare_model
 from offloop.engine.training.precision import MixedPrecision
 from offloop.engine.training.program import TrainingProgram
+from offloop.engine.training.program_setup import make_setup
+from offloop.engine.training.setup import Limits, Setup
 from offloop.engine.training.training_mode import eval_mode
 
 logger = logging.getLogger("offloop")
@@ -35,7 +38,6 @@ _HOST = torch.device("cpu")
 
 def predict(program: TrainingProgram, loader: Iterable[Any]) -> list[Any]:
     """Return the outputs of all batches. Blocks; see `BaseTrainer.predict`."""
-    check_loader(loader, "loader")
     with program._occupancy.use("predicting"):
         return list(_outputs(program, loader))
 
@@ -69,8 +71,25 @@ async def _stream(
 
 
 def _outputs(program: TrainingProgram, loader: Iterable[Any]) -> Generator[Any, None, None]:
-    """Prepare the model and yield the outputs of every batch, on the host."""
-    prepare_model(program)
+    """Prepare the model and yield the outputs of every batch, on the host; of several ranks, on rank 0."""
+
+    def prepare() -> Setup:
+        check_loader(loader, "loader")
+        return make_setup(program, Limits(epochs=1), val_loader=loader)
+
+    with with_other_ranks(program, "predict", prepare) as (_, together):
+        prepare_model(program)
+        if together is None:
+            yield from _own_outputs(program, loader)
+        else:
+            together.share_weights()
+            yield from together.on_first(
+                _own_outputs(program, together.strategy.shared_validation(loader, 0))
+            )
+
+
+def _own_outputs(program: TrainingProgram, loader: Iterable[Any]) -> Generator[Any, None, None]:
+    """Yield the outputs of the batches of a loader, on the host."""
     config = program.config
     mixed = MixedPrecision(config.precision, program.device)
     transfer = DeviceTransfer(program.device, channels_last=config.channels_last)

@@ -32,6 +32,7 @@ from offloop.engine.lazy_imports import first_use
 from offloop.engine.position.loader_position import capture_before_epoch, rewind_epoch
 from offloop.engine.session.thread_state import check_caller
 from offloop.engine.tools.evaluation import silent_loop
+from offloop.engine.tools.ranks import expect_one_process
 from offloop.engine.training.activation_checkpointing import checkpointed
 from offloop.engine.training.arguments import check_loader
 from offloop.engine.training.default_steps import check_optimization
@@ -169,6 +170,7 @@ def find_learning_rate(
     four times the best loss and the steepest descent as the suggestion are those of fastai and Lightning. Rates are
     evenly spaced on a logarithmic axis, so the slope is over log(rate).
     """
+    expect_one_process(trainer.config, "find_learning_rate")
     check_loader(train_loader, "train_loader")
     checks.number("min_lr", min_lr, above=0)
     checks.number("max_lr", max_lr, above=0)
@@ -249,6 +251,7 @@ def find_batch_size(
     memory_limit: int | None,
 ) -> BatchSizeSearch:
     """Double the size until it does not fit, then bisect, see `BaseTrainer.find_batch_size`."""
+    expect_one_process(trainer.config, "find_batch_size")
     checks.choice("mode", mode, ("binsearch", "power"))
     checks.whole_number("start", start)
     checks.whole_number("steps", steps, at_least=2)

@@ -309,8 +309,9 @@ class TrainingLoop:
         knob = "limit_train_batches" if is_training else "limit_val_batches"
         limit = self.setup.config.limit_train_batches if is_training else self.setup.config.limit_val_batches
         length = limited_length(loader, limit, knob)
-        if isinstance(limit, float):
-            limit = length
+        limit = length if isinstance(limit, float) else limit
+        if not is_training:
+            limit = self.strategy.share_of_validation(limit)
         mailbox, hooks, position, clock = self.mailbox, self.hooks, source.position, time.perf_counter
         feed, data_wait = self.feed, self.data_wait if is_training else None
         if self.is_time_to_leave():

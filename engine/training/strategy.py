@@ -172,6 +172,10 @@ class Strategy:
         """Return a loader of this process's share of the batches of a validation; each sample counts once."""
         return loader
 
+    def share_of_validation(self, limit: int | None) -> int | None:
+        """Return how many of the first `limit` batches of a validation are this process's; None for no limit."""
+        return limit
+
     def iterate(self, iterator: Iterator[Any], given: int) -> Iterator[Any]:
         """Return an iterator over the same training batches that keeps `share` up to date.
 

@@ -1,0 +1,153 @@
+"""What ranks do together outside of a run: evaluations and predictions.
+
+All ranks call the same method, in any thread. They meet as for a run, so only one of these, or one run, can be in
+progress in a process: no two threads call collectives at once.
+
+    every rank     check the arguments ── compare them ── weights of rank 0 ── its share of the batches ── gather
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Final
+
+from offloop.engine.bus.command_mailbox import Mailbox
+from offloop.engine.distributed.group import Group
+from offloop.engine.distributed.group_strategy import GroupStrategy
+from offloop.engine.distributed.plan import Decision, Fingerprint, described_model
+from offloop.engine.distributed.rank_run import RankRun, join_run
+from offloop.engine.errors import RankFailedError
+from offloop.engine.training.program import TrainingProgram
+from offloop.engine.training.setup import Setup
+
+logger = logging.getLogger("offloop")
+
+_OVER: Final = object()
+"""Stands for the item of a rank that has no more."""
+
+
+class Together:
+    """Something that this rank does together with the others, in the thread that has met them."""
+
+    def __init__(self, ranks: RankRun, group: Group, program: TrainingProgram, setup: Setup) -> None:
+        self._ranks = ranks
+        self._group = group
+        self.strategy = GroupStrategy(ranks.rank, ranks.world_size, program, setup)
+        """For the loop of an evaluation; gives each rank its batches."""
+        self.strategy.group = group
+
+    def share_weights(self) -> None:
+        """Give all ranks the weights and buffers of rank 0. Once the model is on its device."""
+        tensors = {
+            id(each): each.data
+            for module in self.strategy.modules()
+            for each in (*module.parameters(), *module.buffers())
+        }
+        self._group.broadcast(list(tensors.values()))
+
+    def on_first(self, own: Iterable[Any]) -> Generator[Any, None, None]:
+        """Yield the items of all ranks on rank 0: the first of each rank, by rank, then the second ones, and so on.
+
+        On the other ranks it yields nothing, and ends with rank 0. If rank 0 is left before its end, all end.
+
+        Args:
+            own: The items of this rank. It may have others than the other ranks, also in number.
+        """
+        iterator, strategy = iter(own), self.strategy
+        item: Any = None
+        while True:
+            item = _OVER if item is _OVER else next(iterator, _OVER)
+            is_over: list[bool | None] = strategy.gather(item is _OVER)
+            # None: the reader on rank 0 has left
+            if is_over[0] is None or all(is_over):
+                return
+            items = self._group.gather_on_first(None if item is _OVER else item)
+            for rank, each in enumerate(items or ()):
+                if not is_over[rank]:
+                    yield from self._given(each)
+
+    def _given(self, item: Any) -> Generator[Any, None, None]:
+        """Yield an item. The reader may be slow, or leave: then the other ranks learn it."""
+        life = self._ranks.life
+        assert life is not None
+        life.excused = True
+        try:
+            yield item
+        except GeneratorExit:
+            self.strategy.gather(None)
+            raise
+        finally:
+            life.excused = False
+
+
+@contextlib.contextmanager
+def together(
+    program: TrainingProgram, what: str, prepare: Callable[[], tuple[Setup, Fingerprint]]
+) -> Iterator[tuple[Setup, Together | None]]:
+    """Do something together with all ranks in the block, which calls all collectives. Blocks until all have come.
+
+    Args:
+        program: The trainer.
+        what: The method that all ranks call, for errors.
+        prepare: Checks the arguments; returns a setup, and what of it must be alike on all ranks.
+
+    Returns:
+        A context that gives the setup, and None where this process was started alone.
+
+    Raises:
+        ConfigError: The ranks were called differently, the argument of one cannot work, or a run is in progress.
+        RankFailedError: Another rank has failed.
+    """
+    ranks = join_run(program.config)
+    if ranks is None:
+        yield prepare()[0], None
+        return
+    try:
+        setup = _agree(ranks, program, what, prepare)
+        ranks.begin(program.config, fail=_note, given=Mailbox())
+        try:
+            doing = Together(ranks, ranks.group(program.device), program, setup)
+            try:
+                yield setup, doing
+            finally:
+                doing.strategy.close()
+            assert ranks.life is not None
+            # The others may compute metrics for a while yet
+            ranks.life.leave()
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            explained = ranks.explained(error)
+            if explained is error:
+                raise
+            raise explained from error
+    finally:
+        ranks.close()
+
+
+def _agree(
+    ranks: RankRun,
+    program: TrainingProgram,
+    what: str,
+    prepare: Callable[[], tuple[Setup, Fingerprint]],
+) -> Setup:
+    """Make sure that all ranks do the same, or that none does."""
+    plan = ranks.plan
+    try:
+        decision = None if ranks.is_first else plan.learn()
+        setup, own = prepare()
+        own = {"the call": what, "model": described_model(program.model), **own}
+        if decision is None:
+            plan.announce(Decision(run_id="", directory=None, which=None, fingerprint=own, deciders=[]))
+        else:
+            plan.check(own)
+        plan.ready()
+    except BaseException as error:
+        plan.refuse(error)
+        raise
+    return setup
+
+
+def _note(error: RankFailedError) -> None:
+    """Say what has failed: the caller may stand in a collective that no longer ends, and then the process ends."""
+    logger.error("%s", error)
