@@ -213,6 +213,9 @@ class BaseTrainer(TrainingProgram):
     def evaluate(self, loader: ValLoader, *, metrics: MetricSpec = (), prefix: str = "val_") -> Metrics:
         """Run the model over a loader in eval mode and return `val_loss` and the metrics. Blocks; no events.
 
+        Where several processes were started, all ranks call it, each with the same loader: they take its batches in
+        turn, with the weights of rank 0, and all get the same result.
+
         Args:
             loader: Batches; or several loaders by name, as in `train(val_loader=...)`.
             metrics: Names like `"accuracy"`, or `torchmetrics.Metric` instances.
@@ -220,6 +223,7 @@ class BaseTrainer(TrainingProgram):
 
         Raises:
             TrainerBusyError: A run is in progress; use `run.validate()` then.
+            RankFailedError: Another rank has failed.
         """
         return evaluation.evaluate(self, loader, metrics, prefix)
 
@@ -235,6 +239,9 @@ class BaseTrainer(TrainingProgram):
         The model is in eval mode meanwhile; the flag of each module is restored. `torch.cat(trainer.predict(loader))`
         makes one tensor of the tensors of all batches.
 
+        Where several processes were started, all ranks call it, each with the same loader: they take its batches in
+        turn, with the weights of rank 0. Rank 0 gets all outputs in order, the others an empty list.
+
         Raises:
             TrainerBusyError: The trainer is in use.
         """
@@ -247,7 +254,8 @@ class BaseTrainer(TrainingProgram):
 
         `async for outputs in stream` gives the outputs of each batch, in order. The thread is at most `read_ahead`
         batches ahead of the reader. Leaving the block ends it after the current batch; so does a cancellation, which
-        is then re-raised.
+        is then re-raised. Where several processes were started, rank 0 has the stream; that of the others is empty,
+        and leaving their block waits for rank 0 to leave its own.
 
         Args:
             loader: Batches.

@@ -58,31 +58,37 @@ class Group:
             messages.append(bytes(self._all[begin : begin + min(length, room)]))
         longest = max(lengths) - room
         if longest > 0:
-            rest = torch.zeros(longest, dtype=torch.uint8)
-            if len(own) > room:
-                rest[: len(own) - room] = torch.frombuffer(bytearray(own[room:]), dtype=torch.uint8)
-            received = bytearray(longest * self.world_size)
-            rests = list(torch.frombuffer(received, dtype=torch.uint8).split(longest))
-            dist.all_gather(rests, rest, group=self._control)
-            messages = [
-                message + bytes(received[index * longest : index * longest + max(0, length - room)])
-                for index, (message, length) in enumerate(zip(messages, lengths, strict=True))
-            ]
+            rests = bytearray(longest * self.world_size)
+            parts = list(torch.frombuffer(rests, dtype=torch.uint8).split(longest))
+            dist.all_gather(parts, _padded(own[room:], longest), group=self._control)
+            for rank, length in enumerate(lengths):
+                start = rank * longest
+                messages[rank] += rests[start : start + max(0, length - room)]
         return messages
 
     def gather_objects(self, own: Any) -> list[Any]:
         """Return one value of each rank, by rank: plain values and tensors of the CPU."""
         # torch's all_gather_object cannot read back every tensor that it has written
-        content = io.BytesIO()
-        torch.save(own, content)
-        messages = self.gather(content.getvalue())
-        return [torch.load(io.BytesIO(each), weights_only=False) for each in messages]
+        return [_loaded(each) for each in self.gather(_dumped(own))]
 
     def gather_on_first(self, own: Any) -> list[Any] | None:
         """Return one value of each rank, by rank, on rank 0; None elsewhere. Any that can be pickled."""
-        values: list[Any] | None = None if self.rank else [None] * self.world_size
-        dist.gather_object(own, values, dst=0, group=self._control)
-        return values
+        message = _dumped(own)
+        lengths = [
+            int.from_bytes(each, "little")
+            for each in self.gather(len(message).to_bytes(_LENGTH_BYTES, "little"))
+        ]
+        longest = max(lengths)
+        sent = _padded(message, longest)
+        if self.rank:
+            dist.gather(sent, dst=0, group=self._control)
+            return None
+        room = bytearray(longest * self.world_size)
+        parts = list(torch.frombuffer(room, dtype=torch.uint8).split(longest))
+        dist.gather(sent, parts, dst=0, group=self._control)
+        return [
+            _loaded(room[rank * longest : rank * longest + length]) for rank, length in enumerate(lengths)
+        ]
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite tensors, in place, with those of rank 0. Shapes and dtypes are the same on all ranks."""
@@ -102,6 +108,22 @@ class Group:
     def _group_of(self, tensor: torch.Tensor) -> Any:
         """Return the group of a tensor's device: the default one (None), or the control group."""
         return None if tensor.device.type == self._device.type else self._control
+
+
+def _dumped(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _loaded(message: bytes | bytearray) -> Any:
+    # Of another rank of this very run, which may send whatever it likes
+    return torch.load(io.BytesIO(message), weights_only=False)
+
+
+def _padded(message: bytes, length: int) -> torch.Tensor:
+    """Return a message as a tensor of so many bytes, at least one."""
+    return torch.frombuffer(bytearray(message.ljust(length, b"\0")), dtype=torch.uint8)
 
 
 # Written and read by the training thread, which is one at a time where there are several ranks.

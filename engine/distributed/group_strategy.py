@@ -39,6 +39,7 @@ class GroupStrategy(Strategy):
             world_size,
             setup.config.rank_batches,
             gather=self.gather,
+            gather_objects=lambda value: self.group.gather_objects(value),
             count_samples=setup.count_samples,
         )
 

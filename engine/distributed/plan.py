@@ -14,7 +14,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Final
 
 import msgspec
@@ -22,7 +21,7 @@ import torch
 
 from offloop.engine.callback import Handlers
 from offloop.engine.config import TrainerConfig
-from offloop.engine.distributed.rendezvous import Store
+from offloop.engine.distributed.rendezvous import POLL, Store
 from offloop.engine.errors import ConfigError, OffloopError, describe
 
 logger = logging.getLogger("offloop")
@@ -31,8 +30,6 @@ PATIENCE: Final = 600.0
 """Seconds that a rank waits for the others to start the same run: they may import, or read data, for minutes."""
 LONG: Final = 20.0
 """Seconds after which a waiting rank says so."""
-_SLICE: Final = 1.0
-"""Seconds between two looks at the store."""
 
 Fingerprint = dict[str, str]
 """What must be alike on all ranks, by what it is called in the error."""
@@ -181,7 +178,7 @@ class Plan:
             raise ConfigError("; ".join(refusals))
 
     def _wait(self, key: str, what: str) -> bytes:
-        """Wait for a key, in slices: a signal handler must get its turn."""
+        """Wait for a key, with many looks: a signal handler must get its turn, and torch reports each long one."""
         started, is_reported = time.monotonic(), False
         while not self._store.check([key]):
             waited = time.monotonic() - started
@@ -192,12 +189,7 @@ class Plan:
                 raise OffloopError(
                     f"{what} did not start this run within {PATIENCE:.0f} s, as all ranks must"
                 )
-            try:
-                self._store.wait([key], timedelta(seconds=_SLICE))
-            # torch raises its own class, a RuntimeError, at the end of a slice
-            except RuntimeError as error:
-                if "imeout" not in str(error) and "imed out" not in str(error):
-                    raise
+            time.sleep(POLL)
         return bytes(self._store.get(key))
 
 
