@@ -17,6 +17,8 @@ from typing import Any, Final
 
 from torch.utils.data import DataLoader
 
+from offloop.engine.data.twin import unwrapped
+
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 PATIENCE = 5.0
@@ -34,6 +36,7 @@ def spared_workers(loader: Iterable[Any]) -> Iterator[None]:
     A worker whose parent has died exits within seconds, as all workers do.
     In forked workers, signals are blocked from the fork until the worker has its handlers.
     """
+    loader = unwrapped(loader)
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         yield
         return

@@ -213,9 +213,7 @@ class Shares:
         if self._own is not None:
             self._own.compare()
             return self._own.over(iterator, given, self._take)
-        # None: a resumed epoch has had all of this pass
-        if self._queue is None:
-            return iterator
+        assert self._queue is not None
         return self._over(iterator, self._queue, given if self._queue.is_ahead else 0)
 
     def close(self) -> None:

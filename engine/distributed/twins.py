@@ -104,6 +104,10 @@ class SplitSampler(Twin):
 class WholeSampler(SplitSampler):
     """A sampler that gives one item of each group, the one of this rank."""
 
+    def __init__(self, sampler: Iterable[Any], loader: Any, ranks: Ranks) -> None:
+        super().__init__(sampler, loader, ranks)
+        self.batches_per_step = ranks.world_size
+
     def _shared(self, items: Iterator[Any], queue: Queue) -> Iterator[Any]:
         count = len_of if self._gives_batches else _one
         for item, share in in_groups(items, self._ranks, count):
@@ -232,6 +236,10 @@ class SplitBatches(Twin):
 class WholeBatches(SplitBatches):
     """A list of batches, in turn."""
 
+    def __init__(self, batches: Any, ranks: Ranks) -> None:
+        super().__init__(batches, ranks)
+        self.batches_per_step = ranks.world_size
+
     def _whole(self, batches: int) -> int:
         return batches * self._ranks.world_size
 
@@ -250,6 +258,7 @@ class WholeStream(Twin):
     def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
         super().__init__(loader)
         self._ranks = ranks
+        self.batches_per_step = ranks.world_size
 
     def __iter__(self) -> Iterator[Any]:
         queue = Queue(is_ahead=False)

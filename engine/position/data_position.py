@@ -147,7 +147,7 @@ class DataPosition:
 
         Args:
             loader: The user's loader.
-            read: The loader that is iterated over: the same, or its twin that seeds its samples.
+            read: The loader that is iterated over: the same, or its twin that seeds or shares its samples.
             epoch: Number of the epoch, for `set_epoch`.
             start: Batches that the epoch has given so far.
         """
@@ -168,15 +168,15 @@ class DataPosition:
         self._is_interleaved |= any(not other.is_done for other in self.passes)
         self.passes.append(each)
 
-    def begin_validation(self, loader: Iterable[Any], epoch: int) -> None:
-        """Call before `iter(loader)` in a validation."""
+    def begin_validation(self, loader: Iterable[Any], read: Iterable[Any], epoch: int) -> None:
+        """Call before `iter(read)` in a validation; see `begin`."""
         name = self._name(loader)
         if not name:
-            set_epoch(loader, epoch)
+            set_epoch(read, epoch)
             return
         if name not in self._validation:
-            self._validation[name] = _Known(loader)
-        self._validation[name].begin(loader, epoch)
+            self._validation[name] = _Known(read)
+        self._validation[name].begin(read, epoch)
 
     def before_validation(self) -> dict[str, Any]:
         """Return the state that `rewind_validation` restores."""
@@ -308,7 +308,8 @@ class DataPosition:
         saved: Mapping[str, Any],
         *,
         in_epoch: bool,
-        seeded: Callable[[Iterable[Any]], Iterable[Any]],
+        training: Callable[[Iterable[Any]], Iterable[Any]],
+        validation: Callable[[Iterable[Any]], Iterable[Any]],
         spared: Sparing,
         batches: int,
     ) -> bool:
@@ -319,7 +320,8 @@ class DataPosition:
         Args:
             saved: From `capture`.
             in_epoch: Whether the run continues inside an epoch.
-            seeded: Returns the twin of a training loader.
+            training: Returns the loader that is read for a training loader: itself, or a twin.
+            validation: The same for a loader of validations.
             spared: Returns the context in which workers are started.
             batches: Batches that the epoch has given.
 
@@ -337,7 +339,7 @@ class DataPosition:
                 if loader is None:
                     self.doubts.append(approximate(f"{name}, which the run was reading, does not exist"))
                     continue
-                read = seeded(loader) if kind == "loaders" else loader
+                read = training(loader) if kind == "loaders" else validation(loader)
                 known = book[name] = _Known(read)
                 is_open = kind == "loaders" and name in open_ones
                 count = _read_in(self._saved["passes"], name) if kind == "loaders" else 0

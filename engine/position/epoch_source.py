@@ -56,15 +56,16 @@ class EpochSource:
         return self.position.restore(
             saved,
             in_epoch=in_epoch,
-            seeded=lambda loader: self._seeded(loader, epoch),
+            training=lambda loader: self._seeded(loader, epoch),
+            validation=lambda loader: self._share_validation(loader, epoch),
             spared=self._spared,
             batches=batches,
         )
 
     def begin_validation(self, loader: Iterable[Any], epoch: int) -> Iterator[Any]:
         """Return an iterator over a validation's batches."""
-        self.position.begin_validation(loader, epoch)
         read = self._share_validation(loader, epoch)
+        self.position.begin_validation(loader, read, epoch)
         with self._spared(read):
             return iter(read)
 

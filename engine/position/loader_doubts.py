@@ -37,7 +37,7 @@ from offloop.engine.data.batches import length_of
 from offloop.engine.data.loader_parts import datasets_of, name_of, parts_by_place, samplers_of
 from offloop.engine.data.random_state import global_generators
 from offloop.engine.data.seeded_sampling import SeededDataset
-from offloop.engine.data.twin import unwrapped
+from offloop.engine.data.twin import batches_per_step, unwrapped
 from offloop.engine.data.workers import users_init_fn
 from offloop.engine.position.exactness import Doubt, approximate
 
@@ -68,6 +68,7 @@ _ELSEWHERE: Final = frozenset({*sys.stdlib_module_names, "offloop"})
 
 def doubts_about(loader: Iterable[Any]) -> list[Doubt]:
     """Return the doubts about a loader that hold for any checkpoint."""
+    loader = unwrapped(loader)
     if is_sequence(loader) or restores_itself(loader):
         return []
     if not isinstance(loader, DataLoader):
@@ -163,7 +164,12 @@ def draws_nothing(loader: Any) -> bool:
 
 def describe(loader: Iterable[Any]) -> dict[str, Any]:
     """Return plain values of a loader that must be the same for a run to continue in its order."""
-    described: dict[str, Any] = {"loader": name_of(loader), "batches": length_of(loader)}
+    described: dict[str, Any] = {
+        "loader": name_of(loader),
+        "batches": length_of(loader),
+        "batches per step": batches_per_step(loader),
+    }
+    loader = unwrapped(loader)
     if isinstance(loader, DataLoader):
         described["data set"] = name_of(unwrapped(loader.dataset))
         described["samplers"] = ", ".join(name_of(each) for each in samplers_of(loader))
@@ -342,6 +348,7 @@ def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
 
 def unsaved_parts(loader: Any) -> Iterator[Any]:
     """Yield the parts of a DataLoader whose attributes no called `state_dict` covers."""
+    loader = unwrapped(loader)
     if not isinstance(loader, DataLoader):
         return
     for sampler in samplers_of(loader):

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from offloop.engine.data.loader_parts import name_of, parts_by_place
 from offloop.engine.data.random_state import capture_random_state, differs_on_host, restore_random_state
+from offloop.engine.data.twin import Twin, unwrapped
 from offloop.engine.position.exactness import Doubt, approximate, equivalent
 from offloop.engine.position.loader_doubts import (
     draws_nothing,
@@ -38,6 +39,7 @@ from offloop.engine.position.loader_doubts import (
 
 _IN_WORKERS = 'what data sets draw inside worker processes is not restored: sampling="seeded" makes it exact'
 _IN_PERSISTENT_WORKERS = "what data sets draw inside persistent workers is not restored"
+_READ_BY_ALL = "what is drawn while all ranks read all batches of {} is not restored"
 _STATE_IN_WORKERS = (
     "the data set's state is inside worker processes, where torch's DataLoader cannot read it: "
     "torchdata.StatefulDataLoader can"
@@ -104,15 +106,16 @@ def begin_epoch(loader: Iterable[Any], now: Mapping[str, Any], read: int = 0) ->
     if "loader" in now and restores_itself(loader):
         loader.load_state_dict(now["loader"])  # type: ignore[attr-defined]  # it has one
         return [equivalent(_by_itself(loader))]
-    if isinstance(loader, Iterator):
-        return _read_again(loader, loader, read)
+    user = unwrapped(loader)
+    if isinstance(user, Iterator):
+        return _read_again(loader, iter(loader), read)
     doubts: list[Doubt] = []
-    if isinstance(loader, DataLoader) and loader.persistent_workers:
+    if isinstance(user, DataLoader) and user.persistent_workers:
         if not now["has_workers"]:
             # Workers of another run in this process: this epoch starts without any.
-            loader._iterator = None
-        elif gives_its_sampler_order(loader):
-            _start_workers(loader)
+            user._iterator = None
+        elif gives_its_sampler_order(user):
+            _start_workers(user)
             doubts += [] if draws_nothing(loader) else [equivalent(_IN_PERSISTENT_WORKERS)]
         else:
             doubts.append(approximate(f"the persistent workers of {name_of(loader)} were restarted"))
@@ -145,7 +148,7 @@ def continue_epoch(
         loader.load_state_dict(now["loader"])  # type: ignore[attr-defined]  # it has one
         iterator = iter(loader)
         _set_generators(loader, now)
-        return iterator, _of_stateful_loader(loader)
+        return iterator, _of_stateful_loader(unwrapped(loader)) + _of_common_reading(loader)
     if is_sequence(loader):
         return iter(loader[done:]), []  # type: ignore[index]  # it has indices
     doubts = _set_dataset(loader, now)
@@ -164,9 +167,9 @@ def continue_epoch(
     if "dataset" in now and _stateful(loader, "dataset"):
         iterator = iter(loader)
         _set_generators(loader, now)
-        return iterator, doubts
+        return iterator, doubts + _of_common_reading(loader)
     iterator = iter(loader)
-    is_iterator = isinstance(loader, Iterator)
+    is_iterator = isinstance(unwrapped(loader), Iterator)
     doubts = _read_again(loader, iterator, done if read is None or not is_iterator else read)
     _set_generators(loader, now)
     return iterator, doubts
@@ -253,6 +256,7 @@ def _with_sampler(loader: "DataLoader[Any]", sampler: Any) -> "DataLoader[Any]":
 
 def has_workers(loader: Any) -> bool:
     """Return whether an earlier epoch has started workers that the next one will use."""
+    loader = unwrapped(loader)
     return (
         bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None
     )
@@ -317,6 +321,11 @@ def _of_stateful_loader(loader: Any) -> list[Doubt]:
     if not is_stateful(loader.dataset):
         return [approximate(f"{name_of(loader)} found its place in a data set that has no state_dict")]
     return [] if loader.num_workers == 0 else [equivalent(_by_itself(loader))]
+
+
+def _of_common_reading(loader: Any) -> list[Doubt]:
+    """Return the doubt about a loader of which each rank reads all batches, and the others' draws with them."""
+    return [equivalent(_READ_BY_ALL.format(name_of(loader)))] if isinstance(loader, Twin) else []
 
 
 def _by_itself(loader: Any) -> str:

@@ -388,7 +388,9 @@ class TrainingLoop:
             start=progress.epoch_batches,
             keep_random=self.resumed is None,
         )
-        iterator = self.strategy.iterate(iterator, given)
+        # A resumed epoch has had all of a pass that is done
+        if not source.position.current.is_done:
+            iterator = self.strategy.iterate(iterator, given)
         if self.resumed is not None and not source.position.current.is_done:
             self.finish_resuming()
         return iterator, given
