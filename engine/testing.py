@@ -275,7 +275,9 @@ class _ScriptedLoop(TrainingLoop):
         # No step runs its hooks, but those at the end of training do run.
         self.prepare_hooks(handle)
         if not any(isinstance(event, TrainStart) for event in script):
-            start = train_start(self.program, self.setup, progress, self.resumed, self.reporter, 1)
+            start = train_start(
+                self.program, self.setup, progress, self.resumed, self.reporter, self.strategy
+            )
             self.boundary.announce(start)
         for event in script:
             if progress.ending is not None:

@@ -90,9 +90,12 @@ class GroupStrategy(Strategy):
         self.group.broadcast([each.data for each in buffers.values()])
         return self._shares.validation(loader, epoch)
 
-    def share_of_validation(self, limit: int | None) -> int | None:
-        """Return how many of the first batches of a validation are this rank's."""
-        return None if limit is None else len(range(self.rank, limit, self.world_size))
+    def batches_of(
+        self, loader: Iterable[Any], *batches: int | None, is_training: bool
+    ) -> tuple[int | None, ...]:
+        """Return how many batches this rank takes of the first ones of a loader."""
+        count = self._shares.counting(loader, is_training=is_training)
+        return tuple(None if each is None else count(each) for each in batches)
 
     # Decisions ---------------------------------------------------------------------------------------
 

@@ -200,6 +200,22 @@ class Shares:
             )
         return TurnStream(loader, ranks)
 
+    def counting(self, loader: Iterable[Any], *, is_training: bool) -> Callable[[int], int]:
+        """Return a function that takes a number of a loader's batches and returns how many of them are this rank's.
+
+        With `"whole"`, a step takes a batch on each rank, so the last step may take some more.
+
+        Args:
+            loader: The user's.
+            is_training: False for a validation.
+        """
+        ranks = self._ranks
+        if _sampler_of_ranks(loader, ranks.world_size, name_of(loader)) is not None:
+            return int
+        if is_training:
+            return ranks.groups if self._mode == "whole" else int
+        return ranks.turns
+
     def iterate(self, iterator: Iterator[Any], given: int) -> Iterator[Any]:
         """Return an iterator over the same training batches that keeps `share` up to date.
 

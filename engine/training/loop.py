@@ -169,9 +169,7 @@ class TrainingLoop:
         progress.last_lr = progress.last_lr or largest_lr(setup.first_optimizer)
         for optimizer in setup.optimizers.values():
             free_gradients(optimizer)
-        start = train_start(
-            self.program, setup, progress, self.resumed, self.reporter, self.strategy.world_size
-        )
+        start = train_start(self.program, setup, progress, self.resumed, self.reporter, self.strategy)
         self.boundary.announce(start)
         self.schedules.begin(start.steps_per_epoch)
         if self.resumed is not None:
@@ -310,8 +308,7 @@ class TrainingLoop:
         limit = self.setup.config.limit_train_batches if is_training else self.setup.config.limit_val_batches
         length = limited_length(loader, limit, knob)
         limit = length if isinstance(limit, float) else limit
-        if not is_training:
-            limit = self.strategy.share_of_validation(limit)
+        limit, length = self.strategy.batches_of(loader, limit, length, is_training=is_training)
         mailbox, hooks, position, clock = self.mailbox, self.hooks, source.position, time.perf_counter
         feed, data_wait = self.feed, self.data_wait if is_training else None
         if self.is_time_to_leave():
@@ -391,8 +388,8 @@ class TrainingLoop:
         # A resumed epoch has had all of a pass that is done
         if not source.position.current.is_done:
             iterator = self.strategy.iterate(iterator, given)
-        if self.resumed is not None and not source.position.current.is_done:
-            self.finish_resuming()
+            if self.resumed is not None:
+                self.finish_resuming()
         return iterator, given
 
     def train_batch(self, batch: Batch) -> None:

@@ -12,6 +12,7 @@ from offloop.engine.events import DataBottleneck, Settings, TrainStart
 from offloop.engine.training.progress import Progress, ResumePoint
 from offloop.engine.training.reporter import Reporter
 from offloop.engine.training.setup import Program, Setup
+from offloop.engine.training.strategy import Strategy
 
 logger = logging.getLogger("offloop")
 
@@ -22,7 +23,7 @@ def train_start(
     progress: Progress,
     resumed: ResumePoint | None,
     reporter: Reporter,
-    world_size: int,
+    strategy: Strategy,
 ) -> TrainStart:
     """Return the first event of a run.
 
@@ -32,10 +33,11 @@ def train_start(
         progress: Where it starts.
         resumed: The checkpoint that it continues, if any.
         reporter: Knows the position.
-        world_size: Number of processes.
+        strategy: Knows of other processes.
     """
     config, limits = setup.config, setup.limits
     length = limited_length(setup.train_loader, config.limit_train_batches, "limit_train_batches")
+    (length,) = strategy.batches_of(setup.train_loader, length, is_training=True)
     steps = None
     if length is not None and program.automatic_optimization:
         steps = math.ceil(length / config.accumulate_grad_batches)
@@ -57,7 +59,7 @@ def train_start(
         epochs=limits.epochs,
         max_steps=limits.max_steps,
         max_time=limits.max_time,
-        world_size=world_size,
+        world_size=strategy.world_size,
         **reporter.position(),
     )
 

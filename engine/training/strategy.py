@@ -172,9 +172,17 @@ class Strategy:
         """Return a loader of this process's share of the batches of a validation; each sample counts once."""
         return loader
 
-    def share_of_validation(self, limit: int | None) -> int | None:
-        """Return how many of the first `limit` batches of a validation are this process's; None for no limit."""
-        return limit
+    def batches_of(
+        self, loader: Iterable[Any], *batches: int | None, is_training: bool
+    ) -> tuple[int | None, ...]:
+        """Return how many batches this process takes of the first ones of a loader.
+
+        Args:
+            loader: The user's.
+            batches: Numbers of its batches; None stays None.
+            is_training: False for a validation.
+        """
+        return batches
 
     def iterate(self, iterator: Iterator[Any], given: int) -> Iterator[Any]:
         """Return an iterator over the same training batches that keeps `share` up to date.
