@@ -1,6 +1,5 @@
 """Each rank's share of the batches. Threads stand for ranks: one runs at a time, with random states of its own."""
 
-import logging
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,6 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -24,7 +22,7 @@ from offloop.engine.data.batch_size import guess_batch_size
 from offloop.engine.data.loader_parts import set_epoch
 from offloop.engine.data.random_state import capture_on_host, kept_on_host, restore_on_host
 from offloop.engine.data.seeded_sampling import SeededSampling
-from offloop.engine.distributed.shares import Mode, Shares, check_shareable
+from offloop.engine.distributed.shares import Mode, Shares
 from offloop.engine.training.strategy import Share
 
 PATIENCE = 60.0
