@@ -63,6 +63,8 @@ class RankCheckpoints(Checkpoints):
             listener = self._listener or CheckpointWriter(
                 parts, on_saved=self._reported, on_failed=self._failed, name="offloop-checkpoint-listener"
             )
+            # At the interpreter's exit, nobody waits for a rank 0 that says nothing
+            listener.abandon()
             self._parts, self._listener = parts, listener
             self._writer = CheckpointWriter(parts, on_saved=self._reported, on_failed=self._failed)
             self._arena = SnapshotArena(
@@ -181,7 +183,7 @@ class RankCheckpoints(Checkpoints):
         self._in_flight.discard(id(request))
         event = _event(outcome)
         self.last = event.path
-        self.saved = {**self.saved, event.saved_step: event.path}
+        self.saved = {event.saved_step: event.path}
         waiting = self._waiting.pop(id(request), None)
         self._logs.announce(lambda: self._announce(event, waiting))
 
@@ -205,8 +207,6 @@ class RankCheckpoints(Checkpoints):
 
     def _give_back(self) -> None:
         if self._listener is not None:
-            # It ends by itself: nobody waits for a rank 0 that says nothing.
-            self._listener.abandon()
             try:
                 self._listener.close(0.0)
             except CheckpointError as error:

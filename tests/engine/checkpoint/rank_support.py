@@ -28,12 +28,17 @@ class Stores:
     def __init__(self) -> None:
         self.server: Any = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._channels: list[Any] = []
+        # By rank. Now and then torch takes five seconds for a new client
+        self._clients: dict[int, TCPStore] = {}
 
     def channel(self, rank: int, world_size: int = 2, run: str = "run/0", **options: Any) -> PartsChannel:
-        """Return the channel of a rank, with a client of its own."""
-        client = TCPStore("127.0.0.1", self.server.port, is_master=False, wait_for_workers=False)
+        """Return a channel of a rank."""
+        if rank not in self._clients:
+            self._clients[rank] = TCPStore(
+                "127.0.0.1", self.server.port, is_master=False, wait_for_workers=False
+            )
         options.setdefault("give_up", not_yet)
-        channel = PartsChannel(client, run, rank=rank, world_size=world_size, **options)
+        channel = PartsChannel(self._clients[rank], run, rank=rank, world_size=world_size, **options)
         self._channels.append(channel)
         return channel
 
@@ -45,6 +50,7 @@ class Stores:
         """Close all sockets. torch closes them when an object goes."""
         for each in self._channels:
             each._store = None
+        self._clients.clear()
         self.server = None
 
 
