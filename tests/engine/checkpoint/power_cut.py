@@ -8,11 +8,14 @@ it may or may not have reached the disk, in any combination. Only one rename is 
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint_support import InterceptedFileSystem
+from checkpoint_support import InterceptedFileSystem, step_of
+
+from offloop.engine.checkpoint import CheckpointStore, LoadedCheckpoint
 
 Files = dict[str, bytes]
 """A tree: content by relative path; a directory's path ends in a slash."""
@@ -248,3 +251,54 @@ def seen_by_readers(files: Files) -> tuple[tuple[str, bytes], ...]:
     """Return the part of a tree that a reader looks at: nothing temporary, no trash."""
     hidden = ("/.tmp-", "/.trash-")
     return tuple(sorted((n, c) for n, c in files.items() if not any(h in f"/{n}" for h in hidden)))
+
+
+def step_of_loaded(loaded: LoadedCheckpoint) -> int:
+    """Return the step of a checkpoint, after checking all of it."""
+    return step_of(loaded.state)
+
+
+def verdict(
+    files: Files, directory: Path, step_in: Callable[[LoadedCheckpoint], int] = step_of_loaded
+) -> int:
+    """Return the newest loadable step, read like a resumed run does; -1 for none."""
+    write_tree(files, directory)
+    try:
+        with CheckpointStore(directory) as store:
+            return step_in(store.load("last", on_corrupt="raise"))
+    except Exception:
+        return -1
+    finally:
+        shutil.rmtree(directory)
+
+
+def possible_steps(
+    base: Path,
+    before: Files,
+    log: Sequence[Done],
+    scratch: Path,
+    *,
+    rolls: int = 0,
+    step_in: Callable[[LoadedCheckpoint], int] = step_of_loaded,
+) -> list[set[int]]:
+    """Return, for a cut after each operation, the steps that may be found.
+
+    All combinations of lost changes while there are few; `rolls` random ones at each cut too.
+    """
+    source = random.Random(0)
+    cut = PowerCut(base, before)
+    known: dict[object, int] = {}
+    possible: list[set[int]] = []
+    for index in range(len(log) + 1):
+        trees = list(cut.all_trees()) if len(cut.pending) <= 10 else []
+        trees += [cut.random_tree(source) for _ in range(rolls)]
+        found: set[int] = set()
+        for files in trees:
+            seen = seen_by_readers(files)
+            if seen not in known:  # what is hidden from readers decides nothing
+                known[seen] = verdict(files, scratch, step_in)
+            found.add(known[seen])
+        possible.append(found)
+        if index < len(log):
+            cut.run(log[index])
+    return possible

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,10 @@ from power_cut import (
     Files,
     PowerCut,
     RecordingFileSystem,
+    possible_steps,
     read_tree,
     seen_by_readers,
+    verdict,
     write_tree,
 )
 
@@ -87,49 +88,6 @@ def record_save(directory: Path, *, retention: Retention | None = None) -> tuple
     with CheckpointStore(directory, retention=retention, filesystem=filesystem) as store:
         save(store, 3)
     return before, filesystem.log
-
-
-def verdict(files: Files, directory: Path) -> int:
-    """Return the newest loadable step, read like a resumed run does; -1 for none."""
-    write_tree(files, directory)
-    try:
-        with CheckpointStore(directory) as store:
-            return step_of(store.load("last", on_corrupt="raise").state)
-    except Exception:
-        return -1
-    finally:
-        shutil.rmtree(directory)
-
-
-def possible_steps(
-    base: Path,
-    before: Files,
-    log: Sequence[Done],
-    scratch: Path,
-    *,
-    rolls: int = 0,
-) -> list[set[int]]:
-    """Return, for a cut after each operation, the steps that may be found.
-
-    All combinations of lost changes while there are few; `rolls` random ones at each cut too.
-    """
-    source = random.Random(0)
-    cut = PowerCut(base, before)
-    known: dict[object, int] = {}
-    possible: list[set[int]] = []
-    for index in range(len(log) + 1):
-        trees = list(cut.all_trees()) if len(cut.pending) <= 10 else []
-        trees += [cut.random_tree(source) for _ in range(rolls)]
-        found: set[int] = set()
-        for files in trees:
-            seen = seen_by_readers(files)
-            if seen not in known:  # what is hidden from readers decides nothing
-                known[seen] = verdict(files, scratch)
-            found.add(known[seen])
-        possible.append(found)
-        if index < len(log):
-            cut.run(log[index])
-    return possible
 
 
 def test_power_cut_at_any_operation_leaves_old_or_new(tmp_path: Path) -> None:
