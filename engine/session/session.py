@@ -449,6 +449,8 @@ class Session:
         """Make the result, write it to run.json, and release everything."""
         storage = self.storage if self.storage is not None and self.storage.is_open else None
         directory = None if storage is None else storage.directory
+        if self._ranks is not None and not self._ranks.is_first:
+            directory = self.dir
         result = self._outcome.result(self.callbacks, self.callback_costs, directory)
         self.result = result
         if storage is not None:

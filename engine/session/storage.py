@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +18,11 @@ from typing import Any
 from offloop.engine.best import BestSoFar
 from offloop.engine.bus.event_bus import Bus
 from offloop.engine.checkpoint import CheckpointError, RemoteError, Retention
+from offloop.engine.checkpoint.parts import PartsChannel
+from offloop.engine.errors import describe
 from offloop.engine.events import UploadFailed
 from offloop.engine.observers.durable_logs import DurableLogs
+from offloop.engine.recovery.rank_checkpoints import RankCheckpoints
 from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.recovery.uploads import Uploads, claim_remote
 from offloop.engine.run_dir import create_run_dir, describe_environment, read_run_json, write_run_json
@@ -36,9 +40,23 @@ class Storage:
     ) -> None:
         """Keep a run in `directory`. Nothing is written before `open`."""
         monitors = plan.monitors
+        self._ranks = plan.ranks
+        self._channel: PartsChannel | None = None
+        of_rank = Checkpoints
+        if plan.ranks is not None:
+            ranks = plan.ranks
+            self._channel = PartsChannel(
+                ranks.client(),
+                "parts",
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                give_up=self._why_give_up,
+            )
+            of_rank = Checkpoints if ranks.is_first else RankCheckpoints
+        self._lifetime = lifetime
         # None once the run has failed before the directory was its own. Written by the training thread.
         self.directory: Path | None = directory
-        self.checkpoints = Checkpoints(
+        self.checkpoints = of_rank(
             directory,
             run_id=plan.run_id,
             optimizers=plan.setup.optimizers,
@@ -47,13 +65,13 @@ class Storage:
             retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
             wait_policy=lifetime.wait,
             logs=logs,
+            ranks=self._channel,
         )
         self._run_id = plan.run_id
         self._resume = plan.resume
         self._config = plan.setup.config
         self._remote = plan.remote
         self._bus = bus
-        self._lifetime = lifetime
         # What run.json says; empty until the directory is this run's. Written by the training thread, read after it
         # has ended.
         self._description: dict[str, Any] = {}
@@ -82,6 +100,9 @@ class Storage:
         """
         directory, resume = self.directory, self._resume
         assert directory is not None
+        if self._ranks is not None and not self._ranks.is_first:
+            self.checkpoints.attempt = 0 if resume is None else resume.attempt
+            return
         description = {
             "run_id": self._run_id,
             "attempt": 0 if resume is None else resume.attempt,
@@ -121,6 +142,33 @@ class Storage:
             # Raises where the system gives no thread. Then there are no uploads to wait for
             uploads.start()
             self._uploads, self.checkpoints.on_saved = uploads, uploads.wake
+
+    def find_out_what_is_shared(self, agree: Callable[[Any], Any]) -> None:
+        """Find out whether this rank sees the directory of rank 0. After `open`, in the training thread of all ranks.
+
+        Args:
+            agree: Returns rank 0's value, on all ranks.
+        """
+        assert self.directory is not None and self._channel is not None and self._ranks is not None
+        name = None
+        if self._ranks.is_first:
+            # A name that no other directory has
+            with tempfile.NamedTemporaryFile(prefix=".shared-", dir=self.directory) as mark:
+                name = agree(Path(mark.name).name)
+                agree(None)
+            return
+        name = agree(None)
+        self._channel.is_shared = (self.directory / name).exists()
+        agree(None)
+        if not self._channel.is_shared:
+            logger.info("rank %d does not see %s: rank 0 writes its parts", self._ranks.rank, self.directory)
+
+    def _why_give_up(self) -> str:
+        """Return why a rank's part of a checkpoint is not to be waited for any more; empty if it is. Any thread."""
+        failure = self._lifetime.failure
+        if failure is not None:
+            return describe(failure)
+        return "the run ends in haste" if self._lifetime.signal_count > 1 else ""
 
     def disown(self) -> None:
         """Give the directory up if it is not open: it was not made, or is another run's."""

@@ -219,12 +219,14 @@ class Training:
 
         run = RunHere(
             is_held=lambda: self._bus.is_blocked and not self._bus.loop_is_gone,
-            cadences=lambda: [],
+            cadences=lambda: [] if self._saving is None else self._saving.cadences,
             on_signal=self._lifetime.note_signal_elsewhere,
             failure=lambda: self._lifetime.failure,
             fail=self._lifetime.fail,
         )
         ranks.join(self.loop, self._program.device, run)
+        if self._storage is not None:
+            self._storage.find_out_what_is_shared(self.loop.strategy.agree)
 
     def _continue(self, resume: ResumePlan) -> None:
         """Restore the run that is continued, or begin it again under its name."""
