@@ -128,6 +128,9 @@ class Storage:
         if resume is None:
             create_run_dir(directory, description)
             self.checkpoints.claim()
+            if self._ranks is not None:
+                # Before another rank writes: opening removes what interrupted saves have left
+                self.checkpoints.open()
         else:
             write_run_json(directory, description)
         self._description = description
