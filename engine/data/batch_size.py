@@ -53,7 +53,7 @@ def guess_batch_size(batch: Any) -> int:
                     break
     elif isinstance(batch, Tensor) and batch.shape:
         return batch.shape[0]
-    count = samples_of_list(batch) if isinstance(batch, list | tuple) else _known(batch)
+    count = samples_of_list(batch) if isinstance(batch, list | tuple) else known_size(batch)
     if count is None:
         count = _size(batch, 0)
     return 1 if count is None else count
@@ -71,7 +71,7 @@ def checked_batch_size(function: BatchSize) -> BatchSize:
     return count
 
 
-def _known(item: Any) -> int | None:
+def known_size(item: Any) -> int | None:
     """Return the count that an object has as an attribute."""
     if isinstance(item, PackedSequence):
         # Always on the host.
@@ -92,7 +92,7 @@ def _size(item: Any, depth: int) -> int | None:
         return item.size(0) if item.dim() else None
     if isinstance(item, str | bytes | int | float | None) or depth > _MAX_DEPTH:
         return None
-    known = _known(item)
+    known = known_size(item)
     if known is not None:
         return known
     parts = _parts(item)
