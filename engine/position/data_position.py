@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
+from offloop.engine.data.batches import length_of
 from offloop.engine.data.loader_parts import name_of, samplers_of, set_epoch
 from offloop.engine.data.random_state import capture_random_state, restore_random_state
 from offloop.engine.position.epoch_locals import local_doubts
@@ -155,9 +156,9 @@ class DataPosition:
             if each.given is None:
                 each.given = start - each.start
         name = self._name(loader)
-        known = self._training.get(name) if name else _Known(read)
+        known = self._training.get(name) if name else _Known(read, loader)
         if known is None:
-            known = self._training[name] = _Known(read)
+            known = self._training[name] = _Known(read, loader)
         known.begin(read, epoch)
         if not name:
             self._nameless[len(self.passes)] = _doubts_about_nameless(read)
@@ -175,7 +176,7 @@ class DataPosition:
             set_epoch(read, epoch)
             return
         if name not in self._validation:
-            self._validation[name] = _Known(read)
+            self._validation[name] = _Known(read, loader)
         self._validation[name].begin(read, epoch)
 
     def before_validation(self) -> dict[str, Any]:
@@ -340,7 +341,7 @@ class DataPosition:
                     self.doubts.append(approximate(f"{name}, which the run was reading, does not exist"))
                     continue
                 read = training(loader) if kind == "loaders" else validation(loader)
-                known = book[name] = _Known(read)
+                known = book[name] = _Known(read, loader)
                 is_open = kind == "loaders" and name in open_ones
                 count = _read_in(self._saved["passes"], name) if kind == "loaders" else 0
                 with spared(read):
@@ -376,8 +377,15 @@ class DataPosition:
 class _Known:
     """A loader that the run reads."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
+    def __init__(self, read: Iterable[Any], whole: Iterable[Any] | None = None) -> None:
+        """Begin before the first epoch.
+
+        Args:
+            read: The loader that is iterated over.
+            whole: The user's, where `read` is its twin: that may have the batches of one process of several.
+        """
+        self.loader = read
+        self._whole = read if whole is None else whole
         # Batches of finished epochs.
         self.read = 0
         # The last argument of set_epoch.
@@ -446,7 +454,7 @@ class _Known:
     def _look(self) -> None:
         """Record its state before the run reads from it."""
         if self._counters is None:
-            self._described = describe(self.loader)
+            self._described = describe(self.loader) | {"batches": length_of(self._whole)}
             self._counters = Counters(self.loader)
             self._contents = Contents(self.loader)
 

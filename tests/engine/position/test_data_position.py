@@ -39,6 +39,7 @@ from offloop.engine import (
     decides,
 )
 from offloop.engine.position.data_position import DataPosition
+from offloop.engine.position.epoch_source import EpochSource
 from offloop.engine.position.loader_position import capture_in_epoch
 from offloop.engine.testing import Recorder, reproducible
 
@@ -1018,3 +1019,39 @@ def test_checkpoint_of_an_older_version_goes_on(tmp_path: Path, monkeypatch: pyt
         first, _ = a_run(tmp_path, "cut", loader(shuffle=True), Cut(7))
     rest, events = a_run(tmp_path, "cut", loader(shuffle=True), resume="must")
     assert (first + rest == seen, said(events)) == (True, ("bitwise", ""))
+
+
+def test_share_of_a_loader_is_described_as_the_whole() -> None:
+    """One process of two reads half of the batches; a checkpoint may have been taken before it read any."""
+
+    def half(loader: Iterable[Any], epoch: int) -> DataLoader[Any]:
+        return DataLoader(Samples(), batch_sampler=list(BatchSampler(range(SAMPLES), BATCH, False))[::2])
+
+    train_loader, val_loader = (DataLoader(Samples(), batch_size=BATCH) for _ in range(2))
+
+    def source() -> EpochSource:
+        return EpochSource(
+            object.__new__(Trainer),
+            train_loader,
+            val_loader,
+            seed=None,
+            is_resumable=True,
+            share=half,
+            share_validation=half,
+        )
+
+    first = source()
+    early = first.position.capture(in_epoch=False, batches=0)
+    list(first.begin(train_loader, epoch=0, start=0, keep_random=False)[0])
+    list(first.begin_validation(val_loader, 0))
+    late = first.position.capture(in_epoch=False, batches=3)
+    again = source()
+    again.restore(early, in_epoch=False, epoch=0, batches=0)
+    list(again.begin_validation(val_loader, 0))
+    later = again.position.capture(in_epoch=False, batches=0)
+    for saved in (early, late, later):
+        assert saved["validation"]["val_loader"]["description"]["batches"] == BATCHES
+        assert saved["loaders"]["train_loader"]["description"]["batches"] == BATCHES
+        resumed = source()
+        resumed.restore(saved, in_epoch=False, epoch=1, batches=0)
+        assert not [each for each in resumed.position.doubts if "batches was" in each.reason]
