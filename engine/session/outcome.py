@@ -57,6 +57,9 @@ class Outcome:
         ending = {"status": status, "reason": reason, "ended": time.time(), "steps": progress.step}
         if status == "stopped" and progress.stopped_by is not None:
             ending["stopped_by"] = progress.stopped_by
+        if status == "stopped" and reason == "SIGTERM" and self._lifetime.signal_count:
+            # For schedulers: the exit code of torchrun does not tell it
+            ending["preempted"] = True
         return ending
 
     def result(

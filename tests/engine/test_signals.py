@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -475,6 +476,27 @@ def test_sigterm_is_preempted_with_code_75() -> None:
         tiny_trainer().train(EndlessLoader(), max_steps=ENDLESS, callbacks=[Signal(signal.SIGTERM)])
     assert caught.value.code == 75
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_json_tells_whether_the_run_was_preempted(number: signal.Signals, tmp_path: Path) -> None:
+    trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
+    with pytest.raises((Preempted, KeyboardInterrupt)):
+        trainer.train(EndlessLoader(), max_steps=ENDLESS, callbacks=[Signal(number)])
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (described["status"], described["reason"]) == ("stopped", number.name)
+    assert described.get("preempted", False) == (number is signal.SIGTERM)
+
+
+def test_a_stop_with_the_name_of_a_signal_is_no_preemption(tmp_path: Path) -> None:
+    class Stop(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            point.run.stop_nowait("SIGTERM")
+
+    trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
+    trainer.train(EndlessLoader(), max_steps=ENDLESS, callbacks=[Stop()])
+    assert "preempted" not in json.loads((tmp_path / "run" / "run.json").read_text())
 
 
 def test_signal_ends_a_pause() -> None:
