@@ -156,6 +156,14 @@ def test_a_type_error_from_inside_is_left_alone() -> None:
             lambda trainer: type(trainer)(max_epochs=3),
             "Trainer() needs model and optimizer, like torch.optim.AdamW(model.parameters(), lr=1e-3)",
         ),
+        (
+            lambda trainer: type(trainer)(trainer.model, trainer.optimizer, devices=2),
+            "there is no knob 'devices': torchrun --nproc-per-node starts a process for each device; device names one",
+        ),
+        (
+            lambda trainer: type(trainer)(trainer.model, trainer.optimizer, num_nodes=2),
+            "there is no knob 'num_nodes': start the script with torchrun --nnodes on each machine",
+        ),
     ],
 )
 def test_a_call_of_the_trainer_that_does_not_fit_is_answered(call: Any, text: str) -> None:
