@@ -248,7 +248,8 @@ class Session:
         assert self._lease is not None and self._training is not None
         self.mailbox.places.event_loop_thread = threading.get_ident()
         try:
-            if self._is_new and self.dir is not None and self.dir.exists():
+            makes_directory = self._is_new and (self._ranks is None or self._ranks.is_first)
+            if makes_directory and self.dir is not None and self.dir.exists():
                 raise RunNameTakenError(str(self.dir))
             self._lease.take(self._training, self.run)
             try:

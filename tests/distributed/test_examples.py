@@ -1,10 +1,8 @@
 """The examples of several processes, and the demo, as their users start them."""
 
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from torchrun import Torchrun
 
-from offloop.engine import RunResult, StepEnd, TrainStart, read_events
+from offloop.engine import StepEnd, TrainStart, read_events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_at_a_time")]
 
