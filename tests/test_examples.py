@@ -9,7 +9,8 @@ import pytest
 
 import offloop
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))  # those of several processes run in tests/distributed
 SAYS = {
     "async_callback": ["the server received epoch 4: loss 0.", "training took ", "5 answers; "],
     "fine_tuning": ["0.0.weight: unchanged", "1.0.weight: changed"],
@@ -30,7 +31,7 @@ def test_example_runs(example: Path, tmp_path: Path, warm_python: Any) -> None:
     assert list(tmp_path.iterdir()) == [script], "an example leaves no files"
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
 def test_example_uses_public_names_and_is_short(example: Path) -> None:
     source = example.read_text(encoding="utf-8")
     assert source.count("\n") <= 100
