@@ -19,9 +19,9 @@ NAMES = (
     "slow_decider",
     "max_time",
     "max_steps",
-    "commands",
     "cancel",
     "schedules",
+    "commands",
     "nonfinite",
 )
 
