@@ -193,8 +193,10 @@ class TrainingLoop:
                 raise
             explain_failure(error)
             # Publish what was launched before the failure, if possible. The first failure is the one to raise.
+            # With several processes that would wait for the others, which wait elsewhere.
             with contextlib.suppress(BaseException):
-                self.reporter.flush()
+                if self.strategy.world_size == 1:
+                    self.reporter.flush()
             with contextlib.suppress(BaseException):
                 self.hooks.run_all("after_training")
             raise
