@@ -192,8 +192,7 @@ class TrainingLoop:
             if self.mailbox.is_forked:
                 raise
             explain_failure(error)
-            # Publish what was launched before the failure, if possible. The first failure is the one to raise.
-            # With several processes that would wait for the others, which wait elsewhere.
+            # Publish what was launched before the failure, unless others would have to join: they wait elsewhere
             with contextlib.suppress(BaseException):
                 if self.strategy.world_size == 1:
                     self.reporter.flush()

@@ -28,7 +28,7 @@ MARK: Final = "OFFLOOP_TEST_TORCHRUN"
 """Variable by which the processes of a `Torchrun` are found."""
 SOCKET: Final = "OFFLOOP_TEST_SOCKET"
 """Variable with the path of the test's socket."""
-PATIENCE: Final = 90.0
+PATIENCE: Final = 60.0
 """Seconds for a script, and for each thing that is expected of it."""
 
 
