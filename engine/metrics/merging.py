@@ -19,7 +19,7 @@ from torch import Tensor
 from offloop.engine.errors import ConfigError
 from offloop.engine.lazy_imports import first_use
 from offloop.engine.metrics.metric_set import MetricSet
-from offloop.engine.metrics.names import NAMES, MetricSpec, chosen_metrics
+from offloop.engine.metrics.names import NAMES
 from offloop.engine.metrics.problem import Problem
 
 if TYPE_CHECKING:
@@ -31,15 +31,14 @@ _HOW: Final = (
 )
 
 
-def check_mergeable(metrics: MetricSpec) -> None:
-    """Check before a run of several processes that its metrics can be merged. Touches no device.
+def check_mergeable(metrics: MetricSet) -> None:
+    """Check before a run of several processes that a set's metrics can be merged. Touches no device.
 
     Raises:
         ConfigError: A user's metric cannot be merged.
     """
-    for name, metric in chosen_metrics(metrics).items():
-        if metric is not None:
-            _check_states(name, metric)
+    for name, metric in metrics.of_the_user().items():
+        _check_states(name, metric)
 
 
 def merged(metrics: MetricSet, states: Sequence[Mapping[str, Any]]) -> MetricSet:

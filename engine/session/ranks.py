@@ -85,11 +85,12 @@ def check_alike(
         decision: What rank 0 has decided; None on rank 0.
 
     Raises:
-        ConfigError: The ranks were started differently, or the data cannot be shared.
+        ConfigError: The ranks were started differently, or data or metrics cannot be shared.
     """
     from offloop.engine.data.val_loaders import by_prefix
     from offloop.engine.distributed.plan import Decision, fingerprint
     from offloop.engine.distributed.shares import check_shareable
+    from offloop.engine.metrics.merging import check_mergeable
 
     setup = plan.setup
     if setup.config.sync_batchnorm and setup.device.type != "cuda":
@@ -97,6 +98,9 @@ def check_alike(
             f"sync_batchnorm=True needs CUDA devices, and this run trains on {setup.device}: torch has no "
             "SyncBatchNorm for it"
         )
+    for metrics in (setup.train_metrics, *setup.val_metrics.values()):
+        if metrics is not None:
+            check_mergeable(metrics)
     check_shareable(
         setup.train_loader,
         setup.config.rank_batches,

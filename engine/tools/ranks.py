@@ -48,9 +48,12 @@ def with_other_ranks(
         yield prepare(), None
         return
     from offloop.engine.distributed.together import together
+    from offloop.engine.metrics.merging import check_mergeable
 
     def prepare_alike() -> tuple[Setup, dict[str, str]]:
         setup = prepare()
+        for metrics in setup.val_metrics.values():
+            check_mergeable(metrics)
         alike = {
             f"length of loader {prefix}": str(length_of(loader))
             for prefix, loader in by_prefix(setup.val_loader).items()

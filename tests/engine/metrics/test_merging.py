@@ -367,8 +367,10 @@ class Odd(Metric):
 )
 def test_metrics_that_cannot_be_merged_are_refused_before_the_run(metric: Metric, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_mergeable({"own": metric})
-    check_mergeable(["accuracy", BinaryAUROC(), CatMetric(), MaxMetric(), MulticlassConfusionMatrix(3)])
+        check_mergeable(metric_set({"own": metric}, []))
+    check_mergeable(
+        metric_set(["accuracy", BinaryAUROC(), CatMetric(), MaxMetric(), MulticlassConfusionMatrix(3)], [])
+    )
 
 
 @pytest.mark.parametrize(
