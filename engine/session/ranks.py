@@ -11,7 +11,7 @@ import torch.distributed
 from offloop.engine.callback import Handlers
 from offloop.engine.config import TrainerConfig
 from offloop.engine.data.batches import length_of
-from offloop.engine.errors import ConfigError
+from offloop.engine.errors import ConfigError, RunNameTakenError
 from offloop.engine.recovery.resume_plan import Over, ResumePlan
 from offloop.engine.session.run_plan import RunPlan
 from offloop.engine.training.program import TrainingProgram
@@ -86,6 +86,7 @@ def check_alike(
 
     Raises:
         ConfigError: The ranks were started differently, or data or metrics cannot be shared.
+        RunNameTakenError: On rank 0, for a new run: its directory exists already.
     """
     from offloop.engine.data.val_loaders import by_prefix
     from offloop.engine.distributed.plan import Decision, fingerprint
@@ -121,6 +122,9 @@ def check_alike(
         ranks.plan.check(own)
         return
     resume = plan.resume
+    if resume is None and plan.directory is not None and plan.directory.exists():
+        # Now, while the others can be told
+        raise RunNameTakenError(str(plan.directory))
     deciders = sorted({name for each in plan.handlers for name in each.deciders})
     ranks.deciders = frozenset(deciders)
     ranks.plan.announce(

@@ -87,6 +87,8 @@ def test_checkpoints_come_at_the_steps_of_one_process_and_logs_are_written_once(
     assert {3, 6, 9, 12, 15, 18} <= set(first["saved"])
     assert set(first["files"]) - {"ranks", "log.txt"} == set(alone["files"]) - {"log.txt"}
     assert first["lines"] == alone["lines"]
+    for each in (first, second, alone):
+        assert "checkpoints is the directory of a run already" in each["refused"]
 
 
 def test_profile_is_that_of_rank_0(ran: Any) -> None:

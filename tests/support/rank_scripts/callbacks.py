@@ -25,7 +25,7 @@ from offloop.callbacks import (
 )
 from offloop.callbacks.gradient_monitor import GradientStatistics
 from offloop.callbacks.layer_statistics import LayersMeasured
-from offloop.engine import CheckpointReader, ConfigError
+from offloop.engine import Callback, CheckpointReader, ConfigError, RunNameTakenError, decides, in_step
 from offloop.engine.testing import Recorder
 
 
@@ -157,6 +157,18 @@ def users_metrics() -> Any:
 # Callbacks with files ----------------------------------------------------------------------------------
 
 
+class WaitForDisk(Callback):
+    """Lets training go on only when every save so far has ended: a busy disk would leave some out."""
+
+    @in_step
+    def before_batch(self, point: Any) -> None:
+        point.run._session.storage.checkpoints.flush()
+
+    @decides
+    def on_epoch_end(self, event: Any, run: Any) -> None:
+        run._session.storage.checkpoints.flush()
+
+
 def checkpoints() -> Any:
     """Saves come at the very steps that one process would save at, and the logs are written once."""
     name = "checkpoints"
@@ -172,13 +184,20 @@ def checkpoints() -> Any:
             MetricLogger(),
             LearningCurves(),
             ResourceMonitor(),
+            WaitForDisk(),
         ],
     )
+    refused = ""
+    try:
+        classifier(run_dir=run_dir(), run_name=name).train(loader(samples(53)), epochs=1)
+    except (ConfigError, RunNameTakenError) as error:
+        refused = str(error)
     reader = CheckpointReader(run_dir() / name)
     return {
         **found,
         "saved": sorted({each.manifest.step for each in reader.checkpoints()}),
         "files": sorted(each.name for each in (run_dir() / name).iterdir()),
+        "refused": refused,
         "lines": len((run_dir() / name / "metrics.csv").read_text().splitlines()),
     }
 
