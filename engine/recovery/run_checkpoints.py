@@ -232,7 +232,7 @@ class Checkpoints:
         return True
 
     def refuse(self, error: BaseException) -> None:
-        """Tell the other ranks, if there are any, that the save they are taking now fails. Training thread."""
+        """Tell the other ranks, if there are any, that their next save or tag fails. Training thread."""
         self._number += 1
         self._decline(self._number, error)
 

@@ -104,7 +104,12 @@ class Saving:
         is_taken = self._saved_moment == self._moment() and self._checkpoints.failed_step != step
         # Only rank 0 knows whether it has failed
         if not self._loop.strategy.agree(is_taken):
-            self.save("manual")
+            try:
+                self.save("manual")
+            except BaseException as error:
+                # The other ranks, which may have saved, count the tag that follows
+                self._checkpoints.refuse(error)
+                raise
         self._checkpoints.tag(command.tag, step=step, move=command.move, future=envelope.future)
 
     def save_last(self, reason: str) -> None:

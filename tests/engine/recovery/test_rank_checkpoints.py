@@ -178,6 +178,25 @@ def test_tag_completes_on_both_ranks(ranks: TwoRanks) -> None:
     assert ranks.stores.keys() == 0
 
 
+def test_tag_of_a_save_that_one_rank_refuses_fails_and_the_next_save_works(ranks: TwoRanks) -> None:
+    """All ranks count saves and tags alike, whatever fails where."""
+    tags: list[Future[CheckpointSaved]] = [Future(), Future()]
+    ranks.save_first(1)
+    ranks.first.tag("good", step=1, move=False, future=tags[0])
+    ranks.other.refuse(ValueError("no state"))
+    ranks.other.refuse(ValueError("no state"))
+    assert isinstance(tags[0].exception(30), CheckpointError)
+    ranks.first.refuse(ValueError("nor here"))
+    ranks.first.refuse(ValueError("nor here"))
+    ranks.save_other(2)
+    ranks.other.tag("good", step=2, move=False, future=tags[1])
+    with pytest.raises(CheckpointError, match="nor here"):
+        tags[1].result(30)
+    assert [each.result(30).saved_step for each in ranks.save(3)] == [3, 3]
+    ranks.flush()
+    assert ranks.stores.keys() == 0
+
+
 def test_rank_0_that_has_failed_is_not_waited_for(ranks: TwoRanks, tmp_path: Path) -> None:
     other = ranks.save_other(1)
     ranks.given_up = "rank 0 has failed"
