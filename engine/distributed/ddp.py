@@ -20,16 +20,23 @@ class _Step(torch.nn.Module):
     """A module whose forward is a step of the trainer."""
 
     def __init__(
-        self, model: torch.nn.Module, others: Iterable[torch.nn.Parameter], step: Callable[[Any], Any]
+        self,
+        model: torch.nn.Module,
+        others: Iterable[torch.nn.Parameter],
+        step: Callable[[Any], Any],
+        has_passed: Callable[[], None],
     ) -> None:
         super().__init__()
         self.model = model
         # Parameters that the optimizers own besides: those of a loss, of a second model
         self.others = torch.nn.ParameterList(others)
         self._step = step
+        self._has_passed = has_passed
 
     def forward(self, batch: Any) -> Any:
-        return self._step(batch)
+        output = self._step(batch)
+        self._has_passed()
+        return output
 
 
 class DDPStrategy(RankStrategy):
@@ -58,10 +65,14 @@ class DDPStrategy(RankStrategy):
         others = [each for each in self._loop.parameters() if id(each) not in own and each.requires_grad]
         self._ddp = None
         self._ddp = DistributedDataParallel(
-            _Step(program.model, others, program.training_step),
+            _Step(program.model, others, program.training_step, self._has_passed),
             find_unused_parameters=config.find_unused_parameters,
         )
         self._wrapped_at = self._loop.frozen.changes
+
+    def _has_passed(self) -> None:
+        """Tell that this rank is past the forward pass of its batch."""
+        self._life.place = self._loop.progress.batch, 2
 
     @property
     def forward(self) -> Callable[[Any], Any]:

@@ -95,7 +95,6 @@ class RankMailbox(Mailbox):
             self._looked = time.monotonic()
             self._agreement.look()
         else:
-            self._life.wants_attention = False
             self._agreement.exchange()
         return super().collect(place, deciders_only=deciders_only)
 

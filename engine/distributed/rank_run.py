@@ -29,12 +29,31 @@ from offloop.engine.training.setup import Program, Setup
 
 CONNECT_TIMEOUT: Final = 600.0
 """Seconds that the ranks have to come: they may import, or read data, for minutes."""
+LOOK_INTERVAL: Final = 0.05
+"""Seconds between two looks at what the other ranks do at the end."""
 
 # Runs of this process so far. All ranks start their runs in the same order.
 _numbers = itertools.count()
 # The run in progress: only one thread may call collectives. Any thread; under the lock.
 _current: "RankRun | None" = None
 _lock = threading.Lock()
+
+
+class _Signs(SignsOfLife):
+    """Signs of life that ask for rank 0's attention while something was given here: rank 0 may stand in a pause."""
+
+    def __init__(self, *arguments: Any, given: Mailbox, **others: Any) -> None:
+        self._given = given
+        super().__init__(*arguments, **others)
+
+    @property
+    def wants_attention(self) -> bool:
+        """True from a command or a cancellation until it is on its way. Any thread."""
+        return self._given.attention
+
+    @wants_attention.setter
+    def wants_attention(self, value: bool) -> None:
+        """Ignore it: the mailbox knows."""
 
 
 class RankRun:
@@ -90,13 +109,14 @@ class RankRun:
             fail: Called by a thread of its own when another rank has failed.
             given: The mailbox of the run: it is poked when another rank wants attention.
         """
-        self.life = SignsOfLife(
+        self.life = _Signs(
             self._store,
             self.launch,
             self._key,
             timeout=config.rank_timeout,
             fail=fail,
             attention=given.poke,
+            given=given,
         )
         self.life.start()
 
@@ -152,6 +172,11 @@ class RankRun:
         """Log into the run's directory. After rank 0 has made it."""
         self._log = RankLog(directory, self.rank)
 
+    def end_training(self) -> None:
+        """Note that the training thread has come out: no failure of another rank ends this process by force now."""
+        if self.life is not None:
+            self.life.has_come_out = True
+
     def seed_of(self, seed: int) -> int:
         """Return the seed of this rank: that of the run on rank 0, streams of their own elsewhere."""
         if self.is_first:
@@ -189,7 +214,7 @@ class RankRun:
             return
         self.life.leave()
         deadline = time.monotonic() + timeout
-        while not unless() and time.monotonic() < deadline and not self.life.wait_for_others(0.25):
+        while not unless() and time.monotonic() < deadline and not self.life.wait_for_others(LOOK_INTERVAL):
             pass
 
     def close(self) -> None:
@@ -209,10 +234,19 @@ class RankRun:
         """Tell the others the outcome of the run, as rank 0."""
         self.client().set("result", encoded.hex())
 
-    def take_result(self) -> bytes | None:
-        """Return the outcome that rank 0 has told; None if it has not."""
-        client = self.client()
-        return bytes.fromhex(client.get("result").decode()) if client.check(["result"]) else None
+    def take_result(self, timeout: float, *, unless: Callable[[], bool]) -> bytes | None:
+        """Wait for the outcome that rank 0 tells after its callbacks; None if it tells none. Before `leave`.
+
+        Args:
+            timeout: Seconds to wait.
+            unless: Ends the wait.
+        """
+        client, deadline = self.client(), time.monotonic() + timeout
+        while not client.check(["result"]):
+            if unless() or time.monotonic() > deadline:
+                return None
+            time.sleep(LOOK_INTERVAL)
+        return bytes.fromhex(client.get("result").decode())
 
 
 def join_run(config: TrainerConfig) -> RankRun | None:

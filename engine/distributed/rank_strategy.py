@@ -4,7 +4,7 @@ import dataclasses
 import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -21,6 +21,8 @@ from offloop.engine.errors import RankFailedError
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.setup import Program, Setup
 from offloop.engine.training.strategy import Share, StepValues
+
+_END: Final = object()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,7 @@ class RankStrategy(GroupStrategy):
         self.group = group
         self._loop = loop
         self._run = run
+        self._life = life
         self.following = Following(loop, group)
         self.agreement = Agreement(group, self._mailbox.given, loop.progress, news, self)
         self._mailbox.attach(self.agreement, loop.progress, life)
@@ -169,10 +172,23 @@ class RankStrategy(GroupStrategy):
 
     def iterate(self, iterator: Iterator[Any], given: int) -> Iterator[Any]:
         """Return an iterator that keeps `share` up to date."""
-        return self._shares.iterate(iterator, given)
+        return self._watched(self._shares.iterate(iterator, given))
+
+    def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Tell where this rank is while it waits for its data."""
+        progress, life = self._loop.progress, self._life
+        while True:
+            life.place = progress.batch + 1, 0
+            batch = next(iterator, _END)
+            if batch is _END:
+                return
+            life.place = progress.batch + 1, 1
+            yield batch
 
     def end_pass(self) -> bool:
         """Wait for the other ranks, and take the commands that not all of them have had."""
+        batch, phase = self._life.place
+        self._life.place = batch, phase + 1
         self.agreement.exchange()
         return self._mailbox.attention
 

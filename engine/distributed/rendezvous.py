@@ -39,6 +39,8 @@ else:
 
 OPERATION_TIMEOUT: Final = datetime.timedelta(seconds=30)
 """For one operation of a client, such as `get` of a key that is not there."""
+CONNECT_TIMEOUT: Final = 5.0
+"""Seconds for one attempt to find a listener."""
 POLL: Final = 0.02
 """Seconds between two looks at the store. A blocking wait would hold its client, which a host may share."""
 VERDICT_TIMEOUT: Final = 5.0
@@ -66,17 +68,9 @@ class _Verdict(msgspec.Struct):
 class RunStore(PrefixStore):
     """A client of the store, with the prefix that the ranks have agreed on. Its methods are for one thread."""
 
-    def __init__(self, host: str, port: int, prefix: str) -> None:
-        """Connect. Blocks.
-
-        Raises:
-            RuntimeError: There is no store at this address.
-        """
-        with closed_in_children():
-            client = TCPStore(host, port, is_master=False, timeout=OPERATION_TIMEOUT, wait_for_workers=False)
+    def __init__(self, client: TCPStore, prefix: str) -> None:
         super().__init__(prefix, client)
-        self.host = host
-        self.port = port
+        self.client = client
         self.prefix = prefix
 
 
@@ -87,7 +81,7 @@ _connected: tuple[Any, RunStore] | None = None
 _hosting: list[TCPStore] = []
 
 
-def connect(launch: Launch, *, timeout: float) -> Store:
+def connect(launch: Launch, *, timeout: float) -> RunStore:
     """Connect to the other ranks, and return the store. Blocks. Any thread; the second call returns the same store.
 
     No collective is called, so a thread beside the training thread may call it, also with a host's group. Nothing
@@ -118,13 +112,15 @@ def own_client(store: Store) -> RunStore:
         store: What `connect` has returned.
 
     Raises:
-        RuntimeError: The store cannot be reached.
+        OSError: Nobody listens there any more.
+        RuntimeError: The store does not answer.
     """
     assert isinstance(store, RunStore)
-    return RunStore(store.host, store.port, store.prefix)
+    return RunStore(_open_client(store.client.host, store.client.port), store.prefix)
 
 
 def _connect(launch: Launch, deadline: float, timeout: float) -> RunStore:
+    meeting: Store
     if launch.has_host_group:
         meeting = _store_of_host()
         host, port = (_address_here(meeting), _host_store(0)) if launch.rank == 0 else ("", 0)
@@ -132,16 +128,17 @@ def _connect(launch: Launch, deadline: float, timeout: float) -> RunStore:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if launch.rank == 0 and not _agent_hosts():
             _host_store(port)
-        _await_listener(host, port, deadline, timeout)
-        meeting = RunStore(host, port, "")
-    meeting = PrefixStore(_PREFIX, meeting)
+        meeting = _await_client(host, port, deadline, timeout)
+    at_meeting = PrefixStore(_PREFIX, meeting)
+    welcome = _Welcome(secrets.token_hex(8), host, port)
     if launch.rank == 0:
-        token = secrets.token_hex(8)
-        _receive(meeting, launch.world_size, _Welcome(token, host, port), deadline, timeout)
-        welcome = _Welcome(token, host, port)
+        _receive(at_meeting, launch.world_size, welcome, deadline, timeout)
     else:
-        welcome = _present(meeting, launch.rank, deadline + VERDICT_TIMEOUT, timeout)
-    return RunStore(welcome.host, welcome.port, f"{_PREFIX}/run/{welcome.token}")
+        welcome = _present(at_meeting, launch.rank, deadline + VERDICT_TIMEOUT, timeout)
+    if launch.has_host_group:
+        meeting = _await_client(welcome.host, welcome.port, deadline, timeout)
+    assert isinstance(meeting, TCPStore)
+    return RunStore(meeting, f"{_PREFIX}/run/{welcome.token}")
 
 
 # The handshake ------------------------------------------------------------------------------------
@@ -268,19 +265,25 @@ def _taken_port(port: int) -> Iterator[None]:
         ) from error
 
 
-def _await_listener(host: str, port: int, deadline: float, timeout: float) -> None:
-    """Wait until somebody listens. torch's own way prints a stack for each attempt."""
+def _await_client(host: str, port: int, deadline: float, timeout: float) -> TCPStore:
+    """Connect once somebody listens."""
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
-        except OSError as error:
+            return _open_client(host, port)
+        except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
                 raise RankFailedError(
                     0, host, f"cannot be reached: no store at {host}:{port} within {timeout:g} s ({error})"
                 ) from error
             time.sleep(POLL)
-        else:
-            return
+
+
+def _open_client(host: str, port: int) -> TCPStore:
+    # torch's own attempts print a stack each
+    socket.create_connection((host, port), CONNECT_TIMEOUT).close()
+    with closed_in_children():
+        # Patiently: torch asks for the name of the address, which takes seconds where name servers are slow
+        return TCPStore(host, port, is_master=False, timeout=OPERATION_TIMEOUT, wait_for_workers=False)
 
 
 def _store_of_host() -> Store:

@@ -484,14 +484,16 @@ class Session:
             # If it came after training, the others wait for this rank to leave
             ranks.explained(self.lifetime.failure)
         else:
+            patience = 2 * self.config.drain_timeout + LEAVING
             if ranks.is_first:
                 ranks.publish_result(self.result.encode())
-            is_pointless = lambda: self.lifetime.failure is not None or self.lifetime.signal_count > 1  # noqa: E731
-            ranks.leave(self.config.drain_timeout + LEAVING, unless=is_pointless)
-            told = None if ranks.is_first else ranks.take_result()
-            if told is not None:
+            elif (told := ranks.take_result(patience, unless=self._is_leaving_pointless)) is not None:
                 self.result = self.result.as_told(told)
+            ranks.leave(patience, unless=self._is_leaving_pointless)
         ranks.close()
+
+    def _is_leaving_pointless(self) -> bool:
+        return self.lifetime.failure is not None or self.lifetime.signal_count > 1
 
     def _release(self) -> None:
         """Give the trainer and the callbacks back, and drop every reference to model, data and callbacks.

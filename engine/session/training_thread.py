@@ -155,6 +155,8 @@ class Training:
         finally:
             if self._mailbox.is_forked:
                 forked.end_process(None)
+            if self._ranks is not None:
+                self._ranks.end_training()
             self._clean_up()
 
     def _train(self, handle: Run) -> None:
