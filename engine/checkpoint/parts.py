@@ -48,6 +48,9 @@ lives and whose disk hangs."""
 OUTCOME_TIMEOUT: Final = 7200.0
 """Seconds for which a rank waits to hear of the commit. Rank 0 may have hundreds of gigabytes to write."""
 
+LAST_MOMENT: Final = 0.5
+"""Seconds for which something is still waited for that was given up: a part that is being written may yet come."""
+
 PIECE_BYTES: Final = 1 << 20
 """Size of the values in the store. torch's store ends the connection at values above 8 MiB."""
 SHORTEST_LOOK: Final = 0.001
@@ -233,13 +236,13 @@ class PartsChannel:
     def _wait(self, keys: list[str], seconds: float) -> str:
         """Wait until all keys are there; return why they did not come, empty if they did."""
         deadline = time.monotonic() + seconds
+        reason = ""
         pause = SHORTEST_LOOK
         while not self._check(keys):
-            if reason := self._give_up():
-                # What has just come still counts.
-                return "" if self._check(keys) else reason
+            if not reason and (reason := self._give_up()):
+                deadline = min(deadline, time.monotonic() + LAST_MOMENT)
             if time.monotonic() > deadline:
-                return f"{seconds:g} s have passed"
+                return reason or f"{seconds:g} s have passed"
             time.sleep(pause)
             pause = min(LONGEST_LOOK, pause * 1.5)
         return ""

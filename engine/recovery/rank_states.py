@@ -11,7 +11,6 @@ A position in the data is a number of batches of the whole loader, so it holds f
 """
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -96,9 +95,12 @@ def _with_part(common: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, 
 def _checked_part(loaded: LoadedCheckpoint, rank: int) -> dict[str, Any]:
     """Return a part, after a look at its kind; its content is checked with that of the whole state."""
     part = loaded.parts[rank]
-    if isinstance(part, dict) and all(isinstance(part.get(name, {}), dict) for name in OWN):
-        if {"random", "loader", "callbacks"} <= part.keys():
-            return part
+    if (
+        isinstance(part, dict)
+        and {"random", "loader", "callbacks"} <= part.keys()
+        and all(isinstance(part.get(name, {}), dict) for name in OWN)
+    ):
+        return part
     name = part_file(rank, loaded.info.manifest.ranks, "json")
     raise UnsafeCheckpointError(loaded.info.path, name, "foreign", "it is not the state of a rank")
 
@@ -146,31 +148,6 @@ def _processes(count: int) -> str:
 
 
 # Reading on all ranks ----------------------------------------------------------------------------
-
-
-def sees_directory(directory: Path, strategy: Strategy) -> bool:
-    """Return whether this process sees the run's directory, which rank 0 has made. Training thread of all ranks.
-
-    Rank 0 writes a file with a name that nobody can know, and the others look for it. Blocks.
-
-    Args:
-        directory: The run's, as this process names it.
-        strategy: Of the loop.
-
-    Raises:
-        OSError: Rank 0 cannot write into it.
-    """
-    nonce: str = strategy.agree(os.urandom(8).hex())
-    path = directory / f".seen-by-all-{nonce}"
-    if not strategy.rank:
-        path.touch(exist_ok=False)
-    # Nobody looks before it is there, and it goes when all have looked
-    strategy.agree(None)
-    sees = path.exists()
-    strategy.agree(None)
-    if not strategy.rank:
-        path.unlink(missing_ok=True)
-    return sees
 
 
 def load_together(checkpoints: Checkpoints, which: str | int | Path, strategy: Strategy) -> LoadedCheckpoint:

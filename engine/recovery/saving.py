@@ -315,7 +315,8 @@ class Saving:
         """
         strategy = self._loop.strategy
         loaded = load_together(self._checkpoints, which, strategy)
-        own = state_of_rank(loaded, rank=strategy.rank, world_size=strategy.world_size)
+        with restoring(loaded.info.path, "ranks"):
+            own = state_of_rank(loaded, rank=strategy.rank, world_size=strategy.world_size)
         state = check_state(own.state, loaded.info.path)
         report = ResumeReport(str(loaded.info.path))
         resumed = run_state.Continuation(state, report, loaded.info.manifest.attempt, own.metrics)

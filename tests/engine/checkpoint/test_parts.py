@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from offloop.engine.checkpoint import (
     Retention,
     SnapshotArena,
 )
+from offloop.engine.checkpoint import parts as parts_module
 from offloop.engine.checkpoint.manifest import decode_manifest
 from offloop.engine.checkpoint.part_store import PartStore
 from offloop.engine.checkpoint.parts import PIECE_BYTES, Outcome, Part, meeting_place
@@ -161,6 +163,29 @@ def test_wait_for_a_part_ends_when_a_rank_has_failed_or_takes_too_long(
     other = Rank(run_directory, stores.channel(1, run="alone", give_up=lambda: "rank 0 has failed"))
     other.save(1, 1)
     assert other.outcomes[0].error.endswith("rank 0 has failed")
+
+
+def test_part_that_is_being_written_may_still_come(run_directory: Path, stores: Stores) -> None:
+    """The run ends in haste, or fails, while a part is on its way."""
+    looked = threading.Event()
+
+    def give_up() -> str:
+        looked.set()
+        return "the run ends in haste"
+
+    first, channel = stores.channel(0, give_up=give_up), stores.channel(1)
+    other = Rank(run_directory, channel)
+
+    def save_late() -> None:
+        looked.wait(30)
+        other.save(1, 1)
+
+    late = threading.Thread(target=save_late, name="late")
+    with CheckpointStore(run_directory, ranks=first) as store:
+        late.start()
+        save_first(store, first, 1, 1)
+        late.join(30)
+    assert loaded_step(run_directory) == 1
 
 
 def test_rank_without_the_directory_sends_its_bytes(tmp_path: Path, stores: Stores) -> None:
@@ -299,9 +324,10 @@ class _Watch:
 
 @pytest.mark.parametrize("on_first", [True, False], ids=["rank 0", "rank 1"])
 def test_death_at_any_operation_of_a_save_on_either_rank_leaves_old_or_new(
-    tmp_path: Path, stores: Stores, on_first: bool
+    tmp_path: Path, stores: Stores, on_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is there is whole, and the next start sweeps the rest."""
+    monkeypatch.setattr(parts_module, "LAST_MOMENT", 0.0)
     retention = Retention(keep_last=2)
     template = tmp_path / "template"
     channel = stores.channel(0, run="template")

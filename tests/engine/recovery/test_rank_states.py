@@ -33,7 +33,6 @@ from offloop.engine.recovery.rank_states import (
     doubts_about_environment,
     load_together,
     own_part,
-    sees_directory,
     state_of_rank,
 )
 from offloop.engine.training.strategy import Strategy
@@ -185,15 +184,6 @@ def on_ranks(world_size: int, run: Callable[[InThreads], Any]) -> list[Any]:
     slots, barrier = [b""] * world_size, threading.Barrier(world_size)
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(lambda rank: run(InThreads(rank, slots, barrier)), range(world_size)))
-
-
-def test_ranks_find_out_who_sees_the_directory(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    there.mkdir()
-    saw = on_ranks(3, lambda strategy: sees_directory(there if strategy.rank == 2 else here, strategy))
-    assert saw == [True, True, False]
-    assert [*here.iterdir(), *there.iterdir()] == []
 
 
 class Directory:
