@@ -127,8 +127,9 @@ class CheckpointStore(CheckpointReader):
         super().__init__(directory)
         # The way to the other processes that write parts of these checkpoints.
         self._ranks = ranks
-        # Of the latest save. Directories of later ones may be there: another process may be ahead.
-        self._save_number = 0
+        # Of the latest save. Directories of later ones may be there: another process may be ahead. None before any
+        # process writes.
+        self._save_number: int | None = None
         retention = Retention() if retention is None else retention
         self.retention = (retention,) if isinstance(retention, Retention) else tuple(retention)
         self._filesystem = filesystem or FileSystem()
@@ -153,6 +154,7 @@ class CheckpointStore(CheckpointReader):
                 if isinstance(problem, CheckpointIncompatibleError):
                     # Every save would raise it, too.
                     raise problem
+            self._save_number = 0
         except BaseException:
             self._lock.release()
             raise
@@ -352,7 +354,9 @@ class CheckpointStore(CheckpointReader):
 
     def _is_of_later_save(self, name: str) -> bool:
         """Return whether another process may be writing into this temporary directory now."""
-        number = number_of(name) if self._ranks is not None and self._save_number else None
+        if self._ranks is None or self._save_number is None:
+            return False
+        number = number_of(name)
         return number is not None and number > self._save_number
 
     def _reject(self, error: CheckpointError) -> None:

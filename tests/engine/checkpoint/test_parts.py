@@ -146,6 +146,22 @@ def test_save_that_fails_leaves_what_a_faster_rank_writes_for_the_next_one(
     check_part(CheckpointReader(run_directory).load().parts[1], 2, 1)
 
 
+def test_leftovers_are_swept_beside_a_rank_that_writes_already(run_directory: Path, stores: Stores) -> None:
+    """Something could not be deleted at the start, and is tried again with the first save."""
+    first, channel = stores.channel(0), stores.channel(1)
+    other = Rank(run_directory, channel)
+    leftover = run_directory / "checkpoints" / ".trash-old"
+    with CheckpointStore(run_directory, ranks=first) as store:
+        leftover.mkdir()
+        store._has_leftovers = True
+        with other.saving(1, 1):
+            while not channel._check([channel._part_key(1, 1)]):
+                pass
+            save_first(store, first, 1, 1)
+        assert hidden(run_directory) == []
+    check_part(CheckpointReader(run_directory).load().parts[1], 1, 1)
+
+
 def test_wait_for_a_part_ends_when_a_rank_has_failed_or_takes_too_long(
     run_directory: Path, stores: Stores
 ) -> None:
