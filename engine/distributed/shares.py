@@ -80,6 +80,11 @@ def check_shareable(
     """
     if _is_own(loader, mode, world_size, name):
         return
+    if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
+        raise ConfigError(
+            f"{name} has in_order=False: its workers give batches in another order on each rank; leave in_order at "
+            'True, or give each rank a loader of its own batches and rank_batches="own"'
+        )
     if mode == "split" and not _can_be_split(loader):
         raise ConfigError(_cannot_split(name, _why_not(loader)))
     size: int | None = None
