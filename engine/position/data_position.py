@@ -15,6 +15,7 @@ from typing import Any, Final
 from offloop.engine.data.batches import length_of
 from offloop.engine.data.loader_parts import name_of, samplers_of, set_epoch
 from offloop.engine.data.random_state import capture_random_state, restore_random_state
+from offloop.engine.data.twin import batches_per_step
 from offloop.engine.position.epoch_locals import local_doubts
 from offloop.engine.position.exactness import Doubt, approximate
 from offloop.engine.position.loader_contents import Contents, content_doubts
@@ -411,6 +412,7 @@ class _Known:
             read: Batches that the current epoch has read from it.
         """
         self._look()
+        assert self._described is not None
         assert self._counters is not None
         assert self._contents is not None
         now = capture_in_epoch(self.loader)
@@ -418,7 +420,8 @@ class _Known:
             "has_workers": now["has_workers"] and self._had_workers,
             "read": self.read + read,
             "epoch": self._epoch,
-            "description": self._described,
+            # Before its first epoch it has no twin
+            "description": self._described | ({} if self._epoch is None else self._steps()),
             "counters": self._counters.changed(self.loader),
             "contents": self._contents.changed(self.loader),
         }
@@ -434,7 +437,7 @@ class _Known:
         self._look()
         assert self._described is not None
         self.read = now.get("read", in_epoch) - in_epoch
-        doubts = differences(now.get("description") or {}, self._described)
+        doubts = differences(now.get("description") or {}, self._described | self._steps())
         self._epoch = now.get("epoch")
         if self._epoch is not None:
             set_epoch(self.loader, self._epoch)
@@ -450,6 +453,9 @@ class _Known:
         self._epoch = before["epoch"]
         set_epoch(self.loader, self._epoch or 0)
         self._had_workers = before["has_workers"]
+
+    def _steps(self) -> dict[str, int]:
+        return {"batches per step": batches_per_step(self.loader)}
 
     def _look(self) -> None:
         """Record its state before the run reads from it."""

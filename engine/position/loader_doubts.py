@@ -37,7 +37,7 @@ from offloop.engine.data.batches import length_of
 from offloop.engine.data.loader_parts import datasets_of, name_of, parts_by_place, samplers_of
 from offloop.engine.data.random_state import global_generators
 from offloop.engine.data.seeded_sampling import SeededDataset
-from offloop.engine.data.twin import batches_per_step, unwrapped
+from offloop.engine.data.twin import unwrapped
 from offloop.engine.data.workers import users_init_fn
 from offloop.engine.position.exactness import Doubt, approximate
 
@@ -164,11 +164,7 @@ def draws_nothing(loader: Any) -> bool:
 
 def describe(loader: Iterable[Any]) -> dict[str, Any]:
     """Return plain values of a loader that must be the same for a run to continue in its order."""
-    described: dict[str, Any] = {
-        "loader": name_of(loader),
-        "batches": length_of(loader),
-        "batches per step": batches_per_step(loader),
-    }
+    described: dict[str, Any] = {"loader": name_of(loader), "batches": length_of(loader)}
     loader = unwrapped(loader)
     if isinstance(loader, DataLoader):
         described["data set"] = name_of(unwrapped(loader.dataset))
