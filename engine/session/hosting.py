@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -24,6 +24,10 @@ from offloop.engine.result import RunResult
 from offloop.engine.run import Run
 from offloop.engine.session.process import handled_signals
 from offloop.engine.session.session import Session
+
+LAUNCHERS_SIGNALS: Final = 2.0
+"""Seconds in which further signals to one rank of several are the first one again: schedulers send it to all processes,
+and torchrun passes its own on. A person who wants to leave in haste waits longer."""
 
 
 def run_blocking(session: Session) -> RunResult:
@@ -94,7 +98,10 @@ class _Signals:
     def handled(self, **options: Any) -> Iterator[None]:
         """Handle signals in the block; `options` are those of `handled_signals`."""
         third_is_final, lifetime = self._third_is_final, self._session.lifetime
-        with handled_signals(self._note, third_is_final=third_is_final, **options) as is_handled:
+        one_within = LAUNCHERS_SIGNALS if self._session.has_other_ranks else 0.0
+        with handled_signals(
+            self._note, third_is_final=third_is_final, one_within=one_within, **options
+        ) as is_handled:
             lifetime.handles_signals = is_handled
             yield
 

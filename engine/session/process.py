@@ -7,10 +7,12 @@ run asks for applies. Signal handlers are installed only where the application h
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final
@@ -185,6 +187,7 @@ def handled_signals(
     only: Sequence[signal.Signals] = _HANDLED,
     third_is_final: bool = True,
     asks_application: bool = False,
+    one_within: float = 0.0,
 ) -> Iterator[bool]:
     """Handle SIGINT and SIGTERM for the duration of the block, unless the application does.
 
@@ -198,13 +201,15 @@ def handled_signals(
         third_is_final: If False, `on_signal` gets the third signal and later ones as well.
         asks_application: Call the application's handler first. If it raises `KeyboardInterrupt`, `on_signal` gets the
             signal, so that nothing is raised inside the block; otherwise the signal is handled.
+        one_within: Seconds after the first signal in which more of them count as the same one.
     """
     taken: dict[signal.Signals, Any] = {}
     count = 0
+    first_at = math.inf
     generation = forked.generation
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal count
+        nonlocal count, first_at
         # A forked child has no run to stop
         if forked.generation != generation:
             signal.signal(number, taken[signal.Signals(number)])
@@ -218,6 +223,10 @@ def handled_signals(
                 pass
             else:
                 return
+        now = time.monotonic()
+        if count and now - first_at < one_within:
+            return
+        first_at = min(first_at, now)
         count += 1
         if count > 2 and third_is_final:
             # The system's default, not Python's: a KeyboardInterrupt would wait for a step that never returns.

@@ -91,6 +91,7 @@ class Session:
         self._is_new = plan.resume is None
         # None where this process trains alone
         self._ranks = plan.ranks
+        self.has_other_ranks = plan.ranks is not None
         self.storage: Storage | None = None
         if plan.directory is not None:
             self.storage = Storage(plan, plan.directory, self.bus, self._logs, self.lifetime)

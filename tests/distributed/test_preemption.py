@@ -6,6 +6,7 @@ python -m pytest tests/distributed/test_preemption.py -m soak      every target 
 import itertools
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from offloop.engine.checkpoint import CheckpointReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_at_a_time")]
 
-TARGETS = ("one", "all", "torchrun")
+TARGETS = ("one", "all", "torchrun", "everything")
 PLACES = ("step", "validation", "commit")
 BY_DEFAULT = {("one", "step"), ("all", "validation"), ("torchrun", "commit")}
 CASES = [
@@ -35,7 +36,8 @@ def start(folder: Path, name: str) -> Torchrun:
 
 def send(target: str, ran: Torchrun, held: dict[int, Said]) -> None:
     """Send the signal to its target."""
-    pids = {"one": [held[1].pid], "all": [each.pid for each in held.values()], "torchrun": [ran.process.pid]}
+    ranks, torchrun = [each.pid for each in held.values()], ran.process.pid
+    pids = {"one": [held[1].pid], "all": ranks, "torchrun": [torchrun], "everything": [*ranks, torchrun]}
     for pid in pids[target]:
         os.kill(pid, signal.SIGTERM)
 
@@ -47,15 +49,18 @@ def test_sigterm(target: str, place: str, tmp_path: Path) -> None:
         held = ran.expect(place, 0, 1)
         at = [*held.values(), *(ran.expect("renaming", 0).values() if place == "commit" else ())]
         send(target, ran, held)
-        if target == "torchrun":
+        if target in ("torchrun", "everything"):
             # It sends the signal on; each rank says that it has it
             for rank in (0, 1):
                 ran.wait_for_output(rank, "SIGTERM")
+            while (ran.folder / "torchrun.log").read_text().count("closing signal SIGTERM") < 2:
+                time.sleep(0.02)  # bounded by the limit for one test
         ran.open(*at)
         assert ran.wait() == 1, "torchrun's own code"
         results = ran.results(name)
         assert [(each["error"], each["code"]) for each in results] == [("Preempted", PREEMPTED)] * 2
         assert set(ran.exit_codes().values()) <= {PREEMPTED}
+        assert not [text for _, text in ran.outputs() if "leaving in haste" in text]
         ran.check_collectives()
 
     run = tmp_path / "runs" / "run"

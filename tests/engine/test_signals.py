@@ -31,6 +31,7 @@ from offloop.engine import (
     read_events,
 )
 from offloop.engine.checkpoint import CheckpointInfo, CheckpointReader
+from offloop.engine.session.process import handled_signals
 from offloop.engine.testing import EndlessLoader, Recorder, reproducible, tiny_trainer
 
 ENDLESS = 1_000_000_000
@@ -512,6 +513,15 @@ def test_signal_ends_a_pause() -> None:
 
     with pytest.raises(Preempted):
         tiny_trainer().train(EndlessLoader(), max_steps=ENDLESS, callbacks=[Pause()])
+
+
+@pytest.mark.parametrize(("one_within", "seen"), [(0.0, ["SIGTERM", "SIGINT"]), (3600.0, ["SIGTERM"])])
+def test_signals_that_launchers_repeat_are_one(one_within: float, seen: list[str]) -> None:
+    heard: list[str] = []
+    with handled_signals(lambda number, _: heard.append(number.name), force=True, one_within=one_within):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert heard == seen
 
 
 def test_hosts_own_handler_is_left_alone() -> None:
