@@ -81,7 +81,7 @@ def test_sigterm(target: str, place: str, tmp_path: Path) -> None:
         first, second = check_same(ran.results("continued"))
         assert first["outcome"]["status"] == "completed" and first["outcome"]["steps"] == 39
         assert second["weights"] == first["weights"]
-        assert f"{reached} bitwise" in first["resumed"]
+        assert first["resumed"] == [f"{reached} bitwise"]
         ran.check_collectives()
     steps = [event.step for event in read_events(run) if isinstance(event, StepEnd)]
     assert steps == list(range(1, 40)), "each step once"

@@ -10,6 +10,9 @@ from offloop.callbacks import ModelCheckpoint
 from offloop.engine import Callback, Resumed, Run, decides, in_step
 from offloop.engine.checkpoint.filesystem import FileSystem
 
+resumed: list[str] = []
+"""Not the callback's, whose state would be part of a checkpoint."""
+
 
 class Model(Classifier):
     """A trainer that can be held in a validation."""
@@ -30,7 +33,6 @@ class Hold(Callback):
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self.resumed = ""
 
     @in_step
     def before_forward(self, point: Any) -> None:
@@ -46,7 +48,7 @@ class Hold(Callback):
 
     @decides
     def on_resumed(self, event: Resumed, run: Run) -> None:
-        self.resumed = f"{event.step} {event.exactness} {event.reasons}"
+        resumed.append(f"{event.step} {event.exactness} {event.reasons}".strip())
 
 
 def _train(where: str, **limits: Any) -> Any:
@@ -70,7 +72,7 @@ def _train(where: str, **limits: Any) -> Any:
         resume="auto",
         **limits,
     )
-    return {"outcome": outcome(result), "weights": weights(model), "resumed": holder.resumed}
+    return {"outcome": outcome(result), "weights": weights(model), "resumed": resumed}
 
 
 def _hold_commit() -> None:
