@@ -20,6 +20,7 @@ class RankLog:
             rank: Of this process.
         """
         self._handler: logging.Handler | None = None
+        self._last_resort: logging.Handler | None = None
         path = directory / "ranks" / str(rank) / FILE_NAME
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +29,12 @@ class RankLog:
             logger.warning("rank %d has no log file: %s", rank, error)
             return
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(self._handler)
+        if not logger.hasHandlers():
+            # Nobody has configured logging: with a handler of ours, Python would print no warnings any more
+            self._last_resort = logging.lastResort
+        for each in (self._handler, self._last_resort):
+            if each is not None:
+                logger.addHandler(each)
 
     def failed(self, error: BaseException) -> None:
         """Log what this rank fails with."""
@@ -39,6 +45,8 @@ class RankLog:
 
     def close(self) -> None:
         """Close the file. Calling it twice is fine."""
+        if self._last_resort is not None:
+            logger.removeHandler(self._last_resort)
         handler, self._handler = self._handler, None
         if handler is not None:
             logger.removeHandler(handler)

@@ -38,6 +38,7 @@ class Said:
 
     rank: int
     pid: int
+    thread: int
     what: str
 
 
@@ -74,7 +75,7 @@ class Torchrun:
         self._said: queue.Queue[Said] = queue.Queue()
         self._waiting: list[Said] = []
         self._forgotten: set[int] = set()
-        self._streams: dict[int, TextIO] = {}
+        self._streams: dict[tuple[int, int], TextIO] = {}
         # The path of a socket has to be short
         self._socket_folder = tempfile.TemporaryDirectory(prefix="offloop-")
         path = os.path.join(self._socket_folder.name, "socket")
@@ -133,7 +134,7 @@ class Torchrun:
         with connection, connection.makefile("rw") as stream, contextlib.suppress(OSError):
             for line in stream:
                 said = Said(**json.loads(line))
-                self._streams[said.pid] = stream
+                self._streams[said.pid, said.thread] = stream
                 self._said.put(said)
 
     def hear(self, timeout: float = PATIENCE) -> Said:
@@ -187,7 +188,7 @@ class Torchrun:
     def open(self, *at: Said) -> None:
         """Let ranks go on that wait (`talk.hold`) where they said they are."""
         for each in at:
-            stream = self._streams[each.pid]
+            stream = self._streams[each.pid, each.thread]
             stream.write("go\n")
             stream.flush()
 
@@ -261,18 +262,22 @@ class Torchrun:
         (path,) = (self.folder / "output").glob(f"*/attempt_{attempt}/{rank}/stderr.log")
         return path.read_text(errors="replace")
 
+    def _errors(self, rank: int | None) -> list[str]:
+        pattern = f"*/attempt_0/{'*' if rank is None else rank}/stderr.log"
+        return [each.read_text(errors="replace") for each in (self.folder / "output").glob(pattern)]
+
     def describe(self) -> str:
         """Return the end of all outputs, for a failed test."""
         return "\n".join(f"--- {name}\n{text[-6000:]}" for name, text in self.outputs() if text.strip())
 
-    def wait_for_output(self, rank: int, text: str, timeout: float = PATIENCE) -> None:
-        """Wait until a rank has printed a text to stderr.
+    def wait_for_output(self, rank: int | None, text: str, timeout: float = PATIENCE) -> None:
+        """Wait until a rank, or any, has printed a text to stderr.
 
         Raises:
             TimeoutError: It does not.
         """
         limit = time.monotonic() + timeout
-        while text not in self.output(rank):
+        while not any(text in each for each in self._errors(rank)):
             if time.monotonic() > limit:
                 raise TimeoutError(f"rank {rank} has not said {text!r}")
             time.sleep(0.02)

@@ -17,29 +17,30 @@ ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 _lock = threading.Lock()
-_connections: dict[int, Any] = {}
+_connections: dict[tuple[int, int], Any] = {}
 
 
 def _streams() -> Any:
-    """Return this process's connection to the test: a loader's worker makes its own."""
-    pid = os.getpid()
-    if pid not in _connections:
+    """Return this thread's connection to the test."""
+    here = (os.getpid(), threading.get_native_id())
+    if here not in _connections:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(os.environ["OFFLOOP_TEST_SOCKET"])
-        _connections[pid] = (connection.makefile("r"), connection.makefile("w"))
-    return _connections[pid]
+        _connections[here] = (connection.makefile("r"), connection.makefile("w"))
+    return _connections[here]
 
 
 def say(what: str) -> None:
     """Say something to the test. Any thread."""
     with _lock:
         _, stream = _streams()
-        stream.write(json.dumps({"rank": RANK, "pid": os.getpid(), "what": what}) + "\n")
+        thread = threading.get_native_id()
+        stream.write(json.dumps({"rank": RANK, "pid": os.getpid(), "thread": thread, "what": what}) + "\n")
         stream.flush()
 
 
 def hold(what: str) -> None:
-    """Say where this rank stands, and wait there until the test lets it go on. One thread at a time."""
+    """Say where this rank stands, and wait there until the test lets it go on."""
     say(what)
     _streams()[0].readline()
 
