@@ -8,6 +8,9 @@ signs_of_life     who has failed, hangs or cannot be reached
 plan              rank 0's decisions before the run, and whether all ranks were started alike
 agreement         commands, numbers of steps, time: one collective at some step boundaries
 shares            each rank's share of the batches
+twins             loaders and samplers that give one rank's share
+own_batches       what each rank's own loader gives, and that all have as many
+shared_order      the order of samples, drawn from rank 0's random state
 together          evaluations and predictions
 ddp               the strategy `DistributedDataParallel`
 """

@@ -208,13 +208,14 @@ def taken(item: Any, part: slice) -> Any:
 
 
 class SplitBatches(Twin):
-    """A list of batches, each divided when it is given."""
+    """A list of batches, each divided when it is given: views of every n-th row would not be contiguous."""
 
     def __init__(self, batches: Any, ranks: Ranks) -> None:
         super().__init__(batches)
         self._ranks = ranks
 
     def __getitem__(self, rest: slice) -> "SplitBatches":
+        """Return the rest of the list, from a batch of this rank on."""
         return type(self)(self.original[self._whole(rest.start) :], self._ranks)
 
     def _whole(self, batches: int) -> int:
@@ -282,7 +283,7 @@ class WholeStream(Twin):
 
 
 class TurnStream(WholeStream):
-    """The same for validations."""
+    """The same for validations. Takes part in what ranks exchange even where a limit lets it give no batch."""
 
     def __iter__(self) -> Iterator[Any]:
         rank, world_size, *_ = self._ranks

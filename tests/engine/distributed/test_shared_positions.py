@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from rank_threads import Rank, World
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]  # it has no types
 
 from offloop.engine.data.random_state import capture_random_state, restore_random_state
@@ -50,6 +50,32 @@ class Restless(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """There is no state to doubt."""
+
+
+class Stream:
+    """An iterable of batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(torch.arange(SAMPLES).split(BATCH))
+
+
+class StatefulStream(IterableDataset[Any]):
+    """Knows where it is."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.position < SAMPLES:
+            self.position += 1
+            yield torch.tensor(self.position - 1)
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
 
 
 class Program:
@@ -117,6 +143,10 @@ def make_loader(kind: str, workers: int, persistent: bool) -> Any:
     if kind == "its own generator":
         own = torch.Generator().manual_seed(5)
         return DataLoader(QUIET, BATCH, shuffle=True, generator=own, **options)
+    if kind == "stream":
+        return Stream()
+    if kind == "own data set":
+        return StatefulDataLoader(StatefulStream(), BATCH)
     if kind == "stateful loader":
         return StatefulDataLoader(QUIET, BATCH, shuffle=True, **options)
     if kind == "every item":
@@ -223,6 +253,30 @@ def test_a_list_of_batches_is_taken_over() -> None:
     uninterrupted, resumed, doubts = interrupted(2, 3, "split", "list", 0, False, None)
     assert resumed == [whole[3:] for whole in uninterrupted]
     assert doubts == [[]] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    "kind, doubts",
+    [
+        ("list", []),
+        (
+            "stream",
+            [
+                "the state of Stream is not saved: give it state_dict and load_state_dict, or take a DataLoader",
+                "{} batches of Stream were read again to skip them",
+            ],
+        ),
+        (
+            "own data set",
+            ["what is drawn while all ranks read all batches of StatefulDataLoader is not restored"],
+        ),
+    ],
+)
+def test_batches_that_all_ranks_read_go_on_in_turn(kind: str, doubts: list[str], steps: int) -> None:
+    uninterrupted, resumed, found = interrupted(2, 2, "whole", kind, 0, False, None, steps=steps)
+    assert resumed == uninterrupted
+    assert found == [[each.format(steps) for each in doubts]] * 2
 
 
 def test_another_number_of_ranks_is_named_where_they_take_whole_batches() -> None:
