@@ -1,5 +1,6 @@
 """The `offloop` command. Only the commands that train import torch, so `--help` answers at once."""
 
+import os
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +94,11 @@ def verify_resume(
 
     Exit code: 0 if all bits are equal, 1 if not, 2 if the script cannot be verified.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        fail(
+            "verify-resume wants one process, and several were started together: start it without torchrun. It "
+            "verifies how a script resumes in one process; on several ranks, compare the losses of metrics.csv"
+        )
     if kills < 1:
         fail(f"--kills must be at least 1, got {kills}")
     if not script.is_file():

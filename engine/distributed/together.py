@@ -7,7 +7,6 @@ progress in a process: no two threads call collectives at once.
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Final
 
@@ -16,12 +15,11 @@ from offloop.engine.distributed.group import Group
 from offloop.engine.distributed.group_strategy import GroupStrategy
 from offloop.engine.distributed.plan import Decision, Fingerprint, described_model
 from offloop.engine.distributed.rank_run import RankRun, join_run
-from offloop.engine.errors import RankFailedError
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.setup import Setup
 
-logger = logging.getLogger("offloop")
-
+FOR_OTHERS: Final = 60.0
+"""Seconds that a rank which has its result waits for the others to have theirs."""
 _OVER: Final = object()
 """Stands for the item of a rank that has no more."""
 
@@ -104,17 +102,18 @@ def together(
         return
     try:
         setup = _agree(ranks, program, what, prepare)
-        ranks.begin(program.config, fail=_note, given=Mailbox())
+        # Nothing to end: the next collective raises, or the signs of life end the process
+        ranks.begin(program.config, fail=lambda error: None, given=Mailbox())
         try:
             doing = Together(ranks, ranks.group(program.device), program, setup)
             try:
                 yield setup, doing
             finally:
                 doing.strategy.close()
-            assert ranks.life is not None
-            # The others may compute metrics for a while yet
-            ranks.life.leave()
+            _leave(ranks)
         except GeneratorExit:
+            # The reader of a prediction has left. The others know
+            _leave(ranks)
             raise
         except BaseException as error:
             explained = ranks.explained(error)
@@ -123,6 +122,13 @@ def together(
             raise explained from error
     finally:
         ranks.close()
+
+
+def _leave(ranks: RankRun) -> None:
+    """Leave together with the others: they may compute metrics yet, with a store that may go with this process."""
+    assert ranks.life is not None
+    ranks.life.leave()
+    ranks.life.wait_for_others(FOR_OTHERS)
 
 
 def _agree(
@@ -146,8 +152,3 @@ def _agree(
         plan.refuse(error)
         raise
     return setup
-
-
-def _note(error: RankFailedError) -> None:
-    """Say what has failed: the caller may stand in a collective that no longer ends, and then the process ends."""
-    logger.error("%s", error)

@@ -264,3 +264,13 @@ def test_wrong_usage_is_named(arguments: list[str], text: str) -> None:
     result = CliRunner().invoke(app, ["verify-resume", *arguments])
     assert result.exit_code == 2
     assert text in result.output
+
+
+def test_one_of_several_ranks_is_refused(script: Path) -> None:
+    from typer.testing import CliRunner
+
+    from offloop.cli.main import app
+
+    result = CliRunner().invoke(app, ["verify-resume", str(script)], env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert result.exit_code == 2
+    assert "verify-resume wants one process" in result.output

@@ -46,10 +46,7 @@ def run(ranks: Callable[[str], Ranks], script: str, world_size: int = 2) -> list
     return [said for _, said in found]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_an_evaluation_of_all_ranks_is_that_of_one_process(
-    ranks: Callable[[str], Ranks], world_size: int
-) -> None:
+def test_an_evaluation_of_all_ranks_is_that_of_one_process(ranks: Callable[[str], Ranks]) -> None:
     """Whatever the shares, with the weights and buffers of rank 0, in any thread, as often as asked for."""
     script = """
     together, alone = trainer_of("auto"), trainer_of("none")
@@ -69,7 +66,7 @@ def test_an_evaluation_of_all_ranks_is_that_of_one_process(
         close(*(each.evaluate(loader, metrics=["f1"]) for each in limited))
     say(sorted(first.items()))
     """
-    assert len(set(run(ranks, script, world_size))) == 1
+    assert len(set(run(ranks, script, world_size=3))) == 1
 
 
 def test_a_prediction_gives_rank_0_everything_in_order(ranks: Callable[[str], Ranks]) -> None:
@@ -151,3 +148,26 @@ def test_ranks_that_do_different_things_say_so_and_can_go_on(ranks: Callable[[st
         assert "length of loader val_ differs: rank 1 has 6, rank 0 has 7" in length
         assert size.startswith("find_batch_size wants one process, and 2 were started together"), rank
         assert rate.startswith("find_learning_rate wants one process"), rank
+
+
+@pytest.mark.parametrize("what", ["evaluate", "predict"])
+def test_a_rank_that_fails_is_named_on_the_others(ranks: Callable[[str], Ranks], what: str) -> None:
+    script = f"""
+    from offloop.engine import RankFailedError
+
+    class Failing(Trainer):
+        def step(self, batch):
+            if rank == 1:
+                raise KeyError("no such word")
+            return self.model(batch[0]).sum()
+
+        validation_step = predict_step = step
+
+    whole = trainer_of("auto")
+    failing = Failing(whole.model, torch.optim.SGD(whole.model.parameters(), lr=0.1), rank_timeout=10.0)
+    try:
+        failing.{what}(loader)
+    except (KeyError, RankFailedError) as error:
+        say(type(error).__name__, "no such word" in str(error), getattr(error, "rank", None))
+    """
+    assert run(ranks, script) == ["RankFailedError True 1\n", "KeyError True None\n"]
