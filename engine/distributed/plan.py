@@ -84,7 +84,7 @@ def fingerprint(
         "callbacks": ", ".join(each.name for each in handlers),
         "run_name": str(config.run_name),
         "knobs": ", ".join(f"{name}={value!r}" for name, value in settings.items() if name != "run_name"),
-        "limits": str(limits),
+        "limits": str(limits).removeprefix("Limits(").removesuffix(")"),
         **{name: f"{length} batches" for name, length in loaders.items()},
     }
 
@@ -151,7 +151,7 @@ class Plan:
             if here != there:
                 here, there = _difference(here, str(there))
                 raise ConfigError(
-                    f"all ranks must be started alike, but {name} differs: rank {self._rank} has {here}, "
+                    f"all ranks must be started alike, but they differ in {name}: rank {self._rank} has {here}, "
                     f"rank 0 has {there}"
                 )
 

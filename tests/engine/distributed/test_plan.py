@@ -12,6 +12,7 @@ from offloop.engine import Callback, TrainerConfig
 from offloop.engine.callback import lookup
 from offloop.engine.distributed.plan import Decision, Fingerprint, Plan, fingerprint
 from offloop.engine.errors import ConfigError
+from offloop.engine.training.setup import Limits
 
 
 class Watches(Callback):
@@ -19,13 +20,18 @@ class Watches(Callback):
 
 
 def of(
-    model: torch.nn.Module | None = None, *callbacks: Callback, length: int = 8, **knobs: Any
+    model: torch.nn.Module | None = None, *callbacks: Callback, length: int = 8, epochs: int = 3, **knobs: Any
 ) -> Fingerprint:
     model = model or torch.nn.Linear(4, 2)
     optimizers = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     config = TrainerConfig(**knobs)
     return fingerprint(
-        model, optimizers, config, lookup(callbacks), "epochs=3", {"length of train_loader": length}
+        model,
+        optimizers,
+        config,
+        lookup(callbacks),
+        Limits(epochs=epochs),
+        {"length of train_loader": length},
     )
 
 
@@ -70,11 +76,18 @@ def test_all_ranks_have_the_decision_of_rank_0() -> None:
 @pytest.mark.parametrize(
     ("other", "text"),
     [
-        (lambda: of(torch.nn.Linear(4, 3)), "model differs"),
-        (lambda: of(None, Watches()), "callbacks differs"),
-        (lambda: of(length=9), "length of train_loader differs: rank 1 has 9 batches, rank 0 has 8 batches"),
-        (lambda: of(precision="bf16-mixed"), "knobs differs: rank 1 has precision='bf16-mixed', rank 0 has"),
-        (lambda: of(run_name="other"), "run_name differs: rank 1 has other, rank 0 has None"),
+        (lambda: of(torch.nn.Linear(4, 3)), "they differ in model"),
+        (lambda: of(None, Watches()), "they differ in callbacks"),
+        (
+            lambda: of(length=9),
+            "they differ in length of train_loader: rank 1 has 9 batches, rank 0 has 8 batches",
+        ),
+        (
+            lambda: of(precision="bf16-mixed"),
+            "they differ in knobs: rank 1 has precision='bf16-mixed', rank 0 has",
+        ),
+        (lambda: of(epochs=4), "they differ in limits: rank 1 has epochs=4, rank 0 has epochs=3"),
+        (lambda: of(run_name="other"), "they differ in run_name: rank 1 has other, rank 0 has None"),
     ],
 )
 def test_ranks_that_were_started_differently_all_get_an_error(

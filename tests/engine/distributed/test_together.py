@@ -142,10 +142,10 @@ def test_ranks_that_do_different_things_say_so_and_can_go_on(ranks: Callable[[st
     """
     for rank, said in enumerate(run(ranks, script)):
         metrics, call, argument, length, size, rate = said.splitlines()
-        assert "all ranks must be started alike, but metrics differs" in metrics
-        assert "the call differs: rank 1 has predict, rank 0 has evaluate" in call
+        assert "all ranks must be started alike, but they differ in metrics" in metrics
+        assert "they differ in the call: rank 1 has predict, rank 0 has evaluate" in call
         assert "loader must be iterable over batches, got NoneType" in argument
-        assert "length of loader val_ differs: rank 1 has 6, rank 0 has 7" in length
+        assert "they differ in length of loader val_: rank 1 has 6, rank 0 has 7" in length
         assert size.startswith("find_batch_size wants one process, and 2 were started together"), rank
         assert rate.startswith("find_learning_rate wants one process"), rank
 
