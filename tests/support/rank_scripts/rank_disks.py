@@ -1,6 +1,10 @@
-"""Scenarios: rank 1 does not see the directory of rank 0's runs, as on two machines without a common disk."""
+"""Scenarios: the disk of rank 1 is full for a moment; then it does not see the directory of rank 0's runs.
+
+That is as on two machines without a common disk.
+"""
 
 import ctypes
+import errno
 import os
 from typing import Any
 
@@ -8,7 +12,9 @@ from rank_scripts.parts import adam, classifier, crc, loader, net, samples, weig
 from rank_scripts.talk import RANK
 
 from offloop.callbacks import ModelCheckpoint
-from offloop.engine import Resumed
+from offloop.engine import CheckpointFailed, CheckpointSaved, Resumed
+from offloop.engine.checkpoint import part_store
+from offloop.engine.checkpoint.filesystem import FileSystem
 from offloop.engine.testing import Recorder
 
 NEW_MOUNTS = 0x00020000
@@ -54,6 +60,40 @@ def _train(name: str, *, max_steps: int | None = None, resume: str | None = None
         "resumed": [(each.exactness, each.reasons) for each in recorder.of(Resumed)],
         "is_hidden": is_hidden,
         "sees": os.path.exists(os.path.join(runs, name, "run.json")),
+    }
+
+
+class FullOnce(FileSystem):
+    """Has no room for the first write."""
+
+    has_room = False
+
+    def write(self, file: int, data: memoryview) -> int:
+        if not FullOnce.has_room:
+            FullOnce.has_room = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(file, data)
+
+
+def full() -> Any:
+    """The first checkpoint finds the disk of rank 1 full. Before anything is hidden."""
+    if RANK == 1:
+        vars(part_store)["FileSystem"] = FullOnce
+    model = net()
+    trainer = classifier(
+        model, adam(model), seed=11, run_dir=os.environ["OFFLOOP_TEST_RUNS"], run_name="full"
+    )
+    recorder = Recorder()
+    result = trainer.train(
+        loader(samples(101)),
+        loader(samples(29, seed=1)),
+        epochs=3,
+        callbacks=[ModelCheckpoint(), recorder],
+    )
+    return {
+        "status": result.status,
+        "failed": [(each.saved_step, each.error) for each in recorder.of(CheckpointFailed)],
+        "saved": [each.saved_step for each in recorder.of(CheckpointSaved)],
     }
 
 
