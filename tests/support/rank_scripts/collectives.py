@@ -68,7 +68,9 @@ class Recorder:
         def recorded(*arguments: Any, **named: Any) -> Any:
             # What one calls to do its work is no call of ours
             if getattr(self._inside, "depth", 0) == 0:
-                details = [_describe(each) for each in arguments]
+                # Only the receiver of a gather has a list for what comes
+                alike = arguments[:1] if name == "gather" else arguments
+                details = [_describe(each) for each in alike]
                 details += [f"{key}={_describe(value)}" for key, value in sorted(named.items())]
                 self.note(name, details)
             self._inside.depth = getattr(self._inside, "depth", 0) + 1
