@@ -190,11 +190,11 @@ class RankRun:
 
         An error of this rank is told to the others. Waits some seconds for what another rank has to say.
         """
-        if self.life is not None and not isinstance(error, RankFailedError):
+        if self.life is not None:
             cause = self.life.cause_of(error)
             if cause is None:
                 self.life.report(error)
-            else:
+            elif cause is not error:
                 cause.__cause__ = error
                 error = cause
         if self._log is not None:

@@ -23,9 +23,10 @@ from collections.abc import Callable
 from typing import Final
 
 import msgspec
+import torch.distributed as dist
 
 from offloop.engine.distributed.launch import Launch
-from offloop.engine.distributed.rendezvous import PrefixStore, RunStore, own_client
+from offloop.engine.distributed.rendezvous import PrefixStore, RunStore, Store, own_client
 from offloop.engine.errors import RankFailedError
 
 logger = logging.getLogger("offloop")
@@ -86,12 +87,12 @@ class SignsOfLife:
     reached for the time-out is a failure, too.
 
     `fail` is called once, with the failure of another rank or the hanging of this one, in a thread of this object. If
-    `stop` does not follow within five seconds, the process ends itself with code 1.
+    the training thread has not come out within five seconds, the process ends itself with code 1.
     """
 
     def __init__(
         self,
-        store: RunStore,
+        store: Store,
         launch: Launch,
         run_key: str,
         *,
@@ -122,9 +123,13 @@ class SignsOfLife:
         self.wants_attention = False
         """Set it to have rank 0's `attention` called. Written by any thread, cleared by the messenger."""
         self.has_come_out = False
-        """True once the training thread stands in no collective any more. Written by it, read by the watch."""
+        """True once the training thread waits for no other rank: a failure then ends no process.
+
+        Written by the training thread, also by `report` and `cause_of`; read by the watch.
+        """
         self.failure: RankFailedError | None = None
         """The failure that `fail` was called with. Written once, under the lock; read by any thread."""
+        assert isinstance(store, RunStore)
         self._store = store
         self._launch = launch
         self._prefix = f"signs/{run_key}"
@@ -135,7 +140,8 @@ class SignsOfLife:
         self._fail = fail
         self._attention = attention
         self._lock = threading.Lock()
-        self._training_thread = 0
+        # Written by `start`, before there is a thread that reads it
+        self._training_thread: threading.Thread | None = None
         # Seconds that this process has run: written by the watch, read by all threads
         self._now = 0.0
         # Written by the thread that leaves, read by the messenger
@@ -168,7 +174,7 @@ class SignsOfLife:
 
     def start(self) -> None:
         """Give signs of life from now on. Training thread only: its stack is shown when it hangs."""
-        self._training_thread = threading.get_ident()
+        self._training_thread = threading.current_thread()
         for each in self._threads:
             each.start()
 
@@ -188,6 +194,7 @@ class SignsOfLife:
         Args:
             error: Why; the others get its traceback.
         """
+        self.has_come_out = True
         if self.failure is not None or isinstance(error, RankFailedError):
             return
         self._has_reported = True
@@ -203,28 +210,35 @@ class SignsOfLife:
         self._wait_for_others(lambda sign: sign.knows_failure, REPORT_TIMEOUT)
 
     def cause_of(self, error: BaseException) -> RankFailedError | None:
-        """Return which rank's failure has broken a collective. Any thread; blocks for at most four seconds.
+        """Return which rank's failure has broken a collective. Any thread.
+
+        Blocks for at most four seconds if the error is one of a broken connection, else not at all.
 
         Args:
-            error: What the collective has raised.
+            error: What the training thread has raised.
 
         Returns:
-            None if all ranks are well, as far as anybody knows.
+            None if all others are well, as far as anybody knows, or this rank has reported its own failure.
         """
+        self.has_come_out = True
         if isinstance(error, RankFailedError):
             return error
+        if self._has_reported:
+            return None
+        if not _tells_of_a_connection(error):
+            return self.failure
         give_up = time.monotonic() + CAUSE_TIMEOUT
         while not self._is_known.wait(_TICK / 2) and time.monotonic() < give_up and not self._ended.is_set():
             if self._found is None and (suspect := self._suspect()) is not None:
                 self._put(suspect)
-        if self.failure is None and (cannot := self._store_is_gone(self._period * SUSPICIOUS)) is not None:
-            self._fail_with(cannot)
+        if self.failure is None and (gone := self._store_is_gone(self._period * SUSPICIOUS)) is not None:
+            self._fail_with(gone)
         return self.failure
 
     # Leaving together ------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """Say that this rank has done all it had to do. It still gives signs. Any thread; does not block."""
+        """Say that this rank has done all it had to do: from now on it may be silent. Any thread; does not block."""
         self._state = max(self._state, _HAS_LEFT)
         self._wake.set()
 
@@ -288,6 +302,10 @@ class SignsOfLife:
                 is_waited_for = self._state != _RUNS or self._has_reported
                 self._wake.wait(min(self._period, LEAVING_PERIOD) if is_waited_for else self._period)
 
+        if store is not None and self._state == _HAS_LEFT:
+            with contextlib.suppress(RuntimeError):
+                self._say(store)
+
     def _begin(self, store: PrefixStore) -> None:
         """Make sure that all keys are there. After an outage, all ranks have the whole time again."""
         for key in self._keys:
@@ -297,8 +315,7 @@ class SignsOfLife:
 
     def _meet(self, store: PrefixStore) -> None:
         """Write this rank's sign, read the others', and judge."""
-        own = self._next_sign()
-        store.set(f"sign/{self._launch.rank}", msgspec.json.encode(own).decode())
+        own = self._say(store)
         if (found := self._found) is not None:
             store.compare_set("failure", "-", msgspec.json.encode(found).decode())
         *signs, failure = store.multi_get(self._keys)
@@ -312,21 +329,23 @@ class SignsOfLife:
         else:
             self._judge(own)
 
-    def _next_sign(self) -> _Sign:
+    def _say(self, store: PrefixStore) -> _Sign:
         if self.wants_attention:
             # Cleared first: whoever sets it now asks once more
             self.wants_attention = False
             self._asked += 1
         self._number += 1
-        return _Sign(
-            self._number,
-            self._launch.host,
-            self.place,
-            self.excused,
-            self.failure is not None,
-            self._asked,
-            self._state,
+        own = _Sign(
+            number=self._number,
+            host=self._launch.host,
+            place=self.place,
+            excused=self.excused,
+            knows_failure=self.failure is not None,
+            asked=self._asked,
+            state=self._state,
         )
+        store.set(f"sign/{self._launch.rank}", msgspec.json.encode(own).decode())
+        return own
 
     def _take(self, rank: int, sign: _Sign) -> None:
         before = self._signs.get(rank)
@@ -340,7 +359,7 @@ class SignsOfLife:
     def _judge(self, own: _Sign) -> None:
         """Look for a rank that is silent, and whether this one is late."""
         for rank in self._others:
-            if self._now - self._changed[rank] >= self._timeout and not self._is_gone(rank):
+            if self._now - self._changed[rank] >= self._timeout and not self._has_left(rank):
                 what = (
                     f"has given no sign of life for {self._timeout:g} s: it was killed or stopped, its machine or "
                     "network is down, or its code holds Python's interpreter lock"
@@ -354,15 +373,16 @@ class SignsOfLife:
             self._last_place, self._came_on = own.place, self._now
         elif self._now - self._came_on >= self._timeout and not self._has_reported:
             batch, phase = own.place
+            where = f"{_PHASES[min(phase, 2)]} of batch {batch}"
             what = (
-                f"has not come on for {self._timeout:g} s, while others wait for it: it {_PHASES[min(phase, 2)]} of "
-                f"batch {batch}. If it is only slow, raise rank_timeout. Its training thread:\n{self._stack()}"
+                f"has not come on for {self._timeout:g} s, while others wait for it: it {where}. "
+                f"If it is only slow, raise rank_timeout. Its training thread:\n{self._stack()}"
             )
             self._put(_Failure(self._launch.rank, self._launch.host, what))
 
     def _say_goodbye(self, store: PrefixStore) -> None:
-        store.set(f"sign/{self._launch.rank}", msgspec.json.encode(self._next_sign()).decode())
-        if self._launch.rank == 0 and all(map(self._is_gone, self._others)):
+        self._say(store)
+        if self._launch.rank == 0 and all(self._signs[rank].state == _IS_GONE for rank in self._others):
             for key in self._keys:
                 store.delete_key(key)
 
@@ -392,7 +412,7 @@ class SignsOfLife:
         patience = self._period * SUSPICIOUS
         if self._now - self._reached < patience:
             for rank in self._others:
-                if self._now - self._changed[rank] >= patience and not self._is_gone(rank):
+                if self._now - self._changed[rank] >= patience and not self._has_left(rank):
                     what = "has ended without a word: its connections are closed, as when it is killed"
                     return _Failure(rank, self._host_of(rank), what)
         return None
@@ -405,21 +425,23 @@ class SignsOfLife:
         what = f"cannot be reached: the store at {address} has not answered for {silence:.0f} s"
         return RankFailedError(0, self._host_of(0), what)
 
-    def _is_gone(self, rank: int) -> bool:
+    def _has_left(self, rank: int) -> bool:
         sign = self._signs.get(rank)
-        return sign is not None and sign.state == _IS_GONE
+        return sign is not None and sign.state >= _HAS_LEFT
 
     def _host_of(self, rank: int) -> str:
         sign = self._signs.get(rank)
         return "its host" if sign is None else sign.host
 
     def _stack(self) -> str:
-        frame = sys._current_frames().get(self._training_thread)
+        assert self._training_thread is not None and self._training_thread.ident is not None
+        frame = sys._current_frames().get(self._training_thread.ident)
         return "  it has ended" if frame is None else "".join(traceback.format_stack(frame)).rstrip()
 
     # The watch -------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        assert self._training_thread is not None
         before = time.monotonic()
         while not self._ended.wait(_TICK):
             after = time.monotonic()
@@ -429,17 +451,14 @@ class SignsOfLife:
                 self._fail_with(failure)
                 with self._read:
                     self._read.notify_all()
-            if (
-                self._failed_at is not None
-                and self._now - self._failed_at >= COMING_OUT
-                and not self.has_come_out
-            ):
+            is_over = self._failed_at is not None and self._now - self._failed_at >= COMING_OUT
+            if is_over and not self.has_come_out and self._training_thread.is_alive():
                 self._end_process()
 
     def _end_process(self) -> None:
         """End this process. Its training thread stands in a collective, and no call gets it out."""
         words = (
-            f"offloop: rank {self._launch.rank} on {self._launch.host} ends itself: {self.failure}\n"
+            f"offloop: rank {self._launch.rank} on {self._launch.host} ends itself: RankFailedError: {self.failure}\n"
             f"offloop: its training thread has not come out for {COMING_OUT:g} s:\n{self._stack()}\n"
         )
         with contextlib.suppress(OSError):
@@ -449,6 +468,20 @@ class SignsOfLife:
         flush.start()
         flush.join(1.0)
         os._exit(1)
+
+
+def _tells_of_a_connection(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it comes from, is of gloo, NCCL or the store."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, RuntimeError):
+            text = str(error).lower()
+            # gloo raises bare RuntimeErrors, with the path of its source
+            if isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text:
+                return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _flush() -> None:

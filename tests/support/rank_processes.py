@@ -59,6 +59,8 @@ class Ranks:
     ) -> ScriptProcess:
         """Start one rank. What it writes to stderr comes with what it prints."""
         environment = {
+            # torch asks a name server for the name of each address, and waits for seconds if the answer is lost
+            "RES_OPTIONS": "timeout:1",
             **os.environ,
             **rank_variables(rank, world_size, port or self.port),
             **(variables or {}),

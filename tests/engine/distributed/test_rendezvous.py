@@ -88,7 +88,7 @@ def test_rank_that_was_started_twice_is_one_error_on_all(ranks: Callable[[str], 
     kept = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     first = several.start(1, 3, port=store.port, variables=kept)
     rank_0 = several.start(0, 3, port=store.port, variables=kept)
-    meeting = PrefixStore("offloop", PrefixStore("", store))
+    meeting = PrefixStore("offloop", store)
     seen = meeting.get("hello/1").decode()
     meeting.get(f"welcome/{seen}")
     second = several.start(1, 3, port=store.port, variables=kept)
