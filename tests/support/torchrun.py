@@ -102,6 +102,8 @@ class Torchrun:
                 env={
                     **inherited,
                     "OMP_NUM_THREADS": "1",  # tiny tensors gain nothing from more
+                    # torch asks a name server for the name of each address: a lost answer costs five seconds
+                    "RES_OPTIONS": "timeout:1",
                     "PYTHONPATH": os.pathsep.join(sys.path),
                     "PYTHONUNBUFFERED": "1",
                     MARK: self._mark,

@@ -129,7 +129,12 @@ def test_ranks_of_torchrun_meet_again_after_a_restart(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, "--max-restarts=1", "--monitor-interval=0.1", str(file), str(tmp_path / "killed")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RES_OPTIONS": "timeout:1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True,
         text=True,
         timeout=100,
