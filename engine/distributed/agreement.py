@@ -109,6 +109,10 @@ class Agreement:
         self._waiting: deque[_Waiting] = deque()
         # Commands of this rank that are on their way, by number
         self._sent: dict[int, Envelope[Any]] = {}
+        # Those that rank 0 was asked to post, until they come back. The next exchange carries the rest
+        self._asked: list[Given] = []
+        # Commands of other ranks that were fed: by rank and number
+        self._fed: set[tuple[int, int]] = set()
         self._foreign = itertools.count(_FOREIGN_NUMBERS)
         # Of this rank, a cancellation that was told in a validation
         self._is_cancel_told = False
@@ -167,7 +171,8 @@ class Agreement:
         steps, self._unsent = self._unsent, []
         message = Message(
             steps=steps,
-            commands=self._take_given(),
+            commands=[*self._asked, *self._take_given()],
+            asked=self._news.asks,
             cancelled=given.cancel_reason if given.cancelled else None,
             failure=self._host.own_failure(),
             news=self._news.posted,
@@ -184,6 +189,8 @@ class Agreement:
         # News that this rank has not seen in its validation come before the commands since
         while not self.is_first and self._news.read < first.news:
             self._read_news(wait=True)
+        if self.is_first:
+            self._news.skip([each.asked for each in messages])
         for received, each in zip(self._received, messages, strict=True):
             received.extend(each.steps)
         for rank, each in enumerate(messages):
@@ -215,6 +222,7 @@ class Agreement:
         if not self.is_first:
             if given or cancelled is not None:
                 self._news.ask(given, cancelled)
+                self._asked += given
             while self._read_news(wait=False):
                 pass
             return
@@ -265,6 +273,9 @@ class Agreement:
         envelopes: list[Envelope[Any]] = []
         for rank, of_rank in enumerate(commands):
             for each in of_rank:
+                if rank and (rank, each.number) in self._fed:
+                    continue
+                self._fed.add((rank, each.number))
                 own = self._sent.pop(each.number) if rank == self._group.rank else None
                 key = self._encoder.encode(each.command), each.by
                 first_rank, future = made.get(key, (rank, None))
@@ -276,6 +287,7 @@ class Agreement:
                     envelopes.append(Envelope(command, number, each.by, each.from_decider, future))
                 if own is not None:
                     _pass_on(future, own.future)
+        self._asked = [each for each in self._asked if each.number in self._sent]
         self._host.feed(envelopes, cancelled)
 
     def _call(self, given: Given, own: Envelope[Any] | None) -> Command[Any]:

@@ -38,6 +38,8 @@ class Message(msgspec.Struct, array_like=True):
     commands: list[Given]
     cancelled: str | None
     """Why this rank was cancelled; None if it was not."""
+    asked: int
+    """How often this rank has asked rank 0 to post commands. What was not posted is among `commands`."""
     failure: tuple[str, str] | None
     """The name of this rank's machine, and what it has failed with; None if it has not."""
     news: int

@@ -68,6 +68,18 @@ class News:
         self._asked[self._rank] += 1
         self._store.set(key, msgspec.msgpack.encode(Asked(commands, cancelled)).hex())
 
+    @property
+    def asks(self) -> int:
+        """How often this rank has asked. Other ranks."""
+        return self._asked[self._rank] if self._rank else 0
+
+    def skip(self, asks: list[int]) -> None:
+        """Do not read what ranks have asked for so far: it has come by another way. Rank 0."""
+        for rank, count in enumerate(asks):
+            for number in range(self._asked[rank], count) if rank else ():
+                self._store.delete_key(f"asked/{rank}/{number}")
+                self._asked[rank] = number + 1
+
     def asked(self) -> list[Asked]:
         """Return what each rank has asked for since the last call, by rank. Rank 0."""
         found: list[Asked] = []

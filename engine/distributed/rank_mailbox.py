@@ -38,6 +38,8 @@ class RankMailbox(Mailbox):
         self.given = given
         self._urgent = False
         self._looked = 0.0
+        self.is_in_pass = False
+        """True inside a pass over a validation's batches, where ranks cannot exchange. Written by the strategy."""
         # Changes of the run's mailbox that the last exchange has seen
         self._seen = 0
         # Set when the process group is there
@@ -55,7 +57,7 @@ class RankMailbox(Mailbox):
             return True
         if self._agreement is None:
             return False
-        if not self._progress.is_validating:
+        if not self.is_in_pass:
             return self._agreement.is_due()
         if self._agreement.is_first:
             return self.given.attention
@@ -91,12 +93,18 @@ class RankMailbox(Mailbox):
         """Exchange with the other ranks, or look for news in a validation; then as `Mailbox.collect`."""
         assert self._agreement is not None
         self._seen = self.given.changes
-        if place is Place.VALIDATION:
+        if self.is_in_pass:
             self._looked = time.monotonic()
             self._agreement.look()
         else:
             self._agreement.exchange()
         return super().collect(place, deciders_only=deciders_only)
+
+    def put_back(self, envelopes: Sequence[Envelope[Any]]) -> None:
+        """Put back what a stop leaves over. It fails as the run ends; no rank visits the mailbox for it alone."""
+        is_urgent = self._urgent
+        super().put_back(envelopes)
+        self._urgent = is_urgent
 
     def wait_for_change(self, seen: int) -> None:
         """Wait in a pause: rank 0 for a change, the others for rank 0."""
@@ -104,7 +112,7 @@ class RankMailbox(Mailbox):
         if self._agreement.is_first:
             with self._excused():
                 self.given.wait_for_change(self._seen)
-        elif self._progress.is_validating:
+        elif self.is_in_pass:
             # In slices: a command or a signal may come on this rank
             with self._excused():
                 time.sleep(LOOK_INTERVAL)

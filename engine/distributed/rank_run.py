@@ -20,7 +20,7 @@ from offloop.engine.distributed.plan import Plan
 from offloop.engine.distributed.rank_log import RankLog
 from offloop.engine.distributed.rank_mailbox import RankMailbox
 from offloop.engine.distributed.rank_strategy import RunHere
-from offloop.engine.distributed.rendezvous import PrefixStore, Store, connect, own_client
+from offloop.engine.distributed.rendezvous import PrefixStore, Store, connect, shared_client
 from offloop.engine.distributed.signs_of_life import SignsOfLife
 from offloop.engine.errors import ConfigError, RankFailedError
 from offloop.engine.events import Event, TrainStart
@@ -82,8 +82,8 @@ class RankRun:
         return self.rank == 0
 
     def client(self) -> Any:
-        """Return a client of the store for the thread that will use it, with the keys of this run. Blocks."""
-        return PrefixStore(self._key, own_client(self._store))
+        """Return a client of the store with the keys of this run, for operations that do not wait. Any thread."""
+        return PrefixStore(self._key, shared_client(self._store))
 
     def equip(self, given: Mailbox, program: Program, setup: Setup) -> tuple[RankMailbox, DDPStrategy]:
         """Return mailbox and strategy for the loop of the run.

@@ -185,12 +185,18 @@ class RankStrategy(GroupStrategy):
             life.place = progress.batch + 1, 1
             yield batch
 
+    def begin_pass(self) -> None:
+        """Begin a pass over the batches of a validation: ranks read different numbers of them."""
+        self._mailbox.is_in_pass = True
+
     def end_pass(self) -> bool:
         """Wait for the other ranks, and take the commands that not all of them have had."""
+        self._mailbox.is_in_pass = False
         batch, phase = self._life.place
         self._life.place = batch, phase + 1
         self.agreement.exchange()
-        return self._mailbox.attention
+        # On all ranks, because another exchange is part of it
+        return True
 
     # Decisions ---------------------------------------------------------------------------------------
 

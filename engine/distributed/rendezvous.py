@@ -77,6 +77,8 @@ class RunStore(PrefixStore):
 _lock = threading.Lock()
 # Guarded by the lock. The host's group for which the store was made, None for a group of our own.
 _connected: tuple[Any, RunStore] | None = None
+# The client that all threads share, and the store that it belongs to.
+_client: tuple[Store, RunStore] | None = None
 # The stores that this process hosts. They live as long as it does.
 _hosting: list[TCPStore] = []
 
@@ -101,6 +103,25 @@ def connect(launch: Launch, *, timeout: float) -> RunStore:
         if _connected is None or _connected[0] is not host_group:
             _connected = host_group, _connect(launch, time.monotonic() + timeout, timeout)
         return _connected[1]
+
+
+def shared_client(store: Store) -> RunStore:
+    """Return the client that all threads of this process share, with the same prefix as the store. Any thread.
+
+    One operation at a time uses it, so only operations that do not wait may: `set`, `check`, and `get` of what is
+    there. A client more can take seconds, where the names of machines are looked up in vain.
+
+    Args:
+        store: What `connect` has returned.
+
+    Raises:
+        RuntimeError: The store cannot be reached.
+    """
+    global _client
+    with _lock:
+        if _client is None or _client[0] is not store:
+            _client = store, own_client(store)
+        return _client[1]
 
 
 def own_client(store: Store) -> RunStore:

@@ -26,7 +26,7 @@ import msgspec
 import torch.distributed as dist
 
 from offloop.engine.distributed.launch import Launch
-from offloop.engine.distributed.rendezvous import PrefixStore, RunStore, Store, own_client
+from offloop.engine.distributed.rendezvous import PrefixStore, RunStore, Store, own_client, shared_client
 from offloop.engine.errors import RankFailedError
 
 logger = logging.getLogger("offloop")
@@ -283,11 +283,14 @@ class SignsOfLife:
 
     def _exchange(self) -> None:
         store: PrefixStore | None = None
+        # A client whose connection is broken is of no use any more
+        has_failed = False
         while not self._ended.is_set():
             self._wake.clear()
             try:
                 if store is None:
-                    store = PrefixStore(self._prefix, own_client(self._store))
+                    client = own_client(self._store) if has_failed else shared_client(self._store)
+                    store = PrefixStore(self._prefix, client)
                     self._begin(store)
                 if self._state == _IS_GONE:
                     self._say_goodbye(store)
@@ -295,7 +298,7 @@ class SignsOfLife:
                 self._meet(store)
             # Of torch when the connection is broken; of Python when there is none to be had
             except (RuntimeError, OSError):
-                store = None
+                store, has_failed = None, True
             with self._read:
                 self._read.notify_all()
             if not self._ended.is_set():

@@ -376,6 +376,7 @@ class TrainingLoop:
         """Return an iterator over the loader's batches, and how many of them a resumed epoch has had."""
         progress, source = self.progress, self.source
         if progress.is_validating:
+            self.strategy.begin_pass()
             return source.begin_validation(loader, progress.epoch), 0
         if self.resumed is not None and not source.is_interrupted_pass_next:
             # The interruption was between two passes
@@ -448,8 +449,8 @@ class TrainingLoop:
         """Update the parameters with the gradients of the window."""
         config, window, optimizer = self.setup.config, self.window, self.setup.first_optimizer
         if window.is_weighted:
-            total = self.strategy.sum(sum(window.weights))
-            rescale(self.parameters(), self.strategy.world_size / (total or 1.0))
+            total = self.strategy.sum(sum(window.weights)) or 1.0
+            rescale(self.parameters(), self.strategy.world_size / total)
         self.mixed.unscale(optimizer)
         if self.hooks.active:
             self.hooks.run("before_optimizer_step", batch)
@@ -458,8 +459,7 @@ class TrainingLoop:
             norm = clip(self.parameters(), config.gradient_clip_val, config.gradient_clip_algorithm)
         skipped = False
         if config.on_nonfinite == "skip_step":
-            is_finite = window.is_finite() and gradients_are_finite(self.parameters())
-            skipped = not self.strategy.all(is_finite)
+            skipped = not self.strategy.all(window.is_finite() and gradients_are_finite(self.parameters()))
         self.progress.last_lr = largest_lr(optimizer)
         self.progress.last_rates = rates_by_group(self.setup.optimizers)
         if not skipped:

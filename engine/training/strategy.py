@@ -193,8 +193,11 @@ class Strategy:
         """
         return iterator
 
+    def begin_pass(self) -> None:
+        """Begin a pass over the batches of a validation."""
+
     def end_pass(self) -> bool:
-        """Wait for the others at the end of a pass over a validation's batches; True if commands have come."""
+        """Wait for the others at the end of a pass over a validation's batches; True if commands may have come."""
         return False
 
     # Time and decisions ----------------------------------------------------------------------------

@@ -264,3 +264,24 @@ def test_news_that_a_rank_has_missed_come_before_the_commands_of_the_next_exchan
     first.mailbox.give(Stop("second"))
     together(both, exchange)
     assert first.commands() == second.commands() == [("pause", "user"), ("stop", "user")]
+
+
+def test_what_rank_0_has_not_posted_comes_with_the_next_exchange_once() -> None:
+    first, second = both = ranks()
+    second.mailbox.give(Pause("late"))
+    look(second)
+    together(both, exchange)
+    assert first.commands() == second.commands() == [("pause", "user")]
+    look(first)
+    look(second)
+    together(both, exchange)
+    assert first.commands() == second.commands() == [("pause", "user")]
+
+
+def test_what_rank_0_has_posted_and_nobody_read_comes_once() -> None:
+    first, second = both = ranks()
+    second.mailbox.give(Pause("late"))
+    look(second)
+    look(first)
+    together(both, exchange)
+    assert first.commands() == second.commands() == [("pause", "user")]
