@@ -37,9 +37,10 @@ def hosts() -> Iterator[None]:
             ip("-n", host, "addr", "add", f"{address}/24", "dev", end)
             ip("-n", host, "link", "set", end, "up")
             ip("-n", host, "link", "set", "lo", "up")
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
         remove_hosts()
-        pytest.skip("this machine makes no network namespaces")
+        why = getattr(error, "stderr", b"").decode().strip() or error
+        pytest.skip(f"this machine makes no network namespaces: {why}")
     try:
         yield
     finally:
