@@ -110,7 +110,7 @@ def test_call_validate_and_checkpoint(ran: Any) -> None:
     found = together(ran.of("commands"))
     assert found["said"][0] == 0, "a function runs on rank 0"
     assert "val_loss" in found["said"][1]
-    assert found["said"][2] == "by hand"
+    assert found["said"][2] == "manual"
     assert [each[0] for each in found["applied"]] == ["call", "validate", "checkpoint", "stop"]
     assert [each[3] for each in found["applied"]] == [None] * 4
 

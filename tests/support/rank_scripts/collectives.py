@@ -72,6 +72,9 @@ class Recorder:
                 alike = arguments[:1] if name == "gather" else arguments
                 details = [_describe(each) for each in alike]
                 details += [f"{key}={_describe(value)}" for key, value in sorted(named.items())]
+                if name.startswith(("gather", "scatter")):
+                    # One rank has the list of what all give or get
+                    details = [each for each in details if each != "object" and not isinstance(each, list)]
                 self.note(name, details)
             self._inside.depth = getattr(self._inside, "depth", 0) + 1
             try:

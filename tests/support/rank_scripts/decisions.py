@@ -195,7 +195,7 @@ def commands() -> Any:
                 said.append(await run.call(lambda trainer: trainer.rank))
                 metrics = await run.validate()
                 said.append(sorted(metrics or {}))
-                saved = await run.checkpoint("by hand")
+                saved = await run.checkpoint("manual")
                 said.append(saved is not None and saved.reason)
                 run.stop_nowait("all given")
 
