@@ -184,7 +184,9 @@ def trainer_of(task: Task, folder: str, name: str) -> Trainer:
 def rank_main(arguments: argparse.Namespace) -> None:
     """Measure on one rank; rank 0 prints."""
     torch.set_num_threads(1)
-    logging.getLogger("offloop").setLevel(logging.ERROR)  # that the run waits for its data, while others train
+    logging.getLogger("offloop").setLevel(
+        logging.ERROR
+    )  # that the run waits for its data, while others train
     Timed.install()
     folder, is_first = os.environ["OFFLOOP_BENCHMARK_FOLDER"], os.environ["RANK"] == "0"
     rounds, commands = (4, 10) if arguments.quick else (arguments.rounds, arguments.commands)

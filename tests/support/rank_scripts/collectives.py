@@ -68,9 +68,7 @@ class Recorder:
         def recorded(*arguments: Any, **named: Any) -> Any:
             # What one calls to do its work is no call of ours
             if getattr(self._inside, "depth", 0) == 0:
-                # Only the receiver of a gather has a list for what comes
-                alike = arguments[:1] if name == "gather" else arguments
-                details = [_describe(each) for each in alike]
+                details = [_describe(each) for each in arguments]
                 details += [f"{key}={_describe(value)}" for key, value in sorted(named.items())]
                 if name.startswith(("gather", "scatter")):
                     # One rank has the list of what all give or get
