@@ -8,9 +8,8 @@ Commands reach all ranks in an exchange, at the same step boundary. In a validat
 of batches, so no exchange is possible there: rank 0 posts its commands to the store, where the others look.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -110,25 +109,16 @@ class RankMailbox(Mailbox):
         """Wait in a pause: rank 0 for a change, the others for rank 0."""
         assert self._agreement is not None
         if self._agreement.is_first:
-            with self._excused():
+            with self._life.excusing():
                 self.given.wait_for_change(self._seen)
         elif self.is_in_pass:
             # In slices: a command or a signal may come on this rank
-            with self._excused():
+            with self._life.excusing():
                 time.sleep(LOOK_INTERVAL)
-
-    @contextlib.contextmanager
-    def _excused(self) -> Iterator[None]:
-        """Tell the other ranks that this one does not hang: it waits for somebody."""
-        self._life.excused = True
-        try:
-            yield
-        finally:
-            self._life.excused = False
 
     def stand(self, until: Callable[[], bool], waiting_for: str, *, callback: str | None = None) -> None:
         """Wait on rank 0, see `Mailbox.stand`. The others wait for rank 0 in the next exchange."""
         assert self._agreement is not None
         if self._agreement.is_first:
-            with self._excused():
+            with self._life.excusing():
                 self.given.stand(until, waiting_for, callback=callback)

@@ -1,5 +1,6 @@
 """RankRun: one run of several ranks, as this rank sees it, from the store to the goodbye."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -149,12 +150,14 @@ class RankRun:
             return
         following = self.strategy.following
         following.watch()
-        self.life.excused = True
-        try:
+        with self.life.excusing():
             ask(event)
-        finally:
-            self.life.excused = False
         following.follow()
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context for taking a checkpoint: rank 0 may wait for a slow disk, and the others for rank 0."""
+        assert self.life is not None
+        return self.life.excusing()
 
     def after_deciding(self, event: Event) -> None:
         """Take what deciders have commanded to all ranks."""

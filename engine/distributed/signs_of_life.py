@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
@@ -185,6 +185,15 @@ class SignsOfLife:
         for each in self._threads:
             if each.ident is not None and each is not threading.current_thread():
                 each.join(REPORT_TIMEOUT)
+
+    @contextlib.contextmanager
+    def excusing(self) -> Iterator[None]:
+        """Make no rank late while the block runs, which may take as long as it likes. Training thread."""
+        self.excused = True
+        try:
+            yield
+        finally:
+            self.excused = False
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks that this one has failed. Any thread; blocks for at most two seconds, raises nothing.

@@ -68,14 +68,12 @@ class Together:
         """Yield an item. The reader may be slow, or leave: then the other ranks learn it."""
         life = self._ranks.life
         assert life is not None
-        life.excused = True
         try:
-            yield item
+            with life.excusing():
+                yield item
         except GeneratorExit:
             self.strategy.gather(None)
             raise
-        finally:
-            life.excused = False
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ run ── set up: packages, weights, directory, model, seed, frozen parameters,
     ── clean up: loader workers, frozen parameters, mailbox, process
 """
 
+import contextlib
 import functools
 import logging
 import threading
@@ -172,10 +173,14 @@ class Training:
             and self.loop.strategy.agree(self._lifetime.signal_count < 2)
         ):
             is_preempted = self.loop.strategy.agree(self._lifetime.signal_count > 0)
-            self._saving.save_last("preempt" if is_preempted else "final")
+            with self._while_saving():
+                self._saving.save_last("preempt" if is_preempted else "final")
         self.guard()
         if self._progress.ending != "cancelled" and self._lifetime.failure is None:
             self.loop.hooks.run_all("before_train_end")
+
+    def _while_saving(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.saving()
 
     def _set_up(self) -> None:
         """Do what must be done before the first event and may block."""
@@ -319,7 +324,8 @@ class Training:
 
     def save_for(self, envelope: Envelope[Any]) -> None:
         """Save or tag a checkpoint for a command; its future completes when that is durable."""
-        self._expect_saving().save_for(envelope)
+        with self._while_saving():
+            self._expect_saving().save_for(envelope)
 
     def guard(self) -> None:
         """Prepare for user code that may change model or optimizers: a checkpoint may still be copied from them.
