@@ -47,6 +47,7 @@ from measure import (
     verdict,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from offloop.callbacks import MetricLogger, ModelCheckpoint
 from offloop.engine import Callback, Trainer, TrainStart
@@ -84,31 +85,77 @@ class ByHand:
             self.loss = loss.item()
 
 
-class TurnsLoader:
-    """This rank's loader, which trains by hand in between and takes the time of each slice."""
+class Samples:
+    """The samples of a task in one tensor; a batch is one lookup."""
+
+    def __init__(self, task: Task) -> None:
+        batches = task.batches(8)
+        self.inputs = torch.cat([inputs for inputs, _ in batches])
+        self.targets = torch.cat([targets for _, targets in batches])
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitems__(self, which: list[int]) -> Batch:
+        return self.inputs[which], self.targets[which]
+
+
+class Numbers:
+    """A batch sampler: the numbers of samples in each batch of all ranks, `count` of them."""
+
+    def __init__(self, task: Task, count: int) -> None:
+        self.batch_size, self._count = RANKS * task.batch_size, count
+        numbers = range(8 * task.batch_size)
+        self._batches = [
+            list(numbers[i : i + self.batch_size]) for i in range(0, len(numbers), self.batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def some(self, start: int, count: int) -> Iterator[list[int]]:
+        """Give some batches."""
+        for number in range(start, start + count):
+            yield self._batches[number % len(self._batches)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.some(0, len(self))
+
+
+class Turns(Numbers):
+    """A batch sampler that trains by hand in between and takes the time of each slice."""
 
     def __init__(self, task: Task, rounds: int, steps: int) -> None:
         self.rounds, self.steps = rounds + WARM_UP, steps
+        super().__init__(task, self.rounds * steps)
         self.by_hand = {name: ByHand(task) for name in (HAND, HAND_AGAIN)}
         self.times: dict[str, list[float]] = {OFFLOOP: [], HAND: [], HAND_AGAIN: []}
         self.exchanges: list[float] = []
         """Seconds of exchanges in each of offloop's slices."""
-        self._batches = task.batches(8)
+        self._samples = Samples(task)
 
-    def __len__(self) -> int:
-        return self.rounds * self.steps
+    def own(self, turn: Iterator[list[int]]) -> Iterator[Batch]:
+        """Give this rank's samples of each batch."""
+        rank = dist.get_rank()
+        for which in turn:
+            yield self._samples.__getitems__(which[rank::RANKS])
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[int]]:
         for number, order in enumerate(shuffled(list(self.times), self.rounds)):
             for name in order:
-                turn = cycle(self._batches, number * self.steps, self.steps)
+                turn = self.some(number * self.steps, self.steps)
                 before, started = Timed.seconds, clock()
                 if name == OFFLOOP:
                     yield from turn
                     self.exchanges.append(Timed.seconds - before)
                 else:
-                    self.by_hand[name].train(turn)
+                    self.by_hand[name].train(self.own(turn))
                 self.times[name].append(clock() - started)
+
+
+def loader_of(task: Task, numbers: Numbers) -> Any:
+    """Return the loader of a run, whose batches are split among the ranks."""
+    return DataLoader(Samples(task), batch_sampler=numbers, collate_fn=lambda batch: batch)  # type: ignore
 
 
 class Timed:
@@ -153,17 +200,9 @@ class Commands(Callback):
         run.stop_nowait("all given")
 
 
-class Endless:
-    """A loader of very many batches."""
-
-    def __init__(self, task: Task) -> None:
-        self._batches = task.batches(8)
-
-    def __len__(self) -> int:
-        return 10**9
-
-    def __iter__(self) -> Iterator[Batch]:
-        return cycle(self._batches, 0, len(self))
+def endless(task: Task) -> Any:
+    """Return a loader of very many batches."""
+    return loader_of(task, Numbers(task, 10**9))
 
 
 def trainer_of(task: Task, folder: str, name: str) -> Trainer:
@@ -174,7 +213,6 @@ def trainer_of(task: Task, folder: str, name: str) -> Trainer:
         optimizer_of(model),
         loss=loss_of,
         device="cpu",
-        rank_batches="own",
         run_dir=folder,
         run_name=name,
         callbacks=[ModelCheckpoint(every_n_steps=1000), MetricLogger()],
@@ -204,19 +242,19 @@ def rank_main(arguments: argparse.Namespace) -> None:
         ],
     )
     for task in TASKS:
-        trainer_of(task, folder, f"first {task.name}").train(Endless(task), max_steps=20)
+        trainer_of(task, folder, f"first {task.name}").train(endless(task), max_steps=20)
         by_hand = ByHand(task)
         by_hand.train(cycle(task.batches(8), 0, 10))
         started = clock()
         by_hand.train(cycle(task.batches(8), 0, 20))
         said = torch.tensor([(clock() - started) / 20])
         dist.broadcast(said, 0)
-        loader = TurnsLoader(task, rounds, max(2, round(SECONDS / said.item())))
+        loader = Turns(task, rounds, max(2, round(SECONDS / said.item())))
         with report.measuring():
-            trainer_of(task, folder, f"turns {task.name}").train(loader, epochs=1)
+            trainer_of(task, folder, f"turns {task.name}").train(loader_of(task, loader), epochs=1)
             giving = Commands(commands)
             trainer_of(task, folder, f"commands {task.name}").train(
-                Endless(task), max_steps=10**9, callbacks=[giving]
+                endless(task), max_steps=10**9, callbacks=[giving]
             )
         times = {name: each[WARM_UP:] for name, each in loader.times.items()}
         ratio, a_a = ratio_of(times[OFFLOOP], times[HAND]), ratio_of(times[HAND_AGAIN], times[HAND])
