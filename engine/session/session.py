@@ -277,6 +277,8 @@ class Session:
                 self.lifetime.phase = "cancelled"
                 self.mailbox.end()
                 self.finished.cancel()
+                if self._ranks is not None:
+                    self._ranks.close()
 
     def _never_ran(self) -> bool:
         return self.result is None and not self.is_abandoned
