@@ -220,6 +220,27 @@ class RankRun:
         while not unless() and time.monotonic() < deadline and not self.life.wait_for_others(LOOK_INTERVAL):
             pass
 
+    def refuse(self, error: BaseException | None) -> None:
+        """Give up a run that was refused as it started, and tell the others why. Any thread; does not block."""
+        self.close()
+        if self.life is None:
+
+            def tell() -> None:
+                life = SignsOfLife(
+                    self._store,
+                    self.launch,
+                    self._key,
+                    timeout=20.0,
+                    fail=lambda _: None,
+                    attention=lambda: None,
+                )
+                life.start()
+                life.report(error or RuntimeError("the run was refused as it started"))
+                life.stop()
+
+            # The process waits for it as it ends
+            threading.Thread(target=tell, name="offloop-refuse", daemon=False).start()
+
     def close(self) -> None:
         """Give no more signs of life: the run is over, or was refused. Any thread; calling it twice is fine."""
         global _current

@@ -278,7 +278,7 @@ class Session:
                 self.mailbox.end()
                 self.finished.cancel()
                 if self._ranks is not None:
-                    self._ranks.close()
+                    self._ranks.refuse(sys.exception())
 
     def _never_ran(self) -> bool:
         return self.result is None and not self.is_abandoned
