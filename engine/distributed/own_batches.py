@@ -10,6 +10,7 @@ from offloop.engine.data.loader_parts import name_of
 from offloop.engine.data.twin import unwrapped
 from offloop.engine.distributed.twins import Ranks
 from offloop.engine.errors import BatchError, ConfigError
+from offloop.engine.position.loader_doubts import is_sequence
 from offloop.engine.training.strategy import Share
 
 _END: Final = object()
@@ -25,6 +26,8 @@ class OwnBatches:
         self._length: int | None = None
         # While each rank's batches are full; None: unknown
         self._full: Share | None = None
+        # Of lists of batches, which all ranks can count: samples by rank and batch
+        self._counts: list[list[int]] | None = None
 
     def compare(self) -> None:
         """Compare the loaders of all ranks as a pass begins. Waits for the other ranks.
@@ -32,8 +35,11 @@ class OwnBatches:
         Raises:
             ConfigError: Their lengths differ.
         """
-        found = self._ranks.gather((length_of(self._loader), _batch_size(self._loader)))
-        lengths = [length for length, _ in found]
+        own = (
+            [self._ranks.count_samples(each) for each in self._loader] if is_sequence(self._loader) else None
+        )
+        found = self._ranks.gather((length_of(self._loader), _batch_size(self._loader), own))
+        lengths = [length for length, _, _ in found]
         known = [each for each in lengths if each is not None]
         if len(known) == len(lengths):
             if len(set(known)) > 1:
@@ -44,7 +50,9 @@ class OwnBatches:
                     'rest differs), or the whole data and rank_batches="split" or "whole"'
                 )
             self._length = known[0]
-        sizes = [size for _, size in found]
+            if all(counts is not None for _, _, counts in found):
+                self._counts = [counts for _, _, counts in found]
+        sizes = [size for _, size, _ in found]
         if self._length is not None and all(size is not None for size in sizes):
             self._full = self._ranks.share(sizes[self._ranks.rank], sum(sizes))
 
@@ -78,6 +86,8 @@ class OwnBatches:
                 take(self._full)
                 yield batch
                 continue
+            elif self._counts is not None:
+                counts = [of_rank[given] for of_rank in self._counts]
             else:
                 counts = ranks.gather(ranks.count_samples(batch))
             given += 1

@@ -454,6 +454,19 @@ def test_own_batches_of_other_sizes_weigh_by_their_samples() -> None:
     assert world.gathers == 2
 
 
+def test_sizes_of_own_lists_of_batches_are_told_once() -> None:
+    def act(rank: Rank) -> Steps:
+        return steps(
+            rank.shares("own"), [torch.arange(2 + 4 * rank.number), torch.arange(4), torch.arange(1)]
+        )
+
+    world = World(2)
+    found = world.run(act)
+    assert [share for _, share in found[0]] == [Share(2 * 2 / 8), Share(1.0), Share(1.0)]
+    assert [share for _, share in found[1]] == [Share(6 * 2 / 8), Share(1.0), Share(1.0)]
+    assert world.gathers == 1
+
+
 def test_own_loaders_with_other_lengths_are_refused_as_the_epoch_starts() -> None:
     def act(rank: Rank) -> Steps:
         return steps(rank.shares("own"), DataLoader(Numbers(8 + 8 * rank.number), 4))
