@@ -6,6 +6,7 @@ group             the process group: collectives, in the training thread alone
 sockets           what forked children must close
 signs_of_life     who has failed, hangs or cannot be reached
 plan              rank 0's decisions before the run, and whether all ranks were started alike
+splits            a split without a seed is rank 0's on all ranks
 agreement         commands, numbers of steps, time: one collective at some step boundaries
 shares            each rank's share of the batches
 twins             loaders and samplers that give one rank's share

@@ -10,6 +10,7 @@
 It all goes through the store, before anything is written and before the process group is made.
 """
 
+import base64
 import hashlib
 import logging
 import time
@@ -28,6 +29,8 @@ logger = logging.getLogger("offloop")
 
 PATIENCE: Final = 600.0
 """Seconds that a rank waits for the others to start the same run: they may import, or read data, for minutes."""
+PIECE: Final = 2**20
+"""Characters of a value in the store: torch's takes no more than 8 MiB."""
 LONG: Final = 20.0
 """Seconds after which a waiting rank says so."""
 
@@ -129,6 +132,26 @@ class Plan:
             raise ConfigError(f"rank 0 has started no run: {decision.error}")
         self._decision = decision
         return decision
+
+    def share(self, key: str, value: bytes) -> None:
+        """Give the others something large. Rank 0, before it announces.
+
+        Args:
+            key: Of its own in this plan.
+            value: Of any length.
+        """
+        encoded = base64.b64encode(value).decode()
+        pieces = [encoded[start : start + PIECE] for start in range(0, len(encoded), PIECE)]
+        for number, piece in enumerate(pieces):
+            self._store.set(f"{key}/{number}", piece)
+        self._store.set(key, str(len(pieces)))
+
+    def shared(self, key: str) -> bytes | None:
+        """Return what rank 0 has shared; None if nothing. After `learn`."""
+        if not self._store.check([key]):
+            return None
+        pieces = [self._store.get(f"{key}/{number}") for number in range(int(self._store.get(key)))]
+        return base64.b64decode(b"".join(pieces))
 
     def refuse(self, error: BaseException) -> None:
         """Tell the others that this rank does not start the run, and why."""

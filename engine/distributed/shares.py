@@ -46,7 +46,6 @@ from offloop.engine.distributed.twins import (
 )
 from offloop.engine.errors import BatchError, ConfigError
 from offloop.engine.position.loader_doubts import (
-    describe,
     gives_its_sampler_order,
     is_sequence,
     restores_itself,
@@ -126,22 +125,6 @@ def check_shareable(
             name,
             world_size,
         )
-
-
-def chosen_samples(loader: Iterable[Any], name: str) -> dict[str, str]:
-    """Return what must be alike on all ranks that share a loader, by what it is called in messages.
-
-    A `random_split` without a seed chooses other samples in each process, so some would be read twice and some never.
-
-    Args:
-        loader: The user's.
-        name: Of the loader in messages.
-    """
-    return {
-        f"{key} of {name} (is the split seeded?)": f"checksum {value:08x}"
-        for key, value in describe(loader).items()
-        if key.startswith("samples chosen")
-    }
 
 
 class Shares:

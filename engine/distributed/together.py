@@ -11,10 +11,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Final
 
 from offloop.engine.bus.command_mailbox import Mailbox
+from offloop.engine.data.val_loaders import by_prefix
 from offloop.engine.distributed.group import Group
 from offloop.engine.distributed.group_strategy import GroupStrategy
 from offloop.engine.distributed.plan import Decision, Fingerprint, described_model
 from offloop.engine.distributed.rank_run import RankRun, join_run
+from offloop.engine.distributed.splits import chosen_samples, follow_splits
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.setup import Setup
 
@@ -141,6 +143,10 @@ def _agree(
         decision = None if ranks.is_first else plan.learn()
         setup, own = prepare()
         own = {"the call": what, "model": described_model(program.model), **own}
+        loaders = {f"loader {prefix}": each for prefix, each in by_prefix(setup.val_loader).items()}
+        follow_splits(plan, ranks.is_first, loaders)
+        for name, loader in loaders.items():
+            own |= chosen_samples(loader, name)
         if decision is None:
             plan.announce(Decision(run_id="", directory=None, which=None, fingerprint=own, deciders=[]))
         else:

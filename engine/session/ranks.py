@@ -90,7 +90,8 @@ def check_alike(
     """
     from offloop.engine.data.val_loaders import by_prefix
     from offloop.engine.distributed.plan import Decision, fingerprint
-    from offloop.engine.distributed.shares import check_shareable, chosen_samples
+    from offloop.engine.distributed.shares import check_shareable
+    from offloop.engine.distributed.splits import chosen_samples, follow_splits
     from offloop.engine.metrics.merging import check_mergeable
 
     setup = plan.setup
@@ -110,11 +111,15 @@ def check_alike(
         count_samples=setup.count_samples,
         warns=ranks.is_first,
     )
-    shared = {f"val_loader {prefix}": loader for prefix, loader in by_prefix(setup.val_loader).items()}
+    shared = {
+        "val_loader" if prefix == "val_" else f"val_loader {prefix}": loader
+        for prefix, loader in by_prefix(setup.val_loader).items()
+    }
     if setup.config.rank_batches != "own":
         shared["train_loader"] = setup.train_loader
     lengths = {f"length of {name}": length_of(loader) for name, loader in shared.items()}
     own = fingerprint(plan.program.model, setup.optimizers, setup.config, list(given), setup.limits, lengths)
+    follow_splits(ranks.plan, ranks.is_first, shared)
     for name, loader in shared.items():
         own |= chosen_samples(loader, name)
     if decision is not None:

@@ -17,7 +17,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
-    random_split,
 )
 
 from offloop.engine import BatchError, ConfigError
@@ -27,7 +26,7 @@ from offloop.engine.data.divided import divided
 from offloop.engine.data.loader_parts import set_epoch
 from offloop.engine.data.random_state import kept_on_host
 from offloop.engine.data.seeded_sampling import SeededSampling
-from offloop.engine.distributed.shares import Mode, Shares, check_shareable, chosen_samples
+from offloop.engine.distributed.shares import Mode, Shares, check_shareable
 from offloop.engine.training.strategy import Share
 
 
@@ -629,19 +628,6 @@ def test_small_shares_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
         "communication than on them. Give a larger batch_size (it is that of all ranks together), or "
         'rank_batches="whole": then each rank takes whole batches, and a step 4 of them'
     ]
-
-
-def test_a_split_without_a_seed_is_seen() -> None:
-    """Each rank would share other samples."""
-
-    def marks(seed_of_split: int) -> dict[str, str]:
-        generator = torch.Generator().manual_seed(seed_of_split)
-        part, _ = random_split(Numbers(), [0.5, 0.5], generator=generator)
-        return chosen_samples(DataLoader(part, 4), "train_loader")
-
-    assert marks(1) == marks(1) != marks(2)
-    (name,) = marks(1)
-    assert name == "samples chosen by Subset of train_loader (is the split seeded?)"
 
 
 @pytest.mark.parametrize("mode", ["split", "whole"])
