@@ -43,6 +43,8 @@ SUSPICIOUS: Final = 4
 """Periods without a sign after which a rank is suspected, when a collective has broken."""
 COMING_OUT: Final = 5.0
 """Seconds that the training thread has to come out after a failure. torchrun kills the process after 30."""
+COMING_OUT_OF_A_HANG: Final = 2.0
+"""Seconds that the rank has that hangs itself: its closed connections then bring the others out in time."""
 FAREWELL_TIMEOUT: Final = 5.0
 """Seconds for which rank 0, which may host the store, waits until no other rank needs it any more."""
 _TICK: Final = 0.25
@@ -87,7 +89,8 @@ class SignsOfLife:
     reached for the time-out is a failure, too.
 
     `fail` is called once, with the failure of another rank or the hanging of this one, in a thread of this object. If
-    the training thread has not come out within five seconds, the process ends itself with code 1.
+    the training thread has not come out within five seconds, two on the rank that hangs, the process ends itself with
+    code 1.
     """
 
     def __init__(
@@ -463,15 +466,22 @@ class SignsOfLife:
                 self._fail_with(failure)
                 with self._read:
                     self._read.notify_all()
-            is_over = self._failed_at is not None and self._now - self._failed_at >= COMING_OUT
-            if is_over and not self.has_come_out and self._training_thread.is_alive():
+            if self._failed_at is None or self.has_come_out or not self._training_thread.is_alive():
+                continue
+            if self._now - self._failed_at >= self._patience():
                 self._end_process()
+
+    def _patience(self) -> float:
+        """Return how many seconds the training thread has to come out."""
+        failure = self.failure
+        is_own = failure is not None and failure.rank == self._launch.rank
+        return COMING_OUT_OF_A_HANG if is_own else COMING_OUT
 
     def _end_process(self) -> None:
         """End this process. Its training thread stands in a collective, and no call gets it out."""
         words = (
             f"offloop: rank {self._launch.rank} on {self._launch.host} ends itself: RankFailedError: {self.failure}\n"
-            f"offloop: its training thread has not come out for {COMING_OUT:g} s:\n{self._stack()}\n"
+            f"offloop: its training thread has not come out for {self._patience():g} s:\n{self._stack()}\n"
         )
         with contextlib.suppress(OSError):
             os.write(2, words.encode("utf-8", "backslashreplace"))

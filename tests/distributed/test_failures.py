@@ -71,7 +71,7 @@ def test_rank_that_is_silent(start: Start) -> None:
     """No call gets a thread out of a collective: the other ends itself, after its last words."""
     ran = start("stopped")
     pid = ran.expect("stopping", 1)[1].pid
-    ran.wait_for_output(0, "ends itself: rank 1")
+    ran.wait_for_output(0, "ends itself: RankFailedError: rank 1")
     # torchrun would wait for it for 30 seconds more
     os.kill(pid, signal.SIGKILL)
     assert ran.wait() == 1

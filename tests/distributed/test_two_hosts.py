@@ -100,7 +100,7 @@ def test_cable_that_is_cut_is_told_on_both_sides(hosts: None, tmp_path: Path) ->
         far.hear_of("step")
         ip("-n", HOSTS[1], "link", "set", CABLE[1], "down")
         for each in (near, far):
-            each.wait_for_output(None, "ends itself: rank")
+            each.wait_for_output(None, "ends itself: RankFailedError: rank")
 
 
 @pytest.mark.soak
