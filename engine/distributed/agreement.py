@@ -66,6 +66,9 @@ class Host(Protocol):
     def own_cadences(self) -> list[int]:
         """Return the numbers of steps at whose multiples callbacks of this rank save."""
 
+    def take_failed_hooks(self) -> list[tuple[str, str]]:
+        """Return which step hooks have failed here since the last call, and with what."""
+
 
 @dataclasses.dataclass(slots=True)
 class _Waiting:
@@ -161,12 +164,25 @@ class Agreement:
 
     # The exchange ----------------------------------------------------------------------------------
 
+    @property
+    def has_sent(self) -> bool:
+        """True while a command of this rank is on its way to all. Any thread: one look at the size of a dict."""
+        return bool(self._sent)
+
+    def is_held_here(self) -> bool:
+        """Return whether a full subscriber of this rank holds training up now."""
+        return self._host.own_hold()
+
     def is_due(self) -> bool:
         """Return whether an exchange is due at this step boundary."""
         return self._progress.step >= self.due
 
     def exchange(self) -> None:
-        """Exchange messages with all ranks, feed their commands to the loop, and publish steps. Waits for all ranks."""
+        """Exchange messages with all ranks, feed their commands to the loop, and publish steps. Waits for all ranks.
+
+        Raises:
+            OffloopError: A step hook has failed on some ranks only.
+        """
         step, started, given = self._progress.step, time.perf_counter(), self._given
         steps, self._unsent = self._unsent, []
         message = Message(
@@ -175,6 +191,7 @@ class Agreement:
             asked=self._news.asks,
             cancelled=given.cancel_reason if given.cancelled else None,
             failure=self._host.own_failure(),
+            hooks=self._host.take_failed_hooks(),
             news=self._news.posted,
             seconds=self._host.own_seconds(),
             pace=self._next_pace(step, started) if self.is_first else 0,
@@ -196,6 +213,7 @@ class Agreement:
         for rank, each in enumerate(messages):
             if each.failure is not None and rank != self._group.rank:
                 self._host.other_failed(rank, *each.failure)
+        _compare_hooks([each.hooks for each in messages])
         cancelled = next((each.cancelled for each in messages if each.cancelled is not None), None)
         self._feed([each.commands for each in messages], cancelled)
         self._deliver()
@@ -247,7 +265,9 @@ class Agreement:
         for envelope in self._given.take():
             command, future = envelope.command, envelope.future
             if not self.is_first and envelope.by not in _OWN_ACTORS:
-                future.cancel()
+                # Who awaits it goes on: on rank 0, the same callback awaits the same command
+                if future.set_running_or_notify_cancel():
+                    future.set_result(None)
                 continue
             if not future.set_running_or_notify_cancel():
                 continue
@@ -309,3 +329,18 @@ def _pass_on(future: Future[Any], to: Future[Any]) -> None:
             to.set_result(future.result())
 
     future.add_done_callback(done)
+
+
+def _compare_hooks(failed: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Raise if step hooks have failed on some ranks only: they may have changed the gradients of the others."""
+    names = [[name for name, _ in of_rank] for of_rank in failed]
+    if all(each == names[0] for each in names):
+        return
+    found = "; ".join(
+        f"{name} on rank {rank} ({error})"
+        for rank, of_rank in enumerate(failed)
+        for name, error in dict(of_rank).items()
+    )
+    raise OffloopError(
+        f"step hooks have failed on some ranks only, so the weights of the ranks may differ: {found}"
+    )

@@ -42,6 +42,8 @@ class Message(msgspec.Struct, array_like=True):
     """How often this rank has asked rank 0 to post commands. What was not posted is among `commands`."""
     failure: tuple[str, str] | None
     """The name of this rank's machine, and what it has failed with; None if it has not."""
+    hooks: list[tuple[str, str]]
+    """Step hooks that have failed since the last exchange, and with what; those that run on all ranks."""
     news: int
     """Rank 0: how many news it has posted."""
     seconds: float

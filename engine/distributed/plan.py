@@ -114,6 +114,8 @@ class Plan:
         self._rank = rank
         self._world_size = world_size
         self._decision: Decision | None = None
+        # Rank 0: the others know whether the run starts
+        self._has_started = False
 
     def announce(self, decision: Decision) -> None:
         """Tell the others what was decided. Rank 0."""
@@ -161,6 +163,9 @@ class Plan:
         elif self._decision is None:
             nothing = Decision(run_id="", directory=None, which=None, fingerprint={}, deciders=[], error=text)
             self._store.set("plan", msgspec.json.encode(nothing).decode())
+        elif not self._has_started:
+            # The others wait for the start
+            self._store.set("start", f"rank 0 has started no run: {text}")
 
     def check(self, own: Fingerprint) -> None:
         """Compare this rank with rank 0.
@@ -196,6 +201,7 @@ class Plan:
         for rank in range(1, self._world_size):
             if text := self._wait(f"ready/{rank}", f"rank {rank}"):
                 refusals.append(f"rank {rank} has started no run: {text.decode()}")
+        self._has_started = True
         self._store.set("start", "; ".join(refusals))
         if refusals:
             raise ConfigError("; ".join(refusals))

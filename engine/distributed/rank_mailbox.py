@@ -67,6 +67,15 @@ class RankMailbox(Mailbox):
         self._urgent = value
 
     @property
+    def wants_attention(self) -> bool:
+        """True from a command or a cancellation on this rank until all ranks have it: rank 0 must not wait. Any thread.
+
+        An exchange takes a command out of the mailbox, and may then wait for rank 0, which stands in a pause.
+        """
+        agreement = self._agreement
+        return self.given.attention or (agreement is not None and agreement.has_sent)
+
+    @property
     def is_forked(self) -> bool:
         """True in a forked child, whose training thread then leaves."""
         return self.given.is_forked
@@ -118,7 +127,13 @@ class RankMailbox(Mailbox):
 
     def stand(self, until: Callable[[], bool], waiting_for: str, *, callback: str | None = None) -> None:
         """Wait on rank 0, see `Mailbox.stand`. The others wait for rank 0 in the next exchange."""
-        assert self._agreement is not None
-        if self._agreement.is_first:
+        agreement = self._agreement
+        assert agreement is not None
+        if agreement.is_first:
+            # What all ranks know of the hold is as old as their last exchange
             with self._life.excusing():
-                self.given.stand(until, waiting_for, callback=callback)
+                self.given.stand(
+                    lambda: self.given.cancelled or not agreement.is_held_here() or until(),
+                    waiting_for,
+                    callback=callback,
+                )

@@ -23,7 +23,7 @@ from offloop.engine.distributed.rank_mailbox import RankMailbox
 from offloop.engine.distributed.rank_strategy import RunHere
 from offloop.engine.distributed.rendezvous import PrefixStore, Store, connect, shared_client
 from offloop.engine.distributed.signs_of_life import SignsOfLife
-from offloop.engine.errors import ConfigError, RankFailedError
+from offloop.engine.errors import ConfigError, RankFailedError, describe
 from offloop.engine.events import Event, TrainStart
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.setup import Program, Setup
@@ -43,14 +43,14 @@ _lock = threading.Lock()
 class _Signs(SignsOfLife):
     """Signs of life that ask for rank 0's attention while something was given here: rank 0 may stand in a pause."""
 
-    def __init__(self, *arguments: Any, given: Mailbox, **others: Any) -> None:
-        self._given = given
+    def __init__(self, *arguments: Any, is_wanted: Callable[[], bool], **others: Any) -> None:
+        self._is_wanted = is_wanted
         super().__init__(*arguments, **others)
 
     @property
     def wants_attention(self) -> bool:
-        """True from a command or a cancellation until it is on its way. Any thread."""
-        return self._given.attention
+        """True from a command or a cancellation until all ranks have it. Any thread."""
+        return self._is_wanted()
 
     @wants_attention.setter
     def wants_attention(self, value: bool) -> None:
@@ -117,7 +117,7 @@ class RankRun:
             timeout=config.rank_timeout,
             fail=fail,
             attention=given.poke,
-            given=given,
+            is_wanted=lambda: self.mailbox is not None and self.mailbox.wants_attention,
         )
         self.life.start()
 
@@ -165,11 +165,20 @@ class RankRun:
             assert self.strategy is not None
             self.strategy.agreement.exchange()
 
+    def hook_failed(self, name: str, error: BaseException) -> None:
+        """Note that a step hook, which runs on all ranks, has failed on this one, and that the run goes on here."""
+        assert self.strategy is not None
+        self.strategy.failed_hooks.append((name, describe(error)))
+
     @property
     def is_held(self) -> bool:
         """True while a full subscriber of rank 0 holds training up."""
-        assert self.strategy is not None
-        return self.strategy.agreement.is_held
+        assert self.strategy is not None and self.mailbox is not None
+        agreement = self.strategy.agreement
+        if self.mailbox.is_in_pass:
+            # Without exchanges: rank 0 stands by itself, and the others wait for it at the end of the pass
+            return agreement.is_first and agreement.is_held_here()
+        return agreement.is_held
 
     def open_log(self, directory: Path) -> None:
         """Log into the run's directory. After rank 0 has made it."""

@@ -60,6 +60,8 @@ class RankStrategy(GroupStrategy):
             setup: Of the run.
         """
         super().__init__(rank, world_size, program, setup)
+        self.failed_hooks: list[tuple[str, str]] = []
+        """Step hooks that have failed since the last exchange, and with what; those that run on all ranks."""
         self._mailbox = mailbox
 
     def join(
@@ -134,6 +136,11 @@ class RankStrategy(GroupStrategy):
     def other_failed(self, rank: int, host: str, what: str) -> None:
         """End the run, because another rank has failed."""
         self._run.fail(RankFailedError(rank, host, what))
+
+    def take_failed_hooks(self) -> list[tuple[str, str]]:
+        """Return which step hooks have failed here since the last call, and with what."""
+        failed, self.failed_hooks = self.failed_hooks, []
+        return failed
 
     def own_cadences(self) -> list[int]:
         """Return the numbers of steps at whose multiples callbacks of this rank save."""

@@ -320,6 +320,8 @@ class Training:
         if hook.on_error == "raise":
             raise error
         observer = next(each for each in self.callbacks.observers if each.name == hook.callback)
+        if self._ranks is not None and observer.handlers.callback.ranks != "first":
+            self._ranks.hook_failed(f"{hook.callback}.{hook.point}", error)
         observer.failed(hook.point, error, is_off=is_off)
 
     def save_for(self, envelope: Envelope[Any]) -> None:
@@ -369,7 +371,7 @@ class Training:
             self._bus.prepare(event)
             for name, value in self.loop.reporter.position().items():
                 msgspec.structs.force_setattr(event, name, value)
-            self.loop.reporter.publish(event)
+            self.loop.reporter.publish_in_turn(event)
         else:
             self._bus.publish(event)
             if actor.get() != "user":

@@ -107,6 +107,17 @@ class Reporter:
             self.flush()
             self.emit(event)
 
+    def publish_in_turn(self, event: Event) -> None:
+        """Publish an event that other processes may not have, after everything before it.
+
+        A milestone waits for its turn, which is at once in a process that trains alone. With others it queues: they
+        would have to join a wait.
+        """
+        if self._strategy.world_size == 1:
+            self.publish(event)
+        else:
+            self.readback.put(lambda: self._strategy.put(lambda: self.emit(event)))
+
     def flush(self) -> None:
         """Publish all that waits for its numbers (host sync)."""
         self.readback.flush()

@@ -94,4 +94,6 @@ def report_data_wait(
         "; ".join(found.advice),
     )
     advice = tuple(found.advice)
-    reporter.publish(DataBottleneck(share=found.share, wait=found.wait, advice=advice, **reporter.position()))
+    reporter.publish_in_turn(
+        DataBottleneck(share=found.share, wait=found.wait, advice=advice, **reporter.position())
+    )

@@ -23,6 +23,8 @@ NAMES = (
     "schedules",
     "commands",
     "nonfinite",
+    "full_subscriber",
+    "hook_of_one_rank",
 )
 
 
@@ -135,3 +137,14 @@ def test_loss_of_one_rank_that_is_not_finite(ran: Any) -> None:
     for each in (first, second):
         kind, text = each["raised"]
         assert kind == "LossError" and "step 7" in text
+
+
+def test_a_full_subscriber_of_rank_0_holds_all_ranks_and_lets_them_go(ran: Any) -> None:
+    first, second = ran.of("full_subscriber")
+    assert first["status"] == second["status"] == "completed"
+    assert first["taken"] == list(range(1, 27))
+
+
+def test_a_step_hook_that_fails_on_one_rank_alone_is_an_error_on_all(ran: Any) -> None:
+    for each in ran.of("hook_of_one_rank"):
+        assert "Fails.after_step on rank 1 (ValueError: only here)" in each["raised"]

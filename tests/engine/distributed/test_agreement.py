@@ -52,6 +52,7 @@ class Rank:
         self.failures: list[tuple[int, str, str]] = []
         self.failure: tuple[str, str] | None = None
         self.cadences: list[int] = []
+        self.failed_hooks: list[tuple[str, str]] = []
         news = News(store, rank, world_size)
         group: Any = ThreadGroup(meeting, rank, world_size)
         self.agreement = Agreement(group, self.mailbox, self.progress, news, self)
@@ -80,6 +81,10 @@ class Rank:
 
     def own_cadences(self) -> list[int]:
         return self.cadences
+
+    def take_failed_hooks(self) -> list[tuple[str, str]]:
+        failed, self.failed_hooks = self.failed_hooks, []
+        return failed
 
     def step(self, loss: float) -> None:
         self.progress.step += 1
@@ -170,12 +175,12 @@ def test_commands_of_callbacks_count_on_rank_0_alone() -> None:
     try:
         for each in both:
             each.mailbox.give(Stop("no progress"))
-        late = second.mailbox.give(Pause())
+        left_out = second.mailbox.give(Pause())
     finally:
         actor.reset(token)
     together(both, exchange)
     assert first.commands() == second.commands() == [("stop", "EarlyStopping")]
-    assert late.cancelled()
+    assert left_out.result(0) is None, "whoever awaits it there goes on"
 
 
 def test_a_function_is_called_on_rank_0_and_refused_elsewhere() -> None:
@@ -198,6 +203,19 @@ def test_a_cancellation_or_a_failure_of_one_rank_is_that_of_all() -> None:
     assert (first.failures, second.failures) == ([], [(0, "a-host", "has failed:\nValueError: x")])
 
 
+def test_a_hook_that_fails_on_all_ranks_is_left_out_and_on_one_alone_it_ends_the_run() -> None:
+    first, second = both = ranks()
+    first.failed_hooks, second.failed_hooks = [("A.after_step", "x")], [("A.after_step", "y")]
+    together(both, exchange)
+    second.failed_hooks = [("A.after_step", "ValueError: z")]
+
+    def refused(rank: Rank) -> None:
+        with pytest.raises(OffloopError, match=r"A.after_step on rank 1 \(ValueError: z\)"):
+            exchange(rank)
+
+    together(both, refused)
+
+
 def test_an_exchange_is_due_at_each_multiple_of_a_cadence() -> None:
     first, second = both = ranks()
     first.cadences = [7]
@@ -216,6 +234,18 @@ def test_time_is_that_of_rank_0() -> None:
     both[1].own_seconds = lambda: 99.0  # type: ignore[method-assign]
     together(both, exchange)
     assert [each.agreement.seconds for each in both] == [1.5, 1.5]
+
+
+def test_a_command_is_on_its_way_until_all_ranks_have_it() -> None:
+    """Rank 0 may stand in a pause, and learns from the signs of life that it must not."""
+    first, second = ranks()
+    second.mailbox.give(Pause())
+    assert second.mailbox.attention
+    look(second)
+    assert second.agreement.has_sent and not second.mailbox.attention
+    look(first)
+    look(second)
+    assert not second.agreement.has_sent
 
 
 def look(rank: Rank) -> None:

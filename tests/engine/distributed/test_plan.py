@@ -107,3 +107,13 @@ def test_a_refusal_of_rank_0_is_that_of_all() -> None:
     Plan(store, 0, 2).refuse(ValueError("run_name exists already"))
     with pytest.raises(ConfigError, match="rank 0 has started no run: ValueError: run_name exists already"):
         Plan(store, 1, 2).learn()
+
+
+def test_a_refusal_of_rank_0_after_its_decision_is_that_of_all() -> None:
+    store = HashStore()
+    first, second = Plan(store, 0, 2), Plan(store, 1, 2)
+    first.announce(decision(of()))
+    second.learn()
+    first.refuse(RuntimeError("no thread can be started"))
+    with pytest.raises(ConfigError, match="rank 0 has started no run: RuntimeError: no thread"):
+        second.ready()

@@ -263,3 +263,47 @@ def nonfinite() -> Any:
     except Exception as error:
         raised = [type(error).__name__, str(error)]
     return {**skipping, "raised": raised}
+
+
+def full_subscriber() -> Any:
+    """A subscriber of rank 0 with the right to slow training down does so, and training goes on."""
+    import anyio
+
+    taken: list[int] = []
+
+    class Slow(type(classifier())):  # type: ignore[misc]
+        def validation_step(self, batch: Any) -> Any:
+            # Longer than between two looks of a rank at the store
+            time.sleep(0.12)
+            return super().validation_step(batch)
+
+    async def main() -> Any:
+        model = net()
+        trainer = Slow(model, adam(model), device="cpu")
+        async with trainer.start(loader(samples(104)), loader(samples(40)), epochs=2) as run:
+            if RANK == 0:
+                async for step in run.events(StepEnd, buffer=1, on_full="block"):
+                    taken.append(step.step)
+                    await anyio.sleep(0.005)
+        return run.result
+
+    return {"status": anyio.run(main).status, "taken": taken}
+
+
+def hook_of_one_rank() -> Any:
+    """A step hook that may fail does so on one rank alone."""
+
+    class Fails(Callback):
+        on_error = "isolate"
+
+        @in_step
+        def after_step(self, point: Any) -> None:
+            if RANK == 1 and point.step == 5:
+                raise ValueError("only here")
+
+    raised = ""
+    try:
+        train(classifier(), loader(samples(104)), epochs=2, callbacks=[Fails()])
+    except Exception as error:
+        raised = str(error)
+    return {"raised": raised}
