@@ -300,6 +300,13 @@ def test_a_class_with_many_methods_gives_the_reason(module: str) -> None:
             assert len(methods) <= MOST_METHODS or is_explained, node.name
 
 
+def test_the_package_of_several_processes_lists_its_modules() -> None:
+    folder = ROOT / "engine" / "distributed"
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    listed = re.findall(r"^ +(\w+)  ", docstring, re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
 def test_every_package_of_the_engine_has_its_layer() -> None:
     packages = {path.parent.name for path in (ROOT / "engine").glob("*/__init__.py")}
     assert packages == set(LAYERS)

@@ -18,7 +18,6 @@ In the manifest all names of a rank's tensors begin with `ranks.<rank>.`.
 """
 
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -115,9 +114,9 @@ class Store(Protocol):
 class PartsChannel:
     """The way between the writers of a run's ranks, through the store.
 
-    Used by the writer's thread of its rank, and on ranks above 0 by the thread that waits for outcomes: a lock lets one
-    operation at a time use the store's client. No other thread may use that client. Saves are counted by the training
-    threads, in the same order on all ranks; a number is used once in an attempt.
+    Used by the writer's thread of its rank, and on ranks above 0 by the thread that waits for outcomes. The client lets
+    one operation at a time through, and none of them waits. Saves are counted by the training threads, in the same
+    order on all ranks; a number is used once in an attempt.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class PartsChannel:
         """Connect the ranks of one attempt of a run. Does not talk to the store.
 
         Args:
-            store: A client of this object's own.
+            store: A client that any thread may use.
             run_key: Of the run and its attempt; the same on all ranks, and never used before in this store.
             rank, world_size: Of this process.
             give_up: Returns why nothing is to be waited for any more (a rank has failed, the run ends in haste); empty
@@ -150,8 +149,6 @@ class PartsChannel:
         self._key = f"checkpoints/{run_key}"
         self._give_up = give_up
         self._timeout = timeout
-        # One operation at a time: two threads of a rank above 0 use the store.
-        self._lock = threading.Lock()
 
     # Rank 0's writer -----------------------------------------------------------------------------
 
@@ -272,8 +269,7 @@ class PartsChannel:
     @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
-            with self._lock:
-                yield
+            yield
         # torch's errors of stores are RuntimeErrors.
         except RuntimeError as error:
             text = (str(error) or type(error).__name__).splitlines()[0]

@@ -42,10 +42,11 @@ class _Step(torch.nn.Module):
 class DDPStrategy(RankStrategy):
     """Gradients are averaged over the ranks in each backward pass. More than 25 methods, see `RankStrategy`."""
 
+    name = "ddp"
+
     def begin(self, loop: Any) -> None:
         """Wrap the model, which is on its device, with the weights of a checkpoint, if any."""
         super().begin(loop)
-        self._loop = loop
         self._ddp: DistributedDataParallel | None = None
         self._wrapped_at = -1
         if self._program.automatic_optimization:

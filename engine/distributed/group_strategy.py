@@ -47,8 +47,19 @@ class GroupStrategy(Strategy):
         """Release the data."""
         self._shares.close()
 
-    def modules(self) -> list[torch.nn.Module]:
-        """Return the model, and the loss if it is a module."""
+    def share_weights(self, others: Iterable[torch.nn.Parameter] = ()) -> None:
+        """Give all ranks the weights and buffers of rank 0: those of the model, and of the loss if it is a module.
+
+        Args:
+            others: Parameters outside of them.
+        """
+        found = [each for module in self._modules() for each in (*module.parameters(), *module.buffers())]
+        self._broadcast([*found, *others])
+
+    def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.group.broadcast([each.data for each in {id(each): each for each in tensors}.values()])
+
+    def _modules(self) -> list[torch.nn.Module]:
         parts: list[Any] = [self._program.model, self._program.loss]
         return [each for each in parts if isinstance(each, torch.nn.Module)]
 
@@ -64,8 +75,7 @@ class GroupStrategy(Strategy):
 
     def gather_validation(self, sums: ValidationSums) -> ValidationSums:
         """Return the sums over all ranks."""
-        own = msgspec.msgpack.encode(sums)
-        parts = [msgspec.msgpack.decode(each, type=ValidationSums) for each in self.group.gather(own)]
+        parts = [msgspec.convert(each, ValidationSums) for each in self.gather(sums)]
         return ValidationSums(
             _added(each.sums for each in parts),
             _added(each.weights for each in parts),
@@ -80,15 +90,14 @@ class GroupStrategy(Strategy):
 
     # Data --------------------------------------------------------------------------------------------
 
-    def shared_validation(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+    def shared_validation(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Return the loader of this rank's batches of a validation.
 
         Each rank's last training step has changed its own buffers, such as the statistics of a normalization. Those of
         rank 0 are the model's, and all ranks validate with them.
         """
-        buffers = {id(each): each for module in self.modules() for each in module.buffers()}
-        self.group.broadcast([each.data for each in buffers.values()])
-        return self._shares.validation(loader, epoch)
+        self._broadcast(each for module in self._modules() for each in module.buffers())
+        return self._shares.validation(loader)
 
     def batches_of(
         self, loader: Iterable[Any], *batches: int | None, is_training: bool

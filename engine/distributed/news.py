@@ -26,13 +26,13 @@ class Asked(msgspec.Struct, array_like=True):
 
 
 class News:
-    """The news of one run. Training thread only: it has a store client of its own."""
+    """The news of one run. Training thread only."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         """Begin with none.
 
         Args:
-            store: A client for this thread, whose keys belong to this run.
+            store: A client whose keys belong to this run.
             rank: Of this process.
             world_size: Number of ranks.
         """

@@ -28,7 +28,7 @@ from offloop.engine.errors import ConfigError, OffloopError, describe
 logger = logging.getLogger("offloop")
 
 PATIENCE: Final = 600.0
-"""Seconds that a rank waits for the others to start the same run: they may import, or read data, for minutes."""
+"""Seconds that a rank waits for the others to come, and to start the same run: they may read data for minutes."""
 PIECE: Final = 2**20
 """Characters of a value in the store: torch's takes no more than 8 MiB."""
 LONG: Final = 20.0
@@ -106,7 +106,7 @@ class Plan:
         """Plan a run.
 
         Args:
-            store: A client for the calling thread, whose keys belong to this run.
+            store: A client whose keys belong to this run.
             rank: Of this process.
             world_size: Number of ranks.
         """

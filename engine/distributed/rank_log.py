@@ -10,7 +10,7 @@ FILE_NAME = "log.txt"
 
 
 class RankLog:
-    """The log file of one rank. Opened and closed by the training thread; any thread may log."""
+    """The log file of one rank. Opened by the training thread, closed by any; any thread may log."""
 
     def __init__(self, directory: Path, rank: int) -> None:
         """Log into the run's directory from now on. A directory that cannot be written is no reason to end a run.

@@ -17,7 +17,6 @@ from offloop.engine.bus.command_mailbox import Envelope, Mailbox
 from offloop.engine.bus.commands import Command, Place
 from offloop.engine.distributed.agreement import Agreement
 from offloop.engine.distributed.signs_of_life import SignsOfLife
-from offloop.engine.training.progress import Progress
 
 T = TypeVar("T")
 
@@ -45,9 +44,9 @@ class RankMailbox(Mailbox):
         self._agreement: Agreement | None = None
         super().__init__()
 
-    def attach(self, agreement: Agreement, progress: Progress, life: SignsOfLife) -> None:
+    def attach(self, agreement: Agreement, life: SignsOfLife) -> None:
         """Exchange from now on: the process group is there."""
-        self._agreement, self._progress, self._life = agreement, progress, life
+        self._agreement, self._life = agreement, life
 
     @property
     def attention(self) -> bool:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -17,44 +17,22 @@ from offloop.engine.distributed.ddp import DDPStrategy
 from offloop.engine.distributed.group import Group
 from offloop.engine.distributed.launch import Launch, find_launch
 from offloop.engine.distributed.news import News
-from offloop.engine.distributed.plan import Plan
+from offloop.engine.distributed.plan import PATIENCE, Plan
 from offloop.engine.distributed.rank_log import RankLog
 from offloop.engine.distributed.rank_mailbox import RankMailbox
 from offloop.engine.distributed.rank_strategy import RunHere
-from offloop.engine.distributed.rendezvous import PrefixStore, Store, connect, shared_client
+from offloop.engine.distributed.rendezvous import POLL, PrefixStore, Store, connect, shared_client
 from offloop.engine.distributed.signs_of_life import SignsOfLife
 from offloop.engine.errors import ConfigError, RankFailedError, describe
 from offloop.engine.events import Event, TrainStart
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.setup import Program, Setup
 
-CONNECT_TIMEOUT: Final = 600.0
-"""Seconds that the ranks have to come: they may import, or read data, for minutes."""
-LOOK_INTERVAL: Final = 0.05
-"""Seconds between two looks at what the other ranks do at the end."""
-
 # Runs of this process so far. All ranks start their runs in the same order.
 _numbers = itertools.count()
 # The run in progress: only one thread may call collectives. Any thread; under the lock.
 _current: "RankRun | None" = None
 _lock = threading.Lock()
-
-
-class _Signs(SignsOfLife):
-    """Signs of life that ask for rank 0's attention while something was given here: rank 0 may stand in a pause."""
-
-    def __init__(self, *arguments: Any, is_wanted: Callable[[], bool], **others: Any) -> None:
-        self._is_wanted = is_wanted
-        super().__init__(*arguments, **others)
-
-    @property
-    def wants_attention(self) -> bool:
-        """True from a command or a cancellation until all ranks have it. Any thread."""
-        return self._is_wanted()
-
-    @wants_attention.setter
-    def wants_attention(self, value: bool) -> None:
-        """Ignore it: the mailbox knows."""
 
 
 class RankRun:
@@ -70,10 +48,10 @@ class RankRun:
         self._store = store
         self._key = f"run/{number}"
         self.plan = Plan(self.client(), launch.rank, launch.world_size)
-        # Made before the training thread starts
+        # Made before the training thread starts; none for an evaluation
         self.mailbox: RankMailbox | None = None
         self.strategy: DDPStrategy | None = None
-        # Made by the training thread: before the process group, and after it
+        # Made by the training thread, read by the thread that leaves and closes when the training thread has ended
         self.life: SignsOfLife | None = None
         self._log: RankLog | None = None
 
@@ -110,14 +88,15 @@ class RankRun:
             fail: Called by a thread of its own when another rank has failed.
             given: The mailbox of the run: it is poked when another rank wants attention.
         """
-        self.life = _Signs(
+        self.life = SignsOfLife(
             self._store,
             self.launch,
             self._key,
             timeout=config.rank_timeout,
             fail=fail,
+            # From a command or a cancellation until all ranks have it: rank 0 may stand in a pause
+            wants_attention=lambda: self.mailbox is not None and self.mailbox.wants_attention,
             attention=given.poke,
-            is_wanted=lambda: self.mailbox is not None and self.mailbox.wants_attention,
         )
         self.life.start()
 
@@ -226,7 +205,7 @@ class RankRun:
             return
         self.life.leave()
         deadline = time.monotonic() + timeout
-        while not unless() and time.monotonic() < deadline and not self.life.wait_for_others(LOOK_INTERVAL):
+        while not unless() and time.monotonic() < deadline and not self.life.wait_for_others(POLL):
             pass
 
     def refuse(self, error: BaseException | None) -> None:
@@ -241,6 +220,7 @@ class RankRun:
                     self._key,
                     timeout=20.0,
                     fail=lambda _: None,
+                    wants_attention=lambda: False,
                     attention=lambda: None,
                 )
                 life.start()
@@ -278,7 +258,7 @@ class RankRun:
         while not client.check(["result"]):
             if unless() or time.monotonic() > deadline:
                 return None
-            time.sleep(LOOK_INTERVAL)
+            time.sleep(POLL)
         return bytes.fromhex(client.get("result").decode())
 
 
@@ -292,7 +272,7 @@ def join_run(config: TrainerConfig) -> RankRun | None:
     launch = find_launch(config.strategy)
     if launch is None:
         return None
-    store = connect(launch, timeout=CONNECT_TIMEOUT)
+    store = connect(launch, timeout=PATIENCE)
     global _current
     with _lock:
         if _current is not None:

@@ -70,7 +70,7 @@ class RankStrategy(GroupStrategy):
         group: Group,
         news: News,
         life: SignsOfLife,
-        run: "RunHere",
+        run: RunHere,
     ) -> None:
         """Take the process group, in the set-up of the run.
 
@@ -87,18 +87,8 @@ class RankStrategy(GroupStrategy):
         self._life = life
         self.following = Following(loop, group)
         self.agreement = Agreement(group, self._mailbox.given, loop.progress, news, self)
-        self._mailbox.attach(self.agreement, loop.progress, life)
-        self.group.broadcast(self._tensors())
-
-    def _tensors(self) -> list[torch.Tensor]:
-        """Return all weights and buffers: rank 0's are those of the run."""
-        in_modules: dict[int, torch.Tensor] = {}
-        for module in self.modules():
-            for tensor in (*module.parameters(), *module.buffers()):
-                in_modules[id(tensor)] = tensor
-        for parameter in self._loop.parameters():
-            in_modules[id(parameter)] = parameter
-        return [each.data for each in in_modules.values()]
+        self._mailbox.attach(self.agreement, life)
+        self.share_weights(loop.parameters())
 
     def close(self) -> None:
         """Release the model and the data; what was not applied fails."""
@@ -173,9 +163,9 @@ class RankStrategy(GroupStrategy):
         """This rank's share of the batch that the loop took last."""
         return self._shares.share
 
-    def shared_training(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+    def shared_training(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Return the loader of this rank's share of the training batches."""
-        return self._shares.training(loader, epoch)
+        return self._shares.training(loader)
 
     def iterate(self, iterator: Iterator[Any], given: int) -> Iterator[Any]:
         """Return an iterator that keeps `share` up to date."""

@@ -161,12 +161,11 @@ class Shares:
         # Of the loader that was asked for last, if it gives this rank's own batches
         self._own: OwnBatches | None = None
 
-    def training(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+    def training(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Return the loader of this rank's share of the training batches; for a DataLoader the same one each time.
 
         Args:
             loader: The user's, or its twin that seeds the samples.
-            epoch: Index of the epoch.
 
         Raises:
             ConfigError: The batches cannot be shared.
@@ -187,13 +186,8 @@ class Shares:
             raise ConfigError(_cannot_split(name_of(loader), _why_not(loader)))
         return WholeStream(loader, ranks)
 
-    def validation(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
-        """Return the loader of this rank's share of the batches of a validation: whole ones, each on one rank.
-
-        Args:
-            loader: The user's.
-            epoch: Index of the epoch.
-        """
+    def validation(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Return the loader of this rank's share of the batches of a validation: whole ones, each on one rank."""
         ranks = self._ranks
         if isinstance(loader, list | tuple) and is_sequence(loader):
             return loader[ranks.rank :: ranks.world_size]

@@ -88,9 +88,9 @@ class SignsOfLife:
     wait for it. In the last case it says so itself, with the stack of its training thread. That the store cannot be
     reached for the time-out is a failure, too.
 
-    `fail` is called once, with the failure of another rank or the hanging of this one, in a thread of this object. If
-    the training thread has not come out within five seconds, two on the rank that hangs, the process ends itself with
-    code 1.
+    `fail` is called once, with the failure of another rank or the hanging of this one, in a thread of this object or in
+    the one that calls `cause_of`. If the training thread has not come out within five seconds, two on the rank that
+    hangs, the process ends itself with code 1.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class SignsOfLife:
         *,
         timeout: float,
         fail: Callable[[RankFailedError], None],
+        wants_attention: Callable[[], bool],
         attention: Callable[[], None],
     ) -> None:
         """Prepare; nothing happens before `start`.
@@ -111,6 +112,7 @@ class SignsOfLife:
             run_key: The same on all ranks, another one for each run.
             timeout: Seconds, as above.
             fail: Called with the failure. Must not block.
+            wants_attention: Returns whether to call rank 0's `attention`. Called by the messenger, with each sign.
             attention: Called on rank 0 when a rank wants attention. Must not block.
         """
         self.place: tuple[int, int] = (0, 0)
@@ -123,8 +125,6 @@ class SignsOfLife:
 
         While any rank is excused, none is late. Written by the training thread, read by the messenger.
         """
-        self.wants_attention = False
-        """Set it to have rank 0's `attention` called. Written by any thread, cleared by the messenger."""
         self.has_come_out = False
         """True once the training thread waits for no other rank: a failure then ends no process.
 
@@ -141,6 +141,7 @@ class SignsOfLife:
         self._timeout = timeout
         self._period = min(PERIOD, timeout / 8)
         self._fail = fail
+        self._wants_attention = wants_attention
         self._attention = attention
         self._lock = threading.Lock()
         # Written by `start`, before there is a thread that reads it
@@ -162,7 +163,7 @@ class SignsOfLife:
         self._found: _Failure | None = None
         # True once this rank has failed itself, and others' silence means nothing. Written by the thread that reports
         self._has_reported = False
-        # When `fail` was called. Written and read by the watch and the messenger
+        # When `fail` was called. Written once, by the thread that calls it; read by the watch
         self._failed_at: float | None = None
         self._wake = threading.Event()
         self._read = threading.Condition()
@@ -345,9 +346,7 @@ class SignsOfLife:
             self._judge(own)
 
     def _say(self, store: PrefixStore) -> _Sign:
-        if self.wants_attention:
-            # Cleared first: whoever sets it now asks once more
-            self.wants_attention = False
+        if self._wants_attention():
             self._asked += 1
         self._number += 1
         own = _Sign(

@@ -33,17 +33,8 @@ class Together:
         self._ranks = ranks
         self._group = group
         self.strategy = GroupStrategy(ranks.rank, ranks.world_size, program, setup)
-        """For the loop of an evaluation; gives each rank its batches."""
+        """Of a loop that only validates; gives each rank rank 0's weights, and its batches."""
         self.strategy.group = group
-
-    def share_weights(self) -> None:
-        """Give all ranks the weights and buffers of rank 0. Once the model is on its device."""
-        tensors = {
-            id(each): each.data
-            for module in self.strategy.modules()
-            for each in (*module.parameters(), *module.buffers())
-        }
-        self._group.broadcast(list(tensors.values()))
 
     def on_first(self, own: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the items of all ranks on rank 0: the first of each rank, by rank, then the second ones, and so on.

@@ -9,11 +9,11 @@ from offloop.engine.data.seeded_sampling import SeededSampling
 from offloop.engine.data.workers import spared_workers
 from offloop.engine.position.data_position import DataPosition
 
-Sharing = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Takes a loader and the index of an epoch; returns the loader of this process's share."""
+Sharing = Callable[[Iterable[Any]], Iterable[Any]]
+"""Takes a loader; returns the loader of this process's share."""
 
 
-def _all(loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+def _all(loader: Iterable[Any]) -> Iterable[Any]:
     return loader
 
 
@@ -39,7 +39,7 @@ class EpochSource:
             val_loader: The run's validation loader.
             seed: For `sampling="seeded"`; None: samples draw from the global generators.
             is_resumable: True where checkpoints may be taken.
-            share: Returns the loader of this process's share of the training batches in an epoch.
+            share: Returns the loader of this process's share of the training batches.
             share_validation: The same for validations.
         """
         self._share, self._share_validation = share, share_validation
@@ -57,14 +57,14 @@ class EpochSource:
             saved,
             in_epoch=in_epoch,
             training=lambda loader: self._seeded(loader, epoch),
-            validation=lambda loader: self._share_validation(loader, epoch),
+            validation=self._share_validation,
             spared=self._spared,
             batches=batches,
         )
 
     def begin_validation(self, loader: Iterable[Any], epoch: int) -> Iterator[Any]:
         """Return an iterator over a validation's batches."""
-        read = self._share_validation(loader, epoch)
+        read = self._share_validation(loader)
         self.position.begin_validation(loader, read, epoch)
         with self._spared(read):
             return iter(read)
@@ -132,7 +132,7 @@ class EpochSource:
 
     def _seeded(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
         """Return the loader that seeds the samples of an epoch, and has only those of this process."""
-        return self._share(loader if self._seeding is None else self._seeding.twin_of(loader, epoch), epoch)
+        return self._share(loader if self._seeding is None else self._seeding.twin_of(loader, epoch))
 
     def _spared(self, loader: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
         """Return a context in which to start workers: they leave signals to the run if it handles them."""

@@ -59,7 +59,7 @@ def evaluate(program: TrainingProgram, loader: ValLoader, metrics: MetricSpec, p
     ):
         prepare_model(program)
         if together is not None:
-            together.share_weights()
+            together.strategy.share_weights()
         computed = loop.validate() or {}
     return Metrics({prefix + key.removeprefix("val_"): value for key, value in computed.items()})
 

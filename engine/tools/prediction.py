@@ -82,10 +82,8 @@ def _outputs(program: TrainingProgram, loader: Iterable[Any]) -> Generator[Any, 
         if together is None:
             yield from _own_outputs(program, loader)
         else:
-            together.share_weights()
-            yield from together.on_first(
-                _own_outputs(program, together.strategy.shared_validation(loader, 0))
-            )
+            together.strategy.share_weights()
+            yield from together.on_first(_own_outputs(program, together.strategy.shared_validation(loader)))
 
 
 def _own_outputs(program: TrainingProgram, loader: Iterable[Any]) -> Generator[Any, None, None]:

@@ -6,13 +6,13 @@ process as with many, so it need not know how many there are.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import torch
 
 from offloop.engine.metrics.metric_set import MetricSet
-from offloop.engine.training.setup import Program, Setup
+from offloop.engine.training.setup import Program
 
 
 class Share(NamedTuple):
@@ -66,13 +66,6 @@ class ValidationSums(msgspec.Struct):
     """Sum of the weights, by name."""
     samples: int
     batches: int
-
-
-class Loop(Protocol):
-    """What a strategy sees of its loop."""
-
-    program: Program
-    setup: Setup
 
 
 class Strategy:
@@ -159,16 +152,15 @@ class Strategy:
 
     # Data ----------------------------------------------------------------------------------------
 
-    def shared_training(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+    def shared_training(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Return the loader of this process's share of the training batches; the same object each time.
 
         Args:
             loader: The user's, or its twin that seeds the samples.
-            epoch: Index of the epoch.
         """
         return loader
 
-    def shared_validation(self, loader: Iterable[Any], epoch: int) -> Iterable[Any]:
+    def shared_validation(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Return a loader of this process's share of the batches of a validation; each sample counts once."""
         return loader
 

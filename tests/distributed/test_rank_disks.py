@@ -41,4 +41,6 @@ def test_rank_that_does_not_see_the_run_directory_goes_on_bit_for_bit(found: Any
         assert [each[name] for each in again] == [each[name] for each in whole], name
     reader = CheckpointReader(found.folder / "runs" / "cut")
     assert reader.damaged() == []
-    assert [*reader.load().parts] == [1]
+    loaded: Any = reader.load()
+    assert [*loaded.parts] == [1]
+    assert loaded.state["environment"]["strategy"] == "ddp"

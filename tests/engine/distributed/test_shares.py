@@ -55,7 +55,7 @@ Steps = list[tuple[list[int], Share]]
 
 def steps(shares: Shares, loader: Iterable[Any], epoch: int = 0, draw: bool = True) -> Steps:
     """Return an epoch of a rank: the samples of each step, and its share."""
-    read = shares.training(loader, epoch)
+    read = shares.training(loader)
     set_epoch(read, epoch)
     found: Steps = []
     for batch in shares.iterate(iter(read), 0):
@@ -192,7 +192,7 @@ def test_the_order_is_drawn_from_rank_zeros_random_state(order: str, workers: in
 def test_what_is_drawn_on_rank_zero_is_what_one_process_draws() -> None:
     def act(rank: Rank) -> tuple[float, list[float]]:
         loader, shares = DataLoader(Noisy(), 8, shuffle=True, num_workers=2), rank.shares()
-        read = shares.training(loader, 0)
+        read = shares.training(loader)
         noise = [each for batch in shares.iterate(iter(read), 0) for each in batch[:, 1].tolist()]
         return torch.rand(()).item(), noise
 
@@ -212,7 +212,7 @@ def test_workers_of_two_ranks_with_one_loader_generator_draw_their_own() -> None
         own = torch.Generator().manual_seed(3)
         loader = DataLoader(Noisy(), 8, shuffle=True, num_workers=2, generator=own)
         shares = rank.shares()
-        batches = list(shares.iterate(iter(shares.training(loader, 0)), 0))
+        batches = list(shares.iterate(iter(shares.training(loader)), 0))
         assert sum(len(each) for each in batches) == 11
         return [each for batch in batches for each in batch[:, 1].tolist()]
 
@@ -240,7 +240,7 @@ def test_seeded_samples_are_the_same_on_any_number_of_ranks(size: int, mode: Mod
     def act(rank: Rank) -> list[Any]:
         loader, shares, seeding = DataLoader(Noisy(), 8, shuffle=True), rank.shares(mode), SeededSampling(7)
         found = []
-        read = shares.training(seeding.twin_of(loader, 1), 1)
+        read = shares.training(seeding.twin_of(loader, 1))
         for batch in shares.iterate(iter(read), 0):
             found += [tuple(sample) for sample in batch.tolist() if shares.share.counts]
         return found
@@ -317,7 +317,7 @@ def test_whole_batches_go_round(kind: str, size: int) -> None:
 def test_a_loader_of_whole_batches_has_the_length_of_its_steps() -> None:
     shares = Rank(0, World(4)).shares("whole")
     for kind in ("indices", "list", "batches of the data set"):
-        assert len(shares.training(WHOLE[kind](), 0)) == 2  # type: ignore[arg-type]  # it has a length
+        assert len(shares.training(WHOLE[kind]())) == 2  # type: ignore[arg-type]  # it has a length
     assert shares.counting(WHOLE["list"](), is_training=True)(5) == 2
     assert [Rank(rank, World(4)).shares("whole").counting([], is_training=False)(6) for rank in range(4)] == [
         2,
@@ -506,7 +506,7 @@ def test_seeded_samples_of_own_loaders_have_numbers_of_their_own() -> None:
             dataset, num_replicas=rank.world.size, rank=rank.number
         )
         loader = SeededSampling(7).twin_of(DataLoader(dataset, 4, sampler=sampler), 0)
-        read = rank.shares("split").training(loader, 0)
+        read = rank.shares("split").training(loader)
         return [tuple(sample) for batch in read for sample in batch.tolist()]
 
     one, two = World(1).run(act), World(2).run(act)
@@ -534,8 +534,8 @@ def test_whole_batches_of_a_validation_go_round(kind: str, size: int, mode: Mode
     def act(rank: Rank) -> list[list[list[int]]]:
         loader, shares = VALIDATION[kind](), rank.shares(mode)
         passes = []
-        for epoch in range(2):
-            read = shares.validation(loader, epoch)
+        for _ in range(2):
+            read = shares.validation(loader)
             passes.append([batch.tolist() for batch in read])
             if length_of(loader) is not None:
                 assert length_of(read) == len(passes[-1])
@@ -561,7 +561,7 @@ def test_whole_batches_of_a_validation_go_round(kind: str, size: int, mode: Mode
 def test_a_validation_drops_what_a_distributed_sampler_repeats(batch: int) -> None:
     def act(rank: Rank) -> list[int]:
         sampler: DistributedSampler[Any] = DistributedSampler(Numbers(21), num_replicas=2, rank=rank.number)
-        read = rank.shares().validation(DataLoader(Numbers(21), batch, sampler=sampler), 0)
+        read = rank.shares().validation(DataLoader(Numbers(21), batch, sampler=sampler))
         return [each for samples in read for each in samples.tolist()]
 
     world = World(2)

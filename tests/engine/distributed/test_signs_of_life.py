@@ -19,8 +19,10 @@ has_failed, is_asked = threading.Event(), threading.Event()
 def fail(error):
     failures.append(error)
     has_failed.set()
+wanted = []
+of_attention = {"wants_attention": lambda: bool(wanted and wanted.pop()), "attention": is_asked.set}
 def make(timeout):
-    made = SignsOfLife(store, launch, "run", timeout=timeout, fail=fail, attention=is_asked.set)
+    made = SignsOfLife(store, launch, "run", timeout=timeout, fail=fail, **of_attention)
     made.start()
     return made
 def wait_for_rounds(signs, count):
@@ -172,7 +174,7 @@ def test_rank_that_hangs_says_so_with_its_stack_and_ends_itself(ranks: Callable[
 def test_rank_that_is_excused_or_comes_on_is_not_late(ranks: Callable[[str], Ranks]) -> None:
     text = """
     signs = make(1)
-    others = SignsOfLife(store, launch, "another run", timeout=1, fail=fail, attention=is_asked.set)
+    others = SignsOfLife(store, launch, "another run", timeout=1, fail=fail, **of_attention)
     if rank == 0:
         signs.place = (5, 0)
     else:
@@ -274,7 +276,7 @@ def test_any_rank_may_ask_for_the_attention_of_rank_0(ranks: Callable[[str], Ran
     for _ in range(2):
         if rank == 1:
             sys.stdin.readline()
-            signs.wants_attention = True
+            wanted.append(True)
         else:
             is_asked.wait()
             is_asked.clear()

@@ -1024,7 +1024,7 @@ def test_checkpoint_of_an_older_version_goes_on(tmp_path: Path, monkeypatch: pyt
 def test_share_of_a_loader_is_described_as_the_whole() -> None:
     """One process of two reads half of the batches; a checkpoint may have been taken before it read any."""
 
-    def half(loader: Iterable[Any], epoch: int) -> DataLoader[Any]:
+    def half(loader: Iterable[Any]) -> DataLoader[Any]:
         return DataLoader(Samples(), batch_sampler=list(BatchSampler(range(SAMPLES), BATCH, False))[::2])
 
     train_loader, val_loader = (DataLoader(Samples(), batch_size=BATCH) for _ in range(2))
