@@ -1,4 +1,4 @@
-"""What a session asks of `engine/distributed/`, which is loaded in a process that trains with others alone."""
+"""What a session asks of `engine/distributed/`. Only a process that may train with others loads that package."""
 
 import contextlib
 import os
@@ -130,23 +130,18 @@ def check_alike(
     if resume is None and plan.directory is not None and plan.directory.exists():
         # Now, while the others can be told
         raise RunNameTakenError(str(plan.directory))
+    which, over = (None, None) if resume is None else (resume.which, resume.over)
     deciders = sorted({name for each in plan.handlers for name in each.deciders})
     ranks.deciders = frozenset(deciders)
     ranks.plan.announce(
         Decision(
             run_id=plan.run_id,
             directory=None if plan.directory is None else str(plan.directory),
-            which=None
-            if resume is None
-            else str(resume.which)
-            if isinstance(resume.which, Path)
-            else resume.which,
-            which_is_path=resume is not None and isinstance(resume.which, Path),
+            which=str(which) if isinstance(which, Path) else which,
+            which_is_path=isinstance(which, Path),
             is_resumed=resume is not None,
             attempt=0 if resume is None else resume.attempt,
-            over=None
-            if resume is None or resume.over is None
-            else (resume.over.stopped_by, resume.over.reason),
+            over=None if over is None else (over.stopped_by, over.reason),
             fingerprint=own,
             deciders=deciders,
         )
