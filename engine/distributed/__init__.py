@@ -29,6 +29,6 @@ Strategies, each based on the one before
 
 What uses them
     rank_run          one run, from the store to the goodbye
-    rank_log          `ranks/<rank>/log.txt`
+    rank_log          `ranks/<rank>/log.txt`; in the terminal, rank 0 speaks
     together          evaluations and predictions
 """

@@ -22,6 +22,7 @@ import torch
 
 from offloop.engine.callback import Handlers
 from offloop.engine.config import TrainerConfig
+from offloop.engine.distributed.rank_log import SAYS_ITSELF
 from offloop.engine.distributed.rendezvous import POLL, Store
 from offloop.engine.errors import ConfigError, OffloopError, describe
 
@@ -212,7 +213,12 @@ class Plan:
         while not self._store.check([key]):
             waited = time.monotonic() - started
             if waited > LONG and not is_reported:
-                logger.warning("rank %d waits for %s: all ranks must make the same call", self._rank, what)
+                logger.warning(
+                    "rank %d waits for %s: all ranks must make the same call",
+                    self._rank,
+                    what,
+                    extra=SAYS_ITSELF,
+                )
                 is_reported = True
             if waited > PATIENCE:
                 raise OffloopError(

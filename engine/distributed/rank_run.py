@@ -18,7 +18,7 @@ from offloop.engine.distributed.group import Group
 from offloop.engine.distributed.launch import Launch, find_launch
 from offloop.engine.distributed.news import News
 from offloop.engine.distributed.plan import PATIENCE, Plan
-from offloop.engine.distributed.rank_log import RankLog
+from offloop.engine.distributed.rank_log import OneVoice, RankLog
 from offloop.engine.distributed.rank_mailbox import RankMailbox
 from offloop.engine.distributed.rank_strategy import RunHere
 from offloop.engine.distributed.rendezvous import POLL, PrefixStore, Store, connect, shared_client
@@ -54,6 +54,7 @@ class RankRun:
         # Made by the training thread, read by the thread that leaves and closes when the training thread has ended
         self.life: SignsOfLife | None = None
         self._log: RankLog | None = None
+        self._voice = OneVoice() if launch.rank else None
 
     @property
     def is_first(self) -> bool:
@@ -161,7 +162,7 @@ class RankRun:
 
     def open_log(self, directory: Path) -> None:
         """Log into the run's directory. After rank 0 has made it."""
-        self._log = RankLog(directory, self.rank)
+        self._log = RankLog(directory, self.rank, self._voice)
 
     def end_training(self) -> None:
         """Note that the training thread has come out: no failure of another rank ends this process by force now."""
@@ -240,6 +241,8 @@ class RankRun:
             self.life.stop()
         if self._log is not None:
             self._log.close()
+        if self._voice is not None:
+            self._voice.close()
 
     # Results -----------------------------------------------------------------------------------------
 

@@ -93,6 +93,8 @@ class Lifetime:
     def note_signal_elsewhere(self, name: str) -> None:
         """Note that a signal stops the run, which may have come to another process. Training thread."""
         self.signal_elsewhere = name
+        if not self.signal_count:
+            logger.warning("%s at another rank: stopping", name)
         self.signal_count = max(self.signal_count, 1)
 
     def fail(self, error: BaseException) -> None:
