@@ -189,6 +189,10 @@ ADVICE: Final = {
     "devices": "torchrun --nproc-per-node starts a process for each device; device names one",
     "gpus": "torchrun --nproc-per-node starts a process for each GPU; device names one",
     "num_nodes": "start the script with torchrun --nnodes on each machine",
+    "num_processes": "torchrun --nproc-per-node starts a process for each device",
+    "sync_dist": "logged values are those of all ranks already",
+    "replace_sampler_ddp": "use rank_batches; a DistributedSampler stays in charge",
+    "process_group_backend": "NCCL on CUDA, gloo on the CPU; a group that you have made is used",
     "detect_anomaly": "call torch.autograd.set_detect_anomaly(True)",
     "benchmark": "set torch.backends.cudnn.benchmark = True",
     "initial_epoch": 'train(..., resume="auto") continues a run',
@@ -248,6 +252,17 @@ PRECISIONS: Final = {
 }
 """Other libraries' spelling of precisions -> ours."""
 
+ATTRIBUTES: Final = {
+    "global_rank": "rank",
+    "process_index": "rank",
+    "is_global_zero": "rank == 0",
+    "is_main_process": "rank == 0",
+    "is_world_process_zero": "rank == 0",
+    "num_processes": "world_size",
+    "num_devices": "world_size",
+}
+"""Other libraries' spelling of a trainer's attributes -> ours."""
+
 LIKE: Final = {
     "optimizer": ", like torch.optim.AdamW(model.parameters(), lr=1e-3)",
     "train_loader": ", like DataLoader(TensorDataset(inputs, targets), batch_size=32)",
@@ -276,6 +291,20 @@ def hint(name: str, legal: Iterable[str]) -> str:
     if near is not None:
         return f"did you mean {near}?"
     return f"legal are {', '.join(legal)}" if legal else "it takes no arguments"
+
+
+def strategy_hint(strategy: object) -> str:
+    """Return what to write instead of another library's strategy, to append to an error; empty if it is none."""
+    text = str(strategy).lower()
+    if "find_unused" in text:
+        return ': use strategy="auto" with find_unused_parameters=True'
+    if any(each in text for each in ("fsdp", "deepspeed", "sharded")):
+        return ": there are no sharded parameters here, the model must fit on one device"
+    if "spawn" in text or "fork" in text or "notebook" in text or text == "dp":
+        return ": start the script with torchrun --nproc-per-node"
+    if "ddp" in text or "data_parallel" in text:
+        return ': "auto" is DDP under torchrun'
+    return ""
 
 
 def unknown_argument(callee: str, name: str, legal: Iterable[str]) -> Exception:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, Protocol, get_args
 import msgspec
 
 from offloop.engine import checks
-from offloop.engine.argument_hints import ADVICE, PEER_SPELLINGS, PRECISIONS, hint
+from offloop.engine.argument_hints import ADVICE, PEER_SPELLINGS, PRECISIONS, hint, strategy_hint
 from offloop.engine.errors import ConfigError, nearest
 from offloop.engine.monitor import Mode
 
@@ -154,7 +154,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         checks.choice("scheduler_interval", self.scheduler_interval, ("epoch", "step"))
         checks.choice("mode", self.mode, get_args(Mode))
         checks.choice("sampling", self.sampling, ("loader", "seeded"))
-        checks.choice("strategy", self.strategy, ("auto", "none", "ddp"))
+        checks.choice("strategy", self.strategy, ("auto", "none", "ddp"), hint=strategy_hint(self.strategy))
         checks.choice("rank_batches", self.rank_batches, ("split", "whole", "own"))
         checks.choice("tf32", self.tf32, (None, False, True))
         for name in (

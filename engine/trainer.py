@@ -2,13 +2,13 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.abc
 from torch.nn.parameter import is_lazy
 
-from offloop.engine.argument_hints import AsyncBlock, explains_arguments
+from offloop.engine.argument_hints import ATTRIBUTES, AsyncBlock, explains_arguments
 from offloop.engine.callback import Callback
 from offloop.engine.config import misplaced_argument
 from offloop.engine.data.val_loaders import ValLoader
@@ -47,6 +47,16 @@ class BaseTrainer(TrainingProgram):
             f"<{type(self).__name__} of {type(self.model).__name__} with {size:,} parameters, {optimizers}, "
             f"on {self.device}{run}>"
         )
+
+    # Type checkers report these without help
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ATTRIBUTES:
+                text = f"{type(self).__name__!r} object has no attribute {name!r}: use {ATTRIBUTES[name]}"
+                raise AttributeError(text, name=name, obj=self)
+            # Python's own error, or that of a property
+            return super().__getattribute__(name)
 
     @property
     def last_run(self) -> Run | None:

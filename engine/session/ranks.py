@@ -95,6 +95,11 @@ def check_alike(
     from offloop.engine.metrics.merging import check_mergeable
 
     setup = plan.setup
+    if isinstance(plan.program.model, torch.nn.parallel.DistributedDataParallel):
+        raise ConfigError(
+            "model is a DistributedDataParallel already, and the trainer makes one: give it the module inside, "
+            'model.module, or Trainer(strategy="none")'
+        )
     if setup.config.sync_batchnorm and setup.device.type != "cuda":
         raise ConfigError(
             f"sync_batchnorm=True needs CUDA devices, and this run trains on {setup.device}: torch has no "

@@ -160,6 +160,7 @@ class TrainingProgram:
         """Run one batch of a validation."""
         self._in_run("validate_batch").validator.validate_batch(batch)
 
+    @explains_arguments()
     def log(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float | None = None) -> None:
         """Log a value of this step: `StepEnd.metrics[name]`, and the epoch's mean `train_name` or `val_name`.
 

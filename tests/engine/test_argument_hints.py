@@ -12,6 +12,7 @@ from offloop.dashboard import Dashboard
 from offloop.engine import Callback, ConfigError, Trainer, TrainerConfig
 from offloop.engine.argument_hints import (
     ADVICE,
+    ATTRIBUTES,
     HANDLERS,
     PEER_SPELLINGS,
     UNCALLED,
@@ -270,3 +271,37 @@ def test_tensors_in_the_place_of_a_loader_are_refused() -> None:
         assert "must give batches, got a " in line_of(raised)
         assert "DataLoader(TensorDataset(inputs, targets), batch_size=32)" in line_of(raised)
     assert len(trainer.predict(DataLoader(TensorDataset(inputs), batch_size=4))) == 2  # as it says
+
+
+# Several processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "text"),
+    [
+        ("ddp_find_unused_parameters_true", "find_unused_parameters=True"),
+        ("fsdp", "no sharded parameters"),
+        ("ddp_spawn", "torchrun --nproc-per-node"),
+        ("DDP", '"auto" is DDP under torchrun'),
+        (3, "got 3"),
+    ],
+)
+def test_other_libraries_strategies_are_explained(strategy: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match="strategy must be 'auto', 'none' or 'ddp'") as raised:
+        TrainerConfig(strategy=strategy)
+    assert text in line_of(raised)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_other_libraries_attributes_of_a_trainer_are_explained(name: str) -> None:
+    trainer = tiny_trainer()
+    with pytest.raises(AttributeError, match=f"no attribute '{name}': use {ATTRIBUTES[name]}") as raised:
+        getattr(trainer, name)
+    assert raised.value.name == name
+    assert hasattr(trainer, ATTRIBUTES[name].split()[0])
+    assert not hasattr(trainer, "anything_else")
+
+
+def test_logging_with_an_argument_of_lightning_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"sync_dist.*those of all ranks already"):
+        tiny_trainer().log("name", 1.0, sync_dist=True)  # type: ignore[call-arg]  # the mistake

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from offloop.engine import Callback, TrainerConfig
 from offloop.engine.callback import lookup
 from offloop.engine.distributed.plan import Decision, Fingerprint, Plan, fingerprint
 from offloop.engine.errors import ConfigError
+from offloop.engine.session.ranks import check_alike
 from offloop.engine.training.setup import Limits
 
 
@@ -117,3 +119,12 @@ def test_a_refusal_of_rank_0_after_its_decision_is_that_of_all() -> None:
     first.refuse(RuntimeError("no thread can be started"))
     with pytest.raises(ConfigError, match="rank 0 has started no run: RuntimeError: no thread"):
         second.ready()
+
+
+def test_a_model_that_is_wrapped_already_is_refused() -> None:
+    """Gradients would be averaged twice, and names in checkpoints begin with `module.`."""
+    wrapped = torch.nn.parallel.DistributedDataParallel
+    program = SimpleNamespace(model=wrapped.__new__(wrapped))
+    plan: Any = SimpleNamespace(setup=None, program=program)
+    with pytest.raises(ConfigError, match=r"give it the module inside, model\.module"):
+        check_alike(cast(Any, None), plan, [], None)
