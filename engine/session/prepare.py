@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,8 +140,16 @@ def prepare(
     return Session(plan)
 
 
-def prepare_blocking(program: TrainingProgram, arguments: RunArguments) -> Session:
-    """Fetch the run that is to be continued if it is elsewhere, and prepare. Blocks, for network and other ranks."""
+def prepare_blocking(
+    program: TrainingProgram, arguments: RunArguments, *, is_given_up: Callable[[], bool] = lambda: False
+) -> Session:
+    """Fetch the run that is to be continued if it is elsewhere, and prepare. Blocks, for network and other ranks.
+
+    Args:
+        program: The trainer.
+        arguments: Of the run.
+        is_given_up: True once nobody waits for the session any more: then no rank starts the run.
+    """
     _check_made(program)
     if not may_have_ranks(program.config):
         _fetch(program, arguments.resume)
@@ -151,6 +160,8 @@ def prepare_blocking(program: TrainingProgram, arguments: RunArguments) -> Sessi
         decision = None if ranks is None or ranks.is_first else ranks.plan.learn()
         session = prepare(program, arguments, ranks, decision)
         if ranks is not None:
+            if is_given_up():
+                raise ConfigError("the task that started the run was cancelled")
             ranks.plan.ready()
     return session
 
@@ -172,16 +183,34 @@ async def prepare_async(program: TrainingProgram, arguments: RunArguments) -> Se
         await fetch_async(program, arguments.resume)
         return prepare(program, arguments)
     caller = caller_state(with_autocast=True, used=program.device)
+    # Set on the event loop, read by the thread, which goes on by itself after a cancellation
+    given_up = threading.Event()
+    made: list[Session] = []
 
     def work() -> Session:
         with caller:
-            return prepare_blocking(program, arguments)
+            session = prepare_blocking(program, arguments, is_given_up=given_up.is_set)
+        made.append(session)
+        if given_up.is_set():
+            _give_up(session)
+        return session
 
     worker = Worker("offloop-prepare")
     try:
         return await worker.run(work)
+    except BaseException:
+        given_up.set()
+        for each in made:
+            _give_up(each)
+        raise
     finally:
         worker.close()
+
+
+def _give_up(session: Session) -> None:
+    """Give up a run that nobody starts any more: all ranks may start another one then. Any thread."""
+    if session.ranks is not None:
+        session.ranks.refuse(ConfigError("the task that started the run was cancelled"))
 
 
 def run_block(

@@ -38,7 +38,12 @@ from offloop.engine.bus.event_bus import Bus
 from offloop.engine.bus.threads import Thread
 from offloop.engine.bus.waker import Waker, result_of
 from offloop.engine.callback import close_unused
-from offloop.engine.errors import BusClosedError, RunEndedError, RunNameTakenError, note_cancellation
+from offloop.engine.errors import (
+    BusClosedError,
+    RunEndedError,
+    RunNameTakenError,
+    note_cancellation,
+)
 from offloop.engine.events import Event
 from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.observers.observer import CallbackCosts
@@ -89,8 +94,8 @@ class Session:
         self._logs = DurableLogs(self.bus, in_haste=self.lifetime.is_in_haste)
         self._best = BestSoFar(monitors.best, monitors.best_direction, is_named=monitors.is_best_named)
         self._is_new = plan.resume is None
-        # None where this process trains alone
-        self._ranks = plan.ranks
+        self.ranks = plan.ranks
+        """None where this process trains alone."""
         self.has_other_ranks = plan.ranks is not None
         self.storage: Storage | None = None
         if plan.directory is not None:
@@ -249,7 +254,7 @@ class Session:
         assert self._lease is not None and self._training is not None
         self.mailbox.places.event_loop_thread = threading.get_ident()
         try:
-            makes_directory = self._is_new and (self._ranks is None or self._ranks.is_first)
+            makes_directory = self._is_new and (self.ranks is None or self.ranks.is_first)
             if makes_directory and self.dir is not None and self.dir.exists():
                 raise RunNameTakenError(str(self.dir))
             self._lease.take(self._training, self.run)
@@ -277,8 +282,8 @@ class Session:
                 self.lifetime.phase = "cancelled"
                 self.mailbox.end()
                 self.finished.cancel()
-                if self._ranks is not None:
-                    self._ranks.refuse(sys.exception())
+                if self.ranks is not None:
+                    self.ranks.refuse(sys.exception())
 
     def _never_ran(self) -> bool:
         return self.result is None and not self.is_abandoned
@@ -453,7 +458,7 @@ class Session:
         """Make the result, write it to run.json, and release everything."""
         storage = self.storage if self.storage is not None and self.storage.is_open else None
         directory = None if storage is None else storage.directory
-        if self._ranks is not None and not self._ranks.is_first:
+        if self.ranks is not None and not self.ranks.is_first:
             directory = self.dir
         result = self._outcome.result(self.callbacks, self.callback_costs, directory)
         self.result = result
@@ -468,9 +473,9 @@ class Session:
                 logger.warning("%s does not say how the run ended", directory)
             except BaseException:
                 logger.exception("%s does not say how the run ended", directory)
-        if self._ranks is not None:
+        if self.ranks is not None:
             try:
-                await _in_thread("offloop-leave", functools.partial(self._leave_ranks, self._ranks))
+                await _in_thread("offloop-leave", functools.partial(self._leave_ranks, self.ranks))
             except anyio.get_cancelled_exc_class():
                 pass
             except Exception:

@@ -25,6 +25,7 @@ NAMES = (
     "nonfinite",
     "full_subscriber",
     "hook_of_one_rank",
+    "cancelled_start",
 )
 
 
@@ -148,3 +149,10 @@ def test_a_full_subscriber_of_rank_0_holds_all_ranks_and_lets_them_go(ran: Any) 
 def test_a_step_hook_that_fails_on_one_rank_alone_is_an_error_on_all(ran: Any) -> None:
     for each in ran.of("hook_of_one_rank"):
         assert "Fails.after_step on rank 1 (ValueError: only here)" in each["raised"]
+
+
+def test_a_start_that_is_cancelled_on_one_rank_is_none_and_the_next_one_works(ran: Any) -> None:
+    first, second = ran.of("cancelled_start")
+    assert "rank 1 has started no run: ConfigError: the task that started the run was" in first["raised"][0]
+    assert second["raised"] == ["cancelled"]
+    assert first["status"] == second["status"] == "completed"

@@ -12,6 +12,7 @@ from offloop.callbacks import EarlyStopping, LearningRateScheduler
 from offloop.engine import (
     Callback,
     CommandApplied,
+    ConfigError,
     EpochEnd,
     Run,
     StateChanged,
@@ -307,3 +308,27 @@ def hook_of_one_rank() -> Any:
     except Exception as error:
         raised = str(error)
     return {"raised": raised}
+
+
+def cancelled_start() -> Any:
+    """The task that starts a run is cancelled on rank 1, which waits for rank 0; then all ranks start another one."""
+    import anyio
+
+    raised: list[str] = []
+
+    async def main() -> Any:
+        if RANK == 1:
+            with anyio.move_on_after(0.3) as scope:
+                await classifier().train_async(loader(samples(16)), epochs=1)
+            raised.append("cancelled" if scope.cancelled_caught else "not cancelled")
+            # Its thread waits for rank 0 yet
+            await anyio.sleep(2.5)
+        else:
+            await anyio.sleep(1.0)
+            try:
+                await classifier().train_async(loader(samples(16)), epochs=1)
+            except ConfigError as error:
+                raised.append(str(error))
+        return await classifier().train_async(loader(samples(16)), epochs=1)
+
+    return {"status": anyio.run(main).status, "raised": raised}
