@@ -6,8 +6,10 @@ a pause; who is dead is found by signs of life. The groups live as long as the p
 often, and a process may end without destroying them.
 """
 
+import atexit
 import datetime
 import io
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -21,6 +23,9 @@ from offloop.engine.errors import ConfigError
 
 FOREVER: Final = datetime.timedelta(days=20)
 """Time-out of a collective. 24.8 days are 2**31 milliseconds, which not every part of torch can count."""
+SETTLING: Final = 0.1
+"""Seconds that the end of the process leaves to gloo's threads. One that still drops its last collective, which holds
+Python objects, while the interpreter ends aborts the process (torch 2.13)."""
 FIRST_BYTES: Final = 1024
 """Size of the first message of `gather`, with the 8 bytes of its length. Larger messages need a second one."""
 _LENGTH_BYTES: Final = 8
@@ -155,6 +160,8 @@ def join(launch: Launch, store: Store, device: torch.device) -> Group:
             group = Group(control, device)
             # Connects the device's backend, which else waits for its first collective
             group.broadcast([torch.zeros(1, device=device)])
+        if _joined is None:
+            atexit.register(time.sleep, SETTLING)
         _joined = dist.group.WORLD, group
     return _joined[1]
 
