@@ -26,7 +26,7 @@ FOREVER: Final = datetime.timedelta(days=20)
 SETTLING: Final = 0.1
 """Seconds that the end of the process leaves to gloo's threads. One that still drops its last collective, which holds
 Python objects, while the interpreter ends aborts the process (torch 2.13)."""
-FIRST_BYTES: Final = 1024
+FIRST_BYTES: Final = 4096
 """Size of the first message of `gather`, with the 8 bytes of its length. Larger messages need a second one."""
 _LENGTH_BYTES: Final = 8
 

@@ -67,6 +67,25 @@ class WaitsForTheDisk(Callback):
                 time.sleep(0.001)
 
 
+class WaitsForTheLog(Callback):
+    """Goes on when the checkpoint of the epoch before is announced: the log then has what came before it."""
+
+    def __init__(self) -> None:
+        self.saved = 0
+        self.changed = threading.Condition()
+
+    def on_checkpoint_saved(self, event: CheckpointSaved, run: Run) -> None:
+        with self.changed:
+            self.saved = event.saved_step
+            self.changed.notify_all()
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.epoch and point.step % 2:
+            with self.changed:
+                assert self.changed.wait_for(lambda: self.saved >= point.step - 1, 60)
+
+
 class Looks(Callback):
     """Lets the log go on when three checkpoints are on disk, and knows what was announced until then and after."""
 
@@ -169,7 +188,7 @@ def test_killed_run_lacks_no_epoch_in_its_logs_once_it_has_gone_on(tmp_path: Pat
 def test_what_is_in_the_log_is_not_carried_by_later_checkpoints(tmp_path: Path) -> None:
     from offloop.engine.checkpoint import CheckpointReader
 
-    train(tmp_path, 30)
+    train(tmp_path, 30, WaitsForTheLog())
     state: Any = CheckpointReader(tmp_path / "run").load().state
     assert len(state["milestones"]) < 20  # of 30 epochs with two each, and what began the run
 
