@@ -272,6 +272,25 @@ def verdict(
         shutil.rmtree(directory)
 
 
+def assert_old_or_new(base: Path, log: Sequence[Done], possible: Sequence[set[int]]) -> None:
+    """Assert that a power cut in the save of step 3 leaves step 2 or 3, and step 3 once the save has said so.
+
+    Args:
+        base: The directory of the run.
+        log: The operations of the save.
+        possible: See `possible_steps`.
+    """
+    assert set().union(*possible) == {2, 3}
+    settled = max(
+        index
+        for index, done in enumerate(log)
+        if done.operation == "rename" and done.path.name.startswith(".tmp-step")
+    )
+    assert log[settled + 1] == Done("syncdir", base / "checkpoints")
+    assert all(steps == {3} for steps in possible[settled + 2 :]), "durable when it says so"
+    assert all(2 in steps for steps in possible[: settled + 2])
+
+
 def possible_steps(
     base: Path,
     before: Files,

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 from checkpoint_support import step_of
-from power_cut import Done, PowerCut, RecordingFileSystem, possible_steps, read_tree, verdict
+from power_cut import (
+    Done,
+    PowerCut,
+    RecordingFileSystem,
+    assert_old_or_new,
+    possible_steps,
+    read_tree,
+    verdict,
+)
 from rank_support import Rank, Stores, check_part, save_first
 
 from offloop.engine.checkpoint import CheckpointReader, CheckpointStore, LoadedCheckpoint
@@ -58,15 +66,7 @@ def test_power_cut_at_any_operation_of_either_rank_leaves_old_or_new(tmp_path: P
     written = [done.path.name for done in log if done.operation == "create"]
     assert {"rank-00001-of-00002.json", "rank-00001-of-00002.safetensors", "state.json"} < {*written}
     possible = possible_steps(base, before, log, tmp_path / "after", rolls=200, step_in=step_of_both)
-    assert set().union(*possible) == {2, 3}
-    settled = max(
-        index
-        for index, done in enumerate(log)
-        if done.operation == "rename" and done.path.name.startswith(".tmp-step")
-    )
-    assert log[settled + 1] == Done("syncdir", base / "checkpoints")
-    assert all(steps == {3} for steps in possible[settled + 2 :]), "durable when it says so"
-    assert all(2 in steps for steps in possible[: settled + 2])
+    assert_old_or_new(base, log, possible)
 
 
 def test_the_model_notices_a_part_that_is_not_fsynced(tmp_path: Path, stores: Stores) -> None:
