@@ -50,6 +50,9 @@ class DDPStrategy(RankStrategy):
         self._ddp: DistributedDataParallel | None = None
         self._wrapped_at = -1
         if self._program.automatic_optimization:
+            if self._loop.setup.config.sync_batchnorm:
+                # In place, except a model that is itself a normalization
+                torch.nn.SyncBatchNorm.convert_sync_batchnorm(self._program.model)
             self._wrap()
 
     def close(self) -> None:
@@ -59,9 +62,6 @@ class DDPStrategy(RankStrategy):
 
     def _wrap(self) -> None:
         program, config = self._program, self._loop.setup.config
-        if config.sync_batchnorm:
-            # In place, except a model that is itself a normalization
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(program.model)
         own = {id(each) for each in program.model.parameters()}
         others = [each for each in self._loop.parameters() if id(each) not in own and each.requires_grad]
         self._ddp = None
