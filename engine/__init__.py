@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     from offloop.engine.observers.observer import CallbackCosts as CallbackCosts
     from offloop.engine.result import RunResult as RunResult
     from offloop.engine.run import Run as Run
+    from offloop.engine.run_handle import RunHandle as RunHandle
     from offloop.engine.runs import Runs as Runs
     from offloop.engine.tools.tuning import BatchSizeSearch as BatchSizeSearch
     from offloop.engine.tools.tuning import BatchSizeTrial as BatchSizeTrial
@@ -145,6 +146,7 @@ _NAMES = {
     "observers.observer": "CallbackCosts",
     "result": "RunResult",
     "run": "Run",
+    "run_handle": "RunHandle",
     "runs": "Runs",
     "tools.tuning": "BatchSizeSearch BatchSizeTrial LearningRateSearch",
     "trainer": "BaseTrainer Trainer",

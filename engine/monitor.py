@@ -47,7 +47,7 @@ def needs_validation(key: str) -> ConfigError:
 
 
 class MonitoredRun(Protocol):
-    """What a monitor asks of a run; a `Run` has it."""
+    """What a monitor asks of a run; a `RunHandle` has it."""
 
     @property
     def refused(self) -> Mapping[str, str]:

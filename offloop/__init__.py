@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from offloop.engine import Retention as Retention
     from offloop.engine import Run as Run
     from offloop.engine import RunEndedError as RunEndedError
+    from offloop.engine import RunHandle as RunHandle
     from offloop.engine import RunNameTakenError as RunNameTakenError
     from offloop.engine import RunNotFoundError as RunNotFoundError
     from offloop.engine import RunResult as RunResult
@@ -137,10 +138,11 @@ _NAMES = {
         DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Event EventError
         EventLoopStalledError EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics
         ModelNotFoundError ModelRegistry ModelVersion OffloopError Preempted RankFailedError RemoteDirectory
-        Resumed Retention Run RunEndedError RunNameTakenError RunNotFoundError RunResult Runs RunsClosedError
-        Sample Settings StateChanged StepEnd StepPoint SubscriberTooSlowError TrainEnd TrainStart Trainer
-        TrainerBusyError TrainerConfig UploadFailed ValidationEnd ValidationStart WeightsError
-        WeightsMismatchError compare_models decides decode encode export_model in_step load_model read_events
+        Resumed Retention Run RunEndedError RunHandle RunNameTakenError RunNotFoundError RunResult Runs
+        RunsClosedError Sample Settings StateChanged StepEnd StepPoint SubscriberTooSlowError TrainEnd
+        TrainStart Trainer TrainerBusyError TrainerConfig UploadFailed ValidationEnd ValidationStart
+        WeightsError WeightsMismatchError compare_models decides decode encode export_model in_step load_model
+        read_events
     """,
 }
 _PACKAGES = ("callbacks", "cli", "dashboard", "engine")

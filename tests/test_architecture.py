@@ -41,6 +41,7 @@ WITHOUT_TORCH: Final = (
     "bus.forked",
     "observers.observer",
     "bus.threads",
+    "run_handle",
 )
 """Modules of the engine that work, and load, without torch."""
 SHARED: Final = (
@@ -62,6 +63,7 @@ ABOVE_THE_LOOP: Final = (
     "observers.worker",
     "observers.observer",
     "run",
+    "run_handle",
     "runs",
     "session.session",
     "trainer",

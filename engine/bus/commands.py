@@ -182,7 +182,7 @@ RULES: Final[Mapping[type[Command[Any]], Rule]] = {
 }
 
 
-def refused(lacking: Collection[Need]) -> dict[str, str]:
+def refused_for(lacking: Collection[Need]) -> dict[str, str]:
     """Return the commands that a run cannot apply at all, by name, and why."""
     return {
         str(command.__struct_config__.tag): rule.needs.value
@@ -191,20 +191,19 @@ def refused(lacking: Collection[Need]) -> dict[str, str]:
     }
 
 
-def check(command: Command[Any], *, lacking: Collection[Need], groups: Mapping[str, int]) -> None:
+def check(command: Command[Any], *, refused: Mapping[str, str], groups: Mapping[str, int]) -> None:
     """Reject a command that a run cannot apply.
 
     Args:
         command: The command.
-        lacking: What the run lacks.
+        refused: Commands that it cannot apply at all, by name, and why.
         groups: How many parameter groups each of its optimizers has.
 
     Raises:
-        ConfigError: The run lacks what the command needs, or has no such optimizer or parameter group.
+        ConfigError: The run refuses the command, or has no such optimizer or parameter group.
     """
-    need = command.rule.needs
-    if need is not None and need in lacking:
-        raise ConfigError(need.value)
+    if (why := refused.get(command.name)) is not None:
+        raise ConfigError(why)
     if isinstance(command, SetLearningRate):
         optimizer, group = command.optimizer, command.group
         if optimizer is None and len(groups) > 1:

@@ -32,7 +32,7 @@ from offloop.engine import (
     decides,
 )
 from offloop.engine.bus.command_mailbox import Mailbox, deciding
-from offloop.engine.bus.commands import RULES, Need, Place, check, refused
+from offloop.engine.bus.commands import RULES, Need, Place, check, refused_for
 from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
 
 
@@ -125,12 +125,14 @@ def test_a_command_that_is_never_legal_cannot_be_made(
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("lacking", [set(), {Need.VAL_LOADER}, {Need.DIRECTORY}, set(Need)])
 def test_what_is_rejected_is_what_is_listed_as_refused(command: Command[Any], lacking: set[Need]) -> None:
-    why = refused(lacking).get(command.name)
+    refused = refused_for(lacking)
+    why = refused.get(command.name)
+    assert why == (None if command.rule.needs not in lacking else command.rule.needs.value)
     if why is None:
-        check(command, lacking=lacking, groups={"optimizer": 1})
+        check(command, refused=refused, groups={"optimizer": 1})
         return
     with pytest.raises(ConfigError) as caught:
-        check(command, lacking=lacking, groups={"optimizer": 1})
+        check(command, refused=refused, groups={"optimizer": 1})
     assert str(caught.value) == why
 
 
@@ -146,9 +148,9 @@ def test_what_is_rejected_is_what_is_listed_as_refused(command: Command[Any], la
 def test_a_learning_rate_is_for_an_optimizer_and_a_group_that_exist(command: Command[Any], text: str) -> None:
     groups = {"first": 1, "second": 2}
     with pytest.raises(ConfigError) as caught:
-        check(command, lacking=(), groups=groups)
+        check(command, refused={}, groups=groups)
     assert str(caught.value) == text
-    check(SetLearningRate(0.5, 1, "second"), lacking=(), groups=groups)
+    check(SetLearningRate(0.5, 1, "second"), refused={}, groups=groups)
 
 
 # In the mailbox ----------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def test_a_run_applies_any_mix_of_commands_in_order_and_rejects_what_the_table_s
         (number, command.name) for number, command, _ in mixer.expected
     ]
     assert [event.error for event in applied] == [None] * len(applied)
-    why = refused({Need.DIRECTORY} if validates else set(Need))
+    why = refused_for({Need.DIRECTORY} if validates else set(Need))
     assert mixer.rejected == [
         (command.name, why[command.name])
         for commands in script[: len(recorder.of(EpochEnd))]
