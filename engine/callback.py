@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from offloop.engine.bus.subscription import OnFull
     from offloop.engine.monitor import Mode
+    from offloop.engine.training.program import TrainingProgram
 
 logger = logging.getLogger("offloop")
 
@@ -100,6 +101,13 @@ class Callback:
 
     def reset(self) -> None:
         """Discard the state of the previous run. Called before each new run, in the thread that starts it."""
+
+    def prepare(self, trainer: "TrainingProgram") -> None:
+        """Take what is needed from the trainer: model and optimizers are as they were given to it.
+
+        Called before each new run, after the `reset` of all callbacks, in the thread that starts it. An exception
+        refuses the run.
+        """
 
     def close(self) -> Awaitable[None] | None:
         """Release resources. Called exactly once, after the last event, however the run ended.

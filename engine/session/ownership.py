@@ -24,7 +24,7 @@ class Lease:
         self._run_id = plan.run_id
 
     def take(self, training: Training, run: Run) -> None:
-        """Take trainer and callbacks, and reset the callbacks.
+        """Take trainer and callbacks; reset and prepare the callbacks.
 
         Args:
             training: The training of the run, which the steps of the trainer use.
@@ -33,7 +33,7 @@ class Lease:
         Raises:
             TrainerBusyError: The trainer is in use.
             ConfigError: A callback serves another run.
-            Exception: What the `reset()` of a callback raised. Nothing is taken then.
+            Exception: What `reset()` or `prepare()` of a callback raised. Nothing is taken then.
         """
         program = self._program
         program._occupancy.check_free()
@@ -55,6 +55,8 @@ class Lease:
             for each in self._callbacks:
                 each.reset()
                 begun.append(each)
+            for each in self._callbacks:
+                each.prepare(program)
         except BaseException:
             close_unused(begun)
             self.give_back()

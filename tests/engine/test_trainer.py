@@ -36,6 +36,7 @@ from offloop.engine import (
     StepEnd,
     Trainer,
     TrainerConfig,
+    TrainStart,
     ValidationEnd,
 )
 from offloop.engine.testing import (
@@ -47,6 +48,7 @@ from offloop.engine.testing import (
     tiny_trainer,
 )
 from offloop.engine.training.placement import prepare_model
+from offloop.engine.training.program import TrainingProgram
 
 # Bad input ------------------------------------------------------------------------------------------
 
@@ -334,6 +336,34 @@ def test_a_refused_run_closes_what_it_has_reset_and_nothing_else() -> None:
     with pytest.raises(RuntimeError, match="no reset"):
         tiny_trainer().train(LOADER, epochs=1, callbacks=callbacks)
     assert said == ["reset first", "reset second", "reset refuses", "close first", "close second"]
+
+
+def test_callbacks_are_prepared_with_the_trainer_once_all_are_reset() -> None:
+    said: list[str] = []
+
+    class Prepares(Callback):
+        def reset(self) -> None:
+            said.append("reset")
+
+        def prepare(self, trainer: TrainingProgram) -> None:
+            said.append(f"prepare {type(trainer.model).__name__}")
+            if len(said) > 4:
+                raise ConfigError("no such model")
+
+        def on_train_start(self, event: TrainStart, run: Run) -> None:
+            said.append("start")
+
+        def close(self) -> None:
+            said.append("close")
+
+    trainer, callback = tiny_trainer(), Prepares()
+    model = type(trainer.model).__name__
+    trainer.train(LOADER, epochs=1, callbacks=[callback])
+    assert said == ["reset", f"prepare {model}", "start", "close"]
+    with pytest.raises(ConfigError, match="no such model"):
+        trainer.train(LOADER, epochs=1, callbacks=[callback])
+    assert said[4:] == ["reset", f"prepare {model}", "close"]
+    assert trainer.train(LOADER, epochs=1).status == "completed"
 
 
 def test_knobs_may_come_in_a_configuration_and_keywords_win() -> None:
