@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeVar, overload
 
 from offloop.engine import checks
 from offloop.engine.argument_hints import HANDLERS
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import torch
 
     from offloop.engine.bus.subscription import OnFull
+    from offloop.engine.config import TrainerConfig
     from offloop.engine.monitor import Mode
-    from offloop.engine.training.program import TrainingProgram
 
 logger = logging.getLogger("offloop")
 
@@ -64,6 +64,17 @@ STEP_POINTS: Final = (
 """Points inside a step where step hooks can run, in order."""
 POINTS: Final = (*STEP_POINTS, "before_validation", "after_validation", "after_training", "before_train_end")
 """All points where step hooks can run."""
+
+
+class TrainerParts(Protocol):
+    """What `Callback.prepare` may take from a trainer."""
+
+    model: "torch.nn.Module"
+    config: "TrainerConfig"
+
+    @property
+    def device(self) -> "torch.device":
+        """The model's device."""
 
 
 class Callback:
@@ -102,8 +113,8 @@ class Callback:
     def reset(self) -> None:
         """Discard the state of the previous run. Called before each new run, in the thread that starts it."""
 
-    def prepare(self, trainer: "TrainingProgram") -> None:
-        """Take what is needed from the trainer: model and optimizers are as they were given to it.
+    def prepare(self, trainer: "TrainerParts") -> None:
+        """Take what is needed from the trainer, whose model is as it was given to it.
 
         Called before each new run, after the `reset` of all callbacks, in the thread that starts it. An exception
         refuses the run.

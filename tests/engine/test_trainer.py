@@ -32,6 +32,7 @@ from offloop.engine import (
     LossError,
     MetricNotFoundError,
     OffloopError,
+    Run,
     RunResult,
     StepEnd,
     Trainer,
@@ -39,6 +40,7 @@ from offloop.engine import (
     TrainStart,
     ValidationEnd,
 )
+from offloop.engine.callback import TrainerParts
 from offloop.engine.testing import (
     Recorder,
     reproducible,
@@ -48,7 +50,6 @@ from offloop.engine.testing import (
     tiny_trainer,
 )
 from offloop.engine.training.placement import prepare_model
-from offloop.engine.training.program import TrainingProgram
 
 # Bad input ------------------------------------------------------------------------------------------
 
@@ -345,7 +346,7 @@ def test_callbacks_are_prepared_with_the_trainer_once_all_are_reset() -> None:
         def reset(self) -> None:
             said.append("reset")
 
-        def prepare(self, trainer: TrainingProgram) -> None:
+        def prepare(self, trainer: TrainerParts) -> None:
             said.append(f"prepare {type(trainer.model).__name__}")
             if len(said) > 4:
                 raise ConfigError("no such model")
