@@ -31,7 +31,9 @@ class CheckpointName:
             ) from None
         for _, key, format_spec, conversion in fields:
             assert key is not None
-            if key not in POSITION and not (key.startswith(("train_", "val_")) and key.isidentifier()):
+            if key not in POSITION and not (
+                key.startswith(("train_", "val_", "eval_")) and key.isidentifier()
+            ):
                 raise ConfigError(f"filename has the unknown key {{{key}}}; legal are {legal}")
             if conversion is not None:
                 raise ConfigError(f"filename has a conversion, {{{key}!{conversion}}}: leave it out")

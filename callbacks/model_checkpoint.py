@@ -25,7 +25,7 @@ from offloop.engine import (
     in_step,
 )
 from offloop.engine.argument_hints import explains_arguments
-from offloop.engine.monitor import Mode, Monitor
+from offloop.engine.monitor import EVALUATED, Mode, Monitor
 
 DEFAULT_FILENAME: Final = "epoch={epoch}-step={step}"
 
@@ -68,10 +68,12 @@ class ModelCheckpoint(Callback):
         """Choose when to save and what to keep.
 
         Args:
-            monitor: Key of the metric by which the best is chosen. None: that of `Trainer(monitor=...)`, else
-                `val_loss`, or `train_loss` without a validation.
+            monitor: Key of the metric by which the best is chosen. `eval_...` is one of checkpoints that are evaluated
+                beside training: each is kept until then, and the best is known later. None: that of
+                `Trainer(monitor=...)`, else `val_loss`, or `train_loss` without a validation.
             mode: Whether less (`"min"`) or more (`"max"`) is better. `"auto"` takes it from the metric or its name.
-            save_best_only: Save only when the metric improves, and at the end (`save_last`).
+            save_best_only: Save only when the metric improves, and at the end (`save_last`). With `eval_...` all are
+                saved, for their evaluation, and only the best are copied to `save_dir`.
             save_top_k: Number of best checkpoints to keep, at least 1.
             save_last: Save when training ends: at a limit, a stop, a signal or a cancellation.
             every_n_epochs: Save after every n-th epoch, at least 1. None means 1, unless another option says when.
@@ -104,7 +106,9 @@ class ModelCheckpoint(Callback):
         checks.flag("save_last", save_last)
         checks.number("every_seconds", every_seconds, above=0, finite=False, optional=True, unit="seconds")
         has_interval = not (every_n_epochs is None and every_n_steps is None and every_seconds is None)
-        if save_best_only and has_interval:
+        # Whether a checkpoint is the best is known only once it was saved and evaluated: then all are saved
+        is_evaluated = isinstance(monitor, str) and monitor.startswith(EVALUATED)
+        if save_best_only and has_interval and not is_evaluated:
             raise ConfigError("save_best_only saves when the metric improves: leave out every_...")
         if filename is not None and save_dir is None:
             raise ConfigError(
@@ -114,12 +118,12 @@ class ModelCheckpoint(Callback):
         self.save_dir = None if save_dir is None else Path(save_dir).expanduser().absolute()
         self._name = CheckpointName(DEFAULT_FILENAME if filename is None else filename)
         self.mode: Mode = mode
-        self.monitor = None if monitor is None else Monitor(monitor, mode)
+        self.monitor = None if monitor is None else Monitor(monitor, mode, of_checkpoints=True)
         self.best_by = None if monitor is None else (monitor, mode)
         self.save_best_only = save_best_only
         self.save_top_k = save_top_k
         self.save_last = save_last
-        self.every_n_epochs = every_n_epochs if has_interval or save_best_only else 1
+        self.every_n_epochs = every_n_epochs if has_interval or (save_best_only and not is_evaluated) else 1
         self.every_n_steps = every_n_steps
         self.every_seconds = every_seconds
         # None where no option needs a step hook: steps then have no overhead.
@@ -136,6 +140,7 @@ class ModelCheckpoint(Callback):
         # Written by the training thread, which replaces both objects and changes neither. Any thread reads `best`.
         self._best_on_disk: Best | None = None
         self._pending: list[tuple[Best, Future[CheckpointSaved]]] = []
+        self._run_dir: Path | None = None
         # The engine's name for this callback as an owner of checkpoints
         self._owner = ""
         self._saved_at = 0.0
@@ -144,7 +149,16 @@ class ModelCheckpoint(Callback):
 
     @property
     def best(self) -> Best | None:
-        """The best moment by this callback's metric that is on disk, with its path. Any thread, also after a run."""
+        """The best moment by this callback's metric that is on disk, with its path. Any thread, also after a run.
+
+        Blocks on the file system where the metric is one of evaluated checkpoints.
+        """
+        watched = self._watched
+        if watched is not None and watched.is_evaluated:
+            if self._run_dir is None:
+                return None
+            rules = Retention(monitor=watched.key, mode=watched.direction, owner=self._owner)
+            return Best.among(CheckpointReader(self._run_dir).checkpoints(), rules)
         for best, future in reversed(self._pending):
             if future.done() and not _has_failed(future):
                 return dataclasses.replace(best, path=future.result().path)
@@ -161,6 +175,7 @@ class ModelCheckpoint(Callback):
         # The best of an earlier attempt is known without its path.
         if self._best_on_disk is not None:
             self._best_on_disk = self._best_on_disk.located(CheckpointReader(run.dir).checkpoints())
+        self._run_dir = run.dir
         self._saved_at = time.monotonic()
         retention = Retention(
             keep_last=self.keep_last,
@@ -224,6 +239,8 @@ class ModelCheckpoint(Callback):
         """Save if the metric has improved."""
         watched = self._watched
         assert watched is not None
+        if watched.is_evaluated:
+            return
         self._settle(watched)
         if self.monitor is None and watched.key not in event.metrics:
             # The run's default metric was not asked for, so a run may not compute it.

@@ -41,6 +41,7 @@ from offloop.engine import (
     DataBottleneck,
     EpochEnd,
     EpochStart,
+    Evaluated,
     Event,
     EventsDropped,
     LearningRateChanged,
@@ -581,6 +582,14 @@ def make_examples() -> list[Event]:
             saved_step=12,
             error="OSError: [Errno 28] No space left on device",
             reason="interval",
+        ),
+        Evaluated(
+            **at(22, 1.25, 1, 16),
+            path="runs/first/checkpoints/step-000000012-a0",
+            of_step=12,
+            of_epoch=0,
+            metrics=Metrics({"eval_accuracy": 0.71}),
+            seconds=0.6,
         ),
         CheckpointUploaded(
             **at(22, 1.25, 1, 16),

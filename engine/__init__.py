@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from offloop.engine.events import DataBottleneck as DataBottleneck
     from offloop.engine.events import EpochEnd as EpochEnd
     from offloop.engine.events import EpochStart as EpochStart
+    from offloop.engine.events import Evaluated as Evaluated
     from offloop.engine.events import Event as Event
     from offloop.engine.events import EventsDropped as EventsDropped
     from offloop.engine.events import LearningRateChanged as LearningRateChanged
@@ -137,7 +138,7 @@ _NAMES = {
     """,
     "events": """
         CallbackFailed CheckpointFailed CheckpointSaved CheckpointUploaded CommandApplied DataBottleneck
-        EpochEnd EpochStart Event EventsDropped LearningRateChanged Metrics Resumed Sample Settings
+        EpochEnd EpochStart Evaluated Event EventsDropped LearningRateChanged Metrics Resumed Sample Settings
         StateChanged StepEnd TrainEnd TrainStart UnknownEvent UploadFailed ValidationEnd ValidationStart
     """,
     "lazy_imports": "first_use",

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from offloop.engine.checkpoint import CheckpointInfo
+from offloop.engine.checkpoint import CheckpointInfo, Retention
+from offloop.engine.checkpoint.retention import rank
 from offloop.engine.events import EpochEnd, ValidationEnd
-from offloop.engine.monitor import Direction, is_better
+from offloop.engine.monitor import EVALUATED, Direction, is_better
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,30 @@ class Best:
         holders = [each for each in holders if each.manifest.attempt == holders[-1].manifest.attempt]
         return dataclasses.replace(self, path=str(holders[0].path) if holders else None)
 
+    @staticmethod
+    def among(checkpoints: Sequence[CheckpointInfo], rules: Retention) -> "Best | None":
+        """Return the best checkpoint by the metric of some rules, the oldest of equal ones; None if none has it.
+
+        Args:
+            checkpoints: Those of the run.
+            rules: Name the metric. If they have an owner, the checkpoints that were saved for it or for no owner count.
+        """
+        heads = [each.manifest for each in checkpoints]
+        if rules.owner:
+            heads = [each for each in heads if not each.owners or rules.owner in each.owners]
+        ranked = rank(heads, rules)
+        if not ranked:
+            return None
+        found = next(each for each in checkpoints if each.name == ranked[0].name)
+        assert rules.monitor is not None
+        return Best(
+            monitor=rules.monitor,
+            score=found.metrics[rules.monitor],
+            epoch=found.manifest.epoch,
+            step=found.step,
+            path=str(found.path),
+        )
+
 
 class BestSoFar:
     """Watches a run for its best moment."""
@@ -58,12 +83,25 @@ class BestSoFar:
         self.moment: Best | None = None
         self._direction: Direction = direction
         self._is_named = is_named
+        # Then it is known only once checkpoints have been evaluated
+        self._is_evaluated = monitor.startswith(EVALUATED)
 
     def judge(self, event: ValidationEnd | EpochEnd) -> None:
         """Record the moment of an event if it is the best so far. Training thread only."""
-        if isinstance(event, ValidationEnd) is not self.monitor.startswith("val_"):
+        if self._is_evaluated or isinstance(event, ValidationEnd) is not self.monitor.startswith("val_"):
             return
         score = event.metrics[self.monitor] if self._is_named else event.metrics.get(self.monitor)
         best = None if self.moment is None else self.moment.score
         if score is not None and is_better(score, best, self._direction):
             self.moment = Best(monitor=self.monitor, score=score, epoch=event.epoch, step=event.step)
+
+    def locate(self, checkpoints: Sequence[CheckpointInfo]) -> None:
+        """Find the checkpoint that holds the best moment, once training has ended.
+
+        Args:
+            checkpoints: Those of the run, of all attempts, oldest first.
+        """
+        if self._is_evaluated:
+            self.moment = Best.among(checkpoints, Retention(monitor=self.monitor, mode=self._direction))
+        elif self.moment is not None:
+            self.moment = self.moment.located(checkpoints)

@@ -104,6 +104,10 @@ class Callback:
     """Where it runs in a run of several processes ("ranks"). None: observers and deciders on rank 0, step hooks on
     every rank, because they touch tensors. `"first"`: all on rank 0. `"all"`: all on every rank; commands count on rank
     0 alone."""
+    evaluates_every: int | None = None
+    """Set by a callback that evaluates every so many checkpoints beside training, at least 1, and publishes `Evaluated`
+    for each of them in order. Such a checkpoint is kept until then, and the end of the run waits for it. A run has at
+    most one such callback."""
     best_by: "tuple[str, Mode] | None" = None
     """Key and mode of the metric by which the run chooses its best, unless `Trainer(monitor=...)` names one.
 
@@ -428,6 +432,7 @@ class Handlers:
         checks.choice(f"{self.name}.ranks", callback.ranks, (None, "first", "all"))
         checks.choice(f"{self.name}.on_full", callback.on_full, ("drop_oldest", "block"))
         checks.whole_number(f"{self.name}.buffer", callback.buffer, optional=True)
+        checks.whole_number(f"{self.name}.evaluates_every", callback.evaluates_every, optional=True)
 
     def _check_samples(self) -> None:
         if not self.deciders:

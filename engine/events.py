@@ -392,6 +392,28 @@ class CheckpointFailed(Event, frozen=True, kw_only=True):
     """Why it was to be taken, as in `CheckpointSaved`."""
 
 
+class Evaluated(Event, frozen=True, kw_only=True):
+    """Published by an evaluator when a checkpoint was evaluated beside training, or could not be.
+
+    Its metrics belong to the step of the checkpoint, `of_step`; `step`, where training is by now, may be later.
+
+    Thread: that of the evaluator.
+    """
+
+    path: str
+    """Directory of the checkpoint."""
+    of_step: int
+    """Step whose state it holds."""
+    of_epoch: int = -1
+    """Index of the epoch in which it was taken, from 0; -1 if unknown."""
+    metrics: Metrics = NO_METRICS
+    """The figures. Their names begin with `eval_`."""
+    seconds: float = 0.0
+    """Duration of the evaluation in seconds."""
+    error: str | None = None
+    """Why it could not be evaluated, as `Type: text`."""
+
+
 class CheckpointUploaded(Event, frozen=True, kw_only=True):
     """Published when a checkpoint is complete in the remote directory.
 

@@ -5,18 +5,21 @@ NaN and infinities are never better; 0.0 is a value like any other; ties keep th
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Final, Literal, Protocol, get_args
 
 from offloop.engine import checks
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import EpochEnd, ValidationEnd
 
-__all__ = ["Direction", "Mode", "Monitor", "is_better"]
+__all__ = ["EVALUATED", "Direction", "Mode", "Monitor", "is_better"]
 
 Direction = Literal["min", "max"]
 """`"min"` where less of a metric is better, `"max"` where more is."""
 Mode = Literal["auto", "min", "max"]
 """A direction; `"auto"` takes that of the metric."""
+
+EVALUATED: Final = "eval_"
+"""Prefix of metrics of checkpoints that are evaluated beside training, and so known later than their step."""
 
 
 def is_better(score: float, best: float | None, direction: Direction, min_delta: float = 0.0) -> bool:
@@ -35,8 +38,21 @@ def is_better(score: float, best: float | None, direction: Direction, min_delta:
     return score < best - min_delta if direction == "min" else score > best + min_delta
 
 
-def check_key(key: object) -> None:
-    """Raise `ConfigError` for what cannot be the key of a metric."""
+def check_key(key: object, *, of_checkpoints: bool = False) -> None:
+    """Raise `ConfigError` for what cannot be the key of a metric.
+
+    Args:
+        key: The key.
+        of_checkpoints: Whether metrics of checkpoints that are evaluated beside training can be used.
+    """
+    if isinstance(key, str) and key.startswith(EVALUATED):
+        if of_checkpoints:
+            return
+        raise ConfigError(
+            f"monitor={key!r} cannot decide anything in training: it is known when a checkpoint has been evaluated, "
+            f"and when that is depends on the machine. Name a train_ or val_ metric; ModelCheckpoint(monitor={key!r}) "
+            "chooses the best checkpoint by it"
+        )
     if not isinstance(key, str) or not key.startswith(("train_", "val_")):
         raise ConfigError(f'monitor must begin with train_ or val_, like "val_loss"; got {key!r}')
 
@@ -64,18 +80,21 @@ class Monitor:
     Use it from one thread: callbacks call it in deciders, that is in the training thread.
     """
 
-    def __init__(self, key: str, mode: Mode = "auto", min_delta: float = 0.0) -> None:
+    def __init__(
+        self, key: str, mode: Mode = "auto", min_delta: float = 0.0, *, of_checkpoints: bool = False
+    ) -> None:
         """Watch a metric.
 
         Args:
             key: Key of the metric, like `"val_loss"`.
             mode: Whether less or more of it is better; `"auto"` asks the run, in `begin`.
             min_delta: Least improvement, absolute, at least 0.
+            of_checkpoints: Whether `eval_...` is a key, of which `value_at` knows no value.
 
         Raises:
             ConfigError: The key is of no training or validation, or another value is out of range.
         """
-        check_key(key)
+        check_key(key, of_checkpoints=of_checkpoints)
         checks.choice("mode", mode, get_args(Mode))
         checks.number("min_delta", min_delta, at_least=0)
         self.key = key
@@ -89,6 +108,11 @@ class Monitor:
         """Whether less or more is better; with `mode="auto"` known once `begin` was called."""
         assert self._direction is not None
         return self._direction
+
+    @property
+    def is_evaluated(self) -> bool:
+        """True for a metric of checkpoints that are evaluated beside training."""
+        return self.key.startswith(EVALUATED)
 
     def begin(self, run: MonitoredRun) -> None:
         """Take the direction from a run that starts.
@@ -111,12 +135,12 @@ class Monitor:
         """Return the metric at the event that carries it: `val_...` at `ValidationEnd`, others at `EpochEnd`.
 
         Returns:
-            None at the other event.
+            None at the other event, and always for `eval_...`.
 
         Raises:
             MetricNotFoundError: The event lacks the metric; the text lists those that it has.
         """
-        if isinstance(event, ValidationEnd) is self.key.startswith("val_"):
+        if not self.is_evaluated and isinstance(event, ValidationEnd) is self.key.startswith("val_"):
             return event.metrics[self.key]
         return None
 

@@ -20,6 +20,7 @@ from offloop.engine.errors import DeadlockError
 from offloop.engine.events import Event, Metrics, Settings
 from offloop.engine.monitor import Direction
 from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.result import RunResult
 from offloop.engine.run_handle import RunHandle, awaited
 from offloop.engine.session.lifetime import Lifetime
@@ -38,6 +39,7 @@ class Source(Protocol):
     config: TrainerConfig
     monitors: Monitors
     mailbox: Mailbox
+    evaluations: Evaluations
     bus: Bus
     lifetime: Lifetime
     progress: Progress
@@ -87,7 +89,9 @@ class Run(RunHandle):
     @property
     def metrics(self) -> Metrics:
         result = self._session.result
-        return Metrics(self._session.progress.latest) if result is None else result.metrics
+        if result is not None:
+            return result.metrics
+        return Metrics({**self._session.progress.latest, **self._session.evaluations.latest()})
 
     @property
     def state(self) -> str:

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from offloop.engine import EmptyLoaderError as EmptyLoaderError
     from offloop.engine import EpochEnd as EpochEnd
     from offloop.engine import EpochStart as EpochStart
+    from offloop.engine import Evaluated as Evaluated
     from offloop.engine import Event as Event
     from offloop.engine import EventError as EventError
     from offloop.engine import EventLoopStalledError as EventLoopStalledError
@@ -135,7 +136,7 @@ _NAMES = {
     "engine": """
         BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed CheckpointError
         CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded CommandApplied ConfigError
-        DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Event EventError
+        DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Evaluated Event EventError
         EventLoopStalledError EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics
         ModelNotFoundError ModelRegistry ModelVersion OffloopError Preempted RankFailedError RemoteDirectory
         Resumed Retention Run RunEndedError RunHandle RunNameTakenError RunNotFoundError RunResult Runs

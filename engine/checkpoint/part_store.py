@@ -7,12 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from offloop.engine.checkpoint.files import check_readable
 from offloop.engine.checkpoint.filesystem import FileSystem, write_error, write_file
 from offloop.engine.checkpoint.format import write_tensor_file
 from offloop.engine.checkpoint.manifest import CheckpointRequest, FileRecord, StoredTensor
 from offloop.engine.checkpoint.parts import RANKS, Part, PartsChannel, meeting_place, part_file
 from offloop.engine.checkpoint.reader import CHECKPOINTS
-from offloop.engine.checkpoint.store import Snapshotted, check_readable
+from offloop.engine.checkpoint.store import Snapshotted
 from offloop.engine.errors import describe
 
 

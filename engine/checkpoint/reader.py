@@ -27,6 +27,7 @@ from offloop.engine.checkpoint.errors import (
     CheckpointReadError,
     UnsafeCheckpointError,
 )
+from offloop.engine.checkpoint.evaluations import Evaluation, EvaluationRecord
 from offloop.engine.checkpoint.manifest import (
     CHECKPOINT_NAME,
     MANIFEST,
@@ -70,13 +71,18 @@ class CheckpointInfo:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics known when it was saved."""
+        """Metrics computed at its step, and those of its evaluation."""
         return {key: float(value) for key, value in self.manifest.metrics.items()}
 
     @property
     def bytes(self) -> int:
         """Bytes on disk, without the manifest."""
         return sum(record.bytes for record in self.manifest.files.values())
+
+    def evaluated(self, evaluation: Evaluation) -> "CheckpointInfo":
+        """Return a copy with the metrics of an evaluation added."""
+        metrics = {**evaluation.metrics, **self.manifest.metrics}
+        return CheckpointInfo(self.path, msgspec.structs.replace(self.manifest, metrics=metrics))
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,19 @@ class CheckpointReader:
         self._refs = self.directory / REFS
         # Checkpoints are immutable: heads stay valid while inode and time of the manifest are the same.
         self._known: dict[str, tuple[tuple[int, int], CheckpointInfo]] = {}
+        self._evaluations = EvaluationRecord(self.directory)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Return all committed checkpoints, oldest first, by attempt and order of commits.
 
-        Reads manifests only; `verify` checks the rest. Damaged ones are left out.
+        Reads manifests only; `verify` checks the rest. Damaged ones are left out. The metrics of a checkpoint that was
+        evaluated beside training include those of its evaluation.
         """
         found = [entry for entry in self._scan() if isinstance(entry, CheckpointInfo)]
+        if evaluations := self._evaluations.read():
+            found = [
+                info.evaluated(evaluations[info.name]) if info.name in evaluations else info for info in found
+            ]
         # By attempt first: a run that was continued elsewhere may be fetched next to later steps of an old attempt.
         return sorted(found, key=lambda info: (info.manifest.attempt, info.manifest.serial))
 

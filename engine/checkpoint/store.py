@@ -15,9 +15,8 @@ import itertools
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +30,9 @@ from offloop.engine.checkpoint.errors import (
     CheckpointIncompatibleError,
     CheckpointWriteError,
     DiskFullError,
-    UnserializableStateError,
 )
+from offloop.engine.checkpoint.evaluations import Evaluation
+from offloop.engine.checkpoint.files import check_readable, refuse_tensors, write_checkpoint
 from offloop.engine.checkpoint.filesystem import (
     FileSystem,
     make_directories,
@@ -40,31 +40,24 @@ from offloop.engine.checkpoint.filesystem import (
     write_error,
     write_file,
 )
-from offloop.engine.checkpoint.format import TensorFile, check_length, write_tensor_file
+from offloop.engine.checkpoint.format import TensorFile
 from offloop.engine.checkpoint.lock import RunLock
 from offloop.engine.checkpoint.manifest import (
     MANIFEST,
     PARTS_VERSION,
-    STATE,
     CheckpointRequest,
-    FileRecord,
     Manifest,
     ManifestHead,
-    StoredTensor,
     TensorView,
-    encode_manifest,
-    excess_of,
     json_number,
 )
 from offloop.engine.checkpoint.parts import (
     TEMPORARY,
-    Part,
     PartsChannel,
     meeting_place,
     number_of,
 )
 from offloop.engine.checkpoint.reader import (
-    MAX_JSON_BYTES,
     SET_ASIDE,
     TAGS,
     CheckpointInfo,
@@ -134,7 +127,10 @@ class CheckpointStore(CheckpointReader):
         self.retention = (retention,) if isinstance(retention, Retention) else tuple(retention)
         self._filesystem = filesystem or FileSystem()
         self._engine_version = engine_version
+        # Names that are kept until they are unpinned.
         self._pins: set[str] = set()
+        # Names that stay, because their tag or ref could not be set.
+        self._unfollowed: set[str] = set()
         self._held: set[str] = set()
         self._numbers = itertools.count()
         self._has_leftovers = False
@@ -280,9 +276,33 @@ class CheckpointStore(CheckpointReader):
             self._filesystem.sync_directory(path.parent)
 
     def pin(self, name: str) -> None:
-        """Keep a checkpoint while this store is open, like the one that was resumed from."""
+        """Keep a checkpoint until `judge`, or while this store is open. Waits for a commit."""
         with self._mutex:
             self._pins.add(name)
+
+    def judge(
+        self, name: str, evaluation: Evaluation | None, *, parent: str | None = None
+    ) -> tuple[tuple[str, ...], tuple[CheckpointError, ...]]:
+        """Record how a pinned checkpoint was evaluated, and apply the rules of what is kept.
+
+        Args:
+            name: The checkpoint; it is not pinned any more.
+            evaluation: Its figures; None if there will be none.
+            parent: The checkpoint that this attempt was resumed from.
+
+        Returns:
+            The checkpoints that were deleted, and what failed.
+        """
+        deleted: list[str] = []
+
+        def record() -> None:
+            if evaluation is not None:
+                self._evaluations.add(evaluation, self._filesystem)
+
+        with self._writing():
+            self._pins.discard(name)
+            problems = self._follow([record, self._update_refs, lambda: self._retain(parent, deleted)])
+        return tuple(deleted), tuple(problems)
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
@@ -386,7 +406,7 @@ class CheckpointStore(CheckpointReader):
             complete=request.complete,
             created=time.time(),
             metrics={key: json_number(value) for key, value in request.metrics.items()},
-            extra=encode(request.extra, _no_tensor),
+            extra=encode(request.extra, refuse_tensors),
             owners=list(request.owners),
             files={},
             # An older reader would not know of the parts.
@@ -423,7 +443,7 @@ class CheckpointStore(CheckpointReader):
                 self._has_leftovers = True
                 if if_failed is not None:
                     # The checkpoint stays even if its tag could not be set.
-                    self._pins.add(if_failed)
+                    self._unfollowed.add(if_failed)
         return problems
 
     def _update_refs(self) -> None:
@@ -452,7 +472,13 @@ class CheckpointStore(CheckpointReader):
     def _retain(self, parent: str | None, deleted: list[str]) -> None:
         known = self.checkpoints()
         best = self._read_ref(Path("best"))
-        pinned = {*self._pins, *self._held, *self.tags().values(), *filter(None, (parent, best))}
+        pinned = {
+            *self._pins,
+            *self._unfollowed,
+            *self._held,
+            *self.tags().values(),
+            *filter(None, (parent, best)),
+        }
         if len(select_kept_by_any([info.manifest for info in known], self.retention, pinned=pinned)) == len(
             known
         ):
@@ -510,72 +536,3 @@ class CheckpointStore(CheckpointReader):
             yield
         except OSError as error:
             raise write_error(error, path, needed=0, filesystem=self._filesystem) from error
-
-
-def write_checkpoint(
-    filesystem: FileSystem,
-    directory: Path,
-    manifest: Manifest,
-    parts: Sequence[TensorFile],
-    state: bytes,
-    views: Mapping[str, TensorView],
-    gather: Callable[[], Sequence[Part]] | None = None,
-) -> Manifest:
-    """Put everything into a new directory, down to the disk; return the manifest with all checksums. Blocks.
-
-    Args:
-        filesystem: Changes the disk.
-        directory: Must not exist, unless others write into it, too.
-        manifest: Without files and tensors.
-        parts, state, views: Of the snapshot.
-        gather: Waits for what other processes write into the directory, and returns it.
-    """
-    with nullcontext() if gather is None else suppress(FileExistsError):
-        filesystem.make_directory(directory)
-    files = {STATE: FileRecord(len(state), zlib.crc32(state))}
-    tensors: dict[str, StoredTensor] = {}
-    for part in parts:
-        written = write_tensor_file(filesystem, directory, part)
-        files[part.name] = written.record
-        tensors |= written.tensors
-    write_file(filesystem, directory / STATE, state)
-    views = dict(views)
-    for other in () if gather is None else gather():
-        for name, content in other.contents.items():
-            write_file(filesystem, directory / name, content)
-        for name, record in other.files.items():
-            check_written(directory, name, record)
-        files |= other.files
-        tensors |= other.tensors
-        views |= other.views
-    manifest = msgspec.structs.replace(manifest, files=files, tensors=tensors, views=views)
-    write_file(filesystem, directory / MANIFEST, encode_manifest(manifest))
-    filesystem.sync_directory(directory)
-    return manifest
-
-
-def check_written(directory: Path, name: str, record: FileRecord) -> None:
-    """Check that a file that another process has written is here, in its length.
-
-    Raises:
-        CheckpointWriteError: It is not.
-    """
-    try:
-        check_length(directory, name, record)
-    except CheckpointError as error:
-        text = f"another rank has written it, but rank 0 does not see it: {error}"
-        raise CheckpointWriteError(directory / name, None, text) from error
-
-
-def check_readable(state: bytes, directory: Path) -> None:
-    """Refuse to write what no reader would take."""
-    excess = excess_of(state)
-    if len(state) > MAX_JSON_BYTES:
-        excess = f"{len(state):,} bytes, at most {MAX_JSON_BYTES:,} can be read"
-    if excess:
-        raise CheckpointWriteError(directory / STATE, None, f"{excess}: keep large lists as tensors")
-
-
-def _no_tensor(path: str, value: object) -> None:
-    if hasattr(value, "data_ptr"):
-        raise UnserializableStateError(path, value, "extra holds no tensors")

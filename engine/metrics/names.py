@@ -95,7 +95,7 @@ def metric_direction(key: str, metrics: RunMetrics = ()) -> Direction | None:
         key: Prefixed key of the metric.
         metrics: The argument `metrics=` of `train()`.
     """
-    name = re.sub("^(train|val)_", "", key)
+    name = re.sub("^(train|val|eval)_", "", key)
     own = chosen_metrics(metrics_for("train" if key.startswith("train_") else "val", metrics)).get(name)
     if own is not None and own.higher_is_better is not None:
         return "max" if own.higher_is_better else "min"

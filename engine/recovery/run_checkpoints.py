@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from offloop.engine.best import Best
+from offloop.engine.best import BestSoFar
 from offloop.engine.checkpoint import (
     CheckpointDeadlineError,
     CheckpointError,
@@ -37,10 +37,13 @@ from offloop.engine.checkpoint import (
     SnapshotBusyError,
     WriterDiedError,
 )
+from offloop.engine.checkpoint.evaluations import EvaluationRecord, evaluation_of
 from offloop.engine.checkpoint.parts import Outcome, PartsChannel
 from offloop.engine.errors import describe
-from offloop.engine.events import CheckpointFailed, CheckpointSaved, Event
+from offloop.engine.events import CheckpointFailed, CheckpointSaved, Evaluated, Event
+from offloop.engine.monitor import EVALUATED
 from offloop.engine.observers.durable_logs import DurableLogs
+from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.recovery.keepers import Keeper
 
 logger = logging.getLogger("offloop")
@@ -54,7 +57,8 @@ Reason = Literal["interval", "best", "final", "preempt", "manual", "exception"]
 class Checkpoints:
     """The checkpoints that a run takes. Opens its store, lock and thread when the first one is taken.
 
-    Threads: `save` runs in the training thread. Methods that block say so.
+    Threads: `save` runs in the training thread. Methods that block say so. All that happens to the checkpoints of a run
+    goes through here, so the class has many methods.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Checkpoints:
         retention: Retention,
         wait_policy: WaitPolicy,
         logs: DurableLogs,
+        evaluations: Evaluations,
         ranks: PartsChannel | None = None,
     ) -> None:
         """Keep the checkpoints of the run in `directory`.
@@ -81,9 +86,11 @@ class Checkpoints:
             retention: What is kept in any case, and which checkpoint is the best of the run.
             wait_policy: How long training waits for a slow disk.
             logs: Announce a durable checkpoint once they have what came before it.
+            evaluations: Know which checkpoints are evaluated beside training.
             ranks: The way to the other processes of the run; None if there are none.
         """
         self._logs = logs
+        self.evaluations = evaluations
         self._of_run = retention
         # By owner. Replaced as a whole by the training thread, read by the writer's thread.
         self._keepers: dict[str, Keeper] = {}
@@ -299,6 +306,60 @@ class Checkpoints:
         except CheckpointError as error:
             future.set_exception(error)
 
+    def judge(self, event: Evaluated) -> None:
+        """Note how a checkpoint was evaluated; it is no longer kept for that. Any thread; does not wait."""
+        if event.error is not None:
+            self._release([Path(event.path).name])
+            return
+        metrics = {key: value for key, value in event.metrics.items() if key.startswith(EVALUATED)}
+        self._in_writer(functools.partial(self._judge, Path(event.path).name, metrics))
+
+    def give_up_evaluations(self) -> None:
+        """Expect no evaluation any more: the best is chosen among those that were evaluated. Any thread."""
+        self._release(self.evaluations.give_up())
+
+    def _release(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._in_writer(functools.partial(self._judge, name, None))
+
+    def _in_writer(self, function: Callable[[], None]) -> None:
+        """Call a function in the writer's thread, unless that has ended. Any thread."""
+        # A writer that died keeps what is on disk
+        with contextlib.suppress(WriterDiedError):
+            if self._writer is not None:
+                self._writer.call_nowait(lambda death: function() if death is None else None)
+
+    def _judge(self, name: str, metrics: Mapping[str, float] | None) -> None:
+        """Record the evaluation of a checkpoint, None if there is none, and apply retention. Writer's thread."""
+        assert self._store is not None
+        try:
+            head = next((each.manifest for each in self._store.checkpoints() if each.name == name), None)
+            evaluation = None
+            if head is None:
+                logger.warning("%s has no checkpoint %s that could be evaluated", self.directory, name)
+            elif metrics is not None:
+                evaluation = evaluation_of(
+                    name, attempt=head.attempt, step=head.step, epoch=head.epoch, metrics=metrics
+                )
+            deleted, problems = self._store.judge(name, evaluation, parent=self.parent)
+        except CheckpointError as error:
+            logger.error("the evaluation of %s was not recorded: %s", name, error)
+            return
+        for problem in problems:
+            logger.warning("after the evaluation of %s: %s", name, problem)
+        self.evaluations.forget(name, evaluation)
+        self._follow(deleted)
+
+    def _follow(self, deleted: Iterable[str]) -> None:
+        """Follow what retention has deleted or may copy. Writer's thread."""
+        gone = set(deleted)
+        self.saved = {step: kept for step, kept in self.saved.items() if Path(kept).name not in gone}
+        for keeper in self._keepers.values():
+            if keeper.copies is not None:
+                self._copy(keeper)
+        if self.on_saved is not None:
+            self.on_saved()
+
     def guard(self) -> None:
         """Make the device finish a copy in progress before it runs what comes next. Does not block.
 
@@ -361,15 +422,14 @@ class Checkpoints:
         # A program that keeps the run must not keep the weights
         self._optimizers, self._volatile = {}, []
 
-    def located(self, best: Best) -> Best:
-        """Return a moment with the path of its checkpoint, which may be that of an earlier attempt. Blocks."""
+    def locate(self, best: BestSoFar) -> None:
+        """Find the checkpoint of the best moment, which may be one of an earlier attempt. Blocks."""
         if self._store is None:
-            return best
+            return
         try:
-            return best.located(self._store.checkpoints())
+            best.locate(self._store.checkpoints())
         except CheckpointError as error:
             logger.warning("%s could not be searched for the best checkpoint: %s", self.directory, error)
-            return best
 
     @property
     def retention(self) -> tuple[Retention, ...]:
@@ -415,16 +475,26 @@ class Checkpoints:
                 self._writer = CheckpointWriter(store, on_saved=self._saved, on_failed=self._failed)
                 self._store, self._arena = store, arena
                 opened.pop_all()
+            self._expect_evaluations(store)
         return self._writer, self._arena
+
+    def _expect_evaluations(self, store: CheckpointStore) -> None:
+        """Keep the checkpoints of earlier attempts that are still to be evaluated."""
+        evaluated = EvaluationRecord(self.directory).read()
+        for info in store.checkpoints():
+            if info.name not in evaluated and self.evaluations.expect(info.manifest):
+                store.pin(info.name)
 
     def _saved(self, request: CheckpointRequest, commit: Commit) -> None:
         """Note a durable checkpoint, and have it announced. Writer's thread."""
         self._in_flight.discard(id(request))
         path = str(commit.info.path)
         self.last = path
-        gone = set(commit.deleted)
-        self.saved = {step: kept for step, kept in self.saved.items() if Path(kept).name not in gone}
-        self.saved[request.step] = path
+        self.saved = {**self.saved, request.step: path}
+        if self.evaluations.expect(commit.info.manifest):
+            # In time: the newest checkpoint is always kept
+            assert self._store is not None
+            self._store.pin(commit.info.name)
         event = CheckpointSaved(
             path=path,
             saved_step=request.step,
@@ -438,11 +508,7 @@ class Checkpoints:
             logger.warning("after checkpoint %s: %s", path, problem)
         waiting = self._waiting.pop(id(request), None)
         self._logs.announce(functools.partial(self._announce, event, waiting))
-        for keeper in self._keepers.values():
-            if keeper.copies is not None:
-                self._copy(keeper)
-        if self.on_saved is not None:
-            self.on_saved()
+        self._follow(commit.deleted)
 
     def _announce(self, event: CheckpointSaved, waiting: "Future[CheckpointSaved] | None") -> None:
         """Publish that a checkpoint is durable. Announcing thread."""

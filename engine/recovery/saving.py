@@ -20,6 +20,7 @@ from offloop.engine.bus.command_mailbox import Envelope
 from offloop.engine.bus.commands import SaveCheckpoint, TagCheckpoint
 from offloop.engine.callback import Handlers, OnError
 from offloop.engine.checkpoint import NamedCopies
+from offloop.engine.checkpoint.evaluations import EvaluationRecord
 from offloop.engine.checkpoint.memory import is_out_of_memory
 from offloop.engine.encoding import decode, encode
 from offloop.engine.errors import ConfigError, LossError, as_failure, describe
@@ -334,6 +335,11 @@ class Saving:
         self._progress.history = [event for event in history if isinstance(event, EpochEnd)]
         self._loop.resumed, self._continuation = resumed.point, resumed
         self._checkpoints.parent = loaded.info.name
+        self._checkpoints.evaluations.resume(
+            EvaluationRecord(self._checkpoints.directory).read().values(),
+            attempt=self._checkpoints.attempt,
+            step=self._progress.step,
+        )
         if strategy.rank:
             # The logs are rank 0's
             return

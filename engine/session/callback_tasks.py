@@ -12,6 +12,7 @@ shortens.
 import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -65,6 +66,8 @@ class CallbackTasks:
         self._barriers: dict[Observer, anyio.Event] = {}
         # Observers that `settle` gave up on.
         self._late: set[Observer] = set()
+        # Called on the event loop when a callback handles nothing any more; set before the run starts.
+        self.on_ended: Callable[[Observer], None] = lambda observer: None
 
     def add(self, handlers: Handlers, run: Any) -> Observer:
         """Bind a callback to the run, and return the observer that handles its events. Before the run starts."""
@@ -105,6 +108,7 @@ class CallbackTasks:
         finally:
             served.set()
             observer.has_ended = True
+            self.on_ended(observer)
             if observer in self._barriers:
                 # It handles nothing any more, so it never reaches the barrier
                 self._barriers[observer].set()
@@ -150,6 +154,25 @@ class CallbackTasks:
             if not is_reached and not awaits_end():
                 behind.add(observer)
         return behind
+
+    async def finish_one(self, observer: Observer, *, unless: Callable[[], bool]) -> None:
+        """Let one callback handle everything published so far; end it if that takes longer than its time.
+
+        Args:
+            observer: The callback.
+            unless: Ends the wait when it returns True.
+        """
+        task = next((each for each in self._tasks if each.observer is observer), None)
+        if task is None or observer.subscription is None or observer.has_ended:
+            return
+        seconds = self._drain_timeout
+        reached = anyio.Event()
+        self._barriers = {observer: reached}
+        self._bus.put_barrier(observer.subscription, reached.set)
+        if not await self._lifetime.wait_until(reached, time.perf_counter() + seconds, unless=unless):
+            self._cancel(observer, task.scope)
+            observer.failed("drain", TimeoutError(f"still busy {seconds:g} s after training: cancelled"))
+        self._barriers = {}
 
     async def drain(self) -> None:
         """Let the callbacks handle `TrainEnd`; cancel and report those that miss the deadline or were late before."""

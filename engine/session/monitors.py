@@ -18,7 +18,7 @@ from offloop.engine.config import TrainerConfig
 from offloop.engine.data.val_loaders import PREFIX, ValLoader, bare_key, by_prefix
 from offloop.engine.errors import ConfigError
 from offloop.engine.metrics.names import RunMetrics, chosen_metrics, metric_direction, metrics_for
-from offloop.engine.monitor import Direction, Mode, check_key, needs_validation
+from offloop.engine.monitor import EVALUATED, Direction, Mode, check_key, needs_validation
 
 
 class Monitors:
@@ -42,16 +42,30 @@ class Monitors:
         Raises:
             ConfigError: It is a metric of validations and the run has none, or its direction is unknown.
         """
+        callbacks = list(callbacks)
         self._config, self._metrics, self._prefixes = config, metrics, tuple(by_prefix(val_loader))
         self.default = config.monitor or f"{self._prefixes[0] if self._prefixes else 'train_'}loss"
         self._best_mode: Mode = config.mode
         self.best = self._checked(self.default, config.mode)
         self.is_best_named = config.monitor is not None
         """Whether the metric of `best` was named; a run that does not compute it then fails."""
+        evaluators = [each for each in callbacks if getattr(each, "evaluates_every", None) is not None]
+        if len(evaluators) > 1:
+            raise ConfigError(
+                f"{' and '.join(type(each).__name__ for each in evaluators)} both evaluate checkpoints: give one of "
+                "them, whose function returns the metrics of both"
+            )
+        for each in callbacks:
+            named = getattr(each, "best_by", None)
+            if named is not None and named[0].startswith(EVALUATED) and not evaluators:
+                raise ConfigError(
+                    f"monitor={named[0]!r} is a metric of checkpoints that are evaluated beside training, and no "
+                    "callback evaluates them"
+                )
         wish = next((each.best_by for each in callbacks if getattr(each, "best_by", None) is not None), None)
         if wish is not None and not self.is_best_named:
             key, self._best_mode = wish
-            self.best, self.is_best_named = self._checked(key, self._best_mode), True
+            self.best, self.is_best_named = self._checked(key, self._best_mode, of_checkpoints=True), True
 
     def direction_of(self, key: str) -> Direction | None:
         """Return whether less or more of a metric is better, None if unknown.
@@ -97,7 +111,7 @@ class Monitors:
             "LearningRateScheduler(plateau, monitor=...)"
         )
 
-    def _checked(self, monitor: str, mode: Mode) -> str:
+    def _checked(self, monitor: str, mode: Mode, *, of_checkpoints: bool = False) -> str:
         """Return the key, if the run can compute the metric and its direction is known."""
         if monitor.startswith("val_") and not self._prefixes:
             raise needs_validation(monitor)
@@ -107,7 +121,7 @@ class Monitors:
             raise ConfigError(
                 f"monitor={monitor!r} is ambiguous with several val_loaders: use one of {of_each}"
             )
-        check_key(monitor)
+        check_key(monitor, of_checkpoints=of_checkpoints)
         if mode == "auto" and metric_direction(bare, self._metrics) is None:
             raise ConfigError(
                 f"monitor={monitor!r} is no known metric: {self._known_keys()} will be computed. "

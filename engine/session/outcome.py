@@ -8,6 +8,7 @@ from offloop.engine.best import BestSoFar
 from offloop.engine.errors import describe
 from offloop.engine.events import Metrics, TrainEnd
 from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.recovery.evaluations import Evaluations, with_evaluations
 from offloop.engine.result import RunResult, Status
 from offloop.engine.session.callback_tasks import CallbackTasks
 from offloop.engine.session.lifetime import Lifetime
@@ -19,7 +20,14 @@ class Outcome:
     """How a run ended. Complete once the training thread has ended; until then a failure may still come."""
 
     def __init__(
-        self, run_id: str, *, limits: Limits, progress: Progress, lifetime: Lifetime, best: BestSoFar
+        self,
+        run_id: str,
+        *,
+        limits: Limits,
+        progress: Progress,
+        lifetime: Lifetime,
+        best: BestSoFar,
+        evaluations: Evaluations,
     ) -> None:
         """Judge a run by what these say."""
         self._run_id = run_id
@@ -27,6 +35,7 @@ class Outcome:
         self._progress = progress
         self._lifetime = lifetime
         self._best = best
+        self._evaluations = evaluations
         self._started = time.perf_counter()
 
     def status(self) -> tuple[Status, str]:
@@ -46,7 +55,7 @@ class Outcome:
             status=status,
             reason=reason,
             error=None if failure is None else describe(failure),
-            metrics=Metrics(self._progress.latest),
+            metrics=Metrics({**self._progress.latest, **self._evaluations.latest()}),
             seconds=time.perf_counter() - self._started,
         )
 
@@ -80,9 +89,9 @@ class Outcome:
             reason=reason,
             epochs=progress.epoch,
             steps=progress.step,
-            metrics=Metrics(progress.latest),
+            metrics=Metrics({**progress.latest, **self._evaluations.latest()}),
             best=self._best.moment,
-            history=tuple(progress.history),
+            history=with_evaluations(progress.history, self._evaluations.of_run()),
             seconds=time.perf_counter() - self._started,
             callback_costs=costs,
             callback_errors=callbacks.errors(),

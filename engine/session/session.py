@@ -44,10 +44,11 @@ from offloop.engine.errors import (
     RunNameTakenError,
     note_cancellation,
 )
-from offloop.engine.events import Event
+from offloop.engine.events import Evaluated, Event
 from offloop.engine.observers.durable_logs import DurableLogs
-from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.observers.observer import CallbackCosts, Observer
 from offloop.engine.observers.worker import Worker
+from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
 from offloop.engine.session.callback_tasks import CallbackTasks
@@ -71,7 +72,7 @@ STACK_INTERVAL: Final = 10.0
 
 
 class Session:
-    """One run. `prepare` makes it from checked arguments; it is used once.
+    """One run. `prepare` makes it from checked arguments; it is used once. All of its life is here: many methods.
 
     Attributes are written by `__init__`, unless a comment says otherwise, and read by any thread.
     """
@@ -97,9 +98,13 @@ class Session:
         self.ranks = plan.ranks
         """None where this process trains alone."""
         self.has_other_ranks = plan.ranks is not None
+        every = [each.callback.evaluates_every for each in plan.handlers]
+        self.evaluations = Evaluations(next((each for each in every if each is not None), None))
         self.storage: Storage | None = None
         if plan.directory is not None:
-            self.storage = Storage(plan, plan.directory, self.bus, self._logs, self.lifetime)
+            self.storage = Storage(
+                plan, plan.directory, self.bus, self._logs, self.lifetime, self.evaluations
+            )
         # The next two hold the trainer, model and data. None once the run is over: written by the supervisor.
         self._training: Training | None = Training(
             plan,
@@ -116,7 +121,12 @@ class Session:
         # Seconds in step hooks by callback. Written by the training thread.
         self._hook_seconds = self._training.loop.hooks.seconds
         self._outcome = Outcome(
-            run_id, limits=setup.limits, progress=self.progress, lifetime=self.lifetime, best=self._best
+            run_id,
+            limits=setup.limits,
+            progress=self.progress,
+            lifetime=self.lifetime,
+            best=self._best,
+            evaluations=self.evaluations,
         )
         # Written by the supervisor at the end.
         self.result: RunResult | None = None
@@ -135,6 +145,7 @@ class Session:
         for each in plan.handlers:
             self._training.deciders.add(self.callbacks.add(each, self.run))
         self._logs.watch(self.callbacks.observers)
+        self.callbacks.on_ended = self._callback_ended
 
     # The training thread -------------------------------------------------------------------------
 
@@ -202,6 +213,13 @@ class Session:
             self.bus.publish(event)
         else:
             training.publish(event)
+        if isinstance(event, Evaluated) and self.storage is not None:
+            self.storage.judge(event)
+
+    def _callback_ended(self, observer: Observer) -> None:
+        """Expect no more evaluations from an evaluator that has ended, or crashed. Event loop."""
+        if observer.handlers.callback.evaluates_every is not None and self.storage is not None:
+            self.storage.checkpoints.give_up_evaluations()
 
     def abandon(self) -> bool:
         """Stop waiting for a training thread that hangs. It ends the run itself if it ever gets there. Event loop.
@@ -445,6 +463,13 @@ class Session:
         """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""
         if self.storage is None:
             return
+        if self.evaluations.every is not None:
+            with contextlib.suppress(anyio.get_cancelled_exc_class()):
+                save = functools.partial(self.storage.finish_saving, self._outcome.ending)
+                await _in_thread("offloop-finish-saving", save)
+                for each in self.callbacks.observers:
+                    if each.handlers.callback.evaluates_every is not None:
+                        await self.callbacks.finish_one(each, unless=self.lifetime.is_cancelled)
         settle = functools.partial(self.storage.settle, self._outcome.ending, self._best)
         try:
             await _in_thread("offloop-finish-checkpoints", settle)

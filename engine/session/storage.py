@@ -19,9 +19,11 @@ from offloop.engine.best import BestSoFar
 from offloop.engine.bus.event_bus import Bus
 from offloop.engine.checkpoint import CheckpointError, RemoteError, Retention
 from offloop.engine.checkpoint.parts import PartsChannel
-from offloop.engine.errors import describe
-from offloop.engine.events import UploadFailed
+from offloop.engine.errors import MetricNotFoundError, describe
+from offloop.engine.events import Evaluated, UploadFailed
+from offloop.engine.monitor import EVALUATED
 from offloop.engine.observers.durable_logs import DurableLogs
+from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.recovery.rank_checkpoints import RankCheckpoints
 from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.recovery.uploads import Uploads, claim_remote
@@ -36,9 +38,18 @@ class Storage:
     """What a run keeps on disk and in its remote directory. Everything that blocks says so."""
 
     def __init__(
-        self, plan: RunPlan, directory: Path, bus: Bus, logs: DurableLogs, lifetime: Lifetime
+        self,
+        plan: RunPlan,
+        directory: Path,
+        bus: Bus,
+        logs: DurableLogs,
+        lifetime: Lifetime,
+        evaluations: Evaluations,
     ) -> None:
         """Keep a run in `directory`. Nothing is written before `open`."""
+        keys = [each.callback.best_by[0] for each in plan.handlers if each.callback.best_by is not None]
+        # The metrics of evaluated checkpoints by which the best is chosen
+        self._chosen_by = [key for key in keys if key.startswith(EVALUATED)]
         monitors = plan.monitors
         self._ranks = plan.ranks
         self._channel: PartsChannel | None = None
@@ -65,6 +76,7 @@ class Storage:
             retention=Retention(monitor=monitors.best, mode=monitors.best_direction),
             wait_policy=lifetime.wait,
             logs=logs,
+            evaluations=evaluations,
             ranks=self._channel,
         )
         self._run_id = plan.run_id
@@ -188,6 +200,28 @@ class Storage:
 
     # The end -------------------------------------------------------------------------------------
 
+    def judge(self, event: Evaluated) -> None:
+        """Note how a checkpoint was evaluated. Without a metric that chooses the best, the run fails. Any thread."""
+        missing = [key for key in self._chosen_by if key not in event.metrics]
+        if event.error is None and missing:
+            self._lifetime.fail(MetricNotFoundError(missing[0], event.metrics))
+        self.checkpoints.judge(event)
+
+    def finish_saving(self, ending_of: Callable[[], Mapping[str, Any]]) -> None:
+        """Wait until accepted checkpoints are durable and announced, before evaluations are waited for. Blocks."""
+        self.checkpoints.flush()
+        self._write_stop(ending_of())
+
+    def _write_stop(self, ending: Mapping[str, Any]) -> None:
+        """Write at once that a callback has stopped the run.
+
+        If the process is killed while callbacks drain, the next attempt must not train on.
+        """
+        if "stopped_by" in ending and self.is_open:
+            assert self.directory is not None
+            with contextlib.suppress(OSError):
+                write_run_json(self.directory, {**self._description, **ending})
+
     def settle(self, ending_of: Callable[[], Mapping[str, Any]], best: BestSoFar) -> None:
         """Wait until accepted checkpoints are durable and uploaded, and give the directory back. Blocks.
 
@@ -197,14 +231,15 @@ class Storage:
             best: Learns which checkpoint holds the best moment.
         """
         self.checkpoints.flush()
-        ending = ending_of()
-        if "stopped_by" in ending and self.is_open:
-            # Already here: if the process is killed while callbacks drain, the next attempt must not train on
-            assert self.directory is not None
-            with contextlib.suppress(OSError):
-                write_run_json(self.directory, {**self._description, **ending})
-        if best.moment is not None:
-            best.moment = self.checkpoints.located(best.moment)
+        self._write_stop(ending_of())
+        if steps := self.checkpoints.evaluations.waiting:
+            logger.warning(
+                "not evaluated: the checkpoints of steps %s; the best is chosen among the others",
+                ", ".join(map(str, steps)),
+            )
+            self.checkpoints.give_up_evaluations()
+            self.checkpoints.flush()
+        self.checkpoints.locate(best)
         if self._uploads is not None:
             assert self._config.remote is not None
             seconds = self._config.remote.timeout

@@ -13,6 +13,7 @@ import torch
 from offloop.engine.callback import Callback
 from offloop.engine.data.val_loaders import PREFIX, live_prefix
 from offloop.engine.errors import ConfigError
+from offloop.engine.monitor import EVALUATED
 
 AVERAGE: Final = "average"
 """The key of an average in a checkpoint; further ones are `average_2`, ..."""
@@ -49,7 +50,7 @@ def captured(callbacks: Iterable[Callback], model: torch.nn.Module) -> dict[str,
 
 def measured_key(callbacks: Sequence[Callback], monitor: str) -> str:
     """Return the key of the weights that a metric computed now belongs to: `model`, or that of an average."""
-    if not monitor.startswith("val_") or (
+    if not monitor.startswith(("val_", EVALUATED)) or (
         monitor.startswith(live_prefix(PREFIX)) and any(each.validates_live for each in callbacks)
     ):
         return "model"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from offloop.engine.checkpoint import CheckpointCorruptError, CheckpointReader, DiskFullError, RunLockedError
+from offloop.engine.checkpoint.files import write_checkpoint
 from offloop.engine.checkpoint.filesystem import (
     FileSystem,
     make_directories,
@@ -28,7 +29,6 @@ from offloop.engine.checkpoint.filesystem import (
 )
 from offloop.engine.checkpoint.lock import RunLock
 from offloop.engine.checkpoint.manifest import Manifest
-from offloop.engine.checkpoint.store import write_checkpoint
 from offloop.engine.checkpoint.tree import TensorNode, encode, tensor_node
 from offloop.engine.errors import ConfigError
 from offloop.engine.weights.registry_reader import (

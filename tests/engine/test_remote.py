@@ -57,6 +57,7 @@ from offloop.engine.checkpoint import remote as remote_module
 from offloop.engine.events import Event
 from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.recovery import uploads as uploads_module
+from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.recovery.fetch import fetch_run
 from offloop.engine.recovery.keepers import Keeper
 from offloop.engine.recovery.run_checkpoints import Checkpoints
@@ -181,6 +182,7 @@ class OneRun:
             retention=Retention(),
             wait_policy=lambda wait: wait(60.0),
             logs=DurableLogs(Bus(run_id="run"), in_haste=lambda: True),
+            evaluations=Evaluations(None),
         )
         self.checkpoints.keep(Keeper(self.retention))
         self.remote = RemoteRun(URL, "run")

@@ -19,8 +19,9 @@ from offloop.engine.checkpoint import (
     Retention,
     SnapshotBusyError,
 )
-from offloop.engine.checkpoint import store as store_module
+from offloop.engine.checkpoint import files as files_module
 from offloop.engine.observers.durable_logs import DurableLogs
+from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.recovery.rank_checkpoints import RankCheckpoints
 from offloop.engine.recovery.run_checkpoints import Checkpoints
 from offloop.engine.session.lifetime import BLOCKING_LOOK_INTERVAL
@@ -45,6 +46,7 @@ class TwoRanks:
                 retention=Retention(),
                 wait_policy=wait_for_ever,
                 logs=DurableLogs(self.bus, in_haste=lambda: False),
+                evaluations=Evaluations(None),
                 ranks=self.channels[rank],
             )
             for rank, kind in enumerate((Checkpoints, RankCheckpoints))
@@ -214,7 +216,7 @@ def test_rank_that_has_died_leaves_a_temporary_directory_that_the_next_attempt_s
     def die(*arguments: Any) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(store_module, "encode_manifest", die)
+    monkeypatch.setattr(files_module, "encode_manifest", die)
     monkeypatch.setattr(CheckpointStore, "_discard", lambda self, temporary, final: None)
     monkeypatch.setattr(type(ranks.channels[0]), "tell", lambda self, number, outcome: None)
     futures = ranks.save(1)

@@ -8,6 +8,7 @@ import pytest
 from offloop.engine.best import BestSoFar
 from offloop.engine.bus.command_mailbox import Mailbox
 from offloop.engine.bus.event_bus import Bus
+from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.session.lifetime import HASTY_MOMENT, SWALLOWING, Lifetime
 from offloop.engine.session.outcome import Outcome
 from offloop.engine.training.progress import Progress
@@ -21,7 +22,8 @@ def new_lifetime() -> tuple[Lifetime, Mailbox]:
 
 def outcome_of(lifetime: Lifetime, progress: Progress) -> Outcome:
     best = BestSoFar("val_loss", "min", is_named=False)
-    return Outcome("run", limits=Limits(epochs=2), progress=progress, lifetime=lifetime, best=best)
+    limits, none = Limits(epochs=2), Evaluations(None)
+    return Outcome("run", limits=limits, progress=progress, lifetime=lifetime, best=best, evaluations=none)
 
 
 def test_first_failure_is_kept_and_cancels() -> None:
