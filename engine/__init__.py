@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from offloop.engine.encoding import encode as encode
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
+    from offloop.engine.errors import CallbackProcessError as CallbackProcessError
     from offloop.engine.errors import ConfigError as ConfigError
     from offloop.engine.errors import DeadlockError as DeadlockError
     from offloop.engine.errors import EmptyLoaderError as EmptyLoaderError
@@ -131,7 +132,7 @@ _NAMES = {
     "config": "RemoteDirectory TrainerConfig",
     "encoding": "decode encode",
     "errors": """
-        BatchError BusClosedError ConfigError DeadlockError EmptyLoaderError EventError
+        BatchError BusClosedError CallbackProcessError ConfigError DeadlockError EmptyLoaderError EventError
         EventLoopStalledError LossError MetricNotFoundError ModelNotFoundError OffloopError Preempted
         RankFailedError RunEndedError RunNameTakenError RunNotFoundError RunsClosedError SubscriberTooSlowError
         TrainerBusyError WeightsError WeightsMismatchError

@@ -2,6 +2,7 @@
 
     async def on_epoch_end(self, event, run)             observer: on the event loop, while training continues
     def on_epoch_end(self, event, run)                   observer: in the callback's worker thread
+    runs_in = "process"                                  ... both in a process of the callback's own
     @decides                                             decider: the training thread waits for it
     def / async def on_epoch_end(self, event, run)           in the training thread / on the event loop
     @in_step(every_n_steps=50)                           step hook: in the training thread, inside the
@@ -91,6 +92,16 @@ class Callback:
     None: observers isolate, deciders and step hooks raise."""
     buffer: ClassVar[int | None] = None
     """Samples buffered for the callback's observers, at least 1; None for the default of the bus."""
+    runs_in: Literal["here", "process"] = "here"
+    """Where observers run. `"here"`: in the process that trains. `"process"`: in a child process of the callback's own,
+    for handlers that compute in Python, which would slow training down here.
+
+    The child is a fresh interpreter, started beside the run. The callback is pickled after `reset` and `prepare`
+    (`cloudpickle`), and handles its events there; `close` and `make_durable` are called there, too. This instance does
+    not change any more: publish events to send results back. The handlers get a `RunHandle`. If the process ends early,
+    that is reported; it is not restarted."""
+    drain_timeout: float | None = None
+    """Seconds to handle what is left when training has ended, and then for `close`; None for that of the trainer."""
     on_full: ClassVar["OnFull"] = "drop_oldest"
     """What a full buffer does; `"block"` allows the callback to slow training down."""
     needs_run_dir: ClassVar[bool] = False
@@ -334,6 +345,7 @@ class Handlers:
             if callable(method) and attribute.startswith("on_"):
                 self._look_at(attribute, method)
         self._check_samples()
+        self._check_process()
 
     def runs_on_other_ranks(self) -> bool:
         """Leave out what runs on rank 0 alone, see `Callback.ranks`; return whether anything is left."""
@@ -433,6 +445,18 @@ class Handlers:
         checks.choice(f"{self.name}.on_full", callback.on_full, ("drop_oldest", "block"))
         checks.whole_number(f"{self.name}.buffer", callback.buffer, optional=True)
         checks.whole_number(f"{self.name}.evaluates_every", callback.evaluates_every, optional=True)
+        checks.choice(f"{self.name}.runs_in", callback.runs_in, ("here", "process"))
+        checks.number(f"{self.name}.drain_timeout", callback.drain_timeout, at_least=0, optional=True)
+
+    def _check_process(self) -> None:
+        if self.callback.runs_in == "here":
+            return
+        here = [*self.deciders, *(hook.point for hook in self.hooks)]
+        if here:
+            raise ConfigError(
+                f'{self.name} has runs_in="process" and {here[0]}, which runs in the training thread: split it into '
+                "two callbacks, and publish an event there for the one in the process"
+            )
 
     def _check_samples(self) -> None:
         if not self.deciders:

@@ -91,6 +91,22 @@ def check(event: Event) -> None:
         raise _not_plain(event, error) from error
 
 
+def check_new(event: Event) -> None:
+    """Raise `EventError` unless this can be published: an event of plain values that was not published before."""
+    if not isinstance(event, Event):
+        if isinstance(event, type) and issubclass(event, Event):
+            raise EventError(
+                f"publish takes an event, got the class {event.__name__}: publish {event.__name__}(...)"
+            )
+        raise EventError(
+            f"publish takes an event, got a {type(event).__name__}: numbers of a step go to log(name, value); else "
+            "define class Mine(Event, frozen=True) with its fields, and publish Mine(...)"
+        )
+    if event.time:
+        raise EventError(f"{type(event).__name__} was published before: make a new event for each publish")
+    check(event)
+
+
 def _codec(tag: str) -> _Codec | None:
     wanted = event_class(tag)
     if wanted is None:

@@ -14,6 +14,7 @@ facts are attributes, so no caller has to match a text. `except Exception` sees 
     ├── RunEndedError                           a command to a run that has ended
     ├── RunsClosedError                         a run started in a `Runs` that is shut down
     ├── RankFailedError                         another process of a distributed run has failed
+    ├── CallbackProcessError                    the process of a callback has ended, or cannot be used
     ├── RunNotFoundError (also KeyError)        no run of that id in a `Runs`
     ├── RunNameTakenError                       the run's directory exists already
     ├── EmptyLoaderError                        a loader that gave no batch
@@ -124,6 +125,18 @@ class RankFailedError(OffloopError):
 
     def __reduce__(self) -> tuple[type["RankFailedError"], tuple[int, str, str]]:
         return RankFailedError, (self.rank, self.host, self.what)
+
+
+class CallbackProcessError(OffloopError):
+    """The child process of a callback could not be started, could not load the callback, or has ended too early.
+
+    Attributes:
+        exit_code: Of the process, below 0 for a signal; None if it has none.
+    """
+
+    def __init__(self, text: str, exit_code: int | None = None) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class RunNotFoundError(OffloopError, KeyError):

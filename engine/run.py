@@ -168,6 +168,11 @@ class Run(RunHandle):
         return self._session.monitors.direction_of(metric)
 
     @property
+    def _directions(self) -> dict[str, Direction]:
+        """Directions of the metrics that the run computes."""
+        return self._session.monitors.directions
+
+    @property
     def result(self) -> RunResult:
         """Outcome of the run.
 
@@ -246,11 +251,16 @@ class Run(RunHandle):
     # Commands
 
     def give_nowait(self, command: Command[T], *, by: str | None = None) -> Future[T]:
-        trainer = self._session.weak_trainer()
-        if trainer is not None and not self._mailbox.ended:
-            groups = {name: len(each.param_groups) for name, each in trainer.optimizers.items()}
-            check(command, refused=self.refused, groups=groups)
+        if not self._mailbox.ended:
+            check(command, refused=self.refused, groups=self._groups)
         return self._mailbox.give(command, by)
+
+    @property
+    def _groups(self) -> dict[str, int]:
+        """How many parameter groups each optimizer has, by its name. Empty if the trainer is gone."""
+        trainer = self._session.weak_trainer()
+        optimizers = {} if trainer is None else trainer.optimizers
+        return {name: len(each.param_groups) for name, each in optimizers.items()}
 
     async def _wait_for(self, future: Future[T]) -> T | None:
         return await self._mailbox.wait_for(future)

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from offloop.engine import Callback as Callback
     from offloop.engine import CallbackCosts as CallbackCosts
     from offloop.engine import CallbackFailed as CallbackFailed
+    from offloop.engine import CallbackProcessError as CallbackProcessError
     from offloop.engine import CheckpointError as CheckpointError
     from offloop.engine import CheckpointFailed as CheckpointFailed
     from offloop.engine import CheckpointNotFoundError as CheckpointNotFoundError
@@ -134,7 +135,8 @@ _NAMES = {
     """,
     "dashboard": "Dashboard",
     "engine": """
-        BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed CheckpointError
+        BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed
+        CallbackProcessError CheckpointError
         CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded CommandApplied ConfigError
         DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Evaluated Event EventError
         EventLoopStalledError EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics

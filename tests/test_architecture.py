@@ -81,6 +81,7 @@ LAYERS: Final = (
     "metrics",
     "position",
     "observers",
+    "processes",
     "training",
     "weights",
     "distributed",
@@ -422,7 +423,14 @@ def own_docstring(value: Any) -> str | None:
 
 # Errors --------------------------------------------------------------------------------------------
 
-INTERNAL: Final = ("ForkedProcessError", "ProtocolError", "UnusableError", "ViewerTooSlowError")
+INTERNAL: Final = (
+    "ForkedProcessError",
+    "ProtocolError",
+    "RefusedError",
+    "TooLargeError",
+    "UnusableError",
+    "ViewerTooSlowError",
+)
 """Exceptions that are always caught inside."""
 
 

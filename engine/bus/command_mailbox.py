@@ -99,8 +99,8 @@ class Mailbox:
         self._changed = threading.Condition(self._lock)
         self._numbers = itertools.count()
         self._on_cancel: list[Callable[[], None]] = []
-        # Wakers of the tasks that await a command; under the lock.
-        self._awaiting: set[Waker] = set()
+        # Let go of the tasks that await a command; under the lock.
+        self._awaiting: set[Callable[[], None]] = set()
 
     # Any thread
 
@@ -159,15 +159,34 @@ class Mailbox:
         """
         with Waker() as waker:
             with self._lock:
-                self._awaiting.add(waker)
+                self._awaiting.add(waker.wake)
             try:
                 future.add_done_callback(lambda _: waker.wake())
                 while not future.done() and not self.is_blocked_on_others:
                     await waker.wait()
             finally:
                 with self._lock:
-                    self._awaiting.discard(waker)
+                    self._awaiting.discard(waker.wake)
         return future.result() if future.done() else None
+
+    def let_go(self, future: Future[Any], go_on: Callable[[], None]) -> None:
+        """Call `go_on` if training waits for others before a command has applied, each time that it begins to.
+
+        The task that awaits the command in another process must then return, as in `wait_for`. Any thread.
+
+        Args:
+            future: The command's.
+            go_on: Called at once, or by the training thread, which must not wait in it.
+        """
+        with self._lock:
+            self._awaiting.add(go_on)
+            if self.is_blocked_on_others:
+                go_on()
+        future.add_done_callback(lambda _: self._forget(go_on))
+
+    def _forget(self, go_on: Callable[[], None]) -> None:
+        with self._lock:
+            self._awaiting.discard(go_on)
 
     @contextlib.contextmanager
     def on_cancel(self, tell: Callable[[], None]) -> Iterator[None]:
@@ -255,8 +274,8 @@ class Mailbox:
         """Release the tasks that await a command, now and for the duration of the block."""
         with self._lock:
             self.is_blocked_on_others = True
-            for waker in self._awaiting:
-                waker.wake()
+            for go_on in self._awaiting:
+                go_on()
         self.places.awaited = callback
         self.places.changed()
         try:

@@ -197,14 +197,14 @@ def check(command: Command[Any], *, refused: Mapping[str, str], groups: Mapping[
     Args:
         command: The command.
         refused: Commands that it cannot apply at all, by name, and why.
-        groups: How many parameter groups each of its optimizers has.
+        groups: How many parameter groups each of its optimizers has; empty if that is not known.
 
     Raises:
         ConfigError: The run refuses the command, or has no such optimizer or parameter group.
     """
     if (why := refused.get(command.name)) is not None:
         raise ConfigError(why)
-    if isinstance(command, SetLearningRate):
+    if isinstance(command, SetLearningRate) and groups:
         optimizer, group = command.optimizer, command.group
         if optimizer is None and len(groups) > 1:
             raise ConfigError(f"which optimizer? Give optimizer=, one of {', '.join(groups)}")

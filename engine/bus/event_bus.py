@@ -51,8 +51,8 @@ from offloop.engine.bus.subscription import (
     SubscriptionStatistics,
 )
 from offloop.engine.bus.waker import Waker
-from offloop.engine.encoding import check
-from offloop.engine.errors import BusClosedError, EventError, EventLoopStalledError
+from offloop.engine.encoding import check_new
+from offloop.engine.errors import BusClosedError, EventLoopStalledError
 from offloop.engine.events import Event, Sample
 
 logger = logging.getLogger("offloop")
@@ -159,20 +159,7 @@ class Bus:
         """Check an event and stamp its time, without appending it. Raises like `publish`."""
         if self._closing:
             raise BusClosedError(f"{type(event).__name__} was published after the run had ended")
-        if not isinstance(event, Event):
-            if isinstance(event, type) and issubclass(event, Event):
-                raise EventError(
-                    f"publish takes an event, got the class {event.__name__}: publish {event.__name__}(...)"
-                )
-            raise EventError(
-                f"publish takes an event, got a {type(event).__name__}: numbers of a step go to log(name, value); else "
-                "define class Mine(Event, frozen=True) with its fields, and publish Mine(...)"
-            )
-        if event.time:
-            raise EventError(
-                f"{type(event).__name__} was published before: make a new event for each publish"
-            )
-        check(event)
+        check_new(event)
         _set(event, "time", self.clock())
 
     def emit(self, event: Event) -> None:

@@ -25,6 +25,8 @@ from offloop.engine.bus.subscription import BUFFER, Subscription
 from offloop.engine.callback import Handlers
 from offloop.engine.events import Event
 from offloop.engine.observers.observer import CallbackCosts, Observer
+from offloop.engine.processes.encoded_events import EncodedEvents
+from offloop.engine.processes.process_observer import ProcessObserver
 from offloop.engine.session.lifetime import HASTY_CLOSE, HASTY_MOMENT, Lifetime
 
 logger = logging.getLogger("offloop")
@@ -62,6 +64,8 @@ class CallbackTasks:
         self._mailbox = mailbox
         self._drain_timeout = drain_timeout
         self._tasks: list[_Task] = []
+        # Shared by all child processes.
+        self._encoded = EncodedEvents()
         # Set when the observer has handled everything before the barrier.
         self._barriers: dict[Observer, anyio.Event] = {}
         # Observers that `settle` gave up on.
@@ -80,11 +84,27 @@ class CallbackTasks:
             subscription = self._bus.subscribe(
                 types, name=handlers.name, buffer=buffer, on_full=callback.on_full
             )
-        observer = Observer(
-            handlers, subscription, run, run.publish, self._lifetime.fail, self._mailbox.places
-        )
+        observer: Observer
+        if callback.runs_in == "process":
+            observer = ProcessObserver(
+                handlers, subscription, run, run.publish, self._lifetime.fail, self._mailbox, self._encoded
+            )
+        else:
+            observer = Observer(
+                handlers, subscription, run, run.publish, self._lifetime.fail, self._mailbox.places
+            )
         self.observers.append(observer)
         return observer
+
+    def pack(self) -> None:
+        """Pickle the callbacks that run in processes. After `reset`, in the thread that starts the run.
+
+        Raises:
+            ConfigError: One holds what cannot be sent to another process.
+        """
+        for each in self.observers:
+            if isinstance(each, ProcessObserver):
+                each.pack()
 
     def start(self, tasks: anyio.abc.TaskGroup) -> None:
         """Start one task per callback."""
@@ -122,22 +142,31 @@ class CallbackTasks:
         publish and for failures of those with `on_error="raise"`, for `drain_timeout` seconds at most. It does not
         wait for events that come from elsewhere, such as a thread that publishes at a pace until the run ends.
         """
-        deadline = time.perf_counter() + self._drain_timeout
+        started = time.perf_counter()
         is_first_round = True
         while not self._bus.has_ended:
             reactions = self.reactions
-            behind = await self._reach_barriers(deadline)
+            behind = await self._reach_barriers(started)
             if is_first_round:
                 self._late = behind
             elif behind:
-                logger.warning("callbacks still published events %g s after training", self._drain_timeout)
+                seconds = max(map(self._drain_timeout_of, behind))
+                logger.warning("callbacks still published events %g s after training", seconds)
             if behind or self.reactions == reactions:
                 break
             is_first_round = False
         self._barriers = {}
 
-    async def _reach_barriers(self, deadline: float) -> set[Observer]:
-        """Put a barrier in each stream of events, and return the observers that do not reach it by the deadline."""
+    def _drain_timeout_of(self, observer: Observer) -> float:
+        own = observer.handlers.callback.drain_timeout
+        return self._drain_timeout if own is None else own
+
+    async def _reach_barriers(self, started: float) -> set[Observer]:
+        """Put a barrier in each stream of events, and return the observers that do not reach it in time.
+
+        Args:
+            started: When the time of all began, on the clock of `time.perf_counter`.
+        """
         self._barriers = {
             observer: anyio.Event()
             for observer in self.observers
@@ -149,6 +178,7 @@ class CallbackTasks:
         behind: set[Observer] = set()
         for observer, reached in self._barriers.items():
             awaits_end = functools.partial(self._bus.is_awaited_by, observer.name)
+            deadline = started + self._drain_timeout_of(observer)
             is_reached = await self._lifetime.wait_until(reached, deadline, unless=awaits_end)
             # A handler that waits for `TrainEnd` is not late
             if not is_reached and not awaits_end():
@@ -165,7 +195,7 @@ class CallbackTasks:
         task = next((each for each in self._tasks if each.observer is observer), None)
         if task is None or observer.subscription is None or observer.has_ended:
             return
-        seconds = self._drain_timeout
+        seconds = self._drain_timeout_of(observer)
         reached = anyio.Event()
         self._barriers = {observer: reached}
         self._bus.put_barrier(observer.subscription, reached.set)
@@ -179,10 +209,11 @@ class CallbackTasks:
         now = time.perf_counter()
         moment = now + HASTY_MOMENT
         for observer, scope, served in self._tasks:
-            deadline = moment if observer in self._late else now + self._drain_timeout
+            seconds = self._drain_timeout_of(observer)
+            deadline = moment if observer in self._late else now + seconds
             if not await self._lifetime.wait_until(served, deadline, at_least=moment):
                 self._cancel(observer, scope)
-                error = TimeoutError(f"still busy {self._drain_timeout:g} s after the end: cancelled")
+                error = TimeoutError(f"still busy {seconds:g} s after the end: cancelled")
                 observer.failed("drain", error)
 
     def cancel(self) -> None:
@@ -224,7 +255,7 @@ class CallbackTasks:
                 # In haste all callbacks share the time that is left, but each is called and has a moment.
                 is_closed = await self._lifetime.wait_until(
                     closed,
-                    started + self._drain_timeout,
+                    started + self._drain_timeout_of(observer),
                     haste=CLOSE_IN_HASTE,
                     at_least=started + HASTY_MOMENT,
                 )

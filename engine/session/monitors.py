@@ -81,6 +81,12 @@ class Monitors:
         return known
 
     @property
+    def directions(self) -> dict[str, Direction]:
+        """The directions of the metrics that the run computes, where they are known."""
+        keys = (*self._known_keys(), self.default, self.best)
+        return {key: direction for key in keys if (direction := self.direction_of(key)) is not None}
+
+    @property
     def best_direction(self) -> Direction:
         """Whether less or more of the metric of `best` is better."""
         direction = self.direction_of(self.best) if self._best_mode == "auto" else self._best_mode
@@ -124,7 +130,7 @@ class Monitors:
         check_key(monitor, of_checkpoints=of_checkpoints)
         if mode == "auto" and metric_direction(bare, self._metrics) is None:
             raise ConfigError(
-                f"monitor={monitor!r} is no known metric: {self._known_keys()} will be computed. "
+                f"monitor={monitor!r} is no known metric: {', '.join(self._known_keys())} will be computed. "
                 'If a step logs it, give mode="min" or mode="max"'
             )
         return monitor
@@ -132,7 +138,7 @@ class Monitors:
     def _names(self, data_set: Literal["train", "val"]) -> tuple[str, ...]:
         return ("loss", *chosen_metrics(metrics_for(data_set, self._metrics)))
 
-    def _known_keys(self) -> str:
+    def _known_keys(self) -> list[str]:
         keys = [f"train_{name}" for name in self._names("train")]
         keys += [f"{prefix}{name}" for prefix in self._prefixes for name in self._names("val")]
-        return ", ".join(keys)
+        return keys

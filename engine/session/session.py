@@ -286,6 +286,7 @@ class Session:
                     switch_interval=config.switch_interval,
                 )
                 try:
+                    self.callbacks.pack()
                     yield
                 finally:
                     if self._never_ran():

@@ -44,7 +44,7 @@ from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_tr
 
 ENDLESS: Final = 1_000_000_000  # steps
 
-in_every_place = pytest.mark.parametrize("place", ["here"])
+in_every_place = pytest.mark.parametrize("place", ["here", "process"])
 pytestmark = pytest.mark.anyio
 
 
