@@ -291,6 +291,7 @@ class _Child:
                 case messages.Applied():
                     self.run.applied(message)
                 case messages.Cancel():
+                    self._link.send(messages.Cancelling())
                     self._swallowing = message.swallowing
                     self._told.wake()
                 case messages.Close():

@@ -13,7 +13,7 @@
     Applied          the result of the command             ──>
                      <──  Publish, Fail, LogRecord              an event, what ends the run, a log record
     Cancel, Close    the end                               ──>
-                     <──  Closed
+                     <──  Cancelling, Closed
 
 The run sends one batch at a time: whatever the child has not asked for waits in the bounded buffer of its
 subscription. A frame is the length of its body in 8 bytes, least significant first, then the body.
@@ -91,6 +91,10 @@ class Cancel(Message, tag=True, frozen=True):
 
     swallowing: float
     """Seconds for which a coroutine may swallow its cancellation."""
+
+
+class Cancelling(Message, tag=True, frozen=True):
+    """`Cancel` has arrived: the interpreter of the child is not held by code of C that hangs."""
 
 
 class Close(Message, tag=True, frozen=True):
@@ -184,7 +188,7 @@ class LogRecord(Message, tag=True, frozen=True):
 
 
 ToChild = Load | Handle | Facts | MakeDurable | Cancel | Close | Accepted | Applied
-ToParent = Handled | Durable | Closed | Give | TakeBack | Publish | Fail | CannotLoad | LogRecord
+ToParent = Handled | Durable | Cancelling | Closed | Give | TakeBack | Publish | Fail | CannotLoad | LogRecord
 
 _encode = msgspec.msgpack.Encoder().encode
 _to_child: "msgspec.msgpack.Decoder[ToChild]" = msgspec.msgpack.Decoder(ToChild)

@@ -41,6 +41,8 @@ from offloop.engine.run_handle import RunHandle
 
 logger = logging.getLogger("offloop")
 
+ANSWER: Final = 2.0
+"""Seconds for a child to acknowledge a cancellation before it is killed: code of C may hold its interpreter."""
 EXIT: Final = 2.0
 """Seconds for the interpreter of the child to end after `close`, before it is killed."""
 
@@ -83,7 +85,8 @@ class ProcessObserver(Observer):
         self._unhandled = 0  # batches sent and not handled yet; also written by the event loop
         self._child_costs = CallbackCosts()
         self._errors_there = 0  # how many of them are in `errors`
-        self._is_closed_there = False
+        self._is_cancelling_there = self._is_closed_there = False
+        self._is_cancelled = False  # event loop only
         self._durable: list[messages.Durable] = []
         # Commands that have not applied yet, by number. The child's thread adds, any thread removes.
         self._given: dict[int, Future[Any]] = {}
@@ -166,6 +169,12 @@ class ProcessObserver(Observer):
         """Have the child call the callback's `close`, and end it. Cancellation: the child is killed."""
         self._is_closing = True
         try:
+            if self._is_cancelled and not await self._answers():
+                error = TimeoutError(
+                    f"its process does not answer {ANSWER:g} s after it was cancelled: ended"
+                )
+                self.failed("close", error)
+                self._child.kill()
             if self._is_alive():
                 self._child.send(messages.Close())
                 while not self._is_closed_there and self._is_alive():
@@ -181,9 +190,17 @@ class ProcessObserver(Observer):
             self._answered.close()
             self._worker.close()
 
+    async def _answers(self) -> bool:
+        """Wait until the child has got `Cancel`; False if it does not answer in time."""
+        with anyio.move_on_after(ANSWER):
+            while not self._is_cancelling_there and self._is_alive():
+                await self._answered.wait()
+        return self._is_cancelling_there or not self._is_alive()
+
     def abandon_after(self, seconds: float) -> None:
         """Have the child cancel its handlers, and abandon one that still swallows that in so many seconds."""
         if self._is_alive():
+            self._is_cancelled = True
             self._child.send(messages.Cancel(seconds))
 
     # The child's thread --------------------------------------------------------------------------
@@ -205,6 +222,9 @@ class ProcessObserver(Observer):
                     given.cancel()
             case messages.Durable():
                 self._durable.append(message)
+                self._answered.wake()
+            case messages.Cancelling():
+                self._is_cancelling_there = True
                 self._answered.wake()
             case messages.Closed():
                 self._note(message)
