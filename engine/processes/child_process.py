@@ -80,12 +80,10 @@ class ChildProcess:
         # Bytes that the socket has not taken yet; the child's thread only.
         self._unsent = memoryview(b"")
         self._kill = False  # written by any thread, read by the child's thread
-        # The end that any thread writes a byte to; None once the thread is over.
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
+        # Wakes the thread by a byte. Written by `start`; any thread writes to it.
+        self._wake_writer: socket.socket | None = None
         self._thread = Thread(
-            contextvars.copy_context().run, self._serve, name=f"offloop-process-{name}", daemon=True
+            contextvars.copy_context().run, self._body, name=f"offloop-process-{name}", daemon=True
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._is_over = False
@@ -97,8 +95,16 @@ class ChildProcess:
 
         Raises:
             RuntimeError: The system gives no thread.
+            OSError: It gives no file descriptors.
         """
-        self._thread.start()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._close_wakers()
+            raise
 
     @property
     def has_started(self) -> bool:
@@ -125,19 +131,21 @@ class ChildProcess:
         if self.has_started:
             self._thread.join(timeout)
 
-    def discard(self) -> None:
-        """Release what a child holds that was never started."""
-        if not self.has_started:
-            self._wake_reader.close()
-            self._wake_writer.close()
-
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            self._wake_writer.send(b"\0")
+        writer = self._wake_writer
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.send(b"\0")
+
+    def _close_wakers(self) -> None:
+        self._wake_reader.close()
+        writer, self._wake_writer = self._wake_writer, None
+        if writer is not None:
+            writer.close()
 
     # The child's thread --------------------------------------------------------------------------
 
-    def _serve(self) -> None:
+    def _body(self) -> None:
         """Body of the child's thread."""
         failure: CallbackProcessError | None = None
         try:
@@ -158,8 +166,7 @@ class ChildProcess:
             failure = CallbackProcessError(f"the process of {self.name} was lost: {describe(error)}")
         finally:
             self._is_over = True
-            self._wake_reader.close()
-            self._wake_writer.close()
+            self._close_wakers()
             self._outgoing.clear()
             self._on_exit(failure)
 

@@ -120,8 +120,7 @@ class ProcessObserver(Observer):
         self._packed = None
         try:
             self._child.start()
-        except RuntimeError as error:
-            self._child.discard()
+        except (RuntimeError, OSError) as error:
             self._lost(CallbackProcessError(f"the process of {self.name} could not be started: {error}"))
         while events := await subscription.take_batch(EVENTS_AT_ONCE):
             for is_barrier, group in itertools.groupby(events, lambda each: isinstance(each, Barrier)):
@@ -186,7 +185,6 @@ class ProcessObserver(Observer):
             if self._is_alive():
                 self._child.kill()
             self._child.join(EXIT)
-            self._child.discard()
             self._answered.close()
             self._worker.close()
 
