@@ -41,6 +41,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
+from offloop.engine.bus.step_times import StepTimes
 from offloop.engine.bus.subscribers import Subscribers
 from offloop.engine.bus.subscription import (
     BUFFER,
@@ -107,6 +108,7 @@ class Bus:
         self.run_id = run_id
         self.flush_interval = flush_interval
         self.clock = Clock()
+        self.step_times = StepTimes(self.clock.offset)
         self.loop_is_gone = False  # written by the publisher that notices it, read by the training thread
         self._attention = attention or (lambda: None)
         self._waker = Waker()  # waits in the drainer's event loop, woken by any thread
@@ -381,6 +383,7 @@ class Bus:
             barriers: list[tuple[int, Barrier]] = []
             milestones = self._stamp(batch, barriers)
             self._subscribers.hand_over(batch, barriers, milestones)
+            self.step_times.take(batch, has_milestones=bool(milestones))
         self._report_drops(now)
         return count
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import anyio
 
 from offloop.engine.bus import forked
+from offloop.engine.observers.cost_watch import Meter, Stretch
 
 logger = logging.getLogger("offloop")
 T = TypeVar("T")
@@ -54,20 +55,20 @@ class Driver:
 
     @types.coroutine
     def drive(
-        self, coroutine: Coroutine[Any, Any, T], account: Callable[[float, float], None]
+        self, coroutine: Coroutine[Any, Any, T], account: Callable[[Stretch], None]
     ) -> Generator[Any, Any, T]:
         """Await a coroutine. Cancellation: passed on, but abandons a coroutine that swallows it for too long.
 
         Args:
             coroutine: The callback's.
-            account: Called with the wall and CPU seconds of each stretch between two awaits.
+            account: Called with each stretch between two awaits.
         """
         value: Any = None
         error: BaseException | None = None
         cancelled: BaseException | None = None
         generation = forked.generation
         while True:
-            wall, cpu = time.perf_counter(), time.thread_time()
+            meter = Meter()
             try:
                 yielded = coroutine.send(value) if error is None else coroutine.throw(error)
             except StopIteration as stop:
@@ -81,7 +82,7 @@ class Driver:
                     forked.end_process(None)
                 # An exception that holds this frame must not be held by it.
                 error = cancelled = None
-                account(time.perf_counter() - wall, time.thread_time() - cpu)
+                account(meter.read())
             value = None
             try:
                 value = yield yielded

@@ -31,7 +31,7 @@ from offloop.engine.bus.subscription import Barrier, Subscription
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.errors import SubscriberTooSlowError, as_failure, describe, encodable, note_cancellation
 from offloop.engine.events import CallbackFailed, Event
-from offloop.engine.lazy_imports import was_importing
+from offloop.engine.observers.cost_watch import CostWatch, Meter, Stretch
 from offloop.engine.observers.driver import Driver, allowing_abandoned
 from offloop.engine.observers.worker import Worker
 
@@ -43,10 +43,6 @@ TURN: Final = 0.01
 """Seconds after which other tasks get a turn between two events, although no handler has really awaited."""
 FAILURE_INTERVAL: Final = 1.0
 """Seconds between two reports of failures of one callback, at least."""
-HOLD_WARNING: Final = 0.05
-"""Seconds for which a handler may hold the event loop before it is named; a smooth page updates twice as often."""
-WARNING_INTERVAL: Final = 10.0
-"""Seconds between two such warnings about one callback."""
 
 
 class CallbackCosts(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +55,7 @@ class CallbackCosts(msgspec.Struct, frozen=True, kw_only=True):
     cpu: float = 0.0
     """CPU time of its handlers, on the event loop or in its worker thread."""
     held: float = 0.0
-    """Time during which its handlers held the event loop."""
+    """Time during which its handlers held the event loop; waiting for the interpreter is not counted."""
     longest_hold: float = 0.0
     """The longest of those times without an await."""
     decided: float = 0.0
@@ -72,6 +68,10 @@ class CallbackCosts(msgspec.Struct, frozen=True, kw_only=True):
     """Samples that it missed."""
     failures: int = 0
     """Exceptions that its methods raised."""
+    warning: str = ""
+    """How the log named it as a callback that computes beside training, with what that cost; empty if it did not."""
+    slowdown: float | None = None
+    """How many times as long steps took while it computed, measured when it was named; None if that is unknown."""
 
 
 class Observer:
@@ -88,6 +88,7 @@ class Observer:
         publish: Callable[[Event], None],
         fail: Callable[[BaseException], None],
         places: Places | None = None,
+        watch: CostWatch | None = None,
     ) -> None:
         """Bind a callback to a run.
 
@@ -98,6 +99,8 @@ class Observer:
             publish: Publishes `CallbackFailed`.
             fail: Ends the run as failed; for `on_error="raise"`, and for what is no `Exception`.
             places: The run's; the places where the handlers run are added to it.
+            watch: Names the callback if it computes beside training or blocks the event loop; None where that
+                disturbs nothing.
         """
         self.handlers = handlers
         self.name = handlers.name
@@ -119,7 +122,7 @@ class Observer:
         self._cpu = 0.0
         # The rest belongs to the event loop; `costs` reads numbers from any thread.
         self._wall = self._held = self._longest_hold = 0.0
-        self._warned_at = -math.inf
+        self._watch = watch
         self._handling: Event | None = None
         self._publish = publish
         self._fail = fail
@@ -142,6 +145,8 @@ class Observer:
             lag=0.0 if statistics is None else statistics.lag,
             dropped=0 if statistics is None else statistics.dropped,
             failures=self._failures,
+            warning="" if self._watch is None else self._watch.warning,
+            slowdown=None if self._watch is None else self._watch.slowdown,
         )
 
     async def serve(self) -> None:
@@ -186,7 +191,7 @@ class Observer:
             if inspect.iscoroutinefunction(make_durable):
                 await self._driver.drive(make_durable(), self.account)
             else:
-                await self._worker.run(make_durable)
+                await self._run_in_thread(make_durable, "make_durable")
         except BaseException as error:
             if self._driver.is_ending(error):
                 answer.cancel()
@@ -198,12 +203,32 @@ class Observer:
 
     async def _hand_to_thread(self, events: list[Event], subscription: Subscription[Event]) -> None:
         try:
-            await self._worker.run(functools.partial(self._handle_in_thread, events, subscription))
+            handle = functools.partial(self._handle_in_thread, events, subscription)
+            await self._run_in_thread(handle, type(events[-1]).__name__)
         except BaseException as error:
             # There is no thread: failures of the handlers are reported in it.
             if self._driver.is_ending(error):
                 raise
             self.failed(type(events[0]).__name__, error)
+
+    async def _run_in_thread(self, function: Callable[[], object], what: str) -> None:
+        """Run a function in the worker thread, and account for what it took."""
+        stretches: list[Stretch] = []
+
+        def measured() -> None:
+            meter = Meter()
+            try:
+                function()
+            finally:
+                stretch = meter.read()
+                self._cpu += stretch.cpu
+                stretches.append(stretch)
+
+        try:
+            await self._worker.run(measured)
+        finally:
+            if self._watch is not None and stretches:
+                self._watch.add(stretches[0], what, on_loop=False)
 
     async def close(self) -> None:
         """Call the callback's `close`, once, in its worker thread or here; failures are reported."""
@@ -328,7 +353,6 @@ class Observer:
         """Handle events in the worker thread."""
         actor.set(self.name)
         handler_for, run = self.handlers.handler_for, self.run
-        cpu = time.thread_time()
         for event in events:
             if self.disabled:
                 break
@@ -348,29 +372,17 @@ class Observer:
                 if self._generation != forked.generation:
                     forked.end_process(None)
                 self._failures_in_row = 0
-        self._cpu += time.thread_time() - cpu
 
-    def account(self, wall: float, cpu: float) -> None:
-        """Add the wall and CPU seconds for which a coroutine of the callback held the event loop without an await."""
-        self._cpu += cpu
-        if wall > HOLD_WARNING and was_importing(time.perf_counter() - wall):
-            # An import of ours kept the interpreter from the handler.
-            wall = min(wall, cpu)
-        self._held += wall
-        if wall > self._longest_hold:
-            self._longest_hold = wall
-        now = time.perf_counter()
-        if wall > HOLD_WARNING and now - self._warned_at > WARNING_INTERVAL:
-            self._warned_at = now
+    def account(self, stretch: Stretch) -> None:
+        """Add a stretch for which a coroutine of the callback ran on the event loop without an await."""
+        held = stretch.held
+        self._cpu += stretch.cpu
+        self._held += held
+        if held > self._longest_hold:
+            self._longest_hold = held
+        if self._watch is not None:
             what = type(self._handling).__name__ if self._handling is not None else "its work"
-            logger.warning(
-                "callback %s held the event loop for %.0f ms (%.0f ms of them computing) while handling %s: "
-                "await something, or make the handler a plain def, which runs in a thread",
-                self.name,
-                wall * 1e3,
-                cpu * 1e3,
-                what,
-            )
+            self._watch.add(stretch, what, on_loop=True)
 
 
 async def _as_coroutine(awaitable: Awaitable[object]) -> object:

@@ -24,6 +24,7 @@ from offloop.engine.bus.event_bus import Bus
 from offloop.engine.bus.subscription import BUFFER, Subscription
 from offloop.engine.callback import Handlers
 from offloop.engine.events import Event
+from offloop.engine.observers.cost_watch import CostWatch
 from offloop.engine.observers.observer import CallbackCosts, Observer
 from offloop.engine.processes.encoded_events import EncodedEvents
 from offloop.engine.processes.process_observer import ProcessObserver
@@ -91,7 +92,13 @@ class CallbackTasks:
             )
         else:
             observer = Observer(
-                handlers, subscription, run, run.publish, self._lifetime.fail, self._mailbox.places
+                handlers,
+                subscription,
+                run,
+                run.publish,
+                self._lifetime.fail,
+                self._mailbox.places,
+                CostWatch(handlers, self._bus.step_times),
             )
         self.observers.append(observer)
         return observer

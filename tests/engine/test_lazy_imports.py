@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 
 from offloop.engine import Callback, Event, TrainerConfig, first_use
 from offloop.engine import lazy_imports as lazy_imports_module
+from offloop.engine.bus.step_times import StepTimes
 from offloop.engine.callback import Handlers
 from offloop.engine.lazy_imports import was_importing
 from offloop.engine.metrics.names import check_metrics, metric_direction
+from offloop.engine.observers.cost_watch import CostWatch, Stretch
 from offloop.engine.observers.observer import Observer
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
@@ -113,13 +116,16 @@ class Slow(Callback):
 def test_an_import_of_ours_is_not_blamed_on_a_callback(
     is_ours: bool, package: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    observer = Observer(Handlers(Slow(), "Slow"), None, None, lambda _: None, lambda _: None)
+    handlers = Handlers(Slow(), "Slow")
+    watch = CostWatch(handlers, StepTimes(0.0))
+    observer = Observer(handlers, None, None, lambda _: None, lambda _: None, watch=watch)
     if is_ours:
         with first_use(package):
             pass
     else:
         lazy_imports_module._ended_at = -float("inf")
-    observer.account(1.0, 0.01)  # the event loop stood still for a second that has just ended
+    # The event loop stood still for a second that has just ended.
+    observer.account(Stretch(time.perf_counter() - 1.0, 1.0, 0.01, 0))
     assert observer.costs.held == (0.01 if is_ours else 1.0)
     warned = [each for each in caplog.records if each.levelno == logging.WARNING]
     assert bool(warned) is not is_ours

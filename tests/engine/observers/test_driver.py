@@ -10,6 +10,7 @@ import anyio.lowlevel
 import pytest
 
 from offloop.engine import Callback, EpochEnd, EpochStart, Run, TrainEnd, decides
+from offloop.engine.observers.cost_watch import Stretch
 from offloop.engine.observers.driver import Driver, allowing_abandoned
 from offloop.engine.session import lifetime
 from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_trainer
@@ -23,7 +24,7 @@ def everything_is_loaded() -> None:
     tiny_trainer().train(tiny_loader(1), epochs=1)
 
 
-def ignore(wall: float, cpu: float) -> None:
+def ignore(stretch: Stretch) -> None:
     pass
 
 
@@ -110,8 +111,8 @@ async def test_own_timeouts_of_a_coroutine_are_its_own() -> None:
             await anyio.sleep_forever()
         return "done"
 
-    stretches: list[float] = []
-    assert await Driver("Times").drive(times_out(), lambda wall, cpu: stretches.append(wall)) == "done"
+    stretches: list[Stretch] = []
+    assert await Driver("Times").drive(times_out(), stretches.append) == "done"
     assert len(stretches) == 2
 
 

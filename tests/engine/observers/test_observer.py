@@ -20,7 +20,9 @@ from offloop.engine.bus.command_mailbox import actor
 from offloop.engine.bus.event_bus import Bus
 from offloop.engine.callback import Callback, Handlers, decides
 from offloop.engine.events import CallbackFailed, EpochEnd, EpochStart, Event, Sample
+from offloop.engine.observers import cost_watch
 from offloop.engine.observers import observer as observer_module
+from offloop.engine.observers.cost_watch import CostWatch
 from offloop.engine.observers.observer import Observer
 
 RUN = object()
@@ -48,7 +50,10 @@ class Stage:
         self.subscription = self.bus.subscribe(handlers.observed_types(), name=handlers.name, buffer=buffer)
         self.reports = self.bus.subscribe((CallbackFailed,))
         self.ended_by: list[BaseException] = []
-        self.observer = Observer(handlers, self.subscription, RUN, self.bus.publish, self.ended_by.append)
+        watch = CostWatch(handlers, self.bus.step_times)
+        self.observer = Observer(
+            handlers, self.subscription, RUN, self.bus.publish, self.ended_by.append, watch=watch
+        )
 
     async def play(self, *events: Event) -> None:
         """Publish events, let them be handled, end."""
@@ -274,7 +279,7 @@ async def test_drops_show_in_the_costs() -> None:
 async def test_who_holds_the_event_loop_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(observer_module, "HOLD_WARNING", 0.001)
+    monkeypatch.setattr(cost_watch, "HOLD_WARNING", 0.001)
 
     class Holder(Callback):
         async def on_note(self, event: Note, run: Any) -> None:
@@ -291,7 +296,7 @@ async def test_who_holds_the_event_loop_is_named_once(
 async def test_waiting_holds_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(observer_module, "HOLD_WARNING", 0.5)
+    monkeypatch.setattr(cost_watch, "HOLD_WARNING", 0.5)
     released = anyio.Event()
 
     class Patient(Callback):
