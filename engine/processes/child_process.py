@@ -60,6 +60,7 @@ class ChildProcess:
         *,
         on_message: Callable[[ToParent], None],
         on_exit: Callable[[CallbackProcessError | None], None],
+        on_over: Callable[[], None],
         on_look: Callable[[], None],
     ) -> None:
         """Prepare a child; nothing is started.
@@ -69,12 +70,13 @@ class ChildProcess:
             on_message: Called for each message of the child, in its thread.
             on_exit: Called once, in its thread, after the last message: with None if the process has ended by itself
                 with exit code 0, else with what happened.
+            on_over: Called after that, once `is_over` is True.
             on_look: Called every 0.1 s while `is_busy`, in its thread.
         """
         self.name = name
         self.is_busy = False  # written by any thread, read by the child's thread
         self.pid: int | None = None  # written by the child's thread
-        self._on_message, self._on_exit, self._on_look = on_message, on_exit, on_look
+        self._on_message, self._on_exit, self._on_over, self._on_look = on_message, on_exit, on_over, on_look
         # Appended by any thread, emptied by the child's thread: both are atomic in CPython.
         self._outgoing: deque[Message | Callable[[], Message]] = deque()
         # Bytes that the socket has not taken yet; the child's thread only.
@@ -115,6 +117,11 @@ class ChildProcess:
     def is_over(self) -> bool:
         """True once the child has ended and `on_exit` was called."""
         return self._is_over
+
+    @property
+    def was_killed(self) -> bool:
+        """True once `kill` was called."""
+        return self._kill
 
     def send(self, message: Message | Callable[[], Message]) -> None:
         """Send a message, or one that the child's thread makes. Never blocks; nothing happens after the end."""
@@ -165,10 +172,12 @@ class ChildProcess:
             logger.exception("the process of %s was lost", self.name)
             failure = CallbackProcessError(f"the process of {self.name} was lost: {describe(error)}")
         finally:
-            self._is_over = True
             self._close_wakers()
             self._outgoing.clear()
+            # The report first: who sees that the child is over takes it for granted.
             self._on_exit(failure)
+            self._is_over = True
+            self._on_over()
 
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         executable = os.fsdecode(spawn.get_executable() or sys.executable or "")

@@ -77,7 +77,11 @@ class ProcessObserver(Observer):
         self._mailbox = mailbox
         self._packed: bytes | None = None
         self._child = ChildProcess(
-            self.name, on_message=self._on_message, on_exit=self._on_exit, on_look=self._tell_facts
+            self.name,
+            on_message=self._on_message,
+            on_exit=self._on_exit,
+            on_over=lambda: self._answered.wake(),
+            on_look=self._tell_facts,
         )
         # Woken by the child's thread after each answer. Its reader belongs to the task that waits.
         self._answered = Waker()
@@ -90,7 +94,6 @@ class ProcessObserver(Observer):
         self._durable: list[messages.Durable] = []
         # Commands that have not applied yet, by number. The child's thread adds, any thread removes.
         self._given: dict[int, Future[Any]] = {}
-        self._is_closing = False  # written by the event loop, read by the child's thread
         self._facts: messages.Facts | None = None  # as told last; the child's thread only
         self._is_lost = False
         self._backend = "asyncio"  # written by the event loop before the child starts
@@ -166,7 +169,6 @@ class ProcessObserver(Observer):
 
     async def close(self) -> None:
         """Have the child call the callback's `close`, and end it. Cancellation: the child is killed."""
-        self._is_closing = True
         try:
             if self._is_cancelled and not await self._answers():
                 error = TimeoutError(
@@ -181,6 +183,9 @@ class ProcessObserver(Observer):
                 with anyio.move_on_after(EXIT):
                     while self._is_alive():
                         await self._answered.wait()
+                if self._is_alive():
+                    error = TimeoutError(f"its process still runs {EXIT:g} s after close(): ended")
+                    self.failed("close", error)
         finally:
             if self._is_alive():
                 self._child.kill()
@@ -241,16 +246,17 @@ class ProcessObserver(Observer):
                 _log(message)
 
     def _on_exit(self, error: CallbackProcessError | None) -> None:
-        if error is None and not (self._is_closing or self.disabled):
+        if self._child.was_killed:
+            # Reported where that was decided.
+            return
+        if error is None and not (self._is_closed_there or self._is_lost):
             error = CallbackProcessError(
                 f"the process of {self.name} ended with exit code 0, by its own doing: the callback gets no more "
                 "events, and is not restarted",
                 exit_code=0,
             )
-        # Killed for want of an answer: that is reported by the one who waited.
-        if error is not None and not self._is_closing:
+        if error is not None:
             self._lost(error)
-        self._answered.wake()
 
     def _lost(self, error: CallbackProcessError) -> None:
         """Report that there is no process any more, and let the run go on without the callback. Any thread."""
