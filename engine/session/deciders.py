@@ -115,17 +115,19 @@ class Deciders:
         Ends without an answer if the run is cancelled, or the observer's task or event loop has ended.
         """
         assert observer.subscription is not None
-        self._bus.put_barrier(observer.subscription, arrive)
-        self._mailbox.stand(
-            lambda: (
-                bool(answers)
-                or self._mailbox.cancelled
-                or observer.has_ended
-                or self._lifetime.event_loop_is_gone
-            ),
-            name,
-            callback=observer.name,
-        )
+        # Training counts as waiting before the decider can begin: a wait for a command in it must fail at once.
+        with self._mailbox.standing_still(observer.name):
+            self._bus.put_barrier(observer.subscription, arrive)
+            self._mailbox.stand(
+                lambda: (
+                    bool(answers)
+                    or self._mailbox.cancelled
+                    or observer.has_ended
+                    or self._lifetime.event_loop_is_gone
+                ),
+                name,
+                callback=observer.name,
+            )
         if not answers:
             self._lifetime.cancel_if_event_loop_is_gone()
 
