@@ -1,8 +1,20 @@
 """ProgressBar: the progress of a run, live on a terminal or in a notebook, as occasional plain lines elsewhere.
 
-All bars of a process on one terminal share a block of lines, which one thread redraws. It writes the block at once and
-moves the cursor back to the empty line above it. Other output appears there, and the next redraw starts below it. So no
-output is captured: a worker process forked while a redraw runs would inherit a captured stream with a held lock.
+All bars of a process on one terminal share a block of lines, which one thread redraws:
+
+    what was printed
+    what was printed last, if its line is not complete    <- the cursor
+                                                          ROOM lines, with that of the cursor, take what is printed next
+    epoch 3/5        ━━━━━━━━━━━━━━━━      0:12 left
+    step 100/200     ━━━━━━━━              40 steps/s
+    loss 0.25  lr 0.0003
+
+Other output appears at the cursor, and the next redraw moves the block below it. So no output is captured: a worker
+process forked while a redraw runs would inherit a captured stream with a held lock.
+
+No more than `ROOM` lines should be printed between two redraws. Further ones are written over the block, whose remains
+stay to the right of the shorter ones: a terminal does not tell that something was printed unless it is asked, and its
+answer would be read as what the user types.
 """
 
 import contextlib
@@ -51,6 +63,15 @@ LINE_INTERVAL: Final = 10.0
 """Seconds between plain lines without a terminal."""
 NOTEBOOK_WIDTH: Final = 100
 """Columns in a notebook, whose width is unknown."""
+BARS_WIDTH: Final = 100
+"""Most columns of a bar with its texts: what is printed over a shorter one hides more of it."""
+ROOM: Final = 3
+"""Lines for output between two redraws: an epoch's summary, a warning with its line of code."""
+
+INDEX: Final = "\x1bD"
+"""Moves the cursor down in its column; scrolls at the bottom of the screen."""
+SAVE_CURSOR: Final = "\x1b7"
+RESTORE_CURSOR: Final = "\x1b8"
 
 _STATUS_STYLES: Final = {"completed": "green", "failed": "red"}
 
@@ -63,7 +84,8 @@ class ProgressBar(Callback):
     remains when a run ends. Elsewhere a plain line is printed every ten seconds.
 
     Training never waits for it. It shows the values of the newest step, and a redraw takes at most 1 % of the
-    interpreter. Neither stdout nor stderr is redirected; other output appears above the bars.
+    interpreter. Neither stdout nor stderr is redirected; other output appears above the bars. Of more than three lines
+    printed within a tenth of a second, some may be followed by the remains of a bar.
     """
 
     # It needs the newest step only.
@@ -185,6 +207,7 @@ class ProgressBar(Callback):
             # The present values: events may lag.
             self._step, self._epoch = self._run.step, self._run.epoch
         grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        grid.width = min(width, BARS_WIDTH)
         # Then the bars keep their place when a text grows.
         is_wide = width >= 60
         grid.add_column(no_wrap=True, min_width=16 if is_wide else None)
@@ -460,7 +483,7 @@ class _Live(_Display):
 
 
 class _Terminal(_Live):
-    """A block of lines below an empty line, where the cursor stays."""
+    """A block of lines below the cursor, which stays where it is."""
 
     def __init__(self, console: Console, own: TextIO | None) -> None:
         super().__init__(REDRAW_INTERVAL)
@@ -474,12 +497,15 @@ class _Terminal(_Live):
         self._console.size = size
         blocks = [bar.block(size[0], with_name=self.has_names) for bar in bars]
         lines = self._render(*blocks).splitlines()
-        if len(lines) > size[1] - 2:
-            lines = [*lines[: max(1, size[1] - 3)], f"... {len(bars)} runs"]
-        # Clear below the cursor, leave its line empty, draw, and move back to it.
-        drawn = "".join(
-            ["\r\x1b[J", *(f"\n{line}" for line in lines), f"\x1b[{len(lines)}A\r" if lines else ""]
-        )
+        room = ROOM if size[1] >= len(lines) + 2 * ROOM else 1
+        if len(lines) > size[1] - 1 - room:
+            lines = [*lines[: max(1, size[1] - 2 - room)], f"... {len(bars)} runs"]
+        # Clear behind and below the cursor. Scroll as far as the block needs, in the same column, and only then save
+        # the place of the cursor.
+        height = room - 1 + len(lines)
+        down = f"{INDEX * height}\x1b[{height}A" if lines else ""
+        block = "\n" * (room - 1) + "".join(f"\n{line}" for line in lines)
+        drawn = f"\x1b[J{down}{SAVE_CURSOR}{block}{RESTORE_CURSOR}"
         now = time.monotonic()
         if drawn != self._drawn or now - self._drawn_at > UNCHANGED_INTERVAL:
             self._drawn, self._drawn_at = drawn, now

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from offloop.callbacks import ProgressBar, progress_bar
+from offloop.callbacks.progress_bar import RESTORE_CURSOR
 from offloop.engine import (
     Callback,
     EpochEnd,
@@ -61,10 +62,21 @@ class Terminal:
         except OSError:  # Linux says so at the end
             pass
 
-    def wait_for(self, text: str) -> None:
-        """Wait until something has been written."""
+    def wait_for(self, text: str, *, after: str = "") -> None:
+        """Wait until something has been written, after something else that was written."""
+
+        def is_there() -> bool:
+            written = b"".join(self._read).decode(errors="ignore")
+            return after in written and text in written[written.index(after) + len(after) :]
+
         with self._more:
-            assert self._more.wait_for(lambda: text in b"".join(self._read).decode(errors="ignore"), 30)
+            assert self._more.wait_for(is_there, 30)
+
+    def print(self, text: str) -> None:
+        """Write in one call, and wait until the bars have been drawn again."""
+        self.file.write(text)
+        self.file.flush()
+        self.wait_for(RESTORE_CURSOR, after=text.replace("\n", "\r\n"))
 
     def close(self) -> str:
         """Hang up and return everything that was written."""
@@ -219,12 +231,13 @@ def test_speed_and_time_left_come_from_the_events_times() -> None:
     bar.close()
 
 
-def screen_of(written: str, columns: int = 200, lines: int = 50) -> list[str]:
-    """What a terminal shows after all that was written; empty lines left out."""
-    screen = pyte.Screen(columns, lines)
+def screen_of(written: str, columns: int = 200, lines: int = 24) -> list[str]:
+    """What a terminal shows after all that was written, and what has left it at the top; empty lines left out."""
+    screen = pyte.HistoryScreen(columns, lines, history=1000)
     screen.set_mode(pyte.modes.LNM)  # a terminal driver adds the carriage returns
     pyte.Stream(screen).feed(written)
-    return [line.rstrip() for line in screen.display if line.strip()]
+    gone = ["".join(line[column].data for column in range(columns)) for line in screen.history.top]
+    return [line.rstrip() for line in [*gone, *screen.display] if line.strip()]
 
 
 def test_bar_is_drawn_on_a_terminal_and_streams_are_left_alone(terminal: Terminal, at_once: None) -> None:
@@ -269,17 +282,50 @@ def test_failed_run_says_so_in_its_last_line(terminal: Terminal) -> None:
     assert line.endswith("failed in 0:00")
 
 
-def test_what_is_printed_meanwhile_stands_above_the_bars(terminal: Terminal, at_once: None) -> None:
+def print_at_each_epoch(terminal: Terminal, texts: list[str]) -> list[str]:
+    """Train an epoch for each text, print it at the end of that, and return what the terminal then shows."""
+
     class Print(Callback):
-        async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
-            # In one call: print() makes two, and the bar may be drawn between them.
-            terminal.file.write(f"epoch {event.epoch} is over\n")
-            terminal.file.flush()
+        def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+            terminal.print(texts[event.epoch])
 
     bar = ProgressBar(file=terminal.file)
-    tiny_trainer().train(tiny_loader(50), epochs=6, callbacks=[bar, Print()])
-    *printed, last = screen_of(terminal.close())
+    result = tiny_trainer().train(tiny_loader(5), epochs=len(texts), callbacks=[bar, Print()])
+    assert result.callback_errors == {}
+    return screen_of(terminal.close())
+
+
+def test_what_is_printed_meanwhile_stands_above_the_bars(terminal: Terminal, at_once: None) -> None:
+    *printed, last = print_at_each_epoch(terminal, [f"epoch {epoch} is over\n" for epoch in range(6)])
     assert printed == [f"epoch {epoch} is over" for epoch in range(6)]
+    assert "completed" in last
+
+
+def test_a_few_lines_may_be_printed_at_once(terminal: Terminal, at_once: None) -> None:
+    """More than the screen has lines."""
+    texts = [
+        "".join(f"epoch {epoch} line {line}\n" for line in range(progress_bar.ROOM)) for epoch in range(4)
+    ]
+    *printed, last = print_at_each_epoch(terminal, texts)
+    assert printed == "".join(texts).splitlines()
+    assert "completed" in last
+
+
+def test_many_lines_printed_at_once_are_all_there_and_start_their_lines(
+    terminal: Terminal, at_once: None
+) -> None:
+    """Those that meet the block may be followed by what is left of it; the block has three lines here."""
+    texts = ["".join(f"epoch {epoch} line {line:<20}|\n" for line in range(12)) for epoch in range(3)]
+    *printed, last = print_at_each_epoch(terminal, texts)
+    expected = "".join(texts).splitlines()
+    assert [line.partition("|")[0] + "|" for line in printed] == expected
+    assert sum(line != each for line, each in zip(printed, expected, strict=True)) <= 3 * len(texts)
+    assert "completed" in last
+
+
+def test_a_line_may_be_printed_piece_by_piece(terminal: Terminal, at_once: None) -> None:
+    printed, last = print_at_each_epoch(terminal, ["epoch 0,", " epoch 1,", " epoch 2\n"])
+    assert printed == "epoch 0, epoch 1, epoch 2"
     assert "completed" in last
 
 
