@@ -19,6 +19,7 @@ import msgspec
 
 from offloop.dashboard.frames import Frames
 from offloop.dashboard.history import HISTORY_BYTES, History
+from offloop.dashboard.masking import masked, masked_command
 from offloop.dashboard.protocol import (
     CommandName,
     Latest,
@@ -60,7 +61,6 @@ STALL_STEPS: Final = 20
 """... if they are also this many times the duration of the last step."""
 FINAL_STATES: Final = frozenset({"completed", "stopped", "cancelled", "failed"})
 
-_SECRET: Final = re.compile(r"passw|secret|token|api_?key|credential|private|auth", re.IGNORECASE)
 _SPLITS: Final = {"train_": "train", "val_": "val"}
 _BASE_FIELDS: Final = frozenset(Event.__struct_fields__)
 
@@ -467,19 +467,6 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
                     yield from _numbers(f"{name}/{place}/{field}", getattr(item, field))
 
 
-def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the values of secret-looking names masked."""
-    return {key: "(masked)" if _SECRET.search(key) else _masked(value) for key, value in settings.items()}
-
-
-def _masked(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return masked(value)
-    if isinstance(value, list | tuple):
-        return [_masked(item) for item in value]
-    return number(value) if isinstance(value, float) else value
-
-
 def for_role(event: Event, is_control: bool) -> bytes | None:
     """Return an event as JSON; readers get no tracebacks, no names and no commands, for which it is None."""
     if not is_control:
@@ -495,21 +482,6 @@ def for_role(event: Event, is_control: bool) -> bytes | None:
         return encode(event)
     except EventError:
         return msgspec.json.encode(printable(msgspec.to_builtins(event)))
-
-
-def masked_command(arguments: Sequence[str]) -> list[str]:
-    """Return a command line with the values of secret-looking options masked: `--api-key=(masked)`."""
-    shown: list[str] = []
-    hide_next = False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        is_secret = bool(_SECRET.search(name.replace("-", "_"))) and argument.startswith("-")
-        if hide_next and not argument.startswith("-"):
-            shown.append("(masked)")
-        else:
-            shown.append(f"{name}=(masked)" if is_secret and equals else argument)
-        hide_next = is_secret and not equals
-    return shown
 
 
 def place_of(stack: str) -> str:

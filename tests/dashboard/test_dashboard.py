@@ -368,17 +368,23 @@ def test_a_page_that_outlives_its_run_does_not_keep_the_model() -> None:
             viewer.wait(lambda page: page.acks.get("late") == ["rejected"])
 
 
-def test_what_is_secret_on_the_command_line_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["train.py", "--api-key", "s3cret", "--token=s3cret", "--lr", "0.1", "--auth", "--fast"]
+def test_secrets_of_the_command_line_and_of_settings_reach_no_viewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train.py", "--api-key", "s3cret", "--tokenizer", "bpe", "--token=s3cret", "password=s3cret"]
     monkeypatch.setattr(sys, "argv", arguments)
-    with quiet() as dashboard, SocketViewer(dashboard.read_only_url) as viewer:
-        tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[dashboard])
-        viewer.wait(lambda page: page.run)
+    settings = {"author": "ann", "hub_token": "s3cret", "data": "postgres://me:s3cret@host/?token=s3cret"}
+    with quiet() as dashboard, SocketViewer(dashboard.url) as viewer:
+        trainer = tiny_trainer(run_name="masked", hyperparameters=settings)
+        trainer.train(tiny_loader(), epochs=1, callbacks=[dashboard])
+        viewer.wait(partial(has_seen_the_end, "masked"))
     assert viewer.page.run is not None
     hidden = "(masked)"
     assert viewer.page.run.command == [
-        "train.py", "--api-key", hidden, f"--token={hidden}", "--lr", "0.1", "--auth", "--fast",
+        "train.py", "--api-key", hidden, "--tokenizer", "bpe", f"--token={hidden}", f"password={hidden}",
     ]  # fmt: skip
+    shown = {"author": "ann", "hub_token": hidden, "data": f"postgres://me:{hidden}@host/?token={hidden}"}
+    assert viewer.page.run.config["hyperparameters"] == shown
+    start = next(event for event in viewer.page.milestones if event["type"] == "TrainStart")
+    assert start["config"]["hyperparameters"] == shown
 
 
 # What it can do ----------------------------------------------------------------------------------
