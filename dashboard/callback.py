@@ -90,7 +90,8 @@ class Dashboard(Callback):
             frames_per_second: Chart updates per second and viewer, above 0 and at most 60. Default 10.
             history_bytes: Memory in bytes for the curves of one run, at least 1,000,000. Default 256 MiB. Beyond
                 it the oldest part is reduced to minima and maxima.
-            max_viewers: Most tabs open at the same time, at least 1. Default 64.
+            max_viewers: Most tabs open at the same time, at least 1. Default 64. An eighth of them, at least one,
+                is kept for viewers who may steer, unless nobody may.
             allow_hosts: More host names, without port, under which browsers may reach the server, such as that of
                 a proxy. Default none.
             frame_ancestors: Origins that may embed the page in a frame, such as a notebook server's. Default none.

@@ -414,7 +414,7 @@ class _Requests:
             )
         if role is None:
             return _answer(401, "Open the page with the address that the run printed.")
-        if self._viewers >= self._options.max_viewers:
+        if self._is_full(role):
             return _answer(503, f"There are already {self._viewers} viewers.")
         connection.role = role
         return None
@@ -424,13 +424,20 @@ class _Requests:
         """Number of admitted websockets, including those that have not said hi."""
         return sum(connection.role is not None for connection in self._connections)
 
+    def _is_full(self, role: Role) -> bool:
+        """True if there is no place for another viewer of this role: readers leave some to those who may steer."""
+        places = self._options.max_viewers
+        if role == "read_only" and not self._options.read_only:
+            places -= kept_places(places)
+        return self._viewers >= places
+
     def _file(self, headers: Headers, path: str, query: str, role: Role | None) -> Response:
         if path == "/api/status":
             if role is None:
                 return _answer(401, "Not authorised.")
             status = {
                 "viewers": self._viewers,
-                "full": self._viewers >= self._options.max_viewers,
+                "full": self._is_full(role),
                 "role": role,
                 "server": self._server_id,
             }
@@ -535,6 +542,11 @@ class _WebsocketLink:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._connection.close(code, short(reason))
         self._connection.transport.abort()
+
+
+def kept_places(max_viewers: int) -> int:
+    """Return how many of a server's places are kept for the control role: an eighth, at least one."""
+    return max(1, max_viewers // 8)
 
 
 def _answer(status: int, body: bytes | str, more: dict[str, str] | None = None) -> Response:

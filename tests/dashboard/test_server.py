@@ -364,6 +364,35 @@ def test_too_many_viewers(make: Any) -> None:
         third.wait(lambda page: page.hello)
 
 
+def test_readers_fill_all_their_places_and_the_owner_gets_in(make: Any) -> None:
+    """An eighth of the 64 places of a usual server is kept."""
+    server = make()
+    reader, owner = cookie_of(server, server.read_only_token), cookie_of(server)
+
+    def is_full(cookie: str) -> bool:
+        return bool(msgspec.json.decode(request(server, "/api/status", Cookie=cookie)[2])["full"])
+
+    with ExitStack() as stack:
+        for _ in range(56):
+            stack.enter_context(SocketViewer(server.read_only_url)).wait(lambda page: page.hello)
+        with pytest.raises(InvalidStatus) as caught:
+            SocketViewer(server.read_only_url)
+        assert caught.value.response.status_code == 503
+        assert is_full(reader) and not is_full(owner)
+        for _ in range(8):
+            viewer = stack.enter_context(SocketViewer(server.url))
+            viewer.wait(lambda page: page.hello and page.hello.role == "control")
+        assert is_full(owner)
+        with pytest.raises(InvalidStatus):
+            SocketViewer(server.url)
+
+
+def test_no_place_is_kept_where_nobody_may_steer(make: Any) -> None:
+    server = make(max_viewers=1, read_only=True)
+    with SocketViewer(server.url) as viewer:
+        viewer.wait(lambda page: page.hello and page.hello.role == "read_only")
+
+
 def test_who_has_not_said_hi_counts_as_a_viewer(make: Any) -> None:
     server = make(max_viewers=1)
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as silent:
