@@ -1,12 +1,19 @@
 """What the tests of the live page share."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+
+if TYPE_CHECKING:
+    # Only where there is a browser
+    from live_page import OpenPage, Training
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM: Final = ("chromium", "chromium-browser", "google-chrome")
 
@@ -33,3 +40,69 @@ def chromium() -> str:
     if os.environ.get("OFFLOOP_REQUIRE_BROWSER") == "1":
         pytest.fail(missing)
     pytest.skip(missing)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> "Iterator[Browser]":
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: "Browser") -> "Iterator[OpenPage]":
+    """Open addresses in tabs of their own; fails if a page breaks a policy or throws."""
+    from drawing import RECORD
+    from live_page import PATIENCE
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=PATIENCE)
+    problems: list[str] = []
+    contexts = []
+
+    def open_page(url: str, **options: Any) -> "Page":
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
+        context.set_default_timeout(PATIENCE)
+        context.add_init_script(RECORD)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "console",
+            lambda message: problems.append(message.text) if "Content Security" in message.text else None,
+        )
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+@pytest.fixture
+def training() -> "Iterator[Callable[..., Training]]":
+    from live_page import Training
+
+    with contextlib.ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(Training(*arguments, **options))
+
+
+@pytest.fixture
+def started(
+    training: "Callable[..., Training]", open_page: "OpenPage", tmp_path: Path
+) -> "tuple[Training, Page]":
+    """A run that has done ten steps, and its page."""
+    from live_page import figure, word
+    from playwright.sync_api import expect
+
+    run = training(tmp_path).begin()
+    for number in range(1, 11):
+        run.step(loss=1 / number)
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("live")
+    expect(figure(page, "Step")).to_contain_text("10")
+    return run, page

@@ -8,255 +8,42 @@ import csv
 import json
 import math
 import os
-import queue
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import msgspec
 import pytest
-import torch
 from socket_viewer import await_on_loop
 from warm_python import ScriptProcess, WarmPython
 
-from offloop.dashboard import Dashboard, callback, live_run
+from offloop.dashboard import callback, live_run
 from offloop.dashboard.page import Page as BuiltPage
-from offloop.engine import Callback, EventsDropped, Metrics, Run, Sample, Trainer
+from offloop.engine import Metrics, Sample
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 pytest.importorskip("axe_playwright_python", reason="tests in a browser need offloop[browser]")
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-
-PATIENCE: Final = 30_000
-"""Milliseconds for something to appear; a busy machine is slow, a broken page slower still."""
+from live_page import (
+    OpenPage,
+    Training,
+    acks,
+    button,
+    chart,
+    figure,
+    give,
+    look_at_the_network,
+    shot,
+    table_of,
+    wait_until_accepted,
+    word,
+)
+from playwright.sync_api import Browser, Page, expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
-        yield browser
-        browser.close()
-
-
-OpenPage = Callable[..., Page]
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Open addresses in tabs of their own; fails if a page breaks a policy or throws."""
-    expect.set_options(timeout=PATIENCE)
-    problems: list[str] = []
-    contexts = []
-
-    def open_page(url: str, **options: Any) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
-        context.set_default_timeout(PATIENCE)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "console",
-            lambda message: problems.append(message.text) if "Content Security" in message.text else None,
-        )
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not problems
-
-
-class Puppet(Trainer):
-    """A trainer whose every step is given by the test, from another thread."""
-
-    def __init__(self, callbacks: list[Any], **knobs: Any) -> None:
-        model = torch.nn.Linear(1, 1)
-        super().__init__(model, torch.optim.SGD(model.parameters(), lr=0.1), callbacks=callbacks, **knobs)
-        self.steps: queue.SimpleQueue[dict[str, float] | Exception] = queue.SimpleQueue()
-        self.is_free = False  # True: the steps need nobody any more
-        self.before_validation_ends = threading.Event()
-        self.before_epoch_ends = threading.Event()
-        self.before_validation_ends.set()
-        self.before_epoch_ends.set()
-
-    def _loss(self, value: float) -> torch.Tensor:
-        loss: torch.Tensor = self.model(torch.zeros(1, 1)).sum() * 0 + value
-        return loss
-
-    def training_step(self, batch: Any) -> torch.Tensor:
-        values = {"loss": 0.0} if self.is_free else self.steps.get()
-        if isinstance(values, Exception):
-            raise values
-        for name, value in values.items():
-            if name != "loss":
-                self.log(name, value)
-        return self._loss(values.get("loss", 1.0))
-
-    def validation_step(self, batch: Any) -> torch.Tensor:
-        self.before_validation_ends.wait()
-        return self._loss(0.25)
-
-    def train_epoch(self, loader: Any) -> None:
-        for batch in self.batches(loader):
-            self.train_batch(batch)
-        self.before_epoch_ends.wait()
-
-
-class Batches(torch.utils.data.IterableDataset[torch.Tensor]):
-    """Endless, so that the test says when the run ends."""
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        while True:
-            yield torch.zeros(1, 1)
-
-
-class Drops(Callback):
-    """Tells when somebody has missed samples."""
-
-    def __init__(self) -> None:
-        self.seen = threading.Event()
-
-    async def on_events_dropped(self, event: EventsDropped, run: Run) -> None:
-        self.seen.set()
-
-
-class Training:
-    """A run in a thread, with the live page open."""
-
-    def __init__(self, directory: Path | None = None, *, max_steps: int = 10**9, **options: Any) -> None:
-        self.dashboard = Dashboard(port=0, quiet=True, **options)
-        knobs = {"run_dir": str(directory)} if directory is not None else {}
-        self.drops = Drops()
-        self.trainer = Puppet([self.dashboard, self.drops], **knobs)
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._train, args=(max_steps,))
-
-    def _train(self, max_steps: int) -> None:
-        try:
-            self.trainer.train(Batches(), [torch.zeros(1, 1)], max_steps=max_steps)
-        except Exception as error:
-            self.error = error
-
-    def __enter__(self) -> "Training":
-        self.dashboard.__enter__()
-        return self
-
-    def begin(self) -> "Training":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.free()
-        if self._thread.ident is not None:
-            with contextlib.suppress(Exception):
-                self.run.stop_nowait("the test is over")
-            self._thread.join()
-        self.dashboard.__exit__(None, None, None)
-
-    def free(self) -> None:
-        """Let everything go on that waits for the test."""
-        self.trainer.is_free = True
-        self.trainer.before_validation_ends.set()
-        self.trainer.before_epoch_ends.set()
-        self.trainer.steps.put({})
-
-    @property
-    def run(self) -> Run:
-        run = self.trainer.last_run
-        assert run is not None
-        return run
-
-    @property
-    def server(self) -> Any:
-        return self.dashboard._server
-
-    def step(self, **values: float) -> None:
-        """Have the run do a step."""
-        self.trainer.steps.put(values)
-
-    def wait_for_end(self) -> None:
-        self._thread.join()
-
-
-@pytest.fixture
-def training() -> Iterator[Callable[..., Training]]:
-    with contextlib.ExitStack() as stack:
-        yield lambda *arguments, **options: stack.enter_context(Training(*arguments, **options))
-
-
-@pytest.fixture
-def started(training: Callable[..., Training], open_page: OpenPage, tmp_path: Path) -> tuple[Training, Page]:
-    """A run that has done ten steps, and its page."""
-    run = training(tmp_path).begin()
-    for number in range(1, 11):
-        run.step(loss=1 / number)
-    page = open_page(run.dashboard.url)
-    expect(word(page)).to_have_text("live")
-    expect(figure(page, "Step")).to_contain_text("10")
-    return run, page
-
-
-def word(page: Page) -> Locator:
-    """What the page calls the state of the run."""
-    return page.locator(".pill .word")
-
-
-def figure(page: Page, name: str) -> Locator:
-    return page.locator(".figure", has=page.locator("dt", has_text=re.compile(f"^{name}$")))
-
-
-def chart(page: Page, name: str) -> Locator:
-    return page.get_by_role("figure", name=name, exact=True)
-
-
-def button(page: Page, name: str) -> Locator:
-    return page.get_by_role("group", name="Control of the run").get_by_role("button", name=name)
-
-
-def acks(page: Page) -> Locator:
-    return page.get_by_role("list", name="Commands")
-
-
-def wait_until_accepted(page: Page) -> None:
-    """Wait until the run has the command: the next step may be its boundary, and there is no other one."""
-    expect(acks(page)).to_contain_text("accepted")
-
-
-def give(page: Page, name: str) -> None:
-    """Give a command by its button."""
-    button(page, name).click()
-    wait_until_accepted(page)
-
-
-def look_at_the_network(page: Page) -> None:
-    """Have a page see at once how it stands with its server, as when the machine was offline."""
-    page.evaluate("() => { window.dispatchEvent(new Event('online')); }")
-
-
-def table_of(page: Page, name: str) -> dict[str, list[str]]:
-    """Return what the table of a chart shows: x -> values, as text."""
-    chart(page, name).get_by_role("button", name=re.compile("table", re.IGNORECASE)).click()
-    table = chart(page, name).get_by_role("table")
-    expect(table).to_be_visible()
-    rows: list[list[str]] = table.locator("tbody tr").evaluate_all(
-        "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
-    )
-    return {x: values for x, *values in rows}
-
-
-def shot(page: Page, name: str) -> None:
-    """Take a picture of a state; something must be on it."""
-    directory = os.environ.get("OFFLOOP_SCREENSHOTS")
-    path = None if directory is None else Path(directory) / f"{name}.png"
-    assert len(page.screenshot(path=path)) > 5_000
 
 
 # Charts --------------------------------------------------------------------------------------------
@@ -522,7 +309,7 @@ def test_stalled_says_where_training_hangs(
     monkeypatch.setattr(live_run, "STALL", 0.01)
     monkeypatch.setattr(live_run, "STALL_STEPS", 0)
     expect(word(page)).to_have_text("stalled")
-    expect(page.get_by_text("test_browser.py").first).to_be_visible()
+    expect(page.get_by_text("live_page.py").first).to_be_visible()
     shot(page, "stalled")
     monkeypatch.undo()
     run.step(loss=0.5)

@@ -646,7 +646,7 @@ export class Charts {
     fine.addMarks(curve.marks);
     const newest = next >= curve.length;
     [fine.least, fine.greatest] = [curve.least, curve.greatest];
-    fine.cadence = curve.cadence;
+    fine.copyCadence(curve);
     fine.reducedTo = part.reduced ? last : -Infinity;
     this.#details.set(id, { curve: fine, column, from, to: newest ? Infinity : to });
   }

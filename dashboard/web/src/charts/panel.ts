@@ -47,6 +47,7 @@ export interface PanelCurve {
 interface LegendItem {
   button: HTMLButtonElement;
   value: HTMLElement;
+  raw: HTMLElement;
   best: HTMLElement;
 }
 
@@ -75,6 +76,8 @@ export class Panel {
   #y = new Scale(0, 1);
   #xTicks: Ticks = { values: [], labels: [] };
   #yTicks: Ticks = { values: [], labels: [] };
+  /** Steps that the weight of smoothing is for: how far the points of the densest curve are apart. */
+  #unit = 1;
   /** Points in view that a logarithmic axis has no place for. */
   #belowZero = 0;
   #summarised = 0;
@@ -135,6 +138,7 @@ export class Panel {
   addCurve(info: SeriesInfo): void {
     this.curves.push({ info, slot: 0 });
     const value = h("span", { class: "curve-value" });
+    const raw = h("span", { class: "curve-raw" });
     const best = h("span", { class: "curve-best" });
     const title = `${info.key}: click to hide or show`;
     const onclick = (): void => this.#host.toggleCurve(info.key);
@@ -144,9 +148,10 @@ export class Panel {
       { type: "button", class: "curve", "aria-pressed": "true", title, onclick },
       label,
       value,
+      raw,
       best,
     );
-    this.#items.set(info.key, { button, value, best });
+    this.#items.set(info.key, { button, value, raw, best });
     assignSlots(this.curves);
     for (const { info: one, slot } of [...this.curves].sort((left, right) => left.slot - right.slot)) {
       const item = this.#items.get(one.key)?.button;
@@ -208,6 +213,9 @@ export class Panel {
     const chart = this.#chart;
     if (!chart) return;
     const scene = this.#host.scene();
+    const distances = this.curves.map(({ info }) => this.#host.curve(info.id)?.cadence ?? Infinity);
+    const unit = Math.min(...distances);
+    this.#unit = Number.isFinite(unit) ? unit : 1;
     this.#y = this.#fitY(scene);
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
     this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 36)));
@@ -372,8 +380,8 @@ export class Panel {
   #values(curve: Curve, scene: Scene): Float64Array {
     if (scene.smoothing === 0) return curve.value;
     let smoothed = this.#smoothed.get(curve);
-    if (smoothed?.weight !== scene.smoothing) {
-      smoothed = new Smoothed(scene.smoothing);
+    if (smoothed?.weight !== scene.smoothing || smoothed.unit !== this.#unit) {
+      smoothed = new Smoothed(scene.smoothing, this.#unit);
       this.#smoothed.set(curve, smoothed);
     }
     return smoothed.update(curve);
@@ -490,24 +498,30 @@ export class Panel {
       if (!item) continue;
       const hidden = scene.hidden.has(info.key);
       setAttribute(item.button, "aria-pressed", String(!hidden));
-      const [value, beside] =
-        scene.cursor === null ? [this.#lastText(info), ""] : this.#valueAt(info, scene, scene.cursor);
+      const [value, raw] =
+        scene.cursor === null ? this.#lastValue(info, scene) : this.#valueAt(info, scene, scene.cursor);
       setText(item.value, value);
+      setText(item.raw, raw === "" ? "" : `raw ${raw}`);
       const best = this.#bestValue(info);
-      // Always something of about the same width: what is under the mouse must not move.
-      setText(item.best, beside !== "" ? `raw ${beside}` : best === null ? "" : `best ${formatValue(best)}`);
+      setText(item.best, best === null ? "" : `best ${formatValue(best)}`);
     }
   }
 
-  /** The last value, also of a curve whose points are not here. */
-  #lastText(info: SeriesInfo): string {
+  /** The last value as it is drawn, and its raw one where that is another; also of a curve whose points are not here. */
+  #lastValue(info: SeriesInfo, scene: Scene): [string, string] {
     const latest = this.#host.latest(info.id)?.[0] ?? null;
     const curve = this.#host.curve(info.id);
-    if (!curve || !this.visible) return latest === null ? "" : formatValue(toNumber(latest));
+    if (!curve || !this.visible) return [latest === null ? "" : formatValue(toNumber(latest)), ""];
     const mark = curve.marks.at(-1);
     const last = curve.last;
-    if (mark && (last === null || mark[1] > last.step)) return markText(mark[2]);
-    return last ? formatValue(last.value) : "";
+    if (mark && (last === null || mark[1] > last.step)) return [markText(mark[2]), ""];
+    return last ? this.#drawn(curve, curve.length - 1, scene) : ["", ""];
+  }
+
+  /** The value of a point as it is drawn; and its raw one, where that is another. */
+  #drawn(curve: Curve, index: number, scene: Scene): [string, string] {
+    const raw = formatValue(curve.value[index] as number);
+    return scene.smoothing === 0 ? [raw, ""] : [formatValue(this.#values(curve, scene)[index] as number), raw];
   }
 
   #bestValue(info: SeriesInfo): number | null {
@@ -533,8 +547,7 @@ export class Panel {
     });
     if (mark) return [markText(mark[2]), ""];
     if (index < 0) return ["", ""];
-    const raw = formatValue(curve.value[index] as number);
-    return scene.smoothing === 0 ? [raw, ""] : [formatValue(this.#values(curve, scene)[index] as number), raw];
+    return this.#drawn(curve, index, scene);
   }
 
   /** Texts of the events under the cursor, and of a gap. */

@@ -37,13 +37,13 @@ export class Curve {
   reducedTo = -Infinity;
   least: Point | null = null;
   greatest: Point | null = null;
-  /** The smallest distance between the steps of two neighbours so far. */
-  cadence = Infinity;
   /** Changes when points other than new ones at the end have come, gone or moved to another index. */
   generation = 0;
 
   /** Buckets are 2**level steps long. */
   #level = 0;
+  /** The two smallest distances between the steps of neighbours so far; twice the same one is two. */
+  #distances: [number, number] = [Infinity, Infinity];
   #breaks: { gaps: readonly Gap[]; marks: readonly NonFinite[]; spans: Float64Array } | null = null;
 
   constructor(readonly limit = MAX_CURVE_POINTS) {}
@@ -51,6 +51,15 @@ export class Curve {
   /** Last point, or null. */
   get last(): Point | null {
     return this.length === 0 ? null : this.at(this.length - 1);
+  }
+
+  /**
+   * Steps from one point to the next: the second smallest distance there was, for one point may come out of turn.
+   * Infinity before there are two points.
+   */
+  get cadence(): number {
+    const [least, next] = this.#distances;
+    return Number.isFinite(next) ? next : least;
   }
 
   at(index: number): Point {
@@ -70,7 +79,7 @@ export class Curve {
     if (index > 0) {
       const distance = step - (this.step[index - 1] as number);
       if (distance < 0) index = this.#insert(index, step);
-      else if (distance > 0 && distance < this.cadence) this.cadence = distance;
+      else if (distance > 0) this.#measure(distance);
     }
     this.step[index] = step;
     this.time[index] = time;
@@ -79,6 +88,12 @@ export class Curve {
     if (this.least === null || value < this.least.value) this.least = { step, time, epoch, value };
     if (this.greatest === null || value > this.greatest.value) this.greatest = { step, time, epoch, value };
     if (this.length > this.limit) this.#thin();
+  }
+
+  #measure(distance: number): void {
+    const [least, next] = this.#distances;
+    if (distance < least) this.#distances = [distance, least];
+    else if (distance < next) this.#distances = [least, distance];
   }
 
   addMarks(marks: readonly NonFinite[]): void {
@@ -141,6 +156,11 @@ export class Curve {
       this.#breaks = { gaps, marks: this.marks, spans: Float64Array.from(merged) };
     }
     return this.#breaks.spans;
+  }
+
+  /** Take over how far the points of a curve are apart, of which this one holds a part. */
+  copyCadence(whole: Curve): void {
+    this.#distances = whole.#distances;
   }
 
   #columns(): Float64Array[] {

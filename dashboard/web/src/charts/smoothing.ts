@@ -1,13 +1,17 @@
-// The exponential moving average that TensorBoard draws: debiased, so that it does not start at zero.
+// The exponential moving average over steps: debiased, so that it does not start at zero.
 //
-//     last   = weight * last + (1 - weight) * value
-//     shown  = last / (1 - weight ** count)
+//     kept   = weight ** (steps since the point before / steps of a unit)
+//     last   = kept * last + (1 - kept) * value
+//     shown  = last / (1 - product of all kept)
+//
+// A unit is the distance of points in the panel's densest curve, and the same for all of its curves. So they are all
+// averaged over the same number of steps: a curve with few points is hardly changed, and comes no later than one with
+// many. A curve with a point in each unit looks as in TensorBoard. Where only the least and greatest of many
+// neighbouring points are left, they are averaged along the line between them: which of the two has more steps before
+// it says nothing about the points that are gone.
 //
 // A curve that has only had one value so far is drawn as it is, to the last bit. What is not finite is not in
 // a curve's columns and leaves the average alone.
-//
-// Where only the least and greatest of many neighbouring points are left, one that stands for n points counts
-// as n: otherwise the average would look further back there, and move each time a curve is thinned.
 
 export interface SmoothedColumn {
   length: number;
@@ -15,8 +19,6 @@ export interface SmoothedColumn {
   value: Float64Array;
   /** Up to this step, neighbouring points may have been merged. */
   reducedTo: number;
-  /** Steps between two points before they were merged. */
-  cadence: number;
   /** Changes when points other than new ones at the end have come, gone or moved. */
   generation: number;
 }
@@ -26,14 +28,18 @@ export class Smoothed {
   #values = new Float64Array(0);
   #count = 0;
   #last = 0;
-  #remaining = 1; // weight ** count
+  #remaining = 1; // product of what was kept
   #constant = true;
   #generation = -1;
 
-  constructor(readonly weight: number) {}
+  constructor(
+    readonly weight: number,
+    /** Steps that the weight is for. */
+    readonly unit: number,
+  ) {}
 
   /** The average at each point of a curve, at the same indices. */
-  update({ length: count, step, value: values, reducedTo, cadence, generation }: SmoothedColumn): Float64Array {
+  update({ length: count, step, value: values, reducedTo, generation }: SmoothedColumn): Float64Array {
     if (generation !== this.#generation || count < this.#count) {
       this.#generation = generation;
       this.#count = 0;
@@ -49,13 +55,13 @@ export class Smoothed {
     const first = values[0] as number;
     for (let index = this.#count; index < count; index++) {
       const value = values[index] as number;
-      let weight = this.weight;
-      if (index > 0 && (step[index] as number) <= reducedTo) {
-        const points = ((step[index] as number) - (step[index - 1] as number)) / cadence;
-        if (points > 1) weight **= points;
-      }
-      this.#last = weight * this.#last + (1 - weight) * value;
-      this.#remaining *= weight;
+      const steps = index === 0 ? 0 : (step[index] as number) - (step[index - 1] as number);
+      // The first point, and several at one step, count like points that are a unit apart.
+      const kept = steps > 0 && steps !== this.unit ? this.weight ** (steps / this.unit) : this.weight;
+      const isMerged = index > 0 && (step[index] as number) <= reducedTo;
+      const mean = isMerged ? (value + (values[index - 1] as number)) / 2 : value;
+      this.#last = kept * this.#last + (1 - kept) * mean;
+      this.#remaining *= kept;
       this.#constant &&= value === first;
       this.#values[index] = this.#constant ? value : this.#last / (1 - this.#remaining);
     }

@@ -1,0 +1,66 @@
+"""What the charts of the live page draw, read back from their canvases in a real browser."""
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
+from drawing import Drawing
+from live_page import OpenPage, Training, chart, shot, word
+from playwright.sync_api import Page, expect
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def show(page: Page, view: str) -> None:
+    """Have the page show a view, as its address names it: `smooth=0.98`."""
+    page.evaluate("view => { location.hash = `#v=1&${view}`; }", view)
+
+
+# Smoothing -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse_beside_dense(training: Callable[..., Training], open_page: OpenPage) -> Page:
+    """A loss at every step, and a validation loss at every 200th that is above it."""
+    run = training(knobs={"val_every_n_steps": 200})
+    run.trainer.val_losses = (0.15 + math.exp(-step / 200) for step in range(200, 10_000, 200))
+    run.begin()
+    for step in range(1, 2_001):
+        run.step(loss=0.1 + math.exp(-step / 200) + 0.02 * (-1) ** step)
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("live")
+    expect(page.locator(".figure-step")).to_contain_text(re.compile("2.?000"))
+    return page
+
+
+def test_smoothing_hardly_changes_a_curve_with_few_points(sparse_beside_dense: Page) -> None:
+    page = sparse_beside_dense
+    show(page, "smooth=0.98&panel=loss")
+    expect(chart(page, "loss")).to_contain_text("raw")
+    drawing = Drawing(chart(page, "loss"))
+    drawn, raw = drawing.line("val"), drawing.line("val", raw=True)
+    # Labels are at whole pixels.
+    assert [x for x, _ in raw] == pytest.approx(range(200, 2_001, 200), abs=3)
+    for (x, value), (_, own) in zip(drawn, raw, strict=True):
+        assert own == pytest.approx(0.15 + math.exp(-round(x) / 200), abs=0.005)
+        assert value == pytest.approx(own, rel=0.05)
+    # The dense one is smooth: it no longer goes up and down by 0.04 with each step.
+    smooth = [value for x, value in drawing.line("step") if x > 1_500]
+    assert smooth == pytest.approx([0.1] * len(smooth), abs=0.005)
+    shot(page, "smoothing")
+
+
+def test_the_legend_has_the_value_that_is_drawn_and_the_raw_one(sparse_beside_dense: Page) -> None:
+    page = sparse_beside_dense
+    show(page, "smooth=0.98")
+    curve = chart(page, "loss").get_by_role("button", name=re.compile("step"))
+    expect(curve.locator(".curve-raw")).to_have_text("raw 0.1200")
+    drawn = Drawing(chart(page, "loss")).line("step")[-1][1]
+    assert float(curve.locator(".curve-value").inner_text()) == pytest.approx(drawn, abs=0.002)
+    assert drawn == pytest.approx(0.1, abs=0.005)
+    show(page, "smooth=0")
+    expect(curve.locator(".curve-value")).to_have_text("0.1200")
+    expect(curve.locator(".curve-raw")).to_be_hidden()
