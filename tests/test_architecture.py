@@ -29,6 +29,7 @@ WITHOUT_TORCH: Final = (
     "callback",
     "bus.waker",
     "bus.event_bus",
+    "bus.milestones",
     "bus.subscribers",
     "bus.subscription",
     "bus.step_times",
@@ -59,6 +60,7 @@ SHARED: Final = (
 """What the training loop shares with the event loop's side; everything else it uses is its own."""
 ABOVE_THE_LOOP: Final = (
     "bus.event_bus",
+    "bus.milestones",
     "bus.subscribers",
     "bus.subscription",
     "bus.step_times",

@@ -249,7 +249,7 @@ class Bus:
             name: Shown in statistics and in `EventsDropped`.
             buffer: Samples held, at least 1; with 1 it is "latest only". Milestones come on top.
             on_full: `"drop_oldest"`, or `"block"`: training waits until there is room.
-            replay: Begin with the milestones so far (the last 100,000).
+            replay: Begin with the milestones so far (the last 100,000, up to 64 MiB).
             owner: The callback that reads it outside its handlers, if one does.
 
         Raises:

@@ -5,12 +5,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from offloop.engine.bus.subscription import (
-    MAX_MILESTONES_BEHIND,
-    Barrier,
-    Subscription,
-    SubscriptionStatistics,
-)
+from offloop.engine.bus.milestones import Milestones
+from offloop.engine.bus.subscription import Barrier, Subscription, SubscriptionStatistics
 from offloop.engine.bus.waker import Waker
 from offloop.engine.errors import BusClosedError
 from offloop.engine.events import Event, EventsDropped
@@ -41,8 +37,8 @@ class Subscribers:
         # Appended by the threads that close a subscription and by the garbage collector, emptied by the drainer:
         # append and popleft are atomic in CPython.
         self._leaving: deque[Subscription[Event] | weakref.ref[Subscription[Event]]] = deque()
-        # Milestones, for replay. Under the lock.
-        self._history: deque[Event] = deque(maxlen=MAX_MILESTONES_BEHIND)
+        # For replay. Under the lock.
+        self._history = Milestones()
 
     def add(self, subscription: Subscription[Event], *, replay: bool) -> None:
         """Hand events to a subscription from now on; with `replay`, first the milestones so far. Any thread.
@@ -52,7 +48,8 @@ class Subscribers:
         """
         with self._lock:
             if replay and self._history:
-                subscription._put(list(self._history), has_milestones=True)
+                subscription._not_replayed = self._history.dropped
+                subscription._put(self._history.events(), has_milestones=True)
             if self.has_ended:
                 if not replay:
                     raise BusClosedError("the run has ended: there is nothing left to subscribe to")

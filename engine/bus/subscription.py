@@ -30,7 +30,7 @@ logger = logging.getLogger("offloop")
 BUFFER: Final = 10_000
 """Samples that a subscription holds by default: five seconds of a loop that does 2,000 steps a second."""
 MAX_MILESTONES_BEHIND: Final = 100_000
-"""Milestones that may wait for one subscriber, and that are kept for replay."""
+"""Milestones that may wait for one subscriber."""
 EVENTS_AT_ONCE: Final = 1024
 """Events that iteration takes out in one go."""
 REPORT_INTERVAL: Final = 1.0
@@ -59,6 +59,8 @@ class SubscriptionStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Longest time in seconds that the oldest event of a batch had waited when it was taken."""
     closed: bool
     """True after the end."""
+    not_replayed: int = 0
+    """Milestones from before it began that were no longer kept: the run keeps the last 100,000, up to 64 MiB."""
 
 
 class Barrier:
@@ -167,6 +169,7 @@ class Subscription(Generic[E_co]):
         # Written by the drainer alone, read by every thread that asks for statistics.
         self._received = 0
         self._drops = Drops(name)
+        self._not_replayed = 0  # written once, before its first event
         self._lag = 0.0  # written by the consumer
         # Written once, by the drainer or by the thread that closes; read by both sides.
         self._closed = False
@@ -309,6 +312,7 @@ class Subscription(Generic[E_co]):
             on_full=self.on_full,
             lag=self._lag,
             closed=self._closed,
+            not_replayed=self._not_replayed,
         )
 
     # Drainer's side: called by `Subscribers` only, under its lock

@@ -18,13 +18,12 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Final
 
 from offloop.engine.bus.event_bus import Bus
-from offloop.engine.bus.subscription import MAX_MILESTONES_BEHIND
+from offloop.engine.bus.milestones import Milestones
 from offloop.engine.events import Event
 from offloop.engine.observers.event_log import EventLog
 from offloop.engine.observers.observer import Observer
@@ -49,9 +48,9 @@ class DurableLogs:
         self._in_haste = in_haste
         # Replaced before the run starts and after it ends; read by the announcing thread.
         self._logs: Sequence[Observer] = ()
-        # Milestones that may be missing, numbered. Appended by the training thread, removed by the announcing one: both
-        # are atomic in CPython.
-        self._pending: deque[tuple[int, Event]] = deque(maxlen=MAX_MILESTONES_BEHIND)
+        self._lock = threading.Lock()  # guards the next two, for some assignments
+        # Milestones that may be missing. The training thread appends, the announcing one removes.
+        self._pending = Milestones()
         self._noted = 0  # written by the training thread, read by the announcing one
         self._late: list[Future[None]] = []  # announcing thread only: answers that were late
         # Filled by the writer's thread, emptied by the announcing one; None ends it.
@@ -67,12 +66,17 @@ class DurableLogs:
 
     def note(self, milestone: Event) -> None:
         """Remember a milestone that was just published. Training thread."""
-        self._noted += 1
-        self._pending.append((self._noted, milestone))
+        with self._lock:
+            self._noted += 1
+            self._pending.extend((milestone,))
 
     def pending(self) -> list[Event]:
-        """Return the milestones that may be missing in the logs, in order. Training thread."""
-        return [event for _, event in list(self._pending)]
+        """Return the milestones that may be missing in the logs, in order; the latest if they are too many.
+
+        Training thread.
+        """
+        with self._lock:
+            return self._pending.events()
 
     def announce(self, publish: Callable[[], None]) -> None:
         """Call `publish` once the logs have the events before it, in the order of these calls. Writer's thread."""
@@ -106,7 +110,8 @@ class DurableLogs:
             if self._thread is not None:
                 self._thread.join(1.0)
         self._logs = ()
-        self._pending.clear()
+        with self._lock:
+            self._pending.forget(len(self._pending))
 
     # The announcing thread -----------------------------------------------------------------------
 
@@ -149,8 +154,8 @@ class DurableLogs:
         # Only the event log counts: the other logs are completed from it.
         events = [answer for answer, log in answers.items() if isinstance(log.handlers.callback, EventLog)]
         if events and all(each.done() and each.exception() is None for each in events):
-            while self._pending and self._pending[0][0] <= noted:
-                self._pending.popleft()
+            with self._lock:
+                self._pending.forget(len(self._pending) - (self._noted - noted))
         if waiting and not self._in_haste():
             self._late = list(waiting)
             logger.warning(
