@@ -19,7 +19,7 @@ class PackedError(msgspec.Struct, frozen=True):
     name: str
     """Qualified name of the class in its module."""
     made_of: bytes
-    """Pickled: arguments and attributes. Empty if they cannot be pickled."""
+    """Pickled: arguments and attributes, those that can be pickled."""
     text: str
     """`Type: text`."""
     traceback: str
@@ -27,10 +27,12 @@ class PackedError(msgspec.Struct, frozen=True):
 
 
 def pack_error(error: BaseException) -> PackedError:
-    """Pack an exception, whatever it holds."""
-    made_of = b""
-    with contextlib.suppress(Exception):
-        made_of = pickle.dumps((error.args, _attributes(error)))
+    """Pack an exception. An argument that cannot be pickled goes as its `repr`, such an attribute stays here."""
+    arguments = tuple(each if _can_go(each) else _shown(each) for each in error.args)
+    attributes = {name: value for name, value in vars(error).items() if _can_go(value)}
+    # The traceback is printed with the notes.
+    attributes.pop("__notes__", None)
+    made_of = pickle.dumps((arguments, attributes))
     text = encodable("".join(traceback.format_exception(error)))
     kind = type(error)
     return PackedError(kind.__module__, kind.__qualname__, made_of, describe(error), text)
@@ -53,11 +55,20 @@ def unpack_error(packed: PackedError, where: str = "") -> BaseException:
     return error
 
 
-def _attributes(error: BaseException) -> dict[str, Any]:
-    attributes = dict(vars(error))
-    # The traceback is printed with the notes.
-    attributes.pop("__notes__", None)
-    return attributes
+def _can_go(value: object) -> bool:
+    """Return whether a value can be pickled, and what comes out of it made again."""
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return object.__repr__(value)
 
 
 def _made_again(packed: PackedError) -> BaseException | None:
@@ -67,7 +78,7 @@ def _made_again(packed: PackedError) -> BaseException | None:
     kind: Any = module
     for name in packed.name.split("."):
         kind = getattr(kind, name)
-    if not packed.made_of or not (isinstance(kind, type) and issubclass(kind, BaseException)):
+    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
         return None
     arguments, attributes = pickle.loads(packed.made_of)
     # Only by the constructor of Python's own base: that of the class may take other arguments than it passes on.

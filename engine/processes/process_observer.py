@@ -43,8 +43,10 @@ logger = logging.getLogger("offloop")
 
 ANSWER: Final = 2.0
 """Seconds for a child to acknowledge a cancellation before it is killed: code of C may hold its interpreter."""
-EXIT: Final = 2.0
-"""Seconds for the interpreter of the child to end after `close`, before it is killed."""
+EXIT: Final = 5.0
+"""Seconds for the interpreter of the child to end after `close`, before it is killed: usually 0.03."""
+REAP: Final = 2.0
+"""Seconds to wait for the thread of a child that was killed. They block the event loop."""
 
 
 class ProcessObserver(Observer):
@@ -189,7 +191,7 @@ class ProcessObserver(Observer):
         finally:
             if self._is_alive():
                 self._child.kill()
-            self._child.join(EXIT)
+            self._child.join(REAP)
             self._answered.close()
             self._worker.close()
 

@@ -333,75 +333,6 @@ class FailsAsync(Callback):
         self.handled.append(event.number)
 
 
-class FailsInThread(FailsAsync):
-    """The same, in a thread."""
-
-    def on_note(self, event: Note, run: Any) -> None:  # type: ignore[override]  # as users may
-        self.take(event)
-
-
-@pytest.fixture(params=[FailsAsync, FailsInThread])
-def failing(request: pytest.FixtureRequest) -> Any:
-    """A class of callbacks that fail on odd notes."""
-    return request.param
-
-
-@pytest.mark.anyio
-async def test_failure_is_isolated_reported_and_logged(
-    failing: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    callback = failing()
-    stage = Stage(callback)
-    await stage.play(*notes(4))
-    assert callback.handled == [0, 2]
-    assert stage.observer.costs.failures == 2
-    assert stage.observer.errors == ["Note: ValueError: odd"] * 2
-    assert stage.ended_by == []
-    (record,) = caplog.records
-    assert record.getMessage() == f"callback {failing.__name__} failed in Note"
-    assert record.exc_info is not None and isinstance(record.exc_info[1], ValueError)
-
-
-@pytest.mark.anyio
-async def test_failure_becomes_an_event_with_its_traceback() -> None:
-    stage = Stage(FailsAsync())
-    async with at_work(stage):
-        stage.bus.publish(Note(number=1))
-        (report,) = await stage.reports.take_batch()
-    assert (report.callback, report.event, report.error) == ("FailsAsync", "Note", "ValueError: odd")
-    assert "raise self.error()" in report.traceback
-    assert (report.failures, report.disabled) == (1, False)
-
-
-def test_failures_are_reported_once_a_second_at_most(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    stage = Stage(FailsAsync())
-    for step, expected in ((0.0, 1), (0.9, 1), (0.2, 2), (0.5, 2), (0.6, 3)):
-        now[0] += step
-        stage.observer.failed("Note", ValueError("odd"))
-        stage.bus._hand_over()
-        assert len(caplog.records) == expected
-    assert [each.failures for each in stage.reports.take()] == [1, 3, 5]
-    stage.bus.end()
-
-
-@pytest.mark.anyio
-async def test_ten_failures_in_a_row_switch_off(failing: Any, caplog: pytest.LogCaptureFixture) -> None:
-    callback = failing()
-    stage = Stage(callback)
-    odd = [Note(number=1) for _ in range(9)]
-    await stage.play(*odd, Note(number=2), *(Note(number=1) for _ in range(10)), Note(number=4))
-    assert callback.handled == [2]
-    assert stage.observer.disabled
-    assert stage.observer.costs.failures == 19
-    assert stage.observer.costs.events == 20
-    assert "it failed 10 times in a row and is off now" in caplog.records[-1].getMessage()
-    assert stage.subscription.statistics.closed
-
-
 @pytest.mark.anyio
 async def test_decider_whose_observers_are_off_still_gets_barriers() -> None:
     """Else the training thread would wait for it for ever."""
@@ -427,16 +358,6 @@ async def test_decider_whose_observers_are_off_still_gets_barriers() -> None:
 
 
 @pytest.mark.anyio
-async def test_raise_ends_the_run_with_the_exception_itself(failing: Any) -> None:
-    callback = type("Strict", (failing,), {"on_error": "raise"})()
-    stage = Stage(callback)
-    await stage.play(*notes(2))
-    (error,) = stage.ended_by
-    assert type(error) is ValueError and error.args == ("odd",)
-    assert stage.reports.take() == []
-
-
-@pytest.mark.anyio
 async def test_failure_while_handling_callback_failed_is_only_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -451,57 +372,6 @@ async def test_failure_while_handling_callback_failed_is_only_logged(
             await anyio.lowlevel.checkpoint()
     assert [each.callback for each in stage.reports.take()] == ["other"]
     assert "callback Fragile failed in CallbackFailed" in caplog.text
-
-
-@pytest.mark.anyio
-async def test_failure_after_the_end_goes_to_the_log_and_the_result(caplog: pytest.LogCaptureFixture) -> None:
-    class Closes(Callback):
-        async def on_note(self, event: Note, run: Any) -> None: ...
-
-        async def close(self) -> None:
-            raise OSError("disk full")
-
-    stage = Stage(Closes())
-    await stage.play(Note())
-    assert stage.observer.errors == ["close: OSError: disk full"]
-    assert "callback Closes failed in close" in caplog.text
-
-
-@pytest.mark.anyio
-async def test_error_whose_text_cannot_be_made_or_encoded_is_still_reported(failing: Any) -> None:
-    class Unprintable(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no text")
-
-    class Unencodable(Exception):
-        def __str__(self) -> str:
-            return "caf\udce9"
-
-    for error, said in ((Unprintable, "<its text raised RuntimeError>"), (Unencodable, "caf\\udce9")):
-        stage = Stage(failing(error))
-        await stage.play(*notes(3))
-        assert stage.observer.errors == [f"Note: {error.__name__}: {said}"]
-    stage = Stage(failing(lambda: OSError("\ud800")))
-    async with at_work(stage):
-        stage.bus.publish(Note(number=1))
-        (report,) = await stage.reports.take_batch()
-    assert report.error == "OSError: \\ud800"
-
-
-@pytest.mark.anyio
-async def test_plain_handler_that_returns_an_awaitable_is_a_failure() -> None:
-    """Nobody would await it, and nobody would notice."""
-
-    async def work() -> None: ...
-
-    class Forgetful(Callback):
-        def on_note(self, event: Note, run: Any) -> Any:
-            return work()
-
-    stage = Stage(Forgetful())
-    await stage.play(Note())
-    (error,) = stage.observer.errors
-    assert error.startswith("Note: TypeError: on_note is a plain def that returned an awaitable")
 
 
 @pytest.mark.anyio
@@ -612,22 +482,6 @@ async def test_callback_without_events_is_closed_too() -> None:
     await observer.close()
     assert closed == [True]
     assert observer.costs.events == 0
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("in_thread", [True, False])
-async def test_close_that_raises_is_reported(in_thread: bool) -> None:
-    class Plain(Callback):
-        def close(self) -> None:
-            raise OSError("disk full")
-
-    class Async(Callback):
-        async def close(self) -> None:
-            raise OSError("disk full")
-
-    stage = Stage(Plain() if in_thread else Async())
-    await stage.play()
-    assert stage.observer.errors == ["close: OSError: disk full"]
 
 
 @pytest.mark.anyio
