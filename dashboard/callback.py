@@ -18,6 +18,7 @@ import anyio.to_thread
 
 from offloop.dashboard.history import HISTORY_BYTES
 from offloop.dashboard.lease import Lease, SharedServer
+from offloop.dashboard.milestones import MILESTONE_BYTES
 from offloop.dashboard.security import host_name, is_loopback
 from offloop.dashboard.server import Options, Server
 from offloop.engine import Callback, Run, TrainStart, checks, decides
@@ -65,6 +66,7 @@ class Dashboard(Callback):
         read_only: bool = False,
         frames_per_second: float = 10.0,
         history_bytes: int = HISTORY_BYTES,
+        milestone_bytes: int = MILESTONE_BYTES,
         max_viewers: int = 64,
         allow_hosts: Sequence[str] = (),
         frame_ancestors: Sequence[str] = (),
@@ -90,6 +92,8 @@ class Dashboard(Callback):
             frames_per_second: Chart updates per second and viewer, above 0 and at most 60. Default 10.
             history_bytes: Memory in bytes for the curves of one run, at least 1,000,000. Default 256 MiB. Beyond
                 it the oldest part is reduced to minima and maxima.
+            milestone_bytes: Memory in bytes for the milestones of one run, at least 1,000,000. Default 64 MiB. Beyond
+                it, and beyond 2,000 milestones, new viewers do not get the oldest, and are told how many.
             max_viewers: Most tabs open at the same time, at least 1. Default 64. An eighth of them, at least one,
                 is kept for viewers who may steer, unless nobody may.
             allow_hosts: More host names, without port, under which browsers may reach the server, such as that of
@@ -114,6 +118,7 @@ class Dashboard(Callback):
             raise ValueError("token must be at least 16 printable ASCII characters, without spaces")
         checks.number("frames_per_second", frames_per_second, above=0, at_most=60)
         checks.whole_number("history_bytes", history_bytes, at_least=1_000_000)
+        checks.whole_number("milestone_bytes", milestone_bytes, at_least=1_000_000)
         checks.whole_number("max_viewers", max_viewers)
         for name, values in (("allow_hosts", allow_hosts), ("frame_ancestors", frame_ancestors)):
             if isinstance(values, str):
@@ -136,6 +141,7 @@ class Dashboard(Callback):
             read_only=read_only,
             frames_per_second=frames_per_second,
             history_bytes=history_bytes,
+            milestone_bytes=milestone_bytes,
             max_viewers=max_viewers,
             allow_hosts=tuple(allow_hosts),
             frame_ancestors=tuple(frame_ancestors),

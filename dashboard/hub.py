@@ -16,7 +16,8 @@ import anyio
 import anyio.lowlevel
 
 from offloop.dashboard.connection import Connection, Link, receive_hi
-from offloop.dashboard.live_run import KeptMilestone, LiveRun
+from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.protocol import (
     CLOSE_SLOW,
     Bye,
@@ -263,14 +264,15 @@ class Hub:
         connection.wake()
 
     def _watch(self, connection: Connection, live: LiveRun, *, after: int = -1) -> None:
+        viewer = connection.viewer
+        status = encode_message(live.status(viewers=len(self.connections), is_control=viewer.is_control))
         try:
-            connection.viewer.watch(live, after=after)
+            viewer.watch(live, status, after=after)
         except ViewerTooSlowError as error:
             connection.end(CLOSE_SLOW, str(error))
             return
-        status = live.status(viewers=len(self.connections), is_control=connection.viewer.is_control)
-        connection.viewer.put_latest("status", encode_message(status))
-        connection.viewer.put_latest("latest", encode_message(live.latest()))
+        viewer.put_latest("status", status)
+        viewer.put_latest("latest", encode_message(live.latest()))
         connection.wake()
 
     def _handle(self, connection: Connection, data: str | bytes) -> None:

@@ -20,25 +20,20 @@ import msgspec
 from offloop.dashboard.frames import Frames
 from offloop.dashboard.history import HISTORY_BYTES, History
 from offloop.dashboard.masking import masked, masked_command
+from offloop.dashboard.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
 from offloop.dashboard.protocol import (
     CommandName,
     Latest,
-    Milestone,
     RunInfo,
     RunSummary,
     SeriesInfo,
     Status,
-    encode_message,
     number,
-    printable,
 )
 from offloop.engine import (
-    CallbackFailed,
-    CommandApplied,
     EpochEnd,
     EpochStart,
     Event,
-    EventError,
     Run,
     Sample,
     StateChanged,
@@ -46,11 +41,8 @@ from offloop.engine import (
     TrainEnd,
     TrainStart,
     ValidationEnd,
-    encode,
 )
 
-MILESTONES_KEPT: Final = 2_000
-"""Latest milestones that a new viewer receives."""
 MAX_CURVES: Final = 2_000
 """Most curves of one run; further metrics are not drawn."""
 WINDOW: Final = 5.0
@@ -76,28 +68,6 @@ class _Moment(msgspec.Struct, frozen=True):
     callbacks: float
 
 
-class KeptMilestone:
-    """A milestone and its encoded message, made once per role when the first viewer needs it."""
-
-    __slots__ = ("_messages", "_run", "event")
-
-    def __init__(self, run: str, event: Event) -> None:
-        self.event = event
-        self._run = run
-        self._messages: dict[bool, bytes | None] = {}
-
-    def message(self, *, is_control: bool) -> bytes | None:
-        """Return the message for a role; None if the role may not see the milestone."""
-        if is_control not in self._messages:
-            encoded = for_role(self.event, is_control)
-            self._messages[is_control] = (
-                None
-                if encoded is None
-                else encode_message(Milestone(run=self._run, event=msgspec.Raw(encoded)))
-            )
-        return self._messages[is_control]
-
-
 class LiveRun:
     """One run, as viewers see it."""
 
@@ -108,6 +78,7 @@ class LiveRun:
         *,
         optimizers: Sequence[str] = (),
         history_bytes: int = HISTORY_BYTES,
+        milestone_bytes: int = MILESTONE_BYTES,
         taken: Container[str] = (),
     ) -> None:
         """Begin with a run's first event.
@@ -117,6 +88,7 @@ class LiveRun:
             start: Its first event.
             optimizers: Names of its optimizers. The run may be over by now and its trainer gone.
             history_bytes: Limit of the memory for curves.
+            milestone_bytes: Limit of the memory for milestones.
             taken: Keys of other runs.
         """
         # None after `finish`, unless the run went silent.
@@ -131,8 +103,7 @@ class LiveRun:
         self.frames = Frames(self.key, self.history)
         # The index is the curve's number in the history.
         self.series: list[SeriesInfo] = []
-        self.milestones: deque[KeptMilestone] = deque(maxlen=MILESTONES_KEPT)
-        self.milestones_seen = 0
+        self.milestones = Milestones(self.key, most_bytes=milestone_bytes)
         self.end: TrainEnd | None = None
         self._is_silent = False
         # Of a failed run.
@@ -221,7 +192,7 @@ class LiveRun:
 
     def take_in(self, events: Sequence[Event]) -> list[KeptMilestone]:
         """Record events in their order and return the milestones among them."""
-        milestones: list[KeptMilestone] = []
+        milestones: list[Event] = []
         for event in events:
             if isinstance(event, StepEnd):
                 self._step_end(event)
@@ -229,7 +200,7 @@ class LiveRun:
             if isinstance(event, Sample):
                 self._sample(event)
                 continue
-            milestones.append(KeptMilestone(self.key, event))
+            milestones.append(event)
             if isinstance(event, EpochStart):
                 self._epoch, self._epoch_batch = event.epoch, event.batch
             elif isinstance(event, ValidationEnd | EpochEnd):
@@ -238,11 +209,9 @@ class LiveRun:
                 self._state_by, self._state_reason = event.by, event.reason
             elif isinstance(event, TrainEnd):
                 self._end(event)
-        self.milestones += milestones
-        self.milestones_seen += len(milestones)
         self.history.check_size()
         self._note_moment()
-        return milestones
+        return self.milestones.add(milestones)
 
     def _end(self, event: TrainEnd) -> None:
         self.end = event
@@ -397,7 +366,8 @@ class LiveRun:
         if state not in ("running", "waiting", "stopping"):
             return None
         # Validations and pauses are no stalls, and the last milestone may be the end of one.
-        heard = self.milestones[-1].event.time if self.milestones else self.started
+        last = self.milestones.last
+        heard = self.started if last is None else last.time
         if self._last_step is not None:
             heard = max(heard, self._last_step.time)
         quiet = now - heard
@@ -465,23 +435,6 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             if isinstance(item, msgspec.Struct):
                 for field in item.__struct_fields__:
                     yield from _numbers(f"{name}/{place}/{field}", getattr(item, field))
-
-
-def for_role(event: Event, is_control: bool) -> bytes | None:
-    """Return an event as JSON; readers get no tracebacks, no names and no commands, for which it is None."""
-    if not is_control:
-        if isinstance(event, CommandApplied):
-            return None
-        if isinstance(event, CallbackFailed):
-            event = msgspec.structs.replace(event, traceback="")
-        elif isinstance(event, StateChanged):
-            event = msgspec.structs.replace(event, by="")
-    if isinstance(event, TrainStart):
-        event = msgspec.structs.replace(event, config=type(event.config)(masked(event.config)))
-    try:
-        return encode(event)
-    except EventError:
-        return msgspec.json.encode(printable(msgspec.to_builtins(event)))
 
 
 def place_of(stack: str) -> str:

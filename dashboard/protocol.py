@@ -7,9 +7,9 @@ A viewer opens a websocket at `ws`, relative to the page, with the subprotocol `
     hi ────────────────────────────────────>
         <──────────────────────────────────── hello     the server, your role, the list of runs
         <──────────────────────────────────── run       fixed facts about the run you watch
+        <──────────────────────────────────── status    current state; again after a change
         <──────────────────────────────────── series    names of its curves; later: new ones
         <──────────────────────────────────── milestone all since `hi.after`, then as they happen
-        <──────────────────────────────────── status    current state; again after a change
     show ──── curves and width ────────────>
         <════════════════════════════════════ snapshot  these curves so far, in columns
     drawn ─────────────────────────────────>            credit for the next chart frame
@@ -374,7 +374,7 @@ class Milestone(FromServer, frozen=True, kw_only=True, tag="milestone"):
 
 
 class MilestonesMissed(FromServer, frozen=True, kw_only=True, tag="missed"):
-    """Number of milestones that are not sent, because the server no longer has them."""
+    """Number of milestones of the run that the server no longer has. Those that this viewer lacks do not come."""
 
     run: str
     count: int

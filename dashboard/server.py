@@ -34,6 +34,7 @@ from offloop.dashboard.connection import short
 from offloop.dashboard.history import HISTORY_BYTES
 from offloop.dashboard.hub import FRAME_INTERVAL, Hub
 from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.milestones import MILESTONE_BYTES
 from offloop.dashboard.page import NOT_BUILT, Asset, Page
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL, Role
 from offloop.dashboard.security import (
@@ -79,6 +80,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     frames_per_second: float = 1 / FRAME_INTERVAL
     history_bytes: int = HISTORY_BYTES
+    milestone_bytes: int = MILESTONE_BYTES
     max_viewers: int = 64
     allow_hosts: tuple[str, ...] = ()
     frame_ancestors: tuple[str, ...] = ()
@@ -330,6 +332,7 @@ class Server:
             start,
             optimizers=optimizers,
             history_bytes=self.options.history_bytes,
+            milestone_bytes=self.options.milestone_bytes,
             taken=self.hub.runs,
         )
         self._followers[run] = self._spawn(self.hub.follow(live, subscription))

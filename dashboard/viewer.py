@@ -13,13 +13,13 @@ import msgspec
 import numpy as np
 
 from offloop.dashboard.frames import DELTA_POINTS
-from offloop.dashboard.live_run import KeptMilestone, LiveRun
+from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.protocol import (
     MAX_CHART_FRAME,
     MAX_POINTS,
     MAX_SERIES_SHOWN,
     FromServer,
-    MilestonesMissed,
     ProtocolError,
     RangeQuery,
     Role,
@@ -50,7 +50,8 @@ class Viewer:
         self.credit = True
         # Monotonic time at which the chart frame was sent that is not drawn yet.
         self.waiting_since: float | None = None
-        self._texts: deque[bytes] = deque()
+        # Milestones wait as what the run keeps: one that it drops takes no memory here either.
+        self._texts: deque[bytes | KeptMilestone] = deque()
         self._texts_allowed = MAX_WAITING_TEXTS
         # Messages that replace their older version: status, latest, runs.
         self._slots: dict[str, bytes] = {}
@@ -80,8 +81,8 @@ class Viewer:
 
     # What the viewer asks for
 
-    def watch(self, live: LiveRun | None, *, after: int = -1) -> None:
-        """Switch to a run: send everything again, except milestones up to `after`.
+    def watch(self, live: LiveRun, status: bytes, *, after: int = -1) -> None:
+        """Switch to a run: send everything again, `status` and curves first, except milestones up to `after`.
 
         Raises:
             ViewerTooSlowError: Too many earlier messages still wait.
@@ -95,17 +96,15 @@ class Viewer:
         self._snapshots.clear()
         self._queries.clear()
         self._answer_row, self._answer_curves = None, 0
-        if live is None:
-            return
-        texts = [encode_message(live.info)]
-        missed = live.milestones_seen - len(live.milestones)
-        kept_from = live.milestones[0].event.seq if live.milestones else 0
-        if missed and after + 1 < kept_from:
-            texts.append(encode_message(MilestonesMissed(run=live.key, count=missed)))
-        texts += self._messages([each for each in live.milestones if each.event.seq > after])
-        self._texts += texts
-        self._texts_allowed = len(self._texts) + MAX_WAITING_TEXTS
+        # Milestones may be 64 MiB, and the viewer wants to see how the run stands before it has them all.
+        self._texts += encode_message(live.info), status
         self.announce_series()
+        milestones = live.milestones
+        kept_from = next(iter(milestones)).seq if milestones else 0
+        if milestones.dropped and after + 1 < kept_from:
+            self._texts.append(milestones.missed())
+        self._texts += self._visible([each for each in milestones if each.seq > after])
+        self._texts_allowed = len(self._texts) + MAX_WAITING_TEXTS
 
     def show(self, message: Show) -> None:
         """Set which curves are on the screen; ignored if the message is about a run that is no longer watched.
@@ -184,14 +183,13 @@ class Viewer:
         Raises:
             ViewerTooSlowError: The burst before this one still waits.
         """
-        if messages := self._messages(milestones):
+        if visible := self._visible(milestones):
             self._check_room()
-            self._texts += messages
-            self._texts_allowed = max(self._texts_allowed, len(messages) + MAX_WAITING_TEXTS)
+            self._texts += visible
+            self._texts_allowed = max(self._texts_allowed, len(visible) + MAX_WAITING_TEXTS)
 
-    def _messages(self, milestones: Sequence[KeptMilestone]) -> list[bytes]:
-        told = (each.message(is_control=self.is_control) for each in milestones)
-        return [message for message in told if message is not None]
+    def _visible(self, milestones: Sequence[KeptMilestone]) -> list[KeptMilestone]:
+        return [each for each in milestones if each.is_visible(is_control=self.is_control)]
 
     def _check_room(self) -> None:
         if len(self._texts) >= self._texts_allowed:
@@ -215,11 +213,22 @@ class Viewer:
     def next_text(self) -> bytes | None:
         """Take the next text message; None if none waits."""
         if self._texts:
-            return self._texts.popleft()
+            text = self._texts.popleft()
+            return text if isinstance(text, bytes) else self._milestone(text)
         self._texts_allowed = MAX_WAITING_TEXTS
         for name in self._slots:
             return self._slots.pop(name)
         return None
+
+    def _milestone(self, milestone: KeptMilestone) -> bytes:
+        """Return a milestone's message. If the run has dropped it, skip all that are dropped, and say so."""
+        message = milestone.message(is_control=self.is_control)
+        if message is not None:
+            return message
+        texts = self._texts
+        while texts and isinstance(texts[0], KeptMilestone) and texts[0].is_dropped:
+            texts.popleft()
+        return milestone.keeper.missed()
 
     @property
     def has_text(self) -> bool:

@@ -29,6 +29,7 @@ from offloop.engine import (
     Callback,
     CommandApplied,
     ConfigError,
+    Event,
     Metrics,
     RunNameTakenError,
     Sample,
@@ -353,6 +354,39 @@ def test_samples_of_all_kinds_become_curves() -> None:
         assert steps_of(viewer.page) == 8
 
 
+class Report(Event, frozen=True, kw_only=True):
+    text: str
+
+
+class Reporting(Callback):
+    """Publishes fifty events of 100 KB in a step."""
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step == 1:
+            for number in range(50):
+                point.run.publish(Report(text=f"{number:02}" * 50_000))
+
+
+def test_large_milestones_take_the_memory_that_was_given_and_viewers_learn_what_they_miss() -> None:
+    with quiet(milestone_bytes=1_000_000) as dashboard:
+        with SocketViewer(dashboard.url) as early:
+            trainer = tiny_trainer(run_name="reports")
+            trainer.train(tiny_loader(), epochs=1, callbacks=[dashboard, Reporting()])
+            early.wait(partial(has_seen_the_end, "reports"))
+            early.wait(lambda page: page.milestones[-1]["type"] == "TrainEnd")
+        with SocketViewer(dashboard.read_only_url) as late:
+            late.wait(lambda page: page.milestones and page.milestones[-1]["type"] == "TrainEnd")
+        assert dashboard._server is not None
+        (live,) = dashboard._server.hub.runs.values()
+        assert live.milestones.bytes <= 1_000_000
+    reports = [event["text"] for event in late.page.milestones if "text" in event]
+    assert reports == [f"{number:02}" * 50_000 for number in range(50 - len(reports), 50)] and reports
+    assert late.page.missed + len(late.page.milestones) >= 50
+    # The early one got all of them, or learned that it did not.
+    assert early.page.missed <= late.page.missed
+
+
 def test_a_page_that_outlives_its_run_does_not_keep_the_model() -> None:
     with quiet() as dashboard:
         trainer = tiny_trainer(run_name="over")
@@ -449,6 +483,7 @@ def test_an_open_address_without_tls_is_warned_of(caplog: pytest.LogCaptureFixtu
         ({"frames_per_second": 0}, "frames_per_second must"),
         ({"frames_per_second": float("nan")}, "frames_per_second must"),
         ({"history_bytes": 10}, "history_bytes must"),
+        ({"milestone_bytes": 10}, "milestone_bytes must"),
         ({"max_viewers": 0}, "max_viewers must"),
         ({"allow_hosts": "name"}, "allow_hosts must"),
         ({"allow_hosts": ["https://name"]}, "allow_hosts must"),

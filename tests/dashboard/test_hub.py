@@ -19,6 +19,7 @@ from memory_link import MemoryLink, PageModel
 from offloop.dashboard.frames import DELTA_POINTS
 from offloop.dashboard.hub import ENDED_RUNS_KEPT, Hub
 from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.milestones import Milestones
 from offloop.dashboard.protocol import (
     CLOSE_PROTOCOL,
     CLOSE_SLOW,
@@ -40,6 +41,7 @@ from offloop.engine import (
     ConfigError,
     EpochEnd,
     EpochStart,
+    Event,
     Metrics,
     Pause,
     Resume,
@@ -169,7 +171,7 @@ def points_of(stage: Stage, curve: int) -> dict[float, float]:
 
 def assert_equal_state(stage: Stage, page: PageModel) -> None:
     """Fail unless a page knows exactly what the server knows."""
-    assert [event["seq"] for event in page.milestones] == [each.event.seq for each in stage.live.milestones]
+    assert [event["seq"] for event in page.milestones] == [each.seq for each in stage.live.milestones]
     assert page.series == {each.id: each.key for each in stage.live.series}
     assert set(page.points) == set(page.shown)
     for curve in page.shown:
@@ -739,10 +741,78 @@ def test_a_milestone_is_encoded_once_for_all_viewers_of_a_role() -> None:
         await settle()
         (first,), (second,), (third,) = map(told, [*present, late])
         assert first is second is third
-        assert stage.live.milestones[0]._messages == {True: first}  # nobody was there who only reads
         reader = stage.join(PageModel(), role="read_only")
         await settle()
         assert b"secret" in first and b"secret" not in told(reader)[0]
+
+    run_async(play)
+
+
+class Report(Event, frozen=True, kw_only=True):
+    text: str
+
+
+def seqs(page: PageModel) -> list[int]:
+    return [event["seq"] for event in page.milestones]
+
+
+def bounded(stage: Stage, reports: int) -> Callable[[], Report]:
+    """Give a run room for some reports, and return what makes them."""
+    report = Report(run_id="run", text="x" * 10_000)
+    size = Milestones("run").add([report])[0].size
+    stage.live.milestones = Milestones("run", most_bytes=reports * (size + 200))
+    return lambda: Report(run_id="run", text="x" * 10_000)
+
+
+@pytest.mark.parametrize("role", ["control", "read_only"])
+def test_beyond_their_bytes_the_oldest_milestones_go_and_new_viewers_learn_how_many(role: Any) -> None:
+    async def play(stage: Stage) -> None:
+        make = bounded(stage, 5)
+        early, late = PageModel(), PageModel()
+        link = stage.join(early, role=role)
+        for _ in range(20):
+            stage.tell(make())
+            await read(link, early)
+        assert seqs(early) == list(range(20)) and early.missed == 0  # nothing went before it was sent
+        assert len(stage.live.milestones) == 5 and stage.live.milestones.dropped == 15
+        link = stage.join(late, role=role)
+        await read(link, late)
+        assert seqs(late) == list(range(15, 20)) and late.missed == 15
+
+    run_async(play)
+
+
+def test_milestones_that_wait_for_a_slow_viewer_take_no_more_memory_than_those_that_are_kept() -> None:
+    """It hears that it has missed some, and then gets the rest."""
+
+    async def play(stage: Stage) -> None:
+        make = bounded(stage, 5)
+        page = PageModel()
+        link = stage.join(page, room=1)
+        await settle()
+        for _ in range(100):
+            stage.tell(make())
+            await settle()
+        (connection,) = stage.hub.connections
+        waiting = [each for each in connection.viewer._texts if not isinstance(each, bytes)]
+        assert sum(len(each.message(is_control=True) or b"") for each in waiting) <= 5 * 10_300
+        while link.sent:
+            await read(link, page)
+        assert seqs(page)[-5:] == list(range(95, 100))
+        assert page.missed == 95
+        assert connection.close is None
+
+    run_async(play)
+
+
+def test_a_new_viewer_sees_the_status_and_the_curves_before_the_milestones() -> None:
+    async def play(stage: Stage) -> None:
+        stage.steps(1)
+        stage.tell(Report(text="x"))
+        link = stage.join(PageModel())
+        await settle()
+        kinds = [msgspec.json.decode(data)["type"] for data, text in link.sent if text]
+        assert kinds[:5] == ["hello", "run", "status", "series", "milestone"]
 
     run_async(play)
 

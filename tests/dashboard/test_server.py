@@ -659,7 +659,8 @@ def buffered(server: Server) -> list[int]:
     held = []
     for connection in server.hub.connections:
         link: Any = connection.link
-        texts = sum(map(len, connection.viewer._texts)) + sum(map(len, connection.viewer._slots.values()))
+        waiting = [*connection.viewer._texts, *connection.viewer._slots.values()]
+        texts = sum(len(each) if isinstance(each, bytes) else each.size for each in waiting)
         held.append(texts + link._connection.transport.get_write_buffer_size())
     return held
 

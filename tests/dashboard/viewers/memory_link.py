@@ -144,7 +144,7 @@ class PageModel:
                 )
                 self.milestones.append(event)
             case MilestonesMissed():
-                self.missed += message.count
+                self.missed = message.count
             case Status():
                 self.status = message
             case Latest():
