@@ -1,15 +1,18 @@
 """Pickling of what another interpreter cannot import: classes and functions of a script, a notebook or a function.
 
-`cloudpickle` does most of it. Three things are added:
+`cloudpickle` does most of it. Added are:
 
 - msgspec structs, which cloudpickle would rebuild without fields. A rebuilt event class is registered under the tag
   that it has here, so that its events can be decoded there.
+- What `functools` makes of functions: `lru_cache`, `singledispatch`, `cached_property`. They hold locks or caches.
 - Modules that are not on `sys.path`, as those of pytest and of `runpy.run_path`, go by value.
 - Annotations of functions go as strings: `run: Run` must not make the other interpreter import torch.
 
 Thread: any. Blocks while it pickles.
 """
 
+import functools
+import importlib
 import inspect
 import os
 import sys
@@ -18,11 +21,15 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import cloudpickle
 import msgspec
-from cloudpickle.cloudpickle import list_registry_pickle_by_value
+from cloudpickle.cloudpickle import (
+    _is_registered_pickle_by_value,
+    _lookup_module_and_qualname,
+    list_registry_pickle_by_value,
+)
 
 from offloop.engine.callback import Callback
 from offloop.engine.events import Event, event_class
@@ -60,32 +67,58 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no ty
     Use it inside `modules_by_value()`.
     """
 
-    def __init__(self, file: IO[bytes], *, by_value: type | None = None) -> None:
-        """Write to `file`. `by_value`: a class of events that goes by value although it could be imported."""
-        super().__init__(file)
-        self._by_value = by_value
+    imports_late = False
+    """Whether a module is imported there only when a function uses it."""
 
     def reducer_override(self, obj: Any) -> Any:
         """Return how to rebuild `obj`; NotImplemented for the usual way."""
         if isinstance(obj, types.ModuleType):
             _go_by_value_unless_importable(obj.__name__)
+            is_late = self.imports_late and not _is_registered_pickle_by_value(obj)
+            # Python's own load fast, and may have been imported for a submodule.
+            if is_late and obj.__name__.partition(".")[0] not in sys.stdlib_module_names:
+                return _LateModule, (obj.__name__,)
             return NotImplemented
+        if isinstance(obj, functools.cached_property):
+            state = {name: value for name, value in vars(obj).items() if name != "lock"}
+            return type(obj), (obj.func,), state
+        if isinstance(obj, functools._lru_cache_wrapper):
+            _go_by_value_unless_importable(obj.__module__)
+            named = _lookup_module_and_qualname(obj)
+            if named and not _is_registered_pickle_by_value(named[0]):
+                return NotImplemented
+            return _reduce_wrapper(obj, _cached, obj.cache_parameters())
+        if isinstance(obj, typing.NewType):
+            return typing.NewType, (obj.__name__, obj.__supertype__)
+        if isinstance(obj, msgspec.Meta):
+            return functools.partial(msgspec.Meta, **dict(obj.__rich_repr__())), ()
         if isinstance(obj, type | types.FunctionType):
             _go_by_value_unless_importable(obj.__module__)
         reduced = super().reducer_override(obj)
-        if isinstance(obj, _StructMeta) and (reduced is not NotImplemented or obj is self._by_value):
+        if isinstance(obj, _StructMeta) and reduced is not NotImplemented:
             return _reduce_struct(obj)
         if isinstance(reduced, tuple):
+            if isinstance(obj, types.FunctionType) and hasattr(obj, "dispatch") and hasattr(obj, "registry"):
+                return _reduce_wrapper(obj, functools.singledispatch, functions=dict(obj.registry))
             _adapt_annotations(obj, reduced)
         return reduced
 
 
+class _LateModule(types.ModuleType):
+    """A module that is imported when something of it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 @contextmanager
-def modules_by_value() -> Iterator[None]:
-    """Let modules go by value for a while, those that cannot be imported elsewhere."""
+def modules_by_value(*names: str) -> Iterator[None]:
+    """Let modules go by value for a while: these, and those that cannot be imported elsewhere."""
     with _one_at_a_time:
         before = list_registry_pickle_by_value()
         try:
+            for name in names:
+                cloudpickle.register_pickle_by_value(sys.modules[name])
             yield
         finally:
             for name in list_registry_pickle_by_value() - before:
@@ -138,34 +171,56 @@ def _as_text(annotations: dict[str, Any]) -> dict[str, str]:
 
 
 def _resolved(owner: type) -> dict[str, Any]:
-    """Return the annotations of a class, strings replaced by what they mean where they mean something."""
+    """Return the annotations of a class, strings replaced by what they mean; `Any` where they mean nothing."""
     names = vars(sys.modules.get(owner.__module__, types)) | vars(owner) | {owner.__name__: owner}
     found = {}
     for name, value in inspect.get_annotations(owner).items():
+        # In a class, where a ClassVar may be.
+        alone = type("alone", (), {"__annotations__": {name: value}})
         try:
-            alone = types.SimpleNamespace(__annotations__={name: value})
-            value = typing.get_type_hints(alone, names, names, include_extras=True)[name]
-        except Exception:  # a name for type checkers only, or a ClassVar: stays as it is
-            pass
-        found[name] = value
+            found[name] = typing.get_type_hints(alone, names, names, include_extras=True)[name]
+        except Exception:
+            found[name] = Any
     return found
 
 
-# Structs ------------------------------------------------------------------------------------------
+# Functions with a wrapper ------------------------------------------------------------------------
 
 
 class _Late:
-    """Stands for a function that is known only when its class exists: it may refer to the class."""
+    """Stands for a function that is known only later: it may refer to what is made with it."""
 
     def __init__(self) -> None:
         self.function: Callable[..., Any] | None = None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self.function is not None
-        return self.function(*args)
+        return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Late, ()
+
+
+def _reduce_wrapper(
+    wrapper: Any, make: Callable[..., Any], *args: Any, functions: dict[type, Any] | None = None
+) -> tuple[Any, ...]:
+    late = _Late()
+    return make, (late, *args), (late, wrapper.__wrapped__, functions or {}), None, None, _finish_wrapper
+
+
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+def _finish_wrapper(made: Any, state: tuple[_Late, Callable[..., Any], dict[type, Any]]) -> None:
+    late, function, functions = state
+    late.function = function
+    functools.update_wrapper(made, function)
+    for kind, each in functions.items():
+        made.register(kind, each)
+
+
+# Structs ------------------------------------------------------------------------------------------
 
 
 class _Recipe(typing.NamedTuple):
@@ -240,17 +295,20 @@ def _options(owner: Any, fields: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     if renamed:
         options["rename"] = renamed
     # An event's tag follows from its module and name, also in classes that derive from it there.
-    follows = f"{owner.__module__}.{owner.__name__}" if issubclass(owner, Event) else None
-    if config.tag != follows:
+    if not (issubclass(owner, Event) and config.tag == _tag(owner.__module__, owner.__name__)):
         options["tag"] = config.tag
         options["tag_field"] = config.tag_field
     return options
 
 
+def _tag(module: str, name: str) -> str:
+    return name if module.startswith("offloop.") else f"{module}.{name}"
+
+
 def _make_struct(*args: Any) -> type:
     """Create a struct with its fields, in the other process; `_finish_struct` adds the rest."""
     recipe = _Recipe(*args)
-    known = event_class(f"{recipe.module}.{recipe.name}")
+    known = event_class(_tag(recipe.module, recipe.name))
     if (
         known is not None
         and known.__qualname__ == recipe.qualname

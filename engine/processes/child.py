@@ -33,11 +33,13 @@ from offloop.engine.bus.waker import Waker
 from offloop.engine.callback import Handlers
 from offloop.engine.encoding import decode
 from offloop.engine.errors import note_cancellation
-from offloop.engine.events import Event
+from offloop.engine.events import Event, UnknownEvent
 from offloop.engine.observers.observer import CallbackCosts, Observer
 from offloop.engine.processes import messages, pickling
 from offloop.engine.processes.child_run import ChildRun
 from offloop.engine.processes.errors import pack_error
+
+logger = logging.getLogger("offloop")
 
 READ: Final = 1 << 18
 """Bytes read at once."""
@@ -221,6 +223,7 @@ class _Child:
         # Written by the thread of the socket before it wakes the event loop.
         self._swallowing: float | None = None
         self._is_closing = False
+        self._undecodable: set[str] = set()  # classes of events; the thread of the socket only
         self._told = Waker()
 
     async def serve(self) -> None:
@@ -266,6 +269,19 @@ class _Child:
         error = None if answer.cancelled() else answer.exception()
         self._link.send(messages.Durable(None if error is None else pack_error(error)))
 
+    def _decode(self, data: bytes) -> Event:
+        try:
+            return decode(data, "msgpack")
+        except Exception as error:
+            fields = msgspec.msgpack.decode(data)
+            kind = fields["type"]
+            if kind not in self._undecodable:
+                self._undecodable.add(kind)
+                name = self._observer.name
+                logger.warning("%s gets %s as UnknownEvent: it cannot be decoded: %s", name, kind, error)
+            position = {name: fields[name] for name in Event.__struct_fields__ if name in fields}
+            return UnknownEvent(type=kind, raw=data, format="msgpack", **position)
+
     def _receive(self) -> None:
         """Body of the thread of the socket."""
         while (message := self._link.receive()) is not None:
@@ -274,7 +290,7 @@ class _Child:
                     self.run.learn(message.facts)
                     if message.has_ended:
                         self.run.end()
-                    self._stream.put([decode(bytes(each), "msgpack") for each in message.events])
+                    self._stream.put([self._decode(bytes(each)) for each in message.events])
                 case messages.MakeDurable():
                     answer: Future[None] = Future()
                     answer.add_done_callback(self._answer_durable)

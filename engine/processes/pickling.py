@@ -4,12 +4,11 @@
 
     classes and functions   of a script, a notebook or a function by value, with the globals that they use; others by
                             import
-    classes of events       those that the callback observes, defined and registered before it is rebuilt
+    classes of events       those that the callback observes, by value
     attributes              copies: open files, locks, sockets, threads, generators, tensors elsewhere than on the CPU,
                             the trainer and models that train are refused
 """
 
-import contextlib
 import io
 import logging
 import pickle
@@ -34,6 +33,7 @@ TOO_LARGE: Final = 2**30
 _DESTINATION: Final = "the process of the callback"
 _HINT: Final = "create it in on_train_start (which runs there), or leave it out in __getstate__"
 _HINT_FOR_USED: Final = "create it in on_train_start (which runs there) and keep it in an attribute"
+_HINT_FOR_EVENT: Final = "make it in the handler, or in a function that the event does not refer to"
 _STALE: Final = "of which the process of the callback would get a copy that never changes"
 _HERE: Final = "which stays in this process"
 
@@ -41,32 +41,26 @@ _HERE: Final = "which stays in this process"
 def dumps(callback: Callback, name: str, events: Iterable[type[Event]] = ()) -> bytes:
     """Pickle a callback for its process. Any thread; blocks for as long as that takes.
 
-    Runs the callback's `__getstate__`, or `__reduce__`, if it has one. Changes nothing, and draws no random numbers.
+    Runs the `__getstate__`, or `__reduce__`, of the callback and of what it holds once; a second time to name what
+    cannot go there or is large. Changes nothing, and draws no random numbers.
 
     Args:
         callback: After its `reset`.
         name: What errors call it.
         events: Classes of events that its observers subscribe to. Classes derived from them that are known here are
-            known there, too.
+            known there, too; for one that cannot go there, a warning is logged.
 
     Raises:
         ConfigError: Something that it holds or refers to cannot go there, or it takes more than 1 GiB. The text names
             the attribute, global or variable.
     """
-    events = tuple(dict.fromkeys(events))
     with modules_by_value():
-        observed = _dump((events, callback), callback, name)
-        derived = _derived(events)
-    if len(observed) > LARGE:
-        place, size = _sizes(callback, name)
-        logger.warning(
-            "%s goes to its process with %s, of which %s takes %s",
-            name,
-            _in_megabytes(len(observed)),
-            place,
-            _in_megabytes(size),
-        )
-    return pickle.dumps((observed, derived), protocol=pickle.HIGHEST_PROTOCOL)
+        packed = _dump(callback, name)
+        if len(packed) > LARGE:
+            most = Parts(_CallbackPickler, callback, name).biggest()
+            logger.warning("%s goes to its process with %s%s", name, _in_megabytes(len(packed)), most)
+        classes = _classes_of_events(callback, name, tuple(events))
+    return pickle.dumps((packed, classes), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def loads(data: bytes) -> Callback:
@@ -75,10 +69,9 @@ def loads(data: bytes) -> Callback:
     Raises:
         Exception: Whatever an import or the callback's `__setstate__` raises, such as `ModuleNotFoundError`.
     """
-    observed, derived = pickle.loads(data)
-    callback: Callback
-    _, callback = pickle.loads(observed)
-    for tag, each in derived.items():
+    packed, classes = pickle.loads(data)
+    callback: Callback = pickle.loads(packed)
+    for tag, each in classes.items():
         if event_class(tag) is None:
             try:
                 pickle.loads(each)
@@ -88,30 +81,15 @@ def loads(data: bytes) -> Callback:
     return callback
 
 
-def _derived(events: tuple[type[Event], ...]) -> dict[str, bytes]:
-    """Return pickles, by tag, of the known classes that derive from observed ones, those that can go."""
-    found = {}
-    for each in known_events():
-        if each.__module__ == Event.__module__ or each in events or not issubclass(each, events):
-            continue
-        file = io.BytesIO()
-        with contextlib.suppress(Exception):
-            # By value: its module is not imported there for the class alone, which may never arrive.
-            _CallbackPickler(file, by_value=each).dump(each)
-            found[f"{each.__module__}.{each.__name__}"] = file.getvalue()
-    return found
-
-
-def _dump(value: object, callback: Callback, name: str) -> bytes:
+def _dump(callback: Callback, name: str) -> bytes:
     file = _Limited()
     try:
-        _CallbackPickler(file).dump(value)
+        _CallbackPickler(file).dump(callback)
     except TooLargeError:
-        place, size = _sizes(callback, name)
+        most = Parts(_CallbackPickler, callback, name).biggest()
         raise ConfigError(
-            f"{name} is too large for a process of its own: it refers to more than {_in_megabytes(TOO_LARGE)}, of "
-            f"which {place} takes {_in_megabytes(size)}. Give the process a path or a function that loads it, and "
-            "leave it out in __getstate__"
+            f"{name} is too large for a process of its own: it refers to more than {_in_megabytes(TOO_LARGE)}{most}. "
+            "Give the process a path or a function that loads it, and leave it out in __getstate__"
         ) from None
     except Exception as error:
         text = Parts(_CallbackPickler, callback, name).explain(
@@ -121,9 +99,35 @@ def _dump(value: object, callback: Callback, name: str) -> bytes:
     return file.getvalue()
 
 
-def _sizes(callback: Callback, name: str) -> tuple[str, int]:
-    with modules_by_value():
-        return Parts(_CallbackPickler, callback, name).biggest()
+def _classes_of_events(callback: Callback, name: str, events: tuple[type[Event], ...]) -> dict[str, bytes]:
+    """Return pickles, by tag, of the classes of events that may arrive, besides those of offloop's engine."""
+    found = {}
+    for each in known_events():
+        if each.__module__ == Event.__module__ or not issubclass(each, events):
+            continue
+        try:
+            found[str(each.__struct_config__.tag)] = _dump_class(each)
+        except Exception as error:
+            text = Parts(_EventPickler, each, each.__name__).explain(
+                error, destination=_DESTINATION, hint=_HINT_FOR_EVENT, hint_for_used=_HINT_FOR_EVENT
+            )
+            if hasattr(callback, each.handler_name):
+                raise ConfigError(f"{name}.{each.handler_name} cannot get its events: {text}") from error
+            logger.warning("%s gets %s as UnknownEvent: %s", name, each.__name__, text)
+    return found
+
+
+def _dump_class(each: type[Event]) -> bytes:
+    # By value: its module, which may import torch, is not imported there for the class alone.
+    modules = {base.__module__ for base in each.__mro__ if issubclass(base, Event)} - {Event.__module__}
+    file = _Limited()
+    try:
+        with modules_by_value(*modules):
+            _EventPickler(file).dump(each)
+    except Exception:
+        file = _Limited()
+        _EventPickler(file).dump(each)
+    return file.getvalue()
 
 
 def _in_megabytes(size: int) -> str:
@@ -146,8 +150,8 @@ class _Limited(io.BytesIO):
 class _CallbackPickler(ByValuePickler):
     """Refuses what would go to the process of a callback, and be of no use there."""
 
-    def __init__(self, file: IO[bytes], *, by_value: type | None = None) -> None:
-        super().__init__(file, by_value=by_value)
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
         self._refusals = tuple(_refusals())
 
     def reducer_override(self, obj: Any) -> Any:
@@ -159,6 +163,12 @@ class _CallbackPickler(ByValuePickler):
                 if issubclass(type(obj), kind):
                     check(obj)
         return super().reducer_override(obj)
+
+
+class _EventPickler(_CallbackPickler):
+    """Pickles a class of events, which may have methods that are never called there."""
+
+    imports_late = True
 
 
 _Check = Callable[[Any], None]
@@ -179,6 +189,11 @@ def _refusals() -> Iterable[tuple[type, _Check]]:
         ("torch", "Tensor", _check_tensor),
         ("torch.nn", "Parameter", _check_parameter),
         ("torch.nn", "Module", _check_model),
+        (
+            "torch.utils.data.dataloader",
+            "_BaseDataLoaderIter",
+            _refuse("an iterator of a DataLoader", None, "send a DataLoader of its own, and iterate there"),
+        ),
         ("torch.optim", "Optimizer", _refuse("an optimizer", _STALE, stale)),
         ("torch.optim.lr_scheduler", "LRScheduler", _refuse("a scheduler", _STALE, stale)),
     ):
