@@ -114,6 +114,8 @@ class LiveRun:
         # Value of `batch` when the epoch began.
         self._epoch_batch = 0
         self._last_step: StepEnd | None = None
+        # Of the last step, or of the one that failed.
+        self._loss: float | None = None
         self._state_by = self._state_reason = ""
         self._samples = 0
         self._data = self._compute = 0.0
@@ -218,6 +220,11 @@ class LiveRun:
         failure = None if self.run is None else self.run.failure
         if event.status == "failed" and failure is not None:
             self._traceback = "".join(traceback.format_exception(failure))
+        if event.failed_step is not None and event.failed_loss is not None:
+            # The step has no `StepEnd`.
+            self._loss = event.failed_loss
+            row = self.history.axis.append(event.failed_step, event.time, self._epoch_of(event))
+            self._point("loss", row, event.failed_loss, event.failed_step)
 
     def _step_end(self, event: StepEnd) -> None:
         last = self._last_step
@@ -225,7 +232,7 @@ class LiveRun:
             missed = event.step - last.step - 1
             self._dropped += missed
             self.history.add_gap(last.step, event.step, missed)
-        self._last_step = event
+        self._last_step, self._loss = event, event.loss
         self._samples += event.samples
         self._data += event.data_time
         self._compute += event.step_time
@@ -327,7 +334,7 @@ class LiveRun:
             steps_per_second=0.0 if quiet else steps_per_second,
             samples_per_second=0.0 if quiet else (upto.samples - since.samples) / seconds,
             lr=None if last is None else last.lr,
-            loss=None if last is None or last.loss is None else number(last.loss),
+            loss=None if self._loss is None else number(self._loss),
             data_share=min(1.0, (upto.data - since.data) / seconds),
             compute_share=min(1.0, max(0.0, upto.compute - since.compute) / seconds),
             callback_share=min(1.0, (upto.callbacks - since.callbacks) / seconds),

@@ -180,7 +180,17 @@ class BatchError(OffloopError, TypeError):
 
 
 class LossError(OffloopError, ValueError):
-    """A step returned a loss that is not a scalar, has no gradient, or is not finite."""
+    """A step returned a loss that is not a scalar, has no gradient, or is not finite.
+
+    Attributes:
+        loss: The loss that is not finite; None if something else is wrong.
+        step: Number of the step that it belongs to; None likewise.
+    """
+
+    def __init__(self, text: str, *, loss: float | None = None, step: int | None = None) -> None:
+        self.loss = loss
+        self.step = step
+        super().__init__(text)
 
 
 class MetricNotFoundError(OffloopError, KeyError):

@@ -302,6 +302,10 @@ class TrainEnd(Event, frozen=True, kw_only=True):
     """Why the run ended, as text."""
     error: str | None = None
     """The exception of a failed run, as `Type: text`."""
+    failed_step: int | None = None
+    """Number of the step whose loss was not finite, if that ended the run; it has no `StepEnd`."""
+    failed_loss: float | None = None
+    """The loss of that step."""
     metrics: Metrics = NO_METRICS
     """Latest value of each metric."""
     seconds: float = 0.0

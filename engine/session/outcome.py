@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from offloop.engine.best import BestSoFar
-from offloop.engine.errors import describe
+from offloop.engine.errors import LossError, describe
 from offloop.engine.events import Metrics, TrainEnd
 from offloop.engine.observers.observer import CallbackCosts
 from offloop.engine.recovery.evaluations import Evaluations, with_evaluations
@@ -51,10 +51,13 @@ class Outcome:
         """Return the last event of the run."""
         status, reason = self.status()
         failure = self._lifetime.failure
+        bad = failure if isinstance(failure, LossError) else None
         return TrainEnd(
             status=status,
             reason=reason,
             error=None if failure is None else describe(failure),
+            failed_step=None if bad is None else bad.step,
+            failed_loss=None if bad is None else bad.loss,
             metrics=Metrics({**self._progress.latest, **self._evaluations.latest()}),
             seconds=time.perf_counter() - self._started,
         )

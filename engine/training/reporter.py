@@ -277,7 +277,8 @@ class Reporter:
         where = f"the loss of step {step} is {loss}"
         self._nonfinite += 1
         if self._on_nonfinite == "raise":
-            raise LossError(f'{where}; on_nonfinite="warn" continues, "skip_step" skips such updates')
+            advice = 'on_nonfinite="warn" continues, "skip_step" skips such updates'
+            raise LossError(f"{where}; {advice}", loss=loss, step=step)
         # The 1st, 2nd, 4th, 8th, ...: a line for every step would flood the log
         if self._on_nonfinite == "warn" and self._nonfinite.bit_count() == 1:
             logger.warning("%s%s", where, f" ({self._nonfinite} so far)" if self._nonfinite > 1 else "")

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, Training, chart, shot, word
+from live_page import OpenPage, Training, chart, figure, shot, word
 from playwright.sync_api import Page, expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -64,3 +64,65 @@ def test_the_legend_has_the_value_that_is_drawn_and_the_raw_one(sparse_beside_de
     show(page, "smooth=0")
     expect(curve.locator(".curve-value")).to_have_text("0.1200")
     expect(curve.locator(".curve-raw")).to_be_hidden()
+
+
+# What is not finite --------------------------------------------------------------------------------
+
+
+def test_the_step_that_fails_on_nan_is_marked_and_head_and_title_say_so(
+    started: tuple[Training, Page],
+) -> None:
+    run, page = started
+    run.step(loss=math.nan)
+    run.wait_for_end()
+    expect(word(page)).to_have_text("failed")
+    expect(figure(page, "Loss")).to_have_text(re.compile("NaN"))
+    expect(figure(page, "Loss")).to_have_attribute("data-tone", "bad")
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("NaN")
+    expect(page).to_have_title(re.compile("NaN.*failed"))
+    assert Drawing(chart(page, "loss")).signs() == pytest.approx([11], abs=0.1)
+    # The last finite value is where it was.
+    x, value = Drawing(chart(page, "loss")).line("step")[-1]
+    assert (x, value) == (pytest.approx(10, abs=0.1), pytest.approx(0.1, abs=0.01))
+    shot(page, "failed-on-nan")
+
+
+def test_a_first_step_that_fails_on_nan_is_marked(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training().begin()
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("waiting for the first step")
+    run.step(loss=math.nan)
+    run.wait_for_end()
+    expect(word(page)).to_have_text("failed")
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("NaN")
+    expect(figure(page, "Loss")).to_have_text(re.compile("NaN"))
+
+
+def test_a_run_that_completes_with_a_loss_of_nan_is_not_green(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training(max_steps=3, knobs={"on_nonfinite": "warn"}).begin()
+    page = open_page(run.dashboard.url)
+    for loss in (1.0, 0.5, math.nan):
+        run.step(loss=loss)
+    run.wait_for_end()
+    expect(word(page)).to_have_text("completed")
+    expect(page.locator(".pill")).to_have_attribute("data-tone", "warn")
+    expect(page.locator(".state-detail")).to_have_text("the last loss is NaN")
+    expect(page.locator("progress")).to_have_attribute("data-tone", "warn")
+    expect(page).to_have_title(re.compile("^! NaN"))
+    shot(page, "completed-with-nan")
+
+
+def test_the_sign_stands_where_a_stretch_begins(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training(knobs={"on_nonfinite": "warn"}).begin()
+    for step in range(1, 41):
+        run.step(loss=math.nan if 11 <= step <= 30 else 1 / step)
+    page = open_page(run.dashboard.url)
+    expect(figure(page, "Step")).to_contain_text("40")
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("0.02500")
+    assert Drawing(chart(page, "loss")).signs() == pytest.approx([11], abs=0.3)

@@ -229,6 +229,7 @@ export class Header {
     show(this.#progress, progress !== null);
     if (progress !== null) this.#progress.value = progress;
     const tones: Record<string, string> = { completed: "good", failed: "bad", stopped: "off", cancelled: "off" };
-    setAttribute(this.#progress, "data-tone", tones[status?.state ?? ""]);
+    const isBad = status?.state === "completed" && loss !== null && !Number.isFinite(loss);
+    setAttribute(this.#progress, "data-tone", isBad ? "warn" : tones[status?.state ?? ""]);
   }
 }

@@ -52,7 +52,7 @@ const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string 
   }),
   TrainEnd: (event) => ({
     kind: "state",
-    tone: event.status === "failed" ? "bad" : event.status === "completed" ? "good" : "plain",
+    tone: event.status === "failed" ? "bad" : event.status !== "completed" ? "plain" : lossIsFinite(event) ? "good" : "warn",
     text: `Training ${words(event.status)}${inSeconds(event.seconds, " after ")}${because(event.error ?? event.reason)}`,
   }),
   LearningRateChanged: (event) => ({
@@ -148,6 +148,12 @@ function metrics(values: unknown): string {
   const told = entries.slice(0, METRICS_TOLD).map(([name, value]) => `${name} ${compact(Number(value))}`);
   if (entries.length > METRICS_TOLD) told.push(`${entries.length - METRICS_TOLD} more`);
   return told.length > 0 ? `: ${told.join(", ")}` : "";
+}
+
+/** Whether the loss of training is a number at the end of a run, as far as the run says. */
+function lossIsFinite(event: RunEvent): boolean {
+  const { train_loss: loss = 0 } = (event.metrics ?? {}) as Record<string, WireNumber>;
+  return Number.isFinite(Number(loss));
 }
 
 function inSeconds(value: unknown, word = " in "): string {

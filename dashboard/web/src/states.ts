@@ -128,8 +128,13 @@ function runWords(model: Model): Words {
       return { word: "stopping", tone: "warn", sign: "stopped", detail: cause };
     case "closing":
       return { word: "finishing", tone: "busy", sign: "live", detail: "last checkpoints and callbacks" };
-    case "completed":
-      return { word: "completed", tone: "good", sign: "good", detail: status?.reason };
+    case "completed": {
+      const loss = toNumber(status?.loss ?? null);
+      if (loss === null || Number.isFinite(loss)) {
+        return { word: "completed", tone: "good", sign: "good", detail: status?.reason };
+      }
+      return { word: "completed", tone: "warn", sign: "warn", detail: `the last loss is ${format.number(loss)}` };
+    }
     case "stopped":
       return { word: "stopped", tone: "off", sign: "stopped", detail: cause };
     case "cancelled":

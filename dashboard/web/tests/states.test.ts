@@ -37,6 +37,16 @@ group("the state of a run", () => {
     expect([described.word, described.detail]).toEqual([expected, detail]);
   });
 
+  test.each<[Status["loss"], string, string]>([
+    [0.5, "good", "3 epochs"],
+    [null, "good", "3 epochs"],
+    ["NaN", "warn", "the last loss is NaN"],
+    ["Infinity", "warn", "the last loss is ∞"],
+  ])("completed with a loss of %j is %s", (loss, tone, detail) => {
+    const described = describe(seen({ model: withStatus({ state: "completed", reason: "3 epochs", loss }) }));
+    expect([described.tone, described.sign, described.detail]).toEqual([tone, tone, detail]);
+  });
+
   test("a checkpoint that is being written stands beside it", () => {
     expect(describe(seen({ model: withStatus({ saving: true }) })).aside).toBe("writing a checkpoint");
     expect(describe(seen({ model: withStatus({}) })).aside).toBe("");

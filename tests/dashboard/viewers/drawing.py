@@ -46,7 +46,11 @@ _READ: Final = """(figure) => {
     getComputedStyle(curve.querySelector(".swatch line")).stroke,
   ]);
   const canvas = figure.querySelector("canvas");
-  return { ...canvas.drawn, colours: Object.fromEntries(swatches), width: canvas.width, height: canvas.height };
+  const probe = figure.appendChild(document.createElement("i"));
+  probe.style.color = "var(--chart-alert)";
+  const alert = getComputedStyle(probe).color;
+  probe.remove();
+  return { alert,  ...canvas.drawn, colours: Object.fromEntries(swatches), width: canvas.width, height: canvas.height };
 }"""
 MINUS: Final = "\N{MINUS SIGN}"
 _UNITS: Final = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -79,6 +83,16 @@ class Drawing:
         ]
         assert len(lines) == 1, f"{label} has {len(lines)} lines, not one"
         return [(self.x(x), self.y(y)) for x, y, _ in lines[0]]
+
+    def signs(self) -> list[float]:
+        """Return where on the x axis a cross says that values are not finite."""
+        alert = _hex(self.raw["alert"])
+        crosses = [
+            [x for x, _, _ in stroke["path"]]
+            for stroke in self.raw["strokes"]
+            if stroke["colour"] == alert and len(stroke["path"]) == 4
+        ]
+        return [self.x((min(places) + max(places)) / 2) for places in crosses]
 
     def x(self, pixel: float) -> float:
         """Return the place on the x axis at a pixel."""

@@ -19,6 +19,7 @@ from offloop.engine import (
     LossError,
     MetricNotFoundError,
     StepEnd,
+    TrainEnd,
     Trainer,
     TrainStart,
     ValidationEnd,
@@ -307,6 +308,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step() -> None:
     with pytest.raises(LossError, match=r"the loss of step 2 is inf; on_nonfinite=\"warn\" continues"):
         trainer.train(BATCHES, epochs=1)
     assert [end.step for end in recorder.of(StepEnd)] == [1]
+    (end,) = recorder.of(TrainEnd)
+    assert (end.failed_step, end.failed_loss) == (2, float("inf"))
+
+
+def test_a_run_that_fails_otherwise_has_no_failed_loss() -> None:
+    class Fails(Trainer):
+        def training_step(self, batch: Any) -> Any:
+            raise ValueError("no")
+
+    recorder = Recorder()
+    with pytest.raises(ValueError, match="no"):
+        tiny_trainer(Fails, callbacks=[recorder]).train(BATCHES, epochs=1)
+    (end,) = recorder.of(TrainEnd)
+    assert (end.failed_step, end.failed_loss) == (None, None)
 
 
 class SpoiledManually(Spoiled):

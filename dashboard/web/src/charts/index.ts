@@ -471,6 +471,12 @@ export class Charts {
       min = Math.min(min, (curve[column][first + skipped] as number) - origin);
       max = Math.max(max, (curve[column][curve.length - 1] as number) - origin);
     }
+    // What is not finite has a step only.
+    for (const curve of column === "step" ? this.#store.curves.values() : []) {
+      const [begin, end] = [curve.marks[0]?.[0] ?? Infinity, curve.marks.at(-1)?.[1] ?? -Infinity];
+      if (!positive || begin > 0) min = Math.min(min, begin);
+      max = Math.max(max, end);
+    }
     return min <= max ? [min, max] : null;
   }
 

@@ -136,7 +136,7 @@ function paintBest({ ctx, box, ratio, scene, y }: Brush, { best, colour }: Line)
   dot(ctx, at, 1.5 * ratio);
 }
 
-/** What is not finite: a bar at the edge with a sign; above for plus infinity, below for the others. */
+/** What is not finite: a bar at the edge, with a sign where it begins; above for plus infinity, below for the others. */
 function paintMarks({ ctx, box, ratio, scene }: Brush, curve: Curve): void {
   ctx.strokeStyle = ctx.fillStyle = scene.theme.alert;
   ctx.lineWidth = 1.5 * ratio;
@@ -151,7 +151,7 @@ function paintMarks({ ctx, box, ratio, scene }: Brush, curve: Curve): void {
     const edge = above ? box.top : box.top + box.height;
     const inward = above ? 1 : -1;
     ctx.fillRect(from - ratio / 2, edge, Math.max(to - from, ratio), 3 * ratio * inward);
-    const [x, y] = [(from + to) / 2, edge + inward * (size + 4 * ratio)];
+    const [x, y] = [from, edge + inward * (size + 4 * ratio)];
     if (x - signed < 3 * size) continue; // one sign for those that are closer than it is wide
     signed = x;
     ctx.beginPath();
