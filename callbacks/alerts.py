@@ -54,6 +54,8 @@ class Alert(Event, frozen=True, kw_only=True):
     """What is wrong, as text."""
     value: float | None = None
     """The value that broke the rule; None if the rule is not about a value."""
+    metric: str | None = None
+    """Key of the metric that broke the rule, such as `loss`; None if the rule is not about one."""
 
 
 Notify = Callable[[Alert], Awaitable[object]]
@@ -317,6 +319,7 @@ class Alerts(Callback):
             rule=repr(rule),
             message=message,
             value=value,
+            metric=rule.key,
             epoch=event.epoch,
             step=event.step,
             batch=event.batch,

@@ -618,6 +618,7 @@ def make_examples() -> list[Event]:
             rule="Spike('loss', factor=5)",
             message="loss is 6.5, above 5 times its median 1.25",
             value=6.5,
+            metric="loss",
         ),
         GradientStatistics(
             **at(19, 1.0, 1, 13),

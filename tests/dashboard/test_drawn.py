@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
+from offloop import Above, Alerts
+
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
 from live_page import OpenPage, Training, chart, figure, shot, word
 from playwright.sync_api import Page, expect
+
+NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -83,7 +87,7 @@ def test_the_step_that_fails_on_nan_is_marked_and_head_and_title_say_so(
     assert Drawing(chart(page, "loss")).signs() == pytest.approx([11], abs=0.1)
     # The last finite value is where it was.
     x, value = Drawing(chart(page, "loss")).line("step")[-1]
-    assert (x, value) == (pytest.approx(10, abs=0.1), pytest.approx(0.1, abs=0.01))
+    assert x == pytest.approx(10, abs=0.1) and value == pytest.approx(0.1, abs=0.01)
     shot(page, "failed-on-nan")
 
 
@@ -126,3 +130,70 @@ def test_the_sign_stands_where_a_stretch_begins(
     expect(figure(page, "Step")).to_contain_text("40")
     expect(chart(page, "loss").locator(".curve-value")).to_have_text("0.02500")
     assert Drawing(chart(page, "loss")).signs() == pytest.approx([11], abs=0.3)
+
+
+# Alerts and other marks ----------------------------------------------------------------------------
+
+
+def test_an_alert_is_a_line_in_the_panel_of_its_metric_only(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training(callbacks=[Alerts(None, Above("loss", 2))]).begin()
+    for step in range(1, 101):
+        run.step(loss=3.0 if step in (10, 90) else 1.0, other=1.0)
+    page = open_page(run.dashboard.url)
+    expect(page.get_by_role("tab", name="Events")).to_have_text(re.compile("4"))
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("1")
+    expect(chart(page, "other").locator(".curve-value")).to_have_text("1")
+    assert Drawing(chart(page, "loss")).alerts() == pytest.approx([10, 90], abs=0.5)
+    assert Drawing(chart(page, "lr")).alerts() == Drawing(chart(page, "other")).alerts() == []
+    shot(page, "alerts")
+
+
+@pytest.fixture
+def many_alerts(training: Callable[..., Training], open_page: OpenPage) -> Page:
+    """A run with an alert at every second of 114 steps."""
+    run = training(callbacks=[Alerts(None, Above("loss", 2))]).begin()
+    for step in range(1, 115):
+        run.step(loss=1.0 + 2 * (step % 2 == 0))
+    page = open_page(run.dashboard.url)
+    expect(page.get_by_role("tab", name="Events")).to_have_text(re.compile("59"))
+    return page
+
+
+def test_alerts_that_are_close_are_one_mark_with_a_count(many_alerts: Page) -> None:
+    page = many_alerts
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("3")
+    drawing = Drawing(chart(page, "loss"))
+    assert drawing.alerts() == pytest.approx([2], abs=0.5)
+    assert "×57" in drawing.texts  # noqa: RUF001
+    shot(page, "alerts-many")
+
+
+def test_a_kind_of_marks_can_be_switched_off(many_alerts: Page) -> None:
+    page = many_alerts
+    page.locator("summary", has_text="Marks").click()
+    shot(page, "marks")
+    page.get_by_role("checkbox", name="Alerts").uncheck()
+    expect(page.locator("summary", has_text="Marks")).to_have_text("Marks: 1 off")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("checkbox", name="Alerts")).to_be_hidden()
+    page.wait_for_function("() => location.hash.includes('unmarked=alert')")
+    page.evaluate(NEXT_FRAME)
+    assert Drawing(chart(page, "loss")).alerts() == []
+    page.reload()
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("3")
+    assert Drawing(chart(page, "loss")).alerts() == []
+
+
+def test_the_list_folds_alerts_by_one_rule(many_alerts: Page) -> None:
+    page = many_alerts
+    page.get_by_role("tab", name="Events").click()
+    rows = page.locator(".row[data-kind=alert]")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("57 times, steps 2 to 114")
+    shot(page, "events-folded")
+    rows.locator("summary").click()
+    expect(rows.locator("pre")).to_contain_text("step 114")
+    lines = rows.locator("pre").inner_text().splitlines()
+    assert len(lines) == 57 and "step 114" in lines[0] and "step 2" in lines[-1]

@@ -2,7 +2,7 @@
 
 import { button, h, setAttribute, setText, show } from "./dom";
 import * as format from "./format";
-import { tell, wholeOf, type EventKind, type Told } from "./milestones";
+import { repetitionOf, tell, wholeOf, type EventKind, type Told } from "./milestones";
 import type { Model } from "./model";
 import type { RunEvent } from "./protocol";
 import { finder, searchField } from "./search";
@@ -29,6 +29,15 @@ interface Row {
   item: HTMLElement | null;
 }
 
+/** What has happened several times: one row, at the place of the last time. */
+class Repeated {
+  item: HTMLElement | null = null;
+  /** Oldest first. */
+  rows: Row[] = [];
+  /** How often it had happened when `item` was made. */
+  told = 0;
+}
+
 export class Events {
   readonly element: HTMLElement;
   readonly search = searchField("Filter events", () => this.#filter());
@@ -40,6 +49,8 @@ export class Events {
   readonly #off = new Set<EventKind>();
   /** What was made of an event once, so that a row stays the same row. */
   readonly #known = new WeakMap<RunEvent, Row>();
+  /** By what they have in common, so that a row stays the same row. */
+  readonly #repeated = new Map<string, Repeated>();
   #rows: Row[] = [];
   #shown: Row[] = [];
   #limit = ROWS_AT_A_TIME;
@@ -112,9 +123,10 @@ export class Events {
   }
 
   #draw(): void {
-    const newest = this.#shown.slice(-this.#limit).reverse();
+    const lines = this.#fold(this.#shown);
+    const newest = lines.slice(0, this.#limit);
     const old = new Set<Element>(this.#list.children);
-    const items = newest.map((row) => (row.item ??= this.#build(row)));
+    const items = newest.map((line) => (line instanceof Repeated ? this.#itemOf(line) : (line.item ??= this.#build(line))));
     // Only what differs is touched, so that a row that is unfolded or selected stays as it is.
     let place: ChildNode | null = this.#list.firstChild;
     for (const item of items) {
@@ -123,7 +135,7 @@ export class Events {
       old.delete(item);
     }
     for (const item of old) item.remove();
-    show(this.#more, this.#shown.length > newest.length);
+    show(this.#more, lines.length > newest.length);
     const hidden = this.#rows.length - this.#shown.length;
     const notes = [
       this.#rows.length === 0 ? "No events yet." : this.#shown.length === 0 ? "No event matches." : "",
@@ -145,14 +157,65 @@ export class Events {
     return row;
   }
 
-  #build({ event, told }: Row): HTMLElement {
+  /** Newest first, with repetitions as one at the place of the last one. */
+  #fold(rows: Row[]): (Row | Repeated)[] {
+    const lines: (Row | Repeated)[] = [];
+    const found = new Map<string, Row[]>();
+    for (const row of rows) {
+      const key = repetitionOf(row.event);
+      if (key === null) continue;
+      const alike = found.get(key);
+      if (alike) alike.push(row);
+      else found.set(key, [row]);
+    }
+    for (const row of [...rows].reverse()) {
+      const key = repetitionOf(row.event);
+      const alike = (key !== null && found.get(key)) || [row];
+      if (alike.at(-1) !== row) continue; // told with the last one
+      if (key === null || alike.length === 1) {
+        lines.push(row);
+        continue;
+      }
+      let repeated = this.#repeated.get(key);
+      if (!repeated) this.#repeated.set(key, (repeated = new Repeated()));
+      repeated.rows = alike;
+      lines.push(repeated);
+    }
+    return lines;
+  }
+
+  #itemOf(repeated: Repeated): HTMLElement {
+    const { rows, item, told } = repeated;
+    if (item !== null && rows.length === told) return item;
+    repeated.told = rows.length;
+    const steps = rows.map(({ event }) => event.step ?? -1);
+    const [least, greatest] = [Math.min(...steps), Math.max(...steps)];
+    const times = `${format.count(rows.length)} times${least < 0 ? "" : `, steps ${format.count(least)} to ${format.count(greatest)}`}`;
+    const whole = (): string =>
+      [...rows]
+        .reverse()
+        .map(({ event, told }) => `${format.clock(event.time ?? 0)}  step ${format.count(event.step)}  ${told.text}`)
+        .join("\n");
+    const fresh = this.#build(rows.at(-1) as Row, times, whole);
+    const details = item?.querySelector("details");
+    if (details?.open) (fresh.querySelector("details") as HTMLDetailsElement).open = true;
+    return (repeated.item = fresh);
+  }
+
+  #build({ event, told }: Row, times = "", whole = () => wholeOf(event)): HTMLElement {
     const step = event.step ?? -1;
     const time = event.time ?? 0;
     const raw = h("pre", { class: "raw" });
     const details = h(
       "details",
-      { class: "what", ontoggle: () => setText(raw, details.open ? wholeOf(event) : "") },
-      h("summary", {}, h("span", { class: "text" }, told.text), told.by ? h("span", { class: "by" }, told.by) : null),
+      { class: "what", ontoggle: () => setText(raw, details.open ? whole() : "") },
+      h(
+        "summary",
+        {},
+        h("span", { class: "text" }, told.text),
+        times ? h("span", { class: "times" }, times) : null,
+        told.by ? h("span", { class: "by" }, told.by) : null,
+      ),
       raw,
     );
     const place =

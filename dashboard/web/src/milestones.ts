@@ -1,6 +1,7 @@
 // Events of a run in words: what the log says about each, and which of them mark the curves. No DOM.
 
 import { bytes, compact, count, duration } from "./format";
+import type { ChartEvent } from "./charts/scene";
 import type { RunEvent, WireNumber } from "./protocol";
 
 export type EventKind = "alert" | "command" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other";
@@ -13,14 +14,6 @@ export interface Told {
   text: string;
   /** Who caused it; empty where nobody is known. */
   by: string;
-}
-
-/** A line through all charts. */
-export interface Mark {
-  step: number;
-  time: number;
-  kind: "alert" | "checkpoint" | "lr" | "validation";
-  text: string;
 }
 
 const BASE_FIELDS = new Set(["type", "run_id", "seq", "time", "epoch", "step", "batch"]);
@@ -105,6 +98,12 @@ export function tell(event: RunEvent): Told {
   return { kind: "other", tone: "plain", by: words(event.by), ...told };
 }
 
+/** What events have in common that are told once, with their number; null for one that stands for itself. */
+export function repetitionOf(event: RunEvent): string | null {
+  const by = { Alert: [event.rule], CallbackFailed: [event.callback, event.event], EventsDropped: [event.subscriber] };
+  return Object.hasOwn(by, event.type) ? [event.type, ...by[event.type as keyof typeof by]].map((part) => words(part)).join(" ") : null;
+}
+
 /** All that an event carries, for reading: a field a line, texts of several lines as they are. */
 export function wholeOf(event: RunEvent): string {
   return Object.entries(event)
@@ -115,13 +114,15 @@ export function wholeOf(event: RunEvent): string {
     .join("\n");
 }
 
-/** The line that an event draws through the charts, if it draws one. */
-export function markOf(event: RunEvent): Mark | null {
+/** How an event is marked in the charts, if it is. */
+export function markOf(event: RunEvent): ChartEvent | null {
   const { kind, text } = tell(event);
   const saved = numeric(event.saved_step);
-  const at = { step: saved ?? event.step ?? -1, time: event.time ?? 0, text };
+  const metric = typeof event.metric === "string" ? event.metric : null;
+  const at = { step: saved ?? event.step ?? -1, time: event.time ?? 0, text, metric: null };
   if (at.step < 0) return null;
-  if (event.type === "Alert" || event.type === "CallbackFailed") return { ...at, kind: "alert" };
+  if (event.type === "Alert") return { ...at, kind: "alert", metric };
+  if (event.type === "CallbackFailed") return { ...at, kind: "alert" };
   if (event.type === "ValidationEnd") return { ...at, kind: "validation" };
   if (event.type === "CheckpointSaved" || event.type === "LearningRateChanged") {
     return { ...at, kind: kind === "lr" ? "lr" : "checkpoint" };

@@ -5,6 +5,8 @@ import type { PageStorage } from "./storage";
 
 export type Axis = "step" | "epoch" | "time" | "wall";
 export type Tab = "metrics" | "events" | "config";
+/** Kinds of events that are marked in the charts. */
+export type MarkKind = "alert" | "checkpoint" | "lr" | "validation";
 export type Theme = "auto" | "light" | "dark";
 
 export interface ViewState {
@@ -27,6 +29,8 @@ export interface ViewState {
   hidden: string[];
   /** Names of groups of panels that are folded. */
   folded: string[];
+  /** Kinds of events that are not marked in the charts. */
+  unmarked: string[];
   theme: Theme;
 }
 
@@ -42,6 +46,7 @@ export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
   panel: null,
   hidden: [],
   folded: [],
+  unmarked: [],
   theme: "auto",
 });
 
@@ -66,6 +71,7 @@ export function encodeView(state: ViewState): string {
   if (state.panel !== null) fields.set("panel", state.panel);
   for (const key of state.hidden) fields.append("hide", key);
   for (const name of state.folded) fields.append("fold", name);
+  for (const kind of state.unmarked) fields.append("unmarked", kind);
   const text = fields.toString();
   return text === "" ? "" : `#v=${VERSION}&${text}`;
 }
@@ -87,6 +93,7 @@ export function decodeView(hash: string): ViewState | null {
     panel: fields.get("panel"),
     hidden: fields.getAll("hide"),
     folded: fields.getAll("fold"),
+    unmarked: fields.getAll("unmarked"),
     theme: null,
   });
 }
@@ -112,6 +119,7 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     panel: typeof raw.panel === "string" ? raw.panel : null,
     hidden: strings(raw.hidden),
     folded: strings(raw.folded),
+    unmarked: strings(raw.unmarked),
     theme: oneOf(THEMES, raw.theme),
   };
 }
@@ -160,7 +168,7 @@ export class View {
   }
 
   /** Put a name into a list, or take it out if it is there. */
-  toggle(list: "hidden" | "folded", name: string): void {
+  toggle(list: "hidden" | "folded" | "unmarked", name: string): void {
     const names = this.#state[list];
     this.set({ [list]: names.includes(name) ? names.filter((one) => one !== name) : [...names, name] });
   }

@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { markOf, tell, wholeOf } from "../src/milestones";
+import { markOf, repetitionOf, tell, wholeOf } from "../src/milestones";
 import type { RunEvent } from "../src/protocol";
 
 const EVENTS: [RunEvent, string, string, string][] = [
@@ -47,7 +47,10 @@ test.each(["TrainStart", "EpochEnd", "LearningRateChanged", "CommandApplied", "C
 
 test("alerts, checkpoints, learning rates and validations mark the curves, at the step they are about", () => {
   const at = { time: 9, step: 20 };
-  expect(markOf({ type: "Alert", message: "loss is NaN", ...at })).toEqual({ kind: "alert", text: "loss is NaN", ...at });
+  expect(markOf({ type: "Alert", message: "loss is NaN", metric: "loss", ...at })).toEqual({
+    kind: "alert", text: "loss is NaN", metric: "loss", ...at,
+  });
+  expect(markOf({ type: "Alert", message: "no step for 9 s", ...at })?.metric).toBeNull();
   expect(markOf({ type: "CheckpointSaved", saved_step: 15, ...at })).toMatchObject({ kind: "checkpoint", step: 15 });
   expect(markOf({ type: "LearningRateChanged", ...at })?.kind).toBe("lr");
   expect(markOf({ type: "ValidationEnd", ...at })?.kind).toBe("validation");
@@ -61,4 +64,11 @@ test("the whole of an event keeps the lines of a traceback", () => {
     "type: CallbackFailed", "error: ValueError: no", "traceback:", "  Traceback:", "    in f", "failures: 2",
   ]);
   expect(wholeOf({ type: "X", metrics: { loss: "NaN" } })).toBe('type: X\nmetrics:\n  {\n    "loss": "NaN"\n  }');
+});
+
+test("alerts by one rule are repetitions, whatever their values; validations are not", () => {
+  const alert = (rule: string, message: string) => repetitionOf({ type: "Alert", rule, message });
+  expect(alert("Spike('loss')", "loss is 5")).toBe(alert("Spike('loss')", "loss is 6"));
+  expect(alert("Spike('loss')", "loss is 5")).not.toBe(alert("NonFinite('loss')", "loss is 5"));
+  expect(repetitionOf({ type: "ValidationEnd" })).toBeNull();
 });

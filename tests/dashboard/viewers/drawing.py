@@ -84,6 +84,16 @@ class Drawing:
         assert len(lines) == 1, f"{label} has {len(lines)} lines, not one"
         return [(self.x(x), self.y(y)) for x, y, _ in lines[0]]
 
+    def alerts(self) -> list[float]:
+        """Return where on the x axis an alert is a line from the top to the foot."""
+        alert = _hex(self.raw["alert"])
+        lines = [
+            stroke["path"]
+            for stroke in self.raw["strokes"]
+            if stroke["colour"] == alert and stroke["dash"] and len(stroke["path"]) == 2
+        ]
+        return [self.x(line[0][0]) for line in lines]
+
     def signs(self) -> list[float]:
         """Return where on the x axis a cross says that values are not finite."""
         alert = _hex(self.raw["alert"])

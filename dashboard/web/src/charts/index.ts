@@ -419,7 +419,7 @@ export class Charts {
   }
 
   #makeScene(): Scene {
-    const { axis, logX, logY, smoothing, hidden } = this.#host.view.get();
+    const { axis, logX, logY, smoothing, hidden, unmarked } = this.#host.view.get();
     // A root that was not in the document yet had no colours.
     if (this.#theme.text === "") this.#theme = readTheme(this.#root);
     const column = COLUMNS[axis];
@@ -435,6 +435,7 @@ export class Charts {
       logY,
       smoothing,
       hidden: new Set(hidden),
+      unmarked: new Set(unmarked),
       gaps: this.#store.gaps,
       trimmed: this.#store.trimmed ?? this.#status?.trimmed ?? null,
       events: [],

@@ -1,6 +1,7 @@
 // Curves, marks, gaps and events on a panel's canvas. All positions are in device pixels.
 
 import type { Scale } from "./axes";
+import type { Mark } from "./marks";
 import type { Scene } from "./scene";
 import type { Curve, Point } from "./series_store";
 import { type Box, trace, type View, visible } from "./trace";
@@ -67,14 +68,15 @@ function shade({ ctx, box, ratio, scene }: Brush, from: number, to: number, name
   ctx.fillText(name, start, box.top + 3 * ratio);
 }
 
-/** Events, then the lines, and on top what stands out of the plot at its edges: best values and marks. */
-export function paintLines(brush: Brush, lines: readonly Line[]): void {
+/** Marks of events, then the lines, and on top what stands out of the plot at its edges: best values and marks. */
+export function paintLines(brush: Brush, lines: readonly Line[], marks: readonly Mark[]): void {
   const { ctx } = brush;
   ctx.save();
   clip(brush);
   ctx.lineJoin = "bevel"; // a mitre at a spike would stick out beyond its value
   ctx.lineWidth = thin(brush.ratio);
-  paintEvents(brush);
+  for (const mark of marks) paintMark(brush, mark);
+  paintCounts(brush, marks.filter(isLine));
   // Those with few points are drawn last, over the thicket of the others.
   const ordered = [...lines].sort((one, other) => other.curve.length - one.curve.length);
   for (const line of ordered) paintLine(brush, line);
@@ -170,31 +172,63 @@ function paintMarks({ ctx, box, ratio, scene }: Brush, curve: Curve): void {
   }
 }
 
-/** Alerts are lines through all panels; of what happens all the time there is a tick at the foot. */
-function paintEvents({ ctx, box, ratio, scene }: Brush): void {
+function isLine({ kind, isOwn }: Mark): boolean {
+  return kind === "alert" && isOwn;
+}
+
+/** How high the ticks of what happens all the time are, and how tall lr's is, so that kinds can be told apart. */
+const TICKS = { validation: 5, checkpoint: 5, lr: 9, alert: 9 } as const;
+
+/**
+ * An alert about a curve of the panel is a line through it; of all else there is a tick at the foot. Several as one:
+ * a bar from the first to the last, and for alerts their number.
+ */
+function paintMark({ ctx, box, ratio, scene }: Brush, mark: Mark): void {
+  const { kind, from, to } = mark;
   const bottom = box.top + box.height;
-  const drawn = new Set<string>(); // one line for all that are in the same pixel
-  for (const { kind, x: at } of scene.events) {
-    const unit = scene.x.toUnit(at);
-    if (!(unit >= 0 && unit <= 1)) continue;
-    const x = Math.round(box.left + unit * box.width) + 0.5;
-    const alert = kind === "alert";
-    if (drawn.has(`${kind} ${x}`)) continue;
-    drawn.add(`${kind} ${x}`);
-    ctx.strokeStyle = ctx.fillStyle = alert ? scene.theme.alert : scene.theme.event;
-    ctx.beginPath();
-    ctx.setLineDash(alert ? [4 * ratio, 3 * ratio] : []);
-    ctx.moveTo(x, alert ? box.top : bottom - (kind === "lr" ? 9 : 5) * ratio);
-    ctx.lineTo(x, bottom);
-    ctx.stroke();
-    if (!alert) continue;
-    ctx.beginPath(); // a flag, so that an alert is not told by its colour alone
-    ctx.moveTo(x, box.top);
-    ctx.lineTo(x + 7 * ratio, box.top + 3.5 * ratio);
-    ctx.lineTo(x, box.top + 7 * ratio);
-    ctx.fill();
-  }
+  const x = Math.round(box.left + from * box.width) + 0.5;
+  const end = Math.round(box.left + to * box.width) + 0.5;
+  const line = isLine(mark);
+  ctx.strokeStyle = ctx.fillStyle = kind === "alert" ? scene.theme.alert : scene.theme.event;
+  ctx.beginPath();
+  ctx.setLineDash(line ? [4 * ratio, 3 * ratio] : []);
+  ctx.moveTo(x, line ? box.top : bottom - TICKS[kind] * ratio);
+  ctx.lineTo(x, bottom);
+  ctx.stroke();
   ctx.setLineDash([]);
+  if (end > x) ctx.fillRect(x, line ? box.top : bottom - 2 * ratio, end - x, 2 * ratio);
+  if (kind === "checkpoint") {
+    ctx.fillRect(x - 2 * ratio, bottom - 7 * ratio, 4 * ratio, 4 * ratio);
+  }
+  if (!line) return;
+  ctx.beginPath(); // a flag, so that an alert is not told by its colour alone
+  ctx.moveTo(x, box.top);
+  ctx.lineTo(x + 7 * ratio, box.top + 3.5 * ratio);
+  ctx.lineTo(x, box.top + 7 * ratio);
+  ctx.fill();
+}
+
+/** How many alerts are behind a line: beside its flag, on the side that has room; on none where there is no room. */
+function paintCounts({ ctx, box, ratio, scene }: Brush, marks: readonly Mark[]): void {
+  ctx.font = `600 ${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
+  ctx.fillStyle = scene.theme.alert;
+  ctx.textAlign = "left";
+  ctx.textBaseline = "top";
+  let taken = box.left;
+  marks.forEach(({ from, events }, index) => {
+    const x = box.left + from * box.width;
+    const next = box.left + (marks[index + 1]?.from ?? 1) * box.width;
+    const text = `×${events.length}`;
+    const width = ctx.measureText(text).width;
+    const [right, left] = [x + 9 * ratio, x - 4 * ratio - width];
+    const place = right + width <= next ? right : left >= taken ? left : null;
+    if (events.length > 1 && place !== null) {
+      ctx.fillText(text, place, box.top + 3 * ratio);
+      taken = Math.max(place + width, right);
+    } else {
+      taken = right;
+    }
+  });
 }
 
 /** Write something into the middle of the plot, or at its foot. */

@@ -11,6 +11,7 @@ import type { Latest, SeriesInfo } from "../protocol";
 import { toNumber } from "../protocol";
 import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { swatch } from "./dom";
+import { type Mark, marksOf, textOf } from "./marks";
 import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintText } from "./paint";
 import type { Scene } from "./scene";
 import type { Curve, Point } from "./series_store";
@@ -78,6 +79,7 @@ export class Panel {
   #yTicks: Ticks = { values: [], labels: [] };
   /** Steps that the weight of smoothing is for: how far the points of the densest curve are apart. */
   #unit = 1;
+  #marks: Mark[] = [];
   /** Points in view that a logarithmic axis has no place for. */
   #belowZero = 0;
   #summarised = 0;
@@ -217,6 +219,7 @@ export class Panel {
     const unit = Math.min(...distances);
     this.#unit = Number.isFinite(unit) ? unit : 1;
     this.#y = this.#fitY(scene);
+    this.#marks = marksOf(scene, new Set(this.curves.map(({ info }) => info.key)), plotSize(chart).width);
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
     this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 36)));
     chart.batch(() => chart.redraw(false, true));
@@ -401,7 +404,7 @@ export class Panel {
       const [colour, values] = [scene.theme.hues[hue(slot)] as string, this.#values(curve, scene)];
       return [{ curve, values, colour, dash: dash(slot), best: bestOf(curve, info) }];
     });
-    paintLines(brush, lines);
+    paintLines(brush, lines, this.#marks);
     if (lines.length === 0) paintText(brush, shown.length === 0 ? "all curves are hidden" : "no values yet", "middle");
     else if (this.#belowZero > 0) paintText(brush, `${this.#belowZero} of 0 or less not shown`, "foot");
   }
@@ -556,12 +559,12 @@ export class Panel {
     if (cursor === null) return [];
     const unit = scene.x.toUnit(cursor);
     const reach = 5 / Math.max(this.width, 1);
-    const events = scene.events.filter((event) => Math.abs(scene.x.toUnit(event.x) - unit) < reach);
+    const marks = this.#marks.filter(({ from, to }) => unit > from - reach && unit < to + reach);
     const gap = scene.gaps.find(([after, before]) => {
       const [from, to] = [scene.placeOf(after), scene.placeOf(before)];
       return from !== null && to !== null && cursor > from && cursor < to;
     });
-    return [...(gap ? [`${gap[2]} dropped`] : []), ...events.slice(-2).map((event) => event.text)];
+    return [...(gap ? [`${gap[2]} dropped`] : []), ...marks.slice(-2).map(textOf)];
   }
 
   /** Dots on the curves at the cursor. */

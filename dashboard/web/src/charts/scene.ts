@@ -1,7 +1,7 @@
 // What all panels draw alike.
 
 import type { Gap } from "../protocol";
-import type { Axis } from "../view";
+import type { Axis, MarkKind } from "../view";
 import type { Scale } from "./axes";
 import type { Column } from "./series_store";
 import type { Theme } from "./theme";
@@ -11,8 +11,10 @@ export interface ChartEvent {
   step: number;
   /** Unix time in seconds. */
   time: number;
-  kind: "alert" | "checkpoint" | "lr" | "validation";
+  kind: MarkKind;
   text: string;
+  /** The metric that it is about, and whose panel it is marked in; null: in all panels. */
+  metric: string | null;
 }
 
 export interface Scene {
@@ -25,6 +27,8 @@ export interface Scene {
   smoothing: number;
   /** Keys of curves that are switched off. */
   hidden: ReadonlySet<string>;
+  /** Kinds of events that are not marked. */
+  unmarked: ReadonlySet<string>;
   gaps: readonly Gap[];
   trimmed: number | null;
   events: readonly (ChartEvent & { x: number })[];

@@ -1,7 +1,7 @@
 // The bar above the charts: search, x axis, logarithms, smoothing, following.
 
-import type { Axis, View, ViewState } from "../view";
-import { h, setAttribute, setText } from "../dom";
+import type { Axis, MarkKind, View, ViewState } from "../view";
+import { h, icon, setAttribute, setText } from "../dom";
 import { searchField } from "../search";
 
 const AXES: readonly [Axis, string, string][] = [
@@ -9,6 +9,14 @@ const AXES: readonly [Axis, string, string][] = [
   ["epoch", "Epoch", "Epochs done"],
   ["time", "Time", "Time since the start"],
   ["wall", "Clock", "Time of day"],
+];
+
+/** Kinds of marks, how they look in a chart, and what they are called. */
+const MARKS: readonly [MarkKind, string, string][] = [
+  ["alert", "M4 2v13M4 2.5l8 3-8 3z", "Alerts"],
+  ["validation", "M8 10v5", "Validations"],
+  ["checkpoint", "M8 8v7M6 8h4v4H6z", "Checkpoints"],
+  ["lr", "M8 6v9", "Learning rate"],
 ];
 
 /** The slider goes from 0 to 100; most of it is where it matters, near 1. */
@@ -37,6 +45,8 @@ export class Toolbar {
   readonly #reset: HTMLButtonElement;
   readonly #slider: HTMLInputElement;
   readonly #amount: HTMLElement;
+  readonly #marks: Map<MarkKind, HTMLInputElement>;
+  readonly #marksButton = h("summary", { class: "button" });
 
   constructor(host: ToolbarHost) {
     const { view } = host;
@@ -52,6 +62,26 @@ export class Toolbar {
     this.#slider = h("input", { type: "range", min: "0", max: "100", step: "1", class: "charts-slider" });
     this.#slider.addEventListener("input", () => view.set({ smoothing: smoothingOf(Number(this.#slider.value)) }));
     this.#amount = h("output", { class: "charts-amount" });
+    this.#marks = new Map(MARKS.map(([kind]) => {
+      const onchange = (): void => view.toggle("unmarked", kind);
+      return [kind, h("input", { type: "checkbox", onchange })];
+    }));
+    const marks = MARKS.map(([kind, sign, name]) => h("label", {}, this.#marks.get(kind), icon(sign), name));
+    const menu = h(
+      "details",
+      { class: "menu" },
+      this.#marksButton,
+      h("div", { class: "menu-items", role: "group", "aria-label": "Marks in the charts" }, ...marks),
+    );
+    document.addEventListener("click", (event) => {
+      if (!menu.contains(event.target as Node)) menu.open = false;
+    });
+    menu.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || !menu.open) return;
+      event.preventDefault(); // it closes the menu and nothing else
+      menu.open = false;
+      this.#marksButton.focus();
+    });
     this.root = h(
       "div",
       { class: "toolbar", role: "group", "aria-label": "Charts" },
@@ -59,6 +89,7 @@ export class Toolbar {
       h("div", { class: "charts-segments", role: "group", "aria-label": "X axis" }, ...this.#axes.values()),
       h("div", { class: "charts-segments", role: "group", "aria-label": "Logarithmic axes" }, this.#logX, this.#logY),
       h("div", { class: "charts-tail" }, this.#follow, this.#reset),
+      menu,
       h("label", { class: "charts-smoothing" }, "Smoothing", this.#slider, this.#amount),
     );
     this.show(view.get());
@@ -70,6 +101,9 @@ export class Toolbar {
     press(this.#logX, state.logX && state.axis !== "wall");
     this.#logX.disabled = state.axis === "wall";
     press(this.#logY, state.logY);
+    for (const [kind, box] of this.#marks) box.checked = !state.unmarked.includes(kind);
+    const off = [...this.#marks.values()].filter((box) => !box.checked).length;
+    setText(this.#marksButton, off === 0 ? "Marks" : `Marks: ${off} off`);
     press(this.#follow, state.follow);
     this.#reset.disabled = state.zoom === null;
     const position = positionOf(state.smoothing);
