@@ -148,6 +148,7 @@ class LiveRun:
             optimizers=list(optimizers) if len(optimizers) > 1 else [],
             monitor=run.monitor,
             config=masked(start.config),
+            callbacks=list(run.callback_costs),
             refused={name: why for name, why in run.refused.items() if name in get_args(CommandName)},
         )
 

@@ -285,6 +285,8 @@ class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     """All settings, secrets masked."""
     refused: dict[str, str] = {}
     """Commands that this run rejects, and why: `{"validate": "there is no val_loader"}`."""
+    callbacks: list[str] = []
+    """Names of its callbacks, which commands have in `by`."""
 
 
 class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):

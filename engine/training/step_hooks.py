@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from offloop.engine.bus.command_mailbox import actor
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, STEP_POINTS, StepHook
 from offloop.engine.errors import as_failure
 from offloop.engine.events import Event
@@ -207,6 +208,8 @@ class StepHooks:
         self.point.name, self.point.batch, self._running = hook.point, batch, hook
         started = time.perf_counter()
         self._host.guard()
+        # Whose commands are given now
+        who = actor.set(hook.callback)
         try:
             with torch.no_grad():
                 hook.method(self.point)
@@ -221,4 +224,5 @@ class StepHooks:
             if self._failures_in_row:
                 self._failures_in_row.pop(hook.callback, None)
         finally:
+            actor.reset(who)
             self.seconds[hook.callback] += time.perf_counter() - started

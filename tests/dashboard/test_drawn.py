@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from offloop import Above, Alerts
+from offloop import Above, Alerts, ModelCheckpoint
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
@@ -197,3 +198,31 @@ def test_the_list_folds_alerts_by_one_rule(many_alerts: Page) -> None:
     expect(rows.locator("pre")).to_contain_text("step 114")
     lines = rows.locator("pre").inner_text().splitlines()
     assert len(lines) == 57 and "step 114" in lines[0] and "step 2" in lines[-1]
+
+
+# The list of events --------------------------------------------------------------------------------
+
+
+def test_commands_of_callbacks_name_them_and_are_listed_when_asked_for(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    run = training(tmp_path, callbacks=[ModelCheckpoint(every_n_steps=5)]).begin()
+    for step in range(1, 21):
+        run.step(loss=1 / step)
+    page = open_page(run.dashboard.url)
+    expect(figure(page, "Step")).to_contain_text("20")
+    run.run.set_lr_nowait(0.05)
+    run.step(loss=0.04)
+    run.step(loss=0.04)
+    expect(figure(page, "Learning rate")).to_contain_text("0.05")
+    page.get_by_role("tab", name="Events").click()
+    rows = page.locator(".row", has=page.locator(".by"))
+    expect(rows.filter(has_text="Command set_lr")).to_contain_text("user")
+    expect(rows.filter(has_text="Command checkpoint")).to_have_count(0)
+    expect(page.get_by_text("4 not shown")).to_be_visible()
+    page.get_by_role("button", name="Commands of callbacks 4").click()
+    saved = rows.filter(has_text="Command checkpoint (reason interval)")
+    expect(saved).to_have_count(4)
+    for row in saved.all():
+        expect(row.locator(".by")).to_have_text("ModelCheckpoint")
+    shot(page, "commands-of-callbacks")

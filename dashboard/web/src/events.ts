@@ -10,6 +10,7 @@ import { finder, searchField } from "./search";
 const KINDS: Record<EventKind, string> = {
   alert: "Alerts",
   command: "Commands",
+  automatic: "Commands of callbacks",
   state: "State",
   lr: "Learning rate",
   checkpoint: "Checkpoints",
@@ -46,7 +47,9 @@ export class Events {
   readonly #list = h("ol", { class: "log", reversed: true, "aria-label": "Events, the newest first" });
   readonly #note = h("p", { class: "empty" });
   readonly #more: HTMLButtonElement;
-  readonly #off = new Set<EventKind>();
+  /** What callbacks ask for is their routine: `ModelCheckpoint` may do so thousands of times. */
+  readonly #off = new Set<EventKind>(["automatic"]);
+  #callbacks: readonly string[] = [];
   /** What was made of an event once, so that a row stays the same row. */
   readonly #known = new WeakMap<RunEvent, Row>();
   /** By what they have in common, so that a row stays the same row. */
@@ -96,6 +99,7 @@ export class Events {
     if (model.milestones === this.#milestones && model.missed === this.#missed) return;
     this.#milestones = model.milestones;
     this.#missed = model.missed;
+    this.#callbacks = model.run?.callbacks ?? [];
     this.#rows = model.milestones.map((event) => this.#row(event));
     if (this.#rows.length <= ROWS_AT_A_TIME) this.#limit = ROWS_AT_A_TIME;
     if (this.#active) this.#filter();
@@ -139,7 +143,7 @@ export class Events {
     const hidden = this.#rows.length - this.#shown.length;
     const notes = [
       this.#rows.length === 0 ? "No events yet." : this.#shown.length === 0 ? "No event matches." : "",
-      hidden > 0 ? `${format.count(hidden)} not shown by the filter.` : "",
+      hidden > 0 ? `${format.count(hidden)} not shown; choose them above.` : "",
       this.#missed > 0 ? `${format.count(this.#missed)} older ones are in events.jsonl only.` : "",
     ];
     setText(this.#note, notes.filter(Boolean).join(" "));
@@ -150,6 +154,8 @@ export class Events {
     let row = this.#known.get(event);
     if (row === undefined) {
       const told = tell(event);
+      const isAutomatic = told.kind === "command" && !event.error && this.#callbacks.includes(told.by);
+      if (isAutomatic) told.kind = "automatic";
       const text = `${event.type} ${told.kind} ${told.text} ${told.by}`;
       row = { event, told, text, item: null };
       this.#known.set(event, row);

@@ -4,7 +4,7 @@ import { bytes, compact, count, duration } from "./format";
 import type { ChartEvent } from "./charts/scene";
 import type { RunEvent, WireNumber } from "./protocol";
 
-export type EventKind = "alert" | "command" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other";
+export type EventKind = "alert" | "command" | "automatic" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other";
 export type Tone = "plain" | "good" | "warn" | "bad";
 
 export interface Told {

@@ -138,6 +138,8 @@ export interface RunInfo {
   monitor: string;
   config: Record<string, unknown>;
   refused: Partial<Record<CommandName, string>>;
+  /** Names of its callbacks, as commands have them in `by`; an older server does not send it. */
+  callbacks?: string[];
 }
 
 export interface SeriesInfo {

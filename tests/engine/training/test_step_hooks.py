@@ -14,6 +14,7 @@ from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
     Callback,
     CallbackFailed,
+    CommandApplied,
     ConfigError,
     EpochEnd,
     Event,
@@ -594,3 +595,17 @@ def test_callback_that_leaves_is_not_called_any_more_and_others_are(accumulated:
     assert staying.seen[-1] == ("before_train_end", 1, 4)
     trainer.train(BATCHES, epochs=1, callbacks=[leaving])  # a new run, in which it has not left
     assert leaving.seen.count(("after_step", 0, 1)) == 2
+
+
+def test_commands_of_step_hooks_name_their_callback(tmp_path: Path) -> None:
+    class Tires(Callback):
+        @in_step
+        def after_step(self, point: StepPoint) -> None:
+            if point.step == 3:
+                point.run.stop_nowait("tired")
+
+    recorder = Recorder()
+    callbacks = [recorder, ModelCheckpoint(every_n_steps=2, save_last=False), Tires()]
+    tiny_trainer(run_dir=str(tmp_path)).train(BATCHES, epochs=1, callbacks=callbacks)
+    given = [(each.step, each.command, each.by) for each in recorder.of(CommandApplied)]
+    assert given == [(2, "checkpoint", "ModelCheckpoint"), (3, "stop", "Tires")]
