@@ -26,14 +26,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any, Final, TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.progress_bar import ProgressBar as Bar
-from rich.table import Table
+from rich.console import Console, RenderableType
 from rich.text import Text
 
+from offloop.callbacks.progress_block import WIDE, Bar, Block, wrapped
 from offloop.engine import (
     Callback,
     EpochEnd,
@@ -63,8 +61,6 @@ LINE_INTERVAL: Final = 10.0
 """Seconds between plain lines without a terminal."""
 NOTEBOOK_WIDTH: Final = 100
 """Columns in a notebook, whose width is unknown."""
-BARS_WIDTH: Final = 100
-"""Most columns of a bar with its texts: what is printed over a shorter one hides more of it."""
 ROOM: Final = 3
 """Lines for output between two redraws: an epoch's summary, a warning with its line of code."""
 
@@ -90,6 +86,7 @@ class ProgressBar(Callback):
 
     # It needs the newest step only.
     buffer = 1
+    sample_interval = REDRAW_INTERVAL
 
     @explains_arguments()
     def __init__(self, *, metrics: tuple[str, ...] | list[str] = (), file: TextIO | None = None) -> None:
@@ -196,7 +193,7 @@ class ProgressBar(Callback):
         """Return epoch, number of ranks and values as one line."""
         return "  ".join([self._describe_epoch(), *self._ranks(), self.status()])
 
-    def block(self, width: int, *, with_name: bool = False) -> RenderableType:
+    def block(self, width: int, *, with_name: bool = False) -> Block:
         """Return the drawing for a terminal: two bars and the values, in `width` columns.
 
         Args:
@@ -206,47 +203,27 @@ class ProgressBar(Callback):
         if self._run is not None and self._took is None:
             # The present values: events may lag.
             self._step, self._epoch = self._run.step, self._run.epoch
-        grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
-        grid.width = min(width, BARS_WIDTH)
-        # Then the bars keep their place when a text grows.
-        is_wide = width >= 60
-        grid.add_column(no_wrap=True, min_width=16 if is_wide else None)
-        grid.add_column(ratio=1)
-        grid.add_column(no_wrap=True, justify="right", min_width=12 if is_wide else None)
         done, total = self._run_progress()
         left = self._seconds_left()
         waits = self._doing and self._doing != "validating"
         state = self._doing if waits else "" if left is None else f"{_duration(left)} left"
         # In a narrow terminal the bar needs the room.
-        where = "  ".join([self._describe_epoch(), *(self._ranks() if is_wide else [])])
-        grid.add_row(where, Bar(total, done or 0, pulse=total is None), state)
-        grid.add_row(*self._second_row())
-        values = _wrapped([*self._shown_values(), *self._samples_per_second()], width)
-        parts: list[RenderableType] = [
-            grid,
-            *(Text(each, no_wrap=True, overflow="ellipsis") for each in values),
-        ]
-        if with_name and self._run is not None:
-            parts.insert(0, Text(self._run.id, style="bold", no_wrap=True, overflow="ellipsis"))
-        return Group(*parts)
+        where = "  ".join([self._describe_epoch(), *(self._ranks() if width >= WIDE else [])])
+        title = self._run.id if with_name and self._run is not None else ""
+        values = [*self._shown_values(), *self._samples_per_second()]
+        return Block([Bar(where, state, done or 0, total), self._second_bar()], values, width, title=title)
 
-    def _second_row(self) -> tuple[str, Bar, str]:
+    def _second_bar(self) -> Bar:
         validation, run = self._validation, self._run
         if validation is not None and run is not None:
             done, total = run.validation_batch, validation.batches
-            return (
-                f"validation {done}" + (f"/{total}" if total else ""),
-                Bar(total, done, pulse=not total),
-                "",
-            )
+            return Bar(f"validation {done}" + (f"/{total}" if total else ""), "", done, total or None)
         in_epoch, of_epoch = self._step, None
         if self._start is not None and (of_epoch := self._start.steps_per_epoch):
             in_epoch = min(max(0, self._step - self._epoch * of_epoch), of_epoch)
         speed = f"{self._speed:.3g} steps/s" if self._speed else ""
-        return (
-            f"step {in_epoch}" + (f"/{of_epoch}" if of_epoch else ""),
-            Bar(of_epoch, in_epoch, pulse=not of_epoch),
-            speed,
+        return Bar(
+            f"step {in_epoch}" + (f"/{of_epoch}" if of_epoch else ""), speed, in_epoch, of_epoch or None
         )
 
     def _shown_values(self) -> list[str]:
@@ -512,7 +489,7 @@ class _Terminal(_Live):
             self._write(drawn)
 
     def leave(self, bar: ProgressBar) -> None:
-        text = Text("\n".join(_wrapped(self.line_of(bar).split("  "), _size_of(self._console)[0])))
+        text = Text("\n".join(wrapped(self.line_of(bar).split("  "), _size_of(self._console)[0])))
         text.highlight_words([bar._doing], _STATUS_STYLES.get(bar._doing, "yellow"))
         self._write("\r\x1b[J" + self._render(text))
         self._drawn = ""
@@ -565,24 +542,13 @@ class _Notebook(_Live):
             file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_terminal=True, force_jupyter=False,
             color_system="truecolor",
         )  # fmt: skip
-        over = Text("\n".join(_wrapped(bar.line().split("  "), NOTEBOOK_WIDTH)))
+        over = Text("\n".join(wrapped(bar.line().split("  "), NOTEBOOK_WIDTH)))
         console.print(over if is_over else bar.block(NOTEBOOK_WIDTH))
         pre = '<pre style="white-space:pre;line-height:normal;font-family:monospace">{code}</pre>'
         return {
             "text/html": console.export_html(inline_styles=True, code_format=pre, clear=False),
             "text/plain": console.export_text(),
         }
-
-
-def _wrapped(items: Iterable[str], width: int) -> list[str]:
-    """Arrange items in lines of at most `width` columns, without breaking an item."""
-    lines: list[str] = []
-    for item in items:
-        if lines and len(lines[-1]) + 2 + len(item) <= width:
-            lines[-1] += f"  {item}"
-        else:
-            lines.append(item)
-    return lines
 
 
 def _size_of(console: Console) -> tuple[int, int]:

@@ -16,6 +16,8 @@ EVERY_SECONDS: Final = 1.0
 class ValueLogger(Callback):
     """Calls `write` with the values to write, in the callback's worker thread."""
 
+    sample_interval = 0.5
+
     def __init__(self, *, every_seconds: float | None = None, every_n_steps: int | None = None) -> None:
         """Choose the interval of steps: by time (a second by default) or by steps.
 

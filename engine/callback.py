@@ -92,6 +92,10 @@ class Callback:
     None: observers isolate, deciders and step hooks raise."""
     buffer: ClassVar[int | None] = None
     """Samples buffered for the callback's observers, at least 1; None for the default of the bus."""
+    sample_interval: ClassVar[float] = 0.0
+    """Least seconds between two batches of samples, at least 0. Milestones come at once, with the samples before them,
+    and samples come sooner if the buffer is half full. Being woken costs more than handling a few events: set it where
+    samples may come late, as for a log. 0: as often as the run's events are delivered, every 50 ms."""
     runs_in: Literal["here", "process"] = "here"
     """Where observers run. `"here"`: in the process that trains. `"process"`: in a child process of the callback's own,
     for handlers that compute in Python, which would slow training down here.
@@ -446,6 +450,7 @@ class Handlers:
         checks.whole_number(f"{self.name}.buffer", callback.buffer, optional=True)
         checks.whole_number(f"{self.name}.evaluates_every", callback.evaluates_every, optional=True)
         checks.choice(f"{self.name}.runs_in", callback.runs_in, ("here", "process"))
+        checks.number(f"{self.name}.sample_interval", callback.sample_interval, at_least=0, unit="seconds")
         checks.number(f"{self.name}.drain_timeout", callback.drain_timeout, at_least=0, optional=True)
 
     def _check_process(self) -> None:

@@ -241,6 +241,7 @@ class Bus:
         on_full: OnFull = "drop_oldest",
         replay: bool = False,
         owner: str = "",
+        sample_interval: float = 0.0,
     ) -> Subscription[E]:
         """Subscribe to events of the given classes and their subclasses. Does not block beyond a hand-over in progress.
 
@@ -251,12 +252,19 @@ class Bus:
             on_full: `"drop_oldest"`, or `"block"`: training waits until there is room.
             replay: Begin with the milestones so far (the last 100,000, up to 64 MiB).
             owner: The callback that reads it outside its handlers, if one does.
+            sample_interval: Least seconds between two times at which samples alone wake the subscriber.
 
         Raises:
             BusClosedError: The bus has ended and there is no replay.
         """
         subscription: Subscription[E] = Subscription(
-            self._subscribers, types, name=name, buffer=buffer, on_full=on_full, owner=owner
+            self._subscribers,
+            types,
+            name=name,
+            buffer=buffer,
+            on_full=on_full,
+            owner=owner,
+            sample_interval=sample_interval,
         )
         self._subscribers.add(subscription, replay=replay)
         return subscription
@@ -318,6 +326,7 @@ class Bus:
                 if not self._queue:
                     break
             else:
+                self._subscribers.rest()
                 self._armed = True
                 if not (self._queue or self._closing or self._subscribers.has_leaving):
                     self._idling = anyio.Event()

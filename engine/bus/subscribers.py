@@ -122,6 +122,11 @@ class Subscribers:
             self._put(batch[start:] if start else batch, milestones)
             self._history.extend(milestones)
 
+    def rest(self) -> None:
+        """Wake the consumers that still have samples: nothing comes for now. Drainer."""
+        for subscription in self._living():
+            subscription._wake_for_samples()
+
     def _put(self, events: list[Event], milestones: list[Event]) -> None:
         if events:
             for subscription in self._living():

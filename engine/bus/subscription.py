@@ -7,6 +7,10 @@
     put_barrier(barrier) ──────────┘
     then wakes the consumer that waits
 
+A consumer that only follows samples need not be woken for each hand-over: with `sample_interval`, samples alone wake it
+that rarely. Milestones, barriers, a buffer that is half full and the end wake it at once; so does the drainer before
+it sleeps because nothing comes any more.
+
 The buffer may hold `buffer` samples. Beyond that the oldest are dropped and counted, or, with `on_full="block"`,
 the subscription is blocking: the training thread waits until half of the buffer is free. Milestones are never
 dropped; a subscriber that is `MAX_MILESTONES_BEHIND` of them behind is closed.
@@ -150,6 +154,7 @@ class Subscription(Generic[E_co]):
         buffer: int,
         on_full: OnFull,
         owner: str = "",
+        sample_interval: float = 0.0,
     ) -> None:
         self.name = name
         # The callback that reads it outside its handlers, if one does.
@@ -179,6 +184,10 @@ class Subscription(Generic[E_co]):
         self._wake_consumer: Callable[[], None] | None = None
         self._waker: Waker | None = None  # None for a consumer in the drainer's event loop
         self._waits_for_samples = True  # written by the consumer before it waits, read by the drainer
+        self._sample_interval = sample_interval
+        # When samples alone may wake the consumer again, on the clock of events. Written by the consumer as it takes,
+        # and by the drainer before it sleeps; a write that is lost wakes the consumer sooner or one event later.
+        self._samples_due = 0.0
         self._batch: deque[E_co] = deque()  # consumer only: what iteration has taken and not returned yet
 
     # Consumer's side
@@ -214,9 +223,11 @@ class Subscription(Generic[E_co]):
             self._source.attention()
         if not events:
             return []
+        now = self._source.clock()
+        self._samples_due = now + self._sample_interval
         first = events[0]
         if isinstance(first, Event):
-            self._lag = max(self._lag, self._source.clock() - first.time)
+            self._lag = max(self._lag, now - first.time)
         return list(events)  # type: ignore[arg-type]  # the buffer holds only the wanted types
 
     async def take_batch(self, limit: int | None = None) -> list[E_co]:
@@ -232,8 +243,8 @@ class Subscription(Generic[E_co]):
     async def wait(self, *, samples: bool = True) -> bool:
         """Wait until there is something to take. False means the end: the buffer is empty and stays so.
 
-        With `samples=False`, only a milestone or the end completes the wait: a consumer that takes samples at its
-        own pace is not woken for every hand-over. Thread: one task at a time, of any event loop.
+        With `samples=False`, only a milestone, a buffer that is half full or the end completes the wait, for a
+        consumer that takes samples at its own pace. Thread: one task at a time, of any event loop.
         Cancellation: safe, no event is lost.
         """
         self._waits_for_samples = samples
@@ -267,7 +278,14 @@ class Subscription(Generic[E_co]):
 
     def _has_arrived(self) -> bool:
         """True if the buffer holds what the consumer waits for."""
-        return bool(self._events if self._waits_for_samples else self._milestones)
+        if self._milestones or not self._events:
+            return bool(self._milestones)
+        # Sooner than samples are dropped; a buffer of one means "latest only".
+        if len(self._events) > max(1, self.buffer // 2):
+            return True
+        return self._waits_for_samples and (
+            not self._sample_interval or self._source.clock() >= self._samples_due
+        )
 
     def _close_waker(self) -> None:
         if self._waker is not None:
@@ -333,6 +351,12 @@ class Subscription(Generic[E_co]):
         if has_changed:
             self._source.attention()
         if is_over or self._has_arrived():
+            self._wake()
+
+    def _wake_for_samples(self) -> None:
+        """Wake the consumer if the buffer has samples: no more will come soon."""
+        if self._events and self._waits_for_samples:
+            self._samples_due = 0.0
             self._wake()
 
     def _put_barrier(self, barrier: Barrier) -> None:

@@ -9,7 +9,7 @@ position of the cut is given by the attempt that made the checkpoint and, within
 event, which never runs backwards. Between attempts it may: the machine's clock may have been set back.
 """
 
-import dataclasses
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -21,15 +21,19 @@ import msgspec
 
 from offloop.engine.callback import Callback
 from offloop.engine.checkpoint.filesystem import replace_file
-from offloop.engine.encoding import decode, encode
+from offloop.engine.encoding import decode, encode_lines
+from offloop.engine.errors import EventError
 from offloop.engine.events import Event, Sample, StepEnd, TrainStart
 from offloop.engine.observers.line_file import LineFile
 
 logger = logging.getLogger("offloop")
 
 FILE_NAME: Final = "events.jsonl"
-FLUSH_INTERVAL: Final = 1.0
-"""Seconds after which samples are written at the latest."""
+BATCH_INTERVAL: Final = 0.4
+"""Seconds between two batches of samples alone. The first event of a batch has those before it written, so a sample
+waits at most twice as long, and for a hand-over: less than a second."""
+FLUSH_INTERVAL: Final = 0.3
+"""Seconds after which an event has the samples before it written; less than the time between two batches."""
 MAX_KEPT: Final = 10_000
 """Milestones that are kept while the disk is full; of more, the oldest are lost."""
 
@@ -42,6 +46,7 @@ class EventLog(Callback):
     """
 
     needs_run_dir = True
+    sample_interval = BATCH_INTERVAL
 
     def __init__(self) -> None:
         self.reset()
@@ -49,7 +54,7 @@ class EventLog(Callback):
     def reset(self) -> None:
         self._file: LineFile | None = None
         self._path = Path(FILE_NAME)
-        self._waiting: list[_Line] = []
+        self._waiting: list[Event] = []
         self._flushed_at = 0.0
         self._is_failing = False
         self._lost = 0  # events, since writing fails
@@ -59,9 +64,8 @@ class EventLog(Callback):
             # The run could not have its directory: only `TrainEnd` comes, and there is no place for it.
             return
         self._path = run.dir / FILE_NAME
-        is_sample = isinstance(event, Sample)
-        self._waiting.append(_Line(encode(event) + b"\n", is_sample))
-        if not is_sample or time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
+        self._waiting.append(event)
+        if not isinstance(event, Sample) or time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
             self._flush()
 
     def make_durable(self) -> None:
@@ -87,12 +91,13 @@ class EventLog(Callback):
         self._flushed_at = time.monotonic()
         if not self._waiting:
             return
+        lines, refused = self._encode()
         try:
             if self._file is None:
                 self._file = LineFile(self._path)
-            self._file.append(b"".join(line.content for line in self._waiting))
+            self._file.append(lines)
         except OSError as error:
-            kept = [line for line in self._waiting if not line.is_sample][-MAX_KEPT:]
+            kept = [event for event in self._waiting if not isinstance(event, Sample)][-MAX_KEPT:]
             self._lost += len(self._waiting) - len(kept)
             self._waiting = kept
             if self._is_failing:
@@ -104,12 +109,19 @@ class EventLog(Callback):
         if self._is_failing:
             logger.warning("%s can be written again; %d events are missing in it", self._path, self._lost)
             self._is_failing, self._lost = False, 0
+        if refused is not None:
+            raise refused
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Line:
-    content: bytes
-    is_sample: bool
+    def _encode(self) -> tuple[bytes, EventError | None]:
+        """Return the lines of the waiting events, without those that cannot be encoded, and the error of the first."""
+        try:
+            return encode_lines(self._waiting), None
+        except EventError as error:
+            lines = []
+            for event in self._waiting:
+                with contextlib.suppress(EventError):
+                    lines.append(encode_lines([event]))
+            return b"".join(lines), error
 
 
 class _Head(msgspec.Struct):

@@ -83,7 +83,11 @@ class CallbackTasks:
         if types or needs_barriers:
             buffer = callback.buffer or BUFFER
             subscription = self._bus.subscribe(
-                types, name=handlers.name, buffer=buffer, on_full=callback.on_full
+                types,
+                name=handlers.name,
+                buffer=buffer,
+                on_full=callback.on_full,
+                sample_interval=callback.sample_interval,
             )
         observer: Observer
         if callback.runs_in == "process":

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offloop.engine import events
-from offloop.engine.encoding import check, decode, encode
+from offloop.engine.encoding import check, decode, encode, encode_lines
 from offloop.engine.errors import EventError, MetricNotFoundError
 from offloop.engine.events import (
     SCHEMA,
@@ -250,6 +250,16 @@ def test_unknown_event_that_json_cannot_hold_raises_event_error() -> None:
     raw = msgspec.msgpack.encode({"type": "elsewhere.Odd", "x": msgspec.msgpack.Ext(5, b"abc")})
     with pytest.raises(EventError):
         encode(decode(raw, "msgpack"), "json")
+
+
+def test_lines_of_events_are_those_of_each() -> None:
+    events = [StepEnd(loss=1.0, lr=0.1, step=1), EpochEnd(metrics=Metrics(a=1.0)), TrainStart(epochs=1)]
+    odd = [
+        StepEnd(loss=math.nan, lr=0.1),
+        UnknownEvent(type="elsewhere.Odd", raw=UNKNOWN["json"], format="json"),
+    ]
+    for each in (events, [*events, odd[0]], [*events, odd[1]], []):
+        assert encode_lines(each) == b"".join(encode(event) + b"\n" for event in each)
 
 
 # Users' events -------------------------------------------------------------------------------------

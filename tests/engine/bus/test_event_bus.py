@@ -769,6 +769,64 @@ async def test_who_waits_for_milestones_is_not_woken_by_samples() -> None:
     assert woken == [True]
 
 
+async def taken_by(subscription: Subscription[Event], batches: list[list[int]]) -> None:
+    while await subscription.wait():
+        batches.append(numbers(subscription.take()))
+
+
+@pytest.mark.anyio
+@pytest.mark.uvloop
+async def test_samples_alone_wake_a_subscriber_no_sooner_than_its_interval() -> None:
+    batches: list[list[int]] = []
+    bus = Bus()
+    with anyio.fail_after(5):
+        bus._subscribers.thread = threading.get_ident()
+        subscription = bus.subscribe((Tick, Note), buffer=6, sample_interval=0.5)
+
+        async def at(now: float, *events: Event) -> list[list[int]]:
+            """Hand events over at a time, and return what was taken then."""
+            batches.clear()
+            set_clock(bus, now)
+            for event in events:
+                bus.publish(event)
+            bus._hand_over()
+            await anyio.wait_all_tasks_blocked()
+            return list(batches)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(taken_by, subscription, batches)
+            assert await at(10.0, Tick(number=0)) == [[0]]
+            assert await at(10.4, Tick(number=1)) == []
+            assert await at(10.6, Tick(number=2)) == [[1, 2]]
+            # A milestone wakes it at once,
+            assert await at(10.7, Tick(number=3)) == []
+            assert await at(10.8, Note(number=4), Tick(number=5)) == [[3, 4, 5]]
+            # a buffer that is more than half full,
+            assert await at(10.9, *(Tick(number=number) for number in (6, 7, 8))) == []
+            assert await at(10.9, Tick(number=9)) == [[6, 7, 8, 9]]
+            # and the end.
+            assert await at(11.0, Tick(number=10)) == []
+            bus.end()
+        assert batches == [[10]]
+    assert subscription.statistics.dropped == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.uvloop
+async def test_samples_reach_a_subscriber_with_an_interval_when_no_more_come() -> None:
+    batches: list[list[int]] = []
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks, running(Bus(flush_interval=0.001)) as bus:
+            subscription = bus.subscribe((Tick, Note), sample_interval=3600.0)
+            tasks.start_soon(taken_by, subscription, batches)
+            for number in range(3):
+                bus.publish(Tick(number=number))
+                while sum(map(len, batches)) <= number:
+                    await anyio.lowlevel.checkpoint()
+            bus.close()
+    assert batches == [[0], [1], [2]]
+
+
 @pytest.mark.anyio
 @pytest.mark.uvloop
 async def test_who_waits_for_milestones_in_another_event_loop_has_all_samples_in_the_end(

@@ -5,6 +5,7 @@ import resource
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from warm_python import WarmPython
@@ -13,6 +14,7 @@ from offloop.engine import (
     Callback,
     EpochEnd,
     Event,
+    EventError,
     EventLog,
     Run,
     Sample,
@@ -27,6 +29,12 @@ from offloop.engine import (
 from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
 
 RUN = "the-run"
+
+
+class Noted(Event, frozen=True):
+    """An event of the tests' that can be changed."""
+
+    notes: list[object]
 
 
 def train(run_dir: Path, *callbacks: Callback, epochs: int = 2) -> Recorder:
@@ -130,6 +138,20 @@ def test_milestones_are_on_disk_when_they_were_handled_and_samples_with_them(tmp
     look = Look()
     recorder = train(tmp_path, look)
     assert look.seen == [True] * len([each for each in recorder.events if not isinstance(each, Sample)])
+
+
+def test_an_event_that_cannot_be_encoded_takes_no_other_with_it(tmp_path: Path) -> None:
+    """Events are checked as they are published; a list in one may grow afterwards."""
+    note = Noted(notes=["fine"])
+    log, run = EventLog(), SimpleNamespace(dir=tmp_path)
+    log.on_event(StepEnd(loss=1.0, lr=0.1, step=1), run)
+    log.on_event(StepEnd(loss=1.0, lr=0.1, step=2), run)
+    note.notes.append(object())
+    with pytest.raises(EventError, match="notes"):
+        log.on_event(note, run)
+    log.on_event(EpochEnd(step=2), run)
+    log.close()
+    assert [event.step for event in read_events(tmp_path)] == [1, 2, 2]
 
 
 SCRIPT = """
