@@ -11,6 +11,7 @@
 Thread: any. Blocks while it pickles.
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -90,6 +91,11 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no ty
             return _reduce_wrapper(obj, _cached, obj.cache_parameters())
         if isinstance(obj, typing.NewType):
             return typing.NewType, (obj.__name__, obj.__supertype__)
+        if isinstance(obj, typing.ParamSpec | typing.TypeVarTuple):
+            return type(obj), (obj.__name__,)
+        if obj is dataclasses.MISSING:
+            # Fields are compared with it by identity.
+            return getattr, (dataclasses, "MISSING")
         if isinstance(obj, msgspec.Meta):
             return functools.partial(msgspec.Meta, **dict(obj.__rich_repr__())), ()
         if isinstance(obj, type | types.FunctionType):

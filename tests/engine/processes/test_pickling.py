@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Generic, NamedTuple, NewType, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Generic, NamedTuple, NewType, ParamSpec, TypeVar
 
 import msgspec
 import numpy
@@ -30,6 +30,7 @@ from offloop.engine.processes import pickling, unsendable
 
 LONG: Final = 60.0  # seconds; a bound for what takes a moment
 T = TypeVar("T")
+P = ParamSpec("P")
 
 CHILD: Final = """
 import json, pickle, sys
@@ -114,9 +115,21 @@ class Row:
     b: list[int] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass
+class Peak:
+    at: int
+    height: float = 1.0
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
 class Box(Generic[T]):
     def __init__(self, item: T) -> None:
         self.item = item
+
+
+class Calls(Generic[P]):
+    def __init__(self, function: Callable[P, int]) -> None:
+        self.function = function
 
 
 class Registers(type):
@@ -183,6 +196,12 @@ GOES: Final[dict[str, tuple[Any, Callable[[Any], Any], Any]]] = {
     "flag": (Options.A | Options.B, lambda each: Options.A in each, True),
     "named tuple": (Pair(1), lambda each: each._replace(first=3) == Pair(3), True),
     "dataclass": (Row(1), lambda each: (each == Row(1), dataclasses.asdict(each)), (True, {"a": 1, "b": []})),
+    "decoded": (
+        Peak,
+        lambda each: repr(msgspec.convert({"at": 1}, each)),
+        "Peak(at=1, height=1.0, names=[])",
+    ),
+    "parameters": (Calls(len), lambda each: each.function("ab"), 2),
     "generic": (Box[int](3), lambda each: Box[str]("a").item * each.item, "aaa"),
     "slots": (Slots(), lambda each: (each.a, each.by_metaclass), (5, 1)),
     "property": (Functions(), lambda each: each.four, 4),
