@@ -26,7 +26,7 @@ from offloop.engine import (
     ConfigError,
     EpochEnd,
     Event,
-    Run,
+    RunHandle,
     StepEnd,
     TrainEnd,
     TrainStart,
@@ -255,47 +255,48 @@ class Alerts(Callback):
     def reset(self) -> None:
         # Indices of the rules that are broken now.
         self._broken: set[int] = set()
-        # This instance's alerts on their way to `on_alert`, by id: added by the event loop and the watchdog, removed by
-        # the event loop. Single operations of a dict are atomic.
-        self._published: dict[int, Alert] = {}
+        # Rules and messages of this instance's alerts on their way to `on_alert`, which may get a copy of the event.
+        # Event loop and watchdog append, the event loop removes; both are atomic.
+        self._published: list[tuple[str, str]] = []
         self._watchdog: _Watchdog | None = None
         for rule in self.rules:
             rule.reset()
 
-    async def on_train_start(self, event: TrainStart, run: Run) -> None:
+    async def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         stalled = [rule for rule in self.rules if isinstance(rule, Stalled)]
         if stalled:
             self._watchdog = _Watchdog(stalled, run, self._publish)
 
-    async def on_step_end(self, event: StepEnd, run: Run) -> None:
+    async def on_step_end(self, event: StepEnd, run: RunHandle) -> None:
         values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}
         await self._look(event, values | event.metrics, run)
 
-    async def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+    async def on_validation_end(self, event: ValidationEnd, run: RunHandle) -> None:
         await self._look(event, event.metrics, run)
         self._expect("val_", event)
 
-    async def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+    async def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
         # The metrics of a validation were checked when it ended.
         metrics = {key: value for key, value in event.metrics.items() if key.startswith("train_")}
         await self._look(event, metrics, run)
         self._expect("train_", event)
 
-    async def on_train_end(self, event: TrainEnd, run: Run) -> None:
+    async def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
         for rule in self.rules:
             if message := rule.look_at_end(event):
                 await self._alert(event, rule, message, None, run)
 
-    async def on_alert(self, event: Alert, run: Run) -> None:
-        is_of_this_instance = self._published.pop(id(event), None) is not None
+    async def on_alert(self, event: Alert, run: RunHandle) -> None:
+        is_of_this_instance = (event.rule, event.message) in self._published
         if is_of_this_instance:
+            self._published.remove((event.rule, event.message))
             await self._call(event)
 
     def close(self) -> None:
         if self._watchdog is not None:
             self._watchdog.close()
 
-    async def _look(self, event: Event, values: Mapping[str, float | None], run: Run) -> None:
+    async def _look(self, event: Event, values: Mapping[str, float | None], run: RunHandle) -> None:
         for place, rule in enumerate(self.rules):
             value = None if rule.key is None else values.get(rule.key)
             if value is None:
@@ -313,7 +314,9 @@ class Alerts(Callback):
             if rule.key is not None and rule.key.startswith(prefix):
                 event.metrics[rule.key]
 
-    async def _alert(self, event: Event, rule: Rule, message: str, value: float | None, run: Run) -> None:
+    async def _alert(
+        self, event: Event, rule: Rule, message: str, value: float | None, run: RunHandle
+    ) -> None:
         # Its position is that of the event that broke the rule; training may have got further.
         alert = Alert(
             rule=repr(rule),
@@ -327,14 +330,14 @@ class Alerts(Callback):
         if not self._publish(alert, run):
             await self._call(msgspec.structs.replace(alert, run_id=run.id, time=time.time()))
 
-    def _publish(self, alert: Alert, run: Run) -> bool:
+    def _publish(self, alert: Alert, run: RunHandle) -> bool:
         """Publish an alert, which brings it to `on_alert`. Return False if the run is over. Any thread."""
         logger.warning("alert in run %s: %s", run.id, alert.message)
-        self._published[id(alert)] = alert
+        self._published.append((alert.rule, alert.message))
         try:
             run.publish(alert)
         except BusClosedError:
-            del self._published[id(alert)]
+            self._published.remove((alert.rule, alert.message))
             return False
         return True
 
@@ -350,7 +353,9 @@ class Alerts(Callback):
 class _Watchdog:
     """A thread that checks the progress of a run and alerts when it stalls."""
 
-    def __init__(self, rules: list[Stalled], run: Run, publish: Callable[[Alert, Run], bool]) -> None:
+    def __init__(
+        self, rules: list[Stalled], run: RunHandle, publish: Callable[[Alert, RunHandle], bool]
+    ) -> None:
         self._rules = rules
         self._run = run
         self._publish = publish

@@ -1,4 +1,4 @@
-"""LearningCurves: plots of a run's metrics, drawn at its end and on request."""
+"""LearningCurves: plots of a run's metrics, drawn at its end, every n epochs, and on request."""
 
 import contextlib
 import importlib.util
@@ -8,14 +8,14 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from offloop.engine import (
     Callback,
     ConfigError,
     EpochEnd,
     Event,
-    Run,
+    RunHandle,
     StepEnd,
     TrainEnd,
     TrainStart,
@@ -53,27 +53,35 @@ class Curve:
     """A series of points in bounded memory: at `max_points` neighbours are merged into their mean."""
 
     def __init__(self, max_points: int = MAX_POINTS) -> None:
-        self._points: list[Point] = []
         self._max_points = max_points
-        # Values per point, and those of the point that is incomplete
+        # Values per point
         self._stride = 1
-        self._open: list[Point] = []
+        # One thread adds, any thread reads: a list is copied in one go, a tuple is replaced whole.
+        self._points: list[Point] = []
+        # Of the point that is incomplete: number of values, sums of steps and values
+        self._open = (0, 0.0, 0.0)
 
     def add(self, step: int, value: float) -> None:
-        """Add a value. NaN is drawn as a gap."""
-        self._open.append((step, value))
-        if len(self._open) < self._stride:
+        """Add a value. NaN is drawn as a gap. One thread at a time."""
+        count, steps, values = self._open
+        count, steps, values = count + 1, steps + step, values + value
+        if count < self._stride:
+            self._open = (count, steps, values)
             return
-        self._points.append(_mean(self._open))
-        self._open = []
+        # In this order a thread that reads meanwhile misses a point rather than seeing it twice.
+        self._open = (0, 0.0, 0.0)
+        self._points.append((steps / count, values / count))
         if len(self._points) >= self._max_points:
             starts = range(0, len(self._points) - 1, 2)
             self._points = [_mean(self._points[start : start + 2]) for start in starts]
             self._stride *= 2
 
     def points(self) -> Points:
-        """Return steps and values, the latest incomplete point included."""
-        points = [*self._points, _mean(self._open)] if self._open else self._points
+        """Return steps and values, the latest incomplete point included. Any thread."""
+        points = list(self._points)
+        count, steps, values = self._open
+        if count:
+            points.append((steps / count, values / count))
         return [step for step, _ in points], [value for _, value in points]
 
 
@@ -81,8 +89,12 @@ class LearningCurves(Callback):
     """Draws loss, metrics and learning rate over steps into a file in the run's directory, without a display.
 
     Each metric has one panel, for training and validation. A resumed attempt continues the curves of earlier attempts.
-    `draw` draws at any other moment, from any thread; `read` loads the curves of a finished run. It runs in the
-    callback's worker thread; training never waits for it.
+    `draw` draws at any other moment, from any thread; `read` loads the curves of a finished run. Training never waits
+    for it.
+
+    Drawing computes in Python for some tenths of a second, which slows down steps in the same process. So curves that
+    are drawn during training (`every_n_epochs`) are drawn in a process of their own; those that are drawn only at the
+    end, after the last step, are drawn here. `runs_in` chooses otherwise.
 
     Requires matplotlib: `pip install 'offloop[plot]'`.
     """
@@ -91,7 +103,13 @@ class LearningCurves(Callback):
 
     @explains_arguments()
     def __init__(
-        self, *, metrics: Sequence[str] | None = None, file: str = "curves.png", max_points: int = MAX_POINTS
+        self,
+        *,
+        metrics: Sequence[str] | None = None,
+        file: str = "curves.png",
+        max_points: int = MAX_POINTS,
+        every_n_epochs: int | None = None,
+        runs_in: Literal["here", "process"] | None = None,
     ) -> None:
         """Choose what to draw and where.
 
@@ -99,6 +117,10 @@ class LearningCurves(Callback):
             metrics: Names without `train_` and `val_`, like `"loss"`, `"accuracy"`, `"lr"`. None: all.
             file: Name of the file in the run's directory, ending in .png, .svg or .pdf.
             max_points: Points per curve, at least 16; longer curves are averaged.
+            every_n_epochs: Draw after every n-th epoch, too, at least 1. An epoch that ends while earlier curves are
+                still being drawn is left to the next drawing. None: only at the end of the run.
+            runs_in: `"here"` draws in this process, `"process"` in one of its own. None: `"process"` with
+                `every_n_epochs`, else `"here"`.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -109,44 +131,50 @@ class LearningCurves(Callback):
         if Path(file).suffix not in FORMATS or Path(file).name != file:
             raise ConfigError(f"file must be a name that ends in {', '.join(FORMATS)}; got {file!r}")
         checks.whole_number("max_points", max_points, at_least=16)
+        checks.whole_number("every_n_epochs", every_n_epochs, optional=True)
+        checks.choice("runs_in", runs_in, (None, "here", "process"))
         _expect_matplotlib()
+        self.every_n_epochs = every_n_epochs
+        if runs_in is not None or every_n_epochs is not None:
+            self.runs_in = runs_in or "process"
         self.metrics = None if metrics is None else tuple(metrics)
         self.file = file
         self.max_points = max_points
-        # Guards what `reset` sets: the callback's thread writes it, any thread reads it to draw.
-        self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
-        with self._lock:
-            # By key: "loss" of steps, train_..., val_..., "lr"
-            self._curves: dict[str, Curve] = {}
-            self._title = ""
-            self._dir: Path | None = None
+        # The callback's thread writes these, any thread reads them to draw.
+        self._curves: dict[str, Curve] = {}  # by key: "loss" of steps, train_..., val_..., "lr"
+        self._title = ""
+        self._dir: Path | None = None
 
-    def on_train_start(self, event: TrainStart, run: Run) -> None:
-        with self._lock:
-            self._title, self._dir = run.id, run.dir
+    def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
+        self._title, self._dir = run.id, run.dir
         if event.attempt:
             assert run.dir is not None  # needs_run_dir
             with contextlib.suppress(FileNotFoundError):
                 # The log was cut back to the checkpoint before this event was published.
                 self._note_all(each for of, each in read_attempts(run.dir) if of < event.attempt)
 
-    def on_step_end(self, event: StepEnd, run: Run) -> None:
+    def on_step_end(self, event: StepEnd, run: RunHandle) -> None:
         self._note(event)
 
-    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+    def on_validation_end(self, event: ValidationEnd, run: RunHandle) -> None:
         self._note(event)
 
-    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+    def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
         self._note(event)
+        every = self.every_n_epochs
+        if every is None or (event.epoch + 1) % every:
+            return
+        # If the next drawing is due already, it shows this epoch, too: slow drawing does not pile up.
+        is_outdated = run.epoch > event.epoch + every
+        if self._curves and not is_outdated:
+            self.draw()
 
-    def on_train_end(self, event: TrainEnd, run: Run) -> None:
-        with self._lock:
-            self._title = f"{run.id}: {event.status}"
-            is_empty = not self._curves
-        if not is_empty:
+    def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
+        self._title = f"{run.id}: {event.status}"
+        if self._curves:
             self.draw()
 
     @classmethod
@@ -169,24 +197,28 @@ class LearningCurves(Callback):
         Raises:
             RuntimeError: There is nothing to draw.
         """
-        with self._lock:
-            if path is None:
-                if self._dir is None:
-                    raise RuntimeError("there is no run to draw: give path=, or draw during or after a run")
-                path = self._dir / self.file
-            curves = {key: curve.points() for key, curve in self._curves.items()}
-            title = self._title
+        # A copy, which is atomic
+        curves = {key: curve.points() for key, curve in list(self._curves.items())}
+        if not curves and self.runs_in == "process":
+            raise RuntimeError(
+                "the curves are in the process that draws them: call LearningCurves.read(run_dir).draw(path), "
+                'or give runs_in="here"'
+            )
+        if path is None:
+            if self._dir is None:
+                raise RuntimeError("there is no run to draw: give path=, or draw during or after a run")
+            path = self._dir / self.file
         path = Path(path).expanduser()
         if path.suffix not in FORMATS:
             raise ConfigError(f"path must end in {', '.join(FORMATS)}; got {str(path)!r}")
         if not curves:
             raise RuntimeError("there is nothing to draw before the first step")
-        temporary = path.with_name(f".{path.stem}-{threading.get_ident()}{path.suffix}")
+        temporary = path.with_name(f".{path.stem}-{os.getpid()}-{threading.get_ident()}{path.suffix}")
         # A link of that name would be followed.
         temporary.unlink(missing_ok=True)
         try:
             with _drawing:
-                _figure(curves, title).savefig(temporary, dpi=110)
+                _figure(curves, self._title).savefig(temporary, dpi=110)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -207,10 +239,11 @@ class LearningCurves(Callback):
             values = {key: value for key, value in event.metrics.items() if key.startswith("train_")}
         else:
             return
-        with self._lock:
-            for key, value in values.items():
-                if self.metrics is None or _name(key) in self.metrics:
-                    self._curves.setdefault(key, Curve(self.max_points)).add(event.step, value)
+        for key, value in values.items():
+            if self.metrics is None or _name(key) in self.metrics:
+                if key not in self._curves:
+                    self._curves[key] = Curve(self.max_points)
+                self._curves[key].add(event.step, value)
 
 
 def _mean(points: Sequence[Point]) -> Point:

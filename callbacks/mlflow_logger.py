@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import TIMEOUT, Entry, LogModel, Model, Point, TrackingLogger, expect_package
@@ -50,6 +50,7 @@ class MLflowLogger(TrackingLogger):
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
         timeout: float = TIMEOUT,
+        runs_in: Literal["here", "process"] | None = None,
     ) -> None:
         """Choose the experiment and what to log.
 
@@ -63,6 +64,7 @@ class MLflowLogger(TrackingLogger):
             every_seconds: Seconds between logged steps, above 0. None: 1.0, unless `every_n_steps` is given.
             every_n_steps: Steps between logged steps, at least 1.
             timeout: Seconds to wait at the end for what is still queued, above 0; at most the run's `drain_timeout`.
+            runs_in: `"here"` logs in a thread of this process, `"process"` in a process of its own. None: `"here"`.
 
         Raises:
             ModuleNotFoundError: MLflow is not installed.
@@ -85,6 +87,7 @@ class MLflowLogger(TrackingLogger):
             every_seconds=every_seconds,
             every_n_steps=every_n_steps,
             timeout=timeout,
+            runs_in=runs_in,
         )
 
     def reset(self) -> None:

@@ -27,11 +27,13 @@ from offloop.engine import (
     BusClosedError,
     Callback,
     CallbackCosts,
+    ConfigError,
     Metrics,
     Run,
     Sample,
     StepEnd,
     TrainEnd,
+    TrainerParts,
     TrainStart,
     checks,
     first_use,
@@ -155,6 +157,13 @@ class ResourceMonitor(Callback):
 
     def reset(self) -> None:
         self._sampler = None
+
+    def prepare(self, trainer: TrainerParts) -> None:
+        if self.runs_in != "here":
+            raise ConfigError(
+                f"{type(self).__name__} measures the process that trains, so it cannot have runs_in={self.runs_in!r}: "
+                "leave that out"
+            )
 
     async def on_train_start(self, event: TrainStart, run: Run) -> None:
         """Start the thread, then run the timer on the event loop until the run ends."""

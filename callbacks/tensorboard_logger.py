@@ -5,20 +5,22 @@ import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import (
     expect_package,
     hyperparameters_of,
+    parts_of,
     values_to_plot,
 )
 from offloop.callbacks.value_logger import ValueLogger
 from offloop.engine import (
     EpochEnd,
-    Run,
+    RunHandle,
     StepEnd,
     TrainEnd,
+    TrainerParts,
     TrainStart,
     ValidationEnd,
     first_use,
@@ -54,6 +56,7 @@ class TensorBoardLogger(ValueLogger):
         log_dir: "str | Path | None" = None,
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
+        runs_in: Literal["here", "process"] | None = None,
     ) -> None:
         """Choose the directory and the interval of steps.
 
@@ -61,6 +64,7 @@ class TensorBoardLogger(ValueLogger):
             log_dir: Directory in which each run gets one named by its id. None: the run's own directory.
             every_seconds: Seconds between logged steps, above 0. None: 1.0, unless `every_n_steps` is given.
             every_n_steps: Steps between logged steps, at least 1.
+            runs_in: `"here"` logs in a thread of this process, `"process"` in a process of its own. None: `"here"`.
 
         Raises:
             ModuleNotFoundError: tensorboard is not installed.
@@ -76,15 +80,20 @@ class TensorBoardLogger(ValueLogger):
             ).SummaryWriter
         self.log_dir = None if log_dir is None else Path(log_dir).expanduser().absolute()
         self.needs_run_dir = log_dir is None  # type: ignore[misc]  # of this instance
-        super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps)
+        super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps, runs_in=runs_in)
 
     def reset(self) -> None:
         super().reset()
+        # Set by `prepare`: model and optimizers
+        self._parts: dict[str, Any] = {}
         self._writer: SummaryWriter | None = None
         self._flushed_at = 0.0
         self._status = "cancelled"
 
-    def on_train_start(self, event: TrainStart, run: Run) -> None:
+    def prepare(self, trainer: TrainerParts) -> None:
+        self._parts = parts_of(trainer)
+
+    def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         directory = run.dir if self.log_dir is None else self.log_dir / run.id
         assert directory is not None  # needs_run_dir
         if event.attempt:
@@ -94,7 +103,7 @@ class TensorBoardLogger(ValueLogger):
             purge_step=event.step + 1 if event.attempt else None,
             filename_suffix=f".{event.attempt}",
         )
-        self._add_session_start(event, hyperparameters_of(event, run))
+        self._add_session_start(event, hyperparameters_of(event, self._parts))
 
     def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
         # None if opening it failed, which was reported at the start.
@@ -106,13 +115,13 @@ class TensorBoardLogger(ValueLogger):
             self._writer.flush()
             self._flushed_at = event.time
 
-    def on_alert(self, event: Alert, run: Run) -> None:
+    def on_alert(self, event: Alert, run: RunHandle) -> None:
         if self._writer is None:
             return
         self._writer.add_text("alerts", f"{event.rule}: {event.message}", event.step, walltime=event.time)
         self._writer.flush()
 
-    def on_train_end(self, event: TrainEnd, run: Run) -> None:
+    def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
         self._status = event.status
 
     def close(self) -> None:

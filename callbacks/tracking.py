@@ -33,9 +33,10 @@ from offloop.engine import (
     CheckpointReader,
     CheckpointSaved,
     EpochEnd,
-    Run,
+    RunHandle,
     StepEnd,
     TrainEnd,
+    TrainerParts,
     TrainStart,
     ValidationEnd,
     checks,
@@ -81,16 +82,21 @@ def expect_package(module: str, extra: str) -> ModuleType:
         ) from None
 
 
-def hyperparameters_of(start: TrainStart, run: Run) -> dict[str, Any]:
-    """Return the configuration of a run by name, as plain values: model, optimizers, all knobs, hyperparameters.
-
-    The user's hyperparameters take precedence. A mapping among them gives `group.name`, a list becomes text.
-    """
-    trainer = run.trainer
-    found: dict[str, Any] = {"model": type(trainer.model).__name__, "parameters": start.parameters}
+def parts_of(trainer: TrainerParts) -> dict[str, Any]:
+    """Return model and optimizers by name, as plain values."""
+    found: dict[str, Any] = {"model": type(trainer.model).__name__}
     for name, optimizer in trainer.optimizers.items():
         found[name] = type(optimizer).__name__
         found.update({f"{name}.{key}": value for key, value in optimizer.defaults.items()})
+    return {name: value for name, value in found.items() if _is_plain(value)}
+
+
+def hyperparameters_of(start: TrainStart, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a run by name, as plain values: `parts`, all knobs, hyperparameters.
+
+    The user's hyperparameters take precedence. A mapping among them gives `group.name`, a list becomes text.
+    """
+    found: dict[str, Any] = {**parts, "parameters": start.parameters}
     found.update({name: value for name, value in start.config.items() if name != "hyperparameters"})
     for limit in ("device", "epochs", "max_steps", "max_time", "steps_per_epoch"):
         found[limit] = getattr(start, limit)
@@ -311,16 +317,19 @@ class TrackingLogger(ValueLogger):
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
         timeout: float = TIMEOUT,
+        runs_in: Literal["here", "process"] | None = None,
     ) -> None:
         """Choose what to log; see the subclasses."""
         checks.choice("log_model", log_model, (False, True, "all"))
         checks.number("timeout", timeout, above=0, finite=False, unit="seconds")
         self.log_model: LogModel = log_model
         self.timeout = timeout
-        super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps)
+        super().__init__(every_seconds=every_seconds, every_n_steps=every_n_steps, runs_in=runs_in)
 
     def reset(self) -> None:
         super().reset()
+        # Set by `prepare`: model and optimizers
+        self._parts: dict[str, Any] = {}
         self._sender: Sender | None = None
         self._is_reported = False
         self.tracking_id: str | None = None
@@ -332,14 +341,17 @@ class TrackingLogger(ValueLogger):
         self.parameters: dict[str, Any] = {}
         self.status, self.reason = "cancelled", ""
 
+    def prepare(self, trainer: TrainerParts) -> None:
+        self._parts = parts_of(trainer)
+
     @property
     def sent(self) -> int:
-        """Points, alerts and checkpoints that the server received."""
+        """Points, alerts and checkpoints that the server received; 0 with `runs_in="process"`."""
         return 0 if self._sender is None else self._sender.sent
 
     @property
     def lost(self) -> int:
-        """Points, alerts and checkpoints that it will never receive."""
+        """Points, alerts and checkpoints that it will never receive; 0 with `runs_in="process"`."""
         return 0 if self._sender is None else self._sender.lost
 
     # For subclasses: in the sending thread ---------------------------------------------------------
@@ -370,10 +382,10 @@ class TrackingLogger(ValueLogger):
 
     # In the callback's thread ----------------------------------------------------------------------
 
-    def on_train_start(self, event: TrainStart, run: Run) -> None:
+    def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         self.start, self.run_id = event, run.id
         self.run_dir = run.dir
-        self.parameters = hyperparameters_of(event, run)
+        self.parameters = hyperparameters_of(event, self._parts)
         if event.attempt and self.run_dir is not None and self._id_file(self.run_dir).exists():
             self.tracking_id = msgspec.json.decode(self._id_file(self.run_dir).read_bytes())["id"]
         self._sender = Sender(
@@ -387,22 +399,22 @@ class TrackingLogger(ValueLogger):
     def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
         self._put(Point(event.time, event.epoch, event.step, values_to_plot(event, values)))
 
-    def on_step_end(self, event: StepEnd, run: Run) -> None:
+    def on_step_end(self, event: StepEnd, run: RunHandle) -> None:
         super().on_step_end(event, run)
         self._report_once()
 
-    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+    def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
         super().on_epoch_end(event, run)
         self._report_once()
 
-    def on_alert(self, event: Alert, run: Run) -> None:
+    def on_alert(self, event: Alert, run: RunHandle) -> None:
         self._put(event)
 
-    def on_checkpoint_saved(self, event: CheckpointSaved, run: Run) -> None:
+    def on_checkpoint_saved(self, event: CheckpointSaved, run: RunHandle) -> None:
         if self.log_model == "all":
             self._put(Model(Path(event.path), event.saved_step, event.reason == "best"))
 
-    def on_train_end(self, event: TrainEnd, run: Run) -> None:
+    def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
         self.status, self.reason = event.status, event.reason
         self.write_latest_step()
         if self.log_model is True and run.dir is not None:

@@ -5,9 +5,9 @@ runs are not empty. Validations and epochs are always written.
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Literal
 
-from offloop.engine import Callback, ConfigError, EpochEnd, Run, StepEnd, ValidationEnd, checks
+from offloop.engine import Callback, ConfigError, EpochEnd, RunHandle, StepEnd, ValidationEnd, checks
 
 EVERY_SECONDS: Final = 1.0
 """Default interval: a point a second makes 36,000 in ten hours, and shows each epoch of a short run."""
@@ -18,12 +18,19 @@ class ValueLogger(Callback):
 
     sample_interval = 0.5
 
-    def __init__(self, *, every_seconds: float | None = None, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        every_seconds: float | None = None,
+        every_n_steps: int | None = None,
+        runs_in: Literal["here", "process"] | None = None,
+    ) -> None:
         """Choose the interval of steps: by time (a second by default) or by steps.
 
         Args:
             every_seconds: Seconds between written steps, above 0. The steps depend on the machine.
             every_n_steps: Steps between written steps, at least 1. The steps are the same on every machine.
+            runs_in: `"process"` writes in a process of the callback's own. None: as the class says, `"here"`.
 
         Raises:
             ConfigError: A value is out of range, or both are given.
@@ -32,6 +39,9 @@ class ValueLogger(Callback):
             raise ConfigError("give every_seconds or every_n_steps, not both")
         checks.number("every_seconds", every_seconds, above=0, finite=False, optional=True, unit="seconds")
         checks.whole_number("every_n_steps", every_n_steps, optional=True)
+        checks.choice("runs_in", runs_in, (None, "here", "process"))
+        if runs_in is not None:
+            self.runs_in = runs_in
         self.every_n_steps = every_n_steps
         self.every_seconds = EVERY_SECONDS if every_seconds is None else every_seconds
         self.reset()
@@ -45,7 +55,7 @@ class ValueLogger(Callback):
         """Write the values of a step, a validation or an epoch. For subclasses."""
         raise NotImplementedError
 
-    def on_step_end(self, event: StepEnd, run: Run) -> None:
+    def on_step_end(self, event: StepEnd, run: RunHandle) -> None:
         if self.every_n_steps is not None:
             due = event.step % self.every_n_steps == 0
         else:
@@ -55,11 +65,11 @@ class ValueLogger(Callback):
         else:
             self._unwritten = event
 
-    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+    def on_validation_end(self, event: ValidationEnd, run: RunHandle) -> None:
         self.write_latest_step()
         self.write(event, event.metrics)
 
-    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+    def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
         self.write_latest_step()
         self.write(event, event.metrics)
 

@@ -57,6 +57,7 @@ class WandbLogger(TrackingLogger):
         every_seconds: float | None = None,
         every_n_steps: int | None = None,
         timeout: float = TIMEOUT,
+        runs_in: Literal["here", "process"] | None = None,
         settings: Mapping[str, Any] | None = None,
         **init: Any,
     ) -> None:
@@ -71,6 +72,7 @@ class WandbLogger(TrackingLogger):
             every_seconds: Seconds between logged steps, above 0. None: 1.0, unless `every_n_steps` is given.
             every_n_steps: Steps between logged steps, at least 1.
             timeout: Seconds to wait at the end for what is still queued, above 0; at most the run's `drain_timeout`.
+            runs_in: `"here"` logs in a thread of this process, `"process"` in a process of its own. None: `"here"`.
             settings: Fields of `wandb.Settings`.
             init: Further arguments of `wandb.init`: `entity`, `group`, `tags`, `notes`, `job_type`, ...
 
@@ -105,12 +107,13 @@ class WandbLogger(TrackingLogger):
             every_seconds=every_seconds,
             every_n_steps=every_n_steps,
             timeout=timeout,
+            runs_in=runs_in,
         )
 
     def reset(self) -> None:
         super().reset()
         self.url: str | None = None
-        """Address of the run at W&B; None offline."""
+        """Address of the run at W&B; None offline, and with `runs_in="process"`, where the log has it."""
         # Used by the sending thread only.
         self._run: wandb.Run | None = None
 

@@ -374,7 +374,11 @@ def _entry(name: str, *, with_constructor: bool = True, with_members: bool = Tru
             issubclass(thing, msgspec.Struct) or dataclasses.is_dataclass(thing) or hasattr(thing, "_fields")
         )
         has_signature = with_constructor and not (
-            is_record or typing.is_typeddict(thing) or issubclass(thing, BaseException | dict)
+            is_record
+            or typing.is_typeddict(thing)
+            # Protocols have no constructor; `typing.is_protocol` comes with Python 3.13.
+            or getattr(thing, "_is_protocol", False)
+            or issubclass(thing, BaseException | dict)
         )
         lines.append(
             f"`{signature(f'{module_name}.{name}', thing) if has_signature else f'{module_name}.{name}'}`\n"
@@ -409,10 +413,14 @@ def documented_events() -> list[type[Event]]:
     """Return offloop's events, those of the engine first."""
     import offloop.callbacks
 
-    assert offloop.callbacks.__all__, "loading its modules defines their events"
+    # Loading its modules defines their events.
+    for name in offloop.callbacks.__all__:
+        getattr(offloop.callbacks, name)
     found = [event for event in known_events() if event.__module__.startswith("offloop.")]
     found = [event for event in found if event not in (Event, Sample)]
-    return [*sorted(found, key=lambda event: event.__module__ != Event.__module__), UnknownEvent]
+    # Those of the engine in the order of their definition, then those of the callbacks
+    found.sort(key=lambda event: "" if event.__module__ == Event.__module__ else event.__module__)
+    return [*found, UnknownEvent]
 
 
 def event_list() -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from offloop.engine.bus.subscription import Subscription as Subscription
     from offloop.engine.bus.subscription import SubscriptionStatistics as SubscriptionStatistics
     from offloop.engine.callback import Callback as Callback
+    from offloop.engine.callback import TrainerParts as TrainerParts
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
     from offloop.engine.checkpoint import CheckpointInfo as CheckpointInfo
@@ -120,7 +121,7 @@ _NAMES = {
     "best": "Best",
     "bus.commands": "Call Command Pause Resume SaveCheckpoint SetLearningRate Stop TagCheckpoint Validate",
     "bus.subscription": "Subscription SubscriptionStatistics",
-    "callback": "Callback decides in_step",
+    "callback": "Callback TrainerParts decides in_step",
     "checkpoint": "CheckpointInfo CheckpointReader Retention",
     "checkpoint.errors": """
         CheckpointCorruptError CheckpointDeadlineError CheckpointError CheckpointIncompatibleError

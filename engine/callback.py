@@ -68,9 +68,10 @@ POINTS: Final = (*STEP_POINTS, "before_validation", "after_validation", "after_t
 
 
 class TrainerParts(Protocol):
-    """What `Callback.prepare` may take from a trainer."""
+    """What `Callback.prepare` may take from a trainer: `model`, `optimizers` by name, `config` and `device`."""
 
     model: "torch.nn.Module"
+    optimizers: "dict[str, torch.optim.Optimizer]"
     config: "TrainerConfig"
 
     @property

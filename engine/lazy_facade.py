@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+__all__ = ["lazy_facade"]
+
 
 class Facade(NamedTuple):
     """What a package assigns to its `__all__`, `__getattr__` and `__dir__`, in this order."""

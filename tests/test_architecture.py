@@ -96,7 +96,7 @@ LAYERS: Final = (
     "tools",
 )
 """Packages of the engine, from the lowest to the highest: each uses only those before it."""
-FACADES: Final = ("offloop", "offloop.engine", "offloop.engine.checkpoint")
+FACADES: Final = ("offloop", "offloop.callbacks", "offloop.engine", "offloop.engine.checkpoint")
 """Packages whose `__init__.py` lists public names, which are loaded when first used."""
 LONGEST: Final = 600
 """Lines of a file of the engine."""
@@ -104,7 +104,7 @@ MOST_METHODS: Final = 25
 """Methods of a class, without special ones; a class with more gives the reason in its docstring."""
 OPEN_MODULES: Final = tuple(
     f"offloop.engine.{name}"
-    for name in ("argument_hints", "bus.threads", "checkpoint", "checks", "monitor", "testing")
+    for name in ("argument_hints", "bus.threads", "checkpoint", "checks", "lazy_facade", "monitor", "testing")
 )
 """Modules of the engine that callbacks, cli and dashboard may import; elsewhere they use `offloop.engine`'s names."""
 

@@ -25,6 +25,8 @@ def takes_arguments(value: Any) -> bool:
     """Return whether this is a function, or a class whose constructor is not the one of a built-in class."""
     if not inspect.isclass(value):
         return inspect.isfunction(value)
+    if getattr(value, "_is_protocol", False):
+        return False
     if issubclass(value, Command):
         return False  # Jedi, unlike Pyright, finds no fields behind a generic base such as `Command[None]`
     return issubclass(value, msgspec.Struct) or inspect.isfunction(value.__init__)

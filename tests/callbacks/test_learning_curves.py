@@ -4,11 +4,13 @@ import ast
 import builtins
 import importlib.util
 import math
+import os
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from interruptions import StopAfter
@@ -117,6 +119,93 @@ def test_curves_hold_what_the_events_said(tmp_path: Path) -> None:
     }
 
 
+# During training -----------------------------------------------------------------------------------
+
+
+class WaitsForFile(Callback):
+    """Holds training after its second epoch until there is a picture."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.was_there = False
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        if point.step == 7:
+            while not self.path.exists():
+                os.sched_yield()
+            self.was_there = True
+
+
+@pytest.mark.parametrize("place", ["here", "process"])
+def test_curves_are_drawn_while_training_goes_on(tmp_path: Path, place: Literal["here", "process"]) -> None:
+    curves = LearningCurves(every_n_epochs=2, runs_in=place)
+    waits = WaitsForFile(tmp_path / "run" / "curves.png")
+    result = train(tmp_path, curves, waits, epochs=3)
+    assert waits.was_there and result.callback_errors == {}
+    assert waits.path.read_bytes().startswith(PNG)
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    assert bool(curves._curves) == (place == "here")
+
+
+def test_picture_of_a_process_is_the_one_that_is_drawn_here(tmp_path: Path) -> None:
+    train(tmp_path / "here", LearningCurves())
+    train(tmp_path / "process", LearningCurves(runs_in="process"))
+    here, process = ((tmp_path / each / "run" / "curves.png").read_bytes() for each in ("here", "process"))
+    assert here == process
+
+
+class Subclass(LearningCurves):
+    runs_in = "process"
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (LearningCurves, "here"),  # drawn after training: nothing to disturb, and no process to start
+        (lambda: LearningCurves(every_n_epochs=1), "process"),
+        (lambda: LearningCurves(every_n_epochs=1, runs_in="here"), "here"),
+        (lambda: LearningCurves(runs_in="process"), "process"),
+        (Subclass, "process"),
+        (lambda: Subclass(runs_in="here"), "here"),
+    ],
+)
+def test_place_is_chosen_by_when_it_draws(make: Callable[[], LearningCurves], place: str) -> None:
+    assert make().runs_in == place
+
+
+class SlowToDraw(LearningCurves):
+    """Is still drawing its first picture when training has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_epochs=1, runs_in="here")
+        self.has_trained = threading.Event()
+        self.drawn = 0
+
+    def draw(self, path: "Path | str | None" = None) -> Path:
+        assert self.has_trained.wait(60)
+        self.drawn += 1
+        return Path()
+
+
+class AfterTraining(Callback):
+    def __init__(self, then: threading.Event) -> None:
+        self.then = then
+
+    @in_step
+    def after_training(self, point: StepPoint) -> None:
+        self.then.set()
+
+
+def test_drawings_do_not_pile_up_behind_a_slow_one(tmp_path: Path) -> None:
+    curves = SlowToDraw()
+    result = train(tmp_path, curves, AfterTraining(curves.has_trained), epochs=50)
+    assert result.callback_errors == {}
+    # The first epoch, the last two and the end; those between were outdated.
+    assert 2 <= curves.drawn <= 4
+    assert curves._curves["val_loss"].points()[0] == [3 * epoch for epoch in range(1, 51)]
+
+
 # On demand -----------------------------------------------------------------------------------------
 
 
@@ -193,6 +282,8 @@ def test_drawing_before_there_is_anything_is_an_error(tmp_path: Path) -> None:
         LearningCurves().draw()
     with pytest.raises(RuntimeError, match="nothing to draw before the first step"):
         LearningCurves().draw(tmp_path / "a.png")
+    with pytest.raises(RuntimeError, match=r"in the process that draws them: call LearningCurves.read"):
+        LearningCurves(every_n_epochs=1).draw()
     with pytest.raises(ConfigError, match=r"path must end in .png, .svg, .pdf"):
         LearningCurves().draw(tmp_path / "a.jpg")
 
@@ -280,6 +371,8 @@ def test_drawing_leaves_no_global_figure_and_no_window(
         ({"file": "curves.jpg"}, ConfigError, "file must be a name that ends in .png, .svg, .pdf"),
         ({"file": "a/curves.png"}, ConfigError, "file must be a name"),
         ({"max_points": 8}, ConfigError, "max_points must be a whole number of at least 16"),
+        ({"every_n_epochs": 0}, ConfigError, "every_n_epochs must be a whole number of at least 1, got 0"),
+        ({"runs_in": "thread"}, ConfigError, "runs_in must be None, 'here' or 'process', got 'thread'"),
         ({"metrics": "loss"}, TypeError, "metrics must be a list of names"),
     ],
 )

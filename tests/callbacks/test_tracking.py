@@ -294,6 +294,24 @@ def test_mlflow_reads_back_what_was_logged(
 
 
 @pytest.mark.slow
+def test_mlflow_in_a_process_gets_the_same(store: str, tmp_path: Path) -> None:
+    flow = MLflowLogger("process", tracking_uri=store, every_n_steps=1, timeout=60, runs_in="process")
+    flow.drain_timeout = 60
+    trainer = tiny_trainer(run_dir=str(tmp_path), hyperparameters={"width": 16})
+    callbacks = [flow, MetricLogger(every_n_steps=1)]
+    result = trainer.train(tiny_loader(4), tiny_loader(2), epochs=2, callbacks=callbacks)
+    assert result.callback_errors == {} and result.dir is not None
+    client = client_of(store)
+    experiment = client.get_experiment_by_name("process")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert {"width": "16", "optimizer": "SGD"}.items() <= run.data.params.items()
+    assert (run.info.run_name, run.info.status) == (result.run_id, "FINISHED")
+    for name in ("loss", "val_loss", "train_loss"):
+        expected = sorted({(int(row["step"]), float(row[name])) for row in rows_of(result.dir) if row[name]})
+        assert history_of(client, run.info.run_id, name) == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("act", "status"), [(fail, "FAILED"), (cancel, "KILLED")])
 def test_mlflow_says_how_a_run_ended(store: str, act: Any, status: str) -> None:
     flow = MLflowLogger("ends", tracking_uri=store, timeout=60)
@@ -626,6 +644,11 @@ def train(name, *callbacks):
     return tiny_trainer(run_dir="runs", run_name=name).train(tiny_loader(20), epochs=5, callbacks=callbacks)
 
 
+there = WandbLogger("project", mode="offline", every_n_steps=1, timeout=60, runs_in="process")
+there.drain_timeout = 60
+result = train("process", there)
+assert result.callback_errors == {}, result.callback_errors
+
 without = train("without")
 os.environ["WANDB_API_KEY"] = "0" * 40
 for name in ("refuses", "is silent"):
@@ -654,7 +677,7 @@ def wandb_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str
             env=environment,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
         )
     finally:
         silent.close()
@@ -705,6 +728,17 @@ def test_run_is_logged_offline_when_wandb_does_not_answer(
     kinds = [record.WhichOneof("record_type") for record in records_of(path)]
     assert kinds.count("history") == 105
     assert f"the run is logged offline; later: wandb sync {path.parent}" in said
+
+
+@pytest.mark.slow
+def test_wandb_in_a_process_gets_the_same(wandb_runs: tuple[Path, str, str]) -> None:
+    (path,) = (wandb_runs[0] / "process").glob("wandb/offline-run-*/run-*.wandb")
+    records = list(records_of(path))
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert {"optimizer": "SGD", "run_id": "process"}.items() <= config.items()
+    kinds = [record.WhichOneof("record_type") for record in records]
+    assert (kinds.count("history"), kinds.count("exit")) == (105, 1)
 
 
 @pytest.mark.slow

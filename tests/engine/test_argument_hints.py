@@ -24,8 +24,8 @@ from offloop.engine.testing import tiny_loader, tiny_trainer
 CALLBACKS: list[Any] = [
     *(
         each
-        for each in vars(offloop.callbacks).values()
-        if isinstance(each, type) and issubclass(each, Callback)
+        for each in (getattr(offloop.callbacks, name) for name in offloop.callbacks.__all__)
+        if issubclass(each, Callback)
     ),
     Dashboard,
 ]
