@@ -15,7 +15,7 @@ from typing import IO, Any, Final, Literal, Protocol
 from offloop.engine.errors import OffloopError, describe
 
 LOOKED_AT: Final = 250_000
-"""Parts that are looked at, besides numbers, text and bytes: about a second, and 100 MB. Arbitrary."""
+"""Parts that are looked at, besides numbers, text and bytes. Arbitrary: it bounds what an error takes to explain."""
 _LABELS: Final = 12
 """Labels that a path shows, such as `.settings` or `[0]`; of a longer one, its beginning and its end."""
 
