@@ -9,6 +9,8 @@
 `main` is the program. The parent has set `sys.path`; nothing here imports torch.
 """
 
+import atexit
+import contextlib
 import ctypes
 import faulthandler
 import functools
@@ -19,10 +21,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import anyio
 import msgspec
@@ -61,7 +64,8 @@ def main(descriptor: int, parent: int) -> None:
         signal.signal(number, _ignore)
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # pipes
+        # Pipes, whose text the parent decodes, whatever the locale.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     link = Link(socket.socket(fileno=descriptor))
     load = link.receive()
     assert isinstance(load, messages.Load)
@@ -71,8 +75,19 @@ def main(descriptor: int, parent: int) -> None:
         child = _Child(link, load, Handlers(callback, load.name))
     except BaseException as error:
         link.send(messages.CannotLoad(pack_error(error)))
-        return
+        _end()
     anyio.run(child.serve, backend=load.backend)
+    _end()
+
+
+def _end() -> NoReturn:
+    """End as an interpreter ends, but leave it to the system to take everything down: with torch that takes long."""
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does: waits for threads of the user's
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(0)
 
 
 def _ignore(_number: int, _frame: object) -> None:
@@ -284,6 +299,15 @@ class _Child:
 
     def _receive(self) -> None:
         """Body of the thread of the socket."""
+        try:
+            self._receive_all()
+        except BaseException:
+            # Most likely for want of memory. Nothing could be handled any more, and no one would know.
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)
+
+    def _receive_all(self) -> None:
         while (message := self._link.receive()) is not None:
             match message:
                 case messages.Handle():
@@ -313,4 +337,3 @@ class _Child:
                 case messages.Close():
                     self._is_closing = True
                     self._told.wake()
-        os._exit(1)

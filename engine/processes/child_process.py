@@ -46,7 +46,7 @@ READ: Final = 1 << 18
 FACTS_INTERVAL: Final = 0.1
 """Seconds between two looks whether the facts of the run have changed, while the child handles a batch."""
 LAST_OUTPUT: Final = 0.5
-"""Seconds to wait for the rest of the output after the child's end: a process that it has left may hold the pipe."""
+"""Seconds to read the rest of the output after the child's end: a process that it has left may write for ever."""
 LOOK_INTERVAL: Final = 0.25
 """Seconds between two looks whether the child has ended, on systems that do not tell."""
 
@@ -156,18 +156,24 @@ class ChildProcess:
         """Body of the child's thread."""
         failure: CallbackProcessError | None = None
         try:
-            ours, theirs = socket.socketpair()
-            with ours:
-                try:
+            try:
+                ours, theirs = socket.socketpair()
+                with ours:
                     with theirs:
                         process = self._spawn(theirs)
-                except (OSError, ValueError) as error:
-                    failure = CallbackProcessError(
-                        f"the process of {self.name} could not be started: {describe(error)}"
-                    )
-                else:
                     with process:
-                        failure = self._serve_process(process, ours)
+                        try:
+                            failure = self._serve_process(process, ours)
+                        except BaseException:
+                            # It is not served any more, so it would never end.
+                            process.kill()
+                            raise
+            except (OSError, ValueError) as error:
+                if self.pid is not None:
+                    raise
+                failure = CallbackProcessError(
+                    f"the process of {self.name} could not be started: {describe(error)}"
+                )
         except Exception as error:
             logger.exception("the process of %s was lost", self.name)
             failure = CallbackProcessError(f"the process of {self.name} was lost: {describe(error)}")
@@ -185,7 +191,9 @@ class ChildProcess:
             raise OSError(
                 errno.ENOENT, "sys.executable does not name a Python: multiprocessing.set_executable() does"
             )
-        arguments = [str(theirs.fileno()), json.dumps(sys.path), str(os.getpid())]
+        # A `Path` in sys.path is common, and ignored by imports.
+        paths = [each for each in sys.path if isinstance(each, str)]
+        arguments = [str(theirs.fileno()), json.dumps(paths), str(os.getpid())]
         process = subprocess.Popen(
             [executable, "-P", "-c", _START, *arguments],
             stdin=subprocess.DEVNULL,
@@ -233,7 +241,8 @@ class ChildProcess:
                         if not is_open:
                             selector.unregister(ours)
                     elif (output := outputs.get(key.fileobj)) is not None:  # type: ignore[call-overload]
-                        if not output.copy(key.fileobj):
+                        output.copy(key.fileobj)
+                        if output.is_over:
                             selector.unregister(key.fileobj)
                 if self.is_busy and time.monotonic() >= look_at:
                     look_at = time.monotonic() + FACTS_INTERVAL
@@ -281,16 +290,11 @@ class ChildProcess:
                 return False
 
     def _copy_rest(self, outputs: "dict[IO[bytes], _Output]") -> None:
+        """Copy what the child has written before its end, which is in the pipes by now."""
         deadline = time.monotonic() + LAST_OUTPUT
-        with selectors.DefaultSelector() as selector:
-            for pipe, output in outputs.items():
-                if not output.is_over:
-                    selector.register(pipe, selectors.EVENT_READ)
-            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
-                    if not outputs[key.fileobj].copy(key.fileobj):  # type: ignore[index, arg-type]
-                        selector.unregister(key.fileobj)
-        for output in outputs.values():
+        for pipe, output in outputs.items():
+            while output.copy(pipe) and time.monotonic() < deadline:
+                pass
             output.finish()
 
     def _ending(self, process: subprocess.Popen[bytes]) -> CallbackProcessError | None:
@@ -341,11 +345,11 @@ class _Output:
         self.is_over = False
 
     def copy(self, pipe: IO[bytes]) -> bool:
-        """Copy what there is; False at the end."""
+        """Copy a part of what there is; False if there is nothing."""
         try:
             data = os.read(pipe.fileno(), READ)
         except BlockingIOError:
-            return True
+            return False
         except OSError:
             data = b""
         self.is_over = not data
@@ -357,9 +361,12 @@ class _Output:
         self._show(self._decoder.decode(b"", final=True))
 
     def _show(self, text: str) -> None:
-        # Looked up each time, as `print` does: a notebook or a test may have replaced it.
+        # Looked up each time, as `print` does: a notebook or a test may have replaced it, by something that fails.
         stream: TextIO | None = getattr(sys, self._name)
         if text and stream is not None:
-            with contextlib.suppress(OSError, ValueError):
-                stream.write(text)
+            with contextlib.suppress(Exception):
+                try:
+                    stream.write(text)
+                except UnicodeEncodeError as error:
+                    stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
                 stream.flush()

@@ -5,6 +5,7 @@ measures their costs. Here, the callback has its subscription like any other. A 
 sent; the next one once the child has handled that.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -246,7 +247,12 @@ class ProcessObserver(Observer):
                 self._lost(error)
                 self._answered.wake()
             case messages.LogRecord():
-                _log(message)
+                try:
+                    _log(message)
+                except Exception:
+                    # A filter or handler of the user's has failed, and perhaps does so again.
+                    with contextlib.suppress(Exception):
+                        logger.exception("a log record of %s was lost", self.name)
 
     def _on_exit(self, error: CallbackProcessError | None) -> None:
         if self._child.was_killed:
@@ -283,8 +289,9 @@ class ProcessObserver(Observer):
             self._publish(decode(bytes(message.event), "msgpack"))
         except BusClosedError:
             logger.info("an event of %s came after the end of the run", self.name)
-        except Exception:
-            logger.exception("an event of %s could not be published", self.name)
+        except Exception as error:
+            # It cannot be decoded here.
+            self.failed("publish", error)
 
     def _give(self, message: messages.Give) -> None:
         """Give a command of the child to the run, and send what comes of it."""
