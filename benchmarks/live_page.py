@@ -53,7 +53,8 @@ from websockets.typing import Subprotocol
 
 from offloop.dashboard import Dashboard
 from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.server import Options, Server
+from offloop.dashboard.options import Options
+from offloop.dashboard.server import Server
 from offloop.engine import Callback, Metrics, Run, StepEnd, Trainer, TrainerConfig, TrainStart
 
 FIVE_MS = Task("5 ms step", features=256, width=704, layers=2, batch_size=64, steps_per_slice=2)
@@ -180,7 +181,7 @@ def measure_stalled(seconds: float) -> tuple[int, float | None, float]:
                         look_at = clock() + 0.05
                         mine = [
                             each
-                            for each in tuple(server._connections)
+                            for each in tuple(server._requests.peers)
                             if each.remote_address and each.remote_address[1] == port
                         ]
                         if not mine and cut_off is None:

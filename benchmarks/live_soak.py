@@ -127,7 +127,7 @@ def taken_by(dashboard: Dashboard, trainer: Trainer) -> dict[str, float]:
         "steps": trainer.last_run.step,
         "resident": resident(),
         "history": live.history.bytes / 1e6,
-        "connections": len(server._connections),
+        "connections": len(server._requests.peers),
         "threads": threading.active_count(),
         "files": len(os.listdir("/proc/self/fd")),
     }

@@ -77,6 +77,22 @@ def demo(
         fail(str(error))
 
 
+@app.command()
+def logout() -> None:
+    """Forget all browsers that may open live pages of yours on this machine.
+
+    Pages that are open close within seconds, and cookies are worth nothing. The address that a run has printed lets
+    browsers in again until that run ends.
+    """
+    from offloop.dashboard.security import forget_key, key_path
+
+    try:
+        is_forgotten = forget_key()
+    except OSError as error:
+        fail(f"{key_path()} cannot be deleted: {error.strerror}")
+    typer.echo("All browsers are logged out." if is_forgotten else "No browser was logged in.")
+
+
 @app.command(context_settings={"allow_interspersed_args": False})
 def verify_resume(
     script: Annotated[Path, typer.Argument(help="A Python script that trains with offloop.")],

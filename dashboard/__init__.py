@@ -1,5 +1,15 @@
-"""The live page: what a run shows in a browser, and how it is steered from there."""
+"""The live page: what a run shows in a browser, and how it is steered from there.
 
-from offloop.dashboard.callback import Dashboard
+Names are loaded when first used, because logging browsers out needs no torch.
+"""
 
-__all__ = ["Dashboard"]
+from typing import TYPE_CHECKING
+
+from offloop.engine.lazy_facade import lazy_facade
+
+if TYPE_CHECKING:
+    from offloop.dashboard.callback import Dashboard as Dashboard
+
+_NAMES = {"callback": "Dashboard"}
+
+__all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES)

@@ -19,8 +19,9 @@ import anyio.to_thread
 from offloop.dashboard.history import HISTORY_BYTES
 from offloop.dashboard.lease import Lease, SharedServer
 from offloop.dashboard.milestones import MILESTONE_BYTES
+from offloop.dashboard.options import Options
 from offloop.dashboard.security import host_name, is_loopback
-from offloop.dashboard.server import Options, Server
+from offloop.dashboard.server import Server
 from offloop.engine import Callback, Run, TrainStart, checks, decides
 from offloop.engine.argument_hints import explains_arguments
 
@@ -87,7 +88,7 @@ class Dashboard(Callback):
                 session.
             token: Secret in the address that grants access: at least 16 printable ASCII characters without spaces.
                 Default None: a random one for each process. A browser that was admitted once keeps access to later
-                processes for 30 days.
+                processes at the same port for 30 days.
             read_only: Accept no commands from any viewer. Default False.
             frames_per_second: Chart updates per second and viewer, above 0 and at most 60. Default 10.
             history_bytes: Memory in bytes for the curves of one run, at least 1,000,000. Default 256 MiB. Beyond

@@ -12,12 +12,15 @@ import anyio
 from offloop.dashboard.protocol import (
     CLOSE_PROTOCOL,
     CLOSE_SLOW,
+    CLOSE_UNAUTHORISED,
     FromServer,
     Hi,
     ProtocolError,
+    Role,
     decode_viewer_message,
 )
 from offloop.dashboard.viewer import Viewer, ViewerTooSlowError
+from offloop.engine import OffloopError
 
 HI_TIMEOUT: Final = 5.0
 """Seconds for a viewer's first message."""
@@ -41,12 +44,36 @@ class Link(Protocol):
         """Close the link; twice is fine."""
 
 
-class Connection:
-    """A viewer that has said hi, and its link."""
+class RefusedError(OffloopError):
+    """A visitor is not admitted. Never leaves the dashboard."""
 
-    def __init__(self, viewer: Viewer, link: Link) -> None:
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Visitor(Protocol):
+    """Who opened a link, and whether they may."""
+
+    def admit(self, hi: Hi) -> Role:
+        """Return the role of a viewer, given its first message.
+
+        Raises:
+            RefusedError: It is not admitted.
+        """
+
+    def is_admitted(self) -> bool:
+        """True while the viewer may stay."""
+
+
+class Connection:
+    """A viewer that was admitted, and its link."""
+
+    def __init__(self, viewer: Viewer, link: Link, visitor: Visitor) -> None:
         self.viewer = viewer
         self.link = link
+        self._visitor = visitor
         # Code and reason to close with, once the queued messages are sent.
         self.close: tuple[int, str] | None = None
         # Before closing, send the curves up to their end.
@@ -104,6 +131,11 @@ class Connection:
             self._scope.cancel()
         if viewer.visible and viewer.waiting_since is not None and now - viewer.waiting_since > DRAW_TIMEOUT:
             self.end(CLOSE_SLOW, f"no frame was drawn within {DRAW_TIMEOUT:g} s")
+
+    def end_if_logged_out(self) -> None:
+        """Close a viewer that may not stay."""
+        if not self._visitor.is_admitted():
+            self.end(CLOSE_UNAUTHORISED, "The user has logged out.")
 
     async def run(self, handle: Callable[["Connection", str | bytes], None]) -> None:
         """Pass received messages to `handle` and send what is due, until the link closes or `end` is called."""

@@ -15,7 +15,7 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 
-from offloop.dashboard.connection import Connection, Link, receive_hi
+from offloop.dashboard.connection import Connection, Link, RefusedError, Visitor, receive_hi
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.protocol import (
@@ -29,7 +29,6 @@ from offloop.dashboard.protocol import (
     Pong,
     ProtocolError,
     RangeQuery,
-    Role,
     Runs,
     Show,
     Visibility,
@@ -201,6 +200,7 @@ class Hub:
                 slow_at = now
                 for connection in self.connections:
                     connection.end_if_stuck(now)
+                    connection.end_if_logged_out()
                 self._commands.expire(now)
             for key, live in self.runs.items():
                 if is_slow_beat or key in self._changed:
@@ -219,12 +219,17 @@ class Hub:
 
     # Who is connected
 
-    async def serve(self, link: Link, *, role: Role, address: str) -> None:
+    async def serve(self, link: Link, *, visitor: Visitor, address: str) -> None:
         """Serve one viewer until its connection ends."""
         hi = await receive_hi(link)
         if hi is None:
             return
-        connection = Connection(Viewer(role, address), link)
+        try:
+            role = visitor.admit(hi)
+        except RefusedError as error:
+            await link.close(error.code, error.reason)
+            return
+        connection = Connection(Viewer(role, address), link, visitor)
         self.connections.append(connection)
         self._occupied.set()
         # Replace the event only when it is set: `wait_until_empty` may be waiting for the one that is not.

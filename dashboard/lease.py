@@ -6,7 +6,8 @@ and releasing the last one closes it.
 
 import threading
 
-from offloop.dashboard.server import Options, Server
+from offloop.dashboard.options import Options
+from offloop.dashboard.server import Server
 
 
 class Lease:

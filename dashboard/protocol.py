@@ -62,7 +62,12 @@ MAX_POINTS: Final = 4_000
 """Most points of one curve in a snapshot or an answer, unless all are requested."""
 
 # Close codes, besides the usual ones (1001: the server closes, 1009: a message was too long). A viewer that is not
-# admitted receives an HTTP answer instead of a websocket: 401, 403 or 503.
+# admitted receives an HTTP answer instead of a websocket: 401, 403 or 503. A browser with the cookie and without the
+# key receives 4001.
+CLOSE_FULL: Final = 1013
+"""There is no place left."""
+CLOSE_UNAUTHORISED: Final = 4001
+"""No key in `hi` belongs to the cookie, or the user has logged out."""
 CLOSE_PROTOCOL: Final = 4002
 """The viewer violated this protocol; the reason says how."""
 CLOSE_SLOW: Final = 4008
@@ -103,6 +108,9 @@ class Hi(FromViewer, frozen=True, kw_only=True, tag="hi"):
     """`Hello.server` of the previous connection; None for the first one."""
     after: int = -1
     """`seq` of the last milestone of `run` that the viewer has; -1 for none. Ignored without `server`."""
+    keys: list[str] = []
+    """For a browser: the keys that it was given at this address, which its cookie needs. Programs with a token have
+    none."""
 
 
 class Watch(FromViewer, frozen=True, kw_only=True, tag="watch"):

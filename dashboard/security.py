@@ -4,8 +4,10 @@ The attacker to consider is a page in another browser tab: it can send requests 
 owner resolves to 127.0.0.1 makes such a request look like one of ours. The token and the check of `Origin` prevent the
 first, the list of accepted host names prevents the second.
 
-The token in the address is valid while the process lives. The browser exchanges it at once for a cookie that scripts
-cannot read. A key of the user signs the cookie, so that a tab also finds the user's next run.
+The token in the address is valid while the process lives. The browser exchanges it at once for two halves, of which
+neither is enough: a cookie that scripts cannot read, and a key for the page. Cookies know no ports: the browser sends
+them to any server on 127.0.0.1. The key it gives to nobody: the page keeps it in the storage of its own address, port
+included, and sends it in `hi`. Both come from a key of the user, so that a tab also finds the user's next run.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 from offloop.dashboard.protocol import Role
@@ -65,6 +67,16 @@ def host_name(header: str) -> str | None:
     return parts.hostname
 
 
+class Key(Protocol):
+    """The key of a user."""
+
+    def current(self) -> bytes | None:
+        """Return the key; None if there is none."""
+
+    def ensure(self) -> bytes:
+        """Return the key, or create it."""
+
+
 class Gate:
     """Decides which requests are answered, and with which role."""
 
@@ -74,7 +86,7 @@ class Gate:
         bound_to: str,
         token: str,
         read_only_token: str,
-        key: bytes,
+        key: Key,
         read_only: bool = False,
         allow_hosts: Sequence[str] = (),
     ) -> None:
@@ -84,7 +96,7 @@ class Gate:
             bound_to: The address that it listens on.
             token: Grants the control role.
             read_only_token: Grants the read_only role.
-            key: Signs cookies; 32 bytes.
+            key: Signs cookies, and makes the keys of pages.
             read_only: Grant at most the read_only role, also to cookies of earlier servers.
             allow_hosts: More host names under which browsers may reach the server.
         """
@@ -93,8 +105,6 @@ class Gate:
         self._key = key
         self._read_only = read_only
         self._names = LOOPBACK_NAMES | {bound_to.lower(), *(name.lower() for name in allow_hosts)}
-        # The name depends on the key: another user's server, tunnelled to the same host name, uses another cookie.
-        self.cookie_name = f"offloop_{hashlib.sha256(key).hexdigest()[:8]}"
 
     def allows_host(self, headers: Sequence[str]) -> bool:
         """True for exactly one `Host` header that names this server.
@@ -136,18 +146,42 @@ class Gate:
                 found = found or role
         return self._at_most(found)
 
-    def role_of(self, cookies: Sequence[str], authorizations: Sequence[str]) -> Role | None:
-        """Return the role that the `Authorization` or `Cookie` headers grant."""
-        if authorizations:
-            scheme, _, token = authorizations[0].partition(" ")
-            if len(authorizations) != 1 or scheme.lower() != "bearer":
-                return None
-            return self.role_of_token(token.strip())
+    def role_of_bearer(self, authorizations: Sequence[str]) -> Role | None:
+        """Return the role that the `Authorization` header of a program grants."""
+        if len(authorizations) != 1:
+            return None
+        scheme, _, token = authorizations[0].partition(" ")
+        return self.role_of_token(token.strip()) if scheme.lower() == "bearer" else None
+
+    def role_of_cookie(self, cookies: Sequence[str]) -> Role | None:
+        """Return the role that `Cookie` headers claim. It is not enough: others may have the cookie."""
+        return self._at_most(self._role_in(cookies))
+
+    def role_of_page(self, cookies: Sequence[str], keys: Sequence[str], port: int) -> Role | None:
+        """Return the role that a cookie and the keys of a page grant together: the lower one of both."""
+        claimed, key = self._role_in(cookies), self._key.current()
+        if claimed is None or key is None:
+            return None
+        roles: tuple[Role, ...] = ("control", "read_only")
+        granted = [role for role in roles if _is_among(_page_key(key, role, port), keys)]
+        if not granted:
+            return None
+        return self._at_most("read_only" if "read_only" in (claimed, granted[0]) else "control")
+
+    def knows_cookie(self, cookies: Sequence[str]) -> bool:
+        """False once the user has logged out."""
+        return self._role_in(cookies, with_expired=True) is not None
+
+    def _role_in(self, cookies: Sequence[str], *, with_expired: bool = False) -> Role | None:
+        key = self._key.current()
+        if key is None:
+            return None
+        wanted = _cookie_name(key)
         for header in cookies:
             for pair in header.split(";"):
                 name, _, value = pair.strip().partition("=")
-                if name == self.cookie_name and (role := self._read_cookie(value)) is not None:
-                    return self._at_most(role)
+                if name == wanted and (role := _read_cookie(key, value, with_expired)) is not None:
+                    return role
         return None
 
     def _at_most(self, role: Role | None) -> Role | None:
@@ -164,24 +198,46 @@ class Gate:
 
     def cookie(self, role: Role, *, secure: bool) -> str:
         """Return a `Set-Cookie` header for a role."""
+        key = self._key.ensure()
         text = f"{role}.{int(time.time()) + COOKIE_DAYS * 86_400}"
-        value = f"{text}.{self._sign(text)}"
+        value = f"{text}.{_sign(key, 'cookie', text)}"
         return (
-            f"{self.cookie_name}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={COOKIE_DAYS * 86_400}"
+            f"{_cookie_name(key)}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={COOKIE_DAYS * 86_400}"
             + ("; Secure" if secure else "")
         )
 
-    def _read_cookie(self, value: str) -> Role | None:
-        text, _, signature = value.rpartition(".")
-        if not hmac.compare_digest(self._sign(text).encode(), signature.encode("utf-8", "replace")):
-            return None
-        role, _, until = text.partition(".")
-        if not until.isascii() or not until.isdigit() or int(until) < time.time():
-            return None
-        return "control" if role == "control" else "read_only"
+    def page_key(self, role: Role, port: int) -> str:
+        """Return the key of a page at a port of this machine, for a role: 128 bits that the cookie does not contain."""
+        return _page_key(self._key.ensure(), role, port)
 
-    def _sign(self, text: str) -> str:
-        return hmac.new(self._key, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+def _cookie_name(key: bytes) -> str:
+    """Depends on the key: another user's server, tunnelled to the same host name, uses another cookie."""
+    return f"offloop_page_{_sign(key, 'name', '')[:8]}"
+
+
+def _page_key(key: bytes, role: Role, port: int) -> str:
+    return _sign(key, "page", f"{role}.{port}")[:32]
+
+
+def _is_among(wanted: str, keys: Sequence[str]) -> bool:
+    found = [hmac.compare_digest(wanted.encode(), key.strip().encode("utf-8", "replace")) for key in keys]
+    return any(found)
+
+
+def _read_cookie(key: bytes, value: str, with_expired: bool) -> Role | None:
+    text, _, signature = value.rpartition(".")
+    if not hmac.compare_digest(_sign(key, "cookie", text).encode(), signature.encode("utf-8", "replace")):
+        return None
+    role, _, until = text.partition(".")
+    if not until.isascii() or not until.isdigit() or (int(until) < time.time() and not with_expired):
+        return None
+    return "control" if role == "control" else "read_only"
+
+
+def _sign(key: bytes, purpose: str, text: str) -> str:
+    """Sign a text; what is signed for one purpose is worth nothing for another."""
+    return hmac.new(key, f"{purpose} 2 {text}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
 
 def new_token() -> str:
@@ -194,31 +250,63 @@ def state_directory() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "offloop"
 
 
-def user_key() -> bytes:
-    """Return the key that signs this user's cookies, from a file that only the user can read; created on first use.
+class UserKey:
+    """The key of this user, in a file that only the user can read. `forget_key` deletes it."""
 
-    If no such file can be written, return a key for this process alone: open tabs then cannot find the next run.
+    def __init__(self) -> None:
+        self._path = key_path()
+        # Made if no such file can be written: for this process alone, so open tabs cannot find the next run.
+        self._own: bytes | None = None
+        # As last read, for when the file system does not answer.
+        self._last: bytes | None = None
+
+    def current(self) -> bytes | None:
+        """Return the key; None if there is none, as after `offloop logout`. Reads the file each time."""
+        with contextlib.suppress(OSError):
+            self._last = _read_key(self._path)
+        return self._last or self._own
+
+    def ensure(self) -> bytes:
+        """Return the key; the first call creates it."""
+        path = self._path
+        with contextlib.suppress(OSError):
+            if (key := _read_key(path)) is not None:
+                return key
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(secrets.token_bytes(32))
+                    file.flush()
+                    os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):
+                    # Two processes that create the key at once both use the first one.
+                    os.link(temporary, path)
+            finally:
+                temporary.unlink()
+            if (key := _read_key(path)) is not None:
+                return key
+        self._own = self._own or secrets.token_bytes(32)
+        return self._own
+
+
+def key_path() -> Path:
+    """Return the file of the user's key."""
+    return state_directory() / "dashboard.key"
+
+
+def forget_key() -> bool:
+    """Delete the user's key, and with it all that browsers hold; False if there was none.
+
+    Raises:
+        OSError: The file cannot be deleted.
     """
-    path = state_directory() / "dashboard.key"
-    with contextlib.suppress(OSError):
-        if (key := _read_key(path)) is not None:
-            return key
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(32))
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                # Two processes that create the key at once both use the first one.
-                os.link(temporary, path)
-        finally:
-            temporary.unlink()
-        if (key := _read_key(path)) is not None:
-            return key
-    return secrets.token_bytes(32)
+    try:
+        key_path().unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read_key(path: Path) -> bytes | None:

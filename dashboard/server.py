@@ -1,8 +1,8 @@
 """Server: one port for the page and its websockets, in a thread with its own asyncio loop.
 
 The event loops of runs never serve viewers: a host that blocks its loop does not block the page, and Stop works while
-a handler hangs. The websockets library does the handshake, keepalive, limits and closing; this module answers
-requests, serves the page and connects websockets to the hub.
+a handler hangs. The websockets library does the handshake, keepalive, limits and closing; `requests.py` answers
+requests and says who may enter, and this module connects websockets to the hub.
 """
 
 import asyncio
@@ -10,40 +10,28 @@ import contextlib
 import contextvars
 import errno
 import functools
-import http
 import logging
 import os
 import socket
-import ssl as tls
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-import msgspec
 from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request, Response
-from websockets.server import ServerProtocol
-from websockets.typing import StatusLike, Subprotocol
+from websockets.typing import Subprotocol
 
 from offloop.dashboard.connection import short
-from offloop.dashboard.history import HISTORY_BYTES
-from offloop.dashboard.hub import FRAME_INTERVAL, Hub
+from offloop.dashboard.hub import Hub
 from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import MILESTONE_BYTES
-from offloop.dashboard.page import NOT_BUILT, Asset, Page
-from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL, Role
-from offloop.dashboard.security import (
-    SECURITY_HEADERS,
-    Gate,
-    content_security_policy,
-    new_token,
-    user_key,
-)
+from offloop.dashboard.options import Options
+from offloop.dashboard.page import Page
+from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
+from offloop.dashboard.requests import Peer, Requests
+from offloop.dashboard.security import Gate, UserKey, new_token
 from offloop.engine import Event, Run, Subscription, TrainStart
 from offloop.engine.bus.threads import Latch, Thread
 
@@ -57,35 +45,12 @@ PORTS_TRIED: Final = 20
 """Ports tried after the default one if that is taken."""
 GOODBYE: Final = 1.0
 """Seconds for viewers to receive the last messages of a run."""
-SEND_BUFFER: Final = 128 * 1024
-"""Bytes of a viewer's kernel buffer: the default is megabytes, which hold seconds of outdated charts."""
 HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for a connection to send its request and to receive the answer."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds for a websocket to receive its close frame and answer it; then it is aborted."""
-MAX_HALF_OPEN: Final = 64
-"""Most connections that have sent no request yet. One more aborts the oldest of them: a real client sends its request
-within milliseconds, so the oldest is idle."""
 MESSAGES_READ_AHEAD: Final = 4
 """Messages of a viewer that wait to be handled; beyond that its socket is not read."""
-FOR_GOOD: Final = "public, max-age=31536000, immutable"
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of a server; see `Dashboard` for their meaning."""
-
-    host: str = "127.0.0.1"
-    port: int | None = None
-    token: str | None = None
-    read_only: bool = False
-    frames_per_second: float = 1 / FRAME_INTERVAL
-    history_bytes: int = HISTORY_BYTES
-    milestone_bytes: int = MILESTONE_BYTES
-    max_viewers: int = 64
-    allow_hosts: tuple[str, ...] = ()
-    frame_ancestors: tuple[str, ...] = ()
-    compression: bool = False
-    ssl: tls.SSLContext | None = None
 
 
 class Server:
@@ -109,7 +74,7 @@ class Server:
             bound_to=options.host,
             token=self.token,
             read_only_token=self.read_only_token,
-            key=user_key(),
+            key=UserKey(),
             read_only=options.read_only,
             # The printed address contains this name, so requests for it must be accepted.
             allow_hosts=(*options.allow_hosts, *([socket.gethostname()] if self._is_wildcard else [])),
@@ -120,10 +85,7 @@ class Server:
         # Only the server's thread uses these, and a forked child, in which no other thread lives.
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followers: dict[Run, asyncio.Task[None]] = {}
-        # Connections without an answer yet, oldest first.
-        self._half_open: dict[_Connection, None] = {}
-        # All open connections.
-        self._connections: set[_Connection] = set()
+        self._requests: Requests
         # File descriptors of the listening sockets.
         self._listening: list[int] = []
         self._error: BaseException | None = None
@@ -230,6 +192,7 @@ class Server:
             page=None if self.page is None else self.page.page_hash,
             frame_interval=1 / self.options.frames_per_second,
         )
+        self._requests = Requests(self.options, self._gate, self.page, self.hub.id)
         try:
             server = await self._listen()
         except Exception as error:
@@ -266,7 +229,7 @@ class Server:
     async def _end_connections(self) -> None:
         """Abort remaining connections, also those still being accepted, which takes some turns of the event loop."""
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            for connection in tuple(self._connections):
+            for connection in tuple(self._requests.peers):
                 connection.transport.abort()
             await asyncio.wait(others, timeout=0.05)
 
@@ -275,15 +238,14 @@ class Server:
         # Not also ::1, where port 0 would be a different port. Browsers try both addresses.
         host = "127.0.0.1" if options.host == "localhost" else options.host
         last = DEFAULT_PORT + PORTS_TRIED
-        requests = _Requests(options, self._gate, self.page, self._connections, self.hub.id)
-        connection: Any = functools.partial(_Connection, self._half_open, self._connections)
+        connection: Any = functools.partial(Peer, self._requests)
         for port in [options.port] if options.port is not None else range(DEFAULT_PORT, last + 1):
             try:
                 server = await serve(
                     self._serve,
                     host,
                     port,
-                    process_request=requests.process,
+                    process_request=self._requests.process,
                     create_connection=connection,
                     subprotocols=[Subprotocol(SUBPROTOCOL)],
                     compression="deflate" if options.compression else None,
@@ -347,7 +309,7 @@ class Server:
     def close_copies(self) -> None:
         """Close the copies of this server's sockets. Called in a forked child."""
         descriptors = list(self._listening)
-        for connection in tuple(self._connections):
+        for connection in tuple(self._requests.peers):
             raw = connection.transport.get_extra_info("socket")
             descriptors.append(-1 if raw is None else raw.fileno())
         for descriptor in descriptors:
@@ -356,168 +318,16 @@ class Server:
 
     async def _serve(self, connection: ServerConnection) -> None:
         """Serve one websocket until it closes."""
-        assert isinstance(connection, _Connection) and connection.role is not None
-        self._half_open.pop(connection, None)
-        peer = connection.remote_address
-        address = str(peer[0]) if peer else "?"
+        assert isinstance(connection, Peer)
+        if connection.role is not None:
+            self._requests.half_open.pop(connection, None)
+        remote = connection.remote_address
+        address = str(remote[0]) if remote else "?"
         try:
-            await self.hub.serve(_WebsocketLink(connection), role=connection.role, address=address)
+            await self.hub.serve(_WebsocketLink(connection), visitor=connection, address=address)
         except Exception:
             logger.exception("the live page failed: a viewer was disconnected")
             raise
-
-
-class _Requests:
-    """Answers requests for files and the status, and admits websockets. The server's thread only."""
-
-    def __init__(
-        self, options: Options, gate: Gate, page: Page | None, connections: "set[_Connection]", server_id: str
-    ) -> None:
-        self._options = options
-        self._gate = gate
-        self._page = page
-        self._connections = connections
-        self._server_id = server_id
-
-    def process(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer a request for a file, or let a websocket handshake continue."""
-        assert isinstance(connection, _Connection)
-        response = self._respond(connection, request)
-        if response is not None and request.method == "HEAD":
-            # Content-Length stays that of the answer to GET.
-            response.body = b""
-        return response
-
-    def _respond(self, connection: "_Connection", request: Request) -> Response | None:
-        headers = request.headers
-        hosts = headers.get_all("Host")
-        if not self._gate.allows_host(hosts):
-            return _answer(421, "This server does not answer to this host name.")
-        try:
-            address = urlsplit(request.path)
-        except ValueError:
-            return _answer(400, "Malformed address.")
-        role = self._gate.role_of(headers.get_all("Cookie"), headers.get_all("Authorization"))
-        if request.method not in ("GET", "HEAD"):
-            return _answer(405, "Only GET and HEAD.", {"Allow": "GET, HEAD"})
-        if address.path == "/ws":
-            if request.method != "GET":
-                return _answer(405, "A websocket begins with GET.", {"Allow": "GET"})
-            return self._admit(connection, headers, hosts[0], role)
-        return self._file(headers, address.path, address.query, role)
-
-    def _admit(
-        self, connection: "_Connection", headers: Headers, host: str, role: Role | None
-    ) -> Response | None:
-        """Refuse a websocket, or admit it and record its role."""
-        has_bearer = bool(headers.get_all("Authorization"))
-        if not self._gate.allows_origin(headers.get_all("Origin"), host, has_bearer=has_bearer):
-            return _answer(
-                403, "Only the page of this server, or a program with a token, may open a websocket."
-            )
-        if role is None:
-            return _answer(401, "Open the page with the address that the run printed.")
-        if self._is_full(role):
-            return _answer(503, f"There are already {self._viewers} viewers.")
-        connection.role = role
-        return None
-
-    @property
-    def _viewers(self) -> int:
-        """Number of admitted websockets, including those that have not said hi."""
-        return sum(connection.role is not None for connection in self._connections)
-
-    def _is_full(self, role: Role) -> bool:
-        """True if there is no place for another viewer of this role: readers leave some to those who may steer."""
-        places = self._options.max_viewers
-        if role == "read_only" and not self._options.read_only:
-            places -= kept_places(places)
-        return self._viewers >= places
-
-    def _file(self, headers: Headers, path: str, query: str, role: Role | None) -> Response:
-        if path == "/api/status":
-            if role is None:
-                return _answer(401, "Not authorised.")
-            status = {
-                "viewers": self._viewers,
-                "full": self._is_full(role),
-                "role": role,
-                "server": self._server_id,
-            }
-            return _answer(200, msgspec.json.encode(status), {"Content-Type": "application/json"})
-        if path == "/" and "token=" in query:
-            # Redirect to an address without the token, right or wrong. Without a cookie the page asks for one.
-            more = {"Location": "./"}
-            if (given := self._gate.role_in_query(query)) is not None:
-                more["Set-Cookie"] = self._gate.cookie(given, secure=self._options.ssl is not None)
-            return _answer(303, b"", more)
-        if self._page is None:
-            return self._asset(headers, NOT_BUILT, 503, "no-store")
-        asset = self._page.assets.get(path)
-        if asset is None:
-            return _answer(404, "Not found.")
-        return self._asset(headers, asset, 200, "no-cache" if path == "/" else FOR_GOOD)
-
-    def _asset(self, headers: Headers, asset: Asset, status: int, keep: str) -> Response:
-        more = {
-            "Content-Type": asset.content_type,
-            "Cache-Control": keep,
-            "Content-Security-Policy": content_security_policy(self._options.frame_ancestors),
-            "ETag": asset.etag,
-            "Vary": "Accept-Encoding",
-        }
-        if status == 200 and asset.etag in ",".join(headers.get_all("If-None-Match")):
-            return _answer(304, b"", more)
-        if _accepts_gzip(headers.get_all("Accept-Encoding")):
-            return _answer(status, asset.gzipped, more | {"Content-Encoding": "gzip"})
-        return _answer(status, asset.body, more)
-
-
-class _Connection(ServerConnection):
-    """A connection that registers itself before its first byte, and unregisters when it closes."""
-
-    def __init__(
-        self,
-        half_open: "dict[_Connection, None]",
-        all_connections: "set[_Connection]",
-        protocol: ServerProtocol,
-        server: WebsocketServer,
-        **options: Any,
-    ) -> None:
-        super().__init__(protocol, server, **options)
-        # Set once the connection is admitted as a websocket.
-        self.role: Role | None = None
-        self._half_open = half_open
-        self._all = all_connections
-        # The library itself answers requests that are too long and wrong handshakes.
-        self._reject = protocol.reject
-        protocol.reject = self._reject_securely  # type: ignore[method-assign]  # no other way in
-
-    def _reject_securely(self, status: StatusLike, text: str) -> Response:
-        # It may have been admitted before its handshake turned out to be wrong.
-        self.role = None
-        response = self._reject(status, text)
-        for name, value in SECURITY_HEADERS.items():
-            response.headers[name] = value
-        response.headers["Cache-Control"] = "no-store"
-        return response
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        with contextlib.suppress(OSError):
-            raw = transport.get_extra_info("socket")
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self._all.add(self)
-        self._half_open[self] = None
-        if len(self._half_open) > MAX_HALF_OPEN:
-            oldest = next(iter(self._half_open))
-            del self._half_open[oldest]
-            oldest.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._half_open.pop(self, None)
-        self._all.discard(self)
-        super().connection_lost(exc)
 
 
 class _WebsocketLink:
@@ -545,36 +355,6 @@ class _WebsocketLink:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._connection.close(code, short(reason))
         self._connection.transport.abort()
-
-
-def kept_places(max_viewers: int) -> int:
-    """Return how many of a server's places are kept for the control role: an eighth, at least one."""
-    return max(1, max_viewers // 8)
-
-
-def _answer(status: int, body: bytes | str, more: dict[str, str] | None = None) -> Response:
-    """Make a response; a string becomes a line of plain text."""
-    if isinstance(body, str):
-        body = f"{body}\n".encode()
-    chosen = {
-        "Content-Type": "text/plain; charset=utf-8",
-        "Cache-Control": "no-store",
-        **SECURITY_HEADERS,
-        **(more or {}),
-        "Connection": "close",
-    }
-    # In a 304 the length would be that of the browser's copy.
-    if status != 304:
-        chosen["Content-Length"] = str(len(body))
-    return Response(status, http.HTTPStatus(status).phrase, Headers(chosen), body)
-
-
-def _accepts_gzip(headers: Sequence[str]) -> bool:
-    for coding in ",".join(headers).split(","):
-        name, _, weight = coding.partition(";")
-        if name.strip().lower() in ("gzip", "*"):
-            return weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
-    return False
 
 
 # Servers whose sockets a forked child must close. A loader worker that outlives its killed parent would keep the port

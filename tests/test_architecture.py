@@ -96,7 +96,13 @@ LAYERS: Final = (
     "tools",
 )
 """Packages of the engine, from the lowest to the highest: each uses only those before it."""
-FACADES: Final = ("offloop", "offloop.callbacks", "offloop.engine", "offloop.engine.checkpoint")
+FACADES: Final = (
+    "offloop",
+    "offloop.callbacks",
+    "offloop.dashboard",
+    "offloop.engine",
+    "offloop.engine.checkpoint",
+)
 """Packages whose `__init__.py` lists public names, which are loaded when first used."""
 LONGEST: Final = 600
 """Lines of a file of the engine."""
@@ -261,7 +267,7 @@ def test_checkpoint_mechanics_know_nothing_of_the_rest(module: str) -> None:
 def test_only_the_dashboards_server_and_client_know_one_kind_of_event_loop(module: str) -> None:
     packages = {each.package for each in imports_of(module)}
     assert "trio" not in packages and "uvloop" not in packages
-    if module not in ("offloop.dashboard.server", "offloop.dashboard.client"):
+    if module not in ("offloop.dashboard.server", "offloop.dashboard.requests", "offloop.dashboard.client"):
         assert not packages & {"asyncio", "websockets"}
 
 

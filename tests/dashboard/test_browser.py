@@ -106,8 +106,10 @@ def test_the_address_shows_the_same_view_again(started: tuple[Training, Page], o
     page.get_by_role("button", name="Epoch", exact=True).click()
     page.get_by_role("button", name="log y").click()
     page.wait_for_function("() => location.hash.includes('x=epoch')")
-    link = f"{run.dashboard.url}{page.evaluate('() => location.hash')}"
-    other = open_page(link)
+    other = open_page(run.dashboard.url)
+    expect(word(other)).to_have_text("live")
+    other.goto("about:blank")
+    other.goto(page.url)
     expect(other.get_by_role("button", name="Epoch", exact=True)).to_have_attribute("aria-pressed", "true")
     expect(other.get_by_role("button", name="log y")).to_have_attribute("aria-pressed", "true")
 
@@ -379,7 +381,7 @@ def test_not_authorised_too_many_viewers_and_an_older_page(
     expect(word(crowd)).to_have_text("too many viewers")
     shot(crowd, "too-many-viewers")
     page.close()
-    await_on_loop(run.server, lambda: not any(each.role for each in run.server._connections))
+    await_on_loop(run.server, lambda: not any(each.role for each in run.server._requests.peers))
     look_at_the_network(
         crowd
     )  # every five seconds it does so by itself: dashboard/web/tests/connection.test.ts

@@ -19,7 +19,7 @@ import anyio.to_thread
 import pytest
 import torch
 from memory_link import PageModel
-from socket_viewer import PATIENCE, SocketViewer, request
+from socket_viewer import PATIENCE, SocketViewer, exchange, request
 from warm_python import ScriptProcess, WarmPython
 
 from offloop.callbacks import ResourceMonitor
@@ -564,18 +564,15 @@ def test_a_run_that_is_interrupted_takes_even_a_page_that_is_kept_open_along(
     assert process.returncode == code, said
 
 
-def test_a_new_process_at_the_same_port_knows_the_cookie(child: Callable[..., ScriptProcess]) -> None:
+def test_a_new_process_at_the_same_port_knows_the_cookie_and_the_key(
+    child: Callable[..., ScriptProcess],
+) -> None:
     script = "with Dashboard(port={port}) as dashboard:\n    input()"
     process = child(script.format(port=0))
     address = address_in(line_with(process, "Live page: "))
     port = address.split(":")[2].partition("/")[0]
-    import http.client
-
-    asking = http.client.HTTPConnection("127.0.0.1", int(port), timeout=PATIENCE)
-    asking.request("GET", "/?" + address.partition("?")[2])
-    cookie = str(asking.getresponse().getheader("Set-Cookie")).partition(";")[0]
-    asking.close()
-    with SocketViewer(address, cookie=cookie) as viewer:
+    cookie, key = exchange(int(port), address.partition("=")[2])
+    with SocketViewer(address, cookie=cookie, keys=[key]) as viewer:
         viewer.wait(lambda page: page.hello)
         process.communicate("\n")
         assert viewer.wait_closed() == (1001, "the dashboard was closed")
@@ -583,7 +580,7 @@ def test_a_new_process_at_the_same_port_knows_the_cookie(child: Callable[..., Sc
     process = child(script.format(port=port))
     line_with(process, "Live page: ")
     before = known.hello.server if known.hello else ""
-    with SocketViewer(address, cookie=cookie, page=known) as viewer:
+    with SocketViewer(address, cookie=cookie, keys=[key], page=known) as viewer:
         viewer.wait(lambda page: page.hello and page.hello.server != before)
         assert viewer.page.hello is not None and viewer.page.hello.role == "control"
         process.communicate("\n")

@@ -28,6 +28,7 @@ from offloop.dashboard.protocol import (
     Hi,
     Ping,
     RangeQuery,
+    Role,
     Show,
     Watch,
     decode_chart,
@@ -91,6 +92,19 @@ class FakeRun:
         return future
 
 
+class Known:
+    """A visitor who is admitted."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+
+    def admit(self, hi: Hi) -> Role:
+        return self.role
+
+    def is_admitted(self) -> bool:
+        return True
+
+
 class Stage:
     """A hub with one run that is driven by hand, and the time that its events carry."""
 
@@ -125,7 +139,7 @@ class Stage:
         link = MemoryLink(room)
         self.links.append(link)
         link.say(page.hi())
-        self.tasks.start_soon(lambda: self.hub.serve(link, role=role, address="127.0.0.1"))
+        self.tasks.start_soon(lambda: self.hub.serve(link, visitor=Known(role), address="127.0.0.1"))
         return link
 
 
@@ -651,7 +665,7 @@ def test_who_does_not_say_hi_is_not_let_in(first: Any) -> None:
         link = MemoryLink()
         stage.links.append(link)
         link.say(first)
-        stage.tasks.start_soon(lambda: stage.hub.serve(link, role="control", address="x"))
+        stage.tasks.start_soon(lambda: stage.hub.serve(link, visitor=Known("control"), address="x"))
         await settle()
         assert link.closed is not None and link.closed[0] == CLOSE_PROTOCOL
         assert stage.hub.connections == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from offloop.dashboard.lease import Lease, SharedServer
-from offloop.dashboard.server import Options
+from offloop.dashboard.options import Options
 
 OPTIONS = Options(port=0)
 

@@ -1,5 +1,8 @@
 """dashboard/security.py: who is let in, and with what right."""
 
+import hashlib
+import hmac
+import itertools
 import os
 import stat
 import subprocess
@@ -18,14 +21,29 @@ from offloop.dashboard.protocol import Role
 from offloop.dashboard.security import (
     COOKIE_DAYS,
     Gate,
+    UserKey,
     content_security_policy,
+    forget_key,
     host_name,
     is_loopback,
     new_token,
-    user_key,
 )
 
 TOKEN, READER = "t" * 24, "r" * 24
+
+
+class Fixed:
+    """A key in memory."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key: bytes | None = key
+
+    def current(self) -> bytes | None:
+        return self.key
+
+    def ensure(self) -> bytes:
+        assert self.key is not None
+        return self.key
 
 
 def gate(**options: Any) -> Gate:
@@ -33,7 +51,7 @@ def gate(**options: Any) -> Gate:
         "bound_to": "127.0.0.1",
         "token": TOKEN,
         "read_only_token": READER,
-        "key": b"k" * 32,
+        "key": Fixed(b"k" * 32),
     }
     return Gate(**(arguments | options))
 
@@ -160,7 +178,7 @@ def test_token_in_the_address(query: str, role: str | None) -> None:
 def test_any_token_survives_the_address_and_the_header(token: str) -> None:
     guard = gate(token=token)
     assert guard.role_in_query(f"token={quote(token, safe='')}") == "control"
-    assert guard.role_of([], [f"Bearer {token}"]) == "control"
+    assert guard.role_of_bearer([f"Bearer {token}"]) == "control"
 
 
 @pytest.mark.parametrize(
@@ -176,12 +194,7 @@ def test_any_token_survives_the_address_and_the_header(token: str) -> None:
     ],
 )
 def test_bearer(headers: list[str], role: str | None) -> None:
-    assert gate().role_of([], headers) == role
-
-
-def test_a_wrong_bearer_is_not_made_good_by_a_cookie() -> None:
-    cookie = value_of(gate().cookie("control", secure=False))
-    assert gate().role_of([cookie], ["Bearer wrong"]) is None
+    assert gate().role_of_bearer(headers) == role
 
 
 # Cookies -----------------------------------------------------------------------------------------
@@ -192,8 +205,8 @@ def test_a_cookie_gives_its_role_back() -> None:
     roles: tuple[Role, ...] = ("control", "read_only")
     for role in roles:
         header = guard.cookie(role, secure=False)
-        assert guard.role_of([value_of(header)], []) == role
-        assert guard.role_of([f"a=b; {value_of(header)}; c"], []) == role
+        assert guard.role_of_cookie([value_of(header)]) == role
+        assert guard.role_of_cookie([f"a=b; {value_of(header)}; c"]) == role
         flags = {part.strip() for part in header.split(";")[1:]}
         assert flags == {"HttpOnly", "SameSite=Strict", "Path=/", f"Max-Age={COOKIE_DAYS * 86400}"}
     assert "; Secure" in guard.cookie("control", secure=True)
@@ -201,10 +214,11 @@ def test_a_cookie_gives_its_role_back() -> None:
 
 def test_a_cookie_survives_the_process_and_not_the_key() -> None:
     cookie = value_of(gate().cookie("control", secure=False))
-    assert gate(token="other" * 5, read_only_token="again" * 5).role_of([cookie], []) == "control"
-    stranger = gate(key=b"x" * 32)
-    assert stranger.role_of([cookie], []) is None
-    assert stranger.cookie_name != gate().cookie_name  # two users' tunnels under one name do not meet
+    assert gate(token="other" * 5, read_only_token="again" * 5).role_of_cookie([cookie]) == "control"
+    stranger = gate(key=Fixed(b"x" * 32))
+    assert stranger.role_of_cookie([cookie]) is None
+    # Two users' tunnels under one name do not meet.
+    assert stranger.cookie("control", secure=False).partition("=")[0] != cookie.partition("=")[0]
 
 
 def test_a_cookie_expires(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,18 +226,18 @@ def test_a_cookie_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     cookie = value_of(guard.cookie("control", secure=False))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + COOKIE_DAYS * 86_400 - 60)
-    assert guard.role_of([cookie], []) == "control"
+    assert guard.role_of_cookie([cookie]) == "control"
     monkeypatch.setattr(time, "time", lambda: now + COOKIE_DAYS * 86_400 + 60)
-    assert guard.role_of([cookie], []) is None
+    assert guard.role_of_cookie([cookie]) is None
 
 
 def test_a_read_only_server_gives_nobody_control() -> None:
     """Not even who has a cookie, or a token, from before."""
     cookie = value_of(gate().cookie("control", secure=False))
     guard = gate(read_only=True)
-    assert guard.role_of([cookie], []) == "read_only"
+    assert guard.role_of_cookie([cookie]) == "read_only"
     assert guard.role_of_token(TOKEN) == "read_only"
-    assert guard.role_of([], [f"Bearer {TOKEN}"]) == "read_only"
+    assert guard.role_of_bearer([f"Bearer {TOKEN}"]) == "read_only"
     assert guard.role_of_token("wrong") is None
 
 
@@ -235,14 +249,68 @@ def test_a_cookie_that_was_changed_is_worth_nothing(data: st.DataObject) -> None
     put = data.draw(st.characters(min_codepoint=33, max_codepoint=255, exclude_characters=";"))
     changed = value[:place] + put + value[place + 1 :]
     if changed != value:
-        assert guard.role_of([f"{name}={changed}"], []) is None
+        assert guard.role_of_cookie([f"{name}={changed}"]) is None
 
 
 @given(st.text(max_size=200))
 def test_any_cookie_header_has_an_answer(header: str) -> None:
     guard = gate()
-    assert guard.role_of([header], []) is None
-    assert guard.role_of([f"{guard.cookie_name}={header}"], []) is None
+    assert guard.role_of_cookie([header]) is None
+    name = guard.cookie("control", secure=False).partition("=")[0]
+    assert guard.role_of_cookie([f"{name}={header}"]) is None
+
+
+def test_a_cookie_of_an_earlier_version_is_worth_nothing() -> None:
+    """It was enough by itself, and may have been seen by any server on this machine."""
+    guard = gate()
+    text = f"control.{int(time.time()) + 86_400}"
+    value = f"{text}.{hmac.new(b'k' * 32, text.encode(), hashlib.sha256).hexdigest()}"
+    for name in (
+        f"offloop_{hashlib.sha256(b'k' * 32).hexdigest()[:8]}",
+        guard.cookie("control", secure=False),
+    ):
+        assert guard.role_of_cookie([f"{name.partition('=')[0]}={value}"]) is None
+
+
+# Keys of pages -----------------------------------------------------------------------------------
+
+
+def test_cookie_and_key_give_the_lower_role_of_both_together() -> None:
+    guard = gate()
+    roles: tuple[Role, ...] = ("control", "read_only")
+    for cookie_role, key_role in itertools.product(roles, roles):
+        cookie = value_of(guard.cookie(cookie_role, secure=False))
+        key = guard.page_key(key_role, 8321)
+        expected = "control" if (cookie_role, key_role) == ("control", "control") else "read_only"
+        assert guard.role_of_page([cookie], [key], 8321) == expected
+        assert guard.role_of_page([cookie], ["old", key], 8321) == expected
+        assert guard.role_of_page([cookie], [key], 8322) is None
+        assert guard.role_of_page([cookie], [], 8321) is None
+        assert guard.role_of_page([], [key], 8321) is None
+        assert key not in cookie and cookie.rpartition(".")[2] != key
+
+
+def test_a_read_only_server_gives_no_control_for_cookie_and_key_either() -> None:
+    guard = gate(read_only=True)
+    cookie = value_of(gate().cookie("control", secure=False))
+    assert guard.role_of_page([cookie], [gate().page_key("control", 8321)], 8321) == "read_only"
+
+
+def test_without_the_users_key_nothing_is_known() -> None:
+    key = Fixed(b"k" * 32)
+    guard = gate(key=key)
+    cookie, half = value_of(guard.cookie("control", secure=False)), guard.page_key("control", 8321)
+    assert guard.knows_cookie([cookie]) and guard.role_of_page([cookie], [half], 8321) == "control"
+    for gone in (None, b"x" * 32):
+        key.key = gone
+        assert not guard.knows_cookie([cookie])
+        assert guard.role_of_cookie([cookie]) is guard.role_of_page([cookie], [half], 8321) is None
+
+
+@given(st.lists(st.text(max_size=40)))
+def test_any_keys_have_an_answer(keys: list[str]) -> None:
+    cookie = value_of(gate().cookie("control", secure=False))
+    assert gate().role_of_page([cookie], keys, 8321) is None
 
 
 def test_the_policy_of_the_page() -> None:
@@ -262,15 +330,15 @@ def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_key_is_made_once(key_file: Path) -> None:
-    key = user_key()
-    assert len(key) == 32 and user_key() == key and key_file.read_bytes() == key
+    key = UserKey().ensure()
+    assert len(key) == 32 and UserKey().ensure() == key and key_file.read_bytes() == key
     assert [file.name for file in key_file.parent.iterdir()] == ["dashboard.key"]
 
 
 def test_only_its_user_can_read_the_key(key_file: Path) -> None:
     before = os.umask(0)
     try:
-        user_key()
+        UserKey().ensure()
     finally:
         os.umask(before)
     assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
@@ -278,7 +346,9 @@ def test_only_its_user_can_read_the_key(key_file: Path) -> None:
 
 
 def test_processes_that_race_for_the_key_end_with_the_same(key_file: Path) -> None:
-    script = "import sys; from offloop.dashboard.security import user_key; input(); print(user_key().hex())"
+    script = (
+        "import sys; from offloop.dashboard.security import UserKey; input(); print(UserKey().ensure().hex())"
+    )
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", script],
@@ -299,17 +369,26 @@ def test_processes_that_race_for_the_key_end_with_the_same(key_file: Path) -> No
 
 
 def test_a_damaged_key_is_replaced(key_file: Path) -> None:
-    first = user_key()
+    first = UserKey().ensure()
     key_file.write_bytes(b"half")
-    second = user_key()
-    assert len(second) == 32 and second != first and user_key() == second
+    second = UserKey().ensure()
+    assert len(second) == 32 and second != first and UserKey().ensure() == second
 
 
 def test_a_key_that_others_could_read_is_replaced(key_file: Path) -> None:
-    first = user_key()
+    first = UserKey().ensure()
     key_file.chmod(0o640)
-    second = user_key()
+    second = UserKey().ensure()
     assert second != first and stat.S_IMODE(key_file.stat().st_mode) == 0o600
+
+
+def test_a_key_that_is_forgotten_is_read_as_none(key_file: Path) -> None:
+    key = UserKey()
+    assert key.current() is None
+    first = key.ensure()
+    assert key.current() == first and forget_key() and not forget_key()
+    assert key.current() is None
+    assert key.ensure() != first and UserKey().current() == key.current()
 
 
 def test_without_a_place_for_it_the_key_is_for_this_process(
@@ -318,4 +397,5 @@ def test_without_a_place_for_it_the_key_is_for_this_process(
     file = tmp_path / "file"
     file.write_text("no directory")
     monkeypatch.setenv("XDG_STATE_HOME", str(file))
-    assert len(user_key()) == 32
+    key = UserKey()
+    assert len(key.ensure()) == 32 and key.current() == key.ensure()

@@ -7,6 +7,7 @@ import gc
 import gzip
 import itertools
 import logging
+import re
 import shutil
 import socket
 import ssl
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import msgspec
 import pytest
@@ -24,6 +26,7 @@ from socket_viewer import (
     PATIENCE,
     SocketViewer,
     await_on_loop,
+    exchange,
     handshake_head,
     on_loop,
     raw,
@@ -34,11 +37,21 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from offloop.dashboard import connection as connection_module
+from offloop.dashboard import requests as requests_module
 from offloop.dashboard import server as server_module
+from offloop.dashboard.options import Options
 from offloop.dashboard.page import Page
-from offloop.dashboard.protocol import SUBPROTOCOL, Ack, Hi, Ping, encode_message
-from offloop.dashboard.security import content_security_policy
-from offloop.dashboard.server import Options, Server
+from offloop.dashboard.protocol import (
+    CLOSE_FULL,
+    CLOSE_UNAUTHORISED,
+    SUBPROTOCOL,
+    Ack,
+    Hi,
+    Ping,
+    encode_message,
+)
+from offloop.dashboard.security import content_security_policy, forget_key
+from offloop.dashboard.server import Server
 
 ON_EVERY_ANSWER: Final = {
     "x-content-type-options": "nosniff",
@@ -69,9 +82,9 @@ def shared_server() -> Iterator[Server]:
 @pytest.fixture
 def server(shared_server: Server, nothing_is_left_behind: None) -> Iterator[Server]:
     """The shared server. Its end of a connection closes a moment after the test's."""
-    before = len(shared_server._connections)
+    before = len(shared_server._requests.peers)
     yield shared_server
-    await_on_loop(shared_server, lambda: len(shared_server._connections) <= before)
+    await_on_loop(shared_server, lambda: len(shared_server._requests.peers) <= before)
 
 
 @pytest.fixture
@@ -88,10 +101,20 @@ def make() -> Iterator[Any]:
         each.close("the test is over")
 
 
+def entry_of(server: Server, token: str | None = None) -> tuple[str, str]:
+    """Exchange a token for a cookie and a key, as a browser does."""
+    return exchange(server.port, quote(token or server.token, safe=""))
+
+
 def cookie_of(server: Server, token: str | None = None) -> str:
-    """Exchange a token for a cookie, as a browser does."""
-    _, headers, _ = request(server, f"/?token={token or server.token}")
-    return headers["set-cookie"].partition(";")[0]
+    return entry_of(server, token)[0]
+
+
+def ask_status(server: Server, cookie: str, *keys: str) -> dict[str, Any]:
+    """Ask as a page does; an empty dict if that is refused."""
+    status, headers, body = request(server, "/api/status", Cookie=cookie, Offloop_Keys=",".join(keys))
+    assert headers["cache-control"] == "no-store" and status in (200, 401)
+    return msgspec.json.decode(body, type=dict[str, Any]) if status == 200 else {}
 
 
 def status_of(answer: bytes) -> int | None:
@@ -100,7 +123,7 @@ def status_of(answer: bytes) -> int | None:
 
 def is_quiet(server: Server) -> bool:
     """True if the server has neither a connection nor a task that is not its own."""
-    return not server._connections and not server._half_open and len(asyncio.all_tasks()) == 2
+    return not server._requests.peers and not server._requests.half_open and len(asyncio.all_tasks()) == 2
 
 
 # Who is let in -----------------------------------------------------------------------------------
@@ -167,19 +190,107 @@ def assert_secure(answer: bytes) -> None:
 
 def test_a_token_is_exchanged_for_a_cookie(server: Server) -> None:
     status, headers, body = request(server, f"/?token={server.token}")
-    assert status == 303 and headers["location"] == "./" and body == b""
+    assert status == 303 and body == b""
+    assert re.fullmatch(r"\./#key=[0-9a-f]{32}", headers["location"])
     flags = {part.strip() for part in headers["set-cookie"].split(";")}
     assert {"HttpOnly", "SameSite=Strict"} <= flags and "Secure" not in flags
     assert headers["cache-control"] == "no-store"
     assert server.token not in str(headers)
-    status, headers, body = request(server, "/api/status", Cookie=cookie_of(server))
-    assert status == 200 and msgspec.json.decode(body) == {
+    assert ask_status(server, *entry_of(server)) == {
         "viewers": 0,
         "full": False,
         "role": "control",
         "server": server.hub.id,
     }
-    assert headers["cache-control"] == "no-store"
+
+
+def test_a_cookie_without_the_key_of_the_page_opens_nothing(server: Server, make: Any) -> None:
+    """Nor do keys of other ports, of other roles beyond theirs, or keys alone."""
+    cookie, key = entry_of(server)
+    reader_cookie, reader_key = entry_of(server, server.read_only_token)
+    _, key_of_another_port = entry_of(make())
+    for wrong in (
+        [],
+        [key_of_another_port],
+        ["", "x", "\xe9", key[:-1], key.upper(), cookie],
+        [server.token],
+    ):
+        assert ask_status(server, cookie, *(each for each in wrong if each.isascii())) == {}
+        with SocketViewer(server.url, cookie=cookie, keys=wrong) as viewer:
+            code, reason = viewer.wait_closed()
+            assert code == CLOSE_UNAUTHORISED and "the address that the run printed" in reason
+            assert viewer.page.hello is None
+    assert ask_status(server, "", key) == {}
+    with pytest.raises(InvalidStatus):
+        SocketViewer(server.url, cookie="x=y", keys=[key])
+    roles = {
+        (cookie, key): "control",
+        (cookie, reader_key): "read_only",
+        (reader_cookie, key): "read_only",
+        (reader_cookie, reader_key): "read_only",
+    }
+    for (shown, held), role in roles.items():
+        assert ask_status(server, shown, key_of_another_port, held)["role"] == role
+        with SocketViewer(server.url, cookie=shown, keys=[key_of_another_port, held]) as viewer:
+            viewer.wait(lambda page: page.hello)
+            assert viewer.page.hello is not None and viewer.page.hello.role == role
+
+
+def test_websockets_without_the_key_take_no_place(make: Any) -> None:
+    """They count as half open: who comes while they wait is let in, and too many of them end the oldest."""
+    server = make(max_viewers=1)
+    head = handshake_head(
+        server, Cookie=cookie_of(server), Origin=f"http://127.0.0.1:{server.port}", Authorization=None
+    )
+    with ExitStack() as stack:
+        waiting = []
+        for _ in range(requests_module.MAX_HALF_OPEN + 1):
+            waiting.append(
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE))
+            )
+            waiting[-1].sendall(head)
+            assert waiting[-1].recv(4096).startswith(b"HTTP/1.1 101 ")
+        assert waiting[0].recv(4096) == b""
+        with SocketViewer(server.url) as viewer:
+            viewer.wait(lambda page: page.hello)
+            cookie, key = entry_of(server)
+            with pytest.raises(InvalidStatus) as caught:
+                SocketViewer(server.url, cookie=cookie, keys=[key])
+            assert caught.value.response.status_code == 503
+
+
+def test_who_is_admitted_by_a_key_when_the_last_place_is_taken_is_told(make: Any) -> None:
+    server = make(max_viewers=1)
+    cookie, key = entry_of(server)
+    head = handshake_head(server, Cookie=cookie, Origin=f"http://127.0.0.1:{server.port}", Authorization=None)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as late:
+        late.sendall(head)
+        assert late.recv(4096).startswith(b"HTTP/1.1 101 ")
+        with SocketViewer(server.url) as viewer:
+            viewer.wait(lambda page: page.hello)
+            late.sendall(frame(1, encode_message(Hi(protocol=1, keys=[key]))))
+            assert struct.unpack(">BBH", late.recv(4096)[:4])[2] == CLOSE_FULL
+
+
+def test_logging_out_ends_what_browsers_hold_and_not_what_programs_have(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    server = make()
+    cookie, key = entry_of(server)
+    with SocketViewer(server.url, cookie=cookie, keys=[key]) as page, SocketViewer(server.url) as program:
+        page.wait(lambda page: page.hello)
+        program.wait(lambda page: page.hello)
+        assert forget_key()
+        assert page.wait_closed()[0] == CLOSE_UNAUTHORISED
+        assert ask_status(server, cookie, key) == {}
+        program.say(Ping(sent=1.0))
+        program.wait(lambda _: program.pongs)
+    again = entry_of(server)
+    assert again[0].partition("=")[0] != cookie.partition("=")[0] and again[1] != key
+    assert ask_status(server, *again)["role"] == "control"
+    assert ask_status(server, cookie, key) == {}
+    assert forget_key() and not forget_key()
 
 
 def test_a_token_works_as_long_as_the_process_lives(server: Server) -> None:
@@ -210,7 +321,8 @@ def test_who_comes_with_which_address_has_which_role(make: Any, options: dict[st
     expected = "read_only" if options else "control"
     for address, role in ((server.url, expected), (server.read_only_url, "read_only")):
         token = address.partition("=")[2]
-        for how in ({"token": token}, {"cookie": cookie_of(server, token)}):
+        cookie, key = entry_of(server, token)
+        for how in ({"token": token}, {"cookie": cookie, "keys": [key]}):
             with SocketViewer(address, **how) as viewer:
                 viewer.wait(lambda page: page.hello)
                 assert viewer.page.hello is not None and viewer.page.hello.role == role
@@ -219,7 +331,7 @@ def test_who_comes_with_which_address_has_which_role(make: Any, options: dict[st
 def test_a_read_only_server_takes_no_control_from_an_older_cookie(make: Any) -> None:
     cookie = cookie_of(make())
     server = make(read_only=True)
-    with SocketViewer(server.url, cookie=cookie) as viewer:
+    with SocketViewer(server.url, cookie=cookie, keys=[entry_of(server)[1]]) as viewer:
         viewer.wait(lambda page: page.hello)
         assert viewer.page.hello is not None and viewer.page.hello.role == "read_only"
 
@@ -350,15 +462,14 @@ def test_two_host_headers(server: Server) -> None:
 
 def test_too_many_viewers(make: Any) -> None:
     server = make(max_viewers=2)
-    cookie = cookie_of(server)
+    entry = entry_of(server)
     with SocketViewer(server.url) as first, SocketViewer(server.url) as second:
         first.wait(lambda page: page.hello)
         second.wait(lambda page: page.hello)
         with pytest.raises(InvalidStatus) as caught:
             SocketViewer(server.url)
         assert caught.value.response.status_code == 503
-        _, _, body = request(server, "/api/status", Cookie=cookie)
-        assert msgspec.json.decode(body)["full"] is True
+        assert ask_status(server, *entry)["full"] is True
     await_on_loop(server, lambda: is_quiet(server))
     with SocketViewer(server.url) as third:  # there is room again
         third.wait(lambda page: page.hello)
@@ -367,22 +478,18 @@ def test_too_many_viewers(make: Any) -> None:
 def test_readers_fill_all_their_places_and_the_owner_gets_in(make: Any) -> None:
     """An eighth of the 64 places of a usual server is kept."""
     server = make()
-    reader, owner = cookie_of(server, server.read_only_token), cookie_of(server)
-
-    def is_full(cookie: str) -> bool:
-        return bool(msgspec.json.decode(request(server, "/api/status", Cookie=cookie)[2])["full"])
-
+    reader, owner = entry_of(server, server.read_only_token), entry_of(server)
     with ExitStack() as stack:
         for _ in range(56):
             stack.enter_context(SocketViewer(server.read_only_url)).wait(lambda page: page.hello)
         with pytest.raises(InvalidStatus) as caught:
             SocketViewer(server.read_only_url)
         assert caught.value.response.status_code == 503
-        assert is_full(reader) and not is_full(owner)
+        assert ask_status(server, *reader)["full"] and not ask_status(server, *owner)["full"]
         for _ in range(8):
             viewer = stack.enter_context(SocketViewer(server.url))
             viewer.wait(lambda page: page.hello and page.hello.role == "control")
-        assert is_full(owner)
+        assert ask_status(server, *owner)["full"]
         with pytest.raises(InvalidStatus):
             SocketViewer(server.url)
 
@@ -477,7 +584,7 @@ def bystander(shared_server: Server) -> Iterator[SocketViewer]:
 
 def assert_unharmed(server: Server, bystander: SocketViewer, caplog: pytest.LogCaptureFixture) -> None:
     """Fail unless only the bystander is left, hears its answers, and nothing was logged."""
-    await_on_loop(server, lambda: len(server._connections) == 1 and not server._half_open)
+    await_on_loop(server, lambda: len(server._requests.peers) == 1 and not server._requests.half_open)
     before = bystander.pongs
     bystander.say(Ping(sent=1.0))
     bystander.wait(lambda page: bystander.pongs > before)
@@ -563,7 +670,7 @@ def test_a_wrong_handshake_is_refused_and_forgotten(
     answer = raw(server, handshake_head(server, "GET", **changes))
     assert status_of(answer) == status
     assert_secure(answer)
-    assert on_loop(server, lambda: [each.role for each in server._connections if each.role]) == ["control"]
+    assert on_loop(server, lambda: [each.role for each in server._requests.peers if each.role]) == ["control"]
     assert_unharmed(server, bystander, caplog)
 
 
@@ -593,9 +700,9 @@ def test_silent_connections_are_bounded(make: Any, monkeypatch: pytest.MonkeyPat
     with ExitStack() as stack:
         silent = [
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
-            for _ in range(server_module.MAX_HALF_OPEN + 10)
+            for _ in range(requests_module.MAX_HALF_OPEN + 10)
         ]
-        await_on_loop(server, lambda: len(server._connections) == server_module.MAX_HALF_OPEN)
+        await_on_loop(server, lambda: len(server._requests.peers) == requests_module.MAX_HALF_OPEN)
         for gone in silent[:10]:
             with pytest.raises(ConnectionResetError):
                 if gone.recv(1) == b"":
@@ -603,8 +710,8 @@ def test_silent_connections_are_bounded(make: Any, monkeypatch: pytest.MonkeyPat
         assert request(server, "/")[0] == 200
         with SocketViewer(server.url) as viewer:
             viewer.wait(lambda page: page.hello)
-            assert on_loop(server, lambda: len(server._half_open)) < server_module.MAX_HALF_OPEN
-            for _ in range(server_module.MAX_HALF_OPEN):  # a viewer is not one of them
+            assert on_loop(server, lambda: len(server._requests.half_open)) < requests_module.MAX_HALF_OPEN
+            for _ in range(requests_module.MAX_HALF_OPEN):  # a viewer is not one of them
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
             viewer.say(Ping(sent=1.0))
             viewer.wait(lambda page: viewer.pongs)
@@ -626,7 +733,7 @@ def test_closing_ends_every_kind_of_connection(make: Any, caplog: pytest.LogCapt
         server.close("enough")
         assert viewer.wait_closed() == (1001, "enough")
         assert viewer.page.bye == "enough"
-        assert not server.is_serving and not server._connections
+        assert not server.is_serving and not server._requests.peers
         server.close("twice")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -696,7 +803,7 @@ def test_viewers_that_do_not_read_are_cut_off_and_cost_little(
             most = max(most, *on_loop(server, lambda: buffered(server)))
         assert len(viewer.page.acks) == 2_000 and viewer.closed is None
         assert 200_000 < most < 500_000
-        await_on_loop(server, lambda: len(server._connections) == 1)
+        await_on_loop(server, lambda: len(server._requests.peers) == 1)
         assert all(each.is_cut_off() for each in stalled)
 
 
@@ -708,8 +815,8 @@ def test_a_request_whose_answer_is_not_read_is_cut_off(server: Server) -> None:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         slow.connect(("127.0.0.1", server.port))
         slow.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-        await_on_loop(server, lambda: bool(server._half_open))
-        await_on_loop(server, lambda: not server._half_open)
+        await_on_loop(server, lambda: bool(server._requests.half_open))
+        await_on_loop(server, lambda: not server._requests.half_open)
 
 
 # TLS ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 import {
   CLOSE_PROTOCOL,
   CLOSE_SLOW,
+  CLOSE_UNAUTHORISED,
   HEARTBEAT,
   PROTOCOL_VERSION,
   SUBPROTOCOL,
@@ -79,7 +80,7 @@ export interface ConnectionOptions {
   /** The server is on this machine: looking for it often costs nobody anything. */
   loopback: boolean;
   /** What the page knows already, asked for each time a socket opens. */
-  greeting: () => { run: string | null; server: string | null; after: number };
+  greeting: () => { run: string | null; server: string | null; after: number; keys: string[] };
   onText: (message: ServerMessage) => void;
   onChart: (data: ArrayBuffer) => void;
   onLink: (link: Link) => void;
@@ -258,6 +259,11 @@ export class Connection {
     if (this.#closed) return;
     if (code === CLOSE_PROTOCOL && !wasOpen) {
       this.#change({ phase: "refused", since: this.#clock.now(), reason });
+    } else if (code === CLOSE_UNAUTHORISED) {
+      // The cookie without the key, or the user has logged out: as when the status says so.
+      this.#sockets = 0;
+      this.#change({ phase: "unauthorised", since: this.#clock.now(), reason });
+      this.#again(REFUSED_RETRY);
     } else if (code === CLOSE_SLOW && wasOpen && this.#wasStable()) {
       this.#change({ phase: "reconnecting", since: this.#clock.now(), reason });
       this.#connect();
@@ -352,10 +358,11 @@ export function isLoopback(hostname: string): boolean {
 }
 
 /** Ask `api/status` beside the page. */
-export async function probeStatus(base: string): Promise<Probe> {
+export async function probeStatus(base: string, keys: string[]): Promise<Probe> {
   try {
     const response = await fetch(new URL("api/status", base), {
       cache: "no-store",
+      headers: { "Offloop-Keys": keys.join(",") },
       signal: AbortSignal.timeout(5_000),
     });
     if (response.status === 401 || response.status === 403) return "unauthorised";

@@ -1,5 +1,6 @@
 // The live page: the connection's messages go into the model, and the parts of the page show the model.
 
+import { Access } from "./access";
 import { Charts } from "./charts";
 import { Config } from "./config";
 import { Connection, isLoopback, openSocket, probeStatus, type Link } from "./connection";
@@ -35,7 +36,8 @@ const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config
 class Page {
   #model = NOTHING;
   #link: Link;
-  readonly #view = new View(location.hash, storage);
+  readonly #access = new Access(storage);
+  readonly #view = new View(this.#hash(), storage);
   readonly #connection: Connection;
   readonly #notifier = new Notifier();
   readonly #favicon = new Favicon();
@@ -80,7 +82,7 @@ class Page {
   constructor() {
     this.#connection = new Connection({
       open: () => openSocket(document.baseURI),
-      probe: () => probeStatus(document.baseURI),
+      probe: () => probeStatus(document.baseURI, this.#access.keys()),
       clock: {
         now: () => performance.now(),
         random: () => Math.random(),
@@ -119,7 +121,7 @@ class Page {
     this.#view.subscribe(() => this.#viewed());
     this.#viewed();
     this.#header.setNotify(this.#notifier.on);
-    window.addEventListener("hashchange", () => this.#view.setHash(location.hash));
+    window.addEventListener("hashchange", () => this.#view.setHash(this.#hash()));
     window.addEventListener("online", () => this.#connection.wake());
     document.addEventListener("visibilitychange", () => {
       this.#connection.setVisible(document.visibilityState === "visible");
@@ -129,6 +131,13 @@ class Page {
     this.#connection.setVisible(document.visibilityState === "visible");
     window.setInterval(() => this.#tick(), TICK);
     this.#changed();
+  }
+
+  /** What stands after `#`; a key of the server in it leaves the address at once. */
+  #hash(): string {
+    const hash = this.#access.take(location.hash);
+    if (hash !== location.hash) history.replaceState(null, "", hash === "" ? location.pathname + location.search : hash);
+    return hash;
   }
 
   // Layout
@@ -256,11 +265,12 @@ class Page {
 
   // Messages
 
-  #greeting(): { run: string | null; server: string | null; after: number } {
+  #greeting(): { run: string | null; server: string | null; after: number; keys: string[] } {
     const { hello, run, last } = this.#model;
     // Who follows and has seen the end asks for the newest run, whatever it is.
     const key = run === null || (this.#follows && hasEnded(stateOf(this.#model))) ? null : run.key;
-    return { run: key, server: hello?.server ?? null, after: key === null ? -1 : last };
+    const after = key === null ? -1 : last;
+    return { run: key, server: hello?.server ?? null, after, keys: this.#access.keys() };
   }
 
   #received(message: ServerMessage): void {

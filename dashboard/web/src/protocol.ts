@@ -8,6 +8,7 @@ export const MAX_SERIES_SHOWN = 200;
 /** Seconds between two pings. */
 export const HEARTBEAT = 5;
 
+export const CLOSE_UNAUTHORISED = 4001;
 export const CLOSE_PROTOCOL = 4002;
 export const CLOSE_SLOW = 4008;
 
@@ -37,6 +38,7 @@ export interface Hi {
   run: string | null;
   server: string | null;
   after: number;
+  keys: string[];
 }
 
 export interface Watch {

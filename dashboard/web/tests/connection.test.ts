@@ -98,7 +98,7 @@ function connect(loopback = true): Connection {
     },
     clock,
     loopback,
-    greeting: () => ({ run: "r", server: "s", after: 7 }),
+    greeting: () => ({ run: "r", server: "s", after: 7, keys: ["k"] }),
     onText: (message) => heard.push(message),
     onChart: () => undefined,
     onLink: ({ phase }) => {
@@ -126,11 +126,32 @@ describe("opening", () => {
   test("greets with what the page knows, and is open when the server has answered", () => {
     const connection = connect();
     last().onopen?.();
-    expect(last().sent).toEqual([{ type: "hi", protocol: 1, run: "r", server: "s", after: 7 }]);
+    expect(last().sent).toEqual([{ type: "hi", protocol: 1, run: "r", server: "s", after: 7, keys: ["k"] }]);
     expect(connection.send({ type: "drawn" })).toBe(false);
     last().says({ type: "hello", server: "s", runs: [], run: null });
     expect(phases).toEqual(["open"]);
     expect(connection.send({ type: "drawn" })).toBe(true);
+  });
+
+  test("who has the cookie and not the key is not authorised, and asks again after a while", async () => {
+    answer = "unauthorised";
+    connect();
+    last().onopen?.();
+    await last().ends(4001, "Open the page with the address that the run printed.");
+    expect(phases).toEqual(["unauthorised"]);
+    expect(probes).toBe(0);
+    answer = "free";
+    await clock.pass(REFUSED_RETRY);
+    expect(probes).toBe(1);
+    last().opens();
+    expect(phases).toEqual(["unauthorised", "open"]);
+  });
+
+  test("who logs out while connected is not authorised any more", async () => {
+    connect();
+    last().opens();
+    await last().ends(4001, "The user has logged out.");
+    expect(phases).toEqual(["open", "unauthorised"]);
   });
 
   test("a socket that never answers is given up", async () => {

@@ -105,6 +105,7 @@ class PageModel:
         self.runs: list[str] = []
         self.owes_drawn = 0
         self.ranges: list[ChartFrame] = []
+        self.keys: list[str] = []
 
     def hi(self) -> Hi:
         """Return the first message of a connection."""
@@ -114,7 +115,7 @@ class PageModel:
         self.points.clear()
         self.series.clear()
         run = None if self.run is None else self.run.key
-        return Hi(protocol=1, run=run, server=server, after=after)
+        return Hi(protocol=1, run=run, server=server, after=after, keys=self.keys)
 
     def take(self, data: bytes, text: bool) -> None:
         """Take a message in."""

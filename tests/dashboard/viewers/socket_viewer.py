@@ -4,7 +4,7 @@ import http.client
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from typing import Any, Final, TypeVar
@@ -48,6 +48,18 @@ def request(
         )
         answer = connection.getresponse()
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def exchange(port: int, token: str) -> tuple[str, str]:
+    """Exchange a token for a cookie and a page's key, as a browser does."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request("GET", f"/?token={token}")
+        answer = connection.getresponse()
+        cookie = str(answer.getheader("Set-Cookie")).partition(";")[0]
+        return cookie, str(answer.getheader("Location")).removeprefix("./#key=")
     finally:
         connection.close()
 
@@ -102,6 +114,7 @@ class SocketViewer:
         draws: bool = True,
         token: str | None = None,
         cookie: str | None = None,
+        keys: Sequence[str] = (),
         page: PageModel | None = None,
         **options: Any,
     ) -> None:
@@ -112,6 +125,7 @@ class SocketViewer:
         if cookie is None:
             headers["Authorization"] = f"Bearer {token or parse_qs(parts.query)['token'][0]}"
         self.page = page or PageModel()
+        self.page.keys = list(keys)
         self.closed: tuple[int, str] | None = None
         self.error: BaseException | None = None
         self.shows, self.draws = shows, draws
