@@ -12,6 +12,7 @@ The trace shows what the device did meanwhile, and the table how much of the tim
 import contextlib
 import gzip
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -52,6 +53,9 @@ PHASES: Final = {
 
 TRACE_NAME: Final = "trace.json.gz"
 TABLE_NAME: Final = "profile.txt"
+PLAIN_NAME: Final = ".trace.json"
+CHUNK: Final = 1 << 20
+"""Bytes compressed at once; zlib lets the interpreter go meanwhile."""
 DEVICE_WORK: Final = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 """Categories of a trace's events in which a GPU is at work."""
 
@@ -79,8 +83,9 @@ class Profiler(Callback):
     """Profiles some steps of a run with `torch.profiler`: `trace.json.gz` and `profile.txt` in the run's directory.
 
     The profiled steps are slower, and training stops once after them while torch collects the records. A thread of the
-    profiler then writes the files while training continues; torch may hold the interpreter for a part of that, in
-    proportion to the size of the trace. Later steps have no overhead.
+    profiler then writes the files while training continues. Training stops once more while torch formats the trace,
+    which holds the interpreter in proportion to its size; that cannot move to another process. Later steps have no
+    overhead.
 
     It profiles once per run. A run that ends early leaves a profile of the steps so far; torch's profiler is always
     switched off. Only one can be active in a process. With several processes it profiles rank 0; the time for which
@@ -298,9 +303,15 @@ class _Recording:
     def write(self, folder: Path) -> ProfileWritten:
         """Write trace and table, after `stop`. Any thread; blocks."""
         trace, table = folder / TRACE_NAME, folder / TABLE_NAME
+        plain = folder / PLAIN_NAME
         # A link of that name would be followed.
-        trace.unlink(missing_ok=True)
-        self._profile.export_chrome_trace(str(trace))
+        plain.unlink(missing_ok=True)
+        try:
+            # torch would compress line by line, in Python, which takes ten times as long and slows training down.
+            self._profile.export_chrome_trace(str(plain))
+            compress(plain, trace)
+        finally:
+            plain.unlink(missing_ok=True)
         seconds = self._seconds()
         idle = device_idle_percent(read_trace(trace)) if self._is_cuda else None
         replace_file(table, describe(seconds, self.steps, idle).encode())
@@ -371,6 +382,15 @@ class TraceEvent(msgspec.Struct):
 
 class _Trace(msgspec.Struct):
     traceEvents: list[TraceEvent]
+
+
+def compress(source: Path, target: Path) -> None:
+    """Compress a file into `target`, which is replaced. Blocks, almost without the interpreter."""
+    # A link of that name would be followed.
+    target.unlink(missing_ok=True)
+    # Level 6 takes a fifth of the time of Python's default, 9, for 8 % more bytes.
+    with open(source, "rb") as reader, gzip.open(target, "wb", compresslevel=6) as writer:
+        shutil.copyfileobj(reader, writer, CHUNK)
 
 
 def read_trace(path: Path) -> list[TraceEvent]:

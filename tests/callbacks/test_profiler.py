@@ -73,6 +73,8 @@ def test_steps_asked_for_are_in_trace_table_and_event(tmp_path: Path) -> None:
     assert result.dir is not None
     table = (result.dir / "profile.txt").read_text()
     assert "mean of 4 steps (6 to 9)" in table
+    assert sorted(path.name for path in result.dir.glob("*trace*")) == ["trace.json.gz"]
+    assert not list(result.dir.glob(".trace*"))
     assert all(phase in table for phase in PHASES)
     assert_profiler_is_off()
 
