@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from offloop.callbacks.alerts import Rule as Rule
     from offloop.callbacks.alerts import Spike as Spike
     from offloop.callbacks.alerts import Stalled as Stalled
+    from offloop.callbacks.checkpoint_evaluator import CheckpointEvaluator as CheckpointEvaluator
     from offloop.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from offloop.callbacks.gradient_monitor import GradientMonitor as GradientMonitor
     from offloop.callbacks.gradient_monitor import GradientStatistics as GradientStatistics
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "alerts": "Above Alert Alerts Below Failed NonFinite Rule Spike Stalled",
+    "checkpoint_evaluator": "CheckpointEvaluator",
     "early_stopping": "EarlyStopping",
     "gradient_monitor": "GradientMonitor GradientStatistics",
     "layer_statistics": "LayerStatistics LayersMeasured",

@@ -14,6 +14,7 @@ from offloop.engine import (
     Callback,
     ConfigError,
     EpochEnd,
+    Evaluated,
     Event,
     RunHandle,
     StepEnd,
@@ -37,8 +38,8 @@ MARKED_POINTS: Final = 60
 """Curves with at most so many points mark each with a dot."""
 FORMATS: Final = (".png", ".svg", ".pdf")
 
-# Blue and orange, which colour-blind people can tell apart
-_TRAIN, _VAL, _FAINT = "#2563eb", "#ea580c", "#93b4f4"
+# Blue, orange and green, which colour-blind people can tell apart
+_TRAIN, _VAL, _EVALUATED, _FAINT = "#2563eb", "#ea580c", "#009e73", "#93b4f4"
 # Width and height in inches
 _PANEL = (5.2, 3.1)
 # matplotlib's font cache and parsers are not thread-safe.
@@ -172,6 +173,9 @@ class LearningCurves(Callback):
         if self._curves and not is_outdated:
             self.draw()
 
+    def on_evaluated(self, event: Evaluated, run: RunHandle) -> None:
+        self._note(event)
+
     def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
         self._title = f"{run.id}: {event.status}"
         if self._curves:
@@ -229,6 +233,7 @@ class LearningCurves(Callback):
             self._note(event)
 
     def _note(self, event: Event) -> None:
+        step = event.step
         if isinstance(event, StepEnd):
             values = {"lr": event.lr, **event.metrics}
             if event.loss is not None:
@@ -237,13 +242,15 @@ class LearningCurves(Callback):
             values = dict(event.metrics)
         elif isinstance(event, EpochEnd):
             values = {key: value for key, value in event.metrics.items() if key.startswith("train_")}
+        elif isinstance(event, Evaluated):
+            values, step = dict(event.metrics), event.of_step
         else:
             return
         for key, value in values.items():
             if self.metrics is None or _name(key) in self.metrics:
                 if key not in self._curves:
                     self._curves[key] = Curve(self.max_points)
-                self._curves[key].add(event.step, value)
+                self._curves[key].add(step, value)
 
 
 def _mean(points: Sequence[Point]) -> Point:
@@ -251,8 +258,8 @@ def _mean(points: Sequence[Point]) -> Point:
 
 
 def _name(key: str) -> str:
-    """Return the metric of a curve: `loss` for `loss`, `train_loss` and `val_loss`."""
-    return re.sub("^(train|val)_", "", key)
+    """Return the metric of a curve: `loss` for `loss`, `train_loss`, `val_loss` and `eval_loss`."""
+    return re.sub("^(train|val|eval)_", "", key)
 
 
 def _expect_matplotlib() -> None:
@@ -289,15 +296,23 @@ def _draw_panel(panel: "Axes", name: str, curves: dict[str, Points]) -> None:
     panel.set_axisbelow(True)
     panel.tick_params(labelsize=8)
     panel.set_xlabel("step", fontsize=8)
-    of_steps, of_epochs, of_validations = (curves.get(prefix + name) for prefix in ("", "train_", "val_"))
+    of_steps = curves.get(name)
+    others = [
+        (curves[prefix + name], color, label)
+        for prefix, color, label in (
+            ("train_", _TRAIN, "train"),
+            ("val_", _VAL, "validation"),
+            ("eval_", _EVALUATED, "evaluation"),
+        )
+        if prefix + name in curves
+    ]
     if of_steps is not None:
-        is_alone = of_epochs is None and of_validations is None
+        is_alone = not others
         label = name if is_alone else "steps"
         panel.plot(*of_steps, color=_TRAIN if is_alone else _FAINT, linewidth=1.0, label=label)
-    for points, color, label in ((of_epochs, _TRAIN, "train"), (of_validations, _VAL, "validation")):
-        if points is not None:
-            # More dots would look like a thick line.
-            marker = "o" if len(points[0]) <= MARKED_POINTS else ""
-            panel.plot(*points, color=color, linewidth=1.6, marker=marker, markersize=2.5, label=label)
-    if of_epochs is not None or of_validations is not None:
+    for points, color, label in others:
+        # More dots would look like a thick line.
+        marker = "o" if len(points[0]) <= MARKED_POINTS else ""
+        panel.plot(*points, color=color, linewidth=1.6, marker=marker, markersize=2.5, label=label)
+    if others:
         panel.legend(fontsize=8, frameon=False)

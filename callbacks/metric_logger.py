@@ -11,10 +11,11 @@ from typing import Any, Final, Literal, get_args
 
 import msgspec
 
-from offloop.callbacks.value_logger import ValueLogger
+from offloop.callbacks.value_logger import Measured, ValueLogger
 from offloop.engine import (
     ConfigError,
     EpochEnd,
+    Evaluated,
     LineFile,
     Run,
     StepEnd,
@@ -36,10 +37,11 @@ _POSITION: Final = ("time", "attempt", "epoch", "step", "batch")
 
 
 class MetricLogger(ValueLogger):
-    """Writes rows for steps, validations and epochs to `metrics.csv` and `metrics.jsonl` in the run's directory.
+    """Writes rows for steps, validations, epochs and evaluations: `metrics.csv` and `metrics.jsonl` of the run.
 
     A row starts with time (Unix seconds), attempt, epoch, step and batch. Rows of steps have `loss`, `lr`, `grad_norm`
-    and logged values; rows of validations and epochs have their metrics. The last step of an epoch always has a row.
+    and logged values; the others have their metrics. The last step of an epoch always has a row. The row of an
+    evaluation has the step of its checkpoint, and comes later.
     In the CSV file a metric is a column from its first value on. A line of the other file is a JSON object with the
     values of its row, where NaN and infinities are the strings "NaN", "Infinity" and "-Infinity".
 
@@ -94,7 +96,7 @@ class MetricLogger(ValueLogger):
             self._complete(event, run)
         self._attempt = event.attempt
 
-    def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
+    def write(self, event: Measured, values: Mapping[str, float]) -> None:
         position = {"time": event.time, "attempt": self._attempt, "epoch": event.epoch, "step": event.step}
         row = {**position, "batch": event.batch}
         row |= {name: value for name, value in values.items() if name not in _POSITION}
@@ -127,6 +129,8 @@ class MetricLogger(ValueLogger):
                     self.on_validation_end(event, run)
                 elif isinstance(event, EpochEnd):
                     self.on_epoch_end(event, run)
+                elif isinstance(event, Evaluated):
+                    self.on_evaluated(event, run)
         except FileNotFoundError:
             pass
         finally:

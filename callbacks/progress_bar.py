@@ -36,6 +36,7 @@ from offloop.engine import (
     Callback,
     EpochEnd,
     EpochStart,
+    Evaluated,
     Run,
     StateChanged,
     StepEnd,
@@ -154,6 +155,10 @@ class ProgressBar(Callback):
 
     def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
         self._step = event.step
+        self._values.update(event.metrics)
+        self._changed()
+
+    def on_evaluated(self, event: Evaluated, run: Run) -> None:
         self._values.update(event.metrics)
         self._changed()
 

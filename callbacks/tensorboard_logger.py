@@ -14,15 +14,13 @@ from offloop.callbacks.tracking import (
     parts_of,
     values_to_plot,
 )
-from offloop.callbacks.value_logger import ValueLogger
+from offloop.callbacks.value_logger import Measured, ValueLogger
 from offloop.engine import (
-    EpochEnd,
     RunHandle,
     StepEnd,
     TrainEnd,
     TrainerParts,
     TrainStart,
-    ValidationEnd,
     first_use,
     replace_file,
 )
@@ -105,7 +103,7 @@ class TensorBoardLogger(ValueLogger):
         )
         self._add_session_start(event, hyperparameters_of(event, self._parts))
 
-    def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
+    def write(self, event: Measured, values: Mapping[str, float]) -> None:
         # None if opening it failed, which was reported at the start.
         if self._writer is None:
             return

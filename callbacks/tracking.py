@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from offloop.callbacks.alerts import Alert
-from offloop.callbacks.value_logger import ValueLogger
+from offloop.callbacks.value_logger import Measured, ValueLogger
 from offloop.engine import (
     CheckpointNotFoundError,
     CheckpointReader,
@@ -38,7 +38,6 @@ from offloop.engine import (
     TrainEnd,
     TrainerParts,
     TrainStart,
-    ValidationEnd,
     checks,
     first_use,
     replace_file,
@@ -114,9 +113,7 @@ def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def values_to_plot(
-    event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]
-) -> dict[str, float]:
+def values_to_plot(event: Measured, values: Mapping[str, float]) -> dict[str, float]:
     """Return the values that no other point has: an epoch repeats those of its validation and its last step."""
     if isinstance(event, StepEnd):
         return {**values, "epoch": event.epoch}
@@ -396,7 +393,7 @@ class TrackingLogger(ValueLogger):
             is_hopeless=self.is_hopeless,
         )
 
-    def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
+    def write(self, event: Measured, values: Mapping[str, float]) -> None:
         self._put(Point(event.time, event.epoch, event.step, values_to_plot(event, values)))
 
     def on_step_end(self, event: StepEnd, run: RunHandle) -> None:

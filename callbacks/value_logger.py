@@ -1,16 +1,31 @@
 """ValueLogger: base of the loggers; it decides which values are written, and when.
 
 Steps are written at an interval, and always the last step before a validation or the end of an epoch, so that short
-runs are not empty. Validations and epochs are always written.
+runs are not empty. Validations and epochs are always written, and evaluations of checkpoints, at the step of theirs.
 """
 
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from offloop.engine import Callback, ConfigError, EpochEnd, RunHandle, StepEnd, ValidationEnd, checks
+import msgspec
+
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    EpochEnd,
+    Evaluated,
+    RunHandle,
+    StepEnd,
+    ValidationEnd,
+    checks,
+)
 
 EVERY_SECONDS: Final = 1.0
 """Default interval: a point a second makes 36,000 in ten hours, and shows each epoch of a short run."""
+
+
+Measured = StepEnd | ValidationEnd | EpochEnd | Evaluated
+"""Events with values to write."""
 
 
 class ValueLogger(Callback):
@@ -51,8 +66,8 @@ class ValueLogger(Callback):
         # The latest step, unless it is written already.
         self._unwritten: StepEnd | None = None
 
-    def write(self, event: StepEnd | ValidationEnd | EpochEnd, values: Mapping[str, float]) -> None:
-        """Write the values of a step, a validation or an epoch. For subclasses."""
+    def write(self, event: Measured, values: Mapping[str, float]) -> None:
+        """Write the values of a step, a validation, an epoch or an evaluation, at its step. For subclasses."""
         raise NotImplementedError
 
     def on_step_end(self, event: StepEnd, run: RunHandle) -> None:
@@ -72,6 +87,11 @@ class ValueLogger(Callback):
     def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
         self.write_latest_step()
         self.write(event, event.metrics)
+
+    def on_evaluated(self, event: Evaluated, run: RunHandle) -> None:
+        if event.metrics:
+            at_its_step = msgspec.structs.replace(event, step=event.of_step, epoch=event.of_epoch)
+            self.write(at_its_step, event.metrics)
 
     def write_latest_step(self) -> None:
         """Write the latest step, unless it is written already."""

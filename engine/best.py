@@ -60,7 +60,7 @@ class Best:
         return Best(
             monitor=rules.monitor,
             score=found.metrics[rules.monitor],
-            epoch=found.manifest.epoch,
+            epoch=found.manifest.epoch_of_step,
             step=found.step,
             path=str(found.path),
         )

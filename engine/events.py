@@ -380,6 +380,8 @@ class CheckpointSaved(Event, frozen=True, kw_only=True):
     """Size on disk in bytes."""
     seconds: float = 0.0
     """Seconds from the copy in memory to durable."""
+    to_evaluate: bool = False
+    """Whether it is kept until an `Evaluated` tells how it was evaluated beside training."""
 
 
 class CheckpointFailed(Event, frozen=True, kw_only=True):

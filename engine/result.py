@@ -12,11 +12,13 @@ from typing import Any, Literal
 import msgspec
 
 from offloop.engine.best import Best
+from offloop.engine.checkpoint.evaluations import EvaluationRecord, of_this_run
 from offloop.engine.encoding import with_non_finite_as_text
-from offloop.engine.events import EpochEnd, Metrics, TrainEnd, ValidationEnd
+from offloop.engine.events import EpochEnd, Metrics, TrainEnd, TrainStart, ValidationEnd
 from offloop.engine.observers.event_log import FILE_NAME as EVENTS
 from offloop.engine.observers.event_log import read_events
 from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.recovery.evaluations import latest_of, with_evaluations
 from offloop.engine.run_dir import read_run_json
 
 Status = Literal["completed", "stopped", "cancelled", "failed", "running"]
@@ -151,14 +153,20 @@ class RunResult:
             )
         history: list[EpochEnd] = []
         latest: dict[str, float] = {}
-        end = step = None
+        start = end = step = None
         for event in read_events(directory) if (directory / EVENTS).is_file() else ():
             step = event.step
             end = event if isinstance(event, TrainEnd) else None
+            start = event if isinstance(event, TrainStart) else start
             if isinstance(event, EpochEnd | ValidationEnd):
                 latest.update(event.metrics)
             if isinstance(event, EpochEnd):
                 history.append(event)
+        if start is not None:
+            record = EvaluationRecord(directory).read().values()
+            found = of_this_run(record, attempt=start.attempt, resumed_step=start.step)
+            history = list(with_evaluations(history, found))
+            latest |= latest_of(found)
         # Until an attempt has ended, run.json describes the end of the previous attempt
         status, reason = ("running", "") if end is None else (end.status, end.reason)
         ending = described if end is not None else {}

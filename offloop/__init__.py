@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from offloop.callbacks import Alert as Alert
     from offloop.callbacks import Alerts as Alerts
     from offloop.callbacks import Below as Below
+    from offloop.callbacks import CheckpointEvaluator as CheckpointEvaluator
     from offloop.callbacks import EarlyStopping as EarlyStopping
     from offloop.callbacks import Failed as Failed
     from offloop.callbacks import GpuUsage as GpuUsage
@@ -128,7 +129,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "callbacks": """
-        Above Alert Alerts Below EarlyStopping Failed GpuUsage GradientMonitor GradientStatistics
+        Above Alert Alerts Below CheckpointEvaluator EarlyStopping Failed GpuUsage GradientMonitor GradientStatistics
         LayerStatistics LayersMeasured LearningCurves LearningRateScheduler MLflowLogger MetricLogger
         ModelCheckpoint NonFinite ProfileWritten Profiler ProgressBar ResourceMonitor ResourceUsage Rule
         Spike Stalled TensorBoardLogger WandbLogger WeightAverage

@@ -110,7 +110,16 @@ MOST_METHODS: Final = 25
 """Methods of a class, without special ones; a class with more gives the reason in its docstring."""
 OPEN_MODULES: Final = tuple(
     f"offloop.engine.{name}"
-    for name in ("argument_hints", "bus.threads", "checkpoint", "checks", "lazy_facade", "monitor", "testing")
+    for name in (
+        "argument_hints",
+        "bus.threads",
+        "checkpoint",
+        "checks",
+        "lazy_facade",
+        "monitor",
+        "testing",
+        "weights.structure",
+    )
 )
 """Modules of the engine that callbacks, cli and dashboard may import; elsewhere they use `offloop.engine`'s names."""
 

@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))  # those of several processes run in tests/distributed
 SAYS = {
     "async_callback": ["the server received epoch 4: loss 0.", "training took ", "5 answers; "],
+    "checkpoint_evaluator": ["step 80: robust accuracy 0.", "the best is that of step "],
     "computing_callback": ["epoch 4: 303 primes", "training took ", "its process used "],
     "fine_tuning": ["0.0.weight: unchanged", "1.0.weight: changed"],
     "gan": ["epoch 9: judge", "mean radius of new points: "],

@@ -43,6 +43,11 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         return {key: float(value) for key, value in self.metrics.items()}
 
 
+def is_to_evaluate(serial: int, every: int) -> bool:
+    """Return whether a checkpoint is evaluated, by its number among those of its run, where every so many are."""
+    return serial % every == 0
+
+
 def evaluation_of(
     checkpoint: str, *, attempt: int, step: int, epoch: int, metrics: Mapping[str, float]
 ) -> Evaluation:

@@ -139,6 +139,11 @@ class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileRecord]
 
     @property
+    def epoch_of_step(self) -> int:
+        """Index of the epoch to which its last step belongs; `epoch` is the next one if that has ended."""
+        return self.epoch - 1 if self.epoch and not self.batch else self.epoch
+
+    @property
     def ranks(self) -> int:
         """Number of the processes ("ranks") that wrote it. Each but the first has a part of its own; see `parts.py`."""
         return 1 if self.world_size is msgspec.UNSET else self.world_size

@@ -27,7 +27,7 @@ from offloop.engine.checkpoint.errors import (
     CheckpointReadError,
     UnsafeCheckpointError,
 )
-from offloop.engine.checkpoint.evaluations import Evaluation, EvaluationRecord
+from offloop.engine.checkpoint.evaluations import Evaluation, EvaluationRecord, is_to_evaluate
 from offloop.engine.checkpoint.manifest import (
     CHECKPOINT_NAME,
     MANIFEST,
@@ -124,6 +124,15 @@ class CheckpointReader:
             ]
         # By attempt first: a run that was continued elsewhere may be fetched next to later steps of an old attempt.
         return sorted(found, key=lambda info: (info.manifest.attempt, info.manifest.serial))
+
+    def to_evaluate(self, every: int) -> list[CheckpointInfo]:
+        """Return those of every so many that have not been evaluated yet, in the order of `checkpoints`."""
+        evaluated = self._evaluations.read()
+        return [
+            info
+            for info in self.checkpoints()
+            if is_to_evaluate(info.manifest.serial, every) and info.name not in evaluated
+        ]
 
     def damaged(self) -> list[CheckpointCorruptError | CheckpointReadError]:
         """Return the errors of checkpoints with an unreadable manifest and of dangling links."""

@@ -76,6 +76,7 @@ def main(descriptor: int, parent: int) -> None:
     except BaseException as error:
         link.send(messages.CannotLoad(pack_error(error)))
         _end()
+    link.send(messages.Loaded())
     anyio.run(child.serve, backend=load.backend)
     _end()
 

@@ -168,6 +168,10 @@ class Fail(Message, tag=True, frozen=True):
     error: PackedError
 
 
+class Loaded(Message, tag=True, frozen=True):
+    """The callback is there: from now on the child answers."""
+
+
 class CannotLoad(Message, tag=True, frozen=True):
     """The callback cannot be made here."""
 
@@ -188,7 +192,19 @@ class LogRecord(Message, tag=True, frozen=True):
 
 
 ToChild = Load | Handle | Facts | MakeDurable | Cancel | Close | Accepted | Applied
-ToParent = Handled | Durable | Cancelling | Closed | Give | TakeBack | Publish | Fail | CannotLoad | LogRecord
+ToParent = (
+    Loaded
+    | CannotLoad
+    | Handled
+    | Durable
+    | Cancelling
+    | Closed
+    | Give
+    | TakeBack
+    | Publish
+    | Fail
+    | LogRecord
+)
 
 _encode = msgspec.msgpack.Encoder().encode
 _to_child: "msgspec.msgpack.Decoder[ToChild]" = msgspec.msgpack.Decoder(ToChild)

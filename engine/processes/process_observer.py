@@ -93,7 +93,7 @@ class ProcessObserver(Observer):
         self._unhandled = 0  # batches sent and not handled yet; also written by the event loop
         self._child_costs = CallbackCosts()
         self._errors_there = 0  # how many of them are in `errors`
-        self._is_cancelling_there = self._is_closed_there = False
+        self._is_loaded_there = self._is_cancelling_there = self._is_closed_there = False
         self._is_cancelled = False  # event loop only
         self._durable: list[messages.Durable] = []
         # Commands that have not applied yet, by number. The child's thread adds, any thread removes.
@@ -174,7 +174,10 @@ class ProcessObserver(Observer):
     async def close(self) -> None:
         """Have the child call the callback's `close`, and end it. Cancellation: the child is killed."""
         try:
-            if self._is_cancelled and not await self._answers():
+            if self._is_cancelled and not self._is_loaded_there:
+                # It still imports. Nothing of the callback has run, so there is nothing to close.
+                self._child.kill()
+            elif self._is_cancelled and not await self._answers():
                 error = TimeoutError(
                     f"its process does not answer {ANSWER:g} s after it was cancelled: ended"
                 )
@@ -215,6 +218,8 @@ class ProcessObserver(Observer):
     def _on_message(self, message: messages.ToParent) -> None:
         actor.set(self.name)
         match message:
+            case messages.Loaded():
+                self._is_loaded_there = True
             case messages.Handled():
                 self._note(message)
                 self.disabled = self.disabled or message.is_disabled

@@ -14,13 +14,13 @@ from typing import Final
 
 import msgspec
 
-from offloop.engine.checkpoint.evaluations import Evaluation, of_this_run
+from offloop.engine.checkpoint.evaluations import Evaluation, is_to_evaluate, of_this_run
 from offloop.engine.checkpoint.manifest import ManifestHead
 from offloop.engine.events import EpochEnd, Metrics
 
 logger = logging.getLogger("offloop")
 
-MANY_WAITING: Final = 4
+MANY_WAITING: Final = 8
 """Waiting checkpoints that are worth a word, and again at each doubling: they take room on the disk."""
 
 
@@ -39,15 +39,9 @@ class Evaluations:
         # Written by the training thread before the first checkpoint.
         self._attempt = self._resumed_step = 0
 
-    @property
-    def waiting(self) -> tuple[int, ...]:
-        """The steps of the checkpoints that still wait."""
-        with self._lock:
-            return tuple(self._waiting.values())
-
     def expect(self, head: ManifestHead) -> bool:
         """Have a durable checkpoint wait if it is due; return whether it is. Writer's thread, or as the store opens."""
-        if self.every is None or head.serial % self.every:
+        if self.every is None or not is_to_evaluate(head.serial, self.every):
             return False
         with self._lock:
             if self._is_over:
@@ -69,11 +63,12 @@ class Evaluations:
         if evaluation is not None:
             self._found = (*(each for each in self._found if each.checkpoint != name), evaluation)
 
-    def give_up(self) -> list[str]:
-        """Expect no evaluation any more, and return the names of the checkpoints that still wait."""
+    def give_up(self) -> dict[str, int]:
+        """Expect no evaluation any more, and return the steps of the checkpoints that waited, by name."""
         with self._lock:
             self._is_over = True
-            return list(self._waiting)
+            waiting, self._waiting = self._waiting, {}
+            return waiting
 
     def resume(self, found: Iterable[Evaluation], *, attempt: int, step: int) -> None:
         """Take over what earlier attempts have found out. Training thread.

@@ -37,7 +37,7 @@ from offloop.engine.checkpoint import (
     SnapshotBusyError,
     WriterDiedError,
 )
-from offloop.engine.checkpoint.evaluations import EvaluationRecord, evaluation_of
+from offloop.engine.checkpoint.evaluations import evaluation_of
 from offloop.engine.checkpoint.parts import Outcome, PartsChannel
 from offloop.engine.errors import describe
 from offloop.engine.events import CheckpointFailed, CheckpointSaved, Evaluated, Event
@@ -308,19 +308,29 @@ class Checkpoints:
 
     def judge(self, event: Evaluated) -> None:
         """Note how a checkpoint was evaluated; it is no longer kept for that. Any thread; does not wait."""
-        if event.error is not None:
-            self._release([Path(event.path).name])
-            return
-        metrics = {key: value for key, value in event.metrics.items() if key.startswith(EVALUATED)}
+        metrics = None
+        if event.error is None:
+            metrics = {key: value for key, value in event.metrics.items() if key.startswith(EVALUATED)}
         self._in_writer(functools.partial(self._judge, Path(event.path).name, metrics))
 
     def give_up_evaluations(self) -> None:
-        """Expect no evaluation any more: the best is chosen among those that were evaluated. Any thread."""
-        self._release(self.evaluations.give_up())
+        """Expect no evaluation any more: the best is chosen among those that were evaluated. Does not wait."""
+        if self._writer is None:
+            self.evaluations.give_up()
+        else:
+            self._in_writer(self._give_up_evaluations)
 
-    def _release(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._in_writer(functools.partial(self._judge, name, None))
+    def _give_up_evaluations(self) -> None:
+        waiting = self.evaluations.give_up()
+        if not waiting:
+            return
+        logger.warning(
+            "not evaluated: the checkpoints of steps %s. The best is chosen among the others; a run that continues "
+            "this one evaluates those that are kept",
+            ", ".join(map(str, waiting.values())),
+        )
+        for name in waiting:
+            self._judge(name, None)
 
     def _in_writer(self, function: Callable[[], None]) -> None:
         """Call a function in the writer's thread, unless that has ended. Any thread."""
@@ -339,7 +349,11 @@ class Checkpoints:
                 logger.warning("%s has no checkpoint %s that could be evaluated", self.directory, name)
             elif metrics is not None:
                 evaluation = evaluation_of(
-                    name, attempt=head.attempt, step=head.step, epoch=head.epoch, metrics=metrics
+                    name,
+                    attempt=head.attempt,
+                    step=head.step,
+                    epoch=head.epoch_of_step,
+                    metrics=metrics,
                 )
             deleted, problems = self._store.judge(name, evaluation, parent=self.parent)
         except CheckpointError as error:
@@ -480,10 +494,11 @@ class Checkpoints:
 
     def _expect_evaluations(self, store: CheckpointStore) -> None:
         """Keep the checkpoints of earlier attempts that are still to be evaluated."""
-        evaluated = EvaluationRecord(self.directory).read()
-        for info in store.checkpoints():
-            if info.name not in evaluated and self.evaluations.expect(info.manifest):
-                store.pin(info.name)
+        if self.evaluations.every is None:
+            return
+        for info in store.to_evaluate(self.evaluations.every):
+            self.evaluations.expect(info.manifest)
+            store.pin(info.name)
 
     def _saved(self, request: CheckpointRequest, commit: Commit) -> None:
         """Note a durable checkpoint, and have it announced. Writer's thread."""
@@ -491,7 +506,8 @@ class Checkpoints:
         path = str(commit.info.path)
         self.last = path
         self.saved = {**self.saved, request.step: path}
-        if self.evaluations.expect(commit.info.manifest):
+        to_evaluate = self.evaluations.expect(commit.info.manifest)
+        if to_evaluate:
             # In time: the newest checkpoint is always kept
             assert self._store is not None
             self._store.pin(commit.info.name)
@@ -501,6 +517,7 @@ class Checkpoints:
             reason=request.reason,
             bytes=commit.info.bytes,
             seconds=commit.seconds,
+            to_evaluate=to_evaluate,
         )
         self._newest = event
         self._tell(request.number, _outcome(event))

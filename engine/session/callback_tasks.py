@@ -201,7 +201,7 @@ class CallbackTasks:
 
         Args:
             observer: The callback.
-            unless: Ends the wait when it returns True.
+            unless: Ends the callback without a word when it returns True.
         """
         task = next((each for each in self._tasks if each.observer is observer), None)
         if task is None or observer.subscription is None or observer.has_ended:
@@ -212,7 +212,8 @@ class CallbackTasks:
         self._bus.put_barrier(observer.subscription, reached.set)
         if not await self._lifetime.wait_until(reached, time.perf_counter() + seconds, unless=unless):
             self._cancel(observer, task.scope)
-            observer.failed("drain", TimeoutError(f"still busy {seconds:g} s after training: cancelled"))
+            if not unless():
+                observer.failed("drain", TimeoutError(f"still busy {seconds:g} s after training: cancelled"))
         self._barriers = {}
 
     async def drain(self) -> None:

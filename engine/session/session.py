@@ -470,7 +470,7 @@ class Session:
                 await _in_thread("offloop-finish-saving", save)
                 for each in self.callbacks.observers:
                     if each.handlers.callback.evaluates_every is not None:
-                        await self.callbacks.finish_one(each, unless=self.lifetime.is_cancelled)
+                        await self.callbacks.finish_one(each, unless=self._leaves_evaluations)
         settle = functools.partial(self.storage.settle, self._outcome.ending, self._best)
         try:
             await _in_thread("offloop-finish-checkpoints", settle)
@@ -479,6 +479,10 @@ class Session:
             pass
         except BaseException as error:
             self.lifetime.fail(error)
+
+    def _leaves_evaluations(self) -> bool:
+        """Whether what is still to be evaluated is left to a run that continues this one. Any thread."""
+        return self.lifetime.is_cancelled() or self.lifetime.signal_count > 0
 
     async def _finish(self) -> None:
         """Make the result, write it to run.json, and release everything."""

@@ -232,11 +232,7 @@ class Storage:
         """
         self.checkpoints.flush()
         self._write_stop(ending_of())
-        if steps := self.checkpoints.evaluations.waiting:
-            logger.warning(
-                "not evaluated: the checkpoints of steps %s; the best is chosen among the others",
-                ", ".join(map(str, steps)),
-            )
+        if self.checkpoints.evaluations.every is not None:
             self.checkpoints.give_up_evaluations()
             self.checkpoints.flush()
         self.checkpoints.locate(best)

@@ -43,7 +43,8 @@ COMPARED = {
     "GradientStatistics",
     "LayersMeasured",
 }
-ELSEWHERE = {"MLflowLogger", "WandbLogger"}  # need their servers or processes: test_tracking.py
+ELSEWHERE = {"MLflowLogger", "WandbLogger", "CheckpointEvaluator"}
+"""They need servers or processes: test_tracking.py, test_checkpoint_evaluator.py."""
 
 
 def every_callback() -> list[Callback]:
