@@ -36,7 +36,8 @@ WARNING_INTERVAL: Final = 10.0
 STRETCH: Final = 0.1
 """CPU seconds at a stretch from which a callback is named as one that computes."""
 STRETCH_SHARE: Final = 0.2
-"""Share of a stretch that is computing, at least; below, the handler mostly waits, and computes now and then."""
+"""Share of a stretch that is computing, at least; below, the handler mostly blocks, and computes now and then. Waiting
+for a core is left out: on a busy machine, that is most of the time."""
 WINDOW: Final = 10.0
 """Seconds over which the share of a core is taken."""
 SHARE: Final = 0.05
@@ -146,7 +147,7 @@ class CostWatch:
         """
         is_watched = not self.warning and not self._steps.has_ended
         computed = 0.0 if was_importing(stretch.started) else stretch.computed
-        computes = computed >= STRETCH and computed >= STRETCH_SHARE * stretch.wall
+        computes = computed >= STRETCH and computed >= STRETCH_SHARE * stretch.held
         if on_loop and stretch.held > HOLD_WARNING and not (computes and (is_watched or self.warning)):
             self._warn_of_hold(stretch, what)
         if not is_watched:
@@ -165,16 +166,24 @@ class CostWatch:
             return
         if stretch.ended >= self._quiet_until:
             self._quiet_until = math.inf
-            judge = functools.partial(self._judge, f"{told} while handling {what}", computes and on_loop)
+            judge = functools.partial(self._judge, told, what, stretch if computes and on_loop else None)
             # What the steps beside it took is known then.
             self._steps.after_next(judge)
 
-    def _judge(self, told: str, is_hold: bool) -> None:
-        """Name the callback, unless training lost nothing by it and the event loop was free."""
+    def _judge(self, told: str, what: str, hold: Stretch | None) -> None:
+        """Name the callback as one that computes, unless training lost nothing by it.
+
+        Args:
+            told: What it did.
+            what: What it handled.
+            hold: The stretch, if it held the event loop: others lose by that, also where training does not.
+        """
         name = self._handlers.name
         delay = self._steps.compare(name)
-        if delay is not None and delay.lost_at_most < COSTLESS * delay.beside and not is_hold:
+        if delay is not None and delay.lost_at_most < COSTLESS * delay.beside:
             self._window_start, self._quiet_until = -math.inf, time.perf_counter() + WINDOW
+            if hold is not None:
+                self._warn_of_hold(hold, what)
             return
         cost = ""
         if delay is not None and delay.is_sure:
@@ -186,7 +195,7 @@ class CostWatch:
         is_mixed = self._handlers.deciders or self._handlers.hooks
         split = ", once its deciders and step hooks are a callback of their own" if is_mixed else ""
         self.warning = (
-            f"callback {name} {told}, in the interpreter that training needs{cost}. "
+            f"callback {name} {told} while handling {what}, in the interpreter that training needs{cost}. "
             f'runs_in = "process" gives it a process of its own{split}'
         )
         logger.warning("%s", self.warning)
