@@ -382,9 +382,9 @@ def test_not_authorised_too_many_viewers_and_an_older_page(
     shot(crowd, "too-many-viewers")
     page.close()
     await_on_loop(run.server, lambda: not any(each.role for each in run.server._requests.peers))
-    look_at_the_network(
-        crowd
-    )  # every five seconds it does so by itself: dashboard/web/tests/connection.test.ts
+    # Every five seconds it does so by itself: dashboard/web/tests/connection.test.ts
+    look_at_the_network(crowd)
+    run.step(loss=1.0)  # ten seconds after a step the run counts as stalled
     expect(word(crowd)).to_have_text("live")
     run.server.hub.page = "another"
     crowd.reload()
