@@ -71,7 +71,7 @@ class ChildProcess:
             on_exit: Called once, in its thread, after the last message: with None if the process has ended by itself
                 with exit code 0, else with what happened.
             on_over: Called after that, once `is_over` is True.
-            on_look: Called every 0.1 s while `is_busy`, in its thread.
+            on_look: Called every 0.1 s while `is_busy` and the child takes what it is sent, in its thread.
         """
         self.name = name
         self.is_busy = False  # written by any thread, read by the child's thread
@@ -244,7 +244,8 @@ class ChildProcess:
                         output.copy(key.fileobj)
                         if output.is_over:
                             selector.unregister(key.fileobj)
-                if self.is_busy and time.monotonic() >= look_at:
+                # A child that takes nothing, because it is stopped or computes in C, is told once it does again.
+                if self.is_busy and not self._unsent and time.monotonic() >= look_at:
                     look_at = time.monotonic() + FACTS_INTERVAL
                     self._on_look()
             if is_open:

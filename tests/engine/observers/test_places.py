@@ -63,6 +63,7 @@ async def train(*callbacks: Callback, epochs: int = 1, batches: int = 4, **knobs
 # Order and buffers -------------------------------------------------------------------------------
 
 
+@pytest.mark.uvloop
 @in_both_places
 async def test_plain_and_async_handlers_see_one_order_without_gaps(place: Place, tmp_path: Path) -> None:
     orders, recorder = Orders(place, tmp_path / "notes"), Recorder()
@@ -97,6 +98,7 @@ async def test_a_handler_that_lags_loses_samples_which_are_counted_and_no_milest
     assert sum(event.count for event in reports) == reports[-1].total == dropped
 
 
+@pytest.mark.uvloop
 @in_both_places
 async def test_training_waits_for_a_full_buffer_and_commands_of_its_handler_do_not_deadlock(
     place: Place, tmp_path: Path

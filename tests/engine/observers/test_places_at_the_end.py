@@ -69,6 +69,7 @@ class Fails(Trainer):
         return super().training_step(batch)
 
 
+@pytest.mark.uvloop
 @in_both_places
 async def test_the_end_and_close_come_however_the_run_ends(place: Place, tmp_path: Path) -> None:
     failed, cancelled = Counts(place, tmp_path / "failed"), Counts(place, tmp_path / "cancelled")
@@ -155,6 +156,7 @@ async def told(run: Run, times: int) -> None:
                 return
 
 
+@pytest.mark.uvloop
 @in_both_places
 async def test_a_run_whose_task_is_cancelled_ends_though_handlers_hang(
     place: Place, hanging: list[Hangs]

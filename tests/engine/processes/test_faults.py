@@ -23,7 +23,16 @@ from faulty_callbacks import (
 )
 from placed_callbacks import Gate, Told
 
-from offloop.engine import Callback, CallbackFailed, CallbackProcessError, EpochEnd, RunResult
+from offloop.engine import (
+    Callback,
+    CallbackFailed,
+    CallbackProcessError,
+    EpochEnd,
+    RunResult,
+    StepPoint,
+    in_step,
+)
+from offloop.engine.processes import child_process
 from offloop.engine.processes.process_observer import ProcessObserver
 from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
 
@@ -140,6 +149,29 @@ def test_a_child_that_is_stopped_by_a_signal_is_ended_after_its_time() -> None:
     assert "still busy 0.1 s after the end: cancelled" in drain
     assert close.startswith("close: TimeoutError: ")
     assert not is_alive(int(told(recorder)[0]))
+
+
+class WatchesQueue(Callback):
+    """Looks in each step how many messages wait for the child."""
+
+    longest = 0
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        (child,) = [
+            each._child
+            for each in point.run._session.callbacks.observers
+            if isinstance(each, ProcessObserver)
+        ]
+        self.longest = max(self.longest, len(child._outgoing))
+
+
+def test_messages_do_not_pile_up_for_a_child_that_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child may compute for hours, in C, and the state of the run changes all the time."""
+    monkeypatch.setattr(child_process, "FACTS_INTERVAL", 1e-4)
+    watches = WatchesQueue()
+    train(StopsItself(), Gate(), watches, epochs=100)
+    assert watches.longest < 10
 
 
 # Output and log records that find no taker -------------------------------------------------------

@@ -71,5 +71,6 @@ def test_runs_survive_children_that_are_killed() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 def test_fifty_runs_survive_children_that_are_killed() -> None:
     kill_in_runs(50, seed=1)

@@ -327,6 +327,7 @@ tiny_trainer().train(EndlessLoader(), max_steps=10**9, callbacks=[Stuck(), Stuck
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.soak)])
 def test_no_child_is_left_by_a_parent_that_is_killed(
     times: int, tmp_path: Path, warm_python: WarmPython
