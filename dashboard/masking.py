@@ -14,14 +14,18 @@ MASK: Final = "(masked)"
 
 _WORDS: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS: Final = frozenset(
-    "apikey auth authentication authorization authtoken cookie credential credentials passcode passphrase passwd "
-    "password passwords pat pw pwd secret secrets token".split()
+    "auth authentication authorization cookie credential credentials passcode pat pw pwd token".split()
 )
 _SECRET_KEYS: Final = frozenset(
     "access account api auth client deploy encryption license master private secret service session shared signing "
     "ssh storage subscription".split()
 )
 """Words that make the `key` or `keys` after them secret."""
+_WRITTEN_AS_ONE: Final = re.compile(
+    r".*(passphrase|passwd|password|secret)s?|(access|api|auth|bearer|client|git\w+|hf|private|refresh|secret|session|"
+    r"user|wandb)(key|token)s?"
+)
+"""Secret words that contain others: `dbpassword`, `apikey`."""
 _PASSWORD_OWNERS: Final = frozenset("admin db ftp http login mail proxy root smtp user".split())
 """Words that make the `pass` after them a password; `two_pass` and `pass_at_1` are none."""
 _TOKENS_OF_TEXT: Final = (
@@ -60,7 +64,7 @@ def is_secret(name: str) -> bool:
         after = words[place + 1] if place + 1 < len(words) else ""
         if word == "token" and (before in _TOKENS_OF_TEXT[0] or after in _TOKENS_OF_TEXT[1]):
             continue
-        if word in _SECRET_WORDS:
+        if word in _SECRET_WORDS or _WRITTEN_AS_ONE.fullmatch(word):
             return True
         if word in ("key", "keys") and before in _SECRET_KEYS:
             return True
