@@ -75,6 +75,13 @@ class Axis:
         """Bytes of the axis."""
         return AXIS_BYTES * (self.rows - self._first) + (AXIS_BYTES + 4) * len(self._old_rows)
 
+    @property
+    def first_step(self) -> float:
+        """Step of the first kept row; infinity if there is none."""
+        old = self._old["step"]
+        dense = self._dense["step"]
+        return float(old[0]) if len(old) else float(dense[0]) if len(dense) else math.inf
+
     def last(self, name: AxisName) -> float:
         """Return the last value of a column; NaN if it is empty."""
         column = self._dense[name]
@@ -148,6 +155,12 @@ class Curve:
     def bytes(self) -> int:
         """Bytes of the points."""
         return POINT_BYTES * sum(len(level.rows) for level in self.levels)
+
+    @property
+    def last_row(self) -> int:
+        """Row of the newest point; -1 if there is none."""
+        rows = self.levels[0].rows
+        return int(rows[-1]) if len(rows) else -1
 
     @property
     def reduced_before(self) -> int:

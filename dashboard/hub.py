@@ -147,8 +147,10 @@ class Hub:
 
     def _send_milestones(self, live: LiveRun, milestones: Sequence[KeptMilestone]) -> None:
         """Send new curves and milestones to the viewers of a run."""
+        revised = live.take_revised()
         for connection in self._watching(live):
             try:
+                connection.viewer.revise(revised)
                 connection.viewer.announce_series()
                 connection.viewer.put_milestones(milestones)
             except ViewerTooSlowError as error:

@@ -33,6 +33,7 @@ from offloop.dashboard.protocol import (
 from offloop.engine import (
     EpochEnd,
     EpochStart,
+    Evaluated,
     Event,
     Run,
     Sample,
@@ -53,7 +54,7 @@ STALL_STEPS: Final = 20
 """... if they are also this many times the duration of the last step."""
 FINAL_STATES: Final = frozenset({"completed", "stopped", "cancelled", "failed"})
 
-_SPLITS: Final = {"train_": "train", "val_": "val"}
+_SPLITS: Final = {"train_": "train", "val_": "val", "eval_": "eval"}
 _BASE_FIELDS: Final = frozenset(Event.__struct_fields__)
 
 
@@ -101,6 +102,8 @@ class LiveRun:
         self.started = start.time
         self.history = History(history_bytes)
         self.frames = Frames(self.key, self.history)
+        # Curves that got points before the newest row.
+        self._revised: set[int] = set()
         # The index is the curve's number in the history.
         self.series: list[SeriesInfo] = []
         self.milestones = Milestones(self.key, most_bytes=milestone_bytes)
@@ -208,6 +211,8 @@ class LiveRun:
                 self._epoch, self._epoch_batch = event.epoch, event.batch
             elif isinstance(event, ValidationEnd | EpochEnd):
                 self._metrics(event)
+            elif isinstance(event, Evaluated):
+                self._evaluated(event)
             elif isinstance(event, StateChanged):
                 self._state_by, self._state_reason = event.by, event.reason
             elif isinstance(event, TrainEnd):
@@ -260,6 +265,27 @@ class LiveRun:
                 # `ValidationEnd` had it.
                 continue
             self._point(key, row, value, event.step)
+
+    def _evaluated(self, event: Evaluated) -> None:
+        """Record figures at the step of their checkpoint, where viewers may have seen the curves already."""
+        axis = self.history.axis
+        row = axis.row_of("step", event.of_step)
+        if not axis.rows or event.of_step < axis.first_step:
+            # Of an earlier attempt, which this page does not show.
+            return
+        if row == axis.rows:
+            row = axis.append(event.of_step, event.time, self._epoch_of(event))
+        for key, value in event.metrics.items():
+            known = self._ids.get(key)
+            # A checkpoint may be evaluated again, or share its row where the history was trimmed.
+            if known is None or self.history.curves[known].last_row < row:
+                self._point(key, row, value, event.of_step)
+                self._revised.add(self._ids.get(key, -1))
+
+    def take_revised(self) -> set[int]:
+        """Return the curves that got points before the newest row since the last call."""
+        revised, self._revised = self._revised, set()
+        return revised
 
     def _sample(self, event: Sample) -> None:
         """Record every number of a sample other than `StepEnd`: from monitors, or defined by users."""

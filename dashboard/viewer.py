@@ -6,7 +6,7 @@ that does not take them is disconnected, and receives them when it reconnects.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -160,6 +160,10 @@ class Viewer:
             if not 0 <= curve < self._series_sent:
                 raise ProtocolError(f"there is no curve {curve}")
         return unique
+
+    def revise(self, curves: Collection[int]) -> None:
+        """Send curves anew, if they are shown: they have points that were not sent in their turn."""
+        self._snapshots += [each for each in self._shown if each in curves and each not in self._snapshots]
 
     def drawn(self) -> None:
         """Note that the last chart frame is on the screen."""

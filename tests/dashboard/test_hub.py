@@ -42,6 +42,7 @@ from offloop.engine import (
     ConfigError,
     EpochEnd,
     EpochStart,
+    Evaluated,
     Event,
     Metrics,
     Pause,
@@ -382,6 +383,41 @@ async def test_rates_of_parameter_groups_stand_in_the_panel_of_the_rate(
         "lr/0": ("lr", "0"),
         "lr/body/head": ("lr", "body/head"),
     }
+
+
+@with_page
+async def test_an_evaluation_is_drawn_at_the_step_of_its_checkpoint(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    stage.steps(10)
+    stage.tell(Evaluated(path="x", of_step=2, metrics=Metrics(eval_loss=0.5)))
+    await read(link, page)
+    series = {each.key: each for each in stage.live.series}
+    assert (series["eval_loss"].panel, series["eval_loss"].label) == ("loss", "eval")
+    curve = series["eval_loss"].id
+    link.say(page.show([0, curve]))
+    await read(link, page)
+    assert page.points[curve] == {2.0: 0.5}
+    # A viewer that has seen later steps gets it, too
+    stage.steps(10)
+    stage.tell(Evaluated(path="x", of_step=8, metrics=Metrics(eval_loss=0.25)))
+    stage.tell(Evaluated(path="x", of_step=8, metrics=Metrics(eval_loss=0.25)))  # evaluated again
+    stage.tell(Evaluated(path="x", of_step=10, error="ValueError: no"))
+    await read(link, page)
+    assert page.points[curve] == {2.0: 0.5, 8.0: 0.25}
+    assert len(page.points[0]) == 20
+
+
+@with_page
+async def test_an_evaluation_of_an_earlier_attempt_is_an_event_only(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    stage.step = 100
+    stage.steps(3)
+    stage.tell(Evaluated(path="x", of_step=50, metrics=Metrics(eval_loss=0.5)))
+    await read(link, page)
+    assert "eval_loss" not in {each.key for each in stage.live.series}
+    assert page.milestones[-1]["type"] == "Evaluated"
 
 
 @with_page

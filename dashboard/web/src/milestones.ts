@@ -75,6 +75,13 @@ const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string 
     tone: "bad",
     text: `Checkpoint of step ${count(numeric(event.saved_step))} could not be written: ${words(event.error)}`,
   }),
+  Evaluated: (event) => ({
+    kind: "validation",
+    tone: event.error ? "bad" : "plain",
+    text: event.error
+      ? `Checkpoint of step ${count(numeric(event.of_step))} could not be evaluated: ${words(event.error)}`
+      : `Checkpoint of step ${count(numeric(event.of_step))} evaluated${inSeconds(event.seconds)}${metrics(event.metrics)}`,
+  }),
   CallbackFailed: (event) => ({
     kind: "alert",
     tone: "bad",
