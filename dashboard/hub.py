@@ -150,8 +150,7 @@ class Hub:
         revised = live.take_revised()
         for connection in self._watching(live):
             try:
-                connection.viewer.revise(revised)
-                connection.viewer.announce_series()
+                connection.viewer.announce_series(revised)
                 connection.viewer.put_milestones(milestones)
             except ViewerTooSlowError as error:
                 connection.end(CLOSE_SLOW, str(error))

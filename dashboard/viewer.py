@@ -161,10 +161,6 @@ class Viewer:
                 raise ProtocolError(f"there is no curve {curve}")
         return unique
 
-    def revise(self, curves: Collection[int]) -> None:
-        """Send curves anew, if they are shown: they have points that were not sent in their turn."""
-        self._snapshots += [each for each in self._shown if each in curves and each not in self._snapshots]
-
     def drawn(self) -> None:
         """Note that the last chart frame is on the screen."""
         self.credit = True
@@ -203,9 +199,13 @@ class Viewer:
         """Queue a message, replacing the waiting one of that name."""
         self._slots[name] = message
 
-    def announce_series(self) -> None:
-        """Queue the names of curves that are new to the viewer."""
+    def announce_series(self, revised: Collection[int] = ()) -> None:
+        """Queue the names of curves that are new to the viewer, and send again those that were `revised`.
+
+        A revised curve has points before the newest row, which were not sent in their turn.
+        """
         live = self.live
+        self._snapshots += [each for each in self._shown if each in revised and each not in self._snapshots]
         if live is not None and self._series_sent < len(live.series):
             new = live.series[self._series_sent :]
             self._series_sent = len(live.series)

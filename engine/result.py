@@ -15,6 +15,7 @@ from offloop.engine.best import Best
 from offloop.engine.checkpoint.evaluations import EvaluationRecord, of_this_run
 from offloop.engine.encoding import with_non_finite_as_text
 from offloop.engine.events import EpochEnd, Metrics, TrainEnd, TrainStart, ValidationEnd
+from offloop.engine.monitor import EVALUATED
 from offloop.engine.observers.event_log import FILE_NAME as EVENTS
 from offloop.engine.observers.event_log import read_events
 from offloop.engine.observers.observer import CallbackCosts
@@ -35,6 +36,8 @@ class _Told(msgspec.Struct):
     callback_costs: dict[str, CallbackCosts]
     callback_errors: dict[str, tuple[str, ...]]
     seconds: float
+    evaluated: tuple[dict[str, float], ...]
+    """Figures of checkpoints that rank 0 had evaluated: in the rows of the history, and the latest."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -103,16 +106,26 @@ class RunResult:
         return columns
 
     def encode(self) -> bytes:
-        """Return what the other ranks of a run cannot know themselves, as JSON."""
-        return msgspec.json.encode(
-            _Told(self.best, dict(self.callback_costs), dict(self.callback_errors), self.seconds)
+        """Return what the other ranks of a run cannot know themselves, as MessagePack."""
+        rows = (*(end.metrics for end in self.history), self.metrics)
+        evaluated = tuple(
+            {key: value for key, value in row.items() if key.startswith(EVALUATED)} for row in rows
+        )
+        return msgspec.msgpack.encode(
+            _Told(self.best, dict(self.callback_costs), dict(self.callback_errors), self.seconds, evaluated)
         )
 
     def as_told(self, told: bytes) -> "RunResult":
         """Return this result with what `encode` of rank 0's result holds."""
-        of_first = msgspec.json.decode(told, type=_Told)
+        of_first = msgspec.msgpack.decode(told, type=_Told)
+        *rows, latest = of_first.evaluated
         return dataclasses.replace(
             self,
+            metrics=Metrics({**self.metrics, **latest}),
+            history=tuple(
+                msgspec.structs.replace(end, metrics=Metrics({**end.metrics, **row})) if row else end
+                for end, row in zip(self.history, rows, strict=False)
+            ),
             best=of_first.best,
             callback_costs=of_first.callback_costs,
             callback_errors=of_first.callback_errors,

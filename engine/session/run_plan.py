@@ -31,6 +31,8 @@ class RunPlan:
     """The run's; None for a run without one."""
     handlers: Sequence[Handlers]
     """Of the callbacks, in declared order."""
+    longest_drain: float
+    """Seconds that the slowest callback may take at the end, those of rank 0 included."""
     monitors: Monitors
     """The metrics that decide."""
     remote: RemoteRun | None

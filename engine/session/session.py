@@ -95,6 +95,7 @@ class Session:
         self._logs = DurableLogs(self.bus, in_haste=self.lifetime.is_in_haste)
         self._best = BestSoFar(monitors.best, monitors.best_direction, is_named=monitors.is_best_named)
         self._is_new = plan.resume is None
+        self._longest_drain = plan.longest_drain
         self.ranks = plan.ranks
         """None where this process trains alone."""
         self.has_other_ranks = plan.ranks is not None
@@ -522,7 +523,7 @@ class Session:
             # If it came after training, the others wait for this rank to leave
             ranks.explained(self.lifetime.failure)
         else:
-            patience = 2 * self.config.drain_timeout + LEAVING
+            patience = 2 * self._longest_drain + LEAVING
             if ranks.is_first:
                 ranks.publish_result(self.result.encode())
             elif (told := ranks.take_result(patience, unless=self._is_leaving_pointless)) is not None:

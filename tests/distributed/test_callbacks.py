@@ -9,7 +9,16 @@ from rank_scripts import callbacks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-NAMES = ("steering", "plateau", "batch_norm", "monitors", "users_metrics", "checkpoints", "profile")
+NAMES = (
+    "steering",
+    "plateau",
+    "batch_norm",
+    "monitors",
+    "users_metrics",
+    "checkpoints",
+    "evaluations",
+    "profile",
+)
 CLOSE = 1e-5
 
 
@@ -58,6 +67,15 @@ def test_validation_has_the_statistics_of_rank_0(ran: Any) -> None:
     first, second, _ = both(ran, "batch_norm")
     assert first["outcome"]["metrics"]["val_loss"] == pytest.approx(first["alone"]["val_loss"], abs=1e-6)
     assert first["alone"] == second["alone"]
+
+
+def test_checkpoints_are_evaluated_once_for_all_ranks(ran: Any) -> None:
+    first, second = ran.of("evaluations")
+    assert first["outcome"] == second["outcome"]
+    assert first["outcome"]["metrics"]["eval_weights"] == pytest.approx(first["sum"], abs=1e-4)
+    assert [end["metrics"].keys() >= {"eval_weights"} for end in first["outcome"]["history"]] == [True, True]
+    score = max(end["metrics"]["eval_weights"] for end in first["outcome"]["history"])
+    assert first["outcome"]["best"][0] == pytest.approx(score, abs=1e-6)
 
 
 def test_what_rank_0_measures_is_true_of_all(ran: Any) -> None:

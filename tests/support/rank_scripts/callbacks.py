@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAUROC
 from torchmetrics.wrappers import ClasswiseWrapper
 
 from offloop.callbacks import (
+    CheckpointEvaluator,
     EarlyStopping,
     GradientMonitor,
     LayerStatistics,
@@ -200,6 +201,28 @@ def checkpoints() -> Any:
         "refused": refused,
         "lines": len((run_dir() / name / "metrics.csv").read_text().splitlines()),
     }
+
+
+def evaluate(model: torch.nn.Module) -> dict[str, float]:
+    """The sum of the weights, by the process that computes it."""
+    return {"weights": sum(float(each.detach().sum()) for each in model.parameters()), "pid": os.getpid()}
+
+
+def evaluations() -> Any:
+    """Rank 0 has the checkpoints evaluated, and both have the figures."""
+    name = "evaluations"
+    trainer = classifier(run_dir=run_dir(), run_name=name)
+    found = train(
+        trainer,
+        loader(samples(53)),
+        epochs=2,
+        callbacks=[
+            ModelCheckpoint("eval_weights", mode="max"),
+            CheckpointEvaluator(evaluate),
+            WaitForDisk(),
+        ],
+    )
+    return {**found, "sum": sum(float(each.detach().sum()) for each in trainer.model.parameters())}
 
 
 def profile() -> Any:
