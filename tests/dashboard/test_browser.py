@@ -61,7 +61,7 @@ def test_train_and_validation_stand_in_one_panel(started: tuple[Training, Page])
     run, page = started
     give(page, "Validate")
     run.step(loss=0.5)
-    expect(chart(page, "loss").get_by_role("button", name=re.compile("val"))).to_contain_text("0.25")
+    expect(chart(page, "loss").get_by_role("button", name=re.compile("^val"))).to_contain_text("0.25")
     assert "0.2500" in table_of(page, "loss")["11"]
 
 

@@ -200,6 +200,40 @@ def test_the_list_folds_alerts_by_one_rule(many_alerts: Page) -> None:
     assert len(lines) == 57 and "step 114" in lines[0] and "step 2" in lines[-1]
 
 
+# Outliers ------------------------------------------------------------------------------------------
+
+
+def test_a_panel_is_scaled_to_what_is_usual_with_outliers_counted_at_the_edge(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training().begin()
+    for step in range(1, 201):
+        run.step(loss=300.0 if step == 100 else 1 + 0.2 * math.sin(step), other=step)
+    page = open_page(run.dashboard.url)
+    loss = chart(page, "loss")
+    expect(loss.locator(".curve-value")).to_have_text("0.8253")
+    # All is in the scale unless somebody wants it otherwise.
+    everything = Drawing(loss)
+    assert max(value for _, value in everything.line("step")) == pytest.approx(300, abs=3)
+    assert not any("above" in text for text in everything.texts)
+    loss.get_by_role("button", name="Scale loss to its usual values").click()
+    page.wait_for_function("() => location.hash.includes('usual=loss')")
+    page.evaluate(NEXT_FRAME)
+    usual = Drawing(loss)
+    assert "1 above" in usual.texts
+    assert usual.wedges("step") == pytest.approx([100], abs=1)
+    values = {round(x): value for x, value in usual.line("step") if value < 2}
+    for step in (1, 50, 150, 200):
+        assert values[step] == pytest.approx(1 + 0.2 * math.sin(step), abs=0.02)
+    shot(page, "usual")
+    # The other panels are as they were, and so is this one, once more.
+    assert not any("above" in text for text in Drawing(chart(page, "other")).texts)
+    loss.get_by_role("button", name="Scale loss to its usual values").click()
+    page.wait_for_function("() => !location.hash.includes('usual')")
+    page.evaluate(NEXT_FRAME)
+    assert max(value for _, value in Drawing(loss).line("step")) == pytest.approx(300, abs=3)
+
+
 # The list of events --------------------------------------------------------------------------------
 
 

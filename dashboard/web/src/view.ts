@@ -29,6 +29,8 @@ export interface ViewState {
   hidden: string[];
   /** Names of groups of panels that are folded. */
   folded: string[];
+  /** Names of panels whose y axis is scaled to the usual values, with outliers at its edge. */
+  usual: string[];
   /** Kinds of events that are not marked in the charts. */
   unmarked: string[];
   theme: Theme;
@@ -46,6 +48,7 @@ export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
   panel: null,
   hidden: [],
   folded: [],
+  usual: [],
   unmarked: [],
   theme: "auto",
 });
@@ -71,6 +74,7 @@ export function encodeView(state: ViewState): string {
   if (state.panel !== null) fields.set("panel", state.panel);
   for (const key of state.hidden) fields.append("hide", key);
   for (const name of state.folded) fields.append("fold", name);
+  for (const name of state.usual) fields.append("usual", name);
   for (const kind of state.unmarked) fields.append("unmarked", kind);
   const text = fields.toString();
   return text === "" ? "" : `#v=${VERSION}&${text}`;
@@ -93,6 +97,7 @@ export function decodeView(hash: string): ViewState | null {
     panel: fields.get("panel"),
     hidden: fields.getAll("hide"),
     folded: fields.getAll("fold"),
+    usual: fields.getAll("usual"),
     unmarked: fields.getAll("unmarked"),
     theme: null,
   });
@@ -119,6 +124,7 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     panel: typeof raw.panel === "string" ? raw.panel : null,
     hidden: strings(raw.hidden),
     folded: strings(raw.folded),
+    usual: strings(raw.usual),
     unmarked: strings(raw.unmarked),
     theme: oneOf(THEMES, raw.theme),
   };
@@ -168,7 +174,7 @@ export class View {
   }
 
   /** Put a name into a list, or take it out if it is there. */
-  toggle(list: "hidden" | "folded" | "unmarked", name: string): void {
+  toggle(list: "hidden" | "folded" | "usual" | "unmarked", name: string): void {
     const names = this.#state[list];
     this.set({ [list]: names.includes(name) ? names.filter((one) => one !== name) : [...names, name] });
   }

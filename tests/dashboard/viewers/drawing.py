@@ -94,6 +94,14 @@ class Drawing:
         ]
         return [self.x(line[0][0]) for line in lines]
 
+    def wedges(self, label: str) -> list[float]:
+        """Return where on the x axis a wedge at the edge says that a point of a curve is outside."""
+        colour = _hex(self.raw["colours"][label])
+        wedges = [
+            fill["path"] for fill in self.raw["fills"] if fill["fill"] == colour and len(fill["path"]) == 3
+        ]
+        return [self.x(wedge[0][0]) for wedge in wedges]
+
     def signs(self) -> list[float]:
         """Return where on the x axis a cross says that values are not finite."""
         alert = _hex(self.raw["alert"])

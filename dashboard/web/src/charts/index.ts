@@ -287,6 +287,7 @@ export class Charts {
       moveCursor: (x, pinned) => this.#moveCursor(x, pinned),
       zoom: (min, max) => this.#zoom(min, max),
       resetZoom: () => this.#host.view.set({ zoom: null, follow: false }),
+      toggleUsual: (panel) => this.#host.view.toggle("usual", panel.name),
       toggleCurve: (key) => this.#host.view.toggle("hidden", key),
       toggleMaximised: (panel) => {
         this.#host.view.set({ panel: this.#host.view.get().panel === panel.name ? null : panel.name });
@@ -419,7 +420,7 @@ export class Charts {
   }
 
   #makeScene(): Scene {
-    const { axis, logX, logY, smoothing, hidden, unmarked } = this.#host.view.get();
+    const { axis, logX, logY, smoothing, hidden, usual, unmarked } = this.#host.view.get();
     // A root that was not in the document yet had no colours.
     if (this.#theme.text === "") this.#theme = readTheme(this.#root);
     const column = COLUMNS[axis];
@@ -435,6 +436,7 @@ export class Charts {
       logY,
       smoothing,
       hidden: new Set(hidden),
+      usual: new Set(usual),
       unmarked: new Set(unmarked),
       gaps: this.#store.gaps,
       trimmed: this.#store.trimmed ?? this.#status?.trimmed ?? null,

@@ -1,10 +1,11 @@
 // Curves, marks, gaps and events on a panel's canvas. All positions are in device pixels.
 
 import type { Scale } from "./axes";
+import type { Fit } from "./fit";
 import type { Mark } from "./marks";
 import type { Scene } from "./scene";
 import type { Curve, Point } from "./series_store";
-import { type Box, trace, type View, visible } from "./trace";
+import { type Box, inside, trace, type View, visible } from "./trace";
 
 /** What is painted with, and where. */
 export interface Brush {
@@ -229,6 +230,51 @@ function paintCounts({ ctx, box, ratio, scene }: Brush, marks: readonly Mark[]):
       taken = right;
     }
   });
+}
+
+/** What a scale to usual values leaves out: a wedge at the edge where it is, and how many points there are. */
+export function paintOutside(brush: Brush, lines: readonly Line[], { above, below, isAtLeast }: Fit): void {
+  if (above + below === 0) return;
+  const { ctx, box, ratio, scene, y } = brush;
+  const bottom = box.top + box.height;
+  ctx.save();
+  for (const { curve, colour } of lines) {
+    ctx.fillStyle = colour;
+    const [from, to] = inside(curve, scene);
+    let drawn = [-Infinity, -Infinity];
+    for (let index = from; index < to; index++) {
+      const value = curve.value[index] as number;
+      const side = value > y.max ? 0 : value < y.min ? 1 : null;
+      if (side === null || (y.log && value <= 0)) continue;
+      const x = box.left + scene.x.toUnit((curve[scene.column][index] as number) - scene.origin) * box.width;
+      if (x - (drawn[side] as number) < 3 * ratio) continue;
+      drawn = side === 0 ? [x, drawn[1] as number] : [drawn[0] as number, x];
+      const [edge, inward] = side === 0 ? [box.top, 1] : [bottom, -1];
+      ctx.beginPath();
+      ctx.moveTo(x, edge);
+      ctx.lineTo(x - 3.5 * ratio, edge + inward * 6 * ratio);
+      ctx.lineTo(x + 3.5 * ratio, edge + inward * 6 * ratio);
+      ctx.fill();
+    }
+  }
+  ctx.font = `600 ${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
+  ctx.textAlign = "right";
+  ctx.textBaseline = "middle";
+  const right = box.left + box.width - 4 * ratio;
+  const say = (count: number, word: string, middle: number): void => {
+    if (count === 0) return;
+    const text = `${isAtLeast ? "at least " : ""}${count} ${word}`;
+    const width = ctx.measureText(text).width;
+    ctx.globalAlpha = 0.8; // lines behind it
+    ctx.fillStyle = scene.theme.background;
+    ctx.fillRect(right - width - 2 * ratio, middle - 7 * ratio, width + 4 * ratio, 14 * ratio);
+    ctx.globalAlpha = 1;
+    ctx.fillStyle = scene.theme.text;
+    ctx.fillText(text, right, middle);
+  };
+  say(above, "above", box.top + 15 * ratio);
+  say(below, "below", bottom - 15 * ratio);
+  ctx.restore();
 }
 
 /** Write something into the middle of the plot, or at its foot. */

@@ -9,15 +9,15 @@ import uPlot from "uplot";
 import { h, iconButton, setAttribute, setIcon, setText } from "../dom";
 import type { Latest, SeriesInfo } from "../protocol";
 import { toNumber } from "../protocol";
-import { fitScale, formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
+import { formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { swatch } from "./dom";
+import { type Drawn, type Fit, fit, isSquashed } from "./fit";
 import { type Mark, marksOf, textOf } from "./marks";
-import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintText } from "./paint";
+import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintOutside, paintText } from "./paint";
 import type { Scene } from "./scene";
 import type { Curve, Point } from "./series_store";
 import { Smoothed } from "./smoothing";
 import { dash, hue } from "./theme";
-import { edges, extent, inside } from "./trace";
 
 /** What a panel asks of the page it is on. */
 export interface PanelHost {
@@ -28,6 +28,7 @@ export interface PanelHost {
   moveCursor(x: number | null, pinned: boolean): void;
   zoom(min: number, max: number): void;
   resetZoom(): void;
+  toggleUsual(panel: Panel): void;
   toggleCurve(key: string): void;
   toggleMaximised(panel: Panel): void;
   toggleTable(panel: Panel): void;
@@ -61,6 +62,7 @@ export class Panel {
   readonly maximiseButton: HTMLButtonElement;
   readonly tableButton: HTMLButtonElement;
   readonly csvButton: HTMLButtonElement;
+  readonly #usualButton: HTMLButtonElement;
   /** Whether it is on the screen, or nearly. */
   visible = false;
 
@@ -74,14 +76,12 @@ export class Panel {
   readonly #resize: ResizeObserver;
   #dots: HTMLElement[] = [];
   #chart: uPlot | null = null;
-  #y = new Scale(0, 1);
+  #fitted: Fit = { scale: new Scale(0, 1), belowZero: 0, above: 0, below: 0, isAtLeast: false };
   #xTicks: Ticks = { values: [], labels: [] };
   #yTicks: Ticks = { values: [], labels: [] };
   /** Steps that the weight of smoothing is for: how far the points of the densest curve are apart. */
   #unit = 1;
   #marks: Mark[] = [];
-  /** Points in view that a logarithmic axis has no place for. */
-  #belowZero = 0;
   #summarised = 0;
   #moving = false;
 
@@ -98,6 +98,7 @@ export class Panel {
     const title = h("h3", { id: `${id}-title`, class: "chart-title", title: name }, this.#prefix, leaf);
     this.#place = h("span", { class: "chart-place", "aria-hidden": "true" });
     this.maximiseButton = iconButton("maximise", `Maximise ${name}`, () => host.toggleMaximised(this));
+    this.#usualButton = iconButton("usual", `Scale ${name} to its usual values`, () => host.toggleUsual(this));
     this.tableButton = iconButton("table", `Table of ${name}`, () => host.toggleTable(this));
     this.tableButton.setAttribute("aria-expanded", "false");
     this.csvButton = iconButton("download", `Save ${name} as CSV`, () => host.saveCsv(this));
@@ -105,6 +106,7 @@ export class Panel {
     const buttons = h(
       "div",
       { class: "chart-buttons" },
+      this.#usualButton,
       this.tableButton,
       picture,
       this.csvButton,
@@ -218,10 +220,10 @@ export class Panel {
     const distances = this.curves.map(({ info }) => this.#host.curve(info.id)?.cadence ?? Infinity);
     const unit = Math.min(...distances);
     this.#unit = Number.isFinite(unit) ? unit : 1;
-    this.#y = this.#fitY(scene);
+    this.#fitted = fit(this.#drawnCurves(scene), scene, scene.usual.has(this.name));
     this.#marks = marksOf(scene, new Set(this.curves.map(({ info }) => info.key)), plotSize(chart).width);
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
-    this.#yTicks = yTicks(this.#y, Math.max(2, Math.floor(chart.height / 36)));
+    this.#yTicks = yTicks(this.#fitted.scale, Math.max(2, Math.floor(chart.height / 36)));
     chart.batch(() => chart.redraw(false, true));
   }
 
@@ -240,12 +242,14 @@ export class Panel {
         this.#moving = false;
       }
     }
+    setAttribute(this.#usualButton, "aria-pressed", String(scene.usual.has(this.name)));
     this.#showValues(scene);
     this.#showDots(scene);
     const now = performance.now();
     if (now - this.#summarised > 2_000) {
       this.#summarised = now;
       setText(this.#summary, this.summary());
+      this.#usualButton.classList.toggle("suggested", isSquashed(this.#drawnCurves(scene), scene));
     }
   }
 
@@ -322,7 +326,7 @@ export class Panel {
           {
             ...axis(
               () => this.#yTicks,
-              (value) => this.#y.toUnit(value),
+              (value) => this.#fitted.scale.toUnit(value),
             ),
             scale: "y",
             side: 3,
@@ -362,22 +366,11 @@ export class Panel {
     return true;
   }
 
-  #fitY(scene: Scene): Scale {
-    let range: [number, number] = [Infinity, -Infinity];
-    this.#belowZero = 0;
-    for (const { info } of this.shown(scene)) {
+  #drawnCurves(scene: Scene): Drawn[] {
+    return this.shown(scene).flatMap(({ info }) => {
       const curve = this.#host.curve(info.id);
-      if (!curve) continue;
-      const inner = inside(curve, scene);
-      range = extent(curve.value, inner, scene.logY, range);
-      if (scene.smoothing > 0) range = extent(this.#values(curve, scene), inner, scene.logY, range);
-      // Where a line enters and leaves the view
-      for (const edge of edges(curve, scene)) range = extent(Float64Array.of(edge), [0, 1], scene.logY, range);
-      if (!scene.logY || !(curve.least && curve.least.value <= 0)) continue;
-      for (let index = inner[0]; index < inner[1]; index++)
-        this.#belowZero += Number((curve.value[index] as number) <= 0);
-    }
-    return fitScale(range[0], range[1], scene.logY);
+      return curve ? [{ curve, values: this.#values(curve, scene) }] : [];
+    });
   }
 
   #values(curve: Curve, scene: Scene): Float64Array {
@@ -391,7 +384,7 @@ export class Panel {
   }
 
   #brush({ ctx, bbox }: uPlot): Brush {
-    return { ctx, box: bbox, ratio: devicePixelRatio, scene: this.#host.scene(), y: this.#y };
+    return { ctx, box: bbox, ratio: devicePixelRatio, scene: this.#host.scene(), y: this.#fitted.scale };
   }
 
   #paint(chart: uPlot): void {
@@ -406,7 +399,8 @@ export class Panel {
     });
     paintLines(brush, lines, this.#marks);
     if (lines.length === 0) paintText(brush, shown.length === 0 ? "all curves are hidden" : "no values yet", "middle");
-    else if (this.#belowZero > 0) paintText(brush, `${this.#belowZero} of 0 or less not shown`, "foot");
+    else if (this.#fitted.belowZero > 0) paintText(brush, `${this.#fitted.belowZero} of 0 or less not shown`, "foot");
+    paintOutside(brush, lines, this.#fitted);
   }
 
   // The cursor ----------------------------------------------------------------------------------------
@@ -583,7 +577,7 @@ export class Panel {
       const curve = one && this.#host.curve(one.info.id);
       const index = curve ? indexAt(curve, scene, scene.cursor as number) : -1;
       const x = curve && index >= 0 ? scene.x.toUnit((curve[scene.column][index] as number) - scene.origin) : NaN;
-      const y = curve && index >= 0 ? this.#y.toUnit(this.#values(curve, scene)[index] as number) : NaN;
+      const y = curve && index >= 0 ? this.#fitted.scale.toUnit(this.#values(curve, scene)[index] as number) : NaN;
       const inside = x >= 0 && x <= 1 && y >= 0 && y <= 1;
       made.hidden = !inside;
       if (!inside) return;

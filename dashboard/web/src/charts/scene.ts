@@ -27,6 +27,8 @@ export interface Scene {
   smoothing: number;
   /** Keys of curves that are switched off. */
   hidden: ReadonlySet<string>;
+  /** Names of panels whose y axis is scaled to the usual values. */
+  usual: ReadonlySet<string>;
   /** Kinds of events that are not marked. */
   unmarked: ReadonlySet<string>;
   gaps: readonly Gap[];

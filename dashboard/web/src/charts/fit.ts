@@ -1,0 +1,109 @@
+// The y axis of a panel: from the least to the greatest value in view, or, where the viewer wants that, to what is
+// usual, so that one spike does not make a flat line of all else. What then is outside is counted and drawn at the
+// edge. Nothing here knows a browser.
+
+import { fitScale, type Scale } from "./axes";
+import type { Scene } from "./scene";
+import type { Curve } from "./series_store";
+import { edges, extent, inside } from "./trace";
+
+/** A curve with what is drawn at its points: their values, or the average of these. */
+export interface Drawn {
+  curve: Curve;
+  values: Float64Array;
+}
+
+export interface Fit {
+  scale: Scale;
+  /** Points in view that a logarithmic axis has no place for. */
+  belowZero: number;
+  /** Points in view that are above and below the scale. */
+  above: number;
+  below: number;
+  /** Whether there may be more of them: of merged points only the least and greatest are known. */
+  isAtLeast: boolean;
+}
+
+type View = Pick<Scene, "column" | "x" | "origin" | "logY">;
+type Range = [number, number];
+
+/** So many values of a curve tell what is usual; more only take longer. */
+const SAMPLED = 1_000;
+/** Values that are so many quartile distances away from the quartiles are not usual: far out, as Tukey calls it. */
+const FAR = 3;
+/** What is usual is hard to see if it takes less of the whole scale than this. */
+const SQUASHED = 0.2;
+
+const NOTHING: Range = [Infinity, -Infinity];
+
+/** Fit an axis to all values in view of some curves, or to the usual ones of each. */
+export function fit(drawn: readonly Drawn[], view: View, toUsual: boolean): Fit {
+  let range: Range = NOTHING;
+  for (const { curve, values } of drawn) {
+    const inner = inside(curve, view);
+    if (toUsual) {
+      range = usual(curve.value, inner, view.logY, range);
+      continue;
+    }
+    range = extent(curve.value, inner, view.logY, range);
+    if (values !== curve.value) range = extent(values, inner, view.logY, range);
+    // Where a line enters and leaves the view
+    for (const edge of edges(curve, view)) range = extent(Float64Array.of(edge), [0, 1], view.logY, range);
+  }
+  const scale = fitScale(range[0], range[1], view.logY);
+  const found: Fit = { scale, belowZero: 0, above: 0, below: 0, isAtLeast: false };
+  for (const { curve } of drawn) {
+    const hasNone = view.logY && (curve.least?.value ?? 1) <= 0;
+    if (hasNone || toUsual) count(curve, view, found);
+  }
+  return found;
+}
+
+function count(curve: Curve, view: View, found: Fit): void {
+  const [from, to] = inside(curve, view);
+  const { min, max } = found.scale;
+  const before = found.above + found.below;
+  for (let index = from; index < to; index++) {
+    const value = curve.value[index] as number;
+    if (view.logY && value <= 0) found.belowZero++;
+    else if (value > max) found.above++;
+    else if (value < min) found.below++;
+  }
+  const hasSome = found.above + found.below > before;
+  if (hasSome && curve.reducedTo >= (curve.step[from] as number)) found.isAtLeast = true;
+}
+
+/** Whether a few values far out leave little room for the usual ones. */
+export function isSquashed(drawn: readonly Drawn[], view: View): boolean {
+  let [all, some]: [Range, Range] = [NOTHING, NOTHING];
+  for (const { curve } of drawn) {
+    const inner = inside(curve, view);
+    all = extent(curve.value, inner, view.logY, all);
+    some = usual(curve.value, inner, view.logY, some);
+  }
+  const length = ([low, high]: Range): number => (view.logY ? Math.log10(high / low) : high - low);
+  return length(all) > 0 && length(some) < SQUASHED * length(all);
+}
+
+/** Least and greatest of the usual values, beside what is there already. */
+function usual(values: Float64Array, [from, to]: Range, log: boolean, known: Range): Range {
+  const every = Math.max(1, Math.floor((to - from) / SAMPLED));
+  const sample: number[] = [];
+  for (let index = from; index < to; index += every) {
+    const value = values[index] as number;
+    if (!log || value > 0) sample.push(log ? Math.log10(value) : value);
+  }
+  if (sample.length < 4) return extent(values, [from, to], log, known);
+  const sorted = Float64Array.from(sample).sort();
+  const [first, third] = [sorted[sorted.length >> 2] as number, sorted[(3 * sorted.length) >> 2] as number];
+  const reach = FAR * (third - first);
+  let [low, high] = known;
+  for (let index = from; index < to; index++) {
+    const value = values[index] as number;
+    const place = log ? Math.log10(value) : value;
+    if (!(place >= first - reach && place <= third + reach)) continue;
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
