@@ -234,6 +234,81 @@ def test_a_panel_is_scaled_to_what_is_usual_with_outliers_counted_at_the_edge(
     assert max(value for _, value in Drawing(loss).line("step")) == pytest.approx(300, abs=3)
 
 
+# Layout --------------------------------------------------------------------------------------------
+
+BOXES = """() => [...document.querySelectorAll(".chart")].filter((figure) => !figure.hidden).map((figure) => {
+  const { left, right, top, bottom } = figure.getBoundingClientRect();
+  return [left, right, top, bottom];
+})"""
+
+
+def test_three_panels_reach_the_right_edge_of_a_wide_screen(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training().begin()
+    for step in range(1, 11):
+        run.step(loss=1 / step, other=step)
+    page = open_page(run.dashboard.url, viewport={"width": 1920, "height": 900})
+    expect(chart(page, "other")).to_be_visible()
+    boxes = page.evaluate(BOXES)
+    assert len(boxes) == 3 and len({top for _, _, top, _ in boxes}) == 1
+    assert boxes[0][0] <= 24 and boxes[-1][1] >= 1920 - 24
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 1920
+
+
+@pytest.fixture
+def many_groups(training: Callable[..., Training], open_page: OpenPage) -> Page:
+    """40 panels: loss and learning rate, six groups of six, and one of two."""
+    run = training().begin()
+    values = {f"group{group}/m{number}": 1.0 for group in range(6) for number in range(6)}
+    for _ in range(5):
+        run.step(loss=1.0, **values, **{"last/a": 1.0, "last/b": 2.0})
+    page = open_page(run.dashboard.url, viewport={"width": 1920, "height": 900})
+    expect(page.locator(".chart")).to_have_count(40)
+    return page
+
+
+def test_groups_are_balanced_and_most_of_a_wide_page_is_panels(many_groups: Page) -> None:
+    page = many_groups
+    boxes = page.evaluate(BOXES)
+    assert len(boxes) == 40
+    # Six are three and three.
+    of_a_group = boxes[2:8]
+    assert [sum(top == other[2] for other in of_a_group) for _, _, top, _ in of_a_group] == [3] * 6
+    area = sum((right - left) * (bottom - top) for left, right, top, bottom in boxes)
+    whole = 1920 * (max(bottom for *_, bottom in boxes) - min(top for _, _, top, _ in boxes))
+    assert area >= 0.7 * whole
+    shot(page, "groups")
+
+
+def test_small_groups_share_a_row(training: Callable[..., Training], open_page: OpenPage) -> None:
+    run = training().begin()
+    run.step(loss=1.0, **{"one/a": 1.0, "two/a": 1.0, "two/b": 1.0})
+    page = open_page(run.dashboard.url, viewport={"width": 1920, "height": 900})
+    expect(page.locator(".chart")).to_have_count(5)
+    boxes = page.evaluate(BOXES)
+    assert len(boxes) == 5 and len({top for _, _, top, _ in boxes}) == 1
+    widths = [right - left for left, right, _, _ in boxes]
+    assert max(widths) - min(widths) < 2
+    shot(page, "small-groups")
+
+
+def test_columns_and_height_are_set_and_remembered(many_groups: Page) -> None:
+    page = many_groups
+    page.locator("summary", has_text="Layout").click()
+    page.get_by_label("Columns").select_option("2")
+    page.get_by_label("Height").select_option("high")
+    page.wait_for_function(
+        "() => location.hash.includes('columns=2') && location.hash.includes('height=300')"
+    )
+    for _ in range(2):
+        boxes = page.evaluate(BOXES)
+        assert sum(top == boxes[2][2] for _, _, top, _ in boxes) == 2
+        assert chart(page, "loss").locator(".chart-plot").bounding_box()["height"] == 300  # type: ignore[index]
+        page.goto(page.url.partition("#")[0])
+        expect(page.locator(".chart")).to_have_count(40)
+
+
 # The list of events --------------------------------------------------------------------------------
 
 

@@ -29,6 +29,10 @@ export interface ViewState {
   hidden: string[];
   /** Names of groups of panels that are folded. */
   folded: string[];
+  /** Columns of panels; 0 for as many as fit. */
+  columns: number;
+  /** Height of a plot in CSS pixels; 0 for what suits its width. */
+  height: number;
   /** Names of panels whose y axis is scaled to the usual values, with outliers at its edge. */
   usual: string[];
   /** Kinds of events that are not marked in the charts. */
@@ -48,6 +52,8 @@ export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
   panel: null,
   hidden: [],
   folded: [],
+  columns: 0,
+  height: 0,
   usual: [],
   unmarked: [],
   theme: "auto",
@@ -58,6 +64,7 @@ const VERSION = "1";
 const STORAGE_KEY = `offloop.view.${VERSION}`;
 const TABS: readonly Tab[] = ["metrics", "events", "config"];
 export const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
+export const MAX_COLUMNS = 8;
 const THEMES: readonly Theme[] = ["auto", "light", "dark"];
 
 /** Write a view as a URL hash, without what is as usual; the theme is the viewer's own and stays out. */
@@ -74,6 +81,8 @@ export function encodeView(state: ViewState): string {
   if (state.panel !== null) fields.set("panel", state.panel);
   for (const key of state.hidden) fields.append("hide", key);
   for (const name of state.folded) fields.append("fold", name);
+  if (state.columns > 0) fields.set("columns", String(state.columns));
+  if (state.height > 0) fields.set("height", String(state.height));
   for (const name of state.usual) fields.append("usual", name);
   for (const kind of state.unmarked) fields.append("unmarked", kind);
   const text = fields.toString();
@@ -97,6 +106,8 @@ export function decodeView(hash: string): ViewState | null {
     panel: fields.get("panel"),
     hidden: fields.getAll("hide"),
     folded: fields.getAll("fold"),
+    columns: Number(fields.get("columns") ?? 0),
+    height: Number(fields.get("height") ?? 0),
     usual: fields.getAll("usual"),
     unmarked: fields.getAll("unmarked"),
     theme: null,
@@ -124,10 +135,17 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     panel: typeof raw.panel === "string" ? raw.panel : null,
     hidden: strings(raw.hidden),
     folded: strings(raw.folded),
+    columns: whole(raw.columns, 1, MAX_COLUMNS),
+    height: whole(raw.height, 100, 1_000),
     usual: strings(raw.usual),
     unmarked: strings(raw.unmarked),
     theme: oneOf(THEMES, raw.theme),
   };
+}
+
+/** A whole number in a range; 0, for as usual, if it is none. */
+function whole(value: unknown, least: number, most: number): number {
+  return Number.isInteger(value) && (value as number) >= least && (value as number) <= most ? (value as number) : 0;
 }
 
 function oneOf<T extends string>(choices: readonly T[], value: unknown): T {

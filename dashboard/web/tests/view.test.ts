@@ -14,7 +14,7 @@ class Memory {
 
 const EVERYTHING: ViewState = {
   tab: "events", search: "loss & <b>", axis: "wall", logX: true, logY: true, smoothing: 0.95,
-  zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"], usual: ["loss"], unmarked: ["alert"],
+  zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"], columns: 3, height: 300, usual: ["loss"], unmarked: ["alert"],
   theme: "auto",
 };
 

@@ -5,14 +5,13 @@
 //
 // A panel that is not on the screen holds no canvas, and its curves are not sent.
 
-import { h } from "../dom";
 import type { ChartFrame, Latest, RangeQuery, RunInfo, SeriesInfo, Show, Status } from "../protocol";
 import { MAX_SERIES_SHOWN } from "../protocol";
-import { finder } from "../search";
 import type { Axis, View, ViewState } from "../view";
 import { Scale } from "./axes";
 import { fileName, save } from "./dom";
 import { readCsv, readPng } from "./export";
+import { Layout } from "./layout";
 import { Panel, type PanelHost } from "./panel";
 import { type Answer, NoAnswer, Ranges } from "./ranges";
 import type { ChartEvent, Scene } from "./scene";
@@ -48,13 +47,6 @@ const MAX_UNSEEN = 200;
 const VALUES_INTERVAL = 300;
 const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
 
-interface Group {
-  section: HTMLElement;
-  grid: HTMLElement;
-  fold: HTMLButtonElement;
-  panels: Panel[];
-}
-
 /** Finer points of a curve, for a zoom. */
 interface Detail {
   curve: Curve;
@@ -68,8 +60,7 @@ export class Charts {
   readonly #root: HTMLElement;
   readonly #host: ChartsHost;
   readonly #toolbar: Toolbar;
-  readonly #body = h("div", { class: "charts-body" });
-  readonly #empty = h("p", { class: "empty" }, "No metrics yet.");
+  readonly #layout: Layout;
   readonly #ranges: Ranges;
   readonly #observer: IntersectionObserver;
 
@@ -78,7 +69,6 @@ export class Charts {
   #series = new Map<number, SeriesInfo>();
   #panels = new Map<string, Panel>();
   #byFigure = new Map<Element, Panel>();
-  #groups = new Map<string, Group>();
   #tables = new Map<Panel, HTMLElement>();
   #latest: Latest["values"] = {};
   #status: Status | null = null;
@@ -116,7 +106,8 @@ export class Charts {
       setFollow: (follow) => this.#setFollow(follow),
     });
     root.classList.add("charts");
-    root.append(this.#toolbar.root, this.#empty, this.#body);
+    this.#layout = new Layout(root, host.view);
+    root.append(this.#toolbar.root, this.#layout.empty, this.#layout.body);
     this.#theme = readTheme(root);
     this.#observer = new IntersectionObserver((entries) => this.#intersected(entries), { rootMargin: MARGIN });
     host.view.subscribe((state, previous) => this.#viewChanged(state, previous));
@@ -150,8 +141,7 @@ export class Charts {
       this.#events = [];
       this.#cursor = null;
       for (const panel of this.#panels.values()) this.#removePanel(panel);
-      for (const { section } of this.#groups.values()) section.remove();
-      this.#groups.clear();
+      this.#layout.clear();
       this.#series.clear();
     }
     this.#filter();
@@ -247,9 +237,7 @@ export class Charts {
     panel.csvButton.disabled = !this.#connected;
     panel.setMaximised(this.#host.view.get().panel === name);
     listenToTouch(panel, this.#panelHost());
-    const into = this.#groups.get(group) ?? this.#addGroup(group);
-    into.panels.push(panel);
-    into.grid.append(panel.figure);
+    this.#layout.add(panel);
     this.#observer.observe(panel.figure);
     return panel;
   }
@@ -262,21 +250,6 @@ export class Charts {
     this.#panels.delete(panel.name);
     this.#byFigure.delete(panel.figure);
     panel.destroy();
-  }
-
-  #addGroup(name: string): Group {
-    const grid = h("div", { class: "charts-grid" });
-    const onclick = (): void => this.#host.view.toggle("folded", name);
-    const fold = h(
-      "button",
-      { type: "button", class: "charts-fold", "aria-expanded": "true", onclick },
-      name || "Metrics",
-    );
-    const section = h("section", { class: "charts-group" }, h("h2", { class: "charts-heading" }, fold), grid);
-    const group = { section, grid, fold, panels: [] };
-    this.#groups.set(name, group);
-    this.#body.append(section);
-    return group;
   }
 
   #panelHost(): PanelHost {
@@ -304,31 +277,9 @@ export class Charts {
     };
   }
 
-  /** Show what the search finds, or the one panel that is maximised. */
   #filter(): void {
-    const { search, panel: maximised, folded } = this.#host.view.get();
-    const finds = finder(search);
-    const one = maximised !== null && this.#panels.has(maximised);
-    this.#root.classList.toggle("one-panel", one);
-    let found = 0;
-    for (const [name, group] of this.#groups) {
-      let any = false;
-      for (const panel of group.panels) {
-        const matches = finds([panel.name, ...panel.curves.map(({ info }) => info.key)].join("\n"));
-        found += Number(matches);
-        const shown = one ? panel.name === maximised : matches;
-        panel.figure.hidden = !shown;
-        panel.setMaximised(panel.name === maximised);
-        any ||= shown;
-      }
-      group.section.hidden = !any;
-      const open = one || search.trim() !== "" || !folded.includes(name);
-      group.grid.hidden = !open;
-      group.fold.setAttribute("aria-expanded", String(open));
-    }
-    this.#toolbar.setCount(found, this.#panels.size);
-    this.#empty.textContent = this.#panels.size === 0 ? "No metrics yet." : "No metric has these words in its name.";
-    this.#empty.hidden = found > 0 || one;
+    const { found, all } = this.#layout.filter();
+    this.#toolbar.setCount(found, all);
   }
 
   #intersected(entries: IntersectionObserverEntry[]): void {
@@ -522,9 +473,8 @@ export class Charts {
 
   #viewChanged(state: ViewState, previous: ViewState): void {
     this.#toolbar.show(state);
-    if (state.search !== previous.search || state.panel !== previous.panel || state.folded !== previous.folded) {
-      this.#filter();
-    }
+    const arranged = ["search", "panel", "folded", "columns", "height"] as const;
+    if (arranged.some((name) => state[name] !== previous[name])) this.#filter();
     this.#valuesShown = -Infinity;
     if (state.zoom !== previous.zoom && state.zoom === null) this.#details.clear();
     if (state.axis !== previous.axis) this.#cursor = this.#mouse = null;

@@ -1,6 +1,6 @@
 // The bar above the charts: search, x axis, logarithms, smoothing, following.
 
-import type { Axis, MarkKind, View, ViewState } from "../view";
+import { type Axis, MAX_COLUMNS, type MarkKind, type View, type ViewState } from "../view";
 import { h, icon, setAttribute, setText } from "../dom";
 import { searchField } from "../search";
 
@@ -10,6 +10,15 @@ const AXES: readonly [Axis, string, string][] = [
   ["time", "Time", "Time since the start"],
   ["wall", "Clock", "Time of day"],
 ];
+
+/** Heights of a plot in CSS pixels, and what they are called. */
+const HEIGHTS = [
+  [0, "as suits the width"],
+  [140, "low"],
+  [200, "medium"],
+  [300, "high"],
+  [420, "very high"],
+] as const;
 
 /** Kinds of marks, how they look in a chart, and what they are called. */
 const MARKS: readonly [MarkKind, string, string][] = [
@@ -46,6 +55,8 @@ export class Toolbar {
   readonly #slider: HTMLInputElement;
   readonly #amount: HTMLElement;
   readonly #marks: Map<MarkKind, HTMLInputElement>;
+  readonly #columns: HTMLSelectElement;
+  readonly #height: HTMLSelectElement;
   readonly #marksButton = h("summary", { class: "button" });
 
   constructor(host: ToolbarHost) {
@@ -67,21 +78,12 @@ export class Toolbar {
       return [kind, h("input", { type: "checkbox", onchange })];
     }));
     const marks = MARKS.map(([kind, sign, name]) => h("label", {}, this.#marks.get(kind), icon(sign), name));
-    const menu = h(
-      "details",
-      { class: "menu" },
-      this.#marksButton,
-      h("div", { class: "menu-items", role: "group", "aria-label": "Marks in the charts" }, ...marks),
+    const columns = Array.from({ length: MAX_COLUMNS }, (_, index) => index + 1);
+    this.#columns = select([[0, "as many as fit"], ...columns.map((count): [number, string] => [count, String(count)])], (columns) =>
+      view.set({ columns }),
     );
-    document.addEventListener("click", (event) => {
-      if (!menu.contains(event.target as Node)) menu.open = false;
-    });
-    menu.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || !menu.open) return;
-      event.preventDefault(); // it closes the menu and nothing else
-      menu.open = false;
-      this.#marksButton.focus();
-    });
+    this.#height = select(HEIGHTS, (height) => view.set({ height }));
+    const layout = [h("label", {}, "Columns", this.#columns), h("label", {}, "Height", this.#height)];
     this.root = h(
       "div",
       { class: "toolbar", role: "group", "aria-label": "Charts" },
@@ -89,7 +91,8 @@ export class Toolbar {
       h("div", { class: "charts-segments", role: "group", "aria-label": "X axis" }, ...this.#axes.values()),
       h("div", { class: "charts-segments", role: "group", "aria-label": "Logarithmic axes" }, this.#logX, this.#logY),
       h("div", { class: "charts-tail" }, this.#follow, this.#reset),
-      menu,
+      menu(h("summary", { class: "button" }, "Layout"), "Layout of the charts", layout),
+      menu(this.#marksButton, "Marks in the charts", marks),
       h("label", { class: "charts-smoothing" }, "Smoothing", this.#slider, this.#amount),
     );
     this.show(view.get());
@@ -102,6 +105,10 @@ export class Toolbar {
     this.#logX.disabled = state.axis === "wall";
     press(this.#logY, state.logY);
     for (const [kind, box] of this.#marks) box.checked = !state.unmarked.includes(kind);
+    this.#columns.value = String(state.columns);
+    this.#height.value = [...this.#height.options].some(({ value }) => value === String(state.height))
+      ? String(state.height)
+      : "0";
     const off = [...this.#marks.values()].filter((box) => !box.checked).length;
     setText(this.#marksButton, off === 0 ? "Marks" : `Marks: ${off} off`);
     press(this.#follow, state.follow);
@@ -116,6 +123,32 @@ export class Toolbar {
   setCount(found: number, all: number): void {
     setText(this.#count, found === all ? "" : `${found} of ${all}`);
   }
+}
+
+function select(options: readonly (readonly [number, string])[], chosen: (value: number) => void): HTMLSelectElement {
+  const onchange = (): void => chosen(Number(made.value));
+  const made: HTMLSelectElement = h(
+    "select",
+    { onchange },
+    ...options.map(([value, name]) => h("option", { value }, name)),
+  );
+  return made;
+}
+
+/** A button that opens a list of settings; a click beside it or Escape closes it. */
+function menu(button: HTMLElement, label: string, items: HTMLElement[]): HTMLElement {
+  const list = h("div", { class: "menu-items", role: "group", "aria-label": label }, ...items);
+  const details = h("details", { class: "menu" }, button, list);
+  document.addEventListener("click", (event) => {
+    if (!details.contains(event.target as Node)) details.open = false;
+  });
+  details.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !details.open) return;
+    event.preventDefault(); // it closes the menu and nothing else
+    details.open = false;
+    button.focus();
+  });
+  return details;
 }
 
 function choice(name: string, title: string, onclick: () => void): HTMLButtonElement {

@@ -1,0 +1,117 @@
+// Where panels stand: groups one after the other, each with its panels in columns, and what the search leaves of them.
+//
+// The width there is goes to the panels. A group has as few columns as its rows allow, so that they are equally long:
+// six panels where five would fit are three and three. Small groups share a row, each as wide as its panels: the style
+// sheet wraps them by `--columns`, and `--least` is the width that a panel has at least.
+
+import { h } from "../dom";
+import { finder } from "../search";
+import type { View } from "../view";
+import type { Panel } from "./panel";
+
+/** A panel has at least this width, if the page has, in CSS pixels. */
+const LEAST = 350;
+/** Between two panels, as in the style sheet, in CSS pixels. */
+const GAP = 12;
+
+interface Group {
+  section: HTMLElement;
+  grid: HTMLElement;
+  fold: HTMLButtonElement;
+  panels: Panel[];
+  /** How many of them are shown. */
+  shown: number;
+}
+
+/** How many columns a group of `count` panels has where `most` fit side by side. */
+export function columnsOf(count: number, most: number): number {
+  const rows = Math.ceil(count / most);
+  return Math.max(1, Math.ceil(count / Math.max(1, rows)));
+}
+
+export class Layout {
+  readonly body = h("div", { class: "charts-body" });
+  readonly empty = h("p", { class: "empty" }, "No metrics yet.");
+  readonly #groups = new Map<string, Group>();
+  readonly #view: View;
+  readonly #root: HTMLElement;
+  #most = 1;
+
+  constructor(root: HTMLElement, view: View) {
+    this.#root = root;
+    this.#view = view;
+    new ResizeObserver(() => this.#arrange()).observe(this.body);
+  }
+
+  add(panel: Panel): void {
+    const group = this.#groups.get(panel.group) ?? this.#addGroup(panel.group);
+    group.panels.push(panel);
+    group.grid.append(panel.figure);
+  }
+
+  clear(): void {
+    for (const { section } of this.#groups.values()) section.remove();
+    this.#groups.clear();
+  }
+
+  /** Show what the search finds, or the one panel that is maximised; returns how many were found, and of how many. */
+  filter(): { found: number; all: number } {
+    const { search, panel: maximised, folded } = this.#view.get();
+    const finds = finder(search);
+    const panels = [...this.#groups.values()].flatMap((group) => group.panels);
+    const one = panels.some(({ name }) => name === maximised);
+    this.#root.classList.toggle("one-panel", one);
+    let found = 0;
+    for (const [name, group] of this.#groups) {
+      group.shown = 0;
+      for (const panel of group.panels) {
+        const matches = finds([panel.name, ...panel.curves.map(({ info }) => info.key)].join("\n"));
+        found += Number(matches);
+        const shown = one ? panel.name === maximised : matches;
+        panel.figure.hidden = !shown;
+        panel.setMaximised(panel.name === maximised);
+        group.shown += Number(shown);
+      }
+      group.section.hidden = group.shown === 0;
+      const open = one || search.trim() !== "" || !folded.includes(name);
+      group.grid.hidden = !open;
+      group.fold.setAttribute("aria-expanded", String(open));
+    }
+    this.empty.textContent = panels.length === 0 ? "No metrics yet." : "No metric has these words in its name.";
+    this.empty.hidden = found > 0 || one;
+    this.#arrange();
+    return { found, all: panels.length };
+  }
+
+  #addGroup(name: string): Group {
+    const grid = h("div", { class: "charts-grid" });
+    const onclick = (): void => this.#view.toggle("folded", name);
+    const fold = h(
+      "button",
+      { type: "button", class: "charts-fold", "aria-expanded": "true", onclick },
+      name || "Metrics",
+    );
+    const section = h("section", { class: "charts-group" }, h("h2", { class: "charts-heading" }, fold), grid);
+    const group = { section, grid, fold, panels: [], shown: 0 };
+    this.#groups.set(name, group);
+    this.body.append(section);
+    return group;
+  }
+
+  #arrange(): void {
+    const { columns, height } = this.#view.get();
+    const width = this.body.clientWidth;
+    if (width === 0) return; // not on the screen
+    const most = columns || Math.max(1, Math.floor((width + GAP) / (LEAST + GAP)));
+    // A little less than its share, so that no row wraps because of a rounding
+    const least = columns ? (width - (columns - 1) * GAP) / columns - 0.1 : Math.min(LEAST, width);
+    this.body.style.setProperty("--least", `${least}px`);
+    this.body.style.setProperty("--height", height ? `${height}px` : "");
+    for (const { section, shown, grid } of this.#groups.values()) {
+      const count = columnsOf(shown, most);
+      section.style.setProperty("--columns", String(count));
+      // What has several rows, or is folded, shares none.
+      section.classList.toggle("whole", shown > most || Boolean(grid.hidden));
+    }
+  }
+}
