@@ -132,6 +132,8 @@ class ResourceUsage(Sample, frozen=True, kw_only=True):
     own_cpu_percent: float = 0.0
     """CPU time of the monitor's own thread, as a percentage of one core."""
 
+    units = dict.fromkeys(("loop_lag", "loop_lag_mean", "interpreter_lag", "interpreter_lag_mean"), "seconds")
+
 
 class ResourceMonitor(Callback):
     """Publishes `ResourceUsage` at an interval. Training never waits for it, the event loop only for a timer.

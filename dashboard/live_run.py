@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, get_args
 
 import msgspec
@@ -30,6 +31,7 @@ from offloop.dashboard.protocol import (
     Status,
     number,
 )
+from offloop.dashboard.units import unit_of
 from offloop.engine import (
     EpochEnd,
     EpochStart,
@@ -297,16 +299,18 @@ class LiveRun:
         for key, value in numbers_of(event, prefix):
             if row is None:
                 row = self.history.axis.append(max(event.step, 0), event.time, self._epoch_of(event))
-            self._point(key, row, value, max(event.step, 0))
+            self._point(key, row, value, max(event.step, 0), event.units)
 
-    def _point(self, key: str, row: int, value: float, step: int) -> None:
+    def _point(
+        self, key: str, row: int, value: float, step: int, units: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         curve = self._ids.get(key)
         if curve is None:
             if len(self._ids) >= MAX_CURVES:
                 return
             curve = self._ids[key] = self.history.add_curve()
             assert self.run is not None
-            self.series.append(describe_series(curve, key, self.run))
+            self.series.append(describe_series(curve, key, self.run, units))
         self.history.curves[curve].append(row, float(value), step)
 
     def _epoch_of(self, event: Event) -> float:
@@ -420,7 +424,7 @@ class LiveRun:
 # Parts of events and settings --------------------------------------------------------------------
 
 
-def describe_series(curve: int, key: str, run: Run) -> SeriesInfo:
+def describe_series(curve: int, key: str, run: Run, units: Mapping[str, str]) -> SeriesInfo:
     """Return how a metric is drawn: `val_loss` in the panel `loss`, `layer/0/mean` in the group `layer`.
 
     The rates of parameter groups, such as `lr/head`, share the panel of the run's `lr`.
@@ -445,6 +449,7 @@ def describe_series(curve: int, key: str, run: Run) -> SeriesInfo:
         group=panel.partition("/")[0] if "/" in panel else "",
         label=label,
         better=run.direction_of(key),
+        unit=unit_of(key, units),
     )
 
 

@@ -311,6 +311,8 @@ class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Name within the panel: `step`, `train`, `val`, or the key."""
     better: Literal["min", "max"] | None = None
     """Whether lower or higher values are better; None if unknown."""
+    unit: str = ""
+    """`bytes`, `bytes/s`, `1/s`, `percent`, `share` (0 to 1), `seconds`, `celsius`, `watts`, or a word of the user."""
 
 
 class Series(FromServer, frozen=True, kw_only=True, tag="series"):

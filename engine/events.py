@@ -17,7 +17,8 @@ This module imports neither torch nor anything that does I/O.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -130,6 +131,10 @@ class Sample(Event, frozen=True, kw_only=True):
 
     Thread: any.
     """
+
+    units: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Units of fields, by name, for the live page: `{"delay": "seconds"}`. Names that end in `_bytes`, `_percent`,
+    `_share` (0 to 1), `_seconds`, `_per_second`, `_bytes_per_second`, `_celsius` or `_watts` need none."""
 
 
 class TrainStart(Event, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offloop import Above, Alerts, ModelCheckpoint
+from offloop import Above, Alerts, ModelCheckpoint, ResourceUsage
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
@@ -153,10 +153,12 @@ def test_an_alert_is_a_line_in_the_panel_of_its_metric_only(
 
 @pytest.fixture
 def many_alerts(training: Callable[..., Training], open_page: OpenPage) -> Page:
-    """A run with an alert at every second of 114 steps."""
+    """A run with an alert at every second of 114 steps, and none after that."""
     run = training(callbacks=[Alerts(None, Above("loss", 2))]).begin()
     for step in range(1, 115):
         run.step(loss=1.0 + 2 * (step % 2 == 0))
+    for _ in range(300):
+        run.step(loss=0.5)
     page = open_page(run.dashboard.url)
     expect(page.get_by_role("tab", name="Events")).to_have_text(re.compile("59"))
     return page
@@ -164,9 +166,9 @@ def many_alerts(training: Callable[..., Training], open_page: OpenPage) -> Page:
 
 def test_alerts_that_are_close_are_one_mark_with_a_count(many_alerts: Page) -> None:
     page = many_alerts
-    expect(chart(page, "loss").locator(".curve-value")).to_have_text("3")
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("0.5000")
     drawing = Drawing(chart(page, "loss"))
-    assert drawing.alerts() == pytest.approx([2], abs=0.5)
+    assert drawing.alerts() == pytest.approx([2], abs=1)
     assert "×57" in drawing.texts  # noqa: RUF001
     shot(page, "alerts-many")
 
@@ -183,7 +185,7 @@ def test_a_kind_of_marks_can_be_switched_off(many_alerts: Page) -> None:
     page.evaluate(NEXT_FRAME)
     assert Drawing(chart(page, "loss")).alerts() == []
     page.reload()
-    expect(chart(page, "loss").locator(".curve-value")).to_have_text("3")
+    expect(chart(page, "loss").locator(".curve-value")).to_have_text("0.5000")
     assert Drawing(chart(page, "loss")).alerts() == []
 
 
@@ -232,6 +234,25 @@ def test_a_panel_is_scaled_to_what_is_usual_with_outliers_counted_at_the_edge(
     page.wait_for_function("() => !location.hash.includes('usual')")
     page.evaluate(NEXT_FRAME)
     assert max(value for _, value in Drawing(loss).line("step")) == pytest.approx(300, abs=3)
+
+
+# Units ---------------------------------------------------------------------------------------------
+
+
+def test_axes_and_values_have_their_units(started: tuple[Training, Page]) -> None:
+    run, page = started
+    for number in range(1, 4):
+        usage = ResourceUsage(memory_bytes=340_300_000 * number, cpu_percent=25.0 * number, loop_lag=0.002)
+        run.run.publish(usage)
+    memory = page.locator(".chart", has=page.locator("[title='resource_usage/memory_bytes']"))
+    memory.scroll_into_view_if_needed()
+    expect(memory.locator(".curve-value")).to_have_text("1.021\N{NARROW NO-BREAK SPACE}GB")
+    labels = [text for text in Drawing(memory).texts if text.endswith("B")]
+    assert labels and all(re.fullmatch(r"0\s?B|[\d.]+\s[MG]B", label) for label in labels)
+    lag = page.locator(".chart", has=page.locator("[title='resource_usage/loop_lag']"))
+    lag.scroll_into_view_if_needed()
+    expect(lag.locator(".curve-value")).to_have_text("2.00\N{NARROW NO-BREAK SPACE}ms")
+    shot(page, "units")
 
 
 # Layout --------------------------------------------------------------------------------------------

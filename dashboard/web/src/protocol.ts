@@ -151,6 +151,8 @@ export interface SeriesInfo {
   group: string;
   label: string;
   better: "min" | "max" | null;
+  /** An older server does not send it. */
+  unit?: string;
 }
 
 export interface Series {

@@ -130,7 +130,7 @@ def _scale(labels: Sequence[tuple[float, str]]) -> tuple[float, float]:
 
 
 def _number(label: str) -> float | None:
-    found = re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?)([kMGT]?)", label.replace(MINUS, "-"))
+    found = re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?)\s?([kMGT]?)(?:B|%|s)?", label.replace(MINUS, "-"))
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 

@@ -104,10 +104,32 @@ export function xTicks(axis: Axis, scale: Scale, count: number): Ticks {
   return { values, labels: formatTicks(values) };
 }
 
-/** Ticks of an axis of plain numbers. */
-export function yTicks(scale: Scale, count: number): Ticks {
+/** Ticks of an axis of numbers with a unit, if any. */
+export function yTicks(scale: Scale, count: number, unit = ""): Ticks {
   const values = scale.log ? logTicks(scale, count) : multiples(scale, niceStep(scale.max / count - scale.min / count));
-  return { values, labels: formatTicks(values, scale.log) };
+  const written = unit === "share" ? values.map((value) => 100 * value) : values;
+  return { values, labels: formatTicks(written, scale.log).map((label) => withUnit(label, unit)) };
+}
+
+/** How units are written behind a number; others are written as they are. */
+const UNITS: Readonly<Record<string, string>> = {
+  bytes: "B",
+  "bytes/s": "B/s",
+  "1/s": "/s",
+  percent: "%",
+  share: "%",
+  seconds: "s",
+  celsius: "°C",
+  watts: "W",
+};
+
+/** A number with its unit: `340M` of bytes is `340 MB`. */
+function withUnit(label: string, unit: string): string {
+  if (unit === "" || label === "") return label;
+  const sign = Object.hasOwn(UNITS, unit) ? (UNITS[unit] as string) : unit;
+  if (unit === "1/s") return label + sign;
+  const [, number, prefix] = /^(.*?)([kMGT]?)$/.exec(label) as unknown as [string, string, string];
+  return `${number}\u202f${prefix}${sign}`;
 }
 
 /** All multiples of `step` on a scale. */
@@ -261,6 +283,20 @@ function exponential(value: number, digits: number): string {
 /** A minus sign as wide as a digit, where people read; never in files. */
 function minus(text: string): string {
   return text.replaceAll("-", "−");
+}
+
+/** A value to read, with its unit: four significant digits, for bytes in the prefix that suits them. */
+export function formatWithUnit(value: number, unit = ""): string {
+  if (!Number.isFinite(value)) return formatValue(value);
+  const size = Math.abs(value);
+  if (unit === "share") return withUnit(formatValue(Number((100 * value).toPrecision(4))), unit);
+  if (unit === "seconds" && size >= 60) return formatDuration(value);
+  if (unit === "seconds" && size > 0 && size < 0.1) return `${minus((1_000 * value).toPrecision(3))}\u202fms`;
+  if (unit.startsWith("bytes") && size >= 1_000) {
+    const power = Math.min(4, Math.floor(Math.log10(size) / 3 + 1e-9));
+    return withUnit(minus((value / 1_000 ** power).toPrecision(4)) + ["", "k", "M", "G", "T"][power], unit);
+  }
+  return withUnit(formatValue(value), unit);
 }
 
 /** A value to read: four significant digits, all of them in a whole number. */

@@ -9,7 +9,7 @@ import uPlot from "uplot";
 import { h, iconButton, setAttribute, setIcon, setText } from "../dom";
 import type { Latest, SeriesInfo } from "../protocol";
 import { toNumber } from "../protocol";
-import { formatValue, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
+import { formatWithUnit, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { swatch } from "./dom";
 import { type Drawn, type Fit, fit, isSquashed } from "./fit";
 import { type Mark, marksOf, textOf } from "./marks";
@@ -223,7 +223,7 @@ export class Panel {
     this.#fitted = fit(this.#drawnCurves(scene), scene, scene.usual.has(this.name));
     this.#marks = marksOf(scene, new Set(this.curves.map(({ info }) => info.key)), plotSize(chart).width);
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
-    this.#yTicks = yTicks(this.#fitted.scale, Math.max(2, Math.floor(chart.height / 36)));
+    this.#yTicks = yTicks(this.#fitted.scale, Math.max(2, Math.floor(chart.height / 36)), this.#unitOfAll());
     chart.batch(() => chart.redraw(false, true));
   }
 
@@ -261,10 +261,10 @@ export class Panel {
       const last = curve?.last;
       if (!curve || !last) return `${info.label}: no values yet`;
       const best = bestOf(curve, info);
-      const bestText = best ? `, best ${formatValue(best.value)} at step ${best.step}` : "";
+      const bestText = best ? `, best ${formatWithUnit(best.value, info.unit)} at step ${best.step}` : "";
       const marks = curve.marks.reduce((total, mark) => total + mark[3], 0);
       const notFinite = marks > 0 ? `, ${marks} values not finite` : "";
-      return `${info.label}: last ${formatValue(last.value)} at step ${last.step}${bestText}, ${trend(curve)}${notFinite}`;
+      return `${info.label}: last ${formatWithUnit(last.value, info.unit)} at step ${last.step}${bestText}, ${trend(curve)}${notFinite}`;
     });
     return parts.length > 0 ? `${parts.join("; ")}.` : "All curves are hidden.";
   }
@@ -364,6 +364,12 @@ export class Panel {
     if (!chart || width < 1 || height < 1 || (chart.width === width && chart.height === height)) return false;
     chart.setSize({ width, height });
     return true;
+  }
+
+  /** The unit of the y axis: that of all curves, if it is the same. */
+  #unitOfAll(): string {
+    const units = new Set(this.curves.map(({ info }) => info.unit ?? ""));
+    return units.size === 1 ? ([...units][0] as string) : "";
   }
 
   #drawnCurves(scene: Scene): Drawn[] {
@@ -500,7 +506,7 @@ export class Panel {
       setText(item.value, value);
       setText(item.raw, raw === "" ? "" : `raw ${raw}`);
       const best = this.#bestValue(info);
-      setText(item.best, best === null ? "" : `best ${formatValue(best)}`);
+      setText(item.best, best === null ? "" : `best ${formatWithUnit(best, info.unit)}`);
     }
   }
 
@@ -508,17 +514,18 @@ export class Panel {
   #lastValue(info: SeriesInfo, scene: Scene): [string, string] {
     const latest = this.#host.latest(info.id)?.[0] ?? null;
     const curve = this.#host.curve(info.id);
-    if (!curve || !this.visible) return [latest === null ? "" : formatValue(toNumber(latest)), ""];
+    if (!curve || !this.visible) return [latest === null ? "" : formatWithUnit(toNumber(latest), info.unit), ""];
     const mark = curve.marks.at(-1);
     const last = curve.last;
     if (mark && (last === null || mark[1] > last.step)) return [markText(mark[2]), ""];
-    return last ? this.#drawn(curve, curve.length - 1, scene) : ["", ""];
+    return last ? this.#drawn(info, curve, curve.length - 1, scene) : ["", ""];
   }
 
   /** The value of a point as it is drawn; and its raw one, where that is another. */
-  #drawn(curve: Curve, index: number, scene: Scene): [string, string] {
-    const raw = formatValue(curve.value[index] as number);
-    return scene.smoothing === 0 ? [raw, ""] : [formatValue(this.#values(curve, scene)[index] as number), raw];
+  #drawn(info: SeriesInfo, curve: Curve, index: number, scene: Scene): [string, string] {
+    const raw = formatWithUnit(curve.value[index] as number, info.unit);
+    if (scene.smoothing === 0) return [raw, ""];
+    return [formatWithUnit(this.#values(curve, scene)[index] as number, info.unit), raw];
   }
 
   #bestValue(info: SeriesInfo): number | null {
@@ -544,7 +551,7 @@ export class Panel {
     });
     if (mark) return [markText(mark[2]), ""];
     if (index < 0) return ["", ""];
-    return this.#drawn(curve, index, scene);
+    return this.#drawn(info, curve, index, scene);
   }
 
   /** Texts of the events under the cursor, and of a gap. */

@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 
-import { fitScale, formatDuration, formatTicks, formatValue, formatX, niceStep, Scale, xTicks, yTicks } from "../../src/charts/axes";
+import { fitScale, formatDuration, formatTicks, formatValue, formatWithUnit, formatX, niceStep, Scale, xTicks, yTicks } from "../../src/charts/axes";
 
 /** Ranges that a metric may have; each must give an axis that can be read. */
 const RANGES: [number, number][] = [
@@ -124,4 +124,31 @@ test("places on the x axis say what they are", () => {
   expect(formatX("epoch", 1.234)).toBe("epoch 1.23");
   expect(formatX("time", 12.34)).toBe("12.3s");
   expect(formatX("wall", new Date(2026, 0, 5, 4, 3, 2).getTime() / 1_000)).toBe("5 Jan 04:03:02");
+});
+
+test.each<[number, string, string]>([
+  [340_300_000, "bytes", "340.3 MB"],
+  [999, "bytes", "999 B"],
+  [1_500_000, "bytes/s", "1.500 MB/s"],
+  [96.3, "percent", "96.30 %"],
+  [0.0625, "share", "6.250 %"],
+  [0.004, "seconds", "4.00 ms"],
+  [12.5, "seconds", "12.50 s"],
+  [90, "seconds", "1m 30s"],
+  [12.5, "1/s", "12.50/s"],
+  [71, "celsius", "71 °C"],
+  [3, "apples", "3 apples"],
+  [0, "bytes", "0 B"],
+  [NaN, "bytes", "NaN"],
+  [0.5, "", "0.5000"],
+])("%d of %s is read as %s", (value, unit, text) => {
+  expect(formatWithUnit(value, unit).replaceAll("\u202f", " ")).toBe(text);
+});
+
+test("ticks have the unit of their axis", () => {
+  const labels = (scale: Scale, unit: string): string[] =>
+    yTicks(scale, 4, unit).labels.map((label) => label.replaceAll("\u202f", " "));
+  expect(labels(new Scale(0, 400e6), "bytes")).toEqual(["0 B", "100 MB", "200 MB", "300 MB", "400 MB"]);
+  expect(labels(new Scale(0, 1), "share")).toEqual(["0 %", "50 %", "100 %"]);
+  expect(labels(new Scale(0, 0.1), "seconds")).toEqual(["0 s", "0.05 s", "0.10 s"]);
 });
