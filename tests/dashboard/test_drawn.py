@@ -141,13 +141,13 @@ def test_an_alert_is_a_line_in_the_panel_of_its_metric_only(
 ) -> None:
     run = training(callbacks=[Alerts(None, Above("loss", 2))]).begin()
     for step in range(1, 101):
-        run.step(loss=3.0 if step in (10, 90) else 1.0, other=1.0)
+        run.step(loss=3.0 if step in (10, 90) else 1.0, other=step)
     page = open_page(run.dashboard.url)
     expect(page.get_by_role("tab", name="Events")).to_have_text(re.compile("4"))
     expect(chart(page, "loss").locator(".curve-value")).to_have_text("1")
-    expect(chart(page, "other").locator(".curve-value")).to_have_text("1")
+    expect(chart(page, "other").locator(".curve-value")).to_have_text("100")
     assert Drawing(chart(page, "loss")).alerts() == pytest.approx([10, 90], abs=0.5)
-    assert Drawing(chart(page, "lr")).alerts() == Drawing(chart(page, "other")).alerts() == []
+    assert Drawing(chart(page, "other")).alerts() == []
     shot(page, "alerts")
 
 
@@ -234,6 +234,29 @@ def test_a_panel_is_scaled_to_what_is_usual_with_outliers_counted_at_the_edge(
     page.wait_for_function("() => !location.hash.includes('usual')")
     page.evaluate(NEXT_FRAME)
     assert max(value for _, value in Drawing(loss).line("step")) == pytest.approx(300, abs=3)
+
+
+def test_what_is_constant_takes_a_line_until_it_varies(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training().begin()
+    for step in range(1, 26):
+        run.step(loss=1 / step, seven=7)
+    page = open_page(run.dashboard.url)
+    for name, value in (("lr", "0.1000"), ("seven", "7")):
+        expect(chart(page, name)).to_contain_text(value)
+        expect(chart(page, name).locator("canvas")).to_have_count(0)
+        assert chart(page, name).bounding_box()["height"] < 40  # type: ignore[index]
+    expect(chart(page, "loss").locator("canvas")).to_have_count(1)
+    shot(page, "constants")
+    # It can be looked at all the same.
+    chart(page, "seven").get_by_role("button", name="Maximise seven").click()
+    expect(chart(page, "seven").locator("canvas")).to_have_count(1)
+    page.keyboard.press("Escape")
+    run.step(loss=0.01, seven=8)
+    expect(chart(page, "seven").locator("canvas")).to_have_count(1)
+    expect(chart(page, "seven").locator(".curve-value")).to_have_text("8")
+    expect(chart(page, "lr").locator("canvas")).to_have_count(0)
 
 
 # Units ---------------------------------------------------------------------------------------------

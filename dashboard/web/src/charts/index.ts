@@ -45,6 +45,8 @@ const MAX_EVENTS = 500;
 const MAX_UNSEEN = 200;
 /** Milliseconds between two updates of the values beside the curves' names: text costs more than lines. */
 const VALUES_INTERVAL = 300;
+/** Milliseconds between two looks at what is constant. */
+const SORT_INTERVAL = 1_000;
 const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
 
 /** Finer points of a curve, for a zoom. */
@@ -93,6 +95,8 @@ export class Charts {
   #asking = false;
   #zoomTimer: { key: string; timer: ReturnType<typeof setTimeout> } | null = null;
   #tableTime = 0;
+  #sorted = -Infinity;
+  #sortTimer: ReturnType<typeof setTimeout> | undefined;
   #valuesShown = -Infinity;
   #valuesTimer: ReturnType<typeof setTimeout> | undefined;
 
@@ -277,6 +281,24 @@ export class Charts {
     };
   }
 
+  /** Once a second: what has become constant takes a line. */
+  #sort(): void {
+    const wait = this.#sorted + SORT_INTERVAL - performance.now();
+    if (wait > 0) {
+      this.#sortTimer ??= setTimeout(() => {
+        this.#sortTimer = undefined; // first: a timer may be a little early, and then another one is needed
+        this.#sort();
+      }, wait);
+      return;
+    }
+    clearTimeout(this.#sortTimer);
+    this.#sortTimer = undefined;
+    this.#sorted = performance.now();
+    if (!this.#layout.sort()) return;
+    this.#filter();
+    this.#redraw();
+  }
+
   #filter(): void {
     const { found, all } = this.#layout.filter();
     this.#toolbar.setCount(found, all);
@@ -344,6 +366,7 @@ export class Charts {
     try {
       for (const panel of visible) panel.draw();
       this.#showValues();
+      this.#sort();
       this.#refreshTables();
       this.#askForDetail();
     } finally {
@@ -475,6 +498,7 @@ export class Charts {
     this.#toolbar.show(state);
     const arranged = ["search", "panel", "folded", "columns", "height"] as const;
     if (arranged.some((name) => state[name] !== previous[name])) this.#filter();
+    if (state.panel !== previous.panel) this.#sorted = -Infinity; // a constant that is maximised is a panel
     this.#valuesShown = -Infinity;
     if (state.zoom !== previous.zoom && state.zoom === null) this.#details.clear();
     if (state.axis !== previous.axis) this.#cursor = this.#mouse = null;

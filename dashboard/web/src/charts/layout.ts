@@ -2,7 +2,8 @@
 //
 // The width there is goes to the panels. A group has as few columns as its rows allow, so that they are equally long:
 // six panels where five would fit are three and three. Small groups share a row, each as wide as its panels: the style
-// sheet wraps them by `--columns`, and `--least` is the width that a panel has at least.
+// sheet wraps them by `--columns`, and `--least` is the width that a panel has at least. What is constant takes a line
+// under its group, not a panel.
 
 import { h } from "../dom";
 import { finder } from "../search";
@@ -17,9 +18,11 @@ const GAP = 12;
 interface Group {
   section: HTMLElement;
   grid: HTMLElement;
+  /** Those that take a line. */
+  constants: HTMLElement;
   fold: HTMLButtonElement;
   panels: Panel[];
-  /** How many of them are shown. */
+  /** How many of them are shown as panels. */
   shown: number;
 }
 
@@ -49,6 +52,29 @@ export class Layout {
     group.grid.append(panel.figure);
   }
 
+  /** Have what is constant take a line, and what no longer is a panel; returns whether that changes anything. */
+  sort(): boolean {
+    let changed = false;
+    for (const { panels, grid, constants } of this.#groups.values()) {
+      for (const panel of panels) {
+        const isConstant = panel.isConstant();
+        // Not what is being looked at or used
+        if (isConstant === panel.isLine || (isConstant && panel.figure.matches(":hover, :focus-within"))) continue;
+        panel.setLine(isConstant);
+        changed = true;
+      }
+      if (!changed) continue;
+      const inOrder = (into: HTMLElement, figures: HTMLElement[]): void => {
+        figures.forEach((figure, index) => {
+          if (into.children[index] !== figure) into.insertBefore(figure, into.children[index] ?? null);
+        });
+      };
+      inOrder(constants, panels.filter((panel) => panel.isLine).map(({ figure }) => figure));
+      inOrder(grid, panels.filter((panel) => !panel.isLine).map(({ figure }) => figure));
+    }
+    return changed;
+  }
+
   clear(): void {
     for (const { section } of this.#groups.values()) section.remove();
     this.#groups.clear();
@@ -70,11 +96,13 @@ export class Layout {
         const shown = one ? panel.name === maximised : matches;
         panel.figure.hidden = !shown;
         panel.setMaximised(panel.name === maximised);
-        group.shown += Number(shown);
+        group.shown += Number(shown && !panel.isLine);
       }
-      group.section.hidden = group.shown === 0;
+      const lines = group.panels.some((panel) => panel.isLine && !panel.figure.hidden);
+      group.section.hidden = group.shown === 0 && !lines;
       const open = one || search.trim() !== "" || !folded.includes(name);
-      group.grid.hidden = !open;
+      group.grid.hidden = !open || group.shown === 0;
+      group.constants.hidden = !open || !lines;
       group.fold.setAttribute("aria-expanded", String(open));
     }
     this.empty.textContent = panels.length === 0 ? "No metrics yet." : "No metric has these words in its name.";
@@ -91,8 +119,10 @@ export class Layout {
       { type: "button", class: "charts-fold", "aria-expanded": "true", onclick },
       name || "Metrics",
     );
-    const section = h("section", { class: "charts-group" }, h("h2", { class: "charts-heading" }, fold), grid);
-    const group = { section, grid, fold, panels: [], shown: 0 };
+    const constants = h("div", { class: "charts-constants" });
+    const heading = h("h2", { class: "charts-heading" }, fold);
+    const section = h("section", { class: "charts-group" }, heading, grid, constants);
+    const group = { section, grid, constants, fold, panels: [], shown: 0 };
     this.#groups.set(name, group);
     this.body.append(section);
     return group;

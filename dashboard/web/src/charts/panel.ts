@@ -53,6 +53,9 @@ interface LegendItem {
   best: HTMLElement;
 }
 
+/** A curve that has had one value for so many points is a constant. */
+const CONSTANT_AFTER = 20;
+
 let panels = 0;
 
 export class Panel {
@@ -65,6 +68,9 @@ export class Panel {
   readonly #usualButton: HTMLButtonElement;
   /** Whether it is on the screen, or nearly. */
   visible = false;
+
+  /** Whether it takes a line, without a plot. */
+  isLine = false;
 
   readonly #host: PanelHost;
   readonly #prefix: HTMLElement;
@@ -187,7 +193,14 @@ export class Panel {
   setVisible(shown: boolean): void {
     if (shown === this.visible) return;
     this.visible = shown;
-    if (shown) {
+    this.#plot();
+  }
+
+  /** Make the plot, or let it go. */
+  #plot(): void {
+    const wanted = this.visible && !this.isLine;
+    if (wanted === (this.#chart !== null)) return;
+    if (wanted) {
       this.#create();
       this.#resize.observe(this.plot);
     } else {
@@ -196,6 +209,23 @@ export class Panel {
       this.#chart = null;
       this.#dots = [];
     }
+  }
+
+  /** Whether its curves have had one value only, for long enough to say so; as it was while they are not here. */
+  isConstant(): boolean {
+    if (this.figure.classList.contains("maximised")) return false;
+    const curves = this.curves.map(({ info }) => this.#host.curve(info.id));
+    if (!this.visible || curves.includes(null)) return this.isLine;
+    return curves.every((curve) => {
+      if (!curve || curve.length < CONSTANT_AFTER || curve.marks.length > 0) return false;
+      return curve.least?.value === curve.greatest?.value;
+    });
+  }
+
+  setLine(isLine: boolean): void {
+    this.isLine = isLine;
+    this.figure.classList.toggle("line", isLine);
+    if (this.visible) this.#plot();
   }
 
   setMaximised(maximised: boolean): void {
