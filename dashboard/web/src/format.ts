@@ -62,7 +62,7 @@ export function perSecond(value: number): string {
   return value >= 1000 ? shortCount(value) : value >= 100 ? value.toFixed(0) : value.toPrecision(3);
 }
 
-/** A duration: `8.2 s`, `4 m 12 s`, `3 h 05 m`, `2 d 4 h`. */
+/** A duration: `8.2 s`, `4 m 12 s`, `3 h 05 m`, `2 d 4 h`, `1 066 d`. */
 export function duration(seconds: number | null | undefined): string {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return NONE;
   const whole = Math.round(seconds);
@@ -72,6 +72,7 @@ export function duration(seconds: number | null | undefined): string {
   if (whole < 60) return `${whole} s`;
   if (whole < 3_600) return `${Math.floor(whole / 60)} m ${pad(whole % 60)} s`;
   if (whole < 86_400) return `${Math.floor(whole / 3_600)} h ${pad((whole % 3_600) / 60)} m`;
+  if (whole >= 100 * 86_400) return `${count(Math.floor(whole / 86_400))} d`;
   return `${Math.floor(whole / 86_400)} d ${Math.floor((whole % 86_400) / 3_600)} h`;
 }
 

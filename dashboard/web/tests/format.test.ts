@@ -38,6 +38,7 @@ test.each([
   [3_599.6, "1 h 00 m"],
   [11_100, "3 h 05 m"],
   [187_200, "2 d 4 h"],
+  [92_103_200, "1\u202f066 d"],
   [Infinity, "–"],
 ])("a duration %s", (seconds, text) => {
   expect(format.duration(seconds)).toBe(text);
