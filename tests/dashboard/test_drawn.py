@@ -280,10 +280,18 @@ def test_axes_and_values_have_their_units(started: tuple[Training, Page]) -> Non
 
 # Layout --------------------------------------------------------------------------------------------
 
-BOXES = """() => [...document.querySelectorAll(".chart")].filter((figure) => !figure.hidden).map((figure) => {
+_BOXES = """() => [...document.querySelectorAll(".chart")].filter((figure) => !figure.hidden).map((figure) => {
   const { left, right, top, bottom } = figure.getBoundingClientRect();
   return [left, right, top, bottom];
 })"""
+
+
+def boxes_of(page: Page) -> list[tuple[float, float, float, float]]:
+    """Return left, right, top and bottom of the panels, once they are laid out."""
+    expect(chart(page, "loss").locator("canvas")).to_be_visible()
+    page.evaluate(NEXT_FRAME)
+    boxes: list[tuple[float, float, float, float]] = page.evaluate(_BOXES)
+    return boxes
 
 
 def test_three_panels_reach_the_right_edge_of_a_wide_screen(
@@ -294,7 +302,7 @@ def test_three_panels_reach_the_right_edge_of_a_wide_screen(
         run.step(loss=1 / step, other=step)
     page = open_page(run.dashboard.url, viewport={"width": 1920, "height": 900})
     expect(chart(page, "other")).to_be_visible()
-    boxes = page.evaluate(BOXES)
+    boxes = boxes_of(page)
     assert len(boxes) == 3 and len({top for _, _, top, _ in boxes}) == 1
     assert boxes[0][0] <= 24 and boxes[-1][1] >= 1920 - 24
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 1920
@@ -314,7 +322,7 @@ def many_groups(training: Callable[..., Training], open_page: OpenPage) -> Page:
 
 def test_groups_are_balanced_and_most_of_a_wide_page_is_panels(many_groups: Page) -> None:
     page = many_groups
-    boxes = page.evaluate(BOXES)
+    boxes = boxes_of(page)
     assert len(boxes) == 40
     # Six are three and three.
     of_a_group = boxes[2:8]
@@ -330,7 +338,7 @@ def test_small_groups_share_a_row(training: Callable[..., Training], open_page: 
     run.step(loss=1.0, **{"one/a": 1.0, "two/a": 1.0, "two/b": 1.0})
     page = open_page(run.dashboard.url, viewport={"width": 1920, "height": 900})
     expect(page.locator(".chart")).to_have_count(5)
-    boxes = page.evaluate(BOXES)
+    boxes = boxes_of(page)
     assert len(boxes) == 5 and len({top for _, _, top, _ in boxes}) == 1
     widths = [right - left for left, right, _, _ in boxes]
     assert max(widths) - min(widths) < 2
@@ -346,7 +354,7 @@ def test_columns_and_height_are_set_and_remembered(many_groups: Page) -> None:
         "() => location.hash.includes('columns=2') && location.hash.includes('height=300')"
     )
     for _ in range(2):
-        boxes = page.evaluate(BOXES)
+        boxes = boxes_of(page)
         assert sum(top == boxes[2][2] for _, _, top, _ in boxes) == 2
         assert chart(page, "loss").locator(".chart-plot").bounding_box()["height"] == 300  # type: ignore[index]
         page.goto(page.url.partition("#")[0])

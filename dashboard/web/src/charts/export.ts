@@ -1,7 +1,7 @@
 // Panels as files: all points as CSV, what is seen as PNG.
 
 import { type Gap, MAX_SERIES_SHOWN, type SeriesInfo } from "../protocol";
-import type { PanelCurve } from "./panel";
+import type { PanelCurve } from "./legend";
 import type { Answer, Part, Ranges } from "./ranges";
 import { withStretches } from "./series_store";
 import { dash, hue, type Theme } from "./theme";

@@ -21,10 +21,9 @@ export interface Mark {
 export function marksOf(scene: Scene, keys: ReadonlySet<string>, width: number): Mark[] {
   const marks: Mark[] = [];
   const last = new Map<string, Mark>();
-  const placed = scene.events.map((event) => ({ event, at: scene.x.toUnit(event.x) }));
-  placed.sort((one, other) => one.at - other.at);
-  for (const { event, at } of placed) {
+  for (const event of scene.events) {
     const { kind, metric } = event;
+    const at = scene.x.toUnit(event.x);
     if (!(at >= 0 && at <= 1) || scene.unmarked.has(kind)) continue;
     const isOwn = metric !== null && keys.has(metric);
     if (metric !== null && !isOwn) continue;

@@ -10,12 +10,13 @@ import { h, iconButton, setAttribute, setIcon, setText } from "../dom";
 import type { Latest, SeriesInfo } from "../protocol";
 import { toNumber } from "../protocol";
 import { formatWithUnit, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
-import { swatch } from "./dom";
 import { type Drawn, type Fit, fit, isSquashed } from "./fit";
+import { assignSlots, Legend, type PanelCurve } from "./legend";
 import { type Mark, marksOf, textOf } from "./marks";
 import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintOutside, paintText } from "./paint";
+import { bestOf, indexAt, markText, trend } from "./reading";
 import type { Scene } from "./scene";
-import type { Curve, Point } from "./series_store";
+import type { Curve } from "./series_store";
 import { Smoothed } from "./smoothing";
 import { dash, hue } from "./theme";
 
@@ -37,20 +38,6 @@ export interface PanelHost {
   announce(text: string): void;
   /** A panel has got another size and must be drawn again. */
   resized(panel: Panel): void;
-}
-
-/** A curve of a panel. */
-export interface PanelCurve {
-  info: SeriesInfo;
-  /** Which colour and dash. */
-  slot: number;
-}
-
-interface LegendItem {
-  button: HTMLButtonElement;
-  value: HTMLElement;
-  raw: HTMLElement;
-  best: HTMLElement;
 }
 
 /** A curve that has had one value for so many points is a constant. */
@@ -75,9 +62,8 @@ export class Panel {
   readonly #host: PanelHost;
   readonly #prefix: HTMLElement;
   readonly #place: HTMLElement;
-  readonly #legend: HTMLElement;
+  readonly #legend: Legend;
   readonly #summary: HTMLElement;
-  readonly #items = new Map<string, LegendItem>();
   readonly #smoothed = new WeakMap<Curve, Smoothed>();
   readonly #resize: ResizeObserver;
   #dots: HTMLElement[] = [];
@@ -118,7 +104,7 @@ export class Panel {
       this.csvButton,
       this.maximiseButton,
     );
-    this.#legend = h("div", { class: "chart-legend", role: "group", "aria-label": `Curves of ${name}` });
+    this.#legend = new Legend(name);
     this.#summary = h("p", { id: `${id}-summary`, class: "sr-only" }, "No values yet.");
     this.plot = h("div", {
       class: "chart-plot",
@@ -134,7 +120,7 @@ export class Panel {
       "figure",
       { class: "chart", "aria-labelledby": `${id}-title`, "aria-describedby": `${id}-summary` },
       h("div", { class: "chart-head" }, title, this.#place, buttons),
-      this.#legend,
+      this.#legend.root,
       this.plot,
       this.#summary,
     );
@@ -147,32 +133,8 @@ export class Panel {
 
   addCurve(info: SeriesInfo): void {
     this.curves.push({ info, slot: 0 });
-    const value = h("span", { class: "curve-value" });
-    const raw = h("span", { class: "curve-raw" });
-    const best = h("span", { class: "curve-best" });
-    const title = `${info.key}: click to hide or show`;
-    const onclick = (): void => this.#host.toggleCurve(info.key);
-    const label = h("span", { class: "curve-label" }, info.label);
-    const button = h(
-      "button",
-      { type: "button", class: "curve", "aria-pressed": "true", title, onclick },
-      label,
-      value,
-      raw,
-      best,
-    );
-    this.#items.set(info.key, { button, value, raw, best });
     assignSlots(this.curves);
-    for (const { info: one, slot } of [...this.curves].sort((left, right) => left.slot - right.slot)) {
-      const item = this.#items.get(one.key)?.button;
-      if (!item) continue;
-      item.querySelector(".swatch")?.remove();
-      item.prepend(swatch(hue(slot), dash(slot)));
-      this.#legend.append(item);
-    }
-    // What the title says already, the legend need not.
-    this.#legend.classList.toggle("only", this.curves.length === 1 && !["train", "val"].includes(info.label));
-    this.#legend.classList.toggle("several", this.curves.length > 2);
+    this.#legend.add(info, () => this.#host.toggleCurve(info.key), this.curves);
   }
 
   /** The part of its curves that is switched on. */
@@ -527,16 +489,15 @@ export class Panel {
       scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
     setText(this.#place, place);
     for (const { info } of this.curves) {
-      const item = this.#items.get(info.key);
-      if (!item) continue;
-      const hidden = scene.hidden.has(info.key);
-      setAttribute(item.button, "aria-pressed", String(!hidden));
       const [value, raw] =
         scene.cursor === null ? this.#lastValue(info, scene) : this.#valueAt(info, scene, scene.cursor);
-      setText(item.value, value);
-      setText(item.raw, raw === "" ? "" : `raw ${raw}`);
       const best = this.#bestValue(info);
-      setText(item.best, best === null ? "" : `best ${formatWithUnit(best, info.unit)}`);
+      this.#legend.say(info.key, {
+        isHidden: scene.hidden.has(info.key),
+        value,
+        raw,
+        best: best === null ? "" : formatWithUnit(best, info.unit),
+      });
     }
   }
 
@@ -624,25 +585,6 @@ export class Panel {
   }
 }
 
-/** Give each curve a look of its own; those that are in many panels look the same in all of them. */
-export function assignSlots(curves: PanelCurve[]): void {
-  const labels = curves.map(({ info }) => info.label);
-  const main = ["step", "train"].find((label) => labels.includes(label));
-  const used = new Set<number>();
-  const take = (curve: PanelCurve, wanted: number): void => {
-    curve.slot = wanted;
-    while (used.has(curve.slot)) curve.slot++;
-    used.add(curve.slot);
-  };
-  const fixed: Record<string, number> = { val: 1, ...(main === undefined ? {} : { [main]: 0 }) };
-  const [known, others] = [
-    curves.filter(({ info }) => info.label in fixed),
-    curves.filter(({ info }) => !(info.label in fixed)),
-  ];
-  for (const curve of known) take(curve, fixed[curve.info.label] as number);
-  for (const curve of others) take(curve, 0);
-}
-
 /** Size of the part with the curves, in CSS pixels; known without asking the browser to lay anything out. */
 function plotSize({ bbox }: uPlot): { width: number; height: number } {
   return { width: bbox.width / devicePixelRatio, height: bbox.height / devicePixelRatio };
@@ -652,37 +594,4 @@ function axisWidth(labels: string[] | null): number {
   const longest = Math.max(0, ...(labels ?? []).map((label) => label.length));
   // In coarse steps, so that a plot does not move when a label gets one digit more
   return Math.max(44, 8 * Math.ceil((6.5 * longest + 14) / 8));
-}
-
-function bestOf(curve: Curve, info: SeriesInfo): Point | null {
-  if (info.better === null || curve.length < 2) return null;
-  return info.better === "min" ? curve.least : curve.greatest;
-}
-
-/** Index of the point that a cursor at x means: the nearest, but none before the curve has begun; -1 for none. */
-function indexAt(curve: Curve, { column, origin, x: { min, max } }: Scene, x: number): number {
-  const index = curve.nearest(column, x + origin);
-  if (index !== 0) return index;
-  return (curve[column][0] as number) - origin - x > 0.02 * (max - min) ? -1 : 0;
-}
-
-function markText(kind: "nan" | "inf" | "-inf" | "mixed"): string {
-  return { nan: "NaN", inf: "∞", "-inf": "−∞", mixed: "not finite" }[kind];
-}
-
-/** Whether the last tenth of a curve is above or below the tenth before, by more than it spreads. */
-export function trend(curve: Curve): string {
-  const size = Math.floor(curve.length / 10);
-  if (size < 2) return "too short for a trend";
-  const mean = (from: number): number => {
-    let sum = 0;
-    for (let index = from; index < from + size; index++) sum += (curve.value[index] as number) / size;
-    return sum;
-  };
-  const [before, now] = [mean(curve.length - 2 * size), mean(curve.length - size)];
-  let spread = 0;
-  for (let index = curve.length - size; index < curve.length; index++)
-    spread += Math.abs((curve.value[index] as number) - now) / size;
-  if (Math.abs(now - before) <= Math.max(spread / Math.sqrt(size), 1e-9 * Math.abs(now))) return "level";
-  return now < before ? "falling" : "rising";
 }

@@ -33,6 +33,7 @@ export interface Scene {
   unmarked: ReadonlySet<string>;
   gaps: readonly Gap[];
   trimmed: number | null;
+  /** In the order of x. */
   events: readonly (ChartEvent & { x: number })[];
   theme: Theme;
   /** Where the cursor is, in units of x; null if nowhere. */

@@ -1,6 +1,7 @@
 import { expect, test } from "vitest";
 
-import { assignSlots, trend } from "../../src/charts/panel";
+import { assignSlots } from "../../src/charts/legend";
+import { trend } from "../../src/charts/reading";
 import { Curve } from "../../src/charts/series_store";
 import { tableRows } from "../../src/charts/table";
 import { dash, HUES, hue } from "../../src/charts/theme";
