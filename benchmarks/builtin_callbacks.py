@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ from measure import (
 
 from offloop.callbacks import LearningCurves, MLflowLogger, TensorBoardLogger, WandbLogger
 from offloop.callbacks.profiler import compress
-from offloop.engine import Callback, Trainer
+from offloop.engine import Callback, StepEnd, Trainer
 
 EPOCH: Final = 2.0
 """Seconds of an epoch."""
@@ -55,6 +56,7 @@ NEVER: Final = 1_000_000
 """Epochs after which curves are drawn that are not drawn in a run."""
 SKIPPED: Final = 2
 """Pairs of epochs in which the process starts and matplotlib is imported."""
+DRAWINGS: Final = 9
 SLICE: Final = 0.3
 """Seconds of a slice without compression."""
 PROFILED: Final = 100
@@ -119,8 +121,26 @@ def curves(task: Task, pairs: int, **options: Any) -> tuple[Interval, float]:
     return ratio_of(times[0::2], times[1::2]), median_of(times[1::2]).median
 
 
+def drawing() -> Interval:
+    """Return the CPU time of a drawing of loss and learning rate, in seconds."""
+    drawn, seconds = LearningCurves(), []
+    for step in range(1, 1000):
+        drawn._note(StepEnd(loss=1 / step, lr=0.1, step=step))
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "curves.png"
+        drawn.draw(file)
+        for _ in range(DRAWINGS):
+            began = time.thread_time()
+            drawn.draw(file)
+            seconds.append(time.thread_time() - began)
+    return median_of(seconds)
+
+
 def measure_curves(report: Report, pairs: int) -> None:
     """Add the rows of the curves."""
+    cpu = drawing()
+    report.row("LearningCurves, CPU time of a drawing, s", cpu.scaled(1), "-")
+    report.figure("CPU time of a drawing", cpu)
     for task in (TINY, TEN_MS):
         _, step = a_a, _ = curves(task, pairs, every_n_epochs=NEVER)
         rows: dict[str, Interval] = {

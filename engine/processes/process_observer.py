@@ -45,8 +45,8 @@ logger = logging.getLogger("offloop")
 ANSWER: Final = 2.0
 """Seconds for a child to acknowledge a cancellation before it is killed: code of C may hold its interpreter."""
 EXIT: Final = 10.0
-"""Seconds for the interpreter of the child to end after `close`, before it is killed: usually 0.03; with torch loaded
-0.6 s of a core (measured), and several times as long on a busy machine."""
+"""Seconds for the interpreter of the child to end after `close`, before it is killed: usually 0.03. With torch loaded
+it takes several times as long, and on a busy machine several times that."""
 REAP: Final = 2.0
 """Seconds to wait for the thread of a child that was killed. They block the event loop."""
 
