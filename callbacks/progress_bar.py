@@ -28,7 +28,7 @@ import threading
 import time
 from typing import Any, Final, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.text import Text
 
 from offloop.callbacks.progress_block import WIDE, Bar, Block, wrapped
@@ -478,7 +478,7 @@ class _Terminal(_Live):
         size = _size_of(self._console)
         self._console.size = size
         blocks = [bar.block(size[0], with_name=self.has_names) for bar in bars]
-        lines = self._render(*blocks).splitlines()
+        lines = "".join([block.text(self._console) for block in blocks]).splitlines()
         room = ROOM if size[1] >= len(lines) + 2 * ROOM else 1
         if len(lines) > size[1] - 1 - room:
             lines = [*lines[: max(1, size[1] - 2 - room)], f"... {len(bars)} runs"]
@@ -496,18 +496,14 @@ class _Terminal(_Live):
     def leave(self, bar: ProgressBar) -> None:
         text = Text("\n".join(wrapped(self.line_of(bar).split("  "), _size_of(self._console)[0])))
         text.highlight_words([bar._doing], _STATUS_STYLES.get(bar._doing, "yellow"))
-        self._write("\r\x1b[J" + self._render(text))
+        with self._console.capture() as captured:
+            self._console.print(text)
+        self._write("\r\x1b[J" + captured.get())
         self._drawn = ""
 
     def close(self) -> None:
         super().close()
         _close(self._own)
-
-    def _render(self, *parts: RenderableType) -> str:
-        with self._console.capture() as captured:
-            for part in parts:
-                self._console.print(part)
-        return captured.get()
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from rich.cells import cell_len, set_cell_size
+from rich.color import ColorSystem
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 
@@ -17,6 +18,11 @@ WIDE: Final = 60
 """Columns from which the bars keep their place when a text grows."""
 LEFT_WIDTH, RIGHT_WIDTH = 16, 12
 """Columns kept for the texts then."""
+_COLOR_SYSTEMS: Final = {
+    "standard": ColorSystem.STANDARD,
+    "256": ColorSystem.EIGHT_BIT,
+    "truecolor": ColorSystem.TRUECOLOR,
+}
 PULSES_A_SECOND: Final = 15
 """Columns by which a bar without an end moves."""
 
@@ -49,6 +55,22 @@ class Block:
         self._title = title
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return self._segments(console)
+
+    def text(self, console: Console) -> str:
+        """Return what `console` would print, in a fraction of the time."""
+        system = _COLOR_SYSTEMS.get(console.color_system or "")
+        if system is None:
+            return "".join([segment.text for segment in self._segments(console)])
+        return "".join(
+            [
+                text if style is None
+                else (style.without_color if console.no_color else style).render(text, color_system=system)
+                for text, style, _ in self._segments(console)
+            ]
+        )  # fmt: skip
+
+    def _segments(self, console: Console) -> Iterator[Segment]:
         if self._title:
             yield Segment(fitted(self._title, self._width), console.get_style("bold"))
             yield Segment.line()
@@ -63,7 +85,10 @@ class Block:
             else:
                 yield Segment(f"{set_cell_size(bar.left, left)} ")
                 yield from _drawn(
-                    bar, room, console, ("-", " ", " ") if options.ascii_only else ("━", "╸", "╺")
+                    bar,
+                    room,
+                    console,
+                    ("-", " ", " ") if not console.encoding.startswith("utf") else ("━", "╸", "╺"),
                 )
                 if right:
                     yield Segment(" " * (1 + right - cell_len(bar.right)) + bar.right)

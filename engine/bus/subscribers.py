@@ -49,7 +49,8 @@ class Subscribers:
         with self._lock:
             if replay and self._history:
                 subscription._not_replayed = self._history.dropped
-                subscription._put(self._history.events(), has_milestones=True)
+                history = self._history.events()
+                subscription._put(history, set(map(type, history)), has_milestones=True)
             if self.has_ended:
                 if not replay:
                     raise BusClosedError("the run has ended: there is nothing left to subscribe to")
@@ -129,9 +130,11 @@ class Subscribers:
 
     def _put(self, events: list[Event], milestones: list[Event]) -> None:
         if events:
+            # Usually one or two classes: a subscriber is asked about these, not about each event.
+            classes = set(map(type, events))
             for subscription in self._living():
                 if not subscription._closed:
-                    subscription._put(events, has_milestones=bool(milestones))
+                    subscription._put(events, classes, has_milestones=bool(milestones))
 
     def report_drops(self, now: float, *, at_end: bool) -> list[EventsDropped]:
         """Return the events about drops that are due. Drainer."""

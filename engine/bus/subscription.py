@@ -19,7 +19,7 @@ dropped; a subscriber that is `MAX_MILESTONES_BEHIND` of them behind is closed.
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from typing import Final, Generic, Literal, Protocol, Self, TypeVar
 
 import anyio
@@ -280,12 +280,12 @@ class Subscription(Generic[E_co]):
         """True if the buffer holds what the consumer waits for."""
         if self._milestones or not self._events:
             return bool(self._milestones)
+        if self._waits_for_samples and not self._sample_interval:
+            return True
         # Sooner than samples are dropped; a buffer of one means "latest only".
         if len(self._events) > max(1, self.buffer // 2):
             return True
-        return self._waits_for_samples and (
-            not self._sample_interval or self._source.clock() >= self._samples_due
-        )
+        return self._waits_for_samples and self._source.clock() >= self._samples_due
 
     def _close_waker(self) -> None:
         if self._waker is not None:
@@ -335,12 +335,20 @@ class Subscription(Generic[E_co]):
 
     # Drainer's side: called by `Subscribers` only, under its lock
 
-    def _put(self, events: list[Event], has_milestones: bool) -> None:
-        """Append the events of the wanted classes, apply the overflow policy and wake the consumer."""
+    def _put(self, events: list[Event], classes: Collection[type[Event]], has_milestones: bool) -> None:
+        """Append the events of the wanted classes, apply the overflow policy and wake the consumer.
+
+        Args:
+            events: Events in order.
+            classes: Those that occur among them.
+            has_milestones: True if not all of them are samples.
+        """
         wanted = self._wanted
-        mine = events if wanted.everything else [event for event in events if wanted[type(event)]]
-        if not mine:
-            return
+        mine = events
+        if not all(map(wanted.__getitem__, classes)):
+            mine = [event for event in events if wanted[type(event)]]
+            if not mine:
+                return
         with self._lock:
             self._events.extend(mine)
             self._received += len(mine)
@@ -425,7 +433,6 @@ class _Wanted(dict[type, bool]):
     def __init__(self, types: tuple[type[Event], ...]) -> None:
         super().__init__()
         self.types = types
-        self.everything = Event in types
 
     def __missing__(self, event_class: type) -> bool:
         wanted = self[event_class] = issubclass(event_class, self.types)

@@ -1,68 +1,60 @@
 """Wake a task of an event loop from any thread, without ever waiting for that loop.
 
-`anyio.from_thread` and portals wait until the event loop has run the call; a training thread must not.
-A byte in a non-blocking socket pair does the same for one system call, on asyncio, uvloop and trio.
+`anyio.from_thread` and portals wait until the event loop has run the call; a training thread must not. What each
+backend offers below them only appends the call and wakes the loop: asyncio and uvloop with the pipe that they have
+registered for as long as they run, trio likewise. So a waker needs no file descriptor of its own, and a wait need not
+register one: that took most of its time.
 """
 
 import contextlib
-import socket
+import os
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 T = TypeVar("T")
-
-
-class _Socket(socket.socket):
-    """A socket that is closed with the last reference to it, without a warning."""
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class Waker:
     """One task waits, any thread wakes it. Wakes before the wait, or several at once, count as one.
 
-    Belongs to no event loop before the first wait. Holds two file descriptors until `close`, or until it is garbage.
+    Belongs to an event loop during a wait only.
     """
 
     def __init__(self) -> None:
-        reader, writer = socket.socketpair()
-        self._reader = _Socket(fileno=reader.detach())
-        # Set to None by the thread that closes; read once by each thread that wakes.
-        self._writer: _Socket | None = _Socket(fileno=writer.detach())
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
+        # Set by the threads that wake, cleared by the task after its wait.
+        self._is_woken = False
+        # Set by the task while it waits, taken by a thread that wakes. The task sets it and then looks at `_is_woken`;
+        # the thread does both the other way round, so one of the two sees the other.
+        self._wake_task: Callable[[], None] | None = None
 
     def wake(self) -> None:
         """Wake the waiting task, or the next one that waits. Any thread, also a signal handler; never blocks."""
-        # This reference keeps the descriptor open while we send, also if another thread closes the waker. So the byte
-        # cannot reach another file with the same number.
-        writer = self._writer
-        if writer is None:
-            return
-        try:
-            writer.send(b"\0")
-        except OSError:
-            # Full: the task is awake already. Broken: the reader was closed meanwhile.
-            pass
+        self._is_woken = True
+        wake_task, self._wake_task = self._wake_task, None
+        if wake_task is not None:
+            wake_task()
 
     async def wait(self) -> None:
         """Wait until woken. One task at a time. Cancellation: safe, no wake is lost."""
-        while True:
-            await anyio.wait_readable(self._reader)
+        if self._is_woken:
+            await anyio.lowlevel.checkpoint()
+        else:
+            woken = anyio.Event()
+            self._wake_task = _from_any_thread(woken.set)
             try:
-                self._reader.recv(4096)
-                return
-            # Readiness may be spurious.
-            except BlockingIOError:
-                continue
+                if not self._is_woken:
+                    await woken.wait()
+            finally:
+                self._wake_task = None
+        self._is_woken = False
 
     def close(self) -> None:
-        """Close the descriptors. No task may be waiting. Twice is fine."""
-        self._writer = None
-        self._reader.close()
+        """Wake no task any more. No task may be waiting. Twice is fine."""
+        self._wake_task = None
 
     def __enter__(self) -> Self:
         return self
@@ -71,15 +63,31 @@ class Waker:
         self.close()
 
 
+def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
+    """Return what has a function called by this event loop, soon. Any thread, also a signal handler; never blocks."""
+    loop: Any = anyio.lowlevel.current_token().native_token
+    call_soon = loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe
+    process = os.getpid()
+
+    def call() -> None:
+        # In a forked child there is no event loop, only its locks.
+        if os.getpid() == process:
+            # The event loop may have ended.
+            with contextlib.suppress(RuntimeError):
+                call_soon(function)
+
+    return call
+
+
 async def result_of(future: Future[T], waker: Waker | None = None) -> T:
     """Wait for a future that another thread completes. Any event loop. Cancellation: does not affect the future.
 
     Args:
         future: Completed, or cancelled, by any thread.
-        waker: To wait with, for callers that opened its descriptors in time; the caller closes it.
+        waker: To wait with.
     """
-    with contextlib.nullcontext(waker) if waker is not None else Waker() as waking:
-        future.add_done_callback(lambda _: waking.wake())
-        while not future.done():
-            await waking.wait()
+    waking = waker or Waker()
+    future.add_done_callback(lambda _: waking.wake())
+    while not future.done():
+        await waking.wait()
     return future.result()

@@ -146,6 +146,12 @@ class CostWatch:
             on_loop: True if it was the event loop's thread.
         """
         is_watched = not self.warning and not self._steps.has_ended
+        if stretch.wall < SPAN and stretch.started - self._window_start <= WINDOW:
+            # Too short for all but its share of a core, like most.
+            window_cpu = self._window_cpu + stretch.computed
+            if window_cpu < SHARE * WINDOW or not is_watched:
+                self._window_cpu = window_cpu
+                return
         computed = 0.0 if was_importing(stretch.started) else stretch.computed
         computes = computed >= STRETCH and computed >= STRETCH_SHARE * stretch.held
         if on_loop and stretch.held > HOLD_WARNING and not (computes and (is_watched or self.warning)):

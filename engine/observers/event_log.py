@@ -63,9 +63,9 @@ class EventLog(Callback):
         if run.dir is None:
             # The run could not have its directory: only `TrainEnd` comes, and there is no place for it.
             return
-        self._path = run.dir / FILE_NAME
         self._waiting.append(event)
         if not isinstance(event, Sample) or time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
+            self._path = run.dir / FILE_NAME
             self._flush()
 
     def make_durable(self) -> None:

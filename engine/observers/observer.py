@@ -16,7 +16,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ from offloop.engine.bus.subscription import Barrier, Subscription
 from offloop.engine.callback import MAX_FAILURES_IN_ROW, Callback, Handlers
 from offloop.engine.errors import SubscriberTooSlowError, as_failure, describe, encodable, note_cancellation
 from offloop.engine.events import CallbackFailed, Event
-from offloop.engine.observers.cost_watch import CostWatch, Meter, Stretch
+from offloop.engine.observers.cost_watch import HOLD_WARNING, CostWatch, Meter, Stretch
 from offloop.engine.observers.driver import Driver, allowing_abandoned
 from offloop.engine.observers.worker import Worker
 
@@ -123,7 +123,8 @@ class Observer:
         # The rest belongs to the event loop; `costs` reads numbers from any thread.
         self._wall = self._held = self._longest_hold = 0.0
         self._watch = watch
-        self._handling: Event | None = None
+        # What the handlers on the event loop work at.
+        self._handling = "its work"
         self._publish = publish
         self._fail = fail
         self._places = Places(lambda: False) if places is None else places
@@ -165,14 +166,14 @@ class Observer:
     async def _serve(self, subscription: Subscription[Event]) -> None:
         while events := await subscription.take_batch(EVENTS_AT_ONCE):
             started = time.perf_counter()
-            for kind, group in itertools.groupby(events, self._place_of):
-                if kind == "barrier":
+            for place, group in self._by_place(events):
+                if place == "barrier":
                     for barrier in group:
                         await self._reach(barrier)
-                elif kind == "loop":
-                    await self._driver.drive(self._handle_on_loop(list(group)), self.account)
-                elif kind == "thread":
-                    await self._hand_to_thread(list(group), subscription)
+                elif place == "loop":
+                    await self._driver.drive(self._handle_on_loop(group), self.account)
+                elif place == "thread":
+                    await self._hand_to_thread(group, subscription)
             self._wall += time.perf_counter() - started
             # Deciders still need the barriers.
             if self.disabled and not self.handlers.deciders:
@@ -311,10 +312,20 @@ class Observer:
             # The bus has ended: the failure is in the log and in the result.
             logger.debug("a failure of %s came too late for an event", self.name)
 
-    def _place_of(self, event: Event | Barrier) -> str:
-        if isinstance(event, Barrier):
+    def _by_place(self, events: list[Event]) -> Iterator[tuple[str, list[Event]]]:
+        """Yield runs of events that are handled in the same place, in order, each with its place."""
+        classes = set(map(type, events))
+        # Nearly always all go to one place: that is not asked for each event.
+        if len(classes) == 1 or len({self._place_of(each) for each in classes}) == 1:
+            yield self._place_of(type(events[0])), events
+        else:
+            for place, group in itertools.groupby(events, lambda event: self._place_of(type(event))):
+                yield place, list(group)
+
+    def _place_of(self, event_class: type) -> str:
+        if event_class is Barrier:
             return "barrier"
-        return "nowhere" if self.disabled else self.handlers.place_of(type(event))
+        return "nowhere" if self.disabled else self.handlers.place_of(event_class)
 
     async def _reach(self, barrier: Any) -> None:
         result = barrier.on_reached()
@@ -322,19 +333,18 @@ class Observer:
             await result
 
     async def _handle_on_loop(self, events: list[Event]) -> None:
-        handler_for, run = self.handlers.handler_for, self.run
+        handler_for, run, clock = self.handlers.handler_for, self.run, time.perf_counter
         event_class, handler = None, None
-        turn = time.perf_counter()
+        turn = clock() + TURN
+        # What is done here for each event adds to every handler.
         for event in events:
-            if self.disabled:
-                return
-            if time.perf_counter() - turn > TURN:
-                await anyio.lowlevel.checkpoint()
-                turn = time.perf_counter()
-            if type(event) is not event_class:
-                event_class = type(event)
+            if event.__class__ is not event_class:
+                event_class = event.__class__
                 handler = handler_for(event_class)
-            self._handling = event
+                self._handling = event_class.__name__
+            if clock() > turn:
+                await anyio.lowlevel.checkpoint()
+                turn = clock() + TURN
             self._events += 1
             try:
                 await handler(event, run)  # type: ignore[misc]  # _place_of() chose events with a handler
@@ -342,8 +352,11 @@ class Observer:
                 if self._driver.is_ending(error):
                     raise
                 self.failed(event_class.__name__, error)
+                if self.disabled:
+                    return
             else:
-                self._failures_in_row = 0
+                if self._failures_in_row:
+                    self._failures_in_row = 0
 
     def _handle_in_thread(self, events: list[Event], subscription: Subscription[Event]) -> None:
         with self._places.worker(self.name, lambda: subscription.is_blocking):
@@ -353,12 +366,14 @@ class Observer:
         """Handle events in the worker thread."""
         actor.set(self.name)
         handler_for, run = self.handlers.handler_for, self.run
+        event_class, handler = None, None
         for event in events:
-            if self.disabled:
-                break
+            if event.__class__ is not event_class:
+                event_class = event.__class__
+                handler = handler_for(event_class)
             self._events += 1
             try:
-                result = handler_for(type(event))(event, run)  # type: ignore[misc]  # _place_of() chose it
+                result = handler(event, run)  # type: ignore[misc]  # _place_of() chose it
                 if result is not None and inspect.isawaitable(result):
                     if inspect.iscoroutine(result):
                         result.close()
@@ -368,21 +383,24 @@ class Observer:
                     )
             except BaseException as error:
                 self.failed(type(event).__name__, error)
+                if self.disabled:
+                    break
             else:
                 if self._generation != forked.generation:
                     forked.end_process(None)
-                self._failures_in_row = 0
+                if self._failures_in_row:
+                    self._failures_in_row = 0
 
     def account(self, stretch: Stretch) -> None:
         """Add a stretch for which a coroutine of the callback ran on the event loop without an await."""
-        held = stretch.held
+        # Short ones need no closer look, and there are many.
+        held = stretch.wall if stretch.wall <= HOLD_WARNING else stretch.held
         self._cpu += stretch.cpu
         self._held += held
         if held > self._longest_hold:
             self._longest_hold = held
         if self._watch is not None:
-            what = type(self._handling).__name__ if self._handling is not None else "its work"
-            self._watch.add(stretch, what, on_loop=True)
+            self._watch.add(stretch, self._handling, on_loop=True)
 
 
 async def _as_coroutine(awaitable: Awaitable[object]) -> object:

@@ -1,9 +1,7 @@
-"""engine/bus/waker.py: a byte that wakes a task, from any thread, at any time."""
+"""engine/bus/waker.py: a task is woken from any thread, at any time."""
 
-import gc
 import os
 import signal
-import socket
 import threading
 from concurrent.futures import Future
 
@@ -12,7 +10,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from offloop.engine.bus import waker as waker_module
 from offloop.engine.bus.waker import Waker, result_of
 
 
@@ -41,7 +38,7 @@ async def test_wakes_before_the_wait_count_as_one() -> None:
 
 
 @pytest.mark.anyio
-async def test_more_wakes_than_the_socket_holds_do_not_block() -> None:
+async def test_wakes_without_a_wait_do_not_block_or_add_up() -> None:
     with anyio.fail_after(5), Waker() as waker:
         for _ in range(100_000):
             waker.wake()
@@ -60,22 +57,6 @@ async def test_cancelled_wait_loses_no_wake() -> None:
             woken = True  # on uvloop the byte may come before the cancellation
         if not woken:
             await waker.wait()
-
-
-@pytest.mark.anyio
-async def test_spurious_readiness_is_no_wake(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[object] = []
-
-    async def ready_without_a_byte(reader: object) -> None:
-        looks.append(reader)
-        if len(looks) == 3:
-            waker.wake()
-        await anyio.lowlevel.checkpoint()
-
-    monkeypatch.setattr(anyio, "wait_readable", ready_without_a_byte)
-    with anyio.fail_after(5), Waker() as waker:
-        await waker.wait()
-    assert len(looks) == 3
 
 
 @pytest.mark.anyio
@@ -99,33 +80,100 @@ def test_waking_and_closing_after_the_end_is_fine() -> None:
     waker.wake()
 
 
-def test_wake_while_another_thread_closes_reaches_no_strangers_socket(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The number of a closed descriptor belongs to whoever opens the next one."""
+@pytest.mark.anyio
+@pytest.mark.uvloop
+async def test_no_wake_is_lost_however_it_meets_the_wait() -> None:
+    """A thread answers each wake with one: a lost one would stop both."""
+    ours, rounds = Waker(), 2000
+    theirs = threading.Semaphore(0)
 
-    def interrupted(writer: socket.socket, data: bytes) -> int:
-        number = writer.fileno()
-        waker.close()  # in another thread, between looking the number up and sending
-        open_numbers.append(writer.fileno() == number)
-        return len(data)
+    def answer() -> None:
+        for _ in range(rounds):
+            assert theirs.acquire(timeout=5)
+            ours.wake()
 
-    open_numbers: list[bool] = []
-    waker = Waker()
-    monkeypatch.setattr(waker_module._Socket, "send", interrupted)
-    waker.wake()
-    assert open_numbers == [True]
+    thread = threading.Thread(target=answer)
+    thread.start()
+    with anyio.fail_after(30):
+        for _ in range(rounds):
+            theirs.release()
+            await ours.wait()
+    thread.join()
 
 
-def test_forgotten_waker_is_closed_without_a_warning() -> None:
-    waker = Waker()
-    number = waker._reader.fileno()
-    circle: list[object] = [waker]
-    circle.append(circle)
-    del waker, circle
-    gc.collect()
-    with pytest.raises(OSError):
-        os.fstat(number)
+@pytest.mark.anyio
+@pytest.mark.uvloop
+async def test_a_task_that_is_woken_all_the_time_lets_others_run() -> None:
+    is_over = False
+
+    async def end() -> None:
+        nonlocal is_over
+        is_over = True
+
+    with anyio.fail_after(5), Waker() as waker:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(end)
+            while not is_over:
+                waker.wake()
+                await waker.wait()
+
+
+def test_waking_a_task_whose_event_loop_has_ended_is_fine() -> None:
+    for backend in ("asyncio", "trio"):
+        waker = Waker()
+        wakes: list[object] = []
+
+        async def keep(waker: Waker = waker, wakes: list[object] = wakes) -> None:
+            with anyio.move_on_after(0.001):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(waker.wait)
+                    await anyio.wait_all_tasks_blocked()
+                    wakes.append(waker._wake_task)
+
+        anyio.run(keep, backend=backend)
+        # A thread that took it just before.
+        waker._wake_task = wakes[0]  # type: ignore[assignment]
+        waker.wake()
+
+
+@pytest.mark.anyio
+async def test_a_forked_process_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a copy of the event loop, whose pipe and locks belong to the process that goes on."""
+    with anyio.fail_after(5), Waker() as waker:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(waker.wait)
+            await anyio.wait_all_tasks_blocked()
+            wake_task = waker._wake_task
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 0)
+                waker.wake()
+            await anyio.wait_all_tasks_blocked()
+            assert len(tasks_waiting()) == 1
+            waker._wake_task = wake_task
+            waker.wake()
+
+
+def tasks_waiting() -> list[anyio.TaskInfo]:
+    return [task for task in anyio.get_running_tasks() if "wait" in str(task.name)]
+
+
+@pytest.mark.anyio
+async def test_waiting_takes_no_file_descriptors() -> None:
+    async def wait() -> None:
+        with Waker() as waker:
+            await waker.wait()
+
+    def count() -> int:
+        return len(os.listdir("/dev/fd"))
+
+    before = count()
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        during = count()
+        tasks.cancel_scope.cancel()
+    assert during == before
 
 
 @pytest.mark.anyio
