@@ -142,7 +142,8 @@ class LeavesThread(InProcess):
             with notes.open("a") as file:
                 file.write("exit\n")
 
-        threading.Thread(target=work).start()
+        # Not a daemon, as threads that a worker thread starts are otherwise.
+        threading.Thread(target=work, daemon=False).start()
         atexit.register(at_exit)
 
     def close(self) -> None:
