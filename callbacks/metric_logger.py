@@ -17,7 +17,7 @@ from offloop.engine import (
     EpochEnd,
     Evaluated,
     LineFile,
-    Run,
+    RunHandle,
     StepEnd,
     TrainStart,
     ValidationEnd,
@@ -84,7 +84,7 @@ class MetricLogger(ValueLogger):
         self._tables: list[_Table] = []
         self._attempt = 0
 
-    def on_train_start(self, event: TrainStart, run: Run) -> None:
+    def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         until: Moment | None = None
         if event.attempt and event.resumed_at is not None:
             before = event.attempt - 1 if event.resumed_attempt is None else event.resumed_attempt
@@ -116,7 +116,7 @@ class MetricLogger(ValueLogger):
             for table in self._tables:
                 table.close()
 
-    def _complete(self, start: TrainStart, run: Run) -> None:
+    def _complete(self, start: TrainStart, run: RunHandle) -> None:
         """Write the rows that an earlier attempt did not write. Its event log is complete already."""
         assert run.dir is not None
         try:

@@ -37,7 +37,7 @@ from offloop.engine import (
     EpochEnd,
     EpochStart,
     Evaluated,
-    Run,
+    RunHandle,
     StateChanged,
     StepEnd,
     TrainEnd,
@@ -109,7 +109,7 @@ class ProgressBar(Callback):
     def reset(self) -> None:
         # Written by the callback's worker thread, read by the thread that draws; single values, replaced whole.
         self._display: _Display | None = None
-        self._run: Run | None = None
+        self._run: RunHandle | None = None
         self._start: TrainStart | None = None
         self._values: dict[str, float] = {}
         self._doing = ""
@@ -124,16 +124,16 @@ class ProgressBar(Callback):
         self._took: float | None = None
         self._began = time.monotonic()
 
-    def on_train_start(self, event: TrainStart, run: Run) -> None:
+    def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         self._start, self._run = event, run
         self._epoch, self._step = event.epoch, event.step
         self._began = time.monotonic()
         self._display = _join(self, self._given_file)
 
-    def on_epoch_start(self, event: EpochStart, run: Run) -> None:
+    def on_epoch_start(self, event: EpochStart, run: RunHandle) -> None:
         self._epoch = event.epoch
 
-    def on_step_end(self, event: StepEnd, run: Run) -> None:
+    def on_step_end(self, event: StepEnd, run: RunHandle) -> None:
         self._step, self._epoch = event.step, event.epoch
         if event.loss is not None:
             self._values["loss"] = event.loss
@@ -142,33 +142,33 @@ class ProgressBar(Callback):
         self._measure_speed(event)
         self._changed()
 
-    def on_validation_start(self, event: ValidationStart, run: Run) -> None:
+    def on_validation_start(self, event: ValidationStart, run: RunHandle) -> None:
         self._doing, self._validation = "validating", event
         self._changed()
 
-    def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
+    def on_validation_end(self, event: ValidationEnd, run: RunHandle) -> None:
         self._doing, self._validation = "", None
         self._values.update(event.metrics)
         # The time of the validation does not count as that of a step.
         self._speed_from = None
         self._changed()
 
-    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+    def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
         self._step = event.step
         self._values.update(event.metrics)
         self._changed()
 
-    def on_evaluated(self, event: Evaluated, run: Run) -> None:
+    def on_evaluated(self, event: Evaluated, run: RunHandle) -> None:
         self._values.update(event.metrics)
         self._changed()
 
-    def on_state_changed(self, event: StateChanged, run: Run) -> None:
+    def on_state_changed(self, event: StateChanged, run: RunHandle) -> None:
         self._doing = "" if event.state == "running" else event.state
         self._speed_from = None
         # The last line follows a "stopping" at once, with the same text.
         self._changed(now=event.state != "stopping")
 
-    def on_train_end(self, event: TrainEnd, run: Run) -> None:
+    def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
         self._step = max(self._step, event.step)
         self._doing, self._validation, self._took = event.status, None, event.seconds
         self._values.update(event.metrics)

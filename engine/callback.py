@@ -460,8 +460,8 @@ class Handlers:
         here = [*self.deciders, *(hook.point for hook in self.hooks)]
         if here:
             raise ConfigError(
-                f'{self.name} has runs_in="process" and {here[0]}, which runs in the training thread: split it into '
-                "two callbacks, and publish an event there for the one in the process"
+                f'{self.name} has runs_in="process" and {here[0]}, which runs in the training thread: leave '
+                "runs_in out, or split it into two callbacks, and publish an event there for the one in the process"
             )
 
     def _check_samples(self) -> None:

@@ -148,7 +148,9 @@ def test_callbacks_in_processes_write_the_same_files(tmp_path: Path) -> None:
     assert str(os.getpid()) not in pids
 
 
-@pytest.mark.parametrize("name", ["LearningCurves", "Alerts", "MLflowLogger", "WandbLogger"])
+@pytest.mark.parametrize(
+    "name", ["LearningCurves", "Alerts", "MetricLogger", "MLflowLogger", "ProgressBar", "WandbLogger"]
+)
 def test_process_of_a_callback_does_without_torch(name: str) -> None:
     script = f"import sys; from offloop.callbacks import {name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

@@ -111,7 +111,7 @@ def test_what_cannot_go_to_another_process_is_an_error_before_the_run_starts() -
 
 @pytest.mark.parametrize(("callback", "name"), [(Decides(), "on_epoch_end"), (Hooks(), "after_step")])
 def test_deciders_and_step_hooks_stay_in_the_training_thread(callback: Callback, name: str) -> None:
-    text = f'runs_in="process" and {name}, which runs in the training thread: split it into two callbacks'
+    text = f'runs_in="process" and {name}, which runs in the training thread: leave runs_in out, or split it'
     with pytest.raises(ConfigError, match=text):
         tiny_trainer().train(tiny_loader(), epochs=1, callbacks=[callback])
 
