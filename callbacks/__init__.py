@@ -57,4 +57,6 @@ _NAMES = {
     "weight_average": "WeightAverage",
 }
 
-__all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES)
+_EVENTS = "Alert GradientStatistics LayersMeasured ProfileWritten ResourceUsage"
+
+__all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES, events=_EVENTS)

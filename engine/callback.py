@@ -31,6 +31,7 @@ from offloop.engine.events import (
     TrainStart,
     ValidationEnd,
     ValidationStart,
+    define_now,
     known_events,
 )
 
@@ -428,7 +429,11 @@ class Handlers:
         return value
 
     def _check_known(self, attribute: str) -> None:
-        known = {"on_event", "on_sample"} | {event_class.handler_name for event_class in known_events()}
+        known = _handler_names()
+        if attribute not in known:
+            # An event of a built-in callback that the program does not use.
+            define_now()
+            known = _handler_names()
         if attribute not in known:
             near = nearest(attribute, known)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
@@ -485,6 +490,10 @@ class Handlers:
             ) from None
         except ValueError:  # pragma: no cover - a builtin without a signature
             pass
+
+
+def _handler_names() -> set[str]:
+    return {"on_event", "on_sample"} | {event_class.handler_name for event_class in known_events()}
 
 
 def lookup(callbacks: Iterable[Callback]) -> list[Handlers]:

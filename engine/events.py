@@ -17,7 +17,7 @@ This module imports neither torch nor anything that does I/O.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
@@ -68,6 +68,8 @@ NO_METRICS: Final = Metrics()
 NO_SETTINGS: Final = Settings()
 
 _registry: dict[str, "type[Event]"] = {}
+# Import the modules of event classes that are not defined yet. Appended by packages that load their names when used.
+_elsewhere: "list[Callable[[], object]]" = []
 
 
 def handler_name(class_name: str) -> str:
@@ -514,6 +516,17 @@ del _registry["UnknownEvent"]
 def event_class(tag: str) -> type[Event] | None:
     """Return the event class with a tag, None if none is defined here."""
     return _registry.get(tag)
+
+
+def define_later(load: Callable[[], object]) -> None:
+    """Have a function that imports event classes called when a handler has the name of no class defined so far."""
+    _elsewhere.append(load)
+
+
+def define_now() -> None:
+    """Define the event classes of `define_later`. Blocks while it imports."""
+    while _elsewhere:
+        _elsewhere.pop()()
 
 
 def known_events() -> Iterator[type[Event]]:

@@ -20,7 +20,9 @@ class Facade(NamedTuple):
     directory: Callable[[], list[str]]
 
 
-def lazy_facade(package: str, names: Mapping[str, str], modules: Iterable[str] = ()) -> Facade:
+def lazy_facade(
+    package: str, names: Mapping[str, str], modules: Iterable[str] = (), *, events: str = ""
+) -> Facade:
     """Return the facade of a package.
 
     Any thread may use it. A name is looked up once; from then on it is an ordinary attribute of the package.
@@ -29,6 +31,8 @@ def lazy_facade(package: str, names: Mapping[str, str], modules: Iterable[str] =
         package: The package's `__name__`.
         names: The public names, separated by spaces, by the module that has them, relative to the package.
         modules: Modules and packages that are attributes, too, without an import of their own.
+        events: Names that are event classes, separated by spaces: a handler named after one is known before it is
+            loaded.
     """
     homes = {name: module for module, of_module in names.items() for name in of_module.split()}
     modules = frozenset(modules)
@@ -47,4 +51,8 @@ def lazy_facade(package: str, names: Mapping[str, str], modules: Iterable[str] =
     def directory() -> list[str]:
         return sorted({*attributes, *homes, *modules})
 
+    if events:
+        from offloop.engine.events import define_later
+
+        define_later(lambda: [load(name) for name in events.split()])
     return Facade(sorted(homes), load, directory)

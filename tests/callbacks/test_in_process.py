@@ -15,6 +15,7 @@ from offloop.callbacks import (
     Alert,
     Alerts,
     Below,
+    CheckpointEvaluator,
     EarlyStopping,
     GradientMonitor,
     LayerStatistics,
@@ -39,8 +40,9 @@ pytestmark = [
 ]
 
 Place = Literal["here", "process"]
-ELSEWHERE = {MLflowLogger, WandbLogger}  # need their servers or processes: test_tracking.py
-HERE = "which runs in the training thread: split it"
+ELSEWHERE = {CheckpointEvaluator, MLflowLogger, WandbLogger}
+"""They need servers or processes: test_checkpoint_evaluator.py, test_tracking.py."""
+HERE = "which runs in the training thread: leave runs_in out"
 REFUSED: dict[type[Callback], str] = {
     ModelCheckpoint: HERE,
     EarlyStopping: HERE,
@@ -167,3 +169,16 @@ def test_place_is_checked_and_kept(kind: Any, monkeypatch: pytest.MonkeyPatch) -
     assert (There().runs_in, There(runs_in="here").runs_in) == ("process", "here")
     with pytest.raises(ConfigError, match="runs_in must be None, 'here' or 'process', got 'thread'"):
         kind(runs_in="thread")
+
+
+def test_events_of_built_in_callbacks_have_handlers_before_they_are_loaded() -> None:
+    script = (
+        "from offloop import Callback; from offloop.callbacks import ModelCheckpoint\n"
+        "from offloop.engine.callback import Handlers\n"
+        "names = 'alert', 'gradient_statistics', 'layers_measured', 'profile_written', 'resource_usage'\n"
+        "def handle(self, event, run): ...\n"
+        "kind = type('Mine', (Callback,), {f'on_{name}': handle for name in names})\n"
+        "assert len(Handlers(kind(), 'Mine').observed_types()) == 5"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
