@@ -154,7 +154,7 @@ class CheckpointEvaluator(Callback):
             self._judge(CheckpointReader(path.parent.parent).find(path), run)
 
     def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
-        if not self._has_seen_any:
+        if not (self._has_seen_any or self._evaluated):
             logger.warning(
                 "%s had nothing to evaluate: the run saved no checkpoint. Add ModelCheckpoint()",
                 type(self).__name__,
@@ -167,7 +167,7 @@ class CheckpointEvaluator(Callback):
         failure: str | None = None
         try:
             metrics = self._figures(info)
-        except Exception as error:
+        except BaseException as error:
             failure = traceback.format_exception_only(error)[-1].strip()
             raise
         finally:
@@ -188,7 +188,7 @@ class CheckpointEvaluator(Callback):
             made = unpack_structure(self._structure) if self.make_model is None else self.make_model()
             self._model = made.to(self.device)
         model = load_model(info, into=self._model).eval()
-        seed_generators(self._seed + info.step)
+        seed_generators((self._seed + info.step) % 2**63)
         with torch.no_grad():
             found = self.evaluate(model)
         if not isinstance(found, Mapping) or not found:
