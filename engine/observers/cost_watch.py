@@ -87,7 +87,7 @@ class Stretch(NamedTuple):
             # An import of ours kept the interpreter from the handler
             return min(self.wall, self.cpu)
         waited = self.switches * (sys.getswitchinterval() + SWITCH_LATENCY)
-        return max(min(self.cpu, self.wall), self.wall - waited)
+        return max(min(self.computed, self.wall), self.wall - waited)
 
 
 class Meter:

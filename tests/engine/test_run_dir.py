@@ -91,7 +91,7 @@ def test_text_that_cannot_be_encoded_is_written_escaped(
     assert (description["status"], description["reason"]) == ("failed", "ValueError: caf\\udce9")
     events = list(read_events(tmp_path / "run"))
     assert next(each.reason for each in events if isinstance(each, StateChanged)) == "caf\\udce9"
-    assert [each.by for each in events if isinstance(each, CommandApplied)] == ["user", "caf\\udce9"]
+    assert [each.by for each in events if isinstance(each, CommandApplied)] == ["Raises", "caf\\udce9"]
     assert isinstance(events[-1], TrainEnd) and events[-1].error == "ValueError: caf\\udce9"
 
 

@@ -72,6 +72,7 @@ def test_death_of_a_rank_is_seen_at_once_although_its_forked_children_live(
                 continue
             if each.family == socket.AF_INET:
                 tcp.append(number)
+            each.close()
         os.write(there, repr(tcp).encode())
         os.close(1), os.close(2)
         sys.stdin.read()

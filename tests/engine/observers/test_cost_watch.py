@@ -1,7 +1,6 @@
 """engine/observers/cost_watch.py: a callback that computes beside training is named, one that waits is not."""
 
 import logging
-import os
 import threading
 import time
 from typing import Any, Final
@@ -117,7 +116,8 @@ def wait_for_the_interpreter() -> None:
     other = threading.Thread(target=compute_all_the_time)
     other.start()
     for _ in range(5_000):
-        os.sched_yield()
+        # Long enough for the other thread to take the interpreter; `sched_yield` often gets it back at once.
+        time.sleep(20e-6)
     is_over.set()
     other.join()
 
@@ -185,7 +185,7 @@ def test_a_callback_that_only_waits_for_the_interpreter_is_not_named(
     result, messages = train(working(), caplog=caplog)
     costs = result.callback_costs[working.__name__]
     assert costs.warning == "" and not messages
-    # Each of its turns takes a switch interval.
+    # Each of its turns takes longer than a switch interval.
     assert costs.wall > 5_000 * SWITCH_INTERVAL > costs.held
 
 
@@ -248,9 +248,10 @@ def test_stretches_of_less_than_a_millisecond_count(
 
 
 class Watched:
-    """A callback and the steps of a run, whose times the test sets."""
+    """A callback and the steps of a run, whose times the test sets: later than any import of this process."""
 
     def __init__(self) -> None:
+        self.begin = time.perf_counter() + 1_000.0
         self.steps = StepTimes(0.0)
         self.watch = CostWatch(Handlers(Listens(), "Listens"), self.steps)
 
@@ -262,7 +263,7 @@ class Watched:
 
     def computes(self, *, on_loop: bool, step_time: float) -> None:
         """Train, compute for 0.3 s beside steps of a length, and train on."""
-        start = self.train(1000.0, 100, 0.001)
+        start = self.train(self.begin, 100, 0.001)
         self.watch.add(Stretch(start, 0.3, 0.3, 10), "StepEnd", on_loop=on_loop)
         self.train(self.train(start, round(0.3 / step_time), step_time), 100, 0.001)
 
@@ -299,15 +300,15 @@ def test_computing_that_lets_the_interpreter_go_is_not_named(
 def test_computing_on_a_busy_machine_is_named_and_a_handler_that_mostly_blocks_is_not() -> None:
     for wall, switches, is_named in ((4.0, 1500, True), (4.0, 10, False)):
         watched = Watched()
-        watched.watch.add(Stretch(1000.0, wall, 0.3, switches), "StepEnd", on_loop=False)
-        watched.train(1000.0, 3, 0.1)
+        watched.watch.add(Stretch(watched.begin, wall, 0.3, switches), "StepEnd", on_loop=False)
+        watched.train(watched.begin, 3, 0.1)
         assert bool(watched.watch.warning) == is_named
 
 
 def test_computing_is_named_without_figures_where_there_are_no_other_steps() -> None:
     watched = Watched()
-    watched.watch.add(Stretch(1000.0, 0.3, 0.3, 10), "StepEnd", on_loop=False)
-    watched.train(1000.0, 3, 0.1)
+    watched.watch.add(Stretch(watched.begin, 0.3, 0.3, 10), "StepEnd", on_loop=False)
+    watched.train(watched.begin, 3, 0.1)
     assert watched.watch.slowdown is None
     assert watched.watch.warning.startswith(
         "callback Listens computed for 0.30 s at a stretch while handling StepEnd, in the interpreter that training "
