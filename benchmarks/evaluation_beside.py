@@ -65,7 +65,7 @@ def main() -> None:
     report = Report(
         "What evaluating each checkpoint costs a run", ["what", "all steps", "the whole run", "goal"]
     )
-    rounds, epochs = (2, 2) if arguments.quick else (9, 8)
+    rounds, epochs = (2, 2) if arguments.quick else (5, 8)
     names = ("without", "without again", "beside", "inside")
     steps: dict[str, list[float]] = {name: [] for name in names}
     with report.measuring():
