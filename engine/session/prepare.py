@@ -128,7 +128,7 @@ def prepare(
         run_id=run_id,
         directory=None if base_dir is None else base_dir / run_id,
         handlers=handlers,
-        longest_drain=max(config.drain_timeout, *(each.drain_timeout or 0.0 for each in callbacks), 0.0),
+        longest_drain=max([config.drain_timeout, *(each.drain_timeout or 0.0 for each in callbacks)]),
         monitors=monitors,
         remote=None if config.remote is None or decision is not None else remote_run(config.remote, run_id),
         resume=resume_plan,

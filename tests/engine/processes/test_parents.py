@@ -207,6 +207,16 @@ def outcomes(script: Path, body: str, python: WarmPython) -> list[str]:
     return done.stdout.splitlines()
 
 
+def check_refused_or_costs_only_the_callback(lines: list[str]) -> None:
+    """First without a limit, then with ever higher ones: no run at first, later no process, in the end both."""
+    assert lines[0] == lines[-1] == "fine"
+    assert lines[1].startswith("refused:")
+    assert any(
+        "its process: CallbackProcessError: the process of Mine could not be started" in each
+        for each in lines
+    )
+
+
 def test_a_limit_of_file_descriptors_refuses_the_run_or_costs_only_the_callback(
     tmp_path: Path, warm_python: WarmPython
 ) -> None:
@@ -222,12 +232,7 @@ for more in (0, 2, 8, 14, 17, 20, 23, 40):
 """,
         warm_python,
     )
-    assert lines[0] == lines[-1] == "fine"
-    assert lines[1].startswith("refused:")
-    assert any(
-        "its process: CallbackProcessError: the process of Mine could not be started" in each
-        for each in lines
-    )
+    check_refused_or_costs_only_the_callback(lines)
 
 
 def test_a_limit_of_processes_refuses_the_run_or_costs_only_the_callback(
@@ -250,12 +255,7 @@ for more in (0, 1, 2, 5):
 """,
         warm_python,
     )
-    assert lines[0] == lines[-1] == "fine"
-    assert lines[1].startswith("refused:")
-    assert any(
-        "its process: CallbackProcessError: the process of Mine could not be started" in each
-        for each in lines
-    )
+    check_refused_or_costs_only_the_callback(lines)
 
 
 def test_a_limit_of_memory_refuses_the_run_or_costs_only_the_callback(
