@@ -157,16 +157,16 @@ class Mailbox:
         Raises:
             RunEndedError: The run ended before the command applied.
         """
-        with Waker() as waker:
+        waker = Waker()
+        with self._lock:
+            self._awaiting.add(waker.wake)
+        try:
+            future.add_done_callback(lambda _: waker.wake())
+            while not future.done() and not self.is_blocked_on_others:
+                await waker.wait()
+        finally:
             with self._lock:
-                self._awaiting.add(waker.wake)
-            try:
-                future.add_done_callback(lambda _: waker.wake())
-                while not future.done() and not self.is_blocked_on_others:
-                    await waker.wait()
-            finally:
-                with self._lock:
-                    self._awaiting.discard(waker.wake)
+                self._awaiting.discard(waker.wake)
         return future.result() if future.done() else None
 
     def let_go(self, future: Future[Any], go_on: Callable[[], None]) -> None:

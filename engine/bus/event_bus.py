@@ -377,7 +377,6 @@ class Bus:
     def end(self) -> None:
         """End at once; events in the queue are lost. Event loop, or any thread once the event loop is gone."""
         self._subscribers.end()
-        self._waker.close()
 
     def _hand_over(self, limit: int | None = None) -> int:
         """Take out what has gathered, number it, and put it into the buffers. Returns how many there were."""

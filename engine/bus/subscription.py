@@ -251,7 +251,7 @@ class Subscription(Generic[E_co]):
         while not self._has_arrived() and not self._closed:
             if threading.get_ident() == self._source.thread:
                 # It may be left from a wait before the drainer ran.
-                self._close_waker()
+                self._waker = None
                 arrived = anyio.Event()
                 # The drainer runs in this event loop, so it has put nothing in since the check above.
                 self._wake_consumer = arrived.set
@@ -268,12 +268,12 @@ class Subscription(Generic[E_co]):
                     if not self._has_arrived() and not self._closed:
                         await waker.wait()
                 except BaseException:
-                    self._close_waker()
+                    self._waker = None
                     raise
                 finally:
                     self._wake_consumer = None
         if self._closed:
-            self._close_waker()
+            self._waker = None
         return bool(self._events)
 
     def _has_arrived(self) -> bool:
@@ -286,11 +286,6 @@ class Subscription(Generic[E_co]):
         if len(self._events) > max(1, self.buffer // 2):
             return True
         return self._waits_for_samples and self._source.clock() >= self._samples_due
-
-    def _close_waker(self) -> None:
-        if self._waker is not None:
-            self._waker.close()
-            self._waker = None
 
     def __aiter__(self) -> AsyncIterator[E_co]:
         return self

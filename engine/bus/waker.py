@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -52,16 +52,6 @@ class Waker:
                 self._wake_task = None
         self._is_woken = False
 
-    def close(self) -> None:
-        """Wake no task any more. No task may be waiting. Twice is fine."""
-        self._wake_task = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
 
 def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
     """Return what has a function called by this event loop, soon. Any thread, also a signal handler; never blocks."""
@@ -79,15 +69,10 @@ def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
-async def result_of(future: Future[T], waker: Waker | None = None) -> T:
-    """Wait for a future that another thread completes. Any event loop. Cancellation: does not affect the future.
-
-    Args:
-        future: Completed, or cancelled, by any thread.
-        waker: To wait with.
-    """
-    waking = waker or Waker()
-    future.add_done_callback(lambda _: waking.wake())
+async def result_of(future: Future[T]) -> T:
+    """Wait for a future that another thread completes. Any event loop. Cancellation: does not affect the future."""
+    waker = Waker()
+    future.add_done_callback(lambda _: waker.wake())
     while not future.done():
-        await waking.wait()
+        await waker.wait()
     return future.result()

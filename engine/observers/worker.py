@@ -79,7 +79,6 @@ class Worker:
             self._jobs.put(None)
             if not self.is_abandoned:
                 self._thread.join()
-        self._waker.close()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

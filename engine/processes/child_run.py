@@ -190,12 +190,12 @@ class ChildRun(RunHandle):
 
     async def _wait_for(self, future: Future[T]) -> T | None:
         assert isinstance(future, _Future)
-        with Waker() as waker:
-            future.wake = waker.wake
-            future.add_done_callback(lambda _: waker.wake())
-            while not (future.done() or future.is_accepted):
-                await waker.wait()
-            future.wake = _no_one
+        waker = Waker()
+        future.wake = waker.wake
+        future.add_done_callback(lambda _: waker.wake())
+        while not (future.done() or future.is_accepted):
+            await waker.wait()
+        future.wake = _no_one
         return future.result() if future.done() else None
 
     def _is_plain(self) -> bool:

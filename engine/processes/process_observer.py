@@ -197,7 +197,6 @@ class ProcessObserver(Observer):
             if self._is_alive():
                 self._child.kill()
             self._child.join(REAP)
-            self._answered.close()
             self._worker.close()
 
     async def _answers(self) -> bool:

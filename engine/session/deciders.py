@@ -151,9 +151,9 @@ class Deciders:
             finally:
                 decided.set()
 
+        cancelled = Waker()
         try:
             with (
-                Waker() as cancelled,
                 self._mailbox.on_cancel(cancelled.wake),
                 allowing_abandoned(lambda: driver),
             ):
@@ -180,9 +180,6 @@ class Deciders:
                         )
                         end()
                     tasks.cancel_scope.cancel()
-        # No file descriptors are left for the waker
-        except OSError as error:
-            failures.append(error)
         finally:
             self._answer(answers, as_failure(failures[0]) if failures else None)
 

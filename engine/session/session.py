@@ -316,13 +316,12 @@ class Session:
         Args:
             started: Called when the run continues by itself.
         """
-        # The waker before the supervisor: with no file descriptors left, nothing has begun yet.
-        with self.claimed(), Waker() as ended:
+        with self.claimed():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self.supervise)
                 try:
                     started(self.run)
-                    await result_of(self.finished, ended)
+                    await result_of(self.finished)
                 except BaseException:
                     self.lifetime.cancel("the task that awaited it was cancelled")
                     raise
@@ -334,7 +333,7 @@ class Session:
         An exception in the body stops the run, a failing run cancels the body; neither is wrapped in a group.
         """
         in_body: BaseException | None = None
-        with self.claimed(), Waker() as ended:
+        with self.claimed():
             async with anyio.create_task_group() as tasks:
                 with anyio.CancelScope() as body:
                     tasks.start_soon(self.supervise, body.cancel)
@@ -348,7 +347,7 @@ class Session:
                             with contextlib.suppress(RunEndedError):
                                 reason = f"{type(error).__name__} in the block of the run"
                                 self.mailbox.give(Stop(reason), by="user")
-                        await result_of(self.finished, ended)
+                        await result_of(self.finished)
                     except BaseException:
                         if not body.cancel_called:
                             self.lifetime.cancel("the task of its block was cancelled")
@@ -512,7 +511,6 @@ class Session:
             except Exception:
                 logger.exception("run %s could not say goodbye to the other ranks", self.run_id)
         self.lifetime.phase = result.status
-        self._thread_ended.close()
         self._release()
         self.finished.set_result(self.result)
 
@@ -552,12 +550,7 @@ async def _in_thread(name: str, function: Callable[[], None]) -> None:
 
     Cancellation: the thread ends by itself.
     """
-    try:
-        worker = Worker(name)
-    # No file descriptors are left for its waker
-    except OSError:
-        function()
-        return
+    worker = Worker(name)
     try:
         await worker.run(function, else_here=True)
     finally:

@@ -157,7 +157,6 @@ class PredictionStream(AsyncIterator[Any]):
                     cancellation = error
         # Returns immediately: the thread is already exiting.
         self._thread.join()
-        self._waker.close()
         if self._error is not None:
             logger.error("a prediction failed after its reader had left", exc_info=self._error)
         if cancellation is not None:
