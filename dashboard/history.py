@@ -23,8 +23,8 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from offloop.dashboard.chart_frame import Float64s, Gap, NonFinite
 from offloop.dashboard.column import BLOCK, Column
-from offloop.dashboard.protocol import Float64s, Gap, NonFinite
 from offloop.engine import checks
 
 HISTORY_BYTES: Final = 256 * 1024 * 1024

@@ -30,12 +30,9 @@ JSON cannot express NaN and infinities: they are sent as `"NaN"`, `"Infinity"` a
 """
 
 import math
-import struct
 from typing import Any, Final, Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from offloop.engine import (
     Command,
@@ -58,6 +55,8 @@ MAX_CHART_FRAME: Final = 256 * 1024
 """Bytes above which a snapshot or an answer is split into parts."""
 MAX_SERIES_SHOWN: Final = 200
 """Most curves on one viewer's screen."""
+MAX_OVERLAID: Final = 9
+"""Most runs whose curves a viewer receives beside those of the watched one."""
 MAX_POINTS: Final = 4_000
 """Most points of one curve in a snapshot or an answer, unless all are requested."""
 
@@ -87,6 +86,7 @@ State = Literal[
     "stopped",
     "cancelled",
     "failed",
+    "lost",
 ]
 
 
@@ -197,6 +197,46 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
                 return Validate()
 
 
+class ListRuns(FromViewer, frozen=True, kw_only=True, tag="list"):
+    """Ask for the list of runs with their figures: answered by `rows`, and by more of them when rows change."""
+
+    on: bool = True
+    """False: no further `rows`."""
+
+
+class Overlay(FromViewer, frozen=True, kw_only=True, tag="overlay"):
+    """Also send the curves of these runs, beside the watched one; replaces the runs of the message before.
+
+    Each new one starts with `run`, `status`, `series` and `latest`, as the watched run does, without its milestones.
+    `show` and `range` say by `run` which run they are about. Runs that the server does not have are left out.
+    """
+
+    runs: list[str]
+    """Keys, at most `MAX_OVERLAID`."""
+
+
+class Edit(FromViewer, frozen=True, kw_only=True, tag="edit"):
+    """Change what people say about a run. Control role only; answered by `ack`.
+
+    It is kept in the run's directory; nothing on disk is renamed. None leaves a field as it is.
+    """
+
+    id: str
+    """As in `CommandRequest`."""
+    run: str
+    """Key of the run."""
+    version: int
+    """`RunRow.version` that the change is based on. If the run has another one by now, the change is rejected."""
+    name: str | None = None
+    """Name to show instead of the run's id, at most 200 characters; empty for the id."""
+    tags: list[str] | None = None
+    """At most 50 tags of at most 100 characters."""
+    note: str | None = None
+    """At most 16,384 characters."""
+    archived: bool | None = None
+    """Archived runs are hidden in lists."""
+
+
 class Visibility(FromViewer, frozen=True, kw_only=True, tag="visible"):
     """Whether the page is visible. A hidden page draws nothing and does not count as slow."""
 
@@ -210,7 +250,9 @@ class Ping(FromViewer, frozen=True, kw_only=True, tag="ping"):
     """Any number; returned in the answer."""
 
 
-ViewerMessage = Hi | Watch | Show | Drawn | RangeQuery | CommandRequest | Visibility | Ping
+ViewerMessage = (
+    Hi | Watch | Show | Drawn | RangeQuery | CommandRequest | ListRuns | Overlay | Edit | Visibility | Ping
+)
 
 
 # Server to viewer --------------------------------------------------------------------------------
@@ -256,6 +298,69 @@ class Runs(FromServer, frozen=True, kw_only=True, tag="runs"):
     runs: list[RunSummary]
 
 
+class Figure(msgspec.Struct, frozen=True, array_like=True):
+    """A metric of a run in the list of runs, `[last, best]` on the wire."""
+
+    last: Any
+    """Last value; may be `"NaN"`, ..."""
+    best: float | None = None
+    """Best finite value, if it is known whether lower or higher is better."""
+
+
+class RunRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A run in the list of runs, with its figures."""
+
+    key: str
+    id: str
+    """Its `run_id`."""
+    name: str
+    """What it is called: the name that somebody gave it, or its id."""
+    state: State
+    why: str = ""
+    """Why it is in this state or cannot be read, for people; empty if there is nothing to say."""
+    live: bool = False
+    """True if this server's process trains it: it takes commands here."""
+    page: str | None = None
+    """Address of the page of the process that trains it, without a token; None if there is none."""
+    attempt: int = 0
+    host: str = ""
+    directory: str | None = None
+    started: float
+    """Unix time in seconds of its first attempt; 0 if unknown."""
+    heard: float = 0.0
+    """Unix time of the newest known event, or of its end."""
+    seconds: float = 0.0
+    """Duration of the last attempt so far."""
+    step: int = 0
+    progress: float | None = None
+    """Share of the run done, from 0 to 1, if known."""
+    monitor: str = ""
+    """Metric that defines the best checkpoint."""
+    figures: dict[str, Figure] = {}
+    """Metrics by name."""
+    hyperparameters: dict[str, Any] = {}
+    """What the run was made with, by flat name (`optimizer.lr`), secrets masked."""
+    tags: list[str] = []
+    note: str = ""
+    archived: bool = False
+    version: int = 0
+    """Grows with each edit of name, tags, note and archive mark."""
+    sparkline: list[float] = []
+    """At most 32 values of the monitored metric, or of the loss, from the first to the last."""
+
+
+class Rows(FromServer, frozen=True, kw_only=True, tag="rows"):
+    """Rows of the list of runs that are new or have changed, after `list`. At most once a second, at most 200 rows."""
+
+    rows: list[RunRow]
+    removed: list[str] = []
+    """Keys of runs that are gone."""
+    more: bool = False
+    """True: further rows of the first answer follow."""
+    total: int = 0
+    """Number of runs in the list."""
+
+
 class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     """Fixed facts about the watched run. Later messages are about this run."""
 
@@ -295,6 +400,10 @@ class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     """Commands that this run rejects, and why: `{"validate": "there is no val_loader"}`."""
     callbacks: list[str] = []
     """Names of its callbacks, which commands have in `by`."""
+    hyperparameters: dict[str, Any] = {}
+    """What the run was made with, by flat name (`optimizer.lr`), secrets masked."""
+    page: str | None = None
+    """For a run of another process: address of that process's page, without a token; None if it has none."""
 
 
 class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -416,138 +525,6 @@ class Bye(FromServer, frozen=True, kw_only=True, tag="bye"):
     """The server is about to close the connection."""
 
     reason: str
-
-
-# Chart frames ------------------------------------------------------------------------------------
-
-
-class NonFinite(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive points of one curve without a finite value, `[start, end, kind, count]` on the wire."""
-
-    start: float
-    """Step of the first point."""
-    end: float
-    """Step of the last point."""
-    kind: Literal["nan", "inf", "-inf", "mixed"]
-    count: int
-
-
-class Gap(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive steps whose samples were dropped, `[after, before, count]`: no line is drawn across."""
-
-    after: float
-    """Last step before the gap."""
-    before: float
-    """First step after the gap."""
-    count: int
-    """Missing steps."""
-
-
-class ChartColumn(msgspec.Struct, frozen=True, kw_only=True):
-    """One curve in the header of a chart frame."""
-
-    id: int
-    points: int
-    """Length of its columns."""
-    dense: bool = False
-    """True: the curve has a point in every row of the axis, and no column of indices."""
-    reduced: bool = False
-    """True: neighbouring points are reduced to their minimum and maximum."""
-    marks: list[NonFinite] = []
-    """Where the curve is not finite; its column has NaN there. An entry that has grown is sent again, with the same
-    `start`."""
-
-
-class ChartHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="chart"):
-    """Header of a chart frame."""
-
-    run: str
-    kind: Literal["snapshot", "delta", "range"]
-    """`snapshot` replaces the curves it names, `delta` is appended to them, `range` answers a query."""
-    query: int | None = None
-    """Number of the answered query."""
-    more: bool = False
-    """True: the answer continues in another chart frame, whose points are appended."""
-    rows: int
-    """Length of the axis columns `step`, `time` and `epoch`."""
-    series: list[ChartColumn]
-    gaps: list[Gap] = []
-    """Gaps that touch this frame, identified by `after`."""
-    trimmed: float | None = None
-    """Step before which the history holds only minima and maxima."""
-
-
-Float64s = npt.NDArray[np.float64]
-
-
-class ChartFrame(msgspec.Struct, kw_only=True):
-    """A decoded chart frame."""
-
-    header: ChartHeader
-    step: Float64s
-    """Steps, shape (rows,)."""
-    time: Float64s
-    """Unix time in seconds, shape (rows,)."""
-    epoch: Float64s
-    """Number of epochs done with a fraction, shape (rows,)."""
-    values: list[Float64s]
-    """Values by curve, shape (points,)."""
-    indices: list[npt.NDArray[np.uint32]]
-    """Row of every point by curve, shape (points,)."""
-
-
-_encode_header = msgspec.json.Encoder().encode
-_decode_header = msgspec.json.Decoder(ChartHeader).decode
-
-
-def encode_chart(frame: ChartFrame) -> bytes:
-    """Encode a chart frame, all little-endian.
-
-    u32         length of the header
-    header      JSON, padded with spaces so that the rest starts at a multiple of 8
-    f64 x rows  step, then time, then epoch
-    f64 x n     values, curve after curve in the order of the header
-    u32 x n     rows of the points, curve after curve, without dense curves
-    """
-    header = _encode_header(frame.header)
-    header += b" " * (-(4 + len(header)) % 8)
-    parts = [struct.pack("<I", len(header)), header]
-    parts += [column.astype("<f8", copy=False).tobytes() for column in (frame.step, frame.time, frame.epoch)]
-    parts += [values.astype("<f8", copy=False).tobytes() for values in frame.values]
-    for column, indices in zip(frame.header.series, frame.indices, strict=True):
-        if not column.dense:
-            parts.append(indices.astype("<u4", copy=False).tobytes())
-    return b"".join(parts)
-
-
-def decode_chart(data: bytes) -> ChartFrame:
-    """Decode a chart frame.
-
-    Raises:
-        ValueError: The bytes are no chart frame. (`msgspec.DecodeError` is a ValueError.)
-    """
-    if len(data) < 4:
-        raise ValueError(f"a chart frame has at least 4 bytes, got {len(data)}")
-    (length,) = struct.unpack_from("<I", data)
-    header = _decode_header(data[4 : 4 + length])
-    counts = [header.rows] * 3 + [column.points for column in header.series]
-    sparse = [0 if column.dense else column.points for column in header.series]
-    if len(data) != 4 + length + 8 * sum(counts) + 4 * sum(sparse):
-        raise ValueError(f"the chart frame has {len(data)} bytes, its header implies another length")
-    offset = 4 + length
-    columns = []
-    for count in counts:
-        columns.append(np.frombuffer(data, "<f8", count, offset))
-        offset += 8 * count
-    indices = []
-    for column in header.series:
-        if column.dense:
-            indices.append(np.arange(header.rows, dtype=np.uint32))
-        else:
-            indices.append(np.frombuffer(data, "<u4", column.points, offset))
-            offset += 4 * column.points
-    step, time, epoch, *values = columns
-    return ChartFrame(header=header, step=step, time=time, epoch=epoch, values=values, indices=indices)
 
 
 # Text messages -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_link import MemoryLink, PageModel
 
+from offloop.dashboard.chart_frame import decode_chart
 from offloop.dashboard.frames import DELTA_POINTS
 from offloop.dashboard.hub import ENDED_RUNS_KEPT, Hub
 from offloop.dashboard.live_run import LiveRun
@@ -31,7 +32,6 @@ from offloop.dashboard.protocol import (
     Role,
     Show,
     Watch,
-    decode_chart,
     decode_viewer_message,
 )
 from offloop.dashboard.viewer import MAX_WAITING_TEXTS

@@ -5,6 +5,8 @@ export const SUBPROTOCOL = "offloop.v1";
 export const PROTOCOL_VERSION = 1;
 /** Curves that one viewer can have on its screen at a time. */
 export const MAX_SERIES_SHOWN = 200;
+/** Runs that one viewer can lay over the watched one. */
+export const MAX_OVERLAID = 9;
 /** Seconds between two pings. */
 export const HEARTBEAT = 5;
 
@@ -27,7 +29,8 @@ export type RunState =
   | "completed"
   | "stopped"
   | "cancelled"
-  | "failed";
+  | "failed"
+  | "lost";
 export type CommandName = "pause" | "resume" | "stop" | "set_lr" | "checkpoint" | "validate";
 
 // Viewer to server
@@ -79,6 +82,27 @@ export interface CommandRequest {
   ttl?: number;
 }
 
+export interface ListRuns {
+  type: "list";
+  on?: boolean;
+}
+
+export interface Overlay {
+  type: "overlay";
+  runs: string[];
+}
+
+export interface Edit {
+  type: "edit";
+  id: string;
+  run: string;
+  version: number;
+  name?: string;
+  tags?: string[];
+  note?: string;
+  archived?: boolean;
+}
+
 export interface Visibility {
   type: "visible";
   visible: boolean;
@@ -89,7 +113,18 @@ export interface Ping {
   sent: number;
 }
 
-export type ViewerMessage = Hi | Watch | Show | Drawn | RangeQuery | CommandRequest | Visibility | Ping;
+export type ViewerMessage =
+  | Hi
+  | Watch
+  | Show
+  | Drawn
+  | RangeQuery
+  | CommandRequest
+  | ListRuns
+  | Overlay
+  | Edit
+  | Visibility
+  | Ping;
 
 // Server to viewer, text
 
@@ -117,6 +152,43 @@ export interface Runs {
   runs: RunSummary[];
 }
 
+/** Last value, and the best finite one if it is known which way is better. */
+export type Figure = [WireNumber | null, number | null];
+
+export interface RunRow {
+  key: string;
+  id: string;
+  name: string;
+  state: RunState;
+  why: string;
+  live: boolean;
+  page: string | null;
+  attempt: number;
+  host: string;
+  directory: string | null;
+  started: number;
+  heard: number;
+  seconds: number;
+  step: number;
+  progress: number | null;
+  monitor: string;
+  figures: Record<string, Figure>;
+  hyperparameters: Record<string, unknown>;
+  tags: string[];
+  note: string;
+  archived: boolean;
+  version: number;
+  sparkline: number[];
+}
+
+export interface Rows {
+  type: "rows";
+  rows: RunRow[];
+  removed: string[];
+  more: boolean;
+  total: number;
+}
+
 export interface RunInfo {
   type: "run";
   key: string;
@@ -142,6 +214,10 @@ export interface RunInfo {
   refused: Partial<Record<CommandName, string>>;
   /** Names of its callbacks, as commands have them in `by`; an older server does not send it. */
   callbacks?: string[];
+  /** By flat name, as `optimizer.lr`. */
+  hyperparameters?: Record<string, unknown>;
+  /** Of a run of another process: the address of that one's page, without a token. */
+  page?: string | null;
 }
 
 export interface SeriesInfo {
@@ -224,7 +300,8 @@ export interface MilestonesMissed {
 export interface Ack {
   type: "ack";
   id: string;
-  name: CommandName;
+  /** A command, or `edit`. */
+  name: CommandName | "edit";
   state: "accepted" | "applied" | "rejected" | "expired";
   step: number | null;
   why: string;
@@ -252,11 +329,12 @@ export type ServerMessage =
   | MilestonesMissed
   | Ack
   | Pong
-  | Bye;
+  | Bye
+  | Rows;
 
 const SERVER_MESSAGES: Record<ServerMessage["type"], true> = {
   hello: true, runs: true, run: true, series: true, latest: true, status: true,
-  milestone: true, missed: true, ack: true, pong: true, bye: true,
+  milestone: true, missed: true, ack: true, pong: true, bye: true, rows: true,
 };
 
 /** Read a text message; null for one of a kind that this page does not know. Throws on what is no message. */

@@ -7,10 +7,10 @@ from typing import Any
 import anyio
 import msgspec
 
+from offloop.dashboard.chart_frame import ChartFrame, decode_chart
 from offloop.dashboard.protocol import (
     Ack,
     Bye,
-    ChartFrame,
     CommandRequest,
     Drawn,
     FromViewer,
@@ -25,7 +25,6 @@ from offloop.dashboard.protocol import (
     Series,
     Show,
     Status,
-    decode_chart,
     encode_message,
 )
 
