@@ -54,6 +54,7 @@ from websockets.typing import Subprotocol
 from offloop.dashboard import Dashboard
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.options import Options
+from offloop.dashboard.run_source import ProcessRun
 from offloop.dashboard.server import Server
 from offloop.engine import Callback, Metrics, Run, StepEnd, Trainer, TrainerConfig, TrainStart
 
@@ -289,7 +290,7 @@ def measure_opening(curves: int, points: int, rounds: int) -> tuple[list[float],
     trainer_for(TINY).train(TINY.batches()[:1], epochs=1, callbacks=[catch])
     server = Server(Options(port=0))
     try:
-        live = LiveRun(catch.run, catch.start)
+        live = LiveRun(ProcessRun(catch.run), catch.start)
         names = [f"curve_{number}" for number in range(curves - 2)]
         for step in range(1, points + 1):
             values = Metrics(

@@ -1,43 +1,29 @@
 """LiveRun: what viewers can know about one run. Reads its events; keeps curves, status and milestones.
 
-Only the dashboard's thread uses a `LiveRun` and its parts; of `Run` they use the thread-safe attributes only.
+One thread at a time uses a `LiveRun` and its parts. What they need of the run besides its events is its `RunSource`.
 """
 
 import itertools
-import os
-import platform
 import re
-import sys
-import time
-import traceback
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import msgspec
 
 from offloop.dashboard.frames import Frames
 from offloop.dashboard.history import HISTORY_BYTES, History
-from offloop.dashboard.masking import masked, masked_command
 from offloop.dashboard.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
-from offloop.dashboard.protocol import (
-    CommandName,
-    Latest,
-    RunInfo,
-    RunSummary,
-    SeriesInfo,
-    Status,
-    number,
-)
+from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
+from offloop.dashboard.run_source import RunSource
 from offloop.dashboard.units import unit_of
 from offloop.engine import (
     EpochEnd,
     EpochStart,
     Evaluated,
     Event,
-    Run,
     Sample,
     StateChanged,
     StepEnd,
@@ -76,10 +62,9 @@ class LiveRun:
 
     def __init__(
         self,
-        run: Run,
+        source: RunSource,
         start: TrainStart,
         *,
-        optimizers: Sequence[str] = (),
         history_bytes: int = HISTORY_BYTES,
         milestone_bytes: int = MILESTONE_BYTES,
         taken: Container[str] = (),
@@ -87,17 +72,16 @@ class LiveRun:
         """Begin with a run's first event.
 
         Args:
-            run: The run.
+            source: The run.
             start: Its first event.
-            optimizers: Names of its optimizers. The run may be over by now and its trainer gone.
             history_bytes: Limit of the memory for curves.
             milestone_bytes: Limit of the memory for milestones.
             taken: Keys of other runs.
         """
         # None after `finish`, unless the run went silent.
-        self.run: Run | None = run
-        self.name = run.id
-        key = run.id if start.attempt == 0 else f"{run.id}#{start.attempt}"
+        self.source: RunSource | None = source
+        self.name = source.id
+        key = source.id if start.attempt == 0 else f"{source.id}#{start.attempt}"
         # Runs without a directory may share a name.
         again = itertools.chain([key], (f"{key}~{number}" for number in itertools.count(2)))
         self.key = next(each for each in again if each not in taken)
@@ -126,36 +110,8 @@ class LiveRun:
         self._data = self._compute = 0.0
         self._dropped = 0
         self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
-        self.info = self._describe(run, optimizers)
-
-    # Fixed facts
-
-    def _describe(self, run: Run, optimizers: Sequence[str]) -> RunInfo:
-        start = self._start
-        return RunInfo(
-            key=self.key,
-            name=run.id,
-            attempt=start.attempt,
-            host=platform.node(),
-            pid=os.getpid(),
-            command=[Path(sys.argv[0]).name, *masked_command(sys.argv[1:])],
-            commit=None if run.dir is None else _commit_of(run.dir),
-            directory=None if run.dir is None else str(run.dir),
-            started=start.time,
-            device=start.device,
-            world_size=start.world_size,
-            parameters=start.parameters,
-            epochs=start.epochs,
-            max_steps=start.max_steps,
-            max_time=start.max_time,
-            steps_per_epoch=start.steps_per_epoch,
-            batches_per_epoch=start.batches_per_epoch,
-            optimizers=list(optimizers) if len(optimizers) > 1 else [],
-            monitor=run.monitor,
-            config=masked(start.config),
-            callbacks=list(run.callback_costs),
-            refused={name: why for name, why in run.refused.items() if name in get_args(CommandName)},
-        )
+        # Fixed facts
+        self.info = source.describe(self.key, start)
 
     @property
     def is_over(self) -> bool:
@@ -167,13 +123,13 @@ class LiveRun:
         if self.end is None:
             self._is_silent = True
         else:
-            self.run = None
+            self.source = None
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        if self.run is not None:
-            return self.run.step
+        if self.source is not None:
+            return self.source.step
         assert self.end is not None
         return self.end.step
 
@@ -187,8 +143,8 @@ class LiveRun:
         """State of the run, one of the protocol's `State`."""
         if self.end is not None:
             return self.end.status
-        assert self.run is not None
-        state = self.run.state
+        assert self.source is not None
+        state = self.source.state
         if state in FINAL_STATES:
             if self._is_silent:
                 return state
@@ -220,14 +176,14 @@ class LiveRun:
             elif isinstance(event, TrainEnd):
                 self._end(event)
         self.history.check_size()
-        self._note_moment()
+        if events:
+            self._note_moment(events[-1].time)
         return self.milestones.add(milestones)
 
     def _end(self, event: TrainEnd) -> None:
         self.end = event
-        failure = None if self.run is None else self.run.failure
-        if event.status == "failed" and failure is not None:
-            self._traceback = "".join(traceback.format_exception(failure))
+        if event.status == "failed" and self.source is not None:
+            self._traceback = self.source.traceback()
         if event.failed_step is not None and event.failed_loss is not None:
             # The step has no `StepEnd`.
             self._loss = event.failed_loss
@@ -309,8 +265,8 @@ class LiveRun:
             if len(self._ids) >= MAX_CURVES:
                 return
             curve = self._ids[key] = self.history.add_curve()
-            assert self.run is not None
-            self.series.append(describe_series(curve, key, self.run, units))
+            assert self.source is not None
+            self.series.append(describe_series(curve, key, self.source, units))
         self.history.curves[curve].append(row, float(value), step)
 
     def _epoch_of(self, event: Event) -> float:
@@ -323,14 +279,13 @@ class LiveRun:
 
     # Status
 
-    def _note_moment(self) -> None:
-        now, moments = time.time(), self._moments
+    def _note_moment(self, newest: float) -> None:
+        assert self.source is not None
+        now, moments = self.source.moment(newest), self._moments
         step = 0 if self._last_step is None else self._last_step.step
         if now - moments[-1].time < 0.2 and len(moments) > 1:
             return
-        assert self.run is not None
-        costs = self.run.callback_costs.values()
-        decided, in_step = sum(cost.decided for cost in costs), sum(cost.in_step for cost in costs)
+        decided, in_step = self.source.callback_seconds
         # Step hooks run within the time of their step.
         compute = self._compute - in_step
         moments.append(_Moment(now, step, self._samples, self._data, compute, decided + in_step))
@@ -339,9 +294,9 @@ class LiveRun:
 
     def status(self, *, viewers: int, is_control: bool) -> Status:
         """Return the current status, for a role."""
-        now = time.time()
-        state, last = self.state, self._last_step
+        state, last, source = self.state, self._last_step, self.source
         ended = self.end is not None
+        now = self.started if source is None else source.now()
         since = self._moments[0]
         upto = self._moments[-1]
         seconds = max(upto.time - since.time, 1e-9)
@@ -370,9 +325,9 @@ class LiveRun:
             compute_share=min(1.0, max(0.0, upto.compute - since.compute) / seconds),
             callback_share=min(1.0, (upto.callbacks - since.callbacks) / seconds),
             validating=state == "validating",
-            saving=self.run is not None and self.run.is_saving,
+            saving=source is not None and source.is_saving,
             stalled=stalled,
-            waiting_for=place_of(self.run.stack()) if self.run and stalled is not None and is_control else "",
+            waiting_for=place_of(source.stack()) if source and stalled is not None and is_control else "",
             dropped=self._dropped,
             trimmed=self.history.trimmed,
             viewers=viewers,
@@ -424,7 +379,7 @@ class LiveRun:
 # Parts of events and settings --------------------------------------------------------------------
 
 
-def describe_series(curve: int, key: str, run: Run, units: Mapping[str, str]) -> SeriesInfo:
+def describe_series(curve: int, key: str, source: RunSource, units: Mapping[str, str]) -> SeriesInfo:
     """Return how a metric is drawn: `val_loss` in the panel `loss`, `layer/0/mean` in the group `layer`.
 
     The rates of parameter groups, such as `lr/head`, share the panel of the run's `lr`.
@@ -448,7 +403,7 @@ def describe_series(curve: int, key: str, run: Run, units: Mapping[str, str]) ->
         panel=panel,
         group=panel.partition("/")[0] if "/" in panel else "",
         label=label,
-        better=run.direction_of(key),
+        better=source.direction_of(key),
         unit=unit_of(key, units),
     )
 
@@ -486,12 +441,3 @@ def place_of(stack: str) -> str:
         return ""
     file, line, name = places[-1]
     return f"{Path(file).name}:{line}, in {name}"
-
-
-def _commit_of(directory: Path) -> str | None:
-    try:
-        git = msgspec.json.decode((directory / "run.json").read_bytes()).get("git") or {}
-    except (OSError, msgspec.DecodeError, AttributeError):
-        return None
-    commit = git.get("commit")
-    return f"{commit}{' with changes' if git.get('dirty') else ''}" if isinstance(commit, str) else None

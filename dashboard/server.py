@@ -31,6 +31,7 @@ from offloop.dashboard.options import Options
 from offloop.dashboard.page import Page
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
 from offloop.dashboard.requests import Peer, Requests
+from offloop.dashboard.run_source import ProcessRun
 from offloop.dashboard.security import Gate, UserKey, new_token
 from offloop.engine import Event, Run, Subscription, TrainStart
 from offloop.engine.bus.threads import Latch, Thread
@@ -290,9 +291,8 @@ class Server:
         self, run: Run, start: TrainStart, optimizers: Sequence[str], subscription: Subscription[Event]
     ) -> None:
         live = LiveRun(
-            run,
+            ProcessRun(run, optimizers),
             start,
-            optimizers=optimizers,
             history_bytes=self.options.history_bytes,
             milestone_bytes=self.options.milestone_bytes,
             taken=self.hub.runs,

@@ -101,7 +101,7 @@ class ViewerCommands:
         return None
 
     def _give(self, request: CommandRequest, by: str) -> Future[Any]:
-        run = self._runs[request.run].run
+        run = self._runs[request.run].source
         assert run is not None
         command = request.command()
         if isinstance(command, Stop) and request.checkpoint and "checkpoint" not in run.refused:

@@ -20,7 +20,7 @@ import pytest
 from socket_viewer import await_on_loop
 from warm_python import ScriptProcess, WarmPython
 
-from offloop.dashboard import callback, live_run
+from offloop.dashboard import callback, live_run, run_source
 from offloop.dashboard.page import Page as BuiltPage
 from offloop.engine import Metrics, Sample
 
@@ -509,10 +509,10 @@ def test_question_mark_lists_the_keys(started: tuple[Training, Page]) -> None:
 def test_header_tells_how_many_ranks_train(
     training: Callable[..., Training], open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    describe = live_run.LiveRun._describe
+    describe = run_source.ProcessRun.describe
     monkeypatch.setattr(
-        live_run.LiveRun,
-        "_describe",
+        run_source.ProcessRun,
+        "describe",
         lambda *arguments: msgspec.structs.replace(describe(*arguments), world_size=4),
     )
     run = training().begin()

@@ -34,6 +34,7 @@ from offloop.dashboard.protocol import (
     Watch,
     decode_viewer_message,
 )
+from offloop.dashboard.run_source import ProcessRun
 from offloop.dashboard.viewer import MAX_WAITING_TEXTS
 from offloop.engine import (
     CallbackFailed,
@@ -93,6 +94,10 @@ class FakeRun:
         return future
 
 
+def source_of(run: FakeRun) -> ProcessRun:
+    return ProcessRun(run)  # type: ignore[arg-type]
+
+
 class Known:
     """A visitor who is admitted."""
 
@@ -113,7 +118,7 @@ class Stage:
         self.tasks = tasks
         self.hub = Hub(post=lambda function: function(), page="page", frame_interval=frame_interval)
         self.run = FakeRun()
-        self.live = LiveRun(self.run, TrainStart(run_id="run", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+        self.live = LiveRun(source_of(self.run), TrainStart(run_id="run", step=0, epoch=0, time=1.0))
         self.bus = Bus(run_id="run", flush_interval=1e-4)
         self.seq = 0
         self.step = 0
@@ -643,7 +648,7 @@ def test_what_a_viewer_says_may_cross_a_change_of_the_run(schedule: list[tuple[s
     """Its ids are those of the run that it knew when it spoke: they are never taken for another run's."""
 
     async def play(stage: Stage) -> None:
-        other = LiveRun(FakeRun("other"), TrainStart(run_id="other", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+        other = LiveRun(source_of(FakeRun("other")), TrainStart(run_id="other", step=0, epoch=0, time=1.0))
         stage.hub.runs[other.key] = other
         lives, page = [stage.live, other], PageModel()
         stage.steps(3, one=1.0, two=2.0)  # curves that the other run does not have
@@ -1036,7 +1041,7 @@ def test_a_defect_in_one_run_ends_that_run_here_and_leaves_the_others_alone() ->
         page, other = PageModel(), PageModel()
         link, other_link = stage.join(page), stage.join(other)
         await read(link, page)
-        live = LiveRun(FakeRun("broken"), TrainStart(run_id="broken", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+        live = LiveRun(source_of(FakeRun("broken")), TrainStart(run_id="broken", step=0, epoch=0, time=1.0))
         with pytest.raises(ExceptionGroup) as defects:
             await stage.hub.follow(live, Broken())  # type: ignore[arg-type]
         assert [str(each) for each in defects.value.exceptions] == ["a defect"]
@@ -1054,7 +1059,7 @@ def test_a_defect_in_one_run_ends_that_run_here_and_leaves_the_others_alone() ->
 def test_page_learns_how_many_ranks_a_run_has(world_size: int) -> None:
     async def play(stage: Stage) -> None:
         start = TrainStart(run_id="ranks", step=0, epoch=0, time=1.0, world_size=world_size)
-        live = LiveRun(FakeRun("ranks"), start)  # type: ignore[arg-type]
+        live = LiveRun(source_of(FakeRun("ranks")), start)
         stage.hub.runs[live.key] = live
         page = PageModel()
         link = stage.join(page)
@@ -1100,7 +1105,7 @@ def test_a_slow_viewer_of_a_run_that_is_let_go_is_closed_like_any_other() -> Non
         stage.steps(1)
         stage.tell(TrainEnd(status="completed"))
         for number in range(ENDED_RUNS_KEPT):
-            live = LiveRun(FakeRun(f"{number}"), TrainStart(run_id="x", step=0, epoch=0, time=1.0))  # type: ignore[arg-type]
+            live = LiveRun(source_of(FakeRun(f"{number}")), TrainStart(run_id="x", step=0, epoch=0, time=1.0))
             live.take_in([TrainEnd(status="completed")])
             stage.hub.runs[live.key] = live
         stage.hub._forget_old_runs()
