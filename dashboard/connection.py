@@ -19,6 +19,7 @@ from offloop.dashboard.protocol import (
     Role,
     decode_viewer_message,
 )
+from offloop.dashboard.rows import RowCursor
 from offloop.dashboard.viewer import Viewer, ViewerTooSlowError
 from offloop.engine import OffloopError
 
@@ -80,6 +81,8 @@ class Connection:
         self.may_finish = False
         # The rate limit allows a chart frame.
         self.is_due = True
+        # What the viewer has of the list of runs; None if it did not ask for it.
+        self.rows: RowCursor | None = None
         self._sending_since: float | None = None
         self._scope = anyio.CancelScope()
         self._allowance = float(COMMANDS_PER_SECOND)
@@ -165,7 +168,12 @@ class Connection:
             if self.close is not None and not (self.may_finish and viewer.is_waiting):
                 self._scope.cancel()
                 return
+            rows = None if self.rows is None else self.rows.next()
+            if rows is not None and not await self._send(rows, text=True):
+                return
             if not self.gets_chart:
+                if rows is not None:
+                    continue
                 await self._wake.wait()
                 self._wake = anyio.Event()
                 continue

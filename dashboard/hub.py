@@ -25,6 +25,7 @@ from offloop.dashboard.protocol import (
     Drawn,
     Hello,
     Hi,
+    ListRuns,
     Ping,
     Pong,
     ProtocolError,
@@ -36,6 +37,7 @@ from offloop.dashboard.protocol import (
     decode_viewer_message,
     encode_message,
 )
+from offloop.dashboard.rows import RowCursor, RunList, row_of
 from offloop.dashboard.viewer import Viewer, ViewerTooSlowError
 from offloop.dashboard.viewer_commands import ViewerCommands
 from offloop.engine import Event, SubscriberTooSlowError, Subscription
@@ -75,6 +77,7 @@ class Hub:
         self.id = secrets.token_hex(8)
         # By key, oldest first.
         self.runs: dict[str, LiveRun] = {}
+        self.list = RunList()
         self.page = page
         self.connections: list[Connection] = []
         self._frame_interval = frame_interval
@@ -182,10 +185,21 @@ class Hub:
             connection.viewer.put_latest("runs", message)
             connection.wake()
 
+    def _send_rows(self) -> None:
+        """Send what has changed in the list of runs to the viewers that asked for it."""
+        listening = [each for each in self.connections if each.rows is not None]
+        for live in self.runs.values() if listening else ():
+            self.list.put(row_of(live))
+        for connection in listening:
+            if connection.rows is not None:
+                connection.rows.allow()
+            connection.wake()
+
     def _forget_old_runs(self) -> None:
         ended = [live for live in self.runs.values() if live.is_over]
         for live in ended[: max(0, len(ended) - ENDED_RUNS_KEPT)]:
             del self.runs[live.key]
+            self.list.remove(live.key)
             newest = next(reversed(self.runs.values()))
             for connection in self._watching(live):
                 self._watch(connection, newest)
@@ -206,6 +220,8 @@ class Hub:
             for key, live in self.runs.items():
                 if is_slow_beat or key in self._changed:
                     self._send_status(live, with_latest=is_slow_beat)
+            if is_slow_beat:
+                self._send_rows()
             await anyio.sleep(min(STATUS_INTERVAL * self._share, SLOW_INTERVAL))
 
     @property
@@ -299,6 +315,13 @@ class Hub:
                 viewer.ask(message)
             case CommandRequest():
                 self._commands.request(connection, message)
+            case ListRuns():
+                if not message.on:
+                    connection.rows = None
+                elif connection.rows is None:
+                    for live in self.runs.values():
+                        self.list.put(row_of(live))
+                    connection.rows = RowCursor(self.list)
             case Visibility():
                 viewer.visible = message.visible
                 # A hidden page draws nothing: its time to draw starts now.

@@ -27,6 +27,7 @@ from offloop.dashboard.protocol import (
     MAX_CHART_FRAME,
     CommandRequest,
     Hi,
+    ListRuns,
     Ping,
     RangeQuery,
     Role,
@@ -34,6 +35,7 @@ from offloop.dashboard.protocol import (
     Watch,
     decode_viewer_message,
 )
+from offloop.dashboard.rows import MAX_FIGURES, row_of
 from offloop.dashboard.run_source import ProcessRun
 from offloop.dashboard.viewer import MAX_WAITING_TEXTS
 from offloop.engine import (
@@ -1125,3 +1127,63 @@ def test_a_run_that_falls_silent_ends_like_the_run() -> None:
         assert stage.live.state == "completed" and stage.live.is_over
 
     run_async(play)
+
+
+@with_page
+async def test_a_list_is_answered_and_kept_up_to_date(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    stage.steps(40)
+    stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.5)))
+    stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.25)))
+    stage.tell(ValidationEnd(metrics=Metrics(val_loss=math.nan)))
+    await read(link, page)
+    assert not page.rows, "nobody asked"
+    link.say(ListRuns())
+    await read(link, page)
+    mine = page.rows["run"]
+    assert (mine.id, mine.state, mine.live, mine.step, mine.monitor) == (
+        "run",
+        "running",
+        True,
+        40,
+        "val_loss",
+    )
+    assert mine.figures["val_loss"].last == "NaN" and mine.figures["val_loss"].best == 0.25
+    assert mine.figures["loss"].last == 1 / 40 and mine.figures["lr"].best is None
+    assert mine.sparkline == [0.5, 0.25]
+    assert mine.started == 1.0 and mine.heard == stage.seq
+
+    stage.steps(1)
+    await read(link, page)
+    assert page.rows["run"].step == 40, "not with each step"
+    stage.hub._send_rows()  # as the beat does once a second
+    await read(link, page)
+    assert page.rows["run"].step == 41
+    link.say(ListRuns(on=False))
+    await read(link, page)
+    stage.tell(TrainEnd(status="failed", error="ValueError: no"))
+    stage.hub._send_rows()
+    await read(link, page)
+    assert page.rows["run"].state == "running", "it does not listen"
+    link.say(ListRuns())
+    await read(link, page)
+    assert (page.rows["run"].state, page.rows["run"].why) == ("failed", "ValueError: no")
+    assert not page.rows["run"].live
+
+
+@with_page
+async def test_of_two_thousand_metrics_the_first_and_the_monitored_are_listed(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    stage.tell(StepEnd(step=1, loss=1.0, lr=0.1, metrics=Metrics({f"m{n}": float(n) for n in range(1_900)})))
+    stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.5)))
+    figures = row_of(stage.live).figures
+    assert len(figures) == MAX_FIGURES + 1
+    assert "val_loss" in figures and "m0" in figures and "m1899" not in figures
+
+
+@with_page
+async def test_a_run_without_a_step_has_a_row(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    mine = row_of(stage.live)
+    assert (mine.key, mine.state, mine.figures, mine.sparkline, mine.heard) == ("run", "waiting", {}, [], 1.0)

@@ -20,7 +20,9 @@ from offloop.dashboard.protocol import (
     Milestone,
     MilestonesMissed,
     Pong,
+    Rows,
     RunInfo,
+    RunRow,
     Runs,
     Series,
     Show,
@@ -29,7 +31,7 @@ from offloop.dashboard.protocol import (
 )
 
 ServerMessage = (
-    Hello | Runs | RunInfo | Series | Latest | Status | Milestone | MilestonesMissed | Ack | Pong | Bye
+    Hello | Runs | RunInfo | Series | Latest | Status | Milestone | MilestonesMissed | Ack | Pong | Bye | Rows
 )
 _messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 
@@ -102,6 +104,8 @@ class PageModel:
         self.pending: dict[str, CommandRequest] = {}
         self.bye: str | None = None
         self.runs: list[str] = []
+        self.rows: dict[str, RunRow] = {}
+        self.rows_messages: list[Rows] = []
         self.owes_drawn = 0
         self.ranges: list[ChartFrame] = []
         self.keys: list[str] = []
@@ -157,6 +161,11 @@ class PageModel:
                 self.bye = message.reason
             case Runs():
                 self.runs = [run.key for run in message.runs]
+            case Rows():
+                self.rows_messages.append(message)
+                self.rows |= {row.key: row for row in message.rows}
+                for key in message.removed:
+                    self.rows.pop(key, None)
 
     def _chart(self, frame: ChartFrame) -> None:
         self.owes_drawn += 1
