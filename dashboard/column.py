@@ -75,6 +75,15 @@ class Column:
             self._blocks.append(np.array(self._tail[:BLOCK]))
             del self._tail[:BLOCK]
 
+    def extend(self, numbers: npt.NDArray[Any]) -> None:
+        """Add many numbers at the end; shape (n,), of the column's kind. The full blocks among them are sealed."""
+        joined = np.concatenate((np.array(self._tail), numbers), dtype=self._tail.typecode)
+        full = len(joined) - len(joined) % BLOCK
+        self._blocks += [joined[start : start + BLOCK].copy() for start in range(0, full, BLOCK)]
+        # The same array, because `append` is bound to it.
+        del self._tail[:]
+        self._tail.frombytes(joined[full:].tobytes())
+
     def drop(self, count: int) -> None:
         """Drop the first `count` numbers."""
         whole, rest = divmod(count + self._gone, BLOCK)

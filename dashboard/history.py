@@ -70,6 +70,18 @@ class Axis:
                 column.seal()
         return self.rows - 1
 
+    def extend(self, step: Float64s, time: Float64s, epoch: Float64s) -> int:
+        """Add rows as `append` would one by one, and return the number of the first; shapes (n,)."""
+        first = self.rows
+        latest = []
+        for column, last, numbers in zip(self._dense.values(), self._last, (step, time, epoch), strict=True):
+            rising = np.maximum.accumulate(np.maximum(numbers, last))
+            column.extend(rising)
+            latest.append(float(rising[-1]))
+        self._last = (latest[0], latest[1], latest[2])
+        self.rows += len(step)
+        return first
+
     @property
     def bytes(self) -> int:
         """Bytes of the axis."""
@@ -171,7 +183,7 @@ class Curve:
         """Add a point; rows must ascend. A value that is not finite is stored as NaN and as a mark."""
         self.last = value
         if not math.isfinite(value):
-            self._mark(value, step)
+            self._mark(value, step, follows=self._ends_without_value)
             value = math.nan
         else:
             if self.least is None or value < self.least[0]:
@@ -185,13 +197,74 @@ class Curve:
         if not self.points % BUCKET:
             self._close_bucket(row)
 
-    def _mark(self, value: float, step: int) -> None:
+    def extend(self, rows: Rows, values: Float64s, steps: Float64s) -> None:
+        """Add points as `append` would one by one; shapes (n,), n > 0."""
+        finite = np.isfinite(values)
+        self.last = float(values[-1])
+        if finite.all():
+            stored = values
+        else:
+            for place in np.flatnonzero(~finite).tolist():
+                follows = not finite[place - 1] if place else self._ends_without_value
+                self._mark(float(values[place]), int(steps[place]), follows=follows)
+            stored = np.where(finite, values, math.nan)
+        if finite.any():
+            least = int(np.nanargmin(stored))
+            greatest = int(np.nanargmax(stored))
+            if self.least is None or stored[least] < self.least[0]:
+                self.least = float(stored[least]), int(steps[least])
+            if self.greatest is None or stored[greatest] > self.greatest[0]:
+                self.greatest = float(stored[greatest]), int(steps[greatest])
+        self._extend_levels(rows, stored)
+
+    def _extend_levels(self, rows: Rows, values: Float64s) -> None:
+        """Add points to level 0, and minima and maxima of the buckets that they complete to the levels above."""
+        # Buckets of this level that are complete, and in how many entries of it a bucket is.
+        entries, size, number = self.points, BUCKET, 0
+        self.points += len(values)
+        level = self.levels[0]
+        # Rows at which entries of this level were complete: for level 0, of each point.
+        completed = rows
+        while True:
+            pending = entries % BUCKET
+            waiting = pending * size // BUCKET
+            new_rows = np.concatenate((np.array(level.rows.last(waiting), np.uint32), rows))
+            new_values = np.concatenate((np.array(level.values.last(waiting)), values))
+            level.rows.extend(rows)
+            level.values.extend(values)
+            count = (pending + len(completed)) // BUCKET
+            if not count:
+                return
+            # The row of the entry that completes each bucket.
+            completed = completed[BUCKET - 1 - pending :: BUCKET]
+            buckets = new_values[: count * size].reshape(count, size)
+            empty = np.isnan(buckets)
+            least = np.where(empty, np.inf, buckets).argmin(axis=1)
+            greatest = np.where(empty, -np.inf, buckets).argmax(axis=1)
+            places = np.sort(np.stack((least, greatest), axis=1), axis=1)
+            flat = (places + size * np.arange(count)[:, None]).ravel()
+            rows, values = new_rows[flat], new_values[flat]
+            if number + 1 == len(self.levels):
+                self.levels.append(_Level())
+                self.levels[-1].start = level.start
+            number += 1
+            level = self.levels[number]
+            level.covered = int(completed[-1])
+            entries, size = entries // BUCKET, 2 * BUCKET
+
+    @property
+    def _ends_without_value(self) -> bool:
+        """True if the newest point is not finite."""
+        values = self.levels[0].values
+        return len(values) > 0 and math.isnan(values[-1])
+
+    def _mark(self, value: float, step: int, *, follows: bool) -> None:
+        """Record a point that is not finite; `follows` one that is not finite either, without a point in between."""
         kind: Literal["nan", "inf", "-inf", "mixed"] = (
             "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
         )
         before = self.marks[-1] if self.marks else None
-        # Whether no finite point is in between.
-        follows = before is not None and math.isnan(self.levels[0].values[-1])
+        follows = follows and before is not None
         if before is not None and (follows or len(self.marks) >= MAX_STRETCHES):
             kind = kind if follows and kind == before.kind else "mixed"
             self.marks[-1] = NonFinite(before.start, step, kind, before.count + 1)

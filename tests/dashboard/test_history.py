@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from offloop.dashboard.history import MAX_STRETCHES, Curve, History
+from offloop.dashboard.history import MAX_STRETCHES, Axis, Curve, History
 
 VALUES = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0]))
 
@@ -47,6 +47,60 @@ def test_all_points_come_back_as_they_were(values: list[float], every: int) -> N
     assert not reduced
     assert rows.tolist() == [place * every for place in range(len(values))]
     np.testing.assert_array_equal(found, [finite(value) for value in values])
+
+
+def state_of(curve: Curve) -> tuple[object, ...]:
+    """Return all that a curve knows."""
+    levels = [
+        (level.rows.read().tolist(), repr(level.values.read().tolist()), level.start, level.covered)
+        for level in curve.levels
+    ]
+    return levels, curve.marks, repr(curve.last), curve.least, curve.greatest, curve.points
+
+
+@given(values=st.lists(VALUES, max_size=1500), parts=st.lists(st.integers(1, 700), min_size=1, max_size=8))
+@settings(max_examples=60)
+def test_many_points_at_once_are_kept_as_one_by_one(values: list[float], parts: list[int]) -> None:
+    expected, curve = curve_of(values), Curve()
+    start, turn = 0, 0
+    while start < len(values):
+        part = np.array(values[start : start + parts[turn % len(parts)]])
+        if turn % 3 == 2:
+            for place, value in enumerate(part.tolist()):
+                curve.append(start + place, value, start + place)
+        else:
+            steps = np.arange(start, start + len(part), dtype=float)
+            curve.extend(steps.astype(np.uint32), part, steps)
+        start, turn = start + len(part), turn + 1
+    assert state_of(curve) == state_of(expected)
+
+
+@given(values=st.lists(VALUES, min_size=1, max_size=700), cut=st.integers(0, 700))
+def test_a_curve_goes_on_by_points_after_many_at_once(values: list[float], cut: int) -> None:
+    many = [float(number) for number in range(5000)]
+    expected, curve = curve_of([*many, *values]), Curve()
+    steps = np.arange(len(many) + cut % len(values), dtype=float)
+    every = np.array([*many, *values])
+    curve.extend(steps.astype(np.uint32), every[: len(steps)], steps)
+    for place in range(len(steps), len(every)):
+        curve.append(place, float(every[place]), place)
+    assert state_of(curve) == state_of(expected)
+
+
+@given(
+    stamps=st.lists(st.tuples(st.integers(0, 50), st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=99)
+)
+def test_many_rows_at_once_are_kept_as_one_by_one(stamps: list[tuple[int, float, float]]) -> None:
+    expected, axis = Axis(), Axis()
+    for stamp in stamps:
+        expected.append(*stamp)
+    half = len(stamps) // 2
+    for part in (stamps[:half], stamps[half:]):
+        if part:
+            axis.extend(*(np.array(column, float) for column in zip(*part, strict=True)))
+    rows = np.arange(len(stamps), dtype=np.uint32)
+    for name, column in expected.at(rows).items():
+        np.testing.assert_array_equal(axis.at(rows)[name], column)
 
 
 @given(
