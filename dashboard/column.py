@@ -7,13 +7,15 @@ contents within an hour.
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 BLOCK: Final = 4096
 """Numbers in a block: small enough that the growing last block is negligible."""
+UNSEALED: Final = 16
+"""Numbers at the end that `extend` and `of` leave for `last`."""
 
 
 class Column:
@@ -32,6 +34,15 @@ class Column:
         self._gone = 0
         self.append = self._tail.append
 
+    @classmethod
+    def of(cls, kind: Literal["d", "I"], numbers: npt.NDArray[Any]) -> Self:
+        """Return a column of these numbers, shape (n,). Full blocks are views of them: they must not change."""
+        column = cls(kind)
+        full = _sealed(len(numbers))
+        column._blocks = [numbers[start : start + BLOCK] for start in range(0, full, BLOCK)]
+        column._tail.frombytes(numbers[full:].tobytes())
+        return column
+
     def __len__(self) -> int:
         return BLOCK * len(self._blocks) + len(self._tail) - self._gone
 
@@ -43,7 +54,7 @@ class Column:
         return self._tail[place + BLOCK * (block - len(self._blocks))]
 
     def last(self, count: int) -> "array[Any]":
-        """Return the last numbers, which must have been added since the last `seal`."""
+        """Return the last numbers: at most those that were added since the last `seal`, or `UNSEALED`."""
         assert count <= len(self._tail)
         return self._tail[-count:]
 
@@ -76,9 +87,9 @@ class Column:
             del self._tail[:BLOCK]
 
     def extend(self, numbers: npt.NDArray[Any]) -> None:
-        """Add many numbers at the end; shape (n,), of the column's kind. The full blocks among them are sealed."""
+        """Add many numbers at the end, shape (n,), and seal the full blocks among them."""
         joined = np.concatenate((np.array(self._tail), numbers), dtype=self._tail.typecode)
-        full = len(joined) - len(joined) % BLOCK
+        full = _sealed(len(joined))
         self._blocks += [joined[start : start + BLOCK].copy() for start in range(0, full, BLOCK)]
         # The same array, because `append` is bound to it.
         del self._tail[:]
@@ -92,3 +103,8 @@ class Column:
             whole, rest = len(self._blocks), 0
         del self._blocks[:whole]
         self._gone = rest
+
+
+def _sealed(count: int) -> int:
+    """Return how many of `count` numbers are in full blocks."""
+    return max(0, count - UNSEALED) // BLOCK * BLOCK

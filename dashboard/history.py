@@ -17,14 +17,16 @@ Only one thread uses a history; nothing here waits or locks.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, Literal, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from offloop.dashboard.chart_frame import Float64s, Gap, NonFinite
 from offloop.dashboard.column import BLOCK, Column
+from offloop.dashboard.protocol import number as as_json
 from offloop.engine import checks
 
 HISTORY_BYTES: Final = 256 * 1024 * 1024
@@ -39,6 +41,26 @@ AXIS_BYTES: Final = 24
 Rows = npt.NDArray[np.uint32]
 AxisName = Literal["step", "time", "epoch"]
 AXES: Final[tuple[AxisName, ...]] = ("step", "time", "epoch")
+
+
+class AxisFacts(msgspec.Struct, frozen=True):
+    """What an axis is beside its columns."""
+
+    rows: int
+    first: int
+    last: tuple[Any, Any, Any]
+
+
+class CurveFacts(msgspec.Struct, frozen=True):
+    """What a curve is beside its columns; numbers that may not be finite are as in messages."""
+
+    points: int
+    last: Any
+    marks: list[NonFinite]
+    least: tuple[float, int] | None
+    greatest: tuple[float, int] | None
+    levels: list[tuple[int, int]]
+    """`start` and `covered` of each level."""
 
 
 class Axis:
@@ -119,11 +141,33 @@ class Axis:
             return int(self._old_rows[int(np.searchsorted(old, value))])
         return self._first + self._dense[name].search(value)
 
+    def facts(self) -> AxisFacts:
+        """Return what is needed beside `columns` to make this axis again."""
+        last = [as_json(each) for each in self._last]
+        return AxisFacts(self.rows, self._first, (last[0], last[1], last[2]))
+
+    def columns(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield all columns: rows of the trimmed part, its three columns, and the three of the kept part."""
+        yield self._old_rows
+        yield from self._old.values()
+        for column in self._dense.values():
+            yield column.read()
+
+    @classmethod
+    def of(cls, facts: AxisFacts, columns: Iterator[npt.NDArray[Any]]) -> Self:
+        """Make an axis of what another one returned; columns are views of what was given."""
+        axis = cls()
+        axis.rows, axis._first = facts.rows, facts.first
+        axis._last = (float(facts.last[0]), float(facts.last[1]), float(facts.last[2]))
+        axis._old_rows = next(columns)
+        axis._old = {name: next(columns) for name in AXES}
+        axis._dense = {name: Column.of("d", next(columns)) for name in AXES}
+        return axis
+
     def trim(self, first: int, referred: Rows) -> None:
         """Keep, of the rows before `first`, only those in `referred`, which is sorted."""
-        kept = referred[referred < first]
-        self._old = self.at(kept)
-        self._old_rows = kept
+        self._old = self.at(referred)
+        self._old_rows = referred
         for column in self._dense.values():
             column.drop(first - self._first)
         self._first = first
@@ -375,11 +419,36 @@ class Curve:
             # Keep points that the level above does not cover yet.
             self.levels[number].drop_before(min(row, self.levels[number + 1].covered + 1))
 
-    def referred(self) -> Iterable[Rows]:
-        """Yield the rows of the points, level by level."""
+    def facts(self) -> CurveFacts:
+        """Return what is needed beside `columns` to make this curve again."""
+        levels = [(level.start, level.covered) for level in self.levels]
+        return CurveFacts(self.points, as_json(self.last), self.marks, self.least, self.greatest, levels)
+
+    def columns(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield rows and values of each level."""
         for level in self.levels:
-            if len(level.rows):
-                yield level.rows.read()
+            yield level.rows.read()
+            yield level.values.read()
+
+    @classmethod
+    def of(cls, facts: CurveFacts, columns: Iterator[npt.NDArray[Any]]) -> Self:
+        """Make a curve of what another one returned; columns are views of what was given."""
+        curve = cls()
+        curve.points, curve.last, curve.marks = facts.points, float(facts.last), facts.marks
+        curve.least, curve.greatest = facts.least, facts.greatest
+        curve.levels = []
+        for start, covered in facts.levels:
+            level = _Level()
+            level.start, level.covered = start, covered
+            level.rows, level.values = Column.of("I", next(columns)), Column.of("d", next(columns))
+            curve.levels.append(level)
+        return curve
+
+    def referred(self, end: int) -> Iterable[Rows]:
+        """Yield the rows of the points before row `end`, level by level."""
+        for level in self.levels:
+            if count := level.rows.search(end):
+                yield level.rows.read(0, count)
 
 
 def _cut(level: _Level, first: int, end: int) -> tuple[Rows, Float64s]:
@@ -480,8 +549,11 @@ class History:
     def _trim_axis(self) -> None:
         # A curve with few points still has all of them: keep their rows, however old.
         first = max((curve.reduced_before for curve in self.curves), default=0)
-        rows = [rows for curve in self.curves for rows in curve.referred()]
-        self.axis.trim(first, np.unique(np.concatenate(rows)))
+        is_referred = np.zeros(first, bool)
+        for curve in self.curves:
+            for rows in curve.referred(first):
+                is_referred[rows] = True
+        self.axis.trim(first, np.flatnonzero(is_referred).astype(np.uint32))
 
     def columns(
         self, ids: Sequence[int], first: int, end: int, points: int | None, *, margin: bool = False
