@@ -12,12 +12,14 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from offloop.dashboard.frames import Frames
-from offloop.dashboard.history import HISTORY_BYTES, History
+from offloop.dashboard.history import HISTORY_BYTES, Curve, History
 from offloop.dashboard.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
 from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
 from offloop.dashboard.run_source import RunSource
+from offloop.dashboard.steps import MANY_STEPS, keys_of, values_of, with_steps_together
 from offloop.dashboard.units import unit_of
 from offloop.engine import (
     EpochEnd,
@@ -157,9 +159,9 @@ class LiveRun:
     def take_in(self, events: Sequence[Event]) -> list[KeptMilestone]:
         """Record events in their order and return the milestones among them."""
         milestones: list[Event] = []
-        for event in events:
-            if isinstance(event, StepEnd):
-                self._step_end(event)
+        for event, steps in with_steps_together(events):
+            if steps:
+                self._steps(steps)
                 continue
             if isinstance(event, Sample):
                 self._sample(event)
@@ -190,27 +192,34 @@ class LiveRun:
             row = self.history.axis.append(event.failed_step, event.time, self._epoch_of(event))
             self._point("loss", row, event.failed_loss, event.failed_step)
 
-    def _step_end(self, event: StepEnd) -> None:
-        last = self._last_step
-        if last is not None and event.step > last.step + 1:
-            missed = event.step - last.step - 1
-            self._dropped += missed
-            self.history.add_gap(last.step, event.step, missed)
-        self._last_step, self._loss = event, event.loss
-        self._samples += event.samples
-        self._data += event.data_time
-        self._compute += event.step_time
-        row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
-        step = event.step
-        if event.loss is not None:
-            self._point("loss", row, event.loss, step)
-        self._point("lr", row, event.lr, step)
-        for name, rate in event.lrs.items():
-            self._point(f"lr/{name}", row, rate, step)
-        if event.grad_norm is not None:
-            self._point("grad_norm", row, event.grad_norm, step)
-        for key, value in event.metrics.items():
-            self._point(key, row, value, step)
+    def _steps(self, events: Sequence[StepEnd]) -> None:
+        """Record steps that have the same figures."""
+        for event in events:
+            last = self._last_step
+            if last is not None and event.step > last.step + 1:
+                missed = event.step - last.step - 1
+                self._dropped += missed
+                self.history.add_gap(last.step, event.step, missed)
+            self._last_step, self._loss = event, event.loss
+            self._samples += event.samples
+            self._data += event.data_time
+            self._compute += event.step_time
+        if len(events) < MANY_STEPS:
+            for event in events:
+                row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
+                for key, value in zip(keys_of(event), values_of(event), strict=True):
+                    self._point(key, row, value, event.step)
+            return
+        steps = np.array([event.step for event in events], float)
+        times = np.array([event.time for event in events])
+        epochs = np.array([self._epoch_of(event) for event in events])
+        first = self.history.axis.extend(steps, times, epochs)
+        rows = np.arange(first, first + len(events), dtype=np.uint32)
+        values = np.array([values_of(event) for event in events], float)
+        for key, column in zip(keys_of(events[0]), np.ascontiguousarray(values.T), strict=True):
+            curve = self._curve(key)
+            if curve is not None:
+                curve.extend(rows, column, steps)
 
     def _metrics(self, event: ValidationEnd | EpochEnd) -> None:
         row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
@@ -260,14 +269,20 @@ class LiveRun:
     def _point(
         self, key: str, row: int, value: float, step: int, units: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        curve = self._ids.get(key)
-        if curve is None:
+        curve = self._curve(key, units)
+        if curve is not None:
+            curve.append(row, float(value), step)
+
+    def _curve(self, key: str, units: Mapping[str, str] = MappingProxyType({})) -> Curve | None:
+        """Return the curve of a metric, added if it is new; None if there are too many."""
+        number = self._ids.get(key)
+        if number is None:
             if len(self._ids) >= MAX_CURVES:
-                return
-            curve = self._ids[key] = self.history.add_curve()
+                return None
+            number = self._ids[key] = self.history.add_curve()
             assert self.source is not None
-            self.series.append(describe_series(curve, key, self.source, units))
-        self.history.curves[curve].append(row, float(value), step)
+            self.series.append(describe_series(number, key, self.source, units))
+        return self.history.curves[number]
 
     def _epoch_of(self, event: Event) -> float:
         """Return the number of epochs done, with a fraction."""

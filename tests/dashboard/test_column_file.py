@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from histories import content_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,16 +31,6 @@ def history_of(values: list[float], *, limit: int = LIMIT, curves: int = 2) -> H
             history.check_size()
     history.add_gap(1.0, 5.0, 3)
     return history
-
-
-def content_of(history: History) -> tuple[object, ...]:
-    """Return all that viewers can get of a history."""
-    axis, curves = history.columns(range(len(history.curves)), 0, history.axis.rows, None)
-    facts = [curve.facts() for curve in history.curves]
-    columns = {name: column.tolist() for name, column in axis.items()}
-    # NaN equals NaN in text.
-    points = repr([(id, rows.tolist(), values.tolist()) for id, rows, values, _ in curves])
-    return columns, points, facts, history.gaps
 
 
 @pytest.fixture
