@@ -17,6 +17,8 @@ export interface HeaderHost {
 
 /** Shares of the time in which a run is said to wait for something. */
 const MOSTLY = 0.5;
+/** An answer that takes longer is slow, milliseconds. */
+const SLOW = 500;
 
 class Figure {
   readonly element: HTMLElement;
@@ -45,6 +47,8 @@ class Figure {
   }
 }
 
+const OTHER = "Validation, checkpoints, pauses, and the loop itself";
+
 class Shares {
   readonly element: HTMLElement;
   readonly #bar = h("div", { class: "shares-bar", "aria-hidden": "true" });
@@ -52,14 +56,14 @@ class Shares {
   readonly #says = h("dt", {}, "Time goes to");
 
   constructor() {
-    this.#parts = ["data", "compute", "callbacks"].map((name) => ({
+    this.#parts = ["data", "compute", "callbacks", "other"].map((name) => ({
       name,
       segment: h("span", { class: `share share-${name}` }),
       value: h("span", { class: "share-value" }, format.NONE),
     }));
     this.#bar.append(...this.#parts.map(({ segment }) => segment));
     const legend = this.#parts.map(({ name, value }) =>
-      h("span", { class: "share-legend" }, h("i", { class: `share-${name}`, "aria-hidden": "true" }), `${name} `, value),
+      h("span", { class: "share-legend", title: name === "other" ? OTHER : null }, h("i", { class: `share-${name}`, "aria-hidden": "true" }), `${name} `, value),
     );
     this.element = h(
       "div",
@@ -70,7 +74,8 @@ class Shares {
   }
 
   update(status: Status | null): void {
-    const shares = [status?.data_share ?? 0, status?.compute_share ?? 0, status?.callback_share ?? 0];
+    const known = [status?.data_share ?? 0, status?.compute_share ?? 0, status?.callback_share ?? 0];
+    const shares = [...known, Math.max(0, 1 - known.reduce((sum, share) => sum + share))];
     this.#parts.forEach(({ segment, value }, index) => {
       const share = shares[index] ?? 0;
       segment.style.width = `${(Math.min(share, 1) * 100).toFixed(1)}%`;
@@ -100,12 +105,16 @@ export class Header {
   readonly #viewers = h("span", { class: "viewers" });
   readonly #bell: HTMLButtonElement;
   readonly #theme: HTMLButtonElement;
+  /** What a phone shows of the figures while the head is folded. */
+  readonly #brief = h("span", { class: "brief" });
+  readonly #fold: HTMLButtonElement;
   readonly #progress = h("progress", { class: "progress", max: 1, "aria-label": "Share of the run that is done", hidden: true });
   readonly #figures = {
-    step: new Figure("Step", "step"),
-    epoch: new Figure("Epoch", "epoch"),
-    left: new Figure("Time left", "left"),
     loss: new Figure("Loss", "loss"),
+    done: new Figure("Progress", "done"),
+    step: new Figure("Step", "step"),
+    left: new Figure("Time left", "left"),
+    epoch: new Figure("Epoch", "epoch"),
     lr: new Figure("Learning rate", "lr"),
     steps: new Figure("Steps/s", "steps"),
     samples: new Figure("Samples/s", "samples"),
@@ -122,23 +131,33 @@ export class Header {
     this.#theme = iconButton("auto", "", () => host.nextTheme());
     const keys = iconButton("keys", "Keys (?)", () => host.showKeys());
     keys.classList.add("keys-button");
+    this.#fold = iconButton("unfold", "Figures of the run", () => this.#setFolded(!this.element.classList.contains("folded")));
+    this.#fold.classList.add("fold-button");
     this.setTheme("auto");
     this.setNotify(false);
     this.element = h(
       "header",
-      { class: "head" },
+      { class: "head folded" },
       h(
         "div",
         { class: "head-top" },
         h("div", { class: "identity" }, this.#name, this.#pick),
         h("div", { class: "state" }, this.#pill, this.#aside, this.#readOnly, this.#detail),
-        h("div", { class: "meta" }, this.#link, this.#viewers, this.#bell, this.#theme, keys),
+        this.#brief,
+        h("div", { class: "meta" }, this.#link, this.#viewers, this.#bell, this.#theme, keys, this.#fold),
       ),
       this.#about,
       h("dl", { class: "figures" }, ...Object.values(this.#figures).map(({ element }) => element), this.#shares.element),
       this.#progress,
     );
     show(this.#pick, false);
+    this.#setFolded(true);
+  }
+
+  /** On a phone the head is one line until it is unfolded. */
+  #setFolded(folded: boolean): void {
+    this.element.classList.toggle("folded", folded);
+    setAttribute(this.#fold, "aria-expanded", String(!folded));
   }
 
   setTheme(theme: Theme): void {
@@ -160,7 +179,8 @@ export class Header {
     show(this.#aside, described.aside !== "");
     show(this.#readOnly, model.hello?.role === "read_only");
     this.#updateLink(link);
-    setText(this.#viewers, status && link.phase === "open" ? `${status.viewers} viewer${status.viewers === 1 ? "" : "s"}` : "");
+    const others = status && link.phase === "open" ? status.viewers - 1 : 0;
+    setText(this.#viewers, others > 0 ? `${others + 1} viewers` : "");
     this.#updateFigures(run, status);
   }
 
@@ -200,11 +220,11 @@ export class Header {
 
   #updateLink(link: Link): void {
     const open = link.phase === "open";
-    const latency = link.latency === null ? "" : ` ${link.latency < 1 ? "<1" : Math.round(link.latency)} ms`;
+    const latency = link.latency === null ? "" : `${link.latency < 1 ? "<1" : Math.round(link.latency)} ms`;
     const word = open ? "connected" : link.phase === "connecting" ? "connecting" : "not connected";
     setText(this.#linkWord, word);
-    setText(this.#latency, open ? latency : "");
-    setAttribute(this.#link, "title", open ? `${word}${latency && `, a message and its answer take${latency}`}` : word);
+    setText(this.#latency, open && (link.latency ?? 0) > SLOW ? `slow: ${latency}` : "");
+    setAttribute(this.#link, "title", open ? `${word}${latency && `, a message and its answer take ${latency}`}` : word);
     setAttribute(this.#link, "data-tone", open ? "live" : "off");
   }
 
@@ -220,12 +240,19 @@ export class Header {
     figures.left.label(ended ? "Took" : "Time left");
     if (ended) figures.left.set(format.duration(status?.seconds));
     else figures.left.set(format.duration(status?.time_left), status ? ` ${format.duration(status.seconds)} elapsed` : "");
-    figures.loss.set(format.number(loss), "", loss !== null && !Number.isFinite(loss) ? "bad" : "");
+    const lossTone = loss !== null && !Number.isFinite(loss) ? "bad" : "";
+    figures.loss.set(format.number(loss), "", lossTone);
+    setAttribute(this.#brief, "data-tone", lossTone || null);
     figures.lr.set(format.compact(status?.lr));
     figures.steps.set(format.perSecond(status?.steps_per_second ?? 0));
     figures.samples.set(format.perSecond(status?.samples_per_second ?? 0));
     this.#shares.update(status);
     const progress = status?.progress ?? null;
+    // Not 100 % before it is done
+    const percent = progress === null ? "" : format.percent(Math.floor(100 * progress) / 100);
+    show(figures.done.element, progress !== null);
+    figures.done.set(percent);
+    setText(this.#brief, [loss === null ? "" : format.number(loss), percent].filter(Boolean).join(" · "));
     show(this.#progress, progress !== null);
     if (progress !== null) this.#progress.value = progress;
     const tones: Record<string, string> = { completed: "good", failed: "bad", stopped: "off", cancelled: "off" };

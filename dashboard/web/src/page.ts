@@ -479,7 +479,7 @@ class Page {
     const state = described.word === "validating" ? "live" : described.word;
     if (state !== this.#announced) {
       this.#announced = state;
-      this.#announce(described.tone === "bad" && described.detail ? `${state}: ${described.detail}` : state);
+      this.#announce(described.tone === "bad" && described.cause ? `${state}: ${described.cause}` : state);
     }
   }
 

@@ -33,8 +33,10 @@ export interface Described {
   word: string;
   tone: Tone;
   sign: Sign;
-  /** Who, why or on what. */
+  /** Who, why or on what; empty where a notice says it. */
   detail: string;
+  /** Who, why or on what, in any case. */
+  cause: string;
   /** A further thing that goes on: a checkpoint is written. */
   aside: string;
   /** What to show where there is no run to show. */
@@ -68,6 +70,8 @@ interface Words {
   tone: Tone;
   sign: Sign;
   detail?: string;
+  /** If there is no detail because a notice says it. */
+  cause?: string;
 }
 
 export function describe(seen: Seen): Described {
@@ -77,6 +81,7 @@ export function describe(seen: Seen): Described {
   return {
     ...words,
     detail: words.detail ?? "",
+    cause: words.cause ?? words.detail ?? "",
     aside: status?.saving && !hasEnded(status.state) ? "writing a checkpoint" : "",
     stage: stage(seen),
     notices: notices(seen),
@@ -121,7 +126,7 @@ function runWords(model: Model): Words {
     case "starting":
       return { word: "starting", tone: "busy", sign: "none" };
     case "waiting":
-      return { word: "waiting for the first step", tone: "busy", sign: "none", detail: stalledOn(model) };
+      return { word: "waiting for the first step", tone: "busy", sign: "none", cause: stalledOn(model) };
     case "paused":
       return { word: "paused", tone: "warn", sign: "paused", detail: cause };
     case "stopping":
@@ -140,11 +145,11 @@ function runWords(model: Model): Words {
     case "cancelled":
       return { word: "cancelled", tone: "off", sign: "stopped", detail: cause };
     case "failed":
-      return { word: "failed", tone: "bad", sign: "bad", detail: status?.error ?? status?.reason };
+      return { word: "failed", tone: "bad", sign: "bad", cause: status?.error ?? status?.reason };
     case "validating":
     case "running":
       if (status !== null && status.stalled !== null) {
-        return { word: "stalled", tone: "bad", sign: "warn", detail: stalledOn(model) };
+        return { word: "stalled", tone: "bad", sign: "warn", cause: stalledOn(model) };
       }
       return status?.state === "validating" || status?.validating
         ? { word: "validating", tone: "live", sign: "live" }
@@ -171,7 +176,7 @@ function stage(seen: Seen): Described["stage"] {
     if (model.curves > 0 || (state !== "starting" && state !== "waiting")) return null;
     return state === "starting"
       ? { title: "The run is starting", text: "Its callbacks are being set up." }
-      : { title: "Waiting for the first step", text: stalledOn(model) || "Curves appear with it." };
+      : { title: "Waiting for the first step", text: "Curves appear with it." };
   }
   switch (link.phase) {
     case "connecting":

@@ -30,11 +30,21 @@ group("the state of a run", () => {
     [{ state: "completed", reason: "3 epochs" }, "completed", "3 epochs"],
     [{ state: "stopped", by: "EarlyStopping" }, "stopped", "by EarlyStopping"],
     [{ state: "cancelled" }, "cancelled", ""],
-    [{ state: "failed", error: "ValueError: no" }, "failed", "ValueError: no"],
-    [{ stalled: 42, waiting_for: "loader.py:7" }, "stalled", "no step for 42 s, in loader.py:7"],
+    [{ state: "failed", error: "ValueError: no" }, "failed", ""],
+    [{ stalled: 42, waiting_for: "loader.py:7" }, "stalled", ""],
   ])("%j is called %j", (fields, expected, detail) => {
     const described = describe(seen({ model: withStatus(fields) }));
     expect([described.word, described.detail]).toEqual([expected, detail]);
+  });
+
+  test.each<[Partial<Status>, string]>([
+    [{ state: "failed", error: "ValueError: no" }, "ValueError: no"],
+    [{ state: "waiting", stalled: 42 }, "no step for 42 s"],
+    [{ stalled: 42, waiting_for: "loader.py:7" }, "no step for 42 s, in loader.py:7"],
+  ])("%j: a notice has the reason, and screen readers hear it", (fields, cause) => {
+    const described = describe(seen({ model: withStatus(fields) }));
+    expect([described.detail, described.cause]).toEqual(["", cause]);
+    expect(described.notices).toHaveLength(1);
   });
 
   test.each<[Status["loss"], string, string]>([

@@ -84,6 +84,8 @@ export class Charts {
       view: host.view,
       setAxis: (axis) => this.#setAxis(axis),
       setFollow: (follow) => this.#setFollow(follow),
+      jump: (group) => this.#layout.jump(group),
+      foldAll: (folded) => this.#layout.foldAll(folded),
     });
     root.classList.add("charts");
     this.#layout = new Layout(root, host.view);
@@ -114,6 +116,7 @@ export class Charts {
       this.#cursor = null;
       for (const panel of this.#panels.values()) this.#removePanel(panel);
       this.#layout.clear();
+      this.#showMarks();
     }
     this.#filter();
     this.#redraw();
@@ -165,7 +168,13 @@ export class Charts {
   }
 
   addMark(event: ChartEvent): void {
-    if (this.#run.addEvent(event)) this.#redraw();
+    if (!this.#run.addEvent(event)) return;
+    this.#showMarks();
+    this.#redraw();
+  }
+
+  #showMarks(): void {
+    this.#toolbar.setMarks(new Set(this.#run.events.map(({ kind }) => kind)));
   }
 
   setConnected(connected: boolean): void {
@@ -260,6 +269,7 @@ export class Charts {
   #filter(): void {
     const { found, all } = this.#layout.filter();
     this.#toolbar.setCount(found, all);
+    this.#toolbar.setGroups(this.#layout.groups);
   }
 
   #intersected(entries: IntersectionObserverEntry[]): void {

@@ -75,6 +75,25 @@ export class Layout {
     return changed;
   }
 
+  /** Names of the groups that are shown, with the number of their panels. */
+  get groups(): [string, number][] {
+    const shown = [...this.#groups].filter(([, { section }]) => !section.hidden);
+    return shown.map(([name, { panels }]) => [name, panels.filter(({ figure }) => !figure.hidden).length]);
+  }
+
+  /** Bring a group into view, unfolded. */
+  jump(name: string): void {
+    const { folded } = this.#view.get();
+    if (folded.includes(name)) this.#view.toggle("folded", name);
+    const group = this.#groups.get(name);
+    group?.section.scrollIntoView();
+    group?.fold.focus({ preventScroll: true });
+  }
+
+  foldAll(folded: boolean): void {
+    this.#view.set({ folded: folded ? [...this.#groups.keys()] : [] });
+  }
+
   clear(): void {
     for (const { section } of this.#groups.values()) section.remove();
     this.#groups.clear();

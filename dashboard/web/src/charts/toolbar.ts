@@ -1,8 +1,10 @@
-// The bar above the charts: search, x axis, logarithms, smoothing, following.
+// The bar above the charts: search, x axis, logarithms, smoothing, following, and the legend of marks. On a phone most
+// of it is behind one button.
 
 import { type Axis, MAX_COLUMNS, type MarkKind, type View, type ViewState } from "../view";
-import { h, icon, setAttribute, setText } from "../dom";
+import { button, h, icon, replaceChildren, setAttribute, setText, show } from "../dom";
 import { searchField } from "../search";
+import { menu, select } from "./menu";
 
 const AXES: readonly [Axis, string, string][] = [
   ["step", "Step", "Optimizer steps"],
@@ -22,10 +24,10 @@ const HEIGHTS = [
 
 /** Kinds of marks, how they look in a chart, and what they are called. */
 const MARKS: readonly [MarkKind, string, string][] = [
-  ["alert", "M4 2v13M4 2.5l8 3-8 3z", "Alerts"],
-  ["validation", "M8 10v5", "Validations"],
-  ["checkpoint", "M8 8v7M6 8h4v4H6z", "Checkpoints"],
-  ["lr", "M8 6v9", "Learning rate"],
+  ["alert", "M5 2v12M5 2.5l8 3-8 3z", "Alerts"],
+  ["validation", "M8 5v6", "Validations"],
+  ["checkpoint", "M8 8v6M5.5 3.5h5v5h-5z", "Checkpoints"],
+  ["lr", "M8 9v5M8 4l3.5 5h-7z", "Learning rate"],
 ];
 
 /** The slider goes from 0 to 100; most of it is where it matters, near 1. */
@@ -41,6 +43,10 @@ export interface ToolbarHost {
   view: View;
   setAxis(axis: Axis): void;
   setFollow(follow: boolean): void;
+  /** Bring a group of panels into view. */
+  jump(group: string): void;
+  /** Fold all groups, or unfold them. */
+  foldAll(folded: boolean): void;
 }
 
 export class Toolbar {
@@ -54,47 +60,70 @@ export class Toolbar {
   readonly #reset: HTMLButtonElement;
   readonly #slider: HTMLInputElement;
   readonly #amount: HTMLElement;
-  readonly #marks: Map<MarkKind, HTMLInputElement>;
+  readonly #marks: Map<MarkKind, HTMLButtonElement>;
   readonly #columns: HTMLSelectElement;
   readonly #height: HTMLSelectElement;
-  readonly #marksButton = h("summary", { class: "button" });
+  readonly #groups = h("div", { class: "menu-list" });
+  readonly #groupsMenu: HTMLDetailsElement;
+  readonly #host: ToolbarHost;
 
   constructor(host: ToolbarHost) {
     const { view } = host;
+    this.#host = host;
     this.#search = searchField("Search metrics", () => view.set({ search: this.#search.value }));
     this.#count = h("span", { class: "charts-count" });
     this.#axes = new Map(AXES.map(([axis, name, title]) => [axis, choice(name, title, () => host.setAxis(axis))]));
     this.#logX = choice("log x", "Logarithmic x axis", () => view.set({ logX: !view.get().logX }));
     this.#logY = choice("log y", "Logarithmic y axis", () => view.set({ logY: !view.get().logY }));
     this.#follow = choice("Follow", "Keep the newest steps in view", () => host.setFollow(!view.get().follow));
-    this.#reset = choice("Reset zoom", "Show all steps (double-click a chart)", () =>
+    this.#reset = choice("Reset", "Reset the zoom: show all steps (double-click a chart)", () =>
       view.set({ zoom: null, follow: false }),
     );
     this.#slider = h("input", { type: "range", min: "0", max: "100", step: "1", class: "charts-slider" });
     this.#slider.addEventListener("input", () => view.set({ smoothing: smoothingOf(Number(this.#slider.value)) }));
     this.#amount = h("output", { class: "charts-amount" });
-    this.#marks = new Map(MARKS.map(([kind]) => {
-      const onchange = (): void => view.toggle("unmarked", kind);
-      return [kind, h("input", { type: "checkbox", onchange })];
-    }));
-    const marks = MARKS.map(([kind, sign, name]) => h("label", {}, this.#marks.get(kind), icon(sign), name));
+    const mark = (kind: MarkKind, sign: string, name: string): HTMLButtonElement => {
+      const onclick = (): void => view.toggle("unmarked", kind);
+      const title = "Marks in the charts: click to hide or show";
+      return h("button", { type: "button", class: `mark mark-${kind}`, hidden: true, title, onclick }, icon(sign), name);
+    };
+    this.#marks = new Map(MARKS.map(([kind, sign, name]) => [kind, mark(kind, sign, name)]));
     const columns = Array.from({ length: MAX_COLUMNS }, (_, index) => index + 1);
     this.#columns = select([[0, "as many as fit"], ...columns.map((count): [number, string] => [count, String(count)])], (columns) =>
       view.set({ columns }),
     );
     this.#height = select(HEIGHTS, (height) => view.set({ height }));
     const layout = [h("label", {}, "Columns", this.#columns), h("label", {}, "Height", this.#height)];
-    this.root = h(
+    this.#groupsMenu = menu(h("summary", { class: "button" }, "Groups"), "Groups of charts", [
+      this.#groups,
+      h("div", { class: "menu-row" }, button("Fold all", { class: "button small", onclick: () => host.foldAll(true) }),
+        button("Unfold all", { class: "button small", onclick: () => host.foldAll(false) })),
+    ]);
+    const options = h(
       "div",
-      { class: "toolbar", role: "group", "aria-label": "Charts" },
-      h("div", { class: "charts-find" }, this.#search, this.#count),
+      { class: "charts-options", id: "charts-options" },
       h("div", { class: "charts-segments", role: "group", "aria-label": "X axis" }, ...this.#axes.values()),
       h("div", { class: "charts-segments", role: "group", "aria-label": "Logarithmic axes" }, this.#logX, this.#logY),
       h("div", { class: "charts-tail" }, this.#follow, this.#reset),
       menu(h("summary", { class: "button" }, "Layout"), "Layout of the charts", layout),
-      menu(this.#marksButton, "Marks in the charts", marks),
       h("label", { class: "charts-smoothing" }, "Smoothing", this.#slider, this.#amount),
+      h("div", { class: "charts-marks", role: "group", "aria-label": "Marks" }, ...this.#marks.values()),
     );
+    const more = button("View", { class: "button charts-more", icon: "options", onclick: () => {
+      const open = options.classList.toggle("open");
+      setAttribute(more, "aria-expanded", String(open));
+    } });
+    setAttribute(more, "aria-expanded", "false");
+    setAttribute(more, "aria-controls", options.id);
+    this.root = h(
+      "div",
+      { class: "toolbar", role: "group", "aria-label": "Charts" },
+      h("div", { class: "charts-find" }, this.#search, this.#count),
+      this.#groupsMenu,
+      more,
+      options,
+    );
+    show(this.#groupsMenu, false);
     this.show(view.get());
   }
 
@@ -104,13 +133,11 @@ export class Toolbar {
     press(this.#logX, state.logX && state.axis !== "wall");
     this.#logX.disabled = state.axis === "wall";
     press(this.#logY, state.logY);
-    for (const [kind, box] of this.#marks) box.checked = !state.unmarked.includes(kind);
+    for (const [kind, button] of this.#marks) press(button, !state.unmarked.includes(kind));
     this.#columns.value = String(state.columns);
     this.#height.value = [...this.#height.options].some(({ value }) => value === String(state.height))
       ? String(state.height)
       : "0";
-    const off = [...this.#marks.values()].filter((box) => !box.checked).length;
-    setText(this.#marksButton, off === 0 ? "Marks" : `Marks: ${off} off`);
     press(this.#follow, state.follow);
     this.#reset.disabled = state.zoom === null;
     const position = positionOf(state.smoothing);
@@ -119,36 +146,31 @@ export class Toolbar {
     this.#slider.setAttribute("aria-valuetext", this.#amount.textContent ?? "");
   }
 
+  /** The groups of panels that can be jumped to, and how many panels each has. */
+  setGroups(groups: readonly (readonly [string, number])[]): void {
+    show(this.#groupsMenu, groups.length > 1);
+    const text = JSON.stringify(groups);
+    if (this.#groups.dataset.shown === text) return;
+    this.#groups.dataset.shown = text;
+    const item = (group: string, count: number): HTMLElement => {
+      const onclick = (): void => {
+        this.#groupsMenu.open = false;
+        this.#host.jump(group);
+      };
+      return h("button", { type: "button", class: "menu-item", onclick }, group || "Metrics", h("span", { class: "hint" }, String(count)));
+    };
+    replaceChildren(this.#groups, ...groups.map(([group, count]) => item(group, count)));
+  }
+
+  /** Kinds of which there are marks. */
+  setMarks(kinds: ReadonlySet<MarkKind>): void {
+    for (const [kind, button] of this.#marks) show(button, kinds.has(kind));
+  }
+
   /** How many of all panels a search has found. */
   setCount(found: number, all: number): void {
     setText(this.#count, found === all ? "" : `${found} of ${all}`);
   }
-}
-
-function select(options: readonly (readonly [number, string])[], chosen: (value: number) => void): HTMLSelectElement {
-  const onchange = (): void => chosen(Number(made.value));
-  const made: HTMLSelectElement = h(
-    "select",
-    { onchange },
-    ...options.map(([value, name]) => h("option", { value }, name)),
-  );
-  return made;
-}
-
-/** A button that opens a list of settings; a click beside it or Escape closes it. */
-function menu(button: HTMLElement, label: string, items: HTMLElement[]): HTMLElement {
-  const list = h("div", { class: "menu-items", role: "group", "aria-label": label }, ...items);
-  const details = h("details", { class: "menu" }, button, list);
-  document.addEventListener("click", (event) => {
-    if (!details.contains(event.target as Node)) details.open = false;
-  });
-  details.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || !details.open) return;
-    event.preventDefault(); // it closes the menu and nothing else
-    details.open = false;
-    button.focus();
-  });
-  return details;
 }
 
 function choice(name: string, title: string, onclick: () => void): HTMLButtonElement {
