@@ -33,6 +33,7 @@ from measure import Report, parse, quantile
 from playwright.async_api import Page, async_playwright
 
 from offloop.dashboard import Dashboard
+from offloop.dashboard.run_cursor import RunCursor
 from offloop.dashboard.viewer import Viewer
 from offloop.engine import Run, Trainer
 
@@ -92,24 +93,25 @@ class Watch:
         self.drawn = threading.Event()
         self.on = False
         self._times: dict[int, list[float]] = {}
-        make, drawn = Viewer._delta, Viewer.drawn
+        make, drawn = RunCursor._delta, Viewer.drawn
 
-        def _delta(viewer: Viewer, frames: Any) -> bytes | None:
-            first = viewer._cursor
-            frame = make(viewer, frames)
-            if frame is not None and self.on and viewer.live is not None:
-                axis = viewer.live.history.axis
+        def _delta(cursor: RunCursor) -> bytes | None:
+            first = cursor._row
+            frame = make(cursor)
+            if frame is not None and self.on:
+                axis = cursor.live.history.axis
                 start = max(0, first - axis._first)
-                self._times[id(viewer)] = axis._dense["time"].read(start).tolist()
+                self._times[id(cursor)] = axis._dense["time"].read(start).tolist()
             return frame
 
         def _drawn(viewer: Viewer) -> None:
             now = time.time()
-            self.latencies += [now - each for each in self._times.pop(id(viewer), ())]
+            for cursor in viewer._cursors.values():
+                self.latencies += [now - each for each in self._times.pop(id(cursor), ())]
             drawn(viewer)
             self.drawn.set()
 
-        Viewer._delta, Viewer.drawn = _delta, _drawn  # type: ignore[method-assign]  # to look inside
+        RunCursor._delta, Viewer.drawn = _delta, _drawn  # type: ignore[method-assign]  # to look inside
 
 
 class Training:

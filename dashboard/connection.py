@@ -79,8 +79,6 @@ class Connection:
         self.close: tuple[int, str] | None = None
         # Before closing, send the curves up to their end.
         self.may_finish = False
-        # The rate limit allows a chart frame.
-        self.is_due = True
         # What the viewer has of the list of runs; None if it did not ask for it.
         self.rows: RowCursor | None = None
         self._sending_since: float | None = None
@@ -110,10 +108,7 @@ class Connection:
     @property
     def gets_chart(self) -> bool:
         """True if the last frame was acknowledged, there is new data, and no rate limit applies."""
-        viewer = self.viewer
-        if not viewer.has_chart or viewer.live is None:
-            return False
-        return self.is_due or viewer.is_urgent or self.may_finish or viewer.live.is_over
+        return self.viewer.gets_chart(at_once=self.may_finish)
 
     def allows_command(self) -> bool:
         """Count one command; False if the viewer exceeds `COMMANDS_PER_SECOND`."""
@@ -177,9 +172,7 @@ class Connection:
                 await self._wake.wait()
                 self._wake = anyio.Event()
                 continue
-            # Urgent frames do not count against the rate limit.
-            self.is_due = self.is_due and viewer.is_urgent
-            chart = viewer.next_chart()
+            chart = viewer.next_chart(at_once=self.may_finish)
             if chart is not None:
                 viewer.waiting_since = time.monotonic()
                 if not await self._send(chart, text=False):

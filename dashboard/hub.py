@@ -20,12 +20,14 @@ from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.protocol import (
     CLOSE_SLOW,
+    MAX_OVERLAID,
     Bye,
     CommandRequest,
     Drawn,
     Hello,
     Hi,
     ListRuns,
+    Overlay,
     Ping,
     Pong,
     ProtocolError,
@@ -45,7 +47,8 @@ from offloop.engine import Event, SubscriberTooSlowError, Subscription
 FRAME_INTERVAL: Final = 0.1
 """Seconds between two chart frames: 20 a second cost a page a third of a core and training 7 %, 10 half of that."""
 VIEWERS_AT_FULL_PACE: Final = 5
-"""More viewers share the frames of this many: ten at full pace cost training 6 % on two cores."""
+"""More viewers share the frames of this many: ten at full pace cost training 6 % on two cores. A viewer counts once for
+each run that goes on and that it shows."""
 STATUS_INTERVAL: Final = 0.25
 """Seconds between two status messages without a milestone: people cannot read numbers that change more often."""
 UNWATCHED_INTERVAL: Final = 0.25
@@ -89,9 +92,17 @@ class Hub:
         self._empty = anyio.Event()
         self._empty.set()
 
+    def find(self, key: str) -> LiveRun | None:
+        """Return a run; None if there is none with this key."""
+        return self.runs.get(key)
+
     def _watching(self, live: LiveRun | None) -> list[Connection]:
         """Return the connections that watch a run; None: those that wait for one."""
         return [connection for connection in self.connections if connection.viewer.live is live]
+
+    def _showing(self, live: LiveRun) -> list[Connection]:
+        """Return the connections that watch a run or lay it over another one."""
+        return [connection for connection in self.connections if connection.viewer.has(live)]
 
     # What a run publishes
 
@@ -101,7 +112,8 @@ class Hub:
         self._forget_old_runs()
         self._send_runs()
         for connection in self._watching(None):
-            self._watch(connection, live)
+            if connection.viewer.awaits in (None, live.key):
+                self._watch(connection, live)
         try:
             with subscription:
                 async with anyio.create_task_group() as tasks:
@@ -123,7 +135,7 @@ class Hub:
             while self._take(live, subscription) == EVENTS_AT_ONCE:
                 await anyio.lowlevel.checkpoint()
             self._tick(live)
-            await anyio.sleep(self.pace if self._watching(live) else UNWATCHED_INTERVAL)
+            await anyio.sleep(self.pace if self._showing(live) else UNWATCHED_INTERVAL)
 
     def _take(self, live: LiveRun, subscription: Subscription[Event]) -> int:
         """Take the waiting events of a run and return their number."""
@@ -143,18 +155,19 @@ class Hub:
 
     def _tick(self, live: LiveRun) -> None:
         """Allow every viewer of a run a chart frame: all at once, so that they share one encoding."""
-        for connection in self._watching(live):
-            connection.is_due = True
+        for connection in self._showing(live):
+            connection.viewer.allow_frame(live)
             if connection.gets_chart:
                 connection.wake()
 
     def _send_milestones(self, live: LiveRun, milestones: Sequence[KeptMilestone]) -> None:
-        """Send new curves and milestones to the viewers of a run."""
+        """Send new curves to the viewers of a run, and milestones to those that watch it."""
         revised = live.take_revised()
-        for connection in self._watching(live):
+        for connection in self._showing(live):
             try:
-                connection.viewer.announce_series(revised)
-                connection.viewer.put_milestones(milestones)
+                connection.viewer.announce_series(live, revised)
+                if connection.viewer.live is live:
+                    connection.viewer.put_milestones(milestones)
             except ViewerTooSlowError as error:
                 connection.end(CLOSE_SLOW, str(error))
             if connection.viewer.has_text:
@@ -162,19 +175,21 @@ class Hub:
 
     def _send_status(self, live: LiveRun, *, with_latest: bool = False) -> None:
         self._changed.discard(live.key)
-        if not (connections := self._watching(live)):
+        if not (connections := self._showing(live)):
             return
         encoded: dict[bool, bytes] = {}
         latest = encode_message(live.latest()) if with_latest else None
         for connection in connections:
             is_control = connection.viewer.is_control
             if is_control not in encoded:
-                status = live.status(viewers=len(self.connections), is_control=is_control)
-                encoded[is_control] = encode_message(status)
-            connection.viewer.put_latest("status", encoded[is_control])
+                encoded[is_control] = self._status(live, is_control=is_control)
+            connection.viewer.put_latest("status", encoded[is_control], live.key)
             if latest is not None:
-                connection.viewer.put_latest("latest", latest)
+                connection.viewer.put_latest("latest", latest, live.key)
             connection.wake()
+
+    def _status(self, live: LiveRun, *, is_control: bool) -> bytes:
+        return encode_message(live.status(viewers=len(self.connections), is_control=is_control))
 
     def _list_of_runs(self) -> bytes:
         return encode_message(Runs(runs=[live.summary for live in self.runs.values()]))
@@ -203,6 +218,8 @@ class Hub:
             newest = next(reversed(self.runs.values()))
             for connection in self._watching(live):
                 self._watch(connection, newest)
+            for connection in self._showing(live):
+                connection.viewer.forget(live)
 
     async def beat(self) -> None:
         """Send what changes without an event while there are viewers. Runs until cancelled."""
@@ -232,7 +249,9 @@ class Hub:
     @property
     def _share(self) -> float:
         """Factor by which intervals grow with the number of viewers, so that many cost no more than a few."""
-        return max(1.0, len(self.connections) / VIEWERS_AT_FULL_PACE)
+        going = [live for live in self.runs.values() if not live.is_over]
+        shown = sum(connection.viewer.has(live) for connection in self.connections for live in going)
+        return max(1.0, max(shown, len(self.connections)) / VIEWERS_AT_FULL_PACE)
 
     # Who is connected
 
@@ -267,7 +286,11 @@ class Hub:
             await link.close(*connection.close)
 
     def _greet(self, connection: Connection, hi: Hi) -> None:
-        live = self.runs.get(hi.run or "") or next(reversed(self.runs.values()), None)
+        live = None if hi.run is None else self.find(hi.run)
+        if live is None and hi.run is not None and hi.only:
+            connection.viewer.awaits = hi.run
+        elif live is None:
+            live = next(reversed(self.runs.values()), None)
         connection.viewer.put(
             Hello(
                 server=self.id,
@@ -287,15 +310,23 @@ class Hub:
 
     def _watch(self, connection: Connection, live: LiveRun, *, after: int = -1) -> None:
         viewer = connection.viewer
-        status = encode_message(live.status(viewers=len(self.connections), is_control=viewer.is_control))
+        status = self._status(live, is_control=viewer.is_control)
         try:
             viewer.watch(live, status, after=after)
         except ViewerTooSlowError as error:
             connection.end(CLOSE_SLOW, str(error))
             return
-        viewer.put_latest("status", status)
-        viewer.put_latest("latest", encode_message(live.latest()))
+        viewer.put_latest("status", status, live.key)
+        viewer.put_latest("latest", encode_message(live.latest()), live.key)
         connection.wake()
+
+    def _overlay(self, connection: Connection, keys: Sequence[str]) -> None:
+        if len(keys) > MAX_OVERLAID:
+            raise ProtocolError(f"at most {MAX_OVERLAID} runs can be overlaid, got {len(keys)}")
+        viewer = connection.viewer
+        lives = [live for key in keys if (live := self.find(key)) is not None]
+        for live in viewer.overlay(lives, lambda live: self._status(live, is_control=viewer.is_control)):
+            viewer.put_latest("latest", encode_message(live.latest()), live.key)
 
     def _handle(self, connection: Connection, data: str | bytes) -> None:
         """Handle a viewer's message."""
@@ -328,11 +359,13 @@ class Hub:
                 if viewer.waiting_since is not None:
                     viewer.waiting_since = time.monotonic()
             case Watch():
-                if message.run in self.runs:
-                    self._watch(connection, self.runs[message.run])
+                if (wanted := self.find(message.run)) is not None:
+                    self._watch(connection, wanted)
                 else:
                     # The run was forgotten while the message was on its way.
                     viewer.put_latest("runs", self._list_of_runs())
+            case Overlay():
+                self._overlay(connection, message.runs)
             case Hi():
                 raise ProtocolError("hi was said before")
         connection.wake()

@@ -54,7 +54,7 @@ MAX_MESSAGE: Final = 64 * 1024
 MAX_CHART_FRAME: Final = 256 * 1024
 """Bytes above which a snapshot or an answer is split into parts."""
 MAX_SERIES_SHOWN: Final = 200
-"""Most curves on one viewer's screen."""
+"""Most curves of one run on one viewer's screen."""
 MAX_OVERLAID: Final = 9
 """Most runs whose curves a viewer receives beside those of the watched one."""
 MAX_POINTS: Final = 4_000
@@ -104,6 +104,9 @@ class Hi(FromViewer, frozen=True, kw_only=True, tag="hi"):
     """Version of the protocol: 1."""
     run: str | None = None
     """Key of the run to watch; None for the newest."""
+    only: bool = False
+    """True: no other run than `run` will do. If the server does not have it, `Hello.run` is None, and the viewer
+    watches it once it begins."""
     server: str | None = None
     """`Hello.server` of the previous connection; None for the first one."""
     after: int = -1
@@ -129,8 +132,8 @@ class Show(FromViewer, frozen=True, kw_only=True, tag="show"):
     """
 
     run: str | None = None
-    """Key of the run that the curves belong to. If the viewer watches another run by now, the message is ignored: it
-    was sent before the change. None: the run that is watched."""
+    """Key of the run that the curves belong to, watched or overlaid. If the viewer has other runs by now, the message
+    is ignored: it was sent before the change. None: the run that is watched."""
     series: list[int]
     points: int = 1_600
     """Most points per curve in a snapshot: twice the width of the panel in pixels."""
@@ -146,7 +149,7 @@ class RangeQuery(FromViewer, frozen=True, kw_only=True, tag="range"):
     query: int
     """Number of the query, chosen by the viewer and returned in the answer."""
     run: str | None = None
-    """As in `Show`: a query about a run that is no longer watched is not answered."""
+    """As in `Show`: a query about a run that is neither watched nor overlaid any more is not answered."""
     series: list[int]
     start: float
     """First requested value of `axis`."""
@@ -362,7 +365,7 @@ class Rows(FromServer, frozen=True, kw_only=True, tag="rows"):
 
 
 class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
-    """Fixed facts about the watched run. Later messages are about this run."""
+    """Fixed facts about a run. What has been said about this run before counts no longer."""
 
     key: str
     name: str
@@ -404,6 +407,8 @@ class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     """What the run was made with, by flat name (`optimizer.lr`), secrets masked."""
     page: str | None = None
     """For a run of another process: address of that process's page, without a token; None if it has none."""
+    overlaid: bool = False
+    """True if it is laid over the watched run, see `Overlay`. False: it is the watched run from now on."""
 
 
 class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):

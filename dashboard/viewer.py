@@ -1,38 +1,25 @@
 """Viewer: the state of one connection, without its socket. Decides what is sent next; its memory is bounded.
 
-A viewer is a cursor into the run's history, not a queue of points: a chart frame is made when the viewer has credit
-for it, from what is new since the last one. Only milestones and answers wait in a queue. It is bounded: a viewer
-that does not take them is disconnected, and receives them when it reconnects.
+A viewer watches one run: its milestones, its status, its curves. Of further runs that it lays over this one it gets
+all but the milestones. Each run has its own place in the viewer, a `RunCursor`; the credit for chart frames is one
+for all, and the runs take turns. Only milestones and answers wait in a queue. It is bounded: a viewer that does not
+take them is disconnected, and receives them when it reconnects.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import msgspec
-import numpy as np
 
-from offloop.dashboard.frames import DELTA_POINTS
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.milestones import KeptMilestone
-from offloop.dashboard.protocol import (
-    MAX_CHART_FRAME,
-    MAX_POINTS,
-    MAX_SERIES_SHOWN,
-    FromServer,
-    ProtocolError,
-    RangeQuery,
-    Role,
-    Series,
-    Show,
-    encode_message,
-)
+from offloop.dashboard.protocol import FromServer, ProtocolError, RangeQuery, Role, Show, encode_message
+from offloop.dashboard.run_cursor import RunCursor
 from offloop.engine import OffloopError
 
 MAX_WAITING_TEXTS: Final = 256
 """Most milestones and answers that wait for one viewer, besides those that it receives when it connects."""
-MAX_WAITING_QUERIES: Final = 64
-"""Most unanswered queries of one viewer."""
 
 
 class ViewerTooSlowError(OffloopError):
@@ -45,39 +32,31 @@ class Viewer:
     def __init__(self, role: Role, address: str) -> None:
         self.role: Role = role
         self.address = address
+        # The watched run; None while there is none.
         self.live: LiveRun | None = None
+        # Key of the one run that the viewer wants to watch and that is not here; None if any will do.
+        self.awaits: str | None = None
         self.visible = True
         self.credit = True
         # Monotonic time at which the chart frame was sent that is not drawn yet.
         self.waiting_since: float | None = None
+        # Of the watched and the overlaid runs, by key. The first one has the next turn.
+        self._cursors: dict[str, RunCursor] = {}
         # Milestones wait as what the run keeps: one that it drops takes no memory here either.
         self._texts: deque[bytes | KeptMilestone] = deque()
         self._texts_allowed = MAX_WAITING_TEXTS
-        # Messages that replace their older version: status, latest, runs.
-        self._slots: dict[str, bytes] = {}
-        self._series_sent = 0
-        # True once the viewer has named the curves on its screen ...
-        self._has_shown = False
-        # ... and true if new curves were announced since, which it may want to show.
-        self._may_show = False
-        # Row up to which the shown curves were sent.
-        self._cursor = 0
-        self._shown: tuple[int, ...] = ()
-        self._points = 1_600
-        # Shown curves of which nothing was sent yet.
-        self._snapshots: deque[int] = deque()
-        self._queries: deque[RangeQuery] = deque()
-        # The next row of an answer with all points that takes several frames.
-        self._answer_row: int | None = None
-        # Number of curves of a reduced answer that were sent.
-        self._answer_curves = 0
-        # True if the last chart frame was an answer: new data has its turn.
-        self._answered = False
+        # Messages that replace their older version, by their kind and the run's key: status, latest, runs.
+        self._slots: dict[tuple[str, str], bytes] = {}
 
     @property
     def is_control(self) -> bool:
         """True if the viewer may give commands."""
         return self.role == "control"
+
+    def has(self, live: LiveRun) -> bool:
+        """Return whether the viewer watches a run or lays it over the one that it watches."""
+        cursor = self._cursors.get(live.key)
+        return cursor is not None and cursor.live is live
 
     # What the viewer asks for
 
@@ -88,17 +67,11 @@ class Viewer:
             ViewerTooSlowError: Too many earlier messages still wait.
         """
         self._check_room()
-        self.live = live
-        for name in ("status", "latest"):
-            self._slots.pop(name, None)
-        self._series_sent = 0
-        self._shown = ()
-        self._snapshots.clear()
-        self._queries.clear()
-        self._answer_row, self._answer_curves = None, 0
-        # Milestones may be 64 MiB, and the viewer wants to see how the run stands before it has them all.
-        self._texts += encode_message(live.info), status
-        self.announce_series()
+        if self.live is not None:
+            self._leave(self.live.key)
+        self._leave(live.key)
+        self.live, self.awaits = live, None
+        self._enter(live, status, is_overlaid=False)
         milestones = live.milestones
         kept_from = next(iter(milestones)).seq if milestones else 0
         if milestones.dropped and after + 1 < kept_from:
@@ -106,60 +79,66 @@ class Viewer:
         self._texts += self._visible([each for each in milestones if each.seq > after])
         self._texts_allowed = len(self._texts) + MAX_WAITING_TEXTS
 
+    def overlay(self, lives: Sequence[LiveRun], status_of: Callable[[LiveRun], bytes]) -> list[LiveRun]:
+        """Lay exactly these runs over the watched one, and return those that are new.
+
+        Raises:
+            ViewerTooSlowError: Too many earlier messages still wait.
+        """
+        self._check_room()
+        wanted = {live.key: live for live in lives if live is not self.live}
+        for cursor in list(self._cursors.values()):
+            if cursor.live is not self.live and wanted.get(cursor.live.key) is not cursor.live:
+                self._leave(cursor.live.key)
+        new = [live for live in wanted.values() if not self.has(live)]
+        for live in new:
+            self._enter(live, status_of(live), is_overlaid=True)
+        return new
+
+    def _enter(self, live: LiveRun, status: bytes, *, is_overlaid: bool) -> None:
+        # Milestones may be 64 MiB, and the viewer wants to see how the run stands before it has them all.
+        info = msgspec.structs.replace(live.info, overlaid=True) if is_overlaid else live.info
+        self._texts += encode_message(info), status
+        self._cursors[live.key] = RunCursor(live)
+        self.announce_series(live)
+
+    def _leave(self, key: str) -> None:
+        self._cursors.pop(key, None)
+        for kind in ("status", "latest"):
+            self._slots.pop((kind, key), None)
+
+    def forget(self, live: LiveRun) -> None:
+        """Lay a run that the server lets go no longer over the watched one."""
+        if live is not self.live and self.has(live):
+            self._leave(live.key)
+
     def show(self, message: Show) -> None:
-        """Set which curves are on the screen; ignored if the message is about a run that is no longer watched.
+        """Set which curves are on the screen; ignored if the message is about a run that is no longer here.
 
         Raises:
             ProtocolError: The curves do not exist, or are too many.
         """
-        if self._is_outdated(message):
-            return
-        if self.live is None:
-            raise ProtocolError("show before there is a run to watch")
-        wanted = self._known(message.series)
-        if not 2 <= message.points <= MAX_POINTS:
-            raise ProtocolError(f"points must be from 2 to {MAX_POINTS}, got {message.points}")
-        self._has_shown, self._may_show = True, False
-        self._points = message.points
-        new = [curve for curve in wanted if curve not in self._shown or curve in self._snapshots]
-        if not self._shown:
-            self._cursor = self.live.history.axis.rows
-        self._shown = wanted
-        self._snapshots = deque(new)
+        cursor = self._cursor_of(message)
+        if cursor is not None:
+            cursor.show(message)
 
     def ask(self, query: RangeQuery) -> None:
-        """Queue a query; ignored if it is about a run that is no longer watched.
+        """Queue a query; ignored if it is about a run that is no longer here.
 
         Raises:
             ProtocolError: The curves do not exist, or too many queries wait.
         """
-        if self._is_outdated(query):
-            return
+        cursor = self._cursor_of(query)
+        if cursor is not None:
+            cursor.ask(query)
+
+    def _cursor_of(self, message: Show | RangeQuery) -> RunCursor | None:
+        """Return the run's cursor; None for a run that the viewer had before: its ids mean other curves."""
+        if message.run is not None:
+            return self._cursors.get(message.run)
         if self.live is None:
-            raise ProtocolError("range before there is a run to watch")
-        # Without duplicates: the number of curves bounds the size of the answer.
-        series = list(self._known(query.series))
-        if query.points and not 2 <= query.points <= MAX_POINTS:
-            raise ProtocolError(f"points must be 0 or from 2 to {MAX_POINTS}, got {query.points}")
-        if not query.start <= query.end:
-            raise ProtocolError(f"start must not be above end, got {query.start} and {query.end}")
-        if len(self._queries) >= MAX_WAITING_QUERIES:
-            raise ProtocolError(f"more than {MAX_WAITING_QUERIES} queries wait for their answer")
-        self._queries.append(msgspec.structs.replace(query, series=series))
-
-    def _is_outdated(self, message: Show | RangeQuery) -> bool:
-        """True if a message is about a run that the viewer watched before: its ids mean other curves."""
-        return message.run is not None and (self.live is None or message.run != self.live.key)
-
-    def _known(self, series: Sequence[int]) -> tuple[int, ...]:
-        assert self.live is not None
-        unique = tuple(dict.fromkeys(series))
-        if len(unique) > MAX_SERIES_SHOWN:
-            raise ProtocolError(f"at most {MAX_SERIES_SHOWN} curves at a time, got {len(unique)}")
-        for curve in unique:
-            if not 0 <= curve < self._series_sent:
-                raise ProtocolError(f"there is no curve {curve}")
-        return unique
+            raise ProtocolError(f"{message.__struct_config__.tag} before there is a run to watch")
+        return self._cursors[self.live.key]
 
     def drawn(self) -> None:
         """Note that the last chart frame is on the screen."""
@@ -195,22 +174,15 @@ class Viewer:
         if len(self._texts) >= self._texts_allowed:
             raise ViewerTooSlowError(f"{len(self._texts)} messages wait for the viewer")
 
-    def put_latest(self, name: str, message: bytes) -> None:
-        """Queue a message, replacing the waiting one of that name."""
-        self._slots[name] = message
+    def put_latest(self, kind: str, message: bytes, run: str = "") -> None:
+        """Queue a message, replacing the waiting one of that kind about that run."""
+        self._slots[kind, run] = message
 
-    def announce_series(self, revised: Collection[int] = ()) -> None:
-        """Queue the names of curves that are new to the viewer, and send again those that were `revised`.
-
-        A revised curve has points before the newest row, which were not sent in their turn.
-        """
-        live = self.live
-        self._snapshots += [each for each in self._shown if each in revised and each not in self._snapshots]
-        if live is not None and self._series_sent < len(live.series):
-            new = live.series[self._series_sent :]
-            self._series_sent = len(live.series)
-            self._may_show = self._has_shown
-            self._texts.append(encode_message(Series(run=live.key, series=new)))
+    def announce_series(self, live: LiveRun, revised: Collection[int] = ()) -> None:
+        """Queue the names of a run's curves that are new to the viewer, and send again those that were `revised`."""
+        message = self._cursors[live.key].new_series(revised)
+        if message is not None:
+            self._texts.append(message)
 
     # What is sent next
 
@@ -239,116 +211,34 @@ class Viewer:
         """True if a text message waits."""
         return bool(self._texts or self._slots)
 
-    @property
-    def has_chart(self) -> bool:
-        """True if there is credit for a chart frame and data for it."""
-        if not self.credit or self.live is None:
-            return False
-        return self.is_urgent or self.is_behind
+    def allow_frame(self, live: LiveRun) -> None:
+        """Note that the rate limit allows a frame with new points of a run."""
+        self._cursors[live.key].is_due = True
 
-    @property
-    def is_behind(self) -> bool:
-        """True if the shown curves have points that were not sent."""
-        live = self.live
-        return live is not None and bool(self._shown) and self._cursor < live.history.axis.rows
+    def gets_chart(self, *, at_once: bool = False) -> bool:
+        """Return whether there is credit for a chart frame and data that may go now.
+
+        Args:
+            at_once: New points may go whatever the rate limit says.
+        """
+        return self.credit and any(each.wants_frame(at_once=at_once) for each in self._cursors.values())
 
     @property
     def is_waiting(self) -> bool:
         """True if closing now would cut off curves that the viewer shows or may want to show."""
-        return self._may_show or bool(self._snapshots) or self.is_behind
+        return any(cursor.is_waiting for cursor in self._cursors.values())
 
-    @property
-    def is_urgent(self) -> bool:
-        """True if answers or snapshots wait: they are exempt from the rate limit of frames."""
-        return bool(self._snapshots or self._queries)
-
-    def next_chart(self) -> bytes | None:
-        """Make the next chart frame and use up the credit; None without credit or data."""
-        if not self.credit or self.live is None:
+    def next_chart(self, *, at_once: bool = False) -> bytes | None:
+        """Make the next chart frame and use up the credit; None without credit or data. See `gets_chart`."""
+        if not self.credit:
             return None
-        frame = self._snapshot()
-        # Alternate answers with new data: a long answer must not hold up the curves.
-        if frame is None and self._answered:
-            frame = self._delta()
-        was_answer = False
-        if frame is None and (frame := self._answer()) is not None:
-            was_answer = True
-        if frame is None:
-            frame = self._delta()
-        if frame is not None:
-            self.credit = False
-            self._answered = was_answer
-        return frame
-
-    def _snapshot(self) -> bytes | None:
-        live = self.live
-        assert live is not None
-        if not self._snapshots:
-            return None
-        curves = self._fitting(self._snapshots, self._points)
-        for _ in curves:
-            self._snapshots.popleft()
-        return live.frames.make("snapshot", curves, 0, self._cursor, self._points)
-
-    def _fitting(self, curves: Iterable[int], points: int) -> list[int]:
-        """Return as many of the first curves as fit into a frame with `points` points each; at least one."""
-        assert self.live is not None
-        fitting: list[int] = []
-        size = 0
-        for curve in curves:
-            known = self.live.history.curves[curve]
-            # A point takes a row of the axis, a value and an index; marks are part of the header.
-            size += 36 * min(points, known.points) + 40 * len(known.marks)
-            if fitting and size > MAX_CHART_FRAME:
-                break
-            fitting.append(curve)
-        return fitting
-
-    def _delta(self) -> bytes | None:
-        live = self.live
-        assert live is not None
-        end, count = live.history.axis.rows, len(self._shown)
-        if not count or self._cursor >= end:
-            return None
-        if end - self._cursor <= DELTA_POINTS:
-            # As many rows as fit into a frame with all their points.
-            rows = max(1, MAX_CHART_FRAME // (24 + 12 * count))
-            end = min(end, self._cursor + rows)
-        elif DELTA_POINTS * 36 * count > MAX_CHART_FRAME:
-            # Far behind with many curves: send snapshots in parts, as a single frame could have any size.
-            self._cursor = end
-            self._snapshots = deque(self._shown)
-            return self._snapshot()
-        first, self._cursor = self._cursor, end
-        return live.frames.delta(first, end, self._shown)
-
-    def _answer(self) -> bytes | None:
-        """Answer the oldest query, or continue an answer that takes several frames."""
-        live = self.live
-        assert live is not None
-        if not self._queries:
-            return None
-        query = self._queries[0]
-        axis = live.history.axis
-        first = axis.row_of(query.axis, query.start)
-        end = axis.row_of(query.axis, float(np.nextafter(query.end, np.inf)))
-        if query.points:
-            # A reduced answer: some curves at a time.
-            curves = self._fitting(query.series[self._answer_curves :], min(query.points, end - first + 2))
-            self._answer_curves += len(curves)
-            more = self._answer_curves < len(query.series)
-            if not more:
-                self._queries.popleft()
-                self._answer_curves = 0
-            return live.frames.make(
-                "range", curves, first, end, query.points, query=query.query, more=more, margin=True
-            )
-        # All points: as many rows at a time as fit into a frame if every curve has a point in every row.
-        first = max(first, self._answer_row or 0)
-        rows = max(1, MAX_CHART_FRAME // (24 + 12 * max(1, len(query.series))))
-        more = first + rows < end
-        upto = min(first + rows, end)
-        self._answer_row = upto if more else None
-        if not more:
-            self._queries.popleft()
-        return live.frames.make("range", query.series, first, upto, None, query=query.query, more=more)
+        for key, cursor in list(self._cursors.items()):
+            if not cursor.wants_frame(at_once=at_once):
+                continue
+            # To the end of the line
+            self._cursors[key] = self._cursors.pop(key)
+            frame = cursor.next_frame()
+            if frame is not None:
+                self.credit = False
+                return frame
+        return None

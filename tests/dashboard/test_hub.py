@@ -1,8 +1,9 @@
 """dashboard/hub.py and viewer.py: after any schedule a viewer has the server's state, each command applied once."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -24,9 +25,11 @@ from offloop.dashboard.protocol import (
     CLOSE_PROTOCOL,
     CLOSE_SLOW,
     MAX_CHART_FRAME,
+    MAX_OVERLAID,
     CommandRequest,
     Hi,
     ListRuns,
+    Overlay,
     Ping,
     RangeQuery,
     Role,
@@ -651,6 +654,305 @@ def test_what_a_viewer_says_may_cross_a_change_of_the_run(schedule: list[tuple[s
         assert_equal_state(stage, page)
 
     run_async(play)
+
+
+# Several runs at once -----------------------------------------------------------------------------
+
+
+class Stages:
+    """A hub with several runs that are driven by hand."""
+
+    def __init__(self, stage: Stage, count: int) -> None:
+        self.stage = stage
+        self.lives = [stage.live]
+        self.steps_done = [0] * count
+        for number in range(1, count):
+            start = TrainStart(run_id=f"run{number}", step=0, epoch=0, time=1.0)
+            self.lives.append(LiveRun(source_of(FakeRun(f"run{number}")), start))
+            stage.hub.runs[self.lives[-1].key] = self.lives[-1]
+
+    def steps(self, number: int, count: int, **values: float) -> None:
+        """Have one of the runs do steps."""
+        with self.on(number) as stage:
+            stage.steps(count, **values)
+
+    @contextlib.contextmanager
+    def on(self, number: int) -> Iterator[Stage]:
+        """Have the stage be about one of the runs."""
+        stage = self.stage
+        stage.live, stage.step = self.lives[number], self.steps_done[number]
+        yield stage
+        self.steps_done[number] = stage.step
+
+
+OVERLAY_ACTIONS = st.one_of(
+    st.tuples(st.just("steps"), st.integers(0, 3), st.integers(1, 30)),
+    st.tuples(st.just("metric"), st.integers(0, 3), st.integers(0, 2)),
+    st.tuples(st.just("milestone"), st.integers(0, 3), st.just(0)),
+    st.tuples(st.just("overlay"), st.integers(0, 15), st.just(0)),
+    st.tuples(st.just("watch"), st.integers(0, 3), st.just(0)),
+    st.tuples(st.just("show"), st.integers(0, 7), st.integers(0, 4)),
+    st.tuples(st.just("ask"), st.integers(0, 3), st.just(0)),
+    st.tuples(st.just("read"), st.integers(1, 6), st.just(0)),
+    st.tuples(st.just("draw"), st.just(0), st.just(0)),
+    st.tuples(st.just("drop"), st.just(0), st.just(0)),
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(schedule=st.lists(OVERLAY_ACTIONS, max_size=40), room=st.sampled_from([1, 3, 50]))
+def test_after_any_schedule_a_viewer_of_several_runs_has_all_points_of_each(
+    schedule: list[tuple[str, int, int]], room: int
+) -> None:
+    """The page itself fails where a point comes twice, a frame without credit, or a milestone of another run."""
+
+    async def play(stage: Stage) -> None:
+        runs = Stages(stage, 4)
+        runs.steps(1, 3, one=1.0)
+        page = PageModel()
+        link = stage.join(page, room=room)
+
+        def models() -> list[PageModel]:
+            return [page, *page.others.values()]
+
+        async def read_some(count: int) -> None:
+            for _ in range(count):
+                await settle()
+                if (taken := link.take()) is not None:
+                    page.take(*taken)
+
+        for action, first, second in schedule:
+            match action:
+                case "steps":
+                    runs.steps(first, second)
+                case "metric":
+                    runs.steps(first, 1, **{f"metric_{second}": 0.5})
+                case "milestone":
+                    with runs.on(first):
+                        stage.tell(EpochStart())
+                case "overlay":
+                    keys = [live.key for number, live in enumerate(runs.lives) if first >> number & 1]
+                    link.say(Overlay(runs=[*keys, "gone"]))
+                case "watch":
+                    await settle()
+                    if not stage.hub._watching(runs.lives[first]):
+                        link.say(Watch(run=runs.lives[first].key))
+                case "show":
+                    await settle()
+                    model = models()[second % len(models())]
+                    link.say(model.show([curve for curve in model.series if (first >> curve % 3) & 1]))
+                case "ask" if models()[first % len(models())].series:
+                    model = models()[first % len(models())]
+                    key = None if model.run is None else model.run.key
+                    link.say(RangeQuery(run=key, query=1, series=sorted(model.series), start=0, end=1e9))
+                case "read":
+                    await read_some(first)
+                case "draw" if page.owes_drawn:
+                    link.say(page.drawn())
+                case "drop":
+                    link.drop()
+                    await settle()
+                    link = stage.join(page, room=room)
+                    page.shown = []
+        await settle()
+        if page.owes_drawn:
+            link.say(page.drawn())
+        await read(link, page)
+        assert link.closed is None
+        link.say(Overlay(runs=[live.key for live in runs.lives]))
+        await read(link, page)
+        assert page.run is not None
+        assert {page.run.key, *page.others} == {live.key for live in runs.lives}
+        for model in models():
+            link.say(model.show(sorted(model.series)))
+        await read(link, page)
+        for number in range(4):  # also after the snapshots
+            runs.steps(number, 2)
+        await read(link, page)
+        for number, live in enumerate(runs.lives):
+            with runs.on(number):
+                model = page.others.get(live.key, page)
+                if model is page:
+                    assert_equal_state(stage, page)
+                else:
+                    model.milestones = [{"seq": each.seq} for each in live.milestones]
+                    assert_equal_state(stage, model)
+                    assert model.status is not None
+
+    run_async(play)
+
+
+@with_page
+async def test_an_overlaid_run_sends_all_but_its_milestones(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    runs = Stages(stage, 3)
+    runs.steps(1, 3)
+    link.say(Overlay(runs=["run1", "unknown", "run"]))
+    await read(link, page)
+    assert set(page.others) == {"run1"}
+    other = page.others["run1"]
+    assert other.run is not None and other.run.overlaid
+    assert other.series == {0: "loss", 1: "lr"}
+    assert other.status is not None and other.latest is not None and other.latest.values["1"][0] == 0.1
+    link.say(other.show([0]))
+    await read(link, page)
+    assert len(other.points[0]) == 3
+    with runs.on(1):
+        stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.5)))
+    await read(link, page)
+    assert other.series[2] == "val_loss" and page.milestones == []
+    # Without it in the next message nothing more comes of it.
+    link.say(Overlay(runs=[]))
+    await settle()
+    runs.steps(1, 3)
+    await read(link, page)
+    assert len(other.points[0]) == 3
+
+
+@with_page
+async def test_an_overlaid_run_that_is_watched_from_then_on_sends_its_milestones(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    runs = Stages(stage, 2)
+    with runs.on(1):
+        stage.tell(EpochStart())
+    link.say(Overlay(runs=["run1"]))
+    await read(link, page)
+    assert page.milestones == []
+    link.say(Watch(run="run1"))
+    await read(link, page)
+    assert page.run is not None and (page.run.key, page.run.overlaid) == ("run1", False)
+    assert page.others == {} and [event["type"] for event in page.milestones] == ["EpochStart"]
+    (connection,) = stage.hub.connections
+    assert [connection.viewer.has(live) for live in runs.lives] == [False, True]
+
+
+@with_page
+async def test_a_run_that_is_let_go_is_no_longer_overlaid(
+    stage: Stage, page: PageModel, link: MemoryLink
+) -> None:
+    runs = Stages(stage, ENDED_RUNS_KEPT + 2)
+    link.say(Overlay(runs=["run1", "run2"]))
+    await read(link, page)
+    for number in range(1, ENDED_RUNS_KEPT + 2):
+        with runs.on(number):
+            stage.tell(TrainEnd(status="completed"))
+    stage.hub._forget_old_runs()
+    (connection,) = stage.hub.connections
+    assert "run1" not in stage.hub.runs
+    assert [connection.viewer.has(live) for live in runs.lives[:3]] == [True, False, True]
+
+
+@with_page
+async def test_overlaid_runs_take_turns(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    """One answer in many frames holds up no other run, nor does a run with new points all the time."""
+    runs = Stages(stage, 3)
+    for number in range(3):
+        runs.steps(number, 20_000)
+    await read(link, page)
+    link.say(Overlay(runs=["run1", "run2"]))
+    await read(link, page)
+    for model in (page, *page.others.values()):
+        link.say(model.show([0]))
+    await read(link, page)
+    link.say(RangeQuery(run="run1", query=1, series=[0, 1], start=0, end=1e9, points=0))
+    await settle()
+    order: list[str] = []
+    for _ in range(9):
+        for number in range(3):
+            runs.steps(number, 1)
+        while (taken := link.take()) is None or taken[1]:
+            if taken is not None:
+                page.take(*taken)
+            await settle()
+        page.take(*taken)
+        order.append(decode_chart(taken[0]).header.run)
+        link.say(page.drawn())
+        await settle()
+    assert sorted(order[:3]) == sorted(order[3:6]) == sorted(order[6:9]) == ["run", "run1", "run2"]
+
+
+def test_viewers_with_the_same_runs_share_the_frames_of_each() -> None:
+    async def play(stage: Stage) -> None:
+        runs = Stages(stage, 2)
+        runs.steps(0, 1)
+        runs.steps(1, 1)
+        pages = [PageModel(), PageModel()]
+        for page, watched, other in zip(pages, ("run", "run1"), ("run1", "run"), strict=True):
+            link = stage.join(page)
+            await read(link, page)
+            link.say(Watch(run=watched))
+            link.say(Overlay(runs=[other]))
+            await read(link, page)
+            for model in (page, *page.others.values()):
+                link.say(model.show([0, 1]))
+            await read(link, page)
+        runs.steps(1, 5)
+        await settle()
+        first, second = ([data for data, text in link.sent if not text] for link in stage.links)
+        assert len(first) == len(second) == 1 and first[0] is second[0]
+
+    run_async(play)
+
+
+def test_a_viewer_counts_once_for_each_run_that_goes_on() -> None:
+    async def play(stage: Stage) -> None:
+        runs = Stages(stage, 10)
+        page = PageModel()
+        link = stage.join(page)
+        await read(link, page)
+        link.say(Overlay(runs=[live.key for live in runs.lives[:9]]))
+        await read(link, page)
+        assert stage.hub.pace == pytest.approx(2e-6)
+        for number in range(9):
+            with runs.on(number):
+                stage.tell(TrainEnd(status="completed"))
+        assert stage.hub.pace == pytest.approx(1e-6)
+
+    run_async(play)
+
+
+@with_page
+async def test_more_runs_than_allowed_are_refused(stage: Stage, page: PageModel, link: MemoryLink) -> None:
+    link.say(Overlay(runs=[str(number) for number in range(MAX_OVERLAID + 1)]))
+    await read(link, page)
+    assert link.closed == (CLOSE_PROTOCOL, "at most 9 runs can be overlaid, got 10")
+
+
+def test_a_viewer_of_one_run_only_waits_for_it_and_is_shown_no_other() -> None:
+    async def play(stage: Stage) -> None:
+        page = PageModel()
+        link = MemoryLink()
+        stage.links.append(link)
+        link.say(Hi(protocol=1, run="later", only=True))
+        stage.tasks.start_soon(lambda: stage.hub.serve(link, visitor=Known("control"), address="127.0.0.1"))
+        await read(link, page)
+        assert page.hello is not None and page.hello.run is None and page.run is None
+        for name in ("another", "later"):
+            live = LiveRun(source_of(FakeRun(name)), TrainStart(run_id=name, step=0, epoch=0, time=1.0))
+            stage.tasks.start_soon(stage.hub.follow, live, Quiet())  # type: ignore[arg-type]
+            await read(link, page)
+            assert page.run is None or page.run.key == "later"
+        assert page.run is not None and page.run.key == "later"
+
+    run_async(play)
+
+
+class Quiet:
+    """A subscription to a run that says nothing."""
+
+    def __enter__(self) -> "Quiet":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def take(self, limit: int) -> list[Any]:
+        return []
+
+    async def wait(self, *, samples: bool) -> bool:
+        await anyio.sleep_forever()
+        return False
 
 
 @with_page

@@ -80,7 +80,7 @@ export interface ConnectionOptions {
   /** The server is on this machine: looking for it often costs nobody anything. */
   loopback: boolean;
   /** What the page knows already, asked for each time a socket opens. */
-  greeting: () => { run: string | null; server: string | null; after: number; keys: string[] };
+  greeting: () => Omit<Hi, "type" | "protocol">;
   onText: (message: ServerMessage) => void;
   onChart: (data: ArrayBuffer) => void;
   onLink: (link: Link) => void;

@@ -46,6 +46,8 @@ export interface Model {
   runs: readonly RunSummary[];
   /** The run that is watched; null while there is none. */
   run: RunInfo | null;
+  /** Key of the one run that the page is to show and that the server does not have; null for none. */
+  gone: string | null;
   status: Status | null;
   /** How many curves there are. */
   curves: number;
@@ -68,6 +70,7 @@ export const NOTHING: Model = {
   hello: null,
   runs: [],
   run: null,
+  gone: null,
   status: null,
   curves: 0,
   milestones: [],
@@ -81,7 +84,7 @@ export const NOTHING: Model = {
 
 /** Everything that is about one run. */
 const NO_RUN = {
-  run: null, status: null, curves: 0, milestones: [], missed: 0, last: -1, losses: [], lossStep: -1,
+  run: null, gone: null, status: null, curves: 0, milestones: [], missed: 0, last: -1, losses: [], lossStep: -1,
 } satisfies Partial<Model>;
 
 /** A command goes out; `at` is the page's clock in milliseconds. */
@@ -91,7 +94,13 @@ export interface Given {
   at: number;
 }
 
-export type Happening = ServerMessage | Given;
+/** The server does not have the one run that the page is to show. */
+export interface Gone {
+  type: "gone";
+  key: string;
+}
+
+export type Happening = ServerMessage | Given | Gone;
 
 /** Return what is known after a message. Messages about another run than the one watched change nothing. */
 export function reduce(model: Model, message: Happening, now = 0): Model {
@@ -119,6 +128,8 @@ export function reduce(model: Model, message: Happening, now = 0): Model {
     }
     case "ack":
       return { ...model, commands: model.commands.map((command) => answered(command, message, now)) };
+    case "gone":
+      return { ...model, ...NO_RUN, gone: message.key };
     case "bye":
       return { ...model, bye: message.reason };
     default:
@@ -140,7 +151,7 @@ function greeted(model: Model, hello: Hello, now: number): Model {
 
 function watching(model: Model, run: RunInfo): Model {
   const same = model.run?.key === run.key && model.last >= 0;
-  return same ? { ...model, run, curves: 0 } : { ...model, ...NO_RUN, run };
+  return same ? { ...model, run, gone: null, curves: 0 } : { ...model, ...NO_RUN, run };
 }
 
 function withStatus(model: Model, status: Status): Model {

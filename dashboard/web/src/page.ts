@@ -12,16 +12,15 @@ import * as format from "./format";
 import { Header } from "./header";
 import { Keys } from "./keys";
 import { markOf, tell } from "./milestones";
-import { hasEnded, newerRun, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
+import { hasEnded, newerRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
 import { Notices } from "./notices";
 import { Notifier } from "./notify";
-import { decodeChart, type CommandRequest, type RunEvent, type ServerMessage } from "./protocol";
+import { decodeChart, type CommandRequest, type Hi, type RunEvent, type ServerMessage } from "./protocol";
 import { describe, title, type Action, type Seen } from "./states";
 import { storage } from "./storage";
-import { AXES, View, type Axis, type Tab } from "./view";
+import { AXES, View, type Axis, type Tab, type ViewState } from "./view";
+import { Watching } from "./watching";
 
-/** How long a run that has ended stays before a newer one takes its place, milliseconds. */
-const FOLLOW_AFTER = 4_000;
 /** What counts time up on the page is drawn this often, milliseconds. */
 const TICK = 500;
 /** What may wait for the charts' next frame waits this long, milliseconds: a frame of its own costs as much as theirs. */
@@ -39,6 +38,7 @@ class Page {
   readonly #access = new Access(storage);
   readonly #view = new View(this.#hash(), storage);
   readonly #connection: Connection;
+  readonly #watching: Watching;
   readonly #notifier = new Notifier();
   readonly #favicon = new Favicon();
   readonly #header: Header;
@@ -50,7 +50,15 @@ class Page {
   readonly #notices = new Notices((action) => this.#act(action));
   readonly #stageTitle = h("h2");
   readonly #stageText = h("p");
-  readonly #stage = h("section", { class: "stage", hidden: true }, this.#stageTitle, this.#stageText);
+  /** Its action, if the stage has one, is to show the newest run. */
+  readonly #stageButton = h("button", { type: "button", class: "button", onclick: () => this.#act("show-newer") });
+  readonly #stage = h(
+    "section",
+    { class: "stage", hidden: true },
+    this.#stageTitle,
+    this.#stageText,
+    this.#stageButton,
+  );
   readonly #tabs = new Map<Tab, { tab: HTMLButtonElement; panel: HTMLElement }>();
   readonly #chartsRoot = h("div", { class: "charts" });
   /** Read out by screen readers: states and acks at the next pause, alerts at once. */
@@ -59,10 +67,6 @@ class Page {
 
   /** Hash of this page, out of its own address. */
   readonly #page = /\/static\/([^/]+)\/[^/]*$/.exec(new URL(import.meta.url).pathname)?.[1] ?? null;
-  /** Whether the page changes to a newer run by itself once this one is over. */
-  #follows = true;
-  /** Since when the newer run could be shown. */
-  #newerSince: number | null = null;
   /** The state that was last read out. */
   #announced = "";
   /** Since when a chart frame waits to be drawn. */
@@ -96,8 +100,19 @@ class Page {
       onLink: (link) => this.#linked(link),
     });
     this.#link = this.#connection.link;
+    this.#watching = new Watching({
+      view: this.#view,
+      history,
+      base: location.pathname + location.search,
+      hash: () => location.hash,
+      now: () => performance.now(),
+      model: () => this.#model,
+      link: () => this.#link,
+      send: (message) => this.#connection.send(message),
+      happened: (happening) => this.#happened(happening),
+    });
     this.#header = new Header({
-      watch: (run) => this.#pick(run),
+      watch: (run) => this.#view.set({ run }),
       nextTheme: () => this.#nextTheme(),
       setNotify: (on) => void this.#setNotify(on),
       showKeys: () => this.#keys.toggle(),
@@ -118,10 +133,13 @@ class Page {
   }
 
   start(): void {
-    this.#view.subscribe(() => this.#viewed());
-    this.#viewed();
+    this.#view.subscribe((state, previous) => this.#viewed(state, previous));
+    this.#viewed(this.#view.get(), this.#view.get());
     this.#header.setNotify(this.#notifier.on);
-    window.addEventListener("hashchange", () => this.#view.setHash(this.#hash()));
+    window.addEventListener("hashchange", () => {
+      this.#hash();
+      this.#watching.traversed();
+    });
     window.addEventListener("online", () => this.#connection.wake());
     document.addEventListener("visibilitychange", () => {
       this.#connection.setVisible(document.visibilityState === "visible");
@@ -136,7 +154,7 @@ class Page {
   /** What stands after `#`; a key of the server in it leaves the address at once. */
   #hash(): string {
     const hash = this.#access.take(location.hash);
-    if (hash !== location.hash) history.replaceState(null, "", hash === "" ? location.pathname + location.search : hash);
+    if (hash !== location.hash) history.replaceState(history.state, "", hash || location.pathname + location.search);
     return hash;
   }
 
@@ -248,10 +266,9 @@ class Page {
   }
 
   /** The view has changed: what of it is the page's own. */
-  #viewed(): void {
-    const { tab: current, theme } = this.#view.get();
-    const hash = this.#view.hash();
-    if (hash !== location.hash) history.replaceState(null, "", hash === "" ? location.pathname + location.search : hash);
+  #viewed(state: ViewState, previous: ViewState): void {
+    const { tab: current, theme } = state;
+    this.#watching.viewed(state, previous);
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
     this.#header.setTheme(theme);
@@ -265,25 +282,26 @@ class Page {
 
   // Messages
 
-  #greeting(): { run: string | null; server: string | null; after: number; keys: string[] } {
-    const { hello, run, last } = this.#model;
-    // Who follows and has seen the end asks for the newest run, whatever it is.
-    const key = run === null || (this.#follows && hasEnded(stateOf(this.#model))) ? null : run.key;
-    const after = key === null ? -1 : last;
-    return { run: key, server: hello?.server ?? null, after, keys: this.#access.keys() };
+  #greeting(): Omit<Hi, "type" | "protocol"> {
+    const server = this.#model.hello?.server ?? null;
+    return { ...this.#watching.greeting(), server, keys: this.#access.keys() };
   }
 
   #received(message: ServerMessage): void {
     const before = this.#model;
+    if (message.type === "run" && (message.overlaid === true || !this.#watching.run(message))) return;
     this.#happened(message);
     switch (message.type) {
       case "hello":
-        this.#newerSince = null;
+        this.#watching.hello(message);
         this.#newsSince ??= message.time;
         if (message.run === null) this.#charts.reset(null);
         for (const request of before.hello?.server === message.server ? unanswered(this.#model) : []) {
           this.#connection.send(request);
         }
+        break;
+      case "runs":
+        this.#watching.runs(message);
         break;
       case "run":
         this.#charts.reset(message);
@@ -352,6 +370,7 @@ class Page {
     const before = this.#model;
     this.#model = reduce(before, happening, performance.now());
     if (this.#model === before) return;
+    if (happening.type === "gone") this.#charts.reset(null);
     const isRoutine = happening.type === "pong" || (happening.type === "status" && stateOf(this.#model) === stateOf(before));
     if (isRoutine) this.#changedALittle();
     else this.#changed();
@@ -367,12 +386,6 @@ class Page {
     this.#connection.send(request);
   }
 
-  #pick(run: string): void {
-    this.#follows = newestRun(this.#model.runs)?.key === run;
-    this.#newerSince = null;
-    this.#connection.send({ type: "watch", run });
-  }
-
   async #setNotify(on: boolean): Promise<void> {
     const text = await this.#notifier.set(on);
     this.#header.setNotify(this.#notifier.on);
@@ -383,8 +396,8 @@ class Page {
   #act(action: Action["id"]): void {
     const newer = newerRun(this.#model);
     if (action === "reload") location.reload();
-    if (action === "show-newer" && newer) this.#pick(newer.key);
-    if (action === "stay") this.#follows = false;
+    if (action === "show-newer" && newer) this.#watching.follow(newer.key);
+    if (action === "stay") this.#watching.stay();
     this.#changed();
   }
 
@@ -410,32 +423,12 @@ class Page {
   }
 
   #tick(): void {
-    this.#follow();
+    this.#watching.tick();
     this.#changedALittle();
-  }
-
-  /** Change to a newer run once the one that is watched is over and could be seen to be. */
-  #follow(): void {
-    const newer = newerRun(this.#model);
-    if (newer === null || !this.#changesBySelf()) {
-      this.#newerSince = null;
-      return;
-    }
-    this.#newerSince ??= performance.now();
-    if (performance.now() - this.#newerSince >= FOLLOW_AFTER) this.#pick(newer.key);
-  }
-
-  /** A failure stays on the screen until somebody has seen it. */
-  #changesBySelf(): boolean {
-    const state = stateOf(this.#model);
-    return this.#follows && this.#link.phase === "open" && hasEnded(state) && state !== "failed";
   }
 
   #seen(): Seen {
     const now = performance.now();
-    const run = newerRun(this.#model);
-    const bySelf = this.#changesBySelf();
-    const left = FOLLOW_AFTER - (now - (this.#newerSince ?? now));
     return {
       model: this.#model,
       link: this.#link,
@@ -443,7 +436,7 @@ class Page {
       now,
       time: Date.now() / 1000,
       behind: this.#frameSince === null || document.hidden ? 0 : now - this.#frameSince,
-      newer: run === null ? null : { run, seconds: bySelf ? Math.max(0, left / 1000) : null },
+      newer: this.#watching.newer(),
     };
   }
 
@@ -465,6 +458,9 @@ class Page {
     const staged = described.stage !== null && (model.run === null || tab === "metrics");
     setText(this.#stageTitle, described.stage?.title ?? "");
     setText(this.#stageText, described.stage?.text ?? "");
+    const [action] = described.stage?.actions ?? [];
+    setText(this.#stageButton, action?.label ?? "");
+    show(this.#stageButton, action !== undefined);
     show(this.#stage, staged);
     for (const [name, { tab: button, panel }] of this.#tabs) {
       show(panel, name === tab && !staged);

@@ -39,6 +39,8 @@ export interface Hi {
   type: "hi";
   protocol: number;
   run: string | null;
+  /** No other run will do. */
+  only: boolean;
   server: string | null;
   after: number;
   keys: string[];
@@ -218,6 +220,8 @@ export interface RunInfo {
   hyperparameters?: Record<string, unknown>;
   /** Of a run of another process: the address of that one's page, without a token. */
   page?: string | null;
+  /** Whether it is laid over the watched run; else it is the watched one from now on. */
+  overlaid?: boolean;
 }
 
 export interface SeriesInfo {

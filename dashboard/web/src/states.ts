@@ -40,7 +40,7 @@ export interface Described {
   /** A further thing that goes on: a checkpoint is written. */
   aside: string;
   /** What to show where there is no run to show. */
-  stage: { title: string; text: string } | null;
+  stage: { title: string; text: string; actions?: Action[] } | null;
   notices: Notice[];
 }
 
@@ -109,7 +109,7 @@ function pill(seen: Seen): Words {
       return { word: "protocol differs", tone: "bad", sign: "warn", detail: link.reason };
     case "open":
   }
-  if (model.run === null) return { word: "no run yet", tone: "off", sign: "none" };
+  if (model.run === null) return { word: model.gone === null ? "no run yet" : "run not here", tone: "off", sign: "none" };
   const unanswered = link.waiting === null ? 0 : seen.now - link.waiting;
   const lag = Math.max(unanswered, seen.behind, link.latency ?? 0);
   if (lag > LAGGING_AFTER) {
@@ -182,6 +182,13 @@ function stage(seen: Seen): Described["stage"] {
     case "connecting":
       return { title: "Connecting", text: "" };
     case "open":
+      if (model.gone !== null) {
+        return {
+          title: `${model.gone} is not here`,
+          text: "The server does not have this run, or no longer. It appears here should it begin.",
+          actions: model.runs.length > 0 ? [{ id: "show-newer", label: "Show the newest run" }] : [],
+        };
+      }
       return { title: "No run yet", text: "The server is ready. A run that begins in its process appears here automatically." };
     default:
       return { title: format.capital(pill(seen).word), text: explain(seen) };

@@ -1,6 +1,7 @@
 // What the viewer has chosen to see. It lives in the address after `#`, so that a link shows the same view, and
 // in localStorage, so that the next visit starts where the last one ended. Nothing in it changes the run.
 
+import { MAX_OVERLAID } from "./protocol";
 import type { PageStorage } from "./storage";
 
 export type Axis = "step" | "epoch" | "time" | "wall";
@@ -11,6 +12,16 @@ export type Theme = "auto" | "light" | "dark";
 
 export interface ViewState {
   tab: Tab;
+  /** Key of the run that is watched; null for the newest. */
+  run: string | null;
+  /** Keys of the runs that are laid over it. */
+  overlaid: string[];
+  /** Key of the run that is drawn behind the others. */
+  baseline: string | null;
+  /** What runs are grouped by: a hyperparameter, or "tag". */
+  groupBy: string | null;
+  /** Keys of runs that are switched off in the charts. */
+  hiddenRuns: string[];
   /** Words that a panel or curve must contain to be shown. */
   search: string;
   /** The x axis: optimizer steps, epochs, seconds since the start, or time of day. */
@@ -42,6 +53,11 @@ export interface ViewState {
 
 export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
   tab: "metrics",
+  run: null,
+  overlaid: [],
+  baseline: null,
+  groupBy: null,
+  hiddenRuns: [],
   search: "",
   axis: "step",
   logX: false,
@@ -67,10 +83,20 @@ export const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
 export const MAX_COLUMNS = 8;
 const THEMES: readonly Theme[] = ["auto", "light", "dark"];
 
+/** Whether going from one view to another is a step that the back button takes back. */
+export function isStep(state: ViewState, previous: ViewState): boolean {
+  return state.tab !== previous.tab || state.run !== previous.run || state.panel !== previous.panel;
+}
+
 /** Write a view as a URL hash, without what is as usual; the theme is the viewer's own and stays out. */
 export function encodeView(state: ViewState): string {
   const fields = new URLSearchParams();
   if (state.tab !== DEFAULT_VIEW.tab) fields.set("tab", state.tab);
+  if (state.run !== null) fields.set("run", state.run);
+  for (const run of state.overlaid) fields.append("with", run);
+  if (state.baseline !== null) fields.set("baseline", state.baseline);
+  if (state.groupBy !== null) fields.set("group", state.groupBy);
+  for (const run of state.hiddenRuns) fields.append("hiderun", run);
   if (state.search !== "") fields.set("search", state.search);
   if (state.axis !== DEFAULT_VIEW.axis) fields.set("x", state.axis);
   if (state.logX) fields.set("logx", "1");
@@ -96,6 +122,11 @@ export function decodeView(hash: string): ViewState | null {
   const zoom = (fields.get("zoom") ?? "").split(",").map(Number);
   return sane({
     tab: fields.get("tab"),
+    run: fields.get("run"),
+    overlaid: fields.getAll("with"),
+    baseline: fields.get("baseline"),
+    groupBy: fields.get("group"),
+    hiddenRuns: fields.getAll("hiderun"),
     search: fields.get("search"),
     axis: fields.get("x"),
     logX: fields.get("logx") === "1",
@@ -122,6 +153,11 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
   const smoothing = Number(raw.smoothing);
   return {
     tab: oneOf(TABS, raw.tab),
+    run: text(raw.run),
+    overlaid: strings(raw.overlaid).filter((run) => run !== raw.run).slice(0, MAX_OVERLAID),
+    baseline: text(raw.baseline),
+    groupBy: text(raw.groupBy),
+    hiddenRuns: strings(raw.hiddenRuns),
     search: typeof raw.search === "string" ? raw.search : "",
     axis: oneOf(AXES, raw.axis),
     logX: raw.logX === true,
@@ -132,7 +168,7 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
         ? { min: zoom.min, max: zoom.max }
         : null,
     follow: raw.follow === true,
-    panel: typeof raw.panel === "string" ? raw.panel : null,
+    panel: text(raw.panel),
     hidden: strings(raw.hidden),
     folded: strings(raw.folded),
     columns: whole(raw.columns, 1, MAX_COLUMNS),
@@ -141,6 +177,11 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     unmarked: strings(raw.unmarked),
     theme: oneOf(THEMES, raw.theme),
   };
+}
+
+/** A text that is not empty, or null. */
+function text(value: unknown): string | null {
+  return typeof value === "string" && value !== "" ? value : null;
 }
 
 /** A whole number in a range; 0, for as usual, if it is none. */
@@ -192,7 +233,7 @@ export class View {
   }
 
   /** Put a name into a list, or take it out if it is there. */
-  toggle(list: "hidden" | "folded" | "usual" | "unmarked", name: string): void {
+  toggle(list: "hidden" | "hiddenRuns" | "folded" | "usual" | "unmarked", name: string): void {
     const names = this.#state[list];
     this.set({ [list]: names.includes(name) ? names.filter((one) => one !== name) : [...names, name] });
   }
@@ -213,8 +254,9 @@ export class View {
   }
 
   #write(): void {
-    // Neither the zoom nor the search: they belong to this run, and a next one would seem empty.
-    const kept = { ...this.#state, zoom: null, follow: false, search: "", panel: null };
+    // Neither the runs nor zoom and search: they belong to these runs, and next ones would seem empty.
+    const runs = { run: null, overlaid: [], baseline: null, groupBy: null, hiddenRuns: [] };
+    const kept = { ...this.#state, ...runs, zoom: null, follow: false, search: "", panel: null };
     this.#storage?.setItem(STORAGE_KEY, JSON.stringify(kept));
   }
 }

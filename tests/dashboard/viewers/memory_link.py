@@ -109,6 +109,8 @@ class PageModel:
         self.owes_drawn = 0
         self.ranges: list[ChartFrame] = []
         self.keys: list[str] = []
+        # By key, of the runs that are laid over the watched one.
+        self.others: dict[str, PageModel] = {}
 
     def hi(self) -> Hi:
         """Return the first message of a connection."""
@@ -117,15 +119,28 @@ class PageModel:
         self.owes_drawn = 0
         self.points.clear()
         self.series.clear()
+        self.others.clear()
         run = None if self.run is None else self.run.key
         return Hi(protocol=1, run=run, server=server, after=after, keys=self.keys)
 
     def take(self, data: bytes, text: bool) -> None:
         """Take a message in."""
         if not text:
-            self._chart(decode_chart(data))
+            self._chart(data)
             return
         message = _messages.decode(data)
+        if isinstance(message, RunInfo):
+            self.others.pop(message.key, None)
+            if message.overlaid:
+                self.others[message.key] = PageModel()
+                self.others[message.key].run = message
+                return
+        run = message.run if isinstance(message, Series | Status | Latest | Milestone) else None
+        if run is not None and (self.run is None or run != self.run.key):
+            assert not isinstance(message, Milestone), "a milestone of a run that is not watched"
+            if run in self.others:
+                self.others[run].take(data, text)
+            return
         match message:
             case Hello():
                 if self.hello is not None and self.hello.server != message.server:
@@ -167,12 +182,17 @@ class PageModel:
                 for key in message.removed:
                     self.rows.pop(key, None)
 
-    def _chart(self, frame: ChartFrame) -> None:
+    def _chart(self, data: bytes) -> None:
+        frame = decode_chart(data)
         self.owes_drawn += 1
         assert self.owes_drawn == 1, "a chart frame came without credit"
         assert self.run is not None
         if frame.header.run != self.run.key:
-            return  # of the run that was watched before
+            # Or of a run that was here before
+            if (other := self.others.get(frame.header.run)) is not None:
+                other.owes_drawn = 0
+                other.take(data, text=False)
+            return
         if frame.header.kind == "range":
             self.ranges.append(frame)
             return
