@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from offloop.engine.callback import TrainerParts as TrainerParts
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
+    from offloop.engine.catalog.catalog import RunCatalog as RunCatalog
+    from offloop.engine.catalog.labels import RunLabels as RunLabels
+    from offloop.engine.catalog.labels import edit_labels as edit_labels
+    from offloop.engine.catalog.labels import read_labels as read_labels
+    from offloop.engine.catalog.record import RunMetric as RunMetric
+    from offloop.engine.catalog.record import RunRecord as RunRecord
+    from offloop.engine.catalog.record import read_run as read_run
+    from offloop.engine.catalog.tail import EventTail as EventTail
     from offloop.engine.checkpoint import CheckpointInfo as CheckpointInfo
     from offloop.engine.checkpoint import CheckpointReader as CheckpointReader
     from offloop.engine.checkpoint import Retention as Retention
@@ -62,6 +70,8 @@ if TYPE_CHECKING:
     from offloop.engine.errors import Preempted as Preempted
     from offloop.engine.errors import RankFailedError as RankFailedError
     from offloop.engine.errors import RunEndedError as RunEndedError
+    from offloop.engine.errors import RunLabelsChangedError as RunLabelsChangedError
+    from offloop.engine.errors import RunLabelsError as RunLabelsError
     from offloop.engine.errors import RunNameTakenError as RunNameTakenError
     from offloop.engine.errors import RunNotFoundError as RunNotFoundError
     from offloop.engine.errors import RunsClosedError as RunsClosedError
@@ -122,6 +132,10 @@ _NAMES = {
     "bus.commands": "Call Command Pause Resume SaveCheckpoint SetLearningRate Stop TagCheckpoint Validate",
     "bus.subscription": "Subscription SubscriptionStatistics",
     "callback": "Callback TrainerParts decides in_step",
+    "catalog.catalog": "RunCatalog",
+    "catalog.labels": "RunLabels edit_labels read_labels",
+    "catalog.record": "RunMetric RunRecord read_run",
+    "catalog.tail": "EventTail",
     "checkpoint": "CheckpointInfo CheckpointReader Retention",
     "checkpoint.errors": """
         CheckpointCorruptError CheckpointDeadlineError CheckpointError CheckpointIncompatibleError
@@ -135,8 +149,8 @@ _NAMES = {
     "errors": """
         BatchError BusClosedError CallbackProcessError ConfigError DeadlockError EmptyLoaderError EventError
         EventLoopStalledError LossError MetricNotFoundError ModelNotFoundError OffloopError Preempted
-        RankFailedError RunEndedError RunNameTakenError RunNotFoundError RunsClosedError SubscriberTooSlowError
-        TrainerBusyError WeightsError WeightsMismatchError
+        RankFailedError RunEndedError RunLabelsChangedError RunLabelsError RunNameTakenError RunNotFoundError
+        RunsClosedError SubscriberTooSlowError TrainerBusyError WeightsError WeightsMismatchError
     """,
     "events": """
         CallbackFailed CheckpointFailed CheckpointSaved CheckpointUploaded CommandApplied DataBottleneck

@@ -15,6 +15,8 @@ facts are attributes, so no caller has to match a text. `except Exception` sees 
     ├── RunsClosedError                         a run started in a `Runs` that is shut down
     ├── RankFailedError                         another process of a distributed run has failed
     ├── CallbackProcessError                    the process of a callback has ended, or cannot be used
+    ├── RunLabelsError                          labels of a run that cannot be read
+    │   └── RunLabelsChangedError               labels that were edited meanwhile
     ├── RunNotFoundError (also KeyError)        no run of that id in a `Runs`
     ├── RunNameTakenError                       the run's directory exists already
     ├── EmptyLoaderError                        a loader that gave no batch
@@ -137,6 +139,29 @@ class CallbackProcessError(OffloopError):
     def __init__(self, text: str, exit_code: int | None = None) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+
+
+class RunLabelsError(OffloopError):
+    """`labels.json` of a run cannot be read, or another process has it locked."""
+
+
+class RunLabelsChangedError(RunLabelsError):
+    """The labels of a run were edited by another person or program since they were read.
+
+    Attributes:
+        version: That of the labels now.
+    """
+
+    def __init__(self, directory: str, version: int, based_on: int) -> None:
+        super().__init__(
+            f"the labels of {directory} were edited meanwhile: they have version {version}, and this edit is based on "
+            f"version {based_on}"
+        )
+        self.version = version
+        self._arguments = (directory, version, based_on)
+
+    def __reduce__(self) -> tuple[type["RunLabelsChangedError"], tuple[str, int, int]]:
+        return RunLabelsChangedError, self._arguments
 
 
 class RunNotFoundError(OffloopError, KeyError):

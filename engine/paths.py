@@ -5,8 +5,12 @@ A data set or a library may call `os.chdir` during a run, so a path that outlive
 
 import os
 from pathlib import Path
+from typing import Final
 
 from offloop.engine.errors import ConfigError
+
+RUN_JSON: Final = "run.json"
+"""The file in a run's directory that describes it."""
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:

@@ -16,10 +16,8 @@ from offloop.engine.checkpoint.filesystem import FileSystem, make_directories, r
 from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import RunNameTakenError, encodable
 from offloop.engine.observers.event_log import starts_in_log
-from offloop.engine.paths import absolute_path
+from offloop.engine.paths import RUN_JSON, absolute_path
 
-RUN_JSON: Final = "run.json"
-"""The file in a run's directory that describes it."""
 _ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"  # no letters that look like others
 _VERSIONS: Final = ("offloop", "torch", "anyio", "msgspec", "torchmetrics", "numpy")
 
@@ -35,8 +33,8 @@ def new_run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{letters}"
 
 
-def create_run_dir(path: Path, description: dict[str, Any]) -> None:
-    """Make the directory and its `run.json`. Blocks on the file system; not on the event loop.
+def create_run_dir(path: Path) -> None:
+    """Make the directory of a new run. Blocks on the file system; not on the event loop.
 
     Raises:
         RunNameTakenError: It exists already.
@@ -48,7 +46,6 @@ def create_run_dir(path: Path, description: dict[str, Any]) -> None:
     except FileExistsError:
         raise RunNameTakenError(str(path)) from None
     filesystem.sync_directory(path.parent)  # or a power cut takes the run with all its durable checkpoints
-    write_run_json(path, description)
 
 
 def write_run_json(path: Path, description: dict[str, Any]) -> None:

@@ -45,6 +45,19 @@ WITHOUT_TORCH: Final = (
     "observers.observer",
     "bus.threads",
     "run_handle",
+    "paths",
+    "checkpoint.errors",
+    "checkpoint.filesystem",
+    "checkpoint.lock",
+    "metrics.names",
+    "observers.line_file",
+    "observers.event_log",
+    "catalog.files",
+    "catalog.labels",
+    "catalog.log_end",
+    "catalog.record",
+    "catalog.catalog",
+    "catalog.tail",
 )
 """Modules of the engine that work, and load, without torch."""
 SHARED: Final = (
@@ -87,6 +100,7 @@ LAYERS: Final = (
     "metrics",
     "position",
     "observers",
+    "catalog",
     "processes",
     "training",
     "weights",

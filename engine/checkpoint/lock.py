@@ -12,6 +12,7 @@ import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -19,6 +20,8 @@ from offloop.engine.checkpoint.errors import RunLockedError
 from offloop.engine.checkpoint.filesystem import open_own
 
 LOCK = "LOCK"
+PAUSES: Final = (0.001, 0.01, 0.1)
+"""Seconds before a lock that is taken is tried again: `has_writer` holds it for some microseconds."""
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -97,21 +100,15 @@ class RunLock(_HeldFile):
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._file)
         except BlockingIOError as error:
-            raise RunLockedError(self._path, str(self._read_owner() or "another process")) from error
+            raise RunLockedError(self._path, str(_owner_in(self._file) or "another process")) from error
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-            owner = self._read_owner()
+            owner = _owner_in(self._file)
             if owner is not None and not owner.is_gone():
                 raise RunLockedError(self._path, str(owner)) from error
-
-    def _read_owner(self) -> Owner | None:
-        try:
-            return msgspec.json.decode(os.pread(self._file, 4096, 0), type=Owner)
-        except msgspec.MsgspecError:
-            return None
 
     def _write_owner(self) -> None:
         owner = Owner(os.getpid(), socket.gethostname(), _boot_id(), time.time())
@@ -135,7 +132,7 @@ class DirectoryLock(_HeldFile):
     def __init__(self, directory: Path) -> None:
         self._file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._file)
         except BlockingIOError as error:
             os.close(self._file)
             raise RunLockedError(directory / LOCK, "another run") from error
@@ -145,6 +142,68 @@ class DirectoryLock(_HeldFile):
                 os.close(self._file)
                 raise
         _held.add(self)
+
+
+def has_writer(directory: Path) -> bool | None:
+    """Return whether a process writes to a run, by its locks; None if the file system has none. Any thread; blocks.
+
+    A lock that is free is taken, shared, for some microseconds. A run that starts in that moment tries again.
+
+    Raises:
+        OSError: The directory is gone, or cannot be read.
+    """
+    held = _is_locked(directory, os.O_DIRECTORY)
+    if not held:
+        with suppress(FileNotFoundError):
+            of_store = _is_locked(directory / LOCK, os.O_NOFOLLOW | os.O_NONBLOCK)
+            # Some file systems lock files, but not directories
+            held = of_store if held is None else bool(of_store)
+            if held is None:
+                owner = _read_owner(directory / LOCK)
+                held = False if owner is not None and owner.is_gone() else None
+    return held
+
+
+def _is_locked(path: Path, flags: int) -> bool | None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        # Releases the lock
+        os.close(file)
+    return False
+
+
+def _read_owner(path: Path) -> Owner | None:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return _owner_in(file)
+    finally:
+        os.close(file)
+
+
+def _owner_in(file: int) -> Owner | None:
+    try:
+        return msgspec.json.decode(os.pread(file, 4096, 0), type=Owner)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _lock(file: int) -> None:
+    for pause in PAUSES:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(pause)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 _held: weakref.WeakSet[_HeldFile] = weakref.WeakSet()

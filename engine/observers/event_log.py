@@ -137,7 +137,7 @@ _decode_head = msgspec.json.Decoder(_Head, strict=False).decode
 _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-class _Position:
+class AttemptCounter:
     """Tells to which attempt each line of a log belongs: `TrainStart` names it, and `seq` starts again with it."""
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Se
     size, seq = 0, -1
     written: Counter[bytes] = Counter()
     if taken is not None and path.exists():
-        position = _Position()
+        position = AttemptCounter()
         with open(path, "rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
@@ -245,7 +245,7 @@ def starts_in_log(directory: Path) -> Iterator[TrainStart]:
 
 def read_attempts(path: "Path | str") -> Iterator[tuple[int, Event]]:
     """Read a run's events like `read_events`, each with the number of its attempt."""
-    position = _Position()
+    position = AttemptCounter()
     for event in read_events(path):
         yield position.take(event), event
 
@@ -267,7 +267,7 @@ def read_events(path: "Path | str") -> Iterator[Event]:
             try:
                 # An event of an unknown type keeps these bytes.
                 event = decode(line.rstrip(b"\n"))
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 if line.endswith(b"\n"):
                     logger.warning("%s:%d is no event and was skipped", path, number)
                 continue

@@ -19,8 +19,9 @@ from offloop.engine.checkpoint import (
 from offloop.engine.checkpoint.remote import age, attempts_so_far
 from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import ConfigError
+from offloop.engine.paths import RUN_JSON
 from offloop.engine.recovery.resume_plan import Resume
-from offloop.engine.run_dir import RUN_JSON, read_run_json, write_run_json
+from offloop.engine.run_dir import read_run_json, write_run_json
 from offloop.engine.training.arguments import remote_run
 
 logger = logging.getLogger("offloop")

@@ -11,8 +11,8 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.checkpoint.reader import CHECKPOINTS, link_to_nothing
 from offloop.engine.errors import ConfigError, nearest
-from offloop.engine.paths import absolute_path
-from offloop.engine.run_dir import RUN_JSON, read_run_json
+from offloop.engine.paths import RUN_JSON, absolute_path
+from offloop.engine.run_dir import read_run_json
 
 Resume = str | int | Path | None
 

@@ -396,7 +396,9 @@ class Checkpoints:
             return False
 
     def close(self) -> None:
-        """End the thread and release memory and lock, after `flush`. Calling it twice is fine.
+        """End the thread and release memory and the store's lock, after `flush`. Calling it twice is fine.
+
+        The claim to the directory stays until `leave`.
 
         If a checkpoint is still being written, that happens when it is done.
         """
@@ -420,6 +422,11 @@ class Checkpoints:
             logger.error("checkpoints were not finished: %s", error)
         self._give_back()
 
+    def leave(self) -> None:
+        """Give the directory back, when nothing more is written there. Any thread; calling it twice is fine."""
+        if self._claim is not None:
+            self._claim.release()
+
     def _close_late(self) -> None:
         assert self._writer is not None
         with contextlib.suppress(CheckpointError):
@@ -431,8 +438,6 @@ class Checkpoints:
             self._arena.close()
         if self._store is not None:
             self._store.close()
-        if self._claim is not None:
-            self._claim.release()
         # A program that keeps the run must not keep the weights
         self._optimizers, self._volatile = {}, []
 

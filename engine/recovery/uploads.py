@@ -39,8 +39,9 @@ from offloop.engine.checkpoint.remote import age
 from offloop.engine.checkpoint.retention import best_of, select_kept_by_any
 from offloop.engine.errors import RunNameTakenError, describe
 from offloop.engine.events import CheckpointUploaded, Event, UploadFailed
+from offloop.engine.paths import RUN_JSON
 from offloop.engine.recovery.run_checkpoints import Checkpoints, WaitPolicy
-from offloop.engine.run_dir import RUN_JSON, format_run_json
+from offloop.engine.run_dir import format_run_json
 
 logger = logging.getLogger("offloop")
 

@@ -461,7 +461,7 @@ class Session:
     # The end: on the event loop of the supervisor, or of the training thread ---------------------
 
     async def _settle_storage(self) -> None:
-        """Wait until accepted checkpoints are durable, then uploaded, and give the directory back."""
+        """Wait until accepted checkpoints are durable, then uploaded."""
         if self.storage is None:
             return
         if self.evaluations.every is not None:

@@ -1,8 +1,8 @@
 """Storage: the directory of one run, here and in the remote store, from its first file to the last.
 
-training thread        open: run.json, the lock, the remote directory claimed; uploads begin
-a thread at the end    settle: checkpoints durable, then uploaded; the lock given back
-a thread at the end    write_ending: run.json says how the run ended; uploads end
+training thread        open: the directory locked, run.json, the remote directory claimed; uploads begin
+a thread at the end    settle: checkpoints durable, then uploaded
+a thread at the end    write_ending: run.json says how the run ended; uploads end; the lock given back
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from offloop.engine.bus.event_bus import Bus
 from offloop.engine.checkpoint import CheckpointError, RemoteError, Retention
 from offloop.engine.checkpoint.parts import PartsChannel
 from offloop.engine.errors import MetricNotFoundError, describe
-from offloop.engine.events import Evaluated, UploadFailed
+from offloop.engine.events import SCHEMA, Evaluated, UploadFailed
 from offloop.engine.monitor import EVALUATED
 from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.recovery.evaluations import Evaluations
@@ -50,7 +50,7 @@ class Storage:
         keys = [each.callback.best_by[0] for each in plan.handlers if each.callback.best_by is not None]
         # The metrics of evaluated checkpoints by which the best is chosen
         self._chosen_by = [key for key in keys if key.startswith(EVALUATED)]
-        monitors = plan.monitors
+        self._monitors = monitors = plan.monitors
         self._ranks = plan.ranks
         self._channel: PartsChannel | None = None
         of_rank = Checkpoints
@@ -115,11 +115,16 @@ class Storage:
         if self._ranks is not None and not self._ranks.is_first:
             self.checkpoints.attempt = 0 if resume is None else resume.attempt
             return
+        now = time.time()
         description = {
+            "schema": SCHEMA,
             "run_id": self._run_id,
             "attempt": 0 if resume is None else resume.attempt,
-            "created": time.time(),
+            "created": now,
+            "started": now,
             "status": "running",
+            "monitor": self._monitors.best,
+            "mode": self._monitors.best_direction,
             "config": self._config.as_settings(),
             "init_from": init_from,
             **describe_environment(),
@@ -138,8 +143,10 @@ class Storage:
         if self._remote is not None:
             claim_remote(self._remote, description, is_new=resume is None, until=self._lifetime.is_cancelled)
         if resume is None:
-            create_run_dir(directory, description)
+            create_run_dir(directory)
+            # First: a reader must not take a run that has just begun for one whose process was killed
             self.checkpoints.claim()
+            write_run_json(directory, description)
             if self._ranks is not None:
                 # Before another rank writes: opening removes what interrupted saves have left
                 self.checkpoints.open()
@@ -223,7 +230,7 @@ class Storage:
                 write_run_json(self.directory, {**self._description, **ending})
 
     def settle(self, ending_of: Callable[[], Mapping[str, Any]], best: BestSoFar) -> None:
-        """Wait until accepted checkpoints are durable and uploaded, and give the directory back. Blocks.
+        """Wait until accepted checkpoints are durable and uploaded. Blocks.
 
         Args:
             ending_of: Returns what run.json is to say about the end. Asked when checkpoints are durable: until then a
@@ -246,15 +253,21 @@ class Storage:
             if not self._await_uploads(self._uploads):
                 self._report_missing(self._uploads)
         self.checkpoints.close()
+        if not self.is_open:
+            self.checkpoints.leave()
 
     def write_ending(self, ending: Mapping[str, Any]) -> None:
-        """Write how the run ended, here and in the store. Blocks."""
+        """Write how the run ended, here and in the store, and give the directory back. Blocks."""
         assert self.directory is not None
-        write_run_json(self.directory, {**self._description, **ending})
-        if self._uploads is not None:
-            if not self._await_uploads(self._uploads):
-                logger.warning("%s does not say how the run ended", self._remote and self._remote.url)
-            self._uploads.close()
+        try:
+            write_run_json(self.directory, {**self._description, **ending})
+            if self._uploads is not None:
+                if not self._await_uploads(self._uploads):
+                    logger.warning("%s does not say how the run ended", self._remote and self._remote.url)
+                self._uploads.close()
+        finally:
+            # Not before: callbacks were handling events, and a reader takes a run whose lock is free for killed
+            self.checkpoints.leave()
 
     def _await_uploads(self, uploads: Uploads) -> bool:
         """Wait until everything is uploaded, or the time for it is up. A second signal ends it at once. Blocks."""

@@ -140,7 +140,8 @@ def test_without_anybody_who_writes_there_is_no_directory(
 
 
 def test_run_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create_run_dir(tmp_path / "run", {"status": "running"})
+    create_run_dir(tmp_path / "run")
+    write_run_json(tmp_path / "run", {"status": "running"})
 
     def cut_off(source: object, target: object) -> None:
         raise OSError("no power")

@@ -24,7 +24,7 @@ from offloop.engine import (
 )
 from offloop.engine.checkpoint import CheckpointReader, SnapshotMemoryError, WriterDiedError
 from offloop.engine.checkpoint import snapshot as snapshot_module
-from offloop.engine.run_dir import RUN_JSON
+from offloop.engine.paths import RUN_JSON
 from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
 
 NO_THREAD = "can't start new thread"

@@ -1,0 +1,1 @@
+"""What run directories say, for readers in any process, without torch."""
