@@ -93,6 +93,7 @@ class Bus:
         *,
         run_id: str = "",
         flush_interval: float = FLUSH_INTERVAL,
+        begins_with: type[Event] | None = None,
         attention: Callable[[], None] | None = None,
     ) -> None:
         """Make a bus; nothing runs until `drain` does.
@@ -100,6 +101,8 @@ class Bus:
         Args:
             run_id: Written into events that come without one.
             flush_interval: Seconds between hand-overs, > 0.
+            begins_with: Class of the event that is handed over first: those that other threads publish before it wait
+                for it, and follow it. None: no event waits.
             attention: Called, from any thread, when `is_blocked` has changed and when the bus notices that its
                 event loop is gone. Must not block.
         """
@@ -130,6 +133,7 @@ class Bus:
         self._final: Event | None = None
         self._closing = False
         # The rest belongs to the drainer.
+        self._begins_with = begins_with  # None once that event has come
         self._done = False  # it has handed over everything
         self._napping: anyio.CancelScope | None = None  # while it sleeps for its pace
         self._idling: anyio.Event | None = None  # while it sleeps until something comes
@@ -328,7 +332,7 @@ class Bus:
             else:
                 self._subscribers.rest()
                 self._armed = True
-                if not (self._queue or self._closing or self._subscribers.has_leaving):
+                if not (self._has_events() or self._closing or self._subscribers.has_leaving):
                     self._idling = anyio.Event()
                     await self._idling.wait()
                     self._idling = None
@@ -381,7 +385,7 @@ class Bus:
     def _hand_over(self, limit: int | None = None) -> int:
         """Take out what has gathered, number it, and put it into the buffers. Returns how many there were."""
         queue = self._queue
-        count = min(len(queue), limit or HAND_OVER_AT_ONCE)
+        count = min(len(queue), limit or HAND_OVER_AT_ONCE) if self._has_events() else 0
         now = self.clock()
         self._handed_over_at = now
         self._stall_logged = False
@@ -394,6 +398,19 @@ class Bus:
             self.step_times.take(batch, has_milestones=bool(milestones))
         self._report_drops(now)
         return count
+
+    def _has_events(self) -> bool:
+        """Return whether there is something to hand over. The first event of all is put first when it has come."""
+        queue, first = self._queue, self._begins_with
+        if first is None or self._closing:
+            return bool(queue)
+        waiting = [queue.popleft() for _ in range(len(queue))]
+        waiting.sort(key=lambda event: not isinstance(event, first))
+        queue.extendleft(reversed(waiting))
+        if not waiting or not isinstance(waiting[0], first):
+            return False
+        self._begins_with = None
+        return True
 
     def _stamp(self, batch: list[Event], barriers: list[tuple[int, Barrier]]) -> list[Event]:
         """Number the events, give foreign ones their position, and return the milestones.

@@ -44,7 +44,7 @@ from offloop.engine.errors import (
     RunNameTakenError,
     note_cancellation,
 )
-from offloop.engine.events import Evaluated, Event
+from offloop.engine.events import Evaluated, Event, TrainStart
 from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.observers.observer import CallbackCosts, Observer
 from offloop.engine.observers.worker import Worker
@@ -87,7 +87,13 @@ class Session:
         self.weak_trainer = weakref.ref(plan.program)
         self.has_validation = setup.val_loader is not None
         self.mailbox = Mailbox()
-        self.bus = Bus(run_id=run_id, flush_interval=config.flush_interval, attention=self.mailbox.poke)
+        self.bus = Bus(
+            run_id=run_id,
+            flush_interval=config.flush_interval,
+            # What a caller publishes at once would come before the run's directory.
+            begins_with=TrainStart,
+            attention=self.mailbox.poke,
+        )
         self.lifetime = Lifetime(self.mailbox, self.bus)
         self.callbacks = CallbackTasks(
             self.bus, self.mailbox, self.lifetime, drain_timeout=config.drain_timeout

@@ -28,7 +28,16 @@ from offloop.engine.errors import (
     EventLoopStalledError,
     SubscriberTooSlowError,
 )
-from offloop.engine.events import EpochEnd, EpochStart, Event, EventsDropped, Sample, StepEnd, TrainEnd
+from offloop.engine.events import (
+    EpochEnd,
+    EpochStart,
+    Event,
+    EventsDropped,
+    Sample,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+)
 
 
 class Note(Event, frozen=True):
@@ -708,6 +717,29 @@ async def test_idle_bus_wakes_nobody() -> None:
                 while received < 10:
                     received += len(await subscription.take_batch())
                 assert wakes == [rounds]
+
+
+@pytest.mark.anyio
+@pytest.mark.uvloop
+@pytest.mark.parametrize("first_comes", [True, False])
+async def test_events_wait_for_the_first_one_of_all_or_for_the_end(first_comes: bool) -> None:
+    with anyio.fail_after(10):
+        async with running(Bus(flush_interval=0.001, begins_with=TrainStart)) as bus:
+            subscription = bus.subscribe((Note, Tick, TrainStart))
+            bus.publish(Note(number=0))
+            bus.publish(Tick(number=1))
+            while not bus._armed:
+                await anyio.lowlevel.checkpoint()
+            assert subscription.take(10) == []
+            if first_comes:
+                await anyio.to_thread.run_sync(bus.publish, TrainStart(step=0, epoch=0, batch=0))
+            else:
+                bus.close()
+            received: list[Event] = []
+            while len(received) < 2 + first_comes:
+                received += await subscription.take_batch()
+            assert [type(event) for event in received] == [TrainStart] * first_comes + [Note, Tick]
+            assert [event.seq for event in received] == list(range(2 + first_comes))
 
 
 @pytest.mark.anyio

@@ -48,6 +48,7 @@ from offloop.engine import (
     ValidationEnd,
     decides,
     in_step,
+    read_events,
 )
 from offloop.engine.observers import observer as observer_module
 from offloop.engine.recovery.run_checkpoints import Checkpoints
@@ -71,6 +72,14 @@ from offloop.engine.training.setup import Batch
 from offloop.engine.training.step_output import StepOutput
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
+
+
+class Remark(Event, frozen=True):
+    """A milestone of the tests'."""
+
+    text: str = ""
+
+
 LONG = 30.0  # seconds that nothing here should take, also on a busy machine
 ENDLESS = 1_000_000_000  # steps
 
@@ -280,6 +289,18 @@ def test_pause_and_resume_leave_everything_else_as_it_was() -> None:
         "EpochEnd 0/2/2",
         "TrainEnd completed 0/2/2",
     ]
+
+
+@pytest.mark.anyio
+async def test_what_is_published_at_once_follows_the_first_event_into_the_log(tmp_path: Path) -> None:
+    trainer = tiny_trainer(run_dir=tmp_path)
+    async with trainer.start(tiny_loader(4), epochs=1) as run:
+        for number in range(3):
+            run.publish(Remark(text=str(number)))
+    events = list(read_events(tmp_path / run.id))
+    assert [type(event) for event in events[:4]] == [TrainStart, Remark, Remark, Remark]
+    assert [event.text for event in events if isinstance(event, Remark)] == ["0", "1", "2"]
+    assert run.result.callback_errors == {}
 
 
 def test_stop_in_a_validation_ends_it_without_its_end() -> None:
