@@ -1878,7 +1878,7 @@ def test_a_run_that_fails_while_its_checkpoints_are_written_is_not_called_stoppe
     with pytest.raises(Fault):
         trainer = tiny_trainer(run_dir=tmp_path, callbacks=[StopsThenFails()])
         trainer.train(tiny_loader(1), tiny_loader(1), epochs=5)
-    assert written == ["failed"]
+    assert written == ["running", "failed"]
 
 
 class StopsAtOnce(Callback):
