@@ -1,7 +1,7 @@
 """Column files: curves as they were read from a run's log, so that they are not read from it again.
 
-A cache of the user's, never the truth: a file that is missing, damaged or behind its log is ignored or completed from
-the log, and everything works without it. It holds the columns of a `History` as they lie in memory, so a run of a
+A cache of the user's, never the truth: without a file that is whole the log is read anew, and a log that has grown is
+read on from where the columns end. It holds the columns of a `History` as they lie in memory, so a run of a
 million steps is there at once, and only the parts of the file that are looked at take memory:
 
     magic     16 bytes
@@ -35,49 +35,22 @@ MOST_BYTES: Final = 4 * 1024**3
 """Bytes of all column files of a user; beyond that, those go that were used the longest time ago."""
 _MAGIC: Final = b"offloop columns1"
 _PIECE: Final = 1024 * 1024
-_HEAD: Final = 4096
-_TAIL: Final = 64 * 1024
-
-
-class Covered(msgspec.Struct, frozen=True):
-    """The beginning of a log that a column file stands for."""
-
-    size: int
-    """Its bytes, which end with a line."""
-    head: int
-    """CRC-32 of its first 4 KiB."""
-    tail: int
-    """CRC-32 of its last 64 KiB."""
-
-    @classmethod
-    def of(cls, log: Path, size: int) -> "Covered":
-        """Describe the first `size` bytes of a log. Blocks.
-
-        Raises:
-            OSError: The log cannot be read.
-        """
-        with open(log, "rb") as file:
-            head = zlib.crc32(file.read(min(_HEAD, size)))
-            file.seek(max(0, size - _TAIL))
-            return cls(size, head, zlib.crc32(file.read(min(_TAIL, size))))
 
 
 class _Header(msgspec.Struct, frozen=True):
-    covered: Covered
     axis: AxisFacts
     curves: list[CurveFacts]
     gaps: list[Gap]
     lengths: list[tuple[str, int]]
     """Type and length of each column: `f8` or `u4`."""
     state: msgspec.Raw
-    """What else the reader of the log must know to go on behind `covered`; JSON."""
+    """What else the reader of the log has to know; JSON."""
 
 
 class Kept(msgspec.Struct):
     """What a column file holds."""
 
     history: History
-    covered: Covered
     state: bytes
 
 
@@ -92,8 +65,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offloop"
 
 
-def keep(path: Path, history: History, *, covered: Covered, state: bytes) -> None:
-    """Write a column file, replacing an older one whole. Blocks for about a second per GB.
+def keep(path: Path, history: History, state: bytes) -> None:
+    """Write a column file, replacing an older one whole. Blocks for some seconds per GB.
+
+    Args:
+        path: The column file.
+        history: The curves.
+        state: What the reader of the log has to know to go on where they end; JSON.
 
     Raises:
         OSError: It cannot be written.
@@ -102,7 +80,7 @@ def keep(path: Path, history: History, *, covered: Covered, state: bytes) -> Non
     handle, name = tempfile.mkstemp(prefix=".columns-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            _write(file, history, covered, state)
+            _write(file, history, state)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -111,12 +89,11 @@ def keep(path: Path, history: History, *, covered: Covered, state: bytes) -> Non
     _remove_oldest(path)
 
 
-def _write(file: BinaryIO, history: History, covered: Covered, state: bytes) -> None:
+def _write(file: BinaryIO, history: History, state: bytes) -> None:
     curves = history.curves
     columns = [*history.axis.columns(), *chain.from_iterable(curve.columns() for curve in curves)]
     header = msgspec.json.encode(
         _Header(
-            covered=covered,
             axis=history.axis.facts(),
             curves=[curve.facts() for curve in curves],
             gaps=history.gaps,
@@ -137,14 +114,13 @@ def _padded(column: npt.NDArray[Any]) -> bytes:
     return content + bytes(-len(content) % 8)
 
 
-def find(path: Path, log: Path, *, limit: int) -> Kept | None:
-    """Return what a column file holds of a log; None if it is missing, damaged, or of another log. Blocks.
+def find(path: Path, *, limit: int) -> Kept | None:
+    """Return what a column file holds; None if it is missing or damaged. Blocks.
 
     The history grows in memory from there; what it takes from the file stays in the file until it is looked at.
 
     Args:
         path: The column file.
-        log: The run's log.
         limit: Limit of the memory for the history, in bytes.
     """
     try:
@@ -157,14 +133,12 @@ def find(path: Path, log: Path, *, limit: int) -> Kept | None:
         start = len(_MAGIC) + 8
         (length,) = struct.unpack("<Q", mapped[len(_MAGIC) : start].tobytes())
         header = msgspec.json.decode(mapped[start : start + length].tobytes(), type=_Header)
-        if log.stat().st_size < header.covered.size or Covered.of(log, header.covered.size) != header.covered:
-            return None
         columns = _columns(mapped, start + length, header.lengths)
         history = History(limit)
         history.axis = Axis.of(header.axis, columns)
         history.curves = [Curve.of(facts, columns) for facts in header.curves]
         history.gaps = header.gaps
-        return Kept(history, header.covered, bytes(header.state))
+        return Kept(history, bytes(header.state))
     except (OSError, ValueError, struct.error, StopIteration):
         # A file of another version, too. `msgspec.DecodeError` is a ValueError.
         return None

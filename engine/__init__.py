@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from offloop.engine.catalog.record import RunRecord as RunRecord
     from offloop.engine.catalog.record import read_run as read_run
     from offloop.engine.catalog.tail import EventTail as EventTail
+    from offloop.engine.catalog.tail import LogPlace as LogPlace
     from offloop.engine.checkpoint import CheckpointInfo as CheckpointInfo
     from offloop.engine.checkpoint import CheckpointReader as CheckpointReader
     from offloop.engine.checkpoint import Retention as Retention
@@ -135,7 +136,7 @@ _NAMES = {
     "catalog.catalog": "RunCatalog",
     "catalog.labels": "RunLabels edit_labels read_labels",
     "catalog.record": "RunMetric RunRecord read_run",
-    "catalog.tail": "EventTail",
+    "catalog.tail": "EventTail LogPlace",
     "checkpoint": "CheckpointInfo CheckpointReader Retention",
     "checkpoint.errors": """
         CheckpointCorruptError CheckpointDeadlineError CheckpointError CheckpointIncompatibleError

@@ -21,17 +21,36 @@ REMEMBERED: Final = 4096
 """Bytes before the position by which a log is recognized."""
 
 
+class LogPlace(msgspec.Struct, frozen=True):
+    """Where an `EventTail` stands in a log. It can be encoded, so that another one continues there."""
+
+    position: int
+    """Bytes of the log that were read."""
+    skipped: int
+    """Lines among them that hold no event."""
+    attempt: int
+    """Attempt of the last event."""
+    seq: int
+    """`seq` of the last event; -1 before there is one."""
+    start: int
+    """Where `content` begins."""
+    content: bytes
+    """Some of the last bytes that were read, by which the log is recognized."""
+
+
 class EventTail:
     """Reads the events of a run as its log grows. One thread at a time; everything blocks on the file system.
 
     The log is opened for each call, so an idle tail holds no file.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        """Follow the `events.jsonl` of a directory, from its first line.
+    def __init__(self, directory: Path | str, *, place: LogPlace | None = None) -> None:
+        """Follow the `events.jsonl` of a directory.
 
         Args:
             directory: The run's. The file may appear later.
+            place: Where to continue; default None, at the first line. If the log is another one by now, the first
+                `read` begins with its first line, and says so by `restarted`.
         """
         self.path = Path(directory) / FILE_NAME
         self.skipped = 0
@@ -45,9 +64,22 @@ class EventTail:
         """Bytes of the log at the last `read`."""
         self._attempts = AttemptCounter()
         self._is_in_long_line = False
-        self._inode = (0, 0)
+        # None until the log was opened for the first time
+        self._inode: tuple[int, int] | None = None
         # Where the last bytes were that were read, and what they were
         self._remembered: tuple[int, bytes] = (0, b"")
+        if place is not None:
+            self.position, self.skipped = place.position, place.skipped
+            self._attempts = AttemptCounter(place.attempt, place.seq)
+            self._remembered = (place.start, place.content)
+
+    @property
+    def place(self) -> LogPlace | None:
+        """Where a later tail can continue; None in the middle of a line that is too long."""
+        if self._is_in_long_line:
+            return None
+        attempts = self._attempts
+        return LogPlace(self.position, self.skipped, attempts.attempt, attempts.seq, *self._remembered)
 
     def read(self, limit: int = 10_000) -> list[tuple[int, Event]]:
         """Return the events that were appended since the last call, each with the number of its attempt.
@@ -78,7 +110,7 @@ class EventTail:
         try:
             self.size = state.st_size
             inode = (state.st_dev, state.st_ino)
-            if self.position and (inode != self._inode or not self._is_same(file)):
+            if self.position and (inode != (self._inode or inode) or not self._is_same(file)):
                 self._restart()
             self._inode = inode
             return self._read(file, limit)

@@ -140,18 +140,20 @@ _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 class AttemptCounter:
     """Tells to which attempt each line of a log belongs: `TrainStart` names it, and `seq` starts again with it."""
 
-    def __init__(self) -> None:
-        self._attempt = 0
-        self._seq = -1
+    def __init__(self, attempt: int = 0, seq: int = -1) -> None:
+        self.attempt = attempt
+        """Attempt of the last event."""
+        self.seq = seq
+        """`seq` of the last event."""
 
     def take(self, head: "_Head | Event") -> int:
         """Return the attempt of the next event."""
-        if head.seq <= self._seq:
-            self._attempt += 1
-        self._seq = head.seq
+        if head.seq <= self.seq:
+            self.attempt += 1
+        self.seq = head.seq
         if isinstance(head, TrainStart) or (isinstance(head, _Head) and head.type == TrainStart.__name__):
-            self._attempt = head.attempt
-        return self._attempt
+            self.attempt = head.attempt
+        return self.attempt
 
 
 def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Sequence[str] = ()) -> None:

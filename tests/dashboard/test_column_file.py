@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offloop.dashboard import column_file
-from offloop.dashboard.column_file import Covered, find, keep, place_of
+from offloop.dashboard.column_file import find, keep, place_of
 from offloop.dashboard.history import History
 
 LIMIT = 64 * 1024 * 1024
@@ -33,17 +33,9 @@ def history_of(values: list[float], *, limit: int = LIMIT, curves: int = 2) -> H
     return history
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    path = tmp_path / "events.jsonl"
-    path.write_bytes(b"".join(b'{"type":"Note","seq":%d}\n' % seq for seq in range(20_000)))
-    return path
-
-
-def kept(log: Path, history: History) -> Path:
-    """Keep a history that covers the whole log."""
-    path = log.with_suffix(".columns")
-    keep(path, history, covered=Covered.of(log, log.stat().st_size), state=STATE)
+def kept(path: Path, history: History) -> Path:
+    """Keep a history."""
+    keep(path, history, STATE)
     return path
 
 
@@ -55,10 +47,8 @@ def kept(log: Path, history: History) -> Path:
 def test_what_is_kept_comes_back_and_goes_on(
     tmp_path_factory: pytest.TempPathFactory, values: list[float], more: int
 ) -> None:
-    log = tmp_path_factory.mktemp("run") / "events.jsonl"
-    log.write_bytes(b"x" * 100)
     expected = history_of(values)
-    found = find(kept(log, expected), log, limit=LIMIT)
+    found = find(kept(tmp_path_factory.mktemp("cache") / "a.columns", expected), limit=LIMIT)
     assert found is not None
     assert (content_of(found.history), found.state) == (content_of(expected), STATE)
     for history in (expected, found.history):
@@ -68,11 +58,11 @@ def test_what_is_kept_comes_back_and_goes_on(
     assert content_of(found.history) == content_of(expected)
 
 
-def test_a_trimmed_history_comes_back_and_goes_on(log: Path) -> None:
+def test_a_trimmed_history_comes_back_and_goes_on(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     expected = history_of(rng.random(90_000).tolist(), limit=1_000_000)
     assert expected.trimmed is not None
-    found = find(kept(log, expected), log, limit=1_000_000)
+    found = find(kept(tmp_path / "a.columns", expected), limit=1_000_000)
     assert found is not None
     assert content_of(found.history) == content_of(expected)
     steps = np.arange(90_000, 90_000 + 9_001, dtype=float)
@@ -82,34 +72,12 @@ def test_a_trimmed_history_comes_back_and_goes_on(log: Path) -> None:
     assert content_of(found.history) == content_of(expected)
 
 
-def test_a_log_that_has_grown_is_continued_from_where_the_columns_end(log: Path) -> None:
-    size = log.stat().st_size
-    path = kept(log, history_of([1.0, 2.0]))
-    with open(log, "ab") as file:
-        file.write(b'{"type":"Note","seq":20000}\n')
-    found = find(path, log, limit=LIMIT)
-    assert found is not None
-    assert found.covered.size == size
-
-
-@pytest.mark.parametrize("change", ["cut", "replaced", "other end"])
-def test_the_columns_of_a_log_that_is_another_one_by_now_are_not_used(log: Path, change: str) -> None:
-    path = kept(log, history_of([1.0, 2.0]))
-    content = log.read_bytes()
-    log.write_bytes(
-        {"cut": content[:-1], "replaced": b"y" + content[1:], "other end": content[:-2] + b" \n"}[change]
-    )
-    assert find(path, log, limit=LIMIT) is None
-
-
 @given(place=st.floats(0, 1, exclude_max=True), what=st.sampled_from(["bit", "cut", "nothing"]))
 @settings(max_examples=40)
 def test_a_damaged_file_is_not_used(
     tmp_path_factory: pytest.TempPathFactory, place: float, what: str
 ) -> None:
-    log = tmp_path_factory.mktemp("run") / "events.jsonl"
-    log.write_bytes(b"x" * 100)
-    path = kept(log, history_of([1.0, float("nan"), 3.0]))
+    path = kept(tmp_path_factory.mktemp("cache") / "a.columns", history_of([1.0, float("nan"), 3.0]))
     content = bytearray(path.read_bytes())
     at = int(place * len(content))
     if what == "bit":
@@ -117,17 +85,17 @@ def test_a_damaged_file_is_not_used(
     elif what == "cut":
         del content[at:]
     path.write_bytes(content)
-    assert (find(path, log, limit=LIMIT) is None) == (what != "nothing")
+    assert (find(path, limit=LIMIT) is None) == (what != "nothing")
 
 
-def test_a_missing_file_is_none(log: Path) -> None:
-    assert find(log.with_suffix(".columns"), log, limit=LIMIT) is None
+def test_a_missing_file_is_none(tmp_path: Path) -> None:
+    assert find(tmp_path / "a.columns", limit=LIMIT) is None
 
 
 def test_a_file_that_cannot_be_written_leaves_the_older_one(
-    log: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = kept(log, history_of([1.0]))
+    path = kept(tmp_path / "a.columns", history_of([1.0]))
     before = path.read_bytes()
 
     def full(*_: object) -> None:
@@ -136,22 +104,21 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space"):
-            kept(log, history_of([1.0, 2.0]))
+            kept(path, history_of([1.0, 2.0]))
     assert path.read_bytes() == before
     assert [each.name for each in path.parent.iterdir() if each.name.startswith(".")] == []
 
 
 def test_the_files_that_were_used_the_longest_time_ago_make_room(
-    log: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = [log.with_name(f"{number}.columns") for number in range(3)]
-    covered = Covered.of(log, log.stat().st_size)
+    places = [tmp_path / f"{number}.columns" for number in range(3)]
     for age, path in enumerate(places):
         if age == 2:
             monkeypatch.setattr(column_file, "MOST_BYTES", 2 * places[0].stat().st_size)
             # The first was used since the second was.
             os.utime(places[1], (1, 1))
-        keep(path, history_of([1.0]), covered=covered, state=STATE)
+        kept(path, history_of([1.0]))
     assert [path.exists() for path in places] == [True, False, True]
 
 

@@ -4,12 +4,13 @@ import logging
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offloop.callbacks import ModelCheckpoint
-from offloop.engine import EventTail, StepEnd, TrainStart, UnknownEvent, encode, read_attempts
+from offloop.engine import EventTail, LogPlace, StepEnd, TrainStart, UnknownEvent, encode, read_attempts
 from offloop.engine.catalog import tail as tail_module
 from offloop.engine.events import Event
 from offloop.engine.testing import tiny_loader, tiny_trainer
@@ -73,6 +74,44 @@ def test_attempts_are_counted_as_read_attempts_does(tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     log.write_bytes(start() + line(1) + line(2) + start(1) + line(3) + line(1) + start(5))
     assert everything(EventTail(tmp_path), 2) == list(read_attempts(log))
+
+
+@given(limits=st.lists(st.integers(1, 5), min_size=1, max_size=9), junk=st.integers(0, 9))
+@settings(max_examples=40)
+def test_another_tail_continues_where_one_stood(
+    tmp_path_factory: pytest.TempPathFactory, limits: list[int], junk: int
+) -> None:
+    directory = tmp_path_factory.mktemp("run")
+    lines = [start(), line(1), line(2), start(1), line(3), line(1), start(5), line(2), line(4)]
+    lines.insert(junk, b"{broken\n")
+    (directory / "events.jsonl").write_bytes(b"".join(lines))
+    whole = EventTail(directory)
+    expected = everything(whole)
+    found, place = [], None
+    for limit in [*limits, 100]:
+        tail = EventTail(directory, place=place)
+        found += tail.read(limit)
+        assert not tail.restarted and tail.place is not None
+        place = msgspec.json.decode(msgspec.json.encode(tail.place), type=LogPlace)
+    assert found == expected
+    assert place is not None and whole.place is not None
+    assert (place.position, place.skipped) == (whole.place.position, whole.place.skipped)
+
+
+@pytest.mark.parametrize("change", ["cut back", "another", "gone"])
+def test_a_tail_that_continues_in_another_log_begins_again(tmp_path: Path, change: str) -> None:
+    log = tmp_path / "events.jsonl"
+    log.write_bytes(start() + line(1) + line(2))
+    tail = EventTail(tmp_path)
+    everything(tail)
+    if change == "gone":
+        log.unlink()
+    else:
+        log.write_bytes(start() + line(1) + (line(2, time=9.0) + line(3) if change == "another" else b""))
+    later = EventTail(tmp_path, place=tail.place)
+    events = [event.step for _, event in later.read()]
+    assert later.restarted
+    assert events == {"cut back": [0, 1], "another": [0, 1, 2, 3], "gone": []}[change]
 
 
 @pytest.mark.parametrize("regrown", [0, 3, 500])
