@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import (
     expect_package,
-    hyperparameters_of,
-    parts_of,
+    plain_hyperparameters,
     values_to_plot,
 )
 from offloop.callbacks.value_logger import Measured, ValueLogger
@@ -19,7 +18,6 @@ from offloop.engine import (
     RunHandle,
     StepEnd,
     TrainEnd,
-    TrainerParts,
     TrainStart,
     first_use,
     replace_file,
@@ -82,14 +80,9 @@ class TensorBoardLogger(ValueLogger):
 
     def reset(self) -> None:
         super().reset()
-        # Set by `prepare`: model and optimizers
-        self._parts: dict[str, Any] = {}
         self._writer: SummaryWriter | None = None
         self._flushed_at = 0.0
         self._status = "cancelled"
-
-    def prepare(self, trainer: TrainerParts) -> None:
-        self._parts = parts_of(trainer)
 
     def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         directory = run.dir if self.log_dir is None else self.log_dir / run.id
@@ -101,7 +94,7 @@ class TensorBoardLogger(ValueLogger):
             purge_step=event.step + 1 if event.attempt else None,
             filename_suffix=f".{event.attempt}",
         )
-        self._add_session_start(event, hyperparameters_of(event, self._parts))
+        self._add_session_start(event, plain_hyperparameters(event))
 
     def write(self, event: Measured, values: Mapping[str, float]) -> None:
         # None if opening it failed, which was reported at the start.

@@ -36,7 +36,6 @@ from offloop.engine import (
     RunHandle,
     StepEnd,
     TrainEnd,
-    TrainerParts,
     TrainStart,
     checks,
     first_use,
@@ -81,36 +80,12 @@ def expect_package(module: str, extra: str) -> ModuleType:
         ) from None
 
 
-def parts_of(trainer: TrainerParts) -> dict[str, Any]:
-    """Return model and optimizers by name, as plain values."""
-    found: dict[str, Any] = {"model": type(trainer.model).__name__}
-    for name, optimizer in trainer.optimizers.items():
-        found[name] = type(optimizer).__name__
-        found.update({f"{name}.{key}": value for key, value in optimizer.defaults.items()})
-    return {name: value for name, value in found.items() if _is_plain(value)}
-
-
-def hyperparameters_of(start: TrainStart, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a run by name, as plain values: `parts`, all knobs, hyperparameters.
-
-    The user's hyperparameters take precedence. A mapping among them gives `group.name`, a list becomes text.
-    """
-    found: dict[str, Any] = {**parts, "parameters": start.parameters}
-    found.update({name: value for name, value in start.config.items() if name != "hyperparameters"})
-    for limit in ("device", "epochs", "max_steps", "max_time", "steps_per_epoch"):
-        found[limit] = getattr(start, limit)
-    found = {name: value for name, value in found.items() if _is_plain(value)}
-    return {**found, **_flat(start.config.get("hyperparameters") or {})}
-
-
-def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value if _is_plain(value) else str(value)
-    return flat
+def plain_hyperparameters(start: TrainStart) -> dict[str, str | int | float | bool]:
+    """Return what a run is made with as tracking servers take it: lists and None become text."""
+    return {
+        name: value if isinstance(value, str | int | float | bool) else str(value)
+        for name, value in start.hyperparameters.items()
+    }
 
 
 def values_to_plot(event: Measured, values: Mapping[str, float]) -> dict[str, float]:
@@ -121,10 +96,6 @@ def values_to_plot(event: Measured, values: Mapping[str, float]) -> dict[str, fl
         repeated = ("lr", "grad_norm")
         return {k: v for k, v in values.items() if not k.startswith("val_") and k not in repeated}
     return dict(values)
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str | int | float | bool)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -325,8 +296,6 @@ class TrackingLogger(ValueLogger):
 
     def reset(self) -> None:
         super().reset()
-        # Set by `prepare`: model and optimizers
-        self._parts: dict[str, Any] = {}
         self._sender: Sender | None = None
         self._is_reported = False
         self.tracking_id: str | None = None
@@ -337,9 +306,6 @@ class TrackingLogger(ValueLogger):
         self.run_dir: Path | None = None
         self.parameters: dict[str, Any] = {}
         self.status, self.reason = "cancelled", ""
-
-    def prepare(self, trainer: TrainerParts) -> None:
-        self._parts = parts_of(trainer)
 
     @property
     def sent(self) -> int:
@@ -382,7 +348,7 @@ class TrackingLogger(ValueLogger):
     def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         self.start, self.run_id = event, run.id
         self.run_dir = run.dir
-        self.parameters = hyperparameters_of(event, self._parts)
+        self.parameters = plain_hyperparameters(event)
         if event.attempt and self.run_dir is not None and self._id_file(self.run_dir).exists():
             self.tracking_id = msgspec.json.decode(self._id_file(self.run_dir).read_bytes())["id"]
         self._sender = Sender(

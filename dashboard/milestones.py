@@ -8,7 +8,16 @@ import msgspec
 
 from offloop.dashboard.masking import masked
 from offloop.dashboard.protocol import Milestone, MilestonesMissed, encode_message, printable
-from offloop.engine import CallbackFailed, CommandApplied, Event, EventError, StateChanged, TrainStart, encode
+from offloop.engine import (
+    CallbackFailed,
+    CommandApplied,
+    Event,
+    EventError,
+    Settings,
+    StateChanged,
+    TrainStart,
+    encode,
+)
 
 MILESTONES_KEPT: Final = 2_000
 """Latest milestones that a new viewer receives."""
@@ -116,7 +125,11 @@ def _for_readers(event: Event) -> Event | None:
 
 def _message(run: str, event: Event) -> bytes:
     if isinstance(event, TrainStart):
-        event = msgspec.structs.replace(event, config=type(event.config)(masked(event.config)))
+        event = msgspec.structs.replace(
+            event,
+            config=Settings(masked(event.config)),
+            hyperparameters=Settings(masked(event.hyperparameters)),
+        )
     try:
         encoded = encode(event)
     except EventError:

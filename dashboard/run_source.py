@@ -171,6 +171,7 @@ def facts_of(start: TrainStart) -> dict[str, Any]:
         "steps_per_epoch": start.steps_per_epoch,
         "batches_per_epoch": start.batches_per_epoch,
         "config": masked(start.config),
+        "hyperparameters": masked(start.hyperparameters),
     }
 
 

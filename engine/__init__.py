@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from offloop.engine.catalog.labels import RunLabels as RunLabels
     from offloop.engine.catalog.labels import edit_labels as edit_labels
     from offloop.engine.catalog.labels import read_labels as read_labels
-    from offloop.engine.catalog.record import RunMetric as RunMetric
     from offloop.engine.catalog.record import RunRecord as RunRecord
     from offloop.engine.catalog.record import read_run as read_run
+    from offloop.engine.catalog.summary import RunMetric as RunMetric
     from offloop.engine.catalog.tail import EventTail as EventTail
     from offloop.engine.catalog.tail import LogPlace as LogPlace
     from offloop.engine.checkpoint import CheckpointInfo as CheckpointInfo
@@ -135,7 +135,8 @@ _NAMES = {
     "callback": "Callback TrainerParts decides in_step",
     "catalog.catalog": "RunCatalog",
     "catalog.labels": "RunLabels edit_labels read_labels",
-    "catalog.record": "RunMetric RunRecord read_run",
+    "catalog.record": "RunRecord read_run",
+    "catalog.summary": "RunMetric",
     "catalog.tail": "EventTail LogPlace",
     "checkpoint": "CheckpointInfo CheckpointReader Retention",
     "checkpoint.errors": """

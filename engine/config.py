@@ -88,6 +88,12 @@ class RemoteDirectory(msgspec.Struct, frozen=True):
         return f"RemoteDirectory({self.url!r})"
 
 
+_AROUND_TRAINING: Final = frozenset(
+    "device rank_timeout run_dir run_name remote_dir switch_interval flush_interval drain_timeout".split()
+)
+"""Knobs that say where and how smoothly a run goes, and not what it learns."""
+
+
 class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to train: the knobs of `Trainer`, checked on creation. `help(Trainer)` describes them.
 
@@ -232,8 +238,19 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         return TrainerConfig(**{**msgspec.structs.asdict(self), **changes})
 
     def as_settings(self) -> dict[str, Any]:
-        """Return the knobs as plain values, for events and files."""
-        return {name: _plain(value) for name, value in msgspec.structs.asdict(self).items()}
+        """Return the knobs as plain values, for events and files. The user's hyperparameters are told elsewhere."""
+        knobs = msgspec.structs.asdict(self)
+        del knobs["hyperparameters"]
+        return {name: _plain(value) for name, value in knobs.items()}
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the knobs that may change what is learned and differ from their default, and the precision."""
+        defaults = TrainerConfig().as_settings()
+        return {
+            name: value
+            for name, value in self.as_settings().items()
+            if name == "precision" or (value != defaults[name] and name not in _AROUND_TRAINING)
+        }
 
 
 def unknown_knob(name: str, known: Iterable[str]) -> ConfigError:

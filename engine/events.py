@@ -160,7 +160,12 @@ class TrainStart(Event, frozen=True, kw_only=True):
     init_from: str | None = None
     """Source of the initial weights (`init_from=`); None if the model was taken as it was."""
     config: Settings = NO_SETTINGS
-    """All fields of `TrainerConfig`, by name."""
+    """All knobs of the trainer, by name."""
+    hyperparameters: Settings = NO_SETTINGS
+    """What the run is made with, by flat name: `model`, `parameters`, `loss`, `optimizer`, `optimizer.lr` and its other
+    options, `scheduler`, `batch_size`, the limits given to `train()`, `precision`, knobs that differ from their
+    default, and those of `Trainer(hyperparameters=)`, as `group.name` if they are nested. What is unknown is left
+    out."""
     device: str = "cpu"
     """Device of the model, as torch names it."""
     parameters: int = 0

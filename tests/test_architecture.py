@@ -55,6 +55,7 @@ WITHOUT_TORCH: Final = (
     "catalog.files",
     "catalog.labels",
     "catalog.log_end",
+    "catalog.summary",
     "catalog.record",
     "catalog.catalog",
     "catalog.tail",

@@ -18,36 +18,20 @@ import msgspec
 from offloop.engine.catalog.files import read_small_file
 from offloop.engine.catalog.labels import RunLabels, read_labels
 from offloop.engine.catalog.log_end import LogEnd, read_log_end
+from offloop.engine.catalog.summary import SPARKLINE, RunMetric
 from offloop.engine.checkpoint.lock import has_writer
 from offloop.engine.errors import RunLabelsError
 from offloop.engine.events import SCHEMA
-from offloop.engine.metrics.names import metric_direction
-from offloop.engine.monitor import Direction, is_better
+from offloop.engine.monitor import Direction
 from offloop.engine.observers.event_log import FILE_NAME
 from offloop.engine.paths import RUN_JSON
 
 SILENCE: Final = 300.0
 """Seconds without a new event after which a run counts as lost where no lock tells: longer than most validations."""
-SPARKLINE: Final = 32
-"""Most values of a sparkline."""
 ENDED: Final = frozenset({"completed", "stopped", "cancelled", "failed"})
 """States of a run that has said how it ended."""
 
 T = TypeVar("T")
-
-
-class RunMetric(msgspec.Struct, frozen=True, kw_only=True):
-    """A metric of a run."""
-
-    last: float
-    """Last value; may be NaN or infinite."""
-    best: float | None = None
-    """Best finite value; None if there is none, if it is unknown whether lower or higher is better, or if only the end
-    of the log was read."""
-    best_step: int | None = None
-    """Step at which it was reached."""
-    mode: Direction | None = None
-    """Whether less or more is better; None if unknown."""
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,7 +151,8 @@ def make_record(key: str, path: str, *, silent: float | None = None, state: str 
     log = None
     if _word(described, "status") not in ENDED:
         try:
-            log = read_log_end(path)
+            monitor = _get(described, "monitor", str, "val_loss")
+            log = read_log_end(path, monitor, _direction(described.get("mode")))
         except FileNotFoundError:
             if not described:
                 faults.append(f"{FILE_NAME} is missing")
@@ -248,8 +233,8 @@ def _facts(described: Mapping[str, Any], log: LogEnd | None) -> dict[str, Any]:
             "seconds": log.end.seconds if log.end is not None else max(0.0, heard - started),
             "step": log.step,
             "epoch": log.epoch,
-            "metrics": _metrics_in(log, facts["monitor"], facts["mode"]),
-            "sparkline": _sparkline_in(log, facts["monitor"]),
+            "metrics": log.summary.metrics,
+            "sparkline": log.sparkline,
         }
     facts["device"] = _get(described, "device", str, "" if start is None else start.device)
     for name, default in (("parameters", 0), ("world_size", 1), ("steps_per_epoch", None)):
@@ -258,7 +243,9 @@ def _facts(described: Mapping[str, Any], log: LogEnd | None) -> dict[str, Any]:
     for name in ("epochs", "max_steps"):
         facts[name] = _get(limits, name, int, None if start is None else getattr(start, name))
     facts["max_time"] = _get(limits, "max_time", float, None if start is None else start.max_time)
-    given = described.get("hyperparameters", config.get("hyperparameters"))
+    given = described.get("hyperparameters")
+    if given is None and start is not None:
+        given = dict(start.hyperparameters)
     facts["hyperparameters"] = given if isinstance(given, dict) else {}
     return facts
 
@@ -317,23 +304,16 @@ def clock_time(moment: float) -> str:
     return time.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M:%S", then)
 
 
-def sparkline(values: "list[float]") -> tuple[float, ...]:
-    """Return at most 32 of some values, evenly spaced, with the first and the last."""
-    finite = [value for value in values if math.isfinite(value)]
-    if len(finite) <= SPARKLINE:
-        return tuple(finite)
-    return tuple(finite[round(i * (len(finite) - 1) / (SPARKLINE - 1))] for i in range(SPARKLINE))
-
-
 def _metrics_of(described: Mapping[str, Any]) -> dict[str, RunMetric]:
     """Return the metrics in the `run.json` of a run that has ended."""
     found: dict[str, RunMetric] = {}
     summary = _get(described, "summary", dict, {})
-    for name, value in _get(described, "metrics", dict, {}).items():
-        last = _number(value)
+    latest = _get(described, "metrics", dict, {})
+    for name in {**latest, **summary}:
+        more = _get(summary, name, dict, {})
+        last = _number(latest.get(name, more.get("last")))
         if last is None:
             continue
-        more = _get(summary, name, dict, {})
         best = _number(more.get("best"))
         found[name] = RunMetric(
             last=last,
@@ -348,33 +328,6 @@ def _metrics_of(described: Mapping[str, Any]) -> dict[str, RunMetric]:
         step = _get(best_of_run, "step", int, None)
         found[monitor] = msgspec.structs.replace(found[monitor], best=score, best_step=step)
     return found
-
-
-def _metrics_in(log: LogEnd, monitor: str, mode: Direction | None) -> dict[str, RunMetric]:
-    """Return the metrics in a log. Those of its end alone have no best value."""
-    found: dict[str, RunMetric] = {}
-    for name, points in log.points.items():
-        direction = mode if name == monitor and mode else metric_direction(name)
-        best: tuple[int, float] | None = None
-        # The log has only the last of the steps
-        if direction is not None and log.is_whole and name not in ("loss", "lr"):
-            for step, value in points:
-                if is_better(value, None if best is None else best[1], direction):
-                    best = (step, value)
-        found[name] = RunMetric(
-            last=points[-1][1],
-            best=None if best is None else best[1],
-            best_step=None if best is None else best[0],
-            mode=direction,
-        )
-    return found
-
-
-def _sparkline_in(log: LogEnd, monitor: str) -> tuple[float, ...]:
-    if not log.is_whole:
-        return ()
-    name = next((each for each in (monitor, "val_loss", "train_loss") if each in log.points), None)
-    return () if name is None else sparkline([value for _, value in log.points[name]])
 
 
 def _direction(value: object) -> Direction | None:

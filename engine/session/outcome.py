@@ -66,7 +66,14 @@ class Outcome:
         """Return what run.json says about the end, besides the result."""
         status, reason = self.status()
         progress = self._progress
-        ending = {"status": status, "reason": reason, "ended": time.time(), "steps": progress.step}
+        failure = self._lifetime.failure
+        ending = {
+            "status": status,
+            "reason": reason,
+            "error": None if failure is None else describe(failure),
+            "ended": time.time(),
+            "steps": progress.step,
+        }
         if status == "stopped" and progress.stopped_by is not None:
             ending["stopped_by"] = progress.stopped_by
         if status == "stopped" and reason == "SIGTERM" and self._lifetime.signal_count:

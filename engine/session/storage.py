@@ -6,10 +6,12 @@ a thread at the end    write_ending: run.json says how the run ended; uploads en
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +19,12 @@ from typing import Any
 
 from offloop.engine.best import BestSoFar
 from offloop.engine.bus.event_bus import Bus
+from offloop.engine.catalog.log_end import read_log_end, take_milestones
+from offloop.engine.catalog.summary import Summary
 from offloop.engine.checkpoint import CheckpointError, RemoteError, Retention
 from offloop.engine.checkpoint.parts import PartsChannel
 from offloop.engine.errors import MetricNotFoundError, describe
-from offloop.engine.events import SCHEMA, Evaluated, UploadFailed
+from offloop.engine.events import SCHEMA, Evaluated, Event, TrainStart, UploadFailed
 from offloop.engine.monitor import EVALUATED
 from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.recovery.evaluations import Evaluations
@@ -81,9 +85,13 @@ class Storage:
         )
         self._run_id = plan.run_id
         self._resume = plan.resume
+        self._setup = plan.setup
         self._config = plan.setup.config
         self._remote = plan.remote
         self._bus = bus
+        self._summary = Summary(monitors.best, monitors.direction_of)
+        # Guards the summary: the training thread and evaluators add to it.
+        self._summary_lock = threading.Lock()
         # What run.json says; empty until the directory is this run's. Written by the training thread, read after it
         # has ended.
         self._description: dict[str, Any] = {}
@@ -125,6 +133,10 @@ class Storage:
             "status": "running",
             "monitor": self._monitors.best,
             "mode": self._monitors.best_direction,
+            "hyperparameters": dict(self._setup.hyperparameters),
+            "limits": dataclasses.asdict(self._setup.limits),
+            "device": str(self._setup.device),
+            "world_size": 1 if self._ranks is None else self._ranks.world_size,
             "config": self._config.as_settings(),
             "init_from": init_from,
             **describe_environment(),
@@ -192,6 +204,22 @@ class Storage:
             return describe(failure)
         return "the run ends in haste" if self._lifetime.signal_count > 1 else ""
 
+    def note(self, milestone: Event) -> None:
+        """Note what run.json is to say about the run at its end. Training thread."""
+        if not self.is_open:
+            return
+        if isinstance(milestone, TrainStart):
+            self._description |= {
+                "parameters": milestone.parameters,
+                "steps_per_epoch": milestone.steps_per_epoch,
+            }
+            if milestone.attempt and self.directory is not None:
+                # The log was cut back to the checkpoint already
+                with contextlib.suppress(OSError):
+                    take_milestones(self.directory, self._summary)
+        with self._summary_lock:
+            self._summary.take(milestone)
+
     def disown(self) -> None:
         """Give the directory up if it is not open: it was not made, or is another run's."""
         if not self.is_open:
@@ -213,6 +241,8 @@ class Storage:
         if event.error is None and missing:
             self._lifetime.fail(MetricNotFoundError(missing[0], event.metrics))
         self.checkpoints.judge(event)
+        with self._summary_lock:
+            self._summary.take(event)
 
     def finish_saving(self, ending_of: Callable[[], Mapping[str, Any]]) -> None:
         """Wait until accepted checkpoints are durable and announced, before evaluations are waited for. Blocks."""
@@ -260,7 +290,7 @@ class Storage:
         """Write how the run ended, here and in the store, and give the directory back. Blocks."""
         assert self.directory is not None
         try:
-            write_run_json(self.directory, {**self._description, **ending})
+            write_run_json(self.directory, {**self._description, **ending, **self._values()})
             if self._uploads is not None:
                 if not self._await_uploads(self._uploads):
                     logger.warning("%s does not say how the run ended", self._remote and self._remote.url)
@@ -268,6 +298,17 @@ class Storage:
         finally:
             # Not before: callbacks were handling events, and a reader takes a run whose lock is free for killed
             self.checkpoints.leave()
+
+    def _values(self) -> dict[str, Any]:
+        """Return last and best values of all metrics, so that a list of runs reads one small file of each. Blocks."""
+        assert self.directory is not None
+        values, sparkline = self._summary.as_settings(), self._summary.sparkline
+        with contextlib.suppress(OSError):
+            # Values of steps, of which the summary knows none
+            end = read_log_end(self.directory, is_short=True)
+            values = {**end.summary.as_settings(), **values}
+            sparkline = sparkline or end.sparkline
+        return {"summary": values, "sparkline": sparkline}
 
     def _await_uploads(self, uploads: Uploads) -> bool:
         """Wait until everything is uploaded, or the time for it is up. A second signal ends it at once. Blocks."""

@@ -289,6 +289,8 @@ class Training:
             return
         if isinstance(event, ValidationEnd | EpochEnd):
             self._best.judge(event)
+        if self._storage is not None:
+            self._storage.note(event)
         self._lifetime.cancel_if_event_loop_is_gone()
         self._bus.emit(event)
         self._logs.note(event)

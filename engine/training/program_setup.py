@@ -10,6 +10,7 @@ from offloop.engine.data.val_loaders import ValLoader, by_prefix, live_prefix
 from offloop.engine.metrics.metric_set import MetricSet
 from offloop.engine.metrics.names import MetricSpec, RunMetrics, metrics_for
 from offloop.engine.metrics.problem import rows_of
+from offloop.engine.training.hyperparameters import hyperparameters_of
 from offloop.engine.training.learning_rate import Schedule
 from offloop.engine.training.loop import TrainingLoop
 from offloop.engine.training.own_loss import NextTokens
@@ -57,8 +58,9 @@ def make_setup(
             for each in (prefixes if wanted else ())
         }
 
+    config = config or program.config
     return Setup(
-        config=config or program.config,
+        config=config,
         limits=limits,
         device=program.device,
         optimizers=program.optimizers,
@@ -71,6 +73,14 @@ def make_setup(
         count_samples=guess_batch_size if count is None else checked_batch_size(count),
         validates_live=validates_live,
         is_resumable=is_resumable,
+        hyperparameters=hyperparameters_of(
+            program,
+            config,
+            limits,
+            optimizers=program.optimizers,
+            schedules=schedules,
+            train_loader=train_loader,
+        ),
     )
 
 

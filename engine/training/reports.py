@@ -48,6 +48,7 @@ def train_start(
         resumed_attempt=None if resumed is None else resumed.attempt,
         init_from=progress.init_from,
         config=Settings(config.as_settings()),
+        hyperparameters=Settings(setup.hyperparameters),
         device=str(setup.device),
         parameters=sum(
             parameter.numel()

@@ -77,6 +77,8 @@ class Setup:
     """True: each validation also runs with the weights in training, before hooks swap an average in."""
     is_resumable: bool = False
     """True where checkpoints may be taken."""
+    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the run is made with, by flat name."""
 
     @property
     def looks_at_losses(self) -> bool:

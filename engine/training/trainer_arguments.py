@@ -129,7 +129,8 @@ def trainer_arguments(
         run_dir: Directory of all runs; each run uses `run_dir/<run_id>/`. None: `runs`, only if a callback writes.
         run_name: The run's id. None: time and random letters.
         hyperparameters: Your own facts about the run, by name: numbers, strings, booleans, None, lists and mappings of
-            them. They appear in `run.hyperparameters`, `run.json`, `TrainStart.config` and tracking loggers.
+            them. They appear in `run.hyperparameters`, `run.json`,
+            `TrainStart.hyperparameters` and tracking loggers, as they are: give no secrets.
         remote_dir: URL to which runs are copied and from which they are resumed: `s3://bucket/runs`. Needs fsspec.
         switch_interval: Python's thread switch interval during the run, in seconds, above 0. At Python's own 5 ms
             training nearly stops while a callback computes. None keeps it; so does a process that has set its own.

@@ -10,7 +10,7 @@ import torch
 from offloop.engine.weights.registry_reader import DEFAULT_REGISTRY
 from offloop.engine.weights.source import Source, Weights, read_weights
 
-COMPARED_OF_RUN: Final = ("config", "versions", "git", "command", "init_from")
+COMPARED_OF_RUN: Final = ("config", "hyperparameters", "versions", "git", "command", "init_from")
 """Entries of `run.json` that say how a model was made; run id, host and times always differ."""
 NAMES_OF_RUN: Final = ("config.run_name", "config.run_dir")
 
@@ -134,7 +134,9 @@ def _settings(weights: Weights) -> dict[str, Any]:
 
     for name in COMPARED_OF_RUN:
         walk(name, weights.description.get(name))
-    return {name: value for name, value in flat.items() if name not in NAMES_OF_RUN}
+    # Knobs are among the hyperparameters, too
+    again = [name for name in flat if f"config.{name.removeprefix('hyperparameters.')}" in flat]
+    return {name: value for name, value in flat.items() if name not in (*NAMES_OF_RUN, *again)}
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -49,7 +49,16 @@ LOCK_PATIENCE: Final = 60.0
 """Seconds to wait for another process that registers under the same name: the time to write some 10 GB."""
 LOCK_POLL: Final = 0.02
 """Seconds between two tries to lock; `flock` cannot wait with a time limit."""
-KEPT_OF_RUN: Final = ("run_id", "config", "versions", "git", "command", "created", "init_from")
+KEPT_OF_RUN: Final = (
+    "run_id",
+    "config",
+    "hyperparameters",
+    "versions",
+    "git",
+    "command",
+    "created",
+    "init_from",
+)
 """What a version keeps of its run's `run.json`."""
 
 _TEMPORARY: Final = ".tmp-"

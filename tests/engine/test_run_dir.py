@@ -17,6 +17,7 @@ from offloop.engine import (
     StateChanged,
     StepPoint,
     TrainEnd,
+    TrainStart,
     in_step,
     read_events,
 )
@@ -54,7 +55,13 @@ def test_run_json_says_what_the_run_is_and_how_it_ended(tmp_path: Path) -> None:
     during, after = look.description, json.loads((result.dir / "run.json").read_text())
     assert (during["run_id"], during["attempt"], during["status"]) == ("first", 0, "running")
     assert during["config"]["gradient_clip_val"] == 1.0
-    assert during["config"]["hyperparameters"] == {"width": 16}
+    assert "hyperparameters" not in during["config"]
+    made_with = during["hyperparameters"]
+    assert (made_with["width"], made_with["optimizer"], made_with["optimizer.lr"]) == (16, "SGD", 0.05)
+    assert (made_with["gradient_clip_val"], made_with["epochs"]) == (1.0, 1)
+    assert during["limits"] == {"epochs": 1, "max_steps": None, "max_time": None}
+    (start,) = [event for event in read_events(result.dir) if isinstance(event, TrainStart)]
+    assert start.hyperparameters == made_with
     assert look.run is not None and look.run.hyperparameters == {"width": 16}
     assert during["command"] == sys.argv
     assert during["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__

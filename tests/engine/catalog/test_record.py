@@ -1,6 +1,7 @@
 """What a run directory says about its run: of runs that end, fail, go on, are killed; and of broken directories."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -10,22 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from warm_python import WarmPython
 
 from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
     Callback,
+    LossError,
+    Metrics,
     RunCatalog,
     RunRecord,
+    StepEnd,
     StepPoint,
     TrainEnd,
+    TrainStart,
+    ValidationEnd,
     edit_labels,
+    encode,
     in_step,
+    read_events,
     read_run,
 )
+from offloop.engine.catalog import log_end
 from offloop.engine.catalog import record as record_module
+from offloop.engine.catalog.summary import Summary
 from offloop.engine.checkpoint.lock import has_writer
-from offloop.engine.testing import tiny_loader, tiny_trainer
+from offloop.engine.testing import tiny_batches, tiny_loader, tiny_trainer
 
 NOBODY = 65534
 WRITER = """
@@ -33,7 +45,7 @@ import sys
 from offloop.callbacks import ModelCheckpoint
 from offloop.engine import Callback, in_step
 from offloop.engine.checkpoint.lock import has_writer
-from offloop.engine.testing import tiny_loader, tiny_trainer
+from offloop.engine.testing import tiny_batches, tiny_loader, tiny_trainer
 
 class Wait(Callback):
     def on_validation_end(self, event, run):
@@ -380,3 +392,91 @@ def test_a_directory_that_hangs_takes_no_other_along(tmp_path: Path, monkeypatch
     for thread in catalog._stuck.values():
         thread.join()
     assert [(record.key, record.why) for record in catalog.refresh()[0]] == [("b", "")]
+
+
+# Values --------------------------------------------------------------------------------------------
+
+
+def test_best_values_and_sparkline_count_earlier_attempts(tmp_path: Path) -> None:
+    loader = tiny_loader(2)
+    train(tmp_path, "r", ModelCheckpoint(), epochs=3, val_loader=loader)
+    train(
+        tmp_path,
+        "r",
+        ModelCheckpoint(),
+        epochs=6,
+        val_loader=loader,
+        resume="last",
+    )
+    record = read_run(tmp_path / "r")
+    points = [
+        (event.step, event.metrics["val_loss"])
+        for event in read_events(tmp_path / "r")
+        if isinstance(event, ValidationEnd)
+    ]
+    assert len(points) == 6 and record.attempt == 1
+    best_step, best = min(points, key=lambda point: point[1])
+    val_loss = record.metrics["val_loss"]
+    assert (val_loss.last, val_loss.best, val_loss.best_step, val_loss.mode) == (
+        points[-1][1],
+        best,
+        best_step,
+        "min",
+    )
+    assert record.sparkline == tuple(float(f"{value:.4g}") for _, value in points)
+    assert record.metrics["loss"].best is None
+    # The same without what run.json says at the end
+    described = json.loads((tmp_path / "r" / "run.json").read_text())
+    for name in ("status", "summary", "sparkline", "metrics", "best"):
+        del described[name]
+    (tmp_path / "r" / "run.json").write_text(json.dumps(described))
+    from_log = read_run(tmp_path / "r")
+    assert from_log.metrics == {**record.metrics, "loss": from_log.metrics["loss"]}
+    assert from_log.sparkline == record.sparkline
+
+
+def test_a_loss_that_is_not_finite_is_the_last_one(tmp_path: Path) -> None:
+    batches = tiny_batches(4)
+    batches[3][0].fill_(float("nan"))
+    trainer = tiny_trainer(run_dir=str(tmp_path), run_name="r")
+    with pytest.raises(LossError):
+        trainer.train(batches, epochs=1)
+    record = read_run(tmp_path / "r")
+    assert record.state == "failed" and record.why.startswith("LossError: ")
+    assert math.isnan(record.metrics["loss"].last)
+
+
+def test_the_end_of_a_long_log_is_read_and_losses_are_sampled_from_all_of_it(tmp_path: Path) -> None:
+    lines = [encode(TrainStart(run_id="r", seq=0, time=1.0, step=0, epochs=4, device="cpu"))]
+    for step in range(1, 20_001):
+        lines.append(encode(StepEnd(seq=step, time=float(step), step=step, epoch=1, lr=0.1, loss=1.0 / step)))
+    lines.append(encode(ValidationEnd(seq=20_001, time=30_000.0, step=20_000, metrics=Metrics(val_loss=0.5))))
+    content = b"".join(line + b"\n" for line in lines)
+    assert len(content) > log_end.WHOLE
+    (tmp_path / "events.jsonl").write_bytes(content + b'{"type":"StepEnd","half')
+    record = read_run(tmp_path)
+    assert (record.step, record.heard, record.epochs, record.device) == (20_000, 30_000.0, 4, "cpu")
+    # Whether it is the best is not known: only the end was read
+    assert (record.metrics["val_loss"].last, record.metrics["val_loss"].best) == (0.5, None)
+    assert record.metrics["loss"].last == 1.0 / 20_000
+    assert len(record.sparkline) == 32 and list(record.sparkline) == sorted(record.sparkline, reverse=True)
+    assert record.sparkline[0] == 1.0
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=500))
+def test_summary_is_bounded_and_true(values: list[float]) -> None:
+    summary = Summary("val_x", lambda name: "max")
+    for step, value in enumerate(values):
+        summary.take(ValidationEnd(step=step, metrics=Metrics(val_x=value)))
+    assert len(summary.sparkline) <= 32 and len(summary._values) <= 64
+    if values:
+        metric = summary.metrics["val_x"]
+        finite = [value for value in values if math.isfinite(value)]
+        assert metric.last == values[-1] or math.isnan(metric.last)
+        assert metric.best == (max(finite) if finite else None)
+        if metric.best is not None:
+            assert metric.best_step == values.index(metric.best)
+        if summary.sparkline:
+            assert summary.sparkline[0] == float(f"{finite[0]:.4g}")
+            assert summary.sparkline[-1] == float(f"{finite[-1]:.4g}")
+    json.loads(json.dumps(summary.as_settings(), allow_nan=False))
