@@ -85,6 +85,9 @@ export const ICONS = {
   jump: "M2.5 3.5h11M2.5 8h7M2.5 12.5h7M13 6.5v6M11 10.5l2 2 2-2",
   table: "M2.5 3.5h11v9h-11zM2.5 6.5h11M2.5 9.5h11M6.5 6.5v6",
   picture: "M2.5 3.5h11v9h-11zM3 11l3-3.5 2.5 2.5 2-2 2.5 3M10.5 6.2v.1",
+  runs: "M2.5 4h1M6 4h7.5M2.5 8h1M6 8h7.5M2.5 12h1M6 12h7.5",
+  pin: "M5.5 2.5h5M6.5 2.5v4L4.5 9h7l-2-2.5v-4M8 9v4.5",
+  edit: "M3 13l.6-2.6L10.8 3.2l2 2L5.6 12.4zM9.4 4.6l2 2",
   download: "M8 2.5v7.5M4.8 7l3.2 3.2L11.2 7M2.5 13h11",
 } as const;
 

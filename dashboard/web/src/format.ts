@@ -76,6 +76,14 @@ export function duration(seconds: number | null | undefined): string {
   return `${Math.floor(whole / 86_400)} d ${Math.floor((whole % 86_400) / 3_600)} h`;
 }
 
+/** A duration in one unit: `5 m`, `3 d`. */
+export function shortDuration(seconds: number): string {
+  for (const [size, unit] of [[86_400, "d"], [3_600, "h"], [60, "m"]] as const) {
+    if (seconds >= size) return `${count(Math.floor(seconds / size))} ${unit}`;
+  }
+  return `${Math.floor(seconds)} s`;
+}
+
 /** Whole seconds for something that is counted up on the screen. */
 export function seconds(value: number): string {
   return value < 60 ? `${Math.max(0, Math.round(value))} s` : duration(value);

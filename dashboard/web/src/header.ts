@@ -4,12 +4,11 @@ import { h, icon, iconButton, ICONS, replaceChildren, setAttribute, setIcon, set
 import type { Link } from "./connection";
 import * as format from "./format";
 import { hasEnded, type Model } from "./model";
-import { toNumber, type RunInfo, type RunSummary, type Status } from "./protocol";
+import { toNumber, type RunInfo, type Status } from "./protocol";
 import type { Described } from "./states";
 import type { Theme } from "./view";
 
 export interface HeaderHost {
-  watch(run: string): void;
   nextTheme(): void;
   setNotify(on: boolean): void;
   showKeys(): void;
@@ -90,9 +89,7 @@ class Shares {
 
 export class Header {
   readonly element: HTMLElement;
-  readonly #host: HeaderHost;
   readonly #name = h("h1", { class: "run-name" }, "offloop");
-  readonly #pick = h("select", { class: "run-pick", "aria-label": "Run", onchange: () => this.#host.watch(this.#pick.value) });
   readonly #about = h("p", { class: "about" });
   readonly #word = h("span", { class: "word" });
   readonly #pill = h("span", { class: "pill" }, h("i", { class: "dot", "aria-hidden": "true" }), this.#word);
@@ -120,11 +117,10 @@ export class Header {
     samples: new Figure("Samples/s", "samples"),
   };
   readonly #shares = new Shares();
-  #runs: readonly RunSummary[] = [];
   #run: RunInfo | null = null;
 
-  constructor(host: HeaderHost) {
-    this.#host = host;
+  /** `runs` opens the list of runs. */
+  constructor(runs: HTMLElement, host: HeaderHost) {
     this.#bell = iconButton("bell", "Notify me at the end and at alerts", () =>
       host.setNotify(this.#bell.getAttribute("aria-pressed") !== "true"),
     );
@@ -141,7 +137,7 @@ export class Header {
       h(
         "div",
         { class: "head-top" },
-        h("div", { class: "identity" }, this.#name, this.#pick),
+        h("div", { class: "identity" }, runs, this.#name),
         h("div", { class: "state" }, this.#pill, this.#aside, this.#readOnly, this.#detail),
         this.#brief,
         h("div", { class: "meta" }, this.#link, this.#viewers, this.#bell, this.#theme, keys, this.#fold),
@@ -150,7 +146,6 @@ export class Header {
       h("dl", { class: "figures" }, ...Object.values(this.#figures).map(({ element }) => element), this.#shares.element),
       this.#progress,
     );
-    show(this.#pick, false);
     this.#setFolded(true);
   }
 
@@ -170,7 +165,7 @@ export class Header {
 
   update(model: Model, described: Described, link: Link): void {
     const { run, status } = model;
-    this.#updateRun(run, model.runs);
+    this.#updateRun(run);
     setText(this.#word, described.word);
     setAttribute(this.#pill, "data-tone", described.tone);
     setText(this.#detail, described.detail);
@@ -184,21 +179,12 @@ export class Header {
     this.#updateFigures(run, status);
   }
 
-  #updateRun(run: RunInfo | null, runs: readonly RunSummary[]): void {
-    if (run === this.#run && runs === this.#runs) return;
+  #updateRun(run: RunInfo | null): void {
+    if (run === this.#run) return;
     this.#run = run;
-    this.#runs = runs;
-    const several = runs.length > 1 && run !== null;
-    setText(this.#name, run === null ? "offloop" : run.name + (run.attempt > 0 ? ` #${run.attempt}` : ""));
-    this.#name.classList.toggle("sr-only", several);
-    show(this.#pick, several);
-    const newestFirst = [...runs].sort((a, b) => b.started - a.started);
-    replaceChildren(
-      this.#pick,
-      ...newestFirst.map(({ key, state, started }) =>
-        h("option", { value: key, selected: key === run?.key }, `${key} · ${state} · ${format.clock(started)}`),
-      ),
-    );
+    const name = run === null ? "offloop" : run.name + (run.attempt > 0 ? ` #${run.attempt}` : "");
+    setText(this.#name, name);
+    setAttribute(this.#name, "title", run === null ? null : name);
     const facts: [string, string][] =
       run === null
         ? []

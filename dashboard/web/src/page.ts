@@ -12,10 +12,11 @@ import * as format from "./format";
 import { Header } from "./header";
 import { Keys } from "./keys";
 import { markOf, tell } from "./milestones";
-import { hasEnded, newerRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
+import { hasEnded, newerRun, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
 import { Notices } from "./notices";
 import { Notifier } from "./notify";
 import { decodeChart, type CommandRequest, type Hi, type RunEvent, type ServerMessage } from "./protocol";
+import { Runs } from "./runs";
 import { describe, title, type Action, type Seen } from "./states";
 import { storage } from "./storage";
 import { AXES, View, type Axis, type Tab, type ViewState } from "./view";
@@ -30,7 +31,7 @@ const TITLE_EVERY = 1_000;
 const COMMAND_TTL = 60;
 /** Smoothing that the keys step through. */
 const SMOOTHINGS = [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999];
-const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config: "Configuration" };
+const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config: "Configuration", compare: "Compare" };
 
 class Page {
   #model = NOTHING;
@@ -47,6 +48,7 @@ class Page {
   readonly #config = new Config();
   readonly #charts: Charts;
   readonly #keys: Keys;
+  readonly #runs: Runs;
   readonly #notices = new Notices((action) => this.#act(action));
   readonly #stageTitle = h("h2");
   readonly #stageText = h("p");
@@ -111,8 +113,23 @@ class Page {
       send: (message) => this.#connection.send(message),
       happened: (happening) => this.#happened(happening),
     });
-    this.#header = new Header({
-      watch: (run) => this.#view.set({ run }),
+    this.#runs = new Runs({
+      view: this.#view,
+      storage,
+      send: (message) => this.#connection.send(message),
+      watched: () => this.#model.run?.key ?? this.#view.get().run,
+      isFree: () => this.#watching.follows,
+      followNewest: () => {
+        const newest = newestRun(this.#model.runs);
+        if (newest !== null) this.#watching.follow(newest.key);
+      },
+      colourOf: (key) => this.#colourOf(key),
+      announce: (text) => this.#announce(text),
+      flash: (text) => this.#flash(text),
+      newId: commandId,
+      changed: () => this.#changed(),
+    });
+    this.#header = new Header(this.#runs.bar.toggle, {
       nextTheme: () => this.#nextTheme(),
       setNotify: (on) => void this.#setNotify(on),
       showKeys: () => this.#keys.toggle(),
@@ -166,6 +183,7 @@ class Page {
       metrics: this.#chartsRoot,
       events: this.#events.element,
       config: this.#config.element,
+      compare: this.#runs.table.element,
     };
     for (const name of Object.keys(TABS) as Tab[]) {
       const tab = h(
@@ -190,6 +208,8 @@ class Page {
     list.addEventListener("keydown", (event) => this.#tabKey(event));
     document.body.append(
       h("a", { class: "skip", href: "#main", onclick: (event: Event) => this.#skip(event) }, "Skip to the content"),
+      this.#runs.bar.element,
+      this.#runs.bar.backdrop,
       this.#header.element,
       h("section", { class: "bar", "aria-label": "Views and control" }, list, this.#controls.acks, this.#controls.element),
       h(
@@ -203,6 +223,7 @@ class Page {
       this.#assertive,
       ...this.#controls.dialogs,
       this.#keys.dialog,
+      this.#runs.editor.dialog,
     );
   }
 
@@ -213,7 +234,7 @@ class Page {
   }
 
   #tabKey(event: KeyboardEvent): void {
-    const names = [...this.#tabs.keys()];
+    const names = [...this.#tabs.keys()].filter((name) => this.#tabs.get(name)?.tab.hidden === false);
     const turn = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (turn === undefined) return;
     event.preventDefault();
@@ -240,6 +261,10 @@ class Page {
         { keys: ["1"], does: "Metrics", run: () => view.set({ tab: "metrics" }) },
         { keys: ["2"], does: "Events", run: () => view.set({ tab: "events" }) },
         { keys: ["3"], does: "Configuration", run: () => view.set({ tab: "config" }) },
+        { keys: ["4"], does: "Compare the ticked runs", run: () => view.set({ tab: "compare" }) },
+        { keys: ["j"], does: "Next run of the list", run: () => this.#runs.bar.move(1) },
+        { keys: ["k"], does: "Run before it", run: () => this.#runs.bar.move(-1) },
+        { keys: ["r"], does: "Open or close the list of runs", run: () => this.#runs.bar.open(!this.#runs.bar.isOpen) },
         { keys: ["/"], does: "Search", run: () => this.#focusSearch() },
         { keys: ["x"], does: "Next x axis: step, epoch, time, time of day", run: axis },
         { keys: ["l"], does: "Logarithmic y axis", run: () => view.set({ logY: !view.get().logY }) },
@@ -248,7 +273,12 @@ class Page {
         { keys: ["0"], does: "Show the whole run", run: () => view.set({ zoom: null, follow: false }) },
         { keys: ["t"], does: "Dark, light or the system's theme", run: () => this.#nextTheme() },
       ],
-      [{ keys: ["ArrowLeft", "ArrowRight"], does: "Move along a chart that has the focus, or between tabs" }],
+      [
+        { keys: ["ArrowLeft", "ArrowRight"], does: "Move along a chart that has the focus, or between tabs" },
+        { keys: ["Enter"], does: "In the list of runs: show the run" },
+        { keys: ["x", "Space"], does: "In the list: lay the run over the others, or take it away" },
+        { keys: ["b", "e"], does: "In the list: make the run the baseline, edit it" },
+      ],
     );
   }
 
@@ -262,12 +292,17 @@ class Page {
     const { tab } = this.#view.get();
     if (tab === "events") this.#events.search.focus();
     else if (tab === "config") this.#config.search.focus();
+    else if (tab === "compare") this.#runs.table.search.focus();
     else this.#chartsRoot.querySelector<HTMLInputElement>("input[type=search]")?.focus();
   }
 
   /** The view has changed: what of it is the page's own. */
   #viewed(state: ViewState, previous: ViewState): void {
     const { tab: current, theme } = state;
+    if (current === "compare" && state.overlaid.length === 0) {
+      this.#view.set({ tab: "metrics" });
+      return;
+    }
     this.#watching.viewed(state, previous);
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
@@ -295,6 +330,7 @@ class Page {
       case "hello":
         this.#watching.hello(message);
         this.#newsSince ??= message.time;
+        this.#runs.greeted(message);
         if (message.run === null) this.#charts.reset(null);
         for (const request of before.hello?.server === message.server ? unanswered(this.#model) : []) {
           this.#connection.send(request);
@@ -303,12 +339,19 @@ class Page {
       case "runs":
         this.#watching.runs(message);
         break;
+      case "rows":
+        this.#runs.listed(message);
+        break;
+      case "ack":
+        this.#runs.answered(message);
+        break;
       case "run":
         this.#charts.reset(message);
         // Marks of milestones that are known from before and do not come again
         for (const event of this.#model.milestones) this.#mark(event);
         break;
       case "series":
+        this.#runs.learned(message.series);
         if (message.run === this.#model.run?.key) this.#charts.addSeries(message.series);
         break;
       case "latest":
@@ -453,6 +496,7 @@ class Page {
     this.#controls.update(model, this.#link, seen.now);
     this.#events.update(model);
     this.#config.update(model.run);
+    this.#runs.update();
     this.#notices.update(described.notices);
     const { tab } = this.#view.get();
     const staged = described.stage !== null && (model.run === null || tab === "metrics");
@@ -464,6 +508,7 @@ class Page {
     show(this.#stage, staged);
     for (const [name, { tab: button, panel }] of this.#tabs) {
       show(panel, name === tab && !staged);
+      if (name === "compare") show(button, this.#view.get().overlaid.length > 0);
       if (name === "events") {
         const events = model.milestones.length;
         setText(button, events === 0 ? TABS.events : `${TABS.events} ${format.count(events)}`);
@@ -497,6 +542,12 @@ class Page {
       this.#going = null;
       this.#notifier.notify(`${run.name}: ${status.state}`, status.error ?? status.reason);
     }
+  }
+
+  /** CSS colour of a run that is shown: the same in all panels. */
+  #colourOf(key: string): string | null {
+    const place = [this.#model.run?.key, ...this.#view.get().overlaid].indexOf(key);
+    return place < 0 ? null : `var(--chart-${(place % 7) + 1})`;
   }
 
   /** Say something to screen readers when they have time. */

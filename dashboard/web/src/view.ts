@@ -5,7 +5,7 @@ import { MAX_OVERLAID } from "./protocol";
 import type { PageStorage } from "./storage";
 
 export type Axis = "step" | "epoch" | "time" | "wall";
-export type Tab = "metrics" | "events" | "config";
+export type Tab = "metrics" | "events" | "config" | "compare";
 /** Kinds of events that are marked in the charts. */
 export type MarkKind = "alert" | "checkpoint" | "lr" | "validation";
 export type Theme = "auto" | "light" | "dark";
@@ -78,7 +78,7 @@ export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
 const VERSION = "1";
 /** Grows when the meaning of a field changes: a view of another version is not read. */
 const STORAGE_KEY = `offloop.view.${VERSION}`;
-const TABS: readonly Tab[] = ["metrics", "events", "config"];
+const TABS: readonly Tab[] = ["metrics", "events", "config", "compare"];
 export const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
 export const MAX_COLUMNS = 8;
 const THEMES: readonly Theme[] = ["auto", "light", "dark"];

@@ -52,6 +52,11 @@ export class Watching {
     this.#follows = host.view.get().run === null || followsIn(host.history.state);
   }
 
+  /** Whether any run will do. */
+  get follows(): boolean {
+    return this.#follows;
+  }
+
   /** What to ask the server for in a new connection. */
   greeting(): { run: string | null; only: boolean; after: number } {
     const model = this.#host.model();

@@ -1,7 +1,7 @@
 // Messages of the server for tests: whole, with the few fields that a test is about.
 
 import type { Link } from "../src/connection";
-import type { Hello, RunEvent, RunInfo, RunSummary, ServerMessage, Status } from "../src/protocol";
+import type { Hello, Rows, RunEvent, RunInfo, RunRow, RunSummary, ServerMessage, Status } from "../src/protocol";
 import { NOTHING, reduce, type Happening, type Model } from "../src/model";
 
 export function hello(fields: Partial<Hello> = {}): Hello {
@@ -50,4 +50,17 @@ export function watching(...happenings: Happening[]): Model {
 
 export function link(fields: Partial<Link> = {}): Link {
   return { phase: "open", since: 0, reason: "", heard: 900, latency: 2, waiting: null, ...fields };
+}
+
+export function row(key: string, fields: Partial<RunRow> = {}): RunRow {
+  return {
+    key, id: key, name: key, state: "completed", why: "", live: false, page: null, attempt: 0, host: "h",
+    directory: null, started: 100, heard: 200, seconds: 100, step: 10, progress: 1, monitor: "val_loss",
+    figures: {}, hyperparameters: {}, tags: [], note: "", archived: false, version: 0, sparkline: [],
+    ...fields,
+  };
+}
+
+export function rows(list: RunRow[], fields: Partial<Rows> = {}): Rows {
+  return { type: "rows", rows: list, removed: [], more: false, total: list.length, ...fields };
 }

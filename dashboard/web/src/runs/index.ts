@@ -1,0 +1,166 @@
+// The runs of the server: the side bar that lists them, the tab that compares them, and the dialog that edits one.
+
+import { hasEnded } from "../model";
+import type { Ack, Hello, Rows, RunRow, SeriesInfo, ViewerMessage } from "../protocol";
+import type { PageStorage } from "../storage";
+import { encodeView, type View } from "../view";
+import type { Better } from "./compare";
+import { Editor } from "./editor";
+import { RunBar, type RunsLook } from "./list";
+import { chosen, focus, lastFinished, MOST, tick, type Chosen } from "./selection";
+import { CompareTable } from "./table";
+
+export interface RunsHost {
+  view: View;
+  storage: PageStorage;
+  send(message: ViewerMessage): boolean;
+  /** Key of the run that is watched; null for none. */
+  watched(): string | null;
+  /** Whether nobody has picked the run that is watched. */
+  isFree(): boolean;
+  /** Go back to the newest run, and to the next one once that is over. */
+  followNewest(): void;
+  colourOf(key: string): string | null;
+  announce(text: string): void;
+  /** Show a line for a moment. */
+  flash(text: string): void;
+  newId(): string;
+  changed(): void;
+}
+
+export class Runs {
+  readonly bar: RunBar;
+  readonly table: CompareTable;
+  readonly editor: Editor;
+  readonly #host: RunsHost;
+  /** The server's clock, and when it said so by the page's. */
+  #clock = { time: 0, at: 0 };
+  #control = false;
+  readonly #better = new Map<string, Better>();
+  /** The view names runs, or the page has looked for one to lay over: what is ticked is the viewer's from here on. */
+  #settled: boolean;
+
+  constructor(host: RunsHost) {
+    this.#host = host;
+    this.#settled = !host.isFree() || host.view.get().overlaid.length > 0;
+    const colourOf = (key: string): string | null => host.colourOf(key);
+    const show = (key: string): void => this.#choose(focus(this.chosen, key));
+    this.bar = new RunBar(
+      {
+        focus: show,
+        tick: (key) => this.#tick(key),
+        pin: (key) => host.view.set({ baseline: host.view.get().baseline === key ? null : key }),
+        edit: (key) => this.edit(key),
+        addressOf: (key) => encodeView({ ...host.view.get(), run: key, overlaid: [], baseline: null, groupBy: null }),
+        latestOnly: () => this.latestOnly(),
+        compare: () => host.view.set({ tab: "compare" }),
+        group: (by) => host.view.set({ groupBy: by }),
+        colourOf,
+        preferred: () => host.changed(),
+      },
+      host.storage,
+    );
+    this.table = new CompareTable({ focus: show, colourOf });
+    this.editor = new Editor({
+      send: (edit) => host.send(edit),
+      rowOf: (key) => this.bar.store.rows.get(key),
+      announce: (text) => host.announce(text),
+      newId: () => host.newId(),
+    });
+  }
+
+  // What the server says
+
+  greeted(hello: Hello): void {
+    this.#clock = { time: hello.time, at: performance.now() };
+    this.#control = hello.role === "control";
+    this.bar.store.begin();
+    this.#host.send({ type: "list" });
+  }
+
+  listed(message: Rows): void {
+    this.bar.update(this.#look());
+    this.bar.apply(message);
+    this.editor.changed();
+    this.#preselect();
+    this.#host.changed();
+  }
+
+  /** Curves of a run tell which way their metrics are better. */
+  learned(series: readonly SeriesInfo[]): void {
+    for (const { key, better } of series) if (better !== null) this.#better.set(key, better);
+  }
+
+  answered(ack: Ack): void {
+    this.editor.answered(ack);
+  }
+
+  // What the viewer does
+
+  /** The runs on the screen: the one that is watched, and those that are laid over it. */
+  get chosen(): Chosen {
+    return { run: this.#host.watched(), overlaid: this.#host.view.get().overlaid };
+  }
+
+  /** Rows of the runs on the screen, as far as they are known. */
+  get rows(): RunRow[] {
+    return chosen(this.chosen).flatMap((key) => this.bar.store.rows.get(key) ?? []);
+  }
+
+  edit(key: string): void {
+    const row = this.bar.store.rows.get(key);
+    if (row !== undefined && this.#control) this.editor.open(row);
+  }
+
+  /** Show the newest run and no other, now and at the next visit. */
+  latestOnly(): void {
+    this.#settled = true;
+    this.#host.view.set({ overlaid: [], baseline: null, groupBy: null });
+    this.bar.prefer({ latestOnly: true });
+    this.#host.followNewest();
+  }
+
+  #tick(key: string): void {
+    const next = tick(this.chosen, key);
+    if (next === null) {
+      this.#host.flash(`At most ${MOST} runs are shown at a time.`);
+      this.bar.update(this.#look());
+      return;
+    }
+    if (next.overlaid.length > 0) this.bar.prefer({ latestOnly: false });
+    this.#choose(next);
+  }
+
+  #choose({ run, overlaid }: Chosen): void {
+    this.#settled = true;
+    const changed = run !== null && run !== this.#host.watched();
+    this.#host.view.set({ ...(changed ? { run } : {}), overlaid: [...overlaid] });
+  }
+
+  /** Lay the last finished run over a live one, once, unless the viewer has chosen runs. */
+  #preselect(): void {
+    const { store, preferences } = this.bar;
+    const watched = this.#host.watched();
+    if (this.#settled || !store.complete || watched === null) return;
+    const row = store.rows.get(watched);
+    // Wait until the live run has logged its metric; one that has ended will not have a finished one laid over it.
+    if (row === undefined || (row.figures[row.monitor] === undefined && !hasEnded(row.state))) return;
+    this.#settled = true;
+    const last = preferences.latestOnly ? null : lastFinished(store.rows.values(), watched);
+    if (last !== null) this.#host.view.set({ overlaid: [last] });
+  }
+
+  // What is drawn
+
+  update(): void {
+    const look = this.#look();
+    this.bar.update(look);
+    if (this.#host.view.get().tab === "compare") this.table.update(this.rows, this.#better);
+  }
+
+  #look(): RunsLook {
+    const { baseline, groupBy } = this.#host.view.get();
+    const now = this.#clock.time + (performance.now() - this.#clock.at) / 1000;
+    return { ...this.chosen, baseline, groupBy, control: this.#control, now };
+  }
+}

@@ -1,0 +1,377 @@
+"""The list of runs beside the charts, and the table that compares them, in a real browser.
+
+Runs of this process are real ones. What a server with thousands of runs would send comes from rows that the test puts
+into the hub's list.
+"""
+
+import csv
+import io
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from socket_viewer import on_loop
+
+from offloop.dashboard.protocol import Figure, RunRow
+
+pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
+pytest.importorskip("axe_playwright_python", reason="tests in a browser need offloop[browser]")
+from axe_playwright_python.sync_playwright import Axe
+from live_page import OpenPage, Training, give, shot, word
+from playwright.sync_api import Locator, Page, expect
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def row(key: str, loss: float = 0.5, **fields: Any) -> RunRow:
+    """Return the row of a run that is over."""
+    known: dict[str, Any] = {
+        "id": key,
+        "name": key,
+        "state": "completed",
+        "started": time.time() - 3_600,
+        "heard": time.time() - 1_800,
+        "seconds": 1_800.0,
+        "monitor": "val_loss",
+        "figures": {"val_loss": Figure(loss + 0.1, loss)},
+        "sparkline": [1.0, loss],
+    }
+    return RunRow(key=key, **known | fields)
+
+
+def put(run: Training, *rows: RunRow) -> None:
+    """Have the server list further runs."""
+    on_loop(run.server, lambda: [run.server.hub.list.put(each) for each in rows])
+
+
+def listed(page: Page) -> Locator:
+    return page.locator(".runs-row")
+
+
+def names(page: Page) -> list[str]:
+    """Return the names in the list, in its order."""
+    rows: list[list[str]] = page.locator(".runs-row").evaluate_all(
+        "rows => rows.map(row => [row.getAttribute('aria-rowindex'), row.querySelector('.runs-name').textContent])"
+    )
+    return [name for _, name in sorted(rows, key=lambda each: int(each[0]))]
+
+
+def of(page: Page, name: str) -> Locator:
+    """Return the row of a run."""
+    return page.locator(".runs-row", has=page.get_by_role("link", name=name, exact=True))
+
+
+def tick(page: Page, name: str) -> Locator:
+    return of(page, name).get_by_role("checkbox")
+
+
+def expect_names(page: Page, expected: list[str]) -> None:
+    page.wait_for_function(
+        """expected => {
+          const rows = [...document.querySelectorAll('.runs-row')];
+          rows.sort((a, b) => a.ariaRowIndex - b.ariaRowIndex);
+          return JSON.stringify(rows.map(row => row.querySelector('.runs-name').textContent)) === expected;
+        }""",
+        arg=json.dumps(expected, separators=(",", ":"), ensure_ascii=False),
+    )
+
+
+@pytest.fixture
+def several(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> Iterator[tuple[Training, Page]]:
+    """A live run, and the page of a server that has three further runs."""
+    run = training(tmp_path, knobs={"run_name": "live"}).begin()
+    run.step(loss=0.5)
+    put(
+        run,
+        row("a", 0.3, started=300.0, hyperparameters={"optimizer.lr": 0.1, "model": "net"}, tags=["paper"]),
+        row("b", 0.2, started=200.0, hyperparameters={"optimizer.lr": 0.01, "model": "net"}),
+        row("c", 0.1, started=100.0, state="failed", why="ValueError: no", hyperparameters={"model": "net"}),
+    )
+    page = open_page(run.dashboard.url, viewport={"width": 1440, "height": 900})
+    expect(word(page)).to_have_text("live")
+    expect(listed(page)).to_have_count(4)
+    yield run, page
+
+
+def test_one_run_has_no_list_until_it_is_asked_for(started: tuple[Training, Page]) -> None:
+    run, page = started
+    toggle = page.locator(".runs-toggle")
+    expect(toggle).to_have_attribute("aria-expanded", "false")
+    toggle.click()
+    expect(listed(page)).to_have_count(1)
+    expect(listed(page)).to_contain_text(run.run.id)
+    page.reload()
+    expect(listed(page)).to_have_count(1)
+
+
+def test_two_runs_of_this_process_are_listed_with_true_values(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    first = training(tmp_path, knobs={"run_name": "first"}, max_steps=4).begin()
+    for number in range(4):
+        first.step(loss=1 / (1 + number))
+    first.wait_for_end()
+    second = training(tmp_path, knobs={"run_name": "second"}).begin()
+    second.step(loss=0.125)
+    page = open_page(second.dashboard.url, viewport={"width": 1440, "height": 900})
+    expect(word(page)).to_have_text("live")
+    expect_names(page, ["second", "first"])
+    expect(of(page, "first")).to_contain_text("completed")
+    expect(of(page, "second")).to_contain_text("running")
+    expect(of(page, "second")).to_have_attribute("aria-current", "true")
+    page.get_by_role("button", name="Filter, order and columns").click()
+    page.get_by_label("last loss").check()
+    expect(of(page, "first")).to_contain_text("0.250")
+    expect(of(page, "second")).to_contain_text("0.125")
+    second.step(loss=0.0625)
+    expect(of(page, "second")).to_contain_text("0.0625")
+    of(page, "first").get_by_role("link").click()
+    expect(page.locator(".run-name")).to_have_text("first")
+    expect(of(page, "first")).to_have_attribute("aria-current", "true")
+
+
+def test_the_list_is_sorted_filtered_and_remembered(several: tuple[Training, Page]) -> None:
+    _, page = several
+    expect_names(page, ["live", "a", "b", "c"])
+    expect(of(page, "a")).to_contain_text("0.400")
+    expect(of(page, "a")).to_contain_text("0.300")
+    page.locator(".runs-header").get_by_role("button", name="Best").click()
+    expect_names(page, ["c", "b", "a", "live"])
+    page.locator(".runs-header").get_by_role("button", name="Best").click()
+    expect_names(page, ["a", "b", "c", "live"])
+    search = page.get_by_placeholder(re.compile("^Filter: words"))
+    for text, found in (
+        ("/^[ab]$/", ["a", "b"]),
+        ("state=failed", ["c"]),
+        ("optimizer.lr<0.05", ["b"]),
+        ("val_loss>=0.3", ["a", "b"]),
+        ("paper", ["a"]),
+        ("nothing", []),
+    ):
+        search.fill(text)
+        expect_names(page, found)
+    expect(page.get_by_text("No run matches.")).to_be_visible()
+    search.fill("/(/")
+    expect(page.get_by_text("/(/ is no pattern.")).to_be_visible()
+    search.fill("")
+    page.get_by_role("button", name="Filter, order and columns").click()
+    page.get_by_label("What to filter by").fill("best:val_loss")
+    page.get_by_label("Value", exact=True).fill("0.25")
+    page.get_by_role("button", name="Add").click()
+    expect_names(page, ["b", "c"])
+    page.get_by_label("optimizer.lr", exact=True).check()
+    expect(of(page, "b")).to_contain_text("0.01")
+    search.fill("")
+    page.reload()
+    expect_names(page, ["a", "b", "c", "live"])
+    expect(of(page, "b")).to_contain_text("0.01")
+
+
+def test_ticks_are_in_the_address_and_there_is_no_eleventh(several: tuple[Training, Page]) -> None:
+    run, page = several
+    put(run, *(row(f"n{number}", started=float(number)) for number in range(10)))
+    expect(listed(page)).to_have_count(14)
+    tick(page, "a").click()
+    tick(page, "b").click()
+    page.wait_for_function("() => location.hash.includes('with=a&with=b')")
+    expect(of(page, "a")).to_have_attribute("aria-selected", "true")
+    tick(page, "a").click()
+    page.wait_for_function("() => !location.hash.includes('with=a')")
+    for number in range(8):
+        tick(page, f"n{number}").click()
+    expect(page.get_by_text("10 runs, the most at a time")).to_be_visible()
+    tick(page, "n8").click()
+    expect(page.get_by_text("At most 10 runs are shown at a time.")).to_be_visible()
+    expect(tick(page, "n8")).not_to_be_checked()
+    page.get_by_role("button", name="Latest only").click()
+    page.wait_for_function("() => !location.hash.includes('with=')")
+    expect(of(page, "live")).to_have_attribute("aria-selected", "true")
+
+
+def test_keys_go_through_the_list(several: tuple[Training, Page]) -> None:
+    _, page = several
+    page.locator("main").click()
+    page.keyboard.press("j")  # from the run in focus, which is the first
+    page.keyboard.press("x")
+    page.wait_for_function("() => location.hash.includes('with=a')")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Space")
+    page.wait_for_function("() => location.hash.includes('with=a&with=b')")
+    page.keyboard.press("b")
+    page.wait_for_function("() => location.hash.includes('baseline=b')")
+    page.keyboard.press("k")
+    page.keyboard.press("x")
+    page.wait_for_function("() => !location.hash.includes('with=a')")
+    page.keyboard.press("End")
+    assert page.locator(".runs-row.active .runs-name").text_content() == "c"
+
+
+def test_settings_that_differ_are_compared_and_copied(several: tuple[Training, Page]) -> None:
+    _, page = several
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    expect(page.get_by_role("tab", name="Compare")).to_be_hidden()
+    tick(page, "a").click()
+    tick(page, "b").click()
+    page.get_by_role("tab", name="Compare").click()
+    table = page.get_by_role("table", name="Settings that differ, and metrics")
+    expect(table.get_by_role("columnheader")).to_have_text(["live", "a", "b"])
+    expect(table.get_by_role("row", name=re.compile("^optimizer.lr"))).to_contain_text("0.10.01")
+    best = table.get_by_role("row", name=re.compile("^best val_loss"))
+    expect(best.locator(".compare-best")).to_have_text("0.2")
+    page.get_by_role("button", name="Copy Markdown").click()
+    expect(page.get_by_text("Copied.")).to_be_visible()
+    text = page.evaluate("() => navigator.clipboard.readText()")
+    assert "|  | live | a | b |" in text and "| best val\\_loss |  | 0.3 | **0.2** |" in text
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").click()
+    lines = list(csv.reader(io.StringIO(Path(download.value.path()).read_text())))
+    assert lines[0] == ["", "live", "a", "b"] and ["optimizer.lr", "", "0.1", "0.01"] in lines
+    page.get_by_role("button", name="Latest only").click()
+    expect(page.get_by_role("tab", name="Compare")).to_be_hidden()
+    expect(page.get_by_role("tab", name="Metrics")).to_have_attribute("aria-selected", "true")
+
+
+def test_the_last_finished_run_is_laid_over_the_live_one_until_latest_only(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training(knobs={"run_name": "live"}).begin()
+    run.step(loss=0.5)
+    put(run, row("old", heard=5.0), row("finished", heard=9.0), row("lost", heard=10.0, state="lost"))
+    page = open_page(run.dashboard.url, viewport={"width": 1440, "height": 900})
+    expect(word(page)).to_have_text("live")
+    expect(tick(page, "finished")).not_to_be_checked()
+    give(page, "Validate")
+    run.step(loss=0.5)
+    expect(tick(page, "finished")).to_be_checked()
+    expect(tick(page, "old")).not_to_be_checked()
+    page.get_by_role("button", name="Latest only").click()
+    expect(tick(page, "finished")).not_to_be_checked()
+    again = page.context.new_page()
+    again.goto(run.dashboard.url)
+    expect(word(again)).to_have_text("live")
+    expect(of(again, "live")).to_contain_text("running")
+    expect(tick(again, "finished")).not_to_be_checked()
+
+
+def test_odd_names_are_text(several: tuple[Training, Page]) -> None:
+    run, page = several
+    html = "<img src=x onerror=document.title='broken'>"
+    ahead = row("ahead", started=time.time() + 7_200)
+    put(
+        run,
+        row(html),
+        row("x" * 300),
+        row("שלום עולם"),
+        row("one/demo", name="demo"),
+        row("two/demo", name="demo"),
+        ahead,
+    )
+    expect(listed(page)).to_have_count(10)
+    assert {html, "x" * 300, "שלום עולם"} <= set(names(page))
+    assert page.locator("img").count() == 0 and "broken" not in page.title()
+    expect(page.locator(".runs-row", has_text="one/demo")).to_have_count(1)
+    expect(page.locator(".runs-row", has_text="two/demo")).to_have_count(1)
+    expect(of(page, "ahead")).to_contain_text("0 s ago")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    tick(page, html).click()
+    tick(page, "x" * 300).click()
+    page.get_by_role("tab", name="Compare").click()
+    expect(page.get_by_role("columnheader", name=html)).to_be_visible()
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator("img").count() == 0
+    shot(page, "odd-names")
+
+
+def test_archived_runs_are_hidden_unless_asked_for(several: tuple[Training, Page]) -> None:
+    run, page = several
+    put(run, row("b", 0.2, started=200.0, archived=True, version=1))
+    expect_names(page, ["live", "a", "c"])
+    page.get_by_role("button", name="Filter, order and columns").click()
+    page.get_by_label("Show archived runs").check()
+    expect_names(page, ["live", "a", "b", "c"])
+
+
+def test_of_five_thousand_runs_only_those_in_sight_are_in_the_document(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training().begin()
+    run.step(loss=0.5)
+    put(run, *(row(f"run-{number:04d}", number / 5_000, started=float(number)) for number in range(5_000)))
+    page = open_page(run.dashboard.url, viewport={"width": 1440, "height": 900})
+    expect(page.locator(".runs-head")).to_contain_text(re.compile("5.001"))
+    assert page.locator(".runs-row").count() < 60
+    expect(page.get_by_role("grid", name="Runs")).to_have_attribute("aria-rowcount", "5002")
+    page.locator(".runs-grid").evaluate("grid => { grid.scrollTop = grid.scrollHeight; }")
+    expect(of(page, "run-0000")).to_be_visible()
+    assert page.locator(".runs-row").count() < 60
+    page.get_by_placeholder(re.compile("^Filter: words")).fill("/run-..99/")
+    expect(page.locator(".runs-head")).to_contain_text(re.compile("50 of 5.001"))
+    page.locator(".runs-header").get_by_role("button", name="Best").click()
+    expect(of(page, "run-0099")).to_be_visible()
+
+
+def test_ten_runs_without_a_common_metric_and_one_of_two_thousand(several: tuple[Training, Page]) -> None:
+    run, page = several
+    many = {f"metric_{number}": Figure(float(number)) for number in range(2_000)}
+    put(run, row("many", figures=many))
+    put(run, *(row(f"r{number}", figures={f"own_{number}": Figure(1.0)}) for number in range(8)))
+    expect(listed(page)).to_have_count(13)
+    for name in ("many", *(f"r{number}" for number in range(8))):
+        tick(page, name).click()
+    page.get_by_role("tab", name="Compare").click()
+    expect(page.get_by_role("button", name=re.compile("^Show .* more"))).to_be_visible()
+    page.get_by_label("Filter settings and metrics").fill("own_3")
+    expect(page.locator(".compare-table tbody tr")).to_have_count(2)
+    page.get_by_role("button", name="Filter, order and columns").click()
+    page.get_by_label("Find a column").fill("metric_1999")
+    page.get_by_label("last metric_1999").check()
+    expect(of(page, "many")).to_contain_text("1999")
+
+
+@pytest.mark.parametrize("width", [390, 768, 1440, 1920])
+def test_the_list_fits_every_width_and_nothing_serious_hinders_anybody(
+    training: Callable[..., Training], open_page: OpenPage, width: int
+) -> None:
+    run = training().begin()
+    for number in range(1, 30):
+        run.step(loss=1 / number)
+    put(run, *(row(f"run-{number}", tags=["paper"] * (number % 2)) for number in range(30)))
+    page = open_page(
+        run.dashboard.url,
+        viewport={"width": width, "height": 844},
+        has_touch=width == 390,
+        bypass_csp=True,  # axe brings a script along; every other test has the policy
+    )
+    expect(word(page)).to_have_text("live")
+    if width < 1100:
+        expect(page.locator(".runs")).to_be_hidden()
+        page.locator(".runs-toggle").click()
+    tick(page, "run-29").click()
+    schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    for scheme in schemes:
+        page.emulate_media(color_scheme=scheme)
+        if page.locator(".runs").is_hidden():
+            page.locator(".runs-toggle").click()
+        assert_nothing_hinders(page)
+        shot(page, f"runs-{scheme}-{width}")
+        options = page.get_by_role("button", name="Filter, order and columns")
+        options.click()
+        assert_nothing_hinders(page)
+        options.click()
+        page.get_by_role("button", name="Compare", exact=True).click()
+        expect(page.locator(".compare-table")).to_be_visible()
+        assert_nothing_hinders(page)
+        shot(page, f"compare-{scheme}-{width}")
+
+
+def assert_nothing_hinders(page: Page) -> None:
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "too wide"
+    found = Axe().run(page)
+    impacts = [each["impact"] for each in found.response["violations"]]
+    assert not {"serious", "critical"} & set(impacts), found.generate_report()
