@@ -78,6 +78,36 @@ def demo(
 
 
 @app.command()
+def serve(
+    runs_dir: Annotated[Path, typer.Argument(metavar="[RUNS_DIR]", help="The directory of the runs.")] = Path(
+        "runs"
+    ),
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="0: any free one. By default 8321, or the next free one.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Let no one edit names, tags and notes.")
+    ] = False,
+) -> None:
+    """Serve the live page for past runs, and for those that other processes train.
+
+    The page follows the files of the runs; it cannot steer them, and leads to the page of a run that has one of its
+    own. Ctrl-C ends it.
+    """
+    from offloop.cli.serve import serve_runs
+
+    serve_runs(runs_dir, port=port, host=host, open_browser=open_browser, read_only=read_only)
+
+
+@app.command()
 def logout() -> None:
     """Forget all browsers that may open live pages of yours on this machine.
 

@@ -2,25 +2,23 @@
 
 import atexit
 import contextlib
-import getpass
 import logging
-import os
 import ssl as tls
 import sys
-import threading
 import time
-import webbrowser
 from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 import anyio
 import anyio.to_thread
 
+from offloop.dashboard.announcement import announce, say
 from offloop.dashboard.history import HISTORY_BYTES
 from offloop.dashboard.lease import Lease, SharedServer
 from offloop.dashboard.milestones import MILESTONE_BYTES
 from offloop.dashboard.options import Options
-from offloop.dashboard.security import host_name, is_loopback
+from offloop.dashboard.page_file import remove_page_file, write_page_file
+from offloop.dashboard.security import host_name
 from offloop.dashboard.server import Server
 from offloop.engine import Callback, Run, TrainStart, checks, decides
 from offloop.engine.argument_hints import explains_arguments
@@ -177,6 +175,10 @@ class Dashboard(Callback):
         self._run = run
         subscription = run.events(buffer=SAMPLES_HELD, name="Dashboard")
         self._server.add_run(run, event, subscription)
+        if run.dir is not None:
+            # Without the file, pages of other processes do not lead here.
+            with contextlib.suppress(OSError):
+                write_page_file(run.dir, self._server.address)
 
     def close(self) -> None:
         """Tell the viewers how the run ended; the last run closes the server."""
@@ -185,6 +187,8 @@ class Dashboard(Callback):
         if lease is None:
             return
         if run is not None:
+            if run.dir is not None:
+                remove_page_file(run.dir)
             lease.server.finish_run(run)
             if run.interrupted:
                 lease.unpin()
@@ -217,7 +221,7 @@ class Dashboard(Callback):
             return
         with contextlib.suppress(KeyboardInterrupt):
             if not self._quiet:
-                _say("The live page stays open: press Ctrl-C to end it.")
+                say("The live page stays open: press Ctrl-C to end it.")
             while server.is_serving:
                 # Unlike waiting for a lock, sleeping ends with Ctrl-C on every system.
                 time.sleep(0.5)
@@ -248,7 +252,12 @@ class Dashboard(Callback):
         if self.keep_open and lease.pin():
             atexit.register(self._at_exit)
         if lease.is_first:
-            self._announce(lease.server)
+            announce(
+                lease.server,
+                open_browser=self._open_browser,
+                quiet=self._quiet,
+                without_encryption="give Dashboard(ssl=...)",
+            )
         return lease
 
     def _at_exit(self) -> None:
@@ -258,41 +267,8 @@ class Dashboard(Callback):
         elif self._server is not None:
             self._server.close("the session has ended")
 
-    def _announce(self, server: Server) -> None:
-        if not is_loopback(self._options.host) and self._options.ssl is None:
-            logger.warning(
-                "the live page listens on %s without encryption: anyone who can read the network traffic can read "
-                "the token and steer the run; give Dashboard(ssl=...)",
-                self._options.host,
-            )
-        if server.page is None:
-            logger.warning("the live page is not built: in a checkout run `make page`")
-        if not self._quiet:
-            _say(f"Live page: {server.url}")
-            if "SSH_CONNECTION" in os.environ and is_loopback(self._options.host):
-                where = os.environ["SSH_CONNECTION"].split()
-                machine = where[2] if len(where) > 2 else "this-machine"
-                _say(
-                    f"From your own machine: ssh -L {server.port}:127.0.0.1:{server.port} {_user()}@{machine}"
-                )
-        if self._open_browser:
-            # RuntimeError: no thread can be started. The address is printed all the same.
-            with contextlib.suppress(RuntimeError):
-                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
-
 
 async def _in_thread(work: Callable[[], object]) -> None:
     """Run a blocking function in a worker thread; a cancellation waits until it returns."""
     with anyio.CancelScope(shield=True):
         await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return "you"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

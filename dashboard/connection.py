@@ -4,7 +4,7 @@ Everything here belongs to the hub's event loop. Each connection has two tasks: 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import anyio
@@ -81,6 +81,8 @@ class Connection:
         self.may_finish = False
         # What the viewer has of the list of runs; None if it did not ask for it.
         self.rows: RowCursor | None = None
+        # Keys of the runs that the viewer wants to lay over the watched one, those that are not open yet too.
+        self.overlaid: Sequence[str] = ()
         self._sending_since: float | None = None
         self._scope = anyio.CancelScope()
         self._allowance = float(COMMANDS_PER_SECOND)

@@ -10,20 +10,26 @@ up receives fewer and larger frames, and is disconnected before it costs the oth
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import anyio
 import anyio.lowlevel
 
 from offloop.dashboard.connection import Connection, Link, RefusedError, Visitor, receive_hi
+from offloop.dashboard.disk_calls import DiskCalls
+from offloop.dashboard.followed_audience import FollowedAudience
+from offloop.dashboard.followed_runs import FollowedRuns
+from offloop.dashboard.history import HISTORY_BYTES
 from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import KeptMilestone
+from offloop.dashboard.milestones import MILESTONE_BYTES, KeptMilestone
 from offloop.dashboard.protocol import (
     CLOSE_SLOW,
     MAX_OVERLAID,
     Bye,
     CommandRequest,
     Drawn,
+    Edit,
     Hello,
     Hi,
     ListRuns,
@@ -33,6 +39,7 @@ from offloop.dashboard.protocol import (
     ProtocolError,
     RangeQuery,
     Runs,
+    RunSummary,
     Show,
     Visibility,
     Watch,
@@ -40,9 +47,10 @@ from offloop.dashboard.protocol import (
     encode_message,
 )
 from offloop.dashboard.rows import RowCursor, RunList, row_of
+from offloop.dashboard.run_edits import RunEdits
 from offloop.dashboard.viewer import Viewer, ViewerTooSlowError
 from offloop.dashboard.viewer_commands import ViewerCommands
-from offloop.engine import Event, SubscriberTooSlowError, Subscription
+from offloop.engine import Event, RunRecord, SubscriberTooSlowError, Subscription
 
 FRAME_INTERVAL: Final = 0.1
 """Seconds between two chart frames: 20 a second cost a page a third of a core and training 7 %, 10 half of that."""
@@ -58,10 +66,15 @@ SLOW_INTERVAL: Final = 1.0
 ENDED_RUNS_KEPT: Final = 3
 """Runs that have ended and can still be viewed."""
 EVENTS_AT_ONCE: Final = 4_096
+LISTING: Final = 1.0
+"""Seconds that a new viewer waits for the first look at a directory of runs."""
 
 
 class Hub:
-    """Distributes what runs publish to the viewers that watch them. Event loop of the dashboard only."""
+    """Distributes what runs publish to the viewers that watch them. Event loop of the dashboard only.
+
+    All that viewers share is here, so the class has many methods, most of a few lines.
+    """
 
     def __init__(
         self,
@@ -86,15 +99,27 @@ class Hub:
         self._frame_interval = frame_interval
         # Keys of runs whose status is sent at the next beat.
         self._changed: set[str] = set()
-        self._commands = ViewerCommands(self.runs, post)
+        self._commands = ViewerCommands(self.find, post)
+        self._calls = DiskCalls(post)
+        self._edits = RunEdits(self._calls, self._directory_of, self._ask_followed)
+        # Runs of a directory besides those of this process, if there are any.
+        self.followed: FollowedRuns | None = None
+        self._audience: FollowedAudience | None = None
+        self._names_all = False
         # One of the two is set: `_occupied` while there are viewers, `_empty` while there are none.
         self._occupied = anyio.Event()
         self._empty = anyio.Event()
         self._empty.set()
 
     def find(self, key: str) -> LiveRun | None:
-        """Return a run; None if there is none with this key."""
-        return self.runs.get(key)
+        """Return a run of this process, or of the directory if it is open; None if there is none with this key."""
+        live = self.runs.get(key)
+        return self.followed.live.get(key) if live is None and self.followed is not None else live
+
+    @property
+    def _all(self) -> list[LiveRun]:
+        """The runs that viewers may have: those of this process, and those of the directory that are open."""
+        return [*self.runs.values(), *([] if self.followed is None else self.followed.live.values())]
 
     def _watching(self, live: LiveRun | None) -> list[Connection]:
         """Return the connections that watch a run; None: those that wait for one."""
@@ -110,7 +135,7 @@ class Hub:
         """Distribute a run's events until it ends."""
         self.runs[live.key] = live
         self._forget_old_runs()
-        self._send_runs()
+        self.send_runs()
         for connection in self._watching(None):
             if connection.viewer.awaits in (None, live.key):
                 self._watch(connection, live)
@@ -127,7 +152,80 @@ class Hub:
             live.finish()
             self._tick(live)
             self._send_status(live)
-            self._send_runs()
+            self.send_runs()
+
+    def follow_directory(
+        self,
+        runs_dir: Path,
+        *,
+        history_bytes: int = HISTORY_BYTES,
+        milestone_bytes: int = MILESTONE_BYTES,
+        names_all: bool = False,
+    ) -> FollowedRuns:
+        """Show the runs of a directory, too, whichever processes write them; `run` of what is returned does it.
+
+        Args:
+            runs_dir: The directory. It need not exist.
+            history_bytes: Limit of the memory for the curves of one run.
+            milestone_bytes: Limit of the memory for its milestones.
+            names_all: Name these runs to all viewers. False: only to those that ask for the list.
+        """
+        self._names_all = names_all
+        self._audience = FollowedAudience(self, self._changed.add, is_eager=names_all)
+        self.followed = FollowedRuns(
+            runs_dir,
+            self._audience,
+            self._calls,
+            history_bytes=history_bytes,
+            milestone_bytes=milestone_bytes,
+        )
+        return self.followed
+
+    def _ask_followed(self) -> None:
+        if self.followed is not None:
+            self.followed.ask()
+
+    def _directory_of(self, key: str) -> str | None:
+        if key in self.runs:
+            return self.runs[key].info.directory
+        record = None if self.followed is None else self.followed.records.get(key)
+        return None if record is None else record.directory
+
+    # What followed runs have to tell: see `Screens`
+
+    def begin_anew(self, live: LiveRun, *, is_new_attempt: bool = False) -> None:
+        """Have the viewers that want a run, or have an earlier version of it, begin with this one."""
+        for connection in self.connections:
+            viewer, awaited = connection.viewer, connection.viewer.awaits
+            is_watched = viewer.live is not None and viewer.live.key == live.key
+            if is_watched or awaited == live.key or (viewer.live is None and awaited is None):
+                self._watch(connection, live, after=-1 if is_new_attempt else _known_of(viewer.live, live))
+                if awaited != live.key:
+                    viewer.awaits = awaited
+            elif live.key in connection.overlaid:
+                self._overlay(connection, connection.overlaid)
+                connection.wake()
+
+    def distribute(self, live: LiveRun, milestones: Sequence[KeptMilestone]) -> None:
+        """Send what a run has taken in to its viewers."""
+        self._send_milestones(live, milestones)
+        if milestones:
+            self._send_status(live)
+        else:
+            self._changed.add(live.key)
+        self._tick(live)
+
+    def send_rows(self) -> None:
+        """Send the first rows of a directory at once."""
+        self._send_rows()
+
+    def tell_missing(self, key: str) -> None:
+        """Tell the viewers that want a run that there is none."""
+        for connection in self.connections:
+            if connection.viewer.awaits == key and connection.viewer.live is not None:
+                connection.viewer.awaits = None
+                connection.viewer.put_latest("runs", self._list_of_runs())
+                connection.wake()
 
     async def _take_at_pace(self, live: LiveRun, subscription: Subscription[Event]) -> None:
         """Take samples at the rate of the frames that show them."""
@@ -192,9 +290,15 @@ class Hub:
         return encode_message(live.status(viewers=len(self.connections), is_control=is_control))
 
     def _list_of_runs(self) -> bytes:
-        return encode_message(Runs(runs=[live.summary for live in self.runs.values()]))
+        return encode_message(Runs(runs=self._names))
 
-    def _send_runs(self) -> None:
+    @property
+    def _names(self) -> list[RunSummary]:
+        followed = self.followed.summaries if self.followed is not None and self._names_all else []
+        return [*followed, *(live.summary for live in self.runs.values())]
+
+    def send_runs(self) -> None:
+        """Send the names of all runs to all viewers."""
         message = self._list_of_runs()
         for connection in self.connections:
             connection.viewer.put_latest("runs", message)
@@ -203,12 +307,24 @@ class Hub:
     def _send_rows(self) -> None:
         """Send what has changed in the list of runs to the viewers that asked for it."""
         listening = [each for each in self.connections if each.rows is not None]
-        for live in self.runs.values() if listening else ():
-            self.list.put(row_of(live))
+        if listening:
+            self._list_own_runs()
         for connection in listening:
             if connection.rows is not None:
                 connection.rows.allow()
             connection.wake()
+
+    def _list_own_runs(self) -> None:
+        """Bring the rows of the runs of this process up to date."""
+        if self._audience is not None:
+            self._audience.hide_runs_of_this_process()
+        for live in self.runs.values():
+            self.list.put(row_of(live, self._record_of(live)))
+
+    def _record_of(self, live: LiveRun) -> RunRecord | None:
+        if self.followed is None or live.info.directory is None:
+            return None
+        return self.followed.record_in(live.info.directory)
 
     def _forget_old_runs(self) -> None:
         ended = [live for live in self.runs.values() if live.is_over]
@@ -234,8 +350,8 @@ class Hub:
                     connection.end_if_stuck(now)
                     connection.end_if_logged_out()
                 self._commands.expire(now)
-            for key, live in self.runs.items():
-                if is_slow_beat or key in self._changed:
+            for live in self._all:
+                if is_slow_beat or live.key in self._changed:
                     self._send_status(live, with_latest=is_slow_beat)
             if is_slow_beat:
                 self._send_rows()
@@ -272,6 +388,10 @@ class Hub:
         if self._empty.is_set():
             self._empty = anyio.Event()
         try:
+            if self.followed is not None and self._names_all:
+                with anyio.move_on_after(LISTING):
+                    self.followed.ask()
+                    await self.followed.ready.wait()
             self._greet(connection, hi)
             await connection.run(self._handle)
         finally:
@@ -281,23 +401,32 @@ class Hub:
                 self._empty.set()
             self._commands.forget(connection)
             # Every status contains the number of viewers.
-            self._changed.update(self.runs)
+            self._changed.update(live.key for live in self._all)
+            self._ask_followed()
         if connection.close is not None:
             await link.close(*connection.close)
 
     def _greet(self, connection: Connection, hi: Hi) -> None:
         live = None if hi.run is None else self.find(hi.run)
-        if live is None and hi.run is not None and hi.only:
-            connection.viewer.awaits = hi.run
-        elif live is None:
+        viewer, followed = connection.viewer, self.followed
+        if live is None and hi.run is not None:
+            if hi.only or (followed is not None and followed.may_have(hi.run)):
+                viewer.awaits = hi.run
+        if live is None and viewer.awaits is None:
             live = next(reversed(self.runs.values()), None)
+            if live is None and followed is not None and followed.newest is not None:
+                viewer.awaits = followed.newest
+                live = self.find(followed.newest)
+        watched = viewer.awaits if live is None else live.key
+        if live is None and (followed is None or viewer.awaits not in followed.records):
+            watched = None
         connection.viewer.put(
             Hello(
                 server=self.id,
                 page=self.page,
                 role=connection.viewer.role,
-                runs=[each.summary for each in self.runs.values()],
-                run=None if live is None else live.key,
+                runs=self._names,
+                run=watched,
                 time=time.time(),
                 frame_interval=self._frame_interval,
             )
@@ -305,7 +434,8 @@ class Hub:
         if live is not None:
             knows_it = hi.server == self.id and hi.run == live.key
             self._watch(connection, live, after=hi.after if knows_it else -1)
-        self._changed.update(self.runs)
+        self._changed.update(live.key for live in self._all)
+        self._ask_followed()
         connection.wake()
 
     def _watch(self, connection: Connection, live: LiveRun, *, after: int = -1) -> None:
@@ -323,6 +453,8 @@ class Hub:
     def _overlay(self, connection: Connection, keys: Sequence[str]) -> None:
         if len(keys) > MAX_OVERLAID:
             raise ProtocolError(f"at most {MAX_OVERLAID} runs can be overlaid, got {len(keys)}")
+        connection.overlaid = keys
+        self._ask_followed()
         viewer = connection.viewer
         lives = [live for key in keys if (live := self.find(key)) is not None]
         for live in viewer.overlay(lives, lambda live: self._status(live, is_control=viewer.is_control)):
@@ -350,9 +482,9 @@ class Hub:
                 if not message.on:
                     connection.rows = None
                 elif connection.rows is None:
-                    for live in self.runs.values():
-                        self.list.put(row_of(live))
+                    self._list_own_runs()
                     connection.rows = RowCursor(self.list)
+                    self._ask_followed()
             case Visibility():
                 viewer.visible = message.visible
                 # A hidden page draws nothing: its time to draw starts now.
@@ -361,9 +493,14 @@ class Hub:
             case Watch():
                 if (wanted := self.find(message.run)) is not None:
                     self._watch(connection, wanted)
+                elif self.followed is not None and self.followed.may_have(message.run):
+                    viewer.awaits = message.run
                 else:
                     # The run was forgotten while the message was on its way.
                     viewer.put_latest("runs", self._list_of_runs())
+                self._ask_followed()
+            case Edit():
+                self._edits.request(connection, message)
             case Overlay():
                 self._overlay(connection, message.runs)
             case Hi():
@@ -380,3 +517,13 @@ class Hub:
             connection.may_finish = connection.viewer.visible and connection.close is None
             connection.end(code, reason)
             connection.put(Bye(reason=reason))
+
+
+def _known_of(before: LiveRun | None, live: LiveRun) -> int:
+    """Return `seq` of the last milestone that a viewer of an earlier version of a run keeps; -1 for none."""
+    if before is None or before.milestones.last is None:
+        return -1
+    same = all(
+        getattr(before.info, name) == getattr(live.info, name) for name in ("key", "attempt", "started")
+    )
+    return before.milestones.last.seq if same else -1

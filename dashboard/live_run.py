@@ -6,10 +6,10 @@ One thread at a time uses a `LiveRun` and its parts. What they need of the run b
 import itertools
 import re
 from collections import deque
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -59,6 +59,15 @@ class _Moment(msgspec.Struct, frozen=True):
     callbacks: float
 
 
+class Numbers(NamedTuple):
+    """A sample whose class is not defined in this process."""
+
+    event: Event
+    """Where it stands in the run."""
+    numbers: Mapping[str, float]
+    """By the name of their curve."""
+
+
 class LiveRun:
     """One run, as viewers see it."""
 
@@ -70,6 +79,9 @@ class LiveRun:
         history_bytes: int = HISTORY_BYTES,
         milestone_bytes: int = MILESTONE_BYTES,
         taken: Container[str] = (),
+        key: str | None = None,
+        series: Sequence[SeriesInfo] = (),
+        is_coarse: bool = False,
     ) -> None:
         """Begin with a run's first event.
 
@@ -79,28 +91,30 @@ class LiveRun:
             history_bytes: Limit of the memory for curves.
             milestone_bytes: Limit of the memory for milestones.
             taken: Keys of other runs.
+            key: Key of the run; None for its id, with the attempt, made unique among `taken`.
+            series: Curves to begin with, so that they keep their numbers when this takes the place of another.
+            is_coarse: True if only some of the run's steps will come: then missing ones are no gaps.
         """
         # None after `finish`, unless the run went silent.
         self.source: RunSource | None = source
         self.name = source.id
-        key = source.id if start.attempt == 0 else f"{source.id}#{start.attempt}"
-        # Runs without a directory may share a name.
-        again = itertools.chain([key], (f"{key}~{number}" for number in itertools.count(2)))
-        self.key = next(each for each in again if each not in taken)
+        self.key = _free_key(source.id, start.attempt, taken) if key is None else key
         self.started = start.time
         self.history = History(history_bytes)
         self.frames = Frames(self.key, self.history)
         # Curves that got points before the newest row.
         self._revised: set[int] = set()
         # The index is the curve's number in the history.
-        self.series: list[SeriesInfo] = []
+        self.series: list[SeriesInfo] = list(series)
+        self._milestone_bytes = milestone_bytes
         self.milestones = Milestones(self.key, most_bytes=milestone_bytes)
         self.end: TrainEnd | None = None
         self._is_silent = False
         # Of a failed run.
         self._traceback: str | None = None
         self._start = start
-        self._ids: dict[str, int] = {}
+        self._is_coarse = is_coarse
+        self._ids: dict[str, int] = {each.key: self.history.add_curve() for each in series}
         self._epoch = 0
         # Value of `batch` when the epoch began.
         self._epoch_batch = 0
@@ -111,6 +125,10 @@ class LiveRun:
         self._samples = 0
         self._data = self._compute = 0.0
         self._dropped = 0
+        # Steps of a resumed run that were drawn already, because its log was not cut back: up to this one ...
+        self._drawn_up_to = -1
+        # ... and the first of them.
+        self._repeated_from: int | None = None
         self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
         # Fixed facts
         self.info = source.describe(self.key, start)
@@ -148,7 +166,7 @@ class LiveRun:
         assert self.source is not None
         state = self.source.state
         if state in FINAL_STATES:
-            if self._is_silent:
+            if self._is_silent or not self.source.is_here:
                 return state
             # The last events are on their way.
             return "closing"
@@ -156,7 +174,7 @@ class LiveRun:
 
     # Events
 
-    def take_in(self, events: Sequence[Event]) -> list[KeptMilestone]:
+    def take_in(self, events: Sequence[Event | Numbers]) -> list[KeptMilestone]:
         """Record events in their order and return the milestones among them."""
         milestones: list[Event] = []
         for event, steps in with_steps_together(events):
@@ -164,10 +182,19 @@ class LiveRun:
                 self._steps(steps)
                 continue
             if isinstance(event, Sample):
-                self._sample(event)
+                prefix = event.handler_name.removeprefix("on_")
+                kind = getattr(event, "kind", "")
+                if isinstance(kind, str) and kind:
+                    prefix = f"{prefix}/{kind}"
+                self._sample(event, numbers_of(event, prefix), event.units)
+                continue
+            if isinstance(event, Numbers):
+                self._sample(event.event, event.numbers.items())
                 continue
             milestones.append(event)
-            if isinstance(event, EpochStart):
+            if isinstance(event, TrainStart) and event.attempt != self._start.attempt:
+                self._begin_attempt(event)
+            elif isinstance(event, EpochStart):
                 self._epoch, self._epoch_batch = event.epoch, event.batch
             elif isinstance(event, ValidationEnd | EpochEnd):
                 self._metrics(event)
@@ -179,14 +206,41 @@ class LiveRun:
                 self._end(event)
         self.history.check_size()
         if events:
-            self._note_moment(events[-1].time)
+            newest = events[-1]
+            self._note_moment(newest.event.time if isinstance(newest, Numbers) else newest.time)
         return self.milestones.add(milestones)
+
+    def forget_milestones(self) -> None:
+        """Keep none of the milestones so far."""
+        self.milestones = Milestones(self.key, most_bytes=self._milestone_bytes)
+
+    def _begin_attempt(self, start: TrainStart) -> None:
+        """Continue with the next attempt in the same log."""
+        assert self.source is not None
+        self._start, self.end, self._traceback = start, None, None
+        self._state_by = self._state_reason = ""
+        if self._last_step is not None and start.step < self._last_step.step:
+            self._drawn_up_to = max(self._drawn_up_to, self._last_step.step)
+            self._repeated_from = min(start.step, self._repeated_from or start.step)
+        self._moments = deque(
+            [_Moment(start.time, max(start.step, 0), self._samples, self._data, self._compute, 0.0)]
+        )
+        self.info = self.source.describe(self.key, start)
+
+    def describe_again(self) -> None:
+        """Take the fixed facts from the source again, where they may have changed."""
+        assert self.source is not None
+        self.info = self.source.describe(self.key, self._start)
 
     def _end(self, event: TrainEnd) -> None:
         self.end = event
         if event.status == "failed" and self.source is not None:
             self._traceback = self.source.traceback()
-        if event.failed_step is not None and event.failed_loss is not None:
+        if (
+            event.failed_step is not None
+            and event.failed_loss is not None
+            and event.failed_step > self._drawn_up_to
+        ):
             # The step has no `StepEnd`.
             self._loss = event.failed_loss
             row = self.history.axis.append(event.failed_step, event.time, self._epoch_of(event))
@@ -196,7 +250,7 @@ class LiveRun:
         """Record steps that have the same figures."""
         for event in events:
             last = self._last_step
-            if last is not None and event.step > last.step + 1:
+            if last is not None and event.step > last.step + 1 and not self._is_coarse:
                 missed = event.step - last.step - 1
                 self._dropped += missed
                 self.history.add_gap(last.step, event.step, missed)
@@ -204,6 +258,8 @@ class LiveRun:
             self._samples += event.samples
             self._data += event.data_time
             self._compute += event.step_time
+        if self._drawn_up_to >= 0:
+            events = [event for event in events if event.step > self._drawn_up_to]
         if len(events) < MANY_STEPS:
             for event in events:
                 row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
@@ -222,6 +278,8 @@ class LiveRun:
                 curve.extend(rows, column, steps)
 
     def _metrics(self, event: ValidationEnd | EpochEnd) -> None:
+        if event.step <= self._drawn_up_to:
+            return
         row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
         for key, value in event.metrics.items():
             known = self._ids.get(key)
@@ -254,17 +312,20 @@ class LiveRun:
         revised, self._revised = self._revised, set()
         return revised
 
-    def _sample(self, event: Sample) -> None:
+    def _sample(
+        self,
+        event: Event,
+        numbers: Iterable[tuple[str, float]],
+        units: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Record every number of a sample other than `StepEnd`: from monitors, or defined by users."""
+        if event.step <= self._drawn_up_to:
+            return
         row: int | None = None
-        prefix = event.handler_name.removeprefix("on_")
-        kind = getattr(event, "kind", "")
-        if isinstance(kind, str) and kind:
-            prefix = f"{prefix}/{kind}"
-        for key, value in numbers_of(event, prefix):
+        for key, value in numbers:
             if row is None:
                 row = self.history.axis.append(max(event.step, 0), event.time, self._epoch_of(event))
-            self._point(key, row, value, max(event.step, 0), event.units)
+            self._point(key, row, value, max(event.step, 0), units)
 
     def _point(
         self, key: str, row: int, value: float, step: int, units: Mapping[str, str] = MappingProxyType({})
@@ -316,15 +377,15 @@ class LiveRun:
         upto = self._moments[-1]
         seconds = max(upto.time - since.time, 1e-9)
         steps_per_second = (upto.step - since.step) / seconds if upto.time > since.time else 0.0
-        elapsed = self.end.seconds if self.end is not None else max(0.0, now - self.started)
+        elapsed = self.end.seconds if self.end is not None else max(0.0, now - self._start.time)
         progress, time_left = self._progress(elapsed)
         stalled = None if ended else self._stalled(state, now)
-        quiet = ended or stalled is not None or state == "paused"
+        quiet = ended or stalled is not None or state in ("paused", "lost", *FINAL_STATES)
         return Status(
             run=self.key,
             state=state,  # type: ignore[arg-type]  # a str that is a `State`
             by=self._state_by if is_control and state in ("paused", "stopping", "stopped") else "",
-            reason=self.end.reason if self.end is not None else self._state_reason,
+            reason=self._reason,
             error=self.end.error if self.end is not None else None,
             traceback=self._traceback if is_control else None,
             epoch=self._epoch,
@@ -347,6 +408,22 @@ class LiveRun:
             trimmed=self.history.trimmed,
             viewers=viewers,
         )
+
+    @property
+    def why(self) -> str:
+        """What there is to say about the run beside its state, for people; usually empty."""
+        said = [] if self.source is None or not self.source.why else [self.source.why]
+        if self._repeated_from is not None:
+            said.append(
+                f"steps {self._repeated_from + 1:,} to {self._drawn_up_to:,} were trained again; the curves show the "
+                "first time"
+            )
+        return "; ".join(said)
+
+    @property
+    def _reason(self) -> str:
+        reason = self.end.reason if self.end is not None else self._state_reason
+        return "; ".join(each for each in (reason, self.why) if each)
 
     def _progress(self, elapsed: float) -> tuple[float | None, float | None]:
         """Return the share done and the seconds left, by the limit that ends the run first."""
@@ -375,7 +452,7 @@ class LiveRun:
             return None
         # Validations and pauses are no stalls, and the last milestone may be the end of one.
         last = self.milestones.last
-        heard = self.started if last is None else last.time
+        heard = self._start.time if last is None else last.time
         if self._last_step is not None:
             heard = max(heard, self._last_step.time)
         quiet = now - heard
@@ -392,6 +469,13 @@ class LiveRun:
 
 
 # Parts of events and settings --------------------------------------------------------------------
+
+
+def _free_key(run_id: str, attempt: int, taken: Container[str]) -> str:
+    """Return the key of a run of this process. Runs without a directory may share a name."""
+    key = run_id if attempt == 0 else f"{run_id}#{attempt}"
+    again = itertools.chain([key], (f"{key}~{number}" for number in itertools.count(2)))
+    return next(each for each in again if each not in taken)
 
 
 def describe_series(curve: int, key: str, source: RunSource, units: Mapping[str, str]) -> SeriesInfo:

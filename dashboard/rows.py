@@ -9,7 +9,9 @@ from itertools import takewhile
 from typing import Final
 
 from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.masking import masked
 from offloop.dashboard.protocol import Figure, Rows, RunRow, encode_message, number
+from offloop.engine import RunLabels, RunRecord
 
 ROWS_AT_ONCE: Final = 200
 """Most rows in a message."""
@@ -91,8 +93,9 @@ class RowCursor:
         return message
 
 
-def row_of(live: LiveRun) -> RunRow:
-    """Return the row of a run of this process as it stands now."""
+def row_of(live: LiveRun, record: RunRecord | None = None) -> RunRow:
+    """Return the row of a run of this process as it stands now, with what its directory says about it."""
+    labels = RunLabels() if record is None else record.labels
     info = live.info
     status = live.status(viewers=0, is_control=False)
     last = live.milestones.last
@@ -100,7 +103,7 @@ def row_of(live: LiveRun) -> RunRow:
     return RunRow(
         key=live.key,
         id=live.name,
-        name=live.name,
+        name=labels.name or live.name,
         state=status.state,
         why=status.error or status.reason,
         live=not live.is_over,
@@ -115,7 +118,50 @@ def row_of(live: LiveRun) -> RunRow:
         monitor=info.monitor,
         figures=_figures_of(live),
         hyperparameters=info.hyperparameters,
+        tags=list(labels.tags),
+        note=labels.note,
+        archived=labels.archived,
+        version=labels.version,
         sparkline=_sparkline_of(live),
+    )
+
+
+def row_of_record(record: RunRecord, page: str | None) -> RunRow:
+    """Return the row of a run directory. Any thread.
+
+    Args:
+        record: What the directory says.
+        page: Address of the run's own page, if it has one.
+    """
+    names = list(record.metrics)[:MAX_FIGURES]
+    if record.monitor in record.metrics and record.monitor not in names:
+        names.append(record.monitor)
+    labels = record.labels
+    return RunRow(
+        key=record.key,
+        id=record.id,
+        name=record.name,
+        state=record.state,  # type: ignore[arg-type]  # a str that is a `State`
+        why=record.why,
+        page=page,
+        attempt=record.attempt,
+        host=record.host,
+        directory=record.directory,
+        started=record.created,
+        heard=record.heard,
+        seconds=record.seconds,
+        step=record.step,
+        progress=record.progress,
+        monitor=record.monitor,
+        figures={
+            name: Figure(number(each.last), each.best) for name in names if (each := record.metrics[name])
+        },
+        hyperparameters=masked(record.hyperparameters),
+        tags=list(labels.tags),
+        note=labels.note,
+        archived=labels.archived,
+        version=labels.version,
+        sparkline=list(record.sparkline),
     )
 
 

@@ -11,14 +11,18 @@ import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import msgspec
 
 from offloop.dashboard.masking import masked, masked_command
 from offloop.dashboard.protocol import CommandName, RunInfo
-from offloop.engine import Command, Run, TrainStart
+from offloop.engine import Command, TrainStart
 from offloop.engine.monitor import Direction
+
+if TYPE_CHECKING:
+    # A server of run directories loads no torch.
+    from offloop.engine import Run
 
 
 class RunSource(Protocol):
@@ -27,6 +31,10 @@ class RunSource(Protocol):
     @property
     def id(self) -> str:
         """The `run_id`."""
+
+    @property
+    def is_here(self) -> bool:
+        """True for a run of this process."""
 
     @property
     def step(self) -> int:
@@ -81,7 +89,7 @@ class RunSource(Protocol):
 class ProcessRun:
     """A run of this process."""
 
-    def __init__(self, run: Run, optimizers: Sequence[str] = ()) -> None:
+    def __init__(self, run: "Run", optimizers: Sequence[str] = ()) -> None:
         """Wrap a run.
 
         Args:
@@ -94,6 +102,10 @@ class ProcessRun:
     @property
     def id(self) -> str:
         return self.run.id
+
+    @property
+    def is_here(self) -> bool:
+        return True
 
     @property
     def step(self) -> int:

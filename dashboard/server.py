@@ -16,7 +16,8 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from websockets.asyncio.server import Server as WebsocketServer
@@ -33,8 +34,12 @@ from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
 from offloop.dashboard.requests import Peer, Requests
 from offloop.dashboard.run_source import ProcessRun
 from offloop.dashboard.security import Gate, UserKey, new_token
-from offloop.engine import Event, Run, Subscription, TrainStart
+from offloop.engine import Event, Subscription, TrainStart
 from offloop.engine.bus.threads import Latch, Thread
+
+if TYPE_CHECKING:
+    # A server of run directories loads no torch.
+    from offloop.engine import Run
 
 logger = logging.getLogger("offloop")
 # Malformed requests from strangers must not fill the log: a user who wants the library's records lowers this level.
@@ -57,13 +62,20 @@ MESSAGES_READ_AHEAD: Final = 4
 class Server:
     """Serves the page and the runs of this process. Any thread may call its methods."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, runs_dir: Path | None = None) -> None:
         """Start serving. Blocks for milliseconds, until the port is open.
+
+        Args:
+            options: Its settings.
+            runs_dir: Directory whose runs are shown, whichever processes write them. None: the runs of this process,
+                and to viewers that ask for the list also those beside the first one.
 
         Raises:
             OSError: The server cannot listen on the address.
         """
         self.options = options
+        # Later only the server's thread uses it.
+        self._runs_dir = runs_dir
         # The server's thread writes `port`, `hub`, `_loop`, `_stop`, `_listening` and `_error`. Other threads read
         # them only after `__init__`, which waits for the latch that the server's thread opens behind them.
         self.port = 0
@@ -113,15 +125,16 @@ class Server:
     @property
     def url(self) -> str:
         """Address of the page, with the token of the highest role that this server grants."""
-        return f"{self._base}?token={quote(self.token, safe='')}"
+        return f"{self.address}?token={quote(self.token, safe='')}"
 
     @property
     def read_only_url(self) -> str:
         """Address of the page for viewers who may watch but not steer."""
-        return f"{self._base}?token={quote(self.read_only_token, safe='')}"
+        return f"{self.address}?token={quote(self.read_only_token, safe='')}"
 
     @property
-    def _base(self) -> str:
+    def address(self) -> str:
+        """Address of the page without a token, which lets no one in."""
         host = self.options.host
         if self._is_wildcard:
             host = socket.gethostname()
@@ -138,13 +151,13 @@ class Server:
         """True until `close`."""
         return not self._thread.is_over
 
-    def add_run(self, run: Run, start: TrainStart, subscription: Subscription[Event]) -> None:
+    def add_run(self, run: "Run", start: TrainStart, subscription: Subscription[Event]) -> None:
         """Show a run while it runs. Any thread; does not wait. After `close` it only closes the subscription."""
         optimizers = tuple(run.trainer.optimizers)
         if not self._post(lambda: self._follow(run, start, optimizers, subscription)):
             subscription.close()
 
-    def finish_run(self, run: Run) -> None:
+    def finish_run(self, run: "Run") -> None:
         """Wait until the hub has read all events of a run that has ended. Blocks its thread for at most a second."""
         done = threading.Event()
         if self._post(lambda: self._when_followed(run, done.set)):
@@ -201,6 +214,8 @@ class Server:
             self._error = error
             return
         self._spawn(self.hub.beat())
+        if self._runs_dir is not None:
+            self._follow_directory(self._runs_dir, names_all=True)
         started.open()
         await self._stop.wait()
         with contextlib.suppress(TimeoutError):
@@ -287,8 +302,18 @@ class Server:
         task.add_done_callback(_log_failure)
         return task
 
+    def _follow_directory(self, runs_dir: Path, *, names_all: bool) -> None:
+        self._runs_dir = runs_dir
+        followed = self.hub.follow_directory(
+            runs_dir,
+            history_bytes=self.options.history_bytes,
+            milestone_bytes=self.options.milestone_bytes,
+            names_all=names_all,
+        )
+        self._spawn(followed.run())
+
     def _follow(
-        self, run: Run, start: TrainStart, optimizers: Sequence[str], subscription: Subscription[Event]
+        self, run: "Run", start: TrainStart, optimizers: Sequence[str], subscription: Subscription[Event]
     ) -> None:
         live = LiveRun(
             ProcessRun(run, optimizers),
@@ -297,9 +322,11 @@ class Server:
             milestone_bytes=self.options.milestone_bytes,
             taken=self.hub.runs,
         )
+        if self._runs_dir is None and run.dir is not None:
+            self._follow_directory(run.dir.parent, names_all=False)
         self._followers[run] = self._spawn(self.hub.follow(live, subscription))
 
-    def _when_followed(self, run: Run, tell: Callable[[], None]) -> None:
+    def _when_followed(self, run: "Run", tell: Callable[[], None]) -> None:
         follower = self._followers.pop(run, None)
         if follower is None:
             tell()

@@ -1,12 +1,14 @@
 """Figures of steps: which curves a `StepEnd` has points for, and which steps can be recorded at once."""
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
-from offloop.engine import Event, StepEnd
+from offloop.engine import StepEnd
 
 MANY_STEPS: Final = 16
 """Steps from which on a column for each curve costs less than a point for each step and curve."""
+
+E = TypeVar("E")
 
 _Shape = tuple[bool, bool, tuple[str, ...], tuple[str, ...]]
 
@@ -31,7 +33,7 @@ def values_of(event: StepEnd) -> list[float]:
     return [*values, *event.metrics.values()]
 
 
-def with_steps_together(events: Sequence[Event]) -> Iterator[tuple[Event, Sequence[StepEnd]]]:
+def with_steps_together(events: Sequence[E]) -> Iterator[tuple[E | StepEnd, Sequence[StepEnd]]]:
     """Yield events in their order, consecutive steps with the same figures as one: the first and all of them."""
     steps: list[StepEnd] = []
     shape: _Shape | None = None

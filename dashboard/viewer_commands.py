@@ -5,7 +5,7 @@ The hub's event loop owns them. A run completes a command's future in another th
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -40,9 +40,11 @@ class PendingCommand:
 class ViewerCommands:
     """Gives viewers' commands to runs, each id once, and answers them."""
 
-    def __init__(self, runs: Mapping[str, LiveRun], post: Callable[[Callable[[], None]], object]) -> None:
-        """Serve `runs`, by key. `post` calls a function on the hub's event loop, from any thread."""
-        self._runs = runs
+    def __init__(
+        self, find: Callable[[str], LiveRun | None], post: Callable[[Callable[[], None]], object]
+    ) -> None:
+        """Serve the runs that `find` returns. `post` calls a function on the hub's event loop, from any thread."""
+        self._find = find
         self._post = post
         self._known: OrderedDict[str, PendingCommand] = OrderedDict()
 
@@ -91,7 +93,7 @@ class ViewerCommands:
             return "a command's id has 1 to 64 characters"
         if not connection.allows_command():
             return f"more than {COMMANDS_PER_SECOND} commands a second"
-        live = self._runs.get(request.run)
+        live = self._find(request.run)
         if live is None:
             return f"there is no run {request.run!r}"
         if live.is_over:
@@ -101,8 +103,9 @@ class ViewerCommands:
         return None
 
     def _give(self, request: CommandRequest, by: str) -> Future[Any]:
-        run = self._runs[request.run].source
-        assert run is not None
+        live = self._find(request.run)
+        assert live is not None and live.source is not None
+        run = live.source
         command = request.command()
         if isinstance(command, Stop) and request.checkpoint and "checkpoint" not in run.refused:
             # Both apply at the same boundary, where stop comes last.
@@ -120,7 +123,7 @@ class ViewerCommands:
         if error is not None:
             command.answer(state="rejected", why=f"{type(error).__name__}: {error}")
             return
-        live, result = self._runs.get(request.run), future.result()
+        live, result = self._find(request.run), future.result()
         why = ""
         if request.name == "checkpoint" and result is not None:
             why = f"saved in {result.path}"

@@ -131,6 +131,7 @@ OPEN_MODULES: Final = tuple(
         "checkpoint",
         "checks",
         "lazy_facade",
+        "metrics.names",
         "monitor",
         "testing",
         "weights.structure",
@@ -460,6 +461,7 @@ def own_docstring(value: Any) -> str | None:
 # Errors --------------------------------------------------------------------------------------------
 
 INTERNAL: Final = (
+    "AbandonedError",
     "ForkedProcessError",
     "ProtocolError",
     "RefusedError",

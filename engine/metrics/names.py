@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, ca
 
 from offloop.engine.monitor import Direction
 
+__all__ = [
+    "check_metrics",
+    "chosen_metrics",
+    "metric_direction",
+    "metrics_for",
+]
+
 if TYPE_CHECKING:
     from torchmetrics import Metric
 

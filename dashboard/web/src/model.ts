@@ -150,7 +150,9 @@ function greeted(model: Model, hello: Hello, now: number): Model {
 }
 
 function watching(model: Model, run: RunInfo): Model {
-  const same = model.run?.key === run.key && model.last >= 0;
+  // A followed run may begin its next attempt.
+  const { key, attempt, started } = model.run ?? {};
+  const same = key === run.key && attempt === run.attempt && started === run.started && model.last >= 0;
   return same ? { ...model, run, gone: null, curves: 0 } : { ...model, ...NO_RUN, run };
 }
 

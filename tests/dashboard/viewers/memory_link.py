@@ -87,6 +87,11 @@ class MemoryLink:
         self.sent.clear()
 
 
+def attempt_of(run: RunInfo) -> tuple[object, ...]:
+    """Return which attempt of which run it is: that of another one begins with no milestones."""
+    return run.key, run.attempt, run.started
+
+
 class PageModel:
     """What a page knows, built from nothing but messages, the way docs/dashboard.md says."""
 
@@ -147,7 +152,7 @@ class PageModel:
                     self.milestones.clear()
                 self.hello = message
             case RunInfo():
-                if self.run is not None and self.run.key != message.key:
+                if self.run is not None and attempt_of(self.run) != attempt_of(message):
                     self.milestones.clear()
                 self.run = message
                 self.series.clear()

@@ -1,0 +1,42 @@
+"""`offloop serve`: the live page for a directory of runs, whichever processes write them. Imports no torch."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from offloop.cli.output import fail
+from offloop.dashboard.announcement import announce
+from offloop.dashboard.options import Options
+from offloop.dashboard.server import Server
+
+
+def serve_runs(runs_dir: Path, *, port: int | None, host: str, open_browser: bool, read_only: bool) -> None:
+    """Serve until Ctrl-C or SIGTERM. Blocks its thread, which is the main one."""
+    try:
+        os.scandir(runs_dir).close()
+    except OSError as error:
+        fail(f"{runs_dir} cannot be served: {(error.strerror or str(error)).lower()}")
+    try:
+        server = Server(Options(host=host, port=port, read_only=read_only), runs_dir)
+    except (OSError, UnicodeError) as error:
+        fail(error.strerror or str(error) if isinstance(error, OSError) else f"--host {host!r}: {error}")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        announce(
+            server,
+            open_browser=open_browser,
+            quiet=False,
+            without_encryption="leave --host out and use ssh -L, or put a proxy with https before it",
+        )
+        while server.is_serving:
+            # Unlike waiting for a lock, sleeping ends with Ctrl-C on every system.
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        server.close("the server was interrupted")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

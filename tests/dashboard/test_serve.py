@@ -1,0 +1,497 @@
+"""`offloop serve`, and runs of other processes in the list of a run's page: real directories, processes and sockets."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import events_of, lines_of, step, trainer_process, write_run
+from socket_viewer import PATIENCE, SocketViewer, await_on_loop, on_loop
+
+from offloop.dashboard import Dashboard, followed_runs, run_reader
+from offloop.dashboard.options import Options
+from offloop.dashboard.protocol import CommandRequest, Edit, ListRuns, Watch
+from offloop.dashboard.server import Server
+from offloop.engine.testing import tiny_loader, tiny_trainer
+
+Serve = Callable[..., Server]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Serve a directory of runs."""
+    servers = []
+
+    def serve(runs_dir: Path = tmp_path, **options: Any) -> Server:
+        servers.append(Server(Options(port=0, **options), runs_dir))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.close("the test is over")
+
+
+def losses(viewer: SocketViewer) -> list[float]:
+    """Return the losses that a viewer has been sent, in order."""
+    ids = [id for id, key in viewer.page.series.items() if key == "loss"]
+    return [value for _, value in sorted(viewer.page.points.get(ids[0], {}).items())] if ids else []
+
+
+def wait_for_losses(viewer: SocketViewer, count: int) -> None:
+    viewer.wait(lambda page: len(losses(viewer)) == count)
+
+
+# Past runs
+
+
+def test_past_run_is_listed_and_shown_as_its_log_has_it(serve: Serve, tmp_path: Path) -> None:
+    write_run(tmp_path / "past", events_of(20))
+    with SocketViewer(serve().url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.rows)
+        wait_for_losses(viewer, 20)
+        viewer.wait(lambda page: page.status and len(page.milestones) == 3)
+        page = viewer.page
+        assert losses(viewer) == [1 / number for number in range(1, 21)]
+        assert page.hello is not None and [(each.key, each.state) for each in page.hello.runs] == [
+            ("past", "completed")
+        ]
+        assert page.run is not None and page.run.key == "past"
+        assert page.status is not None
+        assert (page.status.state, page.status.step, page.status.seconds) == ("completed", 20, 20.0)
+        row = page.rows["past"]
+        assert (row.state, row.live, row.page, row.directory) == (
+            "completed",
+            False,
+            None,
+            str(tmp_path / "past"),
+        )
+
+
+def test_viewer_chooses_among_past_runs_and_takes_commands_back(serve: Serve, tmp_path: Path) -> None:
+    for name, steps in (("one", 3), ("two", 5)):
+        write_run(tmp_path / name, events_of(steps), created=1_000.0 + steps)
+    with SocketViewer(serve().url) as viewer:
+        wait_for_losses(viewer, 5)
+        viewer.say(Watch(run="one"))
+        wait_for_losses(viewer, 3)
+        page = viewer.page
+        assert page.run is not None and set(page.run.refused.values()) == {"the run is over"}
+        viewer.say(CommandRequest(id="a", name="pause", run="one"))
+        viewer.wait(lambda page: page.acks.get("a") == ["rejected"])
+        viewer.say(Watch(run="three"))
+        viewer.wait(lambda page: page.runs == ["one", "two"])
+        assert page.run.key == "one", "there is no such run"
+
+
+def test_speeds_of_a_past_run_do_not_depend_on_when_it_is_read(serve: Serve, tmp_path: Path) -> None:
+    """A step a second, by the times of the events."""
+    write_run(tmp_path / "run", events_of(20, end=None))
+    with SocketViewer(serve().url) as viewer:
+        wait_for_losses(viewer, 20)
+        viewer.wait(lambda page: page.status)
+        status = viewer.page.status
+        assert status is not None and status.state == "lost"
+        assert status.seconds == pytest.approx(20.0)
+        assert status.steps_per_second == 0.0, "it trains no more"
+        assert status.compute_share == pytest.approx(0.5)
+
+
+# Runs of other processes
+
+
+def test_run_of_another_process_is_followed_until_it_is_killed(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    with trainer_process("run", tmp_path) as trainer, SocketViewer(server.url) as viewer:
+        trainer.steps(3)
+        wait_for_losses(viewer, 3)
+        trainer.steps(4)
+        wait_for_losses(viewer, 7)
+        viewer.wait(lambda page: page.status and page.status.step == 7)
+        status = viewer.page.status
+        assert status is not None and status.state == "running"
+        trainer.process.send_signal(signal.SIGKILL)
+        viewer.wait(lambda page: page.status and page.status.state == "lost")
+        assert viewer.page.status is not None
+        assert viewer.page.status.reason.startswith("ended without saying so, last heard ")
+        assert len(losses(viewer)) == 7
+
+
+def test_run_that_ends_and_is_resumed_continues_on_the_screen(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    with SocketViewer(server.url) as viewer:
+        assert viewer.page.run is None
+        directory = write_run(tmp_path / "run", events_of(4))
+        wait_for_losses(viewer, 4)
+        viewer.wait(lambda page: page.status and page.status.state == "completed")
+        before = [event["type"] for event in viewer.page.milestones]
+        with open(directory / "events.jsonl", "ab") as log:
+            log.write(lines_of(events_of(3, attempt=1, first=5)))
+        wait_for_losses(viewer, 7)
+        viewer.wait(lambda page: len(page.milestones) == 2 * len(before))
+        page = viewer.page
+        assert page.run is not None and page.run.attempt == 1
+        assert losses(viewer) == [1 / number for number in range(1, 8)]
+        assert [event["type"] for event in page.milestones] == 2 * before
+
+
+def test_log_that_was_cut_back_is_drawn_anew(serve: Serve, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", events_of(9))
+    with SocketViewer(serve().url) as viewer:
+        wait_for_losses(viewer, 9)
+        kept = events_of(4, end=None)
+        with open(directory / "events.jsonl", "r+b") as log:
+            log.truncate(len(lines_of(kept)))
+            log.seek(0, os.SEEK_END)
+            log.write(lines_of(events_of(2, attempt=1, first=5)))
+        wait_for_losses(viewer, 6)
+        assert losses(viewer) == [1 / number for number in range(1, 7)]
+
+
+def test_log_that_goes_back_without_being_cut_is_drawn_once_and_says_so(serve: Serve, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [*events_of(6, end=None), *events_of(4, attempt=1, first=4)])
+    with SocketViewer(serve().url) as viewer:
+        wait_for_losses(viewer, 7)
+        viewer.wait(lambda page: page.status)
+        assert viewer.page.status is not None
+        assert "steps 4 to 6 were trained again" in viewer.page.status.reason
+
+
+def test_page_of_a_run_leads_to_the_process_that_trains(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    with trainer_process("run", tmp_path, "page") as trainer, SocketViewer(server.url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.run and page.run.page and "run" in page.rows)
+        page = viewer.page
+        assert page.run is not None and page.run.page is not None
+        assert page.run.page.startswith("http://127.0.0.1:") and "token" not in page.run.page
+        assert page.run.page in page.run.refused["stop"]
+        assert page.rows["run"].page == page.run.page
+        viewer.say(CommandRequest(id="a", name="stop", run="run"))
+        viewer.wait(lambda page: page.acks.get("a") == ["rejected"])
+        trainer.steps(1)
+        wait_for_losses(viewer, 1)
+        trainer.end()
+        viewer.wait(lambda page: page.status and page.status.state == "completed")
+        assert not (tmp_path / "run" / "page.json").exists()
+        viewer.wait(lambda page: page.rows["run"].page is None)
+
+
+# Faults
+
+
+def test_directory_that_is_deleted_while_it_is_shown_keeps_its_curves(serve: Serve, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", events_of(5, end=None))
+    write_run(tmp_path / "other", events_of(2), created=1.0)
+    with SocketViewer(serve().url) as viewer:
+        viewer.say(ListRuns())
+        wait_for_losses(viewer, 5)
+        shutil.rmtree(directory)
+        viewer.wait(lambda page: page.status and "cannot be read" in page.status.reason)
+        viewer.wait(lambda page: "run" not in page.rows)
+        assert len(losses(viewer)) == 5
+        viewer.say(Watch(run="other"))
+        wait_for_losses(viewer, 2)
+
+
+def test_pipe_in_the_place_of_a_log_is_reported(serve: Serve, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "pipe", events_of(1))
+    write_run(tmp_path / "other", events_of(2), created=1.0)
+    (directory / "events.jsonl").unlink()
+    os.mkfifo(directory / "events.jsonl")
+    with SocketViewer(serve().url) as viewer:
+        viewer.wait(lambda page: page.status and "no regular file" in page.status.reason)
+        viewer.say(Watch(run="other"))
+        wait_for_losses(viewer, 2)
+
+
+def test_broken_lines_are_left_out_and_counted(serve: Serve, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", events_of(3, end=None))
+    lines = lines_of(events_of(5, end=None)).splitlines(keepends=True)
+    broken = [
+        *lines[:3],
+        b"{broken\n",
+        b"[1]\n",
+        *lines[3:],
+        b'{"type":"my.Note","seq":9,"score":3}\n',
+        b'{"type":"St',
+    ]
+    (directory / "events.jsonl").write_bytes(b"".join(broken))
+    with SocketViewer(serve().url) as viewer:
+        wait_for_losses(viewer, 5)
+        viewer.wait(lambda page: page.status and "2 lines" in page.status.reason)
+        viewer.wait(lambda page: [event["type"] for event in page.milestones] == ["TrainStart", "my.Note"])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"schema": 99, "run_id": "run", "attempt": 0}'])
+def test_unusable_description_is_a_row_with_a_reason(
+    serve: Serve, tmp_path: Path, content: bytes | None
+) -> None:
+    directory = write_run(tmp_path / "run", events_of(3))
+    if content is None:
+        (directory / "run.json").unlink()
+    else:
+        (directory / "run.json").write_bytes(content)
+    with SocketViewer(serve().url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.rows)
+        assert "run.json" in viewer.page.rows["run"].why
+        wait_for_losses(viewer, 3)
+
+
+def test_links_out_of_the_directory_are_not_followed(serve: Serve, tmp_path: Path) -> None:
+    outside = write_run(tmp_path / "outside" / "secret", events_of(3))
+    (tmp_path / "runs").mkdir()
+    os.symlink(outside, tmp_path / "runs" / "link")
+    inside = write_run(tmp_path / "runs" / "inside", events_of(1))
+    (inside / "events.jsonl").unlink()
+    os.symlink(outside / "events.jsonl", inside / "events.jsonl")
+    with SocketViewer(serve(tmp_path / "runs").url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.rows)
+        assert list(viewer.page.rows) == ["inside"]
+        viewer.wait(lambda page: page.status and "link" in page.status.reason)
+        assert not viewer.page.series
+
+
+def test_disk_that_hangs_holds_up_no_other_run(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        write_run(tmp_path / f"hangs{number}", events_of(3), created=2_000.0)
+    write_run(tmp_path / "other", events_of(2), created=1.0)
+    disk = threading.Event()
+    fill = run_reader.RunReader.fill
+
+    def hang(reader: Any, *arguments: Any) -> Any:
+        if reader.directory.name.startswith("hangs"):
+            disk.wait()
+        return fill(reader, *arguments)
+
+    monkeypatch.setattr(run_reader.RunReader, "fill", hang)
+    monkeypatch.setattr(followed_runs, "PATIENCE", 0.0)
+    try:
+        server = serve()
+        with contextlib.ExitStack() as stack:
+            viewers = [stack.enter_context(SocketViewer(server.url)) for _ in range(4)]
+            for number, viewer in enumerate(viewers):
+                viewer.wait(lambda page: page.hello)
+                viewer.say(Watch(run=f"hangs{number}"))
+            for viewer in viewers:
+                viewer.wait(lambda page: page.status and "has not answered" in page.status.reason)
+            with SocketViewer(server.url) as viewer:
+                viewer.wait(lambda page: page.hello)
+                viewer.say(Watch(run="other"))
+                wait_for_losses(viewer, 2)
+            disk.set()
+            for viewer in viewers:
+                wait_for_losses(viewer, 3)
+                viewer.wait(lambda page: page.status and page.status.reason == "")
+    finally:
+        disk.set()
+
+
+def test_viewer_that_watches_50_runs_in_turn_opens_few_of_them(serve: Serve, tmp_path: Path) -> None:
+    for number in range(50):
+        write_run(tmp_path / f"run{number:02}", events_of(3), created=1_000.0 + number)
+    server = serve()
+    most = 0
+    with SocketViewer(server.url) as viewer:
+        viewer.wait(lambda page: page.hello)
+        for number in range(50):
+            viewer.say(Watch(run=f"run{number:02}"))
+        viewer.wait(lambda page: page.run and page.run.key == "run49")
+        wait_for_losses(viewer, 3)
+        followed = server.hub.followed
+        assert followed is not None
+        most = on_loop(server, lambda: len(followed._open))
+    assert 1 <= most <= followed_runs.MAX_OPEN
+
+
+def test_run_without_viewers_is_let_go(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followed_runs, "KEPT_OPEN", 0.0)
+    write_run(tmp_path / "run", events_of(3))
+    server = serve()
+    followed = server.hub.followed
+    assert followed is not None
+    with SocketViewer(server.url) as viewer:
+        wait_for_losses(viewer, 3)
+        assert on_loop(server, lambda: list(followed.live)) == ["run"]
+    await_on_loop(server, lambda: not followed.live and not followed._open)
+    with SocketViewer(server.url) as viewer:
+        wait_for_losses(viewer, 3)
+
+
+# The list
+
+
+def test_5000_runs_are_listed(serve: Serve, tmp_path: Path) -> None:
+    log = lines_of(events_of(2))
+    for number in range(5_000):
+        directory = tmp_path / f"run{number:04}"
+        directory.mkdir()
+        (directory / "run.json").write_text(
+            json.dumps({"run_id": directory.name, "attempt": 0, "created": number, "status": "completed"})
+        )
+        (directory / "events.jsonl").write_bytes(log)
+    with SocketViewer(serve().url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: len(page.rows) == 5_000)
+        messages = viewer.page.rows_messages
+        assert max(len(each.rows) for each in messages) == 200
+        assert messages[-1].total == 5_000 and not messages[-1].more
+        viewer.wait(lambda page: page.run and page.run.key == "run4999")
+
+
+def test_list_follows_what_changes(serve: Serve, tmp_path: Path) -> None:
+    with SocketViewer(serve().url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.rows_messages)
+        assert viewer.page.rows == {}
+        one = write_run(tmp_path / "one", events_of(3, end=None))
+        viewer.wait(lambda page: "one" in page.rows)
+        assert viewer.page.rows["one"].step == 3
+        with open(one / "events.jsonl", "ab") as log:
+            log.write(lines_of([step(4)]))
+        viewer.wait(lambda page: page.rows["one"].step == 4)
+        one.rename(tmp_path / "two")
+        viewer.wait(lambda page: list(page.rows) == ["two"])
+
+
+def test_of_two_who_edit_the_second_is_told(serve: Serve, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", events_of(3))
+    url = serve().url
+    with SocketViewer(url) as one, SocketViewer(url) as two:
+        for viewer in (one, two):
+            viewer.say(ListRuns())
+            viewer.wait(lambda page: page.rows)
+        one.say(Edit(id="a", run="run", version=0, note="mine"))
+        one.wait(lambda page: page.acks.get("a") == ["applied"])
+        two.say(Edit(id="b", run="run", version=0, note="yours"))
+        two.wait(lambda page: page.acks.get("b") == ["rejected"])
+        two.wait(lambda page: page.rows["run"].note == "mine")
+        two.say(Edit(id="c", run="run", version=1, name="the best", tags=["good"]))
+        two.wait(lambda page: page.acks.get("c") == ["applied"])
+        one.wait(lambda page: page.rows["run"].name == "the best")
+        assert (one.page.rows["run"].id, one.page.rows["run"].tags) == ("run", ["good"])
+        one.say(Edit(id="d", run="run", version=2, note="x" * 20_000))
+        one.wait(lambda page: page.acks.get("d") == ["rejected"])
+        one.say(Edit(id="c", run="run", version=1, name="the best"))
+        one.wait(lambda page: page.acks.get("c") == ["applied"])
+
+
+def test_readers_edit_nothing(serve: Serve, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", events_of(3))
+    server = serve()
+    with SocketViewer(server.read_only_url) as viewer:
+        viewer.say(Edit(id="a", run="run", version=0, note="mine"))
+        viewer.wait(lambda page: page.acks.get("a") == ["rejected"])
+    assert not (tmp_path / "run" / "labels.json").exists()
+
+
+# The page of a run
+
+
+def test_page_of_a_run_lists_the_runs_beside_it_and_itself_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "past", events_of(3))
+    (tmp_path / "past" / "labels.json").write_text('{"name": "Old", "version": 1}')
+    begun, seen = threading.Event(), threading.Event()
+
+    class Batches:
+        def __iter__(self) -> Iterator[Any]:
+            for number, batch in enumerate(tiny_loader()):
+                if number == 4:
+                    begun.set()
+                    assert seen.wait(PATIENCE)
+                yield batch
+
+    with Dashboard(port=0, quiet=True) as dashboard:
+        trainer = tiny_trainer(run_name="now", run_dir=tmp_path)
+        thread = threading.Thread(
+            target=lambda: trainer.train(Batches(), epochs=1, callbacks=[Dashboard(port=0, quiet=True)])
+        )
+        thread.start()
+        try:
+            assert begun.wait(PATIENCE)
+            with SocketViewer(dashboard.url) as viewer:
+                viewer.wait(lambda page: page.run)
+                assert viewer.page.hello is not None
+                assert [each.key for each in viewer.page.hello.runs] == ["now"]
+                viewer.say(ListRuns())
+                viewer.wait(lambda page: len(page.rows) == 2)
+                rows = viewer.page.rows
+                assert (rows["now"].live, rows["past"].live, rows["past"].name) == (True, False, "Old")
+                viewer.say(Edit(id="a", run="now", version=0, note="going on"))
+                viewer.wait(lambda page: page.rows["now"].note == "going on")
+                viewer.say(Watch(run="past"))
+                wait_for_losses(viewer, 3)
+                assert viewer.page.run is not None and viewer.page.run.key == "past"
+        finally:
+            seen.set()
+            thread.join()
+
+
+# The command
+
+
+def offloop_serve(*arguments: str) -> "subprocess.Popen[str]":
+    """Start `offloop serve`; at its end it prints whether torch was loaded."""
+    script = (
+        "import sys\n"
+        "from offloop.cli.main import app\n"
+        "try:\n"
+        "    app(['serve', *sys.argv[1:]], prog_name='offloop')\n"
+        "finally:\n"
+        "    print('torch' in sys.modules)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_command_serves_without_torch_and_ends_in_order(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", events_of(3))
+    process = offloop_serve(str(tmp_path), "--port", "0", "--read-only")
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith("Live page: http://127.0.0.1:")
+        with SocketViewer(line.removeprefix("Live page: ").strip()) as viewer:
+            wait_for_losses(viewer, 3)
+            assert viewer.page.hello is not None and viewer.page.hello.role == "read_only"
+            process.send_signal(signal.SIGINT)
+            assert viewer.wait_closed()[0] == 1001
+            assert viewer.page.bye == "the server was interrupted"
+        out, rest = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, out, rest) == (0, "False\n", "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("kind", ["missing", "file"])
+def test_command_refuses_what_is_no_directory(tmp_path: Path, kind: str) -> None:
+    if kind == "file":
+        (tmp_path / "file").touch()
+    process = offloop_serve(str(tmp_path / kind))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.count("\n") == 1 and str(tmp_path / kind) in error
+
+
+def test_command_serves_runs_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    process = offloop_serve()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and error.startswith("offloop: runs ")
