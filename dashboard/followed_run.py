@@ -149,6 +149,7 @@ class FollowedRun:
     def describe(self, key: str, start: TrainStart) -> RunInfo:
         record = self.record
         facts = facts_of(start)
+        facts["hyperparameters"] = facts["hyperparameters"] or masked(record.hyperparameters)
         return RunInfo(
             key=key,
             name=record.id,
@@ -158,7 +159,6 @@ class FollowedRun:
             commit=record.commit,
             directory=record.directory,
             monitor=record.monitor,
-            hyperparameters=masked(record.hyperparameters),
             refused=dict(self.refused),
             page=self.page,
             **facts,

@@ -222,7 +222,8 @@ class FollowedRuns:
             except Exception:
                 # A bug: it costs this run, and no other.
                 logger.exception("the live page failed: run %s is no longer followed", key)
-                self._say(run, "reading it failed; the log of this server has the error")
+                if run.live is not None:
+                    self._say(run, "reading it failed; the log of this server has the error")
                 await anyio.sleep_forever()
 
     async def _read_on(self, run: _OpenRun) -> None:
