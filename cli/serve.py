@@ -5,12 +5,15 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from offloop.cli.output import fail
 from offloop.dashboard.announcement import announce
 from offloop.dashboard.options import Options
 from offloop.dashboard.server import Server
+
+HISTORY_BYTES: Final = 128 * 1024 * 1024
+"""Memory for the curves of one run: half of what a run's own page takes, because several are open."""
 
 
 def serve_runs(runs_dir: Path, *, port: int | None, host: str, open_browser: bool, read_only: bool) -> None:
@@ -19,8 +22,9 @@ def serve_runs(runs_dir: Path, *, port: int | None, host: str, open_browser: boo
         os.scandir(runs_dir).close()
     except OSError as error:
         fail(f"{runs_dir} cannot be served: {(error.strerror or str(error)).lower()}")
+    options = Options(host=host, port=port, read_only=read_only, history_bytes=HISTORY_BYTES)
     try:
-        server = Server(Options(host=host, port=port, read_only=read_only), runs_dir)
+        server = Server(options, runs_dir)
     except (OSError, UnicodeError) as error:
         fail(error.strerror or str(error) if isinstance(error, OSError) else f"--host {host!r}: {error}")
     signal.signal(signal.SIGTERM, _interrupt)

@@ -55,11 +55,12 @@ class FollowedAudience:
         keys: set[str] = set()
         for connection in screens.connections:
             viewer = connection.viewer
-            if viewer.live is not None:
-                keys.add(viewer.live.key)
             if viewer.awaits is not None:
+                # The run that it has until then need not stay open.
                 keys.add(viewer.awaits)
-            elif viewer.live is None and self._is_eager and newest is not None:
+            elif viewer.live is not None:
+                keys.add(viewer.live.key)
+            elif self._is_eager and newest is not None:
                 keys.add(newest)
             keys.update(connection.overlaid)
         return frozenset(keys - screens.runs.keys())

@@ -3,6 +3,7 @@
 It takes no commands. Its state is that of the last events, unless its record says that it has ended or is lost.
 """
 
+import math
 import os
 import re
 import time
@@ -223,6 +224,9 @@ def take_in(
     """
     taken: list[Event | Numbers] = []
     for place, event in enumerate(events, count):
+        if not math.isfinite(event.time):
+            # No axis could show it.
+            continue
         source.observe(event, written)
         known = source.known(event)
         taken.append(known if isinstance(known, Sample | Numbers) else _numbered(known, place))
@@ -231,7 +235,10 @@ def take_in(
 
 def _numbered(event: Event, seq: int) -> Event:
     if isinstance(event, UnknownEvent):
-        fields = msgspec.json.decode(event.raw)
+        try:
+            fields = msgspec.json.decode(event.raw, type=dict[str, Any])
+        except (msgspec.MsgspecError, RecursionError):
+            fields = {name: getattr(event, name) for name in ("type", *Event.__struct_fields__)}
         return msgspec.structs.replace(event, seq=seq, raw=msgspec.json.encode(fields | {"seq": seq}))
     return msgspec.structs.replace(event, seq=seq)
 

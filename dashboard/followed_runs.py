@@ -6,6 +6,7 @@
 Files are read in threads (`disk_calls.py`), so a disk that hangs holds up nothing but the run on it.
 """
 
+import contextlib
 import functools
 import logging
 import time
@@ -24,7 +25,7 @@ from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.page_file import page_of
 from offloop.dashboard.protocol import RunRow, RunSummary
 from offloop.dashboard.rows import row_of_record
-from offloop.dashboard.run_reader import AbandonedError, RunReader
+from offloop.dashboard.run_reader import REST, AbandonedError, RunReader
 from offloop.engine import RunCatalog, RunRecord
 
 logger = logging.getLogger("offloop")
@@ -42,11 +43,15 @@ REFRESH_SHARE: Final = 0.1
 KEPT_OPEN: Final = 60.0
 """Seconds that a run stays open without a viewer."""
 MAX_OPEN: Final = 20
-"""Most open runs: each may take as much memory as the limits for curves and milestones allow."""
+"""Most open runs ..."""
+MAX_BYTES: Final = 256 * 1024 * 1024
+"""... and the bytes of their curves above which those without a viewer are let go early."""
 FILLING_AT_ONCE: Final = 2
 """Logs that are filled in at the same time; one whose disk does not answer is not counted."""
 PATIENCE: Final = 3.0
 """Seconds after which a disk that has not answered is reported."""
+AT_ONCE: Final = 0.005
+"""Seconds that a thread computes between two rests beside a run of this process."""
 EVENTS_AT_ONCE: Final = 200
 """Events that the event loop takes in before other tasks have their turn."""
 
@@ -138,6 +143,8 @@ class FollowedRuns:
         self._options = {"history_bytes": history_bytes, "milestone_bytes": milestone_bytes}
         self._open: dict[str, _OpenRun] = {}
         self._wanted: frozenset[str] = frozenset()
+        # Wanted runs whose viewers were told that they are opened later.
+        self._postponed: set[str] = set()
         self._filling = anyio.Semaphore(FILLING_AT_ONCE)
         self._tasks: anyio.abc.TaskGroup | None = None
         self._is_asked = anyio.Event()
@@ -187,6 +194,7 @@ class FollowedRuns:
     def _sweep(self, now: float) -> None:
         """Open what is wanted, and let go of what was not for a while."""
         self._wanted = self._audience.wanted(self.newest)
+        self._postponed &= self._wanted
         for key, each in self._open.items():
             if key in self._wanted:
                 each.wanted_at = now
@@ -197,14 +205,29 @@ class FollowedRuns:
         new = [key for key in self._wanted if key not in self._open and key in self.records]
         over = len(self._open) + len(new) - MAX_OPEN
         for place, (since, key) in enumerate(unwanted):
-            if place < over or now - since > KEPT_OPEN:
+            if place < over or now - since > KEPT_OPEN or self._bytes > MAX_BYTES:
                 self._let_go(key)
-        for key in new[: max(0, MAX_OPEN - len(self._open))]:
-            record = self.records[key]
-            reader = RunReader(record, is_gentle=self._audience.is_training, **self._options)
+        for key in new:
+            reader = RunReader(self.records[key], is_gentle=self._audience.is_training, **self._options)
+            if len(self._open) >= MAX_OPEN:
+                self._postpone(key, reader)
+                continue
+            self._postponed.discard(key)
             self._open[key] = _OpenRun(reader)
             assert self._tasks is not None
             self._tasks.start_soon(self._follow, key, self._open[key])
+
+    @property
+    def _bytes(self) -> int:
+        return sum(live.history.bytes for live in self.live.values())
+
+    def _postpone(self, key: str, reader: RunReader) -> None:
+        """Tell the viewers of a run that it is opened later."""
+        if key not in self._postponed:
+            self._postponed.add(key)
+            self._audience.show(
+                reader.empty(f"{MAX_OPEN} other runs are open; it is opened when one of them has no viewer")
+            )
 
     def _let_go(self, key: str) -> None:
         open_run = self._open.pop(key)
@@ -222,7 +245,7 @@ class FollowedRuns:
             except Exception:
                 # A bug: it costs this run, and no other.
                 logger.exception("the live page failed: run %s is no longer followed", key)
-                if run.live is not None:
+                with contextlib.suppress(Exception):
                     self._say(run, "reading it failed; the log of this server has the error")
                 await anyio.sleep_forever()
 
@@ -289,7 +312,7 @@ class FollowedRuns:
         assert live is not None and isinstance(live.source, FollowedRun)
         has_more = True
         while has_more:
-            now = time.monotonic()
+            began, now = time.thread_time(), time.monotonic()
             with_record = now - run.looked_at >= RECORD_INTERVAL
             if with_record:
                 run.looked_at = now
@@ -311,6 +334,8 @@ class FollowedRuns:
                     self._audience.distribute(live, milestones)
                 await anyio.lowlevel.checkpoint()
             has_more = news.has_more
+            if has_more and self._audience.is_training():
+                await anyio.sleep(REST * (news.seconds + time.thread_time() - began))
         return True
 
     def _show(self, run: _OpenRun, live: LiveRun) -> None:
@@ -343,7 +368,7 @@ class FollowedRuns:
             except Exception:
                 logger.exception("the live page cannot list %s", self._catalog.runs_dir)
                 changed, removed = [], []
-            took = time.monotonic() - began
+            took = 0.0 if self._catalog.rest else time.monotonic() - began
             self.problem = self._catalog.problem
             for part in _parts(changed, EVENTS_AT_ONCE):
                 self.records.update({record.key: record for record, _ in part})
@@ -370,13 +395,18 @@ class FollowedRuns:
 
     def _refresh(self) -> tuple[list[tuple[RunRecord, RunRow]], list[str]]:
         """Look at all directories. In a thread; blocks."""
+        self._catalog.rest = REST if self._audience.is_training() else 0.0
         changed, removed = self._catalog.refresh()
         rows = []
+        since = time.thread_time()
         # The newest first: a long list comes in parts.
         for record in sorted(changed, key=lambda each: -each.created):
             goes_on = not record.has_ended and record.state != "lost"
             page = page_of(Path(record.directory)) if goes_on else None
             rows.append((record, row_of_record(record, page)))
+            if self._catalog.rest and (worked := time.thread_time() - since) > AT_ONCE:
+                time.sleep(self._catalog.rest * worked)
+                since = time.thread_time()
         return rows, removed
 
 

@@ -40,8 +40,8 @@ LONGEST_COARSE: Final = 1024 * 1024
 EVENTS_AT_ONCE: Final = 500
 GENTLE_EVENTS: Final = 50
 """Events between two pauses beside a run of this process: some milliseconds of the interpreter."""
-GENTLE_PAUSE: Final = 9.0
-"""Pause beside a run of this process, as a multiple of the time that was worked: a tenth of a core."""
+REST: Final = 9.0
+"""Seconds of rest for each second of computing beside a run of this process: a tenth of a core."""
 
 
 class AbandonedError(OffloopError):
@@ -61,6 +61,8 @@ class News(NamedTuple):
     is_described_anew: bool
     """True if the fixed facts have changed."""
     has_more: bool
+    seconds: float
+    """Time that the thread has computed."""
 
 
 class RunReader:
@@ -165,12 +167,14 @@ class RunReader:
         Raises:
             OSError: The directory is gone, or its log cannot be read. A later call continues.
         """
+        began = time.thread_time()
         events = [event for _, event in self._tail.read(self._at_once)]
         is_restarted, count = self._tail.restarted, self._count
         self._count += len(events)
         is_described_anew = with_record and source.update()
         has_more = bool(events) and self._tail.position < self._tail.size
-        return News(events, time_of(self._log), count, is_restarted, is_described_anew, has_more)
+        written, seconds = time_of(self._log), time.thread_time() - began
+        return News(events, written, count, is_restarted, is_described_anew, has_more, seconds)
 
     @property
     def skipped(self) -> int:
@@ -210,7 +214,7 @@ class RunReader:
         if self.is_abandoned:
             raise AbandonedError("reading was given up")
         if self._is_gentle():
-            time.sleep(GENTLE_PAUSE * max(0.0, time.thread_time() - self._worked_since))
+            time.sleep(REST * max(0.0, time.thread_time() - self._worked_since))
         self._worked_since = time.thread_time()
 
 

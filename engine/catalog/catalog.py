@@ -35,6 +35,8 @@ DEPTH: Final = 3
 """Levels of directories below that of the runs in which runs are looked for."""
 NO_ANSWER: Final = 5.0
 """Seconds after which a directory that does not answer is left out."""
+AT_ONCE: Final = 0.005
+"""Seconds of computing between two rests."""
 NEVER: Final = float("-inf")
 FILES: Final = (RUN_JSON, FILE_NAME, LABELS_JSON, LOCK)
 """Files whose changes make a record out of date."""
@@ -123,6 +125,8 @@ class RunCatalog:
         """Why the directory itself cannot be read, in words; empty if it can."""
         self.no_answer = NO_ANSWER
         """Seconds after which a directory that does not answer is left out."""
+        self.rest = 0.0
+        """Seconds that reading rests for each second that it computes, to leave the interpreter to other threads."""
         # Written by the caller's thread between two walks
         self._known: dict[str, _Known] = {}
         # Keys of directories that do not answer, with the threads that wait for them.
@@ -167,7 +171,11 @@ class RunCatalog:
     def _walk(self, walk: _Walk) -> None:
         """Look at all places. Reading thread."""
         stuck = set(self._stuck)
+        since = time.thread_time()
         while place := walk.next_place():
+            if self.rest and (worked := time.thread_time() - since) > AT_ONCE:
+                time.sleep(self.rest * worked)
+                since = time.thread_time()
             if place.key in stuck:
                 continue
             try:

@@ -185,6 +185,37 @@ def test_page_of_a_run_leads_to_the_process_that_trains(serve: Serve, tmp_path: 
         viewer.wait(lambda page: page.rows["run"].page is None)
 
 
+def test_page_of_a_run_that_was_killed_leads_nowhere(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    with trainer_process("run", tmp_path, "page") as trainer, SocketViewer(server.url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.run and page.run.page and "run" in page.rows)
+        trainer.process.send_signal(signal.SIGKILL)
+        viewer.wait(lambda page: page.run and page.run.page is None)
+        viewer.wait(lambda page: page.rows["run"].state == "lost")
+        assert (tmp_path / "run" / "page.json").exists()
+        assert viewer.page.rows["run"].page is None
+        assert viewer.page.run is not None and viewer.page.run.refused["stop"] == "the run is over"
+
+
+def test_viewers_of_more_runs_than_are_opened_are_told(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followed_runs, "MAX_OPEN", 1)
+    for number in range(2):
+        write_run(tmp_path / f"run{number}", events_of(3 + number), created=1_000.0 + number)
+    server = serve()
+    with SocketViewer(server.url) as one:
+        wait_for_losses(one, 4)
+        with SocketViewer(server.url) as two:
+            two.wait(lambda page: page.hello)
+            two.say(Watch(run="run0"))
+            two.wait(lambda page: page.status and "other runs are open" in page.status.reason)
+            one.say(Watch(run="run0"))
+            wait_for_losses(two, 3)
+            wait_for_losses(one, 3)
+
+
 # Faults
 
 
