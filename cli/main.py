@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from offloop.cli import checkpoints, models
+from offloop.cli import checkpoints, models, runs
 from offloop.cli.output import fail
 from offloop.engine import ConfigError
 
@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(models.app, name="models")
+app.command()(runs.runs)
+app.command()(runs.label)
+app.command()(runs.export)
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,12 +4,16 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, Final, Literal, NoReturn
 
 import typer
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
+NARROW: Final = 9
+"""Characters to which columns of text are cut at most: a state fits."""
 PIPED_WIDTH: Final = 10_000
 """Columns of a table that is not printed to a terminal: no value is folded."""
 
@@ -33,11 +37,42 @@ def print_text(text: str) -> None:
 def print_table(table: Table) -> None:
     """Print a table, fitted to the terminal, or unfolded if the output goes to a program."""
     to_program = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = Console(highlight=False, width=PIPED_WIDTH if to_program else None)
+    console = Console(highlight=False, markup=False, emoji=False, width=PIPED_WIDTH if to_program else None)
     with console.capture() as drawn:
         console.print(table)
     for line in drawn.get().splitlines():
         typer.echo(line.rstrip())
+
+
+def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print thousands of rows in columns, each row in one line; a header that starts with `>` is right-aligned.
+
+    On a terminal, columns of text are cut to fit its width. `print_table` folds them instead, and takes a millisecond
+    for each row.
+    """
+    lines = [[header.removeprefix(">") for header in headers], *rows]
+    widths = [max(cell_len(line[column]) for line in lines) for column in range(len(headers))]
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        _cut(widths, [header.startswith(">") for header in headers], Console().width)
+    for line in lines:
+        cells = []
+        for cell, width, header in zip(line, widths, headers, strict=True):
+            if cell_len(cell) > width:
+                cell = set_cell_size(cell, width - 1) + "…"
+            space = " " * (width - cell_len(cell))
+            cells.append(space + cell if header.startswith(">") else cell + space)
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _cut(widths: list[int], keep: Sequence[bool], width: int) -> None:
+    """Narrow the widest columns until a line fits the width, unless they are to be kept, or narrow already."""
+    while (excess := sum(widths) + 2 * (len(widths) - 1) - width) > 0:
+        others = [column for column in range(len(widths)) if not keep[column] and widths[column] > NARROW]
+        if not others:
+            return
+        widest = max(others, key=lambda column: widths[column])
+        second = max((widths[column] for column in others if column != widest), default=NARROW)
+        widths[widest] -= min(excess, max(widths[widest] - max(second, NARROW), 1))
 
 
 def plain_table(*headers: str) -> Table:
@@ -64,6 +99,17 @@ def age(seconds: float) -> str:
         if seconds >= length:
             return f"{int(seconds // length)} {unit} ago"
     return f"{max(0, int(seconds))} s ago"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration with its two largest units: `1 h 5 min`."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for place, (unit, length) in enumerate(units[:-1]):
+        if seconds >= length:
+            smaller, size = units[place + 1]
+            rest = int(seconds % length // size)
+            return f"{int(seconds // length)} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"
 
 
 def number(value: float | None) -> str:

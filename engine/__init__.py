@@ -25,11 +25,16 @@ if TYPE_CHECKING:
     from offloop.engine.callback import decides as decides
     from offloop.engine.callback import in_step as in_step
     from offloop.engine.catalog.catalog import RunCatalog as RunCatalog
+    from offloop.engine.catalog.export import Exported as Exported
+    from offloop.engine.catalog.export import export_metrics as export_metrics
     from offloop.engine.catalog.labels import RunLabels as RunLabels
     from offloop.engine.catalog.labels import edit_labels as edit_labels
     from offloop.engine.catalog.labels import read_labels as read_labels
     from offloop.engine.catalog.record import RunRecord as RunRecord
     from offloop.engine.catalog.record import read_run as read_run
+    from offloop.engine.catalog.run_filter import RunFilter as RunFilter
+    from offloop.engine.catalog.run_filter import sorting_key as sorting_key
+    from offloop.engine.catalog.run_filter import values_of as values_of
     from offloop.engine.catalog.summary import RunMetric as RunMetric
     from offloop.engine.catalog.tail import EventTail as EventTail
     from offloop.engine.catalog.tail import LogPlace as LogPlace
@@ -134,8 +139,10 @@ _NAMES = {
     "bus.subscription": "Subscription SubscriptionStatistics",
     "callback": "Callback TrainerParts decides in_step",
     "catalog.catalog": "RunCatalog",
+    "catalog.export": "Exported export_metrics",
     "catalog.labels": "RunLabels edit_labels read_labels",
     "catalog.record": "RunRecord read_run",
+    "catalog.run_filter": "RunFilter sorting_key values_of",
     "catalog.summary": "RunMetric",
     "catalog.tail": "EventTail LogPlace",
     "checkpoint": "CheckpointInfo CheckpointReader Retention",

@@ -133,7 +133,7 @@ class _Head(msgspec.Struct):
     attempt: int = 0
 
 
-_decode_head = msgspec.json.Decoder(_Head, strict=False).decode
+decode_head = msgspec.json.Decoder(_Head, strict=False).decode
 _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 
 
@@ -179,7 +179,7 @@ def rewind(directory: Path, *, attempt: int, taken: float | None, milestones: Se
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    head = _decode_head(line)
+                    head = decode_head(line)
                 except msgspec.MsgspecError:
                     # Readers skip it.
                     size += len(line)

@@ -1,0 +1,280 @@
+"""`offloop runs`, `offloop label` and `offloop export`: list runs, say what they are, and write their metrics."""
+
+import difflib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from offloop.cli.output import (
+    age,
+    duration,
+    fail,
+    number,
+    plain_table,
+    print_json,
+    print_rows,
+    print_table,
+    print_text,
+)
+from offloop.dashboard.masking import masked, masked_command
+from offloop.engine import (
+    ConfigError,
+    OffloopError,
+    RunCatalog,
+    RunFilter,
+    RunLabels,
+    RunLabelsChangedError,
+    RunRecord,
+    edit_labels,
+    export_metrics,
+    read_labels,
+    read_run,
+    sorting_key,
+    values_of,
+)
+
+COLUMNS: Final = ("name", "state", "step", "last", "best", "duration", "age", "tags")
+"""Columns of the list, unless others are chosen."""
+KNOWN: Final = (
+    *COLUMNS,
+    *"id key epoch progress note host why attempt started created seconds device".split(),
+)
+OF_TEXT: Final = frozenset("name id key state tags note host why device".split())
+"""Columns that are not aligned at the right."""
+TRIES: Final = 5
+"""Times an edit is made again because another one came first."""
+
+
+def runs(
+    runs_dir: Annotated[Path, typer.Argument(help="Directory of runs, or that of one run.")] = Path("runs"),
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            "-f",
+            help='Show the runs for which all terms hold: words or /regex/ in name, id and tags, "state:failed", '
+            '"tag:baseline", "val_loss<0.5", "best.val_loss<0.5", "optimizer.lr=0.001", "age<7d"; '
+            '"-TERM" for the others.',
+        ),
+    ] = None,
+    sort: Annotated[
+        str,
+        typer.Option(help="Sort by a column, metric or hyperparameter; -NAME for the largest first."),
+    ] = "-started",
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns, separated by commas: name, id, key, state, step, epoch, progress, last, best, duration, "
+            "age, tags, note, host, why, a metric (val_loss, best.val_loss) or a hyperparameter (optimizer.lr)."
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show archived runs, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List runs: finished ones, those that go on, and those that were killed. The newest are first.
+
+    LAST and BEST are values of the metric that defines a run's best checkpoint.
+
+    Exit code: 0, even if some runs cannot be read; 2 if the directory cannot be read.
+    """
+    try:
+        wanted = RunFilter(" ".join(filters or []))
+    except ConfigError as error:
+        fail(str(error))
+    catalog = RunCatalog(runs_dir)
+    catalog.refresh()
+    if catalog.problem:
+        fail(catalog.problem)
+    records = list(catalog.records.values())
+    found = [each for each in records if (everything or not each.labels.archived) and wanted.matches(each)]
+    found = _sorted(found, sort)
+    if as_json:
+        print_json({"runs": [_plain(each) for each in found], "total": len(records)})
+        return
+    if not records:
+        print_text(f"no runs in {runs_dir}")
+        return
+    shown = [each.strip() for each in (columns or "").split(",") if each.strip()] or list(COLUMNS)
+    if not columns and any(each.key != each.name for each in found):
+        # What `label` and `export` take
+        shown.insert(1, "key")
+    for name in shown:
+        _check_known(records, name, "--columns")
+    now = time.time()
+    if found:
+        print_rows(
+            [f"{'' if name in OF_TEXT else '>'}{name.upper() if name in KNOWN else name}" for name in shown],
+            [[_cell(record, name, now) for name in shown] for record in found],
+        )
+    hidden = len(records) - len(found)
+    if hidden:
+        typer.echo(f"{hidden} of {len(records)} runs are not shown", err=True)
+
+
+def label(
+    run: Annotated[Path, typer.Argument(help="The run's directory.")],
+    name: Annotated[
+        str | None, typer.Option(help='Name to show instead of the run\'s id; "" for the id.')
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Add a tag; may be repeated.")] = None,
+    untag: Annotated[list[str] | None, typer.Option(help="Remove a tag; may be repeated.")] = None,
+    note: Annotated[str | None, typer.Option(help='Note; "" for none.')] = None,
+    archived: Annotated[
+        bool | None, typer.Option("--archive/--unarchive", help="Hide the run in lists, or show it again.")
+    ] = None,
+) -> None:
+    """Give a run a name, tags and a note, or archive it. Without options, show them.
+
+    They are kept in labels.json of the run's directory, and nothing on disk is renamed.
+    """
+    if not _is_run(run):
+        fail(f"{run} is not the directory of a run: it has neither run.json nor events.jsonl")
+    try:
+        for _ in range(TRIES):
+            current = read_labels(run)
+            if (name, tag, untag, note, archived) == (None, None, None, None, None):
+                labels = current
+                break
+            tags = None
+            if tag or untag:
+                if missing := [each for each in untag or [] if each not in current.tags]:
+                    fail(f"{run} has no tag {missing[0]!r}")
+                tags = [*(each for each in current.tags if each not in (untag or [])), *(tag or [])]
+            try:
+                labels = edit_labels(
+                    run, version=current.version, name=name, tags=tags, note=note, archived=archived
+                )
+                break
+            except RunLabelsChangedError:
+                # The changes are to single labels, so they apply to the new ones as well
+                continue
+        else:
+            fail(f"the labels of {run} change all the time; try again")
+    except (OffloopError, OSError) as error:
+        fail(str(error))
+    _print_labels(run, labels)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run's directory.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; by default stdout.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write all metrics of a run as CSV: a row for each step, validation, epoch and evaluation.
+
+    Of a run that goes on, what was there at the beginning is written.
+    """
+    if not _is_run(run):
+        fail(f"{run} is not the directory of a run: it has neither run.json nor events.jsonl")
+    if output is None:
+        try:
+            exported = export_metrics(run, sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            fail(f"{run} cannot be exported: {error}")
+    else:
+        if output.exists() and not force:
+            fail(f"{output} exists; --force replaces it")
+        part = output.with_name(f".{output.name}.part")
+        try:
+            with open(part, "w", encoding="utf-8", newline="") as file:
+                exported = export_metrics(run, file)
+            os.replace(part, output)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            fail(f"{run} cannot be exported to {output}: {error}")
+        print_text(f"{output}: {exported.rows:,} rows")
+    if exported.skipped:
+        typer.echo(f"{exported.skipped} lines of the log hold no event and were skipped", err=True)
+
+
+def _is_run(directory: Path) -> bool:
+    return any((directory / name).exists() for name in ("run.json", "events.jsonl"))
+
+
+def _sorted(records: list[RunRecord], by: str) -> list[RunRecord]:
+    """Return runs by a column; those without a value come last in both directions."""
+    name = by.removeprefix("-")
+    keys = {each.key: sorting_key(each, _full_name(each, name)) for each in records}
+    known = [each for each in records if keys[each.key][0] < 2]
+    unknown = [each for each in records if keys[each.key][0] == 2]
+    _check_known(records, name, "--sort")
+    known.sort(key=lambda each: keys[each.key], reverse=by.startswith("-"))
+    return [*known, *unknown]
+
+
+def _full_name(record: RunRecord, column: str) -> str:
+    """Return the name of what a column of the list shows."""
+    if column in ("last", "best"):
+        return f"{column}.{record.monitor}"
+    return "seconds" if column == "duration" else column
+
+
+def _cell(record: RunRecord, column: str, now: float) -> str:
+    if column == "age":
+        return age(now - record.started) if record.started else "-"
+    if column == "duration":
+        return duration(record.seconds) if record.seconds else "-"
+    if column == "progress":
+        return "-" if record.progress is None else f"{record.progress:.0%}"
+    values = values_of(record, _full_name(record, column), now=now)
+    if not values or values[0] is None:
+        return "-"
+    value = masked({column: values[0]})[column]
+    if isinstance(value, float):
+        return number(value)
+    # One line without control characters, whatever a run is called
+    text = "".join(
+        each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(str(value).split())
+    )
+    return text or "-"
+
+
+def _check_known(records: list[RunRecord], name: str, option: str) -> None:
+    """Fail for a name that no run has, such as a misspelled metric."""
+    if name in KNOWN or not records or any(values_of(each, name) for each in records):
+        return
+    names = {each for record in records for each in (*record.metrics, *record.hyperparameters)}
+    meant = difflib.get_close_matches(name, [*KNOWN, *names], n=1)
+    fail(f"{option}: no run has {name!r}" + (f"; did you mean {meant[0]!r}?" if meant else ""))
+
+
+def _plain(record: RunRecord) -> dict[str, Any]:
+    """Return a run for `--json`."""
+    metrics = {
+        name: {"last": each.last, "best": each.best, "best_step": each.best_step, "mode": each.mode}
+        for name, each in record.metrics.items()
+    }
+    names = (
+        "key id name directory state why attempt host pid created started heard seconds step epoch progress"
+    )
+    fields = [*names.split(), "monitor", "mode"]
+    limits = ("epochs", "max_steps", "max_time")
+    return {
+        **{name: getattr(record, name) for name in fields},
+        "limits": {name: getattr(record, name) for name in limits},
+        "metrics": metrics,
+        "hyperparameters": masked(record.hyperparameters),
+        "command": masked_command(record.command),
+        "tags": list(record.labels.tags),
+        "note": record.labels.note,
+        "archived": record.labels.archived,
+    }
+
+
+def _print_labels(run: Path, labels: RunLabels) -> None:
+    record = read_run(run)
+    table = plain_table("LABEL", "VALUE")
+    table.add_row("name", labels.name or f"- ({record.id})")
+    table.add_row("tags", ", ".join(labels.tags) or "-")
+    table.add_row("note", labels.note or "-")
+    table.add_row("archived", "yes" if labels.archived else "no")
+    print_table(table)
