@@ -85,7 +85,13 @@ class Storage:
         )
         self._run_id = plan.run_id
         self._resume = plan.resume
-        self._setup = plan.setup
+        # Not the setup itself, which holds the optimizers: a program may keep the run.
+        self._made_with = {
+            "hyperparameters": dict(plan.setup.hyperparameters),
+            "limits": dataclasses.asdict(plan.setup.limits),
+            "device": str(plan.setup.device),
+            "world_size": 1 if plan.ranks is None else plan.ranks.world_size,
+        }
         self._config = plan.setup.config
         self._remote = plan.remote
         self._bus = bus
@@ -133,10 +139,7 @@ class Storage:
             "status": "running",
             "monitor": self._monitors.best,
             "mode": self._monitors.best_direction,
-            "hyperparameters": dict(self._setup.hyperparameters),
-            "limits": dataclasses.asdict(self._setup.limits),
-            "device": str(self._setup.device),
-            "world_size": 1 if self._ranks is None else self._ranks.world_size,
+            **self._made_with,
             "config": self._config.as_settings(),
             "init_from": init_from,
             **describe_environment(),

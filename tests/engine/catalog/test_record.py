@@ -480,3 +480,31 @@ def test_summary_is_bounded_and_true(values: list[float]) -> None:
             assert summary.sparkline[0] == float(f"{finite[0]:.4g}")
             assert summary.sparkline[-1] == float(f"{finite[-1]:.4g}")
     json.loads(json.dumps(summary.as_settings(), allow_nan=False))
+
+
+@given(
+    described=st.binary(max_size=200), cut=st.floats(0, 1), junk=st.binary(max_size=100), at=st.floats(0, 1)
+)
+def test_no_content_of_a_directory_raises(
+    described: bytes, cut: float, junk: bytes, at: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("run")
+    events = [
+        TrainStart(seq=0, time=1.0, step=0),
+        *(StepEnd(seq=step, time=1.0 + step, step=step, lr=0.1, loss=0.5) for step in range(1, 6)),
+        ValidationEnd(seq=6, time=7.0, step=5, metrics=Metrics(val_loss=0.25)),
+        TrainEnd(seq=7, time=8.0, step=5, status="completed"),
+    ]
+    log = b"".join(encode(event) + b"\n" for event in events)
+    place = int(at * len(log))
+    log = (log[:place] + junk + log[place:])[: int(cut * (len(log) + len(junk)))]
+    (directory / "events.jsonl").write_bytes(log)
+    (directory / "run.json").write_bytes(described)
+    (directory / "labels.json").write_bytes(junk)
+    record = read_run(directory)
+    assert record.state in ("running", "validating", "lost", "completed")
+    (known,), _ = RunCatalog(directory).refresh()
+    # A NaN differs from itself
+    assert repr((known.state, known.metrics, known.step)) == repr((record.state, record.metrics, record.step))
+    shutil.rmtree(directory)
+    assert read_run(directory).why == "cannot be read: no such file or directory"
