@@ -112,6 +112,8 @@ class Page {
       link: () => this.#link,
       send: (message) => this.#connection.send(message),
       happened: (happening) => this.#happened(happening),
+      keep: (runs) => this.#charts.keep(runs),
+      has: (run) => this.#charts.has(run),
     });
     this.#runs = new Runs({
       view: this.#view,
@@ -123,7 +125,7 @@ class Page {
         const newest = newestRun(this.#model.runs);
         if (newest !== null) this.#watching.follow(newest.key);
       },
-      colourOf: (key) => this.#colourOf(key),
+      colourOf: (key) => this.#charts.colourOf(key),
       announce: (text) => this.#announce(text),
       flash: (text) => this.#flash(text),
       newId: commandId,
@@ -143,7 +145,9 @@ class Page {
     this.#build();
     this.#charts = new Charts(this.#chartsRoot, {
       send: (message) => this.#connection.send(message),
+      credit: () => this.#connection.send({ type: "drawn" }),
       drawn: () => this.#drawn(),
+      row: (key) => this.#runs.row(key),
       view: this.#view,
       announce: (text) => this.#announce(text),
     });
@@ -324,7 +328,11 @@ class Page {
 
   #received(message: ServerMessage): void {
     const before = this.#model;
-    if (message.type === "run" && (message.overlaid === true || !this.#watching.run(message))) return;
+    if (message.type === "run" && message.overlaid === true) {
+      this.#charts.overlay(message);
+      return;
+    }
+    if (message.type === "run" && !this.#watching.run(message)) return;
     this.#happened(message);
     switch (message.type) {
       case "hello":
@@ -341,6 +349,7 @@ class Page {
         break;
       case "rows":
         this.#runs.listed(message);
+        this.#charts.listed();
         break;
       case "ack":
         this.#runs.answered(message);
@@ -352,13 +361,13 @@ class Page {
         break;
       case "series":
         this.#runs.learned(message.series);
-        if (message.run === this.#model.run?.key) this.#charts.addSeries(message.series);
+        this.#charts.addSeries(message.run, message.series);
         break;
       case "latest":
-        if (message.run === this.#model.run?.key) this.#charts.applyLatest(message);
+        this.#charts.applyLatest(message);
         break;
       case "status":
-        if (message.run === this.#model.run?.key) this.#charts.applyStatus(message);
+        this.#charts.applyStatus(message);
         break;
       case "milestone":
         if (this.#model.milestones !== before.milestones) this.#milestone(message.event);
@@ -384,8 +393,8 @@ class Page {
 
   #chart(data: ArrayBuffer): void {
     const frame = decodeChart(data);
-    if (frame.header.run !== this.#model.run?.key) {
-      this.#connection.send({ type: "drawn" }); // of the run that was watched before: the credit goes back
+    if (!this.#charts.has(frame.header.run)) {
+      this.#connection.send({ type: "drawn" }); // of a run that was shown before: the credit goes back
       return;
     }
     this.#frameSince ??= performance.now();
@@ -394,7 +403,6 @@ class Page {
 
   #drawn(): void {
     this.#frameSince = null;
-    this.#connection.send({ type: "drawn" });
     this.#chartsDrawn = performance.now();
     if (this.#waiting !== undefined) this.#draw();
   }
@@ -542,12 +550,6 @@ class Page {
       this.#going = null;
       this.#notifier.notify(`${run.name}: ${status.state}`, status.error ?? status.reason);
     }
-  }
-
-  /** CSS colour of a run that is shown: the same in all panels. */
-  #colourOf(key: string): string | null {
-    const place = [this.#model.run?.key, ...this.#view.get().overlaid].indexOf(key);
-    return place < 0 ? null : `var(--chart-${(place % 7) + 1})`;
   }
 
   /** Say something to screen readers when they have time. */

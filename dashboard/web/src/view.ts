@@ -22,6 +22,8 @@ export interface ViewState {
   groupBy: string | null;
   /** Keys of runs that are switched off in the charts. */
   hiddenRuns: string[];
+  /** Whether the runs of groups are drawn beside their mean. */
+  members: boolean;
   /** Words that a panel or curve must contain to be shown. */
   search: string;
   /** The x axis: optimizer steps, epochs, seconds since the start, or time of day. */
@@ -58,6 +60,7 @@ export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
   baseline: null,
   groupBy: null,
   hiddenRuns: [],
+  members: false,
   search: "",
   axis: "step",
   logX: false,
@@ -97,6 +100,7 @@ export function encodeView(state: ViewState): string {
   if (state.baseline !== null) fields.set("baseline", state.baseline);
   if (state.groupBy !== null) fields.set("group", state.groupBy);
   for (const run of state.hiddenRuns) fields.append("hiderun", run);
+  if (state.members) fields.set("members", "1");
   if (state.search !== "") fields.set("search", state.search);
   if (state.axis !== DEFAULT_VIEW.axis) fields.set("x", state.axis);
   if (state.logX) fields.set("logx", "1");
@@ -127,6 +131,7 @@ export function decodeView(hash: string): ViewState | null {
     baseline: fields.get("baseline"),
     groupBy: fields.get("group"),
     hiddenRuns: fields.getAll("hiderun"),
+    members: fields.get("members") === "1",
     search: fields.get("search"),
     axis: fields.get("x"),
     logX: fields.get("logx") === "1",
@@ -158,6 +163,7 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     baseline: text(raw.baseline),
     groupBy: text(raw.groupBy),
     hiddenRuns: strings(raw.hiddenRuns),
+    members: raw.members === true,
     search: typeof raw.search === "string" ? raw.search : "",
     axis: oneOf(AXES, raw.axis),
     logX: raw.logX === true,
@@ -255,7 +261,7 @@ export class View {
 
   #write(): void {
     // Neither the runs nor zoom and search: they belong to these runs, and next ones would seem empty.
-    const runs = { run: null, overlaid: [], baseline: null, groupBy: null, hiddenRuns: [] };
+    const runs = { run: null, overlaid: [], baseline: null, groupBy: null, hiddenRuns: [], members: false };
     const kept = { ...this.#state, ...runs, zoom: null, follow: false, search: "", panel: null };
     this.#storage?.setItem(STORAGE_KEY, JSON.stringify(kept));
   }

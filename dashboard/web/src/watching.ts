@@ -7,7 +7,7 @@
 
 import type { Link } from "./connection";
 import { hasEnded, newerRun, stateOf, type Happening, type Model } from "./model";
-import type { Hello, Overlay, RunInfo, Runs, Watch } from "./protocol";
+import { MAX_OVERLAID, type Hello, type Overlay, type RunInfo, type Runs, type Watch } from "./protocol";
 import { isStep, type View, type ViewState } from "./view";
 
 /** How long a run that has ended stays before a newer one takes its place, milliseconds. */
@@ -32,6 +32,10 @@ export interface WatchingHost {
   link(): Link;
   send(message: Watch | Overlay): void;
   happened(happening: Happening): void;
+  /** Lay no other runs over the watched one. */
+  keep(runs: readonly string[]): void;
+  /** Whether the charts have a run. */
+  has(run: string): boolean;
 }
 
 export class Watching {
@@ -44,6 +48,8 @@ export class Watching {
   #watched: string | null = null;
   /** Since when the newer run could be shown. */
   #newerSince: number | null = null;
+  /** The runs that the server was asked to send beside the watched one. */
+  #overlaid = "[]";
   /** What the next change of the view does with the address: by default it is a step if it is one. */
   #quiet = false;
 
@@ -69,6 +75,8 @@ export class Watching {
   // What the server says
 
   hello(hello: Hello): void {
+    this.#overlaid = "[]";
+    this.#overlay();
     this.#newerSince = this.#asked = null;
     this.#watched = hello.run;
     const { run } = this.#host.view.get();
@@ -94,6 +102,11 @@ export class Watching {
   }
 
   runs({ runs }: Runs): void {
+    // One that is to be laid over, and has begun or been found since
+    if (this.#beside().some((key) => !this.#host.has(key) && runs.some((run) => run.key === key))) {
+      this.#overlaid = "[]";
+      this.#overlay();
+    }
     const asked = this.#asked;
     if (asked === null || runs.some(({ key }) => key === asked)) return;
     this.#gone(asked);
@@ -107,6 +120,25 @@ export class Watching {
   #watch(run: string): void {
     this.#asked = run;
     this.#host.send({ type: "watch", run });
+  }
+
+  /** The runs that are shown beside the watched one. */
+  #beside(): string[] {
+    const { run, overlaid, baseline } = this.#host.view.get();
+    const keys = baseline === null ? overlaid : [...new Set([...overlaid, baseline])];
+    return keys.filter((key) => key !== run).slice(0, MAX_OVERLAID);
+  }
+
+  /** Ask for the runs beside the watched one, if they are others than before. */
+  #overlay(): void {
+    const runs = this.#beside();
+    const { run } = this.#host.view.get();
+    // The one that will be watched stays until it is.
+    this.#host.keep(run === null ? runs : [...runs, run]);
+    const text = JSON.stringify(runs);
+    if (text === this.#overlaid) return;
+    this.#overlaid = text;
+    this.#host.send({ type: "overlay", runs });
   }
 
   // What the viewer does
@@ -128,6 +160,7 @@ export class Watching {
         this.#watch(state.run);
       }
     }
+    this.#overlay();
     this.write(!quiet && isStep(state, previous) && view.hash() !== this.#host.hash());
   }
 

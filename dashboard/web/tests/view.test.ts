@@ -13,7 +13,7 @@ class Memory {
 }
 
 const EVERYTHING: ViewState = {
-  tab: "events", run: "a&b#1", overlaid: ["c,d", "e=f"], baseline: "c,d", groupBy: "optimizer.lr", hiddenRuns: ["g"], search: "loss & <b>", axis: "wall", logX: true, logY: true, smoothing: 0.95,
+  tab: "events", run: "a&b#1", overlaid: ["c,d", "e=f"], baseline: "c,d", groupBy: "optimizer.lr", hiddenRuns: ["g"], members: true, search: "loss & <b>", axis: "wall", logX: true, logY: true, smoothing: 0.95,
   zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"], columns: 3, height: 300, usual: ["loss"], unmarked: ["alert"],
   theme: "auto",
 };
@@ -64,7 +64,7 @@ describe("a view", () => {
     expect(again).toEqual({
       ...EVERYTHING,
       theme: "dark", zoom: null, follow: false, search: "", panel: null,
-      run: null, overlaid: [], baseline: null, groupBy: null, hiddenRuns: [],
+      run: null, overlaid: [], baseline: null, groupBy: null, hiddenRuns: [], members: false,
     });
   });
 

@@ -10,6 +10,9 @@ class Place {
   model: Model = NOTHING;
   sent: unknown[] = [];
   now = 0;
+  kept: readonly string[] = [];
+  /** Runs that the charts have, beside the watched one. */
+  overlaid: string[] = [];
   entries: { url: string; state: unknown }[];
   at = 0;
   readonly view: View;
@@ -42,6 +45,11 @@ class Place {
       happened: (happening: Happening) => {
         this.model = reduce(this.model, happening);
       },
+      keep: (runs) => {
+        this.kept = runs;
+        this.overlaid = this.overlaid.filter((key) => runs.includes(key));
+      },
+      has: (key) => key === this.shown || this.overlaid.includes(key),
     });
     this.view.subscribe((now, before) => this.watching.viewed(now, before));
   }
@@ -161,6 +169,40 @@ describe("a run that is picked", () => {
     place.hears(hello({ runs: TWO }), run());
     place.view.set({ run: "b" });
     expect(place.watching.greeting()).toMatchObject({ run: "b", only: true });
+  });
+});
+
+describe("runs that are laid over", () => {
+  const THREE = [...TWO, summary({ key: "c", name: "c", started: 50 })];
+
+  test("are asked for with each connection, and when they change", () => {
+    const place = new Place("#v=1&run=a&with=b&baseline=c");
+    place.hears(hello({ runs: THREE }), run());
+    expect(place.sent).toEqual([{ type: "overlay", runs: ["b", "c"] }]);
+    place.view.set({ overlaid: [] });
+    expect(place.sent.at(-1)).toEqual({ type: "overlay", runs: ["c"] });
+    expect(place.kept).toEqual(["c", "a"]);
+    place.hears(hello({ runs: THREE, server: "s2" }), run());
+    expect(place.sent).toHaveLength(3);
+  });
+
+  test("are asked for again once they are there", () => {
+    const place = new Place("#v=1&run=a&with=b");
+    place.hears(hello(), run(), { type: "runs", runs: [summary()] });
+    expect(place.sent).toHaveLength(1);
+    place.hears({ type: "runs", runs: TWO });
+    expect(place.sent).toHaveLength(2);
+    place.overlaid = ["b"];
+    place.hears({ type: "runs", runs: TWO });
+    expect(place.sent).toHaveLength(2);
+  });
+
+  test("and are picked then take the place of the one before, and stay where they are until they come", () => {
+    const place = new Place("#v=1&run=a&with=b");
+    place.hears(hello({ runs: TWO }), run());
+    place.view.set({ run: "b", overlaid: ["a"] });
+    expect(place.sent.slice(1)).toEqual([{ type: "watch", run: "b" }, { type: "overlay", runs: ["a"] }]);
+    expect(place.kept).toEqual(["a", "b"]);
   });
 });
 

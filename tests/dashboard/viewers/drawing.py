@@ -20,6 +20,7 @@ RECORD: Final = """(() => {
   const drawn = (context) => (context.canvas.drawn ??= { strokes: [], fills: [], texts: [], path: [] });
   const like = (context) => ({
     colour: context.strokeStyle, fill: context.fillStyle, alpha: context.globalAlpha, dash: context.getLineDash(),
+    width: context.lineWidth,
   });
   around("beginPath", function () { drawn(this).path = []; });
   around("moveTo", function (x, y) { drawn(this).path.push([x, y, "move"]); });
@@ -66,23 +67,51 @@ class Drawing:
         self._y = _scale([(each["y"], each["text"]) for each in labels if each["align"] == "right"])
         self._x = _scale([(each["x"], each["text"]) for each in labels if each["align"] == "center"])
 
-    def line(self, label: str, *, raw: bool = False) -> list[Point]:
+    def line(self, label: str, *, raw: bool = False, dashed: bool | None = None) -> list[Point]:
         """Return the points of a curve's line, or of the faint line of its raw values: x and y as the axes say.
 
         Args:
-            label: The curve's name in the legend.
+            label: The curve's or the run's name in the legend.
             raw: The faint one.
+            dashed: Of the lines with this colour, the dashed one or the one that is not; None: there is one only.
         """
+        return [(self.x(x), self.y(y)) for x, y, _ in self._line(label, raw=raw, dashed=dashed)["path"]]
+
+    def width(self, label: str, *, raw: bool = False, dashed: bool | None = None) -> float:
+        """Return the width of a line in pixels; see `line` for the arguments."""
+        width: float = self._line(label, raw=raw, dashed=dashed)["width"]
+        return width
+
+    def _line(self, label: str, *, raw: bool, dashed: bool | None) -> dict[str, Any]:
         colour = _hex(self.raw["colours"][label])
         lines = [
-            stroke["path"]
+            stroke
             for stroke in self.raw["strokes"]
             if stroke["colour"] == colour
             and (stroke["alpha"] < 1) == raw
+            and dashed in (None, bool(stroke["dash"]))
             and all(kind != "arc" for *_, kind in stroke["path"])
         ]
         assert len(lines) == 1, f"{label} has {len(lines)} lines, not one"
-        return [(self.x(x), self.y(y)) for x, y, _ in lines[0]]
+        line: dict[str, Any] = lines[0]
+        return line
+
+    def band(self, label: str) -> tuple[list[Point], list[Point]]:
+        """Return the upper and the lower edge of a group's band, from left to right."""
+        colour = _hex(self.raw["colours"][label])
+        bands = [
+            fill["path"] for fill in self.raw["fills"] if fill["fill"] == colour and 0 < fill["alpha"] < 1
+        ]
+        assert len(bands) == 1, f"{label} has {len(bands)} bands, not one"
+        points = [(self.x(x), self.y(y)) for x, y, _ in bands[0]]
+        half = len(points) // 2
+        return points[:half], points[half:][::-1]
+
+    def order(self, *labels: str) -> list[str]:
+        """Return some lines in the order in which they were drawn: those that come later are on top."""
+        colours = {_hex(self.raw["colours"][label]): label for label in labels}
+        drawn = [colours.get(stroke["colour"]) for stroke in self.raw["strokes"]]
+        return list(dict.fromkeys(label for label in drawn if label is not None))
 
     def alerts(self) -> list[float]:
         """Return where on the x axis an alert is a line from the top to the foot."""

@@ -1,7 +1,7 @@
 // Finer points for a zoom: asked for once the zoom rests, kept beside the curves of a run, and extended as it goes on.
 
-import type { ChartFrame } from "../protocol";
-import { type Answer, NoAnswer, type Ranges } from "./ranges";
+import type { ChartFrame, RangeQuery } from "../protocol";
+import { type Answer, NoAnswer } from "./ranges";
 import type { Scene } from "./scene";
 import { type Column, Curve, type SeriesStore } from "./series_store";
 
@@ -21,6 +21,9 @@ interface Detail {
   to: number;
 }
 
+/** A question about a run's curves. */
+export type Question = Omit<RangeQuery, "type" | "query" | "run">;
+
 export interface DetailsHost {
   /** Whether there is still a zoom when an answer comes. */
   isZoomed(): boolean;
@@ -30,16 +33,16 @@ export interface DetailsHost {
 
 export class Details {
   readonly #store: SeriesStore;
-  readonly #ranges: Ranges;
+  readonly #question: (question: Question) => Promise<Answer>;
   readonly #host: DetailsHost;
   readonly #details = new Map<number, Detail>();
   #asked = { key: "", at: -Infinity };
   #asking = false;
   #timer: { key: string; timer: ReturnType<typeof setTimeout> } | null = null;
 
-  constructor(store: SeriesStore, ranges: Ranges, host: DetailsHost) {
+  constructor(store: SeriesStore, question: (question: Question) => Promise<Answer>, host: DetailsHost) {
     this.#store = store;
-    this.#ranges = ranges;
+    this.#question = question;
     this.#host = host;
   }
 
@@ -100,7 +103,7 @@ export class Details {
   async #fetch(ids: number[], column: Column, from: number, to: number, points: number): Promise<void> {
     this.#asking = true;
     try {
-      const answer = await this.#ranges.ask({ series: ids, start: from, end: to, axis: column, points });
+      const answer = await this.#question({ series: ids, start: from, end: to, axis: column, points });
       if (!this.#host.isZoomed()) return;
       for (const id of ids) this.#take(id, answer, column, from, to);
       this.#store.addGaps(answer.gaps);

@@ -3,9 +3,9 @@
 import { h, shape } from "../dom";
 
 /** A piece of a line as a curve is drawn. */
-export function swatch(hue: number, dash: readonly number[]): SVGElement {
+export function swatch(colour: string, dash: readonly number[]): SVGElement {
   const line = shape("line", { x1: "0", y1: "4", x2: "18", y2: "4" });
-  line.style.stroke = `var(--chart-${hue + 1})`;
+  line.style.stroke = colour;
   if (dash.length > 0) line.setAttribute("stroke-dasharray", dash.join(" "));
   return shape("svg", { viewBox: "0 0 18 8", "aria-hidden": "true", class: "swatch" }, line);
 }

@@ -1,49 +1,66 @@
 // Panels as files: all points as CSV, what is seen as PNG.
 
 import { type Gap, MAX_SERIES_SHOWN, type SeriesInfo } from "../protocol";
-import type { PanelCurve } from "./legend";
-import type { Answer, Part, Ranges } from "./ranges";
+import type { Question } from "./details";
+import type { Answer, Part } from "./ranges";
 import { withStretches } from "./series_store";
-import { dash, hue, type Theme } from "./theme";
+import { colourOf, type Look, type Theme } from "./theme";
 
 /** Steps that are asked for at a time: the browser never holds more of a long run. */
 export const CSV_STEPS = 20_000;
 
+/** The curves of one run, and whom to ask for their points. */
+export interface CsvRun {
+  name: string;
+  series: readonly SeriesInfo[];
+  lastStep: number;
+  ask(question: Question): Promise<Answer>;
+}
+
 /**
  * Fetch all points of some curves, piece by piece, and write them as CSV.
  *
- * Columns are step, epoch, time (Unix time in seconds), the curves, and `note`. One row for each place at which
- * a curve has a point. Where samples were dropped there is a row that says so.
+ * Columns are step, epoch, time (Unix time in seconds), the curves, and `note`; and before them the run's name, if there
+ * are several. One row for each place at which a curve of a run has a point. Where samples were dropped there is a row
+ * that says so.
  *
  * Rejects with NoAnswer when the connection goes.
  */
-export async function readCsv(
-  ranges: Ranges,
-  series: readonly SeriesInfo[],
-  lastStep: number,
-): Promise<Blob> {
-  const pieces: BlobPart[] = [`${csvLine(["step", "epoch", "time", ...series.map(({ key }) => key), "note"])}`];
-  const told = new Set<number>();
-  const ids = series.map(({ id }) => id);
-  // The first question begins before all steps and the last one ends after them: whatever there is is asked for.
-  const questions = Math.max(1, Math.ceil((lastStep + 1) / CSV_STEPS));
-  for (let index = 0; index < questions; index++) {
-    const start = index === 0 ? -1e15 : index * CSV_STEPS;
-    const end = index === questions - 1 ? 1e15 : (index + 1) * CSV_STEPS - 0.5;
-    const whole: Answer = { parts: new Map(), gaps: [] };
-    for (let first = 0; first < ids.length; first += MAX_SERIES_SHOWN) {
-      const some = ids.slice(first, first + MAX_SERIES_SHOWN);
-      const { parts, gaps } = await ranges.ask({ series: some, start, end, axis: "step", points: 0 });
-      for (const [id, part] of parts) whole.parts.set(id, part);
-      whole.gaps = withStretches(whole.gaps, gaps);
+export async function readCsv(runs: readonly CsvRun[]): Promise<Blob> {
+  const keys = [...new Set(runs.flatMap(({ series }) => series.map(({ key }) => key)))];
+  const several = runs.length > 1;
+  const head = [...(several ? ["run"] : []), "step", "epoch", "time", ...keys, "note"];
+  const pieces: BlobPart[] = [csvLine(head)];
+  for (const { name, series, lastStep, ask } of runs) {
+    const told = new Set<number>();
+    const ids = series.map(({ id }) => id);
+    // In the columns of their keys; this run may lack some.
+    const columns = keys.map((key) => series.find((info) => info.key === key)?.id ?? null);
+    // The first question begins before all steps and the last one ends after them: whatever there is is asked for.
+    const questions = Math.max(1, Math.ceil((lastStep + 1) / CSV_STEPS));
+    for (let index = 0; index < questions; index++) {
+      const start = index === 0 ? -1e15 : index * CSV_STEPS;
+      const end = index === questions - 1 ? 1e15 : (index + 1) * CSV_STEPS - 0.5;
+      const whole: Answer = { parts: new Map(), gaps: [] };
+      for (let first = 0; first < ids.length; first += MAX_SERIES_SHOWN) {
+        const some = ids.slice(first, first + MAX_SERIES_SHOWN);
+        const { parts, gaps } = await ask({ series: some, start, end, axis: "step", points: 0 });
+        for (const [id, part] of parts) whole.parts.set(id, part);
+        whole.gaps = withStretches(whole.gaps, gaps);
+      }
+      pieces.push(csvRows(whole, columns, told, several ? [name] : []));
     }
-    pieces.push(csvRows(whole, ids, told));
   }
   return new Blob(pieces, { type: "text/csv;charset=utf-8" });
 }
 
-/** The rows of an answer; gaps that begin at a step in `told` have been told. */
-export function csvRows(answer: Answer, ids: readonly number[], told: Set<number> = new Set()): string {
+/** The rows of an answer, each behind `before`; gaps that begin at a step in `told` have been told. */
+export function csvRows(
+  answer: Answer,
+  ids: readonly (number | null)[],
+  told: Set<number> = new Set(),
+  before: readonly string[] = [],
+): string {
   interface Line {
     step: number;
     time: number;
@@ -52,7 +69,7 @@ export function csvRows(answer: Answer, ids: readonly number[], told: Set<number
   const lines: Line[] = [];
   const byPlace = new Map<string, Line[]>();
   ids.forEach((id, position) => {
-    const part = answer.parts.get(id);
+    const part = id === null ? undefined : answer.parts.get(id);
     if (!part) return;
     for (let index = 0; index < part.step.length; index++) {
       const [step, epoch, time] = [part.step[index], part.epoch[index], part.time[index]] as [number, number, number];
@@ -73,7 +90,7 @@ export function csvRows(answer: Answer, ids: readonly number[], told: Set<number
     lines.push({ step: gap[0] + 0.5, time: Infinity, cells: ["", "", "", ...ids.map(() => ""), gapNote(gap)] });
   }
   lines.sort((one, other) => one.step - other.step || one.time - other.time);
-  return lines.map(({ cells }) => csvLine(cells)).join("");
+  return lines.map(({ cells }) => csvLine([...before, ...cells])).join("");
 }
 
 function gapNote([after, before, count]: Gap): string {
@@ -110,7 +127,7 @@ function isNumber(cell: string): boolean {
 export function readPng(
   canvas: HTMLCanvasElement,
   name: string,
-  curves: readonly PanelCurve[],
+  lines: readonly { label: string; look: Look }[],
   theme: Theme,
 ): Promise<Blob | null> {
   const ratio = devicePixelRatio;
@@ -128,15 +145,15 @@ export function readPng(
   ctx.font = `${11 * ratio}px ${theme.font}`;
   ctx.lineWidth = 1.5 * ratio;
   let x = 10 * ratio;
-  for (const { info, slot } of curves) {
-    ctx.strokeStyle = theme.hues[hue(slot)] as string;
-    ctx.setLineDash(dash(slot).map((length) => length * ratio));
+  for (const { label, look } of lines) {
+    ctx.strokeStyle = colourOf(look, theme);
+    ctx.setLineDash(look.dash.map((length) => length * ratio));
     ctx.beginPath();
     ctx.moveTo(x, 35 * ratio);
     ctx.lineTo(x + 18 * ratio, 35 * ratio);
     ctx.stroke();
-    ctx.fillText(info.label, x + 23 * ratio, 39 * ratio);
-    x += 38 * ratio + ctx.measureText(info.label).width;
+    ctx.fillText(label, x + 23 * ratio, 39 * ratio);
+    x += 38 * ratio + ctx.measureText(label).width;
   }
   ctx.drawImage(canvas, 0, head);
   return new Promise((resolve) => picture.toBlob(resolve, "image/png"));

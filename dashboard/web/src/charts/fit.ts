@@ -11,6 +11,10 @@ import { edges, extent, inside } from "./trace";
 export interface Drawn {
   curve: Curve;
   values: Float64Array;
+  /** Its run's. */
+  scene: Pick<Scene, "column" | "x" | "origin">;
+  /** Further values at its points, which are drawn as well. */
+  bounds?: readonly Float64Array[];
 }
 
 export interface Fit {
@@ -24,7 +28,6 @@ export interface Fit {
   isAtLeast: boolean;
 }
 
-type View = Pick<Scene, "column" | "x" | "origin" | "logY">;
 type Range = [number, number];
 
 /** So many values of a curve tell what is usual; more only take longer. */
@@ -37,10 +40,11 @@ const SQUASHED = 0.2;
 const NOTHING: Range = [Infinity, -Infinity];
 
 /** Fit an axis to all values in view of some curves, or to the usual ones of each. */
-export function fit(drawn: readonly Drawn[], view: View, toUsual: boolean): Fit {
+export function fit(drawn: readonly Drawn[], view: Pick<Scene, "logY">, toUsual: boolean): Fit {
   let range: Range = NOTHING;
-  for (const { curve, values } of drawn) {
-    const inner = inside(curve, view);
+  for (const { curve, values, scene, bounds = [] } of drawn) {
+    const inner = inside(curve, scene);
+    for (const bound of bounds) range = extent(bound, inner, view.logY, range);
     if (toUsual) {
       range = usual(curve.value, inner, view.logY, range);
       continue;
@@ -48,24 +52,24 @@ export function fit(drawn: readonly Drawn[], view: View, toUsual: boolean): Fit 
     range = extent(curve.value, inner, view.logY, range);
     if (values !== curve.value) range = extent(values, inner, view.logY, range);
     // Where a line enters and leaves the view
-    for (const edge of edges(curve, view)) range = extent(Float64Array.of(edge), [0, 1], view.logY, range);
+    for (const edge of edges(curve, scene)) range = extent(Float64Array.of(edge), [0, 1], view.logY, range);
   }
   const scale = fitScale(range[0], range[1], view.logY);
   const found: Fit = { scale, belowZero: 0, above: 0, below: 0, isAtLeast: false };
-  for (const { curve } of drawn) {
+  for (const { curve, scene } of drawn) {
     const hasNone = view.logY && (curve.least?.value ?? 1) <= 0;
-    if (hasNone || toUsual) count(curve, view, found);
+    if (hasNone || toUsual) count(curve, scene, view.logY, found);
   }
   return found;
 }
 
-function count(curve: Curve, view: View, found: Fit): void {
-  const [from, to] = inside(curve, view);
+function count(curve: Curve, scene: Drawn["scene"], logY: boolean, found: Fit): void {
+  const [from, to] = inside(curve, scene);
   const { min, max } = found.scale;
   const before = found.above + found.below;
   for (let index = from; index < to; index++) {
     const value = curve.value[index] as number;
-    if (view.logY && value <= 0) found.belowZero++;
+    if (logY && value <= 0) found.belowZero++;
     else if (value > max) found.above++;
     else if (value < min) found.below++;
   }
@@ -74,10 +78,10 @@ function count(curve: Curve, view: View, found: Fit): void {
 }
 
 /** Whether a few values far out leave little room for the usual ones. */
-export function isSquashed(drawn: readonly Drawn[], view: View): boolean {
+export function isSquashed(drawn: readonly Drawn[], view: Pick<Scene, "logY">): boolean {
   let [all, some]: [Range, Range] = [NOTHING, NOTHING];
-  for (const { curve } of drawn) {
-    const inner = inside(curve, view);
+  for (const { curve, scene } of drawn) {
+    const inner = inside(curve, scene);
     all = extent(curve.value, inner, view.logY, all);
     some = usual(curve.value, inner, view.logY, some);
   }

@@ -1,33 +1,40 @@
 // The charts of the page: panels in groups, one bar above them, and what passes between them and the server.
 //
-//     chart frames, marks, status ──> RunCurves ──┐
-//     view ──> Layout, Toolbar ───────────────────┴─> one animation frame ─> every visible panel is drawn ─> drawn()
+//     chart frames, marks, status ──> RunCurves of each run ──┐
+//     view ──> Layout, Toolbar, XAxis ────────────────────────┴─> one animation frame ─> every visible panel ─> drawn()
 //
-// A run's curves and what happened in it are in `run_curves.ts`, finer points for a zoom in `details.ts`, the places
-// of panels in `layout.ts`; here is the frame loop, and what the curves on the screen are to the server.
+// A run's curves and what happened in it are in `run_curves.ts`, which runs there are in `runs.ts`, finer points for a
+// zoom in `details.ts`, the places of panels in `layout.ts`; here is the frame loop, and what the curves on the screen
+// are to the server.
 // A panel that is not on the screen holds no canvas, and its curves are not sent.
 
-import type { ChartFrame, Latest, RangeQuery, RunInfo, SeriesInfo, Show, Status } from "../protocol";
+import type { ChartFrame, Latest, RangeQuery, RunInfo, RunRow, SeriesInfo, Show, Status } from "../protocol";
 import { MAX_SERIES_SHOWN } from "../protocol";
-import type { Axis, View, ViewState } from "../view";
-import { Scale } from "./axes";
+import type { View, ViewState } from "../view";
+import type { Question } from "./details";
 import { fileName, save } from "./dom";
 import { readCsv, readPng } from "./export";
 import { Layout } from "./layout";
 import { Panel, type PanelHost } from "./panel";
 import { NoAnswer, Ranges } from "./ranges";
 import { COLUMNS, RunCurves } from "./run_curves";
+import { ChartRuns } from "./runs";
 import type { ChartEvent, Scene } from "./scene";
 import { showTable } from "./table";
-import { readTheme, type Theme, watchTheme } from "./theme";
+import { cssColour, lookOfRun, readTheme, type Theme, watchTheme } from "./theme";
 import { Toolbar } from "./toolbar";
 import { listenToTouch } from "./touch";
+import { XAxis } from "./x_axis";
 
 export interface ChartsHost {
   send(message: Show | RangeQuery): void;
-  /** Credit for the next chart frame: one call for each that was applied, after it is on the screen. */
+  /** Credit for the next chart frame. */
+  credit(): void;
+  /** What was applied is on the screen. */
   drawn(): void;
   view: View;
+  /** A run as it stands in the list of runs; null if it does not. */
+  row(key: string): RunRow | null;
   announce(text: string): void;
 }
 
@@ -39,6 +46,8 @@ const MARGIN = "160px";
 const MAX_UNSEEN = 200;
 /** Milliseconds between two updates of the values beside the curves' names: text costs more than lines. */
 const VALUES_INTERVAL = 300;
+/** With several runs, milliseconds between two drawings that nobody has asked for: each shows all that came. */
+const DRAW_INTERVAL = 100;
 /** Milliseconds between two looks at what is constant. */
 const SORT_INTERVAL = 1_000;
 
@@ -50,7 +59,8 @@ export class Charts {
   readonly #ranges: Ranges;
   readonly #observer: IntersectionObserver;
 
-  #run: RunCurves;
+  readonly #runs: ChartRuns;
+  readonly #x: XAxis;
   #panels = new Map<string, Panel>();
   #byFigure = new Map<Element, Panel>();
   #tables = new Map<Panel, HTMLElement>();
@@ -65,9 +75,10 @@ export class Charts {
 
   #frame: number | null = null;
   #credits = 0;
-  #shown: number[] = [];
-  /** Points of each curve that were asked for. */
-  #shownPoints = 0;
+  /** Keys of runs of which a frame has come since the last drawing. */
+  #came = new Set<string>();
+  #drawnAt = -Infinity;
+  #drawTimer: ReturnType<typeof setTimeout> | undefined;
   #leaving = new Map<Panel, ReturnType<typeof setTimeout>>();
   #tableTime = 0;
   #sorted = -Infinity;
@@ -78,12 +89,13 @@ export class Charts {
   constructor(root: HTMLElement, host: ChartsHost) {
     this.#root = root;
     this.#host = host;
-    this.#ranges = new Ranges((query) => host.send({ ...query, run: this.#run.info?.key }));
-    this.#run = this.#curvesOf(null);
+    this.#ranges = new Ranges((query) => host.send(query));
+    this.#runs = new ChartRuns((run, slot) => this.#curvesOf(run, slot));
+    this.#x = new XAxis(host.view, this.#runs);
     this.#toolbar = new Toolbar({
       view: host.view,
-      setAxis: (axis) => this.#setAxis(axis),
-      setFollow: (follow) => this.#setFollow(follow),
+      setAxis: (axis) => this.#x.setAxis(axis),
+      setFollow: (follow) => this.#x.setFollow(follow),
       jump: (group) => this.#layout.jump(group),
       foldAll: (folded) => this.#layout.foldAll(folded),
     });
@@ -104,42 +116,83 @@ export class Charts {
 
   // What comes from the server ------------------------------------------------------------------------
 
-  /** Another run, or the same one after a new connection: all curves start anew; zoom and switches stay. */
+  /** Watch another run, or the same one after a new connection: its curves start anew; zoom and switches stay. */
   reset(run: RunInfo | null): void {
-    this.#ranges.abandon("the connection was lost");
-    this.#shown = [];
-    if (run !== null && run.key === this.#run.info?.key) {
-      this.#run.reconnected(run);
-    } else {
-      this.#run.details.clear();
-      this.#run = this.#curvesOf(run);
+    this.#ranges.abandon("the connection was lost", this.#runs.focus.key);
+    const before = this.#runs.focus;
+    const gone = this.#runs.watch(run);
+    if (gone) this.#removeRun(gone);
+    if (this.#runs.focus !== before) {
       this.#cursor = null;
-      for (const panel of this.#panels.values()) this.#removePanel(panel);
-      this.#layout.clear();
+      if (this.#panels.size === 0) this.#layout.clear();
       this.#showMarks();
     }
     this.#filter();
     this.#redraw();
   }
 
-  #curvesOf(run: RunInfo | null): RunCurves {
-    return new RunCurves(run, this.#ranges, {
+  /** Lay a run over the watched one, or have it start anew after a new connection. */
+  overlay(run: RunInfo): void {
+    this.#ranges.abandon("the connection was lost", run.key);
+    if (this.#runs.overlay(run)) this.#redraw();
+  }
+
+  /** Lay only these runs over the watched one. */
+  keep(runs: readonly string[]): void {
+    const gone = this.#runs.keep(runs);
+    for (const run of gone) this.#removeRun(run);
+    if (gone.length === 0) return;
+    this.#filter();
+    this.#redraw();
+  }
+
+  /** Whether a run is shown. */
+  has(key: string): boolean {
+    return this.#runs.get(key) !== null;
+  }
+
+  /** Names or tags in the list of runs may be others. */
+  listed(): void {
+    if (this.#runs.all.length > 1) this.#redraw();
+  }
+
+  /** The colour of a run in all panels, for the style sheet; null if it is not shown. */
+  colourOf(key: string): string | null {
+    const run = this.#runs.get(key);
+    if (!run) return null;
+    const { groupBy, baseline } = this.#host.view.get();
+    const group = this.#runs.groups(groupBy)?.find(({ runs }) => runs.includes(run));
+    return cssColour({ hue: key === baseline ? null : lookOfRun(group?.slot ?? run.slot, 0).hue });
+  }
+
+  #curvesOf(run: RunInfo | null, slot: number): RunCurves {
+    return new RunCurves(run, slot, this.#ranges, {
       isZoomed: () => this.#host.view.get().zoom !== null,
       answered: () => this.#redraw(),
+      row: (key) => this.#host.row(key),
     });
   }
 
-  addSeries(series: SeriesInfo[]): void {
+  #removeRun(run: RunCurves): void {
+    for (const panel of [...this.#panels.values()]) {
+      if (panel.removeRun(run)) continue;
+      this.#layout.remove(panel);
+      this.#removePanel(panel);
+    }
+  }
+
+  addSeries(key: string, series: readonly SeriesInfo[]): void {
+    const run = this.#runs.get(key);
+    if (!run) return;
     for (const info of series) {
-      if (this.#run.series.has(info.id)) continue;
-      this.#run.series.set(info.id, info);
+      if (run.series.has(info.id)) continue;
+      run.series.set(info.id, info);
       const panel = this.#panels.get(info.panel) ?? this.#addPanel(info.panel, info.group);
-      const known = panel.curves.find((curve) => curve.info.key === info.key);
+      const known = panel.curves.find((curve) => curve.run === run && curve.info.key === info.key);
       if (known && known.info.id !== info.id) {
-        for (const id of [known.info.id, info.id]) this.#run.forget(id);
+        for (const id of [known.info.id, info.id]) run.forget(id);
       }
-      if (known) known.info = info;
-      else panel.addCurve(info);
+      panel.addCurve(run, info);
     }
     this.#filter();
     this.#subscribe();
@@ -147,40 +200,52 @@ export class Charts {
   }
 
   applyChart(frame: ChartFrame): void {
-    // Credit is owed for every frame, also for one that belongs to a run that is no longer shown.
-    this.#credits++;
-    if (this.#run.info === null || frame.header.run === this.#run.info.key) {
-      if (frame.header.kind === "range") this.#ranges.take(frame);
-      else this.#run.apply(frame);
+    const run = this.#runs.get(frame.header.run);
+    if (frame.header.kind === "range") this.#ranges.take(frame);
+    else run?.apply(frame);
+    const several = this.#runs.all.length > 1;
+    // The frames of several runs are drawn together: the next run's may come before that, a second one of this may not.
+    if (several && run && !this.#came.has(run.key)) {
+      this.#came.add(run.key);
+      this.#host.credit();
+    } else {
+      this.#credits++;
     }
-    this.#redraw();
+    const wait = several ? this.#drawnAt + DRAW_INTERVAL - performance.now() : 0;
+    if (wait <= 0) this.#redraw();
+    else this.#drawTimer ??= setTimeout(() => this.#redraw(), wait);
   }
 
-  applyLatest(latest: Latest): void {
-    Object.assign(this.#run.latest, latest.values);
+  applyLatest({ run: key, values }: Latest): void {
+    const run = this.#runs.get(key);
+    if (!run) return;
+    Object.assign(run.latest, values);
     this.#showValues();
   }
 
   applyStatus(status: Status): void {
-    const before = this.#run.status;
-    this.#run.status = status;
+    const run = this.#runs.get(status.run);
+    if (!run) return;
+    const before = run.status;
+    run.status = status;
     if (status.trimmed !== before?.trimmed) this.#redraw();
   }
 
   addMark(event: ChartEvent): void {
-    if (!this.#run.addEvent(event)) return;
+    if (!this.#runs.focus.addEvent(event)) return;
     this.#showMarks();
     this.#redraw();
   }
 
   #showMarks(): void {
-    this.#toolbar.setMarks(new Set(this.#run.events.map(({ kind }) => kind)));
+    this.#toolbar.setMarks(new Set(this.#runs.focus.events.map(({ kind }) => kind)));
   }
 
   setConnected(connected: boolean): void {
     this.#connected = connected;
     if (!connected) {
       this.#ranges.abandon("the connection was lost");
+      this.#came.clear();
       this.#credits = 0; // what is owed is owed to the server that is gone
     }
     for (const panel of this.#panels.values()) panel.csvButton.disabled = !connected;
@@ -226,13 +291,15 @@ export class Charts {
   #panelHost(): PanelHost {
     return {
       scene: () => this.#getScene(),
-      curve: (id) => this.#run.details.curve(id, this.#scene),
-      latest: (id) => this.#run.latest[String(id)] ?? null,
+      curve: ({ run, info }) => run.details.curve(info.id, this.#scene?.of(run) ?? null),
+      latest: ({ run, info }) => run.latest[String(info.id)] ?? null,
       moveCursor: (x, pinned) => this.#moveCursor(x, pinned),
-      zoom: (min, max) => this.#zoom(min, max),
+      zoom: (min, max) => this.#x.zoom(min, max),
       resetZoom: () => this.#host.view.set({ zoom: null, follow: false }),
       toggleUsual: (panel) => this.#host.view.toggle("usual", panel.name),
-      toggleCurve: (key) => this.#host.view.toggle("hidden", key),
+      toggleCurve: (metric) => this.#host.view.toggle("hidden", metric),
+      toggleRuns: (runs) => this.#toggleRuns(runs),
+      toggleMembers: () => this.#host.view.set({ members: !this.#host.view.get().members }),
       toggleMaximised: (panel) => {
         this.#host.view.set({ panel: this.#host.view.get().panel === panel.name ? null : panel.name });
         panel.maximiseButton.focus();
@@ -296,23 +363,30 @@ export class Charts {
   /** Tell the server which curves are on the screen, if they are others than before. */
   #subscribe(): void {
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
-    const wanted = visible
-      .flatMap((panel) => panel.curves.map(({ info }) => info.id))
-      .filter((id) => this.#run.series.has(id));
-    const series = wanted.slice(0, MAX_SERIES_SHOWN).sort((one, other) => one - other);
     const points = this.#points(visible);
+    for (const run of this.#runs.all) if (run.info !== null) this.#subscribeTo(run, visible, points);
+  }
+
+  #subscribeTo(run: RunCurves, visible: Panel[], points: number): void {
+    const wanted = idsOf(visible, run).filter((id) => run.series.has(id));
+    const series = wanted.slice(0, MAX_SERIES_SHOWN).sort((one, other) => one - other);
     // Curves of a panel that has grown, as when it is maximised, come anew with as many points as it can show.
     const grown =
-      points > 1.5 * this.#shownPoints && series.some((id) => (this.#run.store.curves.get(id)?.reducedTo ?? -1) >= 0);
-    if (this.#run.info === null || (series.join() === this.#shown.join() && !grown)) return;
-    const run = this.#run.info.key;
-    if (grown && this.#shown.length > 0) this.#host.send({ type: "show", run, series: [] });
-    this.#shown = series;
-    this.#shownPoints = points;
+      points > 1.5 * run.shownPoints && series.some((id) => (run.store.curves.get(id)?.reducedTo ?? -1) >= 0);
+    if (series.join() === run.shown.join() && !grown) return;
+    if (grown && run.shown.length > 0) this.#host.send({ type: "show", run: run.key, series: [] });
+    run.shown = series;
+    run.shownPoints = points;
     // A snapshot will bring them back.
-    const unseen = [...this.#run.store.curves.keys()].filter((id) => !series.includes(id));
-    for (const id of unseen.slice(0, Math.max(0, unseen.length - MAX_UNSEEN))) this.#run.forget(id);
-    this.#host.send({ type: "show", run, series, points });
+    const unseen = [...run.store.curves.keys()].filter((id) => !series.includes(id));
+    for (const id of unseen.slice(0, Math.max(0, unseen.length - MAX_UNSEEN))) run.forget(id);
+    this.#host.send({ type: "show", run: run.key, series, points });
+  }
+
+  #toggleRuns(keys: readonly string[]): void {
+    const { hiddenRuns } = this.#host.view.get();
+    const others = hiddenRuns.filter((key) => !keys.includes(key));
+    this.#host.view.set({ hiddenRuns: keys.every((key) => hiddenRuns.includes(key)) ? others : [...others, ...keys] });
   }
 
   /** Twice the width of the widest panel: one least and one greatest point for each pixel. */
@@ -330,6 +404,9 @@ export class Charts {
   #draw(): void {
     this.#frame = null;
     this.#scene = null;
+    clearTimeout(this.#drawTimer);
+    this.#drawTimer = undefined;
+    this.#drawnAt = performance.now();
     const visible = [...this.#panels.values()].filter((panel) => panel.visible);
     try {
       for (const panel of visible) panel.draw();
@@ -339,7 +416,9 @@ export class Charts {
       this.#askForDetail();
     } finally {
       // Also after a mistake of ours: else no frame would come any more.
-      for (; this.#credits > 0; this.#credits--) this.#host.drawn();
+      for (; this.#credits > 0; this.#credits--) this.#host.credit();
+      this.#came.clear();
+      this.#host.drawn();
     }
   }
 
@@ -362,48 +441,52 @@ export class Charts {
   }
 
   #makeScene(): Scene {
-    const { axis, logX, logY, smoothing, hidden, usual, unmarked } = this.#host.view.get();
+    const { axis, logY, smoothing, hidden, hiddenRuns, usual, unmarked, groupBy, members, baseline } =
+      this.#host.view.get();
     // A root that was not in the document yet had no colours.
     if (this.#theme.text === "") this.#theme = readTheme(this.#root);
+    const { focus, all } = this.#runs;
     const column = COLUMNS[axis];
-    const origin = axis === "time" ? this.#run.start() : 0;
-    const x = this.#xScale(axis, logX && axis !== "wall");
+    const originOf = (run: RunCurves): number => (axis === "time" ? run.start() : 0);
+    const x = this.#x.scale();
     // The cursor of a mouse stays under the mouse, that of a key at its step.
     if (this.#cursor !== null && this.#mouse !== null) this.#cursor = x.fromUnit(this.#mouse);
-    return {
+    const own = (run: RunCurves): Pick<Scene, "origin" | "gaps" | "trimmed" | "placeOf"> => {
+      const origin = originOf(run);
+      return {
+        origin,
+        gaps: run.store.gaps,
+        trimmed: run.trimmed,
+        placeOf: (step) => run.placeOf(step, column, origin),
+      };
+    };
+    const scenes = new Map<RunCurves, Scene>();
+    const scene: Scene = {
+      runs: all,
+      groups: this.#runs.groups(groupBy),
+      members,
+      baseline: baseline === null ? null : this.#runs.get(baseline),
       axis,
       column,
-      origin,
       x,
       logY,
       smoothing,
       hidden: new Set(hidden),
+      hiddenRuns: new Set(hiddenRuns),
       usual: new Set(usual),
       unmarked: new Set(unmarked),
-      gaps: this.#run.store.gaps,
-      trimmed: this.#run.trimmed,
-      events: this.#run.placed(column, origin),
+      events: focus.placed(column, originOf(focus)),
       theme: this.#theme,
       cursor: this.#cursor,
-      placeOf: (step) => this.#run.placeOf(step, column, origin),
+      ...own(focus),
+      of: (run) => {
+        let made = run === focus ? scene : scenes.get(run);
+        // What changes later, as the cursor, all of them have.
+        if (!made) scenes.set(run, (made = Object.assign(Object.create(scene) as Scene, own(run))));
+        return made;
+      },
     };
-  }
-
-  #xScale(axis: Axis, log: boolean): Scale {
-    const { zoom, follow } = this.#host.view.get();
-    const reach = this.#run.reach(axis, log);
-    if (zoom && (!log || zoom.max > 0)) {
-      const width = zoom.max - zoom.min;
-      const [min, max] = follow && reach ? [reach[1] - width, reach[1]] : [zoom.min, zoom.max];
-      return new Scale(log && !(min > 0) ? Math.min(reach?.[0] ?? 1, max / 10) : min, max, log);
-    }
-    if (!reach) return axis === "wall" ? new Scale(this.#run.start(), this.#run.start() + 60) : new Scale(log ? 1 : 0, 10, log);
-    const [min, max] = reach;
-    if (min < max) return new Scale(min, max, log);
-    // One point: in the middle
-    if (log) return new Scale(min / 10, max * 10, true);
-    const air = axis === "epoch" ? 0.5 : axis === "step" ? Math.max(1, 0.1 * Math.abs(min)) : 30;
-    return new Scale(min - air, max + air);
+    return scene;
   }
 
   // The view ------------------------------------------------------------------------------------------
@@ -414,47 +497,11 @@ export class Charts {
     if (arranged.some((name) => state[name] !== previous[name])) this.#filter();
     if (state.panel !== previous.panel) this.#sorted = -Infinity; // a constant that is maximised is a panel
     this.#valuesShown = -Infinity;
-    if (state.zoom !== previous.zoom && state.zoom === null) this.#run.details.clear();
+    if (state.zoom !== previous.zoom && state.zoom === null) {
+      for (const run of this.#runs.all) run.details.clear();
+    }
     if (state.axis !== previous.axis) this.#cursor = this.#mouse = null;
     this.#redraw();
-  }
-
-  /** Show another x axis; a zoom stays where it is in the run. */
-  #setAxis(axis: Axis): void {
-    const { axis: before, zoom } = this.#host.view.get();
-    if (axis === before) return;
-    const move = (value: number): number | null => {
-      const place = this.#run.translate(value + (before === "time" ? this.#run.start() : 0), COLUMNS[before], COLUMNS[axis]);
-      return place === null ? null : place - (axis === "time" ? this.#run.start() : 0);
-    };
-    const [min, max] = zoom ? [move(zoom.min), move(zoom.max)] : [null, null];
-    this.#host.view.set({ axis, zoom: min !== null && max !== null && min < max ? { min, max } : null });
-  }
-
-  #setFollow(follow: boolean): void {
-    const { zoom, axis } = this.#host.view.get();
-    const reach = this.#run.reach(axis, false);
-    // Without a zoom there is nothing to move along: then the last quarter of what there is
-    if (follow && !zoom && reach && reach[0] < reach[1]) {
-      this.#host.view.set({ follow, zoom: { min: reach[1] - (reach[1] - reach[0]) / 4, max: reach[1] } });
-    } else {
-      const { x } = this.#getScene();
-      // Where it is when it stops, it stays.
-      this.#host.view.set(follow || !zoom ? { follow } : { follow, zoom: { min: x.min, max: x.max } });
-    }
-  }
-
-  #zoom(min: number, max: number): void {
-    const { axis, logX } = this.#host.view.get();
-    const log = logX && axis !== "wall";
-    const reach = this.#run.reach(axis, log);
-    if (!reach) return;
-    [min, max] = [Math.max(min, reach[0]), Math.min(max, reach[1])];
-    if (min <= reach[0] && max >= reach[1]) return this.#host.view.set({ zoom: null, follow: false });
-    // Not into what a double cannot tell apart
-    const least = Math.max(axis === "step" ? 1 : 1e-6, 1e-12 * Math.abs(max));
-    if (max - min < least) return;
-    this.#host.view.set({ zoom: { min, max }, follow: false });
   }
 
   #moveCursor(x: number | null, pinned: boolean): void {
@@ -474,10 +521,12 @@ export class Charts {
     const { zoom, follow } = this.#host.view.get();
     if (!zoom || !this.#connected) return;
     const visible = [...this.#panels.values()].filter((panel) => panel.visible && !panel.figure.hidden);
-    const ids = visible
-      .flatMap((panel) => panel.curves.map(({ info }) => info.id))
-      .filter((id) => this.#shown.includes(id));
-    this.#run.details.ask(ids, this.#getScene(), { follows: follow, points: this.#points(visible) });
+    const scene = this.#getScene();
+    const points = this.#points(visible);
+    for (const run of this.#runs.all) {
+      const ids = idsOf(visible, run).filter((id) => run.shown.includes(id));
+      run.details.ask(ids, scene.of(run), { follows: follow, points });
+    }
   }
 
   // Tables and files ----------------------------------------------------------------------------------
@@ -509,18 +558,34 @@ export class Charts {
   }
 
   async #savePicture(panel: Panel): Promise<void> {
-    const blob = panel.canvas && (await readPng(panel.canvas, panel.name, panel.shown(this.#getScene()), this.#theme));
-    if (blob) save(blob, `${fileName(this.#run.info?.name ?? "", panel.name)}.png`);
+    const scene = this.#getScene();
+    const lines = panel.shown(scene).map((curve) => ({
+      label: scene.runs.length === 1 ? curve.info.label : `${curve.run.name} ${curve.info.label}`,
+      look: panel.lookOf(curve, scene),
+    }));
+    const blob = panel.canvas && (await readPng(panel.canvas, panel.name, lines, this.#theme));
+    if (blob) save(blob, `${this.#fileName(panel)}.png`);
+  }
+
+  /** A file is named after its run, if there is one. */
+  #fileName(panel: Panel): string {
+    const { focus, all } = this.#runs;
+    return fileName(all.length === 1 ? (focus.info?.name ?? "") : `${all.length} runs`, panel.name);
   }
 
   async #saveCsv(panel: Panel): Promise<void> {
-    const series = panel.curves.map(({ info }) => info);
-    const name = `${fileName(this.#run.info?.name ?? "", panel.name)}.csv`;
-    const lastStep = this.#run.lastStep(series.map(({ id }) => id));
+    const name = `${this.#fileName(panel)}.csv`;
+    const runs = this.#runs.all.flatMap((run) => {
+      const series = panel.curves.filter((curve) => curve.run === run).map(({ info }) => info);
+      const lastStep = run.lastStep(series.map(({ id }) => id));
+      return series.length === 0
+        ? []
+        : [{ name: run.name, series, lastStep, ask: (question: Question) => run.ask(question) }];
+    });
     panel.csvButton.disabled = true;
     panel.csvButton.classList.add("busy");
     try {
-      save(await readCsv(this.#ranges, series, lastStep), name);
+      save(await readCsv(runs), name);
       this.#host.announce(`Saved ${name}.`);
     } catch (error) {
       if (!(error instanceof NoAnswer)) throw error;
@@ -530,4 +595,9 @@ export class Charts {
       panel.csvButton.classList.remove("busy");
     }
   }
+}
+
+/** Ids of the curves that a run has in some panels. */
+function idsOf(panels: readonly Panel[], run: RunCurves): number[] {
+  return panels.flatMap(({ curves }) => curves.filter((curve) => curve.run === run).map(({ info }) => info.id));
 }

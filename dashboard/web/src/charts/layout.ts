@@ -52,6 +52,16 @@ export class Layout {
     group.grid.append(panel.figure);
   }
 
+  /** Forget a panel; its group goes with its last one. */
+  remove(panel: Panel): void {
+    const group = this.#groups.get(panel.group);
+    if (!group) return;
+    group.panels.splice(group.panels.indexOf(panel), 1);
+    if (group.panels.length > 0) return;
+    group.section.remove();
+    this.#groups.delete(panel.group);
+  }
+
   /** Have what is constant take a line, and what no longer is a panel; returns whether that changes anything. */
   sort(): boolean {
     let changed = false;

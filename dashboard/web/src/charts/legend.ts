@@ -1,28 +1,37 @@
-// The curves of a panel by name, each with its look, its value, and a switch.
+// The legend of a panel: its lines by name, each with its look, its value, and a switch.
 
-import { h, setAttribute, setText } from "../dom";
+import { h, replaceChildren, setAttribute, setText, show } from "../dom";
 import type { SeriesInfo } from "../protocol";
 import { swatch } from "./dom";
-import { dash, hue } from "./theme";
+import { cssColour, type Look } from "./theme";
 
-/** A curve of a panel. */
-export interface PanelCurve {
-  info: SeriesInfo;
-  /** Which colour and dash. */
-  slot: number;
-}
-
-/** What the legend says about a curve; empty texts take no room. */
-export interface Said {
+/** A line of the legend; empty texts take no room. */
+export interface Item {
+  key: string;
+  label: string;
+  title: string;
+  /** Null for what has no colour of its own: then only its dash is shown. */
+  look: Look;
+  isPlain?: boolean;
   isHidden: boolean;
   /** The value that is drawn. */
   value: string;
   /** What it is an average of. */
   raw: string;
   best: string;
+  toggle(): void;
 }
 
-interface Item {
+export interface LegendHead {
+  /** Whether there is only what the title says already. */
+  only: boolean;
+  /** Whether there are several runs, or groups of them. */
+  runs: boolean;
+  /** What some runs lack. */
+  note: string;
+}
+
+interface Shown {
   button: HTMLButtonElement;
   value: HTMLElement;
   raw: HTMLElement;
@@ -31,69 +40,67 @@ interface Item {
 
 export class Legend {
   readonly root: HTMLElement;
-  readonly #items = new Map<string, Item>();
+  readonly #note = h("span", { class: "chart-lacks", hidden: true });
+  #items: Shown[] = [];
+  #toggles: (() => void)[] = [];
+  #made = "";
 
   constructor(panel: string) {
     this.root = h("div", { class: "chart-legend", role: "group", "aria-label": `Curves of ${panel}` });
   }
 
-  /** Add a curve; `curves` are all of the panel with their looks, which may have changed. */
-  add(info: SeriesInfo, toggle: () => void, curves: readonly PanelCurve[]): void {
+  show(items: readonly Item[], { only, runs, note }: LegendHead): void {
+    const made = JSON.stringify(items.map(({ key, label, look, isPlain }) => [key, label, look, isPlain]));
+    this.#toggles = items.map(({ toggle }) => toggle);
+    if (made !== this.#made) {
+      this.#made = made;
+      this.#items = items.map((item, index) => this.#make(item, index));
+      replaceChildren(this.root, ...this.#items.map(({ button }) => button), this.#note);
+    }
+    items.forEach(({ isHidden, value, raw, best }, index) => {
+      const item = this.#items[index] as Shown;
+      setAttribute(item.button, "aria-pressed", String(!isHidden));
+      setText(item.value, value);
+      setText(item.raw, raw === "" ? "" : `raw ${raw}`);
+      setText(item.best, best === "" ? "" : `best ${best}`);
+    });
+    this.root.classList.toggle("only", only);
+    this.root.classList.toggle("several", items.length > 2);
+    this.root.classList.toggle("runs", runs);
+    setText(this.#note, note);
+    show(this.#note, note !== "");
+  }
+
+  #make({ label, title, look, isPlain }: Item, index: number): Shown {
     const value = h("span", { class: "curve-value" });
     const raw = h("span", { class: "curve-raw" });
     const best = h("span", { class: "curve-best" });
+    const onclick = (): void => this.#toggles[index]?.();
     const button = h(
       "button",
-      {
-        type: "button",
-        class: "curve",
-        "aria-pressed": "true",
-        title: `${info.key}: click to hide or show`,
-        onclick: toggle,
-      },
-      h("span", { class: "curve-label" }, info.label),
+      { type: "button", class: "curve", "aria-pressed": "true", title, onclick },
+      h("span", { class: "curve-label" }, label),
       value,
       raw,
       best,
     );
-    this.#items.set(info.key, { button, value, raw, best });
-    for (const { info: one, slot } of [...curves].sort((left, right) => left.slot - right.slot)) {
-      const item = this.#items.get(one.key)?.button;
-      if (!item) continue;
-      item.querySelector(".swatch")?.remove();
-      item.prepend(swatch(hue(slot), dash(slot)));
-      this.root.append(item);
-    }
-    // What the title says already, the legend need not.
-    this.root.classList.toggle("only", curves.length === 1 && !["train", "val"].includes(info.label));
-    this.root.classList.toggle("several", curves.length > 2);
-  }
-
-  say(key: string, { isHidden, value, raw, best }: Said): void {
-    const item = this.#items.get(key);
-    if (!item) return;
-    setAttribute(item.button, "aria-pressed", String(!isHidden));
-    setText(item.value, value);
-    setText(item.raw, raw === "" ? "" : `raw ${raw}`);
-    setText(item.best, best === "" ? "" : `best ${best}`);
+    button.prepend(swatch(isPlain === true ? "currentColor" : cssColour(look), look.dash));
+    return { button, value, raw, best };
   }
 }
 
-/** Give each curve a look of its own; those that are in many panels look the same in all of them. */
-export function assignSlots(curves: PanelCurve[]): void {
-  const labels = curves.map(({ info }) => info.label);
+/** Which of the looks each curve of a panel has: one of its own, and those that are in many panels the same in all. */
+export function slotsOf(curves: readonly SeriesInfo[]): Map<string, number> {
+  const labels = curves.map(({ label }) => label);
   const main = ["step", "train"].find((label) => labels.includes(label));
-  const used = new Set<number>();
-  const take = (curve: PanelCurve, wanted: number): void => {
-    curve.slot = wanted;
-    while (used.has(curve.slot)) curve.slot++;
-    used.add(curve.slot);
+  const slots = new Map<string, number>();
+  const take = ({ key }: SeriesInfo, wanted: number): void => {
+    const used = new Set(slots.values());
+    while (used.has(wanted)) wanted++;
+    slots.set(key, wanted);
   };
   const fixed: Record<string, number> = { val: 1, ...(main === undefined ? {} : { [main]: 0 }) };
-  const [known, others] = [
-    curves.filter(({ info }) => info.label in fixed),
-    curves.filter(({ info }) => !(info.label in fixed)),
-  ];
-  for (const curve of known) take(curve, fixed[curve.info.label] as number);
-  for (const curve of others) take(curve, 0);
+  for (const info of curves) if (info.label in fixed) take(info, fixed[info.label] as number);
+  for (const info of curves) if (!(info.label in fixed)) take(info, 0);
+  return slots;
 }

@@ -22,9 +22,15 @@ export interface Line {
   curve: Curve;
   /** What is drawn at its points: their values, or the average of these. */
   values: Float64Array;
+  /** Its run's scene. */
+  scene: Scene;
   colour: string;
   dash: readonly number[];
   best: Point | null;
+  /** What it is: one among others, behind them, or a run of a group, faint before it. */
+  kind: "line" | "behind" | "member";
+  /** Least and greatest at its points, where it is the mean of several runs. */
+  band: readonly [Float64Array, Float64Array] | null;
 }
 
 /** Of text on a canvas, in CSS pixels. */
@@ -35,6 +41,10 @@ const DOT_SPACING = 9;
 const MAX_CALM_CLIMB = 4;
 /** How faint raw values are behind their average. */
 const RAW_ALPHA = 0.25;
+const BAND_ALPHA = 0.18;
+/** Of the baseline and of the runs of groups; the baseline is wide, in CSS pixels. */
+const BEHIND_ALPHA = 0.5;
+const BEHIND_WIDTH = 4;
 
 /** What lies behind the grid: the ground, for the canvas is opaque; stretches without samples; what was trimmed. */
 export function paintBackground(brush: Brush): void {
@@ -79,22 +89,62 @@ export function paintLines(brush: Brush, lines: readonly Line[], marks: readonly
   for (const mark of marks) paintMark(brush, mark);
   paintCounts(brush, marks.filter(isLine));
   // Those with few points are drawn last, over the thicket of the others.
-  const ordered = [...lines].sort((one, other) => other.curve.length - one.curve.length);
+  const rank = ({ kind }: Line): number => Number(kind === "line") - Number(kind === "behind");
+  const ordered = [...lines].sort(
+    (one, other) => rank(one) - rank(other) || other.curve.length - one.curve.length,
+  );
+  for (const line of ordered) if (line.band !== null) paintBand(brush, line, line.band);
   for (const line of ordered) paintLine(brush, line);
   ctx.restore();
   ctx.save();
   for (const line of ordered) {
     paintBest(brush, line);
-    paintMarks(brush, line.curve);
+    paintMarks(brush, line);
   }
   ctx.restore();
 }
 
-function paintLine({ ctx, box, ratio, scene, y }: Brush, { curve, values, colour, dash }: Line): void {
+/** The band behind a mean, from the least to the greatest. */
+function paintBand({ ctx, box, y }: Brush, { curve, scene, colour }: Line, [low, high]: NonNullable<Line["band"]>): void {
+  const view: View = { box, x: scene.x, y, column: scene.column, origin: scene.origin };
+  const [from, to] = visible(curve, scene);
+  const at = (values: Float64Array, index: number): [number, number] => {
+    const up = y.toUnit(values[index] as number);
+    return [
+      box.left + scene.x.toUnit((curve[view.column][index] as number) - view.origin) * box.width,
+      // What a logarithmic axis has no place for is at its foot.
+      box.top + (1 - Math.max(-1, Math.min(2, Number.isNaN(up) ? -1 : up))) * box.height,
+    ];
+  };
+  ctx.beginPath();
+  for (let index = from; index < to; index++) {
+    if (index === from) ctx.moveTo(...at(high, index));
+    else ctx.lineTo(...at(high, index));
+  }
+  for (let index = to - 1; index >= from; index--) ctx.lineTo(...at(low, index));
+  ctx.fillStyle = colour;
+  ctx.globalAlpha = BAND_ALPHA;
+  ctx.fill();
+  ctx.globalAlpha = 1;
+}
+
+function paintLine({ ctx, box, ratio, y }: Brush, { curve, values, scene, colour, dash, kind }: Line): void {
   const view: View = { box, x: scene.x, y, column: scene.column, origin: scene.origin };
   const range = visible(curve, scene);
   const breaks = curve.breaks(scene.gaps);
   ctx.strokeStyle = ctx.fillStyle = colour;
+  if (kind !== "line") {
+    ctx.globalAlpha = BEHIND_ALPHA;
+    ctx.lineWidth = (kind === "behind" ? BEHIND_WIDTH : 1) * ratio;
+    ctx.beginPath();
+    trace(ctx, curve, values, range, breaks, view);
+    ctx.setLineDash(dash.map((length) => length * ratio));
+    ctx.stroke();
+    ctx.setLineDash([]);
+    ctx.lineWidth = thin(ratio);
+    ctx.globalAlpha = 1;
+    return;
+  }
   if (values !== curve.value) {
     ctx.globalAlpha = RAW_ALPHA;
     ctx.beginPath();
@@ -125,7 +175,7 @@ function paintLine({ ctx, box, ratio, scene, y }: Brush, { curve, values, colour
 }
 
 /** The best value: a ring around it. */
-function paintBest({ ctx, box, ratio, scene, y }: Brush, { best, colour }: Line): void {
+function paintBest({ ctx, box, ratio, y }: Brush, { best, scene, colour }: Line): void {
   const at = best && place({ box, x: scene.x, y }, best[scene.column] - scene.origin, best.value);
   if (!at) return;
   ctx.beginPath();
@@ -140,7 +190,7 @@ function paintBest({ ctx, box, ratio, scene, y }: Brush, { best, colour }: Line)
 }
 
 /** What is not finite: a bar at the edge, with a sign where it begins; above for plus infinity, below for the others. */
-function paintMarks({ ctx, box, ratio, scene }: Brush, curve: Curve): void {
+function paintMarks({ ctx, box, ratio }: Brush, { curve, scene }: Line): void {
   ctx.strokeStyle = ctx.fillStyle = scene.theme.alert;
   ctx.lineWidth = 1.5 * ratio;
   const size = 3.5 * ratio;
@@ -235,10 +285,10 @@ function paintCounts({ ctx, box, ratio, scene }: Brush, marks: readonly Mark[]):
 /** What a scale to usual values leaves out: a wedge at the edge where it is, and how many points there are. */
 export function paintOutside(brush: Brush, lines: readonly Line[], { above, below, isAtLeast }: Fit): void {
   if (above + below === 0) return;
-  const { ctx, box, ratio, scene, y } = brush;
+  const { ctx, box, ratio, y } = brush;
   const bottom = box.top + box.height;
   ctx.save();
-  for (const { curve, colour } of lines) {
+  for (const { curve, colour, scene } of lines) {
     ctx.fillStyle = colour;
     const [from, to] = inside(curve, scene);
     let drawn = [-Infinity, -Infinity];
@@ -257,6 +307,7 @@ export function paintOutside(brush: Brush, lines: readonly Line[], { above, belo
       ctx.fill();
     }
   }
+  const { scene } = brush;
   ctx.font = `600 ${(FONT_SIZE - 1) * ratio}px ${scene.theme.font}`;
   ctx.textAlign = "right";
   ctx.textBaseline = "middle";

@@ -7,30 +7,30 @@
 import uPlot from "uplot";
 
 import { h, iconButton, setAttribute, setIcon, setText } from "../dom";
-import type { Latest, SeriesInfo } from "../protocol";
-import { toNumber } from "../protocol";
-import { formatWithUnit, formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
+import type { SeriesInfo } from "../protocol";
+import { formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
 import { type Drawn, type Fit, fit, isSquashed } from "./fit";
-import { assignSlots, Legend, type PanelCurve } from "./legend";
+import { Legend, slotsOf } from "./legend";
+import { legendOf, lookOf, type PanelLine, linesOf, shownCurves } from "./lines";
 import { type Mark, marksOf, textOf } from "./marks";
-import { type Brush, FONT_SIZE, type Line, paintBackground, paintLines, paintOutside, paintText } from "./paint";
-import { bestOf, indexAt, markText, trend } from "./reading";
+import { type Brush, FONT_SIZE, paintBackground, paintLines, paintOutside, paintText } from "./paint";
+import { listenToKeys } from "./panel_keys";
+import { indexAt } from "./reading";
+import type { RunCurves } from "./run_curves";
 import type { Scene } from "./scene";
-import type { Curve } from "./series_store";
-import { Smoothed } from "./smoothing";
-import { dash, hue } from "./theme";
+import { cssColour, type Look } from "./theme";
+import { type PanelCurve, type Said, type Source, Values } from "./values";
 
 /** What a panel asks of the page it is on. */
-export interface PanelHost {
+export interface PanelHost extends Source {
   scene(): Scene;
-  /** The curve as it is to be drawn now. */
-  curve(id: number): Curve | null;
-  latest(id: number): Latest["values"][string] | null;
   moveCursor(x: number | null, pinned: boolean): void;
   zoom(min: number, max: number): void;
   resetZoom(): void;
   toggleUsual(panel: Panel): void;
-  toggleCurve(key: string): void;
+  toggleCurve(metric: string): void;
+  toggleRuns(runs: readonly string[]): void;
+  toggleMembers(): void;
   toggleMaximised(panel: Panel): void;
   toggleTable(panel: Panel): void;
   savePicture(panel: Panel): void;
@@ -64,15 +64,17 @@ export class Panel {
   readonly #place: HTMLElement;
   readonly #legend: Legend;
   readonly #summary: HTMLElement;
-  readonly #smoothed = new WeakMap<Curve, Smoothed>();
+  readonly #values: Values;
   readonly #resize: ResizeObserver;
   #dots: HTMLElement[] = [];
   #chart: uPlot | null = null;
   #fitted: Fit = { scale: new Scale(0, 1), belowZero: 0, above: 0, below: 0, isAtLeast: false };
   #xTicks: Ticks = { values: [], labels: [] };
   #yTicks: Ticks = { values: [], labels: [] };
-  /** Steps that the weight of smoothing is for: how far the points of the densest curve are apart. */
-  #unit = 1;
+  /** Which look each metric has. */
+  #slots: ReadonlyMap<string, number> = new Map();
+  /** What was drawn last. */
+  #lines: PanelLine[] = [];
   #marks: Mark[] = [];
   #summarised = 0;
   #moving = false;
@@ -83,6 +85,7 @@ export class Panel {
     host: PanelHost,
   ) {
     this.#host = host;
+    this.#values = new Values(host);
     const id = `chart-${++panels}`;
     // The heading above the panels says their group, unless there is only this one.
     this.#prefix = h("span", { class: "sr-only" }, group !== "" && name.startsWith(`${group}/`) ? `${group}/` : "");
@@ -124,22 +127,40 @@ export class Panel {
       this.plot,
       this.#summary,
     );
-    this.plot.addEventListener("keydown", (event) => this.#key(event));
+    listenToKeys(this, host);
     this.plot.addEventListener("blur", () => host.moveCursor(null, true));
     this.#resize = new ResizeObserver(() => {
       if (this.#fit()) host.resized(this);
     });
   }
 
-  addCurve(info: SeriesInfo): void {
-    this.curves.push({ info, slot: 0 });
-    assignSlots(this.curves);
-    this.#legend.add(info, () => this.#host.toggleCurve(info.key), this.curves);
+  /** Add a curve of a run, or say anew what one that is here is. */
+  addCurve(run: RunCurves, info: SeriesInfo): void {
+    const known = this.curves.find((curve) => curve.run === run && curve.info.key === info.key);
+    if (known) known.info = info;
+    else this.curves.push({ run, info });
+    this.#name();
   }
 
-  /** The part of its curves that is switched on. */
+  /** Take a run's curves away; returns whether others are left. */
+  removeRun(run: RunCurves): boolean {
+    this.curves.splice(0, Infinity, ...this.curves.filter((curve) => curve.run !== run));
+    this.#lines = [];
+    this.#name();
+    return this.curves.length > 0;
+  }
+
+  #name(): void {
+    this.#slots = slotsOf([...new Map(this.curves.map(({ info }) => [info.key, info])).values()]);
+  }
+
+  /** Those of its curves that are switched on. */
   shown(scene: Scene): PanelCurve[] {
-    return this.curves.filter(({ info }) => !scene.hidden.has(info.key));
+    return shownCurves(this.curves, scene);
+  }
+
+  lookOf(curve: PanelCurve, scene: Scene): Look {
+    return lookOf(curve, scene, this.#slots);
   }
 
   /** Width of the plot in CSS pixels, as far as it is known. */
@@ -176,7 +197,7 @@ export class Panel {
   /** Whether its curves have had one value only, for long enough to say so; as it was while they are not here. */
   isConstant(): boolean {
     if (this.figure.classList.contains("maximised")) return false;
-    const curves = this.curves.map(({ info }) => this.#host.curve(info.id));
+    const curves = this.curves.map((curve) => this.#host.curve(curve));
     if (!this.visible || curves.includes(null)) return this.isLine;
     return curves.every((curve) => {
       if (!curve || curve.length < CONSTANT_AFTER || curve.marks.length > 0) return false;
@@ -209,11 +230,15 @@ export class Panel {
     const chart = this.#chart;
     if (!chart) return;
     const scene = this.#host.scene();
-    const distances = this.curves.map(({ info }) => this.#host.curve(info.id)?.cadence ?? Infinity);
+    const distances = this.curves.map((curve) => this.#host.curve(curve)?.cadence ?? Infinity);
     const unit = Math.min(...distances);
-    this.#unit = Number.isFinite(unit) ? unit : 1;
-    this.#fitted = fit(this.#drawnCurves(scene), scene, scene.usual.has(this.name));
-    this.#marks = marksOf(scene, new Set(this.curves.map(({ info }) => info.key)), plotSize(chart).width);
+    this.#values.unit = Number.isFinite(unit) ? unit : 1;
+    const { width } = plotSize(chart);
+    this.#lines = linesOf(this.#panelled, scene, width);
+    this.#fitted = fit(this.#drawn, scene, scene.usual.has(this.name));
+    // Events are those of the watched run.
+    const own = this.curves.filter(({ run }) => run === scene.runs[0]);
+    this.#marks = marksOf(scene, new Set(own.map(({ info }) => info.key)), width);
     this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
     this.#yTicks = yTicks(this.#fitted.scale, Math.max(2, Math.floor(chart.height / 36)), this.#unitOfAll());
     chart.batch(() => chart.redraw(false, true));
@@ -241,23 +266,14 @@ export class Panel {
     if (now - this.#summarised > 2_000) {
       this.#summarised = now;
       setText(this.#summary, this.summary());
-      this.#usualButton.classList.toggle("suggested", isSquashed(this.#drawnCurves(scene), scene));
+      this.#usualButton.classList.toggle("suggested", isSquashed(this.#drawn, scene));
     }
   }
 
   /** Last value, best value and trend of each curve, as a sentence. */
   summary(): string {
     const scene = this.#host.scene();
-    const parts = this.shown(scene).map(({ info }) => {
-      const curve = this.#host.curve(info.id);
-      const last = curve?.last;
-      if (!curve || !last) return `${info.label}: no values yet`;
-      const best = bestOf(curve, info);
-      const bestText = best ? `, best ${formatWithUnit(best.value, info.unit)} at step ${best.step}` : "";
-      const marks = curve.marks.reduce((total, mark) => total + mark[3], 0);
-      const notFinite = marks > 0 ? `, ${marks} values not finite` : "";
-      return `${info.label}: last ${formatWithUnit(last.value, info.unit)} at step ${last.step}${bestText}, ${trend(curve)}${notFinite}`;
-    });
+    const parts = this.shown(scene).map((curve) => `${this.#nameOf(curve, scene)}: ${this.#values.summary(curve)}`);
     return parts.length > 0 ? `${parts.join("; ")}.` : "All curves are hidden.";
   }
 
@@ -265,11 +281,16 @@ export class Panel {
   readOut(): string {
     const scene = this.#host.scene();
     if (scene.cursor === null) return this.summary();
-    const values = this.shown(scene).map(({ info }) => {
-      const [value, raw] = this.#valueAt(info, scene, scene.cursor as number);
-      return raw === "" ? `${info.label} ${value || "none"}` : `${info.label} ${value}, raw ${raw}`;
+    const values = this.shown(scene).map((curve) => {
+      const [value, raw] = this.#values.at(curve, scene, scene.cursor as number);
+      const name = this.#nameOf(curve, scene);
+      return raw === "" ? `${name} ${value || "none"}` : `${name} ${value}, raw ${raw}`;
     });
     return [formatX(scene.axis, scene.cursor), ...values, ...this.#eventsAt(scene)].join(", ");
+  }
+
+  #nameOf({ run, info }: PanelCurve, scene: Scene): string {
+    return scene.runs.length === 1 ? info.label : `${run.name}, ${info.label}`;
   }
 
   /** From a place on the screen (clientX) to x; null without a plot. */
@@ -364,21 +385,12 @@ export class Panel {
     return units.size === 1 ? ([...units][0] as string) : "";
   }
 
-  #drawnCurves(scene: Scene): Drawn[] {
-    return this.shown(scene).flatMap(({ info }) => {
-      const curve = this.#host.curve(info.id);
-      return curve ? [{ curve, values: this.#values(curve, scene) }] : [];
-    });
+  get #panelled(): Parameters<typeof linesOf>[0] {
+    return { curves: this.curves, slots: this.#slots, source: this.#host, values: this.#values };
   }
 
-  #values(curve: Curve, scene: Scene): Float64Array {
-    if (scene.smoothing === 0) return curve.value;
-    let smoothed = this.#smoothed.get(curve);
-    if (smoothed?.weight !== scene.smoothing || smoothed.unit !== this.#unit) {
-      smoothed = new Smoothed(scene.smoothing, this.#unit);
-      this.#smoothed.set(curve, smoothed);
-    }
-    return smoothed.update(curve);
+  get #drawn(): Drawn[] {
+    return this.#lines.map(({ curve, values, scene, band }) => ({ curve, values, scene, bounds: band ?? [] }));
   }
 
   #brush({ ctx, bbox }: uPlot): Brush {
@@ -388,15 +400,10 @@ export class Panel {
   #paint(chart: uPlot): void {
     const brush = this.#brush(chart);
     const { scene } = brush;
-    const shown = this.shown(scene);
-    const lines = shown.flatMap(({ info, slot }): Line[] => {
-      const curve = this.#host.curve(info.id);
-      if (!curve || (curve.length === 0 && curve.marks.length === 0)) return [];
-      const [colour, values] = [scene.theme.hues[hue(slot)] as string, this.#values(curve, scene)];
-      return [{ curve, values, colour, dash: dash(slot), best: bestOf(curve, info) }];
-    });
+    const lines = this.#lines;
     paintLines(brush, lines, this.#marks);
-    if (lines.length === 0) paintText(brush, shown.length === 0 ? "all curves are hidden" : "no values yet", "middle");
+    const isHidden = this.shown(scene).length === 0;
+    if (lines.length === 0) paintText(brush, isHidden ? "all curves are hidden" : "no values yet", "middle");
     else if (this.#fitted.belowZero > 0) paintText(brush, `${this.#fitted.belowZero} of 0 or less not shown`, "foot");
     paintOutside(brush, lines, this.#fitted);
   }
@@ -421,61 +428,16 @@ export class Panel {
     this.#host.zoom(x.fromUnit(left / total), x.fromUnit((left + width) / total));
   }
 
-  /** The curve whose points the arrow keys go along: the one with the most. */
-  #longest(scene: Scene): Curve | null {
-    let longest: Curve | null = null;
-    for (const { info } of this.shown(scene)) {
-      const curve = this.#host.curve(info.id);
-      if (curve && curve.length > (longest?.length ?? 0)) longest = curve;
-    }
-    return longest;
+  /** The line whose points the arrow keys go along: the one with the most. */
+  longest(): PanelLine | null {
+    return this.#lines.reduce<PanelLine | null>(
+      (longest, line) => (line.curve.length > (longest?.curve.length ?? 0) ? line : longest),
+      null,
+    );
   }
 
-  #key(event: KeyboardEvent): void {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const scene = this.#host.scene();
-    const curve = this.#longest(scene);
-    const { min, max } = scene.x;
-    const centre = scene.cursor ?? (min + max) / 2;
-    const move = (by: number): void => {
-      if (!curve) return;
-      const places = curve[scene.column];
-      const [first, last] = [
-        curve.search(scene.column, min + scene.origin),
-        curve.search(scene.column, max + scene.origin),
-      ];
-      const here =
-        scene.cursor === null ? (by < 0 ? last : first - 1) : curve.nearest(scene.column, scene.cursor + scene.origin);
-      const index = Math.max(first, Math.min(here + by, Math.min(last, curve.length - 1)));
-      this.#host.moveCursor((places[index] as number) - scene.origin, true);
-      this.#describeCursor();
-    };
-    const page = curve ? Math.max(1, Math.round(curve.length / 20)) : 1;
-    const scale = (factor: number): void => {
-      this.#host.zoom(centre - (centre - min) * factor, centre + (max - centre) * factor);
-    };
-    const keys: Record<string, () => void> = {
-      ArrowLeft: () => move(event.shiftKey ? -10 : -1),
-      ArrowRight: () => move(event.shiftKey ? 10 : 1),
-      PageUp: () => move(page),
-      PageDown: () => move(-page),
-      Home: () => move(-Infinity),
-      End: () => move(Infinity),
-      Enter: () => this.#host.announce(this.readOut()),
-      " ": () => this.#host.announce(this.readOut()),
-      "+": () => scale(0.5),
-      "-": () => scale(2),
-      "0": () => this.#host.resetZoom(),
-      Escape: () => this.#host.moveCursor(null, true),
-    };
-    const action = keys[event.key];
-    if (!action || (event.key === "Escape" && scene.cursor === null)) return;
-    event.preventDefault();
-    event.stopPropagation();
-    action();
-  }
-
-  #describeCursor(): void {
+  /** Say to screen readers where the cursor is. */
+  describeCursor(): void {
     const { x, cursor } = this.#host.scene();
     if (cursor === null) return;
     this.plot.setAttribute("aria-valuemin", String(x.min));
@@ -488,61 +450,12 @@ export class Panel {
     const place =
       scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
     setText(this.#place, place);
-    for (const { info } of this.curves) {
-      const [value, raw] =
-        scene.cursor === null ? this.#lastValue(info, scene) : this.#valueAt(info, scene, scene.cursor);
-      const best = this.#bestValue(info);
-      this.#legend.say(info.key, {
-        isHidden: scene.hidden.has(info.key),
-        value,
-        raw,
-        best: best === null ? "" : formatWithUnit(best, info.unit),
-      });
-    }
-  }
-
-  /** The last value as it is drawn, and its raw one where that is another; also of a curve whose points are not here. */
-  #lastValue(info: SeriesInfo, scene: Scene): [string, string] {
-    const latest = this.#host.latest(info.id)?.[0] ?? null;
-    const curve = this.#host.curve(info.id);
-    if (!curve || !this.visible) return [latest === null ? "" : formatWithUnit(toNumber(latest), info.unit), ""];
-    const mark = curve.marks.at(-1);
-    const last = curve.last;
-    if (mark && (last === null || mark[1] > last.step)) return [markText(mark[2]), ""];
-    return last ? this.#drawn(info, curve, curve.length - 1, scene) : ["", ""];
-  }
-
-  /** The value of a point as it is drawn; and its raw one, where that is another. */
-  #drawn(info: SeriesInfo, curve: Curve, index: number, scene: Scene): [string, string] {
-    const raw = formatWithUnit(curve.value[index] as number, info.unit);
-    if (scene.smoothing === 0) return [raw, ""];
-    return [formatWithUnit(this.#values(curve, scene)[index] as number, info.unit), raw];
-  }
-
-  #bestValue(info: SeriesInfo): number | null {
-    if (info.better === null) return null;
-    const curve = this.#host.curve(info.id);
-    const latest = this.#host.latest(info.id);
-    const known = [curve ? bestOf(curve, info)?.value : null, latest?.[info.better === "min" ? 1 : 3]];
-    const values = known.filter((value) => typeof value === "number");
-    return values.length > 0 ? (info.better === "min" ? Math.min : Math.max)(...values) : null;
-  }
-
-  /** The value of a curve at x, as it is drawn; and its raw one, where that is another. */
-  #valueAt(info: SeriesInfo, scene: Scene, x: number): [string, string] {
-    const curve = this.#host.curve(info.id);
-    if (!curve) return ["", ""];
-    const index = indexAt(curve, scene, x);
-    const mark = curve.marks.find(([start, end]) => {
-      const [first, last] = [scene.placeOf(start), scene.placeOf(end)];
-      if (first === null || last === null) return false;
-      if (x >= first && x <= last) return true;
-      const distance = Math.min(Math.abs(x - first), Math.abs(x - last));
-      return index < 0 || distance < Math.abs((curve[scene.column][index] as number) - scene.origin - x);
-    });
-    if (mark) return [markText(mark[2]), ""];
-    if (index < 0) return ["", ""];
-    return this.#drawn(info, curve, index, scene);
+    const say = (curve: PanelCurve): Said =>
+      scene.cursor === null
+        ? this.#values.last(curve, scene, this.visible)
+        : this.#values.at(curve, scene, scene.cursor);
+    const { items, head } = legendOf(this.#panelled, this.#lines, scene, this.#host, say);
+    this.#legend.show(items, head);
   }
 
   /** Texts of the events under the cursor, and of a gap. */
@@ -563,23 +476,26 @@ export class Panel {
   #showDots(scene: Scene): void {
     const chart = this.#chart;
     if (!chart) return;
-    const shown = scene.cursor === null ? [] : this.shown(scene);
-    while (this.#dots.length < shown.length) {
+    const lines = scene.cursor === null ? [] : this.#lines;
+    while (this.#dots.length < lines.length) {
       const made = h("div", { class: "chart-dot" });
       chart.over.append(made);
       this.#dots.push(made);
     }
     const { width, height } = plotSize(chart);
     this.#dots.forEach((made, position) => {
-      const one = shown[position];
-      const curve = one && this.#host.curve(one.info.id);
-      const index = curve ? indexAt(curve, scene, scene.cursor as number) : -1;
-      const x = curve && index >= 0 ? scene.x.toUnit((curve[scene.column][index] as number) - scene.origin) : NaN;
-      const y = curve && index >= 0 ? this.#fitted.scale.toUnit(this.#values(curve, scene)[index] as number) : NaN;
-      const inside = x >= 0 && x <= 1 && y >= 0 && y <= 1;
-      made.hidden = !inside;
-      if (!inside) return;
-      made.style.background = `var(--chart-${hue((one as PanelCurve).slot) + 1})`;
+      const line = lines[position];
+      const index = line ? indexAt(line.curve, line.scene, scene.cursor as number) : -1;
+      if (!line || index < 0) {
+        made.hidden = true;
+        return;
+      }
+      const { curve, values, look } = line;
+      const x = scene.x.toUnit((curve[scene.column][index] as number) - line.scene.origin);
+      const y = this.#fitted.scale.toUnit(values[index] as number);
+      made.hidden = !(x >= 0 && x <= 1 && y >= 0 && y <= 1);
+      if (made.hidden) return;
+      made.style.background = cssColour(look);
       made.style.transform = `translate(${x * width}px, ${(1 - y) * height}px)`;
     });
   }

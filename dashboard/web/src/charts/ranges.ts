@@ -21,6 +21,7 @@ export interface Answer {
 export class NoAnswer extends Error {}
 
 interface Waiting {
+  run: string | undefined;
   answer: Answer;
   resolve(answer: Answer): void;
   reject(error: NoAnswer): void;
@@ -39,7 +40,7 @@ export class Ranges {
   ask(query: Omit<RangeQuery, "type" | "query">): Promise<Answer> {
     const number = ++this.#number;
     const answer = new Promise<Answer>((resolve, reject) => {
-      this.#waiting.set(number, { answer: { parts: new Map(), gaps: [] }, resolve, reject });
+      this.#waiting.set(number, { run: query.run, answer: { parts: new Map(), gaps: [] }, resolve, reject });
     });
     this.#send({ type: "range", query: number, ...query });
     return answer;
@@ -72,9 +73,12 @@ export class Ranges {
     waiting.resolve(answer);
   }
 
-  /** Nothing that was asked will be answered. */
-  abandon(why: string): void {
-    for (const { reject } of this.#waiting.values()) reject(new NoAnswer(why));
-    this.#waiting.clear();
+  /** Nothing that was asked, of any run or of one, will be answered. */
+  abandon(why: string, run?: string): void {
+    for (const [number, waiting] of this.#waiting) {
+      if (run !== undefined && waiting.run !== run) continue;
+      this.#waiting.delete(number);
+      waiting.reject(new NoAnswer(why));
+    }
   }
 }

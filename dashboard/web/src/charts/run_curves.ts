@@ -1,10 +1,10 @@
 // What the charts know of one run: its curves with their names and last values, what happened in it, and where a
 // step lies on each x axis. Nothing here draws.
 
-import type { ChartFrame, Latest, RunInfo, SeriesInfo, Status } from "../protocol";
+import type { ChartFrame, Latest, RunInfo, RunRow, SeriesInfo, Status } from "../protocol";
 import type { Axis } from "../view";
-import { Details, type DetailsHost } from "./details";
-import type { Ranges } from "./ranges";
+import { Details, type DetailsHost, type Question } from "./details";
+import type { Answer, Ranges } from "./ranges";
 import type { ChartEvent, Scene } from "./scene";
 import { type Column, type Curve, SeriesStore } from "./series_store";
 
@@ -12,22 +12,60 @@ import { type Column, type Curve, SeriesStore } from "./series_store";
 const MAX_EVENTS = 500;
 export const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
 
+export interface CurvesHost extends DetailsHost {
+  /** The run as it stands in the list of runs; null if it does not. */
+  row(key: string): RunRow | null;
+}
+
 export class RunCurves {
   readonly store = new SeriesStore();
   readonly details: Details;
+  readonly #ranges: Ranges;
+  readonly #host: CurvesHost;
   /** By the ids of this connection. */
   readonly series = new Map<number, SeriesInfo>();
   latest: Latest["values"] = {};
   status: Status | null = null;
+  /** Ids of the curves that the server was asked for, and with how many points. */
+  shown: number[] = [];
+  shownPoints = 0;
   events: ChartEvent[] = [];
 
-  /** `info` is null before there is a run. */
+  /** `info` is null before there is a run; `slot` is its colour. */
   constructor(
     public info: RunInfo | null,
+    readonly slot: number,
     ranges: Ranges,
-    host: DetailsHost,
+    host: CurvesHost,
   ) {
-    this.details = new Details(this.store, ranges, host);
+    this.#ranges = ranges;
+    this.#host = host;
+    this.details = new Details(this.store, (question) => this.ask(question), host);
+  }
+
+  get key(): string {
+    return this.info?.key ?? "";
+  }
+
+  /** What people call it. */
+  get name(): string {
+    const { name = "", attempt = 0 } = this.info ?? {};
+    return this.#host.row(this.key)?.name ?? (attempt > 0 ? `${name} #${attempt}` : name);
+  }
+
+  get tags(): readonly string[] {
+    return this.#host.row(this.key)?.tags ?? [];
+  }
+
+  /** Ask the server about its curves. */
+  ask(question: Question): Promise<Answer> {
+    return this.#ranges.ask({ ...question, ...(this.info === null ? {} : { run: this.info.key }) });
+  }
+
+  /** Nothing will come of it any more. */
+  leave(): void {
+    this.details.clear();
+    this.#ranges.abandon("the run is no longer shown", this.key);
   }
 
   /** The same run after a new connection: curves stay until their snapshots come, so that the page does not flicker. */
@@ -36,6 +74,7 @@ export class RunCurves {
     this.store.interrupted();
     this.details.askAgain();
     this.series.clear();
+    this.shown = [];
   }
 
   /** Take a snapshot or a delta. */

@@ -3,6 +3,7 @@
 import type { Gap } from "../protocol";
 import type { Axis, MarkKind } from "../view";
 import type { Scale } from "./axes";
+import type { RunCurves } from "./run_curves";
 import type { Column } from "./series_store";
 import type { Theme } from "./theme";
 
@@ -17,7 +18,22 @@ export interface ChartEvent {
   metric: string | null;
 }
 
+/** Runs that are drawn as one: their mean, and a band from the least to the greatest. */
+export interface RunGroup {
+  name: string;
+  slot: number;
+  runs: readonly RunCurves[];
+}
+
 export interface Scene {
+  /** The watched run, and those that are laid over it. */
+  runs: readonly RunCurves[];
+  /** Groups of them; null for none. */
+  groups: readonly RunGroup[] | null;
+  /** Whether the runs of groups are drawn, too. */
+  members: boolean;
+  /** The run that is drawn behind the others; null for none. */
+  baseline: RunCurves | null;
   axis: Axis;
   column: Column;
   /** What is subtracted from the column: the start of the run where x is the time since then. */
@@ -27,6 +43,8 @@ export interface Scene {
   smoothing: number;
   /** Keys of curves that are switched off. */
   hidden: ReadonlySet<string>;
+  /** Keys of runs that are switched off. */
+  hiddenRuns: ReadonlySet<string>;
   /** Names of panels whose y axis is scaled to the usual values. */
   usual: ReadonlySet<string>;
   /** Kinds of events that are not marked. */
@@ -40,4 +58,6 @@ export interface Scene {
   cursor: number | null;
   /** Where a step lies on the x axis; null if nobody knows. */
   placeOf(step: number): number | null;
+  /** The scene as one run has it: its own origin, gaps and places of steps; those here are the watched run's. */
+  of(run: RunCurves): Scene;
 }

@@ -5,6 +5,8 @@ import { h } from "../dom";
 
 /** Hues after which they repeat, with another dash: the palette of Okabe and Ito without its yellow. */
 export const HUES = 7;
+/** Colours of runs: those of curves without grey, and further ones. */
+const RUN_HUES: readonly number[] = [0, 1, 2, 3, 7, 5, 8, 4, 9, 6];
 const DASHES: readonly (readonly number[])[] = [[], [7, 3], [2, 2.5], [9, 3, 2, 3], [14, 4]];
 
 export interface Theme {
@@ -29,7 +31,7 @@ export function readTheme(root: HTMLElement): Theme {
     return style.color;
   };
   const theme = {
-    hues: Array.from({ length: HUES }, (_, index) => colour(String(index + 1))),
+    hues: Array.from({ length: RUN_HUES.length }, (_, index) => colour(String(index + 1))),
     background: colour("background"),
     text: colour("text"),
     faint: colour("faint"),
@@ -50,6 +52,32 @@ export function dash(slot: number): readonly number[] {
 
 export function hue(slot: number): number {
   return slot % HUES;
+}
+
+/** How a line looks. */
+export interface Look {
+  /** Which of the hues; null for what stands behind the others, in grey. */
+  hue: number | null;
+  dash: readonly number[];
+}
+
+/** The look of the n-th curve of a panel, where there is one run. */
+export function lookOfCurve(slot: number): Look {
+  return { hue: hue(slot), dash: dash(slot) };
+}
+
+/** The look of a run's n-th curve of a panel, where there are several. */
+export function lookOfRun(run: number, slot: number): Look {
+  return { hue: RUN_HUES[run % RUN_HUES.length] as number, dash: DASHES[slot % DASHES.length] as readonly number[] };
+}
+
+export function colourOf({ hue }: Look, theme: Theme): string {
+  return hue === null ? theme.faint : (theme.hues[hue] as string);
+}
+
+/** The same for the style sheet. */
+export function cssColour({ hue }: Pick<Look, "hue">): string {
+  return hue === null ? "var(--chart-faint)" : `var(--chart-${hue + 1})`;
 }
 
 /** Call `changed` when colours may be others: the system's scheme or contrast, or the page's own switch. */

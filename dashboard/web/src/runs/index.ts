@@ -69,6 +69,10 @@ export class Runs {
     });
   }
 
+  row(key: string): RunRow | null {
+    return this.bar.store.rows.get(key) ?? null;
+  }
+
   // What the server says
 
   greeted(hello: Hello): void {

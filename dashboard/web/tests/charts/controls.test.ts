@@ -1,10 +1,10 @@
 import { expect, test } from "vitest";
 
-import { assignSlots } from "../../src/charts/legend";
+import { slotsOf } from "../../src/charts/legend";
 import { trend } from "../../src/charts/reading";
 import { Curve } from "../../src/charts/series_store";
-import { tableRows } from "../../src/charts/table";
-import { dash, HUES, hue } from "../../src/charts/theme";
+import { type Tabled, tableRows } from "../../src/charts/table";
+import { dash, HUES, hue, lookOfRun } from "../../src/charts/theme";
 import { positionOf, smoothingOf } from "../../src/charts/toolbar";
 
 function curve(values: number[], every = 1): Curve {
@@ -23,9 +23,9 @@ test("the smoothing slider reaches from off to 0.999 and comes back to where it 
 
 test("train and val look the same in every panel", () => {
   const slots = (...labels: string[]): number[] => {
-    const curves = labels.map((label, id) => ({ info: { id, key: label, panel: "p", group: "", label, better: null }, slot: 0 }));
-    assignSlots(curves);
-    return curves.map(({ slot }) => slot);
+    const curves = labels.map((label, id) => ({ id, key: label, panel: "p", group: "", label, better: null }));
+    const slots = slotsOf(curves);
+    return labels.map((label) => slots.get(label) as number);
   };
   expect(slots("train", "val")).toEqual([0, 1]);
   expect(slots("val", "train")).toEqual([1, 0]);
@@ -50,21 +50,36 @@ test("the trend is told in a word", () => {
   expect(trend(curve([1, 2, 3]))).toBe("too short for a trend");
 });
 
+/** As it stands in a table. */
+const tabled = (values: number[], every = 1, origin = 0): Tabled => ({ curve: curve(values, every), origin });
+
+test("a table puts runs side by side by their own origins", () => {
+  const { rows } = tableRows([tabled([1, 2, 3]), tabled([10, 20, 30], 1, 1)], { column: "step", from: 0, to: 1, limit: 100 });
+  expect(rows).toEqual([{ x: 0, values: [1, 20] }, { x: 1, values: [2, 30] }]);
+});
+
+test("ten runs have ten colours, and none of them the baseline's", () => {
+  const hues = Array.from({ length: 10 }, (_, run) => lookOfRun(run, 0).hue);
+  expect(new Set(hues).size).toBe(10);
+  expect(hues).not.toContain(null);
+  expect([lookOfRun(3, 0).hue, lookOfRun(3, 0).dash]).not.toEqual([lookOfRun(3, 1).hue, lookOfRun(3, 1).dash]);
+});
+
 test("a table has a row for each place and a cell for each curve", () => {
-  const { rows, all } = tableRows([curve([1, 2, 3, 4]), curve([10, 20], 2)], { column: "step", from: 1, to: 3, limit: 100 });
+  const { rows, all } = tableRows([tabled([1, 2, 3, 4]), tabled([10, 20], 2)], { column: "step", from: 1, to: 3, limit: 100 });
   expect(rows).toEqual([{ x: 1, values: [2, null] }, { x: 2, values: [3, 20] }, { x: 3, values: [4, null] }]);
   expect(all).toBe(3);
 });
 
 test("a long table shows every n-th row, and the newest", () => {
-  const { rows, all } = tableRows([curve(Array.from({ length: 1_000 }, (_, index) => index))], { column: "step", from: 0, to: 1e9, limit: 200 });
+  const { rows, all } = tableRows([tabled(Array.from({ length: 1_000 }, (_, index) => index))], { column: "step", from: 0, to: 1e9, limit: 200 });
   expect(all).toBe(1_000);
   expect(rows.length).toBeLessThanOrEqual(200);
   expect(rows.at(-1)).toEqual({ x: 999, values: [999] });
 });
 
 test("a long table leaves no point of a curve out that has few", () => {
-  const train = curve(Array.from({ length: 1_000 }, (_, index) => index));
-  const { rows } = tableRows([train, curve([1, 2, 3], 333)], { column: "step", from: 0, to: 1e9, limit: 200 });
+  const train = tabled(Array.from({ length: 1_000 }, (_, index) => index));
+  const { rows } = tableRows([train, tabled([1, 2, 3], 333)], { column: "step", from: 0, to: 1e9, limit: 200 });
   expect(rows.filter(({ values }) => values[1] !== null).map(({ x }) => x)).toEqual([0, 333, 666]);
 });

@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 
-import { CSV_STEPS, csvLine, csvRows, readCsv } from "../../src/charts/export";
+import { CSV_STEPS, csvLine, csvRows, type CsvRun, readCsv } from "../../src/charts/export";
 import { type Answer, NoAnswer, type Part, Ranges } from "../../src/charts/ranges";
 import type { ChartFrame, Gap, NonFinite, RangeQuery, SeriesInfo } from "../../src/protocol";
 
@@ -86,11 +86,15 @@ function frame(query: RangeQuery, steps: Float64Array, more: boolean): ChartFram
 
 const SERIES: SeriesInfo = { id: 3, key: "=loss", panel: "loss", group: "", label: "train", better: "min" };
 
+const csvRun = (ranges: Ranges, lastStep: number, name = "r", series = [SERIES]): CsvRun => ({
+  name, series, lastStep, ask: (question) => ranges.ask(question),
+});
+
 describe("a whole file", () => {
   test("has every point once and in order, asked for piece by piece", async () => {
     const last = 2 * CSV_STEPS + 123;
     const { ranges, asked } = serve(last);
-    const text = await (await readCsv(ranges, [SERIES], last)).text();
+    const text = await (await readCsv([csvRun(ranges, last)])).text();
     const [head, ...rows] = text.trimEnd().split("\r\n");
     expect(head).toBe(`step,epoch,time,"'=loss",note`);
     expect(rows.map((row) => Number(row.split(",")[0]))).toEqual(Array.from({ length: last + 1 }, (_, step) => step));
@@ -100,13 +104,22 @@ describe("a whole file", () => {
 
   test("has also what came after the last step that was known", async () => {
     const { ranges } = serve(50);
-    const text = await (await readCsv(ranges, [SERIES], 10)).text();
+    const text = await (await readCsv([csvRun(ranges, 10)])).text();
     expect(text.trimEnd().split("\r\n")).toHaveLength(52);
+  });
+
+  test("of several runs names them, and leaves empty what one of them lacks", async () => {
+    const { ranges } = serve(1);
+    const other = { ...SERIES, key: "other" };
+    const text = await (await readCsv([csvRun(ranges, 1, "a"), csvRun(ranges, 1, "b", [other])])).text();
+    expect(text).toBe(
+      [`run,step,epoch,time,"'=loss",other,note`, "a,0,0,0,0,,", "a,1,1,1,2,,", "b,0,0,0,,0,", "b,1,1,1,,2,", ""].join("\r\n"),
+    );
   });
 
   test("is given up when the connection goes", async () => {
     const ranges = new Ranges(() => {});
-    const file = readCsv(ranges, [SERIES], 10);
+    const file = readCsv([csvRun(ranges, 10)]);
     ranges.abandon("the connection was lost");
     await expect(file).rejects.toThrow(NoAnswer);
   });

@@ -4,13 +4,15 @@ import { Scale } from "../../src/charts/axes";
 import { type Drawn, fit, isSquashed } from "../../src/charts/fit";
 import { Curve } from "../../src/charts/series_store";
 
+const SCENE = { column: "step" as const, origin: 0, x: new Scale(0, 1_000) };
+
 function drawn(...values: number[]): Drawn {
   const curve = new Curve();
   values.forEach((value, step) => curve.push(step, step, step, value));
-  return { curve, values: curve.value };
+  return { curve, values: curve.value, scene: SCENE };
 }
 
-const view = (log = false) => ({ column: "step" as const, origin: 0, x: new Scale(0, 1_000), logY: log });
+const view = (log = false) => ({ logY: log });
 const WAVE = Array.from({ length: 200 }, (_, index) => 1 + 0.2 * Math.sin(index));
 const SPIKED = WAVE.map((value, index) => (index === 100 ? 300 : value));
 
