@@ -1,8 +1,8 @@
-// What is fixed about the run: where it runs and every knob of it, as the server has masked them.
+// What is fixed about the run: what it was made with, where it runs, and every knob of it, as the server has masked them.
 
 import { button, h, replaceChildren, setText, show } from "./dom";
 import * as format from "./format";
-import type { RunInfo } from "./protocol";
+import type { RunInfo, RunRow } from "./protocol";
 import { finder, searchField } from "./search";
 
 export interface Entry {
@@ -27,40 +27,62 @@ export function flatten(value: unknown, prefix = ""): Entry[] {
 export class Config {
   readonly element: HTMLElement;
   readonly search = searchField("Filter settings", () => this.#draw());
+  readonly #made = h("dl", { class: "settings" });
+  readonly #madeTitle = h("h2", {}, "Made with");
   readonly #facts = h("dl", { class: "settings" });
   readonly #settings = h("dl", { class: "settings" });
+  /** Folded: knobs that are not at their default stand among what the run was made with. */
+  readonly #summary = h("summary");
+  readonly #knobs = h("details", {}, this.#summary, this.#settings);
   readonly #note = h("p", { class: "empty" });
   readonly #copied = h("span", { class: "hint", role: "status" });
   #run: RunInfo | null = null;
+  #row: RunRow | null = null;
 
   constructor() {
     this.element = h(
       "div",
       { class: "config" },
       h("div", { class: "toolbar" }, this.search, button("Copy as JSON", { onclick: () => void this.#copy() }), this.#copied),
+      this.#madeTitle,
+      this.#made,
       h("h2", {}, "Run"),
       this.#facts,
-      h("h2", {}, "Configuration"),
-      this.#settings,
+      this.#knobs,
       this.#note,
     );
   }
 
-  update(run: RunInfo | null): void {
-    if (run === this.#run) return;
+  /** `row` is what the list of runs has of the run: its name, tags and note. */
+  update(run: RunInfo | null, row: RunRow | null): void {
+    if (run === this.#run && row?.version === this.#row?.version) return;
+    if (run !== this.#run) {
+      setText(this.#copied, "");
+      // A recorded run of an earlier version has its knobs only.
+      this.#knobs.open = Object.keys(run?.hyperparameters ?? {}).length === 0;
+    }
     this.#run = run;
-    setText(this.#copied, "");
+    this.#row = row;
     this.#draw();
   }
 
   #draw(): void {
     const finds = finder(this.search.value);
     const fits = ({ key, value }: Entry): boolean => finds(`${key} ${value}`);
-    const facts = this.#run === null ? [] : factsOf(this.#run).filter(fits);
-    const settings = this.#run === null ? [] : flatten(this.#run.config).filter(({ key }) => key !== "").filter(fits);
+    const laidOut = (values: Record<string, unknown> | undefined): Entry[] =>
+      flatten(values ?? {}).filter((each) => each.key !== "" && fits(each));
+    const facts = this.#run === null ? [] : factsOf(this.#run, this.#row).filter(fits);
+    const made = laidOut(this.#run?.hyperparameters);
+    const knobs = laidOut(this.#run?.config);
+    replaceChildren(this.#made, ...made.map(entry));
     replaceChildren(this.#facts, ...facts.map(entry));
-    replaceChildren(this.#settings, ...settings.map(entry));
-    const text = this.#run === null ? "No run yet." : facts.length + settings.length === 0 ? "No setting matches." : "";
+    replaceChildren(this.#settings, ...knobs.map(entry));
+    show(this.#madeTitle, made.length > 0);
+    show(this.#knobs, knobs.length > 0);
+    setText(this.#summary, `All knobs of the trainer: ${knobs.length}`);
+    if (this.search.value !== "") this.#knobs.open = true;
+    const none = facts.length + made.length + knobs.length === 0;
+    const text = this.#run === null ? "No run yet." : none ? "No setting matches." : "";
     setText(this.#note, text);
     show(this.#note, text !== "");
   }
@@ -68,7 +90,7 @@ export class Config {
   async #copy(): Promise<void> {
     if (this.#run === null) return;
     try {
-      await navigator.clipboard.writeText(JSON.stringify(this.#run.config, null, 2));
+      await navigator.clipboard.writeText(JSON.stringify({ ...this.#run.hyperparameters, config: this.#run.config }, null, 2));
       setText(this.#copied, "Copied.");
     } catch {
       setText(this.#copied, "The browser does not let this page copy (it does over https and on localhost).");
@@ -80,14 +102,17 @@ function entry({ key, value }: Entry): HTMLElement {
   return h("div", { class: "setting" }, h("dt", {}, key), h("dd", {}, value));
 }
 
-function factsOf(run: RunInfo): Entry[] {
+function factsOf(run: RunInfo, row: RunRow | null): Entry[] {
   const limits = [
     run.epochs === null ? "" : `${format.count(run.epochs)} epochs`,
     run.max_steps === null ? "" : `${format.count(run.max_steps)} steps`,
     run.max_time === null ? "" : format.duration(run.max_time),
   ];
   const facts: [string, string | null][] = [
-    ["name", run.name],
+    ["name", row?.name ?? run.name],
+    ["id", row !== null && row.name !== run.name ? run.name : null],
+    ["tags", row?.tags.join(", ") ?? null],
+    ["note", row?.note ?? null],
     ["attempt", run.attempt > 0 ? String(run.attempt) : null],
     ["started", run.started > 0 ? format.dateTime(run.started) : null],
     ["host", run.host],

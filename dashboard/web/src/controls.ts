@@ -56,8 +56,10 @@ class Control {
     replaceChildren(this.#label, h("span", { class: "long" }, label), short);
   }
 
-  update(model: Model, link: Link): void {
+  /** `of` is the name of the run where there are several, else empty. */
+  update(model: Model, link: Link, of: string): void {
     this.#reason = refusal(this.#name, model, link);
+    setAttribute(this.element, "aria-label", of === "" ? null : `${COMMAND_LABELS[this.#name]} ${of}`);
     const busy = pending(model, this.#name) !== undefined;
     setAttribute(this.element, "aria-disabled", this.#reason === null ? null : "true");
     setAttribute(this.element, "title", this.#reason);
@@ -78,6 +80,8 @@ export class Controls {
   readonly #host: ControlsHost;
   readonly #controls: Control[];
   readonly #pauseOrResume: Control;
+  readonly #of = h("span", { class: "controls-of", dir: "auto" });
+  readonly #page = h("a", { class: "button controls-page", target: "_blank", rel: "noopener noreferrer", hidden: true }, "Open its own page");
   readonly #stop: StopDialog;
   readonly #lr: LrDialog;
   #model: Model | null = null;
@@ -99,17 +103,27 @@ export class Controls {
     this.element = h(
       "div",
       { class: "controls", role: "group", "aria-label": "Control of the run" },
+      this.#of,
       ...this.#controls.map(({ element }) => element),
+      this.#page,
     );
   }
 
-  update(model: Model, link: Link, now: number): void {
+  /** `of` is the name of the run where there are several, else empty. */
+  update(model: Model, link: Link, now: number, of: string): void {
     this.#model = model;
     this.#now = now;
     const resumes = stateOf(model) === "paused" || pending(model, "resume") !== undefined;
     this.#pauseOrResume.rename(resumes ? "resume" : "pause");
-    for (const control of this.#controls) control.update(model, link);
-    this.#stop.update(model);
+    for (const control of this.#controls) control.update(model, link, of);
+    setText(this.#of, of);
+    setAttribute(this.#of, "title", of || null);
+    show(this.#of, of !== "");
+    // From a file of another process: nothing but an address of a page.
+    const page = /^https?:\/\//.test(model.run?.page ?? "") ? (model.run?.page ?? null) : null;
+    setAttribute(this.#page, "href", page);
+    show(this.#page, page !== null);
+    this.#stop.update(model, of);
     this.#lr.update(model);
     this.#tell(model.commands);
   }
@@ -156,6 +170,7 @@ class StopDialog {
   readonly #heading = h("h2");
   readonly #checkpoint = h("input", { type: "checkbox", checked: true });
   readonly #why = h("span", { class: "hint" });
+  #name = "";
 
   constructor(give: (order: Order) => void) {
     const stop = button("Stop training", {
@@ -182,14 +197,15 @@ class StopDialog {
 
   open(model: Model): void {
     const refused = model.run?.refused.checkpoint;
-    setText(this.#heading, `Stop ${model.run?.name ?? "the run"}?`);
+    setText(this.#heading, `Stop ${this.#name || (model.run?.name ?? "the run")}?`);
     this.#checkpoint.checked = !refused;
     this.#checkpoint.disabled = Boolean(refused);
     setText(this.#why, refused ?? "");
     this.element.showModal();
   }
 
-  update(model: Model): void {
+  update(model: Model, name: string): void {
+    this.#name = name;
     if (this.element.open && model.run === null) this.element.close();
   }
 }

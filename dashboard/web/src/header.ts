@@ -163,9 +163,12 @@ export class Header {
     setAttribute(this.#bell, "aria-pressed", String(on));
   }
 
-  update(model: Model, described: Described, link: Link): void {
+  update(model: Model, described: Described, link: Link, name: string): void {
     const { run, status } = model;
     this.#updateRun(run);
+    const title = run === null ? "offloop" : name + (run.attempt > 0 ? ` #${run.attempt}` : "");
+    setText(this.#name, title);
+    setAttribute(this.#name, "title", title);
     setText(this.#word, described.word);
     setAttribute(this.#pill, "data-tone", described.tone);
     setText(this.#detail, described.detail);
@@ -182,9 +185,6 @@ export class Header {
   #updateRun(run: RunInfo | null): void {
     if (run === this.#run) return;
     this.#run = run;
-    const name = run === null ? "offloop" : run.name + (run.attempt > 0 ? ` #${run.attempt}` : "");
-    setText(this.#name, name);
-    setAttribute(this.#name, "title", run === null ? null : name);
     const facts: [string, string][] =
       run === null
         ? []

@@ -500,10 +500,12 @@ class Page {
     this.#title(seen, described);
     this.#tellEnd();
     if (document.visibilityState === "hidden") return;
-    this.#header.update(model, described, this.#link);
-    this.#controls.update(model, this.#link, seen.now);
+    const row = this.#runs.rowOf(model.run?.key);
+    const name = row?.name ?? model.run?.name ?? "";
+    this.#header.update(model, described, this.#link, name);
+    this.#controls.update(model, this.#link, seen.now, this.#runs.bar.store.total > 1 ? name : "");
     this.#events.update(model);
-    this.#config.update(model.run);
+    this.#config.update(model.run, row);
     this.#runs.update();
     this.#notices.update(described.notices);
     const { tab } = this.#view.get();

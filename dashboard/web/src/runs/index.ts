@@ -111,6 +111,11 @@ export class Runs {
     return chosen(this.chosen).flatMap((key) => this.bar.store.rows.get(key) ?? []);
   }
 
+  /** What the list of runs has of a run; null if it is not known. */
+  rowOf(key: string | undefined): RunRow | null {
+    return this.bar.store.rows.get(key ?? "") ?? null;
+  }
+
   edit(key: string): void {
     const row = this.bar.store.rows.get(key);
     if (row !== undefined && this.#control) this.editor.open(row);
