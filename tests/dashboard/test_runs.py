@@ -350,13 +350,13 @@ def test_the_list_fits_every_width_and_nothing_serious_hinders_anybody(
     )
     expect(word(page)).to_have_text("live")
     if width < 1100:
-        expect(page.locator(".runs")).to_be_hidden()
+        expect(page.locator(".runbar")).to_be_hidden()
         page.locator(".runs-toggle").click()
     tick(page, "run-29").click()
     schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
     for scheme in schemes:
         page.emulate_media(color_scheme=scheme)
-        if page.locator(".runs").is_hidden():
+        if page.locator(".runbar").is_hidden():
             page.locator(".runs-toggle").click()
         assert_nothing_hinders(page)
         shot(page, f"runs-{scheme}-{width}")

@@ -126,7 +126,7 @@ export class RunBar {
     new ResizeObserver(() => this.#draw()).observe(this.#grid);
     this.element = h(
       "aside",
-      { class: "runs", id: "runs", "aria-label": "List of runs", hidden: true },
+      { class: "runbar", id: "runs", "aria-label": "List of runs", hidden: true },
       h(
         "div",
         { class: "runs-head" },
