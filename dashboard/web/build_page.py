@@ -62,7 +62,11 @@ CHANGES: Final = (
     # Attributes of a class stay in the bundle although nothing uses them: bars, splines, dates, joins; 3 KB gzipped.
     ("uplot/dist/uPlot.esm.js", r"^uPlot\.assign = .*(?=^export )", ""),
     # The page draws curves and writes axes itself: these paths and dates are never asked for; 2.4 KB gzipped.
-    ("uplot/dist/uPlot.esm.js", r"^function genTimeStuffs\(.*?^}$", "const genTimeStuffs = () => [0, [], () => 0];"),
+    (
+        "uplot/dist/uPlot.esm.js",
+        r"^function genTimeStuffs\(.*?^}$",
+        "const genTimeStuffs = () => [0, [], () => 0];",
+    ),
     ("uplot/dist/uPlot.esm.js", r"^function fmtDate\(.*?^}$", "const fmtDate = () => null;"),
     ("uplot/dist/uPlot.esm.js", r"^function linear\(.*?^}$", "const linear = () => null;"),
     ("uplot/dist/uPlot.esm.js", r"^function points\(.*?^}$", "const points = () => null;"),

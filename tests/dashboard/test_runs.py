@@ -375,3 +375,83 @@ def assert_nothing_hinders(page: Page) -> None:
     found = Axe().run(page)
     impacts = [each["impact"] for each in found.response["violations"]]
     assert not {"serious", "critical"} & set(impacts), found.generate_report()
+
+
+def test_controls_name_the_run_where_there_are_several(several: tuple[Training, Page]) -> None:
+    _, page = several
+    stop = page.get_by_role("group", name="Control of the run").get_by_role("button", name="Stop live")
+    stop.click()
+    expect(page.get_by_role("heading", name="Stop live?")).to_be_visible()
+
+
+def test_configuration_begins_with_what_the_run_was_made_with_and_folds_the_knobs(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    run = training(tmp_path, max_steps=50, knobs={"hyperparameters": {"dropout": 0.3}, "seed": 7}).begin()
+    page = open_page(run.dashboard.url)
+    expect(word(page)).to_have_text("waiting for the first step")
+    page.get_by_role("tab", name="Configuration").click()
+    panel = page.get_by_role("tabpanel", name="Configuration")
+    expect(panel.get_by_role("heading").first).to_have_text("Made with")
+    made = panel.locator("dl").first
+    for name, value in (("dropout", "0.3"), ("optimizer.lr", "0.1"), ("max_steps", "50"), ("seed", "7")):
+        expect(made.locator(".setting", has_text=re.compile(f"^{re.escape(name)}"))).to_contain_text(value)
+    expect(made).not_to_contain_text("gradient_clip_val")
+    expect(panel.get_by_text("gradient_clip_val")).to_be_hidden()
+    panel.get_by_text(re.compile("^All knobs of the trainer")).click()
+    expect(panel.get_by_text("gradient_clip_val")).to_be_visible()
+
+
+def open_editor(page: Page, name: str) -> Locator:
+    of(page, name).hover()
+    of(page, name).get_by_role("button", name=f"Edit {name}").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    return dialog
+
+
+def test_of_two_tabs_that_edit_a_note_the_second_is_told_and_keeps_its_text(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    run = training(tmp_path, knobs={"run_name": "live"}).begin()
+    run.step(loss=0.5)
+    pages = [open_page(run.dashboard.url, viewport={"width": 1440, "height": 900}) for _ in range(2)]
+    for page in pages:
+        expect(word(page)).to_have_text("live")
+        page.locator(".runs-toggle").click()
+        open_editor(page, "live").get_by_label("Note").fill(f"of {pages.index(page)}")
+    first, second = pages
+    first.get_by_label("Tags").fill("paper, good one")
+    first.get_by_label("Name", exact=True).fill("My <b>run</b>")
+    first.get_by_role("button", name="Save", exact=True).click()
+    expect(first.get_by_role("dialog")).to_be_hidden()
+    expect(of(first, "My <b>run</b>")).to_contain_text("#paper · #good one")
+    expect(first.locator(".run-name")).to_have_text("My <b>run</b>")
+    second.get_by_role("button", name="Save", exact=True).click()
+    expect(second.get_by_role("alert").filter(has_text="the note is “of 0”")).to_be_visible()
+    expect(second.get_by_label("Note")).to_have_value("of 1")
+    second.get_by_role("button", name="Save", exact=True).click()
+    expect(second.get_by_role("dialog")).to_be_hidden()
+    labels = json.loads((tmp_path / "live" / "labels.json").read_text())
+    assert labels["note"] == "of 1" and labels["name"] == "My <b>run</b>"
+    second.get_by_role("tab", name="Configuration").click()
+    expect(second.get_by_role("tabpanel", name="Configuration")).to_contain_text("of 1")
+
+
+def test_a_note_that_is_too_long_is_told_and_readers_have_no_editor(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    run = training(tmp_path, knobs={"run_name": "live"}).begin()
+    run.step(loss=0.5)
+    page = open_page(run.dashboard.url, viewport={"width": 1440, "height": 900})
+    page.locator(".runs-toggle").click()
+    dialog = open_editor(page, "live")
+    dialog.get_by_label("Note").fill("x" * 16_385)
+    dialog.get_by_role("button", name="Save", exact=True).click()
+    expect(dialog.get_by_role("alert")).to_contain_text("at most 16384 characters")
+    reader = open_page(run.dashboard.read_only_url, viewport={"width": 1440, "height": 900})
+    expect(word(reader)).to_have_text("live")
+    reader.locator(".runs-toggle").click()
+    of(reader, "live").hover()
+    expect(of(reader, "live").get_by_role("button", name="Make live the baseline")).to_be_visible()
+    expect(of(reader, "live").get_by_role("button", name="Edit live")).to_have_count(0)
