@@ -25,7 +25,7 @@ from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.page_file import page_of
 from offloop.dashboard.protocol import RunRow, RunSummary
 from offloop.dashboard.rows import row_of_record
-from offloop.dashboard.run_reader import REST, AbandonedError, RunReader
+from offloop.dashboard.run_reader import LONGEST_REST, REST, AbandonedError, RunReader
 from offloop.engine import RunCatalog, RunRecord
 
 logger = logging.getLogger("offloop")
@@ -51,7 +51,7 @@ FILLING_AT_ONCE: Final = 2
 PATIENCE: Final = 3.0
 """Seconds after which a disk that has not answered is reported."""
 AT_ONCE: Final = 0.005
-"""Seconds that a thread computes between two rests beside a run of this process."""
+"""Seconds that a thread works between two rests beside a run of this process."""
 EVENTS_AT_ONCE: Final = 200
 """Events that the event loop takes in before other tasks have their turn."""
 
@@ -289,17 +289,17 @@ class FollowedRuns:
     async def _read(self, run: _OpenRun, function: Callable[[], T], slot: "_Slot | None" = None) -> T:
         """Call a function that reads a run; tell how far it is, or that the disk does not answer."""
         call = self._calls.begin(function)
-        moved_at, share = time.monotonic(), run.reader.share_read
+        moved_at, parts = time.monotonic(), run.reader.parts_read
         while True:
             await call.wait(1.0)
             if call.is_done:
                 return call.result()
-            if run.reader.share_read != share:
-                moved_at, share = time.monotonic(), run.reader.share_read
+            if run.reader.parts_read != parts:
+                moved_at, parts = time.monotonic(), run.reader.parts_read
             quiet = time.monotonic() - moved_at
             if quiet < PATIENCE:
                 if slot is not None:
-                    self._say(run, f"reading the log: {share:.0%}")
+                    self._say(run, f"reading the log: {run.reader.share_read:.0%}")
                 continue
             if slot is not None:
                 # Others may read meanwhile.
@@ -312,7 +312,7 @@ class FollowedRuns:
         assert live is not None and isinstance(live.source, FollowedRun)
         has_more = True
         while has_more:
-            began, now = time.thread_time(), time.monotonic()
+            now = time.monotonic()
             with_record = now - run.looked_at >= RECORD_INTERVAL
             if with_record:
                 run.looked_at = now
@@ -320,7 +320,7 @@ class FollowedRuns:
             if news.is_restarted:
                 return False
             self._say(run, "")
-            count = news.before
+            count, began = news.before, time.monotonic()
             if news.is_described_anew:
                 live.describe_again()
                 self._audience.show(live)
@@ -335,7 +335,7 @@ class FollowedRuns:
                 await anyio.lowlevel.checkpoint()
             has_more = news.has_more
             if has_more and self._audience.is_training():
-                await anyio.sleep(REST * (news.seconds + time.thread_time() - began))
+                await anyio.sleep(min(REST * (news.seconds + time.monotonic() - began), LONGEST_REST))
         return True
 
     def _show(self, run: _OpenRun, live: LiveRun) -> None:
@@ -398,15 +398,15 @@ class FollowedRuns:
         self._catalog.rest = REST if self._audience.is_training() else 0.0
         changed, removed = self._catalog.refresh()
         rows = []
-        since = time.thread_time()
+        since = time.monotonic()
         # The newest first: a long list comes in parts.
         for record in sorted(changed, key=lambda each: -each.created):
             goes_on = not record.has_ended and record.state != "lost"
             page = page_of(Path(record.directory)) if goes_on else None
             rows.append((record, row_of_record(record, page)))
-            if self._catalog.rest and (worked := time.thread_time() - since) > AT_ONCE:
-                time.sleep(self._catalog.rest * worked)
-                since = time.thread_time()
+            if self._catalog.rest and (worked := time.monotonic() - since) > AT_ONCE:
+                time.sleep(min(self._catalog.rest * worked, LONGEST_REST))
+                since = time.monotonic()
         return rows, removed
 
 

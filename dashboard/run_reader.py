@@ -41,7 +41,10 @@ EVENTS_AT_ONCE: Final = 500
 GENTLE_EVENTS: Final = 50
 """Events between two pauses beside a run of this process: some milliseconds of the interpreter."""
 REST: Final = 9.0
-"""Seconds of rest for each second of computing beside a run of this process: a tenth of a core."""
+"""Seconds of rest for each second of work beside a run of this process. Time spent waiting for the interpreter counts:
+training waits for it as long."""
+LONGEST_REST: Final = 2.0
+"""Seconds: what took longer waited for the disk."""
 
 
 class AbandonedError(OffloopError):
@@ -62,7 +65,7 @@ class News(NamedTuple):
     """True if the fixed facts have changed."""
     has_more: bool
     seconds: float
-    """Time that the thread has computed."""
+    """How long reading took."""
 
 
 class RunReader:
@@ -90,6 +93,8 @@ class RunReader:
         self.share_read = 0.0
         """Share of the log that `fill` has read, for another thread."""
         self._record = record
+        self.parts_read = 0
+        """Grows while reading gets on, for another thread."""
         self._log = self.directory / "events.jsonl"
         self._history_bytes = history_bytes
         self._milestone_bytes = milestone_bytes
@@ -114,7 +119,7 @@ class RunReader:
                 if live is None:
                     live = self._live(source, events, is_coarse=True)
                 take_in(source, live, events, state.st_mtime, 0)
-                self._pause(len(events))
+                self._pause()
         finally:
             os.close(file)
         if live is None:
@@ -149,7 +154,7 @@ class RunReader:
             self.share_read = self._tail.position / max(self._tail.size, 1)
             if not events and self._tail.position == before:
                 return self._live(source, (), series=series) if live is None else live
-            self._pause(len(events))
+            self._pause()
 
     def empty(self, why: str) -> LiveRun:
         """Return the run without its log, of which there is something to say. Does not block."""
@@ -167,13 +172,13 @@ class RunReader:
         Raises:
             OSError: The directory is gone, or its log cannot be read. A later call continues.
         """
-        began = time.thread_time()
+        began = time.monotonic()
         events = [event for _, event in self._tail.read(self._at_once)]
         is_restarted, count = self._tail.restarted, self._count
         self._count += len(events)
         is_described_anew = with_record and source.update()
         has_more = bool(events) and self._tail.position < self._tail.size
-        written, seconds = time_of(self._log), time.thread_time() - began
+        written, seconds = time_of(self._log), time.monotonic() - began
         return News(events, written, count, is_restarted, is_described_anew, has_more, seconds)
 
     @property
@@ -188,7 +193,7 @@ class RunReader:
     def _source(self) -> FollowedRun:
         source = FollowedRun(self._record)
         source.update()
-        self._worked_since = time.thread_time()
+        self._worked_since = time.monotonic()
         return source
 
     def _live(
@@ -210,12 +215,13 @@ class RunReader:
             is_coarse=is_coarse,
         )
 
-    def _pause(self, events: int) -> None:
+    def _pause(self) -> None:
+        self.parts_read += 1
         if self.is_abandoned:
             raise AbandonedError("reading was given up")
         if self._is_gentle():
-            time.sleep(REST * max(0.0, time.thread_time() - self._worked_since))
-        self._worked_since = time.thread_time()
+            time.sleep(min(REST * (time.monotonic() - self._worked_since), LONGEST_REST))
+        self._worked_since = time.monotonic()
 
 
 def _some_events(file: int, size: int) -> Iterator[Event]:

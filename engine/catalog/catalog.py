@@ -36,7 +36,9 @@ DEPTH: Final = 3
 NO_ANSWER: Final = 5.0
 """Seconds after which a directory that does not answer is left out."""
 AT_ONCE: Final = 0.005
-"""Seconds of computing between two rests."""
+"""Seconds of work between two rests."""
+LONGEST_REST: Final = 0.5
+"""Seconds: what took longer waited for the disk."""
 NEVER: Final = float("-inf")
 FILES: Final = (RUN_JSON, FILE_NAME, LABELS_JSON, LOCK)
 """Files whose changes make a record out of date."""
@@ -126,7 +128,7 @@ class RunCatalog:
         self.no_answer = NO_ANSWER
         """Seconds after which a directory that does not answer is left out."""
         self.rest = 0.0
-        """Seconds that reading rests for each second that it computes, to leave the interpreter to other threads."""
+        """Seconds that reading rests for each second that it works, to leave the interpreter to other threads."""
         # Written by the caller's thread between two walks
         self._known: dict[str, _Known] = {}
         # Keys of directories that do not answer, with the threads that wait for them.
@@ -171,11 +173,12 @@ class RunCatalog:
     def _walk(self, walk: _Walk) -> None:
         """Look at all places. Reading thread."""
         stuck = set(self._stuck)
-        since = time.thread_time()
+        since = time.monotonic()
         while place := walk.next_place():
-            if self.rest and (worked := time.thread_time() - since) > AT_ONCE:
-                time.sleep(self.rest * worked)
-                since = time.thread_time()
+            # Time spent waiting for the interpreter counts: other threads waited for it as long.
+            if self.rest and (worked := time.monotonic() - since) > AT_ONCE:
+                time.sleep(min(self.rest * worked, LONGEST_REST))
+                since = time.monotonic()
             if place.key in stuck:
                 continue
             try:

@@ -18,7 +18,7 @@ from socket_viewer import PATIENCE, SocketViewer, await_on_loop, on_loop
 
 from offloop.dashboard import Dashboard, followed_runs, run_reader
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import CommandRequest, Edit, ListRuns, Watch
+from offloop.dashboard.protocol import CommandRequest, Edit, ListRuns, Overlay, Show, Watch
 from offloop.dashboard.server import Server
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
@@ -90,6 +90,22 @@ def test_viewer_chooses_among_past_runs_and_takes_commands_back(serve: Serve, tm
         viewer.say(Watch(run="three"))
         viewer.wait(lambda page: page.runs == ["one", "two"])
         assert page.run.key == "one", "there is no such run"
+
+
+def test_past_runs_are_laid_over_each_other(serve: Serve, tmp_path: Path) -> None:
+    for number in range(4):
+        write_run(tmp_path / f"run{number}", events_of(3 + number), created=1_000.0 + number)
+    with SocketViewer(serve().url) as viewer:
+        wait_for_losses(viewer, 6)
+        viewer.say(Overlay(runs=["run0", "run2", "gone"]))
+        viewer.wait(lambda page: set(page.others) == {"run0", "run2"})
+        viewer.wait(lambda page: all(each.series and each.status for each in page.others.values()))
+        for key, other in viewer.page.others.items():
+            viewer.say(Show(run=key, series=sorted(other.series)))
+        viewer.wait(lambda page: len(page.others["run0"].points.get(0, {})) == 3)
+        viewer.wait(lambda page: len(page.others["run2"].points.get(0, {})) == 5)
+        viewer.say(Overlay(runs=["run1"]))
+        viewer.wait(lambda page: "run1" in page.others)
 
 
 def test_speeds_of_a_past_run_do_not_depend_on_when_it_is_read(serve: Serve, tmp_path: Path) -> None:
