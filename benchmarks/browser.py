@@ -8,6 +8,7 @@ A run does about 100 steps a second and logs eight metrics, each in a panel of i
     browser's CPU       All of Chromium's processes, with 8 panels of 2,000 points and 10 frames a second.
     frame               From the start of an animation frame in which the page works to the moment when the browser
                         has laid out and painted and takes the next message; with as many points as asked for.
+    frame, 10 runs      The same with ten live runs over each other, each with 2 steps a second.
     page current again  From the moment when a new server listens at the same port to the first frame drawn from it.
     heap                Of the page's JavaScript, after its garbage was collected, before and after the frames above.
 
@@ -18,6 +19,7 @@ Needs Debian's chromium and playwright (`pip install 'offloop[browser]'`).
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import math
 import os
@@ -61,6 +63,7 @@ class Paced(Trainer):
     """Logs eight metrics a step, at a pace; as fast as it can to fill the history."""
 
     fill_until = 0
+    every = STEP
 
     def __init__(self, dashboard: Dashboard) -> None:
         model = torch.nn.Linear(1, 1)
@@ -74,7 +77,7 @@ class Paced(Trainer):
         if step >= self.fill_until:
             self.filled.set()
             time.sleep(max(0.0, self.next_at - time.perf_counter()))
-            self.next_at = time.perf_counter() + STEP
+            self.next_at = time.perf_counter() + self.every
         for panel in range(PANELS - 2):  # loss and lr are the other two
             self.log(f"metric_{panel}", math.sin(step / (50 + 10 * panel)) + (step * 7919 % 100) / 500)
         return self.model(batch).sum() * 0 + math.exp(-step / 3000)
@@ -117,10 +120,10 @@ class Watch:
 class Training:
     """A run in a thread, shown at a port."""
 
-    def __init__(self, port: int, fill: int) -> None:
+    def __init__(self, port: int, fill: int, every: float = STEP) -> None:
         self.dashboard = Dashboard(port=port, quiet=True, token="0123456789abcdef")
         self.trainer = Paced(self.dashboard)
-        self.trainer.fill_until = fill
+        self.trainer.fill_until, self.trainer.every = fill, every
         self.thread = threading.Thread(target=self._train)
 
     def _train(self) -> None:
@@ -219,8 +222,35 @@ async def measure(report: Report, seconds: float, chromium: str) -> None:
             report.row(f"heap, {name}", f"{before:.1f} -> {after:.1f} MB", 1, "+ <= 5 MB")
             report.figure(f"cpu, {points}", share)
             report.figure(f"heap, {points}", [before, after])
+        await measure_overlaid(report, browser, seconds)
         await measure_return(report, browser, watch)
         await browser.close()
+
+
+async def measure_overlaid(report: Report, browser: Any, seconds: float, runs: int = 10) -> None:
+    """Show several runs over each other."""
+    with contextlib.ExitStack() as stack:
+        trainings = [stack.enter_context(Training(0, 2_000, 0.5)) for _ in range(runs)]
+        context = await browser.new_context(viewport={"width": 1600, "height": 1000})
+        page = await context.new_page()
+        await page.add_init_script(WATCH_FRAMES)
+        await page.goto(trainings[0].dashboard.url)
+        await wait_for_points(page)
+        first, *others = [training.run.id for training in trainings]
+        await page.evaluate(
+            "view => { location.hash = view; }", f"#v=1&run={first}&with={'&with='.join(others)}"
+        )
+        legend = page.locator(".chart").first.locator(".curve")
+        await legend.nth(runs - 1).wait_for()
+        await asyncio.sleep(3)
+        await page.evaluate("() => { window.frameTimes = []; }")
+        await asyncio.sleep(seconds)
+        frames = [each / 1000 for each in await page.evaluate("() => window.frameTimes")]
+        await context.close()
+    p50, p99 = quantile(frames, 0.5) * 1000, quantile(frames, 0.99) * 1000
+    name = f"frame, {runs} runs x {PANELS} panels x 2,000 points"
+    report.row(name, f"p50 {p50:.0f} ms, p99 {p99:.0f} ms", len(frames), "p50 <= 50 ms")
+    report.figure(f"frame, {runs} runs", {"p50": p50, "p99": p99, "n": len(frames)})
 
 
 async def measure_return(report: Report, browser: Any, watch: Watch, rounds: int = 5) -> None:
