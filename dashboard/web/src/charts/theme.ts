@@ -5,8 +5,8 @@ import { h } from "../dom";
 
 /** Hues after which they repeat, with another dash: the palette of Okabe and Ito without its yellow. */
 export const HUES = 7;
-/** Colours of runs: those of curves without grey, and further ones. */
-const RUN_HUES: readonly number[] = [0, 1, 2, 3, 7, 5, 8, 4, 9, 6];
+/** Colours of runs: those of curves without grey, which is the baseline's, and further ones. */
+const RUN_HUES: readonly number[] = [0, 1, 2, 3, 7, 5, 8, 4, 9, 10];
 const DASHES: readonly (readonly number[])[] = [[], [7, 3], [2, 2.5], [9, 3, 2, 3], [14, 4]];
 
 export interface Theme {
@@ -31,7 +31,7 @@ export function readTheme(root: HTMLElement): Theme {
     return style.color;
   };
   const theme = {
-    hues: Array.from({ length: RUN_HUES.length }, (_, index) => colour(String(index + 1))),
+    hues: Array.from({ length: Math.max(...RUN_HUES) + 1 }, (_, index) => colour(String(index + 1))),
     background: colour("background"),
     text: colour("text"),
     faint: colour("faint"),
