@@ -316,7 +316,7 @@ class FollowedRuns:
             with_record = now - run.looked_at >= RECORD_INTERVAL
             if with_record:
                 run.looked_at = now
-            news = await self._read(run, functools.partial(reader.news, live.source, with_record=with_record))
+            news = await self._read(run, functools.partial(reader.news, live, with_record=with_record))
             if news.is_restarted:
                 return False
             self._say(run, "")

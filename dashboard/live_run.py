@@ -32,6 +32,7 @@ from offloop.engine import (
     TrainEnd,
     TrainStart,
     ValidationEnd,
+    encode,
 )
 
 MAX_CURVES: Final = 2_000
@@ -48,7 +49,7 @@ _SPLITS: Final = {"train_": "train", "val_": "val", "eval_": "eval"}
 _BASE_FIELDS: Final = frozenset(Event.__struct_fields__)
 
 
-class _Moment(msgspec.Struct, frozen=True):
+class Moment(msgspec.Struct, frozen=True):
     """Cumulative sums at one time, for differences over the window."""
 
     time: float
@@ -66,6 +67,24 @@ class Numbers(NamedTuple):
     """Where it stands in the run."""
     numbers: Mapping[str, float]
     """By the name of their curve."""
+
+
+class KeptFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept of a run beside its curves and what its milestones tell."""
+
+    start: msgspec.Raw
+    """Encoded `TrainStart` of the last attempt."""
+    last_step: list[msgspec.Raw]
+    """Encoded last `StepEnd`, if there is one."""
+    series: list[SeriesInfo]
+    moments: list[Moment]
+    samples: int
+    data: float
+    compute: float
+    milestones_dropped: int
+    dropped: int
+    drawn_up_to: int
+    repeated_from: int | None
 
 
 class LiveRun:
@@ -129,7 +148,7 @@ class LiveRun:
         self._drawn_up_to = -1
         # ... and the first of them.
         self._repeated_from: int | None = None
-        self._moments: deque[_Moment] = deque([_Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
+        self._moments: deque[Moment] = deque([Moment(start.time, max(start.step, 0), 0, 0.0, 0.0, 0.0)])
         # Fixed facts
         self.info = source.describe(self.key, start)
 
@@ -214,6 +233,35 @@ class LiveRun:
         """Keep none of the milestones so far."""
         self.milestones = Milestones(self.key, most_bytes=self._milestone_bytes)
 
+    def facts(self) -> KeptFacts:
+        """Return what `restore` needs beside the history and the milestones."""
+        last = self._last_step
+        return KeptFacts(
+            start=msgspec.Raw(encode(self._start)),
+            last_step=[] if last is None else [msgspec.Raw(encode(last))],
+            series=self.series,
+            moments=list(self._moments),
+            samples=self._samples,
+            data=self._data,
+            compute=self._compute,
+            milestones_dropped=self.milestones.dropped,
+            dropped=self._dropped,
+            drawn_up_to=self._drawn_up_to,
+            repeated_from=self._repeated_from,
+        )
+
+    def restore(self, facts: KeptFacts, history: History) -> None:
+        """Take curves from elsewhere, once the milestones and the last step were taken in."""
+        self.history, self.series = history, facts.series
+        self.frames = Frames(self.key, history)
+        self._ids = {each.key: each.id for each in facts.series}
+        self._revised.clear()
+        self._moments = deque(facts.moments)
+        self._samples, self._data, self._compute = facts.samples, facts.data, facts.compute
+        self.milestones.dropped += facts.milestones_dropped
+        self._dropped, self._drawn_up_to = facts.dropped, facts.drawn_up_to
+        self._repeated_from = facts.repeated_from
+
     def _begin_attempt(self, start: TrainStart) -> None:
         """Continue with the next attempt in the same log."""
         assert self.source is not None
@@ -223,7 +271,7 @@ class LiveRun:
             self._drawn_up_to = max(self._drawn_up_to, self._last_step.step)
             self._repeated_from = min(start.step, self._repeated_from or start.step)
         self._moments = deque(
-            [_Moment(start.time, max(start.step, 0), self._samples, self._data, self._compute, 0.0)]
+            [Moment(start.time, max(start.step, 0), self._samples, self._data, self._compute, 0.0)]
         )
         self.info = self.source.describe(self.key, start)
 
@@ -364,7 +412,7 @@ class LiveRun:
         decided, in_step = self.source.callback_seconds
         # Step hooks run within the time of their step.
         compute = self._compute - in_step
-        moments.append(_Moment(now, step, self._samples, self._data, compute, decided + in_step))
+        moments.append(Moment(now, step, self._samples, self._data, compute, decided + in_step))
         while len(moments) > 2 and now - moments[1].time >= WINDOW:
             moments.popleft()
 

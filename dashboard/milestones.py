@@ -25,6 +25,9 @@ MILESTONE_BYTES: Final = 64 * 1024 * 1024
 """Bytes that their messages may take together."""
 
 
+_decode = msgspec.json.Decoder(Milestone).decode
+
+
 class KeptMilestone:
     """A milestone as the message of each role, until it is dropped. Queues of viewers hold it, too."""
 
@@ -85,6 +88,13 @@ class Milestones:
 
     def __iter__(self) -> Iterator[KeptMilestone]:
         return iter(self._kept)
+
+    def events(self) -> Iterator[msgspec.Raw]:
+        """Yield the kept milestones as events that control viewers see, encoded."""
+        for each in self._kept:
+            message = each.message(is_control=True)
+            if message is not None:
+                yield _decode(message).event
 
     @property
     def last(self) -> KeptMilestone | None:

@@ -3,6 +3,7 @@
 A long log is read twice: first some lines of it, for coarse curves at once, then all of it.
 """
 
+import logging
 import os
 import stat
 import time
@@ -12,8 +13,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from offloop.dashboard.column_file import LEAST_LOG
 from offloop.dashboard.followed_run import FollowedRun, first_event, take_in, time_of
-from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.kept_run import KeptRun, find_run, keep_run
+from offloop.dashboard.live_run import LiveRun, Numbers
 from offloop.dashboard.protocol import SeriesInfo
 from offloop.engine import (
     EpochEnd,
@@ -29,15 +32,19 @@ from offloop.engine import (
     decode,
 )
 
+logger = logging.getLogger("offloop")
+
 LONG_LOG: Final = 8 * 1024 * 1024
 """Bytes of a log above which coarse curves are shown first: less is read within about a second."""
+KEEP_AGAIN: Final = 1.25
+"""Growth of a log after which its columns are kept again."""
 COARSE_LINES: Final = 2_000
 """Lines of a long log that make the coarse curves."""
 COARSE_PART: Final = 16 * 1024
 """Bytes that are read for one of them, while lines are shorter."""
 LONGEST_COARSE: Final = 1024 * 1024
 """Bytes of the longest line in coarse curves."""
-EVENTS_AT_ONCE: Final = 500
+EVENTS_AT_ONCE: Final = 4_000
 GENTLE_EVENTS: Final = 50
 """Events between two pauses beside a run of this process: some milliseconds of the interpreter."""
 REST: Final = 9.0
@@ -101,9 +108,15 @@ class RunReader:
         self._is_gentle = is_gentle
         self._tail = EventTail(self.directory)
         self._count = 0
+        # Bytes of the log that a column file covers.
+        self._kept_up_to = 0
+        self._kept: KeptRun | None = None
 
     def coarse(self) -> LiveRun | None:
-        """Return the curves of some of the log's lines; None if the log is short."""
+        """Return the curves of some of the log's lines; None if the log is short, or was read before."""
+        self._kept = find_run(self._log, history_bytes=self._history_bytes)
+        if self._kept is not None:
+            return None
         try:
             file = os.open(self._log, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -140,12 +153,13 @@ class RunReader:
         """
         self._tail, self._count, self.share_read = EventTail(self.directory), 0, 0.0
         source = self._source()
-        live: LiveRun | None = None
+        live = self._restored(source)
         while True:
             before = self._tail.position
             events = [event for _, event in self._tail.read(self._at_once)]
             if self._tail.restarted:
                 live, self._count, source = None, 0, self._source()
+                self._kept_up_to = 0
             if live is None and events:
                 live = self._live(source, events, series=series)
             if live is not None:
@@ -153,8 +167,43 @@ class RunReader:
             self._count += len(events)
             self.share_read = self._tail.position / max(self._tail.size, 1)
             if not events and self._tail.position == before:
-                return self._live(source, (), series=series) if live is None else live
+                live = self._live(source, (), series=series) if live is None else live
+                self._keep(live)
+                return live
             self._pause()
+
+    def _restored(self, source: FollowedRun) -> LiveRun | None:
+        """Return the run as far as its columns were kept; None if they were not."""
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return None
+        self._tail, self._count = EventTail(self.directory, place=kept.place), kept.count
+        self._kept_up_to = kept.place.position
+        live = self._live(source, [kept.start])
+        written = time_of(self._log)
+        events: list[Event | Numbers] = []
+        for event in kept.events:
+            source.observe(event, written)
+            # Counts those of unknown types.
+            events.append(source.known(event))
+        live.take_in(events)
+        live.restore(kept.facts, kept.history)
+        return live
+
+    def _keep(self, live: LiveRun) -> None:
+        """Keep what was read of a long log, once it is a good deal more than what is kept."""
+        place = self._tail.place
+        if (
+            place is None
+            or place.position < max(LEAST_LOG, KEEP_AGAIN * self._kept_up_to)
+            or self._is_gentle()
+        ):
+            return
+        self._kept_up_to = place.position
+        try:
+            keep_run(self._log, live, place, self._count)
+        except OSError as error:
+            logger.info("the columns of %s were not kept: %s", self._log, error)
 
     def empty(self, why: str) -> LiveRun:
         """Return the run without its log, of which there is something to say. Does not block."""
@@ -162,16 +211,19 @@ class RunReader:
         source.note = why
         return self._live(source, ())
 
-    def news(self, source: FollowedRun, *, with_record: bool) -> News:
+    def news(self, live: LiveRun, *, with_record: bool) -> News:
         """Return what is new since `fill`, or since the last call.
 
         Args:
-            source: The source of the run that is shown.
+            live: The run that is shown. It has taken in all that was read before.
             with_record: Whether to look at the other files of the directory, too.
 
         Raises:
             OSError: The directory is gone, or its log cannot be read. A later call continues.
         """
+        source = live.source
+        assert isinstance(source, FollowedRun)
+        self._keep(live)
         began = time.monotonic()
         events = [event for _, event in self._tail.read(self._at_once)]
         is_restarted, count = self._tail.restarted, self._count
