@@ -88,7 +88,10 @@ class KeptFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveRun:
-    """One run, as viewers see it."""
+    """One run, as viewers see it.
+
+    Its methods are many: one for each kind of event, and one for each part of what viewers get.
+    """
 
     def __init__(
         self,

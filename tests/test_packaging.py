@@ -106,8 +106,9 @@ def test_no_build_leftover_is_tracked() -> None:
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     ).stdout.splitlines()
-    leftovers = ("build", "dist", "runs", ".venv", "__pycache__", "static", "node_modules")
+    leftovers = ("build", "dist", ".venv", "__pycache__", "static", "node_modules")
     assert [name for name in listed if set(leftovers) & set(Path(name).parts)] == []
+    assert [name for name in listed if name.startswith("runs/")] == []
     assert [name for name in listed if ".egg-info/" in name or name.endswith(".pyc")] == []
 
 
