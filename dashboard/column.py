@@ -56,7 +56,7 @@ class Column:
     def last(self, count: int) -> "array[Any]":
         """Return the last numbers: at most those that were added since the last `seal`, or `UNSEALED`."""
         assert count <= len(self._tail)
-        return self._tail[-count:]
+        return self._tail[len(self._tail) - count :]
 
     def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Return a copy of the numbers from index `start` up to but not including `stop`; shape (stop - start,)."""

@@ -269,7 +269,8 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Entry of the list of runs."""
 
     key: str
-    """Name of the run in this protocol: `run_id`, followed by `#attempt` if it was resumed."""
+    """Name of the run in this protocol: `run_id`, followed by `#attempt` if it was resumed. Of a directory that is
+    followed: its path relative to that of the runs."""
     name: str
     """Its `run_id`."""
     state: str

@@ -67,3 +67,10 @@ def test_blocks_stay_where_they_are() -> None:
         column.seal()
     assert column._blocks[0] is block
     assert {each.nbytes for each in column._blocks} == {8 * BLOCK}
+
+
+def test_last_none_of_the_numbers_are_none() -> None:
+    column = Column("d")
+    column.extend(np.arange(8.0))
+    assert list(column.last(0)) == []
+    assert list(column.last(2)) == [6.0, 7.0]

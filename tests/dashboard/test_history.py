@@ -250,3 +250,19 @@ def test_the_axis_never_falls(stamps: list[tuple[int, float, float]]) -> None:
         assert columns[name].tolist() == expected.tolist()  # type: ignore[index]  # the three names
         row = history.axis.row_of(name, float(expected[-1]))  # type: ignore[arg-type]
         assert expected[row] == expected[-1]
+
+
+@pytest.mark.parametrize("size", [8, 64, 500, 512])
+def test_many_points_at_once_make_the_levels_that_one_by_one_make(size: int) -> None:
+    one_by_one, at_once = Curve(), Curve()
+    values = np.random.default_rng(0).standard_normal(20 * size)
+    rows = np.arange(len(values), dtype=np.uint32)
+    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+        one_by_one.append(row, value, row)
+    for start in range(0, len(values), size):
+        part = slice(start, start + size)
+        at_once.extend(rows[part], values[part], rows[part].astype(float))
+    assert len(one_by_one.levels) == len(at_once.levels)
+    for expected, level in zip(one_by_one.levels, at_once.levels, strict=True):
+        assert level.rows.read().tolist() == expected.rows.read().tolist()
+        assert level.values.read().tolist() == expected.values.read().tolist()
