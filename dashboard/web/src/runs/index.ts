@@ -49,7 +49,7 @@ export class Runs {
       {
         focus: show,
         tick: (key) => this.#tick(key),
-        pin: (key) => host.view.set({ baseline: host.view.get().baseline === key ? null : key }),
+        pin: (key) => this.#pin(key),
         edit: (key) => this.edit(key),
         addressOf: (key) => encodeView({ ...host.view.get(), run: key, overlaid: [], baseline: null, groupBy: null }),
         latestOnly: () => this.latestOnly(),
@@ -138,6 +138,17 @@ export class Runs {
     }
     if (next.overlaid.length > 0) this.bar.prefer({ latestOnly: false });
     this.#choose(next);
+  }
+
+  /** A baseline is one of the runs on the screen. */
+  #pin(key: string): void {
+    const { view } = this.#host;
+    if (view.get().baseline === key) {
+      view.set({ baseline: null });
+      return;
+    }
+    if (!chosen(this.chosen).includes(key)) this.#tick(key);
+    if (chosen(this.chosen).includes(key)) view.set({ baseline: key });
   }
 
   #choose({ run, overlaid }: Chosen): void {

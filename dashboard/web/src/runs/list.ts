@@ -77,6 +77,7 @@ export class RunBar {
   readonly #pool: RowView[] = [];
   #drawing = false;
   #agedAt = 0;
+  #colours = "";
   #shownColumns: readonly Field[] = [];
   /** What the header and the options were made of. */
   #made = "";
@@ -160,11 +161,15 @@ export class RunBar {
   update(look: RunsLook): void {
     const before = this.#look;
     this.#look = look;
+    // The charts have a colour for a run once its curves come.
+    const colours = chosen(look).map((key) => this.#host.colourOf(key)).join();
     const changed =
+      colours !== this.#colours ||
       look.run !== before.run || look.overlaid !== before.overlaid || look.baseline !== before.baseline ||
       look.groupBy !== before.groupBy || look.control !== before.control;
     if (!changed && look.now - this.#agedAt < AGE_EVERY) return;
     this.#agedAt = look.now;
+    this.#colours = colours;
     if (changed) this.#drawTicked();
     this.#draw();
   }
