@@ -38,7 +38,7 @@ const MARGIN = 6;
 /** What counts time up in the rows is drawn this often, seconds. */
 const AGE_EVERY = 10;
 /** Narrower pages have a drawer. */
-const DRAWER = "(max-width: 1100px)";
+const DRAWER = "(max-width: 1240px)";
 const WIDTHS: Record<string, string> = { spark: "58px", started: "150px", tags: "130px", seconds: "90px", state: "84px", host: "110px" };
 /** Least width of the first column, and that of columns of numbers, CSS pixels. */
 const FIRST = 150;
