@@ -43,6 +43,11 @@ class Column:
         column._tail.frombytes(numbers[full:].tobytes())
         return column
 
+    @property
+    def dtype(self) -> "np.dtype[Any]":
+        """Type of the numbers."""
+        return np.dtype(self._tail.typecode)
+
     def __len__(self) -> int:
         return BLOCK * len(self._blocks) + len(self._tail) - self._gone
 

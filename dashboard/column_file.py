@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offloop.dashboard.chart_frame import Gap
+from offloop.dashboard.column import Column
 from offloop.dashboard.history import Axis, AxisFacts, Curve, CurveFacts, History
 
 LEAST_LOG: Final = 8 * 1024 * 1024
@@ -109,8 +110,9 @@ def _write(file: BinaryIO, history: History, state: bytes) -> None:
     file.write(struct.pack("<I", checksum))
 
 
-def _padded(column: npt.NDArray[Any]) -> bytes:
-    content = column.astype(column.dtype.newbyteorder("<"), copy=False).tobytes()
+def _padded(column: npt.NDArray[Any] | Column) -> bytes:
+    numbers = column.read() if isinstance(column, Column) else column
+    content = numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tobytes()
     return content + bytes(-len(content) % 8)
 
 

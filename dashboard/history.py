@@ -146,12 +146,11 @@ class Axis:
         last = [as_json(each) for each in self._last]
         return AxisFacts(self.rows, self._first, (last[0], last[1], last[2]))
 
-    def columns(self) -> Iterator[npt.NDArray[Any]]:
+    def columns(self) -> Iterator[npt.NDArray[Any] | Column]:
         """Yield all columns: rows of the trimmed part, its three columns, and the three of the kept part."""
         yield self._old_rows
         yield from self._old.values()
-        for column in self._dense.values():
-            yield column.read()
+        yield from self._dense.values()
 
     @classmethod
     def of(cls, facts: AxisFacts, columns: Iterator[npt.NDArray[Any]]) -> Self:
@@ -424,11 +423,11 @@ class Curve:
         levels = [(level.start, level.covered) for level in self.levels]
         return CurveFacts(self.points, as_json(self.last), self.marks, self.least, self.greatest, levels)
 
-    def columns(self) -> Iterator[npt.NDArray[Any]]:
+    def columns(self) -> Iterator[Column]:
         """Yield rows and values of each level."""
         for level in self.levels:
-            yield level.rows.read()
-            yield level.values.read()
+            yield level.rows
+            yield level.values
 
     @classmethod
     def of(cls, facts: CurveFacts, columns: Iterator[npt.NDArray[Any]]) -> Self:
