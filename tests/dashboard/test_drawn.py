@@ -348,7 +348,7 @@ def test_small_groups_share_a_row(training: Callable[..., Training], open_page: 
 def test_columns_and_height_are_set_and_remembered(many_groups: Page) -> None:
     page = many_groups
     page.locator("summary", has_text="Layout").click()
-    page.get_by_label("Columns").select_option("2")
+    page.get_by_role("combobox", name="Columns").select_option("2")
     page.get_by_label("Height").select_option("high")
     page.wait_for_function(
         "() => location.hash.includes('columns=2') && location.hash.includes('height=300')"
