@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -508,3 +509,14 @@ def test_sdist_installs_without_node(sdist: Path, tmp_path: Path) -> None:
     assert call_hook(sdist, "get_requires_for_build_wheel").stdout.endswith("result: []\n")
     names = names_in_wheel(sdist, tmp_path)
     assert {f"offloop/dashboard/static/{name}" for name in FILES} < names
+
+
+def test_no_two_parts_of_the_page_store_under_one_name() -> None:
+    sources = (ROOT / "dashboard/web/src").rglob("*.ts")
+    names = [
+        name
+        for source in sources
+        for name in re.findall(r'STORAGE_KEY = ["`]([^"`]+)', source.read_text(encoding="utf-8"))
+    ]
+    assert len(names) >= 4
+    assert sorted(set(names)) == sorted(names)

@@ -15,7 +15,7 @@ export interface ListedKey {
   does: string;
 }
 
-const STORAGE_KEY = "offloop.keys";
+const STORAGE_KEY = "offloop.shortcuts";
 
 export class Keys {
   readonly dialog: HTMLDialogElement;
