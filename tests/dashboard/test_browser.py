@@ -36,6 +36,7 @@ from live_page import (
     figure,
     give,
     look_at_the_network,
+    options,
     shot,
     table_of,
     wait_until_accepted,
@@ -71,14 +72,14 @@ def test_the_file_has_every_point_and_names_that_are_no_formulas(started: tuple[
         run.step(loss=number / 7, **{"=1+1": number})
     expect(figure(page, "Step")).to_contain_text(re.compile("3.?010"))
     with page.expect_download() as download:
-        chart(page, "loss").get_by_role("button", name=re.compile("csv", re.IGNORECASE)).click()
+        options(page, "loss").get_by_role("button", name="CSV").click()
     lines = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
     values = {float(line["step"]): float(line["loss"]) for line in lines if line.get("loss")}
     assert len(values) == 3_010
     for number in (0, 1, 1_500, 2_999):
         assert values[number + 11] == pytest.approx(number / 7, rel=1e-6)  # the loss is float32
     with page.expect_download() as download:
-        chart(page, "=1+1").get_by_role("button", name=re.compile("csv", re.IGNORECASE)).click()
+        options(page, "=1+1").get_by_role("button", name="CSV").click()
     assert "'=1+1" in Path(download.value.path()).read_text().splitlines()[0]
 
 
@@ -242,6 +243,12 @@ def test_from_no_run_to_completed(
     run = training(tmp_path, max_steps=5)
     page = open_page(run.dashboard.url)
     expect(word(page)).to_have_text("no run yet")
+    line = page.locator(".stage code")
+    expect(line).to_contain_text("callbacks=[Dashboard()]")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".stage").get_by_role("button", name="Copy").click()
+    expect(page.locator(".stage").get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("() => navigator.clipboard.readText()") == line.inner_text()
     shot(page, "no-run-yet")
     run.begin()
     expect(word(page)).to_have_text("waiting for the first step")

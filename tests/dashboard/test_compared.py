@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, Training, chart, figure, shot, table_of, word
+from live_page import OpenPage, Training, chart, figure, options, shot, table_of, word
 from playwright.sync_api import Page, expect
 
 NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
@@ -143,7 +143,7 @@ def test_time_since_the_start_aligns_runs_by_their_own_starts(two: tuple[Trainin
 def test_a_csv_of_several_runs_names_them(two: tuple[Training, Page]) -> None:
     _, page = two
     with page.expect_download() as download:
-        chart(page, "loss").get_by_role("button", name=re.compile("CSV")).click()
+        options(page, "loss").get_by_role("button", name="CSV").click()
     lines = download.value.path().read_text().splitlines()
     assert lines[0].startswith("run,step,epoch,time,loss")
     rows = [line.split(",") for line in lines[1:] if line.split(",")[4] != ""]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offloop import Above, Alerts, ModelCheckpoint, ResourceUsage
+from offloop import Above, Alerts, Event, ModelCheckpoint, ResourceUsage
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
@@ -362,6 +362,33 @@ def test_columns_and_height_are_set_and_remembered(many_groups: Page) -> None:
 
 
 # The list of events --------------------------------------------------------------------------------
+
+
+class Note(Event, frozen=True, kw_only=True):
+    """An event of the user's own."""
+
+    text: str
+
+
+def test_an_event_of_ones_own_has_its_name_and_its_lines(started: tuple[Training, Page]) -> None:
+    run, page = started
+    long = "\n".join(f"line {number}" for number in range(40))
+    for text in ("def f(x):\n    return x + 1", long):
+        run.run.publish(Note(text=text))
+    page.get_by_role("tab", name="Events").click()
+    rows = page.locator(".row", has=page.get_by_text("Note", exact=True))
+    expect(rows).to_have_count(2)
+    expect(rows.last.locator(".text")).to_have_text("def f(x):\n    return x + 1", use_inner_text=True)
+    assert rows.last.locator(".text").evaluate("text => getComputedStyle(text).whiteSpace") == "pre-wrap"
+    # A long one is cut, and whole when it is unfolded.
+    expect(rows.first.locator(".text")).to_contain_text("line 7")
+    expect(rows.first.locator(".text")).not_to_contain_text("line 8")
+    shot(page, "notes")
+    rows.first.get_by_text("more", exact=True).click()
+    expect(rows.first.locator(".text")).to_contain_text("line 39")
+    # They have a filter of their own.
+    page.get_by_role("button", name="Note 2").click()
+    expect(rows).to_have_count(0)
 
 
 def test_commands_of_callbacks_name_them_and_are_listed_when_asked_for(

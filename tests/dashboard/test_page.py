@@ -13,7 +13,7 @@ FILES = {
     "index.html": b'<script type="module" src="static/0123456789abcdef/page.js"></script>',
     "page.js": b"console.log('loss');" * 50,
     "page.css": b"p { color: teal }",
-    "THIRD_PARTY.txt": b"licences",
+    "notes.txt": b"notes",
 }
 
 
@@ -36,7 +36,7 @@ def test_files_stand_under_addresses_that_carry_the_hash(static: Path) -> None:
         "/": "text/html; charset=utf-8",
         "/static/0123456789abcdef/page.js": "text/javascript; charset=utf-8",
         "/static/0123456789abcdef/page.css": "text/css; charset=utf-8",
-        "/static/0123456789abcdef/THIRD_PARTY.txt": "text/plain; charset=utf-8",
+        "/static/0123456789abcdef/notes.txt": "text/plain; charset=utf-8",
     }
 
 

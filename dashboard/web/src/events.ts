@@ -7,7 +7,7 @@ import type { Model } from "./model";
 import type { RunEvent } from "./protocol";
 import { finder, searchField } from "./search";
 
-const KINDS: Record<EventKind, string> = {
+const KINDS: Partial<Record<EventKind, string>> = {
   alert: "Alerts",
   command: "Commands",
   automatic: "Commands of callbacks",
@@ -18,6 +18,9 @@ const KINDS: Record<EventKind, string> = {
   epoch: "Epochs",
   other: "Other",
 };
+/** Of a longer text, the list shows so much until it is unfolded. */
+const LINES_SHOWN = 8;
+const CHARACTERS_SHOWN = 600;
 /** Rows that are made at a time; a log of thousands would make the page slow. */
 const ROWS_AT_A_TIME = 200;
 
@@ -43,7 +46,8 @@ export class Events {
   readonly element: HTMLElement;
   readonly search = searchField("Filter events", () => this.#filter());
   readonly #goTo: (step: number) => void;
-  readonly #chips: Map<EventKind, HTMLElement>;
+  readonly #chips = new Map<EventKind, HTMLElement>();
+  readonly #chipList = h("div", { class: "chips", role: "group", "aria-label": "Kinds of events" });
   readonly #list = h("ol", { class: "log", reversed: true, "aria-label": "Events, the newest first" });
   readonly #note = h("p", { class: "empty" });
   readonly #more: HTMLButtonElement;
@@ -63,10 +67,7 @@ export class Events {
 
   constructor(goTo: (step: number) => void) {
     this.#goTo = goTo;
-    const kinds = Object.keys(KINDS) as EventKind[];
-    const chip = (kind: EventKind): HTMLElement =>
-      h("button", { type: "button", class: "filter-chip", onclick: () => this.#toggle(kind) });
-    this.#chips = new Map(kinds.map((kind) => [kind, chip(kind)]));
+    for (const kind of Object.keys(KINDS) as EventKind[]) this.#addChip(kind);
     this.#more = button("Show older ones", {
       class: "button more",
       onclick: () => {
@@ -81,7 +82,7 @@ export class Events {
         "div",
         { class: "toolbar" },
         this.search,
-        h("div", { class: "chips", role: "group", "aria-label": "Kinds of events" }, ...this.#chips.values()),
+        this.#chipList,
       ),
       this.#list,
       this.#more,
@@ -113,10 +114,17 @@ export class Events {
     this.#draw();
   }
 
+  #addChip(kind: EventKind): void {
+    const chip = h("button", { type: "button", class: "filter-chip", onclick: () => this.#toggle(kind) });
+    this.#chips.set(kind, chip);
+    this.#chipList.append(chip);
+  }
+
   #drawChips(found: Row[]): void {
+    for (const { told } of this.#rows) if (!this.#chips.has(told.kind)) this.#addChip(told.kind);
     for (const [kind, chip] of this.#chips) {
       show(chip, this.#rows.some(({ told }) => told.kind === kind));
-      setText(chip, `${KINDS[kind]} ${found.filter(({ told }) => told.kind === kind).length}`);
+      setText(chip, `${nameOf(kind)} ${found.filter(({ told }) => told.kind === kind).length}`);
       setAttribute(chip, "aria-pressed", String(!this.#off.has(kind)));
     }
   }
@@ -208,17 +216,26 @@ export class Events {
     return (repeated.item = fresh);
   }
 
-  #build({ event, told }: Row, times = "", whole = () => wholeOf(event)): HTMLElement {
+  #build({ event, told }: Row, times = "", whole = () => wholeOf(event, told.whole)): HTMLElement {
     const step = event.step ?? -1;
     const time = event.time ?? 0;
     const raw = h("pre", { class: "raw" });
+    const short = beginningOf(told.text);
+    const text = h("span", { class: told.text.includes("\n") ? "text lines" : "text" }, short);
+    const rest = short === told.text ? null : h("span", { class: "rest" }, "more");
+    const ontoggle = (): void => {
+      setText(raw, details.open ? whole() : "");
+      setText(text, details.open ? told.text : short);
+      if (rest) setText(rest, details.open ? "less" : "more");
+    };
     const details = h(
       "details",
-      { class: "what", ontoggle: () => setText(raw, details.open ? whole() : "") },
+      { class: "what", ontoggle },
       h(
         "summary",
         {},
-        h("span", { class: "text" }, told.text),
+        text,
+        rest,
         times ? h("span", { class: "times" }, times) : null,
         told.by ? h("span", { class: "by" }, told.by) : null,
       ),
@@ -238,8 +255,20 @@ export class Events {
       { class: "row", "data-kind": told.kind, "data-tone": told.tone },
       h("time", { datetime: new Date(time * 1000).toISOString(), title: format.dateTime(time) }, format.clock(time)),
       place,
-      h("span", { class: "kind" }, KINDS[told.kind]),
+      h("span", { class: "kind" }, nameOf(told.kind)),
       details,
     );
   }
+}
+
+function nameOf(kind: EventKind): string {
+  return KINDS[kind] ?? kind.replace(/^own /, "");
+}
+
+/** The first lines of a text, if it has many. */
+export function beginningOf(text: string): string {
+  const lines = text.split("\n");
+  const some = lines.length > LINES_SHOWN + 1 ? lines.slice(0, LINES_SHOWN).join("\n") : text;
+  if (some.length > CHARACTERS_SHOWN + 100) return `${some.slice(0, CHARACTERS_SHOWN)}…`;
+  return some === text ? text : `${some}\n…`;
 }

@@ -4,7 +4,10 @@ import { bytes, compact, count, duration } from "./format";
 import type { ChartEvent } from "./charts/scene";
 import type { RunEvent, WireNumber } from "./protocol";
 
-export type EventKind = "alert" | "command" | "automatic" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other";
+export type EventKind =
+  | "alert" | "command" | "automatic" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other"
+  /** A class of the user's own, by its name. */
+  | `own ${string}`;
 export type Tone = "plain" | "good" | "warn" | "bad";
 
 export interface Told {
@@ -14,10 +17,13 @@ export interface Told {
   text: string;
   /** Who caused it; empty where nobody is known. */
   by: string;
+  /** Names of fields that the text has whole. */
+  whole: readonly string[];
 }
 
 const BASE_FIELDS = new Set(["type", "run_id", "seq", "time", "epoch", "step", "batch"]);
 const METRICS_TOLD = 4;
+const FIELDS_TOLD = 6;
 
 const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string }> = {
   TrainStart: (event) => ({
@@ -101,8 +107,8 @@ const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string 
 /** Tell an event, also of a type that this page has never heard of. */
 export function tell(event: RunEvent): Told {
   const known = Object.hasOwn(KNOWN, event.type) ? KNOWN[event.type] : undefined;
-  const told = known?.(event) ?? { text: unknown(event) };
-  return { kind: "other", tone: "plain", by: words(event.by), ...told };
+  const told = known?.(event) ?? unknown(event);
+  return { kind: "other", tone: "plain", by: words(event.by), whole: [], ...told };
 }
 
 /** What events have in common that are told once, with their number; null for one that stands for itself. */
@@ -112,8 +118,9 @@ export function repetitionOf(event: RunEvent): string | null {
 }
 
 /** All that an event carries, for reading: a field a line, texts of several lines as they are. */
-export function wholeOf(event: RunEvent): string {
+export function wholeOf(event: RunEvent, without: readonly string[] = []): string {
   return Object.entries(event)
+    .filter(([name]) => !without.includes(name))
     .map(([name, value]) => {
       const text = typeof value === "string" ? value : JSON.stringify(value, null, 2);
       return text.includes("\n") ? `${name}:\n${text.trimEnd().replace(/^/gm, "  ")}` : `${name}: ${text}`;
@@ -137,10 +144,21 @@ export function markOf(event: RunEvent): ChartEvent | null {
   return null;
 }
 
-function unknown(event: RunEvent): string {
-  const fields = Object.entries(event).filter(([name]) => !BASE_FIELDS.has(name));
-  const told = fields.slice(0, METRICS_TOLD).map(([name, value]) => `${name} ${plain(value)}`);
-  return [event.type, ...told].join(" · ");
+/** An event of another class: its fields, texts of several lines below the others. A class is told by its own name. */
+function unknown(event: RunEvent): Partial<Told> & { text: string } {
+  const fields = Object.entries(event).filter(([name]) => !BASE_FIELDS.has(name) && name !== "by");
+  const isLong = ([, value]: [string, unknown]): boolean => typeof value === "string" && value.trim().includes("\n");
+  const [long, short] = [fields.filter(isLong), fields.filter((field) => !isLong(field))];
+  const one = fields.length === 1 && typeof fields[0]?.[1] === "string";
+  const told = short.slice(0, FIELDS_TOLD).map(([name, value]) => (one ? plain(value) : `${name} ${plain(value)}`));
+  if (short.length > FIELDS_TOLD) told.push(`${short.length - FIELDS_TOLD} more`);
+  const texts = long.map(([name, value]) => (one ? "" : `${name}:\n`) + String(value).replace(/^\s*\n|\s+$/g, ""));
+  const name = event.type.slice(event.type.lastIndexOf(".") + 1);
+  return {
+    kind: `own ${name}`,
+    text: [told.join(" · "), ...texts].filter(Boolean).join("\n") || name,
+    whole: [...short.slice(0, FIELDS_TOLD).filter(([, value]) => typeof value === "string"), ...long].map(([field]) => field),
+  };
 }
 
 function command(event: RunEvent): string {

@@ -17,6 +17,7 @@ import { Notices } from "./notices";
 import { Notifier } from "./notify";
 import { decodeChart, type CommandRequest, type Hi, type RunEvent, type ServerMessage } from "./protocol";
 import { Runs } from "./runs";
+import { Stage } from "./stage";
 import { describe, title, type Action, type Seen } from "./states";
 import { storage } from "./storage";
 import { AXES, View, type Axis, type Tab, type ViewState } from "./view";
@@ -50,17 +51,7 @@ class Page {
   readonly #keys: Keys;
   readonly #runs: Runs;
   readonly #notices = new Notices((action) => this.#act(action));
-  readonly #stageTitle = h("h2");
-  readonly #stageText = h("p");
-  /** Its action, if the stage has one, is to show the newest run. */
-  readonly #stageButton = h("button", { type: "button", class: "button", onclick: () => this.#act("show-newer") });
-  readonly #stage = h(
-    "section",
-    { class: "stage", hidden: true },
-    this.#stageTitle,
-    this.#stageText,
-    this.#stageButton,
-  );
+  readonly #stage = new Stage((action) => this.#act(action));
   readonly #tabs = new Map<Tab, { tab: HTMLButtonElement; panel: HTMLElement }>();
   readonly #chartsRoot = h("div", { class: "charts" });
   /** Read out by screen readers: states and acks at the next pause, alerts at once. */
@@ -150,6 +141,10 @@ class Page {
       row: (key) => this.#runs.row(key),
       view: this.#view,
       announce: (text) => this.#announce(text),
+      tell: (text) => {
+        this.#announce(text);
+        this.#flash(text);
+      },
     });
   }
 
@@ -220,7 +215,7 @@ class Page {
         "main",
         { id: "main", tabindex: -1 },
         this.#notices.element,
-        this.#stage,
+        this.#stage.element,
         ...[...this.#tabs.values()].map(({ panel }) => panel),
       ),
       this.#polite,
@@ -282,6 +277,8 @@ class Page {
         { keys: ["Enter"], does: "In the list of runs: show the run" },
         { keys: ["x", "Space"], does: "In the list: lay the run over the others, or take it away" },
         { keys: ["b", "e"], does: "In the list: make the run the baseline, edit it" },
+        { keys: ["Shift"], does: "and a drag: move along the run; a drag up or down sets the range" },
+        { keys: ["Ctrl"], does: "and the wheel: zoom a chart" },
       ],
     );
   }
@@ -510,12 +507,7 @@ class Page {
     this.#notices.update(described.notices);
     const { tab } = this.#view.get();
     const staged = described.stage !== null && (model.run === null || tab === "metrics");
-    setText(this.#stageTitle, described.stage?.title ?? "");
-    setText(this.#stageText, described.stage?.text ?? "");
-    const [action] = described.stage?.actions ?? [];
-    setText(this.#stageButton, action?.label ?? "");
-    show(this.#stageButton, action !== undefined);
-    show(this.#stage, staged);
+    this.#stage.update(described.stage, staged);
     for (const [name, { tab: button, panel }] of this.#tabs) {
       show(panel, name === tab && !staged);
       if (name === "compare") show(button, this.#view.get().overlaid.length > 0);

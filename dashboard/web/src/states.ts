@@ -39,8 +39,8 @@ export interface Described {
   cause: string;
   /** A further thing that goes on: a checkpoint is written. */
   aside: string;
-  /** What to show where there is no run to show. */
-  stage: { title: string; text: string; actions?: Action[] } | null;
+  /** What to show where there is no run to show; `line` is code to copy. */
+  stage: { title: string; text: string; actions?: Action[]; line?: string } | null;
   notices: Notice[];
 }
 
@@ -58,6 +58,9 @@ export interface Seen {
   /** A newer run, and seconds until the page changes to it; null for when asked. */
   newer: { run: RunSummary; seconds: number | null } | null;
 }
+
+/** How a run gets a live page. */
+const LINE_TO_START = "trainer.train(train_loader, epochs=10, callbacks=[Dashboard()])";
 
 /** Unanswered for longer than this, milliseconds, the page says that it lags. */
 const LAGGING_AFTER = 2_500;
@@ -189,7 +192,11 @@ function stage(seen: Seen): Described["stage"] {
           actions: model.runs.length > 0 ? [{ id: "show-newer", label: "Show the newest run" }] : [],
         };
       }
-      return { title: "No run yet", text: "The server is ready. A run that begins in its process appears here automatically." };
+      return {
+        title: "No run yet",
+        text: "The server is ready, and the next run appears here automatically. Start one with the page among its callbacks:",
+        line: LINE_TO_START,
+      };
     default:
       return { title: format.capital(pill(seen).word), text: explain(seen) };
   }

@@ -2,6 +2,7 @@
 // in localStorage, so that the next visit starts where the last one ended. Nothing in it changes the run.
 
 import { MAX_OVERLAID } from "./protocol";
+import { expression } from "./search";
 import type { PageStorage } from "./storage";
 
 export type Axis = "step" | "epoch" | "time" | "wall";
@@ -9,6 +10,15 @@ export type Tab = "metrics" | "events" | "config" | "compare";
 /** Kinds of events that are marked in the charts. */
 export type MarkKind = "alert" | "checkpoint" | "lr" | "validation";
 export type Theme = "auto" | "light" | "dark";
+
+/** The y axis of a panel, where it is another than that of all. */
+export interface PanelScale {
+  /** null: as all panels. */
+  log: boolean | null;
+  /** null: by the values in view. */
+  min: number | null;
+  max: number | null;
+}
 
 export interface ViewState {
   tab: Tab;
@@ -50,6 +60,12 @@ export interface ViewState {
   usual: string[];
   /** Kinds of events that are not marked in the charts. */
   unmarked: string[];
+  /** The y axes of panels, by name. */
+  scales: Readonly<Record<string, PanelScale>>;
+  /** Names of panels that stand at the top. */
+  pinned: string[];
+  /** Regular expressions: the metrics whose whole name matches one share a panel. */
+  joined: string[];
   theme: Theme;
 }
 
@@ -75,6 +91,9 @@ export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
   height: 0,
   usual: [],
   unmarked: [],
+  scales: {},
+  pinned: [],
+  joined: [],
   theme: "auto",
 });
 
@@ -84,6 +103,10 @@ const STORAGE_KEY = `offloop.view.${VERSION}`;
 const TABS: readonly Tab[] = ["metrics", "events", "config", "compare"];
 export const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
 export const MAX_COLUMNS = 8;
+/** Bounds of what an address may hold: names in a list, panels that share metrics, characters of a text. */
+const MOST_NAMES = 500;
+const MOST_JOINED = 20;
+const MOST_CHARACTERS = 1_000;
 const THEMES: readonly Theme[] = ["auto", "light", "dark"];
 
 /** Whether going from one view to another is a step that the back button takes back. */
@@ -115,6 +138,11 @@ export function encodeView(state: ViewState): string {
   if (state.height > 0) fields.set("height", String(state.height));
   for (const name of state.usual) fields.append("usual", name);
   for (const kind of state.unmarked) fields.append("unmarked", kind);
+  for (const [name, { log, min, max }] of Object.entries(state.scales)) {
+    fields.append("y", [log === null ? "" : log ? "log" : "linear", min ?? "", max ?? "", name].join(","));
+  }
+  for (const name of state.pinned) fields.append("pin", name);
+  for (const pattern of state.joined) fields.append("join", pattern);
   const text = fields.toString();
   return text === "" ? "" : `#v=${VERSION}&${text}`;
 }
@@ -146,14 +174,26 @@ export function decodeView(hash: string): ViewState | null {
     height: Number(fields.get("height") ?? 0),
     usual: fields.getAll("usual"),
     unmarked: fields.getAll("unmarked"),
+    scales: Object.fromEntries(fields.getAll("y").map(scaleOf)),
+    pinned: fields.getAll("pin"),
+    joined: fields.getAll("join"),
     theme: null,
   });
+}
+
+/** Read `log,0.1,,loss`. */
+function scaleOf(text: string): [string, unknown] {
+  const [log, min, max, ...name] = text.split(",");
+  const number = (part: string | undefined): number | null => (part ? Number(part) : null);
+  return [name.join(","), { log: log === "log" ? true : log === "linear" ? false : null, min: number(min), max: number(max) }];
 }
 
 /** Make a view of whatever was stored or typed. */
 export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState {
   const strings = (value: unknown): string[] =>
-    Array.isArray(value) ? [...new Set(value.filter((item) => typeof item === "string"))] : [];
+    Array.isArray(value)
+      ? [...new Set(value.filter((item) => typeof item === "string" && item.length <= MOST_CHARACTERS))].slice(0, MOST_NAMES)
+      : [];
   const zoom = raw.zoom as ViewState["zoom"] | undefined;
   const smoothing = Number(raw.smoothing);
   return {
@@ -164,7 +204,7 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     groupBy: text(raw.groupBy),
     hiddenRuns: strings(raw.hiddenRuns),
     members: raw.members === true,
-    search: typeof raw.search === "string" ? raw.search : "",
+    search: typeof raw.search === "string" ? raw.search.slice(0, MOST_CHARACTERS) : "",
     axis: oneOf(AXES, raw.axis),
     logX: raw.logX === true,
     logY: raw.logY === true,
@@ -181,6 +221,9 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     height: whole(raw.height, 100, 1_000),
     usual: strings(raw.usual),
     unmarked: strings(raw.unmarked),
+    scales: saneScales(raw.scales),
+    pinned: strings(raw.pinned),
+    joined: strings(raw.joined).filter((pattern) => expression(pattern) !== null).slice(0, MOST_JOINED),
     theme: oneOf(THEMES, raw.theme),
   };
 }
@@ -190,13 +233,39 @@ function text(value: unknown): string | null {
   return typeof value === "string" && value !== "" ? value : null;
 }
 
+function saneScales(raw: unknown): ViewState["scales"] {
+  const scales: Record<string, PanelScale> = {};
+  if (typeof raw !== "object" || raw === null) return scales;
+  for (const [name, scale] of Object.entries(raw).slice(0, MOST_NAMES)) {
+    if (typeof scale !== "object" || scale === null || name === "" || name.length > MOST_CHARACTERS) continue;
+    const { log, min, max } = scale as Partial<Record<keyof PanelScale, unknown>>;
+    const number = (value: unknown): number | null => (typeof value === "number" && Number.isFinite(value) ? value : null);
+    let [least, greatest] = [number(min), number(max)];
+    if (least !== null && greatest !== null && least >= greatest) least = greatest = null;
+    const isLog = typeof log === "boolean" ? log : null;
+    if (isLog === null && least === null && greatest === null) continue;
+    // Not an assignment: a metric may be called __proto__
+    Object.defineProperty(scales, name, { value: { log: isLog, min: least, max: greatest }, enumerable: true, configurable: true, writable: true });
+  }
+  return scales;
+}
+
 /** A whole number in a range; 0, for as usual, if it is none. */
 function whole(value: unknown, least: number, most: number): number {
   return Number.isInteger(value) && (value as number) >= least && (value as number) <= most ? (value as number) : 0;
 }
 
+/** Scales without their ranges, which belong to one run. */
+function logsOf(scales: ViewState["scales"]): ViewState["scales"] {
+  return saneScales(Object.fromEntries(Object.entries(scales).map(([name, { log }]) => [name, { log }])));
+}
+
 function oneOf<T extends string>(choices: readonly T[], value: unknown): T {
   return choices.find((choice) => choice === value) ?? (choices[0] as T);
+}
+
+export function scaleIn({ scales }: Pick<ViewState, "scales">, panel: string): PanelScale | null {
+  return Object.hasOwn(scales, panel) ? (scales[panel] as PanelScale) : null;
 }
 
 type Listener = (state: ViewState, previous: ViewState) => void;
@@ -238,8 +307,14 @@ export class View {
     return encodeView(this.#state);
   }
 
+  /** Change the y axis of a panel. */
+  setScale(panel: string, patch: Partial<PanelScale>): void {
+    const scale = { ...(scaleIn(this.#state, panel) ?? { log: null, min: null, max: null }), ...patch };
+    this.set({ scales: { ...this.#state.scales, [panel]: scale } });
+  }
+
   /** Put a name into a list, or take it out if it is there. */
-  toggle(list: "hidden" | "hiddenRuns" | "folded" | "usual" | "unmarked", name: string): void {
+  toggle(list: "hidden" | "hiddenRuns" | "folded" | "usual" | "unmarked" | "pinned" | "joined", name: string): void {
     const names = this.#state[list];
     this.set({ [list]: names.includes(name) ? names.filter((one) => one !== name) : [...names, name] });
   }
@@ -260,9 +335,10 @@ export class View {
   }
 
   #write(): void {
-    // Neither the runs nor zoom and search: they belong to these runs, and next ones would seem empty.
+    // Neither the runs nor zoom, ranges and search: they belong to these runs, and next ones would seem empty.
     const runs = { run: null, overlaid: [], baseline: null, groupBy: null, hiddenRuns: [], members: false };
-    const kept = { ...this.#state, ...runs, zoom: null, follow: false, search: "", panel: null };
+    const zooms = { zoom: null, follow: false, search: "", panel: null, scales: logsOf(this.#state.scales) };
+    const kept = { ...this.#state, ...runs, ...zooms };
     this.#storage?.setItem(STORAGE_KEY, JSON.stringify(kept));
   }
 }

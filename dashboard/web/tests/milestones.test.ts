@@ -1,4 +1,5 @@
 import { expect, test } from "vitest";
+import { beginningOf } from "../src/events";
 import { markOf, repetitionOf, tell, wholeOf } from "../src/milestones";
 import type { RunEvent } from "../src/protocol";
 
@@ -31,7 +32,12 @@ const EVENTS: [RunEvent, string, string, string][] = [
   [{ type: "StateChanged", state: "paused", by: "user", reason: "lunch" }, "state", "Now paused: lunch", "user"],
   [{ type: "TrainEnd", status: "failed", error: "ValueError: no", seconds: 75 }, "state", "Training failed after 1 m 15 s: ValueError: no", ""],
   [{ type: "Alert", rule: "NotFinite()", message: "loss is NaN" }, "alert", "loss is NaN", "NotFinite()"],
-  [{ type: "mine.Shuffled", seed: 7, path: "x", run_id: "r", seq: 3 }, "other", "mine.Shuffled · seed 7 · path x", ""],
+  [{ type: "mine.Shuffled", seed: 7, path: "x", run_id: "r", seq: 3 }, "own Shuffled", "seed 7 · path x", ""],
+  [{ type: "__main__.f.<locals>.Note", text: "def f(x):\n    return x\n" }, "own Note", "def f(x):\n    return x", ""],
+  [{ type: "__main__.Note", text: "a line" }, "own Note", "a line", ""],
+  [{ type: "__main__.Sample", text: "a\n  b", prompt: "p" }, "own Sample", "prompt p\ntext:\na\n  b", ""],
+  [{ type: "__main__.Tick" }, "own Tick", "Tick", ""],
+  [{ type: "OfLater", a: 1 }, "own OfLater", "a 1", ""],
 ];
 
 test.each(EVENTS)("%j", (event, kind, text, by) => {
@@ -71,4 +77,17 @@ test("alerts by one rule are repetitions, whatever their values; validations are
   expect(alert("Spike('loss')", "loss is 5")).toBe(alert("Spike('loss')", "loss is 6"));
   expect(alert("Spike('loss')", "loss is 5")).not.toBe(alert("NonFinite('loss')", "loss is 5"));
   expect(repetitionOf({ type: "ValidationEnd" })).toBeNull();
+});
+
+test("what the text of an event has whole need not be told again", () => {
+  const event = { type: "a.Note", text: "a\nb", step: 3 };
+  expect(wholeOf(event, tell(event).whole)).toBe("type: a.Note\nstep: 3");
+});
+
+test("long texts are cut after some lines or characters, never for a little", () => {
+  const lines = (count: number): string => Array.from({ length: count }, (_, index) => `line ${index}`).join("\n");
+  expect(beginningOf(lines(9))).toBe(lines(9));
+  expect(beginningOf(lines(10))).toBe(`${lines(8)}\n…`);
+  expect(beginningOf("x".repeat(650))).toHaveLength(650);
+  expect(beginningOf("x".repeat(9_999))).toHaveLength(601);
 });

@@ -166,6 +166,14 @@ def chart(page: Page, name: str) -> Locator:
     return page.get_by_role("figure", name=name, exact=True)
 
 
+def options(page: Page, name: str) -> Locator:
+    """Open the options of a chart."""
+    chart(page, name).get_by_role("button", name=f"Options of {name}").click()
+    opened = page.get_by_role("group", name=f"Options of {name}")
+    expect(opened).to_be_visible()
+    return opened
+
+
 def button(page: Page, name: str) -> Locator:
     return page.get_by_role("group", name="Control of the run").get_by_role("button", name=name)
 

@@ -1,8 +1,8 @@
 // The numbers along the axes: where a value lies, where the ticks are, how a value is written. Nothing here
 // knows a browser.
 //
-// uPlot draws with scales from 0 to 1, and a `Scale` maps values to them: so linear and logarithmic axes and
-// values from 1e-300 to 1e300 are one case, and a switch to a logarithm needs no new plot.
+// Plots are drawn from 0 to 1, and a `Scale` maps values to that: so linear and logarithmic axes and values from
+// 1e-300 to 1e300 are one case.
 
 import { clock, count } from "../format";
 import type { Axis } from "../view";
@@ -102,6 +102,11 @@ export function xTicks(axis: Axis, scale: Scale, count: number): Ticks {
   // There is no half optimizer step
   const values = multiples(scale, axis === "step" ? Math.max(step, 1) : step);
   return { values, labels: formatTicks(values) };
+}
+
+/** What an x axis shows. */
+export function xTitle(axis: Axis): string {
+  return { step: "Step", epoch: "Epoch", time: "Time since the start", wall: "Time of day" }[axis];
 }
 
 /** Ticks of an axis of numbers with a unit, if any. */

@@ -1,10 +1,9 @@
-// Panels as files: all points as CSV, what is seen as PNG.
+// All points of curves as CSV.
 
 import { type Gap, MAX_SERIES_SHOWN, type SeriesInfo } from "../protocol";
 import type { Question } from "./details";
 import type { Answer, Part } from "./ranges";
 import { withStretches } from "./series_store";
-import { colourOf, type Look, type Theme } from "./theme";
 
 /** Steps that are asked for at a time: the browser never holds more of a long run. */
 export const CSV_STEPS = 20_000;
@@ -121,40 +120,4 @@ export function csvLine(cells: readonly string[]): string {
 
 function isNumber(cell: string): boolean {
   return cell === "-inf" || (cell.trim() === cell && Number.isFinite(Number(cell)));
-}
-
-/** Draw a panel's picture with its name and legend above it. */
-export function readPng(
-  canvas: HTMLCanvasElement,
-  name: string,
-  lines: readonly { label: string; look: Look }[],
-  theme: Theme,
-): Promise<Blob | null> {
-  const ratio = devicePixelRatio;
-  const head = 46 * ratio;
-  const picture = document.createElement("canvas");
-  picture.width = canvas.width;
-  picture.height = canvas.height + head;
-  const ctx = picture.getContext("2d");
-  if (!ctx) return Promise.resolve(null);
-  ctx.fillStyle = theme.background;
-  ctx.fillRect(0, 0, picture.width, picture.height);
-  ctx.fillStyle = theme.text;
-  ctx.font = `600 ${13 * ratio}px ${theme.font}`;
-  ctx.fillText(name, 10 * ratio, 20 * ratio, picture.width - 20 * ratio);
-  ctx.font = `${11 * ratio}px ${theme.font}`;
-  ctx.lineWidth = 1.5 * ratio;
-  let x = 10 * ratio;
-  for (const { label, look } of lines) {
-    ctx.strokeStyle = colourOf(look, theme);
-    ctx.setLineDash(look.dash.map((length) => length * ratio));
-    ctx.beginPath();
-    ctx.moveTo(x, 35 * ratio);
-    ctx.lineTo(x + 18 * ratio, 35 * ratio);
-    ctx.stroke();
-    ctx.fillText(label, x + 23 * ratio, 39 * ratio);
-    x += 38 * ratio + ctx.measureText(label).width;
-  }
-  ctx.drawImage(canvas, 0, head);
-  return new Promise((resolve) => picture.toBlob(resolve, "image/png"));
 }

@@ -2,7 +2,7 @@
 // usual, so that one spike does not make a flat line of all else. What then is outside is counted and drawn at the
 // edge. Nothing here knows a browser.
 
-import { fitScale, type Scale } from "./axes";
+import { fitScale, Scale } from "./axes";
 import type { Scene } from "./scene";
 import type { Curve } from "./series_store";
 import { edges, extent, inside } from "./trace";
@@ -39,8 +39,14 @@ const SQUASHED = 0.2;
 
 const NOTHING: Range = [Infinity, -Infinity];
 
-/** Fit an axis to all values in view of some curves, or to the usual ones of each. */
-export function fit(drawn: readonly Drawn[], view: Pick<Scene, "logY">, toUsual: boolean): Fit {
+/** Ends of the axis that the viewer has set; null for those that the values set. */
+export interface Ends {
+  min: number | null;
+  max: number | null;
+}
+
+/** Fit an axis to all values in view of some curves, or to the usual ones of each, between the ends that are set. */
+export function fit(drawn: readonly Drawn[], view: Pick<Scene, "logY">, toUsual: boolean, ends: Ends | null = null): Fit {
   let range: Range = NOTHING;
   for (const { curve, values, scene, bounds = [] } of drawn) {
     const inner = inside(curve, scene);
@@ -54,13 +60,29 @@ export function fit(drawn: readonly Drawn[], view: Pick<Scene, "logY">, toUsual:
     // Where a line enters and leaves the view
     for (const edge of edges(curve, scene)) range = extent(Float64Array.of(edge), [0, 1], view.logY, range);
   }
-  const scale = fitScale(range[0], range[1], view.logY);
+  const fitted = fitScale(range[0], range[1], view.logY);
+  const scale = ends === null ? fitted : between(fitted, ends);
   const found: Fit = { scale, belowZero: 0, above: 0, below: 0, isAtLeast: false };
   for (const { curve, scene } of drawn) {
     const hasNone = view.logY && (curve.least?.value ?? 1) <= 0;
-    if (hasNone || toUsual) count(curve, scene, view.logY, found);
+    if (hasNone || toUsual || ends !== null) count(curve, scene, view.logY, found);
   }
   return found;
+}
+
+/** A scale with other ends; where one is set beyond all values, the other one gives way. */
+function between(fitted: Scale, ends: Ends): Scale {
+  const { log } = fitted;
+  // A logarithmic axis has no place for an end of 0 or less.
+  const isPlace = (end: number | null): end is number => end !== null && (!log || end > 0);
+  let min = isPlace(ends.min) ? ends.min : fitted.min;
+  let max = isPlace(ends.max) ? ends.max : fitted.max;
+  if (min >= max) {
+    const size = log ? 10 : Math.max(fitted.max - fitted.min, 1e-9 * Math.abs(min));
+    if (isPlace(ends.max)) min = log ? max / size : max - size;
+    else max = log ? min * size : min + size;
+  }
+  return min < max && Number.isFinite(min) && Number.isFinite(max) ? new Scale(min, max, log) : fitted;
 }
 
 function count(curve: Curve, scene: Drawn["scene"], logY: boolean, found: Fit): void {

@@ -10,13 +10,14 @@
 
 import type { ChartFrame, Latest, RangeQuery, RunInfo, RunRow, SeriesInfo, Show, Status } from "../protocol";
 import { MAX_SERIES_SHOWN } from "../protocol";
-import type { View, ViewState } from "../view";
-import type { Question } from "./details";
-import { fileName, save } from "./dom";
-import { readCsv, readPng } from "./export";
+import { scaleIn, type View, type ViewState } from "../view";
+import { Files } from "./files";
+import { placedBy } from "./joined";
 import { Layout } from "./layout";
+import { listenToMouse } from "./mouse";
+import { Options } from "./options";
 import { Panel, type PanelHost } from "./panel";
-import { NoAnswer, Ranges } from "./ranges";
+import { Ranges } from "./ranges";
 import { COLUMNS, RunCurves } from "./run_curves";
 import { ChartRuns } from "./runs";
 import type { ChartEvent, Scene } from "./scene";
@@ -36,6 +37,8 @@ export interface ChartsHost {
   /** A run as it stands in the list of runs; null if it does not. */
   row(key: string): RunRow | null;
   announce(text: string): void;
+  /** As `announce`, and show it for a moment. */
+  tell(text: string): void;
 }
 
 /** A panel that has left the screen keeps its curves coming for so long, in milliseconds: it may come back. */
@@ -56,6 +59,8 @@ export class Charts {
   readonly #host: ChartsHost;
   readonly #toolbar: Toolbar;
   readonly #layout: Layout;
+  readonly #files: Files;
+  readonly #options: Options;
   readonly #ranges: Ranges;
   readonly #observer: IntersectionObserver;
 
@@ -98,10 +103,13 @@ export class Charts {
       setFollow: (follow) => this.#x.setFollow(follow),
       jump: (group) => this.#layout.jump(group),
       foldAll: (folded) => this.#layout.foldAll(folded),
+      saveAll: () => this.#saveAll(),
     });
+    this.#files = new Files({ runs: () => this.#runs.all, tell: (text) => host.tell(text) });
+    this.#options = new Options({ view: host.view, files: this.#files, scene: () => this.#getScene(), connected: () => this.#connected });
     root.classList.add("charts");
     this.#layout = new Layout(root, host.view);
-    root.append(this.#toolbar.root, this.#layout.empty, this.#layout.body);
+    root.append(this.#toolbar.root, this.#layout.empty, this.#layout.body, this.#options.element);
     this.#theme = readTheme(root);
     this.#observer = new IntersectionObserver((entries) => this.#intersected(entries), { rootMargin: MARGIN });
     host.view.subscribe((state, previous) => this.#viewChanged(state, previous));
@@ -184,9 +192,11 @@ export class Charts {
   addSeries(key: string, series: readonly SeriesInfo[]): void {
     const run = this.#runs.get(key);
     if (!run) return;
-    for (const info of series) {
-      if (run.series.has(info.id)) continue;
-      run.series.set(info.id, info);
+    const { joined } = this.#host.view.get();
+    for (const one of series) {
+      if (run.series.has(one.id)) continue;
+      run.series.set(one.id, one);
+      const info = placedBy(joined, one);
       const panel = this.#panels.get(info.panel) ?? this.#addPanel(info.panel, info.group);
       const known = panel.curves.find((curve) => curve.run === run && curve.info.key === info.key);
       if (known && known.info.id !== info.id) {
@@ -197,6 +207,17 @@ export class Charts {
     this.#filter();
     this.#subscribe();
     this.#redraw();
+  }
+
+  /** Others share a panel than before: all panels are made anew, the curves stay. */
+  #rebuild(): void {
+    for (const panel of this.#panels.values()) this.#removePanel(panel);
+    this.#layout.clear();
+    for (const run of this.#runs.all) {
+      const series = [...run.series.values()];
+      run.series.clear();
+      this.addSeries(run.key, series);
+    }
   }
 
   applyChart(frame: ChartFrame): void {
@@ -248,7 +269,6 @@ export class Charts {
       this.#came.clear();
       this.#credits = 0; // what is owed is owed to the server that is gone
     }
-    for (const panel of this.#panels.values()) panel.csvButton.disabled = !connected;
   }
 
   /** Put the cursor of all panels at a step, into view. */
@@ -270,9 +290,8 @@ export class Charts {
     const panel = new Panel(name, group, this.#panelHost());
     this.#panels.set(name, panel);
     this.#byFigure.set(panel.figure, panel);
-    panel.csvButton.disabled = !this.#connected;
     panel.setMaximised(this.#host.view.get().panel === name);
-    listenToTouch(panel, this.#panelHost());
+    for (const listen of [listenToTouch, listenToMouse]) listen(panel, this.#panelHost());
     this.#layout.add(panel);
     this.#observer.observe(panel.figure);
     return panel;
@@ -295,6 +314,7 @@ export class Charts {
       latest: ({ run, info }) => run.latest[String(info.id)] ?? null,
       moveCursor: (x, pinned) => this.#moveCursor(x, pinned),
       zoom: (min, max) => this.#x.zoom(min, max),
+      pan: (min, max) => this.#x.pan(min, max),
       resetZoom: () => this.#host.view.set({ zoom: null, follow: false }),
       toggleUsual: (panel) => this.#host.view.toggle("usual", panel.name),
       toggleCurve: (metric) => this.#host.view.toggle("hidden", metric),
@@ -305,8 +325,8 @@ export class Charts {
         panel.maximiseButton.focus();
       },
       toggleTable: (panel) => this.#toggleTable(panel),
-      savePicture: (panel) => void this.#savePicture(panel),
-      saveCsv: (panel) => void this.#saveCsv(panel),
+      toggleOptions: (panel) => this.#options.toggle(panel),
+      setRange: (panel, ends) => this.#host.view.setScale(panel.name, ends),
       announce: (text) => this.#host.announce(text),
       resized: () => {
         this.#subscribe();
@@ -470,6 +490,7 @@ export class Charts {
       column,
       x,
       logY,
+      scaleIn: (panel) => scaleIn(this.#host.view.get(), panel),
       smoothing,
       hidden: new Set(hidden),
       hiddenRuns: new Set(hiddenRuns),
@@ -494,6 +515,11 @@ export class Charts {
   #viewChanged(state: ViewState, previous: ViewState): void {
     this.#toolbar.show(state);
     const arranged = ["search", "panel", "folded", "columns", "height"] as const;
+    if (state.joined.join("\n") !== previous.joined.join("\n")) this.#rebuild();
+    if (state.pinned.join("\n") !== previous.pinned.join("\n")) {
+      this.#layout.regroup();
+      this.#filter();
+    }
     if (arranged.some((name) => state[name] !== previous[name])) this.#filter();
     if (state.panel !== previous.panel) this.#sorted = -Infinity; // a constant that is maximised is a panel
     this.#valuesShown = -Infinity;
@@ -557,43 +583,11 @@ export class Charts {
     }
   }
 
-  async #savePicture(panel: Panel): Promise<void> {
+  /** All points of the curves that the search and the switches leave. */
+  #saveAll(): void {
     const scene = this.#getScene();
-    const lines = panel.shown(scene).map((curve) => ({
-      label: scene.runs.length === 1 ? curve.info.label : `${curve.run.name} ${curve.info.label}`,
-      look: panel.lookOf(curve, scene),
-    }));
-    const blob = panel.canvas && (await readPng(panel.canvas, panel.name, lines, this.#theme));
-    if (blob) save(blob, `${this.#fileName(panel)}.png`);
-  }
-
-  /** A file is named after its run, if there is one. */
-  #fileName(panel: Panel): string {
-    const { focus, all } = this.#runs;
-    return fileName(all.length === 1 ? (focus.info?.name ?? "") : `${all.length} runs`, panel.name);
-  }
-
-  async #saveCsv(panel: Panel): Promise<void> {
-    const name = `${this.#fileName(panel)}.csv`;
-    const runs = this.#runs.all.flatMap((run) => {
-      const series = panel.curves.filter((curve) => curve.run === run).map(({ info }) => info);
-      const lastStep = run.lastStep(series.map(({ id }) => id));
-      return series.length === 0
-        ? []
-        : [{ name: run.name, series, lastStep, ask: (question: Question) => run.ask(question) }];
-    });
-    panel.csvButton.disabled = true;
-    panel.csvButton.classList.add("busy");
-    try {
-      save(await readCsv(runs), name);
-      this.#host.announce(`Saved ${name}.`);
-    } catch (error) {
-      if (!(error instanceof NoAnswer)) throw error;
-      this.#host.announce(`${name} was not saved: ${error.message}.`);
-    } finally {
-      panel.csvButton.disabled = !this.#connected;
-      panel.csvButton.classList.remove("busy");
-    }
+    const shown = [...this.#panels.values()].filter((panel) => !panel.figure.hidden);
+    void this.#files.saveCsv("metrics", shown.flatMap((panel) => panel.shown(scene)));
   }
 }
 

@@ -15,6 +15,9 @@ const LEAST = 350;
 /** Between two panels, as in the style sheet, in CSS pixels. */
 const GAP = 12;
 
+/** The group of what is pinned; no metric's group has this name, for a name has no control characters. */
+const PINNED = "\u0000pinned";
+
 interface Group {
   section: HTMLElement;
   grid: HTMLElement;
@@ -36,6 +39,8 @@ export class Layout {
   readonly body = h("div", { class: "charts-body" });
   readonly empty = h("p", { class: "empty" }, "No metrics yet.");
   readonly #groups = new Map<string, Group>();
+  /** In the order in which they came. */
+  #panels: Panel[] = [];
   readonly #view: View;
   readonly #root: HTMLElement;
   #most = 1;
@@ -47,40 +52,53 @@ export class Layout {
   }
 
   add(panel: Panel): void {
-    const group = this.#groups.get(panel.group) ?? this.#addGroup(panel.group);
+    this.#panels.push(panel);
+    const name = this.#groupOf(panel);
+    const group = this.#groups.get(name) ?? this.#addGroup(name);
     group.panels.push(panel);
     group.grid.append(panel.figure);
   }
 
   /** Forget a panel; its group goes with its last one. */
   remove(panel: Panel): void {
-    const group = this.#groups.get(panel.group);
-    if (!group) return;
-    group.panels.splice(group.panels.indexOf(panel), 1);
-    if (group.panels.length > 0) return;
-    group.section.remove();
-    this.#groups.delete(panel.group);
+    this.#panels = this.#panels.filter((one) => one !== panel);
+    for (const [name, group] of this.#groups) {
+      if (!group.panels.includes(panel)) continue;
+      group.panels = group.panels.filter((one) => one !== panel);
+      if (group.panels.length > 0) continue;
+      group.section.remove();
+      this.#groups.delete(name);
+    }
+  }
+
+  #groupOf(panel: Panel): string {
+    return this.#view.get().pinned.includes(panel.name) ? PINNED : panel.group;
+  }
+
+  /** Others are pinned than before. */
+  regroup(): void {
+    for (const panel of this.#panels) {
+      const name = this.#groupOf(panel);
+      if (!this.#groups.has(name)) this.#addGroup(name);
+    }
+    for (const [name, group] of this.#groups) {
+      group.panels = this.#panels.filter((panel) => this.#groupOf(panel) === name);
+      arrange(group);
+    }
   }
 
   /** Have what is constant take a line, and what no longer is a panel; returns whether that changes anything. */
   sort(): boolean {
     let changed = false;
-    for (const { panels, grid, constants } of this.#groups.values()) {
-      for (const panel of panels) {
+    for (const group of this.#groups.values()) {
+      for (const panel of group.panels) {
         const isConstant = panel.isConstant();
         // Not what is being looked at or used
         if (isConstant === panel.isLine || (isConstant && panel.figure.matches(":hover, :focus-within"))) continue;
         panel.setLine(isConstant);
         changed = true;
       }
-      if (!changed) continue;
-      const inOrder = (into: HTMLElement, figures: HTMLElement[]): void => {
-        figures.forEach((figure, index) => {
-          if (into.children[index] !== figure) into.insertBefore(figure, into.children[index] ?? null);
-        });
-      };
-      inOrder(constants, panels.filter((panel) => panel.isLine).map(({ figure }) => figure));
-      inOrder(grid, panels.filter((panel) => !panel.isLine).map(({ figure }) => figure));
+      if (changed) arrange(group);
     }
     return changed;
   }
@@ -88,39 +106,40 @@ export class Layout {
   /** Names of the groups that are shown, with the number of their panels. */
   get groups(): [string, number][] {
     const shown = [...this.#groups].filter(([, { section }]) => !section.hidden);
-    return shown.map(([name, { panels }]) => [name, panels.filter(({ figure }) => !figure.hidden).length]);
+    return shown.map(([name, { panels }]) => [name === PINNED ? "Pinned" : name, panels.filter(({ figure }) => !figure.hidden).length]);
   }
 
   /** Bring a group into view, unfolded. */
   jump(name: string): void {
     const { folded } = this.#view.get();
     if (folded.includes(name)) this.#view.toggle("folded", name);
-    const group = this.#groups.get(name);
+    const group = this.#groups.get(name) ?? this.#groups.get(PINNED);
     group?.section.scrollIntoView();
     group?.fold.focus({ preventScroll: true });
   }
 
   foldAll(folded: boolean): void {
-    this.#view.set({ folded: folded ? [...this.#groups.keys()] : [] });
+    this.#view.set({ folded: folded ? [...this.#groups.keys()].filter((name) => name !== PINNED) : [] });
   }
 
   clear(): void {
     for (const { section } of this.#groups.values()) section.remove();
     this.#groups.clear();
+    this.#panels = [];
   }
 
   /** Show what the search finds, or the one panel that is maximised; returns how many were found, and of how many. */
   filter(): { found: number; all: number } {
     const { search, panel: maximised, folded } = this.#view.get();
     const finds = finder(search);
-    const panels = [...this.#groups.values()].flatMap((group) => group.panels);
+    const panels = this.#panels;
     const one = panels.some(({ name }) => name === maximised);
     this.#root.classList.toggle("one-panel", one);
     let found = 0;
     for (const [name, group] of this.#groups) {
       group.shown = 0;
       for (const panel of group.panels) {
-        const matches = finds([panel.name, ...panel.curves.map(({ info }) => info.key)].join("\n"));
+        const matches = finds(panel.name, ...panel.curves.map(({ info }) => info.key));
         found += Number(matches);
         const shown = one ? panel.name === maximised : matches;
         panel.figure.hidden = !shown;
@@ -146,14 +165,15 @@ export class Layout {
     const fold = h(
       "button",
       { type: "button", class: "charts-fold", "aria-expanded": "true", onclick },
-      name || "Metrics",
+      name === PINNED ? "Pinned" : name || "Metrics",
     );
     const constants = h("div", { class: "charts-constants" });
     const heading = h("h2", { class: "charts-heading" }, fold);
     const section = h("section", { class: "charts-group" }, heading, grid, constants);
     const group = { section, grid, constants, fold, panels: [], shown: 0 };
     this.#groups.set(name, group);
-    this.body.append(section);
+    if (name === PINNED) this.body.prepend(section);
+    else this.body.append(section);
     return group;
   }
 
@@ -173,4 +193,15 @@ export class Layout {
       section.classList.toggle("whole", shown > most || Boolean(grid.hidden));
     }
   }
+}
+
+/** Have the panels of a group stand in their order, those that take a line under the others. */
+function arrange({ panels, grid, constants }: Group): void {
+  const inOrder = (into: HTMLElement, some: Panel[]): void => {
+    some.forEach(({ figure }, index) => {
+      if (into.children[index] !== figure) into.insertBefore(figure, into.children[index] ?? null);
+    });
+  };
+  inOrder(constants, panels.filter((panel) => panel.isLine));
+  inOrder(grid, panels.filter((panel) => !panel.isLine));
 }

@@ -5,11 +5,14 @@ import type { Fit } from "./fit";
 import type { Mark } from "./marks";
 import type { Scene } from "./scene";
 import type { Curve, Point } from "./series_store";
+import type { Ink } from "./svg";
 import { type Box, inside, trace, type View, visible } from "./trace";
 
 /** What is painted with, and where. */
 export interface Brush {
-  ctx: CanvasRenderingContext2D;
+  ctx: Ink;
+  /** Size of what the ground is painted on: all of a canvas. */
+  ground: { width: number; height: number };
   box: Box;
   /** Device pixels of a CSS pixel. */
   ratio: number;
@@ -48,9 +51,9 @@ const BEHIND_WIDTH = 4;
 
 /** What lies behind the grid: the ground, for the canvas is opaque; stretches without samples; what was trimmed. */
 export function paintBackground(brush: Brush): void {
-  const { ctx, box, scene } = brush;
+  const { ctx, ground, box, scene } = brush;
   ctx.fillStyle = scene.theme.background;
-  ctx.fillRect(0, 0, ctx.canvas.width, ctx.canvas.height);
+  ctx.fillRect(0, 0, ground.width, ground.height);
   const at = (x: number): number => box.left + Math.max(-1, Math.min(2, scene.x.toUnit(x))) * box.width;
   ctx.save();
   clip(brush);
@@ -227,12 +230,14 @@ function isLine({ kind, isOwn }: Mark): boolean {
   return kind === "alert" && isOwn;
 }
 
-/** How high the ticks of what happens all the time are, and how tall lr's is, so that kinds can be told apart. */
-const TICKS = { validation: 5, checkpoint: 5, lr: 9, alert: 9 } as const;
+/** How far above the foot the marks of each kind begin, one kind above the other where they are at one step. */
+const LANES = { validation: 0, alert: 0, checkpoint: 6, lr: 11 } as const;
+const TICK = 5;
 
 /**
- * An alert about a curve of the panel is a line through it; of all else there is a tick at the foot. Several as one:
- * a bar from the first to the last, and for alerts their number.
+ * An alert about a curve of the panel is a line through it; of all else there is a sign at the foot: a tick for a
+ * validation, a square for a checkpoint, a triangle for a learning rate. Several as one: a faint bar from the first to
+ * the last, and for alerts their number.
  */
 function paintMark({ ctx, box, ratio, scene }: Brush, mark: Mark): void {
   const { kind, from, to } = mark;
@@ -241,16 +246,29 @@ function paintMark({ ctx, box, ratio, scene }: Brush, mark: Mark): void {
   const end = Math.round(box.left + to * box.width) + 0.5;
   const line = isLine(mark);
   ctx.strokeStyle = ctx.fillStyle = kind === "alert" ? scene.theme.alert : scene.theme.event;
+  const foot = bottom - LANES[kind] * ratio;
+  if (end > x) {
+    ctx.globalAlpha = line ? 1 : 0.5;
+    ctx.fillRect(x, line ? box.top : foot - 3 * ratio, end - x, 2 * ratio);
+    ctx.globalAlpha = 1;
+  }
+  if (kind === "checkpoint") {
+    ctx.fillRect(x - 2 * ratio, foot - 4 * ratio, 4 * ratio, 4 * ratio);
+    return;
+  }
   ctx.beginPath();
+  if (kind === "lr") {
+    ctx.moveTo(x, foot - TICK * ratio);
+    ctx.lineTo(x - 3 * ratio, foot);
+    ctx.lineTo(x + 3 * ratio, foot);
+    ctx.fill();
+    return;
+  }
   ctx.setLineDash(line ? [4 * ratio, 3 * ratio] : []);
-  ctx.moveTo(x, line ? box.top : bottom - TICKS[kind] * ratio);
+  ctx.moveTo(x, line ? box.top : foot - TICK * ratio);
   ctx.lineTo(x, bottom);
   ctx.stroke();
   ctx.setLineDash([]);
-  if (end > x) ctx.fillRect(x, line ? box.top : bottom - 2 * ratio, end - x, 2 * ratio);
-  if (kind === "checkpoint") {
-    ctx.fillRect(x - 2 * ratio, bottom - 7 * ratio, 4 * ratio, 4 * ratio);
-  }
   if (!line) return;
   ctx.beginPath(); // a flag, so that an alert is not told by its colour alone
   ctx.moveTo(x, box.top);
@@ -358,7 +376,7 @@ function place({ box, x, y }: Pick<View, "box" | "x" | "y">, atX: number, atY: n
   return [box.left + right * box.width, box.top + (1 - up) * box.height];
 }
 
-function dot(ctx: CanvasRenderingContext2D, [x, y]: [number, number], radius: number): void {
+function dot(ctx: Ink, [x, y]: [number, number], radius: number): void {
   ctx.beginPath();
   ctx.arc(x, y, radius, 0, 2 * Math.PI);
   ctx.fill();

@@ -1,24 +1,26 @@
 // One panel: a figure with a name, a legend that shows values, and a plot.
 //
-// uPlot gives the plot its canvas, axes, cursor and selection. Its scales run from 0 to 1 and it holds no data:
-// curves are drawn from the store's columns as they are, each with points of its own (uPlot wants all curves
-// of a plot over one column of x), and an axis can turn logarithmic without a new plot.
-
-import uPlot from "uplot";
+// The plot (`plot.ts`) gives it a canvas, a cursor and a selection, and holds no data: curves are drawn from the
+// store's columns as they are, each with points of its own.
 
 import { h, iconButton, setAttribute, setIcon, setText } from "../dom";
 import type { SeriesInfo } from "../protocol";
-import { formatX, Scale, type Ticks, xTicks, yTicks } from "./axes";
-import { type Drawn, type Fit, fit, isSquashed } from "./fit";
+import { formatX, Scale, xTicks, xTitle, yTicks } from "./axes";
+import { axisWidth, paintAxes, paintTitles } from "./axes_paint";
+import { type Dot, Dots } from "./dots";
+import { type Drawn, type Ends, type Fit, fit, isSquashed } from "./fit";
 import { Legend, slotsOf } from "./legend";
 import { legendOf, lookOf, type PanelLine, linesOf, shownCurves } from "./lines";
 import { type Mark, marksOf, textOf } from "./marks";
-import { type Brush, FONT_SIZE, paintBackground, paintLines, paintOutside, paintText } from "./paint";
+import { type Brush, paintBackground, paintLines, paintOutside, paintText } from "./paint";
 import { listenToKeys } from "./panel_keys";
+import type { Picture } from "./picture";
+import { Plot, type Selection } from "./plot";
 import { indexAt } from "./reading";
 import type { RunCurves } from "./run_curves";
 import type { Scene } from "./scene";
-import { cssColour, type Look } from "./theme";
+import { colourOf, cssColour, type Look } from "./theme";
+import { Tip } from "./tip";
 import { type PanelCurve, type Said, type Source, Values } from "./values";
 
 /** What a panel asks of the page it is on. */
@@ -26,6 +28,8 @@ export interface PanelHost extends Source {
   scene(): Scene;
   moveCursor(x: number | null, pinned: boolean): void;
   zoom(min: number, max: number): void;
+  /** Show another part of x, of the same length. */
+  pan(min: number, max: number): void;
   resetZoom(): void;
   toggleUsual(panel: Panel): void;
   toggleCurve(metric: string): void;
@@ -33,8 +37,10 @@ export interface PanelHost extends Source {
   toggleMembers(): void;
   toggleMaximised(panel: Panel): void;
   toggleTable(panel: Panel): void;
-  savePicture(panel: Panel): void;
-  saveCsv(panel: Panel): void;
+  /** Show or hide the options of a panel. */
+  toggleOptions(panel: Panel): void;
+  /** Set the ends of its y axis; null for by the values in view. */
+  setRange(panel: Panel, ends: Ends): void;
   announce(text: string): void;
   /** A panel has got another size and must be drawn again. */
   resized(panel: Panel): void;
@@ -42,6 +48,8 @@ export interface PanelHost extends Source {
 
 /** A curve that has had one value for so many points is a constant. */
 const CONSTANT_AFTER = 20;
+/** Room for the title of an axis, in CSS pixels. */
+const TITLE = 18;
 
 let panels = 0;
 
@@ -51,7 +59,7 @@ export class Panel {
   readonly curves: PanelCurve[] = [];
   readonly maximiseButton: HTMLButtonElement;
   readonly tableButton: HTMLButtonElement;
-  readonly csvButton: HTMLButtonElement;
+  readonly optionsButton: HTMLButtonElement;
   readonly #usualButton: HTMLButtonElement;
   /** Whether it is on the screen, or nearly. */
   visible = false;
@@ -66,18 +74,16 @@ export class Panel {
   readonly #summary: HTMLElement;
   readonly #values: Values;
   readonly #resize: ResizeObserver;
-  #dots: HTMLElement[] = [];
-  #chart: uPlot | null = null;
+  readonly #dots = new Dots();
+  readonly #tip = new Tip();
+  #chart: Plot | null = null;
   #fitted: Fit = { scale: new Scale(0, 1), belowZero: 0, above: 0, below: 0, isAtLeast: false };
-  #xTicks: Ticks = { values: [], labels: [] };
-  #yTicks: Ticks = { values: [], labels: [] };
   /** Which look each metric has. */
   #slots: ReadonlyMap<string, number> = new Map();
   /** What was drawn last. */
   #lines: PanelLine[] = [];
   #marks: Mark[] = [];
   #summarised = 0;
-  #moving = false;
 
   constructor(
     readonly name: string,
@@ -96,15 +102,14 @@ export class Panel {
     this.#usualButton = iconButton("usual", `Scale ${name} to its usual values`, () => host.toggleUsual(this));
     this.tableButton = iconButton("table", `Table of ${name}`, () => host.toggleTable(this));
     this.tableButton.setAttribute("aria-expanded", "false");
-    this.csvButton = iconButton("download", `Save ${name} as CSV`, () => host.saveCsv(this));
-    const picture = iconButton("picture", `Save ${name} as PNG`, () => host.savePicture(this));
+    this.optionsButton = iconButton("dots", `Options of ${name}`, () => host.toggleOptions(this));
+    this.optionsButton.setAttribute("aria-expanded", "false");
     const buttons = h(
       "div",
       { class: "chart-buttons" },
       this.#usualButton,
       this.tableButton,
-      picture,
-      this.csvButton,
+      this.optionsButton,
       this.maximiseButton,
     );
     this.#legend = new Legend(name);
@@ -168,10 +173,6 @@ export class Panel {
     return this.#chart?.width ?? this.plot.clientWidth;
   }
 
-  get canvas(): HTMLCanvasElement | null {
-    return this.#chart?.ctx.canvas ?? null;
-  }
-
   /** Begin or end to hold a canvas. */
   setVisible(shown: boolean): void {
     if (shown === this.visible) return;
@@ -184,19 +185,28 @@ export class Panel {
     const wanted = this.visible && !this.isLine;
     if (wanted === (this.#chart !== null)) return;
     if (wanted) {
-      this.#create();
+      const plot = new Plot(this.plot, {
+        draw: () => this.#paint(plot),
+        hovered: (left) => this.#hovered(left),
+        selected: (selection) => this.#selected(selection),
+        doubleClicked: () => {
+          this.#host.setRange(this, { min: null, max: null });
+          this.#host.resetZoom();
+        },
+      });
+      plot.over.append(this.#dots.element, this.#tip.element);
+      this.#chart = plot;
       this.#resize.observe(this.plot);
     } else {
       this.#resize.disconnect();
       this.#chart?.destroy();
       this.#chart = null;
-      this.#dots = [];
     }
   }
 
   /** Whether its curves have had one value only, for long enough to say so; as it was while they are not here. */
   isConstant(): boolean {
-    if (this.figure.classList.contains("maximised")) return false;
+    if (this.#isMaximised()) return false;
     const curves = this.curves.map((curve) => this.#host.curve(curve));
     if (!this.visible || curves.includes(null)) return this.isLine;
     return curves.every((curve) => {
@@ -212,7 +222,7 @@ export class Panel {
   }
 
   setMaximised(maximised: boolean): void {
-    if (this.figure.classList.contains("maximised") === maximised) return;
+    if (this.#isMaximised() === maximised) return;
     this.figure.classList.toggle("maximised", maximised);
     this.#prefix.classList.toggle("sr-only", !maximised);
     setIcon(
@@ -233,15 +243,13 @@ export class Panel {
     const distances = this.curves.map((curve) => this.#host.curve(curve)?.cadence ?? Infinity);
     const unit = Math.min(...distances);
     this.#values.unit = Number.isFinite(unit) ? unit : 1;
-    const { width } = plotSize(chart);
+    const { width } = chart.size;
     this.#lines = linesOf(this.#panelled, scene, width);
-    this.#fitted = fit(this.#drawn, scene, scene.usual.has(this.name));
-    // Events are those of the watched run.
-    const own = this.curves.filter(({ run }) => run === scene.runs[0]);
-    this.#marks = marksOf(scene, new Set(own.map(({ info }) => info.key)), width);
-    this.#xTicks = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
-    this.#yTicks = yTicks(this.#fitted.scale, Math.max(2, Math.floor(chart.height / 36)), this.#unitOfAll());
-    chart.batch(() => chart.redraw(false, true));
+    const scale = scene.scaleIn(this.name);
+    const ends = scale !== null && (scale.min !== null || scale.max !== null) ? scale : null;
+    this.#fitted = fit(this.#drawn, this.#viewOf(scene), scene.usual.has(this.name), ends);
+    this.#marks = marksOf(scene, this.#ownKeys(scene), width);
+    chart.draw();
   }
 
   /** Show the cursor where it is, and the values there; or the last ones. */
@@ -251,13 +259,7 @@ export class Panel {
     const cursor = scene.cursor;
     if (chart) {
       const unit = cursor === null ? NaN : scene.x.toUnit(cursor);
-      const { width } = plotSize(chart);
-      const left = unit >= 0 && unit <= 1 ? unit * width : -10;
-      if (Math.abs((chart.cursor.left ?? -10) - left) > 0.5) {
-        this.#moving = true;
-        chart.setCursor({ left, top: left < 0 ? -10 : 0 }, false);
-        this.#moving = false;
-      }
+      chart.setCursor(unit >= 0 && unit <= 1 ? unit * chart.size.width : null);
     }
     setAttribute(this.#usualButton, "aria-pressed", String(scene.usual.has(this.name)));
     this.#showValues(scene);
@@ -266,7 +268,7 @@ export class Panel {
     if (now - this.#summarised > 2_000) {
       this.#summarised = now;
       setText(this.#summary, this.summary());
-      this.#usualButton.classList.toggle("suggested", isSquashed(this.#drawn, scene));
+      this.#usualButton.classList.toggle("suggested", isSquashed(this.#drawn, this.#viewOf(scene)));
     }
   }
 
@@ -307,76 +309,9 @@ export class Panel {
 
   // The plot ----------------------------------------------------------------------------------------
 
-  #create(): void {
-    const axis = (ticks: () => Ticks, toUnit: (value: number) => number): uPlot.Axis => ({
-      stroke: () => this.#host.scene().theme.faint,
-      font: `${FONT_SIZE}px ${this.#host.scene().theme.font}`,
-      ticks: { show: false },
-      incrs: [1],
-      space: 1,
-      splits: () => ticks().values.map(toUnit),
-      values: () => ticks().labels,
-      filter: (_, splits) => splits,
-      grid: { stroke: () => this.#host.scene().theme.grid, width: 1 },
-    });
-    const chart = new uPlot(
-      {
-        width: Math.max(this.plot.clientWidth, 60),
-        height: Math.max(this.plot.clientHeight, 60),
-        padding: [8, 16, 0, 0],
-        legend: { show: false },
-        scales: { x: { time: false, range: [0, 1] }, y: { auto: false, range: [0, 1] } },
-        series: [{}],
-        axes: [
-          {
-            ...axis(
-              () => this.#xTicks,
-              (value) => this.#host.scene().x.toUnit(value),
-            ),
-            size: 22,
-            gap: 5,
-          },
-          {
-            ...axis(
-              () => this.#yTicks,
-              (value) => this.#fitted.scale.toUnit(value),
-            ),
-            scale: "y",
-            side: 3,
-            gap: 6,
-            size: (_, labels) => axisWidth(labels),
-          },
-        ],
-        cursor: {
-          y: false,
-          points: { show: false },
-          drag: { x: true, y: false, setScale: false, dist: 4 },
-          bind: {
-            dblclick: () => () => {
-              this.#host.resetZoom();
-              return null;
-            },
-          },
-        },
-        hooks: {
-          drawClear: [(plot) => paintBackground(this.#brush(plot))],
-          draw: [(plot) => this.#paint(plot)],
-          setCursor: [(plot) => this.#cursorMoved(plot)],
-          setSelect: [(plot) => this.#selected(plot)],
-        },
-      },
-      [[0]],
-      this.plot,
-    );
-    this.#chart = chart;
-  }
-
   #fit(): boolean {
-    const chart = this.#chart;
     const { clientWidth: width, clientHeight: height } = this.plot;
-    if (!chart || width < 1 || height < 1 || (chart.width === width && chart.height === height)) return false;
-    chart.setSize({ width, height });
-    return true;
+    return this.#chart !== null && width >= 1 && height >= 1 && this.#chart.setSize(width, height);
   }
 
   /** The unit of the y axis: that of all curves, if it is the same. */
@@ -393,13 +328,31 @@ export class Panel {
     return this.#lines.map(({ curve, values, scene, band }) => ({ curve, values, scene, bounds: band ?? [] }));
   }
 
-  #brush({ ctx, bbox }: uPlot): Brush {
-    return { ctx, box: bbox, ratio: devicePixelRatio, scene: this.#host.scene(), y: this.#fitted.scale };
+  /** What it shows now, to be drawn elsewhere. */
+  picture(runs: readonly string[]): Picture {
+    const scene = this.#host.scene();
+    const { items } = legendOf(this.#panelled, this.#lines, scene, this.#host, this.#say(scene));
+    const legend = items
+      .filter(({ isHidden }) => !isHidden)
+      .map(({ label, value, look }) => ({ label, value, colour: colourOf(look, scene.theme), dash: look.dash }));
+    return {
+      ...{ name: this.name, runs, legend, lines: this.#lines, fitted: this.#fitted, unit: this.#unitOfAll(), scene },
+      ...{ xTitle: xTitle(scene.axis), yTitle: this.#yTitle() },
+      marks: (width) => marksOf(scene, this.#ownKeys(scene), width),
+    };
   }
 
-  #paint(chart: uPlot): void {
-    const brush = this.#brush(chart);
-    const { scene } = brush;
+  #paint(chart: Plot): void {
+    const scene = this.#host.scene();
+    const xLabels = xTicks(scene.axis, scene.x, Math.max(2, Math.floor(chart.width / 75)));
+    const yLabels = yTicks(this.#fitted.scale, Math.max(2, Math.floor(chart.height / 36)), this.#unitOfAll());
+    const titled = this.#isMaximised();
+    chart.setRoom(axisWidth(yLabels) + 6 + (titled ? TITLE : 0), 22 + (titled ? TITLE : 0));
+    const { ctx, box, ratio } = chart;
+    const brush: Brush = { ctx, ground: ctx.canvas, box, ratio, scene, y: this.#fitted.scale };
+    paintBackground(brush);
+    paintAxes(brush, xLabels, yLabels);
+    if (titled) paintTitles(brush, [xTitle(scene.axis), this.#yTitle()], 4 * ratio, ctx.canvas.height - 2 * ratio);
     const lines = this.#lines;
     paintLines(brush, lines, this.#marks);
     const isHidden = this.shown(scene).length === 0;
@@ -408,24 +361,47 @@ export class Panel {
     paintOutside(brush, lines, this.#fitted);
   }
 
-  // The cursor ----------------------------------------------------------------------------------------
-
-  #cursorMoved(chart: uPlot): void {
-    // Where we have put it, or where a redraw found it again
-    if (this.#moving || !chart.cursor.event) return;
-    const left = chart.cursor.left ?? -10;
-    const x = left < 0 ? null : this.#host.scene().x.fromUnit(left / plotSize(chart).width);
-    chart.cursor.event = null as unknown as MouseEvent;
-    this.#host.moveCursor(x, false);
+  /** The kind of y axis that this panel has. */
+  #viewOf(scene: Scene): Pick<Scene, "logY"> {
+    return { logY: scene.scaleIn(this.name)?.log ?? scene.logY };
   }
 
-  #selected(chart: uPlot): void {
-    const { left, width } = chart.select;
-    if (width < 4) return;
+  /** Keys of its metrics that the watched run has: events are those of that run. */
+  #ownKeys(scene: Scene): ReadonlySet<string> {
+    return new Set(this.curves.filter(({ run }) => run === scene.runs[0]).map(({ info }) => info.key));
+  }
+
+  /** Name of the y axis. */
+  #yTitle(): string {
+    const unit = this.#unitOfAll();
+    const keys = new Set(this.curves.map(({ info }) => info.key));
+    const name = keys.size === 1 ? ([...keys][0] as string) : this.name;
+    return unit === "" || unit === "share" ? name : `${name} (${unit})`;
+  }
+
+  #isMaximised(): boolean {
+    return this.figure.classList.contains("maximised");
+  }
+
+  // The cursor ----------------------------------------------------------------------------------------
+
+  #hovered(left: number | null): void {
+    const { width } = this.#chart?.size ?? { width: 1 };
+    this.#host.moveCursor(left === null ? null : this.#host.scene().x.fromUnit(left / width), false);
+  }
+
+  #selected({ left, top, width, height }: Selection): void {
+    const all = this.#chart?.size;
+    if (!all) return;
     const { x } = this.#host.scene();
-    const total = plotSize(chart).width;
-    chart.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-    this.#host.zoom(x.fromUnit(left / total), x.fromUnit((left + width) / total));
+    const { scale } = this.#fitted;
+    // What goes along one axis only takes all of the other one.
+    if (width < all.width) this.#host.zoom(x.fromUnit(left / all.width), x.fromUnit((left + width) / all.width));
+    if (height < all.height) {
+      const digits = (value: number): number => Number(value.toPrecision(4));
+      const [min, max] = [scale.fromUnit(1 - (top + height) / all.height), scale.fromUnit(1 - top / all.height)];
+      this.#host.setRange(this, { min: digits(min), max: digits(max) });
+    }
   }
 
   /** The line whose points the arrow keys go along: the one with the most. */
@@ -447,15 +423,20 @@ export class Panel {
   }
 
   #showValues(scene: Scene): void {
-    const place =
-      scene.cursor === null ? "" : [formatX(scene.axis, scene.cursor), ...this.#eventsAt(scene)].join(" · ");
-    setText(this.#place, place);
-    const say = (curve: PanelCurve): Said =>
-      scene.cursor === null
-        ? this.#values.last(curve, scene, this.visible)
-        : this.#values.at(curve, scene, scene.cursor);
-    const { items, head } = legendOf(this.#panelled, this.#lines, scene, this.#host, say);
+    const [events, cursor] = [this.#eventsAt(scene), scene.cursor];
+    // Beside the mark where one looks, above the other panels
+    const isLookedAt = this.#chart !== null && cursor !== null && this.figure.matches(":hover, :focus-within");
+    setText(this.#place, cursor === null ? "" : [formatX(scene.axis, cursor), ...(isLookedAt ? [] : events)].join(" · "));
+    const { width } = this.#chart?.size ?? { width: 0 };
+    this.#tip.say(isLookedAt ? events : [], scene.x.toUnit(cursor ?? 0) * width, width);
+    const { items, head } = legendOf(this.#panelled, this.#lines, scene, this.#host, this.#say(scene));
     this.#legend.show(items, head);
+  }
+
+  #say(scene: Scene): (curve: PanelCurve) => Said {
+    const { cursor } = scene;
+    if (cursor === null) return (curve) => this.#values.last(curve, scene, this.visible);
+    return (curve) => this.#values.at(curve, scene, cursor);
   }
 
   /** Texts of the events under the cursor, and of a gap. */
@@ -474,40 +455,15 @@ export class Panel {
 
   /** Dots on the curves at the cursor. */
   #showDots(scene: Scene): void {
-    const chart = this.#chart;
-    if (!chart) return;
-    const lines = scene.cursor === null ? [] : this.#lines;
-    while (this.#dots.length < lines.length) {
-      const made = h("div", { class: "chart-dot" });
-      chart.over.append(made);
-      this.#dots.push(made);
-    }
-    const { width, height } = plotSize(chart);
-    this.#dots.forEach((made, position) => {
-      const line = lines[position];
-      const index = line ? indexAt(line.curve, line.scene, scene.cursor as number) : -1;
-      if (!line || index < 0) {
-        made.hidden = true;
-        return;
-      }
+    const { cursor } = scene;
+    if (!this.#chart) return;
+    const dots = (cursor === null ? [] : this.#lines).flatMap((line): Dot[] => {
+      const index = indexAt(line.curve, line.scene, cursor as number);
+      if (index < 0) return [];
       const { curve, values, look } = line;
       const x = scene.x.toUnit((curve[scene.column][index] as number) - line.scene.origin);
-      const y = this.#fitted.scale.toUnit(values[index] as number);
-      made.hidden = !(x >= 0 && x <= 1 && y >= 0 && y <= 1);
-      if (made.hidden) return;
-      made.style.background = cssColour(look);
-      made.style.transform = `translate(${x * width}px, ${(1 - y) * height}px)`;
+      return [{ x, y: this.#fitted.scale.toUnit(values[index] as number), colour: cssColour(look) }];
     });
+    this.#dots.show(dots, this.#chart.size);
   }
-}
-
-/** Size of the part with the curves, in CSS pixels; known without asking the browser to lay anything out. */
-function plotSize({ bbox }: uPlot): { width: number; height: number } {
-  return { width: bbox.width / devicePixelRatio, height: bbox.height / devicePixelRatio };
-}
-
-function axisWidth(labels: string[] | null): number {
-  const longest = Math.max(0, ...(labels ?? []).map((label) => label.length));
-  // In coarse steps, so that a plot does not move when a label gets one digit more
-  return Math.max(44, 8 * Math.ceil((6.5 * longest + 14) / 8));
 }

@@ -1,7 +1,7 @@
 // What all panels draw alike.
 
 import type { Gap } from "../protocol";
-import type { Axis, MarkKind } from "../view";
+import type { Axis, MarkKind, PanelScale } from "../view";
 import type { Scale } from "./axes";
 import type { RunCurves } from "./run_curves";
 import type { Column } from "./series_store";
@@ -39,7 +39,10 @@ export interface Scene {
   /** What is subtracted from the column: the start of the run where x is the time since then. */
   origin: number;
   x: Scale;
+  /** Of panels that have no scale of their own. */
   logY: boolean;
+  /** The y axes of panels that are others, by name. */
+  scaleIn(panel: string): PanelScale | null;
   smoothing: number;
   /** Keys of curves that are switched off. */
   hidden: ReadonlySet<string>;

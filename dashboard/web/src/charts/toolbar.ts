@@ -2,8 +2,9 @@
 // of it is behind one button.
 
 import { type Axis, MAX_COLUMNS, type MarkKind, type View, type ViewState } from "../view";
-import { button, h, icon, replaceChildren, setAttribute, setText, show } from "../dom";
+import { button, h, icon, iconButton, replaceChildren, setAttribute, setText, show } from "../dom";
 import { searchField } from "../search";
+import { patternFor } from "./joined";
 import { menu, select } from "./menu";
 
 const AXES: readonly [Axis, string, string][] = [
@@ -26,8 +27,8 @@ const HEIGHTS = [
 const MARKS: readonly [MarkKind, string, string][] = [
   ["alert", "M5 2v12M5 2.5l8 3-8 3z", "Alerts"],
   ["validation", "M8 5v6", "Validations"],
-  ["checkpoint", "M8 8v6M5.5 3.5h5v5h-5z", "Checkpoints"],
-  ["lr", "M8 9v5M8 4l3.5 5h-7z", "Learning rate"],
+  ["checkpoint", "M5.5 5.5h5v5h-5z", "Checkpoints"],
+  ["lr", "M8 4.5l4 6.5H4z", "Learning rate"],
 ];
 
 /** The slider goes from 0 to 100; most of it is where it matters, near 1. */
@@ -47,12 +48,15 @@ export interface ToolbarHost {
   jump(group: string): void;
   /** Fold all groups, or unfold them. */
   foldAll(folded: boolean): void;
+  /** Save all points of everything that is shown. */
+  saveAll(): void;
 }
 
 export class Toolbar {
   readonly root: HTMLElement;
   readonly #search: HTMLInputElement;
   readonly #count: HTMLElement;
+  readonly #join: HTMLButtonElement;
   readonly #axes: Map<Axis, HTMLButtonElement>;
   readonly #logX: HTMLButtonElement;
   readonly #logY: HTMLButtonElement;
@@ -72,6 +76,7 @@ export class Toolbar {
     this.#host = host;
     this.#search = searchField("Search metrics", () => view.set({ search: this.#search.value }));
     this.#count = h("span", { class: "charts-count" });
+    this.#join = button("One panel", { class: "button small", title: "Show what is found in one panel", onclick: () => this.#joinFound() });
     this.#axes = new Map(AXES.map(([axis, name, title]) => [axis, choice(name, title, () => host.setAxis(axis))]));
     this.#logX = choice("log x", "Logarithmic x axis", () => view.set({ logX: !view.get().logX }));
     this.#logY = choice("log y", "Logarithmic y axis", () => view.set({ logY: !view.get().logY }));
@@ -106,6 +111,7 @@ export class Toolbar {
       h("div", { class: "charts-segments", role: "group", "aria-label": "Logarithmic axes" }, this.#logX, this.#logY),
       h("div", { class: "charts-tail" }, this.#follow, this.#reset),
       menu(h("summary", { class: "button" }, "Layout"), "Layout of the charts", layout),
+      iconButton("download", "Save everything shown as CSV", () => host.saveAll()),
       h("label", { class: "charts-smoothing" }, "Smoothing", this.#slider, this.#amount),
       h("div", { class: "charts-marks", role: "group", "aria-label": "Marks" }, ...this.#marks.values()),
     );
@@ -118,7 +124,7 @@ export class Toolbar {
     this.root = h(
       "div",
       { class: "toolbar", role: "group", "aria-label": "Charts" },
-      h("div", { class: "charts-find" }, this.#search, this.#count),
+      h("div", { class: "charts-find" }, this.#search, this.#count, this.#join),
       this.#groupsMenu,
       more,
       options,
@@ -170,6 +176,15 @@ export class Toolbar {
   /** How many of all panels a search has found. */
   setCount(found: number, all: number): void {
     setText(this.#count, found === all ? "" : `${found} of ${all}`);
+    show(this.#join, found > 1 && patternFor(this.#host.view.get().search) !== null);
+  }
+
+  /** Have what the search finds share a panel, at the top. */
+  #joinFound(): void {
+    const { view } = this.#host;
+    const { search, joined, pinned } = view.get();
+    const pattern = patternFor(search);
+    if (pattern !== null) view.set({ search: "", joined: [...joined, pattern], pinned: [...pinned, pattern] });
   }
 }
 

@@ -49,7 +49,7 @@ function pinched(
   { left, right }: { left: number; right: number },
   [leftX, rightX]: [number, number],
 ): [number, number] | null {
-  const box = panel.plot.querySelector(".u-over")?.getBoundingClientRect();
+  const box = panel.plot.querySelector(".plot-over")?.getBoundingClientRect();
   if (!box || rightX - leftX < 10) return null;
   const { x } = host.scene();
   // In units of the axis as it is now: the same for linear and logarithmic ones

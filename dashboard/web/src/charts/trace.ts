@@ -1,4 +1,4 @@
-// A curve as a line on a canvas: which points of it a screen can show. Nothing here knows uPlot.
+// A curve as a line on a canvas: which points of it a screen can show. Nothing here knows a browser.
 
 import type { Column, Curve } from "./series_store";
 import type { Scale } from "./axes";

@@ -71,6 +71,17 @@ export class XAxis {
     }
   }
 
+  /** Show another part of the run, of the same length, as far as there is one. */
+  pan(min: number, max: number): void {
+    const log = this.#log;
+    const reach = this.#reach(log);
+    if (!reach || !this.#view.get().zoom || reach[0] >= reach[1]) return;
+    const whole = new Scale(...reach, log);
+    const [from, to] = [whole.toUnit(min), whole.toUnit(max)];
+    const back = from < 0 ? -from : to > 1 ? 1 - to : 0;
+    this.#view.set({ zoom: { min: whole.fromUnit(from + back), max: whole.fromUnit(to + back) }, follow: false });
+  }
+
   zoom(min: number, max: number): void {
     const reach = this.#reach(this.#log);
     if (!reach) return;

@@ -24,6 +24,20 @@ test("all values are in the scale, unless the viewer wants the usual ones", () =
   expect(scale.max).toBeLessThan(2);
 });
 
+test("ends that are set are the axis, and what is beyond them is counted", () => {
+  const { scale, above, below } = fit([drawn(...SPIKED)], view(), false, { min: 0.9, max: 2 });
+  expect([scale.min, scale.max, above]).toEqual([0.9, 2, 1]);
+  expect(below).toBe(SPIKED.filter((value) => value < 0.9).length);
+  // One end; the other one is by the values, or gives way
+  expect(fit([drawn(1, 2, 3)], view(), false, { min: null, max: 2 }).scale).toMatchObject({ max: 2 });
+  const beyond = fit([drawn(1, 2, 3)], view(), false, { min: 10, max: null }).scale;
+  expect(beyond.min).toBe(10);
+  expect(beyond.max).toBeGreaterThan(10);
+  // A logarithmic axis has no 0.
+  expect(fit([drawn(1, 2, 3)], view(true), false, { min: 0, max: 100 }).scale).toMatchObject({ max: 100, log: true });
+  expect(fit([drawn(1, 2, 3)], view(true), false, { min: 1e-300, max: null }).scale.min).toBe(1e-300);
+});
+
 test("values far below are outside, too", () => {
   expect(fit([drawn(...WAVE, -50, -60)], view(), true)).toMatchObject({ above: 0, below: 2 });
 });
