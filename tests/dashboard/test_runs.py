@@ -209,7 +209,7 @@ def test_keys_go_through_the_list(several: tuple[Training, Page]) -> None:
     page.keyboard.press("x")
     page.wait_for_function("() => !location.hash.includes('with=a')")
     page.keyboard.press("End")
-    assert page.locator(".runs-row.active .runs-name").text_content() == "c"
+    expect(page.locator(".runs-row.active .runs-name")).to_have_text("c")
 
 
 def test_settings_that_differ_are_compared_and_copied(several: tuple[Training, Page]) -> None:

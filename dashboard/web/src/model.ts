@@ -194,7 +194,7 @@ export function unanswered(model: Model): CommandRequest[] {
   return model.commands.filter(isPending).map(({ request }) => request);
 }
 
-const ENDED = new Set(["completed", "stopped", "cancelled", "failed"]);
+const ENDED = new Set(["completed", "stopped", "cancelled", "failed", "lost"]);
 
 export function hasEnded(state: string | undefined): boolean {
   return state !== undefined && ENDED.has(state);

@@ -132,7 +132,7 @@ export function ageOf(time: number, now: number): number {
 }
 
 export function isLive(row: RunRow): boolean {
-  return !hasEnded(row.state) && row.state !== "lost";
+  return !hasEnded(row.state);
 }
 
 const TONES: Record<string, string> = { completed: "good", failed: "bad", lost: "warn", stopped: "off", cancelled: "off" };

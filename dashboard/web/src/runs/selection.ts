@@ -38,9 +38,10 @@ export function focus(now: Chosen, key: string): Chosen {
 export function lastFinished(rows: Iterable<RunRow>, watched: string | null): string | null {
   const all = [...rows];
   const live = all.find(({ key }) => key === watched);
-  if (live === undefined || hasEnded(live.state) || live.state === "lost") return null;
+  if (live === undefined || hasEnded(live.state)) return null;
   const has = (row: RunRow): boolean => row.figures[live.monitor]?.[0] != null;
   if (!has(live)) return null;
-  const ended = all.filter((row) => hasEnded(row.state) && !row.archived && row.monitor === live.monitor && has(row));
+  const finished = (row: RunRow): boolean => hasEnded(row.state) && row.state !== "lost" && !row.archived;
+  const ended = all.filter((row) => finished(row) && row.monitor === live.monitor && has(row));
   return ended.sort((one, other) => other.heard - one.heard)[0]?.key ?? null;
 }
