@@ -315,6 +315,11 @@ class Bus:
         finally:
             self.end()
 
+    def begin(self) -> None:
+        """Hand over what waits for the first event, if that has not come: it will not any more. Event loop."""
+        self._begins_with = None
+        self._waker.wake()
+
     async def _hand_over_at_pace(self) -> None:
         while True:
             if self._subscribers.has_leaving:

@@ -389,6 +389,8 @@ class Session:
                         self.bus.close()
                         self.callbacks.cancel()
                         return
+                    # A run that failed while it was prepared has no first event
+                    self.bus.begin()
                     if self.lifetime.failure is not None and on_failure is not None:
                         on_failure()
                     await self._settle_storage()

@@ -46,6 +46,7 @@ from offloop.engine import (
     TrainerBusyError,
     TrainStart,
     ValidationEnd,
+    WeightsMismatchError,
     decides,
     in_step,
     read_events,
@@ -301,6 +302,15 @@ async def test_what_is_published_at_once_follows_the_first_event_into_the_log(tm
     assert [type(event) for event in events[:4]] == [TrainStart, Remark, Remark, Remark]
     assert [event.text for event in events if isinstance(event, Remark)] == ["0", "1", "2"]
     assert run.result.callback_errors == {}
+
+
+def test_a_run_that_fails_before_its_first_event_waits_for_no_callback(tmp_path: Path) -> None:
+    recorder = Recorder()
+    # If the run waited, this test would not end.
+    trainer = tiny_trainer(run_dir=tmp_path, drain_timeout=1000.0)
+    with pytest.raises(WeightsMismatchError):
+        trainer.train(tiny_loader(1), epochs=1, callbacks=[recorder], init_from={"other": torch.zeros(1)})
+    assert recorder.names() == ["TrainEnd"]
 
 
 def test_stop_in_a_validation_ends_it_without_its_end() -> None:
