@@ -147,7 +147,9 @@ class FollowedRuns:
         self._postponed: set[str] = set()
         self._filling = anyio.Semaphore(FILLING_AT_ONCE)
         self._tasks: anyio.abc.TaskGroup | None = None
+        # One for each task that waits: `ask` sets both, and each task replaces its own.
         self._is_asked = anyio.Event()
+        self._is_list_asked = anyio.Event()
 
     # What viewers want
 
@@ -178,6 +180,7 @@ class FollowedRuns:
     def ask(self) -> None:
         """Do now what viewers want, which has changed."""
         self._is_asked.set()
+        self._is_list_asked.set()
 
     async def run(self) -> None:
         """Do what viewers want. Runs until cancelled."""
@@ -359,8 +362,8 @@ class FollowedRuns:
     async def _keep_list(self) -> None:
         while True:
             if not self._is_list_wanted:
-                await self._is_asked.wait()
-                await anyio.lowlevel.checkpoint()
+                await self._is_list_asked.wait()
+                self._is_list_asked = anyio.Event()
                 continue
             began = time.monotonic()
             try:

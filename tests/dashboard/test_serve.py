@@ -413,6 +413,32 @@ def test_list_follows_what_changes(serve: Serve, tmp_path: Path) -> None:
         viewer.wait(lambda page: list(page.rows) == ["two"])
 
 
+def test_list_goes_on_for_who_comes_after_everyone_had_left(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followed_runs, "REFRESH", 0.02)
+    write_run(tmp_path / "one", events_of(3))
+    server = serve()
+    followed = server.hub.followed
+    assert followed is not None
+    with SocketViewer(server.url) as viewer:
+        viewer.say(ListRuns())
+        wait_for_losses(viewer, 3)
+    seen: list[object] = []
+
+    def has_looked_round_three_times() -> bool:
+        if followed._is_asked not in seen:
+            seen.append(followed._is_asked)
+        return len(seen) > 3
+
+    await_on_loop(server, lambda: not server.hub.connections)
+    await_on_loop(server, has_looked_round_three_times)
+    write_run(tmp_path / "two", events_of(3))
+    with SocketViewer(server.url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: "two" in page.rows)
+
+
 def test_of_two_who_edit_the_second_is_told(serve: Serve, tmp_path: Path) -> None:
     write_run(tmp_path / "run", events_of(3))
     url = serve().url

@@ -209,12 +209,13 @@ export function role(model: Model): Role {
   return model.hello?.role ?? "read_only";
 }
 
-/** The newest run of the server, if it is newer than the one that is watched. */
+/** The newest run of the server, if it is newer than the one that is watched; none that was over when the page came. */
 export function newerRun(model: Model): RunSummary | null {
   const watched = model.runs.find(({ key }) => key === model.run?.key);
   const since = watched?.started ?? model.run?.started ?? -Infinity;
   const newest = newestRun(model.runs);
-  return newest !== null && newest.key !== model.run?.key && newest.started >= since ? newest : null;
+  if (newest === null || newest.key === model.run?.key || newest.started < since) return null;
+  return hasEnded(newest.state) && newest.started < (model.hello?.time ?? 0) ? null : newest;
 }
 
 export function newestRun(runs: readonly RunSummary[]): RunSummary | null {

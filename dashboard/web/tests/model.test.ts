@@ -110,6 +110,13 @@ describe("runs of one server", () => {
     expect(newestRun([])).toBeNull();
   });
 
+  test("one that was over when the page came is no news, one that began since is", () => {
+    const over = summary({ key: "b", started: 200, state: "completed" });
+    const seen = (time: number) => newerRun(after(hello({ runs: [old, over], run: "a", time }), run()));
+    expect(seen(300)).toBeNull();
+    expect(seen(150)).toEqual(over);
+  });
+
   test("an older one is not newer", () => {
     expect(newerRun(after(hello({ runs: [old, young], run: "b" }), run({ key: "b", started: 200 })))).toBeNull();
   });

@@ -138,5 +138,7 @@ export function isLive(row: RunRow): boolean {
 const TONES: Record<string, string> = { completed: "good", failed: "bad", lost: "warn", stopped: "off", cancelled: "off" };
 
 export function toneOf(row: RunRow): string {
+  const ends = [row.figures[row.monitor]?.[0], row.figures.loss?.[0]];
+  if (row.state === "completed" && ends.some((value) => typeof value === "string")) return "warn";
   return TONES[row.state] ?? (row.state === "paused" || row.state === "waiting" ? "busy" : "live");
 }
