@@ -70,7 +70,8 @@ def a_run(**knobs: Any) -> tuple[list[Any], dict[str, Tensor], Net]:
 def test_a_run_has_the_same_bits_with_and_without(parts: Any, knobs: dict[str, Any]) -> None:
     events, weights, _ = a_run(**knobs)
     again, weights_again, model = a_run(activation_checkpointing=parts, **knobs)
-    assert again == events
+    # The first event tells the knobs, which differ.
+    assert again[1:] == events[1:]
     for name, value in weights.items():
         assert torch.equal(value, weights_again[name]), name
     assert {type(block) for block in model.blocks} == {Block}, "classes are given back"
