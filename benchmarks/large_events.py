@@ -16,13 +16,11 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import torch
 from measure import Report, clock, parse, quantile
+from page_link import link_to
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
-from websockets.typing import Subprotocol
 
 from offloop.dashboard import Dashboard
 from offloop.engine import Event
@@ -83,19 +81,6 @@ def train(events: int) -> None:
 
 
 # The viewers --------------------------------------------------------------------------------------
-
-
-def link_to(address: str) -> ClientConnection:
-    """Connect to a page's address."""
-    parts = urlsplit(address)
-    return connect(
-        f"ws://{parts.netloc}/ws",
-        subprotocols=[Subprotocol("offloop.v1")],
-        additional_headers={"Authorization": f"Bearer {parse_qs(parts.query)['token'][0]}"},
-        compression=None,
-        proxy=None,
-        max_size=None,
-    )
 
 
 def follow(address: str) -> None:

@@ -17,12 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 from measure import Report, clock, parse
-from websockets.sync.client import ClientConnection, connect
-from websockets.typing import Subprotocol
+from page_link import link_to
 
 from offloop.engine import EpochEnd, StepEnd, TrainEnd, TrainStart, encode
 from offloop.engine.events import Metrics
@@ -117,19 +115,6 @@ def serving(directory: Path, home: Path) -> Iterator[tuple[str, float, int]]:
         finally:
             child.terminate()
             child.stderr.read()
-
-
-def link_to(address: str) -> ClientConnection:
-    """Connect to a page's address."""
-    parts = urlsplit(address)
-    return connect(
-        f"ws://{parts.netloc}/ws",
-        subprotocols=[Subprotocol("offloop.v1")],
-        additional_headers={"Authorization": f"Bearer {parse_qs(parts.query)['token'][0]}"},
-        compression=None,
-        proxy=None,
-        max_size=None,
-    )
 
 
 def list_runs(address: str, count: int) -> float:

@@ -112,7 +112,22 @@ class Connection:
         """True if the last frame was acknowledged, there is new data, and no rate limit applies."""
         return self.viewer.gets_chart(at_once=self.may_finish)
 
-    def allows_command(self) -> bool:
+    def why_rejected(self, id: str, what: str) -> str:
+        """Return why a request for a change is rejected, whatever it asks for; empty if it is not. Counts it.
+
+        Args:
+            id: Its id.
+            what: What it is, with an article: `a command`.
+        """
+        if not self.viewer.is_control:
+            return "this address may only read"
+        if not 0 < len(id) <= 64:
+            return f"{what}'s id has 1 to 64 characters"
+        if not self._allows_command():
+            return f"more than {COMMANDS_PER_SECOND} commands a second"
+        return ""
+
+    def _allows_command(self) -> bool:
         """Count one command; False if the viewer exceeds `COMMANDS_PER_SECOND`."""
         now = time.monotonic()
         earned = (now - self._allowance_at) * COMMANDS_PER_SECOND

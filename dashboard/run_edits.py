@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from offloop.dashboard.connection import COMMANDS_PER_SECOND, Connection
+from offloop.dashboard.connection import Connection
 from offloop.dashboard.disk_calls import DiskCall, DiskCalls
 from offloop.dashboard.protocol import Ack, Edit
 from offloop.engine import OffloopError, RunLabels, RunLabelsChangedError, edit_labels
@@ -42,7 +42,7 @@ class RunEdits:
             if known is not None:
                 connection.put(known)
             return
-        why = self._rejection_reason(connection, request)
+        why = connection.why_rejected(request.id, "an edit")
         directory = self._directory_of(request.run)
         if not why and directory is None:
             why = f"there is no run {request.run!r} with a directory"
@@ -84,16 +84,6 @@ class RunEdits:
     def _answer(self, connection: Connection, request: Edit, why: str) -> None:
         answer = self._known[request.id] = _ack(request, why)
         connection.put(answer)
-
-    def _rejection_reason(self, connection: Connection, request: Edit) -> str:
-        """Return why an edit is rejected before anything is written; empty if it is not."""
-        if not connection.viewer.is_control:
-            return "this address may only read"
-        if not 0 < len(request.id) <= 64:
-            return "an edit's id has 1 to 64 characters"
-        if not connection.allows_command():
-            return f"more than {COMMANDS_PER_SECOND} commands a second"
-        return ""
 
 
 def _ack(request: Edit, why: str) -> Ack:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final
 
-from offloop.dashboard.connection import COMMANDS_PER_SECOND, Connection
+from offloop.dashboard.connection import Connection
 from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.protocol import Ack, CommandRequest
 from offloop.engine import OffloopError, SaveCheckpoint, Stop
@@ -87,12 +87,8 @@ class ViewerCommands:
 
     def _rejection_reason(self, connection: Connection, request: CommandRequest) -> str | None:
         """Return why a request is rejected before the run receives it; None if it is not."""
-        if not connection.viewer.is_control:
-            return "this address may only read"
-        if not 0 < len(request.id) <= 64:
-            return "a command's id has 1 to 64 characters"
-        if not connection.allows_command():
-            return f"more than {COMMANDS_PER_SECOND} commands a second"
+        if why := connection.why_rejected(request.id, "a command"):
+            return why
         live = self._find(request.run)
         if live is None:
             return f"there is no run {request.run!r}"

@@ -25,7 +25,7 @@ import msgspec
 
 from offloop.engine.bus.threads import Thread
 from offloop.engine.catalog.labels import LABELS_JSON
-from offloop.engine.catalog.record import RunRecord, make_record
+from offloop.engine.catalog.record import RunRecord, make_record, unreadable
 from offloop.engine.checkpoint.lock import LOCK
 from offloop.engine.monitor import is_better
 from offloop.engine.observers.event_log import FILE_NAME
@@ -184,7 +184,7 @@ class RunCatalog:
             try:
                 self._look_at(place, walk)
             except OSError as error:
-                why = f"cannot be read: {(error.strerror or str(error)).lower()}"
+                why = unreadable(error)
                 if not place.key:
                     walk.problem = f"{place.path} {why}"
                 if not isinstance(error, FileNotFoundError | NotADirectoryError):

@@ -140,7 +140,7 @@ def make_record(key: str, path: str, *, silent: float | None = None, state: str 
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
         return RunRecord(
-            key=key, directory=path, id=os.path.basename(path), state=state, why=_unreadable(error)
+            key=key, directory=path, id=os.path.basename(path), state=state, why=unreadable(error)
         )
     described = _described(path, faults)
     labels = RunLabels()
@@ -157,7 +157,7 @@ def make_record(key: str, path: str, *, silent: float | None = None, state: str 
             if not described:
                 faults.append(f"{FILE_NAME} is missing")
         except OSError as error:
-            faults.append(f"{FILE_NAME} {_unreadable(error)}")
+            faults.append(f"{FILE_NAME} {unreadable(error)}")
     facts = _facts(described, log)
     now_state, why = _state_of(path, described, log, silent)
     return RunRecord(
@@ -179,7 +179,7 @@ def _described(path: str, faults: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         faults.append(f"{RUN_JSON} is missing")
     except OSError as error:
-        faults.append(f"{RUN_JSON} {_unreadable(error)}")
+        faults.append(f"{RUN_JSON} {unreadable(error)}")
     except (msgspec.MsgspecError, RecursionError):
         faults.append(f"{RUN_JSON} is {'no JSON object' if content else 'empty'}")
     else:
@@ -266,7 +266,7 @@ def _state_of(
     try:
         is_written = has_writer(Path(path))
     except OSError as error:
-        return "lost", _unreadable(error)
+        return "lost", unreadable(error)
     state = "running" if log is None else log.state
     if is_written:
         return state, ""
@@ -367,7 +367,8 @@ def _numbers(values: object) -> list[float]:
     return [each for each in found if each is not None]
 
 
-def _unreadable(error: OSError) -> str:
+def unreadable(error: OSError) -> str:
+    """Return in words that a file or a directory cannot be read, and why."""
     return f"cannot be read: {(error.strerror or str(error)).lower()}"
 
 
