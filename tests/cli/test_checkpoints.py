@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import offloop
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 from offloop.callbacks import ModelCheckpoint
-from offloop.cli.main import app
 from offloop.cli.output import age, share, size
 from offloop.engine import ModelRegistry
 from offloop.engine.checkpoint import CheckpointReader, CheckpointStore
@@ -28,20 +27,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trainer = tiny_trainer(run_dir=str(directory / "runs"), run_name=name, seed=seed, seed_model=seed)
         trainer.train(tiny_loader(3), tiny_loader(2), epochs=2, callbacks=[ModelCheckpoint(keep_last=None)])
     return directory
-
-
-@pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of one's own with two finished runs in `runs/`."""
-    shutil.copytree(made / "runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def offloop(*arguments: str, columns: int = 80) -> Result:
-    result = CliRunner(env={"COLUMNS": str(columns), "TERM": "dumb"}).invoke(app, arguments)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def flip_a_bit(file: Path) -> None:

@@ -1,17 +1,18 @@
 """`offloop runs`, `offloop label` and `offloop export`: what they print, for people and for programs."""
 
 import csv
+import functools
 import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -52,17 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(made / "runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def offloop(*arguments: str, columns: int = 120) -> Result:
-    result = CliRunner(env={"COLUMNS": str(columns), "TERM": "dumb"}).invoke(app, arguments)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
+# Wide enough for all columns.
+offloop = functools.partial(command_line.offloop, columns=120)
 
 
 def names_in(result: Result) -> list[str]:
