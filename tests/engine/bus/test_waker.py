@@ -129,11 +129,11 @@ def test_waking_a_task_whose_event_loop_has_ended_is_fine() -> None:
         wakes: list[object] = []
 
         async def keep(waker: Waker = waker, wakes: list[object] = wakes) -> None:
-            with anyio.move_on_after(0.001):
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(waker.wait)
-                    await anyio.wait_all_tasks_blocked()
-                    wakes.append(waker._wake_task)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(waker.wait)
+                await anyio.wait_all_tasks_blocked()
+                wakes.append(waker._wake_task)
+                tasks.cancel_scope.cancel()
 
         anyio.run(keep, backend=backend)
         # A thread that took it just before.
