@@ -35,8 +35,8 @@ from measure import Report, parse, quantile
 from playwright.async_api import Page, async_playwright
 
 from offloop.dashboard import Dashboard
-from offloop.dashboard.run_cursor import RunCursor
-from offloop.dashboard.viewer import Viewer
+from offloop.dashboard.viewers.run_cursor import RunCursor
+from offloop.dashboard.viewers.viewer import Viewer
 from offloop.engine import Run, Trainer
 
 PANELS = 8

@@ -52,10 +52,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from offloop.dashboard import Dashboard
-from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.options import Options
-from offloop.dashboard.run_source import ProcessRun
-from offloop.dashboard.server import Server
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.run_source import ProcessRun
+from offloop.dashboard.serving.server import Server
 from offloop.engine import Callback, Metrics, Run, StepEnd, Trainer, TrainerConfig, TrainStart
 
 FIVE_MS = Task("5 ms step", features=256, width=704, layers=2, batch_size=64, steps_per_slice=2)

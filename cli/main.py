@@ -117,7 +117,7 @@ def logout() -> None:
     Pages that are open close within seconds, and cookies are worth nothing. The address that a run has printed lets
     browsers in again until that run ends.
     """
-    from offloop.dashboard.security import forget_key, key_path
+    from offloop.dashboard.serving.security import forget_key, key_path
 
     try:
         is_forgotten = forget_key()

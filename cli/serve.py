@@ -8,9 +8,9 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from offloop.cli.output import fail
-from offloop.dashboard.announcement import announce
 from offloop.dashboard.options import Options
-from offloop.dashboard.server import Server
+from offloop.dashboard.serving.announcement import announce
+from offloop.dashboard.serving.server import Server
 
 HISTORY_BYTES: Final = 128 * 1024 * 1024
 """Memory for the curves of one run: half of what a run's own page takes, because several are open."""

@@ -12,14 +12,14 @@ from typing import Final, Self
 import anyio
 import anyio.to_thread
 
-from offloop.dashboard.announcement import announce, say
-from offloop.dashboard.history import HISTORY_BYTES
+from offloop.dashboard.curves.history import HISTORY_BYTES
 from offloop.dashboard.lease import Lease, SharedServer
-from offloop.dashboard.milestones import MILESTONE_BYTES
 from offloop.dashboard.options import Options
-from offloop.dashboard.page_file import remove_page_file, write_page_file
-from offloop.dashboard.security import host_name
-from offloop.dashboard.server import Server
+from offloop.dashboard.runs.milestones import MILESTONE_BYTES
+from offloop.dashboard.runs.page_file import remove_page_file, write_page_file
+from offloop.dashboard.serving.announcement import announce, say
+from offloop.dashboard.serving.security import host_name
+from offloop.dashboard.serving.server import Server
 from offloop.engine import Callback, Run, TrainStart, checks, decides
 from offloop.engine.argument_hints import explains_arguments
 

@@ -16,13 +16,7 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 
-from offloop.dashboard.connection import Connection, Link, RefusedError, Visitor, receive_hi
-from offloop.dashboard.disk_calls import DiskCalls
-from offloop.dashboard.followed_audience import FollowedAudience
-from offloop.dashboard.followed_runs import FollowedRuns
-from offloop.dashboard.history import HISTORY_BYTES
-from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import MILESTONE_BYTES, KeptMilestone
+from offloop.dashboard.curves.history import HISTORY_BYTES
 from offloop.dashboard.protocol import (
     CLOSE_SLOW,
     MAX_OVERLAID,
@@ -46,10 +40,16 @@ from offloop.dashboard.protocol import (
     decode_viewer_message,
     encode_message,
 )
-from offloop.dashboard.rows import RowCursor, RunList, row_of
-from offloop.dashboard.run_edits import RunEdits
-from offloop.dashboard.viewer import Viewer, ViewerTooSlowError
-from offloop.dashboard.viewer_commands import ViewerCommands
+from offloop.dashboard.runs.disk_calls import DiskCalls
+from offloop.dashboard.runs.followed_runs import FollowedRuns
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone
+from offloop.dashboard.runs.rows import RowCursor, RunList, row_of
+from offloop.dashboard.viewers.connection import Connection, Link, RefusedError, Visitor, receive_hi
+from offloop.dashboard.viewers.followed_audience import FollowedAudience
+from offloop.dashboard.viewers.run_edits import RunEdits
+from offloop.dashboard.viewers.viewer import Viewer, ViewerTooSlowError
+from offloop.dashboard.viewers.viewer_commands import ViewerCommands
 from offloop.engine import Event, RunRecord, SubscriberTooSlowError, Subscription
 
 FRAME_INTERVAL: Final = 0.1

@@ -7,7 +7,7 @@ and releasing the last one closes it.
 import threading
 
 from offloop.dashboard.options import Options
-from offloop.dashboard.server import Server
+from offloop.dashboard.serving.server import Server
 
 
 class Lease:

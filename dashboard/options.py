@@ -4,9 +4,9 @@ import ssl as tls
 
 import msgspec
 
-from offloop.dashboard.history import HISTORY_BYTES
+from offloop.dashboard.curves.history import HISTORY_BYTES
 from offloop.dashboard.hub import FRAME_INTERVAL
-from offloop.dashboard.milestones import MILESTONE_BYTES
+from offloop.dashboard.runs.milestones import MILESTONE_BYTES
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

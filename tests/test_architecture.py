@@ -113,6 +113,8 @@ LAYERS: Final = (
     "tools",
 )
 """Packages of the engine, from the lowest to the highest: each uses only those before it."""
+DASHBOARD_LAYERS: Final = ("curves", "runs", "viewers", "serving")
+"""The same for the packages of the dashboard."""
 FACADES: Final = (
     "offloop",
     "offloop.callbacks",
@@ -291,10 +293,14 @@ def test_checkpoint_mechanics_know_nothing_of_the_rest(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_only_the_dashboards_server_and_client_know_one_kind_of_event_loop(module: str) -> None:
+def test_only_the_dashboards_server_knows_one_kind_of_event_loop(module: str) -> None:
     packages = {each.package for each in imports_of(module)}
     assert "trio" not in packages and "uvloop" not in packages
-    if module not in ("offloop.dashboard.server", "offloop.dashboard.requests", "offloop.dashboard.client"):
+    if module not in (
+        "offloop.dashboard.serving.server",
+        "offloop.dashboard.serving.requests",
+        "offloop.dashboard.client",
+    ):
         assert not packages & {"asyncio", "websockets"}
 
 
@@ -313,15 +319,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not needs, f"among these is a circle: {sorted(needs)}"
 
 
-@pytest.mark.parametrize("module", in_folder("engine"))
-def test_packages_of_the_engine_use_only_those_below_them(module: str) -> None:
-    package = module.split(".")[2] if module.count(".") > 2 else ""
-    if package:
-        above = LAYERS[LAYERS.index(package) + 1 :]
-        known = modules_known_to(module)
-        assert not [
-            each for each in known if each.startswith(tuple(f"offloop.engine.{name}." for name in above))
-        ]
+@pytest.mark.parametrize("module", in_folder("engine", "dashboard"))
+def test_packages_use_only_those_below_them(module: str) -> None:
+    _, folder, *inside = module.split(".")
+    layers = LAYERS if folder == "engine" else DASHBOARD_LAYERS
+    package = inside[0] if inside else ""
+    if package in layers:
+        above = tuple(f"offloop.{folder}.{name}." for name in layers[layers.index(package) + 1 :])
+        assert not [each for each in modules_known_to(module) if each.startswith(above)]
 
 
 @pytest.mark.parametrize("module", in_folder("engine"))

@@ -26,9 +26,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from offloop.dashboard.chart_frame import Gap
-from offloop.dashboard.column import Column
-from offloop.dashboard.history import Axis, AxisFacts, Curve, CurveFacts, History
+from offloop.dashboard.curves.chart_frame import Gap
+from offloop.dashboard.curves.column import Column
+from offloop.dashboard.curves.history import Axis, AxisFacts, Curve, CurveFacts, History
 
 LEAST_LOG: Final = 8 * 1024 * 1024
 """Bytes of a log from which on its columns are kept: a smaller one is read within a second."""

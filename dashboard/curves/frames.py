@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from offloop.dashboard.chart_frame import ChartColumn, ChartFrame, ChartHeader, encode_chart
-from offloop.dashboard.history import History
+from offloop.dashboard.curves.chart_frame import ChartColumn, ChartFrame, ChartHeader, encode_chart
+from offloop.dashboard.curves.history import History
 
 DELTA_POINTS: Final = 2_000
 """Most new points of one curve in a chart frame; beyond that, minima and maxima of neighbours."""

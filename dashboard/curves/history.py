@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from offloop.dashboard.chart_frame import Float64s, Gap, NonFinite
-from offloop.dashboard.column import BLOCK, Column
+from offloop.dashboard.curves.chart_frame import Float64s, Gap, NonFinite
+from offloop.dashboard.curves.column import BLOCK, Column
 from offloop.dashboard.protocol import number as as_json
 from offloop.engine import checks
 

@@ -14,12 +14,12 @@ from typing import Any, Final, NoReturn, get_args
 
 import msgspec
 
-from offloop.dashboard.live_run import FINAL_STATES, LiveRun, Numbers
 from offloop.dashboard.masking import masked, masked_command
-from offloop.dashboard.milestones import KeptMilestone
-from offloop.dashboard.page_file import page_of
 from offloop.dashboard.protocol import CommandName, RunInfo
-from offloop.dashboard.run_source import facts_of
+from offloop.dashboard.runs.live_run import FINAL_STATES, LiveRun, Numbers
+from offloop.dashboard.runs.milestones import KeptMilestone
+from offloop.dashboard.runs.page_file import page_of
+from offloop.dashboard.runs.run_source import facts_of
 from offloop.engine import (
     Command,
     ConfigError,

@@ -18,14 +18,14 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
-from offloop.dashboard.disk_calls import DiskCalls
-from offloop.dashboard.followed_run import FollowedRun, take_in
-from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import KeptMilestone
-from offloop.dashboard.page_file import page_of
 from offloop.dashboard.protocol import RunRow, RunSummary
-from offloop.dashboard.rows import row_of_record
-from offloop.dashboard.run_reader import LONGEST_REST, REST, AbandonedError, RunReader
+from offloop.dashboard.runs.disk_calls import DiskCalls
+from offloop.dashboard.runs.followed_run import FollowedRun, take_in
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.milestones import KeptMilestone
+from offloop.dashboard.runs.page_file import page_of
+from offloop.dashboard.runs.rows import row_of_record
+from offloop.dashboard.runs.run_reader import LONGEST_REST, REST, AbandonedError, RunReader
 from offloop.engine import RunCatalog, RunRecord
 
 logger = logging.getLogger("offloop")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from offloop.dashboard import column_file
-from offloop.dashboard.history import History
-from offloop.dashboard.live_run import KeptFacts, LiveRun
+from offloop.dashboard.curves import column_file
+from offloop.dashboard.curves.history import History
+from offloop.dashboard.runs.live_run import KeptFacts, LiveRun
 from offloop.engine import Event, LogPlace, TrainEnd, TrainStart, decode
 
 

@@ -14,13 +14,13 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from offloop.dashboard.frames import Frames
-from offloop.dashboard.history import HISTORY_BYTES, Curve, History
-from offloop.dashboard.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
+from offloop.dashboard.curves.frames import Frames
+from offloop.dashboard.curves.history import HISTORY_BYTES, Curve, History
+from offloop.dashboard.curves.steps import MANY_STEPS, keys_of, values_of, with_steps_together
+from offloop.dashboard.curves.units import unit_of
 from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
-from offloop.dashboard.run_source import RunSource
-from offloop.dashboard.steps import MANY_STEPS, keys_of, values_of, with_steps_together
-from offloop.dashboard.units import unit_of
+from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
+from offloop.dashboard.runs.run_source import RunSource
 from offloop.engine import (
     EpochEnd,
     EpochStart,

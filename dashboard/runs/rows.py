@@ -8,9 +8,9 @@ twice before a slow viewer takes it is sent once.
 from itertools import takewhile
 from typing import Final
 
-from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.masking import masked
 from offloop.dashboard.protocol import Figure, Rows, RunRow, encode_message, number
+from offloop.dashboard.runs.live_run import LiveRun
 from offloop.engine import RunLabels, RunRecord
 
 ROWS_AT_ONCE: Final = 200

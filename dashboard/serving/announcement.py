@@ -8,8 +8,8 @@ import sys
 import threading
 import webbrowser
 
-from offloop.dashboard.security import is_loopback
-from offloop.dashboard.server import Server
+from offloop.dashboard.serving.security import is_loopback
+from offloop.dashboard.serving.server import Server
 
 logger = logging.getLogger("offloop")
 

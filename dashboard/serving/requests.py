@@ -20,11 +20,11 @@ from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 from websockets.typing import StatusLike
 
-from offloop.dashboard.connection import RefusedError
 from offloop.dashboard.options import Options
-from offloop.dashboard.page import NOT_BUILT, Asset, Page
 from offloop.dashboard.protocol import CLOSE_FULL, CLOSE_UNAUTHORISED, Hi, Role
-from offloop.dashboard.security import SECURITY_HEADERS, Gate, content_security_policy
+from offloop.dashboard.serving.page import NOT_BUILT, Asset, Page
+from offloop.dashboard.serving.security import SECURITY_HEADERS, Gate, content_security_policy
+from offloop.dashboard.viewers.connection import RefusedError
 
 SEND_BUFFER: Final = 128 * 1024
 """Bytes of a viewer's kernel buffer: the default is megabytes, which hold seconds of outdated charts."""

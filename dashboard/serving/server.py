@@ -25,15 +25,15 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
-from offloop.dashboard.connection import short
 from offloop.dashboard.hub import Hub
-from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.options import Options
-from offloop.dashboard.page import Page
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
-from offloop.dashboard.requests import Peer, Requests
-from offloop.dashboard.run_source import ProcessRun
-from offloop.dashboard.security import Gate, UserKey, new_token
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.run_source import ProcessRun
+from offloop.dashboard.serving.page import Page
+from offloop.dashboard.serving.requests import Peer, Requests
+from offloop.dashboard.serving.security import Gate, UserKey, new_token
+from offloop.dashboard.viewers.connection import short
 from offloop.engine import Event, Subscription, TrainStart
 from offloop.engine.bus.threads import Latch, Thread
 

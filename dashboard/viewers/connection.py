@@ -19,8 +19,8 @@ from offloop.dashboard.protocol import (
     Role,
     decode_viewer_message,
 )
-from offloop.dashboard.rows import RowCursor
-from offloop.dashboard.viewer import Viewer, ViewerTooSlowError
+from offloop.dashboard.runs.rows import RowCursor
+from offloop.dashboard.viewers.viewer import Viewer, ViewerTooSlowError
 from offloop.engine import OffloopError
 
 HI_TIMEOUT: Final = 5.0

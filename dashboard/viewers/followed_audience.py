@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from offloop.dashboard.connection import Connection
-from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.protocol import RunRow
-from offloop.dashboard.rows import RunList
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.milestones import KeptMilestone
+from offloop.dashboard.runs.rows import RunList
+from offloop.dashboard.viewers.connection import Connection
 
 
 class Screens(Protocol):

@@ -11,8 +11,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from offloop.dashboard.frames import DELTA_POINTS
-from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.curves.frames import DELTA_POINTS
 from offloop.dashboard.protocol import (
     MAX_CHART_FRAME,
     MAX_POINTS,
@@ -23,6 +22,7 @@ from offloop.dashboard.protocol import (
     Show,
     encode_message,
 )
+from offloop.dashboard.runs.live_run import LiveRun
 
 MAX_WAITING_QUERIES: Final = 64
 """Most unanswered queries of one viewer about one run."""

@@ -5,9 +5,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from offloop.dashboard.connection import Connection
-from offloop.dashboard.disk_calls import DiskCall, DiskCalls
 from offloop.dashboard.protocol import Ack, Edit
+from offloop.dashboard.runs.disk_calls import DiskCall, DiskCalls
+from offloop.dashboard.viewers.connection import Connection
 from offloop.engine import OffloopError, RunLabels, RunLabelsChangedError, edit_labels
 
 EDITS_REMEMBERED: Final = 1_000

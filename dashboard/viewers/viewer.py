@@ -12,10 +12,10 @@ from typing import Final
 
 import msgspec
 
-from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.protocol import FromServer, ProtocolError, RangeQuery, Role, Show, encode_message
-from offloop.dashboard.run_cursor import RunCursor
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.milestones import KeptMilestone
+from offloop.dashboard.viewers.run_cursor import RunCursor
 from offloop.engine import OffloopError
 
 MAX_WAITING_TEXTS: Final = 256

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final
 
-from offloop.dashboard.connection import Connection
-from offloop.dashboard.live_run import LiveRun
 from offloop.dashboard.protocol import Ack, CommandRequest
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.viewers.connection import Connection
 from offloop.engine import OffloopError, SaveCheckpoint, Stop
 
 COMMANDS_REMEMBERED: Final = 1_000

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from offloop.cli.main import app
 from offloop.dashboard.options import Options
-from offloop.dashboard.security import UserKey
-from offloop.dashboard.server import Server
+from offloop.dashboard.serving.security import UserKey
+from offloop.dashboard.serving.server import Server
 
 
 @pytest.fixture

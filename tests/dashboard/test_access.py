@@ -13,8 +13,8 @@ from socket_viewer import SocketViewer, await_on_loop, request
 
 from offloop.dashboard import Dashboard
 from offloop.dashboard.protocol import CLOSE_UNAUTHORISED
-from offloop.dashboard.security import forget_key
-from offloop.dashboard.server import Server
+from offloop.dashboard.serving.security import forget_key
+from offloop.dashboard.serving.server import Server
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright

@@ -20,8 +20,9 @@ import pytest
 from socket_viewer import await_on_loop
 from warm_python import ScriptProcess, WarmPython
 
-from offloop.dashboard import callback, live_run, run_source
-from offloop.dashboard.page import Page as BuiltPage
+from offloop.dashboard import callback
+from offloop.dashboard.runs import live_run, run_source
+from offloop.dashboard.serving.page import Page as BuiltPage
 from offloop.engine import Metrics, Sample
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")

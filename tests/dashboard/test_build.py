@@ -19,7 +19,7 @@ from typing import Final
 
 import pytest
 
-from offloop.dashboard.page import Page
+from offloop.dashboard.serving.page import Page
 
 ROOT: Final = Path(__file__).parents[2]
 BUILD_PAGE: Final = Path("dashboard", "web", "build_page.py")
@@ -470,7 +470,7 @@ def test_wheel_holds_the_page_and_neither_its_sources_nor_what_was_deleted(
 ) -> None:
     names = names_in_wheel(whole_checkout, tmp_path)
     assert {name for name in names if "/static/" in name} == {f"offloop/dashboard/static/{n}" for n in FILES}
-    assert "offloop/dashboard/page.py" in names
+    assert "offloop/dashboard/serving/page.py" in names
     assert not [name for name in names if "web" in name or "deleted_long_ago" in name]
 
 

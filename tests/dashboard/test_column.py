@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offloop.dashboard.column import BLOCK, Column
+from offloop.dashboard.curves.column import BLOCK, Column
 
 STEPS = st.one_of(
     st.tuples(st.just("add"), st.integers(1, 3 * BLOCK)),

@@ -1,4 +1,4 @@
-"""dashboard/column_file.py: what is kept comes back as it was, and what is damaged or of another log does not."""
+"""dashboard/curves/column_file.py: what is kept comes back as it was; what is damaged or of another log does not."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from histories import content_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offloop.dashboard import column_file
-from offloop.dashboard.column_file import find, keep, place_of
-from offloop.dashboard.history import History
+from offloop.dashboard.curves import column_file
+from offloop.dashboard.curves.column_file import find, keep, place_of
+from offloop.dashboard.curves.history import History
 
 LIMIT = 64 * 1024 * 1024
 STATE = json.dumps({"step": 3}).encode()

@@ -1,4 +1,4 @@
-"""dashboard/followed_runs.py: whatever happens to a run, the page has what `read_events` reads, or says why not."""
+"""dashboard/runs/followed_runs.py: whatever happens to a run, the page has what `read_events` reads, or why not."""
 
 import asyncio
 import contextlib
@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_files import lines_of, step, write_run
 
-from offloop.dashboard import followed_runs
-from offloop.dashboard.disk_calls import DiskCalls
-from offloop.dashboard.followed_runs import FollowedRuns
-from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import KeptMilestone
 from offloop.dashboard.protocol import RunRow
-from offloop.dashboard.run_reader import RunReader
+from offloop.dashboard.runs import followed_runs
+from offloop.dashboard.runs.disk_calls import DiskCalls
+from offloop.dashboard.runs.followed_runs import FollowedRuns
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.milestones import KeptMilestone
+from offloop.dashboard.runs.run_reader import RunReader
 from offloop.engine import (
     EpochEnd,
     Event,
@@ -274,8 +274,8 @@ def test_whatever_happens_to_its_files_a_run_is_shown_as_they_are(schedule: list
 def test_long_log_is_coarse_at_first_and_complete_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offloop.dashboard.run_reader.LONG_LOG", 1)
-    monkeypatch.setattr("offloop.dashboard.run_reader.COARSE_LINES", 50)
+    monkeypatch.setattr("offloop.dashboard.runs.run_reader.LONG_LOG", 1)
+    monkeypatch.setattr("offloop.dashboard.runs.run_reader.COARSE_LINES", 50)
     steps = [step(number, val_loss=2.0) for number in range(1, 2_001)]
     write_run(tmp_path / "run", [TrainStart(run_id="run", seq=0, time=1.0, step=0, epoch=0), *steps])
     reader = RunReader(read_run(tmp_path / "run"), history_bytes=10_000_000, milestone_bytes=10_000_000)
@@ -291,7 +291,7 @@ def test_long_log_is_coarse_at_first_and_complete_then(
 
 
 def test_numbers_of_unknown_samples_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offloop.dashboard.followed_run.UNKNOWN_MILESTONES", 1)
+    monkeypatch.setattr("offloop.dashboard.runs.followed_run.UNKNOWN_MILESTONES", 1)
     fields = {
         "run_id": "run",
         "epoch": 0,

@@ -1,4 +1,4 @@
-"""dashboard/history.py: spikes are never lost, shown points never move, memory is bounded."""
+"""dashboard/curves/history.py: spikes are never lost, shown points never move, memory is bounded."""
 
 import math
 from itertools import pairwise
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from offloop.dashboard.history import MAX_STRETCHES, Axis, Curve, History
+from offloop.dashboard.curves.history import MAX_STRETCHES, Axis, Curve, History
 
 VALUES = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0]))
 

@@ -16,11 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_link import MemoryLink, PageModel
 
-from offloop.dashboard.chart_frame import decode_chart
-from offloop.dashboard.frames import DELTA_POINTS
+from offloop.dashboard.curves.chart_frame import decode_chart
+from offloop.dashboard.curves.frames import DELTA_POINTS
 from offloop.dashboard.hub import ENDED_RUNS_KEPT, Hub
-from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.milestones import Milestones
 from offloop.dashboard.protocol import (
     CLOSE_PROTOCOL,
     CLOSE_SLOW,
@@ -37,8 +35,10 @@ from offloop.dashboard.protocol import (
     Watch,
     decode_viewer_message,
 )
-from offloop.dashboard.rows import MAX_FIGURES, row_of
-from offloop.dashboard.viewer import MAX_WAITING_TEXTS
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.milestones import Milestones
+from offloop.dashboard.runs.rows import MAX_FIGURES, row_of
+from offloop.dashboard.viewers.viewer import MAX_WAITING_TEXTS
 from offloop.engine import (
     CallbackFailed,
     Command,

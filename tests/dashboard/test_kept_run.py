@@ -1,4 +1,4 @@
-"""dashboard/kept_run.py: a long log is read once, and the page shows the same the next time."""
+"""dashboard/runs/kept_run.py: a long log is read once, and the page shows the same the next time."""
 
 import os
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ import pytest
 from histories import content_of
 
 from offloop.callbacks import Alert
-from offloop.dashboard import column_file, run_reader
-from offloop.dashboard.followed_run import FollowedRun, take_in
-from offloop.dashboard.live_run import LiveRun
-from offloop.dashboard.run_reader import RunReader
+from offloop.dashboard.curves import column_file
+from offloop.dashboard.runs import run_reader
+from offloop.dashboard.runs.followed_run import FollowedRun, take_in
+from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.run_reader import RunReader
 from offloop.engine import (
     EpochStart,
     Event,

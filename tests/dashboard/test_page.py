@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offloop.dashboard.page import NOT_BUILT, Page
+from offloop.dashboard.serving.page import NOT_BUILT, Page
 
 FILES = {
     "index.html": b'<script type="module" src="static/0123456789abcdef/page.js"></script>',

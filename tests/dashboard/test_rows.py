@@ -1,11 +1,11 @@
-"""dashboard/rows.py: a viewer's list of runs is the server's, however it changes and however late it is read."""
+"""dashboard/runs/rows.py: a viewer's list of runs is the server's, however it changes and however late it is read."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_link import PageModel
 
 from offloop.dashboard.protocol import Rows, RunRow
-from offloop.dashboard.rows import ROWS_AT_ONCE, RowCursor, RunList
+from offloop.dashboard.runs.rows import ROWS_AT_ONCE, RowCursor, RunList
 
 
 def row(key: str, step: int = 0) -> RunRow:

@@ -1,4 +1,4 @@
-"""dashboard/security.py: who is let in, and with what right."""
+"""dashboard/serving/security.py: who is let in, and with what right."""
 
 import hashlib
 import hmac
@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offloop.dashboard.protocol import Role
-from offloop.dashboard.security import (
+from offloop.dashboard.serving.security import (
     COOKIE_DAYS,
     Gate,
     UserKey,
@@ -346,9 +346,8 @@ def test_only_its_user_can_read_the_key(key_file: Path) -> None:
 
 
 def test_processes_that_race_for_the_key_end_with_the_same(key_file: Path) -> None:
-    script = (
-        "import sys; from offloop.dashboard.security import UserKey; input(); print(UserKey().ensure().hex())"
-    )
+    imports = "import sys; from offloop.dashboard.serving.security import UserKey"
+    script = f"{imports}; input(); print(UserKey().ensure().hex())"
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", script],

@@ -16,10 +16,11 @@ import pytest
 from run_files import events_of, lines_of, step, trainer_process, write_run
 from socket_viewer import PATIENCE, SocketViewer, await_on_loop, on_loop
 
-from offloop.dashboard import Dashboard, followed_runs, run_reader
+from offloop.dashboard import Dashboard
 from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import CommandRequest, Edit, ListRuns, Overlay, Show, Watch
-from offloop.dashboard.server import Server
+from offloop.dashboard.runs import followed_runs, run_reader
+from offloop.dashboard.serving.server import Server
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
 Serve = Callable[..., Server]

@@ -1,4 +1,4 @@
-"""dashboard/server.py on real sockets: what it answers to whom, and what nobody can do to it."""
+"""dashboard/serving/server.py on real sockets: what it answers to whom, and what nobody can do to it."""
 
 import asyncio
 import errno
@@ -36,11 +36,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
-from offloop.dashboard import connection as connection_module
-from offloop.dashboard import requests as requests_module
-from offloop.dashboard import server as server_module
 from offloop.dashboard.options import Options
-from offloop.dashboard.page import Page
 from offloop.dashboard.protocol import (
     CLOSE_FULL,
     CLOSE_UNAUTHORISED,
@@ -50,8 +46,12 @@ from offloop.dashboard.protocol import (
     Ping,
     encode_message,
 )
-from offloop.dashboard.security import content_security_policy, forget_key
-from offloop.dashboard.server import Server
+from offloop.dashboard.serving import requests as requests_module
+from offloop.dashboard.serving import server as server_module
+from offloop.dashboard.serving.page import Page
+from offloop.dashboard.serving.security import content_security_policy, forget_key
+from offloop.dashboard.serving.server import Server
+from offloop.dashboard.viewers import connection as connection_module
 
 ON_EVERY_ANSWER: Final = {
     "x-content-type-options": "nosniff",

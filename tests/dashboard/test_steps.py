@@ -1,11 +1,11 @@
-"""dashboard/steps.py: a recorded run's steps are read many at a time, and its curves are those of steps one by one."""
+"""dashboard/curves/steps.py: a recorded run is read many steps at a time; its curves are those of single steps."""
 
 from fake_run import FakeRun, source_of
 from histories import content_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offloop.dashboard.live_run import LiveRun
+from offloop.dashboard.runs.live_run import LiveRun
 from offloop.engine import EpochStart, Event, StepEnd, TrainStart, ValidationEnd
 from offloop.engine.events import Metrics
 

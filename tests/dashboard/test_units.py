@@ -1,8 +1,8 @@
-"""dashboard/units.py: the units of curves."""
+"""dashboard/curves/units.py: the units of curves."""
 
 import pytest
 
-from offloop.dashboard.units import unit_of
+from offloop.dashboard.curves.units import unit_of
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
-from offloop.dashboard.run_source import ProcessRun
+from offloop.dashboard.runs.run_source import ProcessRun
 from offloop.engine import Command, ConfigError, RunEndedError, Validate
 
 

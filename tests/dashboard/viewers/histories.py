@@ -1,6 +1,6 @@
 """What viewers can get of a history."""
 
-from offloop.dashboard.history import History
+from offloop.dashboard.curves.history import History
 
 
 def content_of(history: History) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import msgspec
 
-from offloop.dashboard.chart_frame import ChartFrame, decode_chart
+from offloop.dashboard.curves.chart_frame import ChartFrame, decode_chart
 from offloop.dashboard.protocol import (
     Ack,
     Bye,

@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from offloop.dashboard.protocol import SUBPROTOCOL, FromViewer, encode_message
-from offloop.dashboard.server import Server
+from offloop.dashboard.serving.server import Server
 
 T = TypeVar("T")
 PATIENCE: Final = 20.0

@@ -1,0 +1,1 @@
+"""Serving: the port, the built page, and who may use it."""

@@ -1,0 +1,1 @@
+"""Viewers: what each connection has received and is due, and what it asks for."""
