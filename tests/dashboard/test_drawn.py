@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offloop import Above, Alerts, Event, ModelCheckpoint, ResourceUsage
+from offloop import Above, Alerts, Event, ModelCheckpoint, ResourceMonitor, ResourceUsage
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
@@ -343,6 +343,22 @@ def test_small_groups_share_a_row(training: Callable[..., Training], open_page: 
     widths = [right - left for left, right, _, _ in boxes]
     assert max(widths) - min(widths) < 2
     shot(page, "small-groups")
+
+
+def test_loss_and_metrics_stand_first_and_resources_last_whatever_came_first(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    monitor = ResourceMonitor(every_seconds=0.05)
+    run = training(callbacks=[monitor], knobs={"val_every_n_steps": 2}).begin()
+    page = open_page(run.dashboard.url)
+    headings = page.locator(".charts-group:not([hidden]) .charts-fold")
+    expect(headings).to_have_text(["resource_usage"])
+    run.step(loss=1.0, accuracy=0.5, **{"layer/a": 1.0})
+    run.step(loss=0.5, accuracy=0.6, **{"layer/a": 1.0})
+    expect(chart(page, "loss").locator(".curve-label")).to_have_text(["step", "val"])
+    expect(headings).to_have_text(["Metrics", "layer", "resource_usage"])
+    titles = page.locator(".charts-group").first.locator(".chart-title")
+    expect(titles).to_have_text(["loss", "accuracy", "lr"])
 
 
 def test_columns_and_height_are_set_and_remembered(many_groups: Page) -> None:

@@ -204,6 +204,7 @@ export class Charts {
       }
       panel.addCurve(run, info);
     }
+    this.#layout.order();
     this.#filter();
     this.#subscribe();
     this.#redraw();

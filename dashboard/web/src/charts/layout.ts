@@ -8,6 +8,7 @@
 import { h } from "../dom";
 import { finder } from "../search";
 import type { View } from "../view";
+import { compareGroups, comparePanels } from "./order";
 import type { Panel } from "./panel";
 
 /** A panel has at least this width, if the page has, in CSS pixels. */
@@ -38,7 +39,8 @@ export function columnsOf(count: number, most: number): number {
 export class Layout {
   readonly body = h("div", { class: "charts-body" });
   readonly empty = h("p", { class: "empty" }, "No metrics yet.");
-  readonly #groups = new Map<string, Group>();
+  /** In the order in which they stand, once that was made. */
+  #groups = new Map<string, Group>();
   /** In the order in which they came. */
   #panels: Panel[] = [];
   readonly #view: View;
@@ -83,8 +85,21 @@ export class Layout {
     }
     for (const [name, group] of this.#groups) {
       group.panels = this.#panels.filter((panel) => this.#groupOf(panel) === name);
+    }
+    this.order();
+  }
+
+  /** Put groups and panels in order: there are others, or they have other curves. */
+  order(): void {
+    for (const [name, group] of this.#groups) {
+      if (name !== PINNED) group.panels.sort(comparePanels);
       arrange(group);
     }
+    const groups = [...this.#groups].sort(([one], [other]) =>
+      one === PINNED ? -1 : other === PINNED ? 1 : compareGroups(one, other),
+    );
+    this.#groups = new Map(groups);
+    placeIn(this.body, groups.map(([, { section }]) => section));
   }
 
   /** Have what is constant take a line, and what no longer is a panel; returns whether that changes anything. */
@@ -172,8 +187,7 @@ export class Layout {
     const section = h("section", { class: "charts-group" }, heading, grid, constants);
     const group = { section, grid, constants, fold, panels: [], shown: 0 };
     this.#groups.set(name, group);
-    if (name === PINNED) this.body.prepend(section);
-    else this.body.append(section);
+    this.body.append(section);
     return group;
   }
 
@@ -197,11 +211,14 @@ export class Layout {
 
 /** Have the panels of a group stand in their order, those that take a line under the others. */
 function arrange({ panels, grid, constants }: Group): void {
-  const inOrder = (into: HTMLElement, some: Panel[]): void => {
-    some.forEach(({ figure }, index) => {
-      if (into.children[index] !== figure) into.insertBefore(figure, into.children[index] ?? null);
-    });
-  };
-  inOrder(constants, panels.filter((panel) => panel.isLine));
-  inOrder(grid, panels.filter((panel) => !panel.isLine));
+  const figures = (areLines: boolean): HTMLElement[] => panels.filter(({ isLine }) => isLine === areLines).map(({ figure }) => figure);
+  placeIn(constants, figures(true));
+  placeIn(grid, figures(false));
+}
+
+/** Have elements be the first of a parent, in this order; those that are there are not touched. */
+function placeIn(parent: HTMLElement, elements: readonly HTMLElement[]): void {
+  elements.forEach((element, place) => {
+    if (parent.children[place] !== element) parent.insertBefore(element, parent.children[place] ?? null);
+  });
 }
