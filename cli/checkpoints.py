@@ -13,9 +13,11 @@ from offloop.cli.output import (
     fail,
     number,
     plain_table,
+    print_error,
     print_json,
     print_table,
     print_text,
+    reason,
     share,
     size,
 )
@@ -51,7 +53,7 @@ def failing() -> Iterator[None]:
     try:
         yield
     except (OffloopError, OSError) as error:
-        fail(str(error))
+        fail(reason(error))
 
 
 @app.command("list")
@@ -90,7 +92,7 @@ def list_checkpoints(
                 else:
                     print_text(f"cannot be read: {unreadable[reader.directory]}")
             for error in damaged:
-                typer.echo(f"damaged: {error}", err=True)
+                print_error(f"damaged: {error}")
     if unreadable and not readers:
         fail(str(next(iter(unreadable.values()))))
     if not runs and not as_json:

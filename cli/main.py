@@ -2,18 +2,51 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from offloop.cli import checkpoints, models, runs
-from offloop.cli.output import fail
+from offloop.cli.output import fail, reason
 from offloop.engine import ConfigError
+
+# Typer exports this one only, and has its base from click or from a copy of it.
+_USAGE_ERROR: Final[Any] = typer.BadParameter.__mro__[1]
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """Turn wrong usage into one line and exit code 2. A group without its command still prints its help."""
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        if context is None or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        text = error.format_message().rstrip(".")
+        fail(f"{text[:1].lower()}{text[1:]}; see {context.command_path} --help")
+
+
+class _Commands(TyperGroup):
+    """The commands, with errors like those of everything else."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _usage_in_one_line():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, *arguments: Any) -> Any:
+        with _usage_in_one_line():
+            return super().invoke(*arguments)
+
 
 app = typer.Typer(
     name="offloop",
+    cls=_Commands,
     help="Async, event-driven PyTorch training.",
     no_args_is_help=True,
     add_completion=False,
@@ -67,7 +100,7 @@ def demo(
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--run-dir must be a writable directory: {error}")
+        fail(f"--run-dir must be a writable directory: {reason(error)}")
 
     from offloop.cli.demo import run_demo
 

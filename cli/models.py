@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from offloop.cli.checkpoints import SOURCE_HELP, Json, Registry, failing
-from offloop.cli.output import age, fail, number, plain_table, print_json, print_table, print_text, size
+from offloop.cli.output import (
+    age,
+    fail,
+    number,
+    plain_table,
+    print_error,
+    print_json,
+    print_table,
+    print_text,
+    size,
+)
 from offloop.engine import ModelRegistry, ModelVersion
 from offloop.engine.checkpoint import CheckpointCorruptError
 
@@ -46,7 +56,7 @@ def list_models(
                 table.add_row(each, str(len(versions[each])), when, aliases)
             print_table(table)
     for error in damaged:
-        typer.echo(f"damaged: {error}", err=True)
+        print_error(f"damaged: {error}")
 
 
 @app.command()

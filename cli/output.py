@@ -12,16 +12,34 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
+from offloop.engine import OffloopError
+from offloop.engine.visible_text import visible
+
 NARROW: Final = 9
 """Characters to which columns of text are cut at most: a state fits."""
 PIPED_WIDTH: Final = 10_000
 """Columns of a table that is not printed to a terminal: no value is folded."""
+PIPED_CELL: Final = 40
+"""Characters of a cell up to which all others of its column are padded, where nothing is cut."""
 
 
 def fail(message: str) -> NoReturn:
     """Print an error and exit with code 2: wrong usage, or unreadable files."""
-    typer.echo(f"offloop: {message}", err=True)
+    print_error(f"offloop: {' '.join(message.splitlines())}")
     raise typer.Exit(2)
+
+
+def reason(error: OffloopError | OSError) -> str:
+    """Return why something failed, in words: of the system's errors the file and their text, without the number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    words = error.strerror[:1].lower() + error.strerror[1:]
+    return f"{error.filename}: {words}" if error.filename is not None else words
+
+
+def print_error(text: str) -> None:
+    """Print text to stderr."""
+    typer.echo(visible(text, keep="\n"), err=True)
 
 
 def print_json(value: Any) -> None:
@@ -31,7 +49,7 @@ def print_json(value: Any) -> None:
 
 def print_text(text: str) -> None:
     """Print text without wrapping it at the width of the terminal."""
-    typer.echo(text)
+    typer.echo(visible(text, keep="\n"))
 
 
 def print_table(table: Table) -> None:
@@ -47,17 +65,21 @@ def print_table(table: Table) -> None:
 def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print thousands of rows in columns, each row in one line; a header that starts with `>` is right-aligned.
 
-    On a terminal, columns of text are cut to fit its width. `print_table` folds them instead, and takes a millisecond
-    for each row.
+    On a terminal, columns of text are cut to fit its width. Elsewhere no cell is cut; a long one widens only its own
+    row. `print_table` folds them instead, and takes a millisecond for each row.
     """
-    lines = [[header.removeprefix(">") for header in headers], *rows]
+    titles = [header.removeprefix(">") for header in headers]
+    lines = [titles, *([visible(" ".join(cell.split())) for cell in row] for row in rows)]
     widths = [max(cell_len(line[column]) for line in lines) for column in range(len(headers))]
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+    is_cut = sys.stdout.isatty() or "COLUMNS" in os.environ
+    if is_cut:
         _cut(widths, [header.startswith(">") for header in headers], Console().width)
+    else:
+        widths = [min(width, PIPED_CELL) for width in widths]
     for line in lines:
         cells = []
         for cell, width, header in zip(line, widths, headers, strict=True):
-            if cell_len(cell) > width:
+            if is_cut and cell_len(cell) > width:
                 cell = set_cell_size(cell, width - 1) + "…"
             space = " " * (width - cell_len(cell))
             cells.append(space + cell if header.startswith(">") else cell + space)
@@ -75,9 +97,18 @@ def _cut(widths: list[int], keep: Sequence[bool], width: int) -> None:
         widths[widest] -= min(excess, max(widths[widest] - max(second, NARROW), 1))
 
 
+class _VisibleTable(Table):
+    """A table whose cells mean nothing to a terminal."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(
+            *(visible(each, keep="\n") if isinstance(each, str) else each for each in cells), **options
+        )
+
+
 def plain_table(*headers: str) -> Table:
     """Return a table without lines, easy to read, cut and grep. A header that starts with `>` is right-aligned."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table = _VisibleTable(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for header in headers:
         right = header.startswith(">")
         justify: Literal["left", "right"] = "right" if right else "left"

@@ -1,5 +1,6 @@
 """`offloop runs`, `offloop label` and `offloop export`: list runs, say what they are, and write their metrics."""
 
+import contextlib
 import difflib
 import os
 import sys
@@ -15,10 +16,12 @@ from offloop.cli.output import (
     fail,
     number,
     plain_table,
+    print_error,
     print_json,
     print_rows,
     print_table,
     print_text,
+    reason,
 )
 from offloop.dashboard.masking import masked, masked_command
 from offloop.engine import (
@@ -36,6 +39,7 @@ from offloop.engine import (
     sorting_key,
     values_of,
 )
+from offloop.engine.visible_text import visible
 
 COLUMNS: Final = ("name", "state", "step", "last", "best", "duration", "age", "tags")
 """Columns of the list, unless others are chosen."""
@@ -99,7 +103,7 @@ def runs(
         print_text(f"no runs in {runs_dir}")
         return
     shown = [each.strip() for each in (columns or "").split(",") if each.strip()] or list(COLUMNS)
-    if not columns and any(each.key != each.name for each in found):
+    if not columns and any(visible(each.key) != each.name for each in found):
         # What `label` and `export` take
         shown.insert(1, "key")
     for name in shown:
@@ -112,7 +116,7 @@ def runs(
         )
     hidden = len(records) - len(found)
     if hidden:
-        typer.echo(f"{hidden} of {len(records)} runs are not shown", err=True)
+        print_error(f"{hidden} of {len(records)} runs are not shown")
 
 
 def label(
@@ -155,7 +159,7 @@ def label(
         else:
             fail(f"the labels of {run} change all the time; try again")
     except (OffloopError, OSError) as error:
-        fail(str(error))
+        fail(reason(error))
     _print_labels(run, labels)
 
 
@@ -179,21 +183,27 @@ def export(
         except BrokenPipeError:
             raise
         except OSError as error:
-            fail(f"{run} cannot be exported: {error}")
+            fail(f"{run} cannot be exported: {reason(error)}")
     else:
+        if output.is_dir():
+            fail(f"{output} is a directory: --output names a file")
         if output.exists() and not force:
             fail(f"{output} exists; --force replaces it")
+        if not output.parent.is_dir():
+            fail(f"there is no directory {output.parent}")
         part = output.with_name(f".{output.name}.part")
         try:
             with open(part, "w", encoding="utf-8", newline="") as file:
                 exported = export_metrics(run, file)
             os.replace(part, output)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            fail(f"{run} cannot be exported to {output}: {error}")
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            why = reason(error).replace(str(part), str(output))
+            fail(f"{run} cannot be exported to {output}: {why.removeprefix(f'{output}: ')}")
         print_text(f"{output}: {exported.rows:,} rows")
     if exported.skipped:
-        typer.echo(f"{exported.skipped} lines of the log hold no event and were skipped", err=True)
+        print_error(f"{exported.skipped} lines of the log hold no event and were skipped")
 
 
 def _is_run(directory: Path) -> bool:
@@ -231,11 +241,7 @@ def _cell(record: RunRecord, column: str, now: float) -> str:
     value = masked({column: values[0]})[column]
     if isinstance(value, float):
         return number(value)
-    # One line without control characters, whatever a run is called
-    text = "".join(
-        each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(str(value).split())
-    )
-    return text or "-"
+    return str(value).strip() or "-"
 
 
 def _check_known(records: list[RunRecord], name: str, option: str) -> None:

@@ -8,6 +8,7 @@ import math
 from typing import TypeGuard
 
 from offloop.engine.errors import ConfigError
+from offloop.engine.visible_text import is_hidden
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
@@ -116,6 +117,33 @@ def choice(name: str, value: object, legal: tuple[object, ...], *, hint: str = "
     if value not in legal:
         *others, last = map(repr, legal)
         raise ConfigError(f"{name} must be {', '.join(others)} or {last}, got {value!r}{hint}")
+
+
+def visible_text(name: str, value: object, *, at_most: int, keep: str = "") -> str:
+    """Check for a text without hidden characters, and return it.
+
+    Args:
+        name: The argument's name.
+        value: What it is.
+        at_most: Its most characters.
+        keep: Hidden characters that are legal, like a newline.
+
+    Raises:
+        ConfigError: It is something else, or has others.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be a string, got {value!r}")
+    if len(value) > at_most:
+        raise ConfigError(f"{name} must have at most {at_most:,} characters, got {len(value):,}")
+    for place, each in enumerate(value):
+        if is_hidden(each) and each not in keep:
+            what = "one line" if each in "\r\n" else "text"
+            start = max(0, place - 20)
+            raise ConfigError(
+                f"{name} must be {what} without invisible characters, got U+{ord(each):04X} in "
+                f"{value[start : place + 20]!r}"
+            )
+    return value
 
 
 def instance(name: str, value: object, arguments: str = "...") -> None:

@@ -18,6 +18,9 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 SWITCH_INTERVAL: Final = 50e-6
 """Seconds. A shorter one no longer helps while another thread computes in Python (`benchmarks/switch_interval.py`)."""
 
+LONGEST_RUN_NAME: Final = 200
+"""Bytes of a run's id. File systems take 255, and put a suffix to names of files that are not complete."""
+
 # A scheme of one letter would be a drive.
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # The seeds that torch.manual_seed takes.
@@ -199,10 +202,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"run_dir must be a local directory; remote_dir={self.run_dir!r} copies runs there"
             )
-        if self.run_name is not None and (self.run_name.startswith(".") or set(self.run_name) & set("/\\\0")):
-            raise ConfigError(
-                f"run_name names a directory: no slashes, no leading dot; got {self.run_name!r}"
-            )
+        if self.run_name is not None:
+            _check_run_name(self.run_name)
         if self.hyperparameters is not None:
             plain = _plain_hyperparameters(self.hyperparameters)
             msgspec.structs.force_setattr(self, "hyperparameters", plain)
@@ -292,6 +293,18 @@ def check_limits(epochs: int | None, max_steps: int | None, max_time: float | No
     checks.number("max_time", max_time, above=0, optional=True, unit="seconds")
     if epochs is None and max_steps is None and max_time is None:
         raise ConfigError("nothing says when to stop: give epochs, max_steps or max_time")
+
+
+def _check_run_name(name: str) -> None:
+    if name.startswith(".") or set(name) & set("/\\"):
+        raise ConfigError(f"run_name names a directory: no slashes, no leading dot; got {name!r}")
+    checks.visible_text("run_name", name, at_most=LONGEST_RUN_NAME)
+    if name != name.strip():
+        raise ConfigError(f"run_name must not begin or end with a space, got {name!r}")
+    if (size := len(name.encode())) > LONGEST_RUN_NAME:
+        raise ConfigError(
+            f"run_name names a directory: at most {LONGEST_RUN_NAME} bytes in UTF-8, got {size} in {name!r}"
+        )
 
 
 def _check_limit(name: str, value: object) -> None:

@@ -46,6 +46,7 @@ WITHOUT_TORCH: Final = (
     "bus.threads",
     "run_handle",
     "paths",
+    "visible_text",
     "checkpoint.errors",
     "checkpoint.filesystem",
     "checkpoint.lock",
@@ -138,6 +139,7 @@ OPEN_MODULES: Final = tuple(
         "metrics.names",
         "monitor",
         "testing",
+        "visible_text",
         "weights.structure",
     )
 )
@@ -267,7 +269,11 @@ def test_what_needs_no_torch_imports_none(name: str) -> None:
 
 
 def test_events_errors_and_config_know_nobody() -> None:
-    known = {"monitor": {"events", "checks"}, "config": {"argument_hints", "checks", "monitor"}}
+    known = {
+        "checks": {"visible_text"},
+        "monitor": {"events", "checks"},
+        "config": {"argument_hints", "checks", "monitor"},
+    }
     for name in ("events", "errors", "argument_hints", "checks", "monitor", "config"):
         allowed = {f"offloop.engine.{each}" for each in ("errors", *known.get(name, ()))}
         assert modules_known_to(f"offloop.engine.{name}") <= allowed

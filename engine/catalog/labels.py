@@ -14,15 +14,19 @@ from typing import Any, Final
 
 import msgspec
 
+from offloop.engine import checks
 from offloop.engine.catalog.files import read_small_file
 from offloop.engine.checkpoint.filesystem import open_own, replace_file
 from offloop.engine.errors import ConfigError, RunLabelsChangedError, RunLabelsError
+from offloop.engine.visible_text import visible
 
 LABELS_JSON: Final = "labels.json"
 MAX_NAME: Final = 200
 MAX_TAGS: Final = 50
 MAX_TAG: Final = 100
 MAX_NOTE: Final = 16_384
+IN_NOTES: Final = "\t\r\n"
+"""Characters without a shape that a note may have."""
 WAIT: Final = 5.0
 """Seconds to wait for another edit, which takes milliseconds."""
 
@@ -43,10 +47,18 @@ class RunLabels(msgspec.Struct, frozen=True, kw_only=True):
 def read_labels(directory: Path | str) -> RunLabels:
     """Return the labels of a run; those of a run that has none are empty. Any thread; blocks on the file system.
 
+    Invisible characters in them, which only another program can have written, are U+FFFD.
+
     Raises:
         RunLabelsError: `labels.json` cannot be read.
     """
-    return _read(Path(directory))[0]
+    found, _ = _read(Path(directory))
+    return msgspec.structs.replace(
+        found,
+        name=visible(found.name),
+        tags=tuple(visible(each) for each in found.tags),
+        note=visible(found.note, keep=IN_NOTES),
+    )
 
 
 def edit_labels(
@@ -68,7 +80,7 @@ def edit_labels(
         version: `RunLabels.version` on which the change is based; 0 for a run without labels.
         name: At most 200 characters, in one line; empty for the run's id.
         tags: All tags of the run, at most 50 of 1 to 100 characters, each in one line. Repeated ones count once.
-        note: At most 16,384 characters.
+        note: At most 16,384 characters. Like names and tags, it has no invisible ones.
         archived: Whether lists hide the run.
 
     Raises:
@@ -118,42 +130,24 @@ def _checked(
 ) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if name is not None:
-        changes["name"] = _line("name", name, MAX_NAME).strip()
+        changes["name"] = checks.visible_text("name", name, at_most=MAX_NAME).strip()
     if tags is not None:
         if isinstance(tags, str):
             raise ConfigError(f"tags must be a list of strings, got the string {tags!r}")
-        kept = list(dict.fromkeys(_line("tags", each, MAX_TAG).strip() for each in tags))
+        checked = [checks.visible_text("tags", each, at_most=MAX_TAG) for each in tags]
+        kept = list(dict.fromkeys(each.strip() for each in checked))
         if "" in kept:
             raise ConfigError("tags must not be empty: leave an empty tag out")
         if len(kept) > MAX_TAGS:
             raise ConfigError(f"tags must be at most {MAX_TAGS}, got {len(kept)}")
         changes["tags"] = kept
     if note is not None:
-        changes["note"] = _text("note", note, MAX_NOTE)
+        changes["note"] = checks.visible_text("note", note, at_most=MAX_NOTE, keep=IN_NOTES)
     if archived is not None:
         if not isinstance(archived, bool):
             raise ConfigError(f"archived must be True or False, got {archived!r}")
         changes["archived"] = archived
     return changes
-
-
-def _text(name: str, value: object, most: int) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} must be a string, got a {type(value).__name__}")
-    if len(value) > most:
-        raise ConfigError(f"{name} must have at most {most:,} characters, got {len(value):,}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{name} must be text that UTF-8 can encode, got {value!a}") from None
-    return value
-
-
-def _line(name: str, value: object, most: int) -> str:
-    text = _text(name, value, most)
-    if any(ord(each) < 32 or ord(each) == 127 for each in text):
-        raise ConfigError(f"{name} must be one line without control characters, got {text!r}")
-    return text
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from offloop.engine.events import SCHEMA
 from offloop.engine.monitor import Direction
 from offloop.engine.observers.event_log import FILE_NAME
 from offloop.engine.paths import RUN_JSON
+from offloop.engine.visible_text import visible
 
 SILENCE: Final = 300.0
 """Seconds without a new event after which a run counts as lost where no lock tells: longer than most validations."""
@@ -94,8 +95,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """What the run is called: the name in its labels, or its id."""
-        return self.labels.name or self.id
+        """What the run is called: the name in its labels, or its id. Without invisible characters."""
+        return self.labels.name or visible(self.id)
 
     @property
     def has_ended(self) -> bool:
@@ -270,6 +271,9 @@ def _state_of(
     state = "running" if log is None else log.state
     if is_written:
         return state, ""
+    if not described and log is None:
+        # Why nothing can be read is said elsewhere
+        return "lost", ""
     host = _get(described, "host", str, "")
     heard = last_change(path)
     if is_written is False and host == platform.node():

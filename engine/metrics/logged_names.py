@@ -7,10 +7,13 @@ one of the two values would vanish silently, so the first use of such a name is 
 from collections.abc import Collection, Mapping
 from typing import Final
 
+from offloop.engine import checks
 from offloop.engine.events import StepEnd
 
 COLUMNS: Final = frozenset({*StepEnd.__struct_fields__, "attempt", "type", "loss_scale"})
 """Names of values that the run writes for every step: fields of events and columns of `metrics.csv`."""
+LONGEST: Final = 200
+"""Characters of a name."""
 
 
 def check_name(name: str, metrics: Collection[str]) -> None:
@@ -22,10 +25,11 @@ def check_name(name: str, metrics: Collection[str]) -> None:
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is in use, or has a prefix that offloop adds itself.
+        ValueError: It is in use, has a prefix that offloop adds itself, is too long, or has invisible characters.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"log takes a name and a value; the name must be a string, got {name!r}")
+    checks.visible_text("the name of a logged value", name, at_most=LONGEST)
     if name.startswith(("train_", "val_", "train/", "val/")):
         bare = name.removeprefix("train").removeprefix("val")[1:]
         if bare == "loss":

@@ -127,7 +127,8 @@ def trainer_arguments(
         rank_timeout: Seconds, above 0, after which a process that gives no sign of life, or that the others wait for,
             has failed.
         run_dir: Directory of all runs; each run uses `run_dir/<run_id>/`. None: `runs`, only if a callback writes.
-        run_name: The run's id. None: time and random letters.
+        run_name: The run's id, at most 200 bytes without slashes and invisible characters. None: time and random
+            letters.
         hyperparameters: Your own facts about the run, by name: numbers, strings, booleans, None, lists and mappings of
             them. They appear in `run.hyperparameters`, `run.json`,
             `TrainStart.hyperparameters` and tracking loggers, as they are: give no secrets.

@@ -90,6 +90,39 @@ def test_long_names_are_cut_to_the_terminal_and_mean_nothing_to_it(here: Path, c
     assert name.strip() in piped
 
 
+def test_a_long_name_that_goes_to_a_program_widens_only_its_own_row(here: Path) -> None:
+    edit_labels("runs/first", version=0, name="x" * 200)
+    lines = CliRunner(env={"COLUMNS": None}).invoke(app, ["runs"]).stdout.splitlines()
+    (of_long,) = [line for line in lines if "x" * 200 in line]
+    assert all(len(line) < 150 for line in lines if line != of_long)
+
+
+def test_no_run_means_anything_to_the_terminal(here: Path) -> None:
+    """The directory and the labels come from elsewhere: offloop writes no such names."""
+    os.rename("runs/first", "runs/a\x1b[31mb")
+    labels = {"name": "a\u202eb", "tags": ["c\u200bd"], "note": "e\x1b[2Jf"}
+    Path("runs/a\x1b[31mb/labels.json").write_text(json.dumps(labels))
+    for arguments in (
+        ["runs"],
+        ["label", "runs/a\x1b[31mb"],
+        ["label", "runs/\x1b[31m"],
+        ["checkpoints", "list"],
+        ["export", "runs/a\x1b[31mb", "-o", "a\x1b[31m.csv"],
+    ):
+        result = offloop(*arguments)
+        assert not any(each in result.output for each in "\x1b\u202e\u200b")
+        assert "\ufffd" in result.output
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_directory_that_describes_no_run_is_lost_and_says_why(here: Path, content: str) -> None:
+    (here / "runs" / "empty").mkdir()
+    (here / "runs" / "empty" / "run.json").write_text(content)
+    result = offloop("runs", "-f", "empty", "--columns", "name,state,why")
+    what = "no JSON object" if content else "empty"
+    assert " ".join(result.stdout.split()).endswith(f"lost run.json is {what}; events.jsonl is missing")
+
+
 def test_filter_sort_and_columns(here: Path) -> None:
     assert names_in(offloop("runs", "--filter", "state:completed", "--sort", "optimizer.lr")) == [
         "first",
@@ -241,6 +274,13 @@ def test_export_to_a_file(here: Path) -> None:
     assert offloop("export", "runs/first", "-o", "out.csv", "--force").exit_code == 0
     assert Path("out.csv").read_text() != text
     assert sorted(os.listdir()) == ["out.csv", "runs"]
+    for output, text in (
+        ("gone/out.csv", "there is no directory gone"),
+        ("runs", "runs is a directory: --output names a file"),
+        ("/proc/out.csv", "runs/second cannot be exported to /proc/out.csv: no such file or directory"),
+    ):
+        refused = offloop("export", "runs/second", "-o", output, "--force")
+        assert (refused.exit_code, refused.stderr) == (2, f"offloop: {text}\n")
     (here / "runs" / "first" / "events.jsonl").unlink()
     missing = offloop("export", "runs/first", "-o", "other.csv")
     assert missing.exit_code == 2 and "cannot be exported" in missing.stderr

@@ -63,6 +63,12 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("run_dir", 3, "must be a path or a string that is not empty"),
     ("run_name", "a/b", "names a directory: no slashes, no leading dot"),
     ("run_name", "..", "names a directory: no slashes, no leading dot"),
+    ("run_name", " ", "must not begin or end with a space"),
+    ("run_name", "first ", "must not begin or end with a space"),
+    ("run_name", "a\nb", "must be one line without invisible characters, got U+000A"),
+    ("run_name", "a\u202eb", "must be text without invisible characters, got U+202E"),
+    ("run_name", "a\ud800", "must be text without invisible characters, got U+D800"),
+    ("run_name", "é" * 101, "names a directory: at most 200 bytes in UTF-8, got 202"),
 ]
 
 
@@ -84,6 +90,7 @@ GOOD_VALUES: list[tuple[str, Any]] = [
     ("seed", 2**64 - 1),
     ("compile", {"backend": "eager"}),
     ("run_name", "mine v1.2"),
+    ("run_name", "é" * 100),
 ]
 
 

@@ -65,8 +65,11 @@ def test_of_many_edits_at_once_one_wins(tmp_path: Path) -> None:
     [
         ({"name": "x" * 201}, "name must have at most 200 characters, got 201"),
         ({"name": "a\nb"}, "name must be one line"),
-        ({"name": "\ud800"}, "name must be text that UTF-8 can encode"),
-        ({"name": 3}, "name must be a string, got a int"),
+        ({"name": "\ud800"}, r"name must be text without invisible characters, got U\+D800"),
+        ({"name": "a\u202eb"}, r"name must be text without invisible characters, got U\+202E in 'a\\u202eb'"),
+        ({"tags": ["a\u200b"]}, r"tags must be text without invisible characters, got U\+200B"),
+        ({"note": "one\ntwo\x1b[31m"}, r"note must be text without invisible characters, got U\+001B"),
+        ({"name": 3}, "name must be a string, got 3"),
         ({"tags": ["x" * 101]}, "tags must have at most 100 characters"),
         ({"tags": [str(n) for n in range(51)]}, "tags must be at most 50, got 51"),
         ({"tags": [" "]}, "tags must not be empty"),
@@ -89,6 +92,20 @@ def test_a_broken_file_is_reported_and_kept(tmp_path: Path, content: str) -> Non
     with pytest.raises(RunLabelsError):
         edit_labels(tmp_path, version=0, note="new")
     assert (tmp_path / "labels.json").read_text() == content
+
+
+def test_invisible_characters_that_another_program_wrote_are_replaced(tmp_path: Path) -> None:
+    labels = {"name": "a\u202eb", "tags": ["\u200bx"], "note": "one\ntwo\x1b[31m"}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    found = read_labels(tmp_path)
+    assert (found.name, found.tags, found.note) == ("a\ufffdb", ("\ufffdx",), "one\ntwo\ufffd[31m")
+
+
+def test_words_that_need_joiners_keep_them(tmp_path: Path) -> None:
+    # A Persian verb and a family: both fall apart without their joiner
+    name = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \N{WOMAN}\u200d\N{GIRL}"
+    edit_labels(tmp_path, version=0, name=name)
+    assert read_labels(tmp_path).name == name
 
 
 def test_fields_of_a_later_version_stay(tmp_path: Path) -> None:
