@@ -5,10 +5,14 @@ A check takes the argument's name and value and raises `ConfigError` with the na
 """
 
 import math
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
 from offloop.engine.errors import ConfigError
 from offloop.engine.visible_text import is_hidden
+
+MOST_TAGS: Final = 50
+LONGEST_TAG: Final = 100
+LONGEST_NOTE: Final = 16_384
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
@@ -144,6 +148,33 @@ def visible_text(name: str, value: object, *, at_most: int, keep: str = "") -> s
                 f"{value[start : place + 20]!r}"
             )
     return value
+
+
+def tags(value: object) -> tuple[str, ...]:
+    """Check for the tags of a run, and return them without spaces around them; repeated ones count once.
+
+    Raises:
+        ConfigError: They are no list of strings, too many, too long, empty, or have hidden characters.
+    """
+    if not isinstance(value, list | tuple):
+        hint = f": write [{value!r}]" if isinstance(value, str) else ""
+        raise ConfigError(f"tags must be a list of strings, got {value!r}{hint}")
+    checked = [visible_text("tags", each, at_most=LONGEST_TAG) for each in value]
+    kept = tuple(dict.fromkeys(each.strip() for each in checked))
+    if "" in kept:
+        raise ConfigError("tags must not be empty: leave an empty tag out")
+    if len(kept) > MOST_TAGS:
+        raise ConfigError(f"tags must be at most {MOST_TAGS}, got {len(kept)}")
+    return kept
+
+
+def note(value: object) -> str:
+    """Check for the note of a run, and return it.
+
+    Raises:
+        ConfigError: It is no string, too long, or has hidden characters.
+    """
+    return visible_text("note", value, at_most=LONGEST_NOTE, keep="\t\r\n")
 
 
 def instance(name: str, value: object, arguments: str = "...") -> None:

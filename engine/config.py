@@ -97,6 +97,10 @@ _AROUND_TRAINING: Final = frozenset(
 """Knobs that say where and how smoothly a run goes, and not what it learns."""
 
 
+_OF_RUNS: Final = frozenset("run_dir run_name tags note hyperparameters remote_dir".split())
+"""Knobs that say nothing about training."""
+
+
 class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to train: the knobs of `Trainer`, checked on creation. `help(Trainer)` describes them.
 
@@ -137,6 +141,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank_timeout: float = 20.0
     run_dir: str | os.PathLike[str] | None = None
     run_name: str | None = None
+    tags: Sequence[str] = ()
+    note: str = ""
     hyperparameters: Mapping[str, Any] | None = None
     remote_dir: str | RemoteDirectory | None = None
     switch_interval: float | None = SWITCH_INTERVAL
@@ -204,6 +210,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.run_name is not None:
             _check_run_name(self.run_name)
+        msgspec.structs.force_setattr(self, "tags", checks.tags(self.tags))
+        checks.note(self.note)
         if self.hyperparameters is not None:
             plain = _plain_hyperparameters(self.hyperparameters)
             msgspec.structs.force_setattr(self, "hyperparameters", plain)
@@ -239,9 +247,13 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
         return TrainerConfig(**{**msgspec.structs.asdict(self), **changes})
 
     def as_settings(self) -> dict[str, Any]:
-        """Return the knobs as plain values, for events and files. The user's hyperparameters are told elsewhere."""
+        """Return the knobs as plain values, for events and files.
+
+        The user's hyperparameters are told elsewhere; tags and note are labels, which may be edited later.
+        """
         knobs = msgspec.structs.asdict(self)
-        del knobs["hyperparameters"]
+        for name in ("hyperparameters", "tags", "note"):
+            del knobs[name]
         return {name: _plain(value) for name, value in knobs.items()}
 
     def chosen(self) -> dict[str, Any]:
@@ -273,9 +285,8 @@ def misplaced_argument(callee: str, name: str, legal: Iterable[str]) -> ConfigEr
     if set(meant).isdisjoint(legal):
         for each in meant:
             if each in knobs:
-                return ConfigError(
-                    f"{name} says how to train: give it to Trainer({each}=...), not to {callee}()"
-                )
+                why = "is of all runs of a trainer" if each in _OF_RUNS else "says how to train"
+                return ConfigError(f"{name} {why}: give it to Trainer({each}=...), not to {callee}()")
         near = None if name in ADVICE else nearest(name, [*legal, *knobs])
         if near in knobs and near not in legal:
             return ConfigError(f"{callee}() takes no {name!r}: did you mean Trainer({near}=...)?")

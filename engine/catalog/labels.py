@@ -22,11 +22,6 @@ from offloop.engine.visible_text import visible
 
 LABELS_JSON: Final = "labels.json"
 MAX_NAME: Final = 200
-MAX_TAGS: Final = 50
-MAX_TAG: Final = 100
-MAX_NOTE: Final = 16_384
-IN_NOTES: Final = "\t\r\n"
-"""Characters without a shape that a note may have."""
 WAIT: Final = 5.0
 """Seconds to wait for another edit, which takes milliseconds."""
 
@@ -57,7 +52,7 @@ def read_labels(directory: Path | str) -> RunLabels:
         found,
         name=visible(found.name),
         tags=tuple(visible(each) for each in found.tags),
-        note=visible(found.note, keep=IN_NOTES),
+        note=visible(found.note, keep="\t\r\n"),
     )
 
 
@@ -132,17 +127,9 @@ def _checked(
     if name is not None:
         changes["name"] = checks.visible_text("name", name, at_most=MAX_NAME).strip()
     if tags is not None:
-        if isinstance(tags, str):
-            raise ConfigError(f"tags must be a list of strings, got the string {tags!r}")
-        checked = [checks.visible_text("tags", each, at_most=MAX_TAG) for each in tags]
-        kept = list(dict.fromkeys(each.strip() for each in checked))
-        if "" in kept:
-            raise ConfigError("tags must not be empty: leave an empty tag out")
-        if len(kept) > MAX_TAGS:
-            raise ConfigError(f"tags must be at most {MAX_TAGS}, got {len(kept)}")
-        changes["tags"] = kept
+        changes["tags"] = checks.tags(tags)
     if note is not None:
-        changes["note"] = checks.visible_text("note", note, at_most=MAX_NOTE, keep=IN_NOTES)
+        changes["note"] = checks.note(note)
     if archived is not None:
         if not isinstance(archived, bool):
             raise ConfigError(f"archived must be True or False, got {archived!r}")

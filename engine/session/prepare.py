@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from offloop.engine.callback import Callback, lookup
 from offloop.engine.checkpoint import RemoteRun
-from offloop.engine.config import check_limits
+from offloop.engine.config import TrainerConfig, check_limits
 from offloop.engine.data.batches import limited_length
 from offloop.engine.data.seeded_sampling import check_seedable
 from offloop.engine.data.val_loaders import LIVE, PREFIX, by_prefix, live_prefix
@@ -88,7 +88,7 @@ def prepare(
         base_dir = None if decision.directory is None else Path(decision.directory).parent
     elif resume_plan is not None:
         base_dir = resume_plan.directory.parent
-    elif config.run_dir is not None or config.remote is not None or _needs_run_dir(callbacks):
+    elif _needs_run_dir(config, callbacks):
         base_dir = base_dir_of(config)
     else:
         base_dir = None
@@ -289,8 +289,11 @@ def _check_arguments(program: TrainingProgram, arguments: RunArguments) -> Limit
     return limits
 
 
-def _needs_run_dir(callbacks: list[Callback]) -> bool:
-    return any(getattr(each, "needs_run_dir", False) for each in callbacks)
+def _needs_run_dir(config: TrainerConfig, callbacks: list[Callback]) -> bool:
+    """Tell whether a new run has something to write, or was told where."""
+    has_labels = bool(config.tags or config.note)
+    is_named = config.run_dir is not None or config.remote is not None
+    return is_named or has_labels or any(getattr(each, "needs_run_dir", False) for each in callbacks)
 
 
 def _check_averages(callbacks: list[Callback], arguments: RunArguments, *, validates_live: bool) -> None:

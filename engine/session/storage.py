@@ -19,6 +19,7 @@ from typing import Any
 
 from offloop.engine.best import BestSoFar
 from offloop.engine.bus.event_bus import Bus
+from offloop.engine.catalog.labels import edit_labels
 from offloop.engine.catalog.log_end import read_log_end, take_milestones
 from offloop.engine.catalog.summary import Summary
 from offloop.engine.checkpoint import CheckpointError, RemoteError, Retention
@@ -161,6 +162,8 @@ class Storage:
             create_run_dir(directory)
             # First: a reader must not take a run that has just begun for one whose process was killed
             self.checkpoints.claim()
+            if self._config.tags or self._config.note:
+                edit_labels(directory, version=0, tags=self._config.tags, note=self._config.note)
             write_run_json(directory, description)
             if self._ranks is not None:
                 # Before another rank writes: opening removes what interrupted saves have left

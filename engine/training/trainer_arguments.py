@@ -60,6 +60,8 @@ def trainer_arguments(
     rank_timeout: float = 20.0,
     run_dir: str | os.PathLike[str] | None = None,
     run_name: str | None = None,
+    tags: Sequence[str] = (),
+    note: str = "",
     hyperparameters: Mapping[str, Any] | None = None,
     remote_dir: str | RemoteDirectory | None = None,
     switch_interval: float | None = SWITCH_INTERVAL,
@@ -129,6 +131,9 @@ def trainer_arguments(
         run_dir: Directory of all runs; each run uses `run_dir/<run_id>/`. None: `runs`, only if a callback writes.
         run_name: The run's id, at most 200 bytes without slashes and invisible characters. None: time and random
             letters.
+        tags: Words by which lists of runs can be filtered, at most 50 of 1 to 100 characters. Like the note they are
+            labels of each new run, which the live page, `offloop label` and `edit_labels` change later.
+        note: A text about each new run, at most 16,384 characters.
         hyperparameters: Your own facts about the run, by name: numbers, strings, booleans, None, lists and mappings of
             them. They appear in `run.hyperparameters`, `run.json`,
             `TrainStart.hyperparameters` and tracking loggers, as they are: give no secrets.

@@ -128,7 +128,7 @@ def test_any_value_is_taken_as_it_is_or_refused_by_the_name_of_its_knob(name: st
     except ConfigError as error:
         assert str(error).startswith(name)
     else:
-        assert getattr(config, name) == value
+        assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,8 @@ def test_what_belongs_to_train_says_so(name: str) -> None:
     [
         ("precision", "precision says how to train: give it to Trainer(precision=...), not to train()"),
         ("max_grad_norm", "max_grad_norm says how to train: give it to Trainer(gradient_clip_val=...), not"),
+        ("notes", "notes is of all runs of a trainer: give it to Trainer(note=...), not to train()"),
+        ("tags", "tags is of all runs of a trainer: give it to Trainer(tags=...), not to train()"),
         ("loss_fn", "loss_fn says how to train: give it to Trainer(loss=...), not to train()"),
         ("max_epochs", "train() takes no 'max_epochs': use epochs"),
         ("metric", "train() takes no 'metric': use metrics"),
@@ -206,7 +208,7 @@ def test_replace_checks_like_a_new_one_and_leaves_the_first_alone() -> None:
 def test_settings_ride_on_an_event() -> None:
     config = TrainerConfig(compile={"backend": print, "options": {"level": (1, 2)}}, limit_train_batches=0.5)
     settings = Settings(config.as_settings())
-    assert set(settings) == set(KNOBS) - {"hyperparameters"}
+    assert set(settings) == set(KNOBS) - {"hyperparameters", "tags", "note"}
     event = decode(encode(TrainStart(config=settings)))
     assert isinstance(event, TrainStart)
     assert event.config["compile"] == {"backend": repr(print), "options": {"level": [1, 2]}}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from offloop.callbacks import ModelCheckpoint
 from offloop.engine import (
     Callback,
     CommandApplied,
@@ -18,8 +19,10 @@ from offloop.engine import (
     StepPoint,
     TrainEnd,
     TrainStart,
+    edit_labels,
     in_step,
     read_events,
+    read_labels,
 )
 from offloop.engine.run_dir import create_run_dir, describe_environment, new_run_id, write_run_json
 from offloop.engine.testing import FailingCallback, tiny_batches, tiny_trainer
@@ -174,3 +177,26 @@ def test_run_survives_a_directory_that_is_gone_at_the_end(tmp_path: Path) -> Non
 def test_environment_without_git_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert describe_environment()["git"] is None
+
+
+def test_tags_and_a_note_of_the_trainer_are_the_first_labels_of_its_runs(tmp_path: Path) -> None:
+    def train(**knobs: Any) -> None:
+        trainer = tiny_trainer(run_dir=str(tmp_path), run_name="first", tags=[" baseline ", "a"], note="why")
+        trainer.train(tiny_batches(3), callbacks=[ModelCheckpoint()], **knobs)
+
+    train(epochs=1)
+    labels = read_labels(tmp_path / "first")
+    assert (labels.name, labels.tags, labels.note, labels.version) == ("", ("baseline", "a"), "why", 1)
+    assert not {"tags", "note"} & set(json.loads((tmp_path / "first" / "run.json").read_text())["config"])
+    edit_labels(tmp_path / "first", version=1, tags=["mine"], note="")
+    # What was edited since stays
+    train(epochs=2, resume="auto")
+    labels = read_labels(tmp_path / "first")
+    assert (labels.tags, labels.note) == (("mine",), "")
+
+
+def test_a_run_with_a_tag_has_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = tiny_trainer(tags=["baseline"]).train(tiny_batches(1), epochs=1)
+    assert result.dir == tmp_path / "runs" / result.run_id
+    assert read_labels(result.dir).tags == ("baseline",)
