@@ -58,6 +58,8 @@ class FollowedRun:
         self.page: str | None = None
         # What the record does not tell: how far the log is read, that the disk hangs.
         self.note = ""
+        # Why its files cannot be read any more, and since when; empty while they can.
+        self.fault = ""
         self._state = "running"
         # Time of the newest event, and the time of the file that it came with.
         self._heard = 0.0
@@ -69,7 +71,13 @@ class FollowedRun:
     # The thread that reads
 
     def update(self) -> bool:
-        """Read what the directory says about the run; return whether its description has changed. Blocks."""
+        """Read what the directory says about the run; return whether its description has changed. Blocks.
+
+        Raises:
+            OSError: The directory is gone, or may not be read.
+        """
+        # `read_run` would make up a record. With the dot, it fails also where nothing in the directory may be read.
+        os.stat(f"{self.directory}/.")
         before = self.record, self.page
         self.record = msgspec.structs.replace(read_run(self.directory), key=self.record.key)
         self.page = None if self.is_over else page_of(self.directory)
@@ -122,10 +130,14 @@ class FollowedRun:
 
     @property
     def state(self) -> str:
-        return self.record.state if self.record.has_ended or self.record.state == "lost" else self._state
+        if self.record.has_ended or self.record.state == "lost":
+            return self.record.state
+        return "lost" if self.fault else self._state
 
     @property
     def why(self) -> str:
+        if self.fault:
+            return self.fault
         why = "" if self._has_ended else self.record.why
         return "; ".join(each for each in (self.note, why) if each)
 

@@ -9,6 +9,7 @@ Files are read in threads (`disk_calls.py`), so a disk that hangs holds up nothi
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,15 +18,16 @@ from typing import Final, Protocol, TypeVar
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import msgspec
 
 from offloop.dashboard.protocol import RunRow, RunSummary
 from offloop.dashboard.runs.disk_calls import DiskCalls
 from offloop.dashboard.runs.followed_run import FollowedRun, take_in
-from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.live_run import FINAL_STATES, LiveRun
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.page_file import page_of
 from offloop.dashboard.runs.rows import row_of_record
-from offloop.dashboard.runs.run_reader import LONGEST_REST, REST, AbandonedError, RunReader
+from offloop.dashboard.runs.run_reader import LOG, LONGEST_REST, REST, AbandonedError, RunReader
 from offloop.engine import RunCatalog, RunRecord
 
 logger = logging.getLogger("offloop")
@@ -106,6 +108,8 @@ class _OpenRun:
         self.looked_at = 0.0
         # Set when it is wanted again.
         self.wake = anyio.Event()
+        # Why its files cannot be read, and the Unix time since when; None while they can.
+        self.fault: tuple[str, float] | None = None
 
 
 class FollowedRuns:
@@ -130,6 +134,9 @@ class FollowedRuns:
             milestone_bytes: Limit of the memory for its milestones.
         """
         self.records: dict[str, RunRecord] = {}
+        self._rows: dict[str, RunRow] = {}
+        # Keys of runs whose directories are gone, and that stay in the list while somebody has them.
+        self._gone: set[str] = set()
         self._keys: dict[str, str] = {}
         self.live: dict[str, LiveRun] = {}
         """The open runs by key."""
@@ -157,8 +164,8 @@ class FollowedRuns:
     def summaries(self) -> list[RunSummary]:
         """The runs as entries of the list of names, oldest first."""
         found = [
-            RunSummary(key=each.key, name=each.id, state=each.state, started=each.started)
-            for each in self.records.values()
+            RunSummary(key=key, name=each.id, state=self._seen(self._rows[key]).state, started=each.started)
+            for key, each in self.records.items()
         ]
         return sorted(found, key=lambda each: each.started)
 
@@ -208,7 +215,7 @@ class FollowedRuns:
         new = [key for key in self._wanted if key not in self._open and key in self.records]
         over = len(self._open) + len(new) - MAX_OPEN
         for place, (since, key) in enumerate(unwanted):
-            if place < over or now - since > KEPT_OPEN or self._bytes > MAX_BYTES:
+            if place < over or now - since > KEPT_OPEN or self._bytes > MAX_BYTES or key in self._gone:
                 self._let_go(key)
         for key in new:
             reader = RunReader(self.records[key], is_gentle=self._audience.is_training, **self._options)
@@ -237,6 +244,13 @@ class FollowedRuns:
         self.live.pop(key, None)
         open_run.reader.is_abandoned = True
         open_run.scope.cancel()
+        if key in self._gone:
+            self._forget(key)
+            self._audience.listed([], [key])
+            self._audience.named(is_first=False)
+        elif open_run.fault is not None:
+            # The list has other reasons then: it does not try to read it.
+            self._list(key)
 
     # One run
 
@@ -244,7 +258,7 @@ class FollowedRuns:
         """Read a run until it is let go."""
         with run.scope:
             try:
-                await self._read_on(run)
+                await self._read_on(key, run)
             except Exception:
                 # A bug: it costs this run, and no other.
                 logger.exception("the live page failed: run %s is no longer followed", key)
@@ -252,7 +266,7 @@ class FollowedRuns:
                     self._say(run, "reading it failed; the log of this server has the error")
                 await anyio.sleep_forever()
 
-    async def _read_on(self, run: _OpenRun) -> None:
+    async def _read_on(self, key: str, run: _OpenRun) -> None:
         is_filled = False
         while True:
             pause = POLL
@@ -260,15 +274,17 @@ class FollowedRuns:
                 if not is_filled:
                     await self._fill(run)
                     is_filled = True
+                    if run.fault is not None:
+                        run.fault = None
+                        self._list(key)
                 else:
                     is_filled = await self._take_news(run)
                     pause = POLL if is_filled else 0.0
             except AbandonedError:
                 return
             except OSError as error:
-                # What was read so far stays on the screen.
                 is_filled = False
-                self._say(run, f"it cannot be read: {(error.strerror or str(error)).lower()}")
+                self._fail(key, run, error)
                 pause = RETRY
             await anyio.sleep(pause)
             if not run.is_wanted and not run.wake.is_set():
@@ -345,6 +361,20 @@ class FollowedRuns:
         run.live = self.live[live.key] = live
         self._audience.show(live)
 
+    def _fail(self, key: str, run: _OpenRun, error: OSError) -> None:
+        """Tell viewers that a run's files cannot be read, in its status and its row; its curves stay on the screen."""
+        cause = _cause_of(error)
+        if run.fault is None or run.fault[0] != cause:
+            run.fault = cause, time.time()
+            self._list(key)
+        live = run.reader.empty("") if run.live is None else run.live
+        assert isinstance(live.source, FollowedRun)
+        live.source.fault = _fault_in_words(run.fault)
+        if live is run.live:
+            self._audience.changed(live)
+        else:
+            self._show(run, live)
+
     def _say(self, run: _OpenRun, note: str) -> None:
         """Tell viewers how reading a run goes; empty: well."""
         if not note and run.reader.skipped:
@@ -374,14 +404,19 @@ class FollowedRuns:
             took = 0.0 if self._catalog.rest else time.monotonic() - began
             self.problem = self._catalog.problem
             for part in _parts(changed, EVENTS_AT_ONCE):
-                self.records.update({record.key: record for record, _ in part})
-                self._keys.update({record.directory: record.key for record, _ in part})
-                self._audience.listed([row for _, row in part], [])
+                for record, row in part:
+                    self.records[record.key], self._rows[record.key] = record, row
+                    self._keys[record.directory] = record.key
+                    self._gone.discard(record.key)
+                self._audience.listed([self._seen(row) for _, row in part], [])
                 await anyio.lowlevel.checkpoint()
+            shown = {key for key in removed if key in self._open and self._open[key].is_wanted}
+            self._gone |= shown
+            for key in shown:
+                self._list(key)
+            removed = [key for key in removed if key not in shown]
             for key in removed:
-                gone = self.records.pop(key, None)
-                if gone is not None:
-                    self._keys.pop(gone.directory, None)
+                self._forget(key)
             self._audience.listed([], removed)
             is_first = not self.ready.is_set()
             self.ready.set()
@@ -391,6 +426,31 @@ class FollowedRuns:
                 self._audience.missing(key)
             self.ask()
             await anyio.sleep(max(REFRESH, took / REFRESH_SHARE - took))
+
+    def _forget(self, key: str) -> None:
+        """Know nothing of a run any more."""
+        self._gone.discard(key)
+        self._rows.pop(key, None)
+        gone = self.records.pop(key, None)
+        if gone is not None:
+            self._keys.pop(gone.directory, None)
+
+    def _list(self, key: str) -> None:
+        """Send the row of a run again: what the list did not know about it has changed."""
+        if key in self._rows:
+            self._audience.listed([self._seen(self._rows[key])], [])
+            self._audience.named(is_first=False)
+
+    def _seen(self, row: RunRow) -> RunRow:
+        """Return the row of a run with what reading it has told."""
+        run = self._open.get(row.key)
+        if run is not None and run.fault is not None:
+            why = _fault_in_words(run.fault)
+        elif row.key in self._gone:
+            why = "its files are gone"
+        else:
+            return row
+        return msgspec.structs.replace(row, why=why, state=row.state if row.state in FINAL_STATES else "lost")
 
     @property
     def _is_list_wanted(self) -> bool:
@@ -432,6 +492,21 @@ class _Slot:
         if self._is_held:
             self._is_held = False
             self._places.release()
+
+
+def _cause_of(error: OSError) -> str:
+    """Return in words why files cannot be read."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        return (error.strerror or str(error)).lower()
+    name = os.path.basename(str(error.filename or ""))
+    return f"{name if name == LOG else 'its directory'} was deleted or renamed"
+
+
+def _fault_in_words(fault: tuple[str, float]) -> str:
+    cause, since = fault
+    then, today = time.localtime(since), time.localtime()
+    day = "" if then[:3] == today[:3] else time.strftime("%Y-%m-%d ", then)
+    return f"cannot be read since {day}{time.strftime('%H:%M:%S', then)}: {cause}"
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

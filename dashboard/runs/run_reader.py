@@ -34,6 +34,7 @@ from offloop.engine import (
 
 logger = logging.getLogger("offloop")
 
+LOG: Final = "events.jsonl"
 LONG_LOG: Final = 8 * 1024 * 1024
 """Bytes of a log above which coarse curves are shown first: less is read within about a second."""
 KEEP_AGAIN: Final = 1.25
@@ -102,12 +103,14 @@ class RunReader:
         self._record = record
         self.parts_read = 0
         """Grows while reading gets on, for another thread."""
-        self._log = self.directory / "events.jsonl"
+        self._log = self.directory / LOG
         self._history_bytes = history_bytes
         self._milestone_bytes = milestone_bytes
         self._is_gentle = is_gentle
         self._tail = EventTail(self.directory)
         self._count = 0
+        # Whether the log was there: one that is missing then was taken away.
+        self._had_log = False
         # Bytes of the log that a column file covers.
         self._kept_up_to = 0
         self._kept: KeptRun | None = None
@@ -156,7 +159,7 @@ class RunReader:
         live = self._restored(source)
         while True:
             before = self._tail.position
-            events = [event for _, event in self._tail.read(self._at_once)]
+            events = self._read_log()
             if self._tail.restarted:
                 live, self._count, source = None, 0, self._source()
                 self._kept_up_to = 0
@@ -225,13 +228,22 @@ class RunReader:
         assert isinstance(source, FollowedRun)
         self._keep(live)
         began = time.monotonic()
-        events = [event for _, event in self._tail.read(self._at_once)]
+        events = self._read_log()
         is_restarted, count = self._tail.restarted, self._count
         self._count += len(events)
         is_described_anew = with_record and source.update()
         has_more = bool(events) and self._tail.position < self._tail.size
         written, seconds = time_of(self._log), time.monotonic() - began
         return News(events, written, count, is_restarted, is_described_anew, has_more, seconds)
+
+    def _read_log(self) -> list[Event]:
+        events = [event for _, event in self._tail.read(self._at_once)]
+        if self._tail.size:
+            self._had_log = True
+        elif self._had_log:
+            # Raises where it is missing: the curves of an empty log would take the place of those on the screen.
+            os.lstat(self._log)
+        return events
 
     @property
     def skipped(self) -> int:

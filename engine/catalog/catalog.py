@@ -188,7 +188,7 @@ class RunCatalog:
                 if not place.key:
                     walk.problem = f"{place.path} {why}"
                 if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                    self._keep(place, walk, why)
+                    self._keep(place, walk, why, is_lost=True)
         walk.is_done.set()
 
     def _look_at(self, place: _Place, walk: _Walk) -> None:
@@ -208,13 +208,23 @@ class RunCatalog:
             marks = [_mark(os.path.join(place.path, name)) for name in FILES]
         walk.found[key] = _look_at_run(key, place.path, marks, before)
 
-    def _keep(self, place: _Place, walk: _Walk, why: str) -> None:
-        """Keep what was known of a directory that cannot be read, and of those in it. Without that, it may be a run."""
+    def _keep(self, place: _Place, walk: _Walk, why: str, *, is_lost: bool = False) -> None:
+        """Keep what was known of a directory that cannot be read, and of those in it. Without that, it may be a run.
+
+        Args:
+            place: The directory.
+            walk: Finds it.
+            why: Why it cannot be read.
+            is_lost: True if nothing tells any more how the runs go on.
+        """
         is_known = False
         for key, known in self._known.items():
             if not place.key or key == place.key or key.startswith(f"{place.key}/"):
                 is_known = True
-                record = msgspec.structs.replace(known.record, why=why)
+                is_over = known.record.has_ended or not is_lost
+                record = msgspec.structs.replace(
+                    known.record, why=why, state=known.record.state if is_over else "lost"
+                )
                 walk.found[key] = _Known(record=record, marks=(), log_mark=known.log_mark, grew=known.grew)
         if place.key and not is_known:
             record = RunRecord(

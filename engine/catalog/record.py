@@ -46,7 +46,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Its `run_id`."""
     state: str
     """`running`, `paused`, `validating` or `stopping`; `completed`, `stopped`, `cancelled` or `failed`; `lost`: it
-    ended without saying so, or nothing tells how it ended."""
+    ended without saying so, or nothing tells how it goes on or ended."""
     why: str = ""
     """Why it is in this state, or what of the directory cannot be read, in words; empty if there is nothing to say."""
     attempt: int = 0

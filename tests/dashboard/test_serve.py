@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_link import PageModel
 from run_files import events_of, lines_of, step, trainer_process, write_run
 from socket_viewer import PATIENCE, SocketViewer, await_on_loop, on_loop
 
@@ -48,6 +50,11 @@ def losses(viewer: SocketViewer) -> list[float]:
 
 def wait_for_losses(viewer: SocketViewer, count: int) -> None:
     viewer.wait(lambda page: len(losses(viewer)) == count)
+
+
+def state_of(page: PageModel) -> str:
+    """Return the state of the run that a viewer has."""
+    return "" if page.status is None else page.status.state
 
 
 # Past runs
@@ -236,18 +243,50 @@ def test_viewers_of_more_runs_than_are_opened_are_told(
 # Faults
 
 
-def test_directory_that_is_deleted_while_it_is_shown_keeps_its_curves(serve: Serve, tmp_path: Path) -> None:
-    directory = write_run(tmp_path / "run", events_of(5, end=None))
+@pytest.mark.parametrize("end", [None, "completed"])
+@pytest.mark.parametrize("fault", ["deleted", "renamed", "without its log"])
+def test_directory_that_goes_while_it_is_shown_is_a_row_with_a_reason(
+    serve: Serve, tmp_path: Path, fault: str, end: str | None
+) -> None:
+    directory = write_run(tmp_path / "run", events_of(5, end=end))
     write_run(tmp_path / "other", events_of(2), created=1.0)
     with SocketViewer(serve().url) as viewer:
         viewer.say(ListRuns())
         wait_for_losses(viewer, 5)
-        shutil.rmtree(directory)
-        viewer.wait(lambda page: page.status and "cannot be read" in page.status.reason)
-        viewer.wait(lambda page: "run" not in page.rows)
+        viewer.wait(lambda page: "run" in page.rows)
+        if fault == "deleted":
+            shutil.rmtree(directory)
+        elif fault == "renamed":
+            directory.rename(tmp_path / "another")
+        else:
+            (directory / "events.jsonl").unlink()
+        gone = "events.jsonl" if fault == "without its log" else "its directory"
+        why = rf"cannot be read since \d\d:\d\d:\d\d: {gone} was deleted or renamed"
+        viewer.wait(lambda page: page.status and re.fullmatch(why, page.status.reason))
+        viewer.wait(lambda page: re.fullmatch(why, page.rows["run"].why))
+        status, row = viewer.page.status, viewer.page.rows["run"]
+        assert status is not None and status.state == row.state == (end or "lost")
         assert len(losses(viewer)) == 5
         viewer.say(Watch(run="other"))
         wait_for_losses(viewer, 2)
+        if fault != "without its log":
+            viewer.wait(lambda page: "run" not in page.rows)
+
+
+def test_directory_that_comes_back_is_followed_again(serve: Serve, tmp_path: Path) -> None:
+    with trainer_process("run", tmp_path) as trainer, SocketViewer(serve().url) as viewer:
+        viewer.say(ListRuns())
+        trainer.steps(3)
+        wait_for_losses(viewer, 3)
+        (tmp_path / "run").rename(tmp_path / ".hidden")
+        viewer.wait(lambda page: page.rows["run"].state == state_of(page) == "lost")
+        (tmp_path / ".hidden").rename(tmp_path / "run")
+        viewer.wait(lambda page: page.rows["run"].state == state_of(page) == "running")
+        assert (
+            viewer.page.status is not None and viewer.page.status.reason == viewer.page.rows["run"].why == ""
+        )
+        trainer.steps(2)
+        wait_for_losses(viewer, 5)
 
 
 def test_pipe_in_the_place_of_a_log_is_reported(serve: Serve, tmp_path: Path) -> None:
@@ -411,6 +450,9 @@ def test_list_follows_what_changes(serve: Serve, tmp_path: Path) -> None:
             log.write(lines_of([step(4)]))
         viewer.wait(lambda page: page.rows["one"].step == 4)
         one.rename(tmp_path / "two")
+        # The run that is shown keeps its row
+        viewer.wait(lambda page: page.rows.keys() == {"one", "two"} and page.rows["one"].state == "lost")
+        viewer.say(Watch(run="two"))
         viewer.wait(lambda page: list(page.rows) == ["two"])
 
 

@@ -155,8 +155,10 @@ function runWords(model: Model): Words {
         return { word: "stalled", tone: "bad", sign: "warn", cause: stalledOn(model) };
       }
       return status?.state === "validating" || status?.validating
-        ? { word: "validating", tone: "live", sign: "live" }
-        : { word: "live", tone: "live", sign: "live" };
+        ? { word: "validating", tone: "live", sign: "live", detail: cause }
+        : { word: "live", tone: "live", sign: "live", detail: cause };
+    case "lost":
+      return { word: "lost", tone: "warn", sign: "warn", detail: cause };
     default:
       return { word: stateOf(model) ?? "starting", tone: "busy", sign: "none" };
   }

@@ -23,6 +23,8 @@ group("the state of a run", () => {
     [{ state: "waiting" }, "waiting for the first step", ""],
     [{ state: "running" }, "live", ""],
     [{ state: "validating" }, "validating", ""],
+    [{ state: "running", reason: "reading the log: 40%" }, "live", "reading the log: 40%"],
+    [{ state: "lost", reason: "last heard 14:32:05" }, "lost", "last heard 14:32:05"],
     [{ validating: true }, "validating", ""],
     [{ state: "paused", by: "viewer 10.0.0.7" }, "paused", "by viewer 10.0.0.7"],
     [{ state: "stopping", by: "user", reason: "enough" }, "stopping", "by user: enough"],

@@ -337,10 +337,10 @@ def as_user() -> Iterator[Path]:
 
 
 def test_a_directory_that_loses_its_permission_keeps_its_row(as_user: Path) -> None:
-    for name in ("a", "sweep/b"):
+    for name, status in (("a", "completed"), ("sweep/b", "running")):
         (as_user / name).mkdir(parents=True)
         for file in ("run.json", "events.jsonl"):
-            (as_user / name / file).write_text('{"status": "completed"}')
+            (as_user / name / file).write_text(f'{{"status": "{status}"}}')
     catalog = RunCatalog(as_user)
     catalog.refresh()
     for name in ("a", "sweep"):
@@ -354,7 +354,7 @@ def test_a_directory_that_loses_its_permission_keeps_its_row(as_user: Path) -> N
     why = "cannot be read: permission denied"
     assert {record.key: (record.state, record.why) for record in changed} == {
         "a": ("completed", why),
-        "sweep/b": ("completed", why),
+        "sweep/b": ("lost", why),
     }
     assert removed == []
     assert {record.key: (record.state, record.why) for record in fresh} == {

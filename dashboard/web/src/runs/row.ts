@@ -105,6 +105,7 @@ export class RowView {
     setAttribute(this.element, "aria-current", look.focused ? "true" : null);
     this.element.classList.toggle("active", look.active);
     this.element.classList.toggle("archived", row.archived);
+    this.element.classList.toggle("explained", row.state === "lost" && row.why !== "");
     this.element.style.setProperty("--run", look.colour ?? "var(--line-strong)");
     if (this.#tick.checked !== look.ticked) this.#tick.checked = look.ticked;
     setAttribute(this.#tick, "aria-label", `Show ${name}`);
@@ -157,6 +158,8 @@ function aboutOf(row: RunRow, shared: boolean, now: number): string {
     shared ? row.key : "",
     row.archived ? "archived" : "",
     row.state + share,
+    // Of a lost run it says what is known, and since when.
+    row.state === "lost" ? row.why : "",
     row.seconds > 0 ? format.shortDuration(row.seconds) : "",
     row.started > 0 ? `${format.shortDuration(ageOf(row.started, now))} ago` : "",
     ...row.tags.map((tag) => `#${tag}`),
