@@ -76,6 +76,7 @@ _STATUS_STYLES: Final = {"completed": "green", "failed": "red"}
 class ProgressBar(Callback):
     """Shows the progress of a run and its epoch, loss, metrics, learning rate, speed and remaining time.
 
+    The metrics are `val_loss`, the one by which the run is judged, and those that you name.
     On a terminal and in a notebook there are two bars: the run with the remaining time, and the epoch (or validation in
     progress) with the speed; values are below them. They fit any width, and several runs share a terminal. One line
     remains when a run ends. Elsewhere a plain line is printed every ten seconds.
@@ -111,6 +112,7 @@ class ProgressBar(Callback):
         self._display: _Display | None = None
         self._run: RunHandle | None = None
         self._start: TrainStart | None = None
+        self._monitor = ""
         self._values: dict[str, float] = {}
         self._doing = ""
         # The validation in progress
@@ -125,7 +127,7 @@ class ProgressBar(Callback):
         self._began = time.monotonic()
 
     def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
-        self._start, self._run = event, run
+        self._start, self._run, self._monitor = event, run, run.monitor
         self._epoch, self._step = event.epoch, event.step
         self._began = time.monotonic()
         self._display = _join(self, self._given_file)
@@ -232,7 +234,7 @@ class ProgressBar(Callback):
         )
 
     def _shown_values(self) -> list[str]:
-        names = dict.fromkeys(("loss", "val_loss", *self.metrics, "lr"))
+        names = dict.fromkeys(("loss", "val_loss", self._monitor, *self.metrics, "lr"))
         return [f"{name} {self._values[name]:.4g}" for name in names if name in self._values]
 
     def _samples_per_second(self) -> list[str]:

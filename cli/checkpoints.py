@@ -1,7 +1,7 @@
 """`offloop checkpoints`: list, verify, tag, export and compare checkpoints."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from offloop.cli.output import (
     share,
     size,
 )
-from offloop.engine import OffloopError
+from offloop.engine import OffloopError, read_run
 from offloop.engine.checkpoint import (
     CheckpointCorruptError,
     CheckpointError,
@@ -31,6 +31,7 @@ from offloop.engine.checkpoint import (
     find_checkpoint,
     list_runs,
 )
+from offloop.engine.paths import meant_run
 
 app = typer.Typer(
     help="List, verify, tag, export and compare checkpoints.",
@@ -60,7 +61,7 @@ def failing() -> Iterator[None]:
 def list_checkpoints(
     where: Annotated[Path, typer.Argument(help="A run, or a directory of runs.")] = Path("runs"),
     metric: Annotated[
-        str | None, typer.Option(help="Metric to show; by default val_loss, or the first one.")
+        str | None, typer.Option(help="Metric to show; by default the one by which the run is judged.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -249,7 +250,7 @@ def diff(
 def _readers(where: Path) -> list[CheckpointReader]:
     """Return the run in a directory, or the runs in its subdirectories."""
     if not where.is_dir():
-        fail(f"there is no directory {where}")
+        fail(f"there is no directory {where}{meant_run(where)}")
     if (where / "checkpoints").is_dir():
         return [CheckpointReader(where)]
     return list_runs(where)
@@ -298,8 +299,7 @@ def _is(reader: CheckpointReader, info: CheckpointInfo, which: str) -> bool:
 
 def _print_run(reader: CheckpointReader, metric: str | None) -> None:
     known = reader.checkpoints()
-    keys = [key for info in known for key in info.metrics]
-    shown = metric or ("val_loss" if "val_loss" in keys or not keys else keys[0])
+    shown = metric or shown_metric([read_run(reader.directory).monitor], known)
     table = plain_table("CHECKPOINT", ">STEP", ">EPOCH", f">{shown}", ">SIZE", ">SAVED", "NAMES")
     now = time.time()
     for info in known:
@@ -313,6 +313,12 @@ def _print_run(reader: CheckpointReader, metric: str | None) -> None:
             ", ".join(_names_of(reader, info)),
         )
     print_table(table)
+
+
+def shown_metric(monitors: Iterable[str], infos: Iterable[CheckpointInfo]) -> str:
+    """Return the metric to show of checkpoints: one by which their runs are judged, else val_loss, or any of theirs."""
+    keys = dict.fromkeys(key for info in infos for key in info.metrics)
+    return next((key for key in (*monitors, "val_loss", *keys) if key in keys), "val_loss")
 
 
 def _plain(reader: CheckpointReader, info: CheckpointInfo) -> dict[str, Any]:

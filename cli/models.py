@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from offloop.cli.checkpoints import SOURCE_HELP, Json, Registry, failing
+from offloop.cli.checkpoints import SOURCE_HELP, Json, Registry, failing, shown_metric
 from offloop.cli.output import (
     age,
     fail,
@@ -135,8 +135,8 @@ def verify(
 
 
 def _print_versions(versions: list[ModelVersion]) -> None:
-    keys = [key for version in versions for key in version.metrics]
-    shown = "val_loss" if "val_loss" in keys or not keys else keys[0]
+    monitors = [str(version.run.get("monitor", "")) for version in versions]
+    shown = shown_metric(monitors, [version.info for version in versions])
     table = plain_table(">VERSION", "RUN", ">STEP", f">{shown}", ">SIZE", ">REGISTERED", "ALIASES", "NOTES")
     now = time.time()
     for version in versions:

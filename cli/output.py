@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offloop.engine import OffloopError
+from offloop.engine.paths import is_run, meant_run
 from offloop.engine.visible_text import visible
 
 NARROW: Final = 9
@@ -35,6 +37,14 @@ def reason(error: OffloopError | OSError) -> str:
         return str(error)
     words = error.strerror[:1].lower() + error.strerror[1:]
     return f"{error.filename}: {words}" if error.filename is not None else words
+
+
+def check_run(run: Path) -> None:
+    """Fail if a directory is not that of a run."""
+    if not run.is_dir():
+        fail(f"there is no run {run}{meant_run(run)}")
+    if not is_run(run):
+        fail(f"{run} is not the directory of a run: it has neither run.json nor events.jsonl{meant_run(run)}")
 
 
 def print_error(text: str) -> None:
@@ -73,7 +83,13 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(cell_len(line[column]) for line in lines) for column in range(len(headers))]
     is_cut = sys.stdout.isatty() or "COLUMNS" in os.environ
     if is_cut:
-        _cut(widths, [header.startswith(">") for header in headers], Console().width)
+        least = [
+            max((cell_len(line[column]) for line in lines[1:]), default=1)
+            if header.startswith(">")
+            else NARROW
+            for column, header in enumerate(headers)
+        ]
+        _cut(widths, [header.startswith(">") for header in headers], least, Console().width)
     else:
         widths = [min(width, PIPED_CELL) for width in widths]
     for line in lines:
@@ -86,15 +102,24 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         typer.echo("  ".join(cells).rstrip())
 
 
-def _cut(widths: list[int], keep: Sequence[bool], width: int) -> None:
-    """Narrow the widest columns until a line fits the width, unless they are to be kept, or narrow already."""
-    while (excess := sum(widths) + 2 * (len(widths) - 1) - width) > 0:
-        others = [column for column in range(len(widths)) if not keep[column] and widths[column] > NARROW]
-        if not others:
-            return
-        widest = max(others, key=lambda column: widths[column])
-        second = max((widths[column] for column in others if column != widest), default=NARROW)
-        widths[widest] -= min(excess, max(widths[widest] - max(second, NARROW), 1))
+def _cut(widths: list[int], are_numbers: Sequence[bool], least: Sequence[int], width: int) -> None:
+    """Narrow columns until a line fits the width: the widest of text, then titles of numbers that are wider than those.
+
+    Args:
+        widths: Of the columns; changed.
+        are_numbers: Whether they have numbers.
+        least: Widths that they keep.
+        width: Of the terminal.
+    """
+    for of_numbers in (False, True):
+        chosen = [column for column, is_number in enumerate(are_numbers) if is_number is of_numbers]
+        while (excess := sum(widths) + 2 * (len(widths) - 1) - width) > 0:
+            others = [column for column in chosen if widths[column] > least[column]]
+            if not others:
+                break
+            widest = max(others, key=lambda column: widths[column])
+            second = max((widths[column] for column in others if column != widest), default=0)
+            widths[widest] -= min(excess, max(widths[widest] - max(second, least[widest]), 1))
 
 
 class _VisibleTable(Table):

@@ -5,6 +5,7 @@ import difflib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,6 +13,7 @@ import typer
 
 from offloop.cli.output import (
     age,
+    check_run,
     duration,
     fail,
     number,
@@ -39,16 +41,19 @@ from offloop.engine import (
     sorting_key,
     values_of,
 )
+from offloop.engine.checkpoint import CheckpointError, CheckpointReader
 from offloop.engine.visible_text import visible
 
 COLUMNS: Final = ("name", "state", "step", "last", "best", "duration", "age", "tags")
 """Columns of the list, unless others are chosen."""
 KNOWN: Final = (
     *COLUMNS,
-    *"id key epoch progress note host why attempt started created seconds device".split(),
+    *"metric id key epoch progress note host why attempt started created seconds device".split(),
 )
-OF_TEXT: Final = frozenset("name id key state tags note host why device".split())
+OF_TEXT: Final = frozenset("name id key state metric tags note host why device".split())
 """Columns that are not aligned at the right."""
+EXPLAINED: Final = 3
+"""Most runs of which is told why they are lost."""
 TRIES: Final = 5
 """Times an edit is made again because another one came first."""
 
@@ -81,7 +86,8 @@ def runs(
 ) -> None:
     """List runs: finished ones, those that go on, and those that were killed. The newest are first.
 
-    LAST and BEST are values of the metric that defines a run's best checkpoint.
+    The column of a metric and BEST have the last and best value of the metric by which the runs are judged; where
+    runs differ in it, METRIC names it. AGE and DURATION are those of the last attempt of a resumed run.
 
     Exit code: 0, even if some runs cannot be read; 2 if the directory cannot be read.
     """
@@ -110,10 +116,15 @@ def runs(
         _check_known(records, name, "--columns")
     now = time.time()
     if found:
+        titles = {name: name.upper() for name in KNOWN}
+        if not columns:
+            _name_metric(shown, titles, {each.monitor for each in found if each.monitor})
         print_rows(
-            [f"{'' if name in OF_TEXT else '>'}{name.upper() if name in KNOWN else name}" for name in shown],
+            [f"{'' if name in OF_TEXT else '>'}{titles.get(name, name)}" for name in shown],
             [[_cell(record, name, now) for name in shown] for record in found],
         )
+    for text in _about_lost([each for each in found if each.state == "lost"]):
+        print_error(text)
     hidden = len(records) - len(found)
     if hidden:
         print_error(f"{hidden} of {len(records)} runs are not shown")
@@ -135,8 +146,7 @@ def label(
 
     They are kept in labels.json of the run's directory, and nothing on disk is renamed.
     """
-    if not _is_run(run):
-        fail(f"{run} is not the directory of a run: it has neither run.json nor events.jsonl")
+    check_run(run)
     try:
         for _ in range(TRIES):
             current = read_labels(run)
@@ -174,8 +184,7 @@ def export(
 
     Of a run that goes on, what was there at the beginning is written.
     """
-    if not _is_run(run):
-        fail(f"{run} is not the directory of a run: it has neither run.json nor events.jsonl")
+    check_run(run)
     if output is None:
         try:
             exported = export_metrics(run, sys.stdout)
@@ -206,10 +215,6 @@ def export(
         print_error(f"{exported.skipped} lines of the log hold no event and were skipped")
 
 
-def _is_run(directory: Path) -> bool:
-    return any((directory / name).exists() for name in ("run.json", "events.jsonl"))
-
-
 def _sorted(records: list[RunRecord], by: str) -> list[RunRecord]:
     """Return runs by a column; those without a value come last in both directions."""
     name = by.removeprefix("-")
@@ -219,6 +224,14 @@ def _sorted(records: list[RunRecord], by: str) -> list[RunRecord]:
     _check_known(records, name, "--sort")
     known.sort(key=lambda each: keys[each.key], reverse=by.startswith("-"))
     return [*known, *unknown]
+
+
+def _name_metric(shown: list[str], titles: dict[str, str], monitors: set[str]) -> None:
+    """Let the columns LAST and BEST say of which metric they are: by a title, or in each row if there are several."""
+    if len(monitors) == 1:
+        (titles["last"],) = monitors
+    elif monitors:
+        shown.insert(shown.index("last"), "metric")
 
 
 def _full_name(record: RunRecord, column: str) -> str:
@@ -233,6 +246,8 @@ def _cell(record: RunRecord, column: str, now: float) -> str:
         return age(now - record.started) if record.started else "-"
     if column == "duration":
         return duration(record.seconds) if record.seconds else "-"
+    if column == "metric":
+        return record.monitor or "-"
     if column == "progress":
         return "-" if record.progress is None else f"{record.progress:.0%}"
     values = values_of(record, _full_name(record, column), now=now)
@@ -242,6 +257,29 @@ def _cell(record: RunRecord, column: str, now: float) -> str:
     if isinstance(value, float):
         return number(value)
     return str(value).strip() or "-"
+
+
+def _about_lost(lost: list[RunRecord]) -> Iterator[str]:
+    """Yield why runs are lost, and how they go on, of the first ones; then how to see those of the others."""
+    for each in lost[:EXPLAINED]:
+        yield f"{each.name} is lost: {'; '.join(filter(None, (each.why, _way_on(each))))}"
+    if len(lost) > EXPLAINED:
+        yield f"{len(lost) - EXPLAINED} more are lost: offloop runs -f state:lost --columns name,why tells why"
+
+
+def _way_on(record: RunRecord) -> str:
+    """Return how a run that was lost is continued, in words; empty if that is not known."""
+    path = Path(record.directory)
+    with contextlib.suppress(ValueError, OSError):
+        # As a string, only what has a slash is a path
+        path = each if len((each := path.relative_to(Path.cwd())).parts) > 1 else path
+    try:
+        has_checkpoint = bool(CheckpointReader(path).checkpoints())
+    except CheckpointError:
+        return ""
+    if not has_checkpoint:
+        return "it has no checkpoint to continue from"
+    return f"train(..., resume={str(path)!r}) continues it"
 
 
 def _check_known(records: list[RunRecord], name: str, option: str) -> None:
@@ -283,4 +321,6 @@ def _print_labels(run: Path, labels: RunLabels) -> None:
     table.add_row("tags", ", ".join(labels.tags) or "-")
     table.add_row("note", labels.note or "-")
     table.add_row("archived", "yes" if labels.archived else "no")
+    if record.state == "lost":
+        table.add_row("lost", "; ".join(filter(None, (record.why, _way_on(record)))))
     print_table(table)

@@ -330,7 +330,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     directory: str | None = None
     started: float
-    """Unix time in seconds of its first attempt; 0 if unknown."""
+    """Unix time in seconds at which its last attempt began; 0 if unknown."""
     heard: float = 0.0
     """Unix time of the newest known event, or of its end."""
     seconds: float = 0.0

@@ -19,6 +19,7 @@ from offloop.engine.monitor import EVALUATED
 from offloop.engine.observers.event_log import FILE_NAME as EVENTS
 from offloop.engine.observers.event_log import read_events
 from offloop.engine.observers.observer import CallbackCosts
+from offloop.engine.paths import meant_run
 from offloop.engine.recovery.evaluations import latest_of, with_evaluations
 from offloop.engine.run_dir import read_run_json
 
@@ -163,6 +164,7 @@ class RunResult:
         if not described:
             raise FileNotFoundError(
                 f"{directory} is not the directory of a run: it has no run.json and no {EVENTS}; give run_dir/run_name"
+                f"{meant_run(directory)}"
             )
         history: list[EpochEnd] = []
         latest: dict[str, float] = {}

@@ -138,6 +138,7 @@ OPEN_MODULES: Final = tuple(
         "lazy_facade",
         "metrics.names",
         "monitor",
+        "paths",
         "testing",
         "visible_text",
         "weights.structure",
@@ -295,7 +296,9 @@ def test_training_loop_knows_nothing_of_the_event_loop() -> None:
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("offloop.engine.checkpoint")])
 def test_checkpoint_mechanics_know_nothing_of_the_rest(module: str) -> None:
     rest = {known for known in modules_known_to(module) if not known.startswith("offloop.engine.checkpoint")}
-    assert rest <= {f"offloop.engine.{name}" for name in ("checks", "errors", "lazy_facade", "monitor")}
+    assert rest <= {
+        f"offloop.engine.{name}" for name in ("checks", "errors", "lazy_facade", "monitor", "paths")
+    }
 
 
 @pytest.mark.parametrize("module", SOURCES)

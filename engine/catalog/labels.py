@@ -18,6 +18,7 @@ from offloop.engine import checks
 from offloop.engine.catalog.files import read_small_file
 from offloop.engine.checkpoint.filesystem import open_own, replace_file
 from offloop.engine.errors import ConfigError, RunLabelsChangedError, RunLabelsError
+from offloop.engine.paths import meant_run
 from offloop.engine.visible_text import visible
 
 LABELS_JSON: Final = "labels.json"
@@ -87,7 +88,7 @@ def edit_labels(
     directory = Path(directory)
     changes = _checked(name, tags, note, archived)
     if not directory.is_dir():
-        raise FileNotFoundError(f"there is no run directory {directory}")
+        raise FileNotFoundError(f"there is no run directory {directory}{meant_run(directory)}")
     with _exclusive(directory / LABELS_JSON):
         current, fields = _read(directory)
         if current.version != version:

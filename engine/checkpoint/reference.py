@@ -11,6 +11,7 @@ from pathlib import Path
 from offloop.engine.checkpoint.errors import CheckpointNotFoundError
 from offloop.engine.checkpoint.manifest import MANIFEST
 from offloop.engine.checkpoint.reader import CHECKPOINTS, CheckpointInfo, CheckpointReader, list_runs
+from offloop.engine.paths import meant_run
 
 
 def split_reference(reference: str) -> tuple[str, str | int | None]:
@@ -43,5 +44,6 @@ def find_checkpoint(reference: str | Path) -> CheckpointInfo:
     if not (path / CHECKPOINTS).is_dir():
         searched = path if path.is_dir() else path.parent
         runs = [reader.directory.name for reader in list_runs(searched)]
-        raise CheckpointNotFoundError(str(reference), searched, runs)
+        then = str(reference)[len(str(path)) :] if which is not None else ""
+        raise CheckpointNotFoundError(str(reference), searched, runs, advice=meant_run(path, then))
     return CheckpointReader(path).find("last" if which is None else which)

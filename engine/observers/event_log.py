@@ -25,10 +25,11 @@ from offloop.engine.encoding import decode, encode_lines
 from offloop.engine.errors import EventError
 from offloop.engine.events import Event, Sample, StepEnd, TrainStart
 from offloop.engine.observers.line_file import LineFile
+from offloop.engine.paths import LOG
 
 logger = logging.getLogger("offloop")
 
-FILE_NAME: Final = "events.jsonl"
+FILE_NAME: Final = LOG
 BATCH_INTERVAL: Final = 0.4
 """Seconds between two batches of samples alone. The first event of a batch has those before it written, so a sample
 waits at most twice as long, and for a hand-over: less than a second."""

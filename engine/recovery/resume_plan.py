@@ -11,7 +11,7 @@ from offloop.engine.checkpoint import (
 )
 from offloop.engine.checkpoint.reader import CHECKPOINTS, link_to_nothing
 from offloop.engine.errors import ConfigError, nearest
-from offloop.engine.paths import RUN_JSON, absolute_path
+from offloop.engine.paths import RUN_JSON, absolute_path, is_run
 from offloop.engine.run_dir import read_run_json
 
 Resume = str | int | Path | None
@@ -74,11 +74,11 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
                 raise link_to_nothing(directory)
             if resume == "auto":
                 return None
-            raise CheckpointNotFoundError(str(which), directory, advice=_advice(resume))
+            raise CheckpointNotFoundError(str(which), directory, advice=_advice(resume, base_dir))
         reader = CheckpointReader(directory)
         if not _has_checkpoints(reader):
             if resume != "auto":
-                raise CheckpointNotFoundError(str(which), directory, advice=_advice(resume))
+                raise CheckpointNotFoundError(str(which), directory, advice=_advice(resume, base_dir))
             return ResumePlan(directory, None, _attempts(directory))
         _find(reader, which)
         over = _over(directory) if resume in ("auto", "must") else None
@@ -93,7 +93,7 @@ def plan_resume(resume: Resume, base_dir: Path, run_name: str | None) -> ResumeP
             return ResumePlan(directory, which, _attempts(directory))
     if resume == "auto":
         return None
-    raise CheckpointNotFoundError(str(which), base_dir, advice=_advice(resume))
+    raise CheckpointNotFoundError(str(which), base_dir, advice=_advice(resume, base_dir))
 
 
 def _find(reader: CheckpointReader, which: str | int) -> None:
@@ -101,11 +101,14 @@ def _find(reader: CheckpointReader, which: str | int) -> None:
     try:
         reader.find(which)
     except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(error.wanted, error.searched, error.known, _advice(which)) from None
+        advice = _advice(which, reader.directory.parent)
+        raise CheckpointNotFoundError(error.wanted, error.searched, error.known, advice) from None
 
 
-def _advice(resume: str | int) -> str:
+def _advice(resume: str | int, base_dir: Path) -> str:
     """Return advice for a `resume=` that names nothing."""
+    if is_run(base_dir / str(resume)):
+        return f"; a run is named by its path: resume={str(base_dir / str(resume))!r}"
     if resume == "must":
         return '; resume="must" needs an unfinished run with a checkpoint; resume="auto" starts a new run without one'
     near = nearest(str(resume), WORDS)

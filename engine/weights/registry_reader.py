@@ -141,12 +141,11 @@ class RegistryReader:
         }
         return {alias: number for alias, number in found.items() if number is not None}
 
-    def find(self, reference: str, *, hint: str = "") -> ModelVersion:
+    def find(self, reference: str) -> ModelVersion:
         """Return the version that a reference names.
 
         Args:
             reference: `"name:3"`, `"name@alias"`; `"name"` and `"name@latest"` for the newest.
-            hint: Appended to the error if there is no such model.
 
         Raises:
             ModelNotFoundError: There is no such model, version or alias.
@@ -155,7 +154,7 @@ class RegistryReader:
         name, which = split_reference(reference)
         numbers = self._numbers(name)
         if not numbers:
-            raise ModelNotFoundError(name, str(self.directory), self.models(), hint)
+            raise ModelNotFoundError(name, str(self.directory), self.models())
         if which is None or which == LATEST:
             return self._read(name, numbers[-1])
         aliases = self.aliases(name)

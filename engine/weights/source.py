@@ -23,7 +23,9 @@ from offloop.engine.checkpoint import (
     find_checkpoint,
 )
 from offloop.engine.checkpoint.manifest import MANIFEST
-from offloop.engine.errors import WeightsError
+from offloop.engine.checkpoint.reference import split_reference
+from offloop.engine.errors import ModelNotFoundError, WeightsError
+from offloop.engine.paths import meant_run
 from offloop.engine.run_dir import read_run_json
 from offloop.engine.training.averages import AVERAGE, MEASURED
 from offloop.engine.weights.registry_reader import DEFAULT_REGISTRY, ModelVersion, RegistryReader
@@ -72,10 +74,17 @@ def locate(source: str | Path, *, registry: str | Path = DEFAULT_REGISTRY) -> Pl
     path = Path(source)
     has_suffix = path.suffix in FILE_SUFFIXES
     if isinstance(source, str) and not (has_suffix or "/" in text or os.sep in text):
-        hint = ""
-        if path.exists():
-            hint = f". A path needs a slash: ./{text}"
-        return RegistryReader(registry).find(text, hint=hint)
+        try:
+            return RegistryReader(registry).find(text)
+        except ModelNotFoundError as error:
+            name, which = split_reference(text)
+            if error.wanted != name:
+                # The model is there
+                raise
+            hint = meant_run(name, "" if which is None else text[len(name) :])
+            if path.exists():
+                hint = f". A path needs a slash: ./{text}"
+            raise ModelNotFoundError(name, error.directory, error.known, hint) from None
     if path.is_file():
         return path
     if path.is_dir() and not (path / MANIFEST).is_file():

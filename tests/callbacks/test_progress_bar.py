@@ -174,6 +174,15 @@ def test_asked_for_metrics_are_shown_once_they_are_known() -> None:
         ProgressBar(metrics="val_accuracy")  # type: ignore[arg-type]  # the point of the test
 
 
+def test_the_metric_by_which_the_run_is_judged_is_shown() -> None:
+    file = io.StringIO()
+    trainer = tiny_trainer(monitor="val_accuracy")
+    bar = ProgressBar(file=file)
+    trainer.train(tiny_loader(2), tiny_loader(2), epochs=1, metrics=["accuracy"], callbacks=[bar])
+    *_, last = file.getvalue().splitlines()
+    assert re.search(r"loss \S+  val_loss \S+  val_accuracy \S+  lr", last)
+
+
 @pytest.mark.usefixtures("at_once")
 def test_pause_is_shown_and_over_after_it() -> None:
     said = lines(
@@ -221,7 +230,7 @@ def test_totals_are_what_the_limits_say(start: TrainStart, shown: str) -> None:
 def test_speed_and_time_left_come_from_the_events_times() -> None:
     """By hand, with a clock of its own: two steps a second, later four; a validation is no slow step."""
     bar = ProgressBar(file=io.StringIO())
-    run: Any = None
+    run = fake_run("run")
     bar.on_train_start(TrainStart(epochs=1, steps_per_epoch=7200), run)
     for step in range(1, 5):
         bar.on_step_end(StepEnd(loss=1.0, lr=0.1, step=step, time=100.0 + step / 2), run)
@@ -333,7 +342,7 @@ def test_a_line_may_be_printed_piece_by_piece(terminal: Terminal, at_once: None)
 
 
 def fake_run(name: str, **values: Any) -> Any:
-    return SimpleNamespace(id=name, **{"step": 0, "epoch": 0, "validation_batch": 0, **values})
+    return SimpleNamespace(id=name, **{"monitor": "", "step": 0, "epoch": 0, "validation_batch": 0, **values})
 
 
 def filled(bar: ProgressBar, run: Any) -> ProgressBar:

@@ -35,6 +35,18 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
+def test_list_shows_the_metric_by_which_the_run_is_judged(tmp_path: Path) -> None:
+    trainer = tiny_trainer(run_dir=str(tmp_path), run_name="judged")
+    monitor = ModelCheckpoint("val_accuracy")
+    trainer.train(tiny_loader(2), tiny_loader(2), epochs=1, metrics=["accuracy"], callbacks=[monitor])
+    header = offloop("checkpoints", "list", str(tmp_path)).stdout.splitlines()[1].split()
+    assert header[3] == "val_accuracy"
+    chosen = (
+        offloop("checkpoints", "list", str(tmp_path), "--metric", "val_loss").stdout.splitlines()[1].split()
+    )
+    assert chosen[3] == "val_loss"
+
+
 # offloop checkpoints list --------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tracemalloc
@@ -67,7 +68,7 @@ def names_in(result: Result) -> list[str]:
 
 def test_list_has_the_newest_first_with_values_of_the_monitored_metric(here: Path) -> None:
     lines = offloop("runs").stdout.splitlines()
-    assert lines[0].split() == ["NAME", "STATE", "STEP", "LAST", "BEST", "DURATION", "AGE", "TAGS"]
+    assert lines[0].split() == ["NAME", "STATE", "STEP", "val_loss", "BEST", "DURATION", "AGE", "TAGS"]
     described = json.loads((here / "runs" / "second" / "run.json").read_text())
     third, second, first = lines[1:]
     assert third.split()[:5] == ["third", "failed", "1", "-", "-"]
@@ -121,6 +122,70 @@ def test_a_directory_that_describes_no_run_is_lost_and_says_why(here: Path, cont
     result = offloop("runs", "-f", "empty", "--columns", "name,state,why")
     what = "no JSON object" if content else "empty"
     assert " ".join(result.stdout.split()).endswith(f"lost run.json is {what}; events.jsonl is missing")
+
+
+def test_runs_that_are_judged_by_different_metrics_name_theirs(here: Path) -> None:
+    tiny_trainer(run_dir="runs", run_name="other", monitor="train_loss").train(tiny_loader(2), epochs=1)
+    header, *lines = (line.split() for line in offloop("runs").stdout.splitlines())
+    assert header[:6] == ["NAME", "STATE", "STEP", "METRIC", "LAST", "BEST"]
+    assert {line[0]: line[3] for line in lines}["other"] == "train_loss"
+    assert {line[0]: line[3] for line in lines}["first"] == "val_loss"
+    # Chosen columns are shown as they are
+    assert offloop("runs", "--columns", "name,last").stdout.splitlines()[0].split() == ["NAME", "LAST"]
+
+
+def lose(name: str) -> None:
+    """Let a run look as if its process had been killed."""
+    path = Path("runs", name, "run.json")
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({**described, "status": "running", "host": platform.node()}))
+    log = Path("runs", name, "events.jsonl")
+    *lines, end = log.read_bytes().splitlines(keepends=True)
+    assert b'"TrainEnd"' in end
+    log.write_bytes(b"".join(lines))
+
+
+def test_a_lost_run_says_how_it_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose("first")
+    lose("third")
+    (line,) = [each for each in offloop("runs").stderr.splitlines() if each.startswith("first")]
+    advice = "train(..., resume='runs/first') continues it"
+    assert line.startswith("first is lost: ended without saying so") and line.endswith(advice)
+    assert "third is lost" in offloop("runs").stderr
+    assert "it has no checkpoint to continue from" in offloop("runs", "-f", "third").stderr
+    assert advice in " ".join(offloop("label", "runs/first").stdout.split())
+    # What is printed can be given to train() from where it was printed
+    monkeypatch.chdir("runs")
+    assert f"resume='{here / 'runs' / 'first'}'" in offloop("runs", ".").stderr
+    result = tiny_trainer().train(tiny_loader(3), epochs=2, resume=str(here / "runs" / "first"))
+    assert (result.run_id, result.status) == ("first", "completed")
+
+
+def test_of_many_lost_runs_the_first_are_explained(here: Path) -> None:
+    for number in range(5):
+        Path(f"runs/broken{number}").mkdir()
+        Path(f"runs/broken{number}/run.json").touch()
+    assert offloop("runs").stderr.splitlines()[-1] == (
+        "2 more are lost: offloop runs -f state:lost --columns name,why tells why"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("label", "first"),
+        ("label", "runs/frst"),
+        ("export", "first"),
+        ("checkpoints", "list", "first"),
+        ("checkpoints", "verify", "first"),
+        ("checkpoints", "tag", "first", "x"),
+        ("checkpoints", "export", "first", "x.pt"),
+        ("checkpoints", "diff", "first", "first"),
+    ],
+)
+def test_the_name_of_a_run_is_answered_with_its_path(here: Path, arguments: tuple[str, ...]) -> None:
+    result = offloop(*arguments)
+    assert result.exit_code == 2 and result.stderr.endswith("; did you mean runs/first?\n")
 
 
 def test_filter_sort_and_columns(here: Path) -> None:
@@ -223,7 +288,11 @@ def test_labels_are_edited_and_shown(here: Path) -> None:
 
 def test_wrong_labels_exit_with_2_and_change_nothing(here: Path) -> None:
     for arguments, text in (
-        (("runs", "--name", "x"), "runs is not the directory of a run"),
+        (
+            ("runs", "--name", "x"),
+            "runs is not the directory of a run: it has neither run.json nor events.jsonl; it is a directory of 3 "
+            "runs: name one of them, like runs/first",
+        ),
         (("runs/first", "--untag", "x"), "runs/first has no tag 'x'"),
         (("runs/first", "--note", "x" * 20_000), "note must have at most 16,384 characters"),
     ):

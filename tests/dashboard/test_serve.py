@@ -18,11 +18,13 @@ from memory_link import PageModel
 from run_files import events_of, lines_of, step, trainer_process, write_run
 from socket_viewer import PATIENCE, SocketViewer, await_on_loop, on_loop
 
+from offloop.callbacks import ModelCheckpoint
 from offloop.dashboard import Dashboard
 from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import CommandRequest, Edit, ListRuns, Overlay, Show, Watch
 from offloop.dashboard.runs import followed_runs, run_reader
 from offloop.dashboard.serving.server import Server
+from offloop.engine import read_run
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
 Serve = Callable[..., Server]
@@ -127,6 +129,25 @@ def test_speeds_of_a_past_run_do_not_depend_on_when_it_is_read(serve: Serve, tmp
         assert status.seconds == pytest.approx(20.0)
         assert status.steps_per_second == 0.0, "it trains no more"
         assert status.compute_share == pytest.approx(0.5)
+
+
+def test_age_and_duration_of_a_resumed_run_are_those_of_its_last_attempt(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """As `offloop runs` says them."""
+    for name in ("first", "second"):
+        for epochs in (1, 2):
+            trainer = tiny_trainer(run_dir=str(tmp_path), run_name=name)
+            trainer.train(tiny_loader(2), epochs=epochs, callbacks=[ModelCheckpoint()], resume="auto")
+    with SocketViewer(serve().url) as viewer:
+        # One of them is open, the other one is read from its run.json
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.status and len(page.rows) == 2)
+        for name, row in viewer.page.rows.items():
+            record = read_run(tmp_path / name)
+            assert record.attempt == 1 and record.created < record.started
+            assert row.started == pytest.approx(record.started, abs=1e-3)
+            assert row.seconds == pytest.approx(record.seconds, abs=1e-3)
 
 
 # Runs of other processes

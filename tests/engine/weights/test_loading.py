@@ -19,6 +19,7 @@ from offloop.engine import (
     ConfigError,
     ModelNotFoundError,
     ModelRegistry,
+    RunResult,
     TrainStart,
     WeightsError,
     WeightsMismatchError,
@@ -27,7 +28,7 @@ from offloop.engine import (
 )
 from offloop.engine.checkpoint import CheckpointCorruptError, CheckpointNotFoundError, CheckpointReader
 from offloop.engine.run_dir import read_run_json
-from offloop.engine.testing import Recorder, tiny_loader, tiny_model, tiny_trainer
+from offloop.engine.testing import Recorder, tiny_batches, tiny_loader, tiny_model, tiny_trainer
 
 
 class Tied(torch.nn.Module):
@@ -149,8 +150,17 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_model("missing.pt")
     with pytest.raises(ModelNotFoundError, match=r"no model 'here'.*A path needs a slash: \./here"):
         load_model("here")
-    with pytest.raises(CheckpointNotFoundError, match="there is: first"):
-        load_model(first_run.parent / "frist")
+    with pytest.raises(CheckpointNotFoundError, match=r"there is: first; did you mean .*/first@best"):
+        load_model(f"{first_run.parent / 'frist'}@best")
+    (tmp_path / "runs").symlink_to(first_run.parent)
+    for name in ("first", "first@best", "frist:3"):
+        meant = name.replace("frist", "first")
+        with pytest.raises(ModelNotFoundError, match=rf"there is: nothing; did you mean runs/{meant}\?$"):
+            load_model(name)
+    with pytest.raises(FileNotFoundError, match=r"did you mean runs/first\?$"):
+        RunResult.load("first")
+    with pytest.raises(CheckpointNotFoundError, match=r"a run is named by its path: resume='.*/runs/first'$"):
+        tiny_trainer(run_dir=str(tmp_path / "runs")).train(tiny_batches(1), epochs=1, resume="first")
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint 'v9'"):
         load_model(f"{first_run}@v9")
     with pytest.raises(TypeError, match="a name, a path or a state dict, got int"):
