@@ -11,6 +11,7 @@ from typing import Final, Self
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from offloop.dashboard.curves.history import HISTORY_BYTES
 from offloop.dashboard.lease import Lease, SharedServer
@@ -18,6 +19,7 @@ from offloop.dashboard.options import Options
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES
 from offloop.dashboard.runs.page_file import remove_page_file, write_page_file
 from offloop.dashboard.serving.announcement import announce, say
+from offloop.dashboard.serving.asgi import Auth, DashboardApp
 from offloop.dashboard.serving.security import host_name
 from offloop.dashboard.serving.server import Server
 from offloop.engine import Callback, Run, TrainStart, checks, decides
@@ -175,7 +177,7 @@ class Dashboard(Callback):
         self._run = run
         subscription = run.events(buffer=SAMPLES_HELD, name="Dashboard")
         self._server.add_run(run, event, subscription)
-        if run.dir is not None:
+        if run.dir is not None and not self._server.options.is_mounted:
             # Without the file, pages of other processes do not lead here.
             with contextlib.suppress(OSError):
                 write_page_file(run.dir, self._server.address)
@@ -201,18 +203,67 @@ class Dashboard(Callback):
         """Address of the page with the token in it, which grants control of the runs.
 
         Raises:
-            RuntimeError: The dashboard is not open.
+            RuntimeError: The dashboard is not open, or mounted.
         """
-        return self._serving().url
+        return self._at_port().url
 
     @property
     def read_only_url(self) -> str:
         """Address of the page for viewers who may watch but not steer.
 
         Raises:
-            RuntimeError: The dashboard is not open.
+            RuntimeError: The dashboard is not open, or mounted.
         """
-        return self._serving().read_only_url
+        return self._at_port().read_only_url
+
+    def asgi(self, *, auth: Auth | None = None) -> DashboardApp:
+        """Return the page as an ASGI application, to be mounted in that of a service, such as FastAPI's.
+
+        ```python
+        dashboard = Dashboard()
+        app.mount("/train", dashboard.asgi(auth=role_of))
+        ```
+
+        Runs with `callbacks=[Dashboard()]`, one for each run, show themselves there. No port is opened and no address
+        printed. The page works below any path, and needs no lifespan; see `docs/embedding.md`.
+
+        Args:
+            auth: Says who asks. It is called with the ASGI `scope` of each request for the page and its status, and of
+                each websocket when it is opened, and returns `"control"`, `"read_only"`, or None to refuse. A
+                coroutine function runs on the event loop of the application, a plain function in a thread. A request
+                is refused if it raises, or takes longer than 10 s; the first failure is logged. There is no
+                token in the address.
+
+        Raises:
+            TypeError: There is no `auth`.
+            ValueError: The dashboard has settings for a port, such as `host` or `token`; or a page with other settings
+                is open.
+        """
+        if not callable(auth):
+            raise TypeError(
+                f'asgi() needs auth: a function of the ASGI scope that returns "control", "read_only" or None, got '
+                f"{auth!r}; to let everybody steer, give auth=lambda scope: 'control'"
+            )
+        unmounted = Options()
+        for name in ("host", "port", "token", "compression", "ssl"):
+            if (given := getattr(self._options, name)) != getattr(unmounted, name):
+                raise ValueError(
+                    f"{name} is the application's: leave it away where the page is mounted, got {given!r}"
+                )
+        if self._open_browser or self.keep_open:
+            raise ValueError(
+                "open and keep_open are for a page of its own: leave them away where it is mounted"
+            )
+        options = msgspec.structs.replace(self._options, is_mounted=True)
+        _shared.mount(options)
+        self._options = options
+        return DashboardApp(self._open, auth, options)
+
+    async def _open(self) -> Server:
+        """Return the server; it opens with the first request or run."""
+        if self._server is None or not self._server.is_serving:
+            await _in_thread(self._acquire)
+        return self._serving()
 
     def wait_for_interrupt(self) -> None:
         """Keep serving until Ctrl-C, then close. Blocks its thread; for the end of a script."""
@@ -246,12 +297,20 @@ class Dashboard(Callback):
             raise RuntimeError("the dashboard is not open: it opens with a run or in `with Dashboard()`")
         return self._server
 
+    def _at_port(self) -> Server:
+        server = self._serving()
+        if server.options.is_mounted:
+            raise RuntimeError(
+                "the page is mounted: its address is the one where the application mounts asgi()"
+            )
+        return server
+
     def _acquire(self) -> Lease:
         lease = _shared.acquire(self._options)
         self._server = lease.server
         if self.keep_open and lease.pin():
             atexit.register(self._at_exit)
-        if lease.is_first:
+        if lease.is_first and not lease.server.options.is_mounted:
             announce(
                 lease.server,
                 open_browser=self._open_browser,

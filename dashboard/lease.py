@@ -47,6 +47,27 @@ class SharedServer:
         # Leases of `_server` only.
         self._leases: set[Lease] = set()
         self._is_pinned = False
+        # Settings of the page that an application serves.
+        self._mounted: Options | None = None
+
+    def mount(self, options: Options) -> None:
+        """From now on, runs with default settings show themselves in the application's page.
+
+        Raises:
+            ValueError: A page is open at a port, or mounted with other settings.
+        """
+        with self._lock:
+            if self._mounted not in (None, options):
+                raise ValueError(
+                    "the live page is mounted with other settings: one server serves all runs of a process, so give "
+                    "each Dashboard that calls asgi() the same settings"
+                )
+            server = self._server
+            if server is not None and server.is_serving and not server.options.is_mounted:
+                raise ValueError(
+                    f"the live page is open at port {server.port}: call asgi() before the first run begins"
+                )
+            self._mounted = options
 
     def acquire(self, options: Options) -> Lease:
         """Lease the server that is open, or open one with `options`. Blocks for milliseconds.
@@ -56,16 +77,23 @@ class SharedServer:
             ValueError: The open server has other settings, and `options` are not the defaults.
         """
         with self._lock:
+            if self._mounted is not None and options == Options():
+                options = self._mounted
             server = self._server
             is_first = server is None or not server.is_serving
             if server is None or is_first:
                 server = Server(options)
                 # A server that Ctrl-C closed may have left leases: releasing them does nothing from here on.
-                self._server, self._leases, self._is_pinned = server, set(), False
+                self._server, self._leases = server, set()
+                # A page that an application serves is there between runs, too.
+                self._is_pinned = options.is_mounted
             elif options not in (Options(), server.options):
+                which = (
+                    "mounted in this application" if server.options.is_mounted else f"at port {server.port}"
+                )
                 raise ValueError(
-                    f"one server serves all runs of a process, and the one at port {server.port} has other "
-                    "settings: give the same settings, or none"
+                    f"one server serves all runs of a process, and the one {which} has other settings: give the same "
+                    "settings, or none"
                 )
             lease = Lease(self, server, is_first=is_first)
             self._leases.add(lease)
@@ -85,7 +113,7 @@ class SharedServer:
     def set_pinned(self, lease: Lease, pinned: bool) -> bool:
         """Pin or unpin the server of a lease; return whether that changed anything."""
         with self._lock:
-            if lease not in self._leases or self._is_pinned is pinned:
+            if lease not in self._leases or self._is_pinned is pinned or lease.server.options.is_mounted:
                 return False
             self._is_pinned = pinned
             return True

@@ -24,3 +24,5 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     frame_ancestors: tuple[str, ...] = ()
     compression: bool = False
     ssl: tls.SSLContext | None = None
+    is_mounted: bool = False
+    """True if an application serves the page: the server opens no port."""

