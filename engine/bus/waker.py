@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
+__all__ = ["Waker", "result_of"]
+
 T = TypeVar("T")
 
 
