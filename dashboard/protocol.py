@@ -360,7 +360,7 @@ class Rows(FromServer, frozen=True, kw_only=True, tag="rows"):
     removed: list[str] = []
     """Keys of runs that are gone."""
     more: bool = False
-    """True: further rows of the first answer follow."""
+    """True: further rows of the first answer follow, also because directories are still looked at."""
     total: int = 0
     """Number of runs in the list."""
 

@@ -25,6 +25,8 @@ class RunList:
 
     def __init__(self) -> None:
         self.rows: dict[str, RunRow] = {}
+        # False until all directories were looked at: further rows follow.
+        self._is_whole = True
         # Number of the last change of each key, in ascending order; also of keys that are gone.
         self._changes: dict[str, int] = {}
         self._last = 0
@@ -35,6 +37,16 @@ class RunList:
     def last(self) -> int:
         """Number of the newest change."""
         return self._last
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all runs are in the list that there were when it was asked for."""
+        return self._is_whole
+
+    @is_whole.setter
+    def is_whole(self, is_whole: bool) -> None:
+        self._is_whole = is_whole
+        self._messages.clear()
 
     def put(self, row: RunRow) -> None:
         """Add a row or replace the one with its key; one that is equal changes nothing."""
@@ -64,7 +76,7 @@ class RunList:
             message = Rows(
                 rows=[self.rows[key] for key, _ in taken if key in self.rows],
                 removed=[key for key, _ in taken if key not in self.rows],
-                more=len(newer) > len(taken),
+                more=len(newer) > len(taken) or not self._is_whole,
                 total=len(self.rows),
             )
             self._messages[change] = encode_message(message), taken[-1][1] if taken else change
@@ -77,12 +89,15 @@ class RowCursor:
     def __init__(self, runs: RunList) -> None:
         self._runs = runs
         self._sent = 0
-        # The first message is due even if the list is empty.
+        # The first message is due even if the list is empty, and one that says that it is whole.
         self._is_due = True
+        self._is_told_whole = False
 
     def allow(self) -> None:
         """Allow the viewer what has changed."""
-        self._is_due = self._is_due or self._sent < self._runs.last
+        self._is_due = (
+            self._is_due or self._sent < self._runs.last or self._runs.is_whole > self._is_told_whole
+        )
 
     def next(self) -> bytes | None:
         """Return the next message for the viewer; None if it has all that it may have now."""
@@ -90,6 +105,7 @@ class RowCursor:
             return None
         message, self._sent = self._runs.after(self._sent)
         self._is_due = self._sent < self._runs.last
+        self._is_told_whole = self._runs.is_whole
         return message
 
 

@@ -49,6 +49,7 @@ class FollowedAudience:
         self._is_eager = is_eager
         self._rows: dict[str, RunRow] = {}
         self._hidden: frozenset[str] = frozenset()
+        screens.list.is_whole = False
 
     def wanted(self, newest: str | None) -> frozenset[str]:
         screens = self._screens
@@ -86,6 +87,7 @@ class FollowedAudience:
 
     def named(self, *, is_first: bool) -> None:
         if is_first:
+            self._screens.list.is_whole = True
             self._screens.send_rows()
         if self._is_eager:
             self._screens.send_runs()

@@ -235,6 +235,19 @@ def test_a_group_is_its_mean_with_a_band_and_its_runs_on_demand(begin: Start, op
     assert len(faint) == 4
 
 
+def test_what_is_constant_in_a_group_has_its_value(begin: Start, open_page: OpenPage) -> None:
+    for number in range(2):
+        begin(f"r{number}", [1.0] * 30, ends=True, hyperparameters={"lr": 0.1})
+    run = begin("r2", [1 / step for step in range(1, 31)], hyperparameters={"lr": 0.5})
+    page = open_page(run.dashboard.url)
+    expect(figure(page, "Step")).to_contain_text("30")
+    show(page, run="r2", group="lr", **{"with": ["r0", "r1"]})
+    constant = chart(page, "lr")
+    expect(constant.locator("canvas")).to_have_count(0)
+    expect(constant.locator(".curve", has_text="lr 0.1 (2)").locator(".curve-value")).to_have_text("0.1000")
+    shot(page, "group-constant")
+
+
 # Which run an address shows --------------------------------------------------------------------------
 
 

@@ -111,6 +111,35 @@ def test_a_range_is_typed_and_what_is_outside_is_counted(rising: Page) -> None:
     expect(opened).to_be_hidden()
 
 
+def test_what_is_no_range_is_said_and_what_is_legal(rising: Page) -> None:
+    page = rising
+    opened = options(page, "loss")
+    least, greatest = opened.get_by_label("Least value"), opened.get_by_label("Greatest value")
+    least.fill("10")
+    greatest.fill("1")
+    page.keyboard.press("Enter")
+    problem = opened.get_by_role("alert")
+    expect(problem).to_have_text("10 to 1 is no range: the first number must be less than the second.")
+    expect(least).to_have_attribute("aria-invalid", "true")
+    shot(page, "no-range")
+    greatest.fill("60")
+    page.keyboard.press("Enter")
+    expect(problem).to_be_hidden()
+    waits_for(page, "y=,10,60,loss")
+    least.fill("-1")
+    page.keyboard.press("Enter")
+    waits_for(page, "y=,-1,60,loss")
+    opened.get_by_role("combobox").select_option("logarithmic")
+    expect(problem).to_have_text("-1 has no place on a logarithmic axis: give a number above 0, or none.")
+
+
+def test_a_search_that_is_no_expression_says_so(rising: Page) -> None:
+    page = rising
+    page.get_by_label("Search metrics").fill("/(/")
+    expect(page.locator(".charts .empty")).to_have_text(re.compile(r"^/\(/ is no regular expression: Unterm"))
+    expect(chart(page, "loss")).to_be_hidden()
+
+
 def test_a_drag_up_or_down_sets_the_range_and_a_double_click_undoes_it(rising: Page) -> None:
     page = rising
     left, top, width, height = plot(page, "loss")

@@ -237,6 +237,56 @@ def test_settings_that_differ_are_compared_and_copied(several: tuple[Training, P
     expect(page.get_by_role("tab", name="Metrics")).to_have_attribute("aria-selected", "true")
 
 
+def test_the_baseline_is_compared_ticked_or_not(several: tuple[Training, Page]) -> None:
+    _, page = several
+    page.evaluate("() => { location.hash = '#v=1&run=live&baseline=a'; }")
+    page.get_by_role("tab", name="Compare").click()
+    heads = page.locator(".compare-table thead th")
+    expect(heads).to_have_text(["live", "a baseline"])
+    page.set_viewport_size({"width": 390, "height": 844})
+    broken = page.locator(".compare-table td").evaluate_all(
+        """cells => cells.filter((cell) => {
+          const range = document.createRange();
+          range.selectNodeContents(cell);
+          return new Set([...range.getClientRects()].map(({ top }) => Math.round(top))).size > 1;
+        }).map((cell) => cell.textContent)"""
+    )
+    assert broken == []
+    shot(page, "compare-baseline-phone")
+
+
+def test_runs_of_a_link_that_are_not_here_are_told_once(several: tuple[Training, Page]) -> None:
+    _, page = several
+    page.evaluate("() => { location.hash = '#v=1&run=live&with=a&with=x&baseline=y'; }")
+    notice = page.locator(".notice", has_text="2 runs of this view are not here: x, y.")
+    expect(notice).to_be_visible()
+    expect(tick(page, "a")).to_be_checked()
+    shot(page, "missing-runs")
+    notice.get_by_role("button", name="Close").click()
+    expect(notice).to_be_hidden()
+    tick(page, "b").click()
+    page.wait_for_function("() => location.hash.includes('with=b')")
+    expect(notice).to_be_hidden()
+
+
+def test_a_click_on_the_row_that_is_cut_off_ticks_it(several: tuple[Training, Page]) -> None:
+    run, page = several
+    put(run, *(row(f"n{number:02d}", started=float(number)) for number in range(30)))
+    grid = page.locator(".runs-grid")
+    height = grid.evaluate("grid => grid.clientHeight - grid.firstElementChild.offsetHeight")
+    page.set_viewport_size({"width": 1440, "height": 900 + 28 - height % 46})
+    page.wait_for_function(
+        "() => { const grid = document.querySelector('.runs-grid');"
+        " return (grid.clientHeight - grid.firstElementChild.offsetHeight) % 46 === 28; }"
+    )
+    foot = grid.evaluate("grid => grid.getBoundingClientRect().bottom")
+    cut = page.locator(f".runs-row[aria-rowindex='{(height + 28) // 46 + 2}'] .runs-tick")
+    box = cut.bounding_box()
+    assert box is not None and foot - 28 < box["y"] < foot
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, delay=50)
+    expect(cut).to_be_checked()
+
+
 def test_the_last_finished_run_is_laid_over_the_live_one_until_latest_only(
     training: Callable[..., Training], open_page: OpenPage
 ) -> None:

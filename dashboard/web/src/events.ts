@@ -5,7 +5,7 @@ import * as format from "./format";
 import { repetitionOf, tell, wholeOf, type EventKind, type Told } from "./milestones";
 import type { Model } from "./model";
 import type { RunEvent } from "./protocol";
-import { finder, searchField } from "./search";
+import { finder, searchField, searchProblem } from "./search";
 
 const KINDS: Partial<Record<EventKind, string>> = {
   alert: "Alerts",
@@ -150,7 +150,7 @@ export class Events {
     show(this.#more, lines.length > newest.length);
     const hidden = this.#rows.length - this.#shown.length;
     const notes = [
-      this.#rows.length === 0 ? "No events yet." : this.#shown.length === 0 ? "No event matches." : "",
+      this.#rows.length === 0 ? "No events yet." : this.#shown.length === 0 ? searchProblem(this.search.value) || "No event matches." : "",
       hidden > 0 ? `${format.count(hidden)} not shown; choose them above.` : "",
       this.#missed > 0 ? `${format.count(this.#missed)} older ones are in events.jsonl only.` : "",
     ];

@@ -300,7 +300,7 @@ class Page {
   /** The view has changed: what of it is the page's own. */
   #viewed(state: ViewState, previous: ViewState): void {
     const { tab: current, theme } = state;
-    if (current === "compare" && state.overlaid.length === 0) {
+    if (current === "compare" && this.#runs.drawn.length < 2) {
       this.#view.set({ tab: "metrics" });
       return;
     }
@@ -485,6 +485,7 @@ class Page {
       time: Date.now() / 1000,
       behind: this.#frameSince === null || document.hidden ? 0 : now - this.#frameSince,
       newer: this.#watching.newer(),
+      missing: this.#runs.missing,
     };
   }
 
@@ -510,7 +511,7 @@ class Page {
     this.#stage.update(described.stage, staged);
     for (const [name, { tab: button, panel }] of this.#tabs) {
       show(panel, name === tab && !staged);
-      if (name === "compare") show(button, this.#view.get().overlaid.length > 0);
+      if (name === "compare") show(button, this.#runs.drawn.length > 1);
       if (name === "events") {
         const events = model.milestones.length;
         setText(button, events === 0 ? TABS.events : `${TABS.events} ${format.count(events)}`);

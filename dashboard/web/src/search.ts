@@ -28,14 +28,34 @@ export function expression(pattern: string, flags = ""): RegExp | null {
   }
 }
 
-/** Read a regular expression between slashes, such as `/loss$/i`, the last one of which may be missing; null if it is none. */
-export function patternOf(search: string): RegExp | null {
+/** The part between slashes and the flags of `/loss$/i`, the last slash of which may be missing; null if it is no such text. */
+function slashed(search: string): readonly [string, string] | null {
   const found = /^\/(.+)\/(i?)$/.exec(search.trim()) ?? /^\/(.+)$/.exec(search.trim());
-  return found ? expression(found[1] as string, found[2]) : null;
+  return found ? [found[1] as string, found[2] ?? ""] : null;
+}
+
+/** Read a regular expression between slashes; null if it is none. */
+export function patternOf(search: string): RegExp | null {
+  const found = slashed(search);
+  return found && expression(...found);
+}
+
+/** Why nothing can be searched for; empty if it can. */
+export function searchProblem(search: string): string {
+  const found = slashed(search);
+  if (found === null) return "";
+  try {
+    new RegExp(...found);
+    return "";
+  } catch (error) {
+    const reason = (error as Error).message.split(": ").pop();
+    return `${search.trim()} is no regular expression: ${reason}. Words without a slash find names that have them.`;
+  }
 }
 
 /** Return whether a text, or one of several, has what is searched for. */
 export function finder(search: string): (...texts: string[]) => boolean {
+  if (searchProblem(search) !== "") return () => false;
   const pattern = patternOf(search);
   if (pattern) return (...texts) => texts.some((text) => pattern.test(text));
   const words = wordsOf(search);

@@ -57,6 +57,8 @@ export interface Seen {
   behind: number;
   /** A newer run, and seconds until the page changes to it; null for when asked. */
   newer: { run: RunSummary; seconds: number | null } | null;
+  /** Keys of runs that are to be laid over the watched one, or behind it, and that the server does not have. */
+  missing: readonly string[];
 }
 
 /** How a run gets a live page. */
@@ -246,6 +248,16 @@ function notices(seen: Seen): Notice[] {
         ...(newer.seconds === null ? [] : [{ id: "stay", label: "Stay here" } as const]),
       ],
       closable: newer.seconds === null,
+    });
+  }
+  const { missing } = seen;
+  if (missing.length > 0 && link.phase === "open") {
+    add({
+      id: `missing ${missing.join()}`,
+      tone: "warn",
+      title: `${missing.length === 1 ? "A run" : `${missing.length} runs`} of this view ${missing.length === 1 ? "is" : "are"} not here:`,
+      text: `${missing.join(", ")}. The server does not have ${missing.length === 1 ? "it" : "them"}, or no longer.`,
+      closable: true,
     });
   }
   if (link.phase === "gone" && ended) {

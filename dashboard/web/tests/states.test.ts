@@ -7,7 +7,7 @@ import { after, hello, link, run, status, summary, watching } from "./messages";
 
 function seen(fields: Partial<Omit<Seen, "link">> & { link?: Partial<Link> } = {}): Seen {
   return {
-    model: watching(), now: 1_000, time: 5_000, page: "p1", behind: 0, newer: null,
+    model: watching(), now: 1_000, time: 5_000, page: "p1", behind: 0, newer: null, missing: [],
     ...fields,
     link: link(fields.link),
   };
@@ -57,6 +57,13 @@ group("the state of a run", () => {
   ])("completed with a loss of %j is %s", (loss, tone, detail) => {
     const described = describe(seen({ model: withStatus({ state: "completed", reason: "3 epochs", loss }) }));
     expect([described.tone, described.sign, described.detail]).toEqual([tone, tone, detail]);
+  });
+
+  test("runs of a link that are not here are told in one notice", () => {
+    const [notice] = describe(seen({ missing: ["old", "older"] })).notices;
+    expect([notice?.title, notice?.text, notice?.closable]).toEqual([
+      "2 runs of this view are not here:", "old, older. The server does not have them, or no longer.", true,
+    ]);
   });
 
   test("a checkpoint that is being written stands beside it", () => {

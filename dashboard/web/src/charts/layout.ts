@@ -6,7 +6,7 @@
 // under its group, not a panel.
 
 import { h } from "../dom";
-import { finder } from "../search";
+import { finder, searchProblem } from "../search";
 import type { View } from "../view";
 import { compareGroups, comparePanels } from "./order";
 import type { Panel } from "./panel";
@@ -168,7 +168,7 @@ export class Layout {
       group.constants.hidden = !open || !lines;
       group.fold.setAttribute("aria-expanded", String(open));
     }
-    this.empty.textContent = panels.length === 0 ? "No metrics yet." : "No metric has these words in its name.";
+    this.empty.textContent = panels.length === 0 ? "No metrics yet." : searchProblem(search) || "No metric has these words in its name.";
     this.empty.hidden = found > 0 || one;
     this.#arrange();
     return { found, all: panels.length };

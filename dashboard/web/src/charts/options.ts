@@ -1,12 +1,13 @@
 // The options of one panel: its y axis, its curves, its place, and its files. One list for all panels, filled for the
 // panel whose button opens it.
 
-import { button, h, replaceChildren, setAttribute } from "../dom";
+import { button, h, replaceChildren, setAttribute, setText, show } from "../dom";
 import { scaleIn, type View } from "../view";
 import { swatch } from "./dom";
 import type { Files } from "./files";
 import { select } from "./menu";
 import type { Panel } from "./panel";
+import { readRange } from "./range";
 import type { Scene } from "./scene";
 import { cssColour } from "./theme";
 
@@ -89,8 +90,13 @@ export class Options {
     const state = view.get();
     const scale = scaleIn(state, name);
     setAttribute(this.element, "aria-label", `Options of ${name}`);
-    const log = select(LOGS, (value) => view.setScale(name, { log: value === "" ? null : value === "log" }));
+    const { element: range, check: checkRange } = this.#range(name);
+    const log = select(LOGS, (value) => {
+      view.setScale(name, { log: value === "" ? null : value === "log" });
+      checkRange();
+    });
     log.value = scale?.log === null || scale === null ? "" : scale.log ? "log" : "linear";
+    checkRange();
     const check = (label: string, checked: boolean, onchange: () => void): HTMLElement => {
       const box = h("input", { type: "checkbox", onchange });
       box.checked = checked;
@@ -101,7 +107,7 @@ export class Options {
     replaceChildren(
       this.element,
       h("label", {}, "Y axis", log),
-      this.#range(name, scale?.min ?? null, scale?.max ?? null),
+      range,
       usual,
       panel.curves.length > 1 ? this.#curves(panel) : null,
       pinned,
@@ -121,23 +127,30 @@ export class Options {
     );
   }
 
-  #range(name: string, min: number | null, max: number | null): HTMLElement {
+  /** The fields of a range. What is no range stays as it was typed, with what is wrong about it. */
+  #range(name: string): { element: HTMLElement; check: () => void } {
     const { view } = this.#host;
-    const field = (end: "min" | "max", label: string, value: number | null): HTMLInputElement => {
-      const onchange = (): void => {
-        const typed = made.value.trim();
-        const number = typed === "" ? null : Number(typed);
-        if (number !== null && !Number.isFinite(number)) made.value = "";
-        else view.setScale(name, { [end]: number });
-      };
+    const problem = h("p", { class: "chart-problem", role: "alert", hidden: true });
+    const check = (): void => {
+      const scale = scaleIn(view.get(), name);
+      const range = readRange(...(fields.map(({ value }) => value) as [string, string]), scale?.log ?? view.get().logY);
+      const wrong = typeof range === "string";
+      for (const field of fields) setAttribute(field, "aria-invalid", wrong ? "true" : null);
+      setText(problem, wrong ? range : "");
+      show(problem, wrong);
+      if (!wrong) view.setScale(name, range);
+    };
+    const field = (label: string, value: number | null | undefined): HTMLInputElement => {
       const made: HTMLInputElement = h("input", {
-        class: "input", inputmode: "text", size: 7, placeholder: "auto", autocomplete: "off", "aria-label": label, onchange,
+        class: "input", inputmode: "text", size: 7, placeholder: "auto", autocomplete: "off", "aria-label": label, onchange: check,
       });
-      made.value = value === null ? "" : String(value);
+      made.value = value == null ? "" : String(value);
       return made;
     };
-    const fields = [field("min", "Least value of the y axis", min), field("max", "Greatest value of the y axis", max)] as const;
-    return h("div", { class: "chart-range" }, "Range", fields[0], "to", fields[1]);
+    const scale = scaleIn(view.get(), name);
+    const fields = [field("Least value of the y axis", scale?.min), field("Greatest value of the y axis", scale?.max)];
+    const element = h("div", {}, h("div", { class: "chart-range" }, "Range", fields[0], "to", fields[1]), problem);
+    return { element, check };
   }
 
   #curves(panel: Panel): HTMLElement {

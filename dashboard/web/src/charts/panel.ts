@@ -48,6 +48,8 @@ export interface PanelHost extends Source {
 
 /** A curve that has had one value for so many points is a constant. */
 const CONSTANT_AFTER = 20;
+/** Points of a group's line that is not drawn. */
+const CONSTANT_WIDTH = 100;
 /** Room for the title of an axis, in CSS pixels. */
 const TITLE = 18;
 
@@ -238,8 +240,12 @@ export class Panel {
    */
   draw(): void {
     const chart = this.#chart;
-    if (!chart) return;
     const scene = this.#host.scene();
+    if (!chart) {
+      // A constant has no plot, but the values of groups are those of their lines.
+      this.#lines = scene.groups === null ? [] : linesOf(this.#panelled, scene, CONSTANT_WIDTH);
+      return;
+    }
     const distances = this.curves.map((curve) => this.#host.curve(curve)?.cadence ?? Infinity);
     const unit = Math.min(...distances);
     this.#values.unit = Number.isFinite(unit) ? unit : 1;
@@ -430,7 +436,8 @@ export class Panel {
     const { width } = this.#chart?.size ?? { width: 0 };
     this.#tip.say(isLookedAt ? events : [], scene.x.toUnit(cursor ?? 0) * width, width);
     const { items, head } = legendOf(this.#panelled, this.#lines, scene, this.#host, this.#say(scene));
-    this.#legend.show(items, head);
+    // A line draws nothing, so there are no runs of groups to add.
+    this.#legend.show(this.isLine ? items.filter(({ key }) => key !== "members") : items, head);
   }
 
   #say(scene: Scene): (curve: PanelCurve) => Said {

@@ -32,6 +32,8 @@ export const PIXELS = 2;
 
 const EDGE = 16;
 const LEGEND_ROW = 18;
+/** Between the legend and the plot, whose first label stands half above it. */
+const LEGEND_GAP = 16;
 /** Rows of a legend; the picture of a hundred curves is no list of them. */
 const MOST_ROWS = 6;
 
@@ -51,7 +53,7 @@ export function drawPicture(ink: Ink, picture: Picture, ratio: number): void {
   ink.font = font(12);
   ink.fillStyle = theme.faint;
   ink.fillText(cut(ink, picture.runs.join(", "), width - 2 * EDGE * ratio), EDGE * ratio, 47 * ratio);
-  const top = drawLegend(ink, picture, font(12), ratio, 68) + 8;
+  const top = drawLegend(ink, picture, font(12), ratio, 68) + LEGEND_GAP;
 
   const bottom = SIZE.height - 50;
   const yLabels = yTicks(fitted.scale, Math.max(2, Math.floor((bottom - top) / 40)), picture.unit);

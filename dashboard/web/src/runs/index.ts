@@ -7,7 +7,7 @@ import { encodeView, type View } from "../view";
 import type { Better } from "./compare";
 import { Editor } from "./editor";
 import { RunBar, type RunsLook } from "./list";
-import { chosen, focus, lastFinished, MOST, tick, type Chosen } from "./selection";
+import { chosen, drawn, focus, lastFinished, MOST, tick, type Chosen } from "./selection";
 import { CompareTable } from "./table";
 
 export interface RunsHost {
@@ -60,7 +60,7 @@ export class Runs {
       },
       host.storage,
     );
-    this.table = new CompareTable({ focus: show, colourOf });
+    this.table = new CompareTable({ focus: show, colourOf, baseline: () => host.view.get().baseline });
     this.editor = new Editor({
       send: (edit) => host.send(edit),
       rowOf: (key) => this.bar.store.rows.get(key),
@@ -106,9 +106,20 @@ export class Runs {
     return { run: this.#host.watched(), overlaid: this.#host.view.get().overlaid };
   }
 
-  /** Rows of the runs on the screen, as far as they are known. */
+  /** Keys of the runs that are drawn, with the baseline. */
+  get drawn(): string[] {
+    return drawn(this.chosen, this.#host.view.get().baseline);
+  }
+
+  /** Rows of the runs that are drawn, as far as they are known. */
   get rows(): RunRow[] {
-    return chosen(this.chosen).flatMap((key) => this.bar.store.rows.get(key) ?? []);
+    return this.drawn.flatMap((key) => this.bar.store.rows.get(key) ?? []);
+  }
+
+  /** Keys of runs that the view names and the server does not have, once the whole list is here. */
+  get missing(): string[] {
+    const { rows, complete } = this.bar.store;
+    return complete ? this.drawn.slice(1).filter((key) => !rows.has(key)) : [];
   }
 
   /** What the list of runs has of a run; null if it is not known. */

@@ -85,7 +85,8 @@ export class RunBar {
   constructor(host: RunsHost, storage: PageStorage) {
     this.#host = {
       ...host,
-      activate: (key) => this.#activate(key),
+      // What is pressed must not move away before it is let go.
+      activate: (key) => this.#activate(key, false),
       focus: (key) => this.#leave(() => host.focus(key)),
       tick: (key) => this.#acted(key, host.tick),
       pin: (key) => this.#acted(key, host.pin),
@@ -423,10 +424,10 @@ export class RunBar {
 
   // Keys
 
-  #activate(key: string | null): void {
+  #activate(key: string | null, intoView = true): void {
     this.#active = key;
     const at = this.#listed.findIndex((row) => row.key === key);
-    if (at >= 0) {
+    if (at >= 0 && intoView) {
       const head = this.#header.offsetHeight;
       const top = at * ROW;
       const { scrollTop, clientHeight } = this.#grid;

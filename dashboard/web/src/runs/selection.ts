@@ -16,6 +16,11 @@ export function chosen({ run, overlaid }: Chosen): string[] {
   return run === null ? [...overlaid] : [run, ...overlaid.filter((key) => key !== run)];
 }
 
+/** The runs that are drawn: those that were chosen, and the baseline. */
+export function drawn(now: Chosen, baseline: string | null): string[] {
+  return [...new Set([...chosen(now), ...(baseline === null ? [] : [baseline])])];
+}
+
 /** Tick a run, or take its tick away; null if there are too many. The one in focus hands that over to the next. */
 export function tick(now: Chosen, key: string): Chosen | null {
   if (key === now.run) {

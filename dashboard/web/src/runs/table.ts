@@ -2,12 +2,14 @@
 
 import { button, h, replaceChildren, setText, show } from "../dom";
 import type { RunRow } from "../protocol";
-import { finder, searchField } from "../search";
+import { finder, searchField, searchProblem } from "../search";
 import { cellText, compare, toCsv, toMarkdown, type Better, type Comparison } from "./compare";
 
 export interface TableHost {
   focus(key: string): void;
   colourOf(key: string): string | null;
+  /** Key of the baseline. */
+  baseline(): string | null;
 }
 
 /** Lines in the document, unless more are asked for. */
@@ -47,7 +49,7 @@ export class CompareTable {
 
   /** Compare these runs; `better` tells which way metrics are better, where that is known. */
   update(runs: RunRow[], better: ReadonlyMap<string, Better>): void {
-    const made = JSON.stringify([runs, [...better], runs.map(({ key }) => this.#host.colourOf(key))]);
+    const made = JSON.stringify([runs, [...better], runs.map(({ key }) => this.#host.colourOf(key)), this.#host.baseline()]);
     if (made === this.#made) return;
     this.#made = made;
     this.#comparison = compare(runs, better);
@@ -84,7 +86,8 @@ export class CompareTable {
               h("th", { scope: "row" }, name),
               ...values.map((value, place) => {
                 const isBest = best.includes(place);
-                return h("td", { class: isBest ? "compare-best" : null, title: isBest ? "The best value" : null }, cellText(value));
+                const classes = [isBest ? "compare-best" : "", typeof value === "string" ? "compare-text" : ""];
+                return h("td", { class: classes.join(" ").trim() || null, title: isBest ? "The best value" : null }, cellText(value));
               }),
             ),
           ),
@@ -96,7 +99,7 @@ export class CompareTable {
     show(this.#all, more > 0);
     const settings = lines.filter(({ kind }) => kind === "setting").length;
     const notes = [
-      found.length === 0 && lines.length > 0 ? "Nothing matches." : "",
+      found.length === 0 && lines.length > 0 ? searchProblem(this.search.value) || "Nothing matches." : "",
       lines.length === 0 ? "These runs have neither settings that differ nor metrics." : "",
       settings === 0 && lines.length > 0 ? "No setting differs." : "",
       same > 0 ? `${same} settings are the same in all of them.` : "",
@@ -108,7 +111,7 @@ export class CompareTable {
     const mark = h("i", { class: "dot", "aria-hidden": "true" });
     mark.style.setProperty("--tone", this.#host.colourOf(run.key) ?? "var(--off)");
     const name = h("button", { type: "button", class: "compare-run", dir: "auto", title: run.key, onclick: () => this.#host.focus(run.key) }, run.name);
-    return h("th", { scope: "col" }, mark, name);
+    return h("th", { scope: "col" }, mark, name, run.key === this.#host.baseline() ? h("span", { class: "hint" }, " baseline") : null);
   }
 
   #showAll(): void {

@@ -2,9 +2,14 @@ import { describe, expect, test } from "vitest";
 
 import { patternFor, placedBy } from "../../src/charts/joined";
 import type { SeriesInfo } from "../../src/protocol";
-import { finder } from "../../src/search";
+import { finder, searchProblem } from "../../src/search";
 
 const info = (key: string, panel = key): SeriesInfo => ({ id: 1, key, panel, group: "g", label: "step", better: null, unit: "" });
+
+test("what is no regular expression is said, with the reason", () => {
+  expect(searchProblem("/(/")).toMatch(/^\/\(\/ is no regular expression: [A-Z].*\. Words without a slash/);
+  expect(["", "loss (", "/loss$/", "/a/b"].map(searchProblem)).toEqual(["", "", "", ""]);
+});
 
 describe("a search", () => {
   test.each([

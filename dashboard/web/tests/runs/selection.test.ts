@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 import { MAX_OVERLAID } from "../../src/protocol";
-import { chosen, focus, lastFinished, tick } from "../../src/runs/selection";
+import { chosen, drawn, focus, lastFinished, tick } from "../../src/runs/selection";
 import { row } from "../messages";
 
 test("a tick lays a run over the one in focus, another takes it away", () => {
@@ -12,6 +12,12 @@ test("a tick lays a run over the one in focus, another takes it away", () => {
 test("the run in focus hands it over when its tick goes, unless it is alone", () => {
   expect(tick({ run: "a", overlaid: ["b", "c"] }, "a")).toEqual({ run: "b", overlaid: ["c"] });
   expect(tick({ run: "a", overlaid: [] }, "a")).toEqual({ run: "a", overlaid: [] });
+});
+
+test("a baseline is drawn, ticked or not", () => {
+  expect(drawn({ run: "a", overlaid: ["b"] }, "b")).toEqual(["a", "b"]);
+  expect(drawn({ run: "a", overlaid: [] }, "b")).toEqual(["a", "b"]);
+  expect(drawn({ run: "a", overlaid: [] }, null)).toEqual(["a"]);
 });
 
 test("there is no eleventh", () => {
