@@ -137,6 +137,8 @@ class Show(FromViewer, frozen=True, kw_only=True, tag="show"):
     series: list[int]
     points: int = 1_600
     """Most points per curve in a snapshot: twice the width of the panel in pixels."""
+    samples: bool = False
+    """True: chart frames have the samples seen, too, as a fourth column of the axis."""
 
 
 class Drawn(FromViewer, frozen=True, kw_only=True, tag="drawn"):
@@ -155,9 +157,11 @@ class RangeQuery(FromViewer, frozen=True, kw_only=True, tag="range"):
     """First requested value of `axis`."""
     end: float
     """Last requested value of `axis`."""
-    axis: Literal["step", "time", "epoch"] = "step"
+    axis: Literal["step", "time", "epoch", "samples"] = "step"
     points: int = 1_600
     """Most points per curve; 0 for all points."""
+    samples: bool = False
+    """As in `Show`."""
 
 
 class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):

@@ -56,7 +56,9 @@ class ChartHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     more: bool = False
     """True: the answer continues in another chart frame, whose points are appended."""
     rows: int
-    """Length of the axis columns `step`, `time` and `epoch`."""
+    """Length of the axis columns `step`, `time`, `epoch`, and `samples` if there is one."""
+    samples: bool = False
+    """True: there is a column of the samples seen, because the viewer asked for it."""
     series: list[ChartColumn]
     gaps: list[Gap] = []
     """Gaps that touch this frame, identified by `after`."""
@@ -77,6 +79,8 @@ class ChartFrame(msgspec.Struct, kw_only=True):
     """Unix time in seconds, shape (rows,)."""
     epoch: Float64s
     """Number of epochs done with a fraction, shape (rows,)."""
+    samples: Float64s | None = None
+    """Samples that the model was trained on so far, shape (rows,)."""
     values: list[Float64s]
     """Values by curve, shape (points,)."""
     indices: list[npt.NDArray[np.uint32]]
@@ -92,14 +96,15 @@ def encode_chart(frame: ChartFrame) -> bytes:
 
     u32         length of the header
     header      JSON, padded with spaces so that the rest starts at a multiple of 8
-    f64 x rows  step, then time, then epoch
+    f64 x rows  step, then time, then epoch; then the samples seen, if the header has `samples`
     f64 x n     values, curve after curve in the order of the header
     u32 x n     rows of the points, curve after curve, without dense curves
     """
     header = _encode_header(frame.header)
     header += b" " * (-(4 + len(header)) % 8)
     parts = [struct.pack("<I", len(header)), header]
-    parts += [column.astype("<f8", copy=False).tobytes() for column in (frame.step, frame.time, frame.epoch)]
+    axis = [frame.step, frame.time, frame.epoch, *([] if frame.samples is None else [frame.samples])]
+    parts += [column.astype("<f8", copy=False).tobytes() for column in axis]
     parts += [values.astype("<f8", copy=False).tobytes() for values in frame.values]
     for column, indices in zip(frame.header.series, frame.indices, strict=True):
         if not column.dense:
@@ -117,7 +122,7 @@ def decode_chart(data: bytes) -> ChartFrame:
         raise ValueError(f"a chart frame has at least 4 bytes, got {len(data)}")
     (length,) = struct.unpack_from("<I", data)
     header = _decode_header(data[4 : 4 + length])
-    counts = [header.rows] * 3 + [column.points for column in header.series]
+    counts = [header.rows] * (4 if header.samples else 3) + [column.points for column in header.series]
     sparse = [0 if column.dense else column.points for column in header.series]
     if len(data) != 4 + length + 8 * sum(counts) + 4 * sum(sparse):
         raise ValueError(f"the chart frame has {len(data)} bytes, its header implies another length")
@@ -134,4 +139,7 @@ def decode_chart(data: bytes) -> ChartFrame:
             indices.append(np.frombuffer(data, "<u4", column.points, offset))
             offset += 4 * column.points
     step, time, epoch, *values = columns
-    return ChartFrame(header=header, step=step, time=time, epoch=epoch, values=values, indices=indices)
+    samples = values.pop(0) if header.samples else None
+    return ChartFrame(
+        header=header, step=step, time=time, epoch=epoch, samples=samples, values=values, indices=indices
+    )

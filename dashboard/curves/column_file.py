@@ -34,7 +34,7 @@ LEAST_LOG: Final = 8 * 1024 * 1024
 """Bytes of a log from which on its columns are kept: a smaller one is read within a second."""
 MOST_BYTES: Final = 4 * 1024**3
 """Bytes of all column files of a user; beyond that, those go that were used the longest time ago."""
-_MAGIC: Final = b"offloop columns1"
+_MAGIC: Final = b"offloop columns2"
 _PIECE: Final = 1024 * 1024
 
 

@@ -16,17 +16,17 @@ class Frames:
     def __init__(self, run: str, history: History) -> None:
         self._run = run
         self._history = history
-        self._deltas: dict[tuple[int, int, tuple[int, ...]], bytes] = {}
+        self._deltas: dict[tuple[int, int, tuple[int, ...], bool], bytes] = {}
         self._end = -1
 
-    def delta(self, first: int, end: int, curves: tuple[int, ...]) -> bytes:
+    def delta(self, first: int, end: int, curves: tuple[int, ...], *, samples: bool = False) -> bytes:
         """Return the new points of some curves, from row `first` up to but not including `end`."""
         if end != self._end:
             self._deltas.clear()
             self._end = end
-        key = (first, end, curves)
+        key = (first, end, curves, samples)
         if key not in self._deltas:
-            self._deltas[key] = self.make("delta", curves, first, end, DELTA_POINTS)
+            self._deltas[key] = self.make("delta", curves, first, end, DELTA_POINTS, samples=samples)
         return self._deltas[key]
 
     def make(
@@ -40,8 +40,12 @@ class Frames:
         query: int | None = None,
         more: bool = False,
         margin: bool = False,
+        samples: bool = False,
     ) -> bytes:
-        """Return the frame of a range of rows; see `Curve.view` for `points` and `margin`."""
+        """Return the frame of a range of rows; see `Curve.view` for `points` and `margin`.
+
+        With `samples`, it has the samples seen, too.
+        """
         history = self._history
         axis, columns = history.columns(curves, first, end, points, margin=margin)
         steps = axis["step"]
@@ -53,6 +57,7 @@ class Frames:
             query=query,
             more=more,
             rows=rows,
+            samples=samples,
             series=[
                 ChartColumn(
                     id=curve,
@@ -74,6 +79,7 @@ class Frames:
             step=steps,
             time=axis["time"],
             epoch=axis["epoch"],
+            samples=axis["samples"] if samples else None,
             values=[values for _, _, values, _ in columns],
             indices=[indices for _, indices, _, _ in columns],
         )

@@ -36,11 +36,11 @@ BUCKET: Final = 8
 MAX_STRETCHES: Final = 1_000
 """Most gaps of a run, and most ranges of a curve without a finite value; further ones are merged into the last."""
 POINT_BYTES: Final = 12
-AXIS_BYTES: Final = 24
+AXIS_BYTES: Final = 32
 
 Rows = npt.NDArray[np.uint32]
-AxisName = Literal["step", "time", "epoch"]
-AXES: Final[tuple[AxisName, ...]] = ("step", "time", "epoch")
+AxisName = Literal["step", "time", "epoch", "samples"]
+AXES: Final[tuple[AxisName, ...]] = ("step", "time", "epoch", "samples")
 
 
 class AxisFacts(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ class AxisFacts(msgspec.Struct, frozen=True):
 
     rows: int
     first: int
-    last: tuple[Any, Any, Any]
+    last: tuple[Any, Any, Any, Any]
 
 
 class CurveFacts(msgspec.Struct, frozen=True):
@@ -64,26 +64,31 @@ class CurveFacts(msgspec.Struct, frozen=True):
 
 
 class Axis:
-    """The shared axis: step, time and epoch of every row, none of which ever decreases."""
+    """The shared axis: step, time, epoch and samples seen of every row, none of which ever decreases."""
 
     def __init__(self) -> None:
         # All rows, including trimmed ones.
         self.rows = 0
         # The first row in the dense columns.
         self._first = 0
-        self._last = (-math.inf, -math.inf, -math.inf)
+        self._last = (-math.inf, -math.inf, -math.inf, 0.0)
         self._dense = {name: Column("d") for name in AXES}
         # Rows before `_first` that coarse levels still use.
         self._old_rows: Rows = np.empty(0, np.uint32)
         self._old: dict[AxisName, Float64s] = {name: np.empty(0) for name in AXES}
 
-    def append(self, step: float, time: float, epoch: float) -> int:
+    def append(self, step: float, time: float, epoch: float, samples: float = 0.0) -> int:
         """Add a row and return its number. A value that would decrease repeats the previous row's.
 
         A sample from another thread can have a later time than a step that arrives after it.
         """
-        last_step, last_time, last_epoch = self._last
-        self._last = max(step, last_step), max(time, last_time), max(epoch, last_epoch)
+        last_step, last_time, last_epoch, last_samples = self._last
+        self._last = (
+            max(step, last_step),
+            max(time, last_time),
+            max(epoch, last_epoch),
+            max(samples, last_samples),
+        )
         for column, value in zip(self._dense.values(), self._last, strict=True):
             column.append(value)
         self.rows += 1
@@ -92,15 +97,16 @@ class Axis:
                 column.seal()
         return self.rows - 1
 
-    def extend(self, step: Float64s, time: Float64s, epoch: Float64s) -> int:
+    def extend(self, step: Float64s, time: Float64s, epoch: Float64s, samples: Float64s) -> int:
         """Add rows as `append` would one by one, and return the number of the first; shapes (n,)."""
         first = self.rows
         latest = []
-        for column, last, numbers in zip(self._dense.values(), self._last, (step, time, epoch), strict=True):
+        given = (step, time, epoch, samples)
+        for column, last, numbers in zip(self._dense.values(), self._last, given, strict=True):
             rising = np.maximum.accumulate(np.maximum(numbers, last))
             column.extend(rising)
             latest.append(float(rising[-1]))
-        self._last = (latest[0], latest[1], latest[2])
+        self._last = (latest[0], latest[1], latest[2], latest[3])
         self.rows += len(step)
         return first
 
@@ -143,11 +149,11 @@ class Axis:
 
     def facts(self) -> AxisFacts:
         """Return what is needed beside `columns` to make this axis again."""
-        last = [as_json(each) for each in self._last]
-        return AxisFacts(self.rows, self._first, (last[0], last[1], last[2]))
+        step, time, epoch, samples = (as_json(each) for each in self._last)
+        return AxisFacts(self.rows, self._first, (step, time, epoch, samples))
 
     def columns(self) -> Iterator[npt.NDArray[Any] | Column]:
-        """Yield all columns: rows of the trimmed part, its three columns, and the three of the kept part."""
+        """Yield all columns: rows of the trimmed part, its four columns, and the four of the kept part."""
         yield self._old_rows
         yield from self._old.values()
         yield from self._dense.values()
@@ -157,7 +163,8 @@ class Axis:
         """Make an axis of what another one returned; columns are views of what was given."""
         axis = cls()
         axis.rows, axis._first = facts.rows, facts.first
-        axis._last = (float(facts.last[0]), float(facts.last[1]), float(facts.last[2]))
+        step, time, epoch, samples = (float(each) for each in facts.last)
+        axis._last = (step, time, epoch, samples)
         axis._old_rows = next(columns)
         axis._old = {name: next(columns) for name in AXES}
         axis._dense = {name: Column.of("d", next(columns)) for name in AXES}

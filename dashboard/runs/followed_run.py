@@ -5,7 +5,6 @@ It takes no commands. Its state is that of the last events, unless its record sa
 
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from offloop.dashboard.runs.live_run import FINAL_STATES, LiveRun, Numbers
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.page_file import page_of
 from offloop.dashboard.runs.run_source import facts_of
+from offloop.dashboard.runs.sample_numbers import numbers_in
 from offloop.engine import (
     Command,
     ConfigError,
@@ -41,8 +41,6 @@ UNKNOWN_MILESTONES: Final = 100
 """Events of an unknown type that count as milestones; a type with more of them is one of samples."""
 SAMPLES: Final = frozenset({"GradientStatistics", "LayersMeasured", "ResourceUsage"})
 """Samples whose classes load torch, and so are unknown here."""
-
-_BASE_FIELDS: Final = frozenset({*Event.__struct_fields__, "type"})
 
 
 class FollowedRun:
@@ -107,7 +105,7 @@ class FollowedRun:
         self._unknown[event.type] += 1
         if event.type not in SAMPLES and self._unknown[event.type] <= UNKNOWN_MILESTONES:
             return event
-        return Numbers(event, dict(_numbers_in(event)))
+        return Numbers(event, dict(numbers_in(event)))
 
     # RunSource
 
@@ -257,36 +255,6 @@ def _numbered(event: Event, seq: int) -> Event:
 
 def _described(record: RunRecord, page: str | None) -> tuple[object, ...]:
     return (record.id, record.host, record.pid, record.attempt, record.monitor, record.hyperparameters, page)
-
-
-def _numbers_in(event: UnknownEvent) -> Iterable[tuple[str, float]]:
-    try:
-        fields = msgspec.json.decode(event.raw, type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
-        return
-    name = event.type.rpartition(".")[2]
-    prefix = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-    if isinstance(fields.get("kind"), str) and fields["kind"]:
-        prefix = f"{prefix}/{fields['kind']}"
-    for field, value in fields.items():
-        if field not in _BASE_FIELDS:
-            yield from _numbers(f"{prefix}/{field}", value, depth=2)
-
-
-def _numbers(name: str, value: object, depth: int) -> Iterable[tuple[str, float]]:
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int | float):
-        yield name, float(value)
-    elif value in ("NaN", "Infinity", "-Infinity"):
-        yield name, float(str(value))
-    elif depth and isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(f"{name}/{key}", item, depth - 1)
-    elif depth and isinstance(value, list):
-        for place, item in enumerate(value):
-            if isinstance(item, dict):
-                yield from _numbers(f"{name}/{place}", item, depth - 1)
 
 
 def time_of(path: Path) -> float:

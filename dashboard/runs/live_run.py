@@ -6,7 +6,7 @@ One thread at a time uses a `LiveRun` and its parts. What they need of the run b
 import itertools
 import re
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -21,6 +21,7 @@ from offloop.dashboard.curves.units import unit_of
 from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
 from offloop.dashboard.runs.run_source import RunSource
+from offloop.dashboard.runs.sample_numbers import numbers_of
 from offloop.engine import (
     EpochEnd,
     EpochStart,
@@ -46,7 +47,6 @@ STALL_STEPS: Final = 20
 FINAL_STATES: Final = frozenset({"completed", "stopped", "cancelled", "failed"})
 
 _SPLITS: Final = {"train_": "train", "val_": "val", "eval_": "eval"}
-_BASE_FIELDS: Final = frozenset(Event.__struct_fields__)
 
 
 class Moment(msgspec.Struct, frozen=True):
@@ -79,6 +79,7 @@ class KeptFacts(msgspec.Struct, frozen=True, kw_only=True):
     series: list[SeriesInfo]
     moments: list[Moment]
     samples: int
+    seen: float
     data: float
     compute: float
     milestones_dropped: int
@@ -145,6 +146,8 @@ class LiveRun:
         self._loss: float | None = None
         self._state_by = self._state_reason = ""
         self._samples = 0
+        # As `_samples`, with those of steps whose events are not here, which count as many as the next one.
+        self._seen = 0.0
         self._data = self._compute = 0.0
         self._dropped = 0
         # Steps of a resumed run that were drawn already, because its log was not cut back: up to this one ...
@@ -245,6 +248,7 @@ class LiveRun:
             series=self.series,
             moments=list(self._moments),
             samples=self._samples,
+            seen=self._seen,
             data=self._data,
             compute=self._compute,
             milestones_dropped=self.milestones.dropped,
@@ -261,6 +265,7 @@ class LiveRun:
         self._revised.clear()
         self._moments = deque(facts.moments)
         self._samples, self._data, self._compute = facts.samples, facts.data, facts.compute
+        self._seen = facts.seen
         self.milestones.dropped += facts.milestones_dropped
         self._dropped, self._drawn_up_to = facts.dropped, facts.drawn_up_to
         self._repeated_from = facts.repeated_from
@@ -299,8 +304,12 @@ class LiveRun:
 
     def _steps(self, events: Sequence[StepEnd]) -> None:
         """Record steps that have the same figures."""
+        seen: dict[int, float] = {}
         for event in events:
             last = self._last_step
+            if event.step > self._drawn_up_to:
+                self._seen += event.samples * max(1, event.step - (0 if last is None else last.step))
+                seen[event.step] = self._seen
             if last is not None and event.step > last.step + 1 and not self._is_coarse:
                 missed = event.step - last.step - 1
                 self._dropped += missed
@@ -313,14 +322,17 @@ class LiveRun:
             events = [event for event in events if event.step > self._drawn_up_to]
         if len(events) < MANY_STEPS:
             for event in events:
-                row = self.history.axis.append(event.step, event.time, self._epoch_of(event))
+                row = self.history.axis.append(
+                    event.step, event.time, self._epoch_of(event), seen[event.step]
+                )
                 for key, value in zip(keys_of(event), values_of(event), strict=True):
                     self._point(key, row, value, event.step)
             return
         steps = np.array([event.step for event in events], float)
         times = np.array([event.time for event in events])
         epochs = np.array([self._epoch_of(event) for event in events])
-        first = self.history.axis.extend(steps, times, epochs)
+        samples = np.array([seen[event.step] for event in events])
+        first = self.history.axis.extend(steps, times, epochs, samples)
         rows = np.arange(first, first + len(events), dtype=np.uint32)
         values = np.array([values_of(event) for event in events], float)
         for key, column in zip(keys_of(events[0]), np.ascontiguousarray(values.T), strict=True):
@@ -556,29 +568,6 @@ def describe_series(curve: int, key: str, source: RunSource, units: Mapping[str,
         better=source.direction_of(key),
         unit=unit_of(key, units),
     )
-
-
-def numbers_of(event: Event, prefix: str) -> Iterator[tuple[str, float]]:
-    """Yield the names and numbers of an event, including those in mappings and in tuples of structs."""
-    for name in event.__struct_fields__:
-        if name not in _BASE_FIELDS:
-            yield from _numbers(f"{prefix}/{name}", getattr(event, name))
-
-
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int | float):
-        yield name, float(value)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if isinstance(item, int | float):
-                yield from _numbers(f"{name}/{key}", item)
-    elif isinstance(value, tuple):
-        for place, item in enumerate(value):
-            if isinstance(item, msgspec.Struct):
-                for field in item.__struct_fields__:
-                    yield from _numbers(f"{name}/{place}/{field}", getattr(item, field))
 
 
 def place_of(stack: str) -> str:

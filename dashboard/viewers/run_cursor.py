@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from offloop.dashboard.curves.frames import DELTA_POINTS
+from offloop.dashboard.curves.history import AXIS_BYTES, POINT_BYTES
 from offloop.dashboard.protocol import (
     MAX_CHART_FRAME,
     MAX_POINTS,
@@ -44,6 +45,7 @@ class RunCursor:
         self._row = 0
         self._shown: tuple[int, ...] = ()
         self._points = 1_600
+        self._samples = False
         # Shown curves of which nothing was sent yet.
         self._snapshots: deque[int] = deque()
         self._queries: deque[RangeQuery] = deque()
@@ -67,6 +69,7 @@ class RunCursor:
             raise ProtocolError(f"points must be from 2 to {MAX_POINTS}, got {message.points}")
         self._has_shown, self._may_show = True, False
         self._points = message.points
+        self._samples = message.samples
         new = [curve for curve in wanted if curve not in self._shown or curve in self._snapshots]
         if not self._shown:
             self._row = self.live.history.axis.rows
@@ -156,7 +159,7 @@ class RunCursor:
         curves = self._fitting(self._snapshots, self._points)
         for _ in curves:
             self._snapshots.popleft()
-        return self.live.frames.make("snapshot", curves, 0, self._row, self._points)
+        return self.live.frames.make("snapshot", curves, 0, self._row, self._points, samples=self._samples)
 
     def _fitting(self, curves: Iterable[int], points: int) -> list[int]:
         """Return as many of the first curves as fit into a frame with `points` points each; at least one."""
@@ -165,7 +168,7 @@ class RunCursor:
         for curve in curves:
             known = self.live.history.curves[curve]
             # A point takes a row of the axis, a value and an index; marks are part of the header.
-            size += 36 * min(points, known.points) + 40 * len(known.marks)
+            size += (AXIS_BYTES + POINT_BYTES) * min(points, known.points) + 40 * len(known.marks)
             if fitting and size > MAX_CHART_FRAME:
                 break
             fitting.append(curve)
@@ -177,15 +180,15 @@ class RunCursor:
             return None
         if end - self._row <= DELTA_POINTS:
             # As many rows as fit into a frame with all their points.
-            rows = max(1, MAX_CHART_FRAME // (24 + 12 * count))
+            rows = max(1, MAX_CHART_FRAME // (AXIS_BYTES + POINT_BYTES * count))
             end = min(end, self._row + rows)
-        elif DELTA_POINTS * 36 * count > MAX_CHART_FRAME:
+        elif DELTA_POINTS * (AXIS_BYTES + POINT_BYTES) * count > MAX_CHART_FRAME:
             # Far behind with many curves: send snapshots in parts, as a single frame could have any size.
             self._row = end
             self._snapshots = deque(self._shown)
             return self._snapshot()
         first, self._row = self._row, end
-        return self.live.frames.delta(first, end, self._shown)
+        return self.live.frames.delta(first, end, self._shown, samples=self._samples)
 
     def _answer(self) -> bytes | None:
         """Answer the oldest query, or continue an answer that takes several frames."""
@@ -204,14 +207,24 @@ class RunCursor:
                 self._queries.popleft()
                 self._answer_curves = 0
             return frames.make(
-                "range", curves, first, end, query.points, query=query.query, more=more, margin=True
+                "range",
+                curves,
+                first,
+                end,
+                query.points,
+                query=query.query,
+                more=more,
+                margin=True,
+                samples=query.samples,
             )
         # All points: as many rows at a time as fit into a frame if every curve has a point in every row.
         first = max(first, self._answer_row or 0)
-        rows = max(1, MAX_CHART_FRAME // (24 + 12 * max(1, len(query.series))))
+        rows = max(1, MAX_CHART_FRAME // (AXIS_BYTES + POINT_BYTES * max(1, len(query.series))))
         more = first + rows < end
         upto = min(first + rows, end)
         self._answer_row = upto if more else None
         if not more:
             self._queries.popleft()
-        return frames.make("range", query.series, first, upto, None, query=query.query, more=more)
+        return frames.make(
+            "range", query.series, first, upto, None, query=query.query, more=more, samples=query.samples
+        )

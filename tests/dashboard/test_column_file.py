@@ -23,7 +23,7 @@ def history_of(values: list[float], *, limit: int = LIMIT, curves: int = 2) -> H
     history = History(limit)
     ids = [history.add_curve() for _ in range(curves)]
     for step, value in enumerate(values):
-        row = history.axis.append(step, step / 10, step / 1000)
+        row = history.axis.append(step, step / 10, step / 1000, 8 * step)
         for curve in ids:
             if step % (1 + 4 * curve) == 0:
                 history.curves[curve].append(row, value + curve, step)
@@ -53,7 +53,7 @@ def test_what_is_kept_comes_back_and_goes_on(
     assert (content_of(found.history), found.state) == (content_of(expected), STATE)
     for history in (expected, found.history):
         for step in range(len(values), len(values) + more):
-            row = history.axis.append(step, step / 10, step / 1000)
+            row = history.axis.append(step, step / 10, step / 1000, 8 * step)
             history.curves[0].append(row, float(step), step)
     assert content_of(found.history) == content_of(expected)
 
@@ -67,7 +67,7 @@ def test_a_trimmed_history_comes_back_and_goes_on(tmp_path: Path) -> None:
     assert content_of(found.history) == content_of(expected)
     steps = np.arange(90_000, 90_000 + 9_001, dtype=float)
     for history in (expected, found.history):
-        first = history.axis.extend(steps, steps / 10, steps / 1000)
+        first = history.axis.extend(steps, steps / 10, steps / 1000, 8 * steps)
         history.curves[0].extend((first + np.arange(len(steps))).astype(np.uint32), np.sin(steps), steps)
     assert content_of(found.history) == content_of(expected)
 

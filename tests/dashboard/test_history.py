@@ -88,9 +88,13 @@ def test_a_curve_goes_on_by_points_after_many_at_once(values: list[float], cut: 
 
 
 @given(
-    stamps=st.lists(st.tuples(st.integers(0, 50), st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=99)
+    stamps=st.lists(
+        st.tuples(st.integers(0, 50), st.floats(0, 9), st.floats(0, 9), st.floats(0, 9)),
+        min_size=1,
+        max_size=99,
+    )
 )
-def test_many_rows_at_once_are_kept_as_one_by_one(stamps: list[tuple[int, float, float]]) -> None:
+def test_many_rows_at_once_are_kept_as_one_by_one(stamps: list[tuple[int, float, float, float]]) -> None:
     expected, axis = Axis(), Axis()
     for stamp in stamps:
         expected.append(*stamp)
@@ -238,16 +242,22 @@ def test_a_limit_that_holds_nothing_is_refused(limit: object) -> None:
         History(limit)  # type: ignore[arg-type]  # what is tested
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 50), st.floats(0, 50)), min_size=1, max_size=60))
-def test_the_axis_never_falls(stamps: list[tuple[int, float, float]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 50), st.floats(0, 50), st.floats(0, 50), st.floats(0, 50)),
+        min_size=1,
+        max_size=60,
+    )
+)
+def test_the_axis_never_falls(stamps: list[tuple[int, float, float, float]]) -> None:
     """What another thread publishes may be stamped later than a step that arrives behind it."""
     history = History()
     for stamp in stamps:
         history.axis.append(*stamp)
     columns = history.axis.at(np.arange(len(stamps), dtype=np.uint32))
-    for name, place in (("step", 0), ("time", 1), ("epoch", 2)):
+    for name, place in (("step", 0), ("time", 1), ("epoch", 2), ("samples", 3)):
         expected = np.maximum.accumulate([float(stamp[place]) for stamp in stamps])
-        assert columns[name].tolist() == expected.tolist()  # type: ignore[index]  # the three names
+        assert columns[name].tolist() == expected.tolist()  # type: ignore[index]  # the four names
         row = history.axis.row_of(name, float(expected[-1]))  # type: ignore[arg-type]
         assert expected[row] == expected[-1]
 

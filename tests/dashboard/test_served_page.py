@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
+from drawing import Drawing
 from live_page import OpenPage, chart, figure, shot, word
 from playwright.sync_api import Locator, Page, expect
-from run_files import TrainerProcess, trainer_process
+from run_files import TrainerProcess, events_of, trainer_process, write_run
+
+from offloop.engine import StepEnd
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -98,3 +102,31 @@ def test_a_live_run_whose_files_go_says_what_happened_and_when_in_head_and_list(
         expect(row(page).locator(".runs-about")).to_contain_text("running")
         trainer.steps(1)
         expect(figure(page, "Step")).to_contain_text("4")
+
+
+NEXT_FRAME: Final = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
+def test_runs_with_other_batches_are_aligned_by_the_samples_they_have_seen(
+    tmp_path: Path, address: str, open_page: OpenPage
+) -> None:
+    """One has 4 samples in a step, the other one 8."""
+    for name, size, created in (("small", 4, 1_001.0), ("large", 8, 1_000.0)):
+        events = [
+            msgspec.structs.replace(each, samples=size) if isinstance(each, StepEnd) else each
+            for each in events_of(10)
+        ]
+        write_run(tmp_path / name, events, created=created)
+    page = open_page(address, viewport={"width": 1440, "height": 900})
+    expect(word(page)).to_have_text("completed")
+    page.evaluate("() => { location.hash = '#v=1&run=small&with=large&hide=train_loss'; }")
+    expect(chart(page, "loss").locator(".curve", has_text="large").first).to_contain_text("0.1000")
+    page.get_by_role("button", name="Samples", exact=True).click()
+    page.wait_for_function("() => location.hash.includes('x=samples')")
+    page.evaluate(NEXT_FRAME)
+    drawing = Drawing(chart(page, "loss"))
+    for name, size in (("small", 4), ("large", 8)):
+        line = drawing.line(name)
+        assert [x for x, _ in line] == pytest.approx([size * step for step in range(1, 11)], abs=0.5)
+        assert [y for _, y in line] == pytest.approx([1 / step for step in range(1, 11)], abs=0.02)
+    shot(page, "samples")

@@ -265,7 +265,7 @@ class Page {
         { keys: ["k"], does: "Run before it", run: () => this.#runs.bar.move(-1) },
         { keys: ["r"], does: "Open or close the list of runs", run: () => this.#runs.bar.open(!this.#runs.bar.isOpen) },
         { keys: ["/"], does: "Search", run: () => this.#focusSearch() },
-        { keys: ["x"], does: "Next x axis: step, epoch, time, time of day", run: axis },
+        { keys: ["x"], does: "Next x axis: step, epoch, samples, time, time of day", run: axis },
         { keys: ["l"], does: "Logarithmic y axis", run: () => view.set({ logY: !view.get().logY }) },
         { keys: ["["], does: "Smooth less", run: () => smooth(false) },
         { keys: ["]"], does: "Smooth more", run: () => smooth(true) },

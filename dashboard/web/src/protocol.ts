@@ -56,6 +56,8 @@ export interface Show {
   run?: string;
   series: number[];
   points?: number;
+  /** Whether chart frames have the samples seen. */
+  samples?: boolean;
 }
 
 export interface Drawn {
@@ -69,8 +71,9 @@ export interface RangeQuery {
   series: number[];
   start: number;
   end: number;
-  axis?: "step" | "time" | "epoch";
+  axis?: "step" | "time" | "epoch" | "samples";
   points?: number;
+  samples?: boolean;
 }
 
 export interface CommandRequest {
@@ -379,6 +382,7 @@ export interface ChartHeader {
   query: number | null;
   more: boolean;
   rows: number;
+  samples?: boolean;
   series: ChartColumn[];
   gaps: Gap[];
   trimmed: number | null;
@@ -390,6 +394,8 @@ export interface ChartFrame {
   step: Float64Array;
   time: Float64Array;
   epoch: Float64Array;
+  /** Samples that the model was trained on until then; zeros where they were not asked for. */
+  samples: Float64Array;
   /** Of each curve in `header.series`: its values, NaN where it is not finite, */
   values: Float64Array[];
   /** and in which row each of them is. */
@@ -410,7 +416,7 @@ export function decodeChart(data: ArrayBuffer): ChartFrame {
   if (header.type !== "chart") throw new Error(`not a chart frame: ${String(header.type)}`);
   let offset = 4 + length;
   const sparse = header.series.filter((column) => !column.dense);
-  const floats = 3 * header.rows + sum(header.series);
+  const floats = (header.samples === true ? 4 : 3) * header.rows + sum(header.series);
   if (data.byteLength !== offset + 8 * floats + 4 * sum(sparse)) {
     throw new Error(`the chart frame has ${data.byteLength} bytes, its header speaks of another length`);
   }
@@ -420,6 +426,7 @@ export function decodeChart(data: ArrayBuffer): ChartFrame {
     return values;
   };
   const [step, time, epoch] = [column(header.rows), column(header.rows), column(header.rows)];
+  const samples = header.samples === true ? column(header.rows) : new Float64Array(header.rows);
   const values = header.series.map(({ points }) => column(points));
   const everyRow = Uint32Array.from({ length: header.rows }, (_, row) => row);
   const indices = header.series.map(({ dense, points }) => {
@@ -428,7 +435,7 @@ export function decodeChart(data: ArrayBuffer): ChartFrame {
     offset += 4 * points;
     return rows;
   });
-  return { header, step, time, epoch, values, indices };
+  return { header, step, time, epoch, samples, values, indices };
 }
 
 function sum(columns: ChartColumn[]): number {

@@ -5,7 +5,7 @@ import { MAX_OVERLAID } from "./protocol";
 import { expression } from "./search";
 import type { PageStorage } from "./storage";
 
-export type Axis = "step" | "epoch" | "time" | "wall";
+export type Axis = "step" | "epoch" | "time" | "wall" | "samples";
 export type Tab = "metrics" | "events" | "config" | "compare";
 /** Kinds of events that are marked in the charts. */
 export type MarkKind = "alert" | "checkpoint" | "lr" | "validation";
@@ -36,7 +36,7 @@ export interface ViewState {
   members: boolean;
   /** Words that a panel or curve must contain to be shown. */
   search: string;
-  /** The x axis: optimizer steps, epochs, seconds since the start, or time of day. */
+  /** The x axis: optimizer steps, epochs, samples seen, seconds since the start, or time of day. */
   axis: Axis;
   logX: boolean;
   logY: boolean;
@@ -101,7 +101,7 @@ const VERSION = "1";
 /** Grows when the meaning of a field changes: a view of another version is not read. */
 const STORAGE_KEY = `offloop.view.${VERSION}`;
 const TABS: readonly Tab[] = ["metrics", "events", "config", "compare"];
-export const AXES: readonly Axis[] = ["step", "epoch", "time", "wall"];
+export const AXES: readonly Axis[] = ["step", "epoch", "samples", "time", "wall"];
 export const MAX_COLUMNS = 8;
 /** Bounds of what an address may hold: names in a list, panels that share metrics, characters of a text. */
 const MOST_NAMES = 500;

@@ -9,6 +9,13 @@ const FRAME =
   "fV0sImdhcHMiOltbMy4wLDcuMCwzXV0sInRyaW1tZWQiOjEuMH0gAAAAAAAA8D8AAAAAAAAAQAAAAAAAAAhAAAAAAAAAJUAAAAAA" +
   "AAAmQAAAAAAAAChAAAAAAAAAAAAAAAAAAADgPwAAAAAAAPA/AAAAAAAA0D8AAAAAAAD4fwAAAAAAAMA/AAAAAAAAIEACAAAA";
 
+/** As above, with the samples seen. */
+const WITH_SAMPLES =
+  "vAAAAHsidHlwZSI6ImNoYXJ0IiwicnVuIjoiciIsImtpbmQiOiJkZWx0YSIsInF1ZXJ5IjpudWxsLCJtb3JlIjpmYWxzZSwicm93cyI6" +
+  "Miwic2FtcGxlcyI6dHJ1ZSwic2VyaWVzIjpbeyJpZCI6MCwicG9pbnRzIjoxLCJkZW5zZSI6ZmFsc2UsInJlZHVjZWQiOmZhbHNlLCJt" +
+  "YXJrcyI6W119XSwiZ2FwcyI6W10sInRyaW1tZWQiOm51bGx9AAAAAAAA8D8AAAAAAAAAQAAAAAAAAAhAAAAAAAAAEEAAAAAAAAAAAAAA" +
+  "AAAAAOA/AAAAAAAAIEAAAAAAAAAwQAAAAAAAAOA/AQAAAA==";
+
 function bytes(base64: string): ArrayBuffer {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer;
 }
@@ -29,6 +36,12 @@ describe("a chart frame", () => {
     expect([...frame.epoch]).toEqual([0, 0.5, 1]);
     expect(frame.values.map((column) => [...column])).toEqual([[0.25, NaN, 0.125], [8]]);
     expect(frame.indices.map((column) => [...column])).toEqual([[0, 1, 2], [2]]);
+  });
+
+  test("has the samples seen where they were asked for", () => {
+    const frame = decodeChart(bytes(WITH_SAMPLES));
+    expect([[...frame.epoch], [...frame.samples], [...(frame.values[0] ?? [])]]).toEqual([[0, 0.5], [8, 16], [0.5]]);
+    expect([...decodeChart(bytes(FRAME)).samples]).toEqual([0, 0, 0]);
   });
 
   test.each([

@@ -100,13 +100,13 @@ export function xTicks(axis: Axis, scale: Scale, count: number): Ticks {
   if (axis === "time") return durationTicks(scale, count);
   const step = niceStep((scale.max - scale.min) / Math.max(count, 1));
   // There is no half optimizer step
-  const values = multiples(scale, axis === "step" ? Math.max(step, 1) : step);
+  const values = multiples(scale, axis === "step" || axis === "samples" ? Math.max(step, 1) : step);
   return { values, labels: formatTicks(values) };
 }
 
 /** What an x axis shows. */
 export function xTitle(axis: Axis): string {
-  return { step: "Step", epoch: "Epoch", time: "Time since the start", wall: "Time of day" }[axis];
+  return { step: "Step", epoch: "Epoch", samples: "Samples seen", time: "Time since the start", wall: "Time of day" }[axis];
 }
 
 /** Ticks of an axis of numbers with a unit, if any. */
@@ -319,6 +319,7 @@ export function formatValue(value: number): string {
 /** A place on the x axis, to read. */
 export function formatX(axis: Axis, value: number): string {
   if (axis === "step") return `step ${count(value)}`;
+  if (axis === "samples") return `${count(value)} samples`;
   if (axis === "epoch") return `epoch ${minus(value.toFixed(2))}`;
   if (axis === "time") return Math.abs(value) < 60 ? `${minus(value.toFixed(1))}s` : formatDuration(value);
   return `${formatDay(new Date(1_000 * value))} ${clock(value)}`;

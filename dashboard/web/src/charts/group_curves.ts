@@ -68,7 +68,7 @@ export function groupCurve(members: readonly Member[], column: Column, x: Scale,
   for (let index = 0; index < at.length; index++) {
     if (count[index] === 0) continue;
     const place = at[index] as number;
-    curve.push(place, place, place, (sum[index] as number) / (count[index] as number));
+    curve.push(place, place, place, place, (sum[index] as number) / (count[index] as number));
     [low[kept], high[kept]] = [low[index] as number, high[index] as number];
     kept++;
   }

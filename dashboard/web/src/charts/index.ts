@@ -21,7 +21,7 @@ import { Ranges } from "./ranges";
 import { COLUMNS, RunCurves } from "./run_curves";
 import { ChartRuns } from "./runs";
 import type { ChartEvent, Scene } from "./scene";
-import { showTable } from "./table";
+import { Tables } from "./tables";
 import { cssColour, lookOfRun, readTheme, type Theme, watchTheme } from "./theme";
 import { Toolbar } from "./toolbar";
 import { listenToTouch } from "./touch";
@@ -62,13 +62,13 @@ export class Charts {
   readonly #files: Files;
   readonly #options: Options;
   readonly #ranges: Ranges;
+  readonly #tables = new Tables(() => this.#panelHost());
   readonly #observer: IntersectionObserver;
 
   readonly #runs: ChartRuns;
   readonly #x: XAxis;
   #panels = new Map<string, Panel>();
   #byFigure = new Map<Element, Panel>();
-  #tables = new Map<Panel, HTMLElement>();
   #connected = true;
 
   #theme: Theme;
@@ -85,7 +85,6 @@ export class Charts {
   #drawnAt = -Infinity;
   #drawTimer: ReturnType<typeof setTimeout> | undefined;
   #leaving = new Map<Panel, ReturnType<typeof setTimeout>>();
-  #tableTime = 0;
   #sorted = -Infinity;
   #sortTimer: ReturnType<typeof setTimeout> | undefined;
   #valuesShown = -Infinity;
@@ -302,7 +301,7 @@ export class Charts {
     this.#observer.unobserve(panel.figure);
     clearTimeout(this.#leaving.get(panel));
     this.#leaving.delete(panel);
-    this.#tables.delete(panel);
+    this.#tables.forget(panel);
     this.#panels.delete(panel.name);
     this.#byFigure.delete(panel.figure);
     panel.destroy();
@@ -325,7 +324,7 @@ export class Charts {
         this.#host.view.set({ panel: this.#host.view.get().panel === panel.name ? null : panel.name });
         panel.maximiseButton.focus();
       },
-      toggleTable: (panel) => this.#toggleTable(panel),
+      toggleTable: (panel) => this.#tables.toggle(panel),
       toggleOptions: (panel) => this.#options.toggle(panel),
       setRange: (panel, ends) => this.#host.view.setScale(panel.name, ends),
       announce: (text) => this.#host.announce(text),
@@ -401,7 +400,7 @@ export class Charts {
     // A snapshot will bring them back.
     const unseen = [...run.store.curves.keys()].filter((id) => !series.includes(id));
     for (const id of unseen.slice(0, Math.max(0, unseen.length - MAX_UNSEEN))) run.forget(id);
-    this.#host.send({ type: "show", run: run.key, series, points });
+    this.#host.send({ type: "show", run: run.key, series, points, samples: true });
   }
 
   #toggleRuns(keys: readonly string[]): void {
@@ -433,7 +432,7 @@ export class Charts {
       for (const panel of visible) panel.draw();
       this.#showValues();
       this.#sort();
-      this.#refreshTables();
+      this.#tables.refresh();
       this.#askForDetail();
     } finally {
       // Also after a mistake of ours: else no frame would come any more.
@@ -556,33 +555,7 @@ export class Charts {
     }
   }
 
-  // Tables and files ----------------------------------------------------------------------------------
-
-  #toggleTable(panel: Panel): void {
-    const open = this.#tables.get(panel);
-    panel.tableButton.setAttribute("aria-expanded", String(!open));
-    if (open) {
-      this.#tables.delete(panel);
-      open.remove();
-      return;
-    }
-    const table = showTable(panel, this.#panelHost());
-    this.#tables.set(panel, table);
-    panel.figure.append(table);
-  }
-
-  /** Once a second, and not while somebody reads: what is focused or under the mouse stays as it is. */
-  #refreshTables(): void {
-    if (this.#tables.size === 0 || performance.now() - this.#tableTime < 1_000) return;
-    this.#tableTime = performance.now();
-    for (const [panel, table] of this.#tables) {
-      if (!panel.visible || table.matches(":hover, :focus-within")) continue;
-      const fresh = showTable(panel, this.#panelHost());
-      fresh.scrollTop = table.scrollTop;
-      table.replaceWith(fresh);
-      this.#tables.set(panel, fresh);
-    }
-  }
+  // Files -----------------------------------------------------------------------------------------------
 
   /** All points of the curves that the search and the switches leave. */
   #saveAll(): void {

@@ -8,6 +8,7 @@ export interface Part {
   step: number[];
   time: number[];
   epoch: number[];
+  samples: number[];
   value: number[];
   marks: readonly NonFinite[];
   reduced: boolean;
@@ -42,7 +43,7 @@ export class Ranges {
     const answer = new Promise<Answer>((resolve, reject) => {
       this.#waiting.set(number, { run: query.run, answer: { parts: new Map(), gaps: [] }, resolve, reject });
     });
-    this.#send({ type: "range", query: number, ...query });
+    this.#send({ type: "range", query: number, samples: true, ...query });
     return answer;
   }
 
@@ -55,13 +56,14 @@ export class Ranges {
     header.series.forEach((column, position) => {
       let part = answer.parts.get(column.id);
       if (!part)
-        answer.parts.set(column.id, (part = { step: [], time: [], epoch: [], value: [], marks: [], reduced: false }));
+        answer.parts.set(column.id, (part = { step: [], time: [], epoch: [], samples: [], value: [], marks: [], reduced: false }));
       const [values, rows] = [frame.values[position] ?? [], frame.indices[position] ?? []];
       for (let index = 0; index < column.points; index++) {
         const row = rows[index] as number;
         part.step.push(frame.step[row] as number);
         part.time.push(frame.time[row] as number);
         part.epoch.push(frame.epoch[row] as number);
+        part.samples.push(frame.samples[row] as number);
         part.value.push(values[index] as number);
       }
       part.marks = withStretches(part.marks, column.marks);

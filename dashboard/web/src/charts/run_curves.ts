@@ -10,7 +10,7 @@ import { type Column, type Curve, SeriesStore } from "./series_store";
 
 /** Events of a kind that are kept; older ones are let go. */
 const MAX_EVENTS = 500;
-export const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time" };
+export const COLUMNS: Readonly<Record<Axis, Column>> = { step: "step", epoch: "epoch", time: "time", wall: "time", samples: "samples" };
 
 export interface CurvesHost extends DetailsHost {
   /** The run as it stands in the list of runs; null if it does not. */

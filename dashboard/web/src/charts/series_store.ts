@@ -11,13 +11,15 @@ import type { ChartFrame, Gap, NonFinite } from "../protocol";
 /** Points of a curve that the page holds at most. */
 export const MAX_CURVE_POINTS = 8_000;
 
-export type Column = "step" | "time" | "epoch";
+export type Column = "step" | "time" | "epoch" | "samples";
 
 export interface Point {
   step: number;
   /** Unix time in seconds. */
   time: number;
   epoch: number;
+  /** Samples that the model was trained on until then. */
+  samples: number;
   value: number;
 }
 
@@ -30,6 +32,7 @@ export class Curve {
   step = new Float64Array(64);
   time = new Float64Array(64);
   epoch = new Float64Array(64);
+  samples = new Float64Array(64);
   value = new Float64Array(64);
   /** Stretches without a finite value, ordered; another array when one has come or grown. */
   marks: readonly NonFinite[] = [];
@@ -67,12 +70,13 @@ export class Curve {
       step: this.step[index] as number,
       time: this.time[index] as number,
       epoch: this.epoch[index] as number,
+      samples: this.samples[index] as number,
       value: this.value[index] as number,
     };
   }
 
   /** Add a point; what is not finite is left out. */
-  push(step: number, time: number, epoch: number, value: number): void {
+  push(step: number, time: number, epoch: number, samples: number, value: number): void {
     if (!Number.isFinite(value)) return;
     if (this.length === this.step.length) this.#grow();
     let index = this.length++;
@@ -84,9 +88,10 @@ export class Curve {
     this.step[index] = step;
     this.time[index] = time;
     this.epoch[index] = epoch;
+    this.samples[index] = samples;
     this.value[index] = value;
-    if (this.least === null || value < this.least.value) this.least = { step, time, epoch, value };
-    if (this.greatest === null || value > this.greatest.value) this.greatest = { step, time, epoch, value };
+    if (this.least === null || value < this.least.value) this.least = { step, time, epoch, samples, value };
+    if (this.greatest === null || value > this.greatest.value) this.greatest = { step, time, epoch, samples, value };
     if (this.length > this.limit) this.#thin();
   }
 
@@ -101,9 +106,11 @@ export class Curve {
   }
 
   /** Take over points from index `from` to before `to`. */
-  copy({ step, time, epoch, value }: Columns, from: number, to: number): void {
+  copy({ step, time, epoch, samples, value }: Columns, from: number, to: number): void {
     for (let index = from; index < to; index++) {
-      this.push(step[index] as number, time[index] as number, epoch[index] as number, value[index] as number);
+      this.push(
+        step[index] as number, time[index] as number, epoch[index] as number, samples[index] as number, value[index] as number,
+      );
     }
   }
 
@@ -164,16 +171,17 @@ export class Curve {
   }
 
   #columns(): Float64Array[] {
-    return [this.step, this.time, this.epoch, this.value];
+    return [this.step, this.time, this.epoch, this.samples, this.value];
   }
 
   #grow(): void {
     const capacity = Math.min(2 * this.step.length, Math.max(this.limit + 1, this.step.length + 1));
-    [this.step, this.time, this.epoch, this.value] = this.#columns().map((column) => {
-      const longer = new Float64Array(capacity);
-      longer.set(column);
-      return longer;
-    }) as [Float64Array<ArrayBuffer>, Float64Array<ArrayBuffer>, Float64Array<ArrayBuffer>, Float64Array<ArrayBuffer>];
+    const longer = (column: Float64Array): Float64Array<ArrayBuffer> => {
+      const copied = new Float64Array(capacity);
+      copied.set(column);
+      return copied;
+    };
+    for (const name of ["step", "time", "epoch", "samples", "value"] as const) this[name] = longer(this[name]);
   }
 
   /** Make room for a point that comes late; returns its index. `last` is that of the free place at the end. */
@@ -277,6 +285,7 @@ export function appendColumn(curve: Curve, frame: ChartFrame, position: number):
       frame.step[row] as number,
       frame.time[row] as number,
       frame.epoch[row] as number,
+      frame.samples[row] as number,
       values[index] as number,
     );
   }

@@ -10,6 +10,7 @@ import { menu, select } from "./menu";
 const AXES: readonly [Axis, string, string][] = [
   ["step", "Step", "Optimizer steps"],
   ["epoch", "Epoch", "Epochs done"],
+  ["samples", "Samples", "Samples seen"],
   ["time", "Time", "Time since the start"],
   ["wall", "Clock", "Time of day"],
 ];

@@ -41,7 +41,7 @@ export class XAxis {
     if (min < max) return new Scale(min, max, log);
     // One point: in the middle
     if (log) return new Scale(min / 10, max * 10, true);
-    const air = axis === "epoch" ? 0.5 : axis === "step" ? Math.max(1, 0.1 * Math.abs(min)) : 30;
+    const air = axis === "epoch" ? 0.5 : axis === "step" || axis === "samples" ? Math.max(1, 0.1 * Math.abs(min)) : 30;
     return new Scale(min - air, max + air);
   }
 

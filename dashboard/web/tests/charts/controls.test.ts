@@ -9,7 +9,7 @@ import { positionOf, smoothingOf } from "../../src/charts/toolbar";
 
 function curve(values: number[], every = 1): Curve {
   const made = new Curve();
-  values.forEach((value, index) => made.push(every * index, 0, 0, value));
+  values.forEach((value, index) => made.push(every * index, 0, 0, 0, value));
   return made;
 }
 

@@ -9,6 +9,7 @@ function part(points: [number, number][], marks: NonFinite[] = []): Part {
     step: points.map(([step]) => step),
     time: points.map(([step]) => 1_000 + step),
     epoch: points.map(([step]) => step / 10),
+    samples: points.map(([step]) => 8 * step),
     value: points.map(([, value]) => value),
     ...{ marks, reduced: false },
   };
@@ -79,7 +80,7 @@ function frame(query: RangeQuery, steps: Float64Array, more: boolean): ChartFram
       ...{ type: "chart", run: "r", kind: "range", query: query.query, more, rows: steps.length },
       ...{ series: [column], gaps: [], trimmed: null },
     },
-    ...{ step: steps, time: steps, epoch: steps, values: [steps.map((step) => 2 * step)] },
+    ...{ step: steps, time: steps, epoch: steps, samples: steps, values: [steps.map((step) => 2 * step)] },
     indices: [Uint32Array.from(steps.keys())],
   };
 }

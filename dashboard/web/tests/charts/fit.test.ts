@@ -8,7 +8,7 @@ const SCENE = { column: "step" as const, origin: 0, x: new Scale(0, 1_000) };
 
 function drawn(...values: number[]): Drawn {
   const curve = new Curve();
-  values.forEach((value, step) => curve.push(step, step, step, value));
+  values.forEach((value, step) => curve.push(step, step, step, step, value));
   return { curve, values: curve.value, scene: SCENE };
 }
 

@@ -6,7 +6,7 @@ import { Curve } from "../../src/charts/series_store";
 
 function member(points: [number, number][], origin = 0): Member {
   const curve = new Curve();
-  for (const [step, value] of points) curve.push(step, step, step, value);
+  for (const [step, value] of points) curve.push(step, step, step, step, value);
   return { curve, values: curve.value, origin };
 }
 

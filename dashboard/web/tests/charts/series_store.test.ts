@@ -28,6 +28,7 @@ function frame(kind: ChartHeader["kind"], steps: number[], columns: Column[], re
     step: Float64Array.from(steps),
     time: Float64Array.from(steps, (step) => 1e9 + step),
     epoch: Float64Array.from(steps, (step) => step / 100),
+    samples: Float64Array.from(steps, (step) => 8 * step),
     values: columns.map(({ values }) => Float64Array.from(values)),
     indices: columns.map(({ rows }) => Uint32Array.from(rows ?? steps.keys())),
   };
@@ -52,7 +53,7 @@ describe("chart frames", () => {
     const store = new SeriesStore();
     store.apply(frame("snapshot", [1, 2, 3, 4], [{ id: 1, values: [1, 2, 3, 4] }, { id: 2, rows: [1, 3], values: [0.2, 0.4] }]));
     expect(points(store.curves.get(2))).toEqual([[2, 0.2], [4, 0.4]]);
-    expect(store.curves.get(2)?.at(1)).toEqual({ step: 4, time: 1e9 + 4, epoch: 0.04, value: 0.4 });
+    expect(store.curves.get(2)?.at(1)).toEqual({ step: 4, time: 1e9 + 4, epoch: 0.04, samples: 32, value: 0.4 });
   });
 
   test("a snapshot in parts goes on where its curves were, and replaces those that come in later parts", () => {
@@ -141,7 +142,7 @@ describe("breaks", () => {
 
   test("are ordered and do not overlap", () => {
     const curve = new Curve();
-    for (const step of [4, 7, 35]) curve.push(step, 0, 0, 1);
+    for (const step of [4, 7, 35]) curve.push(step, 0, 0, 0, 1);
     curve.addMarks([[5, 5, "nan", 1], [15, 30, "nan", 4], [40, 40, "inf", 1]]);
     expect([...curve.breaks(gaps)]).toEqual([5, 5, 10, 30, 40, 40]);
   });
@@ -167,7 +168,7 @@ describe("thinning", () => {
       const value = next() < 1e-4 ? 1_000 * (next() - 0.5) : next();
       sent.set(step, value);
       [least, greatest] = [Math.min(least, value), Math.max(greatest, value)];
-      curve.push(step, step, step, value);
+      curve.push(step, step, step, step, value);
       longest = Math.max(longest, curve.length);
     }
     expect(longest).toBe(MAX_CURVE_POINTS);
@@ -206,7 +207,7 @@ describe("thinning", () => {
     const next = random(9);
     let shown = new Set<string>();
     for (let step = 0; step < 5_000; step++) {
-      curve.push(step, step, step, next());
+      curve.push(step, step, step, step, next());
       const now = new Set(points(curve).map(String));
       for (const point of now) if (!shown.has(point)) expect(point.startsWith(`${step},`)).toBe(true);
       shown = now;
@@ -215,7 +216,7 @@ describe("thinning", () => {
 
   test("works where all points are of one step", () => {
     const curve = new Curve(64);
-    for (let index = 0; index < 1_000; index++) curve.push(5, index, 0, index % 10);
+    for (let index = 0; index < 1_000; index++) curve.push(5, index, 0, 0, index % 10);
     expect(curve.length).toBeLessThanOrEqual(64);
     expect([curve.least?.value, curve.greatest?.value]).toEqual([0, 9]);
   });
@@ -225,7 +226,7 @@ test("search and nearest agree with a walk over all points", () => {
   const next = random(3);
   const curve = new Curve();
   expect(curve.nearest("step", 5)).toBe(-1);
-  for (let step = 0, index = 0; index < 200; index++) curve.push((step += 1 + Math.floor(5 * next())), 0, 0, 0);
+  for (let step = 0, index = 0; index < 200; index++) curve.push((step += 1 + Math.floor(5 * next())), 0, 0, 0, 0);
   const steps = points(curve).map(([step]) => step);
   for (let count = 0; count < 500; count++) {
     const wanted = 700 * next() - 20;

@@ -9,7 +9,7 @@ const NOTHING = new Float64Array(0);
 
 function curve(points: [number, number][]): Curve {
   const made = new Curve();
-  for (const [step, value] of points) made.push(step, 1_000 + step, step / 10, value);
+  for (const [step, value] of points) made.push(step, 1_000 + step, step / 10, 4 * step, value);
   return made;
 }
 
