@@ -65,6 +65,7 @@ class EarlyStopping(Callback):
         """
         checks.whole_number("patience", patience)
         self.monitor = Monitor(monitor, mode, min_delta)
+        self.needs_metrics = (monitor,)
         self.patience = patience
         self.check_finite = check_finite
         self.stopping_threshold = stopping_threshold

@@ -215,6 +215,7 @@ class LearningRateScheduler(Callback):
             # Checks both.
             Monitor("val_loss" if monitor is None else monitor, mode)
         self._key = monitor
+        self.needs_metrics = () if monitor is None else (monitor,)
         self.mode: Mode = mode
         # Of a plateau
         self._watched: Monitor | None = None

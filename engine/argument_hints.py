@@ -196,6 +196,9 @@ ADVICE: Final = {
     "gpus": "torchrun --nproc-per-node starts a process for each GPU; device names one",
     "num_nodes": "start the script with torchrun --nnodes on each machine",
     "num_processes": "torchrun --nproc-per-node starts a process for each device",
+    "on_step": "StepEnd.metrics has the value, and train_name or val_name its mean over the epoch",
+    "on_epoch": "StepEnd.metrics has the value, and train_name or val_name its mean over the epoch",
+    "prog_bar": "ProgressBar(metrics=[...]) shows it",
     "sync_dist": "logged values are those of all ranks already",
     "replace_sampler_ddp": "use rank_batches; a DistributedSampler stays in charge",
     "process_group_backend": "NCCL on CUDA, gloo on the CPU; a group that you have made is used",
@@ -259,15 +262,82 @@ PRECISIONS: Final = {
 """Other libraries' spelling of precisions -> ours."""
 
 ATTRIBUTES: Final = {
-    "global_rank": "rank",
-    "process_index": "rank",
-    "is_global_zero": "rank == 0",
-    "is_main_process": "rank == 0",
-    "is_world_process_zero": "rank == 0",
-    "num_processes": "world_size",
-    "num_devices": "world_size",
+    "global_rank": "use rank",
+    "process_index": "use rank",
+    "is_global_zero": "use rank == 0",
+    "is_main_process": "use rank == 0",
+    "is_world_process_zero": "use rank == 0",
+    "num_processes": "use world_size",
+    "num_devices": "use world_size",
+    # what starts something
+    "fit": "use train(train_loader, val_loader, epochs=...)",
+    "run": "use train(train_loader, val_loader, epochs=...); last_run is the latest run",
+    "fit_async": "use train_async(train_loader, val_loader, epochs=...)",
+    "test": 'use evaluate(test_loader, prefix="test_")',
+    "validate": "use evaluate(val_loader); in a run, await run.validate()",
+    "score": "use evaluate(loader, metrics=[...])",
+    "compile": "loss, optimizer and metrics are arguments of Trainer() and train(); Trainer(compile=True) compiles",
+    "lr_find": "use find_learning_rate(train_loader)",
+    "scale_batch_size": "use find_batch_size(train_loader)",
+    "tune": "use find_learning_rate(train_loader) or find_batch_size(train_loader)",
+    "train_on_batch": "use train_batch(batch) in a train_epoch of your own",
+    # in a step
+    "log_dict": "use log(name, value) for each",
+    "log_metrics": "use log(name, value) for each",
+    "manual_backward": "use backward(loss)",
+    "clip_gradients": "use Trainer(gradient_clip_val=...)",
+    "zero_grad": "use optimizer_step(), which also zeroes the gradients",
+    "toggle_optimizer": "use freeze(...) and unfreeze(...)",
+    "untoggle_optimizer": "use freeze(...) and unfreeze(...)",
+    "lr_schedulers": "use scheduler",
+    "current_epoch": "use epoch",
+    "global_step": "use step",
+    "trainer": "self is the trainer",
+    "terminate": 'use stop("why")',
+    # what is known of runs
+    "callback_metrics": "use last_run.metrics",
+    "logged_metrics": "use last_run.metrics",
+    "metrics": "use last_run.metrics",
+    "state": "use last_run.state",
+    "status": "use last_run.state",
+    "history": "the result of train() has it: trainer.train(...).history",
+    "best_model_path": "the result of train() has it: trainer.train(...).best.path",
+    "checkpoint_callback": "the result of train() has the best checkpoint: trainer.train(...).best.path",
+    "max_epochs": "use config.epochs",
+    "epochs": "use config.epochs",
+    "lr": 'use optimizer.param_groups[0]["lr"]; in a run, await run.set_lr(...)',
+    "learning_rate": 'use optimizer.param_groups[0]["lr"]; in a run, await run.set_lr(...)',
+    "hparams": "use config.hyperparameters",
+    "args": "use config",
+    # callbacks, loggers, files
+    "callback": "use callbacks",
+    "add_callback": "use Trainer(callbacks=[...]) or train(callbacks=[...])",
+    "add_event_handler": "use Trainer(callbacks=[...]) or train(callbacks=[...])",
+    "on": "use Trainer(callbacks=[...]) or train(callbacks=[...])",
+    "logger": "use log(name, value) in a step; loggers are callbacks: train(callbacks=[MetricLogger()])",
+    "loggers": "use log(name, value) in a step; loggers are callbacks: train(callbacks=[MetricLogger()])",
+    "save_hyperparameters": "use Trainer(hyperparameters={...})",
+    "save_checkpoint": "ModelCheckpoint() among the callbacks saves checkpoints; in a run, await run.checkpoint()",
+    "save": "ModelCheckpoint() among the callbacks saves checkpoints; export_model(source, file) writes plain weights",
+    "save_model": "export_model(source, file) writes weights; torch.save(trainer.model.state_dict(), file), too",
+    "save_pretrained": "export_model(source, file) writes weights; torch.save(trainer.model.state_dict(), file), too",
+    "push_to_hub": "export_model(source, file) writes weights that other tools read",
+    "load": "load_model(source, into=trainer.model) loads weights; train(resume=...) continues a run",
+    "load_checkpoint": "load_model(source, into=trainer.model) loads weights; train(resume=...) continues a run",
+    "load_from_checkpoint": "load_model(source, into=trainer.model) loads weights; train(resume=...) continues a run",
+    "load_weights": "load_model(source, into=trainer.model) loads weights",
+    "train_dataloader": "loaders are arguments: train(train_loader, val_loader)",
+    "train_loader": "loaders are arguments: train(train_loader, val_loader)",
+    "val_dataloaders": "loaders are arguments: train(train_loader, val_loader)",
+    "val_loader": "loaders are arguments: train(train_loader, val_loader)",
 }
-"""Other libraries' spelling of a trainer's attributes -> ours."""
+"""Other libraries' names of a trainer's attributes and methods -> what to write instead."""
+
+FIXED: Final = {
+    "callbacks": "give them to Trainer(callbacks=[...]), or those of one run to train(callbacks=[...])",
+    "optimizer": "give it to Trainer(model, optimizer), together with the model",
+}
+"""Attributes of a trainer that cannot be set -> what to do instead."""
 
 LIKE: Final = {
     "optimizer": ", like torch.optim.AdamW(model.parameters(), lr=1e-3)",
@@ -364,6 +434,27 @@ def declared_as(declaration: F) -> Callable[[Callable[..., Any]], F]:
         return cast(F, functools.wraps(declaration, assigned=("__doc__",))(function))
 
     return decorate
+
+
+class FixedCallbacks(tuple[Any, ...]):
+    """The callbacks of a trainer. To append one raises an error with what to do instead."""
+
+    # Type checkers report these without help.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            advice = f": {FIXED['callbacks']}" if hasattr(list, name) else ""
+            raise AttributeError(f"{text}{advice}", name=name, obj=self)
+
+
+def refused_setter(name: str) -> Callable[[object, object], NoReturn]:
+    """Return a setter of a property that says what to do instead of setting it."""
+
+    def refuse(owner: object, value: object) -> NoReturn:
+        raise AttributeError(f"{name} of a trainer cannot be set: {FIXED[name]}", name=name, obj=owner)
+
+    return refuse
 
 
 class AsyncBlock(AbstractAsyncContextManager[R]):

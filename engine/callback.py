@@ -131,6 +131,9 @@ class Callback:
     The first callback that sets it decides.
     """
 
+    needs_metrics: tuple[str, ...] = ()
+    """Keys of metrics by which the callback decides. A run that cannot compute one is refused before it starts."""
+
     def reset(self) -> None:
         """Discard the state of the previous run. Called before each new run, in the thread that starts it."""
 

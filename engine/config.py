@@ -11,7 +11,7 @@ import msgspec
 from offloop.engine import checks
 from offloop.engine.argument_hints import ADVICE, PEER_SPELLINGS, PRECISIONS, hint, strategy_hint
 from offloop.engine.errors import ConfigError, nearest
-from offloop.engine.monitor import Mode
+from offloop.engine.monitor import Mode, check_key
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -204,6 +204,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True):
             if value is not None and (not isinstance(value, str) or not value):
                 what = "a path or a string" if name == "run_dir" else "a string"
                 raise ConfigError(f"{name} must be {what} that is not empty, got {value!r}")
+        if self.monitor is not None:
+            check_key(self.monitor)
         if isinstance(self.run_dir, str) and _URL.match(self.run_dir):
             raise ConfigError(
                 f"run_dir must be a local directory; remote_dir={self.run_dir!r} copies runs there"

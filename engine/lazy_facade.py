@@ -7,6 +7,7 @@ editors do not run this; they read the same names from imports under `TYPE_CHECK
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 __all__ = ["lazy_facade"]
@@ -44,7 +45,9 @@ def lazy_facade(
         elif name in modules:
             value = importlib.import_module(f"{package}.{name}")
         else:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            near = get_close_matches(name, [*homes, *modules], n=1, cutoff=0.7)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
         attributes[name] = value
         return value
 

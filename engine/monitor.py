@@ -54,7 +54,8 @@ def check_key(key: object, *, of_checkpoints: bool = False) -> None:
             "chooses the best checkpoint by it"
         )
     if not isinstance(key, str) or not key.startswith(("train_", "val_")):
-        raise ConfigError(f'monitor must begin with train_ or val_, like "val_loss"; got {key!r}')
+        hint = f": did you mean {f'val_{key}'!r}?" if isinstance(key, str) and key.isidentifier() else ""
+        raise ConfigError(f'monitor must begin with train_ or val_, like "val_loss"; got {key!r}{hint}')
 
 
 def needs_validation(key: str) -> ConfigError:

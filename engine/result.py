@@ -78,9 +78,10 @@ class RunResult:
 
     def __repr__(self) -> str:
         reason = textwrap.shorten(self.reason, 80, placeholder="...")
+        failed = f"; errors in {', '.join(self.callback_errors)}" if self.callback_errors else ""
         lines = [
             f"<RunResult {self.run_id}: {self.status} ({reason}), {self.epochs} epochs, {self.steps} steps, "
-            f"{self.seconds:.1f} s"
+            f"{self.seconds:.1f} s{failed}"
         ]
         if self.metrics:
             shown = [f"{name}={value:.4g}" for name, value in islice(self.metrics.items(), _SHOWN_METRICS)]

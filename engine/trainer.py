@@ -52,8 +52,9 @@ class BaseTrainer(TrainingProgram):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            if name in ATTRIBUTES:
-                text = f"{type(self).__name__!r} object has no attribute {name!r}: use {ATTRIBUTES[name]}"
+            # A property of a subclass has failed by itself
+            if name in ATTRIBUTES and not hasattr(type(self), name):
+                text = f"{type(self).__name__!r} object has no attribute {name!r}: {ATTRIBUTES[name]}"
                 raise AttributeError(text, name=name, obj=self)
             # Python's own error, or that of a property
             return super().__getattribute__(name)

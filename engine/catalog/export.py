@@ -100,7 +100,9 @@ def export_metrics(directory: Path | str, file: TextIO) -> Exported:
                 if not values:
                     continue
                 step = row.step if row.failed_step is None else row.failed_step
-            position = (row.time, attempt, row.type, epoch, step, row.batch)
+            # Which batch an evaluated checkpoint was saved at is not known here
+            batch = "" if row.type == "Evaluated" else row.batch
+            position = (row.time, attempt, row.type, epoch, step, batch)
             writer.writerow([*position, *(values.get(name, "") for name in names)])
             count += 1
     finally:

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from offloop.engine.callback import Callback
 from offloop.engine.config import TrainerConfig
-from offloop.engine.data.val_loaders import PREFIX, ValLoader, bare_key, by_prefix
-from offloop.engine.errors import ConfigError
-from offloop.engine.metrics.names import RunMetrics, chosen_metrics, metric_direction, metrics_for
+from offloop.engine.data.val_loaders import PREFIX, ValLoader, bare_key, by_prefix, live_prefix
+from offloop.engine.errors import ConfigError, nearest
+from offloop.engine.metrics.names import ALIASES, RunMetrics, chosen_metrics, metric_direction, metrics_for
 from offloop.engine.monitor import EVALUATED, Direction, Mode, check_key, needs_validation
 
 
@@ -30,6 +30,8 @@ class Monitors:
         callbacks: Iterable[Callback],
         metrics: RunMetrics,
         val_loader: ValLoader | None,
+        *,
+        may_log: bool = True,
     ) -> None:
         """Choose the metrics.
 
@@ -38,15 +40,22 @@ class Monitors:
             callbacks: The callbacks in declared order.
             metrics: The argument of `train`.
             val_loader: None without a validation.
+            may_log: Whether a step, an epoch or a step hook of the user's may log values of other names.
 
         Raises:
-            ConfigError: It is a metric of validations and the run has none, or its direction is unknown.
+            ConfigError: One is a metric of validations and the run has none, it is not computed, or its direction is
+                unknown.
         """
         callbacks = list(callbacks)
+        self._may_log = may_log
+        self._validates_live = any(each.validates_live for each in callbacks)
         self._config, self._metrics, self._prefixes = config, metrics, tuple(by_prefix(val_loader))
         self.default = config.monitor or f"{self._prefixes[0] if self._prefixes else 'train_'}loss"
         self._best_mode: Mode = config.mode
         self.best = self._checked(self.default, config.mode)
+        for each in callbacks:
+            for key in each.needs_metrics:
+                self._check_computed(key)
         self.is_best_named = config.monitor is not None
         """Whether the metric of `best` was named; a run that does not compute it then fails."""
         evaluators = [each for each in callbacks if getattr(each, "evaluates_every", None) is not None]
@@ -119,26 +128,64 @@ class Monitors:
 
     def _checked(self, monitor: str, mode: Mode, *, of_checkpoints: bool = False) -> str:
         """Return the key, if the run can compute the metric and its direction is known."""
+        self._check_computed(monitor, of_checkpoints=of_checkpoints)
+        if mode == "auto" and metric_direction(bare_key(monitor, self._prefixes), self._metrics) is None:
+            give = 'give mode="min" or mode="max"'
+            if monitor.startswith(EVALUATED):
+                raise ConfigError(
+                    f"monitor={monitor!r}: its name does not tell whether less or more is better, {give}"
+                )
+            raise ConfigError(
+                f"monitor={monitor!r} is no known metric: {', '.join(self._known_keys())} will be computed. "
+                f"If a step logs it, {give}"
+            )
+        return monitor
+
+    def _check_computed(self, monitor: str, *, of_checkpoints: bool = False) -> None:
+        """Raise `ConfigError` for a metric that the run cannot compute, as far as that is known before it starts."""
         if monitor.startswith("val_") and not self._prefixes:
             raise needs_validation(monitor)
-        bare = bare_key(monitor, self._prefixes)
         if monitor in (f"val_{name}" for name in self._names("val")) and self._prefixes != (PREFIX,):
             of_each = ", ".join(prefix + monitor.removeprefix("val_") for prefix in self._prefixes)
             raise ConfigError(
                 f"monitor={monitor!r} is ambiguous with several val_loaders: use one of {of_each}"
             )
         check_key(monitor, of_checkpoints=of_checkpoints)
-        if mode == "auto" and metric_direction(bare, self._metrics) is None:
-            raise ConfigError(
-                f"monitor={monitor!r} is no known metric: {', '.join(self._known_keys())} will be computed. "
-                'If a step logs it, give mode="min" or mode="max"'
+        known = self._known_keys()
+        # What a user's own metric is called, if it gives several values, is known once it has computed them
+        if self._may_log or monitor.startswith(EVALUATED) or monitor in known or self._has_instances():
+            return
+        bare = bare_key(monitor, self._prefixes).removeprefix("train_").removeprefix("val_")
+        near = nearest(monitor, known)
+        if bare in ALIASES and ALIASES[bare] not in self._names("train" if monitor[0] == "t" else "val"):
+            advice = f"give train() metrics=[{ALIASES[bare]!r}]"
+            if bare != ALIASES[bare]:
+                advice += f" and monitor {monitor.removesuffix(bare)}{ALIASES[bare]}"
+        elif bare in ALIASES:
+            advice = f"did you mean {monitor.removesuffix(bare)}{ALIASES[bare]!s}?"
+        else:
+            advice = (
+                f"did you mean {near}?" if near else "name it in metrics= of train(), or log it in a step"
             )
-        return monitor
+        raise ConfigError(
+            f"monitor={monitor!r} will not be computed, but {', '.join(known)} will be computed: {advice}"
+        )
+
+    def _has_instances(self) -> bool:
+        """Return whether `metrics` has objects, of which only those that compute know what they give."""
+        return any(
+            metric is not None
+            for data_set in ("train", "val")
+            for metric in chosen_metrics(metrics_for(data_set, self._metrics)).values()
+        )
 
     def _names(self, data_set: Literal["train", "val"]) -> tuple[str, ...]:
         return ("loss", *chosen_metrics(metrics_for(data_set, self._metrics)))
 
     def _known_keys(self) -> list[str]:
         keys = [f"train_{name}" for name in self._names("train")]
-        keys += [f"{prefix}{name}" for prefix in self._prefixes for name in self._names("val")]
+        prefixes = list(self._prefixes)
+        if self._validates_live:
+            prefixes += map(live_prefix, self._prefixes)
+        keys += [f"{prefix}{name}" for prefix in prefixes for name in self._names("val")]
         return keys

@@ -3,11 +3,11 @@
 import contextlib
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from offloop.engine.callback import Callback, lookup
+from offloop.engine.callback import Callback, Handlers, lookup
 from offloop.engine.checkpoint import RemoteRun
 from offloop.engine.config import TrainerConfig, check_limits
 from offloop.engine.data.batches import limited_length
@@ -31,12 +31,13 @@ from offloop.engine.training.arguments import (
     check_callbacks,
     check_loader,
     check_model_knobs,
+    check_optimizers,
     check_resume_lr,
     check_val_loader,
     remote_run,
 )
 from offloop.engine.training.averages import check_averages
-from offloop.engine.training.default_steps import check_optimization, check_validation
+from offloop.engine.training.default_steps import DefaultSteps, check_optimization, check_validation
 from offloop.engine.training.learning_rate import Schedule
 from offloop.engine.training.program import TrainingProgram
 from offloop.engine.training.program_setup import make_setup
@@ -46,6 +47,18 @@ from offloop.engine.weights.loading import plan_init
 if TYPE_CHECKING:
     from offloop.engine.distributed.plan import Decision
     from offloop.engine.distributed.rank_run import RankRun
+
+
+OVERRIDABLE: Final = (
+    "training_step",
+    "validation_step",
+    "train_epoch",
+    "validate_epoch",
+    "batches",
+    "train_batch",
+    "validate_batch",
+)
+"""Methods of a trainer in which a subclass may log."""
 
 
 def prepare(
@@ -72,7 +85,10 @@ def prepare(
     check_caller(config.precision, program.device)
     limits = _check_arguments(program, arguments)
     callbacks = [*program.callbacks, *check_callbacks(arguments.callbacks)]
-    monitors = Monitors(config, callbacks, arguments.metrics, arguments.val_loader)
+    given = lookup(callbacks)
+    monitors = Monitors(
+        config, callbacks, arguments.metrics, arguments.val_loader, may_log=_may_log(program, given)
+    )
     if program.scheduler is not None:
         monitors.check_schedule(program.scheduler, None)
 
@@ -92,7 +108,6 @@ def prepare(
         base_dir = base_dir_of(config)
     else:
         base_dir = None
-    given = lookup(callbacks)
     if (
         base_dir is not None
         and decision is None
@@ -285,8 +300,20 @@ def _check_arguments(program: TrainingProgram, arguments: RunArguments) -> Limit
     check_metrics(metrics_for("train", arguments.metrics))
     check_metrics(metrics_for("val", arguments.metrics))
     check_model_knobs(program.model, config)
+    # The model may have been replaced since
+    check_optimizers(program.model, program.loss, program.optimizers, program.scheduler, config)
     check_optimization(program)
     return limits
+
+
+def _may_log(program: TrainingProgram, callbacks: Iterable[Handlers]) -> bool:
+    """Tell whether code of the user's may log values: in steps and epochs, or in step hooks."""
+    own = type(program)
+    if not all(getattr(own, name) is getattr(DefaultSteps, name) for name in OVERRIDABLE):
+        return True
+    return any(
+        each.hooks and type(each.callback).__module__.partition(".")[0] != "offloop" for each in callbacks
+    )
 
 
 def _needs_run_dir(config: TrainerConfig, callbacks: list[Callback]) -> bool:

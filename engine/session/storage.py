@@ -55,6 +55,8 @@ class Storage:
         keys = [each.callback.best_by[0] for each in plan.handlers if each.callback.best_by is not None]
         # The metrics of evaluated checkpoints by which the best is chosen
         self._chosen_by = [key for key in keys if key.startswith(EVALUATED)]
+        # The newest error of an evaluation. Written by any thread, read at the end
+        self._evaluation_error = ""
         self._monitors = monitors = plan.monitors
         self._ranks = plan.ranks
         self._channel: PartsChannel | None = None
@@ -244,7 +246,9 @@ class Storage:
     def judge(self, event: Evaluated) -> None:
         """Note how a checkpoint was evaluated. Without a metric that chooses the best, the run fails. Any thread."""
         missing = [key for key in self._chosen_by if key not in event.metrics]
-        if event.error is None and missing:
+        if event.error is not None:
+            self._evaluation_error = event.error
+        elif missing:
             self._lifetime.fail(MetricNotFoundError(missing[0], event.metrics))
         self.checkpoints.judge(event)
         with self._summary_lock:
@@ -279,6 +283,14 @@ class Storage:
             self.checkpoints.give_up_evaluations()
             self.checkpoints.flush()
         self.checkpoints.locate(best)
+        if self._chosen_by and best.moment is None:
+            why = f", which failed with {self._evaluation_error}" if self._evaluation_error else ""
+            logger.warning(
+                "run %s has no best checkpoint by %s: it depends on evaluations%s",
+                self._run_id,
+                best.monitor,
+                why or ", and none gave a finite value",
+            )
         if self._uploads is not None:
             assert self._config.remote is not None
             seconds = self._config.remote.timeout

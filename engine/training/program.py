@@ -6,12 +6,17 @@ This module imports nothing that imports a run, so that sessions, runs and tools
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from offloop.engine.argument_hints import declared_as, explains_arguments
+from offloop.engine.argument_hints import (
+    FixedCallbacks,
+    declared_as,
+    explains_arguments,
+    refused_setter,
+)
 from offloop.engine.bus.commands import Need, Stop
 from offloop.engine.callback import Callback, OnError, lookup
 from offloop.engine.checkpoint import CheckpointInfo, Retention
@@ -83,7 +88,7 @@ class TrainingProgram:
         self.loss = loss
         self.scheduler = scheduler
         self.batch_size = batch_size
-        self.callbacks = tuple(check_callbacks(callbacks))
+        self._callbacks = FixedCallbacks(check_callbacks(callbacks))
         self.device = resolve_device(str(self.config.device), strategy=self.config.strategy)
         self._occupancy = Occupancy()
         self._loop_class = TrainingLoop
@@ -343,11 +348,20 @@ class TrainingProgram:
         self._in_run("unfreeze").frozen.thaw(select_parameters(self.model, patterns, "unfreeze"))
 
     @property
+    def callbacks(self) -> tuple[Callback, ...]:
+        """Callbacks of every run, before those that `train()` is given."""
+        return self._callbacks
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, where there is one; else see `optimizers`."""
         if len(self.optimizers) > 1:
             raise AttributeError(f"there are several: self.optimizers has {', '.join(self.optimizers)}")
         return next(iter(self.optimizers.values()))
+
+    if not TYPE_CHECKING:
+        callbacks = callbacks.setter(refused_setter("callbacks"))
+        optimizer = optimizer.setter(refused_setter("optimizer"))
 
     @property
     def epoch(self) -> int:

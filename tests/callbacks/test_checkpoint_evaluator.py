@@ -326,6 +326,29 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path: Path) -> None:
             train(tmp_path, CheckpointEvaluator(evaluate, device="cuda:0"))
 
 
+def test_a_run_whose_evaluations_all_fail_says_that_it_has_no_best(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    result, _ = train(tmp_path, returns("no figures"))
+    assert result.status == "completed" and result.best is None
+    assert (
+        "run run has no best checkpoint by eval_loss: it depends on evaluations, which failed with"
+        in caplog.text
+    )
+    assert "TypeError: evaluate must return figures by name" in caplog.text
+    assert repr(result).splitlines()[0].endswith("; errors in CheckpointEvaluator")
+
+
+def test_a_figure_whose_name_tells_no_direction_needs_a_mode(tmp_path: Path) -> None:
+    trainer = tiny_trainer(run_dir=str(tmp_path))
+    callbacks = [ModelCheckpoint("eval_a"), CheckpointEvaluator(evaluate)]
+    with pytest.raises(ConfigError) as caught:
+        trainer.train(tiny_batches(2), epochs=1, callbacks=callbacks)
+    assert str(caught.value) == (
+        'monitor=\'eval_a\': its name does not tell whether less or more is better, give mode="min" or mode="max"'
+    )
+
+
 def test_a_run_without_checkpoints_says_that_there_was_nothing(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -21,7 +21,9 @@ from offloop.callbacks import ModelCheckpoint
 from offloop.cli.main import app
 from offloop.cli.output import duration
 from offloop.engine import (
+    Evaluated,
     LossError,
+    Metrics,
     StepEnd,
     TrainStart,
     ValidationEnd,
@@ -325,6 +327,22 @@ def test_export_has_a_row_for_each_step_validation_and_epoch_of_all_attempts(her
             assert (float(row["loss"]), float(row["lr"])) == (event.loss, event.lr)
         if isinstance(event, ValidationEnd):
             assert float(row["val_loss"]) == event.metrics["val_loss"] and row["loss"] == ""
+
+
+def test_an_evaluation_is_exported_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    evaluated = Evaluated(
+        path="p", seq=1, step=90, epoch=8, batch=90, of_step=20, of_epoch=1, metrics=Metrics(eval_a=0.5)
+    )
+    log.write_bytes(encode(TrainStart(seq=0)) + b"\n" + encode(evaluated) + b"\n")
+    (row,) = rows_of(offloop("export", str(tmp_path)).stdout)
+    assert [row[name] for name in ("event", "epoch", "step", "batch", "eval_a")] == [
+        "Evaluated",
+        "1",
+        "20",
+        "",
+        "0.5",
+    ]
 
 
 def test_export_has_the_step_that_failed(here: Path) -> None:

@@ -1,6 +1,7 @@
 """Other libraries' spelling of arguments and names is refused, with ours, in one line."""
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from offloop.engine.argument_hints import (
     explains_arguments,
 )
 from offloop.engine.events import known_events
-from offloop.engine.testing import tiny_loader, tiny_trainer
+from offloop.engine.testing import tiny_batches, tiny_loader, tiny_model, tiny_trainer
 
 CALLBACKS: list[Any] = [
     *(
@@ -295,11 +296,47 @@ def test_other_libraries_strategies_are_explained(strategy: Any, text: str) -> N
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_other_libraries_attributes_of_a_trainer_are_explained(name: str) -> None:
     trainer = tiny_trainer()
-    with pytest.raises(AttributeError, match=f"no attribute '{name}': use {ATTRIBUTES[name]}") as raised:
+    with pytest.raises(AttributeError) as raised:
         getattr(trainer, name)
+    advice = ATTRIBUTES[name]
+    assert line_of(raised) == f"'Trainer' object has no attribute {name!r}: {advice}"
     assert raised.value.name == name
-    assert hasattr(trainer, ATTRIBUTES[name].split()[0])
+    meant = re.match(r"use (\w+)", advice)
+    assert meant is None or meant[1] in dir(trainer) or meant[1] == "Trainer"
     assert not hasattr(trainer, "anything_else")
+
+
+def test_a_property_of_a_subclass_fails_with_its_own_error() -> None:
+    class Mine(Trainer):
+        @property
+        def logger(self) -> Any:
+            return self._missing  # type: ignore[attr-defined]  # the mistake
+
+    model = torch.nn.Linear(2, 1)
+    trainer = Mine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(AttributeError, match="_missing"):
+        _ = trainer.logger
+
+
+@pytest.mark.parametrize("name", ["append", "extend", "insert", "remove"])
+def test_callbacks_and_optimizer_are_not_changed_afterwards(name: str) -> None:
+    trainer: Any = tiny_trainer()
+    wanted = r"give them to Trainer\(callbacks=\[\.\.\.\]\), or those of one run to train\("
+    with pytest.raises(AttributeError, match=wanted):
+        getattr(trainer.callbacks, name)
+    with pytest.raises(AttributeError, match=f"callbacks of a trainer cannot be set: {wanted}"):
+        trainer.callbacks = []
+    with pytest.raises(AttributeError, match=r"optimizer of a trainer cannot be set: give it to Trainer\("):
+        trainer.optimizer = None
+    with pytest.raises(AttributeError, match=r"no attribute 'anything_else'$"):
+        _ = trainer.callbacks.anything_else
+
+
+def test_a_model_that_was_replaced_is_found_before_the_run() -> None:
+    trainer = tiny_trainer()
+    trainer.model = tiny_model()
+    with pytest.raises(ConfigError, match="the optimizer holds 4 parameters that are not the model's"):
+        trainer.train(tiny_batches(1), epochs=1)
 
 
 def test_logging_with_an_argument_of_lightning_is_explained() -> None:

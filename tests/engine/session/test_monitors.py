@@ -1,12 +1,24 @@
 """monitors.py: which metric decides what, and that the choice of one callback changes no decision of another."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from offloop.engine import Callback, ConfigError, Run, Trainer, TrainerConfig, TrainStart, decides
+from offloop.callbacks import EarlyStopping, LearningRateScheduler, ModelCheckpoint, WeightAverage
+from offloop.engine import (
+    Callback,
+    ConfigError,
+    Run,
+    StepPoint,
+    Trainer,
+    TrainerConfig,
+    TrainStart,
+    decides,
+    in_step,
+)
 from offloop.engine.session.monitors import Monitors
 from offloop.engine.testing import tiny_batches, tiny_model, tiny_trainer
 
@@ -53,6 +65,73 @@ def test_wish_that_cannot_be_is_refused_before_the_run() -> None:
         monitors(Wish("val_blub"))
     with pytest.raises(ConfigError, match="needs a validation"):
         monitors(Wish("val_accuracy"), val_loader=None)
+
+
+FORGOTTEN = "will not be computed, but train_loss, val_loss will be computed: "
+
+
+@pytest.mark.parametrize(
+    ("monitor", "metrics", "text"),
+    [
+        ("val_accuracy", [], FORGOTTEN + r"give train\(\) metrics=\['accuracy'\]"),
+        ("val_acc", [], FORGOTTEN + r"give train\(\) metrics=\['accuracy'\] and monitor val_accuracy"),
+        ("val_acc", ["accuracy"], "did you mean val_accuracy"),
+        ("val_acuracy", ["accuracy"], "did you mean val_accuracy"),
+        ("val_own", ["accuracy"], "name it in metrics= of train"),
+    ],
+)
+def test_a_metric_that_nothing_computes_is_found_before_the_run(
+    tmp_path: Path, monitor: str, metrics: list[str], text: str
+) -> None:
+    """Whatever names it; the steps of `Trainer` log nothing."""
+    loaders: Any = (tiny_batches(2), tiny_batches(2))
+    cases: list[tuple[Callback | None, dict[str, Any]]] = [
+        (ModelCheckpoint(monitor, mode="max"), {}),
+        (EarlyStopping(monitor, mode="max"), {}),
+        (LearningRateScheduler("reduce_on_plateau", monitor=monitor, mode="max"), {}),
+        (None, {"monitor": monitor, "mode": "max"}),
+    ]
+    for callback, knobs in cases:
+        trainer = tiny_trainer(run_dir=str(tmp_path / "runs"), **knobs)
+        callbacks = [] if callback is None else [callback]
+        with pytest.raises(ConfigError, match=text):
+            trainer.train(*loaders, epochs=1, metrics=metrics, callbacks=callbacks)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_callback_that_needs_a_validation_says_so_before_the_run(tmp_path: Path) -> None:
+    trainer = tiny_trainer(run_dir=str(tmp_path / "runs"))
+    with pytest.raises(ConfigError, match="monitor='val_loss' needs a validation"):
+        trainer.train(tiny_batches(2), epochs=1, callbacks=[EarlyStopping("val_loss")])
+    assert not (tmp_path / "runs").exists()
+
+
+class Logs(Callback):
+    """Logs a value in a step hook."""
+
+    @in_step
+    def after_backward(self, point: StepPoint) -> None:
+        point.log("own", 1.0)
+
+
+class LogsInSteps(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        self.log("own", 1.0)
+        return super().training_step(batch)
+
+
+def test_a_metric_that_a_step_or_a_hook_may_log_is_awaited() -> None:
+    stopping = EarlyStopping("train_own", mode="max", patience=1)
+    result = tiny_trainer().train(tiny_batches(2), epochs=3, callbacks=[stopping, Logs()])
+    assert (result.status, result.epochs) == ("stopped", 2)
+    stopping = EarlyStopping("train_own", mode="max", patience=1)
+    assert tiny_trainer(LogsInSteps).train(tiny_batches(2), epochs=3, callbacks=[stopping]).epochs == 2
+
+
+def test_a_metric_of_the_weights_in_training_is_computed_beside_an_average() -> None:
+    callbacks = [WeightAverage(validate="both"), EarlyStopping("val_live_loss")]
+    result = tiny_trainer().train(tiny_batches(2), tiny_batches(2), epochs=2, callbacks=callbacks)
+    assert result.status == "completed"
 
 
 # Plateaus --------------------------------------------------------------------------------------------
