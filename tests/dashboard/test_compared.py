@@ -1,16 +1,20 @@
 """Several runs in the charts of the live page, read back from their canvases; and which runs an address shows."""
 
+import base64
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Final
 from urllib.parse import quote
+from xml.etree import ElementTree
 
 import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
 from live_page import OpenPage, Training, chart, figure, options, shot, table_of, word
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
@@ -233,6 +237,92 @@ def test_a_group_is_its_mean_with_a_band_and_its_runs_on_demand(begin: Start, op
     shot(page, "groups-members")
     faint = [each for each in Drawing(loss).raw["strokes"] if 0 < each["alpha"] < 1]
     assert len(faint) == 4
+
+
+def test_runs_are_grouped_by_tag(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    """One run has both tags, and counts in both groups; one has none, and is a line of its own."""
+    runs = {"r0": (1, ["wide"]), "r1": (3, ["wide", "paper"]), "r2": (7, ["paper"]), "r3": (9, [])}
+    for name, (scale, tags) in runs.items():
+        most = 10 if name != "r3" else 100
+        run = training(tmp_path, knobs={"run_name": name, "tags": tags}, max_steps=most).begin()
+        for step in range(1, 11):
+            run.step(loss=scale / step)
+        if most == 10:
+            run.wait_for_end()
+    page = open_page(run.dashboard.url, viewport={"width": 1440, "height": 900})
+    expect(figure(page, "Step")).to_contain_text("10")
+    show(page, run="r3", hide=["val_loss", "train_loss"], **{"with": ["r0", "r1", "r2"]})
+    page.get_by_label("Group by").select_option("By tag")
+    loss = chart(page, "loss")
+    expect(loss.locator(".curve", has_text="wide (2)")).to_contain_text("0.2000 (0.1000 to 0.3000)")
+    expect(loss.locator(".curve", has_text="paper (2)")).to_contain_text("0.5000 (0.3000 to 0.7000)")
+    expect(loss.locator(".curve", has_text="r3")).to_contain_text("0.9000")
+    page.evaluate(NEXT_FRAME)
+    drawing = Drawing(loss)
+    for label, low, mean, high in (("wide (2)", 1, 2, 3), ("paper (2)", 3, 5, 7)):
+        upper, lower = drawing.band(label)
+        for line, scale in ((drawing.line(label), mean), (upper, high), (lower, low)):
+            assert [y for _, y in line] == pytest.approx([scale / step for step in range(1, 11)], abs=0.1)
+    shot(page, "groups-by-tag")
+
+
+SVG: Final = "{http://www.w3.org/2000/svg}"
+
+COLOURS: Final = """async (base64) => {
+  const image = await createImageBitmap(await (await fetch(`data:image/png;base64,${base64}`)).blob());
+  const canvas = new OffscreenCanvas(image.width, image.height);
+  const ink = canvas.getContext("2d");
+  ink.drawImage(image, 0, 0);
+  const { data } = ink.getImageData(0, 0, image.width, image.height);
+  const counts = {};
+  for (let at = 0; at < data.length; at += 4) {
+    const key = `#${[...data.slice(at, at + 3)].map((part) => part.toString(16).padStart(2, "0")).join("")}`;
+    counts[key] = (counts[key] ?? 0) + 1;
+  }
+  return [image.width, image.height, counts];
+}"""
+
+
+def test_pictures_of_several_runs_name_them_and_have_their_lines(
+    two: tuple[Training, Page], browser: Browser
+) -> None:
+    _, page = two
+    colours = Drawing(chart(page, "loss")).raw["colours"]
+    with page.expect_download() as download:
+        options(page, "loss").get_by_role("button", name="SVG").click()
+    assert download.value.suggested_filename == "2_runs-loss.svg"
+    picture = ElementTree.fromstring(Path(download.value.path()).read_bytes())
+    texts = [each.text or "" for each in picture.iter(f"{SVG}text")]
+    assert {"loss", "live, past", "Step", "live", "past"} <= set(texts)
+    assert any("step 0.05000" in text for text in texts)
+    paths = [(each.get("stroke"), each.attrib["d"].count("L")) for each in picture.iter(f"{SVG}path")]
+    # A line of 20 and one of 40 points
+    for name, points in (("live", 20), ("past", 40)):
+        assert max(count for stroke, count in paths if as_rgb(stroke) == colours[name]) == points - 1
+
+    with page.expect_download() as download:
+        options(page, "loss").get_by_role("button", name="PNG").click()
+    content = base64.b64encode(Path(download.value.path()).read_bytes()).decode()
+    # Another page: that of the run lets nothing be fetched
+    width, height, counts = browser.new_page().evaluate(COLOURS, content)
+    assert (width, height) == (1920, 1080)
+    for name in ("live", "past"):
+        assert counts.get(as_hex(colours[name]), 0) > 500, f"the line of {name} is missing"
+
+
+def as_hex(colour: str) -> str:
+    """Return `rgb(0, 114, 178)` as `#0072b2`."""
+    red, green, blue = (int(part) for part in re.findall(r"\d+", colour)[:3])
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def as_rgb(colour: str | None) -> str:
+    """Return `#0072b2` as `rgb(0, 114, 178)`."""
+    if colour is None or not re.fullmatch("#[0-9a-f]{6}", colour):
+        return colour or ""
+    return f"rgb({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:], 16)})"
 
 
 def test_what_is_constant_in_a_group_has_its_value(begin: Start, open_page: OpenPage) -> None:

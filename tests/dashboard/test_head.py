@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from offloop import ModelCheckpoint
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from live_page import OpenPage, Training, chart, figure, shot, word
@@ -51,6 +54,30 @@ def test_the_first_plot_begins_high_on_the_screen(
     assert box_of(chart(page, "loss"))["y"] <= most
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
     shot(page, f"first-plot-{width}-{scheme}")
+
+
+def test_the_first_plot_begins_high_beside_the_list_of_runs(
+    training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
+) -> None:
+    """With everything above the charts that an ordinary run brings: groups, marks, and a count of what is found."""
+    before = training(tmp_path, knobs={"run_name": "before"}, max_steps=1).begin()
+    before.step(loss=1.0)
+    before.wait_for_end()
+    run = training(
+        tmp_path, knobs={"run_name": "now", "val_every_n_steps": 10}, callbacks=[ModelCheckpoint()]
+    )
+    run.begin()
+    names = [f"group{group}/m{number}" for group in range(4) for number in range(4)]
+    for step in range(1, 41):
+        run.step(loss=1 / step, **dict.fromkeys(names, float(step)))
+    page = open_page(run.dashboard.url, viewport={"width": 1440, "height": 900})
+    expect(page.locator(".runs-row")).to_have_count(2)
+    expect(page.get_by_role("group", name="Marks").get_by_role("button")).to_have_text(
+        ["Validations", "Checkpoints"]
+    )
+    expect(chart(page, "loss").locator("canvas")).to_be_visible()
+    assert box_of(chart(page, "loss"))["y"] <= 300
+    shot(page, "first-plot-beside-list")
 
 
 @pytest.mark.parametrize("width", [390, 768, 1440])

@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, chart, figure, shot, word
+from live_page import OpenPage, acks, button, chart, figure, shot, word
 from playwright.sync_api import Locator, Page, expect
-from run_files import TrainerProcess, events_of, trainer_process, write_run
+from run_files import TOKEN, TrainerProcess, events_of, trainer_process, write_run
 
 from offloop.engine import StepEnd
 
@@ -130,3 +130,34 @@ def test_runs_with_other_batches_are_aligned_by_the_samples_they_have_seen(
         assert [x for x, _ in line] == pytest.approx([size * step for step in range(1, 11)], abs=0.5)
         assert [y for _, y in line] == pytest.approx([1 / step for step in range(1, 11)], abs=0.02)
     shot(page, "samples")
+
+
+def test_a_click_goes_from_looking_at_a_run_of_another_process_to_steering_it(
+    tmp_path: Path, address: str, open_page: OpenPage
+) -> None:
+    with trainer_process("live", tmp_path, "page") as trainer:
+        trainer.steps(3)
+        page = look(open_page, address)
+        expect(button(page, "Pause")).to_have_attribute("aria-disabled", "true")
+        expect(button(page, "Pause")).to_have_attribute(
+            "title", re.compile("This page follows the run's files")
+        )
+        link = page.get_by_role("link", name="Open its own page")
+        own = link.get_attribute("href")
+        assert own is not None and "token" not in own
+        # The browser has opened the address that the run printed, some time in the last 30 days
+        once = page.context.new_page()
+        once.goto(f"{own}?token={TOKEN}")
+        expect(word(once)).to_have_text("live")
+        once.close()
+        with page.context.expect_page() as opened:
+            link.click()
+        steering = opened.value
+        expect(word(steering)).to_have_text("live")
+        button(steering, "Pause").click()
+        expect(acks(steering)).to_contain_text("accepted")
+        trainer.steps(1)
+        expect(word(steering)).to_have_text("paused")
+        expect(word(page)).to_have_text("paused")
+        button(steering, "Resume").click()
+        expect(word(page)).to_have_text("live")

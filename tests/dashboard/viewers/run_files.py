@@ -71,6 +71,10 @@ def write_run(directory: Path, events: Sequence[Event], **described: Any) -> Pat
     return directory
 
 
+TOKEN: Final = "0123456789abcdef"
+"""Of the page of a trainer in a process of its own."""
+
+
 class TrainerProcess:
     """A process that trains, step by step."""
 

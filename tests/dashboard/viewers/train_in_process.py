@@ -8,6 +8,7 @@ from offloop import Callback, Event, Run, StepEnd
 from offloop.dashboard import Dashboard
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
+TOKEN = "0123456789abcdef"
 name, run_dir, *words = sys.argv[1:]
 
 
@@ -38,6 +39,6 @@ trainer = tiny_trainer(run_name=name, run_dir=run_dir)
 trainer.train(
     Lines(),
     epochs=1,
-    callbacks=[Tell(), *([Dashboard(port=0, quiet=True)] if "page" in words else [])],
+    callbacks=[Tell(), *([Dashboard(port=0, quiet=True, token=TOKEN)] if "page" in words else [])],
     resume="auto" if "resume" in words else None,
 )

@@ -19,7 +19,7 @@ import { Options } from "./options";
 import { Panel, type PanelHost } from "./panel";
 import { Ranges } from "./ranges";
 import { COLUMNS, RunCurves } from "./run_curves";
-import { ChartRuns } from "./runs";
+import { ChartRuns, slotOf } from "./runs";
 import type { ChartEvent, Scene } from "./scene";
 import { Tables } from "./tables";
 import { cssColour, lookOfRun, readTheme, type Theme, watchTheme } from "./theme";
@@ -168,8 +168,8 @@ export class Charts {
     const run = this.#runs.get(key);
     if (!run) return null;
     const { groupBy, baseline } = this.#host.view.get();
-    const group = this.#runs.groups(groupBy)?.find(({ runs }) => runs.includes(run));
-    return cssColour({ hue: key === baseline ? null : lookOfRun(group?.slot ?? run.slot, 0).hue });
+    const slot = slotOf(run, this.#runs.all, this.#runs.groups(groupBy));
+    return cssColour({ hue: key === baseline ? null : lookOfRun(slot, 0).hue });
   }
 
   #curvesOf(run: RunInfo | null, slot: number): RunCurves {

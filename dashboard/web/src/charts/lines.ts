@@ -7,6 +7,7 @@ import type { Item, LegendHead } from "./legend";
 import type { Line } from "./paint";
 import { bestOf, indexAt } from "./reading";
 import type { RunCurves } from "./run_curves";
+import { slotOf } from "./runs";
 import type { RunGroup, Scene } from "./scene";
 import { colourOf, type Look, lookOfCurve, lookOfRun } from "./theme";
 import type { PanelCurve, Said, Source, Values } from "./values";
@@ -46,7 +47,7 @@ export function shownCurves(curves: readonly PanelCurve[], scene: Scene): PanelC
 export function lookOf({ run, info }: PanelCurve, scene: Scene, slots: ReadonlyMap<string, number>): Look {
   const slot = slots.get(info.key) ?? 0;
   if (scene.runs.length === 1) return lookOfCurve(slot);
-  const look = lookOfRun(groupOf(run, scene)?.slot ?? run.slot, slot);
+  const look = lookOfRun(slotOf(run, scene.runs, scene.groups), slot);
   return run === scene.baseline ? { ...look, hue: null } : look;
 }
 

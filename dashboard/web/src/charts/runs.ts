@@ -5,6 +5,13 @@ import type { Axis } from "../view";
 import type { RunCurves } from "./run_curves";
 import type { RunGroup } from "./scene";
 
+/** The colour of a run: that of its group. Runs without one have the colours after those of the groups. */
+export function slotOf(run: RunCurves, all: readonly RunCurves[], groups: readonly RunGroup[] | null): number {
+  if (groups === null) return run.slot;
+  const isIn = (one: RunCurves): RunGroup | undefined => groups.find(({ runs }) => runs.includes(one));
+  return isIn(run)?.slot ?? groups.length + all.filter((one) => isIn(one) === undefined).indexOf(run);
+}
+
 export class ChartRuns {
   /** The watched run. */
   focus: RunCurves;
