@@ -15,6 +15,7 @@ import msgspec
 
 from offloop.dashboard.curves.history import HISTORY_BYTES
 from offloop.dashboard.lease import Lease, SharedServer
+from offloop.dashboard.notebook import HEIGHT, CellOutput, address_in_browser, is_in_notebook
 from offloop.dashboard.options import Options
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES
 from offloop.dashboard.runs.page_file import remove_page_file, write_page_file
@@ -158,6 +159,7 @@ class Dashboard(Callback):
         self._block_leases: list[Lease] = []
         # The server of the newest lease, which other dashboards may keep open longer.
         self._server: Server | None = None
+        self._cell: CellOutput | None = None
 
     # As a callback
 
@@ -177,6 +179,8 @@ class Dashboard(Callback):
         self._run = run
         subscription = run.events(buffer=SAMPLES_HELD, name="Dashboard")
         self._server.add_run(run, event, subscription)
+        if self._cell is not None:
+            self._cell.show_frame()
         if run.dir is not None and not self._server.options.is_mounted:
             # Without the file, pages of other processes do not lead here.
             with contextlib.suppress(OSError):
@@ -191,7 +195,9 @@ class Dashboard(Callback):
         if run is not None:
             if run.dir is not None:
                 remove_page_file(run.dir)
-            lease.server.finish_run(run)
+            picture = lease.server.finish_run(run, with_picture=self._cell is not None)
+            if self._cell is not None and picture is not None:
+                self._cell.show_picture(picture, f"{run!r}")
             if run.interrupted:
                 lease.unpin()
         lease.release("the run is over")
@@ -265,6 +271,47 @@ class Dashboard(Callback):
             await _in_thread(self._acquire)
         return self._serving()
 
+    def show(self, height: int = HEIGHT, *, address: str | None = None) -> None:
+        """Show the page in the output of this cell of a notebook, live; the last expression `dashboard` does so, too.
+
+        ```python
+        dashboard = Dashboard()
+        dashboard.show()
+        result = trainer.train(train_loader, val_loader, epochs=10, callbacks=[dashboard])
+        ```
+
+        The server opens, if it is not open, and stays open until the kernel ends. When a run of this dashboard is over,
+        a picture of its curves takes the place of the page, so that a saved notebook shows something; `show()` in
+        another cell shows the page again.
+
+        Blocks for milliseconds.
+
+        Args:
+            height: Of the frame, pixels, at least 100.
+            address: Where the browser finds the page, such as `"/user/me/proxy/8321/"`. Default None: the page's own
+                address, or that of jupyter-server-proxy on a JupyterHub.
+
+        Raises:
+            RuntimeError: This is no notebook, or the page is mounted in an application.
+            OSError: The server cannot listen on the address.
+        """
+        checks.whole_number("height", height, at_least=100)
+        if not is_in_notebook():
+            raise RuntimeError("show() is for notebooks; elsewhere, Dashboard(open=True) opens the browser")
+        lease = self._acquire(quiet=True)
+        lease.pin()
+        self._block_leases.append(lease)
+        server = self._at_port()
+        self._cell = CellOutput(
+            address or address_in_browser(server.port, server.address), *server.admit_frames(), height
+        )
+
+    def _ipython_display_(self) -> None:
+        if is_in_notebook():
+            self.show()
+        else:
+            print(repr(self))
+
     def wait_for_interrupt(self) -> None:
         """Keep serving until Ctrl-C, then close. Blocks its thread; for the end of a script."""
         server = self._server
@@ -305,7 +352,7 @@ class Dashboard(Callback):
             )
         return server
 
-    def _acquire(self) -> Lease:
+    def _acquire(self, *, quiet: bool = False) -> Lease:
         lease = _shared.acquire(self._options)
         self._server = lease.server
         if self.keep_open and lease.pin():
@@ -314,7 +361,7 @@ class Dashboard(Callback):
             announce(
                 lease.server,
                 open_browser=self._open_browser,
-                quiet=self._quiet,
+                quiet=quiet or self._quiet,
                 without_encryption="give Dashboard(ssl=...)",
             )
         return lease

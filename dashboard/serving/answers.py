@@ -11,6 +11,10 @@ from offloop.dashboard.serving.page import NOT_BUILT, Asset, Page
 from offloop.dashboard.serving.places import Places
 from offloop.dashboard.serving.security import SECURITY_HEADERS, content_security_policy
 
+LOCAL_ORIGINS: Final = tuple(
+    f"{scheme}://{host}:*" for scheme in ("http", "https") for host in ("localhost", "127.0.0.1")
+)
+"""Origins of notebooks on this machine, as a policy names them."""
 FOR_GOOD: Final = "public, max-age=31536000, immutable"
 
 
@@ -53,38 +57,43 @@ class Files:
 
     def __init__(self, page: Page | None, frame_ancestors: Sequence[str]) -> None:
         self._page = page
-        self._policy = content_security_policy(frame_ancestors)
+        self._ancestors = tuple(frame_ancestors)
 
-    def answer(self, path: str, *, known: Sequence[str], codings: Sequence[str]) -> Answer:
+    def answer(
+        self, path: str, *, known: Sequence[str], codings: Sequence[str], is_framed: bool = False
+    ) -> Answer:
         """Answer a request for a file.
 
         Args:
             path: Below the page's own, beginning with a slash.
             known: `If-None-Match` headers.
             codings: `Accept-Encoding` headers.
+            is_framed: Let pages of this machine embed the page.
         """
+        ancestors = (*self._ancestors, *(LOCAL_ORIGINS if is_framed else ()))
+        policy = {"Content-Security-Policy": content_security_policy(ancestors)}
         if self._page is None:
-            return self._asset(NOT_BUILT, 503, "no-store", known, codings)
+            return _asset(NOT_BUILT, 503, "no-store", known, codings, policy)
         asset = self._page.assets.get(path)
         if asset is None:
             return answer(404, "Not found.")
-        return self._asset(asset, 200, "no-cache" if path == "/" else FOR_GOOD, known, codings)
+        return _asset(asset, 200, "no-cache" if path == "/" else FOR_GOOD, known, codings, policy)
 
-    def _asset(
-        self, asset: Asset, status: int, keep: str, known: Sequence[str], codings: Sequence[str]
-    ) -> Answer:
-        more = {
-            "Content-Type": asset.content_type,
-            "Cache-Control": keep,
-            "Content-Security-Policy": self._policy,
-            "ETag": asset.etag,
-            "Vary": "Accept-Encoding",
-        }
-        if status == 200 and asset.etag in ",".join(known):
-            return answer(304, b"", more)
-        if _accepts_gzip(codings):
-            return answer(status, asset.gzipped, more | {"Content-Encoding": "gzip"})
-        return answer(status, asset.body, more)
+
+def _asset(
+    asset: Asset, status: int, keep: str, known: Sequence[str], codings: Sequence[str], policy: dict[str, str]
+) -> Answer:
+    more = policy | {
+        "Content-Type": asset.content_type,
+        "Cache-Control": keep,
+        "ETag": asset.etag,
+        "Vary": "Accept-Encoding",
+    }
+    if status == 200 and asset.etag in ",".join(known):
+        return answer(304, b"", more)
+    if _accepts_gzip(codings):
+        return answer(status, asset.gzipped, more | {"Content-Encoding": "gzip"})
+    return answer(status, asset.body, more)
 
 
 def _accepts_gzip(headers: Sequence[str]) -> bool:

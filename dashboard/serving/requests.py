@@ -87,6 +87,7 @@ class Requests:
             address.path,
             known=headers.get_all("If-None-Match"),
             codings=headers.get_all("Accept-Encoding"),
+            is_framed=self.gate.may_be_framed(address.query),
         )
 
     def _admit(self, peer: "Peer", headers: Headers, host: str) -> Answer | None:
@@ -97,11 +98,14 @@ class Requests:
                 403, "Only the page of this server, or a program with a token, may open a websocket."
             )
         role = self.gate.role_of_bearer(bearers) if bearers else self.gate.role_of_cookie(cookies)
-        if role is None:
+        if role is None and (bearers or not self.gate.admits_frames):
             return answer(401, HOW_TO_ENTER)
-        if self.places.is_full(role):
+        if role is not None and self.places.is_full(role):
             return answer(503, self.places.why_full)
-        if bearers:
+        if role is None:
+            # Perhaps a frame, whose first message will bring its key.
+            peer.cookies = ()
+        elif bearers:
             peer.enter(role)
         else:
             peer.cookies = cookies

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -104,6 +105,8 @@ class Gate:
         self._tokens: tuple[tuple[str, Role], ...] = ((token, "control"), (read_only_token, "read_only"))
         self._key = key
         self._read_only = read_only
+        # What lets a page be in a frame, and in, once a notebook shows it. Any thread may set it, once.
+        self._frame: tuple[str, str] | None = None
         self._names = LOOPBACK_NAMES | {bound_to.lower(), *(name.lower() for name in allow_hosts)}
 
     def allows_host(self, headers: Sequence[str]) -> bool:
@@ -157,8 +160,36 @@ class Gate:
         """Return the role that `Cookie` headers claim. It is not enough: others may have the cookie."""
         return self._at_most(self._role_in(cookies))
 
+    def admit_frames(self) -> tuple[str, str]:
+        """Let notebooks show the page in frames. Any thread.
+
+        Returns:
+            What the query of a frame's address has as `embed`: only then other pages of this machine may be around it,
+            so that none can have the user click on what they do not see. And the key that the frame's page needs: where
+            another site embeds it, the browser keeps the cookie away, so this key is enough. 128 bits each, valid
+            while the process lives.
+        """
+        if self._frame is None:
+            self._frame = secrets.token_hex(16), secrets.token_hex(16)
+        return self._frame
+
+    @property
+    def admits_frames(self) -> bool:
+        """True once a notebook shows the page."""
+        return self._frame is not None
+
+    def may_be_framed(self, query: str) -> bool:
+        """True for the address of a frame that a notebook shows."""
+        given = re.search(r"(?:^|&)embed=([0-9a-f]{32})(?:&|$)", query)
+        return self._frame is not None and given is not None and hmac.compare_digest(given[1], self._frame[0])
+
     def role_of_page(self, cookies: Sequence[str], keys: Sequence[str], port: int) -> Role | None:
-        """Return the role that a cookie and the keys of a page grant together: the lower one of both."""
+        """Return the role that a cookie and the keys of a page grant together: the lower one of both.
+
+        The key of frames needs no cookie.
+        """
+        if self._frame is not None and _is_among(self._frame[1], keys):
+            return self._at_most("control")
         claimed, key = self._role_in(cookies), self._key.current()
         if claimed is None or key is None:
             return None

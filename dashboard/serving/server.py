@@ -13,9 +13,9 @@ import functools
 import logging
 import os
 import socket
-import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -25,6 +25,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
+from offloop.dashboard.curves.picture import picture
 from offloop.dashboard.hub import Hub
 from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
@@ -102,7 +103,7 @@ class Server:
         self._stop: asyncio.Event
         # Only the server's thread uses these, and a forked child, in which no other thread lives.
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._followers: dict[Run, asyncio.Task[None]] = {}
+        self._followers: dict[Run, tuple[asyncio.Task[None], LiveRun]] = {}
         self._requests: Requests
         # File descriptors of the listening sockets.
         self._listening: list[int] = []
@@ -147,6 +148,10 @@ class Server:
             host = f"[{host}]"
         return f"{'https' if self.options.ssl else 'http'}://{host}:{self.port}/"
 
+    def admit_frames(self) -> tuple[str, str]:
+        """Let notebooks of this machine show the page in frames; see `Gate.admit_frames`. Any thread."""
+        return self._gate.admit_frames()
+
     @property
     def _is_wildcard(self) -> bool:
         return self.options.host in ("0.0.0.0", "::", "")
@@ -162,11 +167,28 @@ class Server:
         if not self._post(lambda: self._follow(run, start, optimizers, subscription)):
             subscription.close()
 
-    def finish_run(self, run: "Run") -> None:
-        """Wait until the hub has read all events of a run that has ended. Blocks its thread for at most a second."""
-        done = threading.Event()
-        if self._post(lambda: self._when_followed(run, done.set)):
-            done.wait(GOODBYE)
+    def finish_run(self, run: "Run", *, with_picture: bool = False) -> str | None:
+        """Wait until the hub has read all events of a run that has ended. Blocks its thread for at most a second.
+
+        Args:
+            run: The run.
+            with_picture: Return a picture of its curves.
+
+        Returns:
+            The picture as SVG; None if it was not wanted, or did not come in time.
+        """
+        finished: Future[str | None] = Future()
+
+        def finish(live: LiveRun | None) -> None:
+            drawn = None
+            if with_picture and live is not None:
+                drawn = picture(live.history, live.series, f"{live.name}: {live.state}")
+            finished.set_result(drawn)
+
+        if self._post(lambda: self._when_followed(run, finish)):
+            with contextlib.suppress(TimeoutError):
+                return finished.result(GOODBYE)
+        return None
 
     def serve(self, link: Link, visitor: Visitor, address: str, *, done: Callable[[], None]) -> None:
         """Serve a viewer that an application brings, until its link ends. Any thread; does not wait.
@@ -350,14 +372,14 @@ class Server:
         )
         if self._runs_dir is None and run.dir is not None:
             self._follow_directory(run.dir.parent, names_all=False)
-        self._followers[run] = self._spawn(self.hub.follow(live, subscription))
+        self._followers[run] = self._spawn(self.hub.follow(live, subscription)), live
 
-    def _when_followed(self, run: "Run", tell: Callable[[], None]) -> None:
-        follower = self._followers.pop(run, None)
+    def _when_followed(self, run: "Run", tell: Callable[[LiveRun | None], None]) -> None:
+        follower, live = self._followers.pop(run, (None, None))
         if follower is None:
-            tell()
+            tell(None)
         else:
-            follower.add_done_callback(lambda _: tell())
+            follower.add_done_callback(lambda _: tell(live))
 
     def close_copies(self) -> None:
         """Close the copies of this server's sockets. Called in a forked child."""

@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     # Only where there is a browser
     from live_page import OpenPage, Training
+    from notebook import Lab, Notebook
     from playwright.sync_api import Browser, Page
 
 CHROMIUM: Final = ("chromium", "chromium-browser", "google-chrome")
@@ -106,3 +107,24 @@ def started(
     expect(word(page)).to_have_text("live")
     expect(figure(page, "Step")).to_contain_text("10")
     return run, page
+
+
+@pytest.fixture
+def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Notebook]":
+    """A notebook with a kernel of its own."""
+    from notebook import Notebook
+
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    made = Notebook(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def lab() -> "Iterator[Lab]":
+    """A site of another name."""
+    from notebook import Lab
+
+    made = Lab()
+    yield made
+    made.close()

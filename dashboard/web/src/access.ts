@@ -13,8 +13,12 @@ export class Access {
   /** Keys of this visit, where the browser stores nothing. */
   #taken: string[] = [];
 
-  constructor(storage: PageStorage) {
+  /** The key of a frame in a notebook is for that frame: stored, each kernel's would crowd out those of tabs. */
+  readonly #isFramed: boolean;
+
+  constructor(storage: PageStorage, isFramed = false) {
     this.#storage = storage;
+    this.#isFramed = isFramed;
   }
 
   /** Take the key out of what stands after `#`, and return the rest. */
@@ -25,7 +29,7 @@ export class Access {
     const found = fields.filter((field) => field.startsWith("key=")).map((field) => field.slice("key=".length));
     const keys = [...found.filter((key) => KEY.test(key)), ...this.keys()];
     this.#taken = [...new Set(keys)].slice(0, MOST_KEYS);
-    this.#storage.setItem(STORAGE_KEY, this.#taken.join(","));
+    if (!this.#isFramed) this.#storage.setItem(STORAGE_KEY, this.#taken.join(","));
     return rest.length === 0 ? "" : `#${rest.join("&")}`;
   }
 

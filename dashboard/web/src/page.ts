@@ -37,7 +37,7 @@ const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config
 class Page {
   #model = NOTHING;
   #link: Link;
-  readonly #access = new Access(storage);
+  readonly #access = new Access(storage, window.top !== window);
   readonly #view = new View(this.#hash(), storage);
   readonly #connection: Connection;
   readonly #watching: Watching;
@@ -177,6 +177,8 @@ class Page {
   // Layout
 
   #build(): void {
+    // In the output of a notebook's cell: without head and controls.
+    document.documentElement.classList.toggle("embedded", new URLSearchParams(location.search).has("embed"));
     const list = h("div", { class: "tabs", role: "tablist", "aria-label": "Views" });
     const panels: Record<Tab, HTMLElement> = {
       metrics: this.#chartsRoot,
