@@ -56,7 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(models.app, name="models")
-app.command()(runs.runs)
+app.command(epilog=runs.FIELDS_HELP)(runs.runs)
 app.command()(runs.label)
 app.command()(runs.export)
 

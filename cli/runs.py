@@ -1,11 +1,10 @@
 """`offloop runs`, `offloop label` and `offloop export`: list runs, say what they are, and write their metrics."""
 
 import contextlib
-import difflib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -27,6 +26,7 @@ from offloop.cli.output import (
 )
 from offloop.dashboard.masking import masked, masked_command
 from offloop.engine import (
+    RUN_FIELDS,
     ConfigError,
     OffloopError,
     RunCatalog,
@@ -34,26 +34,33 @@ from offloop.engine import (
     RunLabels,
     RunLabelsChangedError,
     RunRecord,
+    check_fields,
     edit_labels,
     export_metrics,
     read_labels,
     read_run,
-    sorting_key,
+    sort_runs,
     values_of,
 )
 from offloop.engine.checkpoint import CheckpointError, CheckpointReader
 from offloop.engine.visible_text import visible
 
-COLUMNS: Final = ("name", "state", "step", "last", "best", "duration", "age", "tags")
+COLUMNS: Final = ("name", "state", "step", "last", "best", "duration", "age", "tag")
 """Columns of the list, unless others are chosen."""
-KNOWN: Final = (
-    *COLUMNS,
-    *"metric id key epoch progress note host why attempt started created seconds device".split(),
-)
-OF_TEXT: Final = frozenset("name id key state metric tags note host why device".split())
-"""Columns that are not aligned at the right."""
+KINDS: Final = {each.name: each.kind for each in RUN_FIELDS}
 EXPLAINED: Final = 3
 """Most runs of which is told why they are lost."""
+FIELDS_HELP: Final = "\n".join(
+    (
+        # Click folds no paragraph that begins with this
+        "\b",
+        "Fields:",
+        *(f"  {each.name:<10}{each.about.replace('`', '')}" for each in RUN_FIELDS),
+        f"  {'METRIC':<10}last value of a metric (val_loss); best.METRIC, last.METRIC",
+        f"  {'SETTING':<10}a hyperparameter (optimizer.lr); also hparams.SETTING",
+    )
+)
+"""What `offloop runs --help` ends with."""
 TRIES: Final = 5
 """Times an edit is made again because another one came first."""
 
@@ -65,21 +72,17 @@ def runs(
         typer.Option(
             "--filter",
             "-f",
-            help='Show the runs for which all terms hold: words or /regex/ in name, id and tags, "state:failed", '
-            '"tag:baseline", "val_loss<0.5", "best.val_loss<0.5", "optimizer.lr=0.001", "age<7d"; '
-            '"-TERM" for the others.',
+            help='Show the runs for which all terms hold: words, "quoted words" or /regex/ in name, id, key and tags, '
+            'or FIELD:VALUE, FIELD=VALUE, FIELD<VALUE as in "state:failed,lost val_loss<0.5"; "-TERM" for the others.',
         ),
     ] = None,
     sort: Annotated[
         str,
-        typer.Option(help="Sort by a column, metric or hyperparameter; -NAME for the largest first."),
+        typer.Option(help="Sort by a field; -FIELD for the largest and newest first."),
     ] = "-started",
     columns: Annotated[
         str | None,
-        typer.Option(
-            help="Columns, separated by commas: name, id, key, state, step, epoch, progress, last, best, duration, "
-            "age, tags, note, host, why, a metric (val_loss, best.val_loss) or a hyperparameter (optimizer.lr)."
-        ),
+        typer.Option(help="Fields to show, separated by commas."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show archived runs, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -94,14 +97,17 @@ def runs(
     try:
         wanted = RunFilter(" ".join(filters or []))
     except ConfigError as error:
-        fail(str(error))
+        fail(f"--filter: {error}")
     catalog = RunCatalog(runs_dir)
     catalog.refresh()
     if catalog.problem:
         fail(catalog.problem)
     records = list(catalog.records.values())
-    found = [each for each in records if (everything or not each.labels.archived) and wanted.matches(each)]
-    found = _sorted(found, sort)
+    with _naming("--filter"):
+        found = wanted.select(records, archived=everything)
+    with _naming("--sort"):
+        check_fields(records, [sort.removeprefix("-")])
+        found = sort_runs(found, sort)
     if as_json:
         print_json({"runs": [_plain(each) for each in found], "total": len(records)})
         return
@@ -112,15 +118,15 @@ def runs(
     if not columns and any(visible(each.key) != each.name for each in found):
         # What `label` and `export` take
         shown.insert(1, "key")
-    for name in shown:
-        _check_known(records, name, "--columns")
+    with _naming("--columns"):
+        check_fields(records, shown)
     now = time.time()
     if found:
-        titles = {name: name.upper() for name in KNOWN}
+        titles = {name: name.upper() for name in KINDS}
         if not columns:
             _name_metric(shown, titles, {each.monitor for each in found if each.monitor})
         print_rows(
-            [f"{'' if name in OF_TEXT else '>'}{titles.get(name, name)}" for name in shown],
+            [_header(name, titles) for name in shown],
             [[_cell(record, name, now) for name in shown] for record in found],
         )
     for text in _about_lost([each for each in found if each.state == "lost"]):
@@ -215,15 +221,13 @@ def export(
         print_error(f"{exported.skipped} lines of the log hold no event and were skipped")
 
 
-def _sorted(records: list[RunRecord], by: str) -> list[RunRecord]:
-    """Return runs by a column; those without a value come last in both directions."""
-    name = by.removeprefix("-")
-    keys = {each.key: sorting_key(each, _full_name(each, name)) for each in records}
-    known = [each for each in records if keys[each.key][0] < 2]
-    unknown = [each for each in records if keys[each.key][0] == 2]
-    _check_known(records, name, "--sort")
-    known.sort(key=lambda each: keys[each.key], reverse=by.startswith("-"))
-    return [*known, *unknown]
+@contextlib.contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Fail for a wrong value of an option."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(f"{option}: {error}")
 
 
 def _name_metric(shown: list[str], titles: dict[str, str], monitors: set[str]) -> None:
@@ -234,26 +238,30 @@ def _name_metric(shown: list[str], titles: dict[str, str], monitors: set[str]) -
         shown.insert(shown.index("last"), "metric")
 
 
-def _full_name(record: RunRecord, column: str) -> str:
-    """Return the name of what a column of the list shows."""
-    if column in ("last", "best"):
-        return f"{column}.{record.monitor}"
-    return "seconds" if column == "duration" else column
+def _header(column: str, titles: Mapping[str, str]) -> str:
+    """Return the header of a column; those of numbers are aligned at the right."""
+    name = column.lower()
+    title = titles.get(name, column)
+    return title if KINDS.get(name) in ("text", "tag", "state", "flag") else f">{title}"
 
 
 def _cell(record: RunRecord, column: str, now: float) -> str:
-    if column == "age":
-        return age(now - record.started) if record.started else "-"
-    if column == "duration":
-        return duration(record.seconds) if record.seconds else "-"
-    if column == "metric":
-        return record.monitor or "-"
-    if column == "progress":
-        return "-" if record.progress is None else f"{record.progress:.0%}"
-    values = values_of(record, _full_name(record, column), now=now)
-    if not values or values[0] is None:
+    values = values_of(record, column, now=now)
+    if not values:
         return "-"
-    value = masked({column: values[0]})[column]
+    match column.lower():
+        case "tag":
+            value = ", ".join(values)
+        case "age":
+            value = age(values[0])
+        case "duration":
+            value = duration(values[0])
+        case "progress":
+            value = f"{values[0]:.0%}"
+        case "started" | "heard":
+            value = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(values[0]))
+        case _:
+            value = masked({column: values[0]})[column]
     if isinstance(value, float):
         return number(value)
     return str(value).strip() or "-"
@@ -280,15 +288,6 @@ def _way_on(record: RunRecord) -> str:
     if not has_checkpoint:
         return "it has no checkpoint to continue from"
     return f"train(..., resume={str(path)!r}) continues it"
-
-
-def _check_known(records: list[RunRecord], name: str, option: str) -> None:
-    """Fail for a name that no run has, such as a misspelled metric."""
-    if name in KNOWN or not records or any(values_of(each, name) for each in records):
-        return
-    names = {each for record in records for each in (*record.metrics, *record.hyperparameters)}
-    meant = difflib.get_close_matches(name, [*KNOWN, *names], n=1)
-    fail(f"{option}: no run has {name!r}" + (f"; did you mean {meant[0]!r}?" if meant else ""))
 
 
 def _plain(record: RunRecord) -> dict[str, Any]:

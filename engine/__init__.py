@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from offloop.engine.catalog.labels import read_labels as read_labels
     from offloop.engine.catalog.record import RunRecord as RunRecord
     from offloop.engine.catalog.record import read_run as read_run
+    from offloop.engine.catalog.run_fields import RUN_FIELDS as RUN_FIELDS
+    from offloop.engine.catalog.run_fields import RunField as RunField
+    from offloop.engine.catalog.run_fields import check_fields as check_fields
+    from offloop.engine.catalog.run_fields import sort_runs as sort_runs
+    from offloop.engine.catalog.run_fields import values_of as values_of
     from offloop.engine.catalog.run_filter import RunFilter as RunFilter
-    from offloop.engine.catalog.run_filter import sorting_key as sorting_key
-    from offloop.engine.catalog.run_filter import values_of as values_of
     from offloop.engine.catalog.summary import RunMetric as RunMetric
     from offloop.engine.catalog.tail import EventTail as EventTail
     from offloop.engine.catalog.tail import LogPlace as LogPlace
@@ -142,7 +145,8 @@ _NAMES = {
     "catalog.export": "Exported export_metrics",
     "catalog.labels": "RunLabels edit_labels read_labels",
     "catalog.record": "RunRecord read_run",
-    "catalog.run_filter": "RunFilter sorting_key values_of",
+    "catalog.run_fields": "RUN_FIELDS RunField check_fields sort_runs values_of",
+    "catalog.run_filter": "RunFilter",
     "catalog.summary": "RunMetric",
     "catalog.tail": "EventTail LogPlace",
     "checkpoint": "CheckpointInfo CheckpointReader Retention",

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -188,6 +189,16 @@ def nothing_holds_the_event_loop() -> Iterator[None]:
     finally:
         asyncio_logger.removeHandler(handler)
     assert not handler.found
+
+
+@pytest.fixture(scope="module")
+def in_utc() -> Iterator[None]:
+    """Local times are those of UTC."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 @pytest.fixture(scope="session")

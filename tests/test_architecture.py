@@ -57,6 +57,8 @@ WITHOUT_TORCH: Final = (
     "catalog.labels",
     "catalog.export",
     "catalog.log_end",
+    "catalog.pattern",
+    "catalog.run_fields",
     "catalog.run_filter",
     "catalog.summary",
     "catalog.record",

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -21,6 +22,7 @@ from offloop.callbacks import ModelCheckpoint
 from offloop.cli.main import app
 from offloop.cli.output import duration
 from offloop.engine import (
+    RUN_FIELDS,
     Evaluated,
     LossError,
     Metrics,
@@ -70,7 +72,7 @@ def names_in(result: Result) -> list[str]:
 
 def test_list_has_the_newest_first_with_values_of_the_monitored_metric(here: Path) -> None:
     lines = offloop("runs").stdout.splitlines()
-    assert lines[0].split() == ["NAME", "STATE", "STEP", "val_loss", "BEST", "DURATION", "AGE", "TAGS"]
+    assert lines[0].split() == ["NAME", "STATE", "STEP", "val_loss", "BEST", "DURATION", "AGE", "TAG"]
     described = json.loads((here / "runs" / "second" / "run.json").read_text())
     third, second, first = lines[1:]
     assert third.split()[:5] == ["third", "failed", "1", "-", "-"]
@@ -206,15 +208,34 @@ def test_filter_sort_and_columns(here: Path) -> None:
 
 def test_wrong_filters_names_and_directories_exit_with_2(here: Path) -> None:
     for arguments, text in (
-        (("--filter", "val_loss<"), "compares with nothing"),
+        (("--filter", "val_loss<"), "--filter: val_loss<: a value is missing after <"),
+        (("-f", "val_los<1"), "--filter: val_los<1: no run has 'val_los'; did you mean 'val_loss'?"),
+        (("-f", "state:fail"), "--filter: state:fail: there is no state 'fail'; did you mean 'failed'?"),
+        (("-f", "/(?=x)/"), "--filter: /(?=x)/: '(?=' is not known here, only (...) and (?:...)"),
         (("--sort", "val_los"), "no run has 'val_los'; did you mean 'val_loss'?"),
         (("--columns", "name,stat"), "no run has 'stat'; did you mean 'state'?"),
         (("gone",), "cannot be read: no such file"),
     ):
         result = offloop("runs", *arguments)
-        assert result.exit_code == 2 and text in result.stderr
+        assert result.exit_code == 2 and text in result.stderr and result.stderr.count("\n") == 1
     (here / "empty").mkdir()
     assert offloop("runs", "empty").stdout == "no runs in empty\n"
+
+
+def test_an_expression_with_endless_ways_comes_to_an_end(here: Path) -> None:
+    edit_labels("runs/first", version=0, name="a" * 199 + "b")
+    command = [sys.executable, "-m", "offloop", "runs", "--columns", "key", "-f", "/^(a+)+$/"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "3 of 3 runs are not shown\n")
+
+
+def test_help_and_documentation_have_a_table_of_the_fields() -> None:
+    help_lines = [line.split(maxsplit=1) for line in offloop("runs", "--help").stdout.splitlines()]
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| (.+) \|$", page.partition("### Fields")[2], re.MULTILINE)
+    assert table == [(each.name, each.about) for each in RUN_FIELDS]
+    for each in RUN_FIELDS:
+        assert [each.name, each.about.replace("`", "")] in help_lines
 
 
 def test_json_has_everything_and_masks_secrets(here: Path) -> None:
@@ -232,6 +253,7 @@ def test_archived_runs_are_hidden(here: Path) -> None:
     result = offloop("runs")
     assert names_in(result) == ["third", "second"]
     assert "1 of 3 runs are not shown" in result.stderr
+    assert names_in(offloop("runs", "-f", "archived:yes")) == ["first"]
     assert len(names_in(offloop("runs", "--all"))) == 3
 
 

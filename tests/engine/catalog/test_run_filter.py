@@ -1,134 +1,130 @@
-"""The words by which runs are searched."""
+"""The language in which runs are searched: every case of run_filters.json, which the page's tests read, too."""
 
-import time
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from run_filters import CASES, NOW, RECORDS, filter_texts, found_by, patterns
 
-from offloop.engine import ConfigError, RunFilter, RunLabels, RunMetric, RunRecord, sorting_key, values_of
+from offloop.engine import RUN_FIELDS, ConfigError, RunFilter, RunRecord, check_fields, sort_runs, values_of
+from offloop.engine.catalog.pattern import Pattern
+from offloop.engine.catalog.run_fields import STATES
 
-NAN = float("nan")
-RECORDS = {
-    record.key: record
-    for record in (
-        RunRecord(
-            key="sweep/a",
-            directory="/runs/sweep/a",
-            id="20261101-seed-1",
-            state="completed",
-            started=time.mktime((2026, 11, 1, 12, 0, 0, 0, 0, -1)),
-            seconds=100.0,
-            step=50,
-            host="gpu-1",
-            metrics={"val_loss": RunMetric(last=0.4, best=0.2, mode="min"), "loss": RunMetric(last=0.3)},
-            hyperparameters={
-                "optimizer": "SGD",
-                "optimizer.lr": 0.001,
-                "loss": "cross_entropy",
-                "nesterov": True,
-            },
-            labels=RunLabels(name="My Run", tags=("Baseline", "long run"), note="too slow for us"),
-        ),
-        RunRecord(
-            key="b",
-            directory="/runs/b",
-            id="20261102-seed-2",
-            state="failed",
-            started=time.mktime((2026, 11, 2, 12, 0, 0, 0, 0, -1)),
-            seconds=7200.0,
-            step=70,
-            metrics={"val_loss": RunMetric(last=NAN, best=0.5, mode="min")},
-            hyperparameters={"optimizer": "AdamW", "optimizer.lr": 0.01, "sizes": [1, 2]},
-        ),
-        RunRecord(key="c", directory="/runs/c", id="c", state="lost"),
-    )
-}
+pytestmark = pytest.mark.usefixtures("in_utc")
 
 
-@pytest.mark.parametrize(
-    ("text", "keys"),
-    [
-        ("", "sweep/a b c"),
-        ("seed", "sweep/a b"),
-        ("SEED my", "sweep/a"),
-        ('"my run"', "sweep/a"),
-        ("sweep", "sweep/a"),
-        ("base", "sweep/a"),
-        ("/seed-[2-9]$/", "b"),
-        (r"/^my\srun$/", "sweep/a"),
-        ("/a b/", ""),
-        ("/", "sweep/a"),
-        ("-seed", "c"),
-        ("-/seed/ -state:lost", ""),
-        ("state:failed", "b"),
-        ("state:failed,LOST", "b c"),
-        ("tag:baseline", "sweep/a"),
-        ("tag:base", ""),
-        ('tag:"long run"', "sweep/a"),
-        ("note:slow", "sweep/a"),
-        ("host:gpu", "sweep/a"),
-        ("name:my", "sweep/a"),
-        ("val_loss<0.5", "sweep/a"),
-        ("val_loss<=0.4", "sweep/a"),
-        ("val_loss<0.4", ""),
-        ("best.val_loss>=0.2", "sweep/a b"),
-        ("last.val_loss>0", "sweep/a"),
-        ("val_loss!=1", "sweep/a b"),
-        ("-val_loss<0.5", "b c"),
-        ("optimizer.lr=0.001", "sweep/a"),
-        ("optimizer.lr=1e-2", "b"),
-        ("optimizer=sgd", "sweep/a"),
-        ("optimizer!=sgd", "b"),
-        ("loss=cross_entropy", "sweep/a"),
-        ("loss=0.3", "sweep/a"),
-        ("nesterov=true", "sweep/a"),
-        ("step>60", "b"),
-        ("seconds>1h", "b"),
-        ("seconds<90.5s", "c"),
-        ("started>2026-11-02", "b"),
-        ("started<2026-11-01T13:00", "sweep/a c"),
-        ("age<1s", ""),
-        ("nothing>3", ""),
-    ],
-)
-def test_terms(text: str, keys: str) -> None:
-    wanted = RunFilter(text)
-    assert " ".join(key for key, record in RECORDS.items() if wanted.matches(record)) == keys
+def test_the_page_has_the_same_fields_and_states() -> None:
+    assert [each.name for each in RUN_FIELDS] == CASES["fields"]
+    assert list(STATES) == CASES["states"]
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("/[/", "is no regular expression"),
-        ("val_loss<", "compares with nothing"),
-        ("val_loss<much", "compares with 'much', which is no number"),
-        ("started>yesterday", "needs a date like 2026-11-30"),
-        ("age<soon", "needs a time like 90, 5min, 2h or 7d"),
-        ("x" * 1001, "at most 1,000 characters"),
-    ],
-)
-def test_terms_that_mean_nothing_are_refused(text: str, why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        RunFilter(text)
+@pytest.mark.parametrize(("text", "keys"), CASES["filters"])
+def test_filters_find(text: str, keys: str) -> None:
+    assert found_by(text) == keys
 
 
-@given(st.text(max_size=60))
+@pytest.mark.parametrize(("text", "why"), CASES["errors"])
+def test_filters_that_mean_nothing_are_refused_in_one_line(text: str, why: str) -> None:
+    assert found_by(text) == f"error: {why}"
+    assert "\n" not in why
+
+
+def test_a_filter_has_a_greatest_length() -> None:
+    assert found_by("x" * 1_000) == ""
+    assert found_by("x" * 1_001) == "error: a filter has at most 1,000 characters"
+    # An error of one line
+    assert len(found_by("x<" + "y" * 998)) < 200
+
+
+def test_nothing_is_unknown_where_there_are_no_runs() -> None:
+    assert RunFilter("val_loss<0.5").select([]) == []
+    check_fields([], ["val_loss"])
+
+
+def test_archived_runs_are_left_out_unless_asked_for() -> None:
+    def found(text: str) -> list[str]:
+        return [each.key for each in RunFilter(text, now=NOW).select(RECORDS, archived=False)]
+
+    assert found("tag:keep") == ["d9"]
+    assert found("tag:keep archived:yes,no") == ["c", "d9"]
+
+
+@given(filter_texts())
 def test_any_text_is_a_filter_or_is_refused_with_a_reason(text: str) -> None:
+    found = found_by(text)
+    assert "\n" not in found
+    if not found.startswith("error: "):
+        wanted = RunFilter(text, now=NOW)
+        assert [each.key for each in RECORDS if wanted.matches(each)] == found.split()
+
+
+@pytest.mark.parametrize(("by", "keys"), CASES["orders"])
+def test_runs_are_sorted(by: str, keys: str) -> None:
+    assert " ".join(each.key for each in sort_runs(RECORDS, by, now=NOW)) == keys
+
+
+@given(st.lists(st.text(max_size=4), unique=True), st.booleans())
+def test_any_texts_have_an_order(names: list[str], descending: bool) -> None:
+    runs = [
+        RunRecord(key=str(place), directory="", id=name, state="lost") for place, name in enumerate(names)
+    ]
+    by = "-id" if descending else "id"
+    assert sort_runs(reversed(runs), by) == sort_runs(runs, by)
+
+
+def test_what_no_run_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=re.escape("no run has 'val_los'; did you mean 'val_loss'?")):
+        sort_runs(RECORDS, "-val_los")
+    with pytest.raises(ConfigError, match=re.escape("no run has 'stat'; did you mean 'state'?")):
+        check_fields(RECORDS, ["name", "stat"])
+
+
+def test_a_metric_may_have_the_name_of_a_hyperparameter() -> None:
+    assert values_of(RECORDS[0], "loss") == [0.3, "cross_entropy"]
+    assert values_of(RECORDS[0], "hparams.loss") == ["cross_entropy"]
+    assert values_of(RECORDS[0], "last.loss") == [0.3]
+    assert values_of(RECORDS[4], "age") == []
+
+
+@pytest.mark.parametrize(("source", "text", "is_found"), CASES["patterns"])
+def test_patterns_find(source: str, text: str, is_found: bool) -> None:
+    assert Pattern(source).is_in(text) is is_found
+
+
+@pytest.mark.parametrize(("source", "why"), CASES["broken"])
+def test_patterns_that_are_none_are_refused(source: str, why: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Pattern(source)
+    assert str(raised.value) == why
+
+
+@given(patterns(), st.lists(st.text(st.sampled_from("abC1-_ ."), max_size=8), max_size=5))
+def test_patterns_find_what_a_regular_expression_finds(source: str, texts: list[str]) -> None:
+    pattern = Pattern(source)
+    regex = re.compile(source, re.IGNORECASE | re.ASCII | re.DOTALL)
+    for text in texts:
+        assert pattern.is_in(text) == (regex.search(text) is not None)
+
+
+@given(st.text(max_size=20), st.text(max_size=10))
+def test_any_text_is_a_pattern_or_is_refused_with_a_reason(source: str, text: str) -> None:
     try:
-        wanted = RunFilter(text)
-    except ConfigError:
-        return
-    for record in RECORDS.values():
-        assert wanted.matches(record) in (True, False)
+        assert Pattern(source).is_in(text) in (True, False)
+    except ConfigError as error:
+        assert str(error)
 
 
-def test_sorting_puts_numbers_first_and_what_is_unknown_last() -> None:
-    def order(name: str) -> list[str]:
-        return sorted(RECORDS, key=lambda key: sorting_key(RECORDS[key], name))
+@pytest.mark.parametrize(
+    "source", ["^(a+)+$", "^(a|a)*$", "^a*a*a*a*a*a*a*a*$", "^(a|aa)+$", r"(\w+\w+)+!", "(.*)(.*)(.*)x$"]
+)
+def test_expressions_with_endless_ways_come_to_an_end(source: str) -> None:
+    pattern = Pattern(source)
+    assert not any(pattern.is_in("a" * 10_000 + end) for end in "b-")
 
-    assert order("val_loss") == ["sweep/a", "b", "c"]
-    assert order("optimizer") == ["b", "sweep/a", "c"]
-    assert order("optimizer.lr") == ["sweep/a", "b", "c"]
-    assert values_of(RECORDS["c"], "age") == []
-    assert values_of(RECORDS["sweep/a"], "loss") == [0.3, "cross_entropy"]
+
+def test_what_a_pattern_remembers_is_bounded() -> None:
+    pattern = Pattern("[ab]*a[ab]{80}c")
+    text = "".join("ab"[(place * place // 7) % 2] for place in range(20_000))
+    assert not pattern.is_in(text)
+    assert sum(len(each.places) for each in pattern._sets.values()) < 250_000
