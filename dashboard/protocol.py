@@ -340,6 +340,9 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     """Duration of the last attempt so far."""
     step: int = 0
+    epoch: int = 0
+    """Epochs done."""
+    device: str = ""
     progress: float | None = None
     """Share of the run done, from 0 to 1, if known."""
     monitor: str = ""

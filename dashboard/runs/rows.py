@@ -130,6 +130,8 @@ def row_of(live: LiveRun, record: RunRecord | None = None) -> RunRow:
         heard=max(time for time in times if time == time),
         seconds=status.seconds,
         step=status.step,
+        epoch=status.epoch,
+        device=info.device,
         progress=status.progress,
         monitor=info.monitor,
         figures=_figures_of(live),
@@ -167,6 +169,8 @@ def row_of_record(record: RunRecord, page: str | None) -> RunRow:
         heard=record.heard,
         seconds=record.seconds,
         step=record.step,
+        epoch=record.epoch,
+        device=record.device,
         progress=record.progress,
         monitor=record.monitor,
         figures={

@@ -136,7 +136,9 @@ def test_what_is_no_range_is_said_and_what_is_legal(rising: Page) -> None:
 def test_a_search_that_is_no_expression_says_so(rising: Page) -> None:
     page = rising
     page.get_by_label("Search metrics").fill("/(/")
-    expect(page.locator(".charts .empty")).to_have_text(re.compile(r"^/\(/ is no regular expression: Unterm"))
+    expect(page.locator(".charts .empty")).to_have_text(
+        re.compile(r"^/\(/ cannot be searched for: .* Words without")
+    )
     expect(chart(page, "loss")).to_be_hidden()
 
 
@@ -232,13 +234,13 @@ def test_a_pinned_panel_stands_first_and_stays_there(rising: Page) -> None:
 def test_metrics_that_an_expression_finds_share_a_panel(rising: Page) -> None:
     page = rising
     search = page.get_by_label("Search metrics")
-    search.fill("/loss\\/.*/")
+    search.fill("/loss/.*/")
     expect(chart(page, "loss")).to_be_hidden()
     expect(page.locator(".charts-count")).to_have_text("2 of 4")
     page.get_by_role("button", name="One panel").click()
-    waits_for(page, "join=loss/.*")
+    waits_for(page, "join=/loss/.*/")
     expect(search).to_have_value("")
-    joined = chart(page, "loss/.*")
+    joined = chart(page, "/loss/.*/")
     expect(joined.locator(".curve")).to_have_count(2)
     expect(joined.locator(".curve-value").first).to_have_text("200")
     page.evaluate(NEXT_FRAME)
@@ -249,9 +251,39 @@ def test_metrics_that_an_expression_finds_share_a_panel(rising: Page) -> None:
     shot(page, "joined")
     page.reload()
     expect(joined.locator(".curve")).to_have_count(2)
-    options(page, "loss/.*").get_by_role("button", name="Take apart").click()
+    options(page, "/loss/.*/").get_by_role("button", name="Take apart").click()
     expect(joined).to_have_count(0)
     expect(page.locator(".chart-title[title='loss/tail']")).to_be_visible()
+
+
+def test_an_expression_with_endless_ways_holds_up_nothing(
+    training: Callable[..., Training], open_page: OpenPage
+) -> None:
+    run = training().begin()
+    long = "a" * 60 + "b"
+    for step in range(1, 4):
+        run.step(loss=float(step), **{long: float(step)})
+    page = open_page(run.dashboard.url)
+    expect(chart(page, long).locator(".curve-value")).to_have_text("3")
+    search = page.get_by_label("Search metrics")
+    search.fill("/^(a+)+$/")
+    expect(page.get_by_text("No metric has these words in its name.")).to_be_visible()
+    search.fill("/^(a+)+b$/")
+    expect(page.locator(".charts-count")).to_have_text("1 of 3")
+    # A link that has one, to search with and to regroup by
+    page.evaluate(
+        "location.hash = '#v=1&search=' + encodeURIComponent('/^(a|a)+$/') + '&join=' + encodeURIComponent('/(a+)+$/')"
+    )
+    page.reload()
+    expect(search).to_have_value("/^(a|a)+$/")
+    expect(page.get_by_text("No metric has these words in its name.")).to_be_visible()
+    search.fill("/(?=a)/")
+    expect(page.locator(".charts .empty")).to_contain_text(
+        "/(?=a)/ cannot be searched for: '(?=' is not known"
+    )
+    page.get_by_role("tab", name="Events").click()
+    page.get_by_label("Filter events").fill("/(?=a)/")
+    expect(page.locator(".events .empty")).to_contain_text("/(?=a)/ cannot be searched for")
 
 
 def test_curves_of_a_panel_are_chosen(decades: Page) -> None:

@@ -157,11 +157,9 @@ def test_the_list_is_sorted_filtered_and_remembered(several: tuple[Training, Pag
         search.fill(text)
         expect_names(page, found)
     expect(page.get_by_text("No run matches.")).to_be_visible()
-    search.fill("/(/")
-    expect(page.get_by_text("/(/ is no pattern.")).to_be_visible()
     search.fill("")
     page.get_by_role("button", name="Filter, order and columns").click()
-    page.get_by_label("What to filter by").fill("best:val_loss")
+    page.get_by_label("What to filter by").fill("best.val_loss")
     page.get_by_label("Value", exact=True).fill("0.25")
     page.get_by_role("button", name="Add").click()
     expect_names(page, ["b", "c"])
@@ -171,6 +169,59 @@ def test_the_list_is_sorted_filtered_and_remembered(several: tuple[Training, Pag
     page.reload()
     expect_names(page, ["a", "b", "c", "live"])
     expect(of(page, "b")).to_contain_text("0.01")
+
+
+def test_a_filter_that_means_nothing_is_told_beside_its_field(several: tuple[Training, Page]) -> None:
+    _, page = several
+    search = page.get_by_placeholder(re.compile("^Filter: words"))
+    for text, why in (
+        ("val_los<0.3", "val_los<0.3: no run has 'val_los'; did you mean 'val_loss'?"),
+        ("state:finished", "state:finished: there is no state 'finished'; did you mean 'completed'?"),
+        ("val_loss<much", "val_loss<much: 'much' is no number"),
+        ("/(?!a)/", "/(?!a)/: '(?!' is not known here, only (...) and (?:...)"),
+    ):
+        search.fill(text)
+        expect(page.locator("#runs-problem")).to_have_text(why)
+        expect(search).to_have_attribute("aria-invalid", "true")
+        expect(listed(page)).to_have_count(0)
+        expect(page.get_by_text("No run matches.")).to_be_hidden()
+    shot(page, "filter-problem")
+    search.fill("state:completed,failed -tag:paper")
+    expect_names(page, ["b", "c"])
+    expect(page.locator("#runs-problem")).to_be_hidden()
+    expect(search).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_the_list_is_sorted_by_any_field(several: tuple[Training, Page]) -> None:
+    _, page = several
+    page.get_by_role("button", name="Filter, order and columns").click()
+    by = page.get_by_label("Sort by")
+    expect(by).to_have_value("-started")
+    for text, names in (
+        ("optimizer.lr", ["b", "live", "a", "c"]),
+        ("-best.val_loss", ["a", "b", "c", "live"]),
+    ):
+        by.fill(text)
+        by.press("Enter")
+        expect_names(page, names)
+    by.fill("val_los")
+    by.press("Enter")
+    expect(page.get_by_text("no run has 'val_los'; did you mean 'val_loss'?")).to_be_visible()
+    expect_names(page, ["a", "b", "c", "live"])
+    shot(page, "sort-by-any-field")
+
+
+def test_an_expression_with_endless_ways_does_not_hold_up_the_list(several: tuple[Training, Page]) -> None:
+    run, page = several
+    put(run, *(row(f"{number}{'a' * 190}b", started=float(number)) for number in range(50)))
+    expect(page.locator(".runs-head")).to_contain_text("54")
+    search = page.get_by_placeholder(re.compile("^Filter: words"))
+    search.fill("/^[0-9]+(a+)+$/")
+    expect(page.get_by_text("No run matches.")).to_be_visible()
+    search.fill("/^[0-9]+(a+)+b$/")
+    expect(page.locator(".runs-head")).to_contain_text("50 of 54")
+    page.get_by_role("tab", name="Events").click()
+    expect(page.get_by_role("tab", name="Events")).to_have_attribute("aria-selected", "true")
 
 
 def test_ticks_are_in_the_address_and_there_is_no_eleventh(several: tuple[Training, Page]) -> None:

@@ -3,7 +3,7 @@
 import { button, h, replaceChildren, setText, show } from "./dom";
 import * as format from "./format";
 import type { RunInfo, RunRow } from "./protocol";
-import { finder, searchField, searchProblem } from "./search";
+import { finder, searchField } from "./search";
 
 export interface Entry {
   key: string;
@@ -67,7 +67,7 @@ export class Config {
   }
 
   #draw(): void {
-    const finds = finder(this.search.value);
+    const { finds, problem } = finder(this.search.value);
     const fits = ({ key, value }: Entry): boolean => finds(`${key} ${value}`);
     const laidOut = (values: Record<string, unknown> | undefined): Entry[] =>
       flatten(values ?? {}).filter((each) => each.key !== "" && fits(each));
@@ -82,7 +82,7 @@ export class Config {
     setText(this.#summary, `All knobs of the trainer: ${knobs.length}`);
     if (this.search.value !== "") this.#knobs.open = true;
     const none = facts.length + made.length + knobs.length === 0;
-    const text = this.#run === null ? "No run yet." : none ? searchProblem(this.search.value) || "No setting matches." : "";
+    const text = this.#run === null ? "No run yet." : problem || (none ? "No setting matches." : "");
     setText(this.#note, text);
     show(this.#note, text !== "");
   }

@@ -5,7 +5,7 @@ import * as format from "./format";
 import { repetitionOf, tell, wholeOf, type EventKind, type Told } from "./milestones";
 import type { Model } from "./model";
 import type { RunEvent } from "./protocol";
-import { finder, searchField, searchProblem } from "./search";
+import { finder, searchField } from "./search";
 
 const KINDS: Partial<Record<EventKind, string>> = {
   alert: "Alerts",
@@ -107,7 +107,7 @@ export class Events {
   }
 
   #filter(): void {
-    const finds = finder(this.search.value);
+    const { finds } = finder(this.search.value);
     const found = this.#rows.filter(({ text }) => finds(text));
     this.#drawChips(found);
     this.#shown = found.filter(({ told }) => !this.#off.has(told.kind));
@@ -150,7 +150,7 @@ export class Events {
     show(this.#more, lines.length > newest.length);
     const hidden = this.#rows.length - this.#shown.length;
     const notes = [
-      this.#rows.length === 0 ? "No events yet." : this.#shown.length === 0 ? searchProblem(this.search.value) || "No event matches." : "",
+      this.#rows.length === 0 ? "No events yet." : this.#shown.length === 0 ? finder(this.search.value).problem || "No event matches." : "",
       hidden > 0 ? `${format.count(hidden)} not shown; choose them above.` : "",
       this.#missed > 0 ? `${format.count(this.#missed)} older ones are in events.jsonl only.` : "",
     ];

@@ -175,6 +175,9 @@ export interface RunRow {
   heard: number;
   seconds: number;
   step: number;
+  /** Older servers send neither this nor the device. */
+  epoch?: number;
+  device?: string;
   progress: number | null;
   monitor: string;
   figures: Record<string, Figure>;

@@ -1,7 +1,8 @@
-// Searching, the same everywhere on the page: a text is found that has all of the words, in upper or lower case, or
-// that a regular expression between slashes finds.
+// Searching, the same everywhere on the page: a text is found that has all of the words, or that a regular expression
+// between slashes finds, in upper or lower case. The list of runs has conditions as well (`runs/filter.ts`).
 
 import { h } from "./dom";
+import { Pattern } from "./pattern";
 
 export function searchField(label: string, searched: () => void): HTMLInputElement {
   return h("input", {
@@ -15,49 +16,38 @@ export function searchField(label: string, searched: () => void): HTMLInputEleme
   });
 }
 
-export function wordsOf(search: string): string[] {
-  return search.toLowerCase().split(/\s+/).filter(Boolean);
+export interface Finder {
+  /** Whether a text, or one of several, has what is searched for; none has what means nothing. */
+  finds(...texts: string[]): boolean;
+  /** Why the search means nothing; empty if it does. */
+  problem: string;
 }
 
-/** Compile a regular expression; null if it is none. */
-export function expression(pattern: string, flags = ""): RegExp | null {
-  try {
-    return new RegExp(pattern, flags);
-  } catch {
-    return null;
+/** What was searched for last: an expression learns the texts that it has seen. */
+const finders = new Map<string, Finder>();
+const FINDERS_KEPT = 50;
+
+/** Read a search. The last slash of an expression may be missing. */
+export function finder(search: string): Finder {
+  const known = finders.get(search);
+  if (known) return known;
+  if (finders.size >= FINDERS_KEPT) finders.clear();
+  const found = read(search.trim());
+  finders.set(search, found);
+  return found;
+}
+
+function read(search: string): Finder {
+  const [, closed, open] = /^\/(?:(.+)\/i?|(.+))$/s.exec(search) ?? [];
+  const source = closed ?? open;
+  if (source === undefined) {
+    const words = search.toLowerCase().split(/\s+/).filter(Boolean);
+    return { finds: (...texts) => words.every((word) => texts.some((text) => text.toLowerCase().includes(word))), problem: "" };
   }
-}
-
-/** The part between slashes and the flags of `/loss$/i`, the last slash of which may be missing; null if it is no such text. */
-function slashed(search: string): readonly [string, string] | null {
-  const found = /^\/(.+)\/(i?)$/.exec(search.trim()) ?? /^\/(.+)$/.exec(search.trim());
-  return found ? [found[1] as string, found[2] ?? ""] : null;
-}
-
-/** Read a regular expression between slashes; null if it is none. */
-export function patternOf(search: string): RegExp | null {
-  const found = slashed(search);
-  return found && expression(...found);
-}
-
-/** Why nothing can be searched for; empty if it can. */
-export function searchProblem(search: string): string {
-  const found = slashed(search);
-  if (found === null) return "";
   try {
-    new RegExp(...found);
-    return "";
+    const pattern = new Pattern(source);
+    return { finds: (...texts) => texts.some((text) => pattern.isIn(text)), problem: "" };
   } catch (error) {
-    const reason = (error as Error).message.split(": ").pop();
-    return `${search.trim()} is no regular expression: ${reason}. Words without a slash find names that have them.`;
+    return { finds: () => false, problem: `${search} cannot be searched for: ${(error as Error).message}. Words without a slash find names that have them.` };
   }
-}
-
-/** Return whether a text, or one of several, has what is searched for. */
-export function finder(search: string): (...texts: string[]) => boolean {
-  if (searchProblem(search) !== "") return () => false;
-  const pattern = patternOf(search);
-  if (pattern) return (...texts) => texts.some((text) => pattern.test(text));
-  const words = wordsOf(search);
-  return (...texts) => words.every((word) => texts.some((text) => text.toLowerCase().includes(word)));
 }

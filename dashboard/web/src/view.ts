@@ -2,7 +2,7 @@
 // in localStorage, so that the next visit starts where the last one ended. Nothing in it changes the run.
 
 import { MAX_OVERLAID } from "./protocol";
-import { expression } from "./search";
+import { finder } from "./search";
 import type { PageStorage } from "./storage";
 
 export type Axis = "step" | "epoch" | "time" | "wall" | "samples";
@@ -34,7 +34,7 @@ export interface ViewState {
   hiddenRuns: string[];
   /** Whether the runs of groups are drawn beside their mean. */
   members: boolean;
-  /** Words that a panel or curve must contain to be shown. */
+  /** What the name of a panel or curve must have to be shown. */
   search: string;
   /** The x axis: optimizer steps, epochs, samples seen, seconds since the start, or time of day. */
   axis: Axis;
@@ -64,7 +64,7 @@ export interface ViewState {
   scales: Readonly<Record<string, PanelScale>>;
   /** Names of panels that stand at the top. */
   pinned: string[];
-  /** Regular expressions: the metrics whose whole name matches one share a panel. */
+  /** Searches: the metrics that one finds share a panel. */
   joined: string[];
   theme: Theme;
 }
@@ -142,7 +142,7 @@ export function encodeView(state: ViewState): string {
     fields.append("y", [log === null ? "" : log ? "log" : "linear", min ?? "", max ?? "", name].join(","));
   }
   for (const name of state.pinned) fields.append("pin", name);
-  for (const pattern of state.joined) fields.append("join", pattern);
+  for (const search of state.joined) fields.append("join", search);
   const text = fields.toString();
   return text === "" ? "" : `#v=${VERSION}&${text}`;
 }
@@ -223,7 +223,7 @@ export function sane(raw: Partial<Record<keyof ViewState, unknown>>): ViewState 
     unmarked: strings(raw.unmarked),
     scales: saneScales(raw.scales),
     pinned: strings(raw.pinned),
-    joined: strings(raw.joined).filter((pattern) => expression(pattern) !== null).slice(0, MOST_JOINED),
+    joined: strings(raw.joined).filter((search) => search.trim() !== "" && finder(search).problem === "").slice(0, MOST_JOINED),
     theme: oneOf(THEMES, raw.theme),
   };
 }

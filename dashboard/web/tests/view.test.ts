@@ -16,7 +16,7 @@ const EVERYTHING: ViewState = {
   tab: "events", run: "a&b#1", overlaid: ["c,d", "e=f"], baseline: "c,d", groupBy: "optimizer.lr", hiddenRuns: ["g"], members: true, search: "loss & <b>", axis: "wall", logX: true, logY: true, smoothing: 0.95,
   zoom: { min: -1.5, max: 2e9 }, follow: true, panel: "layer/0, mean", hidden: ["a,b", "c&d=e"], folded: ["", "#"], columns: 3, height: 300, usual: ["loss"], unmarked: ["alert"],
   scales: { "loss, mean": { log: true, min: null, max: 2.5 }, acc: { log: null, min: -1e-7, max: 1 }, b: { log: false, min: null, max: null } },
-  pinned: ["loss"], joined: ["loss/.*", "(a|b)$"],
+  pinned: ["loss"], joined: ["/loss/.*/", "a b"],
   theme: "auto",
 };
 
@@ -38,7 +38,7 @@ describe("the address", () => {
   test("what makes no sense in it is as usual", () => {
     expect(decodeView("#v=1&tab=x&x=y&smooth=-3&zoom=5,1&zoom2=1&logx=yes")).toEqual(DEFAULT_VIEW);
     expect(decodeView("#v=1&zoom=1,NaN&smooth=7")).toEqual({ ...DEFAULT_VIEW, smoothing: 0.999 });
-    expect(decodeView("#v=1&y=&y=loss&y=log&y=,2,1,a&y=,x,,b&y=,,1e999,c&join=(&join=[")).toEqual(DEFAULT_VIEW);
+    expect(decodeView("#v=1&y=&y=loss&y=log&y=,2,1,a&y=,x,,b&y=,,1e999,c&join=/(/&join=/[/")).toEqual(DEFAULT_VIEW);
   });
 
   test("is bounded", () => {

@@ -1,23 +1,10 @@
-// Metrics that share a panel because the viewer wants it: those that a regular expression finds by their names, in
-// upper or lower case, or by their panels'.
+// Metrics that share a panel because the viewer wants it: those that a search finds, by their names or their panels'.
 
 import type { SeriesInfo } from "../protocol";
-import { expression, patternOf, wordsOf } from "../search";
+import { finder } from "../search";
 
-/** Return a curve as it is placed: in the panel of the first pattern that finds it, under its whole name. */
+/** Return a curve as it is placed: in the panel of the first search that finds it, under its whole name. */
 export function placedBy(joined: readonly string[], info: SeriesInfo): SeriesInfo {
-  const pattern = joined.find((source) => {
-    const regex = expression(source, "i");
-    return regex !== null && (regex.test(info.key) || regex.test(info.panel));
-  });
-  return pattern === undefined ? info : { ...info, panel: pattern, group: "", label: info.key };
-}
-
-/** The pattern that finds what a search finds; null for an empty search. */
-export function patternFor(search: string): string | null {
-  const regex = patternOf(search);
-  if (regex) return regex.source.replaceAll("\\/", "/");
-  const words = wordsOf(search).map((word) => word.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"));
-  if (words.length <= 1) return words[0] ?? null;
-  return `^${words.map((word) => `(?=.*${word})`).join("")}`;
+  const search = joined.find((each) => finder(each).finds(info.key, info.panel));
+  return search === undefined ? info : { ...info, panel: search, group: "", label: info.key };
 }

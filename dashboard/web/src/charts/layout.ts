@@ -6,7 +6,7 @@
 // under its group, not a panel.
 
 import { h } from "../dom";
-import { finder, searchProblem } from "../search";
+import { finder } from "../search";
 import type { View } from "../view";
 import { compareGroups, comparePanels } from "./order";
 import type { Panel } from "./panel";
@@ -146,7 +146,7 @@ export class Layout {
   /** Show what the search finds, or the one panel that is maximised; returns how many were found, and of how many. */
   filter(): { found: number; all: number } {
     const { search, panel: maximised, folded } = this.#view.get();
-    const finds = finder(search);
+    const { finds, problem } = finder(search);
     const panels = this.#panels;
     const one = panels.some(({ name }) => name === maximised);
     this.#root.classList.toggle("one-panel", one);
@@ -168,7 +168,7 @@ export class Layout {
       group.constants.hidden = !open || !lines;
       group.fold.setAttribute("aria-expanded", String(open));
     }
-    this.empty.textContent = panels.length === 0 ? "No metrics yet." : searchProblem(search) || "No metric has these words in its name.";
+    this.empty.textContent = problem || (panels.length === 0 ? "No metrics yet." : "No metric has these words in its name.");
     this.empty.hidden = found > 0 || one;
     this.#arrange();
     return { found, all: panels.length };

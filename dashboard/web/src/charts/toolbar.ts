@@ -4,7 +4,6 @@
 import { type Axis, MAX_COLUMNS, type MarkKind, type View, type ViewState } from "../view";
 import { button, h, icon, iconButton, replaceChildren, setAttribute, setText, show } from "../dom";
 import { searchField } from "../search";
-import { patternFor } from "./joined";
 import { menu, select } from "./menu";
 
 const AXES: readonly [Axis, string, string][] = [
@@ -177,15 +176,15 @@ export class Toolbar {
   /** How many of all panels a search has found. */
   setCount(found: number, all: number): void {
     setText(this.#count, found === all ? "" : `${found} of ${all}`);
-    show(this.#join, found > 1 && patternFor(this.#host.view.get().search) !== null);
+    show(this.#join, found > 1 && this.#host.view.get().search.trim() !== "");
   }
 
   /** Have what the search finds share a panel, at the top. */
   #joinFound(): void {
     const { view } = this.#host;
     const { search, joined, pinned } = view.get();
-    const pattern = patternFor(search);
-    if (pattern !== null) view.set({ search: "", joined: [...joined, pattern], pinned: [...pinned, pattern] });
+    const name = search.trim();
+    if (name !== "") view.set({ search: "", joined: [...joined, name], pinned: [...pinned, name] });
   }
 }
 

@@ -41,7 +41,7 @@ export function compare(runs: RunRow[], better: ReadonlyMap<string, Better> = ne
   const lines = metrics.flatMap((metric) => {
     const direction = better.get(metric) ?? directionOf(runs, metric);
     const line = (kind: string, title: string): Line[] => {
-      const values = runs.map((run) => valueOf(run, kind + metric));
+      const values = runs.map((run) => valueOf(run, kind + metric, 0));
       return values.every((value) => value === null)
         ? []
         : [{ name: title, kind: "metric", values, best: bestOf(values, direction) }];
@@ -55,7 +55,7 @@ export function compare(runs: RunRow[], better: ReadonlyMap<string, Better> = ne
 export function directionOf(runs: readonly RunRow[], metric: string): Better | null {
   let sum = 0;
   for (const run of runs) {
-    const [last, best] = [valueOf(run, LAST + metric), valueOf(run, BEST + metric)];
+    const [last, best] = [valueOf(run, LAST + metric, 0), valueOf(run, BEST + metric, 0)];
     if (typeof last === "number" && typeof best === "number") sum += Math.sign(last - best) || 0;
   }
   return sum > 0 ? "min" : sum < 0 ? "max" : null;

@@ -5,8 +5,8 @@ import * as format from "../format";
 import type { Rows, RunRow } from "../protocol";
 import { searchField } from "../search";
 import type { PageStorage } from "../storage";
-import { compareText, sortRows, titleOf, type Field } from "./fields";
-import { readFilter } from "./filter";
+import { compareText, sortRows, SPARK, titleOf, type Field } from "./fields";
+import { Filter } from "./filter";
 import { Options } from "./options";
 import { LEAST_WIDTH, readPreferences, USUAL, writePreferences, type Preferences } from "./preferences";
 import { ROW, RowView, type RowHost } from "./row";
@@ -39,7 +39,10 @@ const MARGIN = 6;
 const AGE_EVERY = 10;
 /** Narrower pages have a drawer. */
 const DRAWER = "(max-width: 1240px)";
-const WIDTHS: Record<string, string> = { spark: "58px", started: "150px", tags: "130px", seconds: "90px", state: "84px", host: "110px" };
+const WIDTHS: Record<string, string> = {
+  spark: "58px", started: "150px", heard: "150px", tag: "130px", duration: "90px", state: "84px", host: "110px",
+  id: "130px", key: "130px", note: "150px", why: "150px",
+};
 /** Least width of the first column, and that of columns of numbers, CSS pixels. */
 const FIRST = 150;
 const NUMBER = "64px";
@@ -51,14 +54,14 @@ export class RunBar {
   /** Opens and closes it; stands in the head of the page. */
   readonly toggle: HTMLButtonElement;
   readonly store = new RunStore();
-  readonly search = searchField("Filter: words, /regex/, lr<0.01", () => this.#sought());
+  readonly search = searchField("Filter: words, /regex/, val_loss<0.3", () => this.#sought());
   preferences: Preferences;
   readonly #host: RunsHost & RowHost;
   readonly #storage: PageStorage;
   readonly #options: Options;
   readonly #optionsButton: HTMLButtonElement;
   readonly #count = h("span", { class: "hint" });
-  readonly #problem = h("p", { class: "runs-note", role: "status", hidden: true });
+  readonly #problem = h("p", { class: "runs-note runs-problem", id: "runs-problem", role: "status", hidden: true });
   readonly #empty = h("p", { class: "runs-note", hidden: true });
   readonly #header = h("div", { class: "runs-header", role: "row", "aria-rowindex": 1 });
   readonly #body = h("div", { class: "runs-body", role: "rowgroup" });
@@ -285,23 +288,27 @@ export class RunBar {
   /** Filter and sort anew. */
   #sorted(): void {
     const { sort, descending, archived } = this.preferences;
-    const filter = readFilter(this.search.value, this.#look.now);
-    const asksForArchived = archived || /\barchived\s*=/.test(this.search.value);
+    const { now } = this.#look;
     const rows = this.store.rows;
+    const filter = new Filter(this.search.value, now);
+    // Before all runs are here, a metric may be in one that is still to come.
+    const problem = this.store.complete ? filter.problemWith(rows.values()) : filter.problem;
+    const asksForArchived = archived || filter.fields.has("archived");
     // In the order of before: what is sorted already is sorted quickly.
     const keys = new Set(this.#listed.map(({ key }) => key));
     for (const key of rows.keys()) keys.add(key);
     const found: RunRow[] = [];
     for (const key of keys) {
       const row = rows.get(key);
-      if (row !== undefined && (asksForArchived || !row.archived) && filter.test(row)) found.push(row);
+      if (row !== undefined && problem === "" && (asksForArchived || !row.archived) && filter.test(row)) found.push(row);
     }
-    this.#listed = sortRows(found, sort, descending);
-    setText(this.#problem, filter.problem);
-    show(this.#problem, filter.problem !== "");
+    this.#listed = sortRows(found, sort, descending, now);
+    setText(this.#problem, problem);
+    show(this.#problem, problem !== "");
+    setAttribute(this.search, "aria-invalid", problem === "" ? null : "true");
     const all = this.store.total;
     setText(this.#count, found.length === all ? format.count(all) : `${format.count(found.length)} of ${format.count(all)}`);
-    const empty = found.length > 0 ? "" : rows.size === 0 ? (this.store.complete ? "No runs yet." : "Asking for the runs …") : "No run matches.";
+    const empty = found.length > 0 || problem !== "" ? "" : rows.size === 0 ? (this.store.complete ? "No runs yet." : "Asking for the runs …") : "No run matches.";
     setText(this.#empty, empty);
     show(this.#empty, empty !== "");
     this.#makeHeader();
@@ -321,13 +328,13 @@ export class RunBar {
     const least = FIRST + widths.reduce((sum, width) => sum + parseInt(width), 0);
     this.#grid.style.setProperty("--runs-least", `${least}px`);
     replaceChildren(this.#header, ...["name", ...columns].map((field) => this.#heading(field, sort === field, descending)));
-    if (optionsOpen) this.#options.update(this.store.rows.values(), this.preferences);
+    if (optionsOpen) this.#options.update([...this.store.rows.values()], this.preferences);
   }
 
   /** A phone has no room for the curve. */
   #columns(): readonly Field[] {
     const { columns } = this.preferences;
-    const without = innerWidth < 480 ? columns.filter((field) => field !== "spark") : columns;
+    const without = innerWidth < 480 ? columns.filter((field) => field !== SPARK) : columns;
     if (without.join() !== this.#shownColumns.join()) this.#shownColumns = without;
     return this.#shownColumns;
   }
@@ -335,9 +342,9 @@ export class RunBar {
   #heading(field: Field, sorted: boolean, descending: boolean): HTMLElement {
     const name = titleOf(field);
     const classes = field === "name" ? "runs-cell runs-first" : "runs-cell";
-    if (field === "spark") return h("div", { class: classes, role: "columnheader" }, name);
+    if (field === SPARK) return h("div", { class: classes, role: "columnheader" }, name);
     // Best and newest are what is looked for first in numbers, and the alphabet in names.
-    const turn = (): void => this.prefer({ sort: field, descending: sorted ? !descending : field === "started" });
+    const turn = (): void => this.prefer({ sort: field, descending: sorted ? !descending : field === "started" || field === "heard" });
     return h(
       "div",
       { class: classes, role: "columnheader", "aria-sort": sorted ? (descending ? "descending" : "ascending") : null },

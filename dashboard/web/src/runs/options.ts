@@ -2,7 +2,7 @@
 
 import { button, h, replaceChildren, setText, show } from "../dom";
 import { finder, searchField } from "../search";
-import { allFields, LAST, titleOf, WITH, type Field } from "./fields";
+import { allFields, FIELDS, HPARAMS, LAST, RunNames, SPARK, titleOf, type Field } from "./fields";
 import { writeCondition } from "./filter";
 import type { Preferences } from "./preferences";
 import type { RunRow } from "../protocol";
@@ -24,16 +24,18 @@ export class Options {
   readonly #operator = h(
     "select",
     { class: "input", "aria-label": "How to compare" },
-    ...["<", "<=", "=", "!=", ">=", ">"].map((operator) => h("option", {}, operator)),
+    ...["<", "<=", "=", "!=", ">=", ">", ":"].map((operator) => h("option", {}, operator)),
   );
   readonly #value = h("input", { class: "input", placeholder: "0.3", "aria-label": "Value" });
-  readonly #sort = h("select", { class: "input", "aria-label": "Sort by", onchange: () => this.#host.prefer({ sort: this.#sort.value }) });
+  readonly #sort = h("input", { class: "input", list: "runs-names", "aria-label": "Sort by", onchange: () => this.#sortBy(this.#sort.value.trim()) });
+  readonly #sortProblem = h("p", { class: "hint runs-problem", role: "status", hidden: true });
   readonly #search = searchField("Find a column", () => this.#draw());
   readonly #columns = h("div", { class: "runs-columns", role: "group", "aria-label": "Columns" });
   readonly #more = h("p", { class: "hint" });
   readonly #archived: HTMLInputElement;
   readonly #turn: HTMLButtonElement;
   #fields: Field[] = [];
+  #known = new RunNames([]);
   #preferences: Preferences | null = null;
 
   constructor(host: OptionsHost) {
@@ -53,9 +55,10 @@ export class Options {
       h("h3", {}, "Filter"),
       this.#names,
       form,
-      h("p", { class: "hint" }, "A metric, a setting, state, tag, date, age or duration: age<2d, state=live."),
+      h("p", { class: "hint" }, `A metric (val_loss, best.val_loss), a hyperparameter (optimizer.lr), or ${Object.keys(FIELDS).join(", ")}.`),
       h("h3", {}, "Sort by"),
       h("div", { class: "runs-sort" }, this.#sort, this.#turn),
+      this.#sortProblem,
       h("h3", {}, "Columns"),
       this.#search,
       this.#columns,
@@ -64,19 +67,24 @@ export class Options {
     );
   }
 
-  update(rows: Iterable<RunRow>, preferences: Preferences): void {
+  /** Sort by what was typed, as `offloop runs --sort` takes it, unless no run has it. */
+  #sortBy(text: string): void {
+    const field = text.replace(/^-/, "");
+    if (field === "") return;
+    const problem = this.#known.problem(field);
+    setText(this.#sortProblem, problem);
+    show(this.#sortProblem, problem !== "");
+    if (problem === "") this.#host.prefer({ sort: field, descending: text.startsWith("-") });
+  }
+
+  update(rows: readonly RunRow[], preferences: Preferences): void {
     this.#preferences = preferences;
     this.#fields = allFields(rows);
+    this.#known = new RunNames(rows);
     this.#archived.checked = preferences.archived;
-    const names = this.#fields.map((field) => (field.startsWith(LAST) || field.startsWith(WITH) ? titleOf(field) : field));
-    const words = ["state", "tag", "date", "age", "duration", ...names.filter((name) => !["tags", "spark", "last", "best"].includes(name))];
-    replaceChildren(this.#names, ...[...new Set(words)].map((value) => h("option", { value })));
-    const sorts = new Set(["started", "name", "state", "seconds", preferences.sort, ...preferences.columns]);
-    sorts.delete("spark");
-    replaceChildren(
-      this.#sort,
-      ...[...sorts].map((value) => h("option", { value, selected: value === preferences.sort }, labelOf(value))),
-    );
+    const names = this.#fields.map((field) => (field.startsWith(LAST) || field.startsWith(HPARAMS) ? titleOf(field) : field));
+    replaceChildren(this.#names, ...[...new Set(names)].map((value) => h("option", { value })));
+    if (document.activeElement !== this.#sort) this.#sort.value = `${preferences.descending ? "-" : ""}${preferences.sort}`;
     setText(this.#turn, preferences.descending ? "Largest or newest first" : "Smallest or oldest first");
     this.#draw();
   }
@@ -84,9 +92,9 @@ export class Options {
   #draw(): void {
     const preferences = this.#preferences;
     if (preferences === null) return;
-    const finds = finder(this.#search.value);
+    const { finds, problem } = finder(this.#search.value);
     const chosen = preferences.columns;
-    const found = [...new Set([...chosen, ...this.#fields])].filter((field) => field !== "name" && finds(labelOf(field)));
+    const found = [...new Set([...chosen, SPARK, ...this.#fields])].filter((field) => field !== "name" && finds(labelOf(field)));
     replaceChildren(
       this.#columns,
       ...found.slice(0, CHOICES).map((field) => {
@@ -102,8 +110,8 @@ export class Options {
       }),
     );
     const more = found.length - CHOICES;
-    setText(this.#more, more > 0 ? `${more} more: search for them.` : "");
-    show(this.#more, more > 0);
+    setText(this.#more, problem || (more > 0 ? `${more} more: search for them.` : ""));
+    show(this.#more, this.#more.textContent !== "");
   }
 }
 

@@ -27,7 +27,7 @@ export const USUAL: Readonly<Preferences> = Object.freeze({
   archived: false,
   latestOnly: false,
 });
-const STORAGE_KEY = "offloop.runs.1";
+const STORAGE_KEY = "offloop.runs.2";
 export const LEAST_WIDTH = 220;
 const MOST_COLUMNS = 40;
 

@@ -3,7 +3,7 @@
 import { h, iconButton, setAttribute, setText, shape, show } from "../dom";
 import * as format from "../format";
 import type { RunRow } from "../protocol";
-import { ageOf, isLive, textOf, titleOf, toneOf, type Field } from "./fields";
+import { ageOf, isLive, SPARK, textOf, titleOf, toneOf, type Field } from "./fields";
 import { sparkPath } from "./spark";
 
 /** Height of a row in CSS pixels. */
@@ -94,7 +94,7 @@ export class RowView {
     }
     const changed = row !== this.#row;
     this.#row = row;
-    if (changed || look.columns !== this.#columns) this.#fill(row, look.columns);
+    if (changed || look.columns !== this.#columns || look.columns.includes("age")) this.#fill(row, look.columns, look.now);
     const { name } = row;
     setText(this.#name, name);
     setAttribute(this.#name, "title", [name, row.key !== name ? row.key : "", row.directory ?? "", row.note].filter(Boolean).join("\n"));
@@ -118,21 +118,21 @@ export class RowView {
     show(this.#edit, look.control);
   }
 
-  #fill(row: RunRow, columns: readonly Field[]): void {
+  #fill(row: RunRow, columns: readonly Field[], now: number): void {
     if (columns !== this.#columns) {
       this.#columns = columns;
       for (const cell of this.#cells) cell.remove();
       this.#cells = columns.map((field) =>
-        h("div", { class: `runs-cell${field === "spark" ? " runs-spark" : ""}`, role: "gridcell" }),
+        h("div", { class: `runs-cell${field === SPARK ? " runs-spark" : ""}`, role: "gridcell" }),
       );
       this.element.append(...this.#cells);
     }
     columns.forEach((field, index) => {
       const cell = this.#cells[index] as HTMLElement;
-      if (field === "spark") {
+      if (field === SPARK) {
         drawCurve(cell, row.sparkline);
       } else {
-        const text = textOf(row, field);
+        const text = textOf(row, field, now);
         setText(cell, text);
         setAttribute(cell, "title", text === "" ? null : `${titleOf(field)} ${text}`);
       }

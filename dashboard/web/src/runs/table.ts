@@ -2,7 +2,7 @@
 
 import { button, h, replaceChildren, setText, show } from "../dom";
 import type { RunRow } from "../protocol";
-import { finder, searchField, searchProblem } from "../search";
+import { finder, searchField } from "../search";
 import { cellText, compare, toCsv, toMarkdown, type Better, type Comparison } from "./compare";
 
 export interface TableHost {
@@ -59,7 +59,7 @@ export class CompareTable {
 
   #draw(): void {
     const { runs, lines, same } = this.#comparison;
-    const finds = finder(this.search.value);
+    const { finds, problem } = finder(this.search.value);
     const found = lines.filter(({ name }) => finds(name));
     const shown = found.slice(0, this.#most);
     const kinds = ["setting", "metric"] as const;
@@ -99,7 +99,7 @@ export class CompareTable {
     show(this.#all, more > 0);
     const settings = lines.filter(({ kind }) => kind === "setting").length;
     const notes = [
-      found.length === 0 && lines.length > 0 ? searchProblem(this.search.value) || "Nothing matches." : "",
+      found.length === 0 && lines.length > 0 ? problem || "Nothing matches." : "",
       lines.length === 0 ? "These runs have neither settings that differ nor metrics." : "",
       settings === 0 && lines.length > 0 ? "No setting differs." : "",
       same > 0 ? `${same} settings are the same in all of them.` : "",
