@@ -5,7 +5,7 @@ import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from offloop.callbacks.alerts import Alert
 from offloop.callbacks.tracking import (
@@ -16,7 +16,6 @@ from offloop.callbacks.tracking import (
 from offloop.callbacks.value_logger import Measured, ValueLogger
 from offloop.engine import (
     RunHandle,
-    StepEnd,
     TrainEnd,
     TrainStart,
     first_use,
@@ -26,9 +25,6 @@ from offloop.engine.argument_hints import explains_arguments
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-FLUSH_INTERVAL: Final = 1.0
-"""Seconds after which written points are in the file at the latest."""
 
 
 class TensorBoardLogger(ValueLogger):
@@ -81,7 +77,7 @@ class TensorBoardLogger(ValueLogger):
     def reset(self) -> None:
         super().reset()
         self._writer: SummaryWriter | None = None
-        self._flushed_at = 0.0
+        self._has_unwritten = False
         self._status = "cancelled"
 
     def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
@@ -102,15 +98,18 @@ class TensorBoardLogger(ValueLogger):
             return
         for name, value in values_to_plot(event, values).items():
             self._writer.add_scalar(name, value, event.step, walltime=event.time)
-        if not isinstance(event, StepEnd) or event.time - self._flushed_at > FLUSH_INTERVAL:
-            self._writer.flush()
-            self._flushed_at = event.time
+        self._has_unwritten = True
 
     def on_alert(self, event: Alert, run: RunHandle) -> None:
         if self._writer is None:
             return
         self._writer.add_text("alerts", f"{event.rule}: {event.message}", event.step, walltime=event.time)
-        self._writer.flush()
+        self._has_unwritten = True
+
+    def events_handled(self) -> None:
+        if self._has_unwritten and self._writer is not None:
+            self._has_unwritten = False
+            self._writer.flush()
 
     def on_train_end(self, event: TrainEnd, run: RunHandle) -> None:
         self._status = event.status

@@ -184,16 +184,22 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; by default stdout.")
     ] = None,
+    event: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Write rows of this event only, such as StepEnd or ResourceUsage; may be repeated."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write all metrics of a run as CSV: a row for each step, validation, epoch and evaluation.
+    """Write all metrics of a run as CSV: a row for each step, validation, epoch, evaluation and sample.
 
     Of a run that goes on, what was there at the beginning is written.
     """
     check_run(run)
     if output is None:
         try:
-            exported = export_metrics(run, sys.stdout)
+            exported = export_metrics(run, sys.stdout, only=event or ())
             sys.stdout.flush()
         except BrokenPipeError:
             raise
@@ -209,7 +215,7 @@ def export(
         part = output.with_name(f".{output.name}.part")
         try:
             with open(part, "w", encoding="utf-8", newline="") as file:
-                exported = export_metrics(run, file)
+                exported = export_metrics(run, file, only=event or ())
             os.replace(part, output)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -217,6 +223,8 @@ def export(
             why = reason(error).replace(str(part), str(output))
             fail(f"{run} cannot be exported to {output}: {why.removeprefix(f'{output}: ')}")
         print_text(f"{output}: {exported.rows:,} rows")
+    if event and not exported.rows:
+        print_error(f"the log has no event {' or '.join(event)} with numbers")
     if exported.skipped:
         print_error(f"{exported.skipped} lines of the log hold no event and were skipped")
 

@@ -151,6 +151,13 @@ class Callback:
         after `reset`, a plain method is called in the thread that tried to start it.
         """
 
+    def events_handled(self) -> None:
+        """Write what was gathered. Called after each batch of events, in the worker thread, also if one has failed.
+
+        For plain handlers that write several events together: after a batch, the next event may come in a second or in
+        an hour. A plain method.
+        """
+
     def make_durable(self) -> Awaitable[None] | None:
         """Flush to disk what has been written so far. For callbacks that keep a log.
 

@@ -19,7 +19,6 @@ from offloop.dashboard.runs.live_run import FINAL_STATES, LiveRun, Numbers
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.page_file import page_of
 from offloop.dashboard.runs.run_source import facts_of
-from offloop.dashboard.runs.sample_numbers import numbers_in
 from offloop.engine import (
     Command,
     ConfigError,
@@ -36,6 +35,7 @@ from offloop.engine import (
 )
 from offloop.engine.metrics.names import metric_direction
 from offloop.engine.monitor import Direction
+from offloop.engine.sample_numbers import numbers_in
 
 UNKNOWN_MILESTONES: Final = 100
 """Events of an unknown type that count as milestones; a type with more of them is one of samples."""

@@ -21,7 +21,6 @@ from offloop.dashboard.curves.units import unit_of
 from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
 from offloop.dashboard.runs.run_source import RunSource
-from offloop.dashboard.runs.sample_numbers import numbers_of
 from offloop.engine import (
     EpochEnd,
     EpochStart,
@@ -35,6 +34,7 @@ from offloop.engine import (
     ValidationEnd,
     encode,
 )
+from offloop.engine.sample_numbers import numbers_of
 
 MAX_CURVES: Final = 2_000
 """Most curves of one run; further metrics are not drawn."""

@@ -2,14 +2,16 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 import msgspec
 
+from offloop.engine import events
 from offloop.engine.catalog.files import open_regular, read_range
 from offloop.engine.observers.event_log import FILE_NAME, AttemptCounter, decode_head
+from offloop.engine.sample_numbers import numbers_in_fields
 
 CHUNK: Final = 1024 * 1024
 LONGEST_LINE: Final = 64 * 1024 * 1024
@@ -18,6 +20,15 @@ POSITION: Final = ("time", "attempt", "event", "epoch", "step", "batch")
 """First columns."""
 
 _KINDS: Final = frozenset({"StepEnd", "ValidationEnd", "EpochEnd", "Evaluated", "TrainEnd"})
+_OTHERS: Final = (
+    frozenset(
+        name
+        for name, each in vars(events).items()
+        if isinstance(each, type) and issubclass(each, events.Event)
+    )
+    - _KINDS
+)
+"""Events of the engine that have no metrics."""
 
 
 class _Row(msgspec.Struct):
@@ -55,6 +66,7 @@ class _Row(msgspec.Struct):
 
 
 _decode_row = msgspec.json.Decoder(_Row, strict=False).decode
+_decode_fields = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,18 +78,22 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     """Lines of the log that hold no event, or are longer than 64 MiB."""
 
 
-def export_metrics(directory: Path | str, file: TextIO) -> Exported:
-    """Write all metrics of a run as CSV: a row for each step, validation, epoch and evaluation. Blocks.
+def export_metrics(directory: Path | str, file: TextIO, *, only: Collection[str] = ()) -> Exported:
+    """Write all metrics of a run as CSV: a row for each step, validation, epoch, evaluation and sample. Blocks.
 
     The first columns are `time` (Unix seconds), `attempt`, `event`, `epoch`, `step` and `batch`; each metric has a
     column, in the order in which they appear, and an empty field where an event lacks it. An evaluation has the step
-    of its checkpoint. A step that failed because its loss is not finite has a row, too.
+    of its checkpoint. A step that failed because its loss is not finite has a row, too. Numbers of samples
+    (`ResourceUsage`, `GradientStatistics`, `LayersMeasured`) and of events of your own have the names that they have
+    on the live page: `resource_usage/cpu_percent`, `layers_measured/weights/mean/0.bias`.
 
     The log is read twice, in bounded memory. Of a run that goes on, what was there at the beginning is exported.
 
     Args:
         directory: The run's.
         file: Opened for text with `newline=""`.
+        only: Names of events to export, like `"StepEnd"`; all if it is empty. Statistics of many layers make many
+            columns.
 
     Raises:
         OSError: The log cannot be read, or was cut back meanwhile by a run that was resumed; or `file` cannot be
@@ -86,12 +102,12 @@ def export_metrics(directory: Path | str, file: TextIO) -> Exported:
     log, state = open_regular(os.path.join(directory, FILE_NAME))
     try:
         names: dict[str, None] = {}
-        for _, row in _rows(log, state.st_size, _Count()):
+        for _, row in _rows(log, state.st_size, _Count(), only):
             names |= dict.fromkeys(row.values())
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*POSITION, *names])
         count, skipped = 0, _Count()
-        for attempt, row in _rows(log, state.st_size, skipped):
+        for attempt, row in _rows(log, state.st_size, skipped, only):
             values = row.values()
             step, epoch = row.step, row.epoch
             if row.type == "Evaluated":
@@ -116,15 +132,24 @@ class _Count:
     count = 0
 
 
-def _rows(file: int, size: int, skipped: _Count) -> Iterator[tuple[int, _Row]]:
+def _rows(file: int, size: int, skipped: _Count, only: Collection[str]) -> Iterator[tuple[int, _Row]]:
     """Yield the events with metrics in the first bytes of a log, each with its attempt."""
     attempts = AttemptCounter()
     for line in _lines(file, size, skipped):
         try:
             head = decode_head(line)
             attempt = attempts.take(head)
+            # Events of users have the name of their module, too
+            name = head.type.rpartition(".")[2]
+            if only and name not in only:
+                continue
             if head.type in _KINDS:
                 yield attempt, _decode_row(line)
+            elif head.type not in _OTHERS:
+                fields = _decode_fields(line)
+                if numbers := dict(numbers_in_fields(head.type, fields)):
+                    position = {each: fields[each] for each in ("epoch", "step", "batch") if each in fields}
+                    yield attempt, _Row(name, head.time, **position, metrics=numbers)
         except (msgspec.DecodeError, RecursionError):
             skipped.count += 1
 

@@ -11,7 +11,6 @@ event, which never runs backwards. Between attempts it may: the machine's clock 
 
 import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,10 +30,8 @@ logger = logging.getLogger("offloop")
 
 FILE_NAME: Final = LOG
 BATCH_INTERVAL: Final = 0.4
-"""Seconds between two batches of samples alone. The first event of a batch has those before it written, so a sample
-waits at most twice as long, and for a hand-over: less than a second."""
-FLUSH_INTERVAL: Final = 0.3
-"""Seconds after which an event has the samples before it written; less than the time between two batches."""
+"""Seconds between two batches of samples alone, each of which is written at once. With the hand-over before it, a
+sample waits less than a second, also if none comes after it."""
 MAX_KEPT: Final = 10_000
 """Milestones that are kept while the disk is full; of more, the oldest are lost."""
 
@@ -56,7 +53,6 @@ class EventLog(Callback):
         self._file: LineFile | None = None
         self._path = Path(FILE_NAME)
         self._waiting: list[Event] = []
-        self._flushed_at = 0.0
         self._is_failing = False
         self._lost = 0  # events, since writing fails
 
@@ -64,10 +60,13 @@ class EventLog(Callback):
         if run.dir is None:
             # The run could not have its directory: only `TrainEnd` comes, and there is no place for it.
             return
+        self._path = run.dir / FILE_NAME
         self._waiting.append(event)
-        if not isinstance(event, Sample) or time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
-            self._path = run.dir / FILE_NAME
+        if not isinstance(event, Sample):
             self._flush()
+
+    def events_handled(self) -> None:
+        self._flush()
 
     def make_durable(self) -> None:
         self._flush()
@@ -89,7 +88,6 @@ class EventLog(Callback):
 
     def _flush(self) -> None:
         """Write the waiting lines. Only the first failure raises; milestones that were not written are kept."""
-        self._flushed_at = time.monotonic()
         if not self._waiting:
             return
         lines, refused = self._encode()

@@ -390,6 +390,10 @@ class Observer:
                     forked.end_process(None)
                 if self._failures_in_row:
                     self._failures_in_row = 0
+        try:
+            self.handlers.callback.events_handled()
+        except BaseException as error:
+            self.failed(type(events[-1]).__name__, error)
 
     def account(self, stretch: Stretch) -> None:
         """Add a stretch for which a coroutine of the callback ran on the event loop without an await."""

@@ -18,7 +18,7 @@ import command_line
 import pytest
 from typer.testing import CliRunner, Result
 
-from offloop.callbacks import ModelCheckpoint
+from offloop.callbacks import LayerStatistics, ModelCheckpoint, ResourceUsage
 from offloop.cli.main import app
 from offloop.cli.output import duration
 from offloop.engine import (
@@ -26,7 +26,9 @@ from offloop.engine import (
     Evaluated,
     LossError,
     Metrics,
+    Sample,
     StepEnd,
+    Trainer,
     TrainStart,
     ValidationEnd,
     edit_labels,
@@ -349,6 +351,41 @@ def test_export_has_a_row_for_each_step_validation_and_epoch_of_all_attempts(her
             assert (float(row["loss"]), float(row["lr"])) == (event.loss, event.lr)
         if isinstance(event, ValidationEnd):
             assert float(row["val_loss"]) == event.metrics["val_loss"] and row["loss"] == ""
+
+
+class Score(Sample, frozen=True, kw_only=True):
+    """A sample of the user's, with a field that an event of the engine has with another type."""
+
+    score: float
+    by: Metrics = Metrics()
+    loss: str = "none"
+
+
+class Publishes(Trainer):
+    def training_step(self, batch: Any) -> Any:
+        self.publish(ResourceUsage(memory_bytes=5_000))
+        self.publish(Score(score=self.step / 2, by=Metrics(a=1.5), loss="high"))
+        return super().training_step(batch)
+
+
+def test_samples_of_monitors_and_of_the_user_are_exported(tmp_path: Path) -> None:
+    trainer = tiny_trainer(Publishes, run_dir=str(tmp_path), run_name="run")
+    trainer.train(tiny_loader(3), epochs=1, callbacks=[LayerStatistics(every_n_steps=2)])
+    rows = rows_of(offloop("export", str(tmp_path / "run")).stdout)
+    scores = [row for row in rows if row["event"] == "Score"]
+    assert [(row["step"], row["score/score"], row["score/by/a"], row["loss"]) for row in scores] == [
+        (str(step), str(step / 2), "1.5", "") for step in range(3)
+    ]
+    usage = [row["resource_usage/memory_bytes"] for row in rows if row["event"] == "ResourceUsage"]
+    assert usage == ["5000.0"] * 3
+    kinds = [row for row in rows if row["event"] == "LayersMeasured"]
+    assert any(float(row["layers_measured/weights/std/0.weight"] or 0) > 0 for row in kinds)
+    # The others have the columns of the whole run
+    only = offloop("export", str(tmp_path / "run"), "--event", "Score", "--event", "StepEnd").stdout
+    assert {row["event"] for row in rows_of(only)} == {"Score", "StepEnd"}
+    assert "layers_measured" not in only
+    nothing = offloop("export", str(tmp_path / "run"), "--event", "Scores")
+    assert nothing.stderr == "the log has no event Scores with numbers\n"
 
 
 def test_an_evaluation_is_exported_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:

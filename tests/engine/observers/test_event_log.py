@@ -1,11 +1,13 @@
 """engine/observers/event_log.py: what is written, when, and what a reader gets back from a damaged file."""
 
+import contextlib
 import json
 import resource
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from warm_python import WarmPython
@@ -138,6 +140,58 @@ def test_milestones_are_on_disk_when_they_were_handled_and_samples_with_them(tmp
     look = Look()
     recorder = train(tmp_path, look)
     assert look.seen == [True] * len([each for each in recorder.events if not isinstance(each, Sample)])
+
+
+class Stalls(Callback):
+    """Holds the training in a step until all steps before it are on disk."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+        self.on_disk: list[int] = []
+
+    @in_step
+    def after_step(self, point: StepPoint) -> None:
+        deadline = time.monotonic() + 30
+        while point.step == self.at_step and len(self.on_disk) < self.at_step - 1:
+            assert time.monotonic() < deadline, f"only steps {self.on_disk} are on disk"
+            time.sleep(0.001)
+            # The first event may not have reached the disk yet
+            with contextlib.suppress(FileNotFoundError):
+                events = list(read_events(point.run.dir))
+                self.on_disk = [event.step for event in events if isinstance(event, StepEnd)]
+
+
+def test_the_last_steps_before_a_stall_are_on_disk_though_no_event_follows(tmp_path: Path) -> None:
+    stalls = Stalls(at_step=8)
+    train(tmp_path, stalls, epochs=3)
+    assert stalls.on_disk == list(range(1, 8))
+
+
+class Gathers(Callback):
+    """Writes the events of a batch together."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.waiting: list[Event] = []
+        self.written: list[Event] = []
+
+    def on_event(self, event: Event, run: Any) -> None:
+        self.waiting.append(event)
+
+    def events_handled(self) -> None:
+        self.written += self.waiting
+        self.waiting.clear()
+        if self.fails:
+            raise OSError("no room")
+
+
+def test_after_each_batch_a_callback_may_write_what_it_gathered(tmp_path: Path) -> None:
+    writes, fails = Gathers(), Gathers(fails=True)
+    result = tiny_trainer().train(tiny_loader(3), epochs=2, callbacks=[writes, fails])
+    assert [type(each) for each in writes.written] == [type(each) for each in fails.written]
+    assert isinstance(writes.written[-1], TrainEnd) and not writes.waiting
+    assert set(result.callback_errors) == {"Gathers#2"}
+    assert result.callback_errors["Gathers#2"][-1].endswith("OSError: no room")
 
 
 def test_an_event_that_cannot_be_encoded_takes_no_other_with_it(tmp_path: Path) -> None:

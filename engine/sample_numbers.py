@@ -1,4 +1,7 @@
-"""The numbers of samples, which are drawn: of known classes, and of those that are not defined in this process."""
+"""The numbers of samples, which are drawn and exported, by name.
+
+Those of a class that is defined in this process come from its fields, others from their JSON.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,7 +9,9 @@ from typing import Any, Final
 
 import msgspec
 
-from offloop.engine import Event, UnknownEvent
+from offloop.engine.events import Event, UnknownEvent
+
+__all__ = ["numbers_in", "numbers_of"]
 
 _BASE_FIELDS: Final = frozenset({*Event.__struct_fields__, "type"})
 
@@ -40,7 +45,17 @@ def numbers_in(event: UnknownEvent) -> Iterator[tuple[str, float]]:
         fields = msgspec.json.decode(event.raw, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError):
         return
-    name = event.type.rpartition(".")[2]
+    yield from numbers_in_fields(event.type, fields)
+
+
+def numbers_in_fields(type_name: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the names and numbers of an event that was read from JSON.
+
+    Args:
+        type_name: What the event calls its class, with or without the module.
+        fields: The event.
+    """
+    name = type_name.rpartition(".")[2]
     prefix = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
     if isinstance(fields.get("kind"), str) and fields["kind"]:
         prefix = f"{prefix}/{fields['kind']}"
