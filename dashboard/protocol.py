@@ -348,7 +348,9 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     monitor: str = ""
     """Metric that defines the best checkpoint."""
     figures: dict[str, Figure] = {}
-    """Metrics by name."""
+    """Metrics by name; those that came first, if there are more than 500."""
+    metrics: int = 0
+    """Number of its metrics."""
     hyperparameters: dict[str, Any] = {}
     """What the run was made with, by flat name (`optimizer.lr`), secrets masked."""
     tags: list[str] = []

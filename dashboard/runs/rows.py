@@ -135,6 +135,7 @@ def row_of(live: LiveRun, record: RunRecord | None = None) -> RunRow:
         progress=status.progress,
         monitor=info.monitor,
         figures=_figures_of(live),
+        metrics=len(live.series),
         hyperparameters=info.hyperparameters,
         tags=list(labels.tags),
         note=labels.note,
@@ -176,6 +177,7 @@ def row_of_record(record: RunRecord, page: str | None) -> RunRow:
         figures={
             name: Figure(number(each.last), each.best) for name in names if (each := record.metrics[name])
         },
+        metrics=len(record.metrics),
         hyperparameters=masked(record.hyperparameters),
         tags=list(labels.tags),
         note=labels.note,

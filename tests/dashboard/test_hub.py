@@ -1441,8 +1441,10 @@ async def test_of_two_thousand_metrics_the_first_and_the_monitored_are_listed(
 ) -> None:
     stage.tell(StepEnd(step=1, loss=1.0, lr=0.1, metrics=Metrics({f"m{n}": float(n) for n in range(1_900)})))
     stage.tell(ValidationEnd(metrics=Metrics(val_loss=0.5)))
-    figures = row_of(stage.live).figures
+    row = row_of(stage.live)
+    figures = row.figures
     assert len(figures) == MAX_FIGURES + 1
+    assert row.metrics == len(stage.live.series) > 1_900
     assert "val_loss" in figures and "m0" in figures and "m1899" not in figures
 
 

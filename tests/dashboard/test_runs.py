@@ -110,6 +110,24 @@ def test_one_run_has_no_list_until_it_is_asked_for(started: tuple[Training, Page
     expect(listed(page)).to_have_count(1)
 
 
+def test_a_folded_list_is_not_asked_for(several: tuple[Training, Page]) -> None:
+    _, page = several
+    page.locator("main").click()
+    page.keyboard.press("r")
+    expect(page.locator(".runbar")).to_be_hidden()
+    page.goto(page.url.partition("#")[0] + "#v=1&run=live")  # a link: nothing is ticked by itself
+    sent: list[str] = []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda data: sent.append(str(data))))
+    with page.expect_websocket() as opened:
+        page.reload()
+    expect(word(page)).to_have_text("live")
+    assert not any('"list"' in message for message in sent)
+    page.keyboard.press("r")
+    expect(listed(page)).to_have_count(4)
+    with opened.value.expect_event("framesent", lambda data: '"on":false' in str(data)):
+        page.keyboard.press("r")
+
+
 def test_two_runs_of_this_process_are_listed_with_true_values(
     training: Callable[..., Training], open_page: OpenPage, tmp_path: Path
 ) -> None:
@@ -420,13 +438,17 @@ def test_of_five_thousand_runs_only_those_in_sight_are_in_the_document(
 def test_ten_runs_without_a_common_metric_and_one_of_two_thousand(several: tuple[Training, Page]) -> None:
     run, page = several
     many = {f"metric_{number}": Figure(float(number)) for number in range(2_000)}
-    put(run, row("many", figures=many))
+    put(run, row("many", figures=many, metrics=2_500))
     put(run, *(row(f"r{number}", figures={f"own_{number}": Figure(1.0)}) for number in range(8)))
     expect(listed(page)).to_have_count(13)
     for name in ("many", *(f"r{number}" for number in range(8))):
         tick(page, name).click()
+    expect(of(page, "many")).to_contain_text(re.compile("figures of 2.000 of its 2.500 metrics"))
     page.get_by_role("tab", name="Compare").click()
     expect(page.get_by_role("button", name=re.compile("^Show .* more"))).to_be_visible()
+    expect(page.locator(".compare")).to_contain_text(
+        re.compile("many has figures of 2.000 of its 2.500 metrics here")
+    )
     page.get_by_label("Filter settings and metrics").fill("own_3")
     expect(page.locator(".compare-table tbody tr")).to_have_count(2)
     page.get_by_role("button", name="Filter, order and columns").click()

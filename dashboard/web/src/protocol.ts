@@ -181,6 +181,8 @@ export interface RunRow {
   progress: number | null;
   monitor: string;
   figures: Record<string, Figure>;
+  /** How many metrics it has: figures are of some of them if there are many. */
+  metrics?: number;
   hyperparameters: Record<string, unknown>;
   tags: string[];
   note: string;

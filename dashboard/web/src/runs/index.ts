@@ -39,6 +39,8 @@ export class Runs {
   readonly #better = new Map<string, Better>();
   /** The view names runs, or the page has looked for one to lay over: what is ticked is the viewer's from here on. */
   #settled: boolean;
+  /** Whether the server sends the list in this connection. */
+  #asked = false;
 
   constructor(host: RunsHost) {
     this.#host = host;
@@ -78,8 +80,17 @@ export class Runs {
   greeted(hello: Hello): void {
     this.#clock = { time: hello.time, at: performance.now() };
     this.#control = hello.role === "control";
-    this.bar.store.begin();
-    this.#host.send({ type: "list" });
+    this.#asked = false;
+    this.#ask();
+  }
+
+  /** Ask for the list of runs while it is of use: reading directories costs the server time. */
+  #ask(): void {
+    const { bar } = this;
+    const asks = bar.isOpen || bar.mayOpen || !this.#settled || this.drawn.length > 1;
+    if (asks === this.#asked || !this.#host.send({ type: "list", on: asks })) return;
+    this.#asked = asks;
+    if (asks) bar.store.begin();
   }
 
   listed(message: Rows): void {
@@ -184,6 +195,7 @@ export class Runs {
   // What is drawn
 
   update(): void {
+    this.#ask();
     const look = this.#look();
     this.bar.update(look);
     if (this.#host.view.get().tab === "compare") this.table.update(this.rows, this.#better);

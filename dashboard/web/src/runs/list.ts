@@ -183,10 +183,16 @@ export class RunBar {
     return this.preferences.open ?? this.store.rows.size > 1;
   }
 
+  /** Whether it opens by itself once there is more than one run. */
+  get mayOpen(): boolean {
+    return !this.#narrow.matches && this.preferences.open === null;
+  }
+
   open(open: boolean): void {
     if (this.#narrow.matches) this.#drawerOpen = open;
     else this.prefer({ open });
     this.#place();
+    this.#host.preferred();
     if (open) (this.#narrow.matches ? this.search : this.#grid).focus();
     else this.toggle.focus();
   }

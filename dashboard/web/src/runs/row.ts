@@ -97,7 +97,7 @@ export class RowView {
     if (changed || look.columns !== this.#columns || look.columns.includes("age")) this.#fill(row, look.columns, look.now);
     const { name } = row;
     setText(this.#name, name);
-    setAttribute(this.#name, "title", [name, row.key !== name ? row.key : "", row.directory ?? "", row.note].filter(Boolean).join("\n"));
+    setAttribute(this.#name, "title", [name, row.key !== name ? row.key : "", row.directory ?? "", lackingFigures(row), row.note].filter(Boolean).join("\n"));
     setAttribute(this.#dot, "data-tone", toneOf(row));
     setText(this.#about, aboutOf(row, look.shared, look.now));
     setAttribute(this.#about, "title", row.why || null);
@@ -151,6 +151,12 @@ function drawCurve(cell: HTMLElement, values: readonly number[]): void {
   cell.append(shape("svg", size, shape("path", { d: path })));
 }
 
+/** What a run with very many metrics has no figures of; empty if it has all. */
+export function lackingFigures({ figures, metrics = 0 }: RunRow): string {
+  const known = Object.keys(figures).length;
+  return metrics > known ? `figures of ${format.count(known)} of its ${format.count(metrics)} metrics` : "";
+}
+
 /** State, duration and age in a line; the place where the name is not enough. */
 function aboutOf(row: RunRow, shared: boolean, now: number): string {
   const share = isLive(row) && row.progress !== null ? ` ${format.percent(row.progress)}` : "";
@@ -163,6 +169,7 @@ function aboutOf(row: RunRow, shared: boolean, now: number): string {
     row.seconds > 0 ? format.shortDuration(row.seconds) : "",
     row.started > 0 ? `${format.shortDuration(ageOf(row.started, now))} ago` : "",
     ...row.tags.map((tag) => `#${tag}`),
+    lackingFigures(row),
   ];
   return parts.filter(Boolean).join(" · ");
 }

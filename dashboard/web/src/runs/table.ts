@@ -3,6 +3,7 @@
 import { button, h, replaceChildren, setText, show } from "../dom";
 import type { RunRow } from "../protocol";
 import { finder, searchField } from "../search";
+import { lackingFigures } from "./row";
 import { cellText, compare, toCsv, toMarkdown, type Better, type Comparison } from "./compare";
 
 export interface TableHost {
@@ -102,6 +103,7 @@ export class CompareTable {
       found.length === 0 && lines.length > 0 ? problem || "Nothing matches." : "",
       lines.length === 0 ? "These runs have neither settings that differ nor metrics." : "",
       settings === 0 && lines.length > 0 ? "No setting differs." : "",
+      ...runs.map((run) => (lackingFigures(run) === "" ? "" : `${run.name} has ${lackingFigures(run)} here; its charts have all.`)),
       same > 0 ? `${same} settings are the same in all of them.` : "",
     ];
     setText(this.#note, notes.filter(Boolean).join(" "));
