@@ -38,6 +38,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not [link for link in links if not is_there(page, link)]
 
 
+def test_pictures_are_small_and_stand_on_a_page() -> None:
+    """docs/make_pictures.py makes them."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    for picture in (ROOT / "docs").glob("*.png"):
+        assert picture.stat().st_size <= 150 * 1024, picture.name
+        assert any(f"{picture.name})" in text for text in texts), picture.name
+
+
 def is_there(page: Path, link: str) -> bool:
     """True if the file of a link exists and has the heading that it names."""
     name, _, anchor = link.partition("#")

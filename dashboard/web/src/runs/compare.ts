@@ -24,7 +24,7 @@ export interface Comparison {
   same: number;
 }
 
-/** Compare runs: settings that differ, then the metrics of all of them, monitored ones first. */
+/** Compare runs: settings that differ, then metrics: monitored ones first, then those that most of the runs have. */
 export function compare(runs: RunRow[], better: ReadonlyMap<string, Better> = new Map()): Comparison {
   const names = [...new Set(runs.flatMap(({ hyperparameters }) => Object.keys(hyperparameters)))].sort(compareText);
   const settings: Line[] = names.map((name) => ({
@@ -35,8 +35,11 @@ export function compare(runs: RunRow[], better: ReadonlyMap<string, Better> = ne
   }));
   const differing = settings.filter(({ values }) => new Set(values).size > 1);
   const monitored = new Set(runs.map(({ monitor }) => monitor));
-  const metrics = [...new Set(runs.flatMap(({ figures }) => Object.keys(figures)))].sort(
-    (one, other) => Number(monitored.has(other)) - Number(monitored.has(one)) || compareText(one, other),
+  const having = new Map<string, number>();
+  for (const name of runs.flatMap(({ figures }) => Object.keys(figures))) having.set(name, (having.get(name) ?? 0) + 1);
+  const rank = (name: string): number => (monitored.has(name) ? Infinity : (having.get(name) as number));
+  const metrics = [...having.keys()].sort((one, other) =>
+    rank(one) === rank(other) ? compareText(one, other) : rank(other) - rank(one),
   );
   const lines = metrics.flatMap((metric) => {
     const direction = better.get(metric) ?? directionOf(runs, metric);

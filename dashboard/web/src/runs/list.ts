@@ -32,7 +32,7 @@ export interface RunsLook extends Chosen {
 }
 
 /** Width of the bar, unless it is dragged, CSS pixels. */
-const USUAL_WIDTH = 384;
+const USUAL_WIDTH = 400;
 /** Rows beside those in sight, above and below. */
 const MARGIN = 6;
 /** What counts time up in the rows is drawn this often, seconds. */
@@ -40,12 +40,12 @@ const AGE_EVERY = 10;
 /** Narrower pages have a drawer. */
 const DRAWER = "(max-width: 1240px)";
 const WIDTHS: Record<string, string> = {
-  spark: "58px", started: "150px", heard: "150px", tag: "130px", duration: "90px", state: "84px", host: "110px",
+  spark: "52px", started: "150px", heard: "150px", tag: "130px", duration: "90px", state: "84px", host: "110px",
   id: "130px", key: "130px", note: "150px", why: "150px",
 };
 /** Least width of the first column, and that of columns of numbers, CSS pixels. */
 const FIRST = 150;
-const NUMBER = "64px";
+const NUMBER = "56px";
 
 export class RunBar {
   readonly element: HTMLElement;

@@ -8,7 +8,7 @@ import { sparkPath } from "./spark";
 
 /** Height of a row in CSS pixels. */
 export const ROW = 46;
-const CURVE = { width: 50, height: 22 };
+const CURVE = { width: 46, height: 22 };
 
 export interface RowHost {
   /** The pointer is on it: keys act on it from here on. */

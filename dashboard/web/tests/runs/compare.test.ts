@@ -35,6 +35,11 @@ test("ten runs that share no metric have a table with gaps", () => {
   expect(lines[3]?.values.filter((value) => value !== null)).toEqual([3]);
 });
 
+test("metrics that most runs have come before the others", () => {
+  const runs = [row("a", { figures: { acc: [1, null], z: [1, null] } }), row("b", { figures: { z: [2, null], val_loss: [1, null] } })];
+  expect(compare(runs).lines.map(({ name }) => name)).toEqual(["last val_loss", "last z", "last acc"]);
+});
+
 test("as Markdown", () => {
   expect(toMarkdown(compare(RUNS)).split("\n").slice(0, 5)).toEqual([
     "|  | a\\|b | =1+1 |",
