@@ -4,6 +4,7 @@ It runs on the event loop of its host, asyncio or trio. What viewers see still c
 training waits for neither. Who may use the page is for the host to say: there is no token, no cookie and no key.
 """
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -115,7 +116,9 @@ class DashboardApp:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_read, link, receive, tasks.cancel_scope)
-                await _write(link, send)
+                # Servers raise it when the viewer has left meanwhile.
+                with contextlib.suppress(OSError):
+                    await _write(link, send)
                 tasks.cancel_scope.cancel()
         finally:
             # The host may cancel this task.

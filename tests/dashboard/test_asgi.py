@@ -26,6 +26,7 @@ from offloop.dashboard.protocol import (
     MAX_MESSAGE,
     SUBPROTOCOL,
     CommandRequest,
+    Ping,
     encode_message,
 )
 from offloop.dashboard.serving import asgi
@@ -249,6 +250,7 @@ class Socket:
         self._app, self._scope = app, scope_of("/ws", kind="websocket", **more)
         self._incoming: list[Any] = [{"type": "websocket.connect"}]
         self._here, self._there = Waker(), Waker()
+        self.is_lost = False
 
     def say(self, text: str) -> None:
         self._put({"type": "websocket.receive", "text": text})
@@ -266,6 +268,8 @@ class Socket:
         return self._incoming.pop(0)
 
     async def _send(self, message: Any) -> None:
+        if self.is_lost:
+            raise OSError("the client has disconnected")
         self.sent.append(message)
         self._there.wake()
 
@@ -466,6 +470,18 @@ async def test_the_application_may_cancel_a_websocket(shared: SharedServer) -> N
     with anyio.fail_after(PATIENCE):
         while b'"viewers":0' not in (await ask(app, "/api/status"))[2]:
             await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.anyio
+async def test_a_viewer_that_is_lost_while_it_is_sent_something_is_no_failure(shared: SharedServer) -> None:
+    app = Dashboard().asgi(auth=says("control"))
+    async with anyio.create_task_group() as tasks:
+        viewer = Socket(app)
+        tasks.start_soon(viewer.run)
+        viewer.say(encode_message(PageModel().hi()).decode())
+        await viewer.wait(lambda sent: len(sent) > 1)
+        viewer.is_lost = True
+        viewer.say(encode_message(Ping(sent=1.0)).decode())
 
 
 @pytest.mark.anyio
