@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from example_service import Service, serving
 from memory_link import PageModel
@@ -484,6 +485,10 @@ async def test_a_viewer_that_is_lost_while_it_is_sent_something_is_no_failure(sh
         viewer.say(encode_message(Ping(sent=1.0)).decode())
 
 
+def train_with(dashboard: Dashboard) -> None:
+    tiny_trainer().train(tiny_loader(2), epochs=1, callbacks=[dashboard])
+
+
 @pytest.mark.anyio
 async def test_runs_without_settings_show_themselves_there_and_open_no_port(
     shared: SharedServer, capfd: pytest.CaptureFixture[str]
@@ -491,7 +496,7 @@ async def test_runs_without_settings_show_themselves_there_and_open_no_port(
     mounted = Dashboard()
     app = mounted.asgi(auth=says("control"))
     run = Dashboard()
-    await tiny_trainer().train_async(tiny_loader(2), epochs=1, callbacks=[run])
+    await anyio.to_thread.run_sync(train_with, run)
     async with opened(app) as viewer:
         await viewer.wait(lambda sent: '"state":"completed"' in str(sent))
     assert shared._server is not None and shared._server.port == 0
@@ -500,7 +505,7 @@ async def test_runs_without_settings_show_themselves_there_and_open_no_port(
         with pytest.raises(RuntimeError, match="its address is the one where the application mounts"):
             _ = each.url
     with pytest.raises(ValueError, match="the one mounted in this application has other settings"):
-        await tiny_trainer().train_async(tiny_loader(2), epochs=1, callbacks=[Dashboard(port=0)])
+        await anyio.to_thread.run_sync(train_with, Dashboard(port=0))
 
 
 @pytest.mark.anyio
