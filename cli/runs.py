@@ -94,20 +94,20 @@ def runs(
 
     Exit code: 0, even if some runs cannot be read; 2 if the directory cannot be read.
     """
-    try:
+    with _naming("--filter"):
         wanted = RunFilter(" ".join(filters or []))
-    except ConfigError as error:
-        fail(f"--filter: {error}")
     catalog = RunCatalog(runs_dir)
     catalog.refresh()
     if catalog.problem:
         fail(catalog.problem)
     records = list(catalog.records.values())
     with _naming("--filter"):
-        found = wanted.select(records, archived=everything)
+        wanted.check(records)
     with _naming("--sort"):
         check_fields(records, [sort.removeprefix("-")])
-        found = sort_runs(found, sort)
+    everything = everything or "archived" in wanted.fields
+    found = [each for each in records if (everything or not each.labels.archived) and wanted.matches(each)]
+    found = sort_runs(found, sort)
     if as_json:
         print_json({"runs": [_plain(each) for each in found], "total": len(records)})
         return

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from offloop.engine.errors import ConfigError
 
-MAX_PLACES: Final = 300
+MAX_PLACES: Final = 200
 """Most places of an expression, with repetitions written out: the time for a character is in proportion to it."""
 MAX_DEPTH: Final = 50
 """Most groups inside one another."""

@@ -159,31 +159,37 @@ class RunNames:
     """Names of the metrics and hyperparameters that some of the runs have."""
 
     def __init__(self, records: Iterable[RunRecord]) -> None:
-        self.is_empty = True
-        self.metrics: set[str] = set()
-        self.hyperparameters: set[str] = set()
-        for record in records:
-            self.is_empty = False
-            self.metrics.update(record.metrics)
-            self.hyperparameters.update(record.hyperparameters)
+        self._records = list(records)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._records
+
+    # Mostly a name is known, and one of the first runs has it.
 
     def has(self, name: str) -> bool:
-        if name.lower() in KINDS or name in self.metrics or self.is_hyperparameter(name):
+        if name.lower() in KINDS or self._is_metric(name) or self.is_hyperparameter(name):
             return True
-        return name.startswith((LAST, BEST)) and name[len(LAST) :] in self.metrics
+        return name.startswith((LAST, BEST)) and self._is_metric(name[len(LAST) :])
+
+    def _is_metric(self, name: str) -> bool:
+        return any(name in each.metrics for each in self._records)
 
     def is_hyperparameter(self, name: str) -> bool:
-        return bool({name, name.removeprefix(HPARAMS)} & self.hyperparameters)
+        names = (name, name.removeprefix(HPARAMS))
+        return any(each in record.hyperparameters for record in self._records for each in names)
 
     def problem(self, name: str) -> str:
         """Return that no run has a field, and which was meant; empty if one has it, or if there are no runs."""
         if self.is_empty or self.has(name):
             return ""
+        metrics = {metric for each in self._records for metric in each.metrics}
+        settings = {setting for each in self._records for setting in each.hyperparameters}
         meant = None
-        for start, names in ((LAST, self.metrics), (BEST, self.metrics), (HPARAMS, self.hyperparameters)):
+        for start, names in ((LAST, metrics), (BEST, metrics), (HPARAMS, settings)):
             if name.startswith(start) and (near := nearest(name.removeprefix(start), names)):
                 meant = start + near
-        meant = meant or nearest(name, {*KINDS, *self.metrics, *self.hyperparameters})
+        meant = meant or nearest(name, {*KINDS, *metrics, *settings})
         return f"no run has '{name}'" + (f"; did you mean '{meant}'?" if meant else "")
 
 
@@ -246,13 +252,9 @@ def sort_runs(records: Iterable[RunRecord], by: str, *, now: float | None = None
         records: The runs.
         by: A field, as for `values_of`; with `-` in front, the largest and newest come first.
         now: Unix time in seconds for `age`; None for that of this moment.
-
-    Raises:
-        ConfigError: No run has such a field; the text has the nearest one.
     """
     name = by.removeprefix("-")
     runs = sorted(records, key=lambda each: (-began(each), _units(each.key)))
-    check_fields(runs, [name])
     keyed = [(_sorting_key(each, name, now), each) for each in runs]
     known = [pair for pair in keyed if pair[0] is not None]
     known.sort(key=lambda pair: pair[0], reverse=by.startswith("-"))

@@ -115,34 +115,26 @@ class RunFilter:
         """Return whether all terms hold for a run."""
         return all(test(record) for test in self._tests)
 
-    def select(self, records: Iterable[RunRecord], *, archived: bool = True) -> list[RunRecord]:
-        """Return the runs for which all terms hold, in their order.
+    def check(self, records: Iterable[RunRecord]) -> None:
+        """Raise an error if the filter means nothing for some runs, such as one with a misspelled metric.
 
         Args:
-            records: The runs to search.
-            archived: False to leave out archived runs, unless the filter compares the field `archived`.
+            records: All runs that are searched; nothing is wrong if there are none.
 
         Raises:
-            ConfigError: No run has a field that the filter compares; the text has the nearest one.
+            ConfigError: No run has a field that the filter compares; the text has the nearest one. Or a metric is
+                compared with what is no number.
         """
-        runs = list(records)
-        if self._conditions and (problem := self._problem(RunNames(runs))):
-            raise ConfigError(problem)
-        everything = archived or "archived" in self.fields
-        return [each for each in runs if (everything or not each.labels.archived) and self.matches(each)]
-
-    def _problem(self, names: RunNames) -> str:
+        names = RunNames(records if self._conditions else ())
         for each in self._conditions:
             if problem := names.problem(each.field):
                 is_meant = problem.endswith("?")
-                return f"{each.shown}: {problem}" + ("" if is_meant else "; quote it to look for this text")
-            if _kind_of(each.field) == "named" and not (
-                names.is_empty or names.is_hyperparameter(each.field)
-            ):
-                for value in each.values:
-                    if value.text and _number(value) is None:
-                        return _no_number(each, value)
-        return ""
+                more = "" if is_meant else "; quote it to look for this text"
+                raise ConfigError(f"{each.shown}: {problem}{more}")
+            odd = next((value for value in each.values if value.text and _number(value) is None), None)
+            is_named = _kind_of(each.field) == "named" and not names.is_empty
+            if odd is not None and is_named and not names.is_hyperparameter(each.field):
+                raise ConfigError(_no_number(each, odd))
 
     def _test(self, term: "_Term") -> Test:
         content = term.content

@@ -201,6 +201,8 @@ def test_filter_sort_and_columns(here: Path) -> None:
     ]
     assert names_in(offloop("runs", "-f", "state:completed", "--sort=-optimizer.lr")) == ["second", "first"]
     assert names_in(offloop("runs", "-f", "optimizer.lr=0.1", "-f", "/sec/")) == ["second"]
+    # By what some run has, but none of those that are found
+    assert names_in(offloop("runs", "-f", "third", "--sort", "val_loss")) == ["third"]
     # Without a value at the end, in both directions
     assert names_in(offloop("runs", "--sort=-last"))[-1] == "third"
     result = offloop("runs", "--columns", "name,width,best.val_loss,api_key", "--sort", "started")

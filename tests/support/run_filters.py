@@ -30,7 +30,9 @@ RECORDS: Final = [_record(each) for each in CASES["runs"]]
 def found_by(text: str) -> str:
     """Return the keys of the runs that a filter finds, or its error."""
     try:
-        return " ".join(each.key for each in RunFilter(text, now=NOW).select(RECORDS))
+        wanted = RunFilter(text, now=NOW)
+        wanted.check(RECORDS)
+        return " ".join(each.key for each in RECORDS if wanted.matches(each))
     except ConfigError as error:
         return f"error: {error}"
 

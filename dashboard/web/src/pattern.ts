@@ -6,7 +6,7 @@
 // tried with both. Upper and lower case are the same.
 
 /** Most places of an expression, with repetitions written out: the time for a character is in proportion to it. */
-const MAX_PLACES = 300;
+const MAX_PLACES = 200;
 /** Most groups inside one another. */
 const MAX_DEPTH = 50;
 /** Most places in all sets that are remembered. */
@@ -225,11 +225,11 @@ class Program {
   /** The characters that may come next; null if the end is reached. */
   reached(places: readonly number[], before: Kind, after: Kind): { char: Char; then: number }[] | null {
     const steps: { char: Char; then: number }[] = [];
-    const seen = new Set<number>();
+    const seen = new Uint8Array(this.#places.length);
     const waiting = [...places];
     for (let at = waiting.pop(); at !== undefined; at = waiting.pop()) {
-      if (seen.has(at)) continue;
-      seen.add(at);
+      if (seen[at] === 1) continue;
+      seen[at] = 1;
       const place = this.#places[at] as Place;
       if (place === null) return null;
       if ("char" in place) steps.push(place);
@@ -238,6 +238,13 @@ class Program {
     }
     return steps;
   }
+}
+
+/** A text that is the same for the same places, in whichever order. */
+function bitsOf(places: readonly number[]): string {
+  const bits = new Uint16Array(Math.ceil(MAX_PLACES / 16));
+  for (const place of places) bits[place >> 4] = (bits[place >> 4] as number) | (1 << (place & 15));
+  return String.fromCharCode(...bits);
 }
 
 function holds(sign: string, before: Kind, after: Kind): boolean {
@@ -300,9 +307,9 @@ export class Pattern {
     // It may begin at each character anew
     const reached = new Set([this.#program.start]);
     for (const step of steps) if (accepts(step.char, codes)) reached.add(step.then);
-    const places = [...reached].sort((one, other) => one - other);
+    const places = [...reached];
     this.#kept += 1 + places.length;
-    const key = `${kind} ${places.join()}`;
+    const key = kind + bitsOf(places);
     let after = this.#sets.get(key);
     if (after === undefined) this.#sets.set(key, (after = { places, before: kind, moves: new Map(), atEnd: null }));
     now.moves.set(char, after);

@@ -129,39 +129,43 @@ export function isLive(row: RunRow): boolean {
 
 /** Names of the metrics and hyperparameters that some of the runs have. */
 export class RunNames {
-  readonly metrics = new Set<string>();
-  readonly hyperparameters = new Set<string>();
-  readonly isEmpty: boolean;
+  readonly #rows: readonly RunRow[];
 
   constructor(rows: Iterable<RunRow>) {
-    let isEmpty = true;
-    for (const row of rows) {
-      isEmpty = false;
-      for (const name in row.figures) this.metrics.add(name);
-      for (const name in row.hyperparameters) this.hyperparameters.add(name);
-    }
-    this.isEmpty = isEmpty;
+    this.#rows = [...rows];
   }
 
+  get isEmpty(): boolean {
+    return this.#rows.length === 0;
+  }
+
+  // Mostly a name is known, and one of the first runs has it.
+
   has(name: string): boolean {
-    if (Object.hasOwn(FIELDS, name.toLowerCase()) || this.metrics.has(name) || this.isHyperparameter(name)) return true;
-    return (name.startsWith(LAST) || name.startsWith(BEST)) && this.metrics.has(name.slice(LAST.length));
+    if (Object.hasOwn(FIELDS, name.toLowerCase()) || this.#isMetric(name) || this.isHyperparameter(name)) return true;
+    return (name.startsWith(LAST) || name.startsWith(BEST)) && this.#isMetric(name.slice(LAST.length));
+  }
+
+  #isMetric(name: string): boolean {
+    return this.#rows.some(({ figures }) => Object.hasOwn(figures, name));
   }
 
   isHyperparameter(name: string): boolean {
-    const { hyperparameters } = this;
-    return hyperparameters.has(name) || (name.startsWith(HPARAMS) && hyperparameters.has(name.slice(HPARAMS.length)));
+    const names = name.startsWith(HPARAMS) ? [name, name.slice(HPARAMS.length)] : [name];
+    return this.#rows.some(({ hyperparameters }) => names.some((each) => Object.hasOwn(hyperparameters, each)));
   }
 
   /** That no run has a field, and which was meant; empty if one has it, or if there are no runs. */
   problem(name: string): string {
     if (this.isEmpty || this.has(name)) return "";
+    const metrics = new Set(this.#rows.flatMap(({ figures }) => Object.keys(figures)));
+    const settings = new Set(this.#rows.flatMap(({ hyperparameters }) => Object.keys(hyperparameters)));
     let meant: string | null = null;
-    for (const [start, names] of [[LAST, this.metrics], [BEST, this.metrics], [HPARAMS, this.hyperparameters]] as const) {
+    for (const [start, names] of [[LAST, metrics], [BEST, metrics], [HPARAMS, settings]] as const) {
       const near = name.startsWith(start) ? nearest(name.slice(start.length), names) : null;
       if (near !== null) meant = start + near;
     }
-    meant ??= nearest(name, new Set([...Object.keys(FIELDS), ...this.metrics, ...this.hyperparameters]));
+    meant ??= nearest(name, new Set([...Object.keys(FIELDS), ...metrics, ...settings]));
     return `no run has '${name}'${meant === null ? "" : `; did you mean '${meant}'?`}`;
   }
 }

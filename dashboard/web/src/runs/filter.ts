@@ -94,9 +94,8 @@ export class Filter {
     for (const { field, values, shown } of this.#conditions) {
       const problem = names.problem(field);
       if (problem !== "") return `${shown}: ${problem}${problem.endsWith("?") ? "" : "; quote it to look for this text"}`;
-      if (kindOf(field) !== null || names.isEmpty || names.isHyperparameter(field)) continue;
       const odd = values.find((value) => value.text !== "" && numberOf(value) === null);
-      if (odd) return noNumber(shown, odd);
+      if (odd && kindOf(field) === null && !names.isEmpty && !names.isHyperparameter(field)) return noNumber(shown, odd);
     }
     return "";
   }

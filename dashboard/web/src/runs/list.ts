@@ -312,6 +312,7 @@ export class RunBar {
     setText(this.#problem, problem);
     show(this.#problem, problem !== "");
     setAttribute(this.search, "aria-invalid", problem === "" ? null : "true");
+    setAttribute(this.search, "aria-describedby", problem === "" ? null : this.#problem.id);
     const all = this.store.total;
     setText(this.#count, found.length === all ? format.count(all) : `${format.count(found.length)} of ${format.count(all)}`);
     const empty = found.length > 0 || problem !== "" ? "" : rows.size === 0 ? (this.store.complete ? "No runs yet." : "Asking for the runs …") : "No run matches.";
