@@ -238,7 +238,8 @@ export class Header {
     const percent = progress === null ? "" : format.percent(Math.floor(100 * progress) / 100);
     show(figures.done.element, progress !== null);
     figures.done.set(percent);
-    setText(this.#brief, [loss === null ? "" : format.number(loss), percent].filter(Boolean).join(" · "));
+    // How far a run that is over has come, its state says; a name needs the room.
+    setText(this.#brief, [loss === null ? "" : format.number(loss), ended ? "" : percent].filter(Boolean).join(" · "));
     show(this.#progress, progress !== null);
     if (progress !== null) this.#progress.value = progress;
     const tones: Record<string, string> = { completed: "good", failed: "bad", stopped: "off", cancelled: "off" };
