@@ -297,6 +297,12 @@ def test_pictures_of_several_runs_name_them_and_have_their_lines(
     texts = [each.text or "" for each in picture.iter(f"{SVG}text")]
     assert {"loss", "live, past", "Step", "live", "past"} <= set(texts)
     assert any("step 0.05000" in text for text in texts)
+    # The first label of the y axis stands half above the plot, and not in the legend
+    legend = max(
+        float(each.attrib["y"]) for each in picture.iter(f"{SVG}text") if each.text in ("live", "past")
+    )
+    clips = [each.attrib["d"] for each in picture.iterfind(f"{SVG}defs/{SVG}clipPath/{SVG}path")]
+    assert min(float(clip.partition("h")[0].split()[1]) for clip in clips) >= legend + 12
     paths = [(each.get("stroke"), each.attrib["d"].count("L")) for each in picture.iter(f"{SVG}path")]
     # A line of 20 and one of 40 points
     for name, points in (("live", 20), ("past", 40)):
