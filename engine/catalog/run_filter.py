@@ -13,7 +13,7 @@
 
 Upper and lower case are the same. `run_fields.py` has the fields, and each kind of field says which values it takes.
 
-- A text: `:` looks for a part, `=` compares the whole. A tag, a state, yes or no, a hyperparameter: `:` is `=`.
+- A text, also that of a hyperparameter: `:` looks for a part, `=` compares the whole. Everything else: `:` is `=`.
 - `!=` is `=` with "-" in front, so it holds for runs without a value; `field=""` finds these, too.
 - A day, a month or a year is all of it: `started:2026-11` is that month, `started>2026-11` is after it.
 
@@ -373,12 +373,15 @@ def _named_test(condition: _Condition, value: _Value) -> Holds:
     number = _number(value)
     if condition.sign in _OPERATORS:
         if number is None:
-            raise ConfigError(_no_number(condition, value))
+            # Such as created>2026-11-30
+            meant = nearest(condition.field, KINDS)
+            more = f"; did you mean '{meant}'?" if meant else ""
+            raise ConfigError(_no_number(condition, value) + more)
         compare = _OPERATORS[condition.sign]
         return lambda values: any(is_number(each) and compare(each, number) for each in values)
     if value.text == "":
         return lambda values: not values or "" in values
-    is_text = _whole(value)
+    is_text = _text_is(value, condition.sign)
     return lambda values: any(
         (number is not None and _is_same(each, number)) if is_number(each) else is_text(text_of(each))
         for each in values
@@ -399,16 +402,18 @@ def _text_test(condition: _Condition, value: _Value, kind: str) -> Holds:
         return lambda values: _FLAGS[text] in values
     if text == "":
         return _is_missing
-    if kind == "text" and condition.sign == ":" and value.pattern is None:
-        return lambda values: any(text in each.lower() for each in values)
-    is_text = _whole(value)
+    # A tag is a word
+    is_text = _text_is(value, condition.sign if kind == "text" else "=")
     return lambda values: any(is_text(each) for each in values)
 
 
-def _whole(value: _Value) -> Callable[[str], bool]:
+def _text_is(value: _Value, sign: str) -> Callable[[str], bool]:
+    """Return whether a text is that of a condition, or with `:`, has it."""
     if value.pattern is not None:
         return value.pattern.is_in
     wanted = value.text.lower()
+    if sign == ":":
+        return lambda text: wanted in text.lower()
     return lambda text: text.lower() == wanted
 
 

@@ -270,7 +270,7 @@ function condition({ field, sign, values, shown }: Condition, now: number): (row
       case "duration":
         return numberTest(value, sign, shown, kind);
       case null:
-        return namedTest(value, sign, shown);
+        return namedTest(value, field, sign, shown);
       default:
         return textTest(value, sign, shown, kind);
     }
@@ -310,15 +310,18 @@ function numberTest(value: Value, sign: string, shown: string, kind: "number" | 
 }
 
 /** Test a metric, which is a number, or a hyperparameter, which may be anything. */
-function namedTest(value: Value, sign: string, shown: string): Holds {
+function namedTest(value: Value, field: string, sign: string, shown: string): Holds {
   const number = numberOf(value);
   const order = ORDERS[sign];
   if (order) {
-    if (number === null) throw new Error(noNumber(shown, value));
+    if (number === null) {
+      const meant = nearest(field, Object.keys(FIELDS)); // such as created>2026-11-30
+      throw new Error(noNumber(shown, value) + (meant === null ? "" : `; did you mean '${meant}'?`));
+    }
     return (values) => values.some((each) => typeof each === "number" && order(each, number));
   }
   if (value.text === "") return (values) => values.length === 0 || values.includes("");
-  const isText = whole(value);
+  const isText = textIs(value, sign);
   return (values) =>
     values.some((each) => (typeof each === "number" ? each === number || Object.is(each, number) : isText(each)));
 }
@@ -338,17 +341,15 @@ function textTest(value: Value, sign: string, shown: string, kind: Kind): Holds 
     return ([flag]) => flag === FLAGS[text];
   }
   if (text === "") return isMissing;
-  if (kind === "text" && sign === ":" && value.pattern === null) {
-    return (values) => values.some((each) => String(each).toLowerCase().includes(text));
-  }
-  const isText = whole(value);
+  const isText = textIs(value, kind === "text" ? sign : "="); // a tag is a word
   return (values) => values.some((each) => isText(String(each)));
 }
 
-function whole({ text, pattern }: Value): (text: string) => boolean {
+/** Whether a text is that of a condition, or with `:`, has it. */
+function textIs({ text, pattern }: Value, sign: string): (text: string) => boolean {
   if (pattern !== null) return (each) => pattern.isIn(each);
   const wanted = text.toLowerCase();
-  return (each) => each.toLowerCase() === wanted;
+  return (each) => (sign === ":" ? each.toLowerCase().includes(wanted) : each.toLowerCase() === wanted);
 }
 
 /** A number, which may be in percent; null if it is none. */
