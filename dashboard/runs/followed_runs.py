@@ -21,6 +21,7 @@ import anyio.lowlevel
 import msgspec
 
 from offloop.dashboard.protocol import RunRow, RunSummary
+from offloop.dashboard.runs.directories import Directories
 from offloop.dashboard.runs.disk_calls import DiskCalls
 from offloop.dashboard.runs.followed_run import FollowedRun, take_in
 from offloop.dashboard.runs.live_run import FINAL_STATES, LiveRun
@@ -28,7 +29,7 @@ from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.page_file import page_of
 from offloop.dashboard.runs.rows import row_of_record
 from offloop.dashboard.runs.run_reader import LOG, LONGEST_REST, REST, AbandonedError, RunReader
-from offloop.engine import RunCatalog, RunRecord
+from offloop.engine import RunRecord
 
 logger = logging.getLogger("offloop")
 
@@ -146,7 +147,7 @@ class FollowedRuns:
         """Set once all directories were looked at."""
         self._audience = audience
         self._calls = calls
-        self._catalog = RunCatalog(runs_dir)
+        self._directories = Directories(runs_dir)
         self._options = {"history_bytes": history_bytes, "milestone_bytes": milestone_bytes}
         self._open: dict[str, _OpenRun] = {}
         self._wanted: frozenset[str] = frozenset()
@@ -183,6 +184,11 @@ class FollowedRuns:
     def may_have(self, key: str) -> bool:
         """Return whether there is a run with this key, as far as it is known."""
         return key in self.records or not self.ready.is_set()
+
+    def add_directory(self, runs_dir: Path) -> None:
+        """List the runs of one more directory."""
+        if self._directories.add(runs_dir):
+            self.ask()
 
     def ask(self) -> None:
         """Do now what viewers want, which has changed."""
@@ -399,10 +405,10 @@ class FollowedRuns:
             try:
                 changed, removed = await self._calls.call(self._refresh)
             except Exception:
-                logger.exception("the live page cannot list %s", self._catalog.runs_dir)
+                logger.exception("the live page cannot list %s", self._directories.first)
                 changed, removed = [], []
-            took = 0.0 if self._catalog.rest else time.monotonic() - began
-            self.problem = self._catalog.problem
+            took = 0.0 if self._directories.rest else time.monotonic() - began
+            self.problem = self._directories.problem
             for part in _parts(changed, EVENTS_AT_ONCE):
                 for record, row in part:
                     self.records[record.key], self._rows[record.key] = record, row
@@ -458,8 +464,8 @@ class FollowedRuns:
 
     def _refresh(self) -> tuple[list[tuple[RunRecord, RunRow]], list[str]]:
         """Look at all directories. In a thread; blocks."""
-        self._catalog.rest = REST if self._audience.is_training() else 0.0
-        changed, removed = self._catalog.refresh()
+        self._directories.rest = REST if self._audience.is_training() else 0.0
+        changed, removed = self._directories.refresh()
         rows = []
         since = time.monotonic()
         # The newest first: a long list comes in parts.
@@ -467,8 +473,8 @@ class FollowedRuns:
             goes_on = not record.has_ended and record.state != "lost"
             page = page_of(Path(record.directory)) if goes_on else None
             rows.append((record, row_of_record(record, page)))
-            if self._catalog.rest and (worked := time.monotonic() - since) > AT_ONCE:
-                time.sleep(min(self._catalog.rest * worked, LONGEST_REST))
+            if self._directories.rest and (worked := time.monotonic() - since) > AT_ONCE:
+                time.sleep(min(self._directories.rest * worked, LONGEST_REST))
                 since = time.monotonic()
         return rows, removed
 

@@ -351,7 +351,6 @@ class Server:
         return task
 
     def _follow_directory(self, runs_dir: Path, *, names_all: bool) -> None:
-        self._runs_dir = runs_dir
         followed = self.hub.follow_directory(
             runs_dir,
             history_bytes=self.options.history_bytes,
@@ -370,8 +369,11 @@ class Server:
             milestone_bytes=self.options.milestone_bytes,
             taken=self.hub.runs,
         )
-        if self._runs_dir is None and run.dir is not None:
-            self._follow_directory(run.dir.parent, names_all=False)
+        if run.dir is not None:
+            if self.hub.followed is None:
+                self._follow_directory(run.dir.parent, names_all=False)
+            else:
+                self.hub.followed.add_directory(run.dir.parent)
         self._followers[run] = self._spawn(self.hub.follow(live, subscription)), live
 
     def _when_followed(self, run: "Run", tell: Callable[[LiveRun | None], None]) -> None:

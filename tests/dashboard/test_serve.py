@@ -23,6 +23,7 @@ from offloop.dashboard import Dashboard
 from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import CommandRequest, Edit, ListRuns, Overlay, Show, Watch
 from offloop.dashboard.runs import followed_runs, run_reader
+from offloop.dashboard.runs.directories import Directories
 from offloop.dashboard.serving.server import Server
 from offloop.engine import read_run
 from offloop.engine.testing import tiny_loader, tiny_trainer
@@ -574,6 +575,48 @@ def test_page_of_a_run_lists_the_runs_beside_it_and_itself_once(tmp_path: Path) 
         finally:
             seen.set()
             thread.join()
+
+
+def test_page_of_several_runs_lists_the_runs_beside_each_of_them(tmp_path: Path) -> None:
+    """Of the same names: each is opened, and edited, in its own directory."""
+    for number, place in enumerate(("one", "two")):
+        write_run(tmp_path / place / "past", events_of(3 + number))
+    with Dashboard(port=0, quiet=True) as dashboard:
+        for place in ("one", "two"):
+            trainer = tiny_trainer(run_name=f"now-{place}", run_dir=tmp_path / place)
+            trainer.train(tiny_loader(2), epochs=1, callbacks=[Dashboard(port=0, quiet=True)])
+        with SocketViewer(dashboard.url) as viewer:
+            viewer.say(ListRuns())
+            viewer.wait(lambda page: len(page.rows) == 4)
+            places = {key: row.directory for key, row in viewer.page.rows.items()}
+            other = str(tmp_path / "two" / "past")
+            assert places == {
+                "now-one": str(tmp_path / "one" / "now-one"),
+                "now-two": str(tmp_path / "two" / "now-two"),
+                "past": str(tmp_path / "one" / "past"),
+                other: other,
+            }
+            viewer.say(Edit(id="a", run=other, version=0, note="mine"))
+            viewer.wait(lambda page: page.rows[other].note == "mine")
+            assert viewer.page.rows["past"].note == ""
+            viewer.say(Watch(run=other))
+            wait_for_losses(viewer, 4)
+            viewer.say(Watch(run="past"))
+            wait_for_losses(viewer, 3)
+            (tmp_path / "two" / "past" / "events.jsonl").unlink()
+            (tmp_path / "two" / "past" / "run.json").unlink()
+            viewer.wait(lambda page: other not in page.rows)
+
+
+def test_a_directory_inside_another_one_is_listed_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "inner" / "past", events_of(3))
+    directories = Directories(tmp_path / "inner")
+    assert directories.add(tmp_path) and not directories.add(tmp_path)
+    changed, removed = directories.refresh()
+    assert ([each.key for each in changed], removed) == (["past"], [])
+    write_run(tmp_path / "outer", events_of(3))
+    changed, removed = directories.refresh()
+    assert ([each.key for each in changed], removed) == ([str(tmp_path / "outer")], [])
 
 
 # The command
