@@ -43,6 +43,7 @@ from offloop.engine import (
     values_of,
 )
 from offloop.engine.checkpoint import CheckpointError, CheckpointReader
+from offloop.engine.paths import meant_run
 from offloop.engine.visible_text import visible
 
 COLUMNS: Final = ("name", "state", "step", "last", "best", "duration", "age", "tag")
@@ -99,7 +100,7 @@ def runs(
     catalog = RunCatalog(runs_dir)
     catalog.refresh()
     if catalog.problem:
-        fail(catalog.problem)
+        fail(f"{catalog.problem}{meant_run(runs_dir)}")
     records = list(catalog.records.values())
     with _naming("--filter"):
         wanted.check(records)

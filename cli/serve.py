@@ -11,6 +11,7 @@ from offloop.cli.output import fail
 from offloop.dashboard.options import Options
 from offloop.dashboard.serving.announcement import announce
 from offloop.dashboard.serving.server import Server
+from offloop.engine.paths import meant_run
 
 HISTORY_BYTES: Final = 128 * 1024 * 1024
 """Memory for the curves of one run: half of what a run's own page takes, because several are open."""
@@ -21,7 +22,8 @@ def serve_runs(runs_dir: Path, *, port: int | None, host: str, open_browser: boo
     try:
         os.scandir(runs_dir).close()
     except OSError as error:
-        fail(f"{runs_dir} cannot be served: {(error.strerror or str(error)).lower()}")
+        why = (error.strerror or str(error)).lower()
+        fail(f"{runs_dir} cannot be served: {why}{meant_run(runs_dir)}")
     options = Options(host=host, port=port, read_only=read_only, history_bytes=HISTORY_BYTES)
     try:
         server = Server(options, runs_dir)

@@ -36,6 +36,7 @@ from offloop.engine import (
 from offloop.engine.metrics.names import metric_direction
 from offloop.engine.monitor import Direction
 from offloop.engine.sample_numbers import numbers_in
+from offloop.engine.visible_text import visible
 
 UNKNOWN_MILESTONES: Final = 100
 """Events of an unknown type that count as milestones; a type with more of them is one of samples."""
@@ -111,7 +112,7 @@ class FollowedRun:
 
     @property
     def id(self) -> str:
-        return self.record.id
+        return visible(self.record.id)
 
     @property
     def is_here(self) -> bool:
@@ -163,7 +164,7 @@ class FollowedRun:
         facts["hyperparameters"] = facts["hyperparameters"] or masked(record.hyperparameters)
         return RunInfo(
             key=key,
-            name=record.id,
+            name=visible(record.id),
             host=record.host,
             pid=record.pid,
             command=masked_command(record.command),

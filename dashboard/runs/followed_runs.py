@@ -30,6 +30,7 @@ from offloop.dashboard.runs.page_file import page_of
 from offloop.dashboard.runs.rows import row_of_record
 from offloop.dashboard.runs.run_reader import LOG, LONGEST_REST, REST, AbandonedError, RunReader
 from offloop.engine import RunRecord
+from offloop.engine.visible_text import visible
 
 logger = logging.getLogger("offloop")
 
@@ -165,7 +166,9 @@ class FollowedRuns:
     def summaries(self) -> list[RunSummary]:
         """The runs as entries of the list of names, oldest first."""
         found = [
-            RunSummary(key=key, name=each.id, state=self._seen(self._rows[key]).state, started=each.started)
+            RunSummary(
+                key=key, name=visible(each.id), state=self._seen(self._rows[key]).state, started=each.started
+            )
             for key, each in self.records.items()
         ]
         return sorted(found, key=lambda each: each.started)

@@ -12,6 +12,7 @@ from offloop.dashboard.masking import masked
 from offloop.dashboard.protocol import Figure, Rows, RunRow, encode_message, number
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.engine import RunLabels, RunRecord
+from offloop.engine.visible_text import visible
 
 ROWS_AT_ONCE: Final = 200
 """Most rows in a message."""
@@ -158,7 +159,7 @@ def row_of_record(record: RunRecord, page: str | None) -> RunRow:
     labels = record.labels
     return RunRow(
         key=record.key,
-        id=record.id,
+        id=visible(record.id),
         name=record.name,
         state=record.state,  # type: ignore[arg-type]  # a str that is a `State`
         why=record.why,

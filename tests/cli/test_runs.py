@@ -179,6 +179,8 @@ def test_of_many_lost_runs_the_first_are_explained(here: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("runs", "first"),
+        ("serve", "first"),
         ("label", "first"),
         ("label", "runs/frst"),
         ("export", "first"),

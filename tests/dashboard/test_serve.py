@@ -526,6 +526,16 @@ def test_of_two_who_edit_the_second_is_told(serve: Serve, tmp_path: Path) -> Non
         one.wait(lambda page: page.acks.get("c") == ["applied"])
 
 
+def test_a_run_that_another_program_wrote_has_no_invisible_characters(serve: Serve, tmp_path: Path) -> None:
+    write_run(tmp_path / "a\u202eb", events_of(3))
+    with SocketViewer(serve().url) as viewer:
+        viewer.say(ListRuns())
+        viewer.wait(lambda page: page.rows and page.run)
+        (row,) = viewer.page.rows.values()
+        assert viewer.page.run is not None
+        assert (row.id, row.name, viewer.page.run.name) == ("a\ufffdb",) * 3
+
+
 def test_readers_edit_nothing(serve: Serve, tmp_path: Path) -> None:
     write_run(tmp_path / "run", events_of(3))
     server = serve()
