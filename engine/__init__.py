@@ -67,6 +67,9 @@ if TYPE_CHECKING:
     from offloop.engine.errors import BatchError as BatchError
     from offloop.engine.errors import BusClosedError as BusClosedError
     from offloop.engine.errors import CallbackProcessError as CallbackProcessError
+    from offloop.engine.errors import CommandExpiredError as CommandExpiredError
+    from offloop.engine.errors import CommandLostError as CommandLostError
+    from offloop.engine.errors import CommandRejectedError as CommandRejectedError
     from offloop.engine.errors import ConfigError as ConfigError
     from offloop.engine.errors import DeadlockError as DeadlockError
     from offloop.engine.errors import EmptyLoaderError as EmptyLoaderError
@@ -86,6 +89,9 @@ if TYPE_CHECKING:
     from offloop.engine.errors import RunsClosedError as RunsClosedError
     from offloop.engine.errors import SubscriberTooSlowError as SubscriberTooSlowError
     from offloop.engine.errors import TrainerBusyError as TrainerBusyError
+    from offloop.engine.errors import WatchError as WatchError
+    from offloop.engine.errors import WatchLostError as WatchLostError
+    from offloop.engine.errors import WatchRefusedError as WatchRefusedError
     from offloop.engine.errors import WeightsError as WeightsError
     from offloop.engine.errors import WeightsMismatchError as WeightsMismatchError
     from offloop.engine.events import CallbackFailed as CallbackFailed
@@ -160,10 +166,12 @@ _NAMES = {
     "config": "RemoteDirectory TrainerConfig",
     "encoding": "decode encode",
     "errors": """
-        BatchError BusClosedError CallbackProcessError ConfigError DeadlockError EmptyLoaderError EventError
-        EventLoopStalledError LossError MetricNotFoundError ModelNotFoundError OffloopError Preempted
-        RankFailedError RunEndedError RunLabelsChangedError RunLabelsError RunNameTakenError RunNotFoundError
-        RunsClosedError SubscriberTooSlowError TrainerBusyError WeightsError WeightsMismatchError
+        BatchError BusClosedError CallbackProcessError CommandExpiredError CommandLostError CommandRejectedError
+        ConfigError DeadlockError EmptyLoaderError EventError EventLoopStalledError LossError
+        MetricNotFoundError ModelNotFoundError OffloopError Preempted RankFailedError RunEndedError
+        RunLabelsChangedError RunLabelsError RunNameTakenError RunNotFoundError RunsClosedError
+        SubscriberTooSlowError TrainerBusyError WatchError WatchLostError WatchRefusedError WeightsError
+        WeightsMismatchError
     """,
     "events": """
         CallbackFailed CheckpointFailed CheckpointSaved CheckpointUploaded CommandApplied DataBottleneck

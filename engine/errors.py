@@ -26,6 +26,12 @@ facts are attributes, so no caller has to match a text. `except Exception` sees 
     ├── ModelNotFoundError                      no registered model of that name, version or alias
     ├── WeightsError                            weights that cannot be read, or written elsewhere
     │   └── WeightsMismatchError                weights of another model
+    ├── WatchError                              a run elsewhere cannot be watched or steered
+    │   ├── WatchRefusedError                   its server does not let the program in
+    │   ├── WatchLostError                      no connection, and none can be made
+    │   ├── CommandRejectedError                the server or the run does not carry out a command
+    │   ├── CommandExpiredError                 a command was not applied in time, and taken back
+    │   └── CommandLostError                    the connection was lost in the middle of a command
     └── CheckpointError                         defined in `checkpoint/errors.py`, as all below
         ├── CheckpointWriteError                a save failed; earlier checkpoints are untouched
         │   └── DiskFullError                   no room
@@ -280,6 +286,68 @@ class WeightsMismatchError(WeightsError):
         self.unexpected = tuple(unexpected)
         self.mismatched = dict(mismatched)
         super().__init__(text)
+
+
+class WatchError(OffloopError):
+    """A program cannot watch or steer a run from elsewhere."""
+
+
+class WatchRefusedError(WatchError):
+    """The server does not let this program in.
+
+    Attributes:
+        status: HTTP status of the refusal: 401 for no or a wrong token, 403, 421 for an unknown host name, 503 for no
+            place left; 4001 and 4002 are close codes of the protocol.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class WatchLostError(WatchError):
+    """There is no connection: nothing answers, something else does, or the server is gone for good."""
+
+
+class CommandRejectedError(WatchError):
+    """The server or the run does not carry out a command.
+
+    Attributes:
+        command: Its name.
+        why: The reason.
+    """
+
+    def __init__(self, command: str, why: str) -> None:
+        super().__init__(f"{command} was rejected: {why}")
+        self.command = command
+        self.why = why
+
+
+class CommandExpiredError(WatchError):
+    """A command was not applied in time, and was taken back.
+
+    Attributes:
+        command: Its name.
+    """
+
+    def __init__(self, command: str, why: str) -> None:
+        super().__init__(f"{command} expired: {why}")
+        self.command = command
+
+
+class CommandLostError(WatchError):
+    """The connection was lost, or closed, before a command was answered.
+
+    Attributes:
+        command: Its name.
+        is_applied: False if the run never got it; None if that is not known.
+    """
+
+    def __init__(self, command: str, is_applied: bool | None, why: str) -> None:
+        known = "it was not applied" if is_applied is False else "whether it was applied is not known"
+        super().__init__(f"{why} before {command} was answered: {known}")
+        self.command = command
+        self.is_applied = is_applied
 
 
 class Preempted(SystemExit):

@@ -9,11 +9,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
-from offloop.engine import checks
 from offloop.engine.bus.command_mailbox import Mailbox, actor
 from offloop.engine.bus.commands import Call, Command, Need, check, refused_for
 from offloop.engine.bus.event_bus import Bus
-from offloop.engine.bus.subscription import BUFFER, OnFull, Subscription, SubscriptionStatistics
+from offloop.engine.bus.subscription import (
+    BUFFER,
+    OnFull,
+    Subscription,
+    SubscriptionStatistics,
+    check_arguments,
+)
 from offloop.engine.bus.waker import result_of
 from offloop.engine.config import TrainerConfig
 from offloop.engine.errors import DeadlockError
@@ -224,13 +229,7 @@ class Run(RunHandle):
             on_full: `"drop_oldest"`, or `"block"`: training waits while the buffer is full.
             name: Shown in `subscriptions`.
         """
-        for each in types:
-            if not (isinstance(each, type) and issubclass(each, Event)):
-                raise TypeError(
-                    f"events takes event classes like EpochEnd, got {each!r}; several as events(EpochEnd, StepEnd)"
-                )
-        checks.whole_number("buffer", buffer)
-        checks.choice("on_full", on_full, ("drop_oldest", "block"))
+        check_arguments(types, buffer, on_full)
         return self._bus.subscribe(
             types or (Event,), name=name, buffer=buffer, on_full=on_full, replay=True, owner=actor.get()
         )

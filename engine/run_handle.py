@@ -1,13 +1,13 @@
-"""RunHandle: what a callback may ask of its run, and tell it, wherever the callback runs.
+"""RunHandle: what a callback or a program may ask of a run, and tell it, wherever it is.
 
-    here: a `Run`                       in a child process: a `ChildRun`
-    ───────────────────────             ───────────────────────────────────────────
-    reads the session                   reads what the parent sends with the events
-    gives to the mailbox                gives over a socket, to the mailbox
+    here: a `Run`           in the process of a callback: a `ChildRun`    in a program elsewhere: a `Watch`
+    ────────────────────    ─────────────────────────────────────────    ─────────────────────────────────────
+    reads the session       reads what the parent sends with events       reads what the server of the page says
+    gives to the mailbox    gives over a socket pair, to the mailbox      gives over a websocket, to the mailbox
 
 Each command is written once, here. An implementation only carries it to the run (`give_nowait`), and waits for its
-result (`_wait_for`). All else that a handle has is plain values, which can be sent. What cannot be sent is in `Run`
-alone, and `NOT_EVERYWHERE` says why.
+result (`_wait_for`); what the two in other processes share of that is in `remote_run.py`. All else that a handle has is
+plain values, which can be sent. What cannot be sent is in `Run` alone, and `NOT_EVERYWHERE` says why.
 """
 
 import abc
@@ -85,10 +85,12 @@ def awaited(
 
 
 class RunHandle(abc.ABC):
-    """A run, as its callbacks have it, in the process that trains (a `Run`) or in a process of their own.
+    """A run, as its callbacks have it: in the process that trains it is a `Run`, in others it is not.
 
-    Its state is plain values. Where the handle is in another process, they are those that the parent sent last: never
-    older than the event that is handled.
+    A program that watches the run from elsewhere has a `Watch`, see `connect`.
+
+    Its state is plain values. Where the handle is in another process, they are those that were sent last: never older
+    than the event that is handled.
 
     Commands come in two forms. `await run.stop()` returns when the command has been applied. While the training
     thread waits for a decider or a full `block` subscription, it returns `None` on acceptance, because the training

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from offloop.callbacks import WandbLogger as WandbLogger
     from offloop.callbacks import WeightAverage as WeightAverage
     from offloop.dashboard import Dashboard as Dashboard
+    from offloop.dashboard import MetricCurve as MetricCurve
+    from offloop.dashboard import Watch as Watch
+    from offloop.dashboard import connect as connect
     from offloop.engine import BaseTrainer as BaseTrainer
     from offloop.engine import BatchError as BatchError
     from offloop.engine import Best as Best
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
     from offloop.engine import CheckpointSaved as CheckpointSaved
     from offloop.engine import CheckpointUploaded as CheckpointUploaded
     from offloop.engine import CommandApplied as CommandApplied
+    from offloop.engine import CommandExpiredError as CommandExpiredError
+    from offloop.engine import CommandLostError as CommandLostError
+    from offloop.engine import CommandRejectedError as CommandRejectedError
     from offloop.engine import ConfigError as ConfigError
     from offloop.engine import DataBottleneck as DataBottleneck
     from offloop.engine import DeadlockError as DeadlockError
@@ -116,6 +122,9 @@ if TYPE_CHECKING:
     from offloop.engine import UploadFailed as UploadFailed
     from offloop.engine import ValidationEnd as ValidationEnd
     from offloop.engine import ValidationStart as ValidationStart
+    from offloop.engine import WatchError as WatchError
+    from offloop.engine import WatchLostError as WatchLostError
+    from offloop.engine import WatchRefusedError as WatchRefusedError
     from offloop.engine import WeightsError as WeightsError
     from offloop.engine import WeightsMismatchError as WeightsMismatchError
     from offloop.engine import compare_models as compare_models
@@ -134,19 +143,18 @@ _NAMES = {
         ModelCheckpoint NonFinite ProfileWritten Profiler ProgressBar ResourceMonitor ResourceUsage Rule
         Spike Stalled TensorBoardLogger WandbLogger WeightAverage
     """,
-    "dashboard": "Dashboard",
+    "dashboard": "Dashboard MetricCurve Watch connect",
     "engine": """
-        BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed
-        CallbackProcessError CheckpointError
-        CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded CommandApplied ConfigError
-        DataBottleneck DeadlockError EmptyLoaderError EpochEnd EpochStart Evaluated Event EventError
-        EventLoopStalledError EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics
-        ModelNotFoundError ModelRegistry ModelVersion OffloopError Preempted RankFailedError RemoteDirectory
-        Resumed Retention Run RunEndedError RunHandle RunNameTakenError RunNotFoundError RunResult Runs
-        RunsClosedError Sample Settings StateChanged StepEnd StepPoint SubscriberTooSlowError TrainEnd
-        TrainStart Trainer TrainerBusyError TrainerConfig UploadFailed ValidationEnd ValidationStart
-        WeightsError WeightsMismatchError compare_models decides decode encode export_model in_step load_model
-        read_events
+        BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed CallbackProcessError
+        CheckpointError CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded
+        CommandApplied CommandExpiredError CommandLostError CommandRejectedError ConfigError DataBottleneck
+        DeadlockError EmptyLoaderError EpochEnd EpochStart Evaluated Event EventError EventLoopStalledError
+        EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics ModelNotFoundError ModelRegistry
+        ModelVersion OffloopError Preempted RankFailedError RemoteDirectory Resumed Retention Run RunEndedError
+        RunHandle RunNameTakenError RunNotFoundError RunResult Runs RunsClosedError Sample Settings StateChanged
+        StepEnd StepPoint SubscriberTooSlowError TrainEnd TrainStart Trainer TrainerBusyError TrainerConfig
+        UploadFailed ValidationEnd ValidationStart WatchError WatchLostError WatchRefusedError WeightsError
+        WeightsMismatchError compare_models decides decode encode export_model in_step load_model read_events
     """,
 }
 _PACKAGES = ("callbacks", "cli", "dashboard", "engine")

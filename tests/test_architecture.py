@@ -45,6 +45,7 @@ WITHOUT_TORCH: Final = (
     "observers.observer",
     "bus.threads",
     "run_handle",
+    "remote_run",
     "paths",
     "visible_text",
     "checkpoint.errors",
@@ -90,6 +91,7 @@ ABOVE_THE_LOOP: Final = (
     "observers.observer",
     "run",
     "run_handle",
+    "remote_run",
     "runs",
     "session.session",
     "trainer",
@@ -117,7 +119,7 @@ LAYERS: Final = (
     "tools",
 )
 """Packages of the engine, from the lowest to the highest: each uses only those before it."""
-DASHBOARD_LAYERS: Final = ("curves", "runs", "viewers", "serving")
+DASHBOARD_LAYERS: Final = ("curves", "client", "runs", "viewers", "serving")
 """The same for the packages of the dashboard."""
 FACADES: Final = (
     "offloop",
@@ -144,6 +146,7 @@ OPEN_MODULES: Final = tuple(
         "monitor",
         "paths",
         "sample_numbers",
+        "remote_run",
         "testing",
         "visible_text",
         "weights.structure",
@@ -313,7 +316,7 @@ def test_only_the_dashboards_server_knows_one_kind_of_event_loop(module: str) ->
     if module not in (
         "offloop.dashboard.serving.server",
         "offloop.dashboard.serving.requests",
-        "offloop.dashboard.client",
+        "offloop.dashboard.client.websocket",
     ):
         assert not packages & {"asyncio", "websockets"}
 
@@ -483,6 +486,7 @@ def own_docstring(value: Any) -> str | None:
 
 INTERNAL: Final = (
     "AbandonedError",
+    "ClosedError",
     "ForkedProcessError",
     "ProtocolError",
     "RefusedError",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from offloop.engine.bus.milestones import Milestones
 from offloop.engine.bus.subscription import Barrier, Subscription, SubscriptionStatistics
 from offloop.engine.bus.waker import Waker
-from offloop.engine.errors import BusClosedError
+from offloop.engine.errors import BusClosedError, OffloopError
 from offloop.engine.events import Event, EventsDropped
 
 
@@ -39,6 +39,8 @@ class Subscribers:
         self._leaving: deque[Subscription[Event] | weakref.ref[Subscription[Event]]] = deque()
         # For replay. Under the lock.
         self._history = Milestones()
+        # What consumers get once they have taken all; written before `has_ended`.
+        self._error: OffloopError | None = None
 
     def add(self, subscription: Subscription[Event], *, replay: bool) -> None:
         """Hand events to a subscription from now on; with `replay`, first the milestones so far. Any thread.
@@ -54,7 +56,7 @@ class Subscribers:
             if self.has_ended:
                 if not replay:
                     raise BusClosedError("the run has ended: there is nothing left to subscribe to")
-                subscription._end()
+                subscription._end(self._error)
             else:
                 self._references = (*self._references, weakref.ref(subscription, self._forget))
 
@@ -128,6 +130,20 @@ class Subscribers:
         for subscription in self._living():
             subscription._wake_for_samples()
 
+    def note_missed(self, count: int) -> None:
+        """Count milestones that never came here, as `SubscriptionStatistics.not_replayed`. Drainer."""
+        with self._lock:
+            self._history.dropped += count
+            for subscription in self._living():
+                subscription._not_replayed += count
+
+    def note_dropped(self, count: int) -> None:
+        """Count samples that never came here, as `dropped` of the subscribers that want samples. Drainer."""
+        with self._lock:
+            for subscription in self._living():
+                if subscription.takes_samples:
+                    subscription._drops.total += count
+
     def _put(self, events: list[Event], milestones: list[Event]) -> None:
         if events:
             # Usually one or two classes: a subscriber is asked about these, not about each event.
@@ -164,10 +180,15 @@ class Subscribers:
         """True if a callback waits for its own subscription and that is empty. Event loop only."""
         return any(each.owner == owner and each._is_starved for each in self._living())
 
-    def end(self) -> None:
-        """Close all and wake their consumers. Drainer, or any thread once the drainer's event loop is gone."""
+    def end(self, error: OffloopError | None = None) -> None:
+        """Close all and wake their consumers. Drainer, or any thread once the drainer's event loop is gone.
+
+        Args:
+            error: Raised in consumers once they have taken what is left; None for an end in order.
+        """
         with self._lock:
+            self._error = error
             self.has_ended = True
             for subscription in self._living():
-                subscription._end()
+                subscription._end(error)
         self.reap()

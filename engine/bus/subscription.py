@@ -25,8 +25,9 @@ from typing import Final, Generic, Literal, Protocol, Self, TypeVar
 import anyio
 import msgspec
 
+from offloop.engine import checks
 from offloop.engine.bus.waker import Waker
-from offloop.engine.errors import SubscriberTooSlowError
+from offloop.engine.errors import OffloopError, SubscriberTooSlowError
 from offloop.engine.events import Event, EventsDropped, Sample
 
 logger = logging.getLogger("offloop")
@@ -42,6 +43,22 @@ REPORT_INTERVAL: Final = 1.0
 
 E_co = TypeVar("E_co", bound=Event, covariant=True)
 OnFull = Literal["drop_oldest", "block"]
+
+
+def check_arguments(types: tuple[type[Event], ...], buffer: int, on_full: OnFull) -> None:
+    """Check the arguments of `Run.events`.
+
+    Raises:
+        TypeError: One of `types` is no event class.
+        ConfigError: `buffer` or `on_full` is not legal.
+    """
+    for each in types:
+        if not (isinstance(each, type) and issubclass(each, Event)):
+            raise TypeError(
+                f"events takes event classes like EpochEnd, got {each!r}; several as events(EpochEnd, StepEnd)"
+            )
+    checks.whole_number("buffer", buffer)
+    checks.choice("on_full", on_full, ("drop_oldest", "block"))
 
 
 class SubscriptionStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,11 +191,11 @@ class Subscription(Generic[E_co]):
         # Written by the drainer alone, read by every thread that asks for statistics.
         self._received = 0
         self._drops = Drops(name)
-        self._not_replayed = 0  # written once, before its first event
+        self._not_replayed = 0  # written by the drainer
         self._lag = 0.0  # written by the consumer
         # Written once, by the drainer or by the thread that closes; read by both sides.
         self._closed = False
-        self._error: SubscriberTooSlowError | None = None
+        self._error: OffloopError | None = None
         # Set by the consumer while it waits, called by the drainer. A consumer in the drainer's event loop waits
         # for an `anyio.Event`, which only that thread may set; one elsewhere waits for its waker.
         self._wake_consumer: Callable[[], None] | None = None
@@ -193,6 +210,11 @@ class Subscription(Generic[E_co]):
     # Consumer's side
 
     @property
+    def takes_samples(self) -> bool:
+        """True if a class that it wants may be a sample."""
+        return any(issubclass(each, Sample) or issubclass(Sample, each) for each in self._wanted.types)
+
+    @property
     def is_blocking(self) -> bool:
         """True while training waits for this subscriber: its buffer is full, with `on_full="block"`. Any thread."""
         return self._is_full and self.on_full == "block" and not self._closed
@@ -205,7 +227,7 @@ class Subscription(Generic[E_co]):
         Raises:
             SubscriberTooSlowError: This subscriber was closed because it fell too far behind.
         """
-        if self._error is not None:
+        if self._error is not None and not self._events:
             raise self._error
         with self._lock:
             events = self._events
@@ -414,8 +436,9 @@ class Subscription(Generic[E_co]):
         if wake is not None:
             wake()
 
-    def _end(self) -> None:
-        """Close and wake the consumer, which takes what is left."""
+    def _end(self, error: OffloopError | None = None) -> None:
+        """Close and wake the consumer, which takes what is left; then `error` is raised, if there is one."""
+        self._error = self._error or error
         self._closed = True
         # A consumer in an event loop that is gone cannot be woken, and must not be: its event is of that thread.
         if self._waker is not None or threading.get_ident() == self._source.thread:
