@@ -31,10 +31,13 @@ from offloop.dashboard.protocol import (
     Ping,
     Pong,
     ProtocolError,
+    Publish,
     RangeQuery,
     Runs,
     RunSummary,
     Show,
+    Stream,
+    TakeBack,
     Visibility,
     Watch,
     decode_viewer_message,
@@ -45,6 +48,7 @@ from offloop.dashboard.runs.followed_runs import FollowedRuns
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone
 from offloop.dashboard.runs.rows import RowCursor, RunList, row_of
+from offloop.dashboard.runs.sample_batch import SampleBatch
 from offloop.dashboard.viewers.connection import Connection, Link, RefusedError, Visitor, receive_hi
 from offloop.dashboard.viewers.followed_audience import FollowedAudience
 from offloop.dashboard.viewers.run_edits import RunEdits
@@ -99,7 +103,7 @@ class Hub:
         self._frame_interval = frame_interval
         # Keys of runs whose status is sent at the next beat.
         self._changed: set[str] = set()
-        self._commands = ViewerCommands(self.find, post)
+        self._commands = ViewerCommands(self.find, post, self._send_status_to)
         self._calls = DiskCalls(post)
         self._edits = RunEdits(self._calls, self._directory_of, self._ask_followed)
         # Runs of a directory besides those of this process, if there are any.
@@ -195,6 +199,8 @@ class Hub:
 
     def begin_anew(self, live: LiveRun, *, is_new_attempt: bool = False) -> None:
         """Have the viewers that want a run, or have an earlier version of it, begin with this one."""
+        # Its milestones are all sent again.
+        live.stream = None
         for connection in self.connections:
             viewer, awaited = connection.viewer, connection.viewer.awaits
             is_watched = viewer.live is not None and viewer.live.key == live.key
@@ -261,15 +267,24 @@ class Hub:
     def _send_milestones(self, live: LiveRun, milestones: Sequence[KeptMilestone]) -> None:
         """Send new curves to the viewers of a run, and milestones to those that watch it."""
         revised = live.take_revised()
+        news: Sequence[KeptMilestone | SampleBatch] = milestones
+        if live.stream is not None:
+            news, live.stream = live.stream, None
+            self._stream(live)
         for connection in self._showing(live):
             try:
                 connection.viewer.announce_series(live, revised)
                 if connection.viewer.live is live:
-                    connection.viewer.put_milestones(milestones)
+                    connection.viewer.put_news(news if connection.viewer.streams else milestones)
             except ViewerTooSlowError as error:
                 connection.end(CLOSE_SLOW, str(error))
             if connection.viewer.has_text:
                 connection.wake()
+
+    def _stream(self, live: LiveRun) -> None:
+        """Have a run keep samples for the viewers that want them, if there are any."""
+        if live.stream is None and any(each.viewer.streams for each in self._watching(live)):
+            live.stream = []
 
     def _send_status(self, live: LiveRun, *, with_latest: bool = False) -> None:
         self._changed.discard(live.key)
@@ -285,6 +300,11 @@ class Hub:
             if latest is not None:
                 connection.viewer.put_latest("latest", latest, live.key)
             connection.wake()
+
+    def _send_status_to(self, connection: Connection, live: LiveRun) -> None:
+        """Send a viewer the status of a run in turn with its milestones and answers."""
+        if connection.viewer.has(live):
+            connection.viewer.put_status(live, self._status(live, is_control=connection.viewer.is_control))
 
     def _status(self, live: LiveRun, *, is_control: bool) -> bytes:
         return encode_message(live.status(viewers=len(self.connections), is_control=is_control))
@@ -448,6 +468,7 @@ class Hub:
             return
         viewer.put_latest("status", status, live.key)
         viewer.put_latest("latest", encode_message(live.latest()), live.key)
+        self._stream(live)
         connection.wake()
 
     def _overlay(self, connection: Connection, keys: Sequence[str]) -> None:
@@ -478,6 +499,10 @@ class Hub:
                 viewer.ask(message)
             case CommandRequest():
                 self._commands.request(connection, message)
+            case TakeBack():
+                self._commands.take_back(connection, message)
+            case Publish():
+                self._commands.publish(connection, message)
             case ListRuns():
                 if not message.on:
                     connection.rows = None
@@ -485,6 +510,10 @@ class Hub:
                     self._list_own_runs()
                     connection.rows = RowCursor(self.list)
                     self._ask_followed()
+            case Stream():
+                viewer.streams = message.on
+                if viewer.live is not None:
+                    self._stream(viewer.live)
             case Visibility():
                 viewer.visible = message.visible
                 # A hidden page draws nothing: its time to draw starts now.

@@ -43,6 +43,7 @@ from offloop.engine import (
     SaveCheckpoint,
     SetLearningRate,
     Stop,
+    TagCheckpoint,
     Validate,
 )
 
@@ -73,7 +74,7 @@ CLOSE_SLOW: Final = 4008
 """The viewer did not keep up; it may reconnect at once."""
 
 Role = Literal["control", "read_only"]
-CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate"]
+CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate", "tag"]
 State = Literal[
     "starting",
     "waiting",
@@ -176,6 +177,16 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
     """For `set_lr`: finite and above 0."""
     optimizer: str | None = None
     """For `set_lr`, if the run has several optimizers."""
+    group: int | None = None
+    """For `set_lr`: index of one parameter group. None: the largest gets `lr`, and the others are scaled alike."""
+    reason: str | None = None
+    """For `pause`, `stop` and `checkpoint`: why, in words; None for a standard text."""
+    tag: str = ""
+    """For `tag`: letters, digits, `.`, `_` and `-`, at most 64."""
+    move: bool = False
+    """For `tag`: take it off the checkpoint that has it."""
+    by: str = ""
+    """Who gives the command, at most 64 characters. `CommandApplied.by` has it behind the viewer's address."""
     checkpoint: bool = True
     """For `stop`: save a checkpoint first."""
     ttl: float = 60.0
@@ -185,23 +196,44 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
         """Return the command.
 
         Raises:
-            ConfigError: `lr` is missing or out of range.
+            ConfigError: `lr` or `tag` is missing or not legal.
         """
+        reason = self.reason
         match self.name:
             case "pause":
-                return Pause("asked on the live page")
+                return Pause("asked on the live page" if reason is None else reason)
             case "resume":
                 return Resume()
             case "stop":
-                return Stop("stopped on the live page")
+                return Stop("stopped on the live page" if reason is None else reason)
             case "set_lr":
                 if self.lr is None:
                     raise ConfigError("set_lr needs lr")
-                return SetLearningRate(self.lr, optimizer=self.optimizer)
+                return SetLearningRate(self.lr, self.group, self.optimizer)
             case "checkpoint":
-                return SaveCheckpoint()
+                return SaveCheckpoint() if reason is None else SaveCheckpoint(reason)
             case "validate":
                 return Validate()
+            case "tag":
+                return TagCheckpoint(self.tag, self.move)
+
+
+class TakeBack(FromViewer, frozen=True, kw_only=True, tag="take_back"):
+    """Take a command back: it is then answered as expired. Too late once it is being applied."""
+
+    id: str
+    """Id of the command."""
+
+
+class Publish(FromViewer, frozen=True, kw_only=True, tag="publish"):
+    """Publish an event of a class that the program which trains defines, too. Control role only; answered by `ack`."""
+
+    id: str
+    """As in `CommandRequest`."""
+    run: str
+    """Key of the run."""
+    event: msgspec.Raw
+    """As in `events.jsonl`; its position and time are set by the run."""
 
 
 class ListRuns(FromViewer, frozen=True, kw_only=True, tag="list"):
@@ -244,6 +276,13 @@ class Edit(FromViewer, frozen=True, kw_only=True, tag="edit"):
     """Archived runs are hidden in lists."""
 
 
+class Stream(FromViewer, frozen=True, kw_only=True, tag="stream"):
+    """Send the samples of the watched run too, from now on, as `streamed`. A program's, which wants events."""
+
+    on: bool = True
+    """False: no further ones."""
+
+
 class Visibility(FromViewer, frozen=True, kw_only=True, tag="visible"):
     """Whether the page is visible. A hidden page draws nothing and does not count as slow."""
 
@@ -258,7 +297,20 @@ class Ping(FromViewer, frozen=True, kw_only=True, tag="ping"):
 
 
 ViewerMessage = (
-    Hi | Watch | Show | Drawn | RangeQuery | CommandRequest | ListRuns | Overlay | Edit | Visibility | Ping
+    Hi
+    | Watch
+    | Show
+    | Drawn
+    | RangeQuery
+    | CommandRequest
+    | TakeBack
+    | Publish
+    | ListRuns
+    | Overlay
+    | Edit
+    | Stream
+    | Visibility
+    | Ping
 )
 
 
@@ -411,6 +463,12 @@ class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     """All settings, secrets masked."""
     refused: dict[str, str] = {}
     """Commands that this run rejects, and why: `{"validate": "there is no val_loader"}`."""
+    live: bool = False
+    """True if this server's process trains it: it takes commands here."""
+    default_monitor: str = ""
+    """Metric for callbacks that name none."""
+    groups: dict[str, int] = {}
+    """How many parameter groups each optimizer has, by its name; empty if that is not known."""
     callbacks: list[str] = []
     """Names of its callbacks, which commands have in `by`."""
     hyperparameters: dict[str, Any] = {}
@@ -489,6 +547,10 @@ class Status(FromServer, frozen=True, kw_only=True, tag="status"):
     callback_share: float = 0.0
     """Share of the last five seconds in deciders and step hooks, during which training waits for callbacks."""
     validating: bool = False
+    validation_batch: int = 0
+    """Batches given to the validation in progress, or to the last one; 0 if that is not known."""
+    interrupted: bool = False
+    """True if a signal has asked the run to stop."""
     saving: bool = False
     """A checkpoint is being written."""
     stalled: float | None = None
@@ -509,6 +571,21 @@ class Milestone(FromServer, frozen=True, kw_only=True, tag="milestone"):
     event: msgspec.Raw
 
 
+class Streamed(FromServer, frozen=True, kw_only=True, tag="streamed"):
+    """Consecutive samples of the watched run, after `stream`. In order with its milestones."""
+
+    run: str
+    events: list[msgspec.Raw]
+    """As in `events.jsonl`, oldest first."""
+
+
+class StreamDropped(FromServer, frozen=True, kw_only=True, tag="dropped"):
+    """Samples of the run that this viewer did not get, in all: it reads more slowly than they come."""
+
+    run: str
+    count: int
+
+
 class MilestonesMissed(FromServer, frozen=True, kw_only=True, tag="missed"):
     """Number of milestones of the run that the server no longer has. Those that this viewer lacks do not come."""
 
@@ -525,7 +602,11 @@ class Ack(FromServer, frozen=True, kw_only=True, tag="ack"):
     step: int | None = None
     """Step at which it was applied."""
     why: str = ""
-    """Reason of a rejection or an expiry, or the result."""
+    """Reason of a rejection or an expiry, or the result in words."""
+    error: str = ""
+    """If the run rejects it: class of the exception, such as `ConfigError`."""
+    result: dict[str, Any] | None = None
+    """What an applied command returns: the metrics of `validate`, the `CheckpointSaved` of `checkpoint` and `tag`."""
 
 
 class Pong(FromServer, frozen=True, kw_only=True, tag="pong"):

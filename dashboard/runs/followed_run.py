@@ -158,6 +158,14 @@ class FollowedRun:
             why = "this page follows the run's files, and the process that trains serves no page"
         return dict.fromkeys(get_args(CommandName), why)
 
+    @property
+    def validation_batch(self) -> int:
+        return 0
+
+    @property
+    def interrupted(self) -> bool:
+        return False
+
     def describe(self, key: str, start: TrainStart) -> RunInfo:
         record = self.record
         facts = facts_of(start)
@@ -199,6 +207,9 @@ class FollowedRun:
 
     def give_nowait(self, command: Command[Any], *, by: str) -> NoReturn:
         raise ConfigError(self.refused.get(command.name, "this page only follows the run's files"))
+
+    def publish(self, event: Event) -> NoReturn:
+        raise ConfigError("this page only follows the run's files")
 
 
 def first_event(source: FollowedRun) -> TrainStart:

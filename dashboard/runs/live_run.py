@@ -21,6 +21,7 @@ from offloop.dashboard.curves.units import unit_of
 from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
 from offloop.dashboard.runs.run_source import RunSource
+from offloop.dashboard.runs.sample_batch import SampleBatch, in_order
 from offloop.engine import (
     EpochEnd,
     EpochStart,
@@ -129,6 +130,8 @@ class LiveRun:
         self._revised: set[int] = set()
         # The index is the curve's number in the history.
         self.series: list[SeriesInfo] = list(series)
+        # What came since the hub has taken it, while a viewer wants samples too; else None.
+        self.stream: list[KeptMilestone | SampleBatch] | None = None
         self._milestone_bytes = milestone_bytes
         self.milestones = Milestones(self.key, most_bytes=milestone_bytes)
         self.end: TrainEnd | None = None
@@ -233,7 +236,10 @@ class LiveRun:
         if events:
             newest = events[-1]
             self._note_moment(newest.event.time if isinstance(newest, Numbers) else newest.time)
-        return self.milestones.add(milestones)
+        kept = self.milestones.add(milestones)
+        if self.stream is not None:
+            self.stream += in_order(self.key, map(_as_sample, events), kept)
+        return kept
 
     def forget_milestones(self) -> None:
         """Keep none of the milestones so far."""
@@ -464,6 +470,8 @@ class LiveRun:
             compute_share=min(1.0, max(0.0, upto.compute - since.compute) / seconds),
             callback_share=min(1.0, (upto.callbacks - since.callbacks) / seconds),
             validating=state == "validating",
+            validation_batch=0 if source is None else source.validation_batch,
+            interrupted=source is not None and source.interrupted,
             saving=source is not None and source.is_saving,
             stalled=stalled,
             waiting_for=place_of(source.stack()) if source and stalled is not None and is_control else "",
@@ -532,6 +540,11 @@ class LiveRun:
 
 
 # Parts of events and settings --------------------------------------------------------------------
+
+
+def _as_sample(event: Event | Numbers) -> tuple[Event, bool]:
+    """Return an event, and whether it is a sample."""
+    return (event.event, True) if isinstance(event, Numbers) else (event, isinstance(event, Sample))
 
 
 def _free_key(run_id: str, attempt: int, taken: Container[str]) -> str:

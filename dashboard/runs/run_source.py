@@ -8,16 +8,17 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import msgspec
 
 from offloop.dashboard.masking import masked, masked_command
 from offloop.dashboard.protocol import CommandName, RunInfo
-from offloop.engine import Command, TrainStart
+from offloop.engine import Command, Event, TrainStart
 from offloop.engine.monitor import Direction
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ class RunSource(Protocol):
         """True while a checkpoint is being written."""
 
     @property
+    def validation_batch(self) -> int:
+        """Batches given to the validation in progress, or to the last one; 0 if that is not known."""
+
+    @property
+    def interrupted(self) -> bool:
+        """True if a signal has asked the run to stop, as far as that is known."""
+
+    @property
     def callback_seconds(self) -> tuple[float, float]:
         """Seconds so far in deciders, and in step hooks."""
 
@@ -85,19 +94,27 @@ class RunSource(Protocol):
             OffloopError: The run rejects it.
         """
 
+    def publish(self, event: Event) -> None:
+        """Publish an event.
+
+        Raises:
+            OffloopError: The run cannot publish it.
+        """
+
 
 class ProcessRun:
     """A run of this process."""
 
-    def __init__(self, run: "Run", optimizers: Sequence[str] = ()) -> None:
+    def __init__(self, run: "Run", groups: Mapping[str, int] = MappingProxyType({})) -> None:
         """Wrap a run.
 
         Args:
             run: The run.
-            optimizers: Names of its optimizers. The run may be over by now and its trainer gone.
+            groups: How many parameter groups each of its optimizers has, by its name. The run may be over by now and
+                its trainer gone.
         """
         self.run = run
-        self._optimizers = optimizers
+        self._groups = groups
 
     @property
     def id(self) -> str:
@@ -124,6 +141,14 @@ class ProcessRun:
         return self.run.is_saving
 
     @property
+    def validation_batch(self) -> int:
+        return self.run.validation_batch
+
+    @property
+    def interrupted(self) -> bool:
+        return self.run.interrupted
+
+    @property
     def callback_seconds(self) -> tuple[float, float]:
         costs = self.run.callback_costs.values()
         return sum(cost.decided for cost in costs), sum(cost.in_step for cost in costs)
@@ -142,7 +167,10 @@ class ProcessRun:
             command=[Path(sys.argv[0]).name, *masked_command(sys.argv[1:])],
             commit=None if run.dir is None else _commit_of(run.dir),
             directory=None if run.dir is None else str(run.dir),
-            optimizers=list(self._optimizers) if len(self._optimizers) > 1 else [],
+            optimizers=list(self._groups) if len(self._groups) > 1 else [],
+            live=True,
+            default_monitor=run.default_monitor,
+            groups=dict(self._groups),
             monitor=run.monitor,
             callbacks=list(run.callback_costs),
             refused=named_commands(run.refused),
@@ -167,6 +195,9 @@ class ProcessRun:
 
     def give_nowait(self, command: Command[Any], *, by: str) -> Future[Any]:
         return self.run.give_nowait(command, by=by)
+
+    def publish(self, event: Event) -> None:
+        self.run.publish(event)
 
 
 def facts_of(start: TrainStart) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -163,8 +163,8 @@ class Server:
 
     def add_run(self, run: "Run", start: TrainStart, subscription: Subscription[Event]) -> None:
         """Show a run while it runs. Any thread; does not wait. After `close` it only closes the subscription."""
-        optimizers = tuple(run.trainer.optimizers)
-        if not self._post(lambda: self._follow(run, start, optimizers, subscription)):
+        groups = {name: len(each.param_groups) for name, each in run.trainer.optimizers.items()}
+        if not self._post(lambda: self._follow(run, start, groups, subscription)):
             subscription.close()
 
     def finish_run(self, run: "Run", *, with_picture: bool = False) -> str | None:
@@ -360,10 +360,10 @@ class Server:
         self._spawn(followed.run())
 
     def _follow(
-        self, run: "Run", start: TrainStart, optimizers: Sequence[str], subscription: Subscription[Event]
+        self, run: "Run", start: TrainStart, groups: Mapping[str, int], subscription: Subscription[Event]
     ) -> None:
         live = LiveRun(
-            ProcessRun(run, optimizers),
+            ProcessRun(run, groups),
             start,
             history_bytes=self.options.history_bytes,
             milestone_bytes=self.options.milestone_bytes,

@@ -30,6 +30,7 @@ SEND_TIMEOUT: Final = 10.0
 DRAW_TIMEOUT: Final = 30.0
 """Seconds for a visible page to draw a frame."""
 COMMANDS_PER_SECOND: Final = 10
+READERS: Final = "this address may only read"
 
 
 class Link(Protocol):
@@ -120,7 +121,7 @@ class Connection:
             what: What it is, with an article: `a command`.
         """
         if not self.viewer.is_control:
-            return "this address may only read"
+            return READERS
         if not 0 < len(id) <= 64:
             return f"{what}'s id has 1 to 64 characters"
         if not self._allows_command():

@@ -12,18 +12,39 @@ from typing import Final
 
 import msgspec
 
-from offloop.dashboard.protocol import FromServer, ProtocolError, RangeQuery, Role, Show, encode_message
+from offloop.dashboard.protocol import (
+    FromServer,
+    ProtocolError,
+    RangeQuery,
+    Role,
+    Show,
+    StreamDropped,
+    encode_message,
+)
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import KeptMilestone
+from offloop.dashboard.runs.sample_batch import SampleBatch
 from offloop.dashboard.viewers.run_cursor import RunCursor
 from offloop.engine import OffloopError
 
 MAX_WAITING_TEXTS: Final = 256
 """Most milestones and answers that wait for one viewer, besides those that it receives when it connects."""
 
+MAX_WAITING_SAMPLES: Final = 10_000
+"""Most samples that wait for one viewer that streams them; beyond that the oldest are dropped."""
+
 
 class ViewerTooSlowError(OffloopError):
     """A viewer has not taken messages that must not be left out. Never leaves the dashboard."""
+
+
+class _WaitingSamples:
+    """A place in a viewer's queue, empty once its samples were dropped: other viewers may still get them."""
+
+    __slots__ = ("batch",)
+
+    def __init__(self, batch: SampleBatch) -> None:
+        self.batch: SampleBatch | None = batch
 
 
 class Viewer:
@@ -36,6 +57,8 @@ class Viewer:
         self.live: LiveRun | None = None
         # Key of the one run that the viewer wants to watch and that is not here; None if any will do.
         self.awaits: str | None = None
+        # The viewer wants samples as events, beside the milestones.
+        self.streams = False
         self.visible = True
         self.credit = True
         # Monotonic time at which the chart frame was sent that is not drawn yet.
@@ -43,8 +66,12 @@ class Viewer:
         # Of the watched and the overlaid runs, by key. The first one has the next turn.
         self._cursors: dict[str, RunCursor] = {}
         # Milestones wait as what the run keeps: one that it drops takes no memory here either.
-        self._texts: deque[bytes | KeptMilestone] = deque()
+        self._texts: deque[bytes | KeptMilestone | _WaitingSamples] = deque()
         self._texts_allowed = MAX_WAITING_TEXTS
+        # Those places in the queue that have samples, which are bounded by their own number.
+        self._batches: deque[_WaitingSamples] = deque()
+        self._samples_waiting = 0
+        self._samples_dropped = 0
         # Messages that replace their older version, by their kind and the run's key: status, latest, runs.
         self._slots: dict[tuple[str, str], bytes] = {}
 
@@ -70,13 +97,17 @@ class Viewer:
         if self.live is not None:
             self._leave(self.live.key)
         self._leave(live.key)
+        self._drop_samples(0)
+        self._samples_dropped = 0
         self.live, self.awaits = live, None
         self._enter(live, status, is_overlaid=False)
         milestones = live.milestones
         kept_from = next(iter(milestones)).seq if milestones else 0
         if milestones.dropped and after + 1 < kept_from:
             self._texts.append(milestones.missed())
-        self._texts += self._visible([each for each in milestones if each.seq > after])
+        self._texts += [
+            each for each in milestones if each.seq > after and each.is_visible(is_control=self.is_control)
+        ]
         self._texts_allowed = len(self._texts) + MAX_WAITING_TEXTS
 
     def overlay(self, lives: Sequence[LiveRun], status_of: Callable[[LiveRun], bytes]) -> list[LiveRun]:
@@ -104,7 +135,7 @@ class Viewer:
 
     def _leave(self, key: str) -> None:
         self._cursors.pop(key, None)
-        for kind in ("status", "latest"):
+        for kind in ("status", "latest", "dropped"):
             self._slots.pop((kind, key), None)
 
     def forget(self, live: LiveRun) -> None:
@@ -156,23 +187,50 @@ class Viewer:
         self._check_room()
         self._texts.append(encode_message(message))
 
-    def put_milestones(self, milestones: Sequence[KeptMilestone]) -> None:
-        """Queue milestones that arrived together: one burst does not mean that the viewer is slow.
+    def put_status(self, live: LiveRun, status: bytes) -> None:
+        """Queue the status of a run in order with other messages; an older one that waits is not sent behind it."""
+        self._slots.pop(("status", live.key), None)
+        self._texts.append(status)
+
+    def put_news(self, news: Sequence[KeptMilestone | SampleBatch]) -> None:
+        """Queue milestones that arrived together, and the samples between them: one burst does not mean slowness.
 
         Raises:
             ViewerTooSlowError: The burst before this one still waits.
         """
-        if visible := self._visible(milestones):
-            self._check_room()
-            self._texts += visible
-            self._texts_allowed = max(self._texts_allowed, len(visible) + MAX_WAITING_TEXTS)
+        milestones = 0
+        for each in news:
+            if isinstance(each, SampleBatch):
+                waiting = _WaitingSamples(each)
+                self._texts.append(waiting)
+                self._batches.append(waiting)
+                self._samples_waiting += each.count
+            elif each.is_visible(is_control=self.is_control):
+                if not milestones:
+                    self._check_room()
+                milestones += 1
+                self._texts.append(each)
+        if milestones:
+            self._texts_allowed = max(self._texts_allowed, milestones + MAX_WAITING_TEXTS)
+        self._drop_samples(MAX_WAITING_SAMPLES)
 
-    def _visible(self, milestones: Sequence[KeptMilestone]) -> list[KeptMilestone]:
-        return [each for each in milestones if each.is_visible(is_control=self.is_control)]
+    def _drop_samples(self, most: int) -> None:
+        """Drop the oldest samples that wait, until they are no more than `most`."""
+        dropped = self._samples_dropped
+        while self._samples_waiting > most:
+            batch = self._batches.popleft()
+            assert batch.batch is not None
+            self._samples_waiting -= batch.batch.count
+            self._samples_dropped += batch.batch.count
+            batch.batch = None
+        if self._samples_dropped > dropped and self.live is not None:
+            message = StreamDropped(run=self.live.key, count=self._samples_dropped)
+            self.put_latest("dropped", encode_message(message), self.live.key)
 
     def _check_room(self) -> None:
-        if len(self._texts) >= self._texts_allowed:
-            raise ViewerTooSlowError(f"{len(self._texts)} messages wait for the viewer")
+        waiting = len(self._texts) - len(self._batches)
+        if waiting >= self._texts_allowed:
+            raise ViewerTooSlowError(f"{waiting} messages wait for the viewer")
 
     def put_latest(self, kind: str, message: bytes, run: str = "") -> None:
         """Queue a message, replacing the waiting one of that kind about that run."""
@@ -188,9 +246,16 @@ class Viewer:
 
     def next_text(self) -> bytes | None:
         """Take the next text message; None if none waits."""
-        if self._texts:
+        while self._texts:
             text = self._texts.popleft()
-            return text if isinstance(text, bytes) else self._milestone(text)
+            if isinstance(text, bytes):
+                return text
+            if isinstance(text, KeptMilestone):
+                return self._milestone(text)
+            if text.batch is not None:
+                self._batches.popleft()
+                self._samples_waiting -= text.batch.count
+                return text.batch.message()
         self._texts_allowed = MAX_WAITING_TEXTS
         for name in self._slots:
             return self._slots.pop(name)

@@ -5,16 +5,30 @@ The hub's event loop owns them. A run completes a command's future in another th
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from offloop.dashboard.protocol import Ack, CommandRequest
+import msgspec
+
+from offloop.dashboard.protocol import Ack, CommandRequest, Publish, TakeBack, number
 from offloop.dashboard.runs.live_run import LiveRun
-from offloop.dashboard.viewers.connection import Connection
-from offloop.engine import OffloopError, SaveCheckpoint, Stop
+from offloop.dashboard.viewers.connection import READERS, Connection
+from offloop.engine import (
+    CheckpointSaved,
+    Event,
+    EventError,
+    OffloopError,
+    RunEndedError,
+    SaveCheckpoint,
+    Stop,
+    UnknownEvent,
+    decode,
+    encode,
+)
 
 COMMANDS_REMEMBERED: Final = 1_000
+OVER: Final = "the run is over"
 
 
 class PendingCommand:
@@ -41,11 +55,21 @@ class ViewerCommands:
     """Gives viewers' commands to runs, each id once, and answers them."""
 
     def __init__(
-        self, find: Callable[[str], LiveRun | None], post: Callable[[Callable[[], None]], object]
+        self,
+        find: Callable[[str], LiveRun | None],
+        post: Callable[[Callable[[], None]], object],
+        send_status: Callable[[Connection, LiveRun], None],
     ) -> None:
-        """Serve the runs that `find` returns. `post` calls a function on the hub's event loop, from any thread."""
+        """Know of no command yet.
+
+        Args:
+            find: Returns a run, by its key.
+            post: Calls a function on the hub's event loop. Any thread.
+            send_status: Sends a viewer how a run stands now.
+        """
         self._find = find
         self._post = post
+        self._send_status = send_status
         self._known: OrderedDict[str, PendingCommand] = OrderedDict()
 
     def request(self, connection: Connection, request: CommandRequest) -> None:
@@ -58,18 +82,42 @@ class ViewerCommands:
         command = PendingCommand(request, connection)
         why = self._rejection_reason(connection, request)
         if why is not None:
-            command.answer(state="rejected", why=why)
+            command.answer(state="rejected", why=why, error=RunEndedError.__name__ if why == OVER else "")
             return
         self._known[request.id] = command
         while len(self._known) > COMMANDS_REMEMBERED:
             self._known.popitem(last=False)
         try:
-            command.future = self._give(request, f"viewer {connection.viewer.address}")
-        except OffloopError as error:
-            command.answer(state="rejected", why=str(error))
+            by = f": {request.by}" if request.by else ""
+            command.future = self._give(request, f"viewer {connection.viewer.address}{by}")
+        except (OffloopError, TypeError) as error:
+            command.answer(state="rejected", why=str(error), error=type(error).__name__)
             return
         command.answer(state="accepted")
         command.future.add_done_callback(lambda _: self._post(lambda: self._done(command)))
+
+    def take_back(self, connection: Connection, request: TakeBack) -> None:
+        """Take a command back; nothing if it is being applied, or is unknown."""
+        command = self._known.get(request.id)
+        if command is not None and command.future is not None and connection.viewer.is_control:
+            if command.future.cancel():
+                command.answer(state="expired", why="taken back by the viewer")
+
+    def publish(self, connection: Connection, request: Publish) -> None:
+        """Publish an event of a viewer."""
+        live = self._find(request.run)
+        why, error = "", ""
+        if not connection.viewer.is_control:
+            why = READERS
+        elif live is None or live.source is None or not live.source.is_here:
+            why = f"there is no run {request.run!r} here that trains"
+        else:
+            try:
+                live.source.publish(event_of(request.event))
+            except (OffloopError, msgspec.DecodeError) as problem:
+                why, error = str(problem), type(problem).__name__
+        state: Literal["rejected", "applied"] = "rejected" if why else "applied"
+        connection.put(Ack(id=request.id, name="publish", state=state, why=why, error=error))
 
     def expire(self, now: float) -> None:
         """Take back commands that were not applied within their time to live."""
@@ -93,7 +141,9 @@ class ViewerCommands:
         if live is None:
             return f"there is no run {request.run!r}"
         if live.is_over:
-            return "the run is over"
+            return OVER
+        if len(request.by) > 64:
+            return f"by has at most 64 characters, got {len(request.by)}"
         if not 0 < request.ttl <= 3600:
             return f"ttl must be above 0 and at most 3600 seconds, got {request.ttl}"
         return None
@@ -117,12 +167,41 @@ class ViewerCommands:
             return
         error = future.exception()
         if error is not None:
-            command.answer(state="rejected", why=f"{type(error).__name__}: {error}")
+            name = type(error).__name__
+            command.answer(state="rejected", why=f"{name}: {error}", error=name)
             return
         live, result = self._find(request.run), future.result()
         why = ""
-        if request.name == "checkpoint" and result is not None:
-            why = f"saved in {result.path}"
+        if isinstance(result, CheckpointSaved):
+            why = f"saved in {result.path}" if request.name == "checkpoint" else f"tagged {result.path}"
         elif request.name == "set_lr":
             why = f"learning rate {request.lr:g}"
-        command.answer(state="applied", step=None if live is None else live.step, why=why)
+        if live is not None and command.connection is not None:
+            # First, so that a program whose command has applied knows what came of it.
+            self._send_status(command.connection, live)
+        step = None if live is None else live.step
+        command.answer(state="applied", step=step, why=why, result=_plain(result))
+
+
+def event_of(raw: msgspec.Raw) -> Event:
+    """Return a viewer's event.
+
+    Raises:
+        EventError: It is not of a class that the program which trains defines.
+        msgspec.DecodeError: It is no event.
+    """
+    event = decode(bytes(raw))
+    if isinstance(event, UnknownEvent):
+        raise EventError(f"there is no event class {event.type} in the process that trains")
+    if type(event).__module__.startswith("offloop."):
+        raise EventError(f"{type(event).__name__} is published by offloop itself")
+    return event
+
+
+def _plain(result: object) -> dict[str, Any] | None:
+    """Return the result of a command as JSON has it."""
+    if isinstance(result, Event):
+        return msgspec.json.decode(encode(result), type=dict[str, Any])
+    if isinstance(result, Mapping):
+        return {name: number(value) for name, value in result.items()}
+    return None

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +26,20 @@ def state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    folder = tmp_path_factory.mktemp("certificate")
+    files = folder / "certificate.pem", folder / "key.pem"
+    if shutil.which("openssl") is None:
+        pytest.skip("making a certificate needs openssl")
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=offloop", "-addext", "subjectAltName=IP:127.0.0.1"]
+    where = ["-out", str(files[0]), "-keyout", str(files[1])]
+    subprocess.run(["openssl", "req", *kind, *names, *where], check=True, capture_output=True)
+    return files
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,9 @@ import gzip
 import itertools
 import logging
 import re
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,6 +44,7 @@ from offloop.dashboard.protocol import (
     Ping,
     encode_message,
 )
+from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.serving import requests as requests_module
 from offloop.dashboard.serving import server as server_module
 from offloop.dashboard.serving.page import Page
@@ -767,7 +766,11 @@ def buffered(server: Server) -> list[int]:
     for connection in server.hub.connections:
         link: Any = connection.link
         waiting = [*connection.viewer._texts, *connection.viewer._slots.values()]
-        texts = sum(len(each) if isinstance(each, bytes) else each.size for each in waiting)
+        texts = sum(
+            each.size if isinstance(each, KeptMilestone) else len(each)
+            for each in waiting
+            if isinstance(each, bytes | KeptMilestone)
+        )
         held.append(texts + link._connection.transport.get_write_buffer_size())
     return held
 
@@ -820,20 +823,6 @@ def test_a_request_whose_answer_is_not_read_is_cut_off(server: Server) -> None:
 
 
 # TLS ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
-    folder = tmp_path_factory.mktemp("certificate")
-    files = folder / "certificate.pem", folder / "key.pem"
-    if shutil.which("openssl") is None:
-        pytest.skip("making a certificate needs openssl")
-    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    names = ["-subj", "/CN=offloop", "-addext", "subjectAltName=IP:127.0.0.1"]
-    where = ["-out", str(files[0]), "-keyout", str(files[1])]
-    subprocess.run(["openssl", "req", *kind, *names, *where], check=True, capture_output=True)
-    return files
 
 
 def test_https(make: Any, certificate: tuple[Path, Path]) -> None:

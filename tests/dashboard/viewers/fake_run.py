@@ -18,7 +18,9 @@ class FakeRun:
         self.dir = None
         self.is_saving = False
         self.failure: BaseException | None = None
-        self.monitor = "val_loss"
+        self.monitor = self.default_monitor = "val_loss"
+        self.validation_batch = 0
+        self.interrupted = False
         self.trainer = SimpleNamespace(optimizers={"default": None})
         self.callback_costs: dict[str, Any] = {}
         self.refused = {"checkpoint": "the run has no directory to save into"}
