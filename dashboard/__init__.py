@@ -9,7 +9,14 @@ from offloop.engine.lazy_facade import lazy_facade
 
 if TYPE_CHECKING:
     from offloop.dashboard.callback import Dashboard as Dashboard
+    from offloop.dashboard.client.curves import MetricCurve as MetricCurve
+    from offloop.dashboard.client.watch import Watch as Watch
+    from offloop.dashboard.client.watch import connect as connect
 
-_NAMES = {"callback": "Dashboard"}
+_NAMES = {
+    "callback": "Dashboard",
+    "client.curves": "MetricCurve",
+    "client.watch": "Watch connect",
+}
 
 __all__, __getattr__, __dir__ = lazy_facade(__name__, _NAMES)

@@ -17,6 +17,7 @@ SAYS = {
     "computing_callback": ["epoch 4: 303 primes", "training took ", "its process used "],
     "fine_tuning": ["0.0.weight: unchanged", "1.0.weight: changed"],
     "gan": ["epoch 9: judge", "mean radius of new points: "],
+    "watching": ["watching ", "paused at step ", "set_lr by viewer 127.0.0.1", "stopped after "],
     "service": [", step ", "{'status': 'cancelled'}"],
     "web_service": ["page: control", "pause: 200", ": 'paused, step ", "cancel: {'status': 'cancelled'}"],
 }
