@@ -467,6 +467,8 @@ class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):
     """True if this server's process trains it: it takes commands here."""
     default_monitor: str = ""
     """Metric for callbacks that name none."""
+    given_hyperparameters: dict[str, Any] = {}
+    """Those of `Trainer(hyperparameters=)` alone, as they were given, secrets masked; empty if that is not known."""
     groups: dict[str, int] = {}
     """How many parameter groups each optimizer has, by its name; empty if that is not known."""
     callbacks: list[str] = []

@@ -180,7 +180,7 @@ class Watch(RemoteRun):
 
     @property
     def hyperparameters(self) -> Settings:
-        return Settings(self._info.config.get("hyperparameters") or {})
+        return Settings(self._info.given_hyperparameters)
 
     @property
     def monitor(self) -> str:

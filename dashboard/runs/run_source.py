@@ -170,6 +170,7 @@ class ProcessRun:
             optimizers=list(self._groups) if len(self._groups) > 1 else [],
             live=True,
             default_monitor=run.default_monitor,
+            given_hyperparameters=masked(run.hyperparameters),
             groups=dict(self._groups),
             monitor=run.monitor,
             callbacks=list(run.callback_costs),

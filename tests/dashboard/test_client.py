@@ -5,10 +5,10 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -16,6 +16,7 @@ import anyio.abc
 import anyio.lowlevel
 import pytest
 from cut_proxy import CutProxy
+from watched_runs import ENDLESS, LONG, port_of, served, serving_process, until
 from websockets.sync.server import Server as PlainServer
 from websockets.sync.server import ServerConnection, serve
 from websockets.typing import Subprotocol
@@ -29,8 +30,6 @@ from offloop.engine import (
     EpochEnd,
     EpochStart,
     Event,
-    Run,
-    RunEndedError,
     RunNotFoundError,
     Runs,
     Sample,
@@ -45,10 +44,6 @@ from offloop.engine import (
 from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_trainer
 
 pytestmark = pytest.mark.anyio
-ENDLESS: Final = 10**9  # steps
-LONG: Final = 60.0
-"""Seconds that nothing here should take, also on a busy machine."""
-SERVER: Final = Path(__file__).parent / "viewers" / "serve_a_run.py"
 
 
 class Mark(Event, frozen=True):
@@ -70,42 +65,6 @@ def loaded() -> None:
     tiny_trainer().train(tiny_loader(1), tiny_loader(1), epochs=1, metrics=["accuracy"])
 
 
-@asynccontextmanager
-async def served(*, callbacks: Any = (), **options: Any) -> AsyncIterator[tuple[Dashboard, Run]]:
-    """A run without an end, and its page."""
-    with anyio.fail_after(LONG):
-        async with Dashboard(port=0, quiet=True, **options) as dashboard:
-            async with tiny_trainer(callbacks=[dashboard, *callbacks]).start(
-                EndlessLoader(), tiny_loader(2), max_steps=ENDLESS
-            ) as run:
-                yield dashboard, run
-                with suppress(RunEndedError):
-                    run.stop_nowait("the test is over")
-
-
-@asynccontextmanager
-async def serving_process(
-    directory: Path, *words: str, port: int = 0
-) -> AsyncIterator[tuple[anyio.abc.Process, str]]:
-    """A process that trains without end, and the address of its page. It is killed in the end."""
-    command = [sys.executable, str(SERVER), str(port), "run", str(directory), *words]
-    async with await anyio.open_process(command, stderr=None) as process:
-        try:
-            assert process.stdout is not None
-            said = b""
-            while b"\n" not in said:
-                said += await process.stdout.receive()
-            yield process, said.decode().strip()
-        finally:
-            with suppress(ProcessLookupError):
-                process.kill()
-
-
-def port_of(dashboard: Dashboard) -> int:
-    assert dashboard._server is not None
-    return dashboard._server.port
-
-
 async def marks(watch: Watch, count: int) -> list[Mark]:
     """Return as many marks, the oldest first."""
     found: list[Mark] = []
@@ -115,12 +74,6 @@ async def marks(watch: Watch, count: int) -> list[Mark]:
             if len(found) == count:
                 break
     return found
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until something is so; each turn lets everything else run."""
-    while not condition():  # noqa: ASYNC110 - what it looks at tells nobody
-        await anyio.sleep(0.002)
 
 
 # Events ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import anyio
 import pytest
+from client_callbacks import placed
 from run_handles import (
     COMMANDS,
     LONG,
@@ -43,9 +44,18 @@ from offloop.engine.run_handle import NOT_EVERYWHERE, no_attribute
 from offloop.engine.testing import EndlessLoader, Recorder, tiny_loader, tiny_trainer
 
 ENDLESS: Final = 1_000_000_000  # steps
+VIEWER: Final = "viewer 127.0.0.1"
+"""What the page's server says of a program that gives commands, before what that says itself."""
 
-in_every_place = pytest.mark.parametrize("place", ["here", "process"])
+in_every_place = pytest.mark.parametrize("place", ["here", "process", "client"])
+where_callbacks_run = pytest.mark.parametrize("place", ["here", "process"])
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    """Load what the first run loads, which would hold the event loop for seconds."""
+    tiny_trainer().train(tiny_loader(1), tiny_loader(1), epochs=1, metrics=["accuracy"])
 
 
 class Gate(Callback):
@@ -90,14 +100,14 @@ async def test_every_command_has_its_result_and_is_signed(
 ) -> None:
     recorder = Recorder()
     with anyio.fail_after(LONG):
-        async with tiny_trainer(run_dir=tmp_path, callbacks=[form(place), recorder]).start(
+        async with tiny_trainer(run_dir=tmp_path, callbacks=[placed(form(place), place), recorder]).start(
             EndlessLoader(), tiny_loader(2), max_steps=ENDLESS
         ) as run:
             pass
     seen = seen_by(recorder)["commands"]
     validated, mine = recorder.of(ValidationEnd)[0], recorder.of(CheckpointSaved)[0]
     assert seen == {
-        "none": [None] * 4,
+        "none": [None] * 3,
         "paused": "paused",
         "step": validated.step,
         "validate": validated.metrics,
@@ -115,15 +125,16 @@ async def test_every_command_has_its_result_and_is_signed(
     applied = recorder.of(CommandApplied)
     if form is Blocks:
         from_thread = applied.pop(0)
-        assert (from_thread.command, from_thread.by) == ("set_lr", "user")  # a thread of its own
-    name = form.__name__
+        # A thread of its own
+        assert (from_thread.command, from_thread.by) == ("set_lr", VIEWER if place == "client" else "user")
+    name = VIEWER if place == "client" else form.__name__
     assert [(event.command, event.by) for event in applied[:6]] == [
         ("pause", name),
         ("validate", name),
         ("set_lr", name),
         ("checkpoint", name),
         ("tag", name),
-        ("resume", "another"),
+        ("resume", f"{VIEWER}: another" if place == "client" else "another"),
     ]
     assert [event.command for event in applied[-3:]] == ["tag", "tag", "stop"]
     assert applied[0].arguments == {"reason": "a look"}
@@ -134,7 +145,7 @@ async def test_every_command_has_its_result_and_is_signed(
 async def test_a_mistake_has_the_same_error_in_every_place(place: Place) -> None:
     recorder = Recorder()
     with anyio.fail_after(LONG):
-        async with tiny_trainer(callbacks=[Mistakes(place), Gate("blocking"), recorder]).start(
+        async with tiny_trainer(callbacks=[placed(Mistakes(place), place), Gate("blocking"), recorder]).start(
             EndlessLoader(), max_steps=ENDLESS
         ) as run:
             pass
@@ -174,18 +185,19 @@ async def test_a_mistake_has_the_same_error_in_every_place(place: Place) -> None
     assert not_plain.startswith("EventError: Holds") and again.startswith("EventError: ")
     assert no_event.startswith("EventError: publish takes an event, got a str")
     hint = 'AttributeError: a run is not stopped by an attribute: call run.stop_nowait("why"), or await run.stop("why")'
-    kind = "Run" if place == "here" else "ChildRun"
+    kind = {"here": "Run", "process": "ChildRun", "client": "Watch"}[place]
     assert seen["attributes"]["errors"] == [
         f"AttributeError: {kind!r} object has no attribute 'anything'",
         hint,
         hint,
         f"AttributeError: {kind!r} object has no attribute 'stopp'",
     ]
-    if place == "process":
-        assert seen["missing"] == {
+    if place != "here":
+        missing = {
             name: f"AttributeError: there is no run.{name} here: {why}"
             for name, why in NOT_EVERYWHERE.items()
         }
+        assert seen["missing"] == missing | ({"events": "nothing"} if place == "client" else {})
     assert run.result.status == "stopped"
 
 
@@ -193,16 +205,17 @@ async def test_a_mistake_has_the_same_error_in_every_place(place: Place) -> None
 async def test_a_command_that_was_taken_back_does_not_apply(place: Place) -> None:
     recorder = Recorder()
     with anyio.fail_after(LONG):
-        async with tiny_trainer(callbacks=[TakesBack(place), Gate("taken back"), recorder]).start(
-            EndlessLoader(), max_steps=ENDLESS
-        ):
+        async with tiny_trainer(
+            callbacks=[placed(TakesBack(place), place), Gate("taken back"), recorder]
+        ).start(EndlessLoader(), max_steps=ENDLESS):
             pass
     seen = seen_by(recorder)
     assert seen["taken back"] == {"cancelled": [True, True, False]}
     assert seen["after"] == {"done": True, "result": None}
     assert "done" in seen
     assert [event.lr for event in recorder.of(LearningRateChanged)] == [0.25, 0.5]
-    assert [event.by for event in recorder.of(CommandApplied)][:2] == ["another", "TakesBack"]
+    givers = [f"{VIEWER}: another", VIEWER] if place == "client" else ["another", "TakesBack"]
+    assert [event.by for event in recorder.of(CommandApplied)][:2] == givers
 
 
 # While training waits for others -----------------------------------------------------------------
@@ -230,7 +243,7 @@ class Frees(Callback):
         self.stands.returned.set()
 
 
-@in_every_place
+@where_callbacks_run
 async def test_an_awaited_command_returns_on_acceptance_while_training_waits_for_others(
     place: Place, tmp_path: Path
 ) -> None:
@@ -260,7 +273,9 @@ async def test_commands_and_events_after_the_end_say_so(place: Place, tmp_path: 
     path = tmp_path / "seen.json"
     with anyio.fail_after(LONG):
         async with tiny_trainer(
-            run_dir=tmp_path, accumulate_grad_batches=2, callbacks=[Ends(place, path), Gate("cancelled")]
+            run_dir=tmp_path,
+            accumulate_grad_batches=2,
+            callbacks=[placed(Ends(place, path), place), Gate("cancelled")],
         ).start(EndlessLoader(), tiny_loader(1), max_steps=ENDLESS) as run:
             await saw(run, "given")
             run.cancel()  # in the middle of a window: no step boundary comes any more
@@ -274,7 +289,8 @@ async def test_commands_and_events_after_the_end_say_so(place: Place, tmp_path: 
             f"RunEndedError: the run ended before {command} could be applied"
             for command in ("set_lr", "validate")
         ],
-        "state": [False, False, True, True],
+        # A program cannot tell the last event from the end.
+        "state": [place == "client", False, True, True],
         "nowait": [f"RunEndedError: {command} came too late: the run is over" for command in commands],
         "late": [
             f"RunEndedError: {command} came too late: the run is over"
@@ -306,7 +322,7 @@ async def test_state_is_as_new_as_the_event_that_is_handled_or_the_last_command(
             run_dir=tmp_path,
             monitor="val_accuracy",
             hyperparameters={"width": 8, "name": "wide"},
-            callbacks=[Looks(place), Pauses(), recorder],
+            callbacks=[placed(Looks(place), place), Pauses(), recorder],
         ).start(tiny_loader(2), tiny_loader(3), epochs=2, metrics=["accuracy"]) as run:
             pass
     seen = seen_by(recorder)

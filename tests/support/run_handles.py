@@ -23,7 +23,8 @@ from offloop.engine import (
 )
 from offloop.engine.run_handle import NOT_EVERYWHERE
 
-Place = Literal["here", "process"]
+Place = Literal["here", "process", "client"]
+"""Where a handler has its run: in the process that trains, in a process of its callback, in a program elsewhere."""
 LONG: Final = 30.0
 """Seconds that nothing here should take, also on a busy machine."""
 
@@ -59,7 +60,7 @@ class InPlace(Callback):
     on_error = "raise"
 
     def __init__(self, place: Place) -> None:
-        """Run in a place."""
+        """Run in a place. A callback for a client is not given to the run: `AtClient` drives it."""
         if place == "process":
             self.runs_in = "process"
 
@@ -138,7 +139,6 @@ def every_command(run: RunHandle) -> Script:
         seen["taken"] = str(error)
     moved = yield do("tag", "good", move=True)
     seen["moved"] = moved.saved_step > saved.saved_step
-    seen["none"].append((yield do("stop", "seen enough")))
     return seen
 
 
@@ -147,6 +147,7 @@ class Awaits(InPlace):
 
     async def on_epoch_start(self, event: EpochStart, run: RunHandle) -> None:
         run.publish(Saw(what="commands", values=await awaiting(run, every_command(run))))
+        assert await run.stop("seen enough") is None  # type: ignore[func-returns-value]
 
 
 class Blocks(InPlace):
@@ -157,6 +158,7 @@ class Blocks(InPlace):
         thread.start()
         thread.join()
         run.publish(Saw(what="commands", values=blocking(run, every_command(run))))
+        assert run.stop_nowait("seen enough").result(LONG) is None
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -334,7 +336,8 @@ class Looks(InPlace):
         is_new = [
             run.epoch >= event.epoch,
             run.step >= event.step,
-            run.validation_batch > 0,
+            # A program elsewhere is told it a moment later.
+            run.validation_batch > 0 or type(run).__name__ == "Watch",
             all(name in run.metrics for name in event.metrics),
             error_of(lambda: run.metrics["val_other"]).startswith("MetricNotFoundError: "),
         ]

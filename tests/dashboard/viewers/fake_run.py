@@ -21,6 +21,7 @@ class FakeRun:
         self.monitor = self.default_monitor = "val_loss"
         self.validation_batch = 0
         self.interrupted = False
+        self.hyperparameters: dict[str, Any] = {}
         self.trainer = SimpleNamespace(optimizers={"default": None})
         self.callback_costs: dict[str, Any] = {}
         self.refused = {"checkpoint": "the run has no directory to save into"}
