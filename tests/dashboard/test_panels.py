@@ -331,6 +331,9 @@ def test_a_mark_says_what_it_is_under_the_mouse(
     legend = page.get_by_role("group", name="Marks")
     expect(legend.get_by_role("button", name="Validations")).to_be_visible()
     expect(legend.get_by_role("button", name="Checkpoints")).to_be_visible()
+    # What is constant takes a line, and the others its room.
+    expect(chart(page, "lr").locator("canvas")).to_have_count(0)
+    page.evaluate(NEXT_FRAME)
     left, top, width, height = plot(page, "loss")
     tip = chart(page, "loss").locator(".chart-tip")
     page.mouse.move(left + width * (30 - 1) / 39, top + height / 2)
