@@ -67,6 +67,8 @@ logger = logging.getLogger("offloop")
 FIRST_PAUSE: Final = 0.1
 """Seconds before the first attempt to reconnect; each further one waits up to twice as long as the one before."""
 LONGEST_PAUSE: Final = 3.0
+CLOSE_GARBLED: Final = 1007
+"""Close code for a message that is none."""
 COMMANDS_AT_ONCE: Final = 5
 COMMANDS_PER_SECOND: Final = 9
 """Pace of commands: a server rejects more than ten a second."""
@@ -174,7 +176,7 @@ class Connection:
                     return error
                 why = str(error)
             if not self._has_begun:
-                raise WatchLostError(f"{self.address.shown} has closed the connection: {why}")
+                raise WatchLostError(f"{self.address.shown} cannot be watched: {why}")
             self.commands.interrupted(f"the connection was lost ({why})", for_good=False)
             if time.monotonic() - lost_at >= self._give_up_after:
                 return WatchLostError(
@@ -318,7 +320,8 @@ class Connection:
                 return decode_server_message(data)
             self.curves.take(data)
         except ValueError as error:
-            raise WatchLostError(f"{self.address.shown} sent what is no message: {error}") from None
+            # Not a `WatchError`: the task group would wrap it.
+            raise ClosedError(CLOSE_GARBLED, f"it sent what is no message: {error}") from None
         return None
 
     async def _read(self, websocket: Websocket) -> ServerMessage | None:

@@ -30,8 +30,9 @@ from offloop.engine import OffloopError
 MAX_WAITING_TEXTS: Final = 256
 """Most milestones and answers that wait for one viewer, besides those that it receives when it connects."""
 
-MAX_WAITING_SAMPLES: Final = 10_000
-"""Most samples that wait for one viewer that streams them; beyond that the oldest are dropped."""
+MAX_WAITING_SAMPLES: Final = 50_000
+"""Most samples that wait for one viewer that streams them, as many as for the page; beyond that the oldest are dropped.
+Those of several viewers share their memory."""
 
 
 class ViewerTooSlowError(OffloopError):

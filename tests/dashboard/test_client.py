@@ -498,6 +498,17 @@ async def test_a_server_of_another_protocol_is_recognised(
             pass
 
 
+async def test_garbage_in_the_middle_is_a_lost_connection() -> None:
+    async with served() as (dashboard, _), connect(dashboard.url, give_up_after=0) as watch:
+        events = watch.events(Mark)
+        assert dashboard._server is not None
+        hub = dashboard._server.hub
+        dashboard._server._post(lambda: hub.connections[0].viewer.put_latest("status", b'{"type":"status"}'))
+        dashboard._server._post(hub.connections[0].wake)
+        with pytest.raises(WatchLostError, match="it sent what is no message"):
+            await anext(events)
+
+
 async def test_over_https(certificate: tuple[Path, Path]) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*certificate)

@@ -32,12 +32,14 @@ from offloop.dashboard.protocol import (
     RangeQuery,
     Role,
     Show,
+    Stream,
     Watch,
     decode_viewer_message,
 )
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import KeptMilestone, Milestones
 from offloop.dashboard.runs.rows import MAX_FIGURES, row_of
+from offloop.dashboard.viewers import viewer as viewer_module
 from offloop.dashboard.viewers.viewer import MAX_WAITING_TEXTS
 from offloop.engine import (
     CallbackFailed,
@@ -1074,6 +1076,52 @@ class Report(Event, frozen=True, kw_only=True):
 
 def seqs(page: PageModel) -> list[int]:
     return [event["seq"] for event in page.milestones]
+
+
+def test_a_viewer_that_streams_gets_samples_in_order_with_the_milestones() -> None:
+    async def play(stage: Stage) -> None:
+        plain, streaming = PageModel(), PageModel()
+        links = {stage.join(plain): plain, (link := stage.join(streaming)): streaming}
+        await settle()
+        link.say(Stream())
+        await settle()
+        stage.steps(3)
+        stage.tell(Report(run_id="run", text="now"))
+        stage.steps(1_200)
+        for each, page in links.items():
+            await read(each, page)
+        assert plain.streamed == [] and seqs(plain) == seqs(streaming)
+        assert [event["step"] for event in streaming.streamed] == list(range(1, 1_204))
+        assert streaming.dropped == 0
+        link.say(Stream(on=False))
+        await settle()
+        stage.steps(5)
+        await read(link, streaming)
+        assert len(streaming.streamed) == 1_203
+
+    run_async(play)
+
+
+def test_a_viewer_that_streams_too_slowly_loses_the_oldest_samples_and_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(viewer_module, "MAX_WAITING_SAMPLES", 1_000)
+
+    async def play(stage: Stage) -> None:
+        page = PageModel()
+        link = stage.join(page, room=1)
+        await settle()
+        link.say(Stream())
+        await read(link, page)
+        for _ in range(30):
+            stage.steps(100)
+            await settle()
+        await read(link, page)
+        steps = [event["step"] for event in page.streamed]
+        assert steps == sorted(steps) and steps[-1] == 3_000
+        assert page.dropped >= 1_900 and page.dropped + len(steps) == 3_000
+
+    run_async(play)
 
 
 def bounded(stage: Stage, reports: int) -> Callable[[], Report]:

@@ -27,11 +27,26 @@ from offloop.dashboard.protocol import (
     Series,
     Show,
     Status,
+    StreamDropped,
+    Streamed,
     encode_message,
 )
 
 ServerMessage = (
-    Hello | Runs | RunInfo | Series | Latest | Status | Milestone | MilestonesMissed | Ack | Pong | Bye | Rows
+    Hello
+    | Runs
+    | RunInfo
+    | Series
+    | Latest
+    | Status
+    | Milestone
+    | MilestonesMissed
+    | Streamed
+    | StreamDropped
+    | Ack
+    | Pong
+    | Bye
+    | Rows
 )
 _messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 
@@ -103,6 +118,8 @@ class PageModel:
         self.points: dict[int, dict[float, float]] = {}  # of each curve: value by time, which is unique
         self.milestones: list[dict[str, Any]] = []
         self.missed = 0
+        self.streamed: list[dict[str, Any]] = []
+        self.dropped = 0
         self.status: Status | None = None
         self.latest: Latest | None = None
         self.acks: dict[str, list[str]] = {}
@@ -169,6 +186,10 @@ class PageModel:
                 self.milestones.append(event)
             case MilestonesMissed():
                 self.missed = message.count
+            case Streamed():
+                self.streamed += [msgspec.json.decode(each) for each in message.events]
+            case StreamDropped():
+                self.dropped = message.count
             case Status():
                 self.status = message
             case Latest():
