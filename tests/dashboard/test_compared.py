@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -13,17 +14,12 @@ import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, Training, chart, figure, options, shot, table_of, word
+from live_page import PATIENCE, OpenPage, Training, chart, figure, options, shot, table_of, word
 from playwright.sync_api import Browser, Page, expect
 
 NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 # Two lines with a point at each of a hundred steps
-CANVAS_HAS_POINTS = """() => {
-  const strokes = document.querySelector(".chart canvas").drawn?.strokes ?? [];
-  return strokes.filter(({ path }) => path.length >= 100 && path.length < 120).length >= 2;
-}"""
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 Start = Callable[..., Training]
@@ -166,13 +162,21 @@ def test_a_zoom_asks_for_finer_points_of_each_run(begin: Start, open_page: OpenP
     page.reload()
     expect(chart(page, "loss").locator(".chart-legend.runs")).to_contain_text("one")
     expect(chart(page, "loss").locator(".curve", has_text="two")).to_contain_text("step 5")
-    page.wait_for_function(CANVAS_HAS_POINTS)
+    steps = range(4_001, 4_099)
+
+    def values_of(name: str) -> dict[int, float]:
+        return {round(x): y for x, y in Drawing(chart(page, "loss")).line(name, dashed=False)}
+
+    # The answers come after the first drawing.
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not all(set(steps) <= values_of(name).keys() for name in ("one", "two")):
+        assert time.monotonic() < deadline, "the finer points did not come"
+        page.evaluate(NEXT_FRAME)
     assert {each["run"] for each in said if each["type"] == "range"} == {"one", "two"}
     for name in ("one", "two"):
-        line = dict(Drawing(chart(page, "loss")).line(name, dashed=False))
-        values = {round(x): y for x, y in line.items()}
-        assert [values[step] for step in range(4_001, 4_099)] == pytest.approx(
-            [1 + (step - 1) % 7 for step in range(4_001, 4_099)], abs=0.1
+        values = values_of(name)
+        assert [values[step] for step in steps] == pytest.approx(
+            [1 + (step - 1) % 7 for step in steps], abs=0.1
         )
 
 
