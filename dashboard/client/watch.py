@@ -25,6 +25,7 @@ from offloop.engine import (
     Sample,
     Settings,
     Subscription,
+    WatchLostError,
     checks,
     encode,
 )
@@ -49,7 +50,8 @@ class Watch(RemoteRun):
     Commands return when they have applied. They raise what they raise in the process that trains, and besides:
     `CommandRejectedError`, `CommandExpiredError` when they could not be applied in time, and `CommandLostError` when
     the connection was lost for good in the middle of one, which says whether it was applied. A connection that comes
-    back finds out. Unlike in the process that trains, they also wait while training waits for a decider.
+    back finds out. Unlike in the process that trains, they also wait while training waits for a decider. `publish`
+    needs a connection, and raises `WatchLostError` without one.
 
     The properties and the `*_nowait` methods may be used from any thread, `await` in the event loop of `connect`.
 
@@ -250,6 +252,8 @@ class Watch(RemoteRun):
     def _send_event(self, event: Event) -> None:
         if self._facts.role != "control":
             raise EventError(READERS)
+        if not self.is_connected:
+            raise WatchLostError(f"there is no connection now, so {type(event).__name__} is not published")
         raw = encode(event)
         if len(raw) > MAX_MESSAGE - 1024:
             raise EventError(

@@ -157,6 +157,10 @@ async def test_a_connection_that_is_lost_for_good_says_what_is_known_of_the_comm
                     proxy.cut()
                     await until(lambda: not watch.is_connected)
                     not_sent = watch.set_lr_nowait(0.25)
+                    with pytest.raises(
+                        WatchLostError, match="there is no connection now, so Word is not published"
+                    ):
+                        watch.publish(Word())
                     for future, is_applied in ((sent, None), (not_sent, False)):
                         with pytest.raises(CommandLostError, match="before set_lr was answered") as raised:
                             await watch._wait_for(future)
