@@ -16,6 +16,7 @@ import anyio.abc
 import anyio.lowlevel
 import pytest
 from cut_proxy import CutProxy
+from run_files import events_of, write_run
 from watched_runs import ENDLESS, LONG, port_of, served, serving_process, until
 from websockets.sync.server import Server as PlainServer
 from websockets.sync.server import ServerConnection, serve
@@ -23,13 +24,16 @@ from websockets.typing import Subprotocol
 
 from offloop import connect
 from offloop.dashboard import Dashboard, Watch
+from offloop.dashboard.options import Options
 from offloop.dashboard.runs.milestones import MILESTONES_KEPT
+from offloop.dashboard.serving.server import Server
 from offloop.dashboard.viewers import connection as connection_module
 from offloop.engine import (
     ConfigError,
     EpochEnd,
     EpochStart,
     Event,
+    RunEndedError,
     RunNotFoundError,
     Runs,
     Sample,
@@ -339,6 +343,25 @@ async def test_without_a_run_a_program_waits_for_the_first_one() -> None:
                 await until(lambda: hub.connections)
                 async with tiny_trainer(callbacks=[dashboard]).start(tiny_loader(2), epochs=1):
                     pass
+
+
+async def test_a_past_run_is_read_from_its_directory_by_another_process(tmp_path: Path) -> None:
+    written = events_of(300)
+    write_run(tmp_path / "old", written)
+    server = Server(Options(port=0), tmp_path)
+    try:
+        with anyio.fail_after(LONG):
+            async with connect(server.url, run="old") as watch:
+                seen = [event async for event in watch.events()]
+                assert [type(each) for each in seen] == [TrainStart, EpochEnd, TrainEnd]
+                assert (watch.state, watch.step, watch.metrics["train_loss"]) == ("completed", 300, 0.5)
+                loss = await watch.history("loss")
+                assert loss.value.tolist() == [event.loss for event in written if isinstance(event, StepEnd)]
+                with pytest.raises(RunEndedError, match="pause came too late: the run is over"):
+                    await watch.pause()
+                assert "pause" in watch.refused
+    finally:
+        server.close("done")
 
 
 # Bad input ---------------------------------------------------------------------------------------
