@@ -144,6 +144,36 @@ def serve(
 
 
 @app.command()
+def watch(
+    target: Annotated[
+        str, typer.Argument(metavar="ADDRESS|RUN_DIR", help="Of a live page as it was printed; or of a run.")
+    ],
+    metric: Annotated[
+        str | None, typer.Option(help="The curve to show first; by default loss.", show_default=False)
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="At an address: the run to show first; by default the newest.", show_default=False),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Read the token from this file; by default it is in the address, in OFFLOOP_TOKEN, or asked for.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Watch a run in the terminal: its state, a curve and its events.
+
+    Keys pause, resume and stop it, where the address lets one steer, and turn to another metric or run. Ctrl-C or q
+    leaves; the run goes on. Where there is no terminal, a line is printed every ten seconds until the run is over.
+    """
+    from offloop.cli.watch import watch_run
+
+    watch_run(target, token_file=token_file, run=run, metric=metric)
+
+
+@app.command()
 def logout() -> None:
     """Forget all browsers that may open live pages of yours on this machine.
 
