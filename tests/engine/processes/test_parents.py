@@ -243,8 +243,8 @@ def test_a_limit_of_processes_refuses_the_run_or_costs_only_the_callback(
     lines = outcomes(
         tmp_path / "script.py",
         """
-# A real user without other processes, who may still read all files, and has no right to exceed limits.
-os.setresuid(54321, 0, 0)
+# A real user without other processes, also of other tests, who may still read all files, and may not exceed limits.
+os.setresuid(50_000 + os.getpid() % 10_000, 0, 0)
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)
 rights = (ctypes.c_uint32 * 6)(0b110, 0b110, 0, 0, 0, 0)
 assert ctypes.CDLL(None).capset(header, rights) == 0
