@@ -105,7 +105,7 @@ def test_metrics_are_turned_over_and_the_size_may_change(training: Training, sta
     program.press("\x1b[D")
     program.wait("val_loss  0.")
     program.resize(40, 12)
-    program.wait("long  running", "q quit")
+    program.wait("long  running", "p pause", "q…")
     program.resize(20, 6)
     program.wait("long  running")
     program.press("\t")
@@ -209,7 +209,7 @@ def test_bad_input_is_one_line(training: Training, tmp_path: Path) -> None:
     address = training.dashboard.url.partition("?")[0]
     for arguments, words in (
         ((address,), "the address has no token: set OFFLOOP_TOKEN, or give --token-file"),
-        ((f"{address}?token={'x' * 32}",), "wrong token"),
+        ((f"{address}?token={'x' * 32}",), "does not accept this token"),
         ((address, "--token-file", str(tmp_path / "none")), "--token-file cannot be read"),
         ((str(tmp_path / "none"),), "there is no run"),
         (("http://127.0.0.1:9/?token=abcdefgh",), "127.0.0.1:9"),

@@ -18,9 +18,8 @@ from live_page import PATIENCE, OpenPage, Training, chart, figure, options, shot
 from playwright.sync_api import Browser, Page, expect
 
 NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-
-# Two lines with a point at each of a hundred steps
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
 
 Start = Callable[..., Training]
 

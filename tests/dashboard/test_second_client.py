@@ -83,7 +83,7 @@ def test_a_client_from_the_docs_sees_the_run_and_steers_it(
     seen = json.loads(out)
 
     assert seen["hello"]["role"] == "control" and seen["hello"]["protocol"] == 1
-    assert seen["run"]["key"] == result.run_id and seen["run"]["refused"].keys() == {"checkpoint"}
+    assert seen["run"]["key"] == result.run_id and seen["run"]["refused"].keys() == {"checkpoint", "tag"}
     assert seen["status"]["state"] == "completed" and seen["status"]["step"] == result.steps
     milestones = [event for event in recorder.events if not isinstance(event, Sample)]
     assert [event["type"] for event in seen["milestones"]] == [type(event).__name__ for event in milestones]

@@ -35,6 +35,8 @@ class Program:
         self.written = b""
         self.before: list[Any] = termios.tcgetattr(self._theirs)
         self._changed = threading.Condition()
+        # These would go before the size of the terminal.
+        surroundings = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             command,
             stdin=self._theirs,
@@ -42,7 +44,7 @@ class Program:
             stderr=self._theirs,
             start_new_session=True,
             preexec_fn=self._take_terminal,
-            env={**os.environ, "TERM": "xterm-256color", **(env or {})},
+            env={**surroundings, "TERM": "xterm-256color", **(env or {})},
         )
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
