@@ -26,6 +26,8 @@ from offloop.engine import EpochEnd, StepEnd, TrainEnd, TrainStart, encode
 from offloop.engine.events import Metrics
 
 CURVES = 50
+SETTLED = 5.0
+"""Seconds without the run being sent again after which nothing more of the log is to be read."""
 
 
 # The runs -----------------------------------------------------------------------------------------
@@ -131,22 +133,29 @@ def list_runs(address: str, count: int) -> float:
 
 
 def open_run(address: str, key: str) -> tuple[float, float]:
-    """Return the seconds to the first chart frame, and until all of the log is shown."""
-    started, first = clock(), 0.0
+    """Return the seconds to the first chart frame, and to the first one of the whole log.
+
+    A server that shows coarse curves first sends the run again when it has read all.
+    """
+    started, first, whole, sent = clock(), 0.0, 0.0, 0.0
     with link_to(address) as link:
         link.send(json.dumps({"type": "hi", "protocol": 1, "run": key}))
         while True:
             data = link.recv()
             if isinstance(data, bytes):
                 first = first or clock() - started
+                whole = whole or clock() - started
                 link.send('{"type":"drawn"}')
                 continue
             message: dict[str, Any] = json.loads(data)
+            if message["type"] == "run":
+                whole, sent = 0.0, clock()
             if message["type"] == "series":
                 ids = [each["id"] for each in message["series"]][:8]
                 link.send(json.dumps({"type": "show", "run": key, "series": ids}))
-            if message["type"] == "status" and first and not message["reason"].startswith("reading"):
-                return first, clock() - started
+            is_reading = message["type"] != "status" or message["reason"].startswith("reading")
+            if whole and not is_reading and clock() - sent > SETTLED:
+                return first, whole
 
 
 def largest_size(pid: int) -> float:

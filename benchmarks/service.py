@@ -95,8 +95,9 @@ class Viewer:
     """A viewer of the live page, which draws what it gets."""
 
     def __init__(self, port: int) -> None:
-        self._socket = connect(
-            f"ws://127.0.0.1:{port}/train/ws", subprotocols=[Subprotocol(SUBPROTOCOL)], proxy=None
+        self._stack = contextlib.ExitStack()
+        self._socket = self._stack.enter_context(
+            connect(f"ws://127.0.0.1:{port}/train/ws", subprotocols=[Subprotocol(SUBPROTOCOL)], proxy=None)
         )
         self.frames = 0
         self._socket.send(encode_message(Hi(protocol=1)).decode())
@@ -114,7 +115,7 @@ class Viewer:
 
     def close(self) -> None:
         """Leave."""
-        self._socket.close()
+        self._stack.close()
         self._thread.join()
 
 
