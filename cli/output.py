@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, Literal, NoReturn
 
 import typer
@@ -29,6 +31,16 @@ def fail(message: str) -> NoReturn:
     """Print an error and exit with code 2: wrong usage, or unreadable files."""
     print_error(f"offloop: {' '.join(message.splitlines())}")
     raise typer.Exit(2)
+
+
+def interrupt_on(*signals: signal.Signals) -> None:
+    """Let signals end a command in order, as Ctrl-C does. The main thread only."""
+    for each in signals:
+        signal.signal(each, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def reason(error: OffloopError | OSError) -> str:
@@ -95,11 +107,16 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for line in lines:
         cells = []
         for cell, width, header in zip(line, widths, headers, strict=True):
-            if is_cut and cell_len(cell) > width:
-                cell = set_cell_size(cell, width - 1) + "…"
+            if is_cut:
+                cell = cut(cell, width)
             space = " " * (width - cell_len(cell))
             cells.append(space + cell if header.startswith(">") else cell + space)
         typer.echo("  ".join(cells).rstrip())
+
+
+def cut(text: str, columns: int) -> str:
+    """Return the begin of a text that fits so many columns, with an ellipsis if that is not all."""
+    return text if cell_len(text) <= columns else set_cell_size(text, max(0, columns - 1)) + "…"
 
 
 def _cut(widths: list[int], are_numbers: Sequence[bool], least: Sequence[int], width: int) -> None:

@@ -4,10 +4,9 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
-from offloop.cli.output import fail
+from offloop.cli.output import fail, interrupt_on
 from offloop.dashboard.options import Options
 from offloop.dashboard.serving.announcement import announce
 from offloop.dashboard.serving.server import Server
@@ -29,7 +28,7 @@ def serve_runs(runs_dir: Path, *, port: int | None, host: str, open_browser: boo
         server = Server(options, runs_dir)
     except (OSError, UnicodeError) as error:
         fail(error.strerror or str(error) if isinstance(error, OSError) else f"--host {host!r}: {error}")
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on(signal.SIGTERM)
     try:
         announce(
             server,
@@ -42,7 +41,3 @@ def serve_runs(runs_dir: Path, *, port: int | None, host: str, open_browser: boo
             time.sleep(0.5)
     except KeyboardInterrupt:
         server.close("the server was interrupted")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

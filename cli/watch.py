@@ -13,16 +13,16 @@ import tty
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import anyio
 import anyio.abc
 from rich.console import Console, Group
 from rich.live import Live
 
-from offloop.cli.output import check_run, fail, number, print_text, reason
+from offloop.cli.output import check_run, fail, interrupt_on, number, print_text, reason
 from offloop.cli.watch_screen import Seen, clock_time, line_of, screen
+from offloop.dashboard.client.address import TOKEN_VARIABLE
 from offloop.dashboard.client.curves import MetricCurve
 from offloop.dashboard.client.watch import Watch, connect
 from offloop.dashboard.options import Options
@@ -48,7 +48,6 @@ CURVE_INTERVAL: Final = 1.0
 CURVE_SHARE: Final = 50
 """A look at the curve waits for so many times as long as the last one took."""
 EVENTS_KEPT: Final = 50
-TOKEN: Final = "OFFLOOP_TOKEN"
 _KEY: Final = re.compile(rb"\x1b[\[O][A-D]|.", re.DOTALL)
 """An arrow, or a character."""
 _SHOWN: Final = (
@@ -66,9 +65,8 @@ def watch_run(target: str, *, token_file: Path | None, run: str | None, metric: 
     """Watch until the run is over, or until a key or Ctrl-C ends it. Blocks its thread, which is the main one."""
     why = ""
     with _source(target, token_file, run) as (url, token, name):
-        for each in (signal.SIGTERM, signal.SIGHUP):
-            # In order, so that the terminal is as it was.
-            signal.signal(each, _interrupt)
+        # In order, so that the terminal is as it was.
+        interrupt_on(signal.SIGTERM, signal.SIGHUP)
         try:
             anyio.run(functools.partial(_watch, url, token, name, metric))
         except* KeyboardInterrupt:
@@ -109,10 +107,10 @@ def _token(url: str, token_file: Path | None) -> str | None:
             return token_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--token-file cannot be read: {reason(error) if isinstance(error, OSError) else error}")
-    if "token=" in url or os.environ.get(TOKEN):
+    if "token=" in url or os.environ.get(TOKEN_VARIABLE):
         return None
     if not sys.stdin.isatty():
-        fail(f"the address has no token: set {TOKEN}, or give --token-file")
+        fail(f"the address has no token: set {TOKEN_VARIABLE}, or give --token-file")
     return getpass.getpass("Token: ").strip()
 
 
@@ -330,7 +328,3 @@ def _keys_at_once() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.text import Text
 
 from offloop.cli.braille import braille_chart
-from offloop.cli.output import duration, number
+from offloop.cli.output import cut, duration, number
 from offloop.dashboard.client.curves import MetricCurve
 from offloop.dashboard.protocol import Status
 from offloop.engine.visible_text import visible
@@ -193,5 +193,4 @@ def _value(loss: object) -> str:
 
 def _cut(text: str, columns: int) -> str:
     """Return a text as one line of at most so many columns."""
-    text = visible(" ".join(text.split(" ")))
-    return text if cell_len(text) <= columns else set_cell_size(text, max(0, columns - 1)) + "…"
+    return cut(visible(text), columns)

@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import CLOSE_FULL, MAX_MESSAGE, SUBPROTOCOL, Hi, Role
-from offloop.dashboard.serving.answers import Answer, Files, answer, status_answer
+from offloop.dashboard.serving.answers import Answer, answer, status_answer
 from offloop.dashboard.serving.mounted_link import Closing, MountedLink, Outgoing
 from offloop.dashboard.serving.places import Places
 from offloop.dashboard.serving.security import host_name
@@ -54,7 +54,6 @@ class DashboardApp:
         """
         self._open_server = open_server
         self._guard = _Guard(auth, read_only=options.read_only)
-        self._options = options
         self._allow_hosts = frozenset(options.allow_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,8 +85,7 @@ class DashboardApp:
         server = await self._open_server()
         if path == "/api/status":
             return status_answer(server.places, role, server.hub.id)
-        files = Files(server.page, self._options.frame_ancestors)
-        return files.answer(
+        return server.files.answer(
             path, known=_headers(scope, b"if-none-match"), codings=_headers(scope, b"accept-encoding")
         )
 

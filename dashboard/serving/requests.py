@@ -21,7 +21,6 @@ from websockets.typing import StatusLike
 from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import CLOSE_FULL, CLOSE_UNAUTHORISED, Hi, Role
 from offloop.dashboard.serving.answers import Answer, Files, answer, status_answer
-from offloop.dashboard.serving.page import Page
 from offloop.dashboard.serving.places import Places
 from offloop.dashboard.serving.security import SECURITY_HEADERS, Gate
 from offloop.dashboard.viewers.connection import RefusedError
@@ -39,9 +38,7 @@ KEYS_HEADER: Final = "Offloop-Keys"
 class Requests:
     """Answers requests for files and the status, and admits websockets."""
 
-    def __init__(
-        self, options: Options, gate: Gate, places: Places, page: Page | None, server_id: str
-    ) -> None:
+    def __init__(self, options: Options, gate: Gate, places: Places, files: Files, server_id: str) -> None:
         self.gate = gate
         self.places = places
         self.half_open: dict[Peer, None] = {}
@@ -49,7 +46,7 @@ class Requests:
         self.peers: set[Peer] = set()
         """All open connections."""
         self._is_secure = options.ssl is not None
-        self._files = Files(page, options.frame_ancestors)
+        self._files = files
         self._server_id = server_id
 
     def process(self, connection: ServerConnection, request: Request) -> Response | None:

@@ -31,6 +31,7 @@ from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.run_source import ProcessRun
+from offloop.dashboard.serving.answers import Files
 from offloop.dashboard.serving.page import Page
 from offloop.dashboard.serving.places import Places
 from offloop.dashboard.serving.requests import Peer, Requests
@@ -87,6 +88,7 @@ class Server:
         self.token = options.token or new_token()
         self.read_only_token = self.token if options.read_only else new_token()
         self.page = Page.load()
+        self.files = Files(self.page, options.frame_ancestors)
         self.places = Places(options)
         self.hub: Hub
         self._gate = Gate(
@@ -251,7 +253,7 @@ class Server:
             page=None if self.page is None else self.page.page_hash,
             frame_interval=1 / self.options.frames_per_second,
         )
-        self._requests = Requests(self.options, self._gate, self.places, self.page, self.hub.id)
+        self._requests = Requests(self.options, self._gate, self.places, self.files, self.hub.id)
         server: WebsocketServer | None = None
         if not self.options.is_mounted:
             try:

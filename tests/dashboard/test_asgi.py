@@ -294,16 +294,22 @@ class Socket:
         return int(self.sent[0]["status"])
 
 
+async def enter(app: DashboardApp, tasks: anyio.abc.TaskGroup, **more: Any) -> Socket:
+    """Open a websocket and say hi."""
+    viewer = Socket(app, **more)
+    tasks.start_soon(viewer.run)
+    viewer.say(encode_message(PageModel().hi()).decode())
+    await viewer.wait(lambda sent: sent and sent[0]["type"] == "websocket.accept")
+    return viewer
+
+
 @contextlib.asynccontextmanager
 async def opened(app: DashboardApp, **more: Any) -> AsyncIterator[Socket]:
     """Open a websocket and say hi; leave it at the end."""
     async with anyio.create_task_group() as tasks:
-        opened = Socket(app, **more)
-        tasks.start_soon(opened.run)
-        opened.say(encode_message(PageModel().hi()).decode())
-        await opened.wait(lambda sent: sent and sent[0]["type"] == "websocket.accept")
-        yield opened
-        opened.leave()
+        viewer = await enter(app, tasks, **more)
+        yield viewer
+        viewer.leave()
 
 
 def says(role: Any) -> Any:
@@ -463,9 +469,7 @@ async def test_places_are_kept_and_given_back(shared: SharedServer) -> None:
 async def test_the_application_may_cancel_a_websocket(shared: SharedServer) -> None:
     app = Dashboard().asgi(auth=says("control"))
     async with anyio.create_task_group() as tasks:
-        viewer = Socket(app)
-        tasks.start_soon(viewer.run)
-        viewer.say(encode_message(PageModel().hi()).decode())
+        viewer = await enter(app, tasks)
         await viewer.wait(lambda sent: len(sent) > 1)
         tasks.cancel_scope.cancel()
     with anyio.fail_after(PATIENCE):
@@ -477,9 +481,7 @@ async def test_the_application_may_cancel_a_websocket(shared: SharedServer) -> N
 async def test_a_viewer_that_is_lost_while_it_is_sent_something_is_no_failure(shared: SharedServer) -> None:
     app = Dashboard().asgi(auth=says("control"))
     async with anyio.create_task_group() as tasks:
-        viewer = Socket(app)
-        tasks.start_soon(viewer.run)
-        viewer.say(encode_message(PageModel().hi()).decode())
+        viewer = await enter(app, tasks)
         await viewer.wait(lambda sent: len(sent) > 1)
         viewer.is_lost = True
         viewer.say(encode_message(Ping(sent=1.0)).decode())

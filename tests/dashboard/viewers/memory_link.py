@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import msgspec
 
+from offloop.dashboard.client import messages
 from offloop.dashboard.curves.chart_frame import ChartFrame, decode_chart
 from offloop.dashboard.protocol import (
     Ack,
@@ -19,7 +20,6 @@ from offloop.dashboard.protocol import (
     Latest,
     Milestone,
     MilestonesMissed,
-    Pong,
     Rows,
     RunInfo,
     RunRow,
@@ -32,22 +32,7 @@ from offloop.dashboard.protocol import (
     encode_message,
 )
 
-ServerMessage = (
-    Hello
-    | Runs
-    | RunInfo
-    | Series
-    | Latest
-    | Status
-    | Milestone
-    | MilestonesMissed
-    | Streamed
-    | StreamDropped
-    | Ack
-    | Pong
-    | Bye
-    | Rows
-)
+ServerMessage = messages.ServerMessage | Rows
 _messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 
 
