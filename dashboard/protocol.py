@@ -487,6 +487,8 @@ class SeriesInfo(msgspec.Struct, frozen=True, kw_only=True):
     id: int
     key: str
     """Name of the metric: `train_loss`."""
+    tab: Literal["metrics", "system"] = "metrics"
+    """Tab of the page that has its panel: `system` for what a run uses of its machine."""
     panel: str
     """Panel of the curve: `train_loss` and `val_loss` share the panel `loss`."""
     group: str

@@ -16,6 +16,7 @@ import numpy as np
 
 from offloop.dashboard.curves.frames import Frames
 from offloop.dashboard.curves.history import HISTORY_BYTES, Curve, History
+from offloop.dashboard.curves.panels import Place, place_of_metric
 from offloop.dashboard.curves.steps import MANY_STEPS, keys_of, values_of, with_steps_together
 from offloop.dashboard.curves.units import unit_of
 from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
@@ -46,8 +47,6 @@ STALL: Final = 10.0
 STALL_STEPS: Final = 20
 """... if they are also this many times the duration of the last step."""
 FINAL_STATES: Final = frozenset({"completed", "stopped", "cancelled", "failed"})
-
-_SPLITS: Final = {"train_": "train", "val_": "val", "eval_": "eval"}
 
 
 class Moment(msgspec.Struct, frozen=True):
@@ -404,14 +403,15 @@ class LiveRun:
             curve.append(row, float(value), step)
 
     def _curve(self, key: str, units: Mapping[str, str] = MappingProxyType({})) -> Curve | None:
-        """Return the curve of a metric, added if it is new; None if there are too many."""
+        """Return the curve of a metric, added if it is new; None if it has none, or if there are too many."""
         number = self._ids.get(key)
         if number is None:
-            if len(self._ids) >= MAX_CURVES:
+            place = place_of_metric(key)
+            if place is None or len(self._ids) >= MAX_CURVES:
                 return None
             number = self._ids[key] = self.history.add_curve()
             assert self.source is not None
-            self.series.append(describe_series(number, key, self.source, units))
+            self.series.append(describe_series(number, key, place, self.source, units))
         return self.history.curves[number]
 
     def _epoch_of(self, event: Event) -> float:
@@ -554,30 +554,17 @@ def _free_key(run_id: str, attempt: int, taken: Container[str]) -> str:
     return next(each for each in again if each not in taken)
 
 
-def describe_series(curve: int, key: str, source: RunSource, units: Mapping[str, str]) -> SeriesInfo:
-    """Return how a metric is drawn: `val_loss` in the panel `loss`, `layer/0/mean` in the group `layer`.
-
-    The rates of parameter groups, such as `lr/head`, share the panel of the run's `lr`.
-    """
-    panel, label = key, key
-    if key.startswith("lr/"):
-        panel, label = "lr", key.removeprefix("lr/")
-    for prefix, split in _SPLITS.items():
-        if key.startswith(prefix):
-            panel, label = key.removeprefix(prefix), split
-    if panel == key:
-        parent, _, leaf = key.rpartition("/")
-        if key.count("/") > 1:
-            # One value per layer: all in one panel.
-            panel, label = parent, leaf
-        else:
-            label = "step"
+def describe_series(
+    curve: int, key: str, place: Place, source: RunSource, units: Mapping[str, str]
+) -> SeriesInfo:
+    """Return how a metric is drawn."""
     return SeriesInfo(
         id=curve,
         key=key,
-        panel=panel,
-        group=panel.partition("/")[0] if "/" in panel else "",
-        label=label,
+        tab=place.tab,
+        panel=place.panel,
+        group=place.group,
+        label=place.label,
         better=source.direction_of(key),
         unit=unit_of(key, units),
     )

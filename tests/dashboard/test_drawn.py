@@ -267,14 +267,15 @@ def test_axes_and_values_have_their_units(started: tuple[Training, Page]) -> Non
     for number in range(1, 4):
         usage = ResourceUsage(memory_bytes=340_300_000 * number, cpu_percent=25.0 * number, loop_lag=0.002)
         run.run.publish(usage)
-    memory = page.locator(".chart", has=page.locator("[title='resource_usage/memory_bytes']"))
+    page.get_by_role("tab", name="System").click()
+    memory = page.locator(".chart", has=page.locator("[title='Machine/memory']"))
     memory.scroll_into_view_if_needed()
-    expect(memory.locator(".curve-value")).to_have_text("1.021\N{NARROW NO-BREAK SPACE}GB")
+    expect(memory.locator(".curve-value").first).to_have_text("1.021\N{NARROW NO-BREAK SPACE}GB")
     labels = [text for text in Drawing(memory).texts if text.endswith("B")]
     assert labels and all(re.fullmatch(r"0\s?B|[\d.]+\s[MG]B", label) for label in labels)
-    lag = page.locator(".chart", has=page.locator("[title='resource_usage/loop_lag']"))
+    lag = page.locator(".chart", has=page.locator("[title='Training/event loop late']"))
     lag.scroll_into_view_if_needed()
-    expect(lag.locator(".curve-value")).to_have_text("2.00\N{NARROW NO-BREAK SPACE}ms")
+    expect(lag.locator(".curve-value").first).to_have_text("2.00\N{NARROW NO-BREAK SPACE}ms")
     shot(page, "units")
 
 
@@ -345,18 +346,20 @@ def test_small_groups_share_a_row(training: Callable[..., Training], open_page: 
     shot(page, "small-groups")
 
 
-def test_loss_and_metrics_stand_first_and_resources_last_whatever_came_first(
+def test_loss_and_metrics_stand_first_and_resources_apart_whatever_came_first(
     training: Callable[..., Training], open_page: OpenPage
 ) -> None:
     monitor = ResourceMonitor(every_seconds=0.05)
     run = training(callbacks=[monitor], knobs={"val_every_n_steps": 2}).begin()
     page = open_page(run.dashboard.url)
+    system = page.get_by_role("tab", name="System")
     headings = page.locator(".charts-group:not([hidden]) .charts-fold")
-    expect(headings).to_have_text(["resource_usage"])
+    expect(system).to_be_visible()
+    expect(headings).to_have_text([])
     run.step(loss=1.0, accuracy=0.5, **{"layer/a": 1.0})
     run.step(loss=0.5, accuracy=0.6, **{"layer/a": 1.0})
     expect(chart(page, "loss").locator(".curve-label")).to_have_text(["step", "val"])
-    expect(headings).to_have_text(["Metrics", "layer", "resource_usage"])
+    expect(headings).to_have_text(["Metrics", "layer"])
     titles = page.locator(".charts-group").first.locator(".chart-title")
     expect(titles).to_have_text(["loss", "accuracy", "lr"])
 

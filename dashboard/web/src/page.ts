@@ -20,7 +20,8 @@ import { Runs } from "./runs";
 import { Stage } from "./stage";
 import { describe, title, type Action, type Seen } from "./states";
 import { storage } from "./storage";
-import { AXES, View, type Axis, type Tab, type ViewState } from "./view";
+import { Tabs } from "./tabs";
+import { AXES, View, type Axis, type ViewState } from "./view";
 import { Watching } from "./watching";
 
 /** What counts time up on the page is drawn this often, milliseconds. */
@@ -32,7 +33,6 @@ const TITLE_EVERY = 1_000;
 const COMMAND_TTL = 60;
 /** Smoothing that the keys step through. */
 const SMOOTHINGS = [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999];
-const TABS: Record<Tab, string> = { metrics: "Metrics", events: "Events", config: "Configuration", compare: "Compare" };
 
 class Page {
   #model = NOTHING;
@@ -52,7 +52,7 @@ class Page {
   readonly #runs: Runs;
   readonly #notices = new Notices((action) => this.#act(action));
   readonly #stage = new Stage((action) => this.#act(action));
-  readonly #tabs = new Map<Tab, { tab: HTMLButtonElement; panel: HTMLElement }>();
+  readonly #tabs: Tabs;
   readonly #chartsRoot = h("div", { class: "charts" });
   /** Read out by screen readers: states and acks at the next pause, alerts at once. */
   readonly #polite = h("div", { class: "sr-only", role: "status", "aria-live": "polite" });
@@ -132,6 +132,7 @@ class Page {
       this.#view.set({ tab: "metrics" });
       this.#charts.goTo(step);
     });
+    this.#tabs = this.#makeTabs();
     this.#keys = this.#makeKeys();
     this.#build();
     this.#charts = new Charts(this.#chartsRoot, {
@@ -179,46 +180,18 @@ class Page {
   #build(): void {
     // In the output of a notebook's cell: without head and controls.
     document.documentElement.classList.toggle("embedded", new URLSearchParams(location.search).has("embed"));
-    const list = h("div", { class: "tabs", role: "tablist", "aria-label": "Views" });
-    const panels: Record<Tab, HTMLElement> = {
-      metrics: this.#chartsRoot,
-      events: this.#events.element,
-      config: this.#config.element,
-      compare: this.#runs.table.element,
-    };
-    for (const name of Object.keys(TABS) as Tab[]) {
-      const tab = h(
-        "button",
-        {
-          type: "button",
-          role: "tab",
-          id: `tab-${name}`,
-          "aria-controls": `panel-${name}`,
-          onclick: () => this.#view.set({ tab: name }),
-        },
-        TABS[name],
-      );
-      const panel = h(
-        "section",
-        { class: "panel", role: "tabpanel", id: `panel-${name}`, "aria-labelledby": `tab-${name}` },
-        panels[name],
-      );
-      list.append(tab);
-      this.#tabs.set(name, { tab, panel });
-    }
-    list.addEventListener("keydown", (event) => this.#tabKey(event));
     document.body.append(
       h("a", { class: "skip", href: "#main", onclick: (event: Event) => this.#skip(event) }, "Skip to the content"),
       this.#runs.bar.element,
       this.#runs.bar.backdrop,
       this.#header.element,
-      h("section", { class: "bar", "aria-label": "Views and control" }, list, this.#controls.acks, this.#controls.element),
+      h("section", { class: "bar", "aria-label": "Views and control" }, this.#tabs.element, this.#controls.acks, this.#controls.element),
       h(
         "main",
         { id: "main", tabindex: -1 },
         this.#notices.element,
         this.#stage.element,
-        ...[...this.#tabs.values()].map(({ panel }) => panel),
+        ...this.#tabs.panels,
       ),
       this.#polite,
       this.#assertive,
@@ -234,14 +207,28 @@ class Page {
     document.querySelector<HTMLElement>("#main")?.focus();
   }
 
-  #tabKey(event: KeyboardEvent): void {
-    const names = [...this.#tabs.keys()].filter((name) => this.#tabs.get(name)?.tab.hidden === false);
-    const turn = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (turn === undefined) return;
-    event.preventDefault();
-    const next = names[(names.indexOf(this.#view.get().tab) + turn + names.length) % names.length] as Tab;
-    this.#view.set({ tab: next });
-    this.#tabs.get(next)?.tab.focus();
+  #makeTabs(): Tabs {
+    const { table, drawn } = { table: this.#runs.table, drawn: () => this.#runs.drawn.length };
+    const charts = { element: this.#chartsRoot, search: () => this.#chartsRoot.querySelector<HTMLElement>("input[type=search]") };
+    return new Tabs(
+      [
+        ["metrics", "Metrics", charts],
+        ["system", "System", { ...charts, has: () => this.#charts.hasSystem }],
+        [
+          "events",
+          "Events",
+          {
+            element: this.#events.element,
+            search: () => this.#events.search,
+            count: () => (this.#model.milestones.length === 0 ? "" : format.count(this.#model.milestones.length)),
+            setActive: (active) => this.#events.setActive(active),
+          },
+        ],
+        ["config", "Configuration", { element: this.#config.element, search: () => this.#config.search }],
+        ["compare", "Compare", { element: table.element, search: () => table.search, has: () => drawn() > 1 }],
+      ],
+      (tab) => this.#view.set({ tab }),
+    );
   }
 
   #makeKeys(): Keys {
@@ -263,10 +250,11 @@ class Page {
         { keys: ["2"], does: "Events", run: () => view.set({ tab: "events" }) },
         { keys: ["3"], does: "Configuration", run: () => view.set({ tab: "config" }) },
         { keys: ["4"], does: "Compare the ticked runs", run: () => view.set({ tab: "compare" }) },
+        { keys: ["5"], does: "System", run: () => view.set({ tab: "system" }) },
         { keys: ["j"], does: "Next run of the list", run: () => this.#runs.bar.move(1) },
         { keys: ["k"], does: "Run before it", run: () => this.#runs.bar.move(-1) },
         { keys: ["r"], does: "Open or close the list of runs", run: () => this.#runs.bar.open(!this.#runs.bar.isOpen) },
-        { keys: ["/"], does: "Search", run: () => this.#focusSearch() },
+        { keys: ["/"], does: "Search", run: () => this.#tabs.search() },
         { keys: ["x"], does: "Next x axis: step, epoch, samples, time, time of day", run: axis },
         { keys: ["l"], does: "Logarithmic y axis", run: () => view.set({ logY: !view.get().logY }) },
         { keys: ["["], does: "Smooth less", run: () => smooth(false) },
@@ -291,14 +279,6 @@ class Page {
     this.#announce(`Theme: ${this.#view.get().theme}`);
   }
 
-  #focusSearch(): void {
-    const { tab } = this.#view.get();
-    if (tab === "events") this.#events.search.focus();
-    else if (tab === "config") this.#config.search.focus();
-    else if (tab === "compare") this.#runs.table.search.focus();
-    else this.#chartsRoot.querySelector<HTMLInputElement>("input[type=search]")?.focus();
-  }
-
   /** The view has changed: what of it is the page's own. */
   #viewed(state: ViewState, previous: ViewState): void {
     const { tab: current, theme } = state;
@@ -310,11 +290,7 @@ class Page {
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
     this.#header.setTheme(theme);
-    for (const [name, { tab }] of this.#tabs) {
-      tab.setAttribute("aria-selected", String(name === current));
-      tab.tabIndex = name === current ? 0 : -1;
-    }
-    this.#events.setActive(current === "events");
+    this.#tabs.select(current);
     this.#changed();
   }
 
@@ -511,14 +487,7 @@ class Page {
     const { tab } = this.#view.get();
     const staged = described.stage !== null && (model.run === null || tab === "metrics");
     this.#stage.update(described.stage, staged);
-    for (const [name, { tab: button, panel }] of this.#tabs) {
-      show(panel, name === tab && !staged);
-      if (name === "compare") show(button, this.#runs.drawn.length > 1);
-      if (name === "events") {
-        const events = model.milestones.length;
-        setText(button, events === 0 ? TABS.events : `${TABS.events} ${format.count(events)}`);
-      }
-    }
+    this.#tabs.update(staged);
     document.body.toggleAttribute("data-empty", model.run === null);
     document.body.toggleAttribute("data-stale", this.#link.phase !== "open" && !hasEnded(stateOf(model)));
     // A validation each epoch is part of being live, and no news.

@@ -235,6 +235,8 @@ export interface RunInfo {
 export interface SeriesInfo {
   id: number;
   key: string;
+  /** Tab that has its panel. */
+  tab: "metrics" | "system";
   panel: string;
   group: string;
   label: string;

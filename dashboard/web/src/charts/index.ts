@@ -67,6 +67,7 @@ export class Charts {
 
   readonly #runs: ChartRuns;
   readonly #x: XAxis;
+  /** By tab and name. */
   #panels = new Map<string, Panel>();
   #byFigure = new Map<Element, Panel>();
   #connected = true;
@@ -158,6 +159,11 @@ export class Charts {
     return this.#runs.get(key) !== null;
   }
 
+  /** Whether there is anything for the tab about the machine. */
+  get hasSystem(): boolean {
+    return [...this.#panels.values()].some(({ tab }) => tab === "system");
+  }
+
   /** Names or tags in the list of runs may be others. */
   listed(): void {
     if (this.#runs.all.length > 1) this.#redraw();
@@ -196,7 +202,7 @@ export class Charts {
       if (run.series.has(one.id)) continue;
       run.series.set(one.id, one);
       const info = placedBy(joined, one);
-      const panel = this.#panels.get(info.panel) ?? this.#addPanel(info.panel, info.group);
+      const panel = this.#panels.get(keyOf(info.tab, info.panel)) ?? this.#addPanel(info);
       const known = panel.curves.find((curve) => curve.run === run && curve.info.key === info.key);
       if (known && known.info.id !== info.id) {
         for (const id of [known.info.id, info.id]) run.forget(id);
@@ -286,9 +292,9 @@ export class Charts {
 
   // Panels --------------------------------------------------------------------------------------------
 
-  #addPanel(name: string, group: string): Panel {
-    const panel = new Panel(name, group, this.#panelHost());
-    this.#panels.set(name, panel);
+  #addPanel({ tab, panel: name, group }: SeriesInfo): Panel {
+    const panel = new Panel(name, group, tab, this.#panelHost());
+    this.#panels.set(keyOf(tab, name), panel);
     this.#byFigure.set(panel.figure, panel);
     panel.setMaximised(this.#host.view.get().panel === name);
     for (const listen of [listenToTouch, listenToMouse]) listen(panel, this.#panelHost());
@@ -302,7 +308,7 @@ export class Charts {
     clearTimeout(this.#leaving.get(panel));
     this.#leaving.delete(panel);
     this.#tables.forget(panel);
-    this.#panels.delete(panel.name);
+    this.#panels.delete(keyOf(panel.tab, panel.name));
     this.#byFigure.delete(panel.figure);
     panel.destroy();
   }
@@ -514,7 +520,7 @@ export class Charts {
 
   #viewChanged(state: ViewState, previous: ViewState): void {
     this.#toolbar.show(state);
-    const arranged = ["search", "panel", "folded", "columns", "height"] as const;
+    const arranged = ["tab", "search", "panel", "folded", "columns", "height"] as const;
     if (state.joined.join("\n") !== previous.joined.join("\n")) this.#rebuild();
     if (state.pinned.join("\n") !== previous.pinned.join("\n")) {
       this.#layout.regroup();
@@ -563,6 +569,10 @@ export class Charts {
     const shown = [...this.#panels.values()].filter((panel) => !panel.figure.hidden);
     void this.#files.saveCsv("metrics", shown.flatMap((panel) => panel.shown(scene)));
   }
+}
+
+function keyOf(tab: string, panel: string): string {
+  return `${tab}\n${panel}`;
 }
 
 /** Ids of the curves that a run has in some panels. */

@@ -19,6 +19,11 @@ const GAP = 12;
 /** The group of what is pinned; no metric's group has this name, for a name has no control characters. */
 const PINNED = "\u0000pinned";
 
+const NONE_YET = {
+  metrics: "No metrics yet.",
+  system: "Nothing of the machine is measured yet. The callback ResourceMonitor() does that.",
+} as const;
+
 interface Group {
   section: HTMLElement;
   grid: HTMLElement;
@@ -143,18 +148,22 @@ export class Layout {
     this.#panels = [];
   }
 
-  /** Show what the search finds, or the one panel that is maximised; returns how many were found, and of how many. */
+  /**
+   * Of the panels of the tab, show what the search finds, or the one that is maximised; returns how many were found,
+   * and of how many.
+   */
   filter(): { found: number; all: number } {
-    const { search, panel: maximised, folded } = this.#view.get();
+    const { tab, search, panel: maximised, folded } = this.#view.get();
     const { finds, problem } = finder(search);
-    const panels = this.#panels;
+    const wanted = tab === "system" ? "system" : "metrics";
+    const panels = this.#panels.filter((panel) => panel.tab === wanted);
     const one = panels.some(({ name }) => name === maximised);
     this.#root.classList.toggle("one-panel", one);
     let found = 0;
     for (const [name, group] of this.#groups) {
       group.shown = 0;
       for (const panel of group.panels) {
-        const matches = finds(panel.name, ...panel.curves.map(({ info }) => info.key));
+        const matches = panel.tab === wanted && finds(panel.name, ...panel.curves.map(({ info }) => info.key));
         found += Number(matches);
         const shown = one ? panel.name === maximised : matches;
         panel.figure.hidden = !shown;
@@ -168,7 +177,7 @@ export class Layout {
       group.constants.hidden = !open || !lines;
       group.fold.setAttribute("aria-expanded", String(open));
     }
-    this.empty.textContent = problem || (panels.length === 0 ? "No metrics yet." : "No metric has these words in its name.");
+    this.empty.textContent = problem || (panels.length === 0 ? NONE_YET[wanted] : "No metric has these words in its name.");
     this.empty.hidden = found > 0 || one;
     this.#arrange();
     return { found, all: panels.length };

@@ -1,5 +1,6 @@
 // The order of groups and panels: the loss first, then what training and validation measure, such as accuracy, the
-// learning rate, other metrics, groups by name, and what the machine uses last. It does not depend on what came first.
+// learning rate, other metrics, and groups by name. What the machine uses has an order of its own. Neither depends on
+// what came first.
 
 import type { SeriesInfo } from "../protocol";
 
@@ -9,10 +10,10 @@ export interface Placed {
   readonly curves: readonly { readonly info: SeriesInfo }[];
 }
 
-/** The group of `ResourceMonitor`'s samples. */
-const RESOURCES = "resource_usage";
+/** Groups of the System tab, as dashboard/curves/panels.py names them, in their order. */
+const SYSTEM = ["Machine", "GPU", "Training", "Callbacks"];
 
-/** Compare two groups: the one without a name, others by name, resources. */
+/** Compare two groups: the one without a name, others by name. */
 export function compareGroups(one: string, other: string): number {
   return rankOfGroup(one) - rankOfGroup(other) || one.localeCompare(other, "en", { numeric: true });
 }
@@ -23,7 +24,7 @@ export function comparePanels(one: Placed, other: Placed): number {
 }
 
 function rankOfGroup(group: string): number {
-  return group === "" ? 0 : group === RESOURCES ? 2 : 1;
+  return group === "" ? -1 : SYSTEM.indexOf(group) + 1 || SYSTEM.length + 1;
 }
 
 function rankOf({ name, curves }: Placed): number {

@@ -90,6 +90,8 @@ export class Panel {
   constructor(
     readonly name: string,
     readonly group: string,
+    /** Tab of the page that it is on. */
+    readonly tab: SeriesInfo["tab"],
     host: PanelHost,
   ) {
     this.#host = host;

@@ -23,7 +23,7 @@ test("the smoothing slider reaches from off to 0.999 and comes back to where it 
 
 test("train and val look the same in every panel", () => {
   const slots = (...labels: string[]): number[] => {
-    const curves = labels.map((label, id) => ({ id, key: label, panel: "p", group: "", label, better: null }));
+    const curves = labels.map((label, id) => ({ id, key: label, panel: "p", group: "", label, tab: "metrics" as const, better: null }));
     const slots = slotsOf(curves);
     return labels.map((label) => slots.get(label) as number);
   };

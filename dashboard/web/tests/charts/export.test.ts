@@ -85,7 +85,7 @@ function frame(query: RangeQuery, steps: Float64Array, more: boolean): ChartFram
   };
 }
 
-const SERIES: SeriesInfo = { id: 3, key: "=loss", panel: "loss", group: "", label: "train", better: "min" };
+const SERIES: SeriesInfo = { id: 3, key: "=loss", panel: "loss", group: "", label: "train", tab: "metrics", better: "min" };
 
 const csvRun = (ranges: Ranges, lastStep: number, name = "r", series = [SERIES]): CsvRun => ({
   name, series, lastStep, ask: (question) => ranges.ask(question),

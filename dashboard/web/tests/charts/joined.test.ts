@@ -4,7 +4,7 @@ import { placedBy } from "../../src/charts/joined";
 import type { SeriesInfo } from "../../src/protocol";
 import { finder } from "../../src/search";
 
-const info = (key: string, panel = key): SeriesInfo => ({ id: 1, key, panel, group: "g", label: "step", better: null, unit: "" });
+const info = (key: string, panel = key): SeriesInfo => ({ id: 1, key, panel, group: "g", label: "step", tab: "metrics", better: null, unit: "" });
 
 describe("a search", () => {
   test.each([

@@ -1,0 +1,88 @@
+// The tabs of the page: views of one run, or of several. A view that has nothing to show has no tab, unless it is the
+// one that is looked at.
+
+import { h, setText, show } from "./dom";
+import type { Tab } from "./view";
+
+/** A view behind a tab. */
+export interface TabView {
+  readonly element: HTMLElement;
+  /** What the key for searching gives the focus. */
+  readonly search?: () => HTMLElement | null;
+  /** Whether there is anything to show; always, if it is left out. */
+  readonly has?: () => boolean;
+  /** What stands behind the tab's name: how many there are. */
+  readonly count?: () => string;
+  /** The view can be seen from now on, or no longer. */
+  readonly setActive?: (active: boolean) => void;
+}
+
+interface Entry {
+  title: string;
+  view: TabView;
+  tab: HTMLButtonElement;
+  panel: HTMLElement;
+}
+
+export class Tabs {
+  readonly element: HTMLElement;
+  readonly panels: HTMLElement[];
+  readonly #entries: Map<Tab, Entry>;
+  readonly #choose: (tab: Tab) => void;
+  #current: Tab = "metrics";
+
+  /** Two tabs may have the same element: it then stands where it is looked at. */
+  constructor(views: readonly [Tab, string, TabView][], choose: (tab: Tab) => void) {
+    this.#choose = choose;
+    this.#entries = new Map(views.map(([name, title, view]) => [name, this.#entry(name, title, view)]));
+    const entries = [...this.#entries.values()];
+    this.panels = entries.map(({ panel }) => panel);
+    this.element = h("div", { class: "tabs", role: "tablist", "aria-label": "Views" }, ...entries.map(({ tab }) => tab));
+    this.element.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  #entry(name: Tab, title: string, view: TabView): Entry {
+    const [id, controls] = [`tab-${name}`, `panel-${name}`];
+    const onclick = (): void => this.#choose(name);
+    const tab = h("button", { type: "button", role: "tab", id, "aria-controls": controls, onclick }, title);
+    const panel = h("section", { class: "panel", role: "tabpanel", id: controls, "aria-labelledby": id });
+    return { title, view, tab, panel };
+  }
+
+  /** Look at a view. */
+  select(current: Tab): void {
+    this.#current = current;
+    for (const [name, { tab }] of this.#entries) {
+      tab.setAttribute("aria-selected", String(name === current));
+      tab.tabIndex = name === current ? 0 : -1;
+    }
+    const { panel, view } = this.#entries.get(current) as Entry;
+    if (view.element.parentNode !== panel) panel.append(view.element);
+    for (const [name, entry] of this.#entries) entry.view.setActive?.(name === current);
+  }
+
+  /** Show the tabs that have something, and the view unless something stands in its place. */
+  update(staged: boolean): void {
+    for (const [name, { title, view, tab, panel }] of this.#entries) {
+      show(panel, name === this.#current && !staged);
+      show(tab, name === this.#current || (view.has?.() ?? true));
+      const count = view.count?.() ?? "";
+      setText(tab, count === "" ? title : `${title} ${count}`);
+    }
+  }
+
+  /** Give the focus to the search of the view. */
+  search(): void {
+    this.#entries.get(this.#current)?.view.search?.()?.focus();
+  }
+
+  #key(event: KeyboardEvent): void {
+    const turn = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (turn === undefined) return;
+    event.preventDefault();
+    const names = [...this.#entries].filter(([, { tab }]) => !tab.hidden).map(([name]) => name);
+    const next = names[(names.indexOf(this.#current) + turn + names.length) % names.length] as Tab;
+    this.#choose(next);
+    this.#entries.get(next)?.tab.focus();
+  }
+}
