@@ -46,11 +46,15 @@ from offloop.engine import (
     EventsDropped,
     LearningRateChanged,
     Metrics,
+    Picture,
+    PictureSample,
     Resumed,
     Sample,
     Settings,
     StateChanged,
     StepEnd,
+    TableSample,
+    TextSample,
     TrainEnd,
     TrainerConfig,
     TrainStart,
@@ -520,6 +524,8 @@ def make_examples() -> list[Event]:
         where = {"epoch": epoch, "step": step, "batch": step if batch is None else batch}
         return {"run_id": "first", "seq": seq, "time": started + seconds, **where}
 
+    digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    picture = Picture(sha256=digest, media_type="image/png", size=312, width=28, height=28)
     return [
         TrainStart(
             **at(0, 0.0, 0, 0),
@@ -616,6 +622,9 @@ def make_examples() -> list[Event]:
             url="s3://bucket/runs/first",
             error="TimeoutError: the store did not answer",
         ),
+        TextSample("code", "def ", "at temperature 0.8", **at(20, 1.0, 1, 13)),
+        PictureSample("digits", picture, **at(20, 1.0, 1, 13)),
+        TableSample("predictions", ["image", "said", "is"], [[picture, 3, 5]], **at(20, 1.0, 1, 13)),
         CallbackFailed(
             **at(19, 1.0, 1, 13),
             callback="Notify",

@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from offloop.engine.errors import RunNameTakenError as RunNameTakenError
     from offloop.engine.errors import RunNotFoundError as RunNotFoundError
     from offloop.engine.errors import RunsClosedError as RunsClosedError
+    from offloop.engine.errors import SampleFileError as SampleFileError
     from offloop.engine.errors import SubscriberTooSlowError as SubscriberTooSlowError
     from offloop.engine.errors import TrainerBusyError as TrainerBusyError
     from offloop.engine.errors import WatchError as WatchError
@@ -128,6 +129,11 @@ if TYPE_CHECKING:
     from offloop.engine.run import Run as Run
     from offloop.engine.run_handle import RunHandle as RunHandle
     from offloop.engine.runs import Runs as Runs
+    from offloop.engine.samples.events import PictureSample as PictureSample
+    from offloop.engine.samples.events import TableSample as TableSample
+    from offloop.engine.samples.events import TextSample as TextSample
+    from offloop.engine.samples.files import SampleFiles as SampleFiles
+    from offloop.engine.samples.picture import Picture as Picture
     from offloop.engine.tools.tuning import BatchSizeSearch as BatchSizeSearch
     from offloop.engine.tools.tuning import BatchSizeTrial as BatchSizeTrial
     from offloop.engine.tools.tuning import LearningRateSearch as LearningRateSearch
@@ -170,7 +176,7 @@ _NAMES = {
         ConfigError DeadlockError EmptyLoaderError EventError EventLoopStalledError LossError
         MetricNotFoundError ModelNotFoundError OffloopError Preempted RankFailedError RunEndedError
         RunLabelsChangedError RunLabelsError RunNameTakenError RunNotFoundError RunsClosedError
-        SubscriberTooSlowError TrainerBusyError WatchError WatchLostError WatchRefusedError WeightsError
+        SampleFileError SubscriberTooSlowError TrainerBusyError WatchError WatchLostError WatchRefusedError WeightsError
         WeightsMismatchError
     """,
     "events": """
@@ -186,6 +192,9 @@ _NAMES = {
     "run": "Run",
     "run_handle": "RunHandle",
     "runs": "Runs",
+    "samples.events": "PictureSample TableSample TextSample",
+    "samples.files": "SampleFiles",
+    "samples.picture": "Picture",
     "tools.tuning": "BatchSizeSearch BatchSizeTrial LearningRateSearch",
     "trainer": "BaseTrainer Trainer",
     "training.step_hooks": "StepPoint",

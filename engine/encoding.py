@@ -13,6 +13,9 @@ import msgspec
 from offloop.engine.errors import EventError
 from offloop.engine.events import Event, Format, Metrics, Settings, UnknownEvent, event_class
 
+# Defines their classes, so that logs with them can be read everywhere.
+from offloop.engine.samples import events as _samples  # noqa: F401
+
 _NOT_PLAIN: Final = (TypeError, OverflowError, UnicodeEncodeError, RecursionError)
 """Raised by the encoders for an unsupported type, an int above 64 bits, half a surrogate pair, or a cycle."""
 _NON_FINITE: Final = {math.inf: "Infinity", -math.inf: "-Infinity"}

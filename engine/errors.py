@@ -17,6 +17,7 @@ facts are attributes, so no caller has to match a text. `except Exception` sees 
     ├── CallbackProcessError                    the process of a callback has ended, or cannot be used
     ├── RunLabelsError                          labels of a run that cannot be read
     │   └── RunLabelsChangedError               labels that were edited meanwhile
+    ├── SampleFileError                         the file of a sample is missing, or is not what was published
     ├── RunNotFoundError (also KeyError)        no run of that id in a `Runs`
     ├── RunNameTakenError                       the run's directory exists already
     ├── EmptyLoaderError                        a loader that gave no batch
@@ -80,6 +81,10 @@ class EventError(OffloopError, TypeError):
 
 class BusClosedError(OffloopError):
     """Something was published or subscribed after the bus had ended."""
+
+
+class SampleFileError(OffloopError):
+    """The file of a text or picture that a run has published is missing, or is not what was published."""
 
 
 class EventLoopStalledError(OffloopError):

@@ -28,6 +28,7 @@ from offloop.engine.observers.observer import CallbackCosts
 from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.result import RunResult
 from offloop.engine.run_handle import RunHandle, awaited
+from offloop.engine.samples.files import SampleFiles
 from offloop.engine.session.lifetime import Lifetime
 from offloop.engine.session.monitors import Monitors
 from offloop.engine.training.program import TrainingProgram
@@ -45,6 +46,7 @@ class Source(Protocol):
     monitors: Monitors
     mailbox: Mailbox
     evaluations: Evaluations
+    samples: SampleFiles
     bus: Bus
     lifetime: Lifetime
     progress: Progress
@@ -236,6 +238,11 @@ class Run(RunHandle):
 
     def publish(self, event: Event) -> None:
         self._session.publish(event)
+
+    @property
+    def samples(self) -> SampleFiles:
+        """Contents of the pictures and long texts that the run has published. Any thread, also after the end."""
+        return self._session.samples
 
     @property
     def subscriptions(self) -> tuple[SubscriptionStatistics, ...]:

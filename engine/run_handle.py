@@ -47,6 +47,7 @@ NOT_EVERYWHERE: Final[Mapping[str, str]] = {
     "events": "a process gets the events that its callback handles; define handlers (on_step_end, ...) instead",
     "failure": _END,
     "result": _END,
+    "samples": "the process that trains has the contents of samples; event.picture.read(run.dir) reads a file",
     "stack": "the training thread is in the process that trains",
     "subscriptions": _COUNTED,
     "trainer": _MODEL,

@@ -95,6 +95,8 @@ if TYPE_CHECKING:
     from offloop.engine import ModelRegistry as ModelRegistry
     from offloop.engine import ModelVersion as ModelVersion
     from offloop.engine import OffloopError as OffloopError
+    from offloop.engine import Picture as Picture
+    from offloop.engine import PictureSample as PictureSample
     from offloop.engine import Preempted as Preempted
     from offloop.engine import RankFailedError as RankFailedError
     from offloop.engine import RemoteDirectory as RemoteDirectory
@@ -109,11 +111,15 @@ if TYPE_CHECKING:
     from offloop.engine import Runs as Runs
     from offloop.engine import RunsClosedError as RunsClosedError
     from offloop.engine import Sample as Sample
+    from offloop.engine import SampleFileError as SampleFileError
+    from offloop.engine import SampleFiles as SampleFiles
     from offloop.engine import Settings as Settings
     from offloop.engine import StateChanged as StateChanged
     from offloop.engine import StepEnd as StepEnd
     from offloop.engine import StepPoint as StepPoint
     from offloop.engine import SubscriberTooSlowError as SubscriberTooSlowError
+    from offloop.engine import TableSample as TableSample
+    from offloop.engine import TextSample as TextSample
     from offloop.engine import TrainEnd as TrainEnd
     from offloop.engine import Trainer as Trainer
     from offloop.engine import TrainerBusyError as TrainerBusyError
@@ -149,12 +155,14 @@ _NAMES = {
         CheckpointError CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded
         CommandApplied CommandExpiredError CommandLostError CommandRejectedError ConfigError DataBottleneck
         DeadlockError EmptyLoaderError EpochEnd EpochStart Evaluated Event EventError EventLoopStalledError
-        EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics ModelNotFoundError ModelRegistry
-        ModelVersion OffloopError Preempted RankFailedError RemoteDirectory Resumed Retention Run RunEndedError
-        RunHandle RunNameTakenError RunNotFoundError RunResult Runs RunsClosedError Sample Settings StateChanged
-        StepEnd StepPoint SubscriberTooSlowError TrainEnd TrainStart Trainer TrainerBusyError TrainerConfig
-        UploadFailed ValidationEnd ValidationStart WatchError WatchLostError WatchRefusedError WeightsError
-        WeightsMismatchError compare_models decides decode encode export_model in_step load_model read_events
+        EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics ModelNotFoundError
+        ModelRegistry ModelVersion OffloopError Picture PictureSample Preempted RankFailedError
+        RemoteDirectory Resumed Retention Run RunEndedError RunHandle RunNameTakenError RunNotFoundError
+        RunResult Runs RunsClosedError Sample SampleFileError SampleFiles Settings StateChanged StepEnd
+        StepPoint SubscriberTooSlowError TableSample TextSample TrainEnd TrainStart Trainer TrainerBusyError
+        TrainerConfig UploadFailed ValidationEnd ValidationStart WatchError WatchLostError WatchRefusedError
+        WeightsError WeightsMismatchError compare_models decides decode encode export_model in_step load_model
+        read_events
     """,
 }
 _PACKAGES = ("callbacks", "cli", "dashboard", "engine")

@@ -55,6 +55,11 @@ WITHOUT_TORCH: Final = (
     "observers.line_file",
     "observers.event_log",
     "sample_numbers",
+    "samples.png",
+    "samples.content",
+    "samples.picture",
+    "samples.events",
+    "samples.files",
     "catalog.files",
     "catalog.labels",
     "catalog.export",
@@ -103,6 +108,7 @@ ABOVE_THE_LOOP: Final = (
 )
 """Modules that the training loop and what it uses never know of."""
 LAYERS: Final = (
+    "samples",
     "checkpoint",
     "bus",
     "data",

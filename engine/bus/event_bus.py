@@ -95,6 +95,7 @@ class Bus:
         flush_interval: float = FLUSH_INTERVAL,
         begins_with: type[Event] | None = None,
         attention: Callable[[], None] | None = None,
+        keep: Callable[[Event], None] | None = None,
     ) -> None:
         """Make a bus; nothing runs until `drain` does.
 
@@ -105,6 +106,8 @@ class Bus:
                 for it, and follow it. None: no event waits.
             attention: Called, from any thread, when `is_blocked` has changed and when the bus notices that its
                 event loop is gone. Must not block.
+            keep: Called, from any thread, with each milestone before it is appended, to take out of it what does not
+                travel with events. Must not block; what it raises, the publisher gets.
         """
         if not flush_interval > 0:
             raise ValueError(f"flush_interval must be above 0 seconds, got {flush_interval}")
@@ -114,6 +117,7 @@ class Bus:
         self.step_times = StepTimes(self.clock.offset)
         self.loop_is_gone = False  # written by the publisher that notices it, read by the training thread
         self._attention = attention or (lambda: None)
+        self._keep = keep or (lambda event: None)
         self._waker = Waker()  # waits in the drainer's event loop, woken by any thread
         self._subscribers = Subscribers(self.clock, self._attention, self._waker)
         # Appended by every thread, emptied by the drainer: append and popleft are atomic in CPython.
@@ -177,8 +181,11 @@ class Bus:
         queue = self._queue
         if len(queue) >= MAX_WAITING_SAMPLES and self._apply_overflow_policy(event):
             return
+        is_milestone = not isinstance(event, Sample)
+        if is_milestone:
+            self._keep(event)
         queue.append(event)
-        if self._armed or not isinstance(event, Sample):
+        if is_milestone or self._armed:
             self._wake_for(event)
         elif event.time - self._handed_over_at > STALL_WARNING:
             self._log_stall(event.time)

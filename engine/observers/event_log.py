@@ -25,6 +25,7 @@ from offloop.engine.errors import EventError
 from offloop.engine.events import Event, Sample, StepEnd, TrainStart
 from offloop.engine.observers.line_file import LineFile
 from offloop.engine.paths import LOG
+from offloop.engine.samples.files import SampleFiles
 
 logger = logging.getLogger("offloop")
 
@@ -55,12 +56,15 @@ class EventLog(Callback):
         self._waiting: list[Event] = []
         self._is_failing = False
         self._lost = 0  # events, since writing fails
+        self._samples: SampleFiles | None = None
 
     def on_event(self, event: Event, run: Any) -> None:
         if run.dir is None:
             # The run could not have its directory: only `TrainEnd` comes, and there is no place for it.
             return
         self._path = run.dir / FILE_NAME
+        # A handle in another process has none.
+        self._samples = getattr(run, "samples", None)
         self._waiting.append(event)
         if not isinstance(event, Sample):
             self._flush()
@@ -72,6 +76,8 @@ class EventLog(Callback):
         self._flush()
         if self._is_failing:
             raise OSError(f"{self._path} cannot be written")
+        if self._samples is not None:
+            self._samples.make_durable()
         if self._file is not None:
             self._file.sync()
 
@@ -91,6 +97,7 @@ class EventLog(Callback):
         if not self._waiting:
             return
         lines, refused = self._encode()
+        not_written = self._write_samples()
         try:
             if self._file is None:
                 self._file = LineFile(self._path)
@@ -110,6 +117,17 @@ class EventLog(Callback):
             self._is_failing, self._lost = False, 0
         if refused is not None:
             raise refused
+        if not_written is not None:
+            raise not_written
+
+    def _write_samples(self) -> OSError | None:
+        """Write the files of samples before the lines that tell of them; return the failure that is to be reported."""
+        try:
+            if self._samples is not None:
+                self._samples.write()
+        except OSError as error:
+            return error
+        return None
 
     def _encode(self) -> tuple[bytes, EventError | None]:
         """Return the lines of the waiting events, without those that cannot be encoded, and the error of the first."""

@@ -51,6 +51,7 @@ from offloop.engine.observers.worker import Worker
 from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
+from offloop.engine.samples.files import SampleFiles
 from offloop.engine.session.callback_tasks import CallbackTasks
 from offloop.engine.session.lifetime import Lifetime
 from offloop.engine.session.outcome import Outcome
@@ -87,12 +88,14 @@ class Session:
         self.weak_trainer = weakref.ref(plan.program)
         self.has_validation = setup.val_loader is not None
         self.mailbox = Mailbox()
+        self.samples = SampleFiles(plan.directory, has_log=plan.ranks is None or plan.ranks.is_first)
         self.bus = Bus(
             run_id=run_id,
             flush_interval=config.flush_interval,
             # What a caller publishes at once would come before the run's directory.
             begins_with=TrainStart,
             attention=self.mailbox.poke,
+            keep=self.samples.keep,
         )
         self.lifetime = Lifetime(self.mailbox, self.bus)
         self.callbacks = CallbackTasks(

@@ -16,6 +16,7 @@ import torch
 from offloop.engine.encoding import check
 from offloop.engine.errors import EventError, LossError
 from offloop.engine.events import NO_METRICS, Event, Metrics, Sample, Settings, StepEnd
+from offloop.engine.samples.events import PictureSample, TableSample
 from offloop.engine.training.progress import Progress
 from offloop.engine.training.readback import Readback
 from offloop.engine.training.setup import Host
@@ -124,7 +125,15 @@ class Reporter:
         self._strategy.flush()
 
     def publish_late(self, event_class: type[Event], fields: dict[str, Any]) -> None:
-        """Publish an event once the values of its tensors have arrived. Never waits for the device."""
+        """Publish an event once the values of its tensors have arrived. Never waits for the device.
+
+        Except for a sample that people look at, whose pictures are encoded here.
+        """
+        if issubclass(event_class, PictureSample | TableSample):
+            sample = event_class(**fields)
+            check(sample)
+            self.publish(sample)
+            return
         tensors: list[torch.Tensor] = []
         builders = {name: _late(value, tensors) for name, value in fields.items()}
 

@@ -98,6 +98,7 @@ class StepPoint:
             event_class: The class of the event.
             values: Its fields. A tensor of one element becomes a float, one of shape (n,) a tuple of floats; a
                 mapping of names to tensors becomes `Metrics`, or `Settings` where one of them has several elements.
+                Those of a `PictureSample` and a `TableSample` are pictures, encoded before this returns.
         """
         self._reporter.publish_late(event_class, {**self._reporter.position(), **values})
 

@@ -35,6 +35,7 @@ from offloop.engine.events import (
     handler_name,
     known_events,
 )
+from offloop.engine.samples.picture import Picture
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OWN_EVENTS = [each for each in known_events() if each.__module__.startswith("offloop.engine.")]
@@ -74,11 +75,36 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     return st.one_of([values_of(each) for each in get_args(hint)])
 
 
+pictures = st.builds(
+    Picture,
+    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+    media_type=st.sampled_from(["image/png", "image/jpeg", "image/webp"]),
+    size=st.integers(1, 1000),
+    width=counts,
+    height=counts,
+    data=st.binary(),
+)
+cells = finite_values | pictures
+# What a sample may hold is checked when it is made.
+checked_values: dict[str, st.SearchStrategy[Any]] = {
+    "key": st.text(min_size=1, max_size=200),
+    "caption": st.text(max_size=200),
+    "sha256": st.sampled_from(["", "0f" * 32]),
+    "picture": pictures,
+    "columns": st.just(("a", "b")),
+    "rows": st.lists(st.tuples(cells, cells), max_size=3).map(tuple),
+}
+
+
 def events_of(event_class: type[Event]) -> st.SearchStrategy[Event]:
     """Return events of a class; fields with a default are sometimes left out."""
     hints = get_type_hints(event_class)
     required = {field.name for field in msgspec.structs.fields(event_class) if field.required}
-    values = {name: values_of(hints[name]) for name in event_class.__struct_fields__}
+    checked = checked_values if "caption" in hints else {}
+    values = {
+        name: checked[name] if name in checked else values_of(hints[name])
+        for name in event_class.__struct_fields__
+    }
     return st.fixed_dictionaries(
         {name: value for name, value in values.items() if name in required},
         optional={name: value for name, value in values.items() if name not in required},
