@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from offloop.cli import checkpoints, models, runs
+from offloop.cli import checkpoints, export, models, runs
 from offloop.cli.output import fail, reason
 from offloop.engine import ConfigError
 
@@ -58,7 +58,7 @@ app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(models.app, name="models")
 app.command(epilog=runs.FIELDS_HELP)(runs.runs)
 app.command()(runs.label)
-app.command()(runs.export)
+app.command()(export.export)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,8 +1,6 @@
-"""`offloop runs`, `offloop label` and `offloop export`: list runs, say what they are, and write their metrics."""
+"""`offloop runs` and `offloop label`: list runs, and say what they are."""
 
 import contextlib
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +34,6 @@ from offloop.engine import (
     RunRecord,
     check_fields,
     edit_labels,
-    export_metrics,
     read_labels,
     read_run,
     sort_runs,
@@ -178,56 +175,6 @@ def label(
     except (OffloopError, OSError) as error:
         fail(reason(error))
     _print_labels(run, labels)
-
-
-def export(
-    run: Annotated[Path, typer.Argument(help="The run's directory.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; by default stdout.")
-    ] = None,
-    event: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Write rows of this event only, such as StepEnd or ResourceUsage; may be repeated."
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-) -> None:
-    """Write all metrics of a run as CSV: a row for each step, validation, epoch, evaluation and sample.
-
-    Of a run that goes on, what was there at the beginning is written.
-    """
-    check_run(run)
-    if output is None:
-        try:
-            exported = export_metrics(run, sys.stdout, only=event or ())
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            fail(f"{run} cannot be exported: {reason(error)}")
-    else:
-        if output.is_dir():
-            fail(f"{output} is a directory: --output names a file")
-        if output.exists() and not force:
-            fail(f"{output} exists; --force replaces it")
-        if not output.parent.is_dir():
-            fail(f"there is no directory {output.parent}")
-        part = output.with_name(f".{output.name}.part")
-        try:
-            with open(part, "w", encoding="utf-8", newline="") as file:
-                exported = export_metrics(run, file, only=event or ())
-            os.replace(part, output)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            why = reason(error).replace(str(part), str(output))
-            fail(f"{run} cannot be exported to {output}: {why.removeprefix(f'{output}: ')}")
-        print_text(f"{output}: {exported.rows:,} rows")
-    if event and not exported.rows:
-        print_error(f"the log has no event {' or '.join(event)} with numbers")
-    if exported.skipped:
-        print_error(f"{exported.skipped} lines of the log hold no event and were skipped")
 
 
 @contextlib.contextmanager

@@ -350,6 +350,8 @@ class Hello(FromServer, frozen=True, kw_only=True, tag="hello"):
     """The server's clock, Unix time in seconds."""
     frame_interval: float
     """Least seconds between two chart frames."""
+    saved: float | None = None
+    """In a file that `offloop export --html` has made: when, Unix time in seconds. None: a server speaks."""
 
 
 class Runs(FromServer, frozen=True, kw_only=True, tag="runs"):

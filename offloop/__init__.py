@@ -57,8 +57,10 @@ if TYPE_CHECKING:
     from offloop.callbacks import WeightAverage as WeightAverage
     from offloop.dashboard import Dashboard as Dashboard
     from offloop.dashboard import MetricCurve as MetricCurve
+    from offloop.dashboard import SavedPage as SavedPage
     from offloop.dashboard import Watch as Watch
     from offloop.dashboard import connect as connect
+    from offloop.dashboard import export_html as export_html
     from offloop.engine import BaseTrainer as BaseTrainer
     from offloop.engine import BatchError as BatchError
     from offloop.engine import Best as Best
@@ -149,7 +151,7 @@ _NAMES = {
         ModelCheckpoint NonFinite ProfileWritten Profiler ProgressBar ResourceMonitor ResourceUsage Rule
         Spike Stalled TensorBoardLogger WandbLogger WeightAverage
     """,
-    "dashboard": "Dashboard MetricCurve Watch connect",
+    "dashboard": "Dashboard MetricCurve SavedPage Watch connect export_html",
     "engine": """
         BaseTrainer BatchError Best BusClosedError Callback CallbackCosts CallbackFailed CallbackProcessError
         CheckpointError CheckpointFailed CheckpointNotFoundError CheckpointSaved CheckpointUploaded

@@ -370,7 +370,7 @@ class Curve:
         reduced = number > 0 or first < self.reduced_before
         if points is not None and len(rows) > points:
             before = len(rows)
-            rows, values = _merge(rows, values, points)
+            rows, values = merge(rows, values, points)
             # Merging keeps both points of a bucket of two.
             reduced = reduced or len(rows) < before
         if margin:
@@ -464,7 +464,7 @@ def _cut(level: _Level, first: int, end: int) -> tuple[Rows, Float64s]:
     return level.rows.read(start, stop), level.values.read(start, stop)
 
 
-def _merge(rows: Rows, values: Float64s, points: int) -> tuple[Rows, Float64s]:
+def merge(rows: Rows, values: Float64s, points: int) -> tuple[Rows, Float64s]:
     """Keep the minimum and the maximum of every bucket of rows; bucket widths are powers of two from row 0.
 
     The buckets of a shorter history nest in those of a longer one, so that kept points do not move.

@@ -10,6 +10,7 @@
 // when the server has answered.
 
 import {
+  CLOSE_DAMAGED,
   CLOSE_PROTOCOL,
   CLOSE_SLOW,
   CLOSE_UNAUTHORISED,
@@ -49,7 +50,9 @@ export type Phase =
   /** The server answers, websockets to it do not: something in between does not let them through. */
   | "blocked"
   /** The server speaks another protocol: no further attempts. */
-  | "refused";
+  | "refused"
+  /** The file that holds page and runs is not whole. */
+  | "damaged";
 
 export interface Link {
   phase: Phase;
@@ -159,7 +162,7 @@ export class Connection {
 
   /** Something suggests that the network is back, or the machine: see at once instead of at the next turn. */
   wake(): void {
-    if (this.#closed || this.#link.phase === "refused") return;
+    if (this.#closed || this.#link.phase === "refused" || this.#link.phase === "damaged") return;
     if (this.#link.phase === "open") {
       this.#ping();
     } else if (this.#socket === null && !this.#probing) {
@@ -257,7 +260,9 @@ export class Connection {
     if (this.#wasStable()) this.#sockets = 0;
     this.#drop(null);
     if (this.#closed) return;
-    if (code === CLOSE_PROTOCOL && !wasOpen) {
+    if (code === CLOSE_DAMAGED) {
+      this.#change({ phase: "damaged", since: this.#clock.now(), reason });
+    } else if (code === CLOSE_PROTOCOL && !wasOpen) {
       this.#change({ phase: "refused", since: this.#clock.now(), reason });
     } else if (code === CLOSE_UNAUTHORISED) {
       // The cookie without the key, or the user has logged out: as when the status says so.

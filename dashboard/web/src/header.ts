@@ -175,8 +175,11 @@ export class Header {
     setAttribute(this.#detail, "title", described.detail || null);
     setText(this.#aside, described.aside);
     show(this.#aside, described.aside !== "");
-    show(this.#readOnly, model.hello?.role === "read_only");
-    this.#updateLink(link);
+    const saved = model.hello?.saved ?? null;
+    show(this.#readOnly, model.hello?.role === "read_only" && saved === null);
+    show(this.#bell, saved === null);
+    if (saved === null) this.#updateLink(link);
+    else this.#updateSaved(saved);
     const others = status && link.phase === "open" ? status.viewers - 1 : 0;
     setText(this.#viewers, others > 0 ? `${others + 1} viewers` : "");
     this.#updateFigures(run, status);
@@ -202,6 +205,14 @@ export class Header {
         .filter(([, value]) => value !== "")
         .map(([name, value]) => h("span", { class: `fact fact-${name}`, title: `${name}: ${value}` }, value)),
     );
+  }
+
+  /** A page in a file has no connection, and says how old it is. */
+  #updateSaved(saved: number): void {
+    const time = format.dateTime(saved);
+    setText(this.#linkWord, `saved ${time.slice(0, 10)}`);
+    setAttribute(this.#link, "title", `This file shows its runs as they were at ${time}`);
+    this.#link.classList.add("saved");
   }
 
   #updateLink(link: Link): void {

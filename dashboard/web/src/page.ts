@@ -12,11 +12,12 @@ import * as format from "./format";
 import { Header } from "./header";
 import { Keys } from "./keys";
 import { markOf, tell } from "./milestones";
-import { hasEnded, newerRun, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
+import { hasEnded, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
 import { Notices } from "./notices";
 import { Notifier } from "./notify";
 import { decodeChart, type CommandRequest, type Hi, type RunEvent, type ServerMessage } from "./protocol";
 import { Runs } from "./runs";
+import { isSaved, readBlock, SavedServer } from "./saved/server";
 import { Stage } from "./stage";
 import { describe, title, type Action, type Seen } from "./states";
 import { storage } from "./storage";
@@ -78,7 +79,7 @@ class Page {
 
   constructor() {
     this.#connection = new Connection({
-      open: () => openSocket(document.baseURI),
+      open: () => (isSaved() ? new SavedServer(readBlock) : openSocket(document.baseURI)),
       probe: () => probeStatus(document.baseURI, this.#access.keys()),
       clock: {
         now: () => performance.now(),
@@ -420,9 +421,9 @@ class Page {
   }
 
   #act(action: Action["id"]): void {
-    const newer = newerRun(this.#model);
+    const newest = newestRun(this.#model.runs);
     if (action === "reload") location.reload();
-    if (action === "show-newer" && newer) this.#watching.follow(newer.key);
+    if (action === "show-newer" && newest) this.#watching.follow(newest.key);
     if (action === "stay") this.#watching.stay();
     this.#changed();
   }

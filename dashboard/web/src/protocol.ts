@@ -10,6 +10,8 @@ export const MAX_OVERLAID = 9;
 /** Seconds between two pings. */
 export const HEARTBEAT = 5;
 
+/** A page in a file: the file is not whole. No server closes with it. */
+export const CLOSE_DAMAGED = 4000;
 export const CLOSE_UNAUTHORISED = 4001;
 export const CLOSE_PROTOCOL = 4002;
 export const CLOSE_SLOW = 4008;
@@ -150,6 +152,8 @@ export interface Hello {
   run: string | null;
   time: number;
   frame_interval: number;
+  /** When the file was made that this page is in; null where a server speaks. */
+  saved?: number | null;
 }
 
 export interface Runs {

@@ -96,7 +96,7 @@ export function describe(seen: Seen): Described {
 function pill(seen: Seen): Words {
   const { model, link } = seen;
   const ended = hasEnded(stateOf(model));
-  if (ended && link.phase !== "unauthorised" && link.phase !== "refused") return runWords(model);
+  if (ended && link.phase !== "unauthorised" && link.phase !== "refused" && link.phase !== "damaged") return runWords(model);
   switch (link.phase) {
     case "connecting":
       return { word: "connecting", tone: "busy", sign: "none" };
@@ -112,9 +112,12 @@ function pill(seen: Seen): Words {
       return { word: "connection blocked", tone: "bad", sign: "warn" };
     case "refused":
       return { word: "protocol differs", tone: "bad", sign: "warn", detail: link.reason };
+    case "damaged":
+      return { word: "file damaged", tone: "bad", sign: "warn" };
     case "open":
   }
   if (model.run === null) return { word: model.gone === null ? "no run yet" : "run not here", tone: "off", sign: "none" };
+  if (model.hello?.saved) return { word: `${stateOf(model)} when saved`, tone: "off", sign: "none" };
   const unanswered = link.waiting === null ? 0 : seen.now - link.waiting;
   const lag = Math.max(unanswered, seen.behind, link.latency ?? 0);
   if (lag > LAGGING_AFTER) {
@@ -192,7 +195,9 @@ function stage(seen: Seen): Described["stage"] {
       if (model.gone !== null) {
         return {
           title: `${model.gone} is not here`,
-          text: "The server does not have this run, or no longer. It appears here should it begin.",
+          text: model.hello?.saved
+            ? "This file does not have this run."
+            : "The server does not have this run, or no longer. It appears here should it begin.",
           actions: model.runs.length > 0 ? [{ id: "show-newer", label: "Show the newest run" }] : [],
         };
       }
@@ -221,6 +226,8 @@ function explain({ link }: Seen): string {
       return "The server answers, but websockets do not reach it. Allow them in the proxy in between.";
     case "refused":
       return "The server speaks another version of the protocol. Reload the page; if that does not help, rebuild it.";
+    case "damaged":
+      return "This file is not whole: copy or download it again.";
     default:
       return "";
   }
@@ -237,7 +244,7 @@ function notices(seen: Seen): Notice[] {
 
   const run = model.run.key;
   const ended = hasEnded(stateOf(model));
-  if (newer !== null) {
+  if (newer !== null && !model.hello?.saved) {
     add({
       id: `newer ${newer.run.key}`,
       tone: "busy",
@@ -256,7 +263,7 @@ function notices(seen: Seen): Notice[] {
       id: `missing ${missing.join()}`,
       tone: "warn",
       title: `${missing.length === 1 ? "A run" : `${missing.length} runs`} of this view ${missing.length === 1 ? "is" : "are"} not here:`,
-      text: `${missing.join(", ")}. The server does not have ${missing.length === 1 ? "it" : "them"}, or no longer.`,
+      text: `${missing.join(", ")}. ${model.hello?.saved ? "This file" : "The server"} does not have ${missing.length === 1 ? "it" : "them"}${model.hello?.saved ? "" : ", or no longer"}.`,
       closable: true,
     });
   }
@@ -282,7 +289,7 @@ function notices(seen: Seen): Notice[] {
     });
   }
   if (status?.state === "failed") {
-    const readOnly = model.hello?.role === "read_only";
+    const readOnly = model.hello?.role === "read_only" && !model.hello.saved;
     add({
       id: `failed ${run}`,
       tone: "bad",
@@ -291,7 +298,7 @@ function notices(seen: Seen): Notice[] {
       details: status.traceback ? { summary: "Traceback", text: status.traceback } : null,
     });
   }
-  if (status?.stalled != null && !ended && link.phase === "open") {
+  if (status?.stalled != null && !ended && link.phase === "open" && !model.hello?.saved) {
     const text = status.waiting_for ? `Training is in ${status.waiting_for}.` : "";
     add({ id: "stalled", tone: "bad", title: `No step for ${format.seconds(status.stalled)}.`, text });
   }

@@ -36,6 +36,8 @@ export class Runs {
   /** The server's clock, and when it said so by the page's. */
   #clock = { time: 0, at: 0 };
   #control = false;
+  /** The page is in a file with a few runs that somebody has chosen. */
+  #saved = false;
   readonly #better = new Map<string, Better>();
   /** The view names runs, or the page has looked for one to lay over: what is ticked is the viewer's from here on. */
   #settled: boolean;
@@ -80,6 +82,7 @@ export class Runs {
   greeted(hello: Hello): void {
     this.#clock = { time: hello.time, at: performance.now() };
     this.#control = hello.role === "control";
+    this.#saved = Boolean(hello.saved);
     this.#asked = false;
     this.#ask();
   }
@@ -179,11 +182,17 @@ export class Runs {
     this.#host.view.set({ ...(changed ? { run } : {}), overlaid: [...overlaid] });
   }
 
-  /** Lay the last finished run over a live one, once, unless the viewer has chosen runs. */
+  /** Lay the last finished run over a live one, once, unless the viewer has chosen runs; in a file all over each other. */
   #preselect(): void {
     const { store, preferences } = this.bar;
     const watched = this.#host.watched();
     if (this.#settled || !store.complete || watched === null) return;
+    if (this.#saved) {
+      const others = [...store.rows.keys()].filter((key) => key !== watched);
+      this.#settled = true;
+      this.#host.view.set({ overlaid: others.slice(0, MOST - 1) });
+      return;
+    }
     const row = store.rows.get(watched);
     // Wait until the live run has logged its metric; one that has ended will not have a finished one laid over it.
     if (row === undefined || (row.figures[row.monitor] === undefined && !hasEnded(row.state))) return;

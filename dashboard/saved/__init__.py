@@ -1,0 +1,1 @@
+"""Saved copies: runs in one HTML file, which shows them without a server."""
