@@ -35,6 +35,7 @@ from offloop.dashboard.protocol import (
     RangeQuery,
     Runs,
     RunSummary,
+    SampleQuery,
     Show,
     Stream,
     TakeBack,
@@ -52,6 +53,7 @@ from offloop.dashboard.runs.sample_batch import SampleBatch
 from offloop.dashboard.viewers.connection import Connection, Link, RefusedError, Visitor, receive_hi
 from offloop.dashboard.viewers.followed_audience import FollowedAudience
 from offloop.dashboard.viewers.run_edits import RunEdits
+from offloop.dashboard.viewers.sample_answers import SampleAnswers
 from offloop.dashboard.viewers.viewer import Viewer, ViewerTooSlowError
 from offloop.dashboard.viewers.viewer_commands import ViewerCommands
 from offloop.engine import Event, RunRecord, SubscriberTooSlowError, Subscription
@@ -274,6 +276,7 @@ class Hub:
         for connection in self._showing(live):
             try:
                 connection.viewer.announce_series(live, revised)
+                connection.viewer.announce_samples(live)
                 if connection.viewer.live is live:
                     connection.viewer.put_news(news if connection.viewer.streams else milestones)
             except ViewerTooSlowError as error:
@@ -401,7 +404,9 @@ class Hub:
         except RefusedError as error:
             await link.close(error.code, error.reason)
             return
-        connection = Connection(Viewer(role, address), link, visitor)
+        viewer = Viewer(role, address, has_index=hi.samples == "index")
+        connection = Connection(viewer, link, visitor)
+        viewer.samples = SampleAnswers(self._calls.begin, connection.wake)
         self.connections.append(connection)
         self._occupied.set()
         # Replace the event only when it is set: `wait_until_empty` may be waiting for the one that is not.
@@ -497,6 +502,8 @@ class Hub:
                 viewer.show(message)
             case RangeQuery():
                 viewer.ask(message)
+            case SampleQuery():
+                viewer.ask_sample(message)
             case CommandRequest():
                 self._commands.request(connection, message)
             case TakeBack():

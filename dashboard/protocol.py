@@ -15,12 +15,15 @@ A viewer opens a websocket at `ws`, relative to the page, with the subprotocol `
     drawn ─────────────────────────────────>            credit for the next chart frame
         <════════════════════════════════════ delta     new points, at most ten times a second
     drawn ─────────────────────────────────>
+    sample ── one of those in the index ───>
+        <════════════════════════════════════ sample    a text, a picture or a table
+    drawn ─────────────────────────────────>
     command ───────────────────────────────>
         <──────────────────────────────────── ack       accepted, then applied, rejected or expired
 
 There are two lanes. Text frames (──, JSON, one message per frame, its kind in `type`) need no credit: a hidden page
-learns at once that its run has failed. Binary frames (══) hold chart points; one is sent only after `drawn` has
-acknowledged the previous one, so a slow page receives fewer and larger frames instead of a queue. No point is sent
+learns at once that its run has failed. Binary frames (══) hold chart points or a sample; one is sent only after `drawn`
+has acknowledged the previous one, so a slow page receives fewer and larger frames instead of a queue. No point is sent
 twice or lost in between, because a chart frame is made from the run's history once there is credit for it.
 
 A viewer that reconnects says in `hi` up to which milestone it knows the run; curves start again with a snapshot.
@@ -115,6 +118,9 @@ class Hi(FromViewer, frozen=True, kw_only=True, tag="hi"):
     keys: list[str] = []
     """For a browser: the keys that it was given at this address, which its cookie needs. Programs with a token have
     none."""
+    samples: Literal["whole", "index"] = "whole"
+    """How the samples come that people look at. `whole`: in their milestones. `index`: those lack texts and rows;
+    `SampleIndex` lists them, of overlaid runs too, and `SampleQuery` asks for one."""
 
 
 class Watch(FromViewer, frozen=True, kw_only=True, tag="watch"):
@@ -163,6 +169,19 @@ class RangeQuery(FromViewer, frozen=True, kw_only=True, tag="range"):
     """Most points per curve; 0 for all points."""
     samples: bool = False
     """As in `Show`."""
+
+
+class SampleQuery(FromViewer, frozen=True, kw_only=True, tag="sample"):
+    """Request a text, a picture or a table. Answered by sample frames, which take turns with chart frames."""
+
+    query: int
+    """Number of the query, chosen by the viewer and returned in the answer."""
+    run: str | None = None
+    """As in `Show`: a query about a run that is neither watched nor overlaid any more is not answered."""
+    seq: int
+    """`seq` of its event."""
+    picture: int | None = None
+    """Number of a picture in a table, from 0, row by row. None: the table itself, without its pictures."""
 
 
 class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
@@ -302,6 +321,7 @@ ViewerMessage = (
     | Show
     | Drawn
     | RangeQuery
+    | SampleQuery
     | CommandRequest
     | TakeBack
     | Publish
@@ -508,6 +528,24 @@ class Series(FromServer, frozen=True, kw_only=True, tag="series"):
 
     run: str
     series: list[SeriesInfo]
+
+
+class SampleEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A sample in the index, `[seq, key, kind, step, epoch, time]` on the wire."""
+
+    seq: int
+    key: str
+    kind: Literal["text", "picture", "table"]
+    step: int
+    epoch: int
+    time: float
+
+
+class SampleIndex(FromServer, frozen=True, kw_only=True, tag="samples"):
+    """Samples that are new since the previous such message about the run; the first one has all."""
+
+    run: str
+    samples: list[SampleEntry]
 
 
 class Latest(FromServer, frozen=True, kw_only=True, tag="latest"):

@@ -25,6 +25,7 @@ from offloop.engine import (
     Event,
     RunRecord,
     Sample,
+    SampleFiles,
     StateChanged,
     TrainEnd,
     TrainStart,
@@ -165,6 +166,10 @@ class FollowedRun:
     @property
     def interrupted(self) -> bool:
         return False
+
+    @property
+    def samples(self) -> SampleFiles:
+        return SampleFiles(self.directory)
 
     def describe(self, key: str, start: TrainStart) -> RunInfo:
         record = self.record

@@ -21,6 +21,7 @@ class _State(msgspec.Struct, frozen=True, kw_only=True):
     """Events of the log before it."""
     facts: KeptFacts
     milestones: list[msgspec.Raw]
+    samples: list[msgspec.Raw]
 
 
 class KeptRun:
@@ -32,6 +33,7 @@ class KeptRun:
         self.history = history
         self.facts = state.facts
         self.start = _event(state.facts.start)
+        self.samples = [_event(each) for each in state.samples]
         self.milestones: Sequence[Event] = [_event(each) for each in state.milestones]
 
     @property
@@ -70,7 +72,13 @@ def keep_run(log: Path, live: LiveRun, place: LogPlace, count: int) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    state = _State(place=place, count=count, facts=live.facts(), milestones=list(live.milestones.events()))
+    state = _State(
+        place=place,
+        count=count,
+        facts=live.facts(),
+        milestones=list(live.milestones.events()),
+        samples=list(live.samples.events()),
+    )
     column_file.keep(column_file.place_of(log), live.history, msgspec.json.encode(state))
 
 

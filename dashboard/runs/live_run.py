@@ -21,6 +21,7 @@ from offloop.dashboard.curves.steps import MANY_STEPS, keys_of, values_of, with_
 from offloop.dashboard.curves.units import unit_of
 from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
+from offloop.dashboard.runs.run_samples import RunSamples
 from offloop.dashboard.runs.run_source import RunSource
 from offloop.dashboard.runs.sample_batch import SampleBatch, in_order
 from offloop.engine import (
@@ -133,6 +134,7 @@ class LiveRun:
         self.stream: list[KeptMilestone | SampleBatch] | None = None
         self._milestone_bytes = milestone_bytes
         self.milestones = Milestones(self.key, most_bytes=milestone_bytes)
+        self.samples = RunSamples(self.key, source.samples)
         self.end: TrainEnd | None = None
         self._is_silent = False
         # Of a failed run.
@@ -219,6 +221,7 @@ class LiveRun:
                 self._sample(event.event, event.numbers.items())
                 continue
             milestones.append(event)
+            self.samples.add(event)
             if isinstance(event, TrainStart) and event.attempt != self._start.attempt:
                 self._begin_attempt(event)
             elif isinstance(event, EpochStart):

@@ -7,16 +7,15 @@ from typing import Final
 import msgspec
 
 from offloop.dashboard.masking import masked
-from offloop.dashboard.protocol import Milestone, MilestonesMissed, encode_message, printable
+from offloop.dashboard.protocol import Milestone, MilestonesMissed, encode_message
+from offloop.dashboard.runs.run_samples import brief, encoded
 from offloop.engine import (
     CallbackFailed,
     CommandApplied,
     Event,
-    EventError,
     Settings,
     StateChanged,
     TrainStart,
-    encode,
 )
 
 MILESTONES_KEPT: Final = 2_000
@@ -31,7 +30,7 @@ _decode = msgspec.json.Decoder(Milestone).decode
 class KeptMilestone:
     """A milestone as the message of each role, until it is dropped. Queues of viewers hold it, too."""
 
-    __slots__ = ("_control", "_reader", "keeper", "seq", "size", "time")
+    __slots__ = ("_brief", "_control", "_reader", "keeper", "seq", "size", "time")
 
     def __init__(self, keeper: "Milestones", event: Event) -> None:
         self.keeper = keeper
@@ -43,12 +42,22 @@ class KeptMilestone:
         self._reader = (
             self._control if seen is event else None if seen is None else _message(keeper.run, seen)
         )
-        self.size = len(self._control or b"")
+        # For viewers that ask for samples: readers see all of them, too.
+        short = brief(event)
+        self._brief = None if short is event else _message(keeper.run, short)
+        self.size = len(self._control or b"") + len(self._brief or b"")
         if self._reader is not self._control:
             self.size += len(self._reader or b"")
 
-    def message(self, *, is_control: bool) -> bytes | None:
-        """Return the message for a role; None if the role may not see the milestone, or it was dropped."""
+    def message(self, *, is_control: bool, is_brief: bool = False) -> bytes | None:
+        """Return the message for a role; None if the role may not see the milestone, or it was dropped.
+
+        Args:
+            is_control: The role.
+            is_brief: Without what a viewer asks for by `sample`.
+        """
+        if is_brief and self._brief is not None:
+            return self._brief
         return self._control if is_control else self._reader
 
     def is_visible(self, *, is_control: bool) -> bool:
@@ -62,7 +71,7 @@ class KeptMilestone:
 
     def drop(self) -> None:
         """Free the memory, whichever queue holds this object."""
-        self._control = self._reader = None
+        self._control = self._reader = self._brief = None
 
 
 class Milestones:
@@ -140,8 +149,4 @@ def _message(run: str, event: Event) -> bytes:
             config=Settings(masked(event.config)),
             hyperparameters=Settings(masked(event.hyperparameters)),
         )
-    try:
-        encoded = encode(event)
-    except EventError:
-        encoded = msgspec.json.encode(printable(msgspec.to_builtins(event)))
-    return encode_message(Milestone(run=run, event=msgspec.Raw(encoded)))
+    return encode_message(Milestone(run=run, event=msgspec.Raw(encoded(event))))

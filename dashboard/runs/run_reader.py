@@ -191,6 +191,7 @@ class RunReader:
             events.append(source.known(event))
         live.take_in(events)
         live.restore(kept.facts, kept.history)
+        live.samples.restore(kept.samples)
         return live
 
     def _keep(self, live: LiveRun) -> None:

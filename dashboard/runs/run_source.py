@@ -18,7 +18,7 @@ import msgspec
 
 from offloop.dashboard.masking import masked, masked_command
 from offloop.dashboard.protocol import CommandName, RunInfo
-from offloop.engine import Command, Event, TrainStart
+from offloop.engine import Command, Event, SampleFiles, TrainStart
 from offloop.engine.monitor import Direction
 
 if TYPE_CHECKING:
@@ -68,6 +68,10 @@ class RunSource(Protocol):
     @property
     def refused(self) -> Mapping[str, str]:
         """Commands that the run rejects, and why."""
+
+    @property
+    def samples(self) -> SampleFiles:
+        """Contents of the run's samples. They outlive the run."""
 
     def describe(self, key: str, start: TrainStart) -> RunInfo:
         """Return the fixed facts about the run, whose newest attempt began with `start`."""
@@ -156,6 +160,10 @@ class ProcessRun:
     @property
     def refused(self) -> Mapping[str, str]:
         return self.run.refused
+
+    @property
+    def samples(self) -> SampleFiles:
+        return self.run.samples
 
     def describe(self, key: str, start: TrainStart) -> RunInfo:
         run = self.run

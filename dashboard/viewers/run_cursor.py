@@ -37,6 +37,7 @@ class RunCursor:
         # The rate limit allows a frame with new points.
         self.is_due = True
         self._series_sent = 0
+        self._index_sent = 0
         # True once the viewer has named the curves on its screen ...
         self._has_shown = False
         # ... and true if new curves were announced since, which it may want to show.
@@ -114,6 +115,12 @@ class RunCursor:
         self._series_sent = len(live.series)
         self._may_show = self._has_shown
         return encode_message(Series(run=live.key, series=new))
+
+    def new_samples(self) -> bytes | None:
+        """Return the message with the samples that are new to the viewer; None if there are none."""
+        samples = self.live.samples
+        message, self._index_sent = samples.since(self._index_sent), samples.count
+        return message
 
     # What is sent next
 

@@ -17,6 +17,7 @@ from offloop.dashboard.protocol import (
     ProtocolError,
     RangeQuery,
     Role,
+    SampleQuery,
     Show,
     StreamDropped,
     encode_message,
@@ -25,6 +26,7 @@ from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.sample_batch import SampleBatch
 from offloop.dashboard.viewers.run_cursor import RunCursor
+from offloop.dashboard.viewers.sample_answers import SampleAnswers
 from offloop.engine import OffloopError
 
 MAX_WAITING_TEXTS: Final = 256
@@ -51,9 +53,20 @@ class _WaitingSamples:
 class Viewer:
     """What one connection has received, shows and waits for. Event loop of the dashboard only."""
 
-    def __init__(self, role: Role, address: str) -> None:
+    def __init__(self, role: Role, address: str, *, has_index: bool = False) -> None:
+        """Nothing is watched yet.
+
+        Args:
+            role: What it may do.
+            address: Where it is.
+            has_index: It asks for samples by an index, see `Hi.samples`.
+        """
         self.role: Role = role
         self.address = address
+        self.has_index = has_index
+        # What it has asked about samples; None before its connection is there.
+        self.samples: SampleAnswers | None = None
+        self._had_sample = False
         # The watched run; None while there is none.
         self.live: LiveRun | None = None
         # Key of the one run that the viewer wants to watch and that is not here; None if any will do.
@@ -133,6 +146,7 @@ class Viewer:
         self._texts += encode_message(info), status
         self._cursors[live.key] = RunCursor(live)
         self.announce_series(live)
+        self.announce_samples(live)
 
     def _leave(self, key: str) -> None:
         self._cursors.pop(key, None)
@@ -164,7 +178,17 @@ class Viewer:
         if cursor is not None:
             cursor.ask(query)
 
-    def _cursor_of(self, message: Show | RangeQuery) -> RunCursor | None:
+    def ask_sample(self, query: SampleQuery) -> None:
+        """Queue a query; ignored if it is about a run that is no longer here.
+
+        Raises:
+            ProtocolError: Too many queries wait.
+        """
+        cursor = self._cursor_of(query)
+        if cursor is not None and self.samples is not None:
+            self.samples.ask(cursor.live, query)
+
+    def _cursor_of(self, message: Show | RangeQuery | SampleQuery) -> RunCursor | None:
         """Return the run's cursor; None for a run that the viewer had before: its ids mean other curves."""
         if message.run is not None:
             return self._cursors.get(message.run)
@@ -243,6 +267,11 @@ class Viewer:
         if message is not None:
             self._texts.append(message)
 
+    def announce_samples(self, live: LiveRun) -> None:
+        """Queue the names of a run's samples that are new to the viewer, if it wants them."""
+        if self.has_index and (message := self._cursors[live.key].new_samples()) is not None:
+            self._texts.append(message)
+
     # What is sent next
 
     def next_text(self) -> bytes | None:
@@ -264,7 +293,7 @@ class Viewer:
 
     def _milestone(self, milestone: KeptMilestone) -> bytes:
         """Return a milestone's message. If the run has dropped it, skip all that are dropped, and say so."""
-        message = milestone.message(is_control=self.is_control)
+        message = milestone.message(is_control=self.is_control, is_brief=self.has_index)
         if message is not None:
             return message
         texts = self._texts
@@ -287,7 +316,14 @@ class Viewer:
         Args:
             at_once: New points may go whatever the rate limit says.
         """
-        return self.credit and any(each.wants_frame(at_once=at_once) for each in self._cursors.values())
+        return self.credit and (self._has_sample or self._wants_chart(at_once=at_once))
+
+    @property
+    def _has_sample(self) -> bool:
+        return self.samples is not None and self.samples.has_frame
+
+    def _wants_chart(self, *, at_once: bool) -> bool:
+        return any(each.wants_frame(at_once=at_once) for each in self._cursors.values())
 
     @property
     def is_waiting(self) -> bool:
@@ -295,9 +331,15 @@ class Viewer:
         return any(cursor.is_waiting for cursor in self._cursors.values())
 
     def next_chart(self, *, at_once: bool = False) -> bytes | None:
-        """Make the next chart frame and use up the credit; None without credit or data. See `gets_chart`."""
+        """Make the next binary frame and use up the credit; None without credit or data. See `gets_chart`."""
         if not self.credit:
             return None
+        # In turn: a long text must not hold up the curves.
+        if self._has_sample and not (self._had_sample and self._wants_chart(at_once=at_once)):
+            assert self.samples is not None
+            self._had_sample, self.credit = True, False
+            return self.samples.next_frame()
+        self._had_sample = False
         for key, cursor in list(self._cursors.items()):
             if not cursor.wants_frame(at_once=at_once):
                 continue

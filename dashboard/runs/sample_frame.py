@@ -1,0 +1,56 @@
+"""Sample frames of protocol `offloop.v1`: the binary messages with a text, a picture or a table. Types and bytes."""
+
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from offloop.dashboard.protocol import MAX_CHART_FRAME
+
+PART: Final = MAX_CHART_FRAME
+"""Bytes of content in one frame: with more, a slow network would hold up all else for long."""
+
+
+class SampleHeader(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="sample", omit_defaults=True
+):
+    """Header of a sample frame."""
+
+    run: str
+    query: int
+    """Number of the answered query."""
+    more: bool = False
+    """True: the content continues in another frame with the same query."""
+    error: str = ""
+    """Why there is no content, for people."""
+    media_type: str = ""
+    """Of the content."""
+    event: msgspec.Raw | None = None
+    """The sample as in `events.jsonl`, but a text without its text, which is the content; in the first frame."""
+
+
+def encode_sample(header: SampleHeader, content: bytes) -> Iterator[bytes]:
+    """Yield the frames of an answer.
+
+    u32         length of the header, little-endian
+    header      JSON
+    content     up to the end of the frame
+    """
+    for start in range(0, max(len(content), 1), PART):
+        more = start + PART < len(content)
+        of_part = msgspec.structs.replace(header, more=more, event=header.event if start == 0 else None)
+        encoded = msgspec.json.encode(of_part)
+        yield b"".join([struct.pack("<I", len(encoded)), encoded, content[start : start + PART]])
+
+
+def decode_sample(frame: bytes) -> tuple[SampleHeader, bytes]:
+    """Take a sample frame apart.
+
+    Raises:
+        ValueError: The bytes are no sample frame. (`msgspec.DecodeError` is a ValueError.)
+    """
+    if len(frame) < 4:
+        raise ValueError(f"a sample frame has at least 4 bytes, got {len(frame)}")
+    (length,) = struct.unpack_from("<I", frame)
+    return msgspec.json.decode(frame[4 : 4 + length], type=SampleHeader), frame[4 + length :]
