@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from offloop import (
     Callback,
     Dashboard,
-    Event,
     GradientMonitor,
     LayerStatistics,
     MetricLogger,
@@ -31,6 +30,7 @@ from offloop import (
     Run,
     RunResult,
     StepPoint,
+    TextSample,
     Trainer,
     ValidationEnd,
     in_step,
@@ -60,12 +60,6 @@ class ValidationLosses(Callback):
         self.losses.append(event.metrics["val_loss"])
 
 
-class Written(Event, frozen=True, kw_only=True):
-    """Python that the model writes after a step."""
-
-    text: str
-
-
 class Writer(Callback):
     """Publishes what the model writes, for the live page. A step hook: training waits for it."""
 
@@ -79,7 +73,7 @@ class Writer(Callback):
     @in_step(every_n_steps="every_n_steps")
     def after_step(self, point: StepPoint) -> None:
         text = sample(cast(CharGPT, point.model), PROMPT, length=120, seed=self.seed)
-        point.publish(Written, text=text)
+        point.publish(TextSample, key="code", text=text)
 
 
 def warmup_then_cosine(step: int, *, steps: int) -> float:

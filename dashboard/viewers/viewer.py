@@ -51,7 +51,10 @@ class _WaitingSamples:
 
 
 class Viewer:
-    """What one connection has received, shows and waits for. Event loop of the dashboard only."""
+    """What one connection has received, shows and waits for. Event loop of the dashboard only.
+
+    All that is sent to a viewer goes through here, so the class has many methods, most of a few lines.
+    """
 
     def __init__(self, role: Role, address: str, *, has_index: bool = False) -> None:
         """Nothing is watched yet.

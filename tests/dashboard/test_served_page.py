@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -16,7 +14,7 @@ pytest.importorskip("playwright", reason="tests in a browser need offloop[browse
 from drawing import Drawing
 from live_page import OpenPage, acks, button, chart, figure, shot, word
 from playwright.sync_api import Locator, Page, expect
-from run_files import TOKEN, TrainerProcess, events_of, trainer_process, write_run
+from run_files import TOKEN, TrainerProcess, events_of, served, trainer_process, write_run
 
 from offloop.engine import StepEnd
 
@@ -29,18 +27,8 @@ AS_OTHERS: Final = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     """Where `offloop serve` has its page."""
-    command = [sys.executable, "-m", "offloop", "serve", str(tmp_path), "--port", "0"]
-    if os.geteuid() == 0:
-        command = [*AS_OTHERS, *command]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        assert line.startswith("Live page: "), line
-        yield line.removeprefix("Live page: ").strip()
-    finally:
-        process.kill()
-        process.communicate()
+    with served(tmp_path, *(AS_OTHERS if os.geteuid() == 0 else ())) as address:
+        yield address
 
 
 @pytest.fixture

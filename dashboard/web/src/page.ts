@@ -17,6 +17,7 @@ import { Notices } from "./notices";
 import { Notifier } from "./notify";
 import { decodeChart, type CommandRequest, type Hi, type RunEvent, type ServerMessage } from "./protocol";
 import { Runs } from "./runs";
+import { Samples } from "./samples";
 import { isSaved, readBlock, SavedServer } from "./saved/server";
 import { Stage } from "./stage";
 import { describe, title, type Action, type Seen } from "./states";
@@ -51,6 +52,7 @@ class Page {
   readonly #charts: Charts;
   readonly #keys: Keys;
   readonly #runs: Runs;
+  readonly #samples: Samples;
   readonly #notices = new Notices((action) => this.#act(action));
   readonly #stage = new Stage((action) => this.#act(action));
   readonly #tabs: Tabs;
@@ -133,6 +135,12 @@ class Page {
       this.#view.set({ tab: "metrics" });
       this.#charts.goTo(step);
     });
+    this.#samples = new Samples({
+      send: (message) => this.#connection.send(message),
+      runs: () => this.#runsShown(),
+      nameOf: (key) => this.#runs.row(key)?.name ?? key,
+      colourOf: (key) => this.#charts.colourOf(key),
+    });
     this.#tabs = this.#makeTabs();
     this.#keys = this.#makeKeys();
     this.#build();
@@ -199,6 +207,7 @@ class Page {
       ...this.#controls.dialogs,
       this.#keys.dialog,
       this.#runs.editor.dialog,
+      this.#samples.dialog,
     );
   }
 
@@ -208,6 +217,13 @@ class Page {
     document.querySelector<HTMLElement>("#main")?.focus();
   }
 
+  /** Keys of the runs on the screen that are not switched off, the watched one first. */
+  #runsShown(): string[] {
+    const hidden = this.#view.get().hiddenRuns;
+    const watched = this.#model.run?.key;
+    return [...new Set([...(watched === undefined ? [] : [watched]), ...this.#runs.drawn])].filter((key) => !hidden.includes(key));
+  }
+
   #makeTabs(): Tabs {
     const { table, drawn } = { table: this.#runs.table, drawn: () => this.#runs.drawn.length };
     const charts = { element: this.#chartsRoot, search: () => this.#chartsRoot.querySelector<HTMLElement>("input[type=search]") };
@@ -215,6 +231,16 @@ class Page {
       [
         ["metrics", "Metrics", charts],
         ["system", "System", { ...charts, has: () => this.#charts.hasSystem }],
+        [
+          "samples",
+          "Samples",
+          {
+            element: this.#samples.element,
+            search: () => this.#samples.search,
+            has: () => this.#samples.has,
+            setActive: (active) => this.#samples.setActive(active),
+          },
+        ],
         [
           "events",
           "Events",
@@ -252,6 +278,7 @@ class Page {
         { keys: ["3"], does: "Configuration", run: () => view.set({ tab: "config" }) },
         { keys: ["4"], does: "Compare the ticked runs", run: () => view.set({ tab: "compare" }) },
         { keys: ["5"], does: "System", run: () => view.set({ tab: "system" }) },
+        { keys: ["7"], does: "Samples", run: () => view.set({ tab: "samples" }) },
         { keys: ["j"], does: "Next run of the list", run: () => this.#runs.bar.move(1) },
         { keys: ["k"], does: "Run before it", run: () => this.#runs.bar.move(-1) },
         { keys: ["r"], does: "Open or close the list of runs", run: () => this.#runs.bar.open(!this.#runs.bar.isOpen) },
@@ -299,13 +326,14 @@ class Page {
 
   #greeting(): Omit<Hi, "type" | "protocol"> {
     const server = this.#model.hello?.server ?? null;
-    return { ...this.#watching.greeting(), server, keys: this.#access.keys() };
+    return { ...this.#watching.greeting(), server, keys: this.#access.keys(), samples: "index" };
   }
 
   #received(message: ServerMessage): void {
     const before = this.#model;
     if (message.type === "run" && message.overlaid === true) {
       this.#charts.overlay(message);
+      this.#samples.began(message.key);
       return;
     }
     if (message.type === "run" && !this.#watching.run(message)) return;
@@ -332,12 +360,17 @@ class Page {
         break;
       case "run":
         this.#charts.reset(message);
+        this.#samples.began(message.key);
         // Marks of milestones that are known from before and do not come again
         for (const event of this.#model.milestones) this.#mark(event);
         break;
       case "series":
         this.#runs.learned(message.series);
         this.#charts.addSeries(message.run, message.series);
+        break;
+      case "samples":
+        this.#samples.listed(message);
+        this.#changed();
         break;
       case "latest":
         this.#charts.applyLatest(message);
@@ -368,6 +401,7 @@ class Page {
   }
 
   #chart(data: ArrayBuffer): void {
+    if (this.#samples.take(data)) return;
     const frame = decodeChart(data);
     if (!this.#charts.has(frame.header.run)) {
       this.#connection.send({ type: "drawn" }); // of a run that was shown before: the credit goes back
@@ -389,6 +423,7 @@ class Page {
     if (wasOpen !== (link.phase === "open")) {
       this.#frameSince = null;
       this.#charts.setConnected(link.phase === "open");
+      if (link.phase === "open") this.#samples.connected();
     }
     this.#changed();
   }
@@ -483,6 +518,7 @@ class Page {
     this.#controls.update(model, this.#link, seen.now, this.#runs.bar.store.total > 1 ? name : "");
     this.#events.update(model);
     this.#config.update(model.run, row);
+    this.#samples.update();
     this.#runs.update();
     this.#notices.update(described.notices);
     const { tab } = this.#view.get();

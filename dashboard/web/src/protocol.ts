@@ -46,6 +46,8 @@ export interface Hi {
   server: string | null;
   after: number;
   keys: string[];
+  /** Texts and rows of samples do not come with their milestones: the page asks for those that are seen. */
+  samples?: "index";
 }
 
 export interface Watch {
@@ -76,6 +78,14 @@ export interface RangeQuery {
   axis?: "step" | "time" | "epoch" | "samples";
   points?: number;
   samples?: boolean;
+}
+
+export interface SampleQuery {
+  type: "sample";
+  query: number;
+  run: string;
+  seq: number;
+  picture: number | null;
 }
 
 export interface CommandRequest {
@@ -126,6 +136,7 @@ export type ViewerMessage =
   | Show
   | Drawn
   | RangeQuery
+  | SampleQuery
   | CommandRequest
   | ListRuns
   | Overlay
@@ -255,6 +266,15 @@ export interface Series {
   series: SeriesInfo[];
 }
 
+/** `seq` of the event, key, kind, step, epoch, Unix time. */
+export type SampleEntry = [number, string, "text" | "picture" | "table", number, number, number];
+
+export interface SampleIndex {
+  type: "samples";
+  run: string;
+  samples: SampleEntry[];
+}
+
 /** Last value, least and its step, greatest and its step. */
 export type LatestValue = [WireNumber | null, number | null, number, number | null, number];
 
@@ -348,11 +368,12 @@ export type ServerMessage =
   | Ack
   | Pong
   | Bye
-  | Rows;
+  | Rows
+  | SampleIndex;
 
 const SERVER_MESSAGES: Record<ServerMessage["type"], true> = {
   hello: true, runs: true, run: true, series: true, latest: true, status: true,
-  milestone: true, missed: true, ack: true, pong: true, bye: true, rows: true,
+  milestone: true, missed: true, ack: true, pong: true, bye: true, rows: true, samples: true,
 };
 
 /** Read a text message; null for one of a kind that this page does not know. Throws on what is no message. */
@@ -447,6 +468,32 @@ export function decodeChart(data: ArrayBuffer): ChartFrame {
     return rows;
   });
   return { header, step, time, epoch, samples, values, indices };
+}
+
+// Server to viewer, sample frames
+
+export interface SampleHeader {
+  type: "sample";
+  run: string;
+  query: number;
+  more?: boolean;
+  error?: string;
+  media_type?: string;
+  /** In the first frame of an answer. */
+  event?: RunEvent;
+}
+
+export function isSampleFrame(data: ArrayBuffer): boolean {
+  const begin = '{"type":"sample"';
+  return data.byteLength > 4 + begin.length && new TextDecoder().decode(new Uint8Array(data, 4, begin.length)) === begin;
+}
+
+/** Take a sample frame apart. */
+export function decodeSample(data: ArrayBuffer): { header: SampleHeader; content: ArrayBuffer } {
+  const length = new DataView(data).getUint32(0, true);
+  if (4 + length > data.byteLength) throw new Error(`the header of a sample frame is cut off: ${length} bytes`);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))) as SampleHeader;
+  return { header, content: data.slice(4 + length) };
 }
 
 function sum(columns: ChartColumn[]): number {

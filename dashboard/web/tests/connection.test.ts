@@ -98,7 +98,7 @@ function connect(loopback = true): Connection {
     },
     clock,
     loopback,
-    greeting: () => ({ run: "r", only: false, server: "s", after: 7, keys: ["k"] }),
+    greeting: () => ({ run: "r", only: false, server: "s", after: 7, keys: ["k"], samples: "index" }),
     onText: (message) => heard.push(message),
     onChart: () => undefined,
     onLink: ({ phase }) => {
@@ -126,7 +126,7 @@ describe("opening", () => {
   test("greets with what the page knows, and is open when the server has answered", () => {
     const connection = connect();
     last().onopen?.();
-    expect(last().sent).toEqual([{ type: "hi", protocol: 1, run: "r", only: false, server: "s", after: 7, keys: ["k"] }]);
+    expect(last().sent).toEqual([{ type: "hi", protocol: 1, samples: "index", run: "r", only: false, server: "s", after: 7, keys: ["k"] }]);
     expect(connection.send({ type: "drawn" })).toBe(false);
     last().says({ type: "hello", server: "s", runs: [], run: null });
     expect(phases).toEqual(["open"]);

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from offloop.dashboard.runs.run_source import ProcessRun
-from offloop.engine import Command, ConfigError, RunEndedError, Validate
+from offloop.engine import Command, ConfigError, RunEndedError, SampleFiles, Validate
 
 
 class FakeRun:
@@ -25,6 +25,7 @@ class FakeRun:
         self.trainer = SimpleNamespace(optimizers={"default": None})
         self.callback_costs: dict[str, Any] = {}
         self.refused = {"checkpoint": "the run has no directory to save into"}
+        self.samples = SampleFiles(None)
         self.given: list[tuple[Command[Any], str, Future[Any]]] = []
 
     def direction_of(self, key: str) -> str | None:

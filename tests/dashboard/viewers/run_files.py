@@ -107,3 +107,23 @@ def trainer_process(name: str, run_dir: Path, *words: str) -> Iterator[TrainerPr
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def served(run_dir: Path, *before: str) -> Iterator[str]:
+    """`offloop serve` of a directory: the address of its page.
+
+    Args:
+        run_dir: The directory.
+        before: A command that runs it.
+    """
+    command = [*before, sys.executable, "-m", "offloop", "serve", str(run_dir), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith("Live page: "), line
+        yield line.removeprefix("Live page: ").strip()
+    finally:
+        process.kill()
+        process.communicate()
