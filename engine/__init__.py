@@ -125,6 +125,13 @@ if TYPE_CHECKING:
     from offloop.engine.observers.event_log import read_events as read_events
     from offloop.engine.observers.line_file import LineFile as LineFile
     from offloop.engine.observers.observer import CallbackCosts as CallbackCosts
+    from offloop.engine.replays.control import ReplayControl as ReplayControl
+    from offloop.engine.replays.replay import Replay as Replay
+    from offloop.engine.replays.replay import replay as replay
+    from offloop.engine.replays.replay import replay_async as replay_async
+    from offloop.engine.replays.replay_result import ReplayResult as ReplayResult
+    from offloop.engine.replays.replayed_run import NotedCommand as NotedCommand
+    from offloop.engine.replays.replayed_run import ReplayedRun as ReplayedRun
     from offloop.engine.result import RunResult as RunResult
     from offloop.engine.run import Run as Run
     from offloop.engine.run_handle import RunHandle as RunHandle
@@ -188,6 +195,10 @@ _NAMES = {
     "observers.event_log": "EventLog read_attempts read_events",
     "observers.line_file": "LineFile",
     "observers.observer": "CallbackCosts",
+    "replays.control": "ReplayControl",
+    "replays.replay": "Replay replay replay_async",
+    "replays.replay_result": "ReplayResult",
+    "replays.replayed_run": "NotedCommand ReplayedRun",
     "result": "RunResult",
     "run": "Run",
     "run_handle": "RunHandle",

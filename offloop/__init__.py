@@ -96,12 +96,16 @@ if TYPE_CHECKING:
     from offloop.engine import ModelNotFoundError as ModelNotFoundError
     from offloop.engine import ModelRegistry as ModelRegistry
     from offloop.engine import ModelVersion as ModelVersion
+    from offloop.engine import NotedCommand as NotedCommand
     from offloop.engine import OffloopError as OffloopError
     from offloop.engine import Picture as Picture
     from offloop.engine import PictureSample as PictureSample
     from offloop.engine import Preempted as Preempted
     from offloop.engine import RankFailedError as RankFailedError
     from offloop.engine import RemoteDirectory as RemoteDirectory
+    from offloop.engine import Replay as Replay
+    from offloop.engine import ReplayedRun as ReplayedRun
+    from offloop.engine import ReplayResult as ReplayResult
     from offloop.engine import Resumed as Resumed
     from offloop.engine import Retention as Retention
     from offloop.engine import Run as Run
@@ -143,6 +147,8 @@ if TYPE_CHECKING:
     from offloop.engine import in_step as in_step
     from offloop.engine import load_model as load_model
     from offloop.engine import read_events as read_events
+    from offloop.engine import replay as replay
+    from offloop.engine import replay_async as replay_async
 
 _NAMES = {
     "callbacks": """
@@ -158,13 +164,13 @@ _NAMES = {
         CommandApplied CommandExpiredError CommandLostError CommandRejectedError ConfigError DataBottleneck
         DeadlockError EmptyLoaderError EpochEnd EpochStart Evaluated Event EventError EventLoopStalledError
         EventsDropped LearningRateChanged LossError MetricNotFoundError Metrics ModelNotFoundError
-        ModelRegistry ModelVersion OffloopError Picture PictureSample Preempted RankFailedError
-        RemoteDirectory Resumed Retention Run RunEndedError RunHandle RunNameTakenError RunNotFoundError
-        RunResult Runs RunsClosedError Sample SampleFileError SampleFiles Settings StateChanged StepEnd
-        StepPoint SubscriberTooSlowError TableSample TextSample TrainEnd TrainStart Trainer TrainerBusyError
-        TrainerConfig UploadFailed ValidationEnd ValidationStart WatchError WatchLostError WatchRefusedError
-        WeightsError WeightsMismatchError compare_models decides decode encode export_model in_step load_model
-        read_events
+        ModelRegistry ModelVersion NotedCommand OffloopError Picture PictureSample Preempted RankFailedError
+        RemoteDirectory Replay ReplayResult ReplayedRun Resumed Retention Run RunEndedError RunHandle
+        RunNameTakenError RunNotFoundError RunResult Runs RunsClosedError Sample SampleFileError SampleFiles
+        Settings StateChanged StepEnd StepPoint SubscriberTooSlowError TableSample TextSample TrainEnd
+        TrainStart Trainer TrainerBusyError TrainerConfig UploadFailed ValidationEnd ValidationStart
+        WatchError WatchLostError WatchRefusedError WeightsError WeightsMismatchError compare_models decides
+        decode encode export_model in_step load_model read_events replay replay_async
     """,
 }
 _PACKAGES = ("callbacks", "cli", "dashboard", "engine")

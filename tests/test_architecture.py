@@ -122,6 +122,7 @@ LAYERS: Final = (
     "distributed",
     "recovery",
     "session",
+    "replays",
     "tools",
 )
 """Packages of the engine, from the lowest to the highest: each uses only those before it."""

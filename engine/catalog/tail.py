@@ -17,6 +17,7 @@ MOST_BYTES: Final = 16 * 1024 * 1024
 """Bytes of lines after which one call of `read` returns."""
 LONGEST_LINE: Final = 64 * 1024 * 1024
 """Bytes of the longest line that is decoded."""
+TOO_LONG: Final = "it is longer than 64 MiB"
 REMEMBERED: Final = 4096
 """Bytes before the position by which a log is recognized."""
 
@@ -55,6 +56,8 @@ class EventTail:
         self.path = Path(directory) / FILE_NAME
         self.skipped = 0
         """Lines so far that hold no event, or are longer than 64 MiB."""
+        self.why_skipped = ""
+        """Why the first of them since this tail began was skipped; empty without one."""
         self.restarted = False
         """True if the last `read` found another log, or one that was cut back as a resumed run does it: its events
         begin with the first of the log, and what was read before no longer counts."""
@@ -141,7 +144,7 @@ class EventTail:
                 self._advance(more[: newline + 1] if newline >= 0 else more)
                 if newline >= 0:
                     self._is_in_long_line = False
-                    self.skipped += 1
+                    self._skip(TOO_LONG)
                 continue
             chunk += more
             if newline >= 0:
@@ -154,14 +157,18 @@ class EventTail:
 
     def _take(self, line: bytes, events: list[tuple[int, Event]]) -> None:
         if len(line) > LONGEST_LINE:
-            self.skipped += 1
+            self._skip(TOO_LONG)
             return
         try:
             event = decode(line)
-        except (msgspec.DecodeError, RecursionError):
-            self.skipped += 1
+        except (msgspec.DecodeError, RecursionError) as error:
+            self._skip(str(error))
             return
         events.append((self._attempts.take(event), event))
+
+    def _skip(self, why: str) -> None:
+        self.skipped += 1
+        self.why_skipped = self.why_skipped or why
 
     def _advance(self, read: bytes) -> None:
         """Go past bytes that were read, and remember the last of them."""

@@ -1,0 +1,1 @@
+"""Replays: the recorded events of a run, fed to callbacks without training."""
