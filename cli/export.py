@@ -41,7 +41,7 @@ def export(
         typer.Option(
             metavar="MB",
             help="With --html: fail if the file cannot be this small, at least 1. By default about 3, more if many "
-            "runs need it. A larger number keeps more digits.",
+            "runs need it. A larger number keeps more digits, texts and pictures.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -92,6 +92,10 @@ def _export_html(runs: list[Path], output: Path | None, max_size: float | None, 
     print_text(f"{output}: {count}, {saved.bytes / MEGABYTE:.1f} MB, {detail}")
     if most is None and saved.bytes > GOAL:
         print_error(f"the file has more than {GOAL / MEGABYTE:g} MB; fewer runs make it smaller")
+    if saved.samples_left_out:
+        print_error(
+            f"{saved.samples_left_out:,} texts, pictures and tables are left out; a larger --max-size has room for more"
+        )
     _tell_skipped(saved.skipped)
 
 

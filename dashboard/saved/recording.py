@@ -14,7 +14,7 @@ import numpy as np
 
 from offloop.dashboard.curves.chart_frame import Float64s, Gap, NonFinite
 from offloop.dashboard.curves.history import HISTORY_BYTES, AxisName, Rows, merge
-from offloop.dashboard.protocol import MilestonesMissed, RunRow, encode_message
+from offloop.dashboard.protocol import MilestonesMissed, RunRow, SampleEntry, SampleIndex, encode_message
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES
 from offloop.dashboard.runs.rows import row_of
@@ -26,6 +26,7 @@ from offloop.dashboard.saved.packed_column import (
     pack_floats,
     pack_whole,
 )
+from offloop.dashboard.saved.recorded_samples import RecordedSamples, record_samples
 from offloop.dashboard.viewers.viewer import Viewer
 from offloop.engine import RunRecord
 
@@ -67,6 +68,7 @@ class Recording(NamedTuple):
     events: Sequence[bytes]
     """Messages, oldest first."""
     latest: bytes
+    samples: RecordedSamples
     curves: Sequence[RecordedCurve]
     axis: dict[AxisName, Float64s]
     """At `rows`."""
@@ -102,12 +104,13 @@ class _Head(msgspec.Struct, frozen=True):
     """The first four are rows, and their time, epoch and samples seen; between two such rows all grow in proportion."""
 
 
-def record(run: RunRecord, *, points: int) -> Recording:
+def record(run: RunRecord, *, points: int, sample_bytes: int) -> Recording:
     """Read a run as it stands now. Blocks for about a second per 30 MB of its log.
 
     Args:
         run: The run.
         points: Most points of a curve; one that has more gets minima and maxima of neighbours.
+        sample_bytes: Most bytes of texts, pictures and tables, compressed.
 
     Raises:
         OSError: Its log cannot be read.
@@ -117,7 +120,11 @@ def record(run: RunRecord, *, points: int) -> Recording:
     private = {"host": "", "pid": 0, "command": [], "directory": "", "page": None, "refused": {}}
     live.info = msgspec.structs.replace(live.info, **private)
     row = msgspec.structs.replace(row_of(live, run), host="", directory=None, page=None, live=False)
-    texts, events = _messages(live)
+    texts, events, entries = _messages(live)
+    samples = record_samples(live.samples, entries, sample_bytes)
+    if samples.kept:
+        index = SampleIndex(run=live.key, samples=[each for each in entries if each.seq in samples.kept])
+        texts.append(encode_message(index))
     curves = list(_curves(live, points))
     rows = np.unique(np.concatenate([each.rows for each in curves])) if curves else np.empty(0, np.uint32)
     return Recording(
@@ -127,6 +134,7 @@ def record(run: RunRecord, *, points: int) -> Recording:
         missed=live.milestones.dropped,
         events=events,
         latest=encode_message(live.latest()),
+        samples=samples,
         curves=curves,
         axis=live.history.axis.at(rows),
         rows=rows,
@@ -136,19 +144,22 @@ def record(run: RunRecord, *, points: int) -> Recording:
     )
 
 
-def _messages(live: LiveRun) -> tuple[list[bytes], list[bytes]]:
-    """Return what a viewer gets: messages about the run, and its events."""
-    viewer = Viewer("read_only", "")
+def _messages(live: LiveRun) -> tuple[list[bytes], list[bytes], list[SampleEntry]]:
+    """Return what a viewer gets: messages about the run, its events, and which samples it has."""
+    viewer = Viewer("read_only", "", has_index=True)
     viewer.watch(live, encode_message(live.status(viewers=1, is_control=False)))
     texts: list[bytes] = []
     events: list[bytes] = []
+    entries: list[SampleEntry] = []
     while (text := viewer.next_text()) is not None:
         kind = msgspec.json.decode(text, type=_Kind).type
         if kind == "milestone":
             events.append(text)
+        elif kind == "samples":
+            entries += msgspec.json.decode(text, type=SampleIndex).samples
         elif kind != "missed":
             texts.append(text)
-    return texts, events
+    return texts, events, entries
 
 
 class _Kind(msgspec.Struct):

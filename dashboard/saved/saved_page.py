@@ -34,6 +34,10 @@ MOST_RUNS: Final = 100
 """A browser takes seconds to open the file of more."""
 EVENTS: Final = (2_000, 500)
 """Most events of a run, and where even that is too many."""
+SHARE_OF_SAMPLES: Final = 1 / 3
+"""Share of the file that texts, pictures and tables may take; all runs have the same of it."""
+BASE64: Final = 4 / 3
+"""Bytes of text for each byte."""
 DIGITS: Final = (None, 6, 5, 4)
 """Significant digits, from the largest file to the smallest. Four are what the page shows of a value."""
 
@@ -48,6 +52,8 @@ class SavedPage(NamedTuple):
     """Significant digits that values are rounded to; None: they are as in the logs."""
     points: int
     """Most points of a curve."""
+    samples_left_out: int
+    """Texts, pictures and tables that are not in the file."""
     skipped: int
     """Lines of logs that hold no event and were skipped."""
 
@@ -71,6 +77,9 @@ def export_html(
     are reduced anyway get fewer points, a quarter at least. Least, greatest and last values are always exact. Times
     are rounded to milliseconds. Of the events of a run the latest 2,000 are in it; 500 if the file gets too large.
 
+    Texts, pictures and tables may take a third of the file. Where a run has more, those that are in it are spread
+    evenly over its steps.
+
     Runs that go on are written as they stand. The file appears whole or not at all.
 
     Blocks for about a second per 30 MB of the logs. Loads no torch.
@@ -81,7 +90,7 @@ def export_html(
         path: The file to write. Its directory must exist.
         points: Most points of a curve, from 100 to 5,000.
         max_bytes: Fail if the file cannot be made as small as this, at least 1,000,000. None: about 3 MB, more where
-            many runs need it. A larger number keeps more digits.
+            many runs need it. A larger number keeps more digits and more texts and pictures.
         replace: Replace an existing file.
 
     Raises:
@@ -103,8 +112,10 @@ def export_html(
     page = Page.load()
     if page is None:
         raise OffloopError("this installation of offloop has no live page: make page, or pip install again")
-    recordings = [record(each, points=points) for each in chosen_runs(runs)]
-    document, detail = _smallest_needed(page, recordings, points, GOAL if max_bytes is None else max_bytes)
+    chosen, goal = chosen_runs(runs), GOAL if max_bytes is None else max_bytes
+    sample_bytes = int(goal * SHARE_OF_SAMPLES / BASE64 / len(chosen))
+    recordings = [record(each, points=points, sample_bytes=sample_bytes) for each in chosen]
+    document, detail = _smallest_needed(page, recordings, points, goal)
     if max_bytes is not None and len(document) > max_bytes:
         count = "1 run" if len(recordings) == 1 else f"{len(recordings)} runs"
         raise ConfigError(
@@ -118,6 +129,7 @@ def export_html(
         len(recordings),
         detail.digits,
         detail.points,
+        sum(each.samples.left_out for each in recordings),
         sum(each.skipped for each in recordings),
     )
 
@@ -208,7 +220,11 @@ def _document(page: Page, recordings: Sequence[Recording], detail: Detail) -> by
     )
     rows = Rows(rows=[each.row for each in recordings], total=len(recordings))
     listed = without_users(b'{"hello":%b,"rows":%b}' % (encode_message(hello), encode_message(rows)))
-    blocks = [_block(f"saved-{number}", packed(each, detail)) for number, each in enumerate(recordings)]
+    blocks: list[str] = []
+    for number, each in enumerate(recordings):
+        blocks.append(_block(f"saved-{number}", packed(each, detail)))
+        if each.samples.parts:
+            blocks.append(_block(f"saved-{number}-samples", each.samples.parts))
     # The last one: a page that has it has all.
     blocks.append(_block("saved", [listed]))
     return _shell(page, "\n".join(blocks)).encode()

@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
-from live_page import OpenPage, Training, figure, shot
+from live_page import OpenPage, Training, figure, pixels, shot
 from playwright.sync_api import Locator, Page, expect
-from run_files import events_of, served, write_run
+from run_files import served, with_samples
 
-from offloop.engine import Event, PictureSample, TableSample, TextSample, TrainEnd
-from offloop.engine.samples.files import SampleFiles
+from offloop.engine import PictureSample, TableSample, TextSample
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -33,25 +31,6 @@ def block(page: Page, key: str) -> Locator:
 
 def slider(page: Page, key: str) -> Locator:
     return page.get_by_role("slider", name=f"Step of {key}")
-
-
-def pixels(picture: Locator) -> list[Any]:
-    """Read the pixels of a picture on the page back: rows of RGB."""
-    expect(picture).to_be_visible()
-    rows: list[Any] = picture.evaluate(
-        """async (picture) => {
-          await picture.decode();
-          const canvas = document.createElement("canvas");
-          const { naturalWidth: width, naturalHeight: height } = picture;
-          Object.assign(canvas, { width, height });
-          const pen = canvas.getContext("2d");
-          pen.drawImage(picture, 0, 0);
-          const { data } = pen.getImageData(0, 0, width, height);
-          return Array.from({ length: height }, (_, y) =>
-            Array.from({ length: width }, (_, x) => [...data.slice(4 * (y * width + x), 4 * (y * width + x) + 3)]));
-        }"""
-    )
-    return rows
 
 
 @pytest.fixture
@@ -191,26 +170,6 @@ def test_several_samples_of_one_step_are_shown_together(training: Training, open
 
 
 # Run directories -------------------------------------------------------------------------------------
-
-
-def with_samples(directory: Path, name: str, *samples: Event, steps: int = 5) -> Path:
-    """Write a run's directory with samples, as a run does: their files, and their events before the last one."""
-    events = events_of(steps)
-    path = write_run(directory / name, events[:-1])
-    files = SampleFiles(path)
-    for number, sample in enumerate(samples):
-        files.keep(sample)
-        place = {"run_id": "run", "time": 1_002.5 + number, "epoch": 0, "seq": len(events) - 1 + number}
-        for field, value in place.items():
-            msgspec.structs.force_setattr(sample, field, value)
-    files.write()
-    end = msgspec.structs.replace(events[-1], seq=len(events) - 1 + len(samples))
-    assert isinstance(end, TrainEnd)
-    with open(path / "events.jsonl", "ab") as log:
-        for event in (*samples, end):
-            log.write(msgspec.json.encode(event) + b"\n")
-    (path / "run.json").write_text((path / "run.json").read_text().replace('"running"', '"completed"'))
-    return path
 
 
 def test_runs_are_side_by_side_at_the_same_step_or_the_one_before(

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
-from run_files import write_run
+from run_files import with_samples, write_run
 from saved_file import listed
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, Training, chart, figure, options, shot, table_of, word
+from live_page import OpenPage, Training, chart, figure, options, pixels, shot, table_of, word
 from playwright.sync_api import Page, expect
 
 from offloop import export_html
@@ -21,8 +22,11 @@ from offloop.engine import (
     EpochEnd,
     Event,
     Metrics,
+    PictureSample,
     Settings,
     StepEnd,
+    TableSample,
+    TextSample,
     TrainEnd,
     TrainStart,
     ValidationEnd,
@@ -235,6 +239,36 @@ def test_a_run_that_the_file_does_not_have_leads_to_the_newest(three: Path, open
     expect(page.locator(".stage")).to_contain_text("This file does not have this run.")
     page.get_by_role("button", name="Show the newest run").click()
     expect(page.get_by_role("heading", name="broken", exact=True)).to_be_visible()
+
+
+def test_texts_pictures_and_tables_of_runs_side_by_side(tmp_path: Path, open_file: Any) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    first = with_samples(
+        tmp_path,
+        "first",
+        TextSample("code", "first 1", step=1),
+        TextSample("code", EVIL, step=4),
+        PictureSample("picture", colours, step=4),
+        TableSample("table", ["image", "said"], [[255 - colours, EVIL]], step=4),
+    )
+    second = with_samples(tmp_path, "second", TextSample("code", "second 2", step=2))
+    export_html([first, second], tmp_path / "shared.html")
+    page = open_file(tmp_path / "shared.html", "#v=1&run=first&with=second&tab=samples")
+    texts = page.get_by_role("region", name="code", exact=True).locator("pre")
+    expect(texts).to_have_text([EVIL, "second 2"])
+    picture = page.get_by_role("region", name="picture", exact=True).get_by_role("img")
+    assert pixels(picture) == colours.tolist()
+    table = page.get_by_role("region", name="table", exact=True)
+    assert pixels(table.get_by_role("img")) == (255 - colours).tolist()
+    expect(table.locator("tbody tr td:nth-child(2)")).to_have_text([EVIL])
+    slider = page.get_by_role("slider", name="Step of code")
+    slider.focus()
+    page.keyboard.press("Home")
+    expect(texts).to_have_text(["first 1"])
+    page.keyboard.press("ArrowRight")
+    expect(texts).to_have_text(["first 1", "second 2"])
+    assert page.evaluate("() => window.evil") is None
+    shot(page, "saved-samples")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

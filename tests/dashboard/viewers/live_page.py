@@ -209,6 +209,25 @@ def table_of(page: Page, name: str) -> dict[str, list[str]]:
     return {x: values for x, *values in rows}
 
 
+def pixels(picture: Locator) -> list[Any]:
+    """Read the pixels of a picture on the page back: rows of RGB."""
+    expect(picture).to_be_visible()
+    rows: list[Any] = picture.evaluate(
+        """async (picture) => {
+          await picture.decode();
+          const canvas = document.createElement("canvas");
+          const { naturalWidth: width, naturalHeight: height } = picture;
+          Object.assign(canvas, { width, height });
+          const pen = canvas.getContext("2d");
+          pen.drawImage(picture, 0, 0);
+          const { data } = pen.getImageData(0, 0, width, height);
+          return Array.from({ length: height }, (_, y) =>
+            Array.from({ length: width }, (_, x) => [...data.slice(4 * (y * width + x), 4 * (y * width + x) + 3)]));
+        }"""
+    )
+    return rows
+
+
 def shot(page: Page, name: str) -> None:
     """Take a picture of a state; something must be on it."""
     directory = os.environ.get("OFFLOOP_SCREENSHOTS")

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
+import msgspec
+
 from offloop.engine import EpochEnd, Event, Metrics, StepEnd, TrainEnd, TrainStart, encode
+from offloop.engine.samples.files import SampleFiles
 
 TRAINER: Final = Path(__file__).parent / "train_in_process.py"
 
@@ -69,6 +72,26 @@ def write_run(directory: Path, events: Sequence[Event], **described: Any) -> Pat
     (directory / "run.json").write_text(json.dumps(described))
     (directory / "events.jsonl").write_bytes(lines_of(events))
     return directory
+
+
+def with_samples(directory: Path, name: str, *samples: Event, steps: int = 5) -> Path:
+    """Write a run's directory with samples, as a run does: their files, and their events before the last one."""
+    events = events_of(steps)
+    path = write_run(directory / name, events[:-1])
+    files = SampleFiles(path)
+    for number, sample in enumerate(samples):
+        files.keep(sample)
+        place = {"run_id": "run", "time": 1_002.5 + number, "epoch": 0, "seq": len(events) - 1 + number}
+        for field, value in place.items():
+            msgspec.structs.force_setattr(sample, field, value)
+    files.write()
+    end = msgspec.structs.replace(events[-1], seq=len(events) - 1 + len(samples))
+    assert isinstance(end, TrainEnd)
+    with open(path / "events.jsonl", "ab") as log:
+        for event in (*samples, end):
+            log.write(msgspec.json.encode(event) + b"\n")
+    (path / "run.json").write_text((path / "run.json").read_text().replace('"running"', '"completed"'))
+    return path
 
 
 TOKEN: Final = "0123456789abcdef"

@@ -12,7 +12,7 @@ import numpy as np
 
 def blocks_of(path: Path) -> dict[str, bytes]:
     """Return the unpacked blocks of a file."""
-    found = re.findall(r'<script type="text/plain" id="(saved[-\d]*)">([^<]*)</script>', path.read_text())
+    found = re.findall(r'<script type="text/plain" id="(saved[-\w]*)">([^<]*)</script>', path.read_text())
     return {name: zlib.decompress(base64.b64decode(text)) for name, text in found}
 
 

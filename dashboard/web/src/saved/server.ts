@@ -6,6 +6,7 @@
 import type { Socket } from "../connection";
 import { CLOSE_DAMAGED, type Hello, type Rows, type ServerMessage, type ViewerMessage } from "../protocol";
 import { SavedRun } from "./run";
+import { SavedSamples } from "./samples";
 
 interface Saved {
   hello: Hello;
@@ -22,6 +23,7 @@ export class SavedServer implements Socket {
   onclose: ((event: { code: number; reason: string }) => void) | null = null;
   readonly #read: ReadBlock;
   readonly #runs = new Map<string, Promise<SavedRun>>();
+  readonly #samples = new Map<string, Promise<SavedSamples>>();
   #saved: Saved | null = null;
   #watched: string | null = null;
   /** By run, watched or laid over: the curves on the screen, and those of them that are to be sent. */
@@ -73,6 +75,12 @@ export class SavedServer implements Socket {
         if (!this.#shown.has(key)) break;
         const run = await this.#run(key);
         this.#answers.push(() => run.frame(message.series, { axis: "step", ...message }));
+        break;
+      }
+      case "sample": {
+        if (!this.#shown.has(message.run)) break;
+        const answer = (await this.#samplesOf(message.run)).answer(message);
+        this.#answers.push(() => answer);
         break;
       }
       case "drawn":
@@ -136,18 +144,31 @@ export class SavedServer implements Socket {
   }
 
   #has(key: string): boolean {
-    return this.#saved?.hello.runs.some((run) => run.key === key) ?? false;
+    return this.#numberOf(key) >= 0;
   }
 
   /** A run is unpacked when it is asked for first. */
   #run(key: string): Promise<SavedRun> {
     let run = this.#runs.get(key);
     if (!run) {
-      const number = this.#saved?.hello.runs.findIndex((one) => one.key === key);
-      run = this.#read(`saved-${number}`).then((data) => new SavedRun(key, data));
+      run = this.#read(`saved-${this.#numberOf(key)}`).then((data) => new SavedRun(key, data));
       this.#runs.set(key, run);
     }
     return run;
+  }
+
+  /** Those of a run, unpacked when one of them is asked for first. */
+  #samplesOf(key: string): Promise<SavedSamples> {
+    let samples = this.#samples.get(key);
+    if (!samples) {
+      samples = this.#read(`saved-${this.#numberOf(key)}-samples`).then((data) => new SavedSamples(data));
+      this.#samples.set(key, samples);
+    }
+    return samples;
+  }
+
+  #numberOf(key: string): number {
+    return this.#saved?.hello.runs.findIndex((run) => run.key === key) ?? -1;
   }
 
   #say(message: ServerMessage): void {

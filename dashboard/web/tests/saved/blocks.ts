@@ -56,3 +56,18 @@ export function listBlock(keys: string[]): Uint8Array {
   };
   return new TextEncoder().encode(JSON.stringify(saved));
 }
+
+/** A picture at `seq` 4, and a table at `seq` 5 with one picture. */
+export function samplesBlock(): Uint8Array {
+  const answers = [
+    { seq: 4, at: 0, size: 3, media_type: "image/png", event: { type: "PictureSample", key: "p", seq: 4 } },
+    { seq: 5, at: 3, size: 0, event: { type: "TableSample", key: "t", seq: 5 } },
+    { seq: 5, at: 3, size: 2, picture: 0, media_type: "image/webp" },
+  ];
+  const head = new TextEncoder().encode(JSON.stringify(answers));
+  const block = new Uint8Array(4 + head.length + 5);
+  new DataView(block.buffer).setUint32(0, head.length, true);
+  block.set(head, 4);
+  block.set([1, 2, 3, 4, 5], 4 + head.length);
+  return block;
+}

@@ -2,9 +2,9 @@
 
 import { beforeEach, describe, expect, test } from "vitest";
 
-import { CLOSE_DAMAGED, decodeChart, type ChartFrame, type RangeQuery, type ViewerMessage } from "../../src/protocol";
+import { CLOSE_DAMAGED, decodeChart, decodeSample, isSampleFrame, type ChartFrame, type RangeQuery, type ViewerMessage } from "../../src/protocol";
 import { inflate, SavedServer } from "../../src/saved/server";
-import { listBlock, runBlock } from "./blocks";
+import { listBlock, runBlock, samplesBlock } from "./blocks";
 
 const STEPS = [1, 2, 3, 4, 5, 6];
 let blocks: Record<string, Uint8Array>;
@@ -12,19 +12,21 @@ let asked: string[];
 let server: SavedServer;
 let texts: { type: string; [field: string]: unknown }[];
 let frames: ChartFrame[];
+let samples: ReturnType<typeof decodeSample>[];
 let closed: { code: number; reason: string }[];
 
 beforeEach(() => {
   blocks = { saved: listBlock(["old", "mid", "new"]) };
   ["old", "mid", "new"].forEach((key, number) => (blocks[`saved-${number}`] = runBlock(key, STEPS)));
-  [asked, texts, frames, closed] = [[], [], [], []];
+  [asked, texts, frames, samples, closed] = [[], [], [], [], []];
   server = new SavedServer((name) => {
     asked.push(name);
     const block = blocks[name];
     return block ? Promise.resolve(block) : Promise.reject(new Error(`there is no ${name}`));
   });
   server.onmessage = ({ data }) => {
-    if (data instanceof ArrayBuffer) frames.push(decodeChart(data));
+    if (data instanceof ArrayBuffer && isSampleFrame(data)) samples.push(decodeSample(data));
+    else if (data instanceof ArrayBuffer) frames.push(decodeChart(data));
     else texts.push(JSON.parse(String(data)));
   };
   server.onclose = (event) => closed.push(event);
@@ -158,6 +160,22 @@ describe("the server of a saved page", () => {
   test("a part without points is an answer, too", async () => {
     await said(hi(), { type: "range", query: 1, series: [0], start: 90, end: 99, points: 0 });
     expect(frames.map(({ header, step }) => [header.query, step.length])).toEqual([[1, 0]]);
+  });
+
+  test("samples take turns with chart frames", async () => {
+    blocks["saved-2-samples"] = samplesBlock();
+    const ask = (seq: number, picture: number | null = null): ViewerMessage => ({ type: "sample", query: 10 * seq, run: "new", seq, picture });
+    await said(hi(), ask(4), ask(5), show("new", [0]));
+    expect([samples.length, frames.length]).toEqual([1, 0]);
+    await said({ type: "drawn" }, { type: "drawn" }, { type: "drawn" }, ask(5, 0), { type: "drawn" }, ask(6));
+    expect(frames.length).toBe(1);
+    expect(samples.map(({ header: { query, media_type, event, error } }) => [query, media_type, event?.type, error])).toEqual([
+      [40, "image/png", "PictureSample", undefined],
+      [50, undefined, "TableSample", undefined],
+      [50, "image/webp", undefined, undefined],
+      [60, undefined, undefined, "this file does not have it"],
+    ]);
+    expect(samples.map(({ content }) => [...new Uint8Array(content)])).toEqual([[1, 2, 3], [], [4, 5], []]);
   });
 
   test("a file that is not whole closes the connection for good", async () => {
