@@ -42,6 +42,8 @@ class LayersMeasured(Sample, frozen=True, kw_only=True):
     histogram: Settings = Settings()
     """Number of elements in each bin; the bins are equally wide, from `minimum` to `maximum`. If these are equal, all
     elements are in the first bin; if one of them is NaN or infinite, all bins are 0."""
+    norm: Metrics = Metrics()
+    """L2 norm of the elements."""
     dead: Metrics = Metrics()
     """Fraction of units that are zero for the whole batch, 0 to 1, for activations of `ReLU`, `ReLU6` and `Threshold`.
     A unit is a channel (dimension 1) of outputs with four or more dimensions, otherwise an index of the last
@@ -174,7 +176,9 @@ def _statistics(tensor: torch.Tensor, bins: int, can_die: bool) -> _Layer:
     # std_mean would compute both at once, but takes ten times as long on a CPU.
     std = torch.linalg.vector_norm(numbers - mean) / numbers.numel() ** 0.5
     minimum, maximum = torch.aminmax(numbers)
-    layer = {"mean": mean, "std": std, "minimum": minimum, "maximum": maximum}
+    # Of both at once: reading all elements again would cost as much as the deviation.
+    norm = torch.hypot(mean, std) * numbers.numel() ** 0.5
+    layer = {"mean": mean, "std": std, "minimum": minimum, "maximum": maximum, "norm": norm}
     if bins:
         layer["histogram"] = _histogram(numbers, minimum, maximum, bins)
     if can_die:

@@ -26,6 +26,7 @@ from offloop.dashboard.protocol import (
     Edit,
     Hello,
     Hi,
+    LayersQuery,
     ListRuns,
     Overlay,
     Ping,
@@ -302,6 +303,7 @@ class Hub:
             connection.viewer.put_latest("status", encoded[is_control], live.key)
             if latest is not None:
                 connection.viewer.put_latest("latest", latest, live.key)
+                connection.viewer.allow_layers(live)
             connection.wake()
 
     def _send_status_to(self, connection: Connection, live: LiveRun) -> None:
@@ -504,6 +506,8 @@ class Hub:
                 viewer.ask(message)
             case SampleQuery():
                 viewer.ask_sample(message)
+            case LayersQuery():
+                viewer.ask_layers(message)
             case CommandRequest():
                 self._commands.request(connection, message)
             case TakeBack():

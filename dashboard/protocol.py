@@ -22,9 +22,10 @@ A viewer opens a websocket at `ws`, relative to the page, with the subprotocol `
         <──────────────────────────────────── ack       accepted, then applied, rejected or expired
 
 There are two lanes. Text frames (──, JSON, one message per frame, its kind in `type`) need no credit: a hidden page
-learns at once that its run has failed. Binary frames (══) hold chart points or a sample; one is sent only after `drawn`
-has acknowledged the previous one, so a slow page receives fewer and larger frames instead of a queue. No point is sent
-twice or lost in between, because a chart frame is made from the run's history once there is credit for it.
+learns at once that its run has failed. Binary frames (══) hold chart points, a sample or layers; one is sent only
+after `drawn` has acknowledged the previous one, so a slow page receives fewer and larger frames instead of a queue. No
+point is sent twice or lost in between, because a chart frame is made from the run's history once there is credit for
+it.
 
 A viewer that reconnects says in `hi` up to which milestone it knows the run; curves start again with a snapshot.
 A command carries an id chosen by its viewer, so that a repeated request is not applied twice.
@@ -77,6 +78,7 @@ CLOSE_SLOW: Final = 4008
 """The viewer did not keep up; it may reconnect at once."""
 
 Role = Literal["control", "read_only"]
+LayerStatistic = Literal["norm", "update_ratio", "dead", "mean", "std", "minimum", "maximum"]
 CommandName = Literal["pause", "resume", "stop", "set_lr", "checkpoint", "validate", "tag"]
 State = Literal[
     "starting",
@@ -182,6 +184,25 @@ class SampleQuery(FromViewer, frozen=True, kw_only=True, tag="sample"):
     """`seq` of its event."""
     picture: int | None = None
     """Number of a picture in a table, from 0, row by row. None: the table itself, without its pictures."""
+
+
+class LayersQuery(FromViewer, frozen=True, kw_only=True, tag="layers"):
+    """Ask for what was measured by layer, in the place of what was asked for before.
+
+    Answered by layer frames (`curves/layer_frame.py`), which need credit as chart frames do: one statistic of all
+    layers, and everything of one layer. New measurements follow, at most once a second, until `on` is false.
+    """
+
+    run: str | None = None
+    """As in `Show`."""
+    kind: str = ""
+    """Kind of tensor: `weights`, `gradients`, `activations`. One that the run does not have means its first one."""
+    statistic: LayerStatistic = "norm"
+    """The statistic of all layers."""
+    layer: str | None = None
+    """Name of the one layer; None, or one that the kind does not have, for none."""
+    on: bool = True
+    """False: nothing more."""
 
 
 class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
@@ -322,6 +343,7 @@ ViewerMessage = (
     | Drawn
     | RangeQuery
     | SampleQuery
+    | LayersQuery
     | CommandRequest
     | TakeBack
     | Publish
@@ -605,6 +627,8 @@ class Status(FromServer, frozen=True, kw_only=True, tag="status"):
     """Samples missing from the page's history."""
     trimmed: float | None = None
     """Step before which the history holds only minima and maxima."""
+    layers: int = 0
+    """Number of layers of which something was measured, see `LayersQuery`."""
     viewers: int = 0
 
 

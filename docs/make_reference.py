@@ -659,6 +659,7 @@ def make_examples() -> list[Event]:
             std=Metrics({"0": 0.5}),
             minimum=Metrics({"0": 0.0}),
             maximum=Metrics({"0": 2.0}),
+            norm=Metrics({"0": 4.5}),
             histogram=Settings({"0": [48, 10, 5, 1]}),
             dead=Metrics({"0": 0.0625}),
         ),

@@ -11,7 +11,7 @@ import msgspec
 
 from offloop.engine.events import Event, UnknownEvent
 
-__all__ = ["numbers_in", "numbers_of"]
+__all__ = ["numbers_in", "numbers_in_fields", "numbers_of"]
 
 _BASE_FIELDS: Final = frozenset({*Event.__struct_fields__, "type"})
 

@@ -1,13 +1,13 @@
 """Column files: curves as they were read from a run's log, so that they are not read from it again.
 
 A cache of the user's, never the truth: without a file that is whole the log is read anew, and a log that has grown is
-read on from where the columns end. It holds the columns of a `History` as they lie in memory, so a run of a
-million steps is there at once, and only the parts of the file that are looked at take memory:
+read on from where the columns end. It holds the columns of a `History` and of a `LayerHistory` as they lie in memory,
+so a run of a million steps is there at once, and only the parts of the file that are looked at take memory:
 
     magic     16 bytes
     u64       length of the header
     header    JSON, then spaces up to a multiple of 8
-    columns   f64 or u32, little-endian, each followed by zeros up to a multiple of 8
+    columns   f64, f32, u32 or u16, little-endian, each followed by zeros up to a multiple of 8
     u32       CRC-32 of everything before it
 """
 
@@ -29,12 +29,13 @@ import numpy.typing as npt
 from offloop.dashboard.curves.chart_frame import Gap
 from offloop.dashboard.curves.column import Column
 from offloop.dashboard.curves.history import Axis, AxisFacts, Curve, CurveFacts, History
+from offloop.dashboard.curves.layer_history import LayerHistory, TableFacts
 
 LEAST_LOG: Final = 8 * 1024 * 1024
 """Bytes of a log from which on its columns are kept: a smaller one is read within a second."""
 MOST_BYTES: Final = 4 * 1024**3
 """Bytes of all column files of a user; beyond that, those go that were used the longest time ago."""
-_MAGIC: Final = b"offloop columns2"
+_MAGIC: Final = b"offloop columns3"
 _PIECE: Final = 1024 * 1024
 
 
@@ -42,8 +43,9 @@ class _Header(msgspec.Struct, frozen=True):
     axis: AxisFacts
     curves: list[CurveFacts]
     gaps: list[Gap]
+    layers: list[TableFacts]
     lengths: list[tuple[str, int]]
-    """Type and length of each column: `f8` or `u4`."""
+    """Type and length of each column: `f8`, `f4`, `u4` or `u2`."""
     state: msgspec.Raw
     """What else the reader of the log has to know; JSON."""
 
@@ -52,6 +54,7 @@ class Kept(msgspec.Struct):
     """What a column file holds."""
 
     history: History
+    layers: LayerHistory
     state: bytes
 
 
@@ -66,12 +69,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offloop"
 
 
-def keep(path: Path, history: History, state: bytes) -> None:
+def keep(path: Path, history: History, layers: LayerHistory, state: bytes) -> None:
     """Write a column file, replacing an older one whole. Blocks for some seconds per GB.
 
     Args:
         path: The column file.
         history: The curves.
+        layers: What was measured by layer.
         state: What the reader of the log has to know to go on where they end; JSON.
 
     Raises:
@@ -81,7 +85,7 @@ def keep(path: Path, history: History, state: bytes) -> None:
     handle, name = tempfile.mkstemp(prefix=".columns-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            _write(file, history, state)
+            _write(file, history, layers, state)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -90,14 +94,19 @@ def keep(path: Path, history: History, state: bytes) -> None:
     _remove_oldest(path)
 
 
-def _write(file: BinaryIO, history: History, state: bytes) -> None:
+def _write(file: BinaryIO, history: History, layers: LayerHistory, state: bytes) -> None:
     curves = history.curves
-    columns = [*history.axis.columns(), *chain.from_iterable(curve.columns() for curve in curves)]
+    columns = [
+        *history.axis.columns(),
+        *chain.from_iterable(curve.columns() for curve in curves),
+        *layers.columns(),
+    ]
     header = msgspec.json.encode(
         _Header(
             axis=history.axis.facts(),
             curves=[curve.facts() for curve in curves],
             gaps=history.gaps,
+            layers=layers.facts(),
             lengths=[(column.dtype.str[1:], len(column)) for column in columns],
             state=msgspec.Raw(state),
         )
@@ -140,7 +149,7 @@ def find(path: Path, *, limit: int) -> Kept | None:
         history.axis = Axis.of(header.axis, columns)
         history.curves = [Curve.of(facts, columns) for facts in header.curves]
         history.gaps = header.gaps
-        return Kept(history, bytes(header.state))
+        return Kept(history, LayerHistory.of(header.layers, columns), bytes(header.state))
     except (OSError, ValueError, struct.error, StopIteration):
         # A file of another version, too. `msgspec.DecodeError` is a ValueError.
         return None

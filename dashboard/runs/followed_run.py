@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn, get_args
 
 import msgspec
 
+from offloop.dashboard.curves.layer_history import figures_of, says_layers, without_layers
 from offloop.dashboard.masking import masked, masked_command
 from offloop.dashboard.protocol import CommandName, RunInfo
 from offloop.dashboard.runs.live_run import FINAL_STATES, LiveRun, Numbers
@@ -36,7 +37,7 @@ from offloop.engine import (
 )
 from offloop.engine.metrics.names import metric_direction
 from offloop.engine.monitor import Direction
-from offloop.engine.sample_numbers import numbers_in
+from offloop.engine.sample_numbers import numbers_in, numbers_in_fields
 from offloop.engine.visible_text import visible
 
 UNKNOWN_MILESTONES: Final = 100
@@ -107,7 +108,14 @@ class FollowedRun:
         self._unknown[event.type] += 1
         if event.type not in SAMPLES and self._unknown[event.type] <= UNKNOWN_MILESTONES:
             return event
-        return Numbers(event, dict(numbers_in(event)))
+        if not says_layers(event.type):
+            return Numbers(event, dict(numbers_in(event)))
+        try:
+            fields = msgspec.json.decode(event.raw, type=dict[str, Any])
+        except (msgspec.MsgspecError, RecursionError):
+            return Numbers(event, {})
+        numbers = without_layers(event.type, numbers_in_fields(event.type, fields))
+        return Numbers(event, dict(numbers), figures_of(event.type, fields))
 
     # RunSource
 

@@ -8,6 +8,7 @@ import msgspec
 
 from offloop.dashboard.curves import column_file
 from offloop.dashboard.curves.history import History
+from offloop.dashboard.curves.layer_history import LayerHistory
 from offloop.dashboard.runs.live_run import KeptFacts, LiveRun
 from offloop.engine import Event, LogPlace, TrainEnd, TrainStart, decode
 
@@ -27,10 +28,11 @@ class _State(msgspec.Struct, frozen=True, kw_only=True):
 class KeptRun:
     """A run as it was kept."""
 
-    def __init__(self, state: _State, history: History) -> None:
+    def __init__(self, state: _State, history: History, layers: LayerHistory) -> None:
         self.place = state.place
         self.count = state.count
         self.history = history
+        self.layers = layers
         self.facts = state.facts
         self.start = _event(state.facts.start)
         self.samples = [_event(each) for each in state.samples]
@@ -54,7 +56,7 @@ def find_run(log: Path, *, history_bytes: int) -> KeptRun | None:
     if kept is None:
         return None
     with contextlib.suppress(msgspec.MsgspecError):
-        run = KeptRun(msgspec.json.decode(kept.state, type=_State), kept.history)
+        run = KeptRun(msgspec.json.decode(kept.state, type=_State), kept.history, kept.layers)
         if isinstance(run.start, TrainStart):
             return run
     return None
@@ -79,7 +81,7 @@ def keep_run(log: Path, live: LiveRun, place: LogPlace, count: int) -> None:
         milestones=list(live.milestones.events()),
         samples=list(live.samples.events()),
     )
-    column_file.keep(column_file.place_of(log), live.history, msgspec.json.encode(state))
+    column_file.keep(column_file.place_of(log), live.history, live.layers, msgspec.json.encode(state))
 
 
 def _event(raw: msgspec.Raw) -> Event:

@@ -16,6 +16,13 @@ import numpy as np
 
 from offloop.dashboard.curves.frames import Frames
 from offloop.dashboard.curves.history import HISTORY_BYTES, Curve, History
+from offloop.dashboard.curves.layer_history import (
+    LayerFigures,
+    LayerHistory,
+    figures_of,
+    says_layers,
+    without_layers,
+)
 from offloop.dashboard.curves.panels import Place, place_of_metric
 from offloop.dashboard.curves.steps import MANY_STEPS, keys_of, values_of, with_steps_together
 from offloop.dashboard.curves.units import unit_of
@@ -68,6 +75,8 @@ class Numbers(NamedTuple):
     """Where it stands in the run."""
     numbers: Mapping[str, float]
     """By the name of their curve."""
+    layers: Sequence[LayerFigures] = ()
+    """What it says about layers."""
 
 
 class KeptFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +135,7 @@ class LiveRun:
         self.started = start.time
         self.history = History(history_bytes)
         self.frames = Frames(self.key, self.history)
+        self.layers = LayerHistory()
         # Curves that got points before the newest row.
         self._revised: set[int] = set()
         # The index is the curve's number in the history.
@@ -215,9 +225,16 @@ class LiveRun:
                 kind = getattr(event, "kind", "")
                 if isinstance(kind, str) and kind:
                     prefix = f"{prefix}/{kind}"
-                self._sample(event, numbers_of(event, prefix), event.units)
+                numbers = numbers_of(event, prefix)
+                tag = str(event.__struct_config__.tag)
+                if says_layers(tag):
+                    fields = {name: getattr(event, name) for name in event.__struct_fields__}
+                    self._layers(event, figures_of(tag, fields))
+                    numbers = without_layers(tag, numbers)
+                self._sample(event, numbers, event.units)
                 continue
             if isinstance(event, Numbers):
+                self._layers(event.event, event.layers)
                 self._sample(event.event, event.numbers.items())
                 continue
             milestones.append(event)
@@ -265,9 +282,9 @@ class LiveRun:
             repeated_from=self._repeated_from,
         )
 
-    def restore(self, facts: KeptFacts, history: History) -> None:
-        """Take curves from elsewhere, once the milestones and the last step were taken in."""
-        self.history, self.series = history, facts.series
+    def restore(self, facts: KeptFacts, history: History, layers: LayerHistory) -> None:
+        """Take curves and layers from elsewhere, once the milestones and the last step were taken in."""
+        self.history, self.layers, self.series = history, layers, facts.series
         self.frames = Frames(self.key, history)
         self._ids = {each.key: each.id for each in facts.series}
         self._revised.clear()
@@ -398,6 +415,10 @@ class LiveRun:
                 row = self.history.axis.append(max(event.step, 0), event.time, self._epoch_of(event))
             self._point(key, row, value, max(event.step, 0), units)
 
+    def _layers(self, event: Event, figures: Sequence[LayerFigures]) -> None:
+        if event.step > self._drawn_up_to:
+            self.layers.add(max(event.step, 0), figures)
+
     def _point(
         self, key: str, row: int, value: float, step: int, units: Mapping[str, str] = MappingProxyType({})
     ) -> None:
@@ -480,6 +501,7 @@ class LiveRun:
             waiting_for=place_of(source.stack()) if source and stalled is not None and is_control else "",
             dropped=self._dropped,
             trimmed=self.history.trimmed,
+            layers=self.layers.count,
             viewers=viewers,
         )
 

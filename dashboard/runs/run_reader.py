@@ -190,7 +190,7 @@ class RunReader:
             # Counts those of unknown types.
             events.append(source.known(event))
         live.take_in(events)
-        live.restore(kept.facts, kept.history)
+        live.restore(kept.facts, kept.history, kept.layers)
         live.samples.restore(kept.samples)
         return live
 

@@ -24,6 +24,7 @@ from offloop.dashboard.protocol import (
     encode_message,
 )
 from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.viewers.layer_cursor import LayerCursor
 
 MAX_WAITING_QUERIES: Final = 64
 """Most unanswered queries of one viewer about one run."""
@@ -34,6 +35,7 @@ class RunCursor:
 
     def __init__(self, live: LiveRun) -> None:
         self.live = live
+        self.layers = LayerCursor(live)
         # The rate limit allows a frame with new points.
         self.is_due = True
         self._series_sent = 0
@@ -126,7 +128,9 @@ class RunCursor:
 
     def wants_frame(self, *, at_once: bool = False) -> bool:
         """Return whether there is data for a chart frame that may go now; `at_once`: whatever the rate limit says."""
-        return self.is_urgent or (self.is_behind and (self.is_due or at_once or self.live.is_over))
+        if self.is_urgent or self.layers.wants_frame(at_once=at_once):
+            return True
+        return self.is_behind and (self.is_due or at_once or self.live.is_over)
 
     @property
     def is_behind(self) -> bool:
@@ -144,7 +148,9 @@ class RunCursor:
         return bool(self._snapshots or self._queries)
 
     def next_frame(self) -> bytes | None:
-        """Make the next chart frame; None without data for one."""
+        """Make the next frame; None without data for one."""
+        if self.layers.wants_frame():
+            return self.layers.next_frame()
         # Urgent frames do not count against the rate limit.
         self.is_due = self.is_due and self.is_urgent
         frame = self._snapshot()
@@ -156,8 +162,9 @@ class RunCursor:
             was_answer = True
         if frame is None:
             frame = self._delta()
-        if frame is not None:
-            self._answered = was_answer
+        if frame is None:
+            return self.layers.next_frame()
+        self._answered = was_answer
         return frame
 
     def _snapshot(self) -> bytes | None:

@@ -14,6 +14,7 @@ import msgspec
 
 from offloop.dashboard.protocol import (
     FromServer,
+    LayersQuery,
     ProtocolError,
     RangeQuery,
     Role,
@@ -191,7 +192,17 @@ class Viewer:
         if cursor is not None and self.samples is not None:
             self.samples.ask(cursor.live, query)
 
-    def _cursor_of(self, message: Show | RangeQuery | SampleQuery) -> RunCursor | None:
+    def ask_layers(self, query: LayersQuery) -> None:
+        """Set what of a run's layers is looked at; ignored if the run is no longer here.
+
+        Raises:
+            ProtocolError: There is no run to watch yet.
+        """
+        cursor = self._cursor_of(query)
+        if cursor is not None:
+            cursor.layers.ask(query)
+
+    def _cursor_of(self, message: Show | RangeQuery | SampleQuery | LayersQuery) -> RunCursor | None:
         """Return the run's cursor; None for a run that the viewer had before: its ids mean other curves."""
         if message.run is not None:
             return self._cursors.get(message.run)
@@ -312,6 +323,10 @@ class Viewer:
     def allow_frame(self, live: LiveRun) -> None:
         """Note that the rate limit allows a frame with new points of a run."""
         self._cursors[live.key].is_due = True
+
+    def allow_layers(self, live: LiveRun) -> None:
+        """Note that the rate limit allows a frame with new measurements of a run's layers."""
+        self._cursors[live.key].layers.is_due = True
 
     def gets_chart(self, *, at_once: bool = False) -> bool:
         """Return whether there is credit for a chart frame and data that may go now.

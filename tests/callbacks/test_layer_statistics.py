@@ -50,6 +50,7 @@ def assert_describes(event: LayersMeasured, name: str, tensor: torch.Tensor) -> 
     numbers = tensor.numpy().astype(np.float64)
     assert event.mean[name] == pytest.approx(numbers.mean(), abs=1e-6)
     assert event.std[name] == pytest.approx(numbers.std(), rel=1e-5)
+    assert event.norm[name] == pytest.approx(np.linalg.norm(numbers), rel=1e-5)
     assert (event.minimum[name], event.maximum[name]) == (numbers.min(), numbers.max())
     assert list(event.histogram[name]) == np.histogram(numbers, bins=len(event.histogram[name]))[0].tolist()
 

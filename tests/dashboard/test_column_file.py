@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from offloop.dashboard.curves import column_file
 from offloop.dashboard.curves.column_file import find, keep, place_of
 from offloop.dashboard.curves.history import History
+from offloop.dashboard.curves.layer_history import LayerHistory
 
 LIMIT = 64 * 1024 * 1024
 STATE = json.dumps({"step": 3}).encode()
@@ -35,7 +36,7 @@ def history_of(values: list[float], *, limit: int = LIMIT, curves: int = 2) -> H
 
 def kept(path: Path, history: History) -> Path:
     """Keep a history."""
-    keep(path, history, STATE)
+    keep(path, history, LayerHistory(), STATE)
     return path
 
 

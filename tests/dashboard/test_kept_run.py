@@ -161,7 +161,7 @@ def test_what_was_kept_of_something_else_is_read_anew(
     else:
         found = column_file.find(kept, limit=64_000_000)
         assert found is not None
-        column_file.keep(kept, found.history, b'{"later": 1}')
+        column_file.keep(kept, found.history, found.layers, b'{"later": 1}')
     reader = reader_of(directory)
     reader.coarse()
     live = reader.fill()
