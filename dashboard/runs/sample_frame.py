@@ -42,15 +42,3 @@ def encode_sample(header: SampleHeader, content: bytes) -> Iterator[bytes]:
         of_part = msgspec.structs.replace(header, more=more, event=header.event if start == 0 else None)
         encoded = msgspec.json.encode(of_part)
         yield b"".join([struct.pack("<I", len(encoded)), encoded, content[start : start + PART]])
-
-
-def decode_sample(frame: bytes) -> tuple[SampleHeader, bytes]:
-    """Take a sample frame apart.
-
-    Raises:
-        ValueError: The bytes are no sample frame. (`msgspec.DecodeError` is a ValueError.)
-    """
-    if len(frame) < 4:
-        raise ValueError(f"a sample frame has at least 4 bytes, got {len(frame)}")
-    (length,) = struct.unpack_from("<I", frame)
-    return msgspec.json.decode(frame[4 : 4 + length], type=SampleHeader), frame[4 + length :]

@@ -13,6 +13,7 @@ import msgspec
 
 from offloop.dashboard.protocol import Ack, CommandRequest, Publish, TakeBack, number
 from offloop.dashboard.runs.live_run import LiveRun
+from offloop.dashboard.runs.run_samples import SAMPLES
 from offloop.dashboard.viewers.connection import READERS, Connection
 from offloop.engine import (
     CheckpointSaved,
@@ -187,13 +188,13 @@ def event_of(raw: msgspec.Raw) -> Event:
     """Return a viewer's event.
 
     Raises:
-        EventError: It is not of a class that the program which trains defines.
+        EventError: It is not of a class that the program which trains defines, and no sample that people look at.
         msgspec.DecodeError: It is no event.
     """
     event = decode(bytes(raw))
     if isinstance(event, UnknownEvent):
         raise EventError(f"there is no event class {event.type} in the process that trains")
-    if type(event).__module__.startswith("offloop."):
+    if type(event).__module__.startswith("offloop.") and not isinstance(event, SAMPLES):
         raise EventError(f"{type(event).__name__} is published by offloop itself")
     return event
 

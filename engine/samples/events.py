@@ -233,6 +233,13 @@ def _encoded(text: str) -> bytes:
 # Contents ----------------------------------------------------------------------------------------
 
 
+def pictures_of(sample: AnySample) -> tuple[Picture, ...]:
+    """Return the pictures of a sample."""
+    if isinstance(sample, TableSample):
+        return sample.pictures
+    return (sample.picture,) if isinstance(sample, PictureSample) else ()
+
+
 def take_content(sample: AnySample) -> dict[str, tuple[str, bytes]]:
     """Move what belongs into files out of a sample that is being published.
 
@@ -242,15 +249,15 @@ def take_content(sample: AnySample) -> dict[str, tuple[str, bytes]]:
     Raises:
         EventError: A text cannot be encoded.
     """
-    taken: dict[str, tuple[str, bytes]] = {}
+    taken: dict[str, tuple[str, bytes]] = {
+        each.sha256: (each.media_type, each.data) for each in pictures_of(sample)
+    }
     match sample:
         case TextSample():
             return _take_text(sample)
         case PictureSample():
-            taken = {sample.picture.sha256: (sample.picture.media_type, sample.picture.data)}
             _set(sample, "picture", _without_data(sample.picture))
         case TableSample():
-            taken = {each.sha256: (each.media_type, each.data) for each in sample.pictures}
             _set(sample, "rows", _without_pictures(sample.rows))
     return taken
 

@@ -22,7 +22,7 @@ from typing import Final
 from offloop.engine.errors import EventError, SampleFileError
 from offloop.engine.events import Event
 from offloop.engine.samples.content import READ_FLAGS, file_name, open_folder, read_file
-from offloop.engine.samples.events import PictureSample, TableSample, TextSample, take_content
+from offloop.engine.samples.events import PictureSample, TableSample, TextSample, pictures_of, take_content
 from offloop.engine.samples.picture import Picture
 
 logger = logging.getLogger("offloop")
@@ -61,16 +61,18 @@ class SampleFiles:
         """Take the contents out of an event that is being published, if it is a sample. Never waits for a disk.
 
         Raises:
-            EventError: A picture has no content, as in a sample that was read from a log.
+            EventError: A picture has no content, as in a sample that was read from a log, or another one.
         """
         if not isinstance(event, TextSample | PictureSample | TableSample):
             return
-        for sha256, (media_type, data) in take_content(event).items():
-            if not data:
+        for picture in pictures_of(event):
+            if not picture.data:
                 raise EventError(
-                    f"{event.key}: a picture of a published sample has no content any more: publish event.picture.read("
-                    "run.dir)"
+                    f"{event.key}: a picture of a published sample has no content any more: publish "
+                    "event.picture.read(run.dir)"
                 )
+            picture.check_content()
+        for sha256, (media_type, data) in take_content(event).items():
             self._add(file_name(sha256, media_type), data)
 
     def _add(self, name: str, data: bytes) -> None:

@@ -80,6 +80,18 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if not SHA256.match(self.sha256):
             raise EventError(f"sha256 must have 64 hexadecimal digits, got {self.sha256[:80]!r}")
 
+    def check_content(self) -> None:
+        """Refuse content that is not that of this picture: it may come from another program.
+
+        Raises:
+            EventError: It is.
+        """
+        is_whole = (
+            len(self.data) == self.size <= PICTURE_BYTES and media_type_of(self.data) == self.media_type
+        )
+        if not is_whole or hashlib.sha256(self.data).hexdigest() != self.sha256:
+            raise EventError("the content of a picture is not what its checksum, size or media type say")
+
     def read(self, run_dir: str | os.PathLike[str]) -> bytes:
         """Return the encoded picture from the directory of its run. Blocks.
 
