@@ -15,6 +15,7 @@ import pytest
 from fake_run import FakeRun, source_of
 from memory_link import MemoryLink
 from run_files import write_run
+from watched_runs import served, until
 
 from offloop import connect
 from offloop.dashboard.curves.chart_frame import decode_chart
@@ -48,10 +49,17 @@ from offloop.engine import (
     TrainStart,
     read_events,
 )
+from offloop.engine.testing import Recorder, tiny_loader, tiny_trainer
 
 pytestmark = pytest.mark.anyio
 
 LONG = "long ä " * 100_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    """Load what the first run loads, which would hold the event loop for seconds."""
+    tiny_trainer().train(tiny_loader(1), tiny_loader(1), epochs=1, metrics=["accuracy"])
 
 
 class Known:
@@ -407,10 +415,6 @@ async def test_a_program_gets_texts_of_a_past_run_and_reads_long_ones_where_the_
 
 
 async def test_a_program_publishes_samples_up_to_the_size_of_a_message() -> None:
-    from watched_runs import served, until
-
-    from offloop.engine.testing import Recorder
-
     recorder = Recorder()
     async with served(callbacks=[recorder]) as (dashboard, run), connect(dashboard.url) as watch:
         watch.publish(PictureSample("digits", pixels()))
