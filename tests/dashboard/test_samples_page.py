@@ -158,6 +158,19 @@ def test_the_slider_follows_the_newest_step_until_it_is_moved(
     expect(shown).to_have_text("text 4")
 
 
+def test_an_event_of_a_sample_is_a_line_that_leads_to_it(training: Training, open_page: OpenPage) -> None:
+    page = open_page(training.dashboard.url)
+    for step in (1, 2):
+        training.step(loss=1.0)
+        expect(figure(page, "Step")).to_contain_text(str(step))
+        training.run.publish(TextSample("code", f"text {step}", "a caption"))
+    page.keyboard.press("2")
+    rows = page.locator(".log .row", has_text="Text code: a caption")
+    expect(rows).to_have_count(2)
+    rows.last.get_by_role("button", name="step 1").click()
+    expect(block(page, "code").locator("pre")).to_have_text("text 1")
+
+
 def test_several_samples_of_one_step_are_shown_together(training: Training, open_page: OpenPage) -> None:
     page = open_page(training.dashboard.url)
     training.step(loss=1.0)
@@ -188,6 +201,12 @@ def test_runs_are_side_by_side_at_the_same_step_or_the_one_before(
     expect(shown).to_have_text(["first 3", "second 2"])
     heads = block(page, "code").get_by_role("heading", level=3)
     expect(heads).to_have_text(["first", "second step 2"])
+    assert (
+        heads.locator(".dot").evaluate_all(
+            "dots => new Set(dots.map(dot => getComputedStyle(dot).backgroundColor)).size"
+        )
+        == 2
+    )
     page.keyboard.press("Home")
     expect(shown).to_have_text(["first 1"])
     page.keyboard.press("End")

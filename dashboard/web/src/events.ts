@@ -16,6 +16,7 @@ const KINDS: Partial<Record<EventKind, string>> = {
   checkpoint: "Checkpoints",
   validation: "Validation",
   epoch: "Epochs",
+  sample: "Samples",
   other: "Other",
 };
 /** Of a longer text, the list shows so much until it is unfolded. */
@@ -45,7 +46,7 @@ class Repeated {
 export class Events {
   readonly element: HTMLElement;
   readonly search = searchField("Filter events", () => this.#filter());
-  readonly #goTo: (step: number) => void;
+  readonly #goTo: (event: RunEvent) => void;
   readonly #chips = new Map<EventKind, HTMLElement>();
   readonly #chipList = h("div", { class: "chips", role: "group", "aria-label": "Kinds of events" });
   readonly #list = h("ol", { class: "log", reversed: true, "aria-label": "Events, the newest first" });
@@ -65,7 +66,7 @@ export class Events {
   #missed = 0;
   #active = false;
 
-  constructor(goTo: (step: number) => void) {
+  constructor(goTo: (event: RunEvent) => void) {
     this.#goTo = goTo;
     for (const kind of Object.keys(KINDS) as EventKind[]) this.#addChip(kind);
     this.#more = button("Show older ones", {
@@ -246,7 +247,7 @@ export class Events {
         ? h("span", { class: "step" })
         : h(
             "button",
-            { type: "button", class: "step", title: "Show it in the charts", onclick: () => this.#goTo(step) },
+            { type: "button", class: "step", title: `Show it ${told.kind === "sample" ? "among the samples" : "in the charts"}`, onclick: () => this.#goTo(event) },
             h("span", { class: "sr-only" }, "step "),
             format.count(step),
           );

@@ -5,7 +5,7 @@ import type { ChartEvent } from "./charts/scene";
 import type { RunEvent, WireNumber } from "./protocol";
 
 export type EventKind =
-  | "alert" | "command" | "automatic" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "other"
+  | "alert" | "command" | "automatic" | "checkpoint" | "validation" | "lr" | "state" | "epoch" | "sample" | "other"
   /** A class of the user's own, by its name. */
   | `own ${string}`;
 export type Tone = "plain" | "good" | "warn" | "bad";
@@ -101,8 +101,15 @@ const KNOWN: Record<string, (event: RunEvent) => Partial<Told> & { text: string 
     text: `${words(event.subscriber)} lagged and missed ${count(numeric(event.count))} samples`,
   }),
   Alert: (event) => ({ kind: "alert", tone: "bad", text: words(event.message, words(event.rule)), by: words(event.rule) }),
+  TextSample: (event) => sample("Text", event),
+  PictureSample: (event) => sample("Picture", event),
+  TableSample: (event) => sample("Table", event),
   ProfileWritten: (event) => ({ kind: "other", text: `Profile of ${words(event.steps)} steps written to ${words(event.trace)}` }),
 };
+
+function sample(what: string, { key, caption }: RunEvent): Partial<Told> & { text: string } {
+  return { kind: "sample", text: `${what} ${words(key)}${caption ? `: ${words(caption)}` : ""}` };
+}
 
 /** Tell an event, also of a type that this page has never heard of. */
 export function tell(event: RunEvent): Told {

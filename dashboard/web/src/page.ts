@@ -131,9 +131,11 @@ class Page {
       showKeys: () => this.#keys.toggle(),
     });
     this.#controls = new Controls({ give: (order) => this.#give(order), announce: (text) => this.#announce(text) });
-    this.#events = new Events((step) => {
-      this.#view.set({ tab: "metrics" });
-      this.#charts.goTo(step);
+    this.#events = new Events((event) => {
+      const isSample = tell(event).kind === "sample";
+      this.#view.set({ tab: isSample ? "samples" : "metrics" });
+      if (isSample) this.#samples.goTo(String(event.key), event.step ?? 0);
+      else this.#charts.goTo(event.step ?? 0);
     });
     this.#samples = new Samples({
       send: (message) => this.#connection.send(message),

@@ -69,6 +69,13 @@ export class Samples {
     this.#draw();
   }
 
+  /** Show a key at a step. */
+  goTo(key: string, step: number): void {
+    const block = this.#blocks.get(key);
+    block?.goTo(step);
+    block?.element.scrollIntoView({ block: "nearest" });
+  }
+
   // What the server says
 
   began(run: string): void {
@@ -187,10 +194,14 @@ class Block {
     this.#draw();
   }
 
-  #moved(): void {
-    const place = Number(this.#slider.value);
-    this.#step = place === this.#steps.length - 1 ? null : (this.#steps[place] ?? null);
+  goTo(step: number): void {
+    this.#step = step === this.#steps.at(-1) ? null : step;
     this.#draw();
+  }
+
+  #moved(): void {
+    const step = this.#steps[Number(this.#slider.value)];
+    if (step !== undefined) this.goTo(step);
   }
 
   #draw(): void {
@@ -225,13 +236,13 @@ class Block {
   #column(run: string, { step, entries }: Moment, wanted: number): HTMLElement {
     const name = this.#host.nameOf(run);
     const of = this.#runs.length > 1 ? ` of ${name}` : "";
-    const colour = h("span", { class: "sample-colour", "aria-hidden": "true" });
-    colour.style.backgroundColor = this.#host.colourOf(run) ?? "";
+    const colour = h("i", { class: "dot", "aria-hidden": "true" });
+    colour.style.setProperty("--tone", this.#host.colourOf(run) ?? "var(--off)");
     const more = entries.length - MOST_SHOWN;
     return h(
       "div",
       { class: "sample-run" },
-      of === "" ? null : h("h3", {}, colour, name, step === wanted ? null : h("span", { class: "hint" }, ` step ${count(step)}`)),
+      of === "" ? null : h("h3", {}, colour, ` ${name}`, step === wanted ? null : h("span", { class: "hint" }, ` step ${count(step)}`)),
       ...entries.slice(0, MOST_SHOWN).map((entry) => showSample(entry, `${this.#key}${of}, step ${count(step)}`, this.#samples)),
       more > 0 ? h("p", { class: "hint" }, `${count(more)} more of this step are in the run's log.`) : null,
     );
