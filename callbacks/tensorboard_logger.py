@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,12 @@ from offloop.callbacks.tracking import (
 )
 from offloop.callbacks.value_logger import Measured, ValueLogger
 from offloop.engine import (
+    PictureSample,
+    Run,
     RunHandle,
+    SampleFileError,
+    SampleFiles,
+    TextSample,
     TrainEnd,
     TrainStart,
     first_use,
@@ -27,13 +33,16 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+logger = logging.getLogger("offloop")
+
+
 class TensorBoardLogger(ValueLogger):
-    """Writes scalars, hyperparameters and alerts for TensorBoard: `tensorboard --logdir runs`.
+    """Writes scalars, hyperparameters, alerts, texts and pictures for TensorBoard: `tensorboard --logdir runs`.
 
     Scalars keep their names, over optimizer steps: `loss`, `lr`, `grad_norm` and logged values of steps, `val_...` of
     validations, `train_...` of epochs, `epoch`. TensorBoard shows hyperparameters and status in its HPARAMS tab, and
-    alerts as text. A resumed attempt continues in the same directory; points after its checkpoint are cut from the
-    files, and an open TensorBoard drops them.
+    alerts, `TextSample` and `PictureSample` as texts and images. A resumed attempt continues in the same directory;
+    points after its checkpoint are cut from the files, and an open TensorBoard drops them.
 
     By default the files are in the run's directory, so TensorBoard names the run by its id. A killed process loses at
     most a second of points. It runs in the callback's worker thread; training never waits for it.
@@ -79,6 +88,8 @@ class TensorBoardLogger(ValueLogger):
         self._writer: SummaryWriter | None = None
         self._has_unwritten = False
         self._status = "cancelled"
+        # In a process of its own a picture may be published before its file is written.
+        self._samples: list[tuple[TextSample | PictureSample, RunHandle]] = []
 
     def on_train_start(self, event: TrainStart, run: RunHandle) -> None:
         directory = run.dir if self.log_dir is None else self.log_dir / run.id
@@ -106,7 +117,14 @@ class TensorBoardLogger(ValueLogger):
         self._writer.add_text("alerts", f"{event.rule}: {event.message}", event.step, walltime=event.time)
         self._has_unwritten = True
 
+    def on_text_sample(self, event: TextSample, run: RunHandle) -> None:
+        self._samples.append((event, run))
+
+    def on_picture_sample(self, event: PictureSample, run: RunHandle) -> None:
+        self._samples.append((event, run))
+
     def events_handled(self) -> None:
+        self._add_samples()
         if self._has_unwritten and self._writer is not None:
             self._has_unwritten = False
             self._writer.flush()
@@ -119,9 +137,38 @@ class TensorBoardLogger(ValueLogger):
             return
         try:
             self.write_latest_step()
+            self._add_samples()
+            if self._samples:
+                logger.warning(
+                    "%d texts and pictures are missing: their files cannot be read", len(self._samples)
+                )
             self._add_session_end()
         finally:
             self._writer.close()
+
+    def _add_samples(self) -> None:
+        """Write the texts and pictures whose content can be read by now."""
+        waiting, self._samples = self._samples, []
+        for event, run in waiting if self._writer is not None else ():
+            try:
+                self._add_sample(event, run)
+            except SampleFileError:
+                self._samples.append((event, run))
+
+    def _add_sample(self, event: TextSample | PictureSample, run: RunHandle) -> None:
+        assert self._writer is not None
+        content = event.picture if isinstance(event, PictureSample) else event
+        files = run.samples if isinstance(run, Run) else SampleFiles(run.dir)
+        data = files.read(content)
+        if isinstance(content, TextSample):
+            self._writer.add_text(event.key, data.decode(), event.step, walltime=event.time)
+        elif self._writer.file_writer is not None:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(width=content.width, height=content.height, encoded_image_string=data)
+            summary = Summary(value=[Summary.Value(tag=event.key, image=image)])
+            self._writer.file_writer.add_summary(summary, event.step, walltime=event.time)
+        self._has_unwritten = True
 
     def _add_session_start(self, event: TrainStart, hyperparameters: Mapping[str, Any]) -> None:
         from tensorboard.plugins.hparams import metadata, plugin_data_pb2

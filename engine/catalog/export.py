@@ -12,6 +12,7 @@ from offloop.engine import events
 from offloop.engine.catalog.files import open_regular, read_range
 from offloop.engine.observers.event_log import FILE_NAME, AttemptCounter, decode_head
 from offloop.engine.sample_numbers import numbers_in_fields
+from offloop.engine.samples import events as sample_events
 
 CHUNK: Final = 1024 * 1024
 LONGEST_LINE: Final = 64 * 1024 * 1024
@@ -23,7 +24,8 @@ _KINDS: Final = frozenset({"StepEnd", "ValidationEnd", "EpochEnd", "Evaluated", 
 _OTHERS: Final = (
     frozenset(
         name
-        for name, each in vars(events).items()
+        for module in (events, sample_events)
+        for name, each in vars(module).items()
         if isinstance(each, type) and issubclass(each, events.Event)
     )
     - _KINDS

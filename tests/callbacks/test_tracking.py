@@ -4,6 +4,7 @@ server that refuses, or takes a connection and says nothing, costs the run nothi
 
 import csv
 import importlib
+import io
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when it is imported: tests talk to nobody
 
@@ -38,9 +40,12 @@ from offloop.engine import (
     EpochEnd,
     Event,
     Metrics,
+    PictureSample,
     Run,
+    RunHandle,
     StepEnd,
     StepPoint,
+    TextSample,
     ValidationEnd,
     in_step,
 )
@@ -178,6 +183,30 @@ def test_tensorboard_shows_alerts_and_a_failure(tmp_path: Path) -> None:
     (alert,) = events.Tensors("alerts/text_summary")
     assert b"below 100" in alert.tensor_proto.string_val[0]
     assert session_of(tmp_path / "run")[1] == [2]  # STATUS_FAILURE
+
+
+class Shows(Callback):
+    def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
+        run.publish(TextSample("code", "def f(): ..."))
+        run.publish(TextSample("long", "long " * 10_000))
+        run.publish(PictureSample("digits", torch.arange(6, dtype=torch.uint8).reshape(2, 3)))
+
+
+@pytest.mark.parametrize("runs_in", ["here", "process"])
+def test_tensorboard_shows_texts_and_pictures(tmp_path: Path, runs_in: Any) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
+    trainer.train(tiny_loader(3), epochs=2, callbacks=[TensorBoardLogger(runs_in=runs_in), Shows()])
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [each.step for each in events.Images("digits")] == [3, 6]
+    with Image.open(io.BytesIO(events.Images("digits")[0].encoded_image_string)) as image:
+        assert list(image.getdata()) == [0, 1, 2, 3, 4, 5]
+    texts = [
+        events.Tensors(f"{name}/text_summary")[1].tensor_proto.string_val[0] for name in ("code", "long")
+    ]
+    assert texts == [b"def f(): ...", b"long " * 10_000]
 
 
 def test_resumed_run_goes_on_in_the_same_curves_and_cuts_what_came_after_the_checkpoint(
