@@ -174,6 +174,74 @@ def watch(
 
 
 @app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a recorded run.")],
+    callbacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--callback",
+            "-c",
+            metavar="FILE.py:NAME|MODULE:NAME",
+            help="A callback that gets the events: a class without arguments, or an instance. May be repeated.",
+        ),
+    ] = None,
+    page: Annotated[bool, typer.Option("--page", help="Show the replay on the live page.")] = False,
+    speed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|max",
+            help="Recorded seconds in a second. By default 1 with a terminal or --page, else max.",
+            show_default=False,
+        ),
+    ] = None,
+    paused: Annotated[bool, typer.Option("--paused", help="Begin with a pause.")] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="FILE.py|MODULE",
+            help="Import what defines the classes of the run's own events. May be repeated.",
+        ),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where callbacks write; by default a temporary directory, if one needs it.",
+            show_default=False,
+        ),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Of the page; 0: any free one. By default 8321, or the next free one.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Replay the recorded events of a run to callbacks, or to the live page, without training.
+
+    Without either, the events are printed. On a terminal, keys pause the replay (space), go on by one event (n) or
+    one step (s), make it faster or slower (+ -) and end it (q).
+    """
+    from offloop.cli.replay import replay_run
+
+    replay_run(
+        run_dir,
+        callbacks=callbacks or [],
+        imports=imports or [],
+        page=page or open_browser,
+        open_browser=open_browser,
+        port=port,
+        speed=speed,
+        paused=paused,
+        directory=directory,
+    )
+
+
+@app.command()
 def logout() -> None:
     """Forget all browsers that may open live pages of yours on this machine.
 

@@ -4,12 +4,9 @@ import contextlib
 import functools
 import getpass
 import os
-import re
 import signal
 import sys
-import termios
 import time
-import tty
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ import anyio.abc
 from rich.console import Console, Group
 from rich.live import Live
 
+from offloop.cli.keys import has_keys, keys_at_once, read_keys
 from offloop.cli.output import check_run, fail, interrupt_on, number, print_text, reason
 from offloop.cli.watch_screen import Seen, clock_time, line_of, screen
 from offloop.dashboard.client.address import TOKEN_VARIABLE
@@ -48,8 +46,6 @@ CURVE_INTERVAL: Final = 1.0
 CURVE_SHARE: Final = 50
 """A look at the curve waits for so many times as long as the last one took."""
 EVENTS_KEPT: Final = 50
-_KEY: Final = re.compile(rb"\x1b[\[O][A-D]|.", re.DOTALL)
-"""An arrow, or a character."""
 _SHOWN: Final = (
     ValidationEnd,
     CheckpointSaved,
@@ -115,11 +111,11 @@ def _token(url: str, token_file: Path | None) -> str | None:
 
 
 async def _watch(url: str, token: str | None, run: str | None, metric: str | None) -> None:
-    is_terminal = sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    is_terminal = has_keys()
     view = _View(metric)
     async with contextlib.AsyncExitStack() as stack:
         if is_terminal:
-            stack.enter_context(_keys_at_once())
+            stack.enter_context(keys_at_once())
             live = Live(console=Console(), screen=True, auto_refresh=False, transient=True)
             stack.enter_context(live)
             draw: Callable[[], None] = functools.partial(view.draw, live)
@@ -225,16 +221,12 @@ class _View:
     # Keys
 
     async def _read_keys(self) -> None:
-        descriptor = sys.stdin.fileno()
-        while True:
-            await anyio.wait_readable(descriptor)
-            keys = os.read(descriptor, 64)
-            if not keys:
-                # The terminal is gone.
-                self._leave(None)
-            for key in _KEY.findall(keys):
+        async for keys in read_keys():
+            for key in keys:
                 self._press(key)
             self._changed.set()
+        # The terminal is gone.
+        self._leave(None)
 
     def _press(self, key: bytes) -> None:
         if self._asks_stop:
@@ -316,15 +308,3 @@ def _told(event: Event) -> str:
             return f"step {event.step}  {event.status}" + (f": {event.reason}" if event.reason else "")
         case _:
             return type(event).__name__
-
-
-@contextlib.contextmanager
-def _keys_at_once() -> Iterator[None]:
-    """Read keys without Enter and without showing them; afterwards the terminal is as it was."""
-    descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-    tty.setcbreak(descriptor)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

@@ -7,7 +7,7 @@ import ssl as tls
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import anyio
 import anyio.to_thread
@@ -23,8 +23,12 @@ from offloop.dashboard.serving.announcement import announce, say
 from offloop.dashboard.serving.asgi import Auth, DashboardApp
 from offloop.dashboard.serving.security import host_name
 from offloop.dashboard.serving.server import Server
-from offloop.engine import Callback, Run, TrainStart, checks, decides
+from offloop.engine import Callback, TrainStart, checks, decides
 from offloop.engine.argument_hints import explains_arguments
+
+if TYPE_CHECKING:
+    # A replay with the page loads no torch.
+    from offloop.engine import ReplayedRun, Run
 
 logger = logging.getLogger("offloop")
 
@@ -153,7 +157,7 @@ class Dashboard(Callback):
         self._open_browser = open
         self._quiet = quiet
         # A run calls `reset`, `on_train_start` and `close` one after the other, so their attributes need no lock.
-        self._run: Run | None = None
+        self._run: Run | ReplayedRun | None = None
         self._run_lease: Lease | None = None
         # `with` blocks may nest or stand in several threads: append and pop are atomic, and any lease will do.
         self._block_leases: list[Lease] = []
@@ -173,7 +177,7 @@ class Dashboard(Callback):
         self._run_lease = self._acquire()
 
     @decides
-    def on_train_start(self, event: TrainStart, run: Run) -> None:
+    def on_train_start(self, event: TrainStart, run: "Run | ReplayedRun") -> None:
         """Subscribe the hub before the first step, so that it misses none."""
         assert self._server is not None
         self._run = run

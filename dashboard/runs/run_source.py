@@ -12,14 +12,27 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
 
 import msgspec
 
 from offloop.dashboard.masking import masked, masked_command
 from offloop.dashboard.protocol import CommandName, RunInfo
-from offloop.engine import Command, Event, SampleFiles, TrainStart
+from offloop.engine import (
+    Command,
+    ConfigError,
+    Event,
+    Pause,
+    ReplayedRun,
+    Resume,
+    SampleFiles,
+    Stop,
+    TrainStart,
+)
 from offloop.engine.monitor import Direction
+
+_OF_REPLAYS: Final = ("pause", "resume", "stop")
+_REPLAY: Final = "this is a replay, which trains nothing"
 
 if TYPE_CHECKING:
     # A server of run directories loads no torch.
@@ -182,7 +195,7 @@ class ProcessRun:
             groups=dict(self._groups),
             monitor=run.monitor,
             callbacks=list(run.callback_costs),
-            refused=named_commands(run.refused),
+            refused=named_commands(self.refused),
             **facts_of(start),
         )
 
@@ -207,6 +220,62 @@ class ProcessRun:
 
     def publish(self, event: Event) -> None:
         self.run.publish(event)
+
+
+class ReplaySource(ProcessRun):
+    """A run that is replayed in this process. Pause, resume and stop are those of the replay."""
+
+    def __init__(self, run: "ReplayedRun") -> None:
+        """Wrap a run, as a callback of the replay has it."""
+        super().__init__(run)  # type: ignore[arg-type]  # it has all that is asked of a run here
+        self._replayed = run
+
+    @property
+    def state(self) -> str:
+        run, replay = self._replayed, self._replayed.replay
+        if run.is_over:
+            return run.state if run.has_end else "stopped" if replay.is_stopped else "lost"
+        return "paused" if replay.is_paused else run.state
+
+    @property
+    def why(self) -> str:
+        speed = self._replayed.replay.speed
+        return "a replay" if speed is None else f"a replay at {speed:g}x"
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        return {name: _REPLAY for name in get_args(CommandName) if name not in _OF_REPLAYS}
+
+    def now(self) -> float:
+        return self._replayed.event.time
+
+    def moment(self, newest: float) -> float:
+        return newest
+
+    def traceback(self) -> str | None:
+        return None
+
+    def give_nowait(self, command: Command[Any], *, by: str) -> Future[Any]:
+        replay = self._replayed.replay
+        match command:
+            case Pause():
+                return replay.pause_nowait()
+            case Resume():
+                return replay.resume_nowait()
+            case Stop():
+                replay.stop()
+                stopped: Future[None] = Future()
+                stopped.set_result(None)
+                return stopped
+            case _:
+                raise ConfigError(_REPLAY)
+
+
+def source_of(run: "Run | ReplayedRun") -> ProcessRun:
+    """Return the source for a run of this process, as a callback has it."""
+    if isinstance(run, ReplayedRun):
+        return ReplaySource(run)
+    return ProcessRun(run, {name: len(each.param_groups) for name, each in run.trainer.optimizers.items()})
 
 
 def facts_of(start: TrainStart) -> dict[str, Any]:

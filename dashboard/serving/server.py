@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,7 +30,7 @@ from offloop.dashboard.hub import Hub
 from offloop.dashboard.options import Options
 from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
 from offloop.dashboard.runs.live_run import LiveRun
-from offloop.dashboard.runs.run_source import ProcessRun
+from offloop.dashboard.runs.run_source import ProcessRun, ReplaySource, source_of
 from offloop.dashboard.serving.answers import Files
 from offloop.dashboard.serving.page import Page
 from offloop.dashboard.serving.places import Places
@@ -42,7 +42,7 @@ from offloop.engine.bus.threads import Latch, Thread
 
 if TYPE_CHECKING:
     # A server of run directories loads no torch.
-    from offloop.engine import Run
+    from offloop.engine import ReplayedRun, Run
 
 logger = logging.getLogger("offloop")
 # Malformed requests from strangers must not fill the log: a user who wants the library's records lowers this level.
@@ -105,7 +105,7 @@ class Server:
         self._stop: asyncio.Event
         # Only the server's thread uses these, and a forked child, in which no other thread lives.
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._followers: dict[Run, tuple[asyncio.Task[None], LiveRun]] = {}
+        self._followers: dict[Run | ReplayedRun, tuple[asyncio.Task[None], LiveRun]] = {}
         self._requests: Requests
         # File descriptors of the listening sockets.
         self._listening: list[int] = []
@@ -163,13 +163,16 @@ class Server:
         """True until `close`."""
         return not self._thread.is_over
 
-    def add_run(self, run: "Run", start: TrainStart, subscription: Subscription[Event]) -> None:
-        """Show a run while it runs. Any thread; does not wait. After `close` it only closes the subscription."""
-        groups = {name: len(each.param_groups) for name, each in run.trainer.optimizers.items()}
-        if not self._post(lambda: self._follow(run, start, groups, subscription)):
+    def add_run(self, run: "Run | ReplayedRun", start: TrainStart, subscription: Subscription[Event]) -> None:
+        """Show a run while it runs, or is replayed. Any thread; does not wait.
+
+        After `close` it only closes the subscription.
+        """
+        source = source_of(run)
+        if not self._post(lambda: self._follow(run, source, start, subscription)):
             subscription.close()
 
-    def finish_run(self, run: "Run", *, with_picture: bool = False) -> str | None:
+    def finish_run(self, run: "Run | ReplayedRun", *, with_picture: bool = False) -> str | None:
         """Wait until the hub has read all events of a run that has ended. Blocks its thread for at most a second.
 
         Args:
@@ -362,23 +365,28 @@ class Server:
         self._spawn(followed.run())
 
     def _follow(
-        self, run: "Run", start: TrainStart, groups: Mapping[str, int], subscription: Subscription[Event]
+        self,
+        run: "Run | ReplayedRun",
+        source: ProcessRun,
+        start: TrainStart,
+        subscription: Subscription[Event],
     ) -> None:
         live = LiveRun(
-            ProcessRun(run, groups),
+            source,
             start,
             history_bytes=self.options.history_bytes,
             milestone_bytes=self.options.milestone_bytes,
             taken=self.hub.runs,
         )
-        if run.dir is not None:
+        # What is beside the files of a replay are no runs
+        if run.dir is not None and not isinstance(source, ReplaySource):
             if self.hub.followed is None:
                 self._follow_directory(run.dir.parent, names_all=False)
             else:
                 self.hub.followed.add_directory(run.dir.parent)
         self._followers[run] = self._spawn(self.hub.follow(live, subscription)), live
 
-    def _when_followed(self, run: "Run", tell: Callable[[LiveRun | None], None]) -> None:
+    def _when_followed(self, run: "Run | ReplayedRun", tell: Callable[[LiveRun | None], None]) -> None:
         follower, live = self._followers.pop(run, (None, None))
         if follower is None:
             tell(None)

@@ -372,6 +372,7 @@ class Attempt:
         if isinstance(event, TrainEnd):
             self._finish_rounds()
         self.facts.take(event)
+        self.facts.samples.take_over(event)
         if len(chunk) == 1:
             self._go_on_to(event)
         self._emit(chunk)

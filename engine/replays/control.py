@@ -35,6 +35,11 @@ class ReplayControl:
         """True while events wait for `resume` or `advance`."""
         return self._pace.is_paused
 
+    @property
+    def is_stopped(self) -> bool:
+        """True if no further events come, because somebody has stopped the replay."""
+        return self._pace.is_stopped
+
     def pause_nowait(self) -> Future[None]:
         """Hold the next event. Done when all before it are handled."""
         return self._pace.pause()

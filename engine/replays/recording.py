@@ -45,6 +45,10 @@ class Recording:
         self.record: Final[RunRecord] = read_run(self.directory)
         self.unknown: Counter[str] = Counter()
         """How many events there were so far of each class that is not defined here."""
+        self.lines = 0
+        """How many lines the log has, after `scan`."""
+        self.has_validation = False
+        """Whether the run has validated, after `scan`."""
         self._tail = EventTail(self.directory)
         # By tag: the class of that name that is defined in another module.
         self._elsewhere: dict[str, type[Event] | None] = {}
@@ -59,20 +63,18 @@ class Recording:
         """What is wrong with the first of them."""
         return self._tail.why_skipped
 
-    @property
-    def progress(self) -> float:
-        """Share of the log that was read so far, 0 to 1."""
-        return self._tail.position / self._tail.size if self._tail.size else 0.0
+    def scan(self) -> None:
+        """Count the lines, and look for a validation. Blocks: about a second for a gigabyte.
 
-    def has_validation(self) -> bool:
-        """Return whether the run has validated. Reads the log up to the first validation."""
+        Raises:
+            OSError: The log cannot be read.
+        """
         with open(self.directory / LOG, "rb") as file:
             rest = b""
             while part := file.read(PART):
-                if _VALIDATION in rest + part:
-                    return True
+                self.lines += part.count(b"\n")
+                self.has_validation = self.has_validation or _VALIDATION in rest + part
                 rest = part[-len(_VALIDATION) :]
-        return False
 
     def __iter__(self) -> Iterator[tuple[int, Event]]:
         """Yield the events in order, each with the number of its attempt, up to the present end of the log.

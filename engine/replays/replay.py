@@ -29,6 +29,7 @@ from offloop.engine.replays.control import ReplayControl
 from offloop.engine.replays.recording import Recording, check_directory
 from offloop.engine.replays.replay_result import ReplayResult
 from offloop.engine.replays.replayed_run import Facts, NotedCommand, Services
+from offloop.engine.replays.samples import ReplayedSamples
 from offloop.engine.session.callback_lease import CallbackLease
 
 logger = logging.getLogger("offloop")
@@ -114,8 +115,8 @@ class Replay(ReplayControl):
 
     @property
     def progress(self) -> float:
-        """Share of the log that was read so far, 0 to 1."""
-        return self._recording.progress
+        """Share of the events that were handed over so far, 0 to 1."""
+        return min(1.0, self._count / self._recording.lines) if self._recording.lines else 0.0
 
     @property
     def commands(self) -> tuple[NotedCommand, ...]:
@@ -174,17 +175,17 @@ class Replay(ReplayControl):
         self._has_begun = True
         worker = Worker("offloop-replay-begin")
         try:
-            has_validation = await worker.run(self._recording.has_validation)
+            await worker.run(self._recording.scan)
             self._source: Iterator[tuple[int, Event]] = iter(self._recording)
             self._next: tuple[int, Event] | None = await worker.run(lambda: next(self._source, None))
             directory = await worker.run(self._make_directory)
-            return await self._run_attempts(has_validation, directory)
+            return await self._run_attempts(directory)
         finally:
             worker.close()
             self._is_over = True
             self._pace.end()
 
-    async def _run_attempts(self, has_validation: bool, directory: Path | None) -> ReplayResult:
+    async def _run_attempts(self, directory: Path | None) -> ReplayResult:
         callbacks = self._callbacks
         if directory is not None and not any(isinstance(each, EventLog) for each in callbacks):
             # As every run with a directory has one
@@ -200,7 +201,7 @@ class Replay(ReplayControl):
             while self._next is not None and not self._pace.is_stopped:
                 lease.begin(cast(TrainerParts, _NoTrainer()))
                 _load(callbacks, states)
-                attempt = self._begin(callbacks, has_validation, directory)
+                attempt = self._begin(callbacks, directory)
                 attempt.facts.metrics |= metrics
                 await attempt.run(self._events_of(self._next[0]))
                 states = attempt.states
@@ -230,9 +231,15 @@ class Replay(ReplayControl):
             dir=directory,
         )
 
-    def _begin(self, callbacks: list[Callback], has_validation: bool, directory: Path | None) -> Attempt:
+    def _begin(self, callbacks: list[Callback], directory: Path | None) -> Attempt:
         assert self._next is not None
-        facts = Facts(self.id, directory, self._recording.record.monitor, has_validation=has_validation)
+        facts = Facts(
+            self.id,
+            directory,
+            ReplayedSamples(directory, self._recording.directory),
+            self._recording.record.monitor,
+            has_validation=self._recording.has_validation,
+        )
         attempt = Attempt(
             lookup(callbacks),
             facts,

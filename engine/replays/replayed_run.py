@@ -41,7 +41,9 @@ from offloop.engine.metrics.names import metric_direction
 from offloop.engine.monitor import Direction
 from offloop.engine.observers.observer import CallbackCosts
 from offloop.engine.replays.control import ReplayControl
+from offloop.engine.replays.samples import ReplayedSamples
 from offloop.engine.run_handle import RunHandle, no_attribute
+from offloop.engine.samples.files import SampleFiles
 
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
@@ -100,17 +102,27 @@ class NotedCommand(msgspec.Struct, frozen=True, kw_only=True):
 class Facts:
     """What the recorded run was like at the event that callbacks handle. Written by the replay's thread."""
 
-    def __init__(self, run_id: str, directory: Path | None, monitor: str, *, has_validation: bool) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        directory: Path | None,
+        samples: ReplayedSamples,
+        monitor: str,
+        *,
+        has_validation: bool,
+    ) -> None:
         """Begin before the first event.
 
         Args:
             run_id: Of the recorded run.
             directory: Where callbacks write.
+            samples: Contents of its samples.
             monitor: Metric of the run's best; empty if unknown.
             has_validation: Whether the recorded run has validated.
         """
         self.run_id = run_id
         self.directory = directory
+        self.samples = samples
         self.has_validation = has_validation
         self.state = "starting"
         self.metrics: dict[str, float] = {}
@@ -250,6 +262,11 @@ class ReplayedRun(RunHandle):
         return end.status if end is not None and self.is_over else self._facts.state
 
     @property
+    def has_end(self) -> bool:
+        """True once the recorded end of the attempt (`TrainEnd`) has come."""
+        return self._facts.end is not None
+
+    @property
     def is_over(self) -> bool:
         return self._facts.is_over
 
@@ -328,6 +345,7 @@ class ReplayedRun(RunHandle):
         if self._facts.end is not None:
             raise BusClosedError(f"{type(event).__name__} was published after the run had ended")
         check_new(event)
+        self._facts.samples.keep(event)
         cause = self.event
         with self._lock:
             _set(event, "time", cause.time)
@@ -348,6 +366,11 @@ class ReplayedRun(RunHandle):
         with self._lock:
             taken, self._noted = self._noted, []
         return taken
+
+    @property
+    def samples(self) -> SampleFiles:
+        """Contents of pictures and long texts, of the recorded run and of its replay. Any thread."""
+        return self._facts.samples
 
     @property
     def subscriptions(self) -> tuple[SubscriptionStatistics, ...]:

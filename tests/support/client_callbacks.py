@@ -8,7 +8,7 @@ import anyio
 from run_handles import InPlace
 
 from offloop.dashboard import Dashboard, Watch, connect
-from offloop.engine import Callback, Event, Run, TrainStart, decides
+from offloop.engine import Callback, Event, ReplayedRun, Run, TrainStart, decides
 
 
 class AtClient(Dashboard):
@@ -21,7 +21,7 @@ class AtClient(Dashboard):
         self._client = threading.Thread(target=self._be_client, name="client")
 
     @decides
-    def on_train_start(self, event: TrainStart, run: Run) -> None:
+    def on_train_start(self, event: TrainStart, run: Run | ReplayedRun) -> None:
         super().on_train_start(event, run)
         self._client.start()
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 import anyio
 import anyio.lowlevel
 import msgspec
+import numpy as np
 import pytest
 
 from offloop import EarlyStopping, MetricLogger, ModelCheckpoint, ProgressBar, ResourceMonitor
@@ -19,6 +20,7 @@ from offloop.engine import (
     Event,
     EventLog,
     Metrics,
+    PictureSample,
     Replay,
     ReplayedRun,
     ReplayResult,
@@ -28,6 +30,7 @@ from offloop.engine import (
     StepEnd,
     StepPoint,
     Stop,
+    TextSample,
     TrainEnd,
     TrainStart,
     ValidationEnd,
@@ -499,6 +502,39 @@ def test_files_go_to_a_temporary_directory_unless_one_is_given(
     assert result.dir is not None and result.dir.parent == tmp_path
     assert (result.dir / "mine.txt").read_text() == "mine"
     assert "mine.txt" not in files_of(recorded)
+
+
+class Draws(Callback):
+    """Publishes a picture and a long text at the end of each epoch."""
+
+    def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
+        run.publish(PictureSample("digits", np.full((2, 2), 50 * event.epoch, np.uint8)))
+        run.publish(TextSample("code", f"{event.epoch}" * 20_000))
+
+
+class ReadsSamples(Callback):
+    def __init__(self) -> None:
+        self.read: list[bytes] = []
+
+    def on_event(self, event: Event, run: ReplayedRun) -> None:
+        if isinstance(event, PictureSample):
+            self.read.append(run.samples.read(event.picture))
+        elif isinstance(event, TextSample):
+            self.read.append(run.samples.read(event))
+
+
+def test_samples_are_read_from_the_recorded_run_and_copied_to_the_replay(tmp_path: Path) -> None:
+    tiny_trainer(run_dir=tmp_path, run_name="drawn").train(tiny_loader(2), epochs=2, callbacks=[Draws()])
+    run, reads = tmp_path / "drawn", ReadsSamples()
+    files = files_of(run / "samples")
+    assert len(files) == 4
+    result = replay(run, callbacks=[reads])
+    assert (result.dir, result.callback_errors, sorted(reads.read)) == (None, {}, sorted(files.values()))
+    # New ones go to the replay's directory alone
+    reads = ReadsSamples()
+    result = replay(run, callbacks=[Draws(), reads], directory=tmp_path / "replay")
+    assert (result.callback_errors, len(reads.read), len(result.published)) == ({}, 8, 4)
+    assert files_of(tmp_path / "replay" / "samples") == files == files_of(run / "samples")
 
 
 # Step hooks ----------------------------------------------------------------------------------------
