@@ -24,9 +24,11 @@ from offloop.dashboard.protocol import (
     CommandRequest,
     Drawn,
     Edit,
+    EditCheckpoint,
     Hello,
     Hi,
     LayersQuery,
+    ListCheckpoints,
     ListRuns,
     Overlay,
     Ping,
@@ -53,6 +55,7 @@ from offloop.dashboard.runs.rows import RowCursor, RunList, row_of
 from offloop.dashboard.runs.sample_batch import SampleBatch
 from offloop.dashboard.viewers.connection import Connection, Link, RefusedError, Visitor, receive_hi
 from offloop.dashboard.viewers.followed_audience import FollowedAudience
+from offloop.dashboard.viewers.run_checkpoints import RunCheckpoints
 from offloop.dashboard.viewers.run_edits import RunEdits
 from offloop.dashboard.viewers.sample_answers import SampleAnswers
 from offloop.dashboard.viewers.viewer import Viewer, ViewerTooSlowError
@@ -109,6 +112,7 @@ class Hub:
         self._commands = ViewerCommands(self.find, post, self._send_status_to)
         self._calls = DiskCalls(post)
         self._edits = RunEdits(self._calls, self._directory_of, self._ask_followed)
+        self._checkpoints = RunCheckpoints(self._calls, self._directory_of, self.find, post)
         # Runs of a directory besides those of this process, if there are any.
         self.followed: FollowedRuns | None = None
         self._audience: FollowedAudience | None = None
@@ -427,6 +431,7 @@ class Hub:
                 self._occupied = anyio.Event()
                 self._empty.set()
             self._commands.forget(connection)
+            self._checkpoints.forget(connection)
             # Every status contains the number of viewers.
             self._changed.update(live.key for live in self._all)
             self._ask_followed()
@@ -541,6 +546,10 @@ class Hub:
                 self._ask_followed()
             case Edit():
                 self._edits.request(connection, message)
+            case ListCheckpoints():
+                self._checkpoints.send(connection, message)
+            case EditCheckpoint():
+                self._checkpoints.edit(connection, message)
             case Overlay():
                 self._overlay(connection, message.runs)
             case Hi():

@@ -225,6 +225,8 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
     """For `tag`: letters, digits, `.`, `_` and `-`, at most 64."""
     move: bool = False
     """For `tag`: take it off the checkpoint that has it."""
+    which: str | int = ""
+    """For `tag`: name, tag or step of a saved checkpoint; empty for the state of the next step boundary."""
     by: str = ""
     """Who gives the command, at most 64 characters. `CommandApplied.by` has it behind the viewer's address."""
     checkpoint: bool = True
@@ -255,7 +257,7 @@ class CommandRequest(FromViewer, frozen=True, kw_only=True, tag="command"):
             case "validate":
                 return Validate()
             case "tag":
-                return TagCheckpoint(self.tag, self.move)
+                return TagCheckpoint(self.tag, self.move, None if self.which == "" else self.which)
 
 
 class TakeBack(FromViewer, frozen=True, kw_only=True, tag="take_back"):
@@ -316,6 +318,34 @@ class Edit(FromViewer, frozen=True, kw_only=True, tag="edit"):
     """Archived runs are hidden in lists."""
 
 
+class ListCheckpoints(FromViewer, frozen=True, kw_only=True, tag="checkpoints"):
+    """Ask for the checkpoints of a run as they are on disk; answered by `checkpoints`."""
+
+    run: str
+    """Key of the run."""
+
+
+class EditCheckpoint(FromViewer, frozen=True, kw_only=True, tag="edit_checkpoint"):
+    """Verify a checkpoint, tag it or take a tag off it. Control role only; answered by `ack`, then `checkpoints`.
+
+    While a run of this process goes on, `tag` is a command to it. A run that another process trains has its writer
+    there: then it is rejected.
+    """
+
+    id: str
+    """As in `CommandRequest`."""
+    run: str
+    """Key of the run."""
+    checkpoint: str
+    """`CheckpointRow.name`."""
+    action: Literal["verify", "tag", "untag"]
+    """`verify` reads every byte."""
+    tag: str = ""
+    """For `tag` and `untag`."""
+    move: bool = False
+    """For `tag`: take it off the checkpoint that has it."""
+
+
 class Stream(FromViewer, frozen=True, kw_only=True, tag="stream"):
     """Send the samples of the watched run too, from now on, as `streamed`. A program's, which wants events."""
 
@@ -350,6 +380,8 @@ ViewerMessage = (
     | ListRuns
     | Overlay
     | Edit
+    | ListCheckpoints
+    | EditCheckpoint
     | Stream
     | Visibility
     | Ping
@@ -468,6 +500,46 @@ class Rows(FromServer, frozen=True, kw_only=True, tag="rows"):
     """True: further rows of the first answer follow, also because directories are still looked at."""
     total: int = 0
     """Number of runs in the list."""
+
+
+class CheckpointRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint of a run, as it is on disk."""
+
+    name: str
+    """Name of its directory: steps done, and the run's attempt."""
+    path: str
+    """Its directory; empty for a damaged one whose manifest cannot be read."""
+    step: int = -1
+    """Steps done; -1 if unknown."""
+    epoch: int = 0
+    """Epochs done."""
+    attempt: int = 0
+    reason: str = ""
+    """Why it was taken."""
+    created: float = 0.0
+    """Unix time in seconds."""
+    bytes: int = 0
+    """Size on disk in bytes."""
+    metrics: dict[str, Any] = {}
+    """Metrics computed at its step, and those of its evaluation; may be `"NaN"`, ..."""
+    is_best: bool = False
+    is_last: bool = False
+    tags: list[str] = []
+    verified: float | None = None
+    """Unix time at which this server has read every byte of it; None if it has not."""
+    damaged: str = ""
+    """What is wrong with it; empty if nothing is known to be."""
+
+
+class Checkpoints(FromServer, frozen=True, kw_only=True, tag="checkpoints"):
+    """The checkpoints of a run, oldest first."""
+
+    run: str
+    rows: list[CheckpointRow]
+    verifying: list[str] = []
+    """Names of those that are being read."""
+    error: str = ""
+    """Why they cannot be listed; empty if they can."""
 
 
 class RunInfo(FromServer, frozen=True, kw_only=True, tag="run"):

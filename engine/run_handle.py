@@ -274,21 +274,25 @@ class RunHandle(abc.ABC):
         """
         return self.give_nowait(SaveCheckpoint(reason), by=by)
 
-    def tag_nowait(self, tag: str, *, move: bool = False, by: str | None = None) -> Future[CheckpointSaved]:
-        """Give the state of the next step boundary a name that keeps its checkpoint from being deleted.
+    def tag_nowait(
+        self, tag: str, checkpoint: str | int | None = None, *, move: bool = False, by: str | None = None
+    ) -> Future[CheckpointSaved]:
+        """Give a checkpoint a name that keeps it from being deleted.
 
-        If there is a checkpoint of that step, it gets the tag; else one is saved. The future completes with that
-        checkpoint when both are durable. It fails with `ValueError` if the tag is on another checkpoint of this run.
+        Without `checkpoint`, it is that of the next step boundary: one is saved if there is none of that step. The
+        future completes with the checkpoint when it and the tag are durable. It fails with `ValueError` if the tag is
+        on another checkpoint of this run, with `CheckpointNotFoundError` if there is no such checkpoint.
 
         Args:
             tag: Letters, digits, `.`, `_` and `-`, at most 64; not `last`, `best`, `auto`, `must` or `never`.
+            checkpoint: A saved one: `"last"`, `"best"`, a tag, a step, or its name.
             move: Take the tag off the checkpoint that has it; that one may then be deleted.
             by: Who gives the command, for the record.
 
         Raises:
-            ConfigError: The run has no directory to save into, or `tag` is not legal.
+            ConfigError: The run has no directory to save into, or an argument is not legal.
         """
-        return self.give_nowait(TagCheckpoint(tag, move), by=by)
+        return self.give_nowait(TagCheckpoint(tag, move, checkpoint), by=by)
 
     @awaited
     async def pause(self, reason: str = "", *, by: str | None = None) -> None:
@@ -323,9 +327,11 @@ class RunHandle(abc.ABC):
         return await self._wait_for(self.checkpoint_nowait(reason, by=by))
 
     @awaited
-    async def tag(self, tag: str, *, move: bool = False, by: str | None = None) -> CheckpointSaved | None:
-        """Tag the checkpoint of the next step boundary, see `tag_nowait`; returns when both are durable."""
-        return await self._wait_for(self.tag_nowait(tag, move=move, by=by))
+    async def tag(
+        self, tag: str, checkpoint: str | int | None = None, *, move: bool = False, by: str | None = None
+    ) -> CheckpointSaved | None:
+        """Tag a checkpoint, or that of the next step boundary, see `tag_nowait`; returns when both are durable."""
+        return await self._wait_for(self.tag_nowait(tag, checkpoint, move=move, by=by))
 
     @property
     def should_stop(self) -> NoReturn:

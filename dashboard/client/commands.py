@@ -136,7 +136,8 @@ def _request(command: Command[Any], *, id: str, run: str, ttl: float, by: str) -
                 request, lr=command.lr, group=command.group, optimizer=command.optimizer
             )
         case TagCheckpoint():
-            return msgspec.structs.replace(request, tag=command.tag, move=command.move)
+            which = "" if command.checkpoint is None else command.checkpoint
+            return msgspec.structs.replace(request, tag=command.tag, move=command.move, which=which)
         case _:
             return request
 

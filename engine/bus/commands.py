@@ -102,22 +102,30 @@ class SaveCheckpoint(_WithReason[CheckpointSaved], frozen=True, tag="checkpoint"
 
 
 class TagCheckpoint(Command[CheckpointSaved], frozen=True, tag="tag"):
-    """Give the state of a step boundary a name. A checkpoint is saved if there is none of that step.
+    """Give a saved checkpoint, or the state of a step boundary, a name.
 
     Raises:
-        ConfigError: `tag` is no name for a tag.
+        ConfigError: `tag` is no name for a tag, or `checkpoint` none of a checkpoint.
     """
 
     tag: str
     """Letters, digits, `.`, `_` and `-`, at most 64; not `last`, `best`, `auto`, `must` or `never`."""
     move: bool = False
     """True: take the tag off the checkpoint that has it."""
+    checkpoint: str | int | None = None
+    """`"last"`, `"best"`, another tag, a step, or the name of a saved checkpoint; None for the state of the step
+    boundary, of which a checkpoint is saved if there is none."""
 
     def __post_init__(self) -> None:
         try:
             check_tag(self.tag)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if isinstance(self.checkpoint, str) and (not self.checkpoint or "/" in self.checkpoint):
+            raise ConfigError(
+                "checkpoint must be the name of a checkpoint of this run, such as step-000001200-a1, a tag or a step, "
+                f"got {self.checkpoint!r}"
+            )
 
 
 class Call(Command[Result], Generic[Result], frozen=True, tag="call"):

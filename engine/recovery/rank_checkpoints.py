@@ -31,6 +31,7 @@ from offloop.engine.errors import describe
 from offloop.engine.events import CheckpointSaved
 from offloop.engine.recovery.keepers import Keeper
 from offloop.engine.recovery.run_checkpoints import Checkpoints, is_settled
+from offloop.engine.recovery.saved_events import event_of
 
 logger = logging.getLogger("offloop")
 
@@ -97,7 +98,15 @@ class RankCheckpoints(Checkpoints):
             future=future,
         )
 
-    def tag(self, tag: str, *, step: int, move: bool, future: "Future[CheckpointSaved]") -> None:
+    def tag(
+        self,
+        tag: str,
+        *,
+        step: int,
+        move: bool,
+        future: "Future[CheckpointSaved]",
+        which: str | int | None = None,
+    ) -> None:
         """Have the future complete when rank 0 has tagged the checkpoint, or has failed. Training thread."""
         self._number += 1
         number = self._number
@@ -107,7 +116,7 @@ class RankCheckpoints(Checkpoints):
             if outcome.error:
                 future.set_exception(CheckpointError(outcome.error))
             else:
-                future.set_result(_event(outcome))
+                future.set_result(event_of(outcome))
 
         try:
             self.open()
@@ -181,7 +190,7 @@ class RankCheckpoints(Checkpoints):
             self._report_failure(request, CheckpointError(outcome.error))
             return
         self._in_flight.discard(id(request))
-        event = _event(outcome)
+        event = event_of(outcome)
         self.last = event.path
         self.saved = {event.saved_step: event.path}
         waiting = self._waiting.pop(id(request), None)
@@ -212,13 +221,3 @@ class RankCheckpoints(Checkpoints):
             except CheckpointError as error:
                 logger.error("rank 0 did not say what became of the last checkpoints: %s", error)
         super()._give_back()
-
-
-def _event(outcome: Outcome) -> CheckpointSaved:
-    return CheckpointSaved(
-        path=outcome.path,
-        saved_step=outcome.step,
-        reason=outcome.reason,
-        bytes=outcome.bytes,
-        seconds=outcome.seconds,
-    )

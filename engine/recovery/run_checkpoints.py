@@ -45,6 +45,7 @@ from offloop.engine.monitor import EVALUATED
 from offloop.engine.observers.durable_logs import DurableLogs
 from offloop.engine.recovery.evaluations import Evaluations
 from offloop.engine.recovery.keepers import Keeper
+from offloop.engine.recovery.saved_events import event_about, outcome_of
 
 logger = logging.getLogger("offloop")
 
@@ -266,14 +267,23 @@ class Checkpoints:
         """True while a checkpoint is taken or written. Any thread."""
         return bool(self._in_flight)
 
-    def tag(self, tag: str, *, step: int, move: bool, future: "Future[CheckpointSaved]") -> None:
-        """Tag the newest checkpoint, which is that of `step`, once it is durable. Training thread; does not wait.
+    def tag(
+        self,
+        tag: str,
+        *,
+        step: int,
+        move: bool,
+        future: "Future[CheckpointSaved]",
+        which: str | int | None = None,
+    ) -> None:
+        """Tag a checkpoint, by default the newest, which is that of `step`. Training thread; does not wait.
 
         Args:
             tag: The name. A checkpoint that has one is not deleted.
-            step: Optimizer steps done at its boundary.
+            step: Optimizer steps done at this boundary.
             move: Whether to take the tag from another checkpoint.
-            future: Completed when the tag is durable or has failed.
+            future: Completed when checkpoint and tag are durable, or one has failed.
+            which: The checkpoint, see `CheckpointReader.find`.
         """
 
         self._number += 1
@@ -284,20 +294,24 @@ class Checkpoints:
             try:
                 if death is not None:
                     raise death
-                if saved is None or saved.saved_step != step:
+                assert self._store is not None
+                if which is not None:
+                    saved = event_about(self._store.tag(tag, which, move=move))
+                elif saved is None or saved.saved_step != step:
                     raise CheckpointWriteError(
                         self.directory,
                         None,
                         f"the checkpoint of step {step} to be tagged {tag!r} was not saved",
                     )
-                assert self._store is not None
-                self._store.tag(tag, Path(saved.path).name, move=move)
+                else:
+                    self._store.tag(tag, Path(saved.path).name, move=move)
             except Exception as error:
-                logger.error("the checkpoint of step %d was not tagged %r: %s", step, tag, error)
+                what = f"of step {step}" if which is None else repr(which)
+                logger.error("the checkpoint %s was not tagged %r: %s", what, tag, error)
                 self._tell(number, Outcome(error=describe(error)))
                 future.set_exception(error)
             else:
-                self._tell(number, _outcome(saved))
+                self._tell(number, outcome_of(saved))
                 future.set_result(saved)
 
         try:
@@ -525,7 +539,7 @@ class Checkpoints:
             to_evaluate=to_evaluate,
         )
         self._newest = event
-        self._tell(request.number, _outcome(event))
+        self._tell(request.number, outcome_of(event))
         for problem in commit.problems:
             logger.warning("after checkpoint %s: %s", path, problem)
         waiting = self._waiting.pop(id(request), None)
@@ -579,13 +593,3 @@ def _take(arena: SnapshotArena, state: Mapping[str, Any], wait_policy: WaitPolic
     if not wait_policy(is_done):
         raise refusals[-1]
     return taken[0]
-
-
-def _outcome(saved: CheckpointSaved) -> Outcome:
-    return Outcome(
-        path=saved.path,
-        step=saved.saved_step,
-        reason=saved.reason,
-        bytes=saved.bytes,
-        seconds=saved.seconds,
-    )

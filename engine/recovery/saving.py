@@ -7,6 +7,7 @@ resume                        ────> restore the state     <──state�
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -100,7 +101,11 @@ class Saving:
             self.save(command.reason, envelope.future, owners=owners)
             return
         assert isinstance(command, TagCheckpoint)
+        tag = functools.partial(self._checkpoints.tag, command.tag, move=command.move, future=envelope.future)
         step = self._progress.step
+        if command.checkpoint is not None:
+            tag(step=step, which=command.checkpoint)
+            return
         # A checkpoint that was just taken is of this very state
         is_taken = self._saved_moment == self._moment() and self._checkpoints.failed_step != step
         # Only rank 0 knows whether it has failed
@@ -111,7 +116,7 @@ class Saving:
                 # The other ranks, which may have saved, count the tag that follows
                 self._checkpoints.refuse(error)
                 raise
-        self._checkpoints.tag(command.tag, step=step, move=command.move, future=envelope.future)
+        tag(step=step)
 
     def save_last(self, reason: str) -> None:
         """Take the last checkpoint of a run, if a callback wants one and there is something to save.

@@ -21,11 +21,21 @@ from socket_viewer import PATIENCE, SocketViewer, await_on_loop, on_loop
 from offloop.callbacks import ModelCheckpoint
 from offloop.dashboard import Dashboard
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import CommandRequest, Edit, ListRuns, Overlay, Show, Watch
+from offloop.dashboard.protocol import (
+    CommandRequest,
+    Edit,
+    EditCheckpoint,
+    ListCheckpoints,
+    ListRuns,
+    Overlay,
+    Show,
+    Watch,
+)
 from offloop.dashboard.runs import followed_runs, run_reader
 from offloop.dashboard.runs.directories import Directories
 from offloop.dashboard.serving.server import Server
 from offloop.engine import read_run
+from offloop.engine.checkpoint import CheckpointReader
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
 Serve = Callable[..., Server]
@@ -685,3 +695,46 @@ def test_command_serves_runs_by_default(tmp_path: Path, monkeypatch: pytest.Monk
     process = offloop_serve()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2 and error.startswith("offloop: runs ")
+
+
+# Checkpoints
+
+
+def test_checkpoints_of_a_run_are_found_by_name_and_never_by_a_path(serve: Serve, tmp_path: Path) -> None:
+    for name in ("past", "other"):
+        trainer = tiny_trainer(run_dir=str(tmp_path), run_name=name)
+        trainer.train(tiny_loader(5), epochs=1, callbacks=[ModelCheckpoint()])
+    elsewhere = CheckpointReader(tmp_path / "other").checkpoints()[0].path
+    with SocketViewer(serve().url) as viewer:
+        viewer.say(ListCheckpoints(run="past"))
+        viewer.wait(lambda page: page.checkpoints)
+        (listed,) = viewer.page.checkpoints[-1].rows
+        assert (listed.step, listed.path, listed.is_last, listed.verified) == (
+            5,
+            str(tmp_path / "past" / "checkpoints" / listed.name),
+            True,
+            None,
+        )
+        strange = {
+            str(elsewhere): "verify",
+            f"../../other/checkpoints/{listed.name}": "tag",
+            "last": "untag",
+            "x\0y": "verify",
+        }
+        for name, action in strange.items():
+            viewer.say(
+                EditCheckpoint(id=name[-9:], run="past", checkpoint=name, action=action, tag="v1")  # type: ignore[arg-type]
+            )
+            viewer.wait(lambda page, id=name[-9:]: page.acks.get(id) == ["rejected"])  # type: ignore[misc]
+        for number, tag in enumerate(("last", "../x")):
+            viewer.say(
+                EditCheckpoint(id=f"t{number}", run="past", checkpoint=listed.name, action="tag", tag=tag)
+            )
+            viewer.wait(lambda page, number=number: page.acks.get(f"t{number}") == ["rejected"])  # type: ignore[misc]
+        viewer.say(EditCheckpoint(id="v", run="past", checkpoint=listed.name, action="verify"))
+        viewer.wait(lambda page: page.acks.get("v") == ["applied"] and page.checkpoints[-1].rows[0].verified)
+        viewer.say(EditCheckpoint(id="g", run="nowhere", checkpoint=listed.name, action="verify"))
+        viewer.wait(lambda page: page.acks.get("g") == ["rejected"])
+        viewer.say(ListCheckpoints(run="nowhere"))
+        viewer.wait(lambda page: page.checkpoints[-1].error)
+    assert CheckpointReader(tmp_path / "past").tags() == CheckpointReader(tmp_path / "other").tags() == {}

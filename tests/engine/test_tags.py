@@ -85,7 +85,7 @@ def test_checkpoint_just_taken_gets_the_tag_and_no_second_one_is_made(tmp_path: 
     assert CheckpointReader(tmp_path / "run").find("v3").path == Path(saved.path)
     acknowledged = [event for event in recorder.of(CommandApplied) if event.command == "tag"]
     assert [(event.arguments, event.error) for event in acknowledged] == [
-        ({"tag": "v3", "move": False}, None)
+        ({"tag": "v3", "move": False, "checkpoint": None}, None)
     ]
 
 
@@ -109,6 +109,33 @@ async def test_tag_in_use_is_refused_and_stays_where_it_is(tmp_path: Path) -> No
             assert CheckpointReader(run.dir).find("v1").path == Path(first.path)
             second = await run.tag("v1", move=True)
             assert second is not None and second.saved_step > first.saved_step
+            await run.stop()
+
+
+@pytest.mark.anyio
+async def test_tag_of_a_saved_checkpoint_saves_no_other_one(tmp_path: Path) -> None:
+    with anyio.fail_after(LONG):
+        trainer = tiny_trainer(run_dir=str(tmp_path), run_name="run")
+        async with trainer.start(EndlessLoader(), max_steps=ENDLESS) as run:
+            first = await run.checkpoint()
+            assert first is not None and run.dir is not None
+            while run.step == first.saved_step:
+                await run.call(lambda trainer: None)
+            saved = await run.tag("by_step", first.saved_step)
+            assert saved is not None
+            assert (saved.path, saved.saved_step, saved.reason) == (first.path, first.saved_step, "manual")
+            assert saved.bytes == first.bytes
+            await run.tag("by_tag", "by_step")
+            await run.tag("by_name", Path(first.path).name)
+            await run.tag("by_last", "last")
+            reader = CheckpointReader(run.dir)
+            assert {reader.find(name).path for name in reader.tags()} == {Path(first.path)}
+            assert len(reader.tags()) == 4 and len(reader.checkpoints()) == 1
+            with pytest.raises(CheckpointNotFoundError, match="by_step"):
+                await run.tag("v1", "nowhere")
+            with pytest.raises(ConfigError, match=r"checkpoint must be the name .* got '/etc'"):
+                run.tag_nowait("v1", "/etc")
+            assert "v1" not in reader.tags()
             await run.stop()
 
 

@@ -1,5 +1,6 @@
 // What is fixed about the run: what it was made with, where it runs, and every knob of it, as the server has masked them.
 
+import { CANNOT_COPY, copyText } from "./clipboard";
 import { button, h, replaceChildren, setText, show } from "./dom";
 import * as format from "./format";
 import type { RunInfo, RunRow } from "./protocol";
@@ -89,12 +90,8 @@ export class Config {
 
   async #copy(): Promise<void> {
     if (this.#run === null) return;
-    try {
-      await navigator.clipboard.writeText(JSON.stringify({ ...this.#run.hyperparameters, config: this.#run.config }, null, 2));
-      setText(this.#copied, "Copied.");
-    } catch {
-      setText(this.#copied, "The browser does not let this page copy (it does over https and on localhost).");
-    }
+    const text = JSON.stringify({ ...this.#run.hyperparameters, config: this.#run.config }, null, 2);
+    setText(this.#copied, (await copyText(text)) ? "Copied." : CANNOT_COPY);
   }
 }
 

@@ -2,6 +2,7 @@
 
 import { Access } from "./access";
 import { Charts } from "./charts";
+import { Checkpoints } from "./checkpoints";
 import { Config } from "./config";
 import { Connection, isLoopback, openSocket, probeStatus, type Link } from "./connection";
 import { Controls, type Order } from "./controls";
@@ -49,6 +50,7 @@ class Page {
   readonly #controls: Controls;
   readonly #events: Events;
   readonly #config = new Config();
+  readonly #checkpoints: Checkpoints;
   readonly #charts: Charts;
   readonly #keys: Keys;
   readonly #runs: Runs;
@@ -143,6 +145,11 @@ class Page {
       nameOf: (key) => this.#runs.row(key)?.name ?? key,
       colourOf: (key) => this.#charts.colourOf(key),
     });
+    this.#checkpoints = new Checkpoints({
+      send: (message) => this.#connection.send(message),
+      announce: (text) => this.#announce(text),
+      newId: commandId,
+    });
     this.#tabs = this.#makeTabs();
     this.#keys = this.#makeKeys();
     this.#build();
@@ -210,6 +217,7 @@ class Page {
       this.#keys.dialog,
       this.#runs.editor.dialog,
       this.#samples.dialog,
+      this.#checkpoints.dialog,
     );
   }
 
@@ -241,6 +249,15 @@ class Page {
             search: () => this.#samples.search,
             has: () => this.#samples.has,
             setActive: (active) => this.#samples.setActive(active),
+          },
+        ],
+        [
+          "checkpoints",
+          "Checkpoints",
+          {
+            element: this.#checkpoints.element,
+            has: () => this.#checkpoints.has,
+            setActive: (active) => this.#checkpoints.setActive(active),
           },
         ],
         [
@@ -281,6 +298,7 @@ class Page {
         { keys: ["4"], does: "Compare the ticked runs", run: () => view.set({ tab: "compare" }) },
         { keys: ["5"], does: "System", run: () => view.set({ tab: "system" }) },
         { keys: ["7"], does: "Samples", run: () => view.set({ tab: "samples" }) },
+        { keys: ["8"], does: "Checkpoints", run: () => view.set({ tab: "checkpoints" }) },
         { keys: ["j"], does: "Next run of the list", run: () => this.#runs.bar.move(1) },
         { keys: ["k"], does: "Run before it", run: () => this.#runs.bar.move(-1) },
         { keys: ["r"], does: "Open or close the list of runs", run: () => this.#runs.bar.open(!this.#runs.bar.isOpen) },
@@ -359,6 +377,10 @@ class Page {
         break;
       case "ack":
         this.#runs.answered(message);
+        this.#checkpoints.answered(message);
+        break;
+      case "checkpoints":
+        this.#checkpoints.listed(message);
         break;
       case "run":
         this.#charts.reset(message);
@@ -519,6 +541,7 @@ class Page {
     this.#header.update(model, described, this.#link, name);
     this.#controls.update(model, this.#link, seen.now, this.#runs.bar.store.total > 1 ? name : "");
     this.#events.update(model);
+    this.#checkpoints.update(model);
     this.#config.update(model.run, row);
     this.#samples.update();
     this.#runs.update();

@@ -120,6 +120,21 @@ export interface Edit {
   archived?: boolean;
 }
 
+export interface ListCheckpoints {
+  type: "checkpoints";
+  run: string;
+}
+
+export interface EditCheckpoint {
+  type: "edit_checkpoint";
+  id: string;
+  run: string;
+  checkpoint: string;
+  action: "verify" | "tag" | "untag";
+  tag?: string;
+  move?: boolean;
+}
+
 export interface Visibility {
   type: "visible";
   visible: boolean;
@@ -141,6 +156,8 @@ export type ViewerMessage =
   | ListRuns
   | Overlay
   | Edit
+  | ListCheckpoints
+  | EditCheckpoint
   | Visibility
   | Ping;
 
@@ -212,6 +229,35 @@ export interface Rows {
   removed: string[];
   more: boolean;
   total: number;
+}
+
+export interface CheckpointRow {
+  name: string;
+  /** Its directory; empty if its manifest cannot be read. */
+  path: string;
+  step: number;
+  epoch: number;
+  attempt: number;
+  reason: string;
+  created: number;
+  bytes: number;
+  metrics: Record<string, WireNumber>;
+  is_best: boolean;
+  is_last: boolean;
+  tags: string[];
+  /** When the server has read every byte of it. */
+  verified: number | null;
+  /** What is wrong with it. */
+  damaged: string;
+}
+
+export interface Checkpoints {
+  type: "checkpoints";
+  run: string;
+  rows: CheckpointRow[];
+  /** Names of those that are being read. */
+  verifying: string[];
+  error: string;
 }
 
 export interface RunInfo {
@@ -369,11 +415,13 @@ export type ServerMessage =
   | Pong
   | Bye
   | Rows
-  | SampleIndex;
+  | SampleIndex
+  | Checkpoints;
 
 const SERVER_MESSAGES: Record<ServerMessage["type"], true> = {
   hello: true, runs: true, run: true, series: true, latest: true, status: true,
   milestone: true, missed: true, ack: true, pong: true, bye: true, rows: true, samples: true,
+  checkpoints: true,
 };
 
 /** Read a text message; null for one of a kind that this page does not know. Throws on what is no message. */

@@ -1,5 +1,6 @@
 // In place of a run: why there is none to show, and what to do.
 
+import { copyText } from "./clipboard";
 import { button, h, setText, show } from "./dom";
 import type { Action, Described } from "./states";
 
@@ -33,12 +34,7 @@ export class Stage {
   }
 
   async #copied(): Promise<void> {
-    try {
-      await navigator.clipboard.writeText(this.#line.textContent ?? "");
-      setText(this.#copy, "Copied");
-    } catch {
-      // Only over https and on localhost; selected, one key copies it.
-      getSelection()?.selectAllChildren(this.#line);
-    }
+    if (await copyText(this.#line.textContent ?? "")) setText(this.#copy, "Copied");
+    else getSelection()?.selectAllChildren(this.#line); // then one key copies it
   }
 }

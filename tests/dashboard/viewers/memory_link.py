@@ -12,6 +12,7 @@ from offloop.dashboard.curves.chart_frame import ChartFrame, decode_chart
 from offloop.dashboard.protocol import (
     Ack,
     Bye,
+    Checkpoints,
     CommandRequest,
     Drawn,
     FromViewer,
@@ -32,7 +33,7 @@ from offloop.dashboard.protocol import (
     encode_message,
 )
 
-ServerMessage = messages.ServerMessage | Rows
+ServerMessage = messages.ServerMessage | Rows | Checkpoints
 _messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 
 
@@ -113,6 +114,7 @@ class PageModel:
         self.runs: list[str] = []
         self.rows: dict[str, RunRow] = {}
         self.rows_messages: list[Rows] = []
+        self.checkpoints: list[Checkpoints] = []
         self.owes_drawn = 0
         self.ranges: list[ChartFrame] = []
         self.keys: list[str] = []
@@ -187,6 +189,8 @@ class PageModel:
                 self.bye = message.reason
             case Runs():
                 self.runs = [run.key for run in message.runs]
+            case Checkpoints():
+                self.checkpoints.append(message)
             case Rows():
                 self.rows_messages.append(message)
                 self.rows |= {row.key: row for row in message.rows}

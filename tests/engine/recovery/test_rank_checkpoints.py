@@ -170,6 +170,10 @@ def test_tag_completes_on_both_ranks(ranks: TwoRanks) -> None:
     ranks.other.tag("good", step=1, move=False, future=futures[1])
     assert [each.result(30).saved_step for each in futures] == [1, 1]
     assert ranks.first.load("good").info.step == 1
+    named: list[Future[CheckpointSaved]] = [Future(), Future()]
+    ranks.first.tag("better", step=7, move=False, future=named[0], which="good")
+    ranks.other.tag("better", step=7, move=False, future=named[1], which="good")
+    assert [each.result(30).saved_step for each in named] == [1, 1]
     late: list[Future[CheckpointSaved]] = [Future(), Future()]
     ranks.first.tag("other", step=2, move=False, future=late[0])
     ranks.other.tag("other", step=2, move=False, future=late[1])

@@ -1,5 +1,6 @@
 // The tab that compares the ticked runs: settings that differ, last and best metrics, and the table as text.
 
+import { CANNOT_COPY, copyText } from "../clipboard";
 import { button, h, replaceChildren, setText, show } from "../dom";
 import type { RunRow } from "../protocol";
 import { finder, searchField } from "../search";
@@ -122,12 +123,7 @@ export class CompareTable {
   }
 
   async #copy(text: string): Promise<void> {
-    try {
-      await navigator.clipboard.writeText(text);
-      setText(this.#told, "Copied.");
-    } catch {
-      setText(this.#told, "The browser does not let this page copy (it does over https and on localhost).");
-    }
+    setText(this.#told, (await copyText(text)) ? "Copied." : CANNOT_COPY);
   }
 
   #download(): void {
