@@ -114,6 +114,8 @@ class SampleFiles:
             raise SampleFileError(
                 f"it is kept no longer: the run has no directory, and {MEMORY_BYTES // 2**20} MiB of newer ones"
             )
+        if isinstance(sample, Picture):
+            return sample.read(self._directory)
         return read_file(self._directory, sample.sha256, media_type, sample.size)
 
     # The event log's thread ----------------------------------------------------------------------

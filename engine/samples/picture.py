@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
 
-from offloop.engine.errors import EventError
+from offloop.engine.errors import EventError, SampleFileError
 from offloop.engine.samples.content import SHA256, MediaType, media_type_of, read_file
 from offloop.engine.samples.png import encode_png
 
@@ -79,6 +79,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         # Also of what a log says, which somebody may have written by hand.
         if not SHA256.match(self.sha256):
             raise EventError(f"sha256 must have 64 hexadecimal digits, got {self.sha256[:80]!r}")
+        check_size(self.width, self.height, "a picture")
 
     def check_content(self) -> None:
         """Refuse content that is not that of this picture: it may come from another program.
@@ -89,8 +90,19 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         is_whole = (
             len(self.data) == self.size <= PICTURE_BYTES and media_type_of(self.data) == self.media_type
         )
-        if not is_whole or hashlib.sha256(self.data).hexdigest() != self.sha256:
+        if (
+            not is_whole
+            or hashlib.sha256(self.data).hexdigest() != self.sha256
+            or not self.has_size(self.data)
+        ):
             raise EventError("the content of a picture is not what its checksum, size or media type say")
+
+    def has_size(self, data: bytes) -> bool:
+        """Return whether an encoded picture is as wide and high as this one."""
+        try:
+            return size_of(data) == (self.width, self.height)
+        except ValueError:
+            return False
 
     def read(self, run_dir: str | os.PathLike[str]) -> bytes:
         """Return the encoded picture from the directory of its run. Blocks.
@@ -98,7 +110,13 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Raises:
             SampleFileError: The file is missing, or is not what was published.
         """
-        return self.data or read_file(Path(run_dir), self.sha256, self.media_type, self.size)
+        if self.data:
+            return self.data
+        data = read_file(Path(run_dir), self.sha256, self.media_type, self.size)
+        if not self.has_size(data):
+            # A log that was written by hand: a browser could need any amount of memory for it.
+            raise SampleFileError(f"its file is no picture of {self.width} x {self.height}")
+        return data
 
 
 def picture_of(value: Any, name: str = "picture") -> Picture:

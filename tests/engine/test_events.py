@@ -80,8 +80,8 @@ pictures = st.builds(
     sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
     media_type=st.sampled_from(["image/png", "image/jpeg", "image/webp"]),
     size=st.integers(1, 1000),
-    width=counts,
-    height=counts,
+    width=st.integers(1, 8_192),
+    height=st.integers(1, 2_048),
     data=st.binary(),
 )
 cells = finite_values | pictures

@@ -429,6 +429,17 @@ def test_a_log_cannot_name_other_files(sha256: str) -> None:
             decode(line % sha256.encode())
 
 
+def test_a_log_cannot_pass_a_huge_picture_off_as_a_small_one(tmp_path: Path) -> None:
+    huge = encoded("PNG", (30_000, 2))
+    fields = {"sha256": hashlib.sha256(huge).hexdigest(), "media_type": "image/png", "size": len(huge)}
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / f"{fields['sha256']}.png").write_bytes(huge)
+    with pytest.raises(SampleFileError, match="no picture of 5 x 2"):
+        Picture(**fields, width=5, height=2).read(tmp_path)  # type: ignore[arg-type]  # a dict of several types
+    with pytest.raises(EventError, match="30,000 x 2"):
+        Picture(**fields, width=30_000, height=2)  # type: ignore[arg-type]  # a dict of several types
+
+
 def test_a_folder_that_cannot_be_written_costs_the_pictures_and_not_the_log(tmp_path: Path) -> None:
     class Blocks(Callback):
         needs_run_dir = True
