@@ -17,7 +17,6 @@ from offloop.callbacks.tracking import (
 from offloop.callbacks.value_logger import Measured, ValueLogger
 from offloop.engine import (
     PictureSample,
-    Run,
     RunHandle,
     SampleFileError,
     SampleFiles,
@@ -158,8 +157,9 @@ class TensorBoardLogger(ValueLogger):
     def _add_sample(self, event: TextSample | PictureSample, run: RunHandle) -> None:
         assert self._writer is not None
         content = event.picture if isinstance(event, PictureSample) else event
-        files = run.samples if isinstance(run, Run) else SampleFiles(run.dir)
-        data = files.read(content)
+        # A handle in another process has none; the files are in the same place.
+        files = getattr(run, "samples", None) or SampleFiles(run.dir)
+        data: bytes = files.read(content)
         if isinstance(content, TextSample):
             self._writer.add_text(event.key, data.decode(), event.step, walltime=event.time)
         elif self._writer.file_writer is not None:

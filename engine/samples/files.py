@@ -105,6 +105,8 @@ class SampleFiles:
         """
         if isinstance(sample, TextSample) and not sample.sha256:
             return sample.text.encode()
+        if isinstance(sample, Picture) and sample.data:
+            return sample.data
         media_type = sample.media_type if isinstance(sample, Picture) else "text/plain"
         with self._lock:
             data = self._contents.get(file_name(sample.sha256, media_type))

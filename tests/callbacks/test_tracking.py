@@ -47,7 +47,9 @@ from offloop.engine import (
     StepPoint,
     TextSample,
     ValidationEnd,
+    decides,
     in_step,
+    replay,
 )
 from offloop.engine.testing import Recorder, WaitsFor, drive, tiny_loader, tiny_trainer
 
@@ -186,6 +188,9 @@ def test_tensorboard_shows_alerts_and_a_failure(tmp_path: Path) -> None:
 
 
 class Shows(Callback):
+    """In the training thread: at the step of the epoch's end."""
+
+    @decides
     def on_epoch_end(self, event: EpochEnd, run: RunHandle) -> None:
         run.publish(TextSample("code", "def f(): ..."))
         run.publish(TextSample("long", "long " * 10_000))
@@ -207,6 +212,17 @@ def test_tensorboard_shows_texts_and_pictures(tmp_path: Path, runs_in: Any) -> N
         events.Tensors(f"{name}/text_summary")[1].tensor_proto.string_val[0] for name in ("code", "long")
     ]
     assert texts == [b"def f(): ...", b"long " * 10_000]
+
+
+def test_tensorboard_gets_the_pictures_of_a_run_that_is_replayed(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tiny_trainer(run_dir=str(tmp_path)).train(tiny_loader(3), epochs=2, callbacks=[Shows()]).dir
+    assert run_dir is not None
+    replay(run_dir, callbacks=[TensorBoardLogger()], directory=tmp_path / "replayed")
+    events = EventAccumulator(str(tmp_path / "replayed")).Reload()
+    assert [each.step for each in events.Images("digits")] == [3, 6]
+    assert events.Tensors("long/text_summary")[1].tensor_proto.string_val[0] == b"long " * 10_000
 
 
 def test_resumed_run_goes_on_in_the_same_curves_and_cuts_what_came_after_the_checkpoint(
