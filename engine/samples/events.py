@@ -85,7 +85,7 @@ class PictureSample(Event, frozen=True):
     array as (H, W, C). It becomes a PNG. Also taken: an image of Pillow, a figure of matplotlib, and a PNG, JPEG or
     WebP as `bytes` or `Path`. A picture has at most 2 MB, 8,192 pixels a side and 16,777,216 in all.
 
-    It is encoded in the thread that makes the sample, about 15 ms for 512 x 512 colours, during which other threads
+    It is encoded in the thread that makes the sample, about 20 ms for 512 x 512 colours, during which other threads
     run; a tensor on a GPU is waited for. On an event loop, make large ones in a thread.
 
     Thread: any.

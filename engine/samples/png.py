@@ -13,7 +13,7 @@ _PART: Final = 1 << 20
 
 
 def encode_png(pixels: Any, *, at_most: int) -> bytes:
-    """Encode pixels. Blocks, for about 10 ms with 512 x 512 colours; lets other threads run.
+    """Encode pixels. Blocks, for about 15 ms with 512 x 512 colours; lets other threads run.
 
     Args:
         pixels: A NumPy array of uint8, shape (height, width, channels), with 1, 3 or 4 channels.

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
+pytest.importorskip("axe_playwright_python", reason="tests in a browser need offloop[browser]")
+from axe_playwright_python.sync_playwright import Axe
 from live_page import OpenPage, Training, figure, pixels, shot
 from playwright.sync_api import Locator, Page, expect
 from run_files import served, with_samples
@@ -126,6 +128,29 @@ def test_a_picture_is_enlarged_and_closed_by_keys(training: Training, open_page:
     shot(page, "sample-enlarged")
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_nothing_serious_hinders_anybody(tmp_path: Path, address: str, open_page: OpenPage) -> None:
+    table = TableSample("c", ["image", "said"], [[noise(4, 4), 3]] * 3, step=2)
+    samples = [PictureSample("a", noise(4, 4), step=1), PictureSample("a", noise(4, 4, 3), step=2), table]
+    with_samples(tmp_path, "run", *samples, TextSample("d", "text " * 500, "a caption", step=2))
+    # axe brings a script along; every other test has the policy
+    page = open_page(address, bypass_csp=True)
+    look(page)
+    expect(block(page, "d").locator("pre")).to_contain_text("text")
+    expect(block(page, "c").get_by_role("img")).to_have_count(3)
+    schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    for scheme in schemes:
+        for width in (320, 1280):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+            found = Axe().run(page)
+            impacts = [each["impact"] for each in found.response["violations"]]
+            assert not {"serious", "critical"} & set(impacts), found.generate_report()
+    block(page, "a").get_by_role("button", name="a, step 2").click()
+    found = Axe().run(page)
+    assert not {"serious", "critical"} & {each["impact"] for each in found.response["violations"]}
 
 
 def test_the_slider_follows_the_newest_step_until_it_is_moved(
