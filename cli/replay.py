@@ -82,6 +82,9 @@ def replay_run(
     except (ConfigError, TypeError, OSError) as error:
         fail(reason(error) if isinstance(error, OSError) else str(error))
     shown.control = control
+    if page and paused:
+        # There is no run on the page, and no button, before the first event
+        control.advance_nowait()
     interrupt_on(signal.SIGTERM, signal.SIGHUP)
     result: ReplayResult | None = None
     try:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import anyio
 import pytest
 from screen import PATIENCE, Program
 
-from offloop import EarlyStopping
-from offloop.engine import EpochEnd, StepEnd, TrainEnd, encode, read_events
+from offloop import ConfigError, EarlyStopping, connect
+from offloop.engine import EpochEnd, Event, StepEnd, TrainEnd, encode, read_events
 from offloop.engine.testing import tiny_loader, tiny_trainer
 
 REPLAY: Final = [sys.executable, "-m", "offloop", "replay"]
@@ -187,6 +188,40 @@ def test_bad_input_is_one_line(here: Path, arguments: list[str], text: str) -> N
     done = plain(here, *arguments)
     assert done.returncode == 2, done.stdout
     assert text in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_page_shows_the_replay_until_somebody_ends_it(here: Path) -> None:
+    events = list(read_events("runs/first"))
+    command = [*REPLAY, "runs/first", "--page", "--port", "0", "--speed", "max", "--paused"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        url = process.stderr.readline().removeprefix("Live page: ").strip()
+
+        async def watch() -> tuple[list[Event], list[float], str]:
+            with anyio.fail_after(PATIENCE):
+                async with connect(url) as watch:
+                    assert (watch.id, watch.state) == ("first", "paused")
+                    with pytest.raises(ConfigError, match="this is a replay, which trains nothing"):
+                        await watch.set_lr(0.1)
+                    await watch.resume()
+                    seen = [event async for event in watch.events(EpochEnd, TrainEnd)]
+                    curve = await watch.history("loss")
+                    return seen, list(curve.value), watch.state
+
+        seen, losses, state = anyio.run(watch)
+        assert seen == [event for event in events if isinstance(event, EpochEnd | TrainEnd)]
+        assert losses == [event.loss for event in events if isinstance(event, StepEnd)]
+        assert state == "stopped"
+        # It stays
+        assert process.poll() is None
+        process.terminate()
+        out, error = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, out) == (0, "")
+        assert "Traceback" not in error
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # On a terminal -------------------------------------------------------------------------------------
