@@ -1,11 +1,11 @@
 """Recording: what a viewer with the read-only role would get of a run, for a file that other people receive.
 
 The messages are those of the live page, so that the page needs nothing else to show them. Left out is what says on
-whose machine the run was: host, process, command line and directory; so are the names of users in paths.
+whose machine the run was: host, process, command line and directory, and names of users in paths.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -14,7 +14,14 @@ import numpy as np
 
 from offloop.dashboard.curves.chart_frame import Float64s, Gap, NonFinite
 from offloop.dashboard.curves.history import HISTORY_BYTES, AxisName, Rows, merge
-from offloop.dashboard.protocol import MilestonesMissed, RunRow, SampleEntry, SampleIndex, encode_message
+from offloop.dashboard.protocol import (
+    MilestonesMissed,
+    RunRow,
+    SampleEntry,
+    SampleIndex,
+    encode_message,
+    printable,
+)
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES
 from offloop.dashboard.runs.rows import row_of
@@ -59,6 +66,7 @@ class RecordedCurve(NamedTuple):
 class Recording(NamedTuple):
     """A run as it is recorded."""
 
+    directory: Path
     row: RunRow
     started: float
     texts: Sequence[bytes]
@@ -128,6 +136,7 @@ def record(run: RunRecord, *, points: int, sample_bytes: int) -> Recording:
     curves = list(_curves(live, points))
     rows = np.unique(np.concatenate([each.rows for each in curves])) if curves else np.empty(0, np.uint32)
     return Recording(
+        directory=Path(run.directory),
         row=row,
         started=live.info.started,
         texts=texts,
@@ -211,7 +220,7 @@ def packed(recording: Recording, detail: Detail) -> list[bytes]:
         trimmed=recording.trimmed,
         columns=[each.layout for each in columns],
     )
-    text = without_users(msgspec.json.encode(head))
+    text = shareable(msgspec.json.encode(head), [recording.directory])
     return [len(text).to_bytes(4, "little"), text, *(plane for each in columns for plane in each.planes)]
 
 
@@ -252,10 +261,26 @@ def _rounded(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def without_users(text: bytes) -> bytes:
-    """Return a text with `~` for the names of users in paths of home directories: `/home/~/data`."""
+def shareable(text: bytes, directories: Iterable[Path]) -> bytes:
+    """Return JSON without what paths tell about a machine.
+
+    The directory of a run becomes its name, and the one above it `.`. Names of users become `~`: `/home/~/data`.
+    """
+    shown: dict[Path, str] = {}
+    for directory in directories:
+        for each in (directory, directory.resolve()):
+            shown |= {each: each.name, each.parent: "."}
     home = Path.home()
     if len(home.parts) > 2:
         # Wherever this system has them
-        text = re.sub(re.escape(bytes(home)) + rb"(?![\w.-])", bytes(home.parent / "~"), text)
+        shown[home] = str(home.parent / "~")
+    # Longer ones first: they may begin with others.
+    for path in sorted(shown, key=lambda each: -len(each.parts)):
+        if len(path.parts) > 1:
+            pattern = rb"(?<![\w/.-])" + re.escape(_in_json(str(path))) + rb"(?![\w.-])"
+            text = _in_json(shown[path]).join(re.split(pattern, text))
     return _USERS.sub(rb"\1~", text)
+
+
+def _in_json(text: str) -> bytes:
+    return msgspec.json.encode(printable(text))[1:-1]

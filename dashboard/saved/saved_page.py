@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from offloop.dashboard.protocol import Hello, Rows, RunSummary, encode_message
-from offloop.dashboard.saved.recording import Detail, Recording, packed, record, without_users
+from offloop.dashboard.saved.recording import Detail, Recording, packed, record, shareable
 from offloop.dashboard.serving.page import Page
 from offloop.engine import ConfigError, OffloopError, RunCatalog, RunRecord, checks, read_run
 from offloop.engine.paths import is_run, meant_run
@@ -69,8 +69,8 @@ def export_html(
     """Write runs into one HTML file that shows their curves, events and configuration without a server.
 
     The file makes no requests: it opens from disk and offline. Its viewers see what the read-only role sees on the
-    live page. It leaves out host, process, command line and directory, and has `~` for names of users in paths; names,
-    tags, notes, hyperparameters and events are in it, with secrets masked.
+    live page. It leaves out host, process, command line and where the directory is, and has `~` for names of users in
+    paths; names, tags, notes, hyperparameters and events are in it, with secrets masked.
 
     A curve of up to `points` points has all of them, a longer one minima and maxima of neighbours. Values are exact
     while the file has at most 3 MB. Beyond, they are rounded, to four significant digits at least, and curves that
@@ -219,7 +219,8 @@ def _document(page: Page, recordings: Sequence[Recording], detail: Detail) -> by
         saved=now,
     )
     rows = Rows(rows=[each.row for each in recordings], total=len(recordings))
-    listed = without_users(b'{"hello":%b,"rows":%b}' % (encode_message(hello), encode_message(rows)))
+    listed = b'{"hello":%b,"rows":%b}' % (encode_message(hello), encode_message(rows))
+    listed = shareable(listed, [each.directory for each in recordings])
     blocks: list[str] = []
     for number, each in enumerate(recordings):
         blocks.append(_block(f"saved-{number}", packed(each, detail)))
@@ -276,7 +277,9 @@ def _write(target: Path, document: bytes) -> None:
     try:
         part.write_bytes(document)
         os.replace(part, target)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise type(error)(error.errno, error.strerror, str(target)) from None
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, error.strerror, str(target)) from None
+        raise

@@ -261,6 +261,14 @@ def test_texts_pictures_and_tables_of_runs_side_by_side(tmp_path: Path, open_fil
     table = page.get_by_role("region", name="table", exact=True)
     assert pixels(table.get_by_role("img")) == (255 - colours).tolist()
     expect(table.locator("tbody tr td:nth-child(2)")).to_have_text([EVIL])
+    # In the colours of the list
+    page.wait_for_function(
+        """() => {
+          const dots = [...document.querySelectorAll(".sample-run h3 .dot")].slice(0, 2);
+          const colours = dots.map((dot) => getComputedStyle(dot).backgroundColor);
+          return new Set([...colours, "rgba(0, 0, 0, 0)"]).size === 3;
+        }"""
+    )
     slider = page.get_by_role("slider", name="Step of code")
     slider.focus()
     page.keyboard.press("Home")

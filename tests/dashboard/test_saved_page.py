@@ -22,6 +22,7 @@ from offloop.dashboard.saved.saved_page import MOST_RUNS
 from offloop.dashboard.serving.page import Page
 from offloop.engine import (
     CallbackFailed,
+    CheckpointSaved,
     CommandApplied,
     ConfigError,
     EpochEnd,
@@ -152,10 +153,14 @@ def test_a_file_has_all_points_of_a_run_and_all_its_events(tmp_path: Path) -> No
 def test_what_says_on_whose_machine_it_was_is_left_out(tmp_path: Path) -> None:
     place: dict[str, Any] = {"time": 1_003.0, "step": 3, "epoch": 0}
     events: list[Event] = [
-        TrainStart(time=1_000.0, config=Settings(cache="/home/somebody/cache", home=f"{Path.home()}/mine")),
+        TrainStart(
+            time=1_000.0,
+            config=Settings(cache="/home/somebody/cache", home=f"{Path.home()}/mine", runs=str(tmp_path)),
+        ),
         step(1),
         StateChanged(**place, seq=2, state="paused", by="10.1.2.3"),
         CommandApplied(**place, seq=3, command="pause", command_id=1, by="10.1.2.3"),
+        CheckpointSaved(**place, seq=3, saved_step=3, path=f"{tmp_path}/first/checkpoints/x"),
         CallbackFailed(
             **place, seq=4, callback="C", event="StepEnd", error="E", traceback="File /srv/secret.py"
         ),
@@ -187,6 +192,9 @@ def test_what_says_on_whose_machine_it_was_is_left_out(tmp_path: Path) -> None:
     assert info["config"]["cache"] == "/home/~/cache"
     assert status["error"] == "OSError: /Users/~/data: gone" and status["traceback"] is None
     assert info["commit"] == "abc123"
+    assert info["config"]["runs"] == "."
+    (saved,) = (each for each in run.events if each["type"] == "CheckpointSaved")
+    assert saved["path"] == "first/checkpoints/x"
 
 
 def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
