@@ -22,6 +22,7 @@ from offloop.engine.errors import ConfigError
 from offloop.engine.paths import RUN_JSON
 from offloop.engine.recovery.resume_plan import Resume
 from offloop.engine.run_dir import read_run_json, write_run_json
+from offloop.engine.samples.content import FILE_NAME, FOLDER
 from offloop.engine.training.arguments import remote_run
 
 logger = logging.getLogger("offloop")
@@ -148,6 +149,7 @@ def _fetch_files(
     for name, size in remote.entries().items():
         if size is not None and not name.startswith(".") and name != RUN_JSON:
             _replace(remote, name, directory / name)
+    _fetch_samples(remote, directory)
     for tag, name in remote.tags().items():
         store.set_tag(tag, name)
     try:
@@ -158,6 +160,18 @@ def _fetch_files(
     if not isinstance(description, dict):
         raise RemoteError(f"{remote.url}/{RUN_JSON}", "is no description of a run")
     write_run_json(directory, {**description, "run_id": directory.name, "attempt": attempts - 1})
+
+
+def _fetch_samples(remote: RemoteRun, directory: Path) -> None:
+    """Fetch the pictures and long texts that are not here. Their content is checked whenever it is read."""
+    folder = directory / FOLDER
+    missing = [
+        name for name in remote.entries(FOLDER) if FILE_NAME.match(name) and not (folder / name).exists()
+    ]
+    if missing and not folder.is_symlink():
+        folder.mkdir(exist_ok=True)
+        for name in missing:
+            _replace(remote, f"{FOLDER}/{name}", folder / name)
 
 
 def _local_run_json(directory: Path) -> bytes | None:

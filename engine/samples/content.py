@@ -20,6 +20,8 @@ MediaType = Literal["image/png", "image/jpeg", "image/webp"]
 FOLDER: Final = "samples"
 """Folder in the directory of a run."""
 SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
+FILE_NAME: Final = re.compile(r"[0-9a-f]{64}\.(txt|png|jpg|webp)\Z")
+"""Name of a file in it."""
 _ENDINGS: Final = {"text/plain": "txt", "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

@@ -370,6 +370,18 @@ def test_a_run_without_a_directory_keeps_the_newest_contents(
     assert [each.message for each in caplog.records if "are dropped" in each.message].__len__() == 1
 
 
+def test_where_nobody_writes_a_log_contents_are_not_kept(tmp_path: Path) -> None:
+    """As on ranks other than the first."""
+    store = files.SampleFiles(tmp_path, has_log=False)
+    sample = PictureSample("x", noise(2, 2))
+    store.keep(sample)
+    store.write()
+    assert sample.picture.data == b""
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SampleFileError, match="missing"):
+        store.read(sample.picture)
+
+
 # Files that are not what was published ----------------------------------------------------------------
 
 

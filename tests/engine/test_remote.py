@@ -29,16 +29,21 @@ from offloop.engine import (
     CheckpointSaved,
     CheckpointUploaded,
     ConfigError,
+    EpochEnd,
+    PictureSample,
     RemoteDirectory,
     Resumed,
+    Run,
     RunNameTakenError,
     RunResult,
     StepPoint,
+    TextSample,
     TrainEnd,
     Trainer,
     TrainerConfig,
     TrainStart,
     UploadFailed,
+    decides,
     in_step,
     read_events,
 )
@@ -455,6 +460,29 @@ def test_run_goes_on_bit_for_bit_on_a_machine_that_has_nothing(tmp_path: Path) -
         assert len((directory / "metrics.csv").read_text().splitlines()) == 1 + 18 + 3
     assert isinstance(list(read_events(tmp_path / "remote" / "run"))[-1], TrainEnd)
     assert b'"status": "completed"' in (tmp_path / "remote" / "run" / "run.json").read_bytes()
+
+
+class Shows(Callback):
+    @decides
+    def on_epoch_end(self, event: EpochEnd, run: Run) -> None:
+        run.publish(TextSample("code", f"{event.epoch} " + "long " * 10_000))
+        run.publish(PictureSample("digits", torch.full((2, 2), event.epoch, dtype=torch.uint8)))
+
+
+def test_pictures_and_long_texts_come_along(tmp_path: Path) -> None:
+    remote = (tmp_path / "remote").as_uri()
+    a_run(tmp_path / "first", remote, Shows(), ModelCheckpoint(every_n_steps=4), Cut(9), seed=3)
+    shutil.rmtree(tmp_path / "first")
+    # What somebody else has put there stays there.
+    (tmp_path / "remote" / "run" / "samples" / "other.png").write_text("no sample")
+    a_run(tmp_path / "second", remote, Shows(), ModelCheckpoint(every_n_steps=4), resume="auto", seed=4)
+    for directory in (tmp_path / "second" / "run", tmp_path / "remote" / "run"):
+        events = list(read_events(directory))
+        texts = [event.read(directory) for event in events if isinstance(event, TextSample)]
+        assert [each[0] for each in texts] == ["0", "1", "2"]
+        pictures = [event.picture.read(directory) for event in events if isinstance(event, PictureSample)]
+        assert len(set(pictures)) == 3
+    assert not (tmp_path / "second" / "run" / "samples" / "other.png").exists()
 
 
 def test_machine_that_fell_behind_takes_over_what_another_has_done(tmp_path: Path) -> None:

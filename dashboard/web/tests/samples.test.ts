@@ -159,5 +159,6 @@ test("contents that take too much are let go of, the oldest first", () => {
 
 test("cells sort by value, by words, and nothing at the end", () => {
   const cells = ["b", null, 10, 9, "a", true, -1];
-  expect([...cells].sort(compare)).toEqual([-1, 9, 10, "a", "b", true, null]);
+  expect([...cells].sort((a, b) => compare(a, b))).toEqual([-1, 9, 10, "a", "b", true, null]);
+  expect([...cells].sort((a, b) => compare(a, b, -1))).toEqual([true, "b", "a", 10, 9, -1, null]);
 });

@@ -150,7 +150,7 @@ class Table {
 
   #draw(): void {
     const { column, descending } = this.#sorted;
-    const rows = column < 0 ? this.#rows : [...this.#rows].sort((a, b) => (descending ? -1 : 1) * compare(a.cells[column], b.cells[column]));
+    const rows = column < 0 ? this.#rows : [...this.#rows].sort((a, b) => compare(a.cells[column], b.cells[column], descending ? -1 : 1));
     this.#heads.forEach((head, place) => {
       if (place === column) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
@@ -179,12 +179,12 @@ export function isPicture(cell: unknown): cell is Picture {
   return typeof cell === "object" && cell !== null;
 }
 
-/** Numbers by value, other things by their words, nothing and pictures at the end. */
-export function compare(a: Cell | undefined, b: Cell | undefined): number {
+/** Numbers by value, other things by their words; nothing and pictures stand at the end in either direction. */
+export function compare(a: Cell | undefined, b: Cell | undefined, sign = 1): number {
   const [left, right] = [rank(a), rank(b)];
-  if (left !== right) return left - right;
-  if (left === 0) return toNumber(a as WireNumber) - toNumber(b as WireNumber);
-  return left === 1 ? String(a).localeCompare(String(b)) : 0;
+  if (left !== right) return left === 2 || right === 2 ? left - right : sign * (left - right);
+  if (left === 0) return sign * (toNumber(a as WireNumber) - toNumber(b as WireNumber));
+  return left === 1 ? sign * String(a).localeCompare(String(b)) : 0;
 }
 
 function rank(cell: Cell | undefined): number {

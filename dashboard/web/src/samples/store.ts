@@ -26,11 +26,6 @@ export class SampleStore {
     this.#runs.delete(run);
   }
 
-  /** Forget all other runs. */
-  keep(runs: readonly string[]): void {
-    for (const run of this.#runs.keys()) if (!runs.includes(run)) this.#runs.delete(run);
-  }
-
   add({ run, samples }: SampleIndex): void {
     let keys = this.#runs.get(run);
     if (keys === undefined) this.#runs.set(run, (keys = new Map()));
