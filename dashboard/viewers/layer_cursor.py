@@ -15,6 +15,8 @@ from offloop.dashboard.curves.layer_history import STATISTICS, LayerRow, LayerTa
 from offloop.dashboard.protocol import MAX_CHART_FRAME, LayersQuery
 from offloop.dashboard.runs.live_run import LiveRun
 
+KINDS: Final = ("weights", "gradients", "activations")
+"""Kinds of tensors in the order in which they are shown, if nobody has chosen one."""
 _STATISTICS_BYTES: Final = 8 + 4 * len(STATISTICS) + 2
 
 
@@ -77,7 +79,7 @@ class LayerCursor:
         tables, query = self._live.layers.tables, self._query
         if query is None or not tables:
             return None
-        kind = query.kind if query.kind in tables else next(iter(tables))
+        kind = query.kind if query.kind in tables else min(tables, key=_rank)
         if kind != self._kind:
             # The kind that was asked for has come.
             self._kind, self._all, self._one = kind, _Sent(), _Sent()
@@ -150,6 +152,10 @@ class LayerCursor:
             bins=np.array(counts, np.uint16),
             histogram=histogram,
         )
+
+
+def _rank(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 def _steps(table: LayerTable, first: int, end: int) -> npt.NDArray[np.float64]:

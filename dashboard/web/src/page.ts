@@ -12,6 +12,7 @@ import { Favicon } from "./favicon";
 import * as format from "./format";
 import { Header } from "./header";
 import { Keys } from "./keys";
+import { Layers } from "./layers";
 import { markOf, tell } from "./milestones";
 import { hasEnded, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
 import { Notices } from "./notices";
@@ -54,6 +55,7 @@ class Page {
   readonly #charts: Charts;
   readonly #keys: Keys;
   readonly #runs: Runs;
+  readonly #layers: Layers;
   readonly #samples: Samples;
   readonly #notices = new Notices((action) => this.#act(action));
   readonly #stage = new Stage((action) => this.#act(action));
@@ -138,6 +140,10 @@ class Page {
       this.#view.set({ tab: isSample ? "samples" : "metrics" });
       if (isSample) this.#samples.goTo(String(event.key), event.step ?? 0);
       else this.#charts.goTo(event.step ?? 0);
+    });
+    this.#layers = new Layers({
+      send: (message) => this.#connection.send(message),
+      run: () => this.#model.run?.key ?? null,
     });
     this.#samples = new Samples({
       send: (message) => this.#connection.send(message),
@@ -242,6 +248,16 @@ class Page {
         ["metrics", "Metrics", charts],
         ["system", "System", { ...charts, has: () => this.#charts.hasSystem }],
         [
+          "layers",
+          "Layers",
+          {
+            element: this.#layers.element,
+            search: () => this.#layers.search,
+            has: () => (this.#model.status?.layers ?? 0) > 0,
+            setActive: (active) => this.#layers.setActive(active),
+          },
+        ],
+        [
           "samples",
           "Samples",
           {
@@ -297,6 +313,7 @@ class Page {
         { keys: ["3"], does: "Configuration", run: () => view.set({ tab: "config" }) },
         { keys: ["4"], does: "Compare the ticked runs", run: () => view.set({ tab: "compare" }) },
         { keys: ["5"], does: "System", run: () => view.set({ tab: "system" }) },
+        { keys: ["6"], does: "Layers", run: () => view.set({ tab: "layers" }) },
         { keys: ["7"], does: "Samples", run: () => view.set({ tab: "samples" }) },
         { keys: ["8"], does: "Checkpoints", run: () => view.set({ tab: "checkpoints" }) },
         { keys: ["j"], does: "Next run of the list", run: () => this.#runs.bar.move(1) },
@@ -384,6 +401,7 @@ class Page {
         break;
       case "run":
         this.#charts.reset(message);
+        this.#layers.began();
         this.#samples.began(message.key);
         // Marks of milestones that are known from before and do not come again
         for (const event of this.#model.milestones) this.#mark(event);
@@ -425,7 +443,7 @@ class Page {
   }
 
   #chart(data: ArrayBuffer): void {
-    if (this.#samples.take(data)) return;
+    if (this.#samples.take(data) || this.#layers.take(data)) return;
     const frame = decodeChart(data);
     if (!this.#charts.has(frame.header.run)) {
       this.#connection.send({ type: "drawn" }); // of a run that was shown before: the credit goes back

@@ -1,6 +1,8 @@
 // Protocol `offloop.v1` as TypeScript sees it: the types of dashboard/protocol.py, and its chart frames taken
 // apart. That file is the contract and explains it; names, defaults and bytes here follow it.
 
+import type { LayersQuery } from "./layers/frame";
+
 export const SUBPROTOCOL = "offloop.v1";
 export const PROTOCOL_VERSION = 1;
 /** Curves that one viewer can have on its screen at a time. */
@@ -146,6 +148,7 @@ export interface Ping {
 }
 
 export type ViewerMessage =
+  | LayersQuery
   | Hi
   | Watch
   | Show
@@ -356,6 +359,8 @@ export interface Status {
   waiting_for: string;
   dropped: number;
   trimmed: number | null;
+  /** Layers that were measured; an older server does not send it. */
+  layers?: number;
   viewers: number;
 }
 

@@ -6,7 +6,7 @@ import { finder } from "./search";
 import type { PageStorage } from "./storage";
 
 export type Axis = "step" | "epoch" | "time" | "wall" | "samples";
-export type Tab = "metrics" | "system" | "samples" | "checkpoints" | "events" | "config" | "compare";
+export type Tab = "metrics" | "system" | "layers" | "samples" | "checkpoints" | "events" | "config" | "compare";
 /** Kinds of events that are marked in the charts. */
 export type MarkKind = "alert" | "checkpoint" | "lr" | "validation";
 export type Theme = "auto" | "light" | "dark";
@@ -100,7 +100,7 @@ export const DEFAULT_VIEW: Readonly<ViewState> = Object.freeze({
 const VERSION = "1";
 /** Grows when the meaning of a field changes: a view of another version is not read. */
 const STORAGE_KEY = `offloop.view.${VERSION}`;
-const TABS: readonly Tab[] = ["metrics", "system", "samples", "checkpoints", "events", "config", "compare"];
+const TABS: readonly Tab[] = ["metrics", "system", "layers", "samples", "checkpoints", "events", "config", "compare"];
 export const AXES: readonly Axis[] = ["step", "epoch", "samples", "time", "wall"];
 export const MAX_COLUMNS = 8;
 /** Bounds of what an address may hold: names in a list, panels that share metrics, characters of a text. */
