@@ -263,7 +263,7 @@ class _View:
 
     def _turn_run(self) -> None:
         runs = self._watch.runs
-        places = [place for place, each in enumerate(runs) if each.name == self._watch.id]
+        places = [place for place, each in enumerate(runs) if each.key == self._watch.key]
         if len(runs) < 2:
             self._notice = "the server has no other run"
             return

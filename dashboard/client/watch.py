@@ -91,6 +91,11 @@ class Watch(RemoteRun):
         return self._connection.is_connected
 
     @property
+    def key(self) -> str:
+        """Which of the server's runs this is, as in `runs`: its name, made unique."""
+        return self._info.key
+
+    @property
     def runs(self) -> tuple[RunSummary, ...]:
         """The runs that the server has, oldest first: `key`, `name`, `state`, `started`. `connect(run=)` takes one."""
         return self._facts.runs

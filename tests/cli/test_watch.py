@@ -1,6 +1,7 @@
 """`offloop watch`: on a pseudo-terminal, at a real run; and where there is no terminal."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,9 +28,9 @@ WATCH: Final = [sys.executable, "-m", "offloop", "watch"]
 class Training:
     """A run that goes on until it is stopped."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, name: str = "long") -> None:
         self.dashboard = Dashboard(port=0, quiet=True)
-        self.trainer = tiny_trainer(run_dir=str(run_dir), run_name="long", limit_train_batches=50)
+        self.trainer = tiny_trainer(run_dir=str(run_dir), run_name=name, limit_train_batches=50)
         self.has_begun = threading.Event()
         self._thread = threading.Thread(target=self._train)
 
@@ -112,6 +113,48 @@ def test_metrics_are_turned_over_and_the_size_may_change(training: Training, sta
     program.wait("the server has no")
     program.press("q")
     assert program.end() == 0
+
+
+def test_tab_goes_from_run_to_run(training: Training, start: Any, tmp_path: Path) -> None:
+    with Training(tmp_path / "runs", "other") as other:
+        assert other.dashboard.url == training.dashboard.url
+        program = start(training.dashboard.url)
+        first, second = (
+            ("long", "other") if "long  running" in program.wait("  running", "loss") else ("other", "long")
+        )
+        program.press("\t")
+        program.wait(f"{second}  running", "loss", without=f"{first}  running")
+        program.press("p")
+        program.wait(f"{second}  paused")
+        paused, going_on = (other, training) if second == "other" else (training, other)
+        assert (paused.run.state, going_on.run.state == "paused") == ("paused", False)
+        program.press("\t")
+        program.wait(f"{first}  ", "loss", without=f"{second}  paused")
+        program.press("q")
+        assert program.end() == 0
+
+
+def test_tab_reaches_every_run_also_of_one_name(start: Any, tmp_path: Path) -> None:
+    """Two runs have one name, in directories of their own."""
+    with Dashboard(port=0, quiet=True) as dashboard:
+        for steps, folder in ((1, "a"), (2, "b"), (3, "c")):
+            trainer = tiny_trainer(run_dir=str(tmp_path / folder), run_name="other" if steps == 3 else "same")
+            trainer.train(tiny_loader(4), max_steps=steps, callbacks=[Dashboard(port=0, quiet=True)])
+        program = start(dashboard.url)
+        steps_of = re.compile(r"100 %  step (\d)")
+        seen: set[str] = set()
+        for _ in range(3):
+            shown = program.wait_until(
+                lambda shown: (found := steps_of.search(shown)) is not None and found[1] not in seen,
+                f"a run besides {seen}",
+            )
+            found = steps_of.search(shown)
+            assert found is not None
+            seen.add(found[1])
+            program.press("\t")
+        assert seen == {"1", "2", "3"}
+        program.press("q")
+        assert program.end() == 0
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "crash"])
