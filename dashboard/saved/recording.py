@@ -15,6 +15,7 @@ import numpy as np
 from offloop.dashboard.curves.chart_frame import Float64s, Gap, NonFinite
 from offloop.dashboard.curves.history import HISTORY_BYTES, AxisName, Rows, merge
 from offloop.dashboard.protocol import (
+    Checkpoints,
     MilestonesMissed,
     RunRow,
     SampleEntry,
@@ -34,8 +35,10 @@ from offloop.dashboard.saved.packed_column import (
     pack_whole,
 )
 from offloop.dashboard.saved.recorded_samples import RecordedSamples, record_samples
+from offloop.dashboard.viewers.run_checkpoints import checkpoint_rows
 from offloop.dashboard.viewers.viewer import Viewer
-from offloop.engine import RunRecord
+from offloop.engine import OffloopError, RunRecord
+from offloop.engine.checkpoint import CheckpointReader
 
 _USERS: Final = re.compile(rb"(/(?:home|Users)/)[^/\s\"'\\:;,]+")
 _EXACT: Final = frozenset({"time", "seconds"})
@@ -76,6 +79,8 @@ class Recording(NamedTuple):
     events: Sequence[bytes]
     """Messages, oldest first."""
     latest: bytes
+    checkpoints: bytes
+    """Message that lists them."""
     samples: RecordedSamples
     curves: Sequence[RecordedCurve]
     axis: dict[AxisName, Float64s]
@@ -105,6 +110,8 @@ class _Head(msgspec.Struct, frozen=True):
 
     texts: Sequence[msgspec.Raw]
     """Messages in the order in which a viewer gets them."""
+    answers: dict[str, msgspec.Raw]
+    """Messages that answer questions about the run, by the kind of the question."""
     curves: Sequence[_Curve]
     gaps: Sequence[Gap]
     trimmed: float | None
@@ -143,6 +150,7 @@ def record(run: RunRecord, *, points: int, sample_bytes: int) -> Recording:
         missed=live.milestones.dropped,
         events=events,
         latest=encode_message(live.latest()),
+        checkpoints=encode_message(_checkpoints_of(run)),
         samples=samples,
         curves=curves,
         axis=live.history.axis.at(rows),
@@ -156,7 +164,9 @@ def record(run: RunRecord, *, points: int, sample_bytes: int) -> Recording:
 def _messages(live: LiveRun) -> tuple[list[bytes], list[bytes], list[SampleEntry]]:
     """Return what a viewer gets: messages about the run, its events, and which samples it has."""
     viewer = Viewer("read_only", "", has_index=True)
-    viewer.watch(live, encode_message(live.status(viewers=1, is_control=False)))
+    # What was measured by layer is not recorded.
+    status = msgspec.structs.replace(live.status(viewers=1, is_control=False), layers=0)
+    viewer.watch(live, encode_message(status))
     texts: list[bytes] = []
     events: list[bytes] = []
     entries: list[SampleEntry] = []
@@ -169,6 +179,13 @@ def _messages(live: LiveRun) -> tuple[list[bytes], list[bytes], list[SampleEntry
         elif kind != "missed":
             texts.append(text)
     return texts, events, entries
+
+
+def _checkpoints_of(run: RunRecord) -> Checkpoints:
+    try:
+        return Checkpoints(run=run.key, rows=checkpoint_rows(CheckpointReader(run.directory)))
+    except (OffloopError, OSError) as error:
+        return Checkpoints(run=run.key, rows=[], error=str(error))
 
 
 class _Kind(msgspec.Struct):
@@ -215,6 +232,7 @@ def packed(recording: Recording, detail: Detail) -> list[bytes]:
         curves.append(_Curve(curve.id, len(rows), curve.is_reduced, curve.marks, place, add(known)))
     head = _Head(
         texts=[msgspec.Raw(each) for each in _texts(recording, detail)],
+        answers={"checkpoints": msgspec.Raw(recording.checkpoints)},
         curves=curves,
         gaps=recording.gaps,
         trimmed=recording.trimmed,

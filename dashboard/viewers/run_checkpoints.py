@@ -146,7 +146,7 @@ class RunCheckpoints:
             return
         if run.listening:
             viewers, run.listening = run.listening, []
-            work: Callable[[], Any] = functools.partial(_rows, run.reader)
+            work: Callable[[], Any] = functools.partial(checkpoint_rows, run.reader)
             then: Callable[[DiskCall[Any]], None] = functools.partial(self._listed, key, run, viewers)
         else:
             connection, request = run.edits[0]
@@ -222,8 +222,8 @@ class RunCheckpoints:
 # In the thread of a call -------------------------------------------------------------------------
 
 
-def _rows(reader: CheckpointReader) -> list[CheckpointRow]:
-    """Return the checkpoints of a run, oldest first, damaged ones last."""
+def checkpoint_rows(reader: CheckpointReader) -> list[CheckpointRow]:
+    """Return the checkpoints of a run, oldest first, damaged ones last. Blocks."""
     best, last = _name_of(reader, "best"), _name_of(reader, "last")
     tags = reader.tags()
     rows = [

@@ -1,23 +1,25 @@
 """A shared file, opened from disk in a real browser: it shows what the logs say, and asks nobody for anything."""
 
 import csv
+import functools
 import math
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pytest
 from run_files import with_samples, write_run
-from saved_file import listed
+from saved_file import blocks_of, listed
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
 from live_page import OpenPage, Training, chart, figure, options, pixels, shot, table_of, word
 from playwright.sync_api import Page, expect
 
-from offloop import export_html
+from offloop import ModelCheckpoint, export_html
 from offloop.engine import (
     EpochEnd,
     Event,
@@ -32,6 +34,8 @@ from offloop.engine import (
     ValidationEnd,
     edit_labels,
 )
+from offloop.engine.checkpoint import CheckpointReader
+from offloop.engine.testing import tiny_loader, tiny_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -277,6 +281,26 @@ def test_texts_pictures_and_tables_of_runs_side_by_side(tmp_path: Path, open_fil
     expect(texts).to_have_text(["first 1", "second 2"])
     assert page.evaluate("() => window.evil") is None
     shot(page, "saved-samples")
+
+
+def test_checkpoints_are_listed_and_nothing_is_offered_that_needs_the_run(
+    tmp_path: Path, open_file: Any
+) -> None:
+    trainer = tiny_trainer(run_dir=str(tmp_path / "runs"), run_name="first")
+    with ThreadPoolExecutor(1) as pool:
+        # The browser's own event loop is in this thread.
+        train = functools.partial(trainer.train, epochs=2, callbacks=[ModelCheckpoint()])
+        pool.submit(train, tiny_loader(3), tiny_loader(2)).result()
+    export_html([tmp_path / "runs" / "first"], tmp_path / "shared.html")
+    page = open_file(tmp_path / "shared.html")
+    page.get_by_role("tab", name="Checkpoints").click()
+    rows = page.locator(".checkpoint-table tbody tr")
+    reader = CheckpointReader(tmp_path / "runs" / "first")
+    expect(rows.locator("th")).to_have_text([str(each.step) for each in reversed(reader.checkpoints())])
+    expect(rows.first).to_contain_text("last")
+    expect(page.locator(".checkpoints").get_by_role("button").locator("visible=true")).to_have_count(0)
+    saved = "".join(each.decode(errors="replace") for each in blocks_of(tmp_path / "shared.html").values())
+    assert str(tmp_path) not in saved and "first/checkpoints/" in saved
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

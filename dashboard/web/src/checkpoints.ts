@@ -246,7 +246,8 @@ export class Checkpoints {
 
   #row(row: CheckpointRow, { monitor, isControl, hasUploads, verifying }: { monitor: string; isControl: boolean; hasUploads: boolean; verifying: readonly string[] }): HTMLElement {
     const isWhole = row.path !== "";
-    const isUsable = isWhole && row.damaged === "";
+    // Of a page in a file the paths do not tell where the checkpoint is.
+    const isUsable = isWhole && row.damaged === "" && !this.#model?.hello?.saved;
     const known = (value: string): string => (isWhole ? value : "");
     const score = row.metrics[monitor];
     const seconds = this.#told.seconds.get(row.name);

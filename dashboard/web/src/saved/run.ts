@@ -15,6 +15,7 @@ interface SavedCurve {
 
 interface Head {
   texts: ServerMessage[];
+  answers: Record<string, ServerMessage>;
   curves: SavedCurve[];
   gaps: Gap[];
   trimmed: number | null;
@@ -43,8 +44,9 @@ export class SavedRun {
     this.texts = this.#head.texts;
   }
 
-  has(id: number): boolean {
-    return this.#head.curves.some((curve) => curve.id === id);
+  /** The answer to a question that has one answer; null if it was not recorded. */
+  answer(question: string): ServerMessage | null {
+    return this.#head.answers[question] ?? null;
   }
 
   /** The frame with all that is known of some curves, or of a part of them. */

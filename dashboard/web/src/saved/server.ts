@@ -89,6 +89,11 @@ export class SavedServer implements Socket {
       case "ping":
         this.#say({ type: "pong", sent: message.sent, time: Date.now() / 1000 });
         break;
+      case "checkpoints": {
+        const answer = this.#has(message.run) ? (await this.#run(message.run)).answer(message.type) : null;
+        if (answer) this.#say(answer);
+        break;
+      }
       default: // Nobody gives commands here, and who does not look costs nothing
     }
     await this.#sendFrame();

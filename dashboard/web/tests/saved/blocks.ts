@@ -31,6 +31,7 @@ export function runBlock(key: string, steps: number[]): Uint8Array {
       { type: "milestone", run: key, event: { type: "TrainEnd", seq: 9, time: 1, step: 1 } },
       { type: "latest", run: key, values: {} },
     ],
+    answers: { checkpoints: { type: "checkpoints", run: key, rows: [], verifying: [], error: "" } },
     curves: [
       { id: 0, points: steps.length, reduced: false, marks: [], rows: 4, values: 6 },
       { id: 1, points: every.length, reduced: true, marks: [[2, 2, "nan", 1]], rows: 7, values: 9 },

@@ -95,6 +95,13 @@ describe("the server of a saved page", () => {
     expect(await said({ type: "list", on: false })).toEqual([]);
   });
 
+  test("lists the checkpoints of a run", async () => {
+    await said(hi());
+    expect(await said({ type: "checkpoints", run: "old" })).toEqual(["checkpoints"]);
+    expect(texts[0]).toMatchObject({ run: "old", rows: [] });
+    expect(await said({ type: "checkpoints", run: "gone" })).toEqual([]);
+  });
+
   test("changes to another run", async () => {
     await said(hi());
     expect(await said({ type: "watch", run: "old" })).toEqual(RUN);
