@@ -13,7 +13,7 @@ from offloop.dashboard.runs.run_samples import brief, content_of, encoded
 from offloop.dashboard.runs.sample_frame import SampleHeader, encode_sample
 from offloop.engine import Picture, SampleFileError, TextSample
 
-MAX_WAITING_SAMPLES: Final = 256
+MAX_QUESTIONS: Final = 256
 """Most unanswered questions of one viewer."""
 GONE: Final = "this page's server no longer keeps it"
 
@@ -52,10 +52,8 @@ class SampleAnswers:
         Raises:
             ProtocolError: Too many wait for their answer.
         """
-        if len(self._queries) >= MAX_WAITING_SAMPLES:
-            raise ProtocolError(
-                f"more than {MAX_WAITING_SAMPLES} questions for samples wait for their answer"
-            )
+        if len(self._queries) >= MAX_QUESTIONS:
+            raise ProtocolError(f"more than {MAX_QUESTIONS} questions for samples wait for their answer")
         self._queries.append((live, query))
         self._answer()
 

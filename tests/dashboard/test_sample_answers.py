@@ -36,7 +36,7 @@ from offloop.dashboard.runs import run_samples
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.sample_frame import SampleHeader, encode_sample
 from offloop.dashboard.serving.server import Server
-from offloop.dashboard.viewers.sample_answers import MAX_WAITING_SAMPLES
+from offloop.dashboard.viewers.sample_answers import MAX_QUESTIONS
 from offloop.engine import (
     EpochEnd,
     Event,
@@ -310,7 +310,7 @@ async def test_one_disk_is_asked_at_a_time_however_much_a_viewer_wants() -> None
     async with a_stage() as stage:
         stage.publish(PictureSample("digits", pixels()))
         stage.files.answers.clear()
-        for query in range(MAX_WAITING_SAMPLES):
+        for query in range(MAX_QUESTIONS):
             stage.say(SampleQuery(query=query, seq=0))
         await stage.read()
         while not stage.files.asked.is_set():
@@ -321,7 +321,7 @@ async def test_one_disk_is_asked_at_a_time_however_much_a_viewer_wants() -> None
         await stage.read()
         assert stage.link.closed is not None
         assert stage.link.closed[0] == CLOSE_PROTOCOL
-        assert f"more than {MAX_WAITING_SAMPLES}" in stage.link.closed[1]
+        assert f"more than {MAX_QUESTIONS}" in stage.link.closed[1]
 
 
 @pytest.mark.parametrize(
