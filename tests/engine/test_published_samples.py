@@ -382,6 +382,18 @@ def test_where_nobody_writes_a_log_contents_are_not_kept(tmp_path: Path) -> None
         store.read(sample.picture)
 
 
+def test_a_sample_that_is_refused_is_not_published_and_the_run_goes_on(tmp_path: Path) -> None:
+    of_a_log = Picture(sha256="0" * 64, media_type="image/png", size=9, width=3, height=3)
+    recorder = Recorder()
+    trainer = tiny_trainer(run_dir=str(tmp_path))
+    shows = Publishes(lambda: PictureSample("x", of_a_log))
+    result = trainer.train(tiny_loader(), epochs=2, callbacks=[shows, recorder])
+    assert result.status == "completed"
+    assert recorder.of(PictureSample) == []
+    assert "has no content any more" in str(result.callback_errors)
+    assert not (Path(str(result.dir)) / "samples").exists()
+
+
 # Files that are not what was published ----------------------------------------------------------------
 
 
