@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import shutil
 import signal
 import sys
 import time
@@ -41,7 +42,7 @@ from offloop.engine.visible_text import visible
 REDRAW: Final = 0.25
 """Seconds between two drawings of the last line."""
 LONGEST: Final = 160
-"""Columns of the line of an event."""
+"""Columns of the line of an event, where there is no terminal."""
 FACTORS: Final = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1_000.0, math.inf)
 """Speeds that the keys go through."""
 KEYS: Final = "space pause  n next event  s next step  + - speed  q end"
@@ -196,7 +197,8 @@ class _Shown(Callback):
         if self._is_terminal and isinstance(event, Sample | UnknownEvent) and not self.control.is_paused:
             is_shown = False
         if is_shown:
-            self.write(line_of(event))
+            columns = shutil.get_terminal_size().columns if self._is_terminal else LONGEST
+            self.write(cut(line_of(event), columns))
 
     def tell_commands(self, commands: Sequence[NotedCommand] | None = None) -> None:
         """Print the commands that were given since the last call."""
@@ -212,7 +214,7 @@ def line_of(event: Event) -> str:
     parts = [time.strftime("%H:%M:%S", time.localtime(event.time)), f"step {event.step}", name]
     if not isinstance(event, UnknownEvent):
         parts += _figures(event)
-    return cut(" ".join(visible("  ".join(parts)).split("\n")), LONGEST)
+    return " ".join(visible("  ".join(parts)).split("\n"))
 
 
 def _figures(event: Event) -> Iterator[str]:

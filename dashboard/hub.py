@@ -52,6 +52,7 @@ from offloop.dashboard.runs.followed_runs import FollowedRuns
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone
 from offloop.dashboard.runs.rows import RowCursor, RunList, row_of
+from offloop.dashboard.runs.run_source import ReplaySource
 from offloop.dashboard.runs.sample_batch import SampleBatch
 from offloop.dashboard.viewers.connection import Connection, Link, RefusedError, Visitor, receive_hi
 from offloop.dashboard.viewers.followed_audience import FollowedAudience
@@ -150,6 +151,8 @@ class Hub:
         for connection in self._watching(None):
             if connection.viewer.awaits in (None, live.key):
                 self._watch(connection, live)
+        if isinstance(live.source, ReplaySource):
+            self._go_on_to_attempt(live)
         try:
             with subscription:
                 async with anyio.create_task_group() as tasks:
@@ -164,6 +167,13 @@ class Hub:
             self._tick(live)
             self._send_status(live)
             self.send_runs()
+
+    def _go_on_to_attempt(self, live: LiveRun) -> None:
+        """Show the next attempt of a replay to the viewers that have seen the one before it."""
+        for before in list(self.runs.values()):
+            if before is not live and before.name == live.name and before.is_over:
+                for connection in self._watching(before):
+                    self._watch(connection, live)
 
     def follow_directory(
         self,

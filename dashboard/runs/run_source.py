@@ -239,8 +239,10 @@ class ReplaySource(ProcessRun):
 
     @property
     def why(self) -> str:
-        speed = self._replayed.replay.speed
-        return "a replay" if speed is None else f"a replay at {speed:g}x"
+        replay = self._replayed.replay
+        if self._replayed.is_over and not (self._replayed.has_end or replay.is_stopped):
+            return "a replay: the log of this attempt ends here, without its end"
+        return "a replay" if replay.speed is None else f"a replay at {replay.speed:g}x"
 
     @property
     def refused(self) -> Mapping[str, str]:

@@ -17,6 +17,8 @@ from typing import Final
 from offloop.engine.errors import RunEndedError
 from offloop.engine.events import Event
 
+TICK: Final = 0.02
+"""Seconds that are waited at least: what is due meanwhile comes together, since each hand-over takes its time."""
 LONGEST_WAIT: Final = 3600.0
 """Seconds that are waited in one go: some systems take no number that is very large."""
 
@@ -170,7 +172,7 @@ class Pace:
                 if not held and wait <= 0:
                     return True
                 if not held:
-                    self._changed.wait(wait)
+                    self._changed.wait(max(wait, TICK))
             # Outside of the lock: their callbacks may be anything
             for each in held:
                 _complete(each, None)

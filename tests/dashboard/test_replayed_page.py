@@ -129,3 +129,29 @@ def test_stop_on_the_page_ends_the_replay(replaying: Replaying, open_page: OpenP
     result = replaying.finish()
     assert not result.is_complete and result.commands == ()
     assert not [event for event in result.published if isinstance(event, EpochEnd)]
+
+
+def test_the_page_goes_on_to_the_next_attempt(tmp_path: Path, open_page: OpenPage) -> None:
+    attempts = [*events_of(10, end=None), *events_of(20, attempt=1, first=11)]
+    write_run(tmp_path / "resumed", attempts)
+    with Replaying(tmp_path / "resumed", speed=None) as replaying:
+        replaying.advance(StepEnd)
+        page = open_page(replaying.dashboard.url)
+        expect(word(page)).to_have_text("paused")
+        expect_step(page, 1)
+        button(page, "Resume").click()
+        assert replaying.finish().is_complete
+        expect(word(page)).to_have_text("completed")
+        expect_step(page, 30)
+
+
+def test_the_page_says_that_a_log_ends_without_its_end(tmp_path: Path, open_page: OpenPage) -> None:
+    write_run(tmp_path / "killed", events_of(10, end=None))
+    with Replaying(tmp_path / "killed", speed=None) as replaying:
+        replaying.advance(StepEnd)
+        page = open_page(replaying.dashboard.url)
+        button(page, "Resume").click()
+        replaying.finish()
+        expect(word(page)).to_have_text("lost")
+        expect(page.locator(".state-detail")).to_contain_text("a replay: the log of this attempt ends here")
+        expect_step(page, 10)

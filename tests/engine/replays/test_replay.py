@@ -1,6 +1,9 @@
 """engine/replays: what callbacks get in a replay, and what comes of it, is what the recorded run gave."""
 
 import logging
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Final
@@ -678,6 +681,36 @@ async def test_a_callback_serves_one_replay_at_a_time(recorded: Path) -> None:
                 await replay_async(recorded, callbacks=[recorder])
             control.stop()
     assert (await replay_async(recorded, callbacks=[recorder])).is_complete
+
+
+INTERRUPTED: Final = """
+import sys
+from offloop import Callback, Replay
+
+class Says(Callback):
+    def on_train_start(self, event, run):
+        print("started", flush=True)
+
+    def close(self):
+        print("closed", flush=True)
+
+control = Replay(sys.argv[1], callbacks=[Says()], paused=True)
+control.advance_nowait()
+try:
+    control.run()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_closes_the_callbacks_and_is_raised(recorded: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(recorded)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=LONG)[0] == "closed\ninterrupted\n"
+        assert process.returncode == 0
 
 
 # Logs ----------------------------------------------------------------------------------------------
