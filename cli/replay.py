@@ -17,12 +17,13 @@ from typing import Final
 
 import anyio
 import msgspec
+from anyio.abc import TaskStatus
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from offloop.cli.keys import has_keys, keys_at_once, read_keys
-from offloop.cli.output import check_run, cut, fail, interrupt_on, number, print_error, print_text, reason
+from offloop.cli.output import check_run, cut, fail, number, print_error, print_text, reason
 from offloop.dashboard import Dashboard
 from offloop.engine import (
     Callback,
@@ -86,7 +87,6 @@ def replay_run(
     if page and paused:
         # There is no run on the page, and no button, before the first event
         control.advance_nowait()
-    interrupt_on(signal.SIGTERM, signal.SIGHUP)
     result: ReplayResult | None = None
     try:
         with dashboard or contextlib.nullcontext():
@@ -255,6 +255,7 @@ async def _replay(control: Replay, shown: _Shown, *, stays: bool) -> ReplayResul
     failure: list[Exception] = []
     with contextlib.ExitStack() as stack:
         async with anyio.create_task_group() as tasks:
+            await tasks.start(_end_on_signals, control, ended.set)
             if has_keys():
                 stack.enter_context(keys_at_once())
                 live = Live(console=Console(), auto_refresh=False, transient=True)
@@ -275,6 +276,18 @@ async def _replay(control: Replay, shown: _Shown, *, stays: bool) -> ReplayResul
     if failure:
         raise failure.pop()
     return outcome[0]
+
+
+async def _end_on_signals(
+    control: Replay, end: Callable[[], None], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    """End in order at a first signal. A second one does what the system does with it."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            control.stop()
+            end()
+            break
 
 
 def _print_above(console: Console, text: str) -> None:
