@@ -200,7 +200,7 @@ class LayersQuery(FromViewer, frozen=True, kw_only=True, tag="layers"):
     statistic: LayerStatistic = "norm"
     """The statistic of all layers."""
     layer: str | None = None
-    """Name of the one layer; None, or one that the kind does not have, for none."""
+    """Name of the one layer; None for the first one. Of a layer that the kind does not have there is nothing."""
     on: bool = True
     """False: nothing more."""
 

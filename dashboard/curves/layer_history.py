@@ -414,7 +414,11 @@ def _wider(values: Float32s, layers: int) -> Float32s:
 
 def _numbers(values: Mapping[str, Any]) -> Float32s:
     """Return a number for each layer: NaN becomes infinite, what is no number NaN."""
-    found = np.array([_number(each) for each in values.values()], np.float64)
+    if set(map(type, values.values())) == {float}:
+        found = np.array(list(values.values()), np.float64)
+        found[np.isnan(found)] = math.inf
+    else:
+        found = np.array([_number(each) for each in values.values()], np.float64)
     with np.errstate(over="ignore"):
         return found.astype(np.float32)
 
@@ -434,6 +438,13 @@ def _number(value: Any) -> float:
 
 def _counts(histograms: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
     """Return the counts of each layer, (bins,); those with another number of bins than the first are left out."""
+    try:
+        # All at once, as they usually are
+        stacked = np.array(list(histograms.values()), np.float64)
+    except (TypeError, ValueError, OverflowError):
+        stacked = np.empty(0)
+    if stacked.ndim == 2 and 0 < stacked.shape[1] <= MAX_BINS and np.isfinite(stacked).all():
+        return dict(zip(histograms, stacked, strict=True))
     counts: dict[str, npt.NDArray[np.float64]] = {}
     bins = 0
     for name, values in histograms.items():

@@ -90,8 +90,9 @@ class LayerCursor:
         table = self._table
         if table is None or self._query is None:
             return False
-        is_named = self._query.layer in table.names
-        return self._all.revision != table.revision or (is_named and self._one.revision != table.revision)
+        if self._all.revision != table.revision:
+            return True
+        return self._one.revision != table.revision and self._query.layer in (None, *table.names)
 
     def next_frame(self) -> bytes | None:
         """Make the next frame; None without data for one."""
@@ -127,8 +128,8 @@ class LayerCursor:
         )
 
     def _of_one(self, table: LayerTable) -> LayerFrame:
-        assert self._query is not None and self._query.layer is not None
-        layer = self._query.layer
+        assert self._query is not None
+        layer = table.names[0] if self._query.layer is None else self._query.layer
         first = self._one.first(table)
         bins = max(row.histogram.shape[1] for row in table.rows)
         end = min(len(table.rows), first + max(1, MAX_CHART_FRAME // (_STATISTICS_BYTES + 2 * bins)))

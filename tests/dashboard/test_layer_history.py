@@ -208,7 +208,7 @@ def test_a_large_table_comes_in_parts() -> None:
     viewing = Viewing(live)
     viewing.cursor.ask(LayersQuery())
     viewing.receive()
-    assert [frame.header.more for frame in viewing.frames] == [True, True, False]
+    assert [frame.header.more for frame in viewing.frames] == [True, True, False, False]
     assert viewing.frames[0].header.names == list(names)
     assert len(viewing.rows) == 200
 

@@ -135,6 +135,10 @@ export class Layers {
     const { header } = frame;
     const asked = this.#asked;
     const ofAll = header.statistic !== "";
+    if (!ofAll && asked?.layer === null && header.run === asked.run) {
+      // The first one, because none was chosen
+      this.#layer = asked.layer = header.layer;
+    }
     const fits = asked !== null && header.run === asked.run && (ofAll ? header.statistic === asked.statistic : header.layer === asked.layer) &&
       (asked.kind === "" || header.kind === asked.kind || (ofAll ? !header.kinds.includes(asked.kind ?? "") : header.kind === this.#store.kind));
     if (!fits || !this.#store.apply(frame) || header.more || document.hidden) {
@@ -142,7 +146,7 @@ export class Layers {
       return true;
     }
     this.#credits++;
-    if (ofAll && (this.#layer === null || !this.#store.names.includes(this.#layer))) {
+    if (ofAll && this.#layer !== null && !this.#store.names.includes(this.#layer)) {
       this.#layer = counterpart(this.#store.names, this.#layer) ?? this.#store.names[0] ?? null;
       this.#ask();
     }
