@@ -100,6 +100,13 @@ def test_events_are_printed_one_in_a_line(here: Path) -> None:
     assert done.returncode == 0
 
 
+def test_nothing_of_it_needs_torch() -> None:
+    script = (
+        "import sys; import offloop.cli.replay; from offloop import Replay; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=PATIENCE).returncode == 0
+
+
 def test_callbacks_come_from_files_and_modules(here: Path) -> None:
     done = plain(
         here, "runs/first", "-c", "mine.py:stopper", "--callback", "mine:Mine", "-c", "offloop:MetricLogger",
