@@ -140,7 +140,7 @@ def run_demo(
             # What the live page shows beside loss and learning rate.
             ResourceMonitor(every_seconds=1.0),
             GradientMonitor(every_n_steps=MEASURE_EVERY_N_STEPS),
-            LayerStatistics(every_n_steps=4 * MEASURE_EVERY_N_STEPS),
+            LayerStatistics(every_n_steps=MEASURE_EVERY_N_STEPS),
             Writer(every_n_steps=WRITE_EVERY_N_STEPS, seed=seed),
         ]
     dashboard = Dashboard() if with_dashboard and not quiet else None
