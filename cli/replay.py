@@ -71,7 +71,7 @@ def replay_run(
     for name in imports:
         _imported(name, "--import")
     chosen = [_callback(spec) for spec in callbacks]
-    shown = _Shown(prints_all=not (chosen or page))
+    shown = EventPrinter(prints_all=not (chosen or page))
     dashboard = Dashboard(port=port, open=open_browser) if page else None
     try:
         control = Replay(
@@ -174,7 +174,7 @@ def _imported(place: str, option: str) -> ModuleType:
 # What there is to see ------------------------------------------------------------------------------
 
 
-class _Shown(Callback):
+class EventPrinter(Callback):
     """Prints events, and the commands of callbacks. The last of all callbacks."""
 
     # A pipe that nobody reads any more ends the replay
@@ -248,7 +248,7 @@ def _tell(result: ReplayResult) -> None:
 # While it goes on ----------------------------------------------------------------------------------
 
 
-async def _replay(control: Replay, shown: _Shown, *, stays: bool) -> ReplayResult:
+async def _replay(control: Replay, shown: EventPrinter, *, stays: bool) -> ReplayResult:
     """Replay, with keys on a terminal; with the page, until a person ends it."""
     ended = anyio.Event()
     outcome: list[ReplayResult] = []
@@ -298,7 +298,7 @@ def _print_above(console: Console, text: str) -> None:
 class _View:
     """The last line of the terminal, and what the keys do."""
 
-    def __init__(self, control: Replay, shown: _Shown, live: Live, end: Callable[[], None]) -> None:
+    def __init__(self, control: Replay, shown: EventPrinter, live: Live, end: Callable[[], None]) -> None:
         self._control = control
         self._shown = shown
         self._live = live
