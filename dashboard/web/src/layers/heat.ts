@@ -133,13 +133,18 @@ export function scaleOf(rows: readonly { values: Float32Array }[], statistic: st
   return min <= max ? { min, max, log } : { min: log ? 1 : 0, max: 1, log };
 }
 
-/** Number of the colour of a value, 0 to 255; 256 for what is not finite, -1 for what was not measured. */
-export function colourAt(value: number, { min, max, log }: ColourScale): number {
-  if (Number.isNaN(value)) return -1;
-  if (!Number.isFinite(value)) return 256;
-  if (log && value <= 0) return 0;
-  const unit = log ? Math.log(value / min) / Math.log(max / min) : (value - min) / (max - min);
-  return Number.isNaN(unit) ? 128 : Math.min(255, Math.max(0, Math.round(unit * 255)));
+/** Tells the number of a value's colour, 0 to 255; 256 for what is not finite, -1 for what was not measured. */
+export function colouring({ min, max, log }: ColourScale): (value: number) => number {
+  const from = log ? Math.log(min) : min;
+  const factor = 255 / ((log ? Math.log(max) : max) - from);
+  return (value) => {
+    if (value !== value) return -1;
+    if (value === Infinity || value === -Infinity) return 256;
+    if (factor === Infinity) return 128; // all are the same
+    if (log && value <= 0) return 0;
+    const colour = Math.round(((log ? Math.log(value) : value) - from) * factor);
+    return colour < 0 ? 0 : colour > 255 ? 255 : colour;
+  };
 }
 
 /** Which row each of `width` pixels shows: every row reaches half-way to its neighbours, also where few are there. */

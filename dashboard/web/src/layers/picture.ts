@@ -5,7 +5,7 @@ import { xTicks, yTicks, Scale } from "../charts/axes";
 import type { Theme } from "../charts/theme";
 import { h, setAttribute, setText, show } from "../dom";
 import { compact } from "../format";
-import { colourAt, rowsAt, type ColourScale } from "./heat";
+import { colouring, rowsAt, type ColourScale } from "./heat";
 
 /** Pixels of CSS around the plot. */
 const [LEFT, RIGHT, TOP, BOTTOM] = [62, 10, 6, 22];
@@ -167,12 +167,13 @@ export function paintHeat(context: CanvasRenderingContext2D, { width, height }: 
   );
   const bad = word(red ?? 255, green ?? 0, blue ?? 0);
   const column = new Uint32Array(lines);
+  const colourOf = colouring(scale);
   let painted = -1;
   for (let x = 0; x < columns; x++) {
     const row = rows[x] as number;
     if (row !== painted) {
       for (let line = 0; line < lines; line++) {
-        const colour = colourAt(image.value(row, line), scale);
+        const colour = colourOf(image.value(row, line));
         column[line] = colour < 0 ? 0 : colour > 255 ? bad : (palette[colour] as number);
       }
       painted = row;

@@ -1,7 +1,7 @@
 import { expect, test } from "vitest";
 
 import { decodeLayers, isLayerFrame, LayerStore, shareOf, type OneRow } from "../../src/layers/frame";
-import { axisOf, binAt, colourAt, colours, resample, rowsAt, scaleOf, ValueAxis } from "../../src/layers/heat";
+import { axisOf, binAt, colouring, colours, resample, rowsAt, scaleOf, ValueAxis } from "../../src/layers/heat";
 import { counterpart, list, tree } from "../../src/layers/tree";
 
 function level(share: number): number {
@@ -92,8 +92,8 @@ test("colours grow lighter or darker throughout, and tell what is not finite or 
   }
   const scale = scaleOf([{ values: Float32Array.of(0.5, 0, NaN, Infinity, 200) }], "norm");
   expect(scale).toEqual({ min: 0.5, max: 200, log: true });
-  expect([0.5, 10, 200, 0, Infinity, NaN].map((value) => colourAt(value, scale))).toEqual([0, 128, 255, 0, 256, -1]);
-  expect(colourAt(7, { min: 7, max: 7, log: false })).toBe(128);
+  expect([0.5, 10, 200, 0, Infinity, NaN].map(colouring(scale))).toEqual([0, 128, 255, 0, 256, -1]);
+  expect(colouring({ min: 7, max: 7, log: false })(7)).toBe(128);
 });
 
 test("each measurement reaches half-way to its neighbours", () => {
