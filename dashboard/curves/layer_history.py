@@ -87,6 +87,9 @@ def figures_of(event_type: str, fields: Mapping[str, Any]) -> list[LayerFigures]
 
 def without_layers(event_type: str, numbers: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
     """Yield those numbers of an event that are not by layer: `gradient_statistics/norm`, not `.../norms/0.weight`."""
+    if event_type == "LayersMeasured":
+        # All of its are.
+        return
     for key, value in numbers:
         if key.split("/", 2)[1] not in _FIELDS[event_type]:
             yield key, value

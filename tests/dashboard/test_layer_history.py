@@ -17,6 +17,7 @@ from offloop.dashboard.curves.layer_history import (
     figures_of,
     levels_of,
     shares_of,
+    without_layers,
 )
 from offloop.dashboard.protocol import LayersQuery
 from offloop.dashboard.runs.live_run import LiveRun, Numbers
@@ -230,6 +231,15 @@ def test_new_measurements_wait_for_their_turn_and_answers_do_not() -> None:
     viewing.cursor.ask(LayersQuery(on=False))
     live.layers.add(3, figures_of("LayersMeasured", weights()))
     assert not viewing.cursor.wants_frame(at_once=True)
+
+
+def test_numbers_by_layer_are_no_curves_however_they_are_named() -> None:
+    measured = {"layers_measured/weights/mean/0.weight": 1.0, "layers_measured/dead/0": 0.5}
+    assert not list(without_layers("LayersMeasured", measured.items()))
+    gradients = {"gradient_statistics/norm": 5.0, "gradient_statistics/norms/0.weight": 3.0}
+    assert list(without_layers("GradientStatistics", gradients.items())) == [
+        ("gradient_statistics/norm", 5.0)
+    ]
 
 
 def test_layers_are_no_curves_but_totals_are() -> None:
