@@ -25,7 +25,9 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from offloop import Dashboard, Runs, Trainer
-from offloop.dashboard.protocol import SUBPROTOCOL, Drawn, Hi, Show, encode_message
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_viewer import Drawn, Hi, Show
+from offloop.dashboard.protocol.limits import SUBPROTOCOL
 
 RUNS: Final = 8
 WORK: Final = {"10 ms steps": TEN_MS, "tiny MLP": TINY}

@@ -12,7 +12,7 @@ from rich.text import Text
 from offloop.cli.braille import braille_chart
 from offloop.cli.output import cut, duration, number
 from offloop.dashboard.client.curves import MetricCurve
-from offloop.dashboard.protocol import Status
+from offloop.dashboard.protocol.from_server import Status
 from offloop.engine.visible_text import visible
 
 LEAST_CHART: Final = 3

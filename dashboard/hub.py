@@ -17,36 +17,29 @@ import anyio
 import anyio.lowlevel
 
 from offloop.dashboard.curves.history import HISTORY_BYTES
-from offloop.dashboard.protocol import (
-    CLOSE_SLOW,
-    MAX_OVERLAID,
-    Bye,
+from offloop.dashboard.protocol.encoding import ProtocolError, decode_viewer_message, encode_message
+from offloop.dashboard.protocol.from_server import Bye, Hello, Pong, Runs, RunSummary
+from offloop.dashboard.protocol.from_viewer import (
     CommandRequest,
     Drawn,
     Edit,
     EditCheckpoint,
-    Hello,
     Hi,
     LayersQuery,
     ListCheckpoints,
     ListRuns,
     Overlay,
     Ping,
-    Pong,
-    ProtocolError,
     Publish,
     RangeQuery,
-    Runs,
-    RunSummary,
     SampleQuery,
     Show,
     Stream,
     TakeBack,
     Visibility,
     Watch,
-    decode_viewer_message,
-    encode_message,
 )
+from offloop.dashboard.protocol.limits import CLOSE_SLOW, MAX_OVERLAID
 from offloop.dashboard.runs.disk_calls import DiskCalls
 from offloop.dashboard.runs.followed_runs import FollowedRuns
 from offloop.dashboard.runs.live_run import LiveRun

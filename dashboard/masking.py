@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from offloop.dashboard.protocol import number
+from offloop.dashboard.protocol.encoding import number
 
 MASK: Final = "(masked)"
 

@@ -126,7 +126,7 @@ LAYERS: Final = (
     "tools",
 )
 """Packages of the engine, from the lowest to the highest: each uses only those before it."""
-DASHBOARD_LAYERS: Final = ("curves", "client", "runs", "viewers", "serving", "saved")
+DASHBOARD_LAYERS: Final = ("protocol", "curves", "client", "runs", "viewers", "serving", "saved")
 """The same for the packages of the dashboard."""
 FACADES: Final = (
     "offloop",

@@ -7,12 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from offloop.dashboard.protocol import (
-    Ack,
-    CommandRequest,
-    FromViewer,
-    TakeBack,
-)
+from offloop.dashboard.protocol.from_server import Ack
+from offloop.dashboard.protocol.from_viewer import CommandRequest, FromViewer, TakeBack
 from offloop.engine import (
     Command,
     CommandExpiredError,

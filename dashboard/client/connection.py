@@ -25,31 +25,24 @@ from offloop.dashboard.client.curves import CurveQueries
 from offloop.dashboard.client.facts import FINAL_STATES, RunFacts
 from offloop.dashboard.client.messages import ServerMessage, decode_server_message
 from offloop.dashboard.client.websocket import PING_INTERVAL, ClosedError, Websocket
-from offloop.dashboard.protocol import (
-    CLOSE_PROTOCOL,
-    CLOSE_SLOW,
-    CLOSE_UNAUTHORISED,
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_server import (
     Ack,
     Bye,
-    CommandRequest,
-    FromViewer,
     Hello,
-    Hi,
     Milestone,
     MilestonesMissed,
-    Ping,
     Pong,
     RunInfo,
     Runs,
     RunSummary,
     Series,
     Status,
-    Stream,
     StreamDropped,
     Streamed,
-    Watch,
-    encode_message,
 )
+from offloop.dashboard.protocol.from_viewer import CommandRequest, FromViewer, Hi, Ping, Stream, Watch
+from offloop.dashboard.protocol.limits import CLOSE_PROTOCOL, CLOSE_SLOW, CLOSE_UNAUTHORISED
 from offloop.engine import (
     Event,
     OffloopError,

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from offloop.dashboard.curves.chart_frame import ChartFrame, decode_chart
-from offloop.dashboard.protocol import Drawn, FromViewer, RangeQuery, SeriesInfo
+from offloop.dashboard.protocol.from_server import SeriesInfo
+from offloop.dashboard.protocol.from_viewer import Drawn, FromViewer, RangeQuery
 from offloop.engine import MetricNotFoundError, OffloopError
 
 AT_ONCE: Final = 16

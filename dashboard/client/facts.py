@@ -5,15 +5,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from offloop.dashboard.protocol import (
-    Hello,
-    Role,
-    RunInfo,
-    RunSummary,
-    Series,
-    SeriesInfo,
-    Status,
-)
+from offloop.dashboard.protocol.from_server import Hello, RunInfo, RunSummary, Series, SeriesInfo, Status
+from offloop.dashboard.protocol.limits import Role
 from offloop.engine import (
     EpochEnd,
     Evaluated,

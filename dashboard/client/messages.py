@@ -2,7 +2,7 @@
 
 import msgspec
 
-from offloop.dashboard.protocol import (
+from offloop.dashboard.protocol.from_server import (
     Ack,
     Bye,
     Hello,

@@ -16,7 +16,9 @@ from offloop.dashboard.client.address import Address
 from offloop.dashboard.client.connection import Connection
 from offloop.dashboard.client.curves import MetricCurve
 from offloop.dashboard.client.facts import RunFacts
-from offloop.dashboard.protocol import MAX_MESSAGE, CommandName, Publish, RunInfo, RunSummary, Status
+from offloop.dashboard.protocol.from_server import RunInfo, RunSummary, Status
+from offloop.dashboard.protocol.from_viewer import Publish
+from offloop.dashboard.protocol.limits import MAX_MESSAGE, CommandName
 from offloop.engine import (
     Command,
     Event,

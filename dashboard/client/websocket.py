@@ -16,7 +16,7 @@ from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
 from offloop.dashboard.client.address import Address
-from offloop.dashboard.protocol import SUBPROTOCOL
+from offloop.dashboard.protocol.limits import SUBPROTOCOL
 from offloop.engine import OffloopError, WatchLostError, WatchRefusedError
 
 HANDSHAKE_TIMEOUT: Final = 15.0

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from offloop.dashboard.curves.chart_frame import Float64s, Gap, NonFinite
 from offloop.dashboard.curves.column import BLOCK, Column
-from offloop.dashboard.protocol import number as as_json
+from offloop.dashboard.protocol.encoding import number as as_json
 from offloop.engine import checks
 
 HISTORY_BYTES: Final = 256 * 1024 * 1024

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offloop.dashboard.curves.layer_history import STATISTICS, SUMMARY, Float32s, Levels
-from offloop.dashboard.protocol import printable
+from offloop.dashboard.protocol.encoding import printable
 
 
 class LayerHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="layers"):

@@ -9,7 +9,7 @@ import numpy as np
 
 from offloop.dashboard.curves.chart_frame import Float64s
 from offloop.dashboard.curves.history import History
-from offloop.dashboard.protocol import SeriesInfo
+from offloop.dashboard.protocol.from_server import SeriesInfo
 
 POINTS: Final = 300
 """About the most points of a curve: the width of a panel in pixels."""

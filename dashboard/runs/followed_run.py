@@ -15,7 +15,8 @@ import msgspec
 
 from offloop.dashboard.curves.layer_history import figures_of, says_layers, without_layers
 from offloop.dashboard.masking import masked, masked_command
-from offloop.dashboard.protocol import CommandName, RunInfo
+from offloop.dashboard.protocol.from_server import RunInfo
+from offloop.dashboard.protocol.limits import CommandName
 from offloop.dashboard.runs.live_run import FINAL_STATES, LiveRun, Numbers
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.page_file import page_of

@@ -20,7 +20,7 @@ import anyio.abc
 import anyio.lowlevel
 import msgspec
 
-from offloop.dashboard.protocol import RunRow, RunSummary
+from offloop.dashboard.protocol.from_server import RunRow, RunSummary
 from offloop.dashboard.runs.directories import Directories
 from offloop.dashboard.runs.disk_calls import DiskCalls
 from offloop.dashboard.runs.followed_run import FollowedRun, take_in

@@ -26,7 +26,8 @@ from offloop.dashboard.curves.layer_history import (
 from offloop.dashboard.curves.panels import Place, place_of_metric
 from offloop.dashboard.curves.steps import MANY_STEPS, keys_of, values_of, with_steps_together
 from offloop.dashboard.curves.units import unit_of
-from offloop.dashboard.protocol import Latest, RunSummary, SeriesInfo, Status, number
+from offloop.dashboard.protocol.encoding import number
+from offloop.dashboard.protocol.from_server import Latest, RunSummary, SeriesInfo, Status
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES, KeptMilestone, Milestones
 from offloop.dashboard.runs.run_samples import RunSamples
 from offloop.dashboard.runs.run_source import RunSource

@@ -7,7 +7,8 @@ from typing import Final
 import msgspec
 
 from offloop.dashboard.masking import masked
-from offloop.dashboard.protocol import Milestone, MilestonesMissed, encode_message
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_server import Milestone, MilestonesMissed
 from offloop.dashboard.runs.run_samples import brief, encoded
 from offloop.engine import (
     CallbackFailed,

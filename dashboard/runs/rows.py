@@ -9,7 +9,8 @@ from itertools import takewhile
 from typing import Final
 
 from offloop.dashboard.masking import masked
-from offloop.dashboard.protocol import Figure, Rows, RunRow, encode_message, number
+from offloop.dashboard.protocol.encoding import encode_message, number
+from offloop.dashboard.protocol.from_server import Figure, Rows, RunRow
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.engine import RunLabels, RunRecord
 from offloop.engine.visible_text import visible

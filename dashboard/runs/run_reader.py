@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from offloop.dashboard.curves.column_file import LEAST_LOG
-from offloop.dashboard.protocol import SeriesInfo
+from offloop.dashboard.protocol.from_server import SeriesInfo
 from offloop.dashboard.runs.followed_run import FollowedRun, first_event, take_in, time_of
 from offloop.dashboard.runs.kept_run import KeptRun, find_run, keep_run
 from offloop.dashboard.runs.live_run import LiveRun, Numbers

@@ -7,7 +7,8 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from offloop.dashboard.protocol import SampleEntry, SampleIndex, encode_message, printable
+from offloop.dashboard.protocol.encoding import encode_message, printable
+from offloop.dashboard.protocol.from_server import SampleEntry, SampleIndex
 from offloop.engine import (
     Event,
     EventError,

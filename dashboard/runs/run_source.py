@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
 import msgspec
 
 from offloop.dashboard.masking import masked, masked_command
-from offloop.dashboard.protocol import CommandName, RunInfo
+from offloop.dashboard.protocol.from_server import RunInfo
+from offloop.dashboard.protocol.limits import CommandName
 from offloop.engine import (
     Command,
     ConfigError,

@@ -5,7 +5,8 @@ from typing import Final
 
 import msgspec
 
-from offloop.dashboard.protocol import Streamed, encode_message, printable
+from offloop.dashboard.protocol.encoding import encode_message, printable
+from offloop.dashboard.protocol.from_server import Streamed
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.engine import Event, EventError, encode
 

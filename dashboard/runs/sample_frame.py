@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from offloop.dashboard.protocol import MAX_CHART_FRAME
+from offloop.dashboard.protocol.limits import MAX_CHART_FRAME
 
 PART: Final = MAX_CHART_FRAME
 """Bytes of content in one frame: with more, a slow network would hold up all else for long."""

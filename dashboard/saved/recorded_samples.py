@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from offloop.dashboard.protocol import SampleEntry
+from offloop.dashboard.protocol.from_server import SampleEntry
 from offloop.dashboard.runs.run_samples import AnySample, RunSamples, brief, content_of, encoded
 from offloop.engine import Picture, SampleFileError, TableSample, TextSample
 

@@ -14,14 +14,13 @@ import numpy as np
 
 from offloop.dashboard.curves.chart_frame import Float64s, Gap, NonFinite
 from offloop.dashboard.curves.history import HISTORY_BYTES, AxisName, Rows, merge
-from offloop.dashboard.protocol import (
+from offloop.dashboard.protocol.encoding import encode_message, printable
+from offloop.dashboard.protocol.from_server import (
     Checkpoints,
     MilestonesMissed,
     RunRow,
     SampleEntry,
     SampleIndex,
-    encode_message,
-    printable,
 )
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import MILESTONE_BYTES

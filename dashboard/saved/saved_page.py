@@ -20,7 +20,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from offloop.dashboard.protocol import Hello, Rows, RunSummary, encode_message
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_server import Hello, Rows, RunSummary
 from offloop.dashboard.saved.recording import Detail, Recording, packed, record, shareable
 from offloop.dashboard.serving.page import Page
 from offloop.engine import ConfigError, OffloopError, RunCatalog, RunRecord, checks, read_run

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from offloop.dashboard.protocol import Role
+from offloop.dashboard.protocol.limits import Role
 from offloop.dashboard.serving.page import NOT_BUILT, Asset, Page
 from offloop.dashboard.serving.places import Places
 from offloop.dashboard.serving.security import SECURITY_HEADERS, content_security_policy

@@ -15,7 +15,8 @@ import anyio
 import anyio.to_thread
 
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import CLOSE_FULL, MAX_MESSAGE, SUBPROTOCOL, Hi, Role
+from offloop.dashboard.protocol.from_viewer import Hi
+from offloop.dashboard.protocol.limits import CLOSE_FULL, MAX_MESSAGE, SUBPROTOCOL, Role
 from offloop.dashboard.serving.answers import Answer, answer, status_answer
 from offloop.dashboard.serving.mounted_link import Closing, MountedLink, Outgoing
 from offloop.dashboard.serving.places import Places

@@ -1,7 +1,7 @@
 """Places: how many viewers a server has, and who finds no place any more."""
 
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import Role
+from offloop.dashboard.protocol.limits import Role
 
 
 class Places:

@@ -19,7 +19,8 @@ from websockets.server import ServerProtocol
 from websockets.typing import StatusLike
 
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import CLOSE_FULL, CLOSE_UNAUTHORISED, Hi, Role
+from offloop.dashboard.protocol.from_viewer import Hi
+from offloop.dashboard.protocol.limits import CLOSE_FULL, CLOSE_UNAUTHORISED, Role
 from offloop.dashboard.serving.answers import Answer, Files, answer, status_answer
 from offloop.dashboard.serving.places import Places
 from offloop.dashboard.serving.security import SECURITY_HEADERS, Gate

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import parse_qs, urlsplit
 
-from offloop.dashboard.protocol import Role
+from offloop.dashboard.protocol.limits import Role
 
 COOKIE_DAYS: Final = 30
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})

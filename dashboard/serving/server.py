@@ -28,7 +28,7 @@ from websockets.typing import Subprotocol
 from offloop.dashboard.curves.picture import picture
 from offloop.dashboard.hub import Hub
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import MAX_MESSAGE, SUBPROTOCOL
+from offloop.dashboard.protocol.limits import MAX_MESSAGE, SUBPROTOCOL
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.run_source import ProcessRun, ReplaySource, source_of
 from offloop.dashboard.serving.answers import Files

@@ -9,16 +9,10 @@ from typing import Final, Protocol
 
 import anyio
 
-from offloop.dashboard.protocol import (
-    CLOSE_PROTOCOL,
-    CLOSE_SLOW,
-    CLOSE_UNAUTHORISED,
-    FromServer,
-    Hi,
-    ProtocolError,
-    Role,
-    decode_viewer_message,
-)
+from offloop.dashboard.protocol.encoding import ProtocolError, decode_viewer_message
+from offloop.dashboard.protocol.from_server import FromServer
+from offloop.dashboard.protocol.from_viewer import Hi
+from offloop.dashboard.protocol.limits import CLOSE_PROTOCOL, CLOSE_SLOW, CLOSE_UNAUTHORISED, Role
 from offloop.dashboard.runs.rows import RowCursor
 from offloop.dashboard.viewers.viewer import Viewer, ViewerTooSlowError
 from offloop.engine import OffloopError

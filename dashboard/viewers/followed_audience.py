@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from offloop.dashboard.protocol import RunRow
+from offloop.dashboard.protocol.from_server import RunRow
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.rows import RunList

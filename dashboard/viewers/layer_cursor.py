@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from offloop.dashboard.curves.layer_frame import LayerFrame, LayerHeader, encode_layers
 from offloop.dashboard.curves.layer_history import STATISTICS, LayerRow, LayerTable
-from offloop.dashboard.protocol import MAX_CHART_FRAME, LayersQuery
+from offloop.dashboard.protocol.from_viewer import LayersQuery
+from offloop.dashboard.protocol.limits import MAX_CHART_FRAME
 from offloop.dashboard.runs.live_run import LiveRun
 
 KINDS: Final = ("weights", "gradients", "activations")

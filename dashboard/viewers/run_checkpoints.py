@@ -13,14 +13,9 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from offloop.dashboard.protocol import (
-    Ack,
-    CheckpointRow,
-    Checkpoints,
-    EditCheckpoint,
-    ListCheckpoints,
-    number,
-)
+from offloop.dashboard.protocol.encoding import number
+from offloop.dashboard.protocol.from_server import Ack, CheckpointRow, Checkpoints
+from offloop.dashboard.protocol.from_viewer import EditCheckpoint, ListCheckpoints
 from offloop.dashboard.runs.disk_calls import DiskCall, DiskCalls
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.viewers.connection import Connection

@@ -13,16 +13,10 @@ import numpy as np
 
 from offloop.dashboard.curves.frames import DELTA_POINTS
 from offloop.dashboard.curves.history import AXIS_BYTES, POINT_BYTES
-from offloop.dashboard.protocol import (
-    MAX_CHART_FRAME,
-    MAX_POINTS,
-    MAX_SERIES_SHOWN,
-    ProtocolError,
-    RangeQuery,
-    Series,
-    Show,
-    encode_message,
-)
+from offloop.dashboard.protocol.encoding import ProtocolError, encode_message
+from offloop.dashboard.protocol.from_server import Series
+from offloop.dashboard.protocol.from_viewer import RangeQuery, Show
+from offloop.dashboard.protocol.limits import MAX_CHART_FRAME, MAX_POINTS, MAX_SERIES_SHOWN
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.viewers.layer_cursor import LayerCursor
 

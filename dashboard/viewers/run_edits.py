@@ -5,7 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from offloop.dashboard.protocol import Ack, Edit
+from offloop.dashboard.protocol.from_server import Ack
+from offloop.dashboard.protocol.from_viewer import Edit
 from offloop.dashboard.runs.disk_calls import DiskCall, DiskCalls
 from offloop.dashboard.viewers.connection import Connection
 from offloop.engine import OffloopError, RunLabels, RunLabelsChangedError, edit_labels

@@ -6,7 +6,8 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from offloop.dashboard.protocol import ProtocolError, SampleQuery
+from offloop.dashboard.protocol.encoding import ProtocolError
+from offloop.dashboard.protocol.from_viewer import SampleQuery
 from offloop.dashboard.runs.disk_calls import DiskCall
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.run_samples import brief, content_of, encoded

@@ -12,17 +12,10 @@ from typing import Final
 
 import msgspec
 
-from offloop.dashboard.protocol import (
-    FromServer,
-    LayersQuery,
-    ProtocolError,
-    RangeQuery,
-    Role,
-    SampleQuery,
-    Show,
-    StreamDropped,
-    encode_message,
-)
+from offloop.dashboard.protocol.encoding import ProtocolError, encode_message
+from offloop.dashboard.protocol.from_server import FromServer, StreamDropped
+from offloop.dashboard.protocol.from_viewer import LayersQuery, RangeQuery, SampleQuery, Show
+from offloop.dashboard.protocol.limits import Role
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.runs.sample_batch import SampleBatch

@@ -11,7 +11,9 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from offloop.dashboard.protocol import Ack, CommandRequest, Publish, TakeBack, number
+from offloop.dashboard.protocol.encoding import number
+from offloop.dashboard.protocol.from_server import Ack
+from offloop.dashboard.protocol.from_viewer import CommandRequest, Publish, TakeBack
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.run_samples import SAMPLES
 from offloop.dashboard.viewers.connection import READERS, Connection

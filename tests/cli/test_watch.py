@@ -19,7 +19,7 @@ from offloop.cli.braille import braille_chart
 from offloop.cli.watch_screen import Seen, line_of, screen
 from offloop.dashboard import Dashboard
 from offloop.dashboard.client.curves import MetricCurve
-from offloop.dashboard.protocol import Status
+from offloop.dashboard.protocol.from_server import Status
 from offloop.engine.testing import EndlessLoader, tiny_loader, tiny_trainer
 
 WATCH: Final = [sys.executable, "-m", "offloop", "watch"]

@@ -12,7 +12,7 @@ from socket_viewer import PATIENCE as SECONDS
 from socket_viewer import SocketViewer, await_on_loop, request
 
 from offloop.dashboard import Dashboard
-from offloop.dashboard.protocol import CLOSE_UNAUTHORISED
+from offloop.dashboard.protocol.limits import CLOSE_UNAUTHORISED
 from offloop.dashboard.serving.security import forget_key
 from offloop.dashboard.serving.server import Server
 

@@ -21,15 +21,9 @@ from websockets.typing import Origin, Subprotocol
 
 from offloop.dashboard import Dashboard, callback
 from offloop.dashboard.lease import SharedServer
-from offloop.dashboard.protocol import (
-    CLOSE_FULL,
-    CLOSE_PROTOCOL,
-    MAX_MESSAGE,
-    SUBPROTOCOL,
-    CommandRequest,
-    Ping,
-    encode_message,
-)
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_viewer import CommandRequest, Ping
+from offloop.dashboard.protocol.limits import CLOSE_FULL, CLOSE_PROTOCOL, MAX_MESSAGE, SUBPROTOCOL
 from offloop.dashboard.serving import asgi
 from offloop.dashboard.serving.asgi import DashboardApp
 from offloop.engine.bus.waker import Waker

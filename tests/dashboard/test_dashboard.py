@@ -24,7 +24,7 @@ from warm_python import ScriptProcess, WarmPython
 
 from offloop.callbacks import ResourceMonitor
 from offloop.dashboard import Dashboard, callback
-from offloop.dashboard.protocol import CommandRequest, RangeQuery, Watch
+from offloop.dashboard.protocol.from_viewer import CommandRequest, RangeQuery, Watch
 from offloop.engine import (
     Callback,
     CommandApplied,

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_files import lines_of, step, write_run
 
-from offloop.dashboard.protocol import RunRow
+from offloop.dashboard.protocol.from_server import RunRow
 from offloop.dashboard.runs import followed_runs
 from offloop.dashboard.runs.disk_calls import DiskCalls
 from offloop.dashboard.runs.followed_runs import FollowedRuns

@@ -19,23 +19,19 @@ from memory_link import MemoryLink, PageModel
 from offloop.dashboard.curves.chart_frame import decode_chart
 from offloop.dashboard.curves.frames import DELTA_POINTS
 from offloop.dashboard.hub import ENDED_RUNS_KEPT, Hub
-from offloop.dashboard.protocol import (
-    CLOSE_PROTOCOL,
-    CLOSE_SLOW,
-    MAX_CHART_FRAME,
-    MAX_OVERLAID,
+from offloop.dashboard.protocol.encoding import decode_viewer_message
+from offloop.dashboard.protocol.from_viewer import (
     CommandRequest,
     Hi,
     ListRuns,
     Overlay,
     Ping,
     RangeQuery,
-    Role,
     Show,
     Stream,
     Watch,
-    decode_viewer_message,
 )
+from offloop.dashboard.protocol.limits import CLOSE_PROTOCOL, CLOSE_SLOW, MAX_CHART_FRAME, MAX_OVERLAID, Role
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.milestones import KeptMilestone, Milestones
 from offloop.dashboard.runs.rows import MAX_FIGURES, row_of

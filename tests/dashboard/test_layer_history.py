@@ -19,7 +19,7 @@ from offloop.dashboard.curves.layer_history import (
     shares_of,
     without_layers,
 )
-from offloop.dashboard.protocol import LayersQuery
+from offloop.dashboard.protocol.from_viewer import LayersQuery
 from offloop.dashboard.runs.live_run import LiveRun, Numbers
 from offloop.dashboard.viewers.layer_cursor import LayerCursor
 from offloop.engine import TrainStart, UnknownEvent

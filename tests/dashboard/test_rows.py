@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_link import PageModel
 
-from offloop.dashboard.protocol import Rows, RunRow
+from offloop.dashboard.protocol.from_server import Rows, RunRow
 from offloop.dashboard.runs.rows import ROWS_AT_ONCE, RowCursor, RunList
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 from socket_viewer import on_loop
 
-from offloop.dashboard.protocol import Figure, RunRow
+from offloop.dashboard.protocol.from_server import Figure, RunRow
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 pytest.importorskip("axe_playwright_python", reason="tests in a browser need offloop[browser]")

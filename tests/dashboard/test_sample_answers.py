@@ -21,17 +21,8 @@ from offloop import connect
 from offloop.dashboard.curves.chart_frame import decode_chart
 from offloop.dashboard.hub import Hub
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import (
-    CLOSE_PROTOCOL,
-    MAX_CHART_FRAME,
-    Drawn,
-    FromViewer,
-    Hi,
-    Overlay,
-    Role,
-    SampleQuery,
-    Show,
-)
+from offloop.dashboard.protocol.from_viewer import Drawn, FromViewer, Hi, Overlay, SampleQuery, Show
+from offloop.dashboard.protocol.limits import CLOSE_PROTOCOL, MAX_CHART_FRAME, Role
 from offloop.dashboard.runs import run_samples
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.runs.sample_frame import SampleHeader, encode_sample

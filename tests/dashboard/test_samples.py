@@ -10,7 +10,7 @@ from run_files import events_of, step, write_run
 from socket_viewer import SocketViewer
 
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import RangeQuery, Show
+from offloop.dashboard.protocol.from_viewer import RangeQuery, Show
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.serving.server import Server
 from offloop.engine import Event, StepEnd, TrainStart

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offloop.dashboard.protocol import Role
+from offloop.dashboard.protocol.limits import Role
 from offloop.dashboard.serving.security import (
     COOKIE_DAYS,
     Gate,

@@ -21,7 +21,7 @@ from socket_viewer import PATIENCE, SocketViewer, await_on_loop, on_loop
 from offloop.callbacks import ModelCheckpoint
 from offloop.dashboard import Dashboard
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import (
+from offloop.dashboard.protocol.from_viewer import (
     CommandRequest,
     Edit,
     EditCheckpoint,

@@ -35,15 +35,10 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from offloop.dashboard.options import Options
-from offloop.dashboard.protocol import (
-    CLOSE_FULL,
-    CLOSE_UNAUTHORISED,
-    SUBPROTOCOL,
-    Ack,
-    Hi,
-    Ping,
-    encode_message,
-)
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_server import Ack
+from offloop.dashboard.protocol.from_viewer import Hi, Ping
+from offloop.dashboard.protocol.limits import CLOSE_FULL, CLOSE_UNAUTHORISED, SUBPROTOCOL
 from offloop.dashboard.runs.milestones import KeptMilestone
 from offloop.dashboard.serving import requests as requests_module
 from offloop.dashboard.serving import server as server_module

@@ -1,4 +1,4 @@
-// Protocol `offloop.v1` as TypeScript sees it: the types of dashboard/protocol.py, and its chart frames taken
+// Protocol `offloop.v1` as TypeScript sees it: the types of dashboard/protocol/, and its chart frames taken
 // apart. That file is the contract and explains it; names, defaults and bytes here follow it.
 
 import type { LayersQuery } from "./layers/frame";

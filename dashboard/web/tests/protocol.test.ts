@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
 import { decodeChart, decodeText, toNumber } from "../src/protocol";
 
-/** What `encode_chart` of dashboard/protocol.py makes of three rows, a dense curve with a NaN and a sparse one. */
+/** What `encode_chart` of dashboard/curves/chart_frame.py makes of three rows, a dense curve with a NaN and a sparse one. */
 const FRAME =
   "BAEAAHsidHlwZSI6ImNoYXJ0IiwicnVuIjoiciIsImtpbmQiOiJkZWx0YSIsInF1ZXJ5IjpudWxsLCJtb3JlIjpmYWxzZSwicm93" +
   "cyI6Mywic2VyaWVzIjpbeyJpZCI6NCwicG9pbnRzIjozLCJkZW5zZSI6dHJ1ZSwicmVkdWNlZCI6ZmFsc2UsIm1hcmtzIjpbWzIu" +

@@ -9,15 +9,12 @@ import msgspec
 
 from offloop.dashboard.client import messages
 from offloop.dashboard.curves.chart_frame import ChartFrame, decode_chart
-from offloop.dashboard.protocol import (
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_server import (
     Ack,
     Bye,
     Checkpoints,
-    CommandRequest,
-    Drawn,
-    FromViewer,
     Hello,
-    Hi,
     Latest,
     Milestone,
     MilestonesMissed,
@@ -26,12 +23,11 @@ from offloop.dashboard.protocol import (
     RunRow,
     Runs,
     Series,
-    Show,
     Status,
     StreamDropped,
     Streamed,
-    encode_message,
 )
+from offloop.dashboard.protocol.from_viewer import CommandRequest, Drawn, FromViewer, Hi, Show
 
 ServerMessage = messages.ServerMessage | Rows | Checkpoints
 _messages: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)

@@ -15,7 +15,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-from offloop.dashboard.protocol import SUBPROTOCOL, FromViewer, encode_message
+from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.from_viewer import FromViewer
+from offloop.dashboard.protocol.limits import SUBPROTOCOL
 from offloop.dashboard.serving.server import Server
 
 T = TypeVar("T")
