@@ -163,3 +163,19 @@ def test_a_reason_is_told_once(groups: Training, open_page: OpenPage) -> None:
     expect(word(page)).to_have_text("failed")
     expect(page.locator(".notice-text")).to_contain_text("the data set is cursed")
     expect(page.locator(".head")).not_to_contain_text("cursed")
+
+
+def test_tab_that_is_looked_at_is_in_view_where_there_is_no_room_for_all(
+    groups: Training, open_page: OpenPage
+) -> None:
+    page = open_at(open_page, groups, 390, 844)
+    tabs = page.get_by_role("tablist", name="Views")
+    assert tabs.evaluate("element => { element.style.width = '150px'; return element.scrollWidth }") > 150
+    page.keyboard.press("3")
+    last = page.get_by_role("tab", name="Configuration")
+    expect(last).to_have_attribute("aria-selected", "true")
+    box, room = box_of(last), box_of(tabs)
+    assert room["x"] - 1 <= box["x"] and box["x"] + box["width"] <= room["x"] + room["width"] + 1
+    page.keyboard.press("1")
+    expect(page.get_by_role("tab", name="Metrics")).to_have_attribute("aria-selected", "true")
+    assert box_of(page.get_by_role("tab", name="Metrics"))["x"] >= room["x"] - 1

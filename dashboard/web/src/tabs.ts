@@ -59,16 +59,26 @@ export class Tabs {
     const { panel, view } = this.#entries.get(current) as Entry;
     if (view.element.parentNode !== panel) panel.append(view.element);
     for (const [name, entry] of this.#entries) entry.view.setActive?.(name === current);
+    this.#reveal();
+  }
+
+  /** Have the tab in view, where there is not room for all. */
+  #reveal(): void {
+    const { tab } = this.#entries.get(this.#current) as Entry;
+    if (!tab.hidden) tab.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   /** Show the tabs that have something, and the view unless something stands in its place. */
   update(staged: boolean): void {
+    const { tab: current } = this.#entries.get(this.#current) as Entry;
+    const wasHidden = current.hidden;
     for (const [name, { title, view, tab, panel }] of this.#entries) {
       show(panel, name === this.#current && !staged);
       show(tab, name === this.#current || (view.has?.() ?? true));
       const count = view.count?.() ?? "";
       setText(tab, count === "" ? title : `${title} ${count}`);
     }
+    if (wasHidden) this.#reveal();
   }
 
   /** Give the focus to the search of the view. */
