@@ -266,7 +266,7 @@ export class Layers {
     this.#allLegend.show(table, compact(scale.min), compact(scale.max));
     this.#all.show(subject, `${count(places.length)} layers: ${word} of the ${store.kind}`,
       `Heatmap of the ${word} of the ${store.kind} of ${places.length} layers, steps ${steps[0]} to ${steps.at(-1)}. Arrow keys read it out, Enter chooses the layer.`,
-      `${count(rows.length)} measurements${spaced}. A click chooses the layer.`);
+      `${measurements(rows.length)}${spaced}. A click chooses the layer.`);
   }
 
   #drawOne(): void {
@@ -327,7 +327,7 @@ export class Layers {
     const shown = (["norm", "update_ratio", "dead", "mean", "std", "minimum", "maximum"] as const).filter((name) => rows.some((row) => !Number.isNaN(of(row, name))));
     const cells = (row: OneRow): HTMLElement[] => shown.map((name) => h("td", {}, Number.isNaN(of(row, name)) ? "" : tell(of(row, name))));
     replaceChildren(this.#table, h("table", { class: "chart-table" },
-      h("caption", {}, rows.length > MOST_ROWS ? `The newest ${MOST_ROWS} of ${count(rows.length)} measurements` : `${count(rows.length)} measurements`),
+      h("caption", {}, rows.length > MOST_ROWS ? `The newest ${MOST_ROWS} of ${measurements(rows.length)}` : measurements(rows.length)),
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "step"), ...shown.map((name) => h("th", { scope: "col" }, NAMES[name] as string)))),
       h("tbody", {}, ...rows.slice(-MOST_ROWS).reverse().map((row) => h("tr", {}, h("th", { scope: "row" }, compact(row.step)), ...cells(row)))),
     ));
@@ -412,4 +412,8 @@ function chooser(label: string, options: readonly [string, string][], changed: (
   };
   set(options);
   return { element: h("label", { class: "layer-choice" }, label, select), value: () => select.value, set };
+}
+
+function measurements(number: number): string {
+  return number === 1 ? "1 measurement" : `${count(number)} measurements`;
 }
