@@ -173,7 +173,7 @@ class LayerTable:
         """Grows with every change."""
         self.spacing = 0.0
         """Least distance between two rows in steps; 0 while every measurement is kept."""
-        self._places: dict[str, int | None] = {name: place for place, name in enumerate(self.names)}
+        self._places: dict[str, int] = {name: place for place, name in enumerate(self.names)}
 
     @property
     def bytes(self) -> int:
@@ -198,7 +198,8 @@ class LayerTable:
             stacked = np.stack(list(counts.values()))
             histogram = np.zeros((len(self.names), stacked.shape[1]), np.uint16)
             histogram[where[where >= 0]] = levels_of(stacked)[where >= 0]
-            elements = np.where(stacked > 0, stacked, 0).sum(axis=1).astype(np.float32)
+            with np.errstate(over="ignore"):
+                elements = np.where(stacked > 0, stacked, 0).sum(axis=1).astype(np.float32)
             values[STATISTICS.index("elements"), where[where >= 0]] = elements[where >= 0]
         self.revision += 1
         row = LayerRow(step, values, histogram)
@@ -210,13 +211,12 @@ class LayerTable:
 
     def _place(self, name: str) -> int:
         """Return the place of a layer, added if it is new; -1 for one that is left out."""
-        if name not in self._places:
-            place = len(self.names) if len(self.names) < MAX_LAYERS and len(name) <= MAX_NAME else None
-            self._places[name] = place
-            if place is not None:
-                self.names.append(name.encode(errors="backslashreplace").decode())
-        known = self._places[name]
-        return -1 if known is None else known
+        place = self._places.get(name, -1)
+        # Names that are left out are not remembered: a log may have ever new ones.
+        if place < 0 and len(self.names) < MAX_LAYERS and len(name) <= MAX_NAME:
+            place = self._places[name] = len(self.names)
+            self.names.append(name.encode(errors="backslashreplace").decode())
+        return place
 
     def _space(self) -> None:
         """Drop rows that are not the newest any more and too near to the one before them."""

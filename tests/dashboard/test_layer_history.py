@@ -1,6 +1,7 @@
 """What is kept of layers, and what a viewer gets of it: true values, whatever events say and in whatever order."""
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from offloop.dashboard.curves.layer_frame import LayerFrame, decode_layers
 from offloop.dashboard.curves.layer_history import (
+    MAX_NAME,
     MAX_ROWS,
     STATISTICS,
     LayerHistory,
@@ -250,3 +252,28 @@ def test_layers_are_no_curves_but_totals_are() -> None:
     live.take_in([Numbers(event, {"gradient_statistics/norm": 5.0}, layers)])
     assert [each.key for each in live.series] == ["gradient_statistics/norm"]
     assert live.status(viewers=1, is_control=True).layers == 1
+
+
+def test_names_that_are_left_out_take_no_memory() -> None:
+    history = LayerHistory()
+    history.add(0, figures_of("LayersMeasured", {"kind": "weights", "norm": {"first": 1.0}}))
+
+    def measure(step: int) -> int:
+        tracemalloc.start()
+        names = {f"{step}.{number}.{'x' * MAX_NAME}": 1.0 for number in range(2_000)}
+        history.add(step, figures_of("LayersMeasured", {"kind": "weights", "norm": names}))
+        del names
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return taken
+
+    assert max(map(measure, range(1, 4))) < 100_000
+    assert history.tables["weights"].names == ["first"]
+
+
+def test_counts_beyond_every_number_are_infinitely_many_elements() -> None:
+    history = LayerHistory()
+    histogram = {"sum": [1e308, 1e308], "float32": [1e300, 0.0]}
+    history.add(1, figures_of("LayersMeasured", {"kind": "weights", "histogram": histogram}))
+    elements = history.tables["weights"].overview("elements", 0, 1)
+    assert np.isposinf(elements).all()
