@@ -99,7 +99,7 @@ def replay_run(
     except KeyboardInterrupt:
         pass
     if result is not None:
-        _tell(result)
+        _tell(result, [type(callback).__name__ for callback in chosen])
 
 
 def _speed(speed: str | None, *, default: float) -> float:
@@ -161,13 +161,17 @@ def _imported(place: str, option: str) -> ModuleType:
         sys.modules[path.stem] = module
         spec.loader.exec_module(module)
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        where = frames[-1]
         at = (
             f" ({where.filename}, line {where.lineno})"
             if not isinstance(error, ImportError | SyntaxError)
             else ""
         )
-        fail(f"{option} {place}: {' '.join(traceback.format_exception_only(error)).strip()}{at}")
+        what = " ".join(traceback.format_exception_only(error)).strip()
+        if any(frame.name in ("train", "train_async") for frame in frames):
+            at += '; the file is run: what trains in it belongs behind if __name__ == "__main__":'
+        fail(f"{option} {place}: {what}{at}")
     return module
 
 
@@ -230,10 +234,12 @@ def _figures(event: Event) -> Iterator[str]:
             yield from (f"{key}={number(each)}" for key, each in value.items())
 
 
-def _tell(result: ReplayResult) -> None:
-    """Print what there is to know at the end."""
+def _tell(result: ReplayResult, callbacks: Sequence[str]) -> None:
+    """Print what there is to know at the end, where these callbacks were chosen."""
     ended = "" if result.is_complete else ", ended before its end"
     print_error(f"{result.run_id}: {result.events:,} events up to step {result.step:,}{ended}")
+    if callbacks and not result.commands:
+        print_error(f"{', '.join(callbacks)} gave no command")
     for name, errors in result.callback_errors.items():
         more = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
         print_error(f"{name} failed in {errors[0]}{more}")

@@ -17,6 +17,8 @@ from offloop.engine.errors import SampleFileError
 
 MediaType = Literal["image/png", "image/jpeg", "image/webp"]
 
+SAMPLE_BYTES: Final = 10_000_000
+"""Most bytes of a text, and of the pictures of one table."""
 FOLDER: Final = "samples"
 """Folder in the directory of a run."""
 SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
@@ -57,6 +59,10 @@ def read_file(directory: Path, sha256: str, media_type: str, size: int) -> bytes
     """
     if not SHA256.match(sha256) or media_type not in _ENDINGS:
         raise SampleFileError(f"{sha256[:80]!r} with {media_type!r} names no file of a sample")
+    if not 0 < size <= SAMPLE_BYTES:
+        raise SampleFileError(
+            f"its event speaks of {size:,} bytes, and a sample has at most {SAMPLE_BYTES:,}"
+        )
     name = file_name(sha256, media_type)
     where = f"{FOLDER}/{name[:12]}…"
     try:

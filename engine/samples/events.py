@@ -14,15 +14,13 @@ import msgspec
 
 from offloop.engine.errors import EventError
 from offloop.engine.events import Event
-from offloop.engine.samples.content import SHA256, read_file
+from offloop.engine.samples.content import SAMPLE_BYTES, SHA256, read_file
 from offloop.engine.samples.picture import Picture, PictureLike, picture_of
 
 INLINE_TEXT: Final = 16 * 1024
 """Bytes of a text above which it is in a file."""
 EXCERPT: Final = 1_000
 """Characters of such a text that its event has."""
-SAMPLE_BYTES: Final = 10_000_000
-"""Most bytes of a text, and of the pictures of one table."""
 TABLE_BYTES: Final = 256 * 1024
 """Most bytes of a table beside its pictures: it is in the log, and readers take it in whole."""
 MOST_COLUMNS: Final = 100

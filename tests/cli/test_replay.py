@@ -186,12 +186,18 @@ def test_a_pipe_that_nobody_reads_ends_it(here: Path) -> None:
         (["runs/first", "-c", "gone.py:Mine"], "there is no file gone.py"),
         (["runs/first", "-c", "gone.module:Mine"], "ModuleNotFoundError: No module named 'gone'"),
         (["runs/first", "--import", "broken.py"], "--import broken.py: ZeroDivisionError: division by zero ("),
+        (["runs/first", "-c", "script.py:Mine"], 'trains in it belongs behind if __name__ == "__main__":'),
         (["runs/first", "-c", "offloop:GradientMonitor"], "has only step hooks"),
         (["runs/first", "-c", "mine.py:Mine", "--directory", "runs/first"], "must not be that of the recorded run"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(here: Path, arguments: list[str], text: str) -> None:
     Path("broken.py").write_text("1 / 0\n")
+    Path("script.py").write_text(
+        "from offloop.engine.testing import tiny_loader, tiny_trainer\n"
+        "trainer = tiny_trainer(run_dir='runs', run_name='first')\n"
+        "trainer.train(tiny_loader(2), epochs=1)\n"
+    )
     done = plain(here, *arguments)
     assert done.returncode == 2, done.stdout
     assert text in done.stderr and done.stderr.count("\n") == 1

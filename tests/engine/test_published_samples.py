@@ -435,6 +435,19 @@ def test_a_file_that_is_not_what_was_published_is_refused(tmp_path: Path, harm: 
         sample.picture.read(run_dir)
 
 
+@pytest.mark.parametrize("size", [-1, 0, 10_000_001, 10 << 30])
+def test_a_log_cannot_have_a_huge_file_read(tmp_path: Path, size: int) -> None:
+    """A sparse file takes no place on the disk, and would take all of the memory."""
+    sample = decode(b'{"type":"TextSample","key":"k","text":"a","size":%d,"sha256":"%s"}' % (size, b"0" * 64))
+    assert isinstance(sample, TextSample)
+    path = tmp_path / "samples" / f"{'0' * 64}.txt"
+    path.parent.mkdir()
+    path.touch()
+    os.truncate(path, max(size, 0))
+    with pytest.raises(SampleFileError, match=r"a sample has at most 10,000,000"):
+        sample.read(tmp_path)
+
+
 def test_a_folder_that_is_a_link_is_not_entered(tmp_path: Path) -> None:
     run_dir, [sample] = published(tmp_path, lambda: PictureSample("x", noise(3, 3)))
     (run_dir / "samples").rename(tmp_path / "elsewhere")
