@@ -1,5 +1,8 @@
 """The page in the output of a cell, in a real browser, on a site of another name."""
 
+import os
+import signal
+
 import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
@@ -32,6 +35,27 @@ def test_a_cell_shows_the_run_live_without_head_and_controls(
     whole.get_by_role("dialog").get_by_role("button", name="Stop").click()
     running.join()
     assert "image/svg+xml" in notebook.save().cells[1]["outputs"][0]["data"]
+
+
+@pytest.mark.slow  # a kernel that imports torch, and a browser
+def test_a_kernel_that_dies_leaves_its_curves_and_says_so(
+    notebook: Notebook, lab: Lab, open_page: OpenPage
+) -> None:
+    notebook.run(SETUP)
+    (shown,) = notebook.run("dashboard")
+    (pid,) = notebook.run("import os; os.getpid()")
+    lab.html = html_of(shown)
+    frame = open_page(lab.address).frame_locator("iframe")
+    running = notebook.begin(
+        "trainer.train(batches, batches, epochs=1_000_000, callbacks=[dashboard])", dies=True
+    )
+    canvas = frame.get_by_role("figure", name="loss").locator("canvas")
+    expect(canvas).to_be_visible()
+    os.kill(int(pid["data"]["text/plain"]), signal.SIGKILL)
+    expect(frame.locator(".head")).to_be_visible()
+    expect(frame.locator(".head")).to_contain_text("server gone")
+    expect(canvas).to_be_visible()
+    running.join()
 
 
 @pytest.mark.slow  # a kernel that imports torch, and a browser

@@ -1,5 +1,6 @@
 """A notebook in a kernel of its own, and a site that shows the output of its cells."""
 
+import contextlib
 import http.server
 import threading
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from typing import Any, Final
 import nbclient
 import nbformat
 from anyio.from_thread import start_blocking_portal
+from nbclient.exceptions import DeadKernelError
 
 # It has no types.
 _nbformat: Any = nbformat
@@ -56,9 +58,14 @@ class Notebook:
         done = self._portal.call(self._client.async_execute_cell, cell, len(self.notebook.cells) - 1)
         return list(done["outputs"])
 
-    def begin(self, source: str) -> threading.Thread:
-        """Run a new cell in a thread."""
-        thread = threading.Thread(target=self.run, args=(source,))
+    def begin(self, source: str, *, dies: bool = False) -> threading.Thread:
+        """Run a new cell in a thread; `dies`: the kernel may die meanwhile."""
+
+        def run() -> None:
+            with contextlib.suppress(*[DeadKernelError] if dies else []):
+                self.run(source)
+
+        thread = threading.Thread(target=run)
         thread.start()
         return thread
 
