@@ -3,7 +3,6 @@
 Without an address this script starts such a process itself, so that there is something to watch.
 """
 
-import math
 import subprocess
 import sys
 
@@ -30,7 +29,7 @@ async def watch(address: str) -> None:
     """Pause once to look at the curve, halve the learning rate, and stop when the loss is small."""
     async with connect(address) as run:
         print(f"watching {run.id}, {run.state}")
-        has_looked = False
+        has_looked = has_stopped = False
         async for event in run.events(ValidationEnd, CommandApplied, TrainEnd):
             match event:
                 case ValidationEnd() if not has_looked:
@@ -42,16 +41,14 @@ async def watch(address: str) -> None:
                     )
                     await run.set_lr(0.005)
                     await run.resume()
-                case ValidationEnd() if event.metrics["val_loss"] < 1e-3 or math.isnan(
-                    event.metrics["val_loss"]
-                ):
-                    if not run.is_over:
-                        await run.stop("good enough")
-                        break
+                # Validations from before the stop may still be on their way.
+                case ValidationEnd() if not has_stopped and not event.metrics["val_loss"] >= 1e-3:
+                    has_stopped = True
+                    await run.stop("good enough")
                 case CommandApplied():
                     print(f"step {event.step}: {event.command} by {event.by}")
-        async for end in run.events(TrainEnd):
-            print(f"{end.status} after {end.step} steps: {end.reason}")
+                case TrainEnd():
+                    print(f"{event.status} after {event.step} steps: {event.reason}")
 
 
 def main() -> None:

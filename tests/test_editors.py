@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from offloop.engine import Command, Trainer, TrainerConfig
+from offloop.engine import Command, Event, Trainer, TrainerConfig
 from offloop.engine.config import TorchDevice
 from offloop.engine.training.trainer_arguments import trainer_arguments
 
@@ -55,7 +55,11 @@ def parameters_of(value: Any) -> list[str]:
 def test_an_editor_shows_the_arguments(package: str, name: str) -> None:
     value = getattr(importlib.import_module(package), name)
     for code in (f"from {package} import {name}\n{name}(", f"import {package}\n{package}.{name}("):
-        assert parameters_seen(code) == parameters_of(value), code
+        seen = parameters_seen(code)
+        if parameters_of(value)[:1] == ["key"] and issubclass(value, Event):
+            # Jedi, unlike Pyright, does not know that the fields of a base with keywords only come last.
+            seen.sort(key=lambda name: name in Event.__struct_fields__)
+        assert seen == parameters_of(value), code
 
 
 def test_an_editor_completes_every_knob_of_a_trainer() -> None:

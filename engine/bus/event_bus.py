@@ -323,7 +323,8 @@ class Bus:
             self.end()
 
     def begin(self) -> None:
-        """Hand over what waits for the first event, if that has not come: it will not any more. Event loop."""
+        """Hand over what waits for the first event, also if that has not come: it will not any more. Event loop."""
+        self._put_first()
         self._begins_with = None
         self._waker.wake()
 
@@ -412,17 +413,22 @@ class Bus:
         return count
 
     def _has_events(self) -> bool:
-        """Return whether there is something to hand over. The first event of all is put first when it has come."""
+        """Return whether there is something to hand over: nothing before the first event of all."""
+        if self._begins_with is not None:
+            if not self._put_first() and not self._closing:
+                return False
+            self._begins_with = None
+        return bool(self._queue)
+
+    def _put_first(self) -> bool:
+        """Put the first event of all first, and return whether it has come."""
         queue, first = self._queue, self._begins_with
-        if first is None or self._closing:
-            return bool(queue)
+        if first is None:
+            return False
         waiting = [queue.popleft() for _ in range(len(queue))]
         waiting.sort(key=lambda event: not isinstance(event, first))
         queue.extendleft(reversed(waiting))
-        if not waiting or not isinstance(waiting[0], first):
-            return False
-        self._begins_with = None
-        return True
+        return bool(waiting) and isinstance(waiting[0], first)
 
     def _stamp(self, batch: list[Event], barriers: list[tuple[int, Barrier]]) -> list[Event]:
         """Number the events, give foreign ones their position, and return the milestones.

@@ -82,7 +82,8 @@ def test_every_command_has_a_row_in_the_table_and_a_method_of_the_run() -> None:
         (SetLearningRate(1, group=2), {"lr": 1.0, "group": 2, "optimizer": None}),
         (Validate(), {}),
         (SaveCheckpoint(), {"reason": "command"}),
-        (TagCheckpoint("good", move=True), {"tag": "good", "move": True}),
+        (TagCheckpoint("good", move=True), {"tag": "good", "move": True, "checkpoint": None}),
+        (TagCheckpoint("good", checkpoint=7), {"tag": "good", "move": False, "checkpoint": 7}),
         (Call(step_of), {"function": "step_of"}),
         (
             Call(functools.partial(print, "x")),

@@ -743,6 +743,24 @@ async def test_events_wait_for_the_first_one_of_all_or_for_the_end(first_comes: 
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("end", ["begin", "close"])
+async def test_the_first_one_of_all_is_first_also_if_the_run_ends_before_anything_was_handed_over(
+    end: str,
+) -> None:
+    """A short run on a busy machine."""
+    bus = Bus(flush_interval=0.001, begins_with=TrainStart)
+    subscription = bus.subscribe((Note, TrainStart))
+    for event in (Note(number=0), TrainStart(step=0, epoch=0, batch=0), Note(number=1)):
+        bus.publish(event)
+    if end == "begin":
+        bus.begin()
+    bus.close()
+    with anyio.fail_after(10):
+        await bus.drain()
+    assert [type(event) for event in subscription.take(10)] == [TrainStart, Note, Note]
+
+
+@pytest.mark.anyio
 @pytest.mark.uvloop
 async def test_subscriber_may_live_in_another_thread_and_event_loop(anyio_backend: Any) -> None:
     backend, options = anyio_backend
