@@ -324,7 +324,8 @@ class Bus:
 
     def begin(self) -> None:
         """Hand over what waits for the first event, also if that has not come: it will not any more. Event loop."""
-        self._put_first()
+        if self._begins_with is not None:
+            _put_first(self._queue, self._begins_with)
         self._begins_with = None
         self._waker.wake()
 
@@ -415,20 +416,10 @@ class Bus:
     def _has_events(self) -> bool:
         """Return whether there is something to hand over: nothing before the first event of all."""
         if self._begins_with is not None:
-            if not self._put_first() and not self._closing:
+            if not _put_first(self._queue, self._begins_with) and not self._closing:
                 return False
             self._begins_with = None
         return bool(self._queue)
-
-    def _put_first(self) -> bool:
-        """Put the first event of all first, and return whether it has come."""
-        queue, first = self._queue, self._begins_with
-        if first is None:
-            return False
-        waiting = [queue.popleft() for _ in range(len(queue))]
-        waiting.sort(key=lambda event: not isinstance(event, first))
-        queue.extendleft(reversed(waiting))
-        return bool(waiting) and isinstance(waiting[0], first)
 
     def _stamp(self, batch: list[Event], barriers: list[tuple[int, Barrier]]) -> list[Event]:
         """Number the events, give foreign ones their position, and return the milestones.
@@ -474,3 +465,11 @@ class Bus:
         if (refused := self._refused.report(now, at_end=at_end)) is not None:
             reports.append(refused)
         self._queue.extend(reports)
+
+
+def _put_first(queue: deque[Event], first: type[Event]) -> bool:
+    """Put the event that a run begins with first, and return whether it has come. Others may append meanwhile."""
+    waiting = [queue.popleft() for _ in range(len(queue))]
+    waiting.sort(key=lambda event: not isinstance(event, first))
+    queue.extendleft(reversed(waiting))
+    return bool(waiting) and isinstance(waiting[0], first)
