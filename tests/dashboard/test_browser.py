@@ -500,6 +500,8 @@ def test_charts_stand_on_the_ground_of_their_panels_in_both_themes(started: tupl
 
 def test_a_chart_is_read_out_by_keys(started: tuple[Training, Page]) -> None:
     _, page = started
+    # Before there is a point, there is nowhere to go.
+    expect(chart(page, "loss").locator(".curve-value").first).to_have_text("0.1000")
     cursor = chart(page, "loss").get_by_role("slider")
     cursor.focus()
     page.keyboard.press("ArrowLeft")

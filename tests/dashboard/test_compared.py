@@ -168,12 +168,13 @@ def test_a_zoom_asks_for_finer_points_of_each_run(begin: Start, open_page: OpenP
 
     # The answers come after the first drawing.
     deadline = time.monotonic() + PATIENCE / 1000
-    while not all(set(steps) <= values_of(name).keys() for name in ("one", "two")):
+    fine = [values_of("one"), values_of("two")]
+    while not all(set(steps) <= values.keys() for values in fine):
         assert time.monotonic() < deadline, "the finer points did not come"
         page.evaluate(NEXT_FRAME)
+        fine = [values_of("one"), values_of("two")]
     assert {each["run"] for each in said if each["type"] == "range"} == {"one", "two"}
-    for name in ("one", "two"):
-        values = values_of(name)
+    for values in fine:
         assert [values[step] for step in steps] == pytest.approx(
             [1 + (step - 1) % 7 for step in steps], abs=0.1
         )
