@@ -1,6 +1,7 @@
 """Several runs in the charts of the live page, read back from their canvases; and which runs an address shows."""
 
 import base64
+import contextlib
 import json
 import re
 import time
@@ -76,8 +77,19 @@ def two(begin: Start, open_page: OpenPage) -> tuple[Training, Page]:
     show(page, run="live", **{"with": "past"})
     expect(chart(page, "loss").locator(".chart-legend.runs")).to_contain_text("past")
     expect(chart(page, "loss").locator(".curve", has_text="past")).to_contain_text("step 0.05000")
-    page.evaluate(NEXT_FRAME)
+    # The value may come before the points.
+    deadline = time.monotonic() + PATIENCE / 1000
+    while [points_of(page, name) for name in ("past", "live")] != [40, 20]:
+        assert time.monotonic() < deadline, "the points did not come"
+        page.evaluate(NEXT_FRAME)
     return run, page
+
+
+def points_of(page: Page, name: str) -> int:
+    """Return the number of points of a run's loss that are drawn."""
+    with contextlib.suppress(AssertionError):
+        return len(Drawing(chart(page, "loss")).line(name, dashed=False))
+    return 0
 
 
 def test_a_live_and_a_past_run_are_drawn_over_each_other(two: tuple[Training, Page]) -> None:
