@@ -116,11 +116,17 @@ def test_a_live_and_a_past_run_are_drawn_over_each_other(two: tuple[Training, Pa
 def test_the_legend_and_the_table_have_the_values_of_each_run(two: tuple[Training, Page]) -> None:
     _, page = two
     cursor = chart(page, "loss").get_by_role("slider")
-    cursor.focus()
-    page.keyboard.press("Home")
-    for _ in range(9):
-        page.keyboard.press("ArrowRight")
-    expect(chart(page, "loss").locator(".curve", has_text="past")).to_contain_text("step 0.2000")
+    past = chart(page, "loss").locator(".curve", has_text="past")
+    # While curves come anew, as after a change of the size of their panel, keys stop at the last point there is.
+    deadline = time.monotonic() + PATIENCE / 1000
+    while "step 0.2000" not in past.inner_text():
+        assert time.monotonic() < deadline, past.inner_text()
+        cursor.focus()
+        page.keyboard.press("Home")
+        for _ in range(9):
+            page.keyboard.press("ArrowRight")
+        page.evaluate(NEXT_FRAME)
+    expect(past).to_contain_text("step 0.2000")
     expect(chart(page, "loss").locator(".curve", has_text="live")).to_contain_text("step 0.1000 · val 0.2500")
     cursor.press("Enter")
     expect(cursor).to_have_attribute("aria-valuetext", re.compile("past, step 0.2000"))
