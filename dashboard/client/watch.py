@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, overload
 
 import anyio
-import anyio.lowlevel
 import msgspec
 
 from offloop.dashboard.client.address import Address
@@ -31,6 +30,7 @@ from offloop.engine import (
     checks,
     encode,
 )
+from offloop.engine.bus.waker import runs_event_loop
 from offloop.engine.metrics.names import metric_direction
 from offloop.engine.monitor import Direction
 from offloop.engine.remote_run import NOT_EVERYWHERE, Places, RemoteRun
@@ -271,11 +271,7 @@ class Watch(RemoteRun):
 
     def _is_plain(self) -> bool:
         # Where no event loop runs, nothing can be awaited.
-        try:
-            anyio.lowlevel.current_token()
-        except RuntimeError:
-            return True
-        return False
+        return not runs_event_loop()
 
 
 @contextlib.asynccontextmanager

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import anyio
-import anyio.lowlevel
 
 from offloop.engine.bus.commands import Command
+from offloop.engine.bus.waker import runs_event_loop
 from offloop.engine.errors import DeadlockError
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Places:
         False in a worker thread that runs an event loop itself: code there can await.
         """
         thread = threading.get_ident()
-        return thread == self.training_thread or (thread in self.workers and not _runs_event_loop())
+        return thread == self.training_thread or (thread in self.workers and not runs_event_loop())
 
     def is_handling(self) -> bool:
         """True where a callback handles an event, which the end of the run waits for. In an event loop only."""
@@ -151,15 +151,6 @@ class Places:
         finally:
             with self._lock:
                 self._waiting.discard(woken)
-
-
-def _runs_event_loop() -> bool:
-    """True if this code runs in an event loop of this thread."""
-    try:
-        anyio.lowlevel.current_token()
-    except RuntimeError:
-        return False
-    return True
 
 
 class CommandFuture(Future[T]):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
-__all__ = ["Waker", "result_of"]
+__all__ = ["Waker", "result_of", "runs_event_loop"]
 
 T = TypeVar("T")
 
@@ -69,6 +69,15 @@ def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
                 call_soon(function)
 
     return call
+
+
+def runs_event_loop() -> bool:
+    """Return whether this code runs in an event loop of this thread."""
+    try:
+        anyio.lowlevel.current_token()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def result_of(future: Future[T]) -> T:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
 import anyio
-import anyio.lowlevel
 
 from offloop.engine import checks
 from offloop.engine.bus.threads import Thread
+from offloop.engine.bus.waker import runs_event_loop
 from offloop.engine.callback import Callback, Handlers, TrainerParts, close_unused, lookup
 from offloop.engine.errors import ConfigError
 from offloop.engine.events import Event, TrainEnd, TrainStart
@@ -142,7 +142,7 @@ class Replay(ReplayControl):
             OSError: It cannot be read.
             RuntimeError: It was replayed before.
         """
-        if not _is_inside_event_loop():
+        if not runs_event_loop():
             return anyio.run(self.run_async)
         outcome: list[ReplayResult] = []
         failure: list[BaseException] = []
@@ -370,11 +370,3 @@ def _load(callbacks: Sequence[Callback], states: Sequence[Mapping[str, Any] | No
     except BaseException:
         close_unused(callbacks)
         raise
-
-
-def _is_inside_event_loop() -> bool:
-    try:
-        anyio.lowlevel.current_token()
-    except anyio.NoEventLoopError:
-        return False
-    return True

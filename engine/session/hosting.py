@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import anyio
-import anyio.lowlevel
 
 from offloop.engine.bus.threads import Thread
+from offloop.engine.bus.waker import runs_event_loop
 from offloop.engine.errors import Preempted
 from offloop.engine.result import RunResult
 from offloop.engine.run import Run
@@ -32,7 +32,7 @@ and torchrun passes its own on. A person who wants to leave in haste waits longe
 
 def run_blocking(session: Session) -> RunResult:
     """Run to the end and return the result. Blocks."""
-    if _is_inside_event_loop():
+    if runs_event_loop():
         return _run_in_helper_thread(session)
     signals = _Signals(session)
     with signals.handled(force=False):
@@ -129,14 +129,6 @@ class _Signals:
 
 def _ignore(run: Run) -> None:
     pass
-
-
-def _is_inside_event_loop() -> bool:
-    try:
-        anyio.lowlevel.current_token()
-    except anyio.NoEventLoopError:
-        return False
-    return True
 
 
 def _is_inside_ipython() -> bool:
