@@ -50,11 +50,14 @@ export class Watching {
   #newerSince: number | null = null;
   /** The runs that the server was asked to send beside the watched one. */
   #overlaid = "[]";
+  /** What stood after `#` when the page last wrote or read it: another one was typed, and its event is on its way. */
+  #known: string;
   /** What the next change of the view does with the address: by default it is a step if it is one. */
   #quiet = false;
 
   constructor(host: WatchingHost) {
     this.#host = host;
+    this.#known = host.hash();
     this.#follows = host.view.get().run === null || followsIn(host.history.state);
   }
 
@@ -168,7 +171,8 @@ export class Watching {
   traversed(): void {
     const { view, history } = this.#host;
     const follows = followsIn(history.state);
-    view.setHash(this.#host.hash());
+    this.#known = this.#host.hash();
+    view.setHash(this.#known);
     if (follows) this.#follows = true;
     this.write(false);
   }
@@ -176,12 +180,14 @@ export class Watching {
   /** Write the view into the address, as a step that can be taken back or in the place of what is there. */
   write(step: boolean): void {
     const { view, history, base } = this.#host;
+    if (this.#host.hash() !== this.#known) return;
     const hash = view.hash();
     const state = { follows: this.#follows };
     if (step) history.pushState(state, "", hash || base);
     else if (hash !== this.#host.hash() || followsIn(history.state) !== this.#follows) {
       history.replaceState(state, "", hash || base);
     }
+    this.#known = this.#host.hash();
   }
 
   /** Show a run, and the next one once that is over. */

@@ -221,3 +221,15 @@ test("tabs and maximised panels are steps too, other changes are not", () => {
   expect(place.view.get()).toMatchObject({ tab: "events", panel: null });
   expect(place.sent).toEqual([]);
 });
+
+test("an address that was typed stands, also if the server speaks before the browser tells of it", () => {
+  const place = new Place();
+  place.hears(hello({ runs: TWO }));
+  place.entries.push({ url: "#v=1&tab=events&run=b", state: null });
+  place.at++;
+  place.hears(run(), status());
+  expect(place.hash()).toBe("#v=1&tab=events&run=b");
+  place.watching.traversed();
+  expect(place.view.get()).toMatchObject({ tab: "events", run: "b" });
+  expect(place.sent.at(-1)).toEqual({ type: "watch", run: "b" });
+});
