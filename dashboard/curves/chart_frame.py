@@ -7,6 +7,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from offloop.dashboard.protocol.encoding import encode_head
+
 
 class NonFinite(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive points of one curve without a finite value, `[start, end, kind, count]` on the wire."""
@@ -87,7 +89,6 @@ class ChartFrame(msgspec.Struct, kw_only=True):
     """Row of every point by curve, shape (points,)."""
 
 
-_encode_header = msgspec.json.Encoder().encode
 _decode_header = msgspec.json.Decoder(ChartHeader).decode
 
 
@@ -100,9 +101,7 @@ def encode_chart(frame: ChartFrame) -> bytes:
     f64 x n     values, curve after curve in the order of the header
     u32 x n     rows of the points, curve after curve, without dense curves
     """
-    header = _encode_header(frame.header)
-    header += b" " * (-(4 + len(header)) % 8)
-    parts = [struct.pack("<I", len(header)), header]
+    parts = [encode_head(frame.header, multiple=8)]
     axis = [frame.step, frame.time, frame.epoch, *([] if frame.samples is None else [frame.samples])]
     parts += [column.astype("<f8", copy=False).tobytes() for column in axis]
     parts += [values.astype("<f8", copy=False).tobytes() for values in frame.values]

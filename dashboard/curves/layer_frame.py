@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offloop.dashboard.curves.layer_history import STATISTICS, SUMMARY, Float32s, Levels
-from offloop.dashboard.protocol.encoding import printable
+from offloop.dashboard.protocol.encoding import encode_head
 
 
 class LayerHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="layers"):
@@ -58,7 +58,6 @@ class LayerFrame(msgspec.Struct, kw_only=True):
     """Of one layer: levels by row, (rows, most bins), see `levels_of`."""
 
 
-_encode_header: Final = msgspec.json.Encoder().encode
 _decode_header: Final = msgspec.json.Decoder(LayerHeader).decode
 
 
@@ -71,12 +70,8 @@ def encode_layers(frame: LayerFrame) -> bytes:
     f32         values, row by row; then the summary, if it is about all layers
     u16         if it is about one layer: bins by row, then the histograms, row by row
     """
-    try:
-        header = _encode_header(frame.header)
-    except UnicodeEncodeError:
-        header = _encode_header(printable(msgspec.to_builtins(frame.header)))
-    header += b" " * (-(4 + len(header)) % 8)
-    parts = [struct.pack("<I", len(header)), header, _bytes(frame.steps, "<f8"), _bytes(frame.values, "<f4")]
+    head = encode_head(frame.header, multiple=8)
+    parts = [head, _bytes(frame.steps, "<f8"), _bytes(frame.values, "<f4")]
     if frame.summary is not None:
         parts.append(_bytes(frame.summary, "<f4"))
     if frame.bins is not None and frame.histogram is not None:

@@ -1,13 +1,14 @@
-"""Text messages as bytes, and what JSON has no words for."""
+"""Messages as bytes: JSON, the head of binary frames, and what JSON has no words for."""
 
 import math
+import struct
 from typing import Any
 
 import msgspec
 
 from offloop.dashboard.protocol.from_server import FromServer
 from offloop.dashboard.protocol.from_viewer import FromViewer, ViewerMessage
-from offloop.engine import OffloopError
+from offloop.engine import Event, EventError, OffloopError, encode
 
 _viewer_messages: msgspec.json.Decoder[ViewerMessage] = msgspec.json.Decoder(ViewerMessage)
 _encode = msgspec.json.Encoder().encode
@@ -31,11 +32,36 @@ def decode_viewer_message(text: str | bytes) -> ViewerMessage:
 
 def encode_message(message: FromServer | FromViewer) -> bytes:
     """Encode a message as JSON. Convert numbers that may be NaN with `number` first."""
+    return encode_json(message)
+
+
+def encode_event(event: Event) -> bytes:
+    """Encode an event as in `events.jsonl`, whatever its texts hold."""
     try:
-        return _encode(message)
+        return encode(event)
+    except EventError:
+        return encode_json(event)
+
+
+def encode_head(header: msgspec.Struct, *, multiple: int = 1) -> bytes:
+    """Encode what a binary frame begins with: the length of the header, u32 little-endian, and the header as JSON.
+
+    Args:
+        header: The header.
+        multiple: The header is padded with spaces, so that the rest of the frame begins at a multiple of it.
+    """
+    encoded = encode_json(header)
+    encoded += b" " * (-(4 + len(encoded)) % multiple)
+    return struct.pack("<I", len(encoded)) + encoded
+
+
+def encode_json(value: msgspec.Struct) -> bytes:
+    """Encode a struct as JSON, with lone surrogates as escapes."""
+    try:
+        return _encode(value)
     except UnicodeEncodeError:
         # The name of a file that is not UTF-8, in a command line, a path or an error.
-        return _encode(printable(msgspec.to_builtins(message)))
+        return _encode(printable(msgspec.to_builtins(value)))
 
 
 def printable(value: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Final
 import msgspec
 
 from offloop.dashboard.masking import masked
-from offloop.dashboard.protocol.encoding import encode_message
+from offloop.dashboard.protocol.encoding import encode_event, encode_message
 from offloop.dashboard.protocol.from_server import Milestone, MilestonesMissed
-from offloop.dashboard.runs.run_samples import brief, encoded
+from offloop.dashboard.runs.run_samples import brief
 from offloop.engine import (
     CallbackFailed,
     CommandApplied,
@@ -150,4 +150,4 @@ def _message(run: str, event: Event) -> bytes:
             config=Settings(masked(event.config)),
             hyperparameters=Settings(masked(event.hyperparameters)),
         )
-    return encode_message(Milestone(run=run, event=msgspec.Raw(encoded(event))))
+    return encode_message(Milestone(run=run, event=msgspec.Raw(encode_event(event))))

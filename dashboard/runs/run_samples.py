@@ -7,18 +7,16 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from offloop.dashboard.protocol.encoding import encode_message, printable
+from offloop.dashboard.protocol.encoding import encode_event, encode_message
 from offloop.dashboard.protocol.from_server import SampleEntry, SampleIndex
 from offloop.engine import (
     Event,
-    EventError,
     Picture,
     PictureSample,
     SampleFileError,
     SampleFiles,
     TableSample,
     TextSample,
-    encode,
 )
 
 AnySample: TypeAlias = TextSample | PictureSample | TableSample
@@ -58,7 +56,7 @@ class RunSamples:
         """Keep an event, if it is a sample."""
         if not isinstance(event, SAMPLES):
             return
-        size = len(encoded(event))
+        size = len(encode_event(event))
         self._kept[event.seq] = event, size
         kind = _KINDS[type(event)]
         self._index.append(SampleEntry(event.seq, event.key, kind, event.step, event.epoch, event.time))
@@ -84,7 +82,7 @@ class RunSamples:
     def events(self) -> Iterator[msgspec.Raw]:
         """Yield the kept samples, encoded."""
         for event, _ in self._kept.values():
-            yield msgspec.Raw(encoded(event))
+            yield msgspec.Raw(encode_event(event))
 
     def restore(self, events: Iterable[Event]) -> None:
         """Keep exactly these instead."""
@@ -119,11 +117,3 @@ def brief(event: Event) -> Event:
     if isinstance(event, TableSample):
         return msgspec.structs.replace(event, rows=())
     return event
-
-
-def encoded(event: Event) -> bytes:
-    """Return an event as JSON, whatever its texts hold."""
-    try:
-        return encode(event)
-    except EventError:
-        return msgspec.json.encode(printable(msgspec.to_builtins(event)))

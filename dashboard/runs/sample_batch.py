@@ -5,10 +5,10 @@ from typing import Final
 
 import msgspec
 
-from offloop.dashboard.protocol.encoding import encode_message, printable
+from offloop.dashboard.protocol.encoding import encode_event, encode_message
 from offloop.dashboard.protocol.from_server import Streamed
 from offloop.dashboard.runs.milestones import KeptMilestone
-from offloop.engine import Event, EventError, encode
+from offloop.engine import Event
 
 SAMPLES_IN_A_MESSAGE: Final = 500
 """Most samples of one message: 100 to 200 KB with usual ones."""
@@ -30,7 +30,7 @@ class SampleBatch:
         """Return them as a message."""
         if self._message is None:
             self._message = encode_message(
-                Streamed(run=self.run, events=[msgspec.Raw(_encoded(event)) for event in self._events])
+                Streamed(run=self.run, events=[msgspec.Raw(encode_event(event)) for event in self._events])
             )
             self._events = ()
         return self._message
@@ -58,10 +58,3 @@ def in_order(
             yield next(kept)
     if samples:
         yield SampleBatch(run, samples)
-
-
-def _encoded(event: Event) -> bytes:
-    try:
-        return encode(event)
-    except EventError:
-        return msgspec.json.encode(printable(msgspec.to_builtins(event)))

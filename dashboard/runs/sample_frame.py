@@ -1,11 +1,11 @@
 """Sample frames of protocol `offloop.v1`: the binary messages with a text, a picture or a table. Types and bytes."""
 
-import struct
 from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
+from offloop.dashboard.protocol.encoding import encode_head
 from offloop.dashboard.protocol.limits import MAX_CHART_FRAME
 
 PART: Final = MAX_CHART_FRAME
@@ -40,5 +40,4 @@ def encode_sample(header: SampleHeader, content: bytes) -> Iterator[bytes]:
     for start in range(0, max(len(content), 1), PART):
         more = start + PART < len(content)
         of_part = msgspec.structs.replace(header, more=more, event=header.event if start == 0 else None)
-        encoded = msgspec.json.encode(of_part)
-        yield b"".join([struct.pack("<I", len(encoded)), encoded, content[start : start + PART]])
+        yield encode_head(of_part) + content[start : start + PART]

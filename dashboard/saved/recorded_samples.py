@@ -8,9 +8,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from offloop.dashboard.protocol.encoding import encode_event
 from offloop.dashboard.protocol.from_server import SampleEntry
-from offloop.dashboard.runs.run_samples import AnySample, RunSamples, brief, content_of, encoded
-from offloop.engine import Picture, SampleFileError, TableSample, TextSample
+from offloop.dashboard.runs.run_samples import AnySample, RunSamples, brief, content_of
+from offloop.engine import SampleFileError, TableSample, TextSample
 
 MOST_COMPRESSED: Final = 20
 """How many times smaller a text may become: one that could be small enough only beyond that is not even read."""
@@ -131,10 +132,12 @@ def _contents_of(samples: RunSamples, sample: AnySample) -> Iterator[_Content]:
 
 def _content(samples: RunSamples, sample: AnySample, picture: int | None) -> _Content:
     content = content_of(sample, picture)
-    event = encoded(brief(sample) if isinstance(sample, TextSample) else sample) if picture is None else None
+    event = (
+        encode_event(brief(sample) if isinstance(sample, TextSample) else sample) if picture is None else None
+    )
     if content is None:
         return _Content(picture, event, "", b"", "")
-    media_type = content.media_type if isinstance(content, Picture) else "text/plain"
+    media_type = content.media_type
     try:
         if isinstance(content, TextSample) and not content.sha256:
             data = content.text.encode(errors="backslashreplace")

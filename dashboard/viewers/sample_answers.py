@@ -6,11 +6,11 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from offloop.dashboard.protocol.encoding import ProtocolError
+from offloop.dashboard.protocol.encoding import ProtocolError, encode_event
 from offloop.dashboard.protocol.from_viewer import SampleQuery
 from offloop.dashboard.runs.disk_calls import DiskCall
 from offloop.dashboard.runs.live_run import LiveRun
-from offloop.dashboard.runs.run_samples import brief, content_of, encoded
+from offloop.dashboard.runs.run_samples import brief, content_of
 from offloop.dashboard.runs.sample_frame import SampleHeader, encode_sample
 from offloop.engine import Picture, SampleFileError, TextSample
 
@@ -78,7 +78,7 @@ class SampleAnswers:
             if sample is None:
                 self._put(header, error=GONE)
                 continue
-            header = msgspec.structs.replace(header, event=msgspec.Raw(encoded(sample)))
+            header = msgspec.structs.replace(header, event=msgspec.Raw(encode_event(sample)))
             try:
                 content = content_of(sample, query.picture)
             except SampleFileError as error:
@@ -112,9 +112,9 @@ class SampleAnswers:
             self._is_reading = True
 
     def _put_content(self, header: SampleHeader, content: Picture | TextSample, data: bytes) -> None:
-        changes: dict[str, Any] = {"media_type": getattr(content, "media_type", "text/plain")}
+        changes: dict[str, Any] = {"media_type": content.media_type}
         if isinstance(content, TextSample):
-            changes["event"] = msgspec.Raw(encoded(brief(content)))
+            changes["event"] = msgspec.Raw(encode_event(brief(content)))
         self._put(header, data, **changes)
 
     def _put(self, header: SampleHeader, data: bytes = b"", **changes: Any) -> None:

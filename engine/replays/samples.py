@@ -6,7 +6,7 @@ from pathlib import Path
 from offloop.engine.errors import SampleFileError
 from offloop.engine.events import Event
 from offloop.engine.samples.content import file_name, read_file
-from offloop.engine.samples.events import PictureSample, TableSample, TextSample
+from offloop.engine.samples.events import PictureSample, TableSample, TextSample, pictures_of
 from offloop.engine.samples.files import SampleFiles
 from offloop.engine.samples.picture import Picture
 
@@ -37,26 +37,16 @@ class ReplayedSamples(SampleFiles):
         """Have the event log of the replay write the contents of a recorded sample, too. Blocks."""
         if not self._writes:
             return
-        contents: tuple[Picture | TextSample, ...] = ()
-        match event:
-            case TextSample():
-                contents = (event,)
-            case PictureSample():
-                contents = (event.picture,)
-            case TableSample():
-                contents = event.pictures
-        for each in contents:
+        if not isinstance(event, TextSample | PictureSample | TableSample):
+            return
+        for each in (event,) if isinstance(event, TextSample) else pictures_of(event):
             if each.sha256:
                 try:
                     data = self._read_recorded(each)
                 except SampleFileError as error:
                     logger.warning("a sample of the recorded run cannot be read: %s", error)
                 else:
-                    self._add(file_name(each.sha256, _media_type(each)), data)
+                    self._add(file_name(each.sha256, each.media_type), data)
 
     def _read_recorded(self, sample: Picture | TextSample) -> bytes:
-        return read_file(self._recorded, sample.sha256, _media_type(sample), sample.size)
-
-
-def _media_type(sample: Picture | TextSample) -> str:
-    return sample.media_type if isinstance(sample, Picture) else "text/plain"
+        return read_file(self._recorded, sample.sha256, sample.media_type, sample.size)

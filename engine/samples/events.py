@@ -62,6 +62,11 @@ class TextSample(Event, frozen=True):
         if len(self.text) * 4 > SAMPLE_BYTES:
             _check_bytes("text", len(_encoded(self.text)))
 
+    @property
+    def media_type(self) -> str:
+        """`text/plain`, as a `Picture` has the one of its file."""
+        return "text/plain"
+
     def read(self, run_dir: str | os.PathLike[str]) -> str:
         """Return the whole text from the directory of its run. Blocks if it is in a file.
 
@@ -70,7 +75,7 @@ class TextSample(Event, frozen=True):
         """
         if not self.sha256:
             return self.text
-        return read_file(Path(run_dir), self.sha256, "text/plain", self.size).decode()
+        return read_file(Path(run_dir), self.sha256, self.media_type, self.size).decode()
 
 
 class PictureSample(Event, frozen=True):

@@ -107,9 +107,8 @@ class SampleFiles:
             return sample.text.encode()
         if isinstance(sample, Picture) and sample.data:
             return sample.data
-        media_type = sample.media_type if isinstance(sample, Picture) else "text/plain"
         with self._lock:
-            data = self._contents.get(file_name(sample.sha256, media_type))
+            data = self._contents.get(file_name(sample.sha256, sample.media_type))
         if data is not None:
             return data
         if self._directory is None:
@@ -118,7 +117,7 @@ class SampleFiles:
             )
         if isinstance(sample, Picture):
             return sample.read(self._directory)
-        return read_file(self._directory, sample.sha256, media_type, sample.size)
+        return read_file(self._directory, sample.sha256, sample.media_type, sample.size)
 
     # The event log's thread ----------------------------------------------------------------------
 
