@@ -252,7 +252,7 @@ class EditCheckpoint(FromViewer, frozen=True, kw_only=True, tag="edit_checkpoint
     """
 
     id: str
-    """As in `CommandRequest`."""
+    """Id of 1 to 64 characters, returned in the answer."""
     run: str
     """Key of the run."""
     checkpoint: str

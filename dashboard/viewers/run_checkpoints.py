@@ -9,18 +9,20 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
 from offloop.dashboard.protocol.encoding import number
 from offloop.dashboard.protocol.from_server import Ack, CheckpointRow, Checkpoints
 from offloop.dashboard.protocol.from_viewer import EditCheckpoint, ListCheckpoints
-from offloop.dashboard.runs.disk_calls import DiskCall, DiskCalls
+from offloop.dashboard.runs.disk_calls import DiskCalls
 from offloop.dashboard.runs.live_run import LiveRun
 from offloop.dashboard.viewers.connection import Connection
 from offloop.engine import OffloopError, TagCheckpoint
 from offloop.engine.checkpoint import CheckpointError, CheckpointReader, CheckpointStore
+
+T = TypeVar("T")
 
 RUNS_REMEMBERED: Final = 100
 """Runs whose manifests and verifications are remembered."""
@@ -137,52 +139,57 @@ class RunCheckpoints:
 
     def _go_on(self, key: str, run: _Run) -> None:
         """Begin the next call about a run, unless one is in progress: lists first, since they are quick."""
-        if run.is_busy or not (run.listening or run.edits):
+        if run.is_busy:
             return
         if run.listening:
             viewers, run.listening = run.listening, []
-            work: Callable[[], Any] = functools.partial(checkpoint_rows, run.reader)
-            then: Callable[[DiskCall[Any]], None] = functools.partial(self._listed, key, run, viewers)
-        else:
-            connection, request = run.edits[0]
-            work = functools.partial(_apply, run.reader, request)
-            then = functools.partial(self._edited, key, run, connection, request)
-        try:
-            self._calls.begin(work, then)
-        except OSError as error:
-            if run.edits:
-                connection, request = run.edits.popleft()
-                connection.put(_ack(request, str(error)))
-            return
+            self._begin(
+                key,
+                run,
+                functools.partial(checkpoint_rows, run.reader),
+                functools.partial(self._listed, key, run, viewers),
+            )
+        elif run.edits:
+            self._begin(
+                key,
+                run,
+                functools.partial(_apply, run.reader, run.edits[0][1]),
+                functools.partial(self._edited, run),
+            )
+
+    def _begin(
+        self, key: str, run: _Run, work: Callable[[], T], then: Callable[[Callable[[], T]], None]
+    ) -> None:
+        """Begin a call; `then` gets what returns its result, or raises why there is none."""
         run.is_busy = True
 
+        def done(result: Callable[[], T]) -> None:
+            run.is_busy = False
+            then(result)
+            self._post(lambda: self._go_on(key, run))
+
+        try:
+            self._calls.begin(work, lambda call: done(call.result))
+        except OSError as error:
+            done(functools.partial(_raise, error))
+
     def _listed(
-        self, key: str, run: _Run, viewers: list[Connection], call: DiskCall[list[CheckpointRow]]
+        self, key: str, run: _Run, viewers: list[Connection], result: Callable[[], list[CheckpointRow]]
     ) -> None:
-        run.is_busy = False
         rows, why = [], ""
         try:
-            rows = [_with(row, run.verified.get(row.name)) for row in call.result()]
+            rows = [_with(row, run.verified.get(row.name)) for row in result()]
         except (OffloopError, OSError) as error:
             why = str(error)
         message = Checkpoints(run=key, rows=rows, verifying=run.verifying, error=why)
         for connection in viewers:
             connection.put(message)
-        self._go_on(key, run)
 
-    def _edited(
-        self,
-        key: str,
-        run: _Run,
-        connection: Connection,
-        request: EditCheckpoint,
-        call: DiskCall[Verified | None],
-    ) -> None:
-        run.is_busy = False
-        run.edits.popleft()
+    def _edited(self, run: _Run, result: Callable[[], Verified | None]) -> None:
+        connection, request = run.edits.popleft()
         why = ""
         try:
-            verified = call.result()
+            verified = result()
         except (OffloopError, OSError, ValueError) as error:
             why = str(error)
         else:
@@ -191,7 +198,6 @@ class RunCheckpoints:
         connection.put(_ack(request, why))
         if connection not in run.listening:
             run.listening.append(connection)
-        self._go_on(key, run)
 
     def _command(self, connection: Connection, request: EditCheckpoint, live: LiveRun) -> None:
         """Have the run set a tag, which holds the lock of its checkpoints."""
@@ -274,6 +280,10 @@ def _apply(reader: CheckpointReader, request: EditCheckpoint) -> Verified | None
         else:
             raise CheckpointError(f"{info.name} has no tag {request.tag!r}")
     return None
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _with(row: CheckpointRow, verified: Verified | None) -> CheckpointRow:
