@@ -139,6 +139,8 @@ export class Checkpoints {
       setText(this.#problem, "");
       show(this.#lineRow, false);
     }
+    // A question may have gone with its connection
+    if (model.hello !== this.#model?.hello) this.#asked = "";
     this.#model = model;
     if (model.milestones !== this.#milestones) {
       this.#milestones = model.milestones;
@@ -167,9 +169,9 @@ export class Checkpoints {
 
   /** Ask for the list, if it can be seen and may be another one than before. */
   #ask(): void {
-    const { run, hello } = this.#model ?? {};
+    const { run } = this.#model ?? {};
     if (!this.#active || !run) return;
-    const asked = `${hello?.server} ${run.key} ${run.attempt} ${this.#told.changes}`;
+    const asked = `${run.key} ${run.attempt} ${this.#told.changes}`;
     if (asked !== this.#asked && this.#host.send({ type: "checkpoints", run: run.key })) this.#asked = asked;
   }
 

@@ -17,7 +17,7 @@ import { markOf, tell } from "./milestones";
 import { hasEnded, newestRun, NOTHING, reduce, stateOf, unanswered, type Happening } from "./model";
 import { Notices } from "./notices";
 import { Notifier } from "./notify";
-import { decodeChart, type CommandRequest, type Hi, type RunEvent, type ServerMessage } from "./protocol";
+import { decodeChart, isFrame, type CommandRequest, type Hi, type RunEvent, type ServerMessage } from "./protocol";
 import { Runs } from "./runs";
 import { Samples } from "./samples";
 import { isSaved, readBlock, SavedServer } from "./saved/server";
@@ -241,7 +241,7 @@ class Page {
   }
 
   #makeTabs(): Tabs {
-    const { table, drawn } = { table: this.#runs.table, drawn: () => this.#runs.drawn.length };
+    const { table } = this.#runs;
     const charts = { element: this.#chartsRoot, search: () => this.#chartsRoot.querySelector<HTMLElement>("input[type=search]") };
     return new Tabs(
       [
@@ -287,7 +287,7 @@ class Page {
           },
         ],
         ["config", "Configuration", { element: this.#config.element, search: () => this.#config.search }],
-        ["compare", "Compare", { element: table.element, search: () => table.search, has: () => drawn() > 1 }],
+        ["compare", "Compare", { element: table.element, search: () => table.search, has: () => this.#runs.drawn.length > 1 }],
       ],
       (tab) => this.#view.set({ tab }),
     );
@@ -443,7 +443,8 @@ class Page {
   }
 
   #chart(data: ArrayBuffer): void {
-    if (this.#samples.take(data) || this.#layers.take(data)) return;
+    if (isFrame("sample", data)) return this.#samples.take(data);
+    if (isFrame("layers", data)) return this.#layers.take(data);
     const frame = decodeChart(data);
     if (!this.#charts.has(frame.header.run)) {
       this.#connection.send({ type: "drawn" }); // of a run that was shown before: the credit goes back

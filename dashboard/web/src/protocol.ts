@@ -494,12 +494,8 @@ export interface ChartFrame {
  * the frames are. Throws an Error where the bytes are no chart frame.
  */
 export function decodeChart(data: ArrayBuffer): ChartFrame {
-  if (data.byteLength < 4) throw new Error(`a chart frame has at least 4 bytes, got ${data.byteLength}`);
-  const length = new DataView(data).getUint32(0, true);
-  if (4 + length > data.byteLength) throw new Error(`the header of a chart frame is cut off: ${length} bytes`);
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))) as ChartHeader;
-  if (header.type !== "chart") throw new Error(`not a chart frame: ${String(header.type)}`);
-  let offset = 4 + length;
+  const { header, length: begin } = decodeHead<ChartHeader>(data, "chart");
+  let offset = begin;
   const sparse = header.series.filter((column) => !column.dense);
   const floats = (header.samples === true ? 4 : 3) * header.rows + sum(header.series);
   if (data.byteLength !== offset + 8 * floats + 4 * sum(sparse)) {
@@ -536,17 +532,30 @@ export interface SampleHeader {
   event?: RunEvent;
 }
 
-export function isSampleFrame(data: ArrayBuffer): boolean {
-  const begin = '{"type":"sample"';
+/** Take a sample frame apart. */
+export function decodeSample(data: ArrayBuffer): { header: SampleHeader; content: ArrayBuffer } {
+  const { header, length } = decodeHead<SampleHeader>(data, "sample");
+  return { header, content: data.slice(length) };
+}
+
+// Server to viewer, every binary frame
+
+export type FrameType = "chart" | "sample" | "layers";
+
+/** What a binary frame is about, from its first bytes; the rest of it is not looked at. */
+export function isFrame(type: FrameType, data: ArrayBuffer): boolean {
+  const begin = `{"type":"${type}"`;
   return data.byteLength > 4 + begin.length && new TextDecoder().decode(new Uint8Array(data, 4, begin.length)) === begin;
 }
 
-/** Take a sample frame apart. */
-export function decodeSample(data: ArrayBuffer): { header: SampleHeader; content: ArrayBuffer } {
+/** Read the header of a binary frame; `length` is that of all that stands before the rest. Throws where it is none. */
+export function decodeHead<Header>(data: ArrayBuffer, type: FrameType): { header: Header; length: number } {
+  if (data.byteLength < 4) throw new Error(`a ${type} frame has at least 4 bytes, got ${data.byteLength}`);
   const length = new DataView(data).getUint32(0, true);
-  if (4 + length > data.byteLength) throw new Error(`the header of a sample frame is cut off: ${length} bytes`);
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))) as SampleHeader;
-  return { header, content: data.slice(4 + length) };
+  if (4 + length > data.byteLength) throw new Error(`the header of a ${type} frame is cut off: ${length} bytes`);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))) as Header & { type: string };
+  if (header.type !== type) throw new Error(`not a ${type} frame: ${String(header.type)}`);
+  return { header, length: 4 + length };
 }
 
 function sum(columns: ChartColumn[]): number {

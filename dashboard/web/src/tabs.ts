@@ -29,7 +29,7 @@ export class Tabs {
   readonly panels: HTMLElement[];
   readonly #entries: Map<Tab, Entry>;
   readonly #choose: (tab: Tab) => void;
-  #current: Tab = "metrics";
+  #current: Entry | null = null;
 
   /** Two tabs may have the same element: it then stands where it is looked at. */
   constructor(views: readonly [Tab, string, TabView][], choose: (tab: Tab) => void) {
@@ -50,31 +50,34 @@ export class Tabs {
   }
 
   /** Look at a view. */
-  select(current: Tab): void {
+  select(name: Tab): void {
+    const current = this.#entries.get(name) as Entry;
+    if (current === this.#current) return;
     this.#current = current;
-    for (const [name, { tab }] of this.#entries) {
-      tab.setAttribute("aria-selected", String(name === current));
-      tab.tabIndex = name === current ? 0 : -1;
+    if (current.view.element.parentNode !== current.panel) current.panel.append(current.view.element);
+    for (const entry of this.#entries.values()) {
+      const isCurrent = entry === current;
+      entry.tab.setAttribute("aria-selected", String(isCurrent));
+      entry.tab.tabIndex = isCurrent ? 0 : -1;
+      entry.view.setActive?.(isCurrent);
     }
-    const { panel, view } = this.#entries.get(current) as Entry;
-    if (view.element.parentNode !== panel) panel.append(view.element);
-    for (const [name, entry] of this.#entries) entry.view.setActive?.(name === current);
     this.#reveal();
   }
 
   /** Have the tab in view, where there is not room for all. */
   #reveal(): void {
-    const { tab } = this.#entries.get(this.#current) as Entry;
-    if (!tab.hidden) tab.scrollIntoView({ block: "nearest", inline: "nearest" });
+    const tab = this.#current?.tab;
+    if (tab && !tab.hidden) tab.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   /** Show the tabs that have something, and the view unless something stands in its place. */
   update(staged: boolean): void {
-    const { tab: current } = this.#entries.get(this.#current) as Entry;
-    const wasHidden = current.hidden;
-    for (const [name, { title, view, tab, panel }] of this.#entries) {
-      show(panel, name === this.#current && !staged);
-      show(tab, name === this.#current || (view.has?.() ?? true));
+    const wasHidden = this.#current?.tab.hidden === true;
+    for (const entry of this.#entries.values()) {
+      const { title, view, tab, panel } = entry;
+      const isCurrent = entry === this.#current;
+      show(panel, isCurrent && !staged);
+      show(tab, isCurrent || (view.has?.() ?? true));
       const count = view.count?.() ?? "";
       setText(tab, count === "" ? title : `${title} ${count}`);
     }
@@ -83,16 +86,17 @@ export class Tabs {
 
   /** Give the focus to the search of the view. */
   search(): void {
-    this.#entries.get(this.#current)?.view.search?.()?.focus();
+    this.#current?.view.search?.()?.focus();
   }
 
   #key(event: KeyboardEvent): void {
     const turn = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (turn === undefined) return;
     event.preventDefault();
-    const names = [...this.#entries].filter(([, { tab }]) => !tab.hidden).map(([name]) => name);
-    const next = names[(names.indexOf(this.#current) + turn + names.length) % names.length] as Tab;
+    const shown = [...this.#entries].filter(([, { tab }]) => !tab.hidden);
+    const place = shown.findIndex(([, entry]) => entry === this.#current);
+    const [next, { tab }] = shown[(place + turn + shown.length) % shown.length] as [Tab, Entry];
     this.#choose(next);
-    this.#entries.get(next)?.tab.focus();
+    tab.focus();
   }
 }

@@ -1,7 +1,7 @@
 // Samples: which of them are shown at a step, and which contents are asked for.
 
 import { expect, test, vi } from "vitest";
-import { decodeSample, isSampleFrame, type SampleEntry, type SampleQuery } from "../src/protocol";
+import { decodeSample, isFrame, type SampleEntry, type SampleQuery } from "../src/protocol";
 import { Contents, type Content } from "../src/samples/contents";
 import { compare } from "../src/samples/sample";
 import { SampleStore, type Entry } from "../src/samples/store";
@@ -53,9 +53,9 @@ test("keys are those of the runs on the screen, and a run that begins anew has n
 test("a frame is taken apart, and a chart is none", () => {
   const { header, content } = decodeSample(frame({ run: "a", query: 3 }, "text"));
   expect([header.query, new TextDecoder().decode(content)]).toEqual([3, "text"]);
-  expect(isSampleFrame(frame({ run: "a", query: 3 }))).toBe(true);
-  expect(isSampleFrame(new ArrayBuffer(3))).toBe(false);
-  expect(isSampleFrame(new TextEncoder().encode('\0\0\0\0{"type":"chart","run":"a"}').buffer)).toBe(false);
+  expect(isFrame("sample", frame({ run: "a", query: 3 }))).toBe(true);
+  expect(isFrame("sample", new ArrayBuffer(3))).toBe(false);
+  expect(isFrame("sample", new TextEncoder().encode('\0\0\0\0{"type":"chart","run":"a"}').buffer)).toBe(false);
   expect(() => decodeSample(new Uint8Array([255, 0, 0, 0, 1]).buffer)).toThrow("cut off");
 });
 

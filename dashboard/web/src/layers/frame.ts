@@ -1,6 +1,8 @@
 // Layer frames taken apart, and put together again to what the server's tables have: dashboard/curves/layer_frame.py is
 // the contract. No DOM.
 
+import { decodeHead } from "../protocol";
+
 /** Statistics of one layer, in the order of the frames. */
 export const STATISTICS = ["norm", "update_ratio", "dead", "mean", "std", "minimum", "maximum", "elements"] as const;
 export type Statistic = (typeof STATISTICS)[number];
@@ -47,18 +49,12 @@ export interface LayerFrame {
   histogram: Uint16Array;
 }
 
-export function isLayerFrame(data: ArrayBuffer): boolean {
-  const begin = '{"type":"layers"';
-  return data.byteLength > 4 + begin.length && new TextDecoder().decode(new Uint8Array(data, 4, begin.length)) === begin;
-}
-
 /** Take a layer frame apart without copying it. Throws an Error where its length is another than its header says. */
 export function decodeLayers(data: ArrayBuffer): LayerFrame {
-  const length = new DataView(data).getUint32(0, true);
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))) as LayerHeader;
+  const { header, length } = decodeHead<LayerHeader>(data, "layers");
   const { rows, layers, bins } = header;
   const ofOne = header.statistic === "";
-  let offset = 4 + length;
+  let offset = length;
   const part = <T>(make: new (data: ArrayBuffer, offset: number, count: number) => T, size: number, count: number): T => {
     const column = new make(data, offset, count);
     offset += size * count;

@@ -8,7 +8,7 @@ import { readTheme, watchTheme, type Theme } from "../charts/theme";
 import { h, replaceChildren, setAttribute, setText, show } from "../dom";
 import { compact, count, number, percent } from "../format";
 import { finder, searchField } from "../search";
-import { decodeLayers, isLayerFrame, LayerStore, of, type LayersQuery, type OneRow, type Statistic } from "./frame";
+import { decodeLayers, LayerStore, of, type LayersQuery, type OneRow, type Statistic } from "./frame";
 import { axisOf, binAt, CELLS, colours, FEWEST, resample, scaleOf, SHARES } from "./heat";
 import { curves, Legend, paintHeat, Picture, tell, type Subject } from "./picture";
 import { counterpart, list, tree, type Line } from "./tree";
@@ -128,9 +128,8 @@ export class Layers {
     this.#host.send(query);
   }
 
-  /** Take a frame, if it is one about layers. */
-  take(data: ArrayBuffer): boolean {
-    if (!isLayerFrame(data)) return false;
+  /** Take a frame about layers. */
+  take(data: ArrayBuffer): void {
     const frame = decodeLayers(data);
     const { header } = frame;
     const asked = this.#asked;
@@ -143,7 +142,7 @@ export class Layers {
       (asked.kind === "" || header.kind === asked.kind || (ofAll ? !header.kinds.includes(asked.kind ?? "") : header.kind === this.#store.kind));
     if (!fits || !this.#store.apply(frame) || header.more || document.hidden) {
       this.#host.send({ type: "drawn" });
-      return true;
+      return;
     }
     this.#credits++;
     if (ofAll && this.#layer !== null && !this.#store.names.includes(this.#layer)) {
@@ -151,7 +150,6 @@ export class Layers {
       this.#ask();
     }
     this.#redraw();
-    return true;
   }
 
   #creditBack(): void {

@@ -2,7 +2,7 @@
 
 import { button, dialog, h, replaceChildren, setAttribute, setText, show } from "../dom";
 import { clock, count } from "../format";
-import { isSampleFrame, type SampleIndex, type ViewerMessage } from "../protocol";
+import { type SampleIndex, type ViewerMessage } from "../protocol";
 import { finder, searchField } from "../search";
 import { Contents } from "./contents";
 import { showSample, type SampleHost } from "./sample";
@@ -93,12 +93,10 @@ export class Samples {
     this.#contents.connected();
   }
 
-  /** Take a frame, if it is one with a sample. */
-  take(data: ArrayBuffer): boolean {
-    if (!isSampleFrame(data)) return false;
+  /** Take a frame with a sample. */
+  take(data: ArrayBuffer): void {
     this.#host.send({ type: "drawn" });
     this.#contents.take(data);
-    return true;
   }
 
   // Showing it

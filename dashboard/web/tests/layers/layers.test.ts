@@ -1,6 +1,7 @@
 import { expect, test } from "vitest";
 
-import { decodeLayers, isLayerFrame, LayerStore, shareOf, type OneRow } from "../../src/layers/frame";
+import { decodeLayers, LayerStore, shareOf, type OneRow } from "../../src/layers/frame";
+import { isFrame } from "../../src/protocol";
 import { axisOf, binAt, colouring, colours, resample, rowsAt, scaleOf, ValueAxis } from "../../src/layers/heat";
 import { counterpart, list, tree } from "../../src/layers/tree";
 
@@ -25,7 +26,7 @@ test("a frame about all layers gives their rows and what is told of each", () =>
   const store = new LayerStore();
   const data = frame({ statistic: "norm", names: ["a", "b"] }, Float64Array.of(1, 2), Float32Array.of(1, 2, 3, 4),
     Float32Array.of(3, 4, 0, 0, NaN, NaN, 0.5, 0.25));
-  expect(isLayerFrame(data)).toBe(true);
+  expect(isFrame("layers", data)).toBe(true);
   expect(store.apply(decodeLayers(data))).toBe(true);
   expect(store.all.map(({ step, values }) => [step, ...values])).toEqual([[1, 1, 2], [2, 3, 4]]);
   expect([store.told(1, "norm"), store.told(1, "change")]).toEqual([4, 0.25]);

@@ -2,7 +2,7 @@
 
 import { beforeEach, describe, expect, test } from "vitest";
 
-import { CLOSE_DAMAGED, decodeChart, decodeSample, isSampleFrame, type ChartFrame, type RangeQuery, type ViewerMessage } from "../../src/protocol";
+import { CLOSE_DAMAGED, decodeChart, decodeSample, isFrame, type ChartFrame, type RangeQuery, type ViewerMessage } from "../../src/protocol";
 import { inflate, SavedServer } from "../../src/saved/server";
 import { listBlock, runBlock, samplesBlock } from "./blocks";
 
@@ -25,7 +25,7 @@ beforeEach(() => {
     return block ? Promise.resolve(block) : Promise.reject(new Error(`there is no ${name}`));
   });
   server.onmessage = ({ data }) => {
-    if (data instanceof ArrayBuffer && isSampleFrame(data)) samples.push(decodeSample(data));
+    if (data instanceof ArrayBuffer && isFrame("sample", data)) samples.push(decodeSample(data));
     else if (data instanceof ArrayBuffer) frames.push(decodeChart(data));
     else texts.push(JSON.parse(String(data)));
   };
