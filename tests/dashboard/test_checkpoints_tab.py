@@ -1,6 +1,7 @@
 """The tab of a run's checkpoints in a real browser: real checkpoints, of a run that goes on and of one that is over."""
 
 import itertools
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from offloop.engine.testing import tiny_loader, tiny_trainer
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 pytest.importorskip("axe_playwright_python", reason="tests in a browser need offloop[browser]")
 from axe_playwright_python.sync_playwright import Axe
-from live_page import OpenPage, Training, shot
+from live_page import NEXT_FRAME, PATIENCE, OpenPage, Training, shot
 from playwright.sync_api import Locator, Page, expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -41,6 +42,15 @@ def tag(page: Page, row: Locator, name: str, *, move: bool = False) -> None:
     if move:
         page.get_by_text("Take it off another").click()
     page.locator("dialog[open]").get_by_role("button", name="Tag", exact=True).click()
+
+
+def step_until(run: Training, shown: Locator) -> None:
+    """Have the run do steps until something is shown: a command applies at the end of one that comes after it."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while shown.count() == 0:
+        assert time.monotonic() < deadline, "the command was not applied"
+        run.step(loss=1.0)
+        shown.page.evaluate(NEXT_FRAME)
 
 
 @pytest.fixture
@@ -105,11 +115,11 @@ def test_tag_from_the_page_of_a_run_that_goes_on(going_on: tuple[Training, Page]
     run, page = going_on
     open_tab(page)
     tag(page, rows(page).nth(1), "good")
-    run.step(loss=1.0)
+    step_until(run, rows(page).nth(1).locator(".name-chip"))
     expect(rows(page).nth(1).locator(".name-chip")).to_have_text(["good"])
     assert CheckpointReader(tmp_path / "run").find("good").step == 2
     tag(page, rows(page).nth(0), "good")
-    run.step(loss=1.0)
+    step_until(run, page.locator(".checkpoints .problem:not(:empty)"))
     expect(page.locator(".checkpoints .problem")).to_contain_text("move=True moves it")
     tag(page, rows(page).nth(0), "../escape")
     expect(page.locator(".checkpoints .problem")).to_contain_text("tag must be letters")

@@ -15,10 +15,9 @@ import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import PATIENCE, OpenPage, Training, chart, figure, options, shot, table_of, word
+from live_page import NEXT_FRAME, PATIENCE, OpenPage, Training, chart, figure, options, shot, table_of, word
 from playwright.sync_api import Browser, Page, expect
 
-NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 

@@ -11,10 +11,8 @@ from offloop import Above, Alerts, Event, ModelCheckpoint, ResourceMonitor, Reso
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, Training, chart, figure, shot, word
+from live_page import NEXT_FRAME, OpenPage, Training, chart, figure, shot, word
 from playwright.sync_api import Page, expect
-
-NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -14,14 +14,12 @@ import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import PATIENCE, OpenPage, Training, chart, options, shot
+from live_page import NEXT_FRAME, PATIENCE, OpenPage, Training, chart, options, shot
 from playwright.sync_api import Download, Page, expect
 
 from offloop import Callback, CheckpointSaved, ModelCheckpoint, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-
-NEXT_FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from saved_file import blocks_of, listed
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, Training, chart, figure, options, pixels, shot, table_of, word
+from live_page import NEXT_FRAME, OpenPage, Training, chart, figure, options, pixels, shot, table_of, word
 from playwright.sync_api import Page, expect
 
 from offloop import ModelCheckpoint, export_html
@@ -40,7 +40,6 @@ from offloop.engine.testing import tiny_loader, tiny_trainer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 EVIL: Final = "</script><img src=x onerror='window.evil = 1'>"
-NEXT_FRAME: Final = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 def loss_of(run: int, step: int) -> float:

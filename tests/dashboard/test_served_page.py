@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="tests in a browser need offloop[browser]")
 from drawing import Drawing
-from live_page import OpenPage, acks, button, chart, figure, shot, word
+from live_page import NEXT_FRAME, OpenPage, acks, button, chart, figure, shot, word
 from playwright.sync_api import Locator, Page, expect
 from run_files import TOKEN, TrainerProcess, events_of, served, trainer_process, write_run
 
@@ -90,9 +90,6 @@ def test_a_live_run_whose_files_go_says_what_happened_and_when_in_head_and_list(
         expect(row(page).locator(".runs-about")).to_contain_text("running")
         trainer.steps(1)
         expect(figure(page, "Step")).to_contain_text("4")
-
-
-NEXT_FRAME: Final = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 def test_runs_with_other_batches_are_aligned_by_the_samples_they_have_seen(

@@ -20,6 +20,9 @@ from offloop.engine import Callback, EventsDropped, Run, Trainer
 PATIENCE: Final = 30_000
 """Milliseconds for something to appear; a busy machine is slow, a broken page slower still."""
 
+NEXT_FRAME: Final = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""Waits until the browser has drawn what has changed."""
+
 OpenPage = Callable[..., Page]
 
 
